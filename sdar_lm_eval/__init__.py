@@ -1,0 +1,60 @@
+"""Evaluate SDAR block-diffusion language models with EleutherAI's lm-evaluation-harness.
+
+Importing this package is cheap: it loads neither torch nor lm_eval. The names below load on first use. It also makes
+the models and tasks known to lm_eval (see autoload.py).
+"""
+
+from __future__ import annotations
+
+from sdar_lm_eval import autoload
+
+__version__ = "0.1.0"
+
+TYPE_CHECKING = False  # importing `typing` would slow down each start of Python: autoload.py says why that counts here
+if TYPE_CHECKING:
+    from typing import Any
+
+    from sdar_lm_eval.checkpoint import Checkpoint
+    from sdar_lm_eval.engines.base import DecodingConfig, Engine, GenerationRequest, GenerationResult, make_engine
+    from sdar_lm_eval.errors import SDARError, UserError
+    from sdar_lm_eval.harness import SDARLM
+
+_HOME_OF = {
+    "Checkpoint": "sdar_lm_eval.checkpoint",
+    "DecodingConfig": "sdar_lm_eval.engines.base",
+    "Engine": "sdar_lm_eval.engines.base",
+    "GenerationRequest": "sdar_lm_eval.engines.base",
+    "GenerationResult": "sdar_lm_eval.engines.base",
+    "SDARError": "sdar_lm_eval.errors",
+    "SDARLM": "sdar_lm_eval.harness",
+    "UserError": "sdar_lm_eval.errors",
+    "make_engine": "sdar_lm_eval.engines.base",
+}
+
+__all__ = [  # noqa: RUF022  (types first, then what makes them)
+    "Checkpoint",
+    "DecodingConfig",
+    "Engine",
+    "GenerationRequest",
+    "GenerationResult",
+    "SDARError",
+    "SDARLM",
+    "UserError",
+    "__version__",
+    "make_engine",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        from importlib import import_module
+
+        return getattr(import_module(_HOME_OF[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+autoload.install_unless_disabled()

@@ -1,0 +1,1 @@
+"""The engines, one file or folder each; all they share is `base.py`."""

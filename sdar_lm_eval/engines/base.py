@@ -1,0 +1,223 @@
+"""What goes into an engine and what comes out: the request, its settings, the result, and the protocol.
+
+    DecodingConfig      how to denoise: frozen, validated, hashable
+    GenerationRequest   prompt tokens + DecodingConfig + what ends the answer
+    GenerationResult    the new tokens, why they ended, what they cost
+    Engine              generate(requests) yields (index, GenerationResult) as each finishes
+
+Nothing here holds a tensor or imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sdar_lm_eval.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from sdar_lm_eval.checkpoint import Checkpoint
+
+STRATEGIES = ("low_confidence_dynamic", "low_confidence_static", "sequential", "entropy_bounded", "random")
+
+DEFAULT_BLOCK_LENGTH = 4
+MAX_BLOCK_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How one request is denoised. Names follow `generate.py` of JetAstra/SDAR.
+
+    Args:
+        block_length: tokens denoised together.
+        denoising_steps: length of the schedule of a block; step s unmasks `quotas[s]` tokens. None: `block_length`.
+        remasking_strategy: one of `STRATEGIES`; which masked tokens a step keeps (`engines/native/unmasking.py`).
+        confidence_threshold: low_confidence_dynamic keeps every token whose confidence is above it (strictly).
+        eb_threshold: entropy_bounded keeps tokens while the sum of their entropies, in nats, is below it.
+        temperature: of the distribution tokens are drawn from; 0 draws the most probable one (greedy).
+        top_k: draw from the k most probable tokens only; 0 is off.
+        top_p: draw from the smallest set of tokens whose probability exceeds p; 1 is off.
+        repetition_penalty: as in transformers: the logits of tokens already in the prompt or answer are divided
+            (positive ones) or multiplied (negative ones) by it; 1 is off.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    block_length: int = DEFAULT_BLOCK_LENGTH
+    denoising_steps: int | None = None
+    remasking_strategy: str = "low_confidence_dynamic"
+    confidence_threshold: float = 0.85
+    eb_threshold: float = 0.35
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "remasking_strategy":
+                if value not in STRATEGIES:
+                    raise UserError(
+                        f"remasking_strategy={value!r} is unknown; choose one of {', '.join(STRATEGIES)}."
+                        + did_you_mean(str(value), STRATEGIES)
+                    )
+            elif not (field.name == "denoising_steps" and value is None):
+                whole = field.name in ("block_length", "denoising_steps", "top_k")
+                object.__setattr__(self, field.name, to_number(field.name, value, whole=whole))
+        if self.denoising_steps is None:
+            object.__setattr__(self, "denoising_steps", self.block_length)
+        steps = self.steps
+        _check_range(f"block_length={self.block_length}", 1 <= self.block_length <= MAX_BLOCK_LENGTH,
+                     f"a whole number from 1 to {MAX_BLOCK_LENGTH}")
+        _check_range(f"denoising_steps={steps}", 1 <= steps <= self.block_length,
+                     f"a whole number from 1 to block_length ({self.block_length})")
+        _check_range(f"confidence_threshold={self.confidence_threshold}", 0 <= self.confidence_threshold <= 1,
+                     "a probability from 0 to 1")
+        _check_range(f"eb_threshold={self.eb_threshold}", self.eb_threshold >= 0, "an entropy in nats, 0 or more")
+        _check_range(f"temperature={self.temperature}", self.temperature >= 0, "0 (greedy) or more")
+        _check_range(f"top_k={self.top_k}", self.top_k >= 0, "0 (off) or more")
+        _check_range(f"top_p={self.top_p}", 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
+        _check_range(f"repetition_penalty={self.repetition_penalty}", self.repetition_penalty > 0,
+                     "above 0 (1 is off)")  # fmt: skip
+
+    @property
+    def steps(self) -> int:
+        """The length of the schedule, with the default resolved."""
+        return self.block_length if self.denoising_steps is None else self.denoising_steps
+
+    @property
+    def quotas(self) -> tuple[int, ...]:
+        """Tokens to unmask at each step: block_length // steps, one more in the first block_length % steps."""
+        base, extra = divmod(self.block_length, self.steps)
+        return tuple(base + (step < extra) for step in range(self.steps))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every draw is the most probable token."""
+        return self.temperature == 0 or self.top_k == 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings by name, as plain values."""
+        return dataclasses.asdict(self)
+
+
+DECODING_SETTINGS = tuple(field.name for field in dataclasses.fields(DecodingConfig))
+
+
+def _check_range(given: str, allowed: bool, what: str) -> None:
+    if not allowed:
+        raise UserError(f"{given} is out of range: it must be {what}.")
+
+
+def to_number(name: str, value: Any, *, whole: bool) -> int | float:
+    """Read a number given as a number or as text.
+
+    Raises:
+        UserError: not a finite number, or not a whole one where `whole` asks for it.
+    """
+    kind = "a whole number" if whole else "a number"
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value)
+        if not math.isfinite(number) or (whole and number != int(number)):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UserError(f"{name}={value!r} is not {kind}.") from None
+    return int(number) if whole else number
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt to be continued.
+
+    Args:
+        prompt_ids: the prompt's tokens; at least one.
+        max_new_tokens: the answer is never longer.
+        decoding: how to denoise.
+        stop_ids: tokens that end the answer; the token itself is not part of it.
+        stop_strings: texts that end the answer. The tokens up to the one that completes the text are returned (whoever
+            makes text of them cuts it exactly).
+        seed: of this request's draws; the same seed gives the same draws whatever else is in the batch.
+        record_steps: report when and how surely each token was unmasked (GenerationResult.unmasked_at, .confidences).
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    decoding: DecodingConfig
+    stop_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+    seed: int = 0
+    record_steps: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise UserError("a generation request needs at least one prompt token; give the tokenizer's prefix token.")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={self.max_new_tokens} is out of range: it must be 1 or more.")
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What an engine made of one request: token ids, no text.
+
+    Attributes:
+        token_ids: the new tokens, without the stop token that ended them.
+        finish_reason: "stop" (a stop token or string) or "length".
+        prefill_forwards, denoising_forwards, commit_forwards: passes through the model that this request took part in.
+            A request that was preempted and run again counts all of them.
+        seconds: from its first forward to its end.
+        unmasked_at: for each new token, the denoising step of its block that unmasked it (from 0), if recorded.
+        confidences: for each new token, its probability when it was drawn, if recorded.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prefill_forwards: int
+    denoising_forwards: int
+    commit_forwards: int
+    seconds: float
+    unmasked_at: tuple[int, ...] | None = None
+    confidences: tuple[float, ...] | None = None
+
+
+class Engine(Protocol):
+    """What the harness needs of an engine."""
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """Facts for the results file: engine, versions, device, dtype, capacity, deviations from the semantics."""
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
+        """Run all requests; yield (position in `requests`, result) as each finishes, in any order.
+
+        Raises:
+            UserError: a request can never run; raised before anything ran, with the numbers.
+            EngineError: the engine stopped; what was yielded before stays valid.
+        """
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory used so far: the device's on CUDA, else the process's."""
+
+
+def make_engine(name: str, checkpoint: Checkpoint, **options: Any) -> Engine:
+    """Open an engine by name; only the one asked for is imported.
+
+    Args:
+        name: "native".
+        checkpoint: the opened checkpoint.
+        options: what that engine takes.
+
+    Raises:
+        UserError: no engine of that name.
+    """
+    if name == "native":
+        from sdar_lm_eval.engines.native.engine import NativeEngine
+
+        return NativeEngine(checkpoint, **options)
+    raise UserError(f"engine {name!r} is unknown; known: native.")

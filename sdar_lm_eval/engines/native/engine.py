@@ -1,0 +1,260 @@
+"""The native engine's loop: admit -> prefill -> denoise and commit -> yield."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+import torch
+import transformers
+
+from sdar_lm_eval.checkpoint import DTYPES, Checkpoint
+from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, to_number
+from sdar_lm_eval.engines.native import attention
+from sdar_lm_eval.engines.native.pages import PagePool
+from sdar_lm_eval.engines.native.runner import Blocks, Runner
+from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
+from sdar_lm_eval.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PAGE_SIZE = 16
+DEFAULT_ACTIVE = {"cpu": 32, "cuda": 256}
+PREFILL_CHUNK = {"cpu": 1024, "cuda": 8192}
+MEMORY_FRACTION = 0.85  # of the GPU memory that is free after the weights, for KV pages
+CPU_CACHE_BYTES = 4 << 30
+
+
+class NativeEngine:
+    """SDAR on torch and transformers alone, with continuous batching over paged KV.
+
+    Args:
+        checkpoint: the opened checkpoint; its weights are loaded here.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" is the first GPU if there is one.
+        dtype: "float32", "bfloat16" or "float16"; "auto" is float32 on the CPU and the checkpoint's own on a GPU.
+        max_active: sequences running at once; None: 32 on the CPU, 256 on a GPU.
+        kv_pages: pages of 16 tokens for keys and values; None: what the requests need, as far as memory allows.
+
+    Raises:
+        UserError: no such device or dtype, or the weights do not fit their config.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_active: int | None = None,
+        kv_pages: int | None = None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._device = resolve_device(device)
+        self._dtype = _resolve_dtype(dtype, self._device, checkpoint)
+        self._max_active = _at_least_one("max_active", max_active)
+        self._kv_pages = _at_least_one("kv_pages", kv_pages)
+        self._preemptions = 0
+        model = checkpoint.load_model(dtype=self._dtype, device=self._device, attention=attention.NAME)
+        self._runner = Runner(model, checkpoint.mask_token_id, PAGE_SIZE)
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """See `Engine.info`."""
+        info: dict[str, Any] = {
+            "engine": "native",
+            "device": str(self._device),
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "max_active": self._max_active or DEFAULT_ACTIVE[self._device.type],
+            "preemptions": self._preemptions,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        }
+        if self._device.type == "cuda":
+            info["gpu"] = torch.cuda.get_device_name(self._device)
+        return info
+
+    def peak_memory_bytes(self) -> int:
+        """See `Engine.peak_memory_bytes`."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+    def generate(self, requests: SequenceOf[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
+        """See `Engine.generate`. Requests are admitted in the order given."""
+        if not requests:
+            return
+        sequences = [Sequence(i, request, list(request.prompt_ids)) for i, request in enumerate(requests)]
+        max_active = min(self._max_active or DEFAULT_ACTIVE[self._device.type], len(sequences))
+        pool = PagePool(self._pages_for(sequences, max_active), PAGE_SIZE)
+        longest_block = max(sequence.block_length for sequence in sequences)
+        self._runner.allocate(
+            pool.num_pages,
+            max_active,
+            longest_block,
+            penalized=any(request.decoding.repetition_penalty != 1 for request in requests),
+        )
+        scheduler = Scheduler(sequences, pool, max_active, PREFILL_CHUNK[self._device.type])
+        while scheduler.unfinished:
+            yield from self._step(scheduler)
+        pool.check_integrity([])
+        if scheduler.preemptions:
+            self._preemptions += scheduler.preemptions
+            logger.info(
+                "KV pages ran out: %d sequences were preempted and run again; answers are the same. "
+                "A smaller max_active or a larger kv_pages avoids it.",
+                scheduler.preemptions,
+            )
+
+    def _step(self, scheduler: Scheduler) -> Iterator[tuple[int, GenerationResult]]:
+        """One step: what was admitted is prefilled, every current block takes part in one forward."""
+        plan = scheduler.plan()
+        now = time.perf_counter()
+        self._runner.admit(plan.admitted)
+        self._runner.begin_blocks(plan.admitted)
+        if plan.prefill:
+            self._runner.prefill(plan.prefill)
+            for sequence, _, end in plan.prefill:
+                sequence.cached = end
+                sequence.prefill_forwards += 1
+                sequence.started = sequence.started or now
+        if not plan.blocks:
+            return
+        blocks = self._runner.step(plan.blocks)
+        starting, finished = [], []
+        for row, sequence in enumerate(plan.blocks):
+            sequence.started = sequence.started or now
+            if sequence.decided:
+                sequence.commit_forwards += 1
+                sequence.commit()
+                starting.append(sequence)
+                continue
+            sequence.denoising_forwards += 1
+            if blocks.masked[row, : sequence.block_length].any():
+                continue
+            if reason := self._decide(sequence, blocks, row):
+                scheduler.finish(sequence)
+                finished.append((sequence.index, _result(sequence, reason)))
+        self._runner.begin_blocks(starting)
+        yield from finished
+
+    def _decide(self, sequence: Sequence, blocks: Blocks, row: int) -> str:
+        """Take the new tokens of a block without masked ones; return why the answer ends with it, or ""."""
+        first = len(sequence.tokens) - sequence.block_start
+        new = blocks.tokens[row, first : sequence.block_length].tolist()
+        count, reason = self._cut(sequence, new)
+        sequence.decided = new[:count]
+        if sequence.request.record_steps:
+            sequence.unmasked_at += blocks.unmasked_at[row, first : first + count].tolist()
+            sequence.confidences += blocks.confidence[row, first : first + count].tolist()
+        return reason
+
+    def _cut(self, sequence: Sequence, new: list[int]) -> tuple[int, str]:
+        """How many of a block's new tokens are part of the answer, and why it ends there ("" if it does not)."""
+        request = sequence.request
+        room = request.max_new_tokens - sequence.num_new_tokens
+        count, reason = (room, "length") if room <= len(new) else (len(new), "")
+        for place, token in enumerate(new[:count]):
+            if token in request.stop_ids:
+                count, reason = place, "stop"
+                break
+        if request.stop_strings:
+            # A stop string's n characters are at most 4n bytes, so at most 4n tokens before this block matter.
+            window = 4 * max(map(len, request.stop_strings))
+            before = sequence.tokens[len(request.prompt_ids) :][-window:]
+            if self._holds_stop_string(before + new[:count], request):
+                place = next(n for n in range(1, count + 1) if self._holds_stop_string(before + new[:n], request))
+                count, reason = place, "stop"
+        return count, reason
+
+    def _holds_stop_string(self, tokens: list[int], request: GenerationRequest) -> bool:
+        text = self._checkpoint.decode(tokens)
+        return any(string in text for string in request.stop_strings)
+
+    def _pages_for(self, sequences: list[Sequence], max_active: int) -> int:
+        """How many KV pages to hold: those of the `max_active` longest requests, as far as memory allows."""
+        needs = sorted((-(-sequence.longest // PAGE_SIZE) for sequence in sequences), reverse=True)
+        if self._kv_pages is not None:
+            pages = self._kv_pages
+        else:
+            pages = min(sum(needs[:max_active]), self._memory_for_pages() // self._runner.bytes_per_page())
+        if needs[0] > pages:
+            size = self._runner.bytes_per_page()
+            raise UserError(
+                f"a request of {max(s.longest for s in sequences):,} tokens (prompt and answer) needs {needs[0]:,} KV pages "
+                f"of {PAGE_SIZE} tokens, {needs[0] * size / 2**30:.2f} GiB; there are {pages:,}, "
+                f"{pages * size / 2**30:.2f} GiB. Lower max_gen_toks or max_length, or give more memory"
+                + (" (kv_pages)." if self._kv_pages is not None else ".")
+            )
+        return pages
+
+    def _memory_for_pages(self) -> int:
+        if self._device.type == "cpu":
+            return CPU_CACHE_BYTES
+        free, _ = torch.cuda.mem_get_info(self._device)
+        cache = self._runner.cache
+        return int(free * MEMORY_FRACTION) + (cache.nbytes if cache is not None else 0)
+
+
+def _result(sequence: Sequence, reason: str) -> GenerationResult:
+    assert sequence.started is not None
+    recorded = sequence.request.record_steps
+    return GenerationResult(
+        token_ids=tuple(sequence.tokens[len(sequence.request.prompt_ids) :] + sequence.decided),
+        finish_reason=reason,
+        prefill_forwards=sequence.prefill_forwards,
+        denoising_forwards=sequence.denoising_forwards,
+        commit_forwards=sequence.commit_forwards,
+        seconds=time.perf_counter() - sequence.started,
+        unmasked_at=tuple(sequence.unmasked_at) if recorded else None,
+        confidences=tuple(sequence.confidences) if recorded else None,
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn a device's name into a torch device that is there.
+
+    Raises:
+        UserError: not a device's name, or a GPU that this machine does not have.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        if resolved.type not in DEFAULT_ACTIVE:
+            raise ValueError
+    except (RuntimeError, ValueError):
+        raise UserError(f"device={device!r} is unknown; choose cpu, cuda, cuda:N or auto.") from None
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (resolved.index or 0) >= count:
+            raise UserError(f"device={device!r}: this machine has {count or 'no'} usable GPU(s); choose "
+                            f"{', '.join(f'cuda:{i}' for i in range(count)) or 'cpu'} or auto.")  # fmt: skip
+    return resolved
+
+
+def _resolve_dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    if dtype == "auto":
+        own = checkpoint.config.get("torch_dtype") or checkpoint.config.get("dtype") or "bfloat16"
+        dtype = "float32" if device.type == "cpu" else own
+    dtype = dtype.removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is unknown; choose {', '.join(DTYPES)} or auto.")
+    resolved: torch.dtype = getattr(torch, dtype)
+    return resolved
+
+
+def _at_least_one(name: str, value: int | None) -> int | None:
+    if value is None:
+        return None
+    number = int(to_number(name, value, whole=True))
+    if number < 1:
+        raise UserError(f"{name}={number} is out of range: it must be 1 or more.")
+    return number

@@ -1,0 +1,118 @@
+"""Drawing tokens, and choosing which of them a denoising step keeps. Pure functions on tensors.
+
+Semantics follow `generate.py` of JetAstra/SDAR (commit c2041a8), with three differences, each where that file does not do
+what it says: masked positions are state, not "token == mask id", so that a prompt may hold the mask token; a step never
+keeps more tokens than are masked, where generate.py then overwrites the prompt; and entropy_bounded orders by the
+entropy of each position's distribution, where generate.py sums over the block and stops with an error.
+
+Shapes: B sequences, L positions a block, R rows of logits (masked positions only), V tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+    """Divide positive and multiply negative logits of seen tokens by the penalty.
+
+    Source: transformers, RepetitionPenaltyLogitsProcessor. logits (R, V), seen (R, V) bool, penalty (R,).
+    """
+    factor = penalty[:, None]
+    return torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
+
+
+def draw_greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most probable token and its softmax probability at temperature 1; the lower id where two tie.
+
+    logits (R, V) float32; returns tokens (R,) int64 and confidences (R,) float32.
+    """
+    best, tokens = logits.max(dim=-1)
+    return tokens, (best - logits.logsumexp(dim=-1)).exp()
+
+
+def filtered_probabilities(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> torch.Tensor:
+    """The distribution that is drawn from: softmax(logits / T), top-k, then top-p of what top-k left.
+
+    top-p keeps a token while the tokens before it, most probable first, hold at most p; tokens that tie with the k-th
+    are kept. Source: generate.py, top_k_logits and top_p_logits.
+
+    Args:
+        logits: (R, V) float32.
+        temperature: (R,), above 0.
+        top_k: (R,) int64; 0 is off.
+        top_p: (R,); 1 is off.
+
+    Returns:
+        (R, V) float32, rows sum to 1.
+    """
+    logits = logits / temperature[:, None]
+    if not bool(((top_k > 0) | (top_p < 1)).any()):
+        return logits.softmax(dim=-1)
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    vocabulary = logits.shape[-1]
+    kth = ordered.gather(-1, (torch.where(top_k > 0, top_k, vocabulary).clamp(max=vocabulary) - 1)[:, None])
+    ordered = ordered.masked_fill(ordered < kth, -torch.inf)
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    ordered = ordered.masked_fill((before > top_p[:, None]) & (top_p < 1)[:, None], -torch.inf)
+    return torch.zeros_like(logits).scatter(-1, order, ordered.softmax(dim=-1))
+
+
+def draw_sampled(probabilities: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a token a row by inverting the cumulative distribution in order of token ids.
+
+    probabilities (R, V), uniform (R,) in [0, 1); returns tokens (R,) int64 and their probabilities (R,).
+    """
+    cumulative = probabilities.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # Strictly below the total, so that the first cumulative value above it belongs to a token of positive probability.
+    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of each row: (..., V) -> (...)."""
+    return torch.special.entr(probabilities).sum(dim=-1)
+
+
+def by_confidence(confidence: torch.Tensor) -> torch.Tensor:
+    """Order of low_confidence_static and _dynamic: the most confident first. (B, L) -> sort keys, lowest first."""
+    return -confidence
+
+
+def by_position(confidence: torch.Tensor) -> torch.Tensor:
+    """Order of sequential: from left to right. (B, L) -> sort keys, lowest first."""
+    return torch.arange(confidence.shape[-1], device=confidence.device, dtype=torch.float32).expand_as(confidence)
+
+
+def count_above_threshold(
+    confidence: torch.Tensor, masked: torch.Tensor, threshold: torch.Tensor, quota: torch.Tensor
+) -> torch.Tensor:
+    """How many low_confidence_dynamic keeps: all above the threshold, or the quota where those are fewer.
+
+    confidence and masked (B, L), threshold and quota (B,); returns (B,) int64.
+    """
+    return torch.maximum((masked & (confidence > threshold[:, None])).sum(dim=-1), quota)
+
+
+def count_within_entropy(entropies: torch.Tensor, masked: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """How many entropy_bounded keeps: as many as hold the sum below the bound, lowest entropies first; at least one.
+
+    entropies and masked (B, L), bound (B,); returns (B,) int64.
+    """
+    sums = entropies.masked_fill(~masked, torch.inf).sort(dim=-1).values.cumsum(dim=-1)
+    return (sums < bound[:, None]).sum(dim=-1).clamp(min=1)
+
+
+def select_first(keys: torch.Tensor, count: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """Choose the `count` masked positions with the lowest keys, the left one where two tie.
+
+    keys and masked (B, L), count (B,); returns (B, L) bool, never more than are masked.
+    """
+    order = keys.masked_fill(~masked, torch.inf).argsort(dim=-1, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(keys.shape[-1], device=keys.device).expand_as(order))
+    return (rank < count[:, None]) & masked

@@ -1,0 +1,31 @@
+"""The package's exceptions.
+
+    SDARError(Exception)
+    ├── UserError(SDARError, ValueError)   what was given cannot be used; the message says what is allowed and what to do
+    └── EngineError(SDARError)             an engine could not do what it was asked to; nothing finished is lost
+
+On the command line of lm_eval both print as one line, without a traceback (`SDAR_LM_EVAL_TRACEBACK=1` shows it).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SDARError(Exception):
+    """Base class of everything this package raises on purpose."""
+
+
+class UserError(SDARError, ValueError):
+    """A value, file or combination given by the user cannot be used."""
+
+
+class EngineError(SDARError, RuntimeError):
+    """An engine cannot run, or stopped."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest known name, or "" where none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

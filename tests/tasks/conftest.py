@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sdar_lm_eval.tasks.gsm8k import FILE_NAME, FOLDER_VARIABLE
+
+ROWS = [
+    {"question": "Ann has 3 hens, each lays 6 eggs. How many eggs?", "answer": "3 * 6 = <<3*6=18>>18 eggs.\n#### 18"},
+    {"question": "Bo earns $500 twice.  How much?\nSay {{it}} in \\boxed{}.", "answer": "2 * 500\n#### 1,000"},
+    {"question": "It is 5° and falls by 10°. “How cold” is it?", "answer": "5 - 10 = -5\n#### -5"},
+    {"question": "Cy cuts 1 pie in 2. How much is a piece?", "answer": "1 / 2 = .5\n#### 0.5"},
+]
+
+_FOLDER = os.environ.get(FOLDER_VARIABLE) or Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
+
+WriteFolder = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _no_folder_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def gsm8k() -> Path:
+    """Return the folder of the real data, where the machine has it: the one set, or one beside the checkout."""
+    folder = Path(_FOLDER)
+    if not (folder / FILE_NAME).is_file():
+        pytest.skip(f"needs GSM8K's {FILE_NAME} in ${FOLDER_VARIABLE} or {folder}")
+    return folder
+
+
+@pytest.fixture
+def rows() -> list[dict[str, str]]:
+    return ROWS
+
+
+@pytest.fixture
+def write_folder(tmp_path: Path) -> WriteFolder:
+    """Return a function that makes a folder with a test.jsonl of these lines (or bytes), by default `ROWS`."""
+
+    def write(*lines: object, name: str = "gsm8k") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        if lines and isinstance(lines[0], bytes):
+            content = b"".join(line for line in lines if isinstance(line, bytes))
+        else:
+            texts = [line if isinstance(line, str) else json.dumps(line) for line in lines or ROWS]
+            content = "\n".join(texts).encode()
+        (folder / FILE_NAME).write_bytes(content)
+        return folder
+
+    return write
