@@ -58,6 +58,7 @@ class Checkpoint:
         block_length: tokens the model was trained to denoise together.
         stop_ids: tokens that end an answer: `generation_config.json`'s, else config.json's, else the tokenizer's.
         max_length: most tokens of prompt and answer together (`max_position_embeddings`).
+        revision: of the hub id, as it was asked for.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Checkpoint:
     block_length: int
     stop_ids: tuple[int, ...]
     max_length: int
+    revision: str | None = None
 
     @classmethod
     def open(cls, name: str, revision: str | None = None) -> Checkpoint:
@@ -100,6 +102,7 @@ class Checkpoint:
             block_length=config.get("block_size", config.get("block_length", DEFAULT_BLOCK_LENGTH)),
             stop_ids=stop_ids,
             max_length=config.get("max_position_embeddings", 32768),
+            revision=revision,
         )
         if opened.mask_token_id == -1:
             opened = dataclasses.replace(opened, mask_token_id=_mask_id_of_tokenizer(opened))

@@ -1,0 +1,124 @@
+"""Reads a harness request's `gen_kwargs`, on top of the settings given by `--model_args`.
+
+Precedence: gen_kwargs (a task's YAML, overridden by `--gen_kwargs`) > model_args > checkpoint > default. Values come typed
+or as text. Nothing is popped or changed: the harness hashes the same dict for its cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdar_lm_eval.engines.base import DECODING_SETTINGS, DecodingConfig, to_number
+from sdar_lm_eval.errors import UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_GEN_TOKS = 512
+MAX_TOKENS_SPELLINGS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+GENERATION_SETTINGS = (*DECODING_SETTINGS, *MAX_TOKENS_SPELLINGS, "until", "do_sample")
+# Settings of other engines that harness tasks carry, with the one value that asks for nothing.
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "n": 1, "use_cache": True}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one request asks for.
+
+    Attributes:
+        decoding: how to denoise.
+        max_gen_toks: most new tokens.
+        until: texts that end the answer, none of them empty.
+        do_sample: whether the harness counts the request as sampled (it never reads such answers from its cache).
+    """
+
+    decoding: DecodingConfig
+    max_gen_toks: int
+    until: tuple[str, ...]
+    do_sample: bool
+
+
+def read_generation(gen_kwargs: Mapping[str, Any], base: Mapping[str, Any]) -> Generation:
+    """Merge a request's settings with the model's and validate them.
+
+    Args:
+        gen_kwargs: as they arrive with the request.
+        base: settings of model_args and the checkpoint, by the same names.
+
+    Raises:
+        UserError: an unknown name, or a value out of range.
+    """
+    check_names(gen_kwargs, "gen_kwargs")
+    given = {name: value for name, value in gen_kwargs.items() if value is not None}
+    settings = {name: value for name, value in base.items() if value is not None and name in DECODING_SETTINGS}
+    if "block_length" in given and "denoising_steps" not in given and "denoising_steps" not in base:
+        settings.pop("denoising_steps", None)
+    settings |= {name: value for name, value in given.items() if name in DECODING_SETTINGS}
+    if float(to_number("top_k", settings.get("top_k", 0), whole=True)) == -1:
+        settings["top_k"] = 0  # "off" in vLLM's spelling
+    do_sample = to_bool("do_sample", given["do_sample"]) if "do_sample" in given else None
+    if do_sample is False:
+        if to_number("temperature", given.get("temperature", 0), whole=False) > 0:
+            logger.warning("do_sample=false: greedy; temperature=%s has no effect.", given["temperature"])
+        settings["temperature"] = 0.0
+    decoding = DecodingConfig(**settings)
+    if do_sample and decoding.temperature == 0:
+        logger.warning("do_sample=true with temperature=0 is greedy; add temperature=1.0 to sample.")
+    until = given["until"] if "until" in given else base.get("until")
+    return Generation(decoding, _max_tokens(given, base), to_texts(until), bool(do_sample))
+
+
+def check_names(settings: Mapping[str, Any], source: str, also: tuple[str, ...] = ()) -> None:
+    """Refuse unknown names.
+
+    Raises:
+        UserError: names one, suggests another, lists the known ones.
+    """
+    known = (*also, *GENERATION_SETTINGS)
+    for name, value in settings.items():
+        if name in NEUTRAL and value in (None, NEUTRAL[name]):
+            continue
+        if name not in known:
+            raise UserError(f"{source}: {name!r} is unknown.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+
+
+def to_bool(name: str, value: Any) -> bool:
+    """Read true or false, given as a value or as text.
+
+    Raises:
+        UserError: neither.
+    """
+    if isinstance(value, (bool, int)) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    raise UserError(f"{name}={value!r} is neither true nor false.")
+
+
+def to_texts(value: Any) -> tuple[str, ...]:
+    """Read `until`: a text, several, or none; empty ones end nothing and are left out.
+
+    Raises:
+        UserError: something other than text.
+    """
+    texts = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"until={value!r} is neither a text nor a list of texts.")
+    return tuple(dict.fromkeys(text for text in texts if text))
+
+
+def _max_tokens(given: Mapping[str, Any], base: Mapping[str, Any]) -> int:
+    """Reconcile the spellings: in gen_kwargs the last one given holds.
+
+    `--gen_kwargs` is merged into a task's dict by `update`, so a new spelling from there stands behind the task's own.
+    """
+    for source in (given, base):
+        names = [name for name in source if name in MAX_TOKENS_SPELLINGS and source[name] is not None]
+        if names:
+            number = int(to_number(names[-1], source[names[-1]], whole=True))
+            if number < 1:
+                raise UserError(f"{names[-1]}={number} is out of range: it must be 1 or more.")
+            return number
+    return DEFAULT_MAX_GEN_TOKS

@@ -1,0 +1,1 @@
+"""What a run tells its user, beside the harness's own tables."""
