@@ -204,6 +204,9 @@ class Checkpoint:
         config_class, model_class = ARCHITECTURES[self.config["model_type"]]
         config = self._transformers_config(getattr(transformers, config_class), attention)
         dtype_name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+        bars = transformers.utils.logging
+        shown = bars.is_progress_bar_enabled()
+        bars.disable_progress_bar()
         try:
             model, report = getattr(transformers, model_class).from_pretrained(
                 self.folder,
@@ -215,14 +218,17 @@ class Checkpoint:
             )
         except Exception as error:
             raise UserError(f"the weights of checkpoint {self.name!r} cannot be loaded: {error}") from error
+        finally:
+            if shown:
+                bars.enable_progress_bar()
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             names = sorted(str(name) for name in report[what])
             if config.tie_word_embeddings:
                 names = [name for name in names if name != "lm_head.weight"]
             if names:
-                shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+                listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
                 raise UserError(
-                    f"checkpoint {self.name!r} does not fit its config.json: {what.split('_')[0]} weights {shown}."
+                    f"checkpoint {self.name!r} does not fit its config.json: {what.split('_')[0]} weights {listed}."
                 )
         for parameter in model.parameters():
             parameter.requires_grad_(False)

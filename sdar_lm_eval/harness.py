@@ -27,6 +27,8 @@ from sdar_lm_eval.ranks import Ranks
 from sdar_lm_eval.report.run import RunReport
 
 logger = logging.getLogger(__name__)
+# Our messages go where lm_eval's go, at its verbosity.
+logging.getLogger("sdar_lm_eval").parent = logging.getLogger("lm_eval")
 
 DEFAULT_CHECKPOINT = "JetLM/SDAR-4B-Chat"
 CHAT_TEMPLATE_MODES = ("auto", "on", "off")

@@ -1,0 +1,33 @@
+# make demo · make test · make check · make benchmark
+# PYTHON chooses the interpreter (3.10 to 3.13); VENV where its environment lies.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check benchmark clean
+
+demo: $(INSTALLED)
+	$(BIN)/lm_eval run --model sdar --model_args pretrained=demo --tasks gsm8k_sdar_demo --output_path demo_results --log_samples
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest tests
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmark: $(INSTALLED)
+	$(BIN)/python benchmarks/throughput.py
+
+# torch first, on its own: the pinned version is a wheel for the CPU where an index offers one.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo_results
