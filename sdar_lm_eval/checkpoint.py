@@ -1,29 +1,31 @@
 """Opens a checkpoint of the SDAR family without running its code.
 
 SDAR's folders name Python files in `auto_map`; opening them the usual way runs those files or waits for a "y" on a
-terminal. They are not needed: SDAR is Qwen3 (its MoE: Qwen3-MoE) under a block-causal mask, with Qwen3's weight names and
-shapes, so transformers' own classes hold it. Here `config.json` is read as data, the tokenizer is opened from a copy
-of its files without `auto_map`, weights come from safetensors alone, and no `.py` file is ever copied or downloaded.
+terminal. They are not needed: SDAR is Qwen3 (its MoE: Qwen3-MoE) under a block-causal mask, with Qwen3's weight names
+and shapes, so transformers' own classes hold it. Here `config.json` is read as data. transformers never sees the folder:
+for the tokenizer it gets a copy of its files without `auto_map`, for the weights links to the safetensors, whose names
+and shapes have been compared with `config.json` by then. No `.py` file is ever copied or downloaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
-import os
+import re
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdar_lm_eval.demo import CHECKPOINT as DEMO_CHECKPOINT
 from sdar_lm_eval.engines.base import DEFAULT_BLOCK_LENGTH
-from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.errors import EngineError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ TOKENIZER_FILES = (
 )
 DOWNLOADED = ("*.json", "*.jinja", "merges.txt", "*.safetensors")
 DTYPES = ("float32", "bfloat16", "float16")
+# Names in older files that hold nothing: computed from the configuration.
+IGNORED_WEIGHTS = ("rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Checkpoint:
         config: `config.json` as it stands.
         is_moe: SDAR MoE (Qwen3-MoE layout) rather than dense.
         mask_token_id: the token that stands for "not yet known".
-        block_length: tokens the model was trained to denoise together.
+        block_length: tokens the model was trained to denoise together: config.json's `block_size`, else what the name
+            says (JetLM's end in -b8, -b16, ... where it is not 4), else 4.
         stop_ids: tokens that end an answer: `generation_config.json`'s, else config.json's, else the tokenizer's.
         max_length: most tokens of prompt and answer together (`max_position_embeddings`).
         revision: of the hub id, as it was asked for.
@@ -91,23 +96,38 @@ class Checkpoint:
                 f"{' and '.join(repr(known) for known in ARCHITECTURES)} (the SDAR family). "
                 "Run other models with lm_eval's own, such as --model hf."
             )
-        generation = _read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+        generation_config = folder / "generation_config.json"
+        generation = _read_json(generation_config) if generation_config.exists() else {}
+        mask_token_id = config.get("mask_token_id")
         stop_ids = _as_ids(generation.get("eos_token_id")) or _as_ids(config.get("eos_token_id"))
+        tokenizer = None
+        if mask_token_id is None or not stop_ids:
+            tokenizer = _open_tokenizer(name, folder)
+            mask_token_id = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
+            stop_ids = stop_ids or _as_ids(tokenizer.eos_token_id)
+        if mask_token_id is None:
+            raise UserError(
+                f"checkpoint {name!r} names no mask token: neither mask_token_id in config.json nor mask_token in "
+                "tokenizer_config.json. Add the one it was trained with to config.json."
+            )
+        if not (isinstance(mask_token_id, int) and 0 <= mask_token_id < config.get("vocab_size", 0)):
+            raise UserError(
+                f"checkpoint {name!r} has mask token {mask_token_id!r}, but its config.json has "
+                f"vocab_size={config.get('vocab_size')!r}. Correct mask_token_id there."
+            )
         opened = cls(
             name=name,
             folder=folder,
             config=config,
             is_moe=model_type == "sdar_moe",
-            mask_token_id=config.get("mask_token_id", -1),
-            block_length=config.get("block_size", config.get("block_length", DEFAULT_BLOCK_LENGTH)),
+            mask_token_id=mask_token_id,
+            block_length=_block_length(name, config),
             stop_ids=stop_ids,
             max_length=config.get("max_position_embeddings", 32768),
             revision=revision,
         )
-        if opened.mask_token_id == -1:
-            opened = dataclasses.replace(opened, mask_token_id=_mask_id_of_tokenizer(opened))
-        if not opened.stop_ids and opened.tokenizer.eos_token_id is not None:
-            opened = dataclasses.replace(opened, stop_ids=(opened.tokenizer.eos_token_id,))
+        if tokenizer is not None:
+            opened.__dict__["tokenizer"] = tokenizer  # read already
         return opened
 
     @functools.cached_property
@@ -117,26 +137,7 @@ class Checkpoint:
         Raises:
             UserError: the folder has no tokenizer, or transformers cannot read it.
         """
-        from transformers import AutoTokenizer
-
-        present = [self.folder / file for file in TOKENIZER_FILES if (self.folder / file).exists()]
-        if not any(path.name in ("tokenizer.json", "vocab.json") for path in present):
-            raise UserError(f"checkpoint {self.name!r} has no tokenizer: {self.folder} holds neither tokenizer.json nor "
-                            "vocab.json with merges.txt.")  # fmt: skip
-        with tempfile.TemporaryDirectory(prefix="sdar-tokenizer-") as clean:
-            for path in present:
-                if path.name == "tokenizer_config.json":
-                    settings = _read_json(path)
-                    settings.pop("auto_map", None)
-                    (Path(clean) / path.name).write_text(json.dumps(settings))
-                else:
-                    (Path(clean) / path.name).write_bytes(path.read_bytes())
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(clean, trust_remote_code=False)
-            except Exception as error:
-                raise UserError(f"the tokenizer of checkpoint {self.name!r} cannot be read: {error}") from error
-        tokenizer.name_or_path = self.name
-        return tokenizer
+        return _open_tokenizer(self.name, self.folder)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special tokens left out, nothing tidied up."""
@@ -145,11 +146,14 @@ class Checkpoint:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the configuration and of samples of every weight file: other weights, another fingerprint.
+        """A hash of what answers depend on: other weights, configuration, tokenizer or template, another fingerprint.
 
-        Cheap: from each file it reads its size, its header and 64 KiB at four places.
+        Cheap: from each weight file it reads its size and 64 KiB at four places.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in ("generation_config.json", *TOKENIZER_FILES):
+            if (self.folder / name).exists():
+                digest.update(name.encode() + (self.folder / name).read_bytes())
         for path in self.weight_files():
             size = path.stat().st_size
             digest.update(f"{path.name}:{size}".encode())
@@ -160,31 +164,30 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
     def weight_files(self) -> list[Path]:
-        """The safetensors files that hold the weights, whole as far as their headers and sizes tell.
+        """The safetensors files that hold the weights: model.safetensors, else those of its index.
 
         Raises:
-            UserError: none there, one of the index missing, or one cut short.
+            UserError: none there, or one of the index missing.
         """
+        if (self.folder / "model.safetensors").exists():
+            return [self.folder / "model.safetensors"]
         index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        else:
-            names = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        if not names:
+        if not index.exists():
             raise UserError(
-                f"checkpoint {self.name!r} has no weights: no *.safetensors in {self.folder}. "
-                "Only safetensors are read; convert other formats with transformers' save_pretrained."
+                f"checkpoint {self.name!r} has no weights: {self.folder} holds neither model.safetensors nor "
+                "model.safetensors.index.json. Only these are read; convert others with transformers' save_pretrained."
             )
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{index} has no weight_map from weights to files. Download it again.")
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (self.folder / name).exists()]
         if missing:
             raise UserError(
-                f"checkpoint {self.name!r} lacks weights: its index names {', '.join(missing)}, which {self.folder} "
-                "does not hold. Download it again."
+                f"checkpoint {self.name!r} lacks weights: its index names {_listed(missing)}, which {self.folder} does "
+                "not hold. Download it again."
             )
-        paths = [self.folder / name for name in names]
-        for path in paths:
-            _check_whole(path)
-        return paths
+        return [self.folder / name for name in names]
 
     def load_model(self, *, dtype: Any, device: Any, attention: str) -> Any:
         """Load the weights into transformers' Qwen3ForCausalLM or Qwen3MoeForCausalLM.
@@ -192,57 +195,97 @@ class Checkpoint:
         Args:
             dtype: torch dtype of the weights in memory.
             device: torch device.
-            attention: name of an attention function registered with transformers.
+            attention: name of an attention function registered with transformers, "sdpa" or "eager".
 
         Raises:
-            UserError: weights are missing, unexpected, of another shape, or cut short; the message names them.
+            UserError: weights are missing, unexpected, of another shape, or cut short (the message names them), or do
+                not fit on the device.
+            EngineError: this transformers does not take SDAR's weights for what they are.
         """
         import torch
         import transformers
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        self.weight_files()
+        assert attention in {"eager", *ALL_ATTENTION_FUNCTIONS.keys()}, attention
+        files = self.weight_files()
         config_class, model_class = ARCHITECTURES[self.config["model_type"]]
         config = self._transformers_config(getattr(transformers, config_class), attention)
-        dtype_name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-        bars = transformers.utils.logging
-        shown = bars.is_progress_bar_enabled()
-        bars.disable_progress_bar()
-        try:
-            model, report = getattr(transformers, model_class).from_pretrained(
-                self.folder,
-                config=config,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                **{dtype_name: dtype},
-            )
-        except Exception as error:
-            raise UserError(f"the weights of checkpoint {self.name!r} cannot be loaded: {error}") from error
-        finally:
-            if shown:
-                bars.enable_progress_bar()
-        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            names = sorted(str(name) for name in report[what])
-            if config.tie_word_embeddings:
-                names = [name for name in names if name != "lm_head.weight"]
-            if names:
-                listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                raise UserError(
-                    f"checkpoint {self.name!r} does not fit its config.json: {what.split('_')[0]} weights {listed}."
+        self._check_layout(config, files)
+        with tempfile.TemporaryDirectory(prefix="sdar-weights-") as clean, _no_progress_bars():
+            for path in [*files, self.folder / "model.safetensors.index.json"]:
+                if path.exists():
+                    (Path(clean) / path.name).symlink_to(path.resolve())
+            (Path(clean) / "generation_config.json").write_text("{}")  # transformers 5 insists on one
+            try:
+                model, report = getattr(transformers, model_class).from_pretrained(
+                    clean,
+                    config=config,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    **{_dtype_argument(transformers.__version__): dtype},
                 )
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        with torch.no_grad():
-            return model.to(device).eval()
+                if config.tie_word_embeddings:
+                    model.lm_head.weight = model.model.embed_tokens.weight  # also where the file holds another head
+                model = model.requires_grad_(False).to(device).eval()
+            except torch.OutOfMemoryError as error:
+                size = sum(path.stat().st_size for path in files) / 2**30
+                raise UserError(
+                    f"the weights of checkpoint {self.name!r} ({size:.1f} GiB of files) do not fit on {device} as {dtype} "
+                    f"({error}). Choose a smaller dtype, another device, or a smaller checkpoint."
+                ) from error
+            except Exception as error:
+                raise UserError(f"the weights of checkpoint {self.name!r} cannot be loaded: {error!r}") from error
+        left = {str(name) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[what]}
+        if config.tie_word_embeddings:
+            left.discard("lm_head.weight")
+        if left:
+            raise EngineError(
+                f"checkpoint {self.name!r} is whole, but transformers {transformers.__version__} did not take its "
+                f"{_listed(sorted(left))}. Install another version of transformers."
+            )
+        return model
 
     def _transformers_config(self, config_class: Any, attention: str) -> Any:
         """Translate config.json into transformers' config of the same layout."""
         not_of_the_model = ("architectures", "auto_map", "model_type", "attn_implementation", "torch_dtype", "dtype",
-                            "transformers_version", "use_cache")  # fmt: skip
+                            "transformers_version", "use_cache", "rope_parameters")  # fmt: skip
         settings = {key: value for key, value in self.config.items() if key not in not_of_the_model}
-        config = config_class(**settings, use_cache=False)
+        if settings.get("use_sliding_window"):
+            raise UserError(f"checkpoint {self.name!r} has use_sliding_window=true, which is not supported.")
+        # transformers 5 writes rope_parameters, which 4 would not read (rope_theta would be 10000); both read the old names.
+        if rope := dict(self.config.get("rope_parameters") or {}):
+            settings["rope_theta"] = rope.pop("rope_theta", 10000.0)
+            settings["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+        try:
+            config = config_class(**settings, use_cache=False)
+            if getattr(config, "head_dim", None) is None:  # Qwen3MoeConfig has no default of its own
+                config.head_dim = config.hidden_size // config.num_attention_heads
+            _layout(config, self.is_moe)
+        except Exception as error:
+            raise UserError(f"config.json of checkpoint {self.name!r} cannot be used: {error}") from error
         config._attn_implementation = attention
         return config
+
+    def _check_layout(self, config: Any, files: list[Path]) -> None:
+        """Compare names and shapes of the weights with what the configuration asks for."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            found |= _read_shapes(path)
+        wanted = _layout(config, self.is_moe)
+        ignored = (*IGNORED_WEIGHTS, *(["lm_head.weight"] if config.tie_word_embeddings else []))
+        wrong = {
+            "missing": sorted(wanted.keys() - found.keys()),
+            "unexpected": sorted(name for name in found.keys() - wanted.keys() if not name.endswith(ignored)),
+            "of another shape": [
+                f"{name} {list(found[name])} in place of {list(shape)}"
+                for name, shape in sorted(wanted.items())
+                if found.get(name, shape) != shape
+            ],
+        }
+        if any(wrong.values()):
+            told = "; ".join(f"{what}: {_listed(names)}" for what, names in wrong.items() if names)
+            raise UserError(f"the weights of checkpoint {self.name!r} do not fit its config.json; {told}.")
 
 
 def _resolve(name: str, revision: str | None) -> Path:
@@ -253,10 +296,10 @@ def _resolve(name: str, revision: str | None) -> Path:
         if revision is not None:
             raise UserError(f"revision={revision!r} was given, but {name!r} is a folder; revisions belong to hub ids.")
         return folder
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or os.sep in name.replace("/", "", 1)
-    if looks_like_path:
+    if name.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(
-            f"pretrained={name!r}: no such folder. Give an existing folder, a hub id such as JetLM/SDAR-4B-Chat, or demo."
+            f"pretrained={name!r}: no such folder. Give an existing folder, a hub id such as JetLM/SDAR-4B-Chat, or "
+            "demo."
         )
     from huggingface_hub import snapshot_download
 
@@ -290,30 +333,111 @@ def _as_ids(value: Any) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _mask_id_of_tokenizer(checkpoint: Checkpoint) -> int:
-    mask_id = checkpoint.tokenizer.mask_token_id
-    if mask_id is None:
+def _block_length(name: str, config: Mapping[str, Any]) -> Any:
+    for key in ("block_size", "block_length"):
+        if config.get(key) is not None:
+            return config[key]
+    if match := re.search(r"-b(\d+)/?$", name):
+        return int(match[1])
+    logger.warning(
+        "checkpoint %r does not say its block size; %d is assumed. Give block_length=N if it was trained with another.",
+        name,
+        DEFAULT_BLOCK_LENGTH,
+    )
+    return DEFAULT_BLOCK_LENGTH
+
+
+def _open_tokenizer(name: str, folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    present = [folder / file for file in TOKENIZER_FILES if (folder / file).exists()]
+    has = {path.name for path in present}
+    if not ("tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has):
         raise UserError(
-            f"checkpoint {checkpoint.name!r} names no mask token: neither mask_token_id in config.json nor mask_token in "
-            "tokenizer_config.json. Add the one it was trained with to config.json."
+            f"checkpoint {name!r} has no tokenizer: {folder} holds neither tokenizer.json nor vocab.json and merges.txt."
         )
-    return int(mask_id)
+    settings = _read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in has else {}
+    settings.pop("auto_map", None)
+    if settings.get("tokenizer_class") in (None, "TokenizersBackend"):  # not named, or as only transformers 5 names it
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast" if "tokenizer.json" in has else "Qwen2Tokenizer"
+    with tempfile.TemporaryDirectory(prefix="sdar-tokenizer-") as clean:
+        for path in present:
+            (Path(clean) / path.name).write_bytes(path.read_bytes())
+        (Path(clean) / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(clean, trust_remote_code=False)
+        except Exception as error:
+            raise UserError(f"the tokenizer of checkpoint {name!r} cannot be read: {error}") from error
+    tokenizer.name_or_path = name
+    return tokenizer
 
 
-def _check_whole(path: Path) -> None:
-    """Compare a safetensors file's length with what its header promises: a download cut short is named, not guessed at.
+def _layout(config: Any, is_moe: bool) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight that a file must hold.
 
-    Layout: 8 bytes little-endian header length, the header as JSON with `data_offsets`, then the data.
+    Source: modeling_sdar.py and modeling_sdar_moe.py of JetLM's checkpoints.
+    """
+    d, size, vocabulary = config.hidden_size, config.head_dim, config.vocab_size
+    heads, kv_heads = config.num_attention_heads * size, config.num_key_value_heads * size
+    projections = {"q_proj": (heads, d), "k_proj": (kv_heads, d), "v_proj": (kv_heads, d), "o_proj": (d, heads)}
+
+    layout: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, d), "model.norm.weight": (d,)}
+    if not config.tie_word_embeddings:
+        layout["lm_head.weight"] = (vocabulary, d)
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        layout |= {f"{layer}.{norm}_layernorm.weight": (d,) for norm in ("input", "post_attention")}
+        layout |= {f"{layer}.self_attn.{norm}_norm.weight": (size,) for norm in "qk"}
+        layout |= {f"{layer}.self_attn.{name}.weight": shape for name, shape in projections.items()}
+        if config.attention_bias:
+            layout |= {f"{layer}.self_attn.{name}.bias": shape[:1] for name, shape in projections.items()}
+        mlps = {f"{layer}.mlp": config.intermediate_size}
+        if is_moe and i not in config.mlp_only_layers and (i + 1) % config.decoder_sparse_step == 0:
+            layout[f"{layer}.mlp.gate.weight"] = (config.num_experts, d)
+            mlps = {f"{layer}.mlp.experts.{e}": config.moe_intermediate_size for e in range(config.num_experts)}
+        for mlp, width in mlps.items():
+            layout |= {f"{mlp}.{name}_proj.weight": (width, d) for name in ("gate", "up")}
+            layout[f"{mlp}.down_proj.weight"] = (d, width)
+    return layout
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors file, whose length is what its header promises: a download cut short is named.
+
+    Layout: 8 bytes little-endian header length, the header as JSON with `shape` and `data_offsets`, then the data.
     """
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
+            start = file.read(8)
+            if len(start) < 8 or (length := struct.unpack("<Q", start)[0]) > size - 8:
                 raise ValueError("its header is cut short")
             header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        if size != 8 + length + max(ends, default=0):
-            raise ValueError(f"it has {size:,} bytes where its header promises {8 + length + max(ends, default=0):,}")
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size != end:
+            raise ValueError(f"it has {size:,} bytes where its header promises {end:,}")
+        return {name: tuple(entry["shape"]) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}. Download it again.") from error
+
+
+def _dtype_argument(version: str) -> str:
+    return "dtype" if tuple(map(int, version.split(".")[:2])) >= (4, 56) else "torch_dtype"
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

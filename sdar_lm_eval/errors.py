@@ -1,8 +1,8 @@
 """The package's exceptions.
 
     SDARError(Exception)
-    ├── UserError(SDARError, ValueError)   what was given cannot be used; the message says what is allowed and what to do
-    └── EngineError(SDARError)             an engine could not do what it was asked to; nothing finished is lost
+    ├── UserError(SDARError, ValueError)       what was given cannot be used; says what is allowed and what to do
+    └── EngineError(SDARError, RuntimeError)   an engine could not do what it was asked to; nothing finished is lost
 
 On the command line of lm_eval both print as one line, without a traceback (`SDAR_LM_EVAL_TRACEBACK=1` shows it).
 """

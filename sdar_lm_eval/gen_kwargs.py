@@ -1,11 +1,12 @@
 """Reads a harness request's `gen_kwargs`, on top of the settings given by `--model_args`.
 
-Precedence: gen_kwargs (a task's YAML, overridden by `--gen_kwargs`) > model_args > checkpoint > default. Values come typed
-or as text. Nothing is popped or changed: the harness hashes the same dict for its cache.
+Precedence: gen_kwargs (a task's YAML, overridden by `--gen_kwargs`) > model_args > checkpoint > default. Values come
+typed or as text. Nothing is popped or changed: the harness hashes the same dict for its cache.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,16 +29,23 @@ class Generation:
     """What one request asks for.
 
     Attributes:
-        decoding: how to denoise.
+        decoding: how to denoise; temperature 0 where the answer is to be greedy.
         max_gen_toks: most new tokens.
         until: texts that end the answer, none of them empty.
-        do_sample: whether the harness counts the request as sampled (it never reads such answers from its cache).
     """
 
     decoding: DecodingConfig
     max_gen_toks: int
     until: tuple[str, ...]
-    do_sample: bool
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the seed has a say, so that repeats differ."""
+        return not self.decoding.greedy or self.decoding.remasking_strategy == "random"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings by name, as plain values."""
+        return self.decoding.as_dict() | {"max_gen_toks": self.max_gen_toks, "until": list(self.until)}
 
 
 def read_generation(gen_kwargs: Mapping[str, Any], base: Mapping[str, Any]) -> Generation:
@@ -51,23 +59,18 @@ def read_generation(gen_kwargs: Mapping[str, Any], base: Mapping[str, Any]) -> G
         UserError: an unknown name, or a value out of range.
     """
     check_names(gen_kwargs, "gen_kwargs")
-    given = {name: value for name, value in gen_kwargs.items() if value is not None}
-    settings = {name: value for name, value in base.items() if value is not None and name in DECODING_SETTINGS}
-    if "block_length" in given and "denoising_steps" not in given and "denoising_steps" not in base:
-        settings.pop("denoising_steps", None)
-    settings |= {name: value for name, value in given.items() if name in DECODING_SETTINGS}
-    if float(to_number("top_k", settings.get("top_k", 0), whole=True)) == -1:
+    given, base = _without_none(gen_kwargs), _without_none(base)
+    settings = {name: value for name, value in (base | given).items() if name in DECODING_SETTINGS}
+    if to_number("top_k", settings.get("top_k", 0), whole=True) == -1:
         settings["top_k"] = 0  # "off" in vLLM's spelling
-    do_sample = to_bool("do_sample", given["do_sample"]) if "do_sample" in given else None
-    if do_sample is False:
-        if to_number("temperature", given.get("temperature", 0), whole=False) > 0:
-            logger.warning("do_sample=false: greedy; temperature=%s has no effect.", given["temperature"])
-        settings["temperature"] = 0.0
     decoding = DecodingConfig(**settings)
-    if do_sample and decoding.temperature == 0:
+    if not _is_sampled(given, base):
+        _warn_of_unused_temperature(given, base)
+        decoding = dataclasses.replace(decoding, temperature=0.0)
+    elif decoding.temperature == 0:
         logger.warning("do_sample=true with temperature=0 is greedy; add temperature=1.0 to sample.")
     until = given["until"] if "until" in given else base.get("until")
-    return Generation(decoding, _max_tokens(given, base), to_texts(until), bool(do_sample))
+    return Generation(decoding, _max_tokens(given, base), to_texts(until))
 
 
 def check_names(settings: Mapping[str, Any], source: str, also: tuple[str, ...] = ()) -> None:
@@ -78,9 +81,13 @@ def check_names(settings: Mapping[str, Any], source: str, also: tuple[str, ...] 
     """
     known = (*also, *GENERATION_SETTINGS)
     for name, value in settings.items():
-        if name in NEUTRAL and value in (None, NEUTRAL[name]):
-            continue
-        if name not in known:
+        if name in NEUTRAL:
+            if value not in (None, NEUTRAL[name]):
+                raise UserError(
+                    f"{source}: {name}={value!r} is not supported, only {NEUTRAL[name]}; "
+                    f"where a task asks for it, override it: --gen_kwargs {name}={NEUTRAL[name]}."
+                )
+        elif name not in known:
             raise UserError(f"{source}: {name!r} is unknown.{did_you_mean(name, known)} Known: {', '.join(known)}.")
 
 
@@ -109,16 +116,44 @@ def to_texts(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
+def _without_none(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _is_sampled(given: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """The harness's rule: `do_sample` decides; where it is not given, a temperature above 0 samples; else greedy."""
+    for source in (given, base):
+        if "do_sample" in source:
+            return to_bool("do_sample", source["do_sample"])
+        if "temperature" in source:
+            return to_number("temperature", source["temperature"], whole=False) > 0
+    return False
+
+
+def _warn_of_unused_temperature(given: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    if to_number("temperature", given.get("temperature", 0), whole=False) > 0:
+        logger.warning("do_sample=false: greedy; temperature=%s has no effect.", given["temperature"])
+    elif given and _is_sampled({}, base):
+        logger.warning(
+            "The task asks for greedy decoding, so the sampling in model_args has no effect; "
+            "--gen_kwargs do_sample=true,temperature=1.0 overrides the task."
+        )
+
+
 def _max_tokens(given: Mapping[str, Any], base: Mapping[str, Any]) -> int:
     """Reconcile the spellings: in gen_kwargs the last one given holds.
 
     `--gen_kwargs` is merged into a task's dict by `update`, so a new spelling from there stands behind the task's own.
     """
     for source in (given, base):
-        names = [name for name in source if name in MAX_TOKENS_SPELLINGS and source[name] is not None]
-        if names:
-            number = int(to_number(names[-1], source[names[-1]], whole=True))
-            if number < 1:
-                raise UserError(f"{names[-1]}={number} is out of range: it must be 1 or more.")
-            return number
+        names = [name for name in source if name in MAX_TOKENS_SPELLINGS]
+        if not names:
+            continue
+        *unused, name = names
+        if any(source[other] != source[name] for other in unused):
+            logger.info("%s=%s holds, not %s.", name, source[name], ", ".join(f"{n}={source[n]}" for n in unused))
+        number = int(to_number(name, source[name], whole=True))
+        if number < 1:
+            raise UserError(f"{name}={number} is out of range: it must be 1 or more.")
+        return number
     return DEFAULT_MAX_GEN_TOKS

@@ -1,13 +1,15 @@
 """The registered lm_eval model: Instance -> GenerationRequest -> engine -> text, in the harness's order.
 
-One class for every engine: it owes the harness its contract (order, caching, truncation, chat template, ranks), the engine
-owes it tokens.
+One class for every engine: it owes the harness its contract (order, caching, truncation, chat template, ranks), and the
+engine owes it tokens.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -20,11 +22,11 @@ from lm_eval.api.model import TemplateLM
 
 import sdar_lm_eval
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.base import DECODING_SETTINGS, GenerationRequest, make_engine, to_number
-from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.engines.base import GenerationRequest, make_engine, to_number
+from sdar_lm_eval.errors import EngineError, UserError
 from sdar_lm_eval.gen_kwargs import GENERATION_SETTINGS, Generation, check_names, read_generation, to_bool
 from sdar_lm_eval.ranks import Ranks
-from sdar_lm_eval.report.run import RunReport
+from sdar_lm_eval.report.run import Counts, RunReport
 
 logger = logging.getLogger(__name__)
 # Our messages go where lm_eval's go, at its verbosity.
@@ -33,21 +35,38 @@ logging.getLogger("sdar_lm_eval").parent = logging.getLogger("lm_eval")
 DEFAULT_CHECKPOINT = "JetLM/SDAR-4B-Chat"
 CHAT_TEMPLATE_MODES = ("auto", "on", "off")
 MODEL_ARGUMENTS = (
-    "pretrained", "revision", "dtype", "device", "max_length", "max_active", "kv_pages", "seed", "chat_template", "trace",
-    "batch_size", "max_batch_size", "trust_remote_code",
+    "pretrained", "revision", "dtype", "device", "max_length", "max_active", "kv_pages", "seed", "chat_template",
+    "trace", "batch_size", "max_batch_size", "trust_remote_code",
 )  # fmt: skip
 # What a run's cached answers depend on, kept in the cache itself; see `set_cache_hook`.
 FINGERPRINT_KEY = "sdar_lm_eval/fingerprint"
 
+_Key = tuple[int, int]  # identity of an Instance, repeat
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What all requests with the same gen_kwargs share."""
+
+    generation: Generation
+    stop_ids: frozenset[int]
+    stop_strings: tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class _Job:
-    """One answer to be made: a request of the harness (one repeat of it) and the engine's request."""
+    """One answer to be made.
+
+    Attributes:
+        until: the answer is cut before the earliest of these texts.
+        own_key: where the cache keeps the answer for a later run, if the harness will not read its own key back.
+    """
 
     instance: Any
     repeat: int
-    generation: Generation
     request: GenerationRequest
+    until: tuple[str, ...]
+    own_key: str | None
 
 
 class SDARLM(TemplateLM):  # type: ignore[misc]
@@ -57,16 +76,17 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         pretrained: hub id, folder, or `demo` (the bundled small checkpoint).
         revision: branch, tag or commit of a hub id.
         dtype: float32, bfloat16, float16, or auto: float32 on the CPU, the checkpoint's own on a GPU.
-        device: cpu, cuda, cuda:N, or auto: a GPU if there is one.
+        device: cpu, cuda, cuda:N, or auto: a GPU if there is one. `--device cuda:0` counts as auto: the harness passes
+            it when nobody asked.
         max_length: most tokens of prompt and answer; longer prompts lose their beginning. Default: the checkpoint's.
         max_active: sequences that run at once; default: as many as fit. `--batch_size N` with N > 1 is another way
             to say it; 1 and auto, which the harness passes when nobody asked, leave it to the engine.
         kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
         seed: of sampled answers; each draws by (seed, document, repeat), whatever else is in the batch.
-        chat_template: auto (the checkpoint's chat template, where it has one, for prompts that the harness did not put
-            into one), on (the same, and an error where there is none), off.
-        trace: file that gets a JSON line for each finished request.
-        decoding settings: see `DecodingConfig`; and max_gen_toks, until. A task's or `--gen_kwargs`' values win.
+        chat_template: auto (the checkpoint's chat template, where it has one, for prompts that are not in one yet: each
+            becomes one user turn), on (the same, and an error where there is none), off.
+        trace: file that gets a JSON line for each finished request; with several ranks, one file each.
+        decoding settings: see `DecodingConfig`; and do_sample, max_gen_toks, until. A task's or `--gen_kwargs`' win.
 
     Raises:
         UserError: an unknown argument, a value out of range, or a checkpoint that cannot be run.
@@ -76,47 +96,56 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
 
     def __init__(self, pretrained: str = DEFAULT_CHECKPOINT, **arguments: Any) -> None:
         super().__init__()
+        started = time.perf_counter()
         check_names(arguments, "model_args", also=MODEL_ARGUMENTS)
         arguments = {name: value for name, value in arguments.items() if value is not None}
-        if arguments.get("trust_remote_code") and to_bool("trust_remote_code", arguments["trust_remote_code"]):
+        if to_bool("trust_remote_code", arguments.get("trust_remote_code", False)):
             logger.info("trust_remote_code is not needed: no code of a checkpoint is ever run.")
         self._template_mode = _one_of("chat_template", arguments.get("chat_template", "auto"), CHAT_TEMPLATE_MODES)
         self._seed = int(to_number("seed", arguments.get("seed", 0), whole=True))
-        settings = {name: arguments[name] for name in GENERATION_SETTINGS if name in arguments}
-
-        started = time.perf_counter()
-        revision = arguments.get("revision")
-        self.checkpoint = Checkpoint.open(str(pretrained), None if revision is None else str(revision))
-        self.tokenizer = self.checkpoint.tokenizer
-        self._settings = {"block_length": self.checkpoint.block_length} | settings
-        if "block_length" in settings:
-            self._warn_of_block_length(settings["block_length"])
-        self._max_length = int(to_number("max_length", arguments.get("max_length", self.checkpoint.max_length), whole=True))
-        default = read_generation({}, self._settings)
-        self._room_for_prompt(default.max_gen_toks)
-        self._has_template = bool(getattr(self.tokenizer, "chat_template", None))
-        if self._template_mode == "on" and not self._has_template:
-            raise UserError(f"chat_template=on, but checkpoint {pretrained!r} has no chat template; use chat_template=off.")
+        max_active = _max_active(arguments)
 
         self._ranks = Ranks()
         self._rank, self._world_size = self._ranks.rank, self._ranks.world_size
+        if self._rank > 0:
+            logging.getLogger("sdar_lm_eval").setLevel(logging.ERROR)  # rank 0 says it for all
+
+        revision = arguments.get("revision")
+        self.checkpoint = Checkpoint.open(str(pretrained), None if revision is None else str(revision))
+        self.tokenizer = self.checkpoint.tokenizer
+        self._has_template = bool(getattr(self.tokenizer, "chat_template", None))
+        if self._template_mode == "on" and not self._has_template:
+            raise UserError(
+                f"chat_template=on, but checkpoint {pretrained!r} has no chat template; use chat_template=off."
+            )
+        self._base = {"block_length": self.checkpoint.block_length} | {
+            name: value for name, value in arguments.items() if name in GENERATION_SETTINGS
+        }
+        self._default = read_generation({}, self._base)
+        self._max_length = int(
+            to_number("max_length", arguments.get("max_length", self.checkpoint.max_length), whole=True)
+        )
+        self._room_for_prompt(self._default.max_gen_toks)
+        self._warn_of_untrained(arguments)
+
+        trace = arguments.get("trace")
+        if trace is not None and self._world_size > 1:
+            trace = f"{trace}.rank{self._rank}"
+        self.report = RunReport(None if trace is None else Path(str(trace)))
         self._engine = make_engine(
             self.ENGINE,
             self.checkpoint,
             device=self._device_of_rank(str(arguments.get("device", "auto"))),
             dtype=str(arguments.get("dtype", "auto")),
-            max_active=_max_active(arguments),
+            max_active=max_active,
             kv_pages=arguments.get("kv_pages"),
         )
         self._device = self._engine.info["device"]
-        trace = arguments.get("trace")
-        if trace is not None and self._world_size > 1:
-            trace = f"{trace}.rank{self._rank}"
-        self._tracing = trace is not None
-        self.report = RunReport(
-            time.perf_counter() - started, None if trace is None else Path(str(trace)), show=self._rank == 0
-        )
-        self._default = default
+        if self._device == "cpu":
+            self._ranks.share_cpu()
+        self.report.counts.load_seconds = time.perf_counter() - started
+        self._counts_of_ranks = [self.report.counts]
+        self._decoding_of_tasks: dict[str, dict[str, Any]] = {}
         self._harness_templates = False
         self._said_template = False
         logger.info("%s", self._describe())
@@ -124,7 +153,9 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
     # How the harness makes a model
 
     @classmethod
-    def create_from_arg_obj(cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None) -> SDARLM:
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> SDARLM:
         """Make the model from `--model_args` and what the harness adds; a user's model_args win over the latter."""
         added = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if added.get("device") == "cuda:0":  # lm_eval's default, given or not
@@ -152,8 +183,9 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The tokenizer's end of text."""
-        return int(self.tokenizer.eos_token_id)
+        """The tokenizer's end of text, or a token that ends answers where it names none."""
+        eos = self.tokenizer.eos_token_id
+        return int(self.checkpoint.stop_ids[0] if eos is None else eos)
 
     @property
     def prefix_token_id(self) -> int:
@@ -186,7 +218,9 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             UserError: the checkpoint has no chat template.
         """
         if not self._has_template:
-            raise UserError(f"checkpoint {self.checkpoint.name!r} has no chat template; leave out --apply_chat_template.")
+            raise UserError(
+                f"checkpoint {self.checkpoint.name!r} has no chat template; leave out --apply_chat_template."
+            )
         self._harness_templates = True
         return self._render(chat_history, add_generation_prompt)
 
@@ -210,19 +244,16 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             UserError: a request's settings are unknown or out of range; raised before anything runs.
             EngineError: the engine stopped; finished answers are in the cache.
         """
-        jobs = self._jobs(requests)
+        keys, jobs = self._jobs(requests)
         self._harness_templates = False
-        answers: dict[tuple[int, int], str] = {}
-        for key, job in jobs.items():
-            if (kept := self._recall(job)) is not None:
-                answers[key] = kept
+        answers = {key: kept for key, job in jobs.items() if (kept := self._recall(job)) is not None}
         # Longest first: prompts of like length are prefilled together, and no long one is left for the end.
         missing = sorted((key for key in jobs if key not in answers), key=lambda k: -len(jobs[k].request.prompt_ids))
-        self.report.start(len(jobs), finished=len(answers))
+        self.report.start(len(jobs), finished=len(answers), show=self._rank == 0 and not disable_tqdm)
         try:
             for index, result in self._engine.generate([jobs[key].request for key in missing]):
                 job = jobs[missing[index]]
-                text = _cut(self.tok_decode(result.token_ids), job.generation.until)
+                text = _cut(self.tok_decode(result.token_ids), job.until)
                 answers[missing[index]] = text
                 self._keep(job, text)
                 self.report.add(
@@ -235,7 +266,11 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                 )
         finally:
             self.report.stop(self._engine.peak_memory_bytes())
-        return [answers[key] for key in self._keys(requests)]
+            if self._world_size == 1:  # else `barrier` says it for all
+                logger.info("%s", self.report.counts)
+        if len(answers) < len(jobs):
+            raise EngineError(f"the {self.ENGINE} engine answered {len(answers)} of {len(jobs)} requests.")
+        return [answers[key] for key in keys]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Not answered: see the error."""
@@ -267,9 +302,11 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                 "max_length": self._max_length,
                 "seed": self._seed,
                 "chat_template": self._template_mode,
-                "decoding": self._default.decoding.as_dict() | {"max_gen_toks": self._default.max_gen_toks},
+                "ranks": self._world_size,
+                "decoding": self._default.as_dict(),
+                "decoding_of_tasks": self._decoding_of_tasks,
                 **self._engine.info,
-                "run": self.report.as_dict(),
+                "run": Counts.of_ranks(self._counts_of_ranks).as_dict(),
             },
         }
 
@@ -307,7 +344,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
 
     def _fingerprint(self) -> dict[str, Any]:
         """All that changes answers beside what the harness's keys hold."""
-        decoding = self._default.decoding.as_dict()
+        do_sample, temperature = self._base.get("do_sample"), self._base.get("temperature")
         return {
             "sdar_lm_eval": sdar_lm_eval.__version__,
             "engine": self.ENGINE,
@@ -316,101 +353,134 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             "max_length": self._max_length,
             "chat_template": self._template_mode,
             "seed": self._seed,
-            **{name: decoding[name] for name in DECODING_SETTINGS},
-            "max_gen_toks": self._default.max_gen_toks,
-            "until": list(self._default.until),
+            **self._default.as_dict(),
+            # As given: they hold for tasks that name the other one, or neither.
+            "do_sample": None if do_sample is None else to_bool("do_sample", do_sample),
+            "temperature": None if temperature is None else to_number("temperature", temperature, whole=False),
         }
 
     def _keep(self, job: _Job, text: str) -> None:
         self.cache_hook.add_partial("generate_until", job.instance.args, text)
-        if job.generation.do_sample and self.cache_hook.dbdict is not None:
-            self.cache_hook.dbdict[_sampled_key(job)] = text
+        if job.own_key is not None and self.cache_hook.dbdict is not None:
+            self.cache_hook.dbdict[job.own_key] = text
 
     def _recall(self, job: _Job) -> str | None:
-        """A sampled answer of an earlier run with this cache.
-
-        The harness never reads sampled answers back, since repeats share a key; ours are keyed by seed, document and
-        repeat, so the answer that is read is the one that would be drawn again.
-        """
         cache = self.cache_hook.dbdict
-        if not job.generation.do_sample or cache is None:
+        if job.own_key is None or cache is None or job.own_key not in cache:
             return None
-        key = _sampled_key(job)
-        return str(cache[key]) if key in cache else None
+        return str(cache[job.own_key])
+
+    def _own_key(self, instance: Any, generation: Generation, seed: int) -> str | None:
+        """Key for an answer that the harness will not read back, since its own key is the same for all repeats.
+
+        Ours holds the seed, which differs by repeat, so the answer that is read is the one that would be drawn again.
+
+        Raises:
+            UserError: drawn repeats that the harness will read back as one.
+        """
+        if instance.args[1].get("do_sample"):  # the harness's test, which takes any text for true
+            content = json.dumps([instance.args, seed], default=str)
+            return f"sdar_lm_eval/sampled/{hashlib.sha256(content.encode()).hexdigest()}"
+        if generation.is_drawn and (instance.repeats or 1) > 1 and self.cache_hook.dbdict is not None:
+            raise UserError(
+                f"--use_cache: task {instance.task_name!r} draws {instance.repeats} answers to each prompt, but "
+                "without do_sample=true the harness keeps one for all of them. Add --gen_kwargs do_sample=true, or "
+                "leave out --use_cache."
+            )
+        return None
 
     # Requests
 
-    @staticmethod
-    def _keys(requests: Sequence[Any]) -> list[tuple[int, int]]:
-        """(identity, repeat) of each request: the harness gives K repeats as the same Instance, K times.
+    def _jobs(self, requests: Sequence[Any]) -> tuple[list[_Key], dict[_Key, _Job]]:
+        """What there is to do, and the key of each request's answer.
 
-        On several ranks it also pads with copies of the last one; those count as its repeats over again, so they get the
-        same answers and cost nothing.
+        The harness gives K repeats as the same Instance, K times. On several ranks it also pads with copies of the last
+        one; those count as its repeats over again, so they get the same answers and cost nothing. So do repeats of an
+        answer without chance.
         """
+        keys, jobs = [], {}
         seen: collections.Counter[int] = collections.Counter()
-        keys = []
-        for instance in requests:
-            keys.append((id(instance), seen[id(instance)] % max(instance.repeats or 1, 1)))
-            seen[id(instance)] += 1
-        return keys
-
-    def _jobs(self, requests: Sequence[Any]) -> dict[tuple[int, int], _Job]:
-        jobs = {}
+        settings: dict[str, _Settings] = {}
         truncated = 0
-        for key, instance in zip(self._keys(requests), requests, strict=True):
+        for instance in requests:
+            context, gen_kwargs = instance.args[:2]
+            name = json.dumps(gen_kwargs, default=str)
+            if name not in settings:
+                settings[name] = self._read(gen_kwargs)
+            generation = settings[name].generation
+            repeat = seen[id(instance)] % max(instance.repeats or 1, 1) if generation.is_drawn else 0
+            seen[id(instance)] += 1
+            key = (id(instance), repeat)
+            keys.append(key)
             if key in jobs:
                 continue
-            context, gen_kwargs = instance.args[:2]
-            generation = read_generation(gen_kwargs, self._settings)
-            room = self._room_for_prompt(generation.max_gen_toks)
+            self._decoding_of_tasks[str(instance.task_name)] = generation.as_dict()
             ids = self._encode_prompt(context)
-            if len(ids) > room:
-                truncated += 1
-                ids = ids[-room:]
-            jobs[key] = _Job(instance, key[1], generation, self._request(ids, generation, instance, key[1]))
+            room = self._room_for_prompt(generation.max_gen_toks)
+            truncated += len(ids) > room
+            seed = _seed_of(self._seed, instance.task_name, context, repeat)
+            request = GenerationRequest(
+                prompt_ids=tuple(ids[-room:]),
+                max_new_tokens=generation.max_gen_toks,
+                decoding=generation.decoding,
+                stop_ids=settings[name].stop_ids,
+                stop_strings=settings[name].stop_strings,
+                seed=seed,
+                record_steps=self.report.tracing,
+            )
+            own_key = self._own_key(instance, generation, seed)
+            jobs[key] = _Job(instance, repeat, request, generation.until, own_key)
         if truncated:
             logger.warning(
                 "%d of %d prompts are longer than max_length - max_gen_toks allows; they lost their beginning.",
                 truncated,
                 len(jobs),
             )
-        return jobs
+        return keys, jobs
 
-    def _request(self, ids: list[int], generation: Generation, instance: Any, repeat: int) -> GenerationRequest:
-        single, several = set(), []
+    def _read(self, gen_kwargs: Mapping[str, Any]) -> _Settings:
+        generation = read_generation(gen_kwargs, self._base)
+        stop_ids, stop_strings = set(self.checkpoint.stop_ids), []
         for text in generation.until:
-            tokens = self.tok_encode(text, add_special_tokens=False)
+            ids = self.tok_encode(text, add_special_tokens=False)
             # A special token has no text in the answer, so only its id can stop there.
-            if len(tokens) == 1 and tokens[0] in self.tokenizer.all_special_ids:
-                single.add(tokens[0])
+            if len(ids) == 1 and ids[0] in self.tokenizer.all_special_ids:
+                stop_ids.add(ids[0])
             else:
-                several.append(text)
-        return GenerationRequest(
-            prompt_ids=tuple(ids),
-            max_new_tokens=generation.max_gen_toks,
-            decoding=generation.decoding,
-            stop_ids=frozenset(self.checkpoint.stop_ids) | single,
-            stop_strings=tuple(several),
-            seed=_seed_of(self._seed, instance.task_name, instance.args[0], repeat),
-            record_steps=self._tracing,
-        )
+                stop_strings.append(text)
+        return _Settings(generation, frozenset(stop_ids), tuple(stop_strings))
 
     def _encode_prompt(self, context: str) -> list[int]:
-        if self._template_mode != "off" and self._has_template and not self._harness_templates:
-            opening = self._render([{"role": "user", "content": ""}]).split("user", 1)[0]
-            if not (opening and opening in context):
-                if not self._said_template:
-                    self._said_template = True
-                    logger.info(
-                        "Prompts are put into the checkpoint's chat template as one user turn (chat_template=%s); "
-                        "--apply_chat_template lets the harness do it, chat_template=off leaves them as they are.",
-                        self._template_mode,
-                    )
-                context = self._render([{"role": "user", "content": context}])
-            return self.tok_encode(context, add_special_tokens=False)
-        if not context:
-            return [self.prefix_token_id]
-        return self.tok_encode(context, add_special_tokens=False if self._harness_templates else None)
+        rendered = self._has_template and self._is_rendered(context)
+        if self._has_template and self._template_mode != "off" and not rendered:
+            if not self._said_template:
+                self._said_template = True
+                logger.info(
+                    "Prompts are put into the checkpoint's chat template as one user turn (chat_template=%s); "
+                    "--apply_chat_template lets the harness do it, chat_template=off leaves them as they are.",
+                    self._template_mode,
+                )
+            context, rendered = self._render([{"role": "user", "content": context}]), True
+        # A chat template writes the BOS itself, where there is to be one.
+        return self.tok_encode(context, add_special_tokens=False if rendered else None) or [self.prefix_token_id]
+
+    def _is_rendered(self, context: str) -> bool:
+        """Whether a prompt is in the chat template already, by the harness or by its task."""
+        if not self._opening:
+            return self._harness_templates
+        return context.lstrip().removeprefix(self.tokenizer.bos_token or "").startswith(self._opening)
+
+    @functools.cached_property
+    def _opening(self) -> str:
+        """How every conversation in the chat template begins, the BOS left out; "" where all may differ."""
+        conversations = [[{"role": "user", "content": text}] for text in ("a", "b")]
+        texts = [self._render(conversation) for conversation in conversations]
+        try:
+            texts.append(self._render([{"role": "system", "content": "c"}, *conversations[0]]))
+        except Exception as error:  # whatever a template raises that has no system turns
+            logger.debug("The chat template has no system turn: %s", error)
+        common = itertools.takewhile(lambda characters: len(set(characters)) == 1, zip(*texts, strict=False))
+        return "".join(characters[0] for characters in common).removeprefix(self.tokenizer.bos_token or "")
 
     def _room_for_prompt(self, max_gen_toks: int) -> int:
         room = self._max_length - max_gen_toks
@@ -432,7 +502,11 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         return self._ranks.gather_object(obj, dst)
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all ranks. The harness does so after generation, so rank 0 learns here what the others counted."""
+        counts = self._ranks.gather_object(self.report.counts)
+        if counts is not None:
+            self._counts_of_ranks = counts
+            logger.info("%d ranks: %s", self._world_size, Counts.of_ranks(counts))
         self._ranks.barrier()
 
     def _device_of_rank(self, device: str) -> str:
@@ -444,22 +518,30 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                 return f"cuda:{self._ranks.local_rank % torch.cuda.device_count()}"
         return device
 
-    def _warn_of_block_length(self, block_length: Any) -> None:
-        if int(to_number("block_length", block_length, whole=True)) != self.checkpoint.block_length:
+    def _warn_of_untrained(self, arguments: Mapping[str, Any]) -> None:
+        """Warn of settings that go beyond what the checkpoint was trained for."""
+        name, block_length = self.checkpoint.name, self._default.decoding.block_length
+        if "block_length" in arguments and block_length != self.checkpoint.block_length:
             logger.warning(
-                "block_length=%s, but checkpoint %r was trained with %d; answers will be worse.",
+                "block_length=%d, but checkpoint %r was trained with %d; answers will be worse.",
                 block_length,
-                self.checkpoint.name,
+                name,
                 self.checkpoint.block_length,
+            )
+        if self._max_length > self.checkpoint.max_length:
+            logger.warning(
+                "max_length=%d, but checkpoint %r was trained for %d tokens; longer prompts get worse answers.",
+                self._max_length,
+                name,
+                self.checkpoint.max_length,
             )
 
     def _describe(self) -> str:
         info = self._engine.info
-        decoding = ", ".join(f"{name}={value}" for name, value in self._default.decoding.as_dict().items())
+        settings = ", ".join(f"{name}={value}" for name, value in self._default.as_dict().items())
         return (
             f"{self.checkpoint.name} on the {self.ENGINE} engine ({info['device']}, {info['dtype']}, up to "
-            f"{info['max_active']} sequences at once); unless a task says otherwise: {decoding}, "
-            f"max_gen_toks={self._default.max_gen_toks}"
+            f"{info['max_active']} sequences at once); unless a task says otherwise: {settings}"
         )
 
 
@@ -474,24 +556,24 @@ def _seed_of(seed: int, task: str | None, context: str, repeat: int) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def _sampled_key(job: _Job) -> str:
-    digest = hashlib.sha256(json.dumps([job.instance.args, job.request.seed], default=str).encode()).hexdigest()
-    return f"sdar_lm_eval/sampled/{digest}"
-
-
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
     # `on` and `off` may have become booleans on their way.
-    text = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+    text = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
     if text not in allowed:
         raise UserError(f"{name}={value!r} is unknown; choose {', '.join(allowed)}.")
     return str(text)
 
 
 def _max_active(arguments: Mapping[str, Any]) -> int | None:
+    """Sequences at once: max_active, else a batch size that somebody asked for, else up to the engine."""
     if "max_active" in arguments:
         return int(to_number("max_active", arguments["max_active"], whole=True))
-    batch_size = arguments.get("batch_size", 1)
-    if isinstance(batch_size, str) and batch_size.startswith("auto"):
-        return None
-    number = int(to_number("batch_size", batch_size, whole=True))
-    return number if number > 1 else None
+    name, value = "batch_size", arguments.get("batch_size", 1)
+    if isinstance(value, str) and value.startswith("auto"):
+        name, value = "max_batch_size", arguments.get("max_batch_size")
+        if value is None:
+            return None
+    number = int(to_number(name, value, whole=True))
+    if number < 1:
+        raise UserError(f"{name}={number} is out of range: it must be 1 or more.")
+    return None if name == "batch_size" and number == 1 else number

@@ -8,28 +8,61 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import logging
 import os
 from typing import Any
 
-# A rank waits for the slowest one, however uneven the documents are; a rank that dies is the launcher's business.
+from sdar_lm_eval.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+# All ranks must be there within the first; after that a rank waits for the slowest one, however uneven the documents
+# are. A rank that dies is the launcher's business.
+PATIENCE_AT_START = datetime.timedelta(minutes=10)
 PATIENCE = datetime.timedelta(days=7)
 
 
 class Ranks:
-    """This process among those of the run; alone where no launcher started several."""
+    """This process among those of the run; alone where no launcher started several.
+
+    Raises:
+        EngineError: the other processes cannot be reached.
+    """
 
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if self.world_size == 1:
+            if "RANK" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+                logger.warning(
+                    "This is the only process: without several GPUs, `accelerate launch --num_processes N` starts one. "
+                    "For N on the CPU, add --multi_gpu in the place of --cpu, or use `torchrun --nproc_per_node N`."
+                )
             return
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            try:
+                dist.init_process_group("gloo", timeout=PATIENCE_AT_START)
+            except (ValueError, RuntimeError) as error:
+                raise EngineError(
+                    f"WORLD_SIZE is {self.world_size}, but the other processes cannot be reached ({error}). Start them "
+                    "all with accelerate launch or torchrun, or unset WORLD_SIZE to run alone."
+                ) from error
             atexit.register(dist.destroy_process_group)
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def share_cpu(self) -> None:
+        """Divide the CPU's cores among the ranks of this machine, unless OMP_NUM_THREADS says more than 1.
+
+        torchrun sets it to 1 where the user did not; without it, each rank would take all cores.
+        """
+        if self.world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+            import torch
+
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+            torch.set_num_threads(max(1, _cores() // ranks_here))
 
     def all_gather(self, tensor: Any) -> Any:
         """Concatenate each rank's tensor, on the device it came from; a scalar counts as one element."""
@@ -59,3 +92,8 @@ class Ranks:
             import torch.distributed as dist
 
             dist.barrier(group=self._group)
+
+
+def _cores() -> int:
+    """Those this process may use; macOS and Windows tell only how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

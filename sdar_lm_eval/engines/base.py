@@ -72,12 +72,21 @@ class DecodingConfig:
         if self.denoising_steps is None:
             object.__setattr__(self, "denoising_steps", self.block_length)
         steps = self.steps
-        _check_range(f"block_length={self.block_length}", 1 <= self.block_length <= MAX_BLOCK_LENGTH,
-                     f"a whole number from 1 to {MAX_BLOCK_LENGTH}")
-        _check_range(f"denoising_steps={steps}", 1 <= steps <= self.block_length,
-                     f"a whole number from 1 to block_length ({self.block_length})")
-        _check_range(f"confidence_threshold={self.confidence_threshold}", 0 <= self.confidence_threshold <= 1,
-                     "a probability from 0 to 1")
+        _check_range(
+            f"block_length={self.block_length}",
+            1 <= self.block_length <= MAX_BLOCK_LENGTH,
+            f"a whole number from 1 to {MAX_BLOCK_LENGTH}",
+        )
+        _check_range(
+            f"denoising_steps={steps}",
+            1 <= steps <= self.block_length,
+            f"a whole number from 1 to block_length ({self.block_length})",
+        )
+        _check_range(
+            f"confidence_threshold={self.confidence_threshold}",
+            0 <= self.confidence_threshold <= 1,
+            "a probability from 0 to 1",
+        )
         _check_range(f"eb_threshold={self.eb_threshold}", self.eb_threshold >= 0, "an entropy in nats, 0 or more")
         _check_range(f"temperature={self.temperature}", self.temperature >= 0, "0 (greedy) or more")
         _check_range(f"top_k={self.top_k}", self.top_k >= 0, "0 (off) or more")
@@ -122,13 +131,11 @@ def to_number(name: str, value: Any, *, whole: bool) -> int | float:
     """
     kind = "a whole number" if whole else "a number"
     try:
-        if isinstance(value, bool):
-            raise ValueError
-        number = float(value)
-        if not math.isfinite(number) or (whole and number != int(number)):
-            raise ValueError
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{name}={value!r} is not {kind}.") from None
+        number = math.nan
+    if not math.isfinite(number) or (whole and number != int(number)):
+        raise UserError(f"{name}={value!r} is not {kind}.")
     return int(number) if whole else number
 
 

@@ -186,11 +186,11 @@ class NativeEngine:
         else:
             pages = min(sum(needs[:max_active]), self._memory_for_pages() // self._runner.bytes_per_page())
         if needs[0] > pages:
-            size = self._runner.bytes_per_page()
+            gib = self._runner.bytes_per_page() / 2**30
             raise UserError(
-                f"a request of {max(s.longest for s in sequences):,} tokens (prompt and answer) needs {needs[0]:,} KV pages "
-                f"of {PAGE_SIZE} tokens, {needs[0] * size / 2**30:.2f} GiB; there are {pages:,}, "
-                f"{pages * size / 2**30:.2f} GiB. Lower max_gen_toks or max_length, or give more memory"
+                f"a request of {max(s.longest for s in sequences):,} tokens (prompt and answer) needs {needs[0]:,} KV "
+                f"pages of {PAGE_SIZE} tokens, {needs[0] * gib:.2f} GiB; there are {pages:,}, {pages * gib:.2f} GiB. "
+                "Lower max_gen_toks or max_length, or give more memory"
                 + (" (kv_pages)." if self._kv_pages is not None else ".")
             )
         return pages

@@ -52,6 +52,8 @@ def uniform(seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor, purp
         step: int64 (...), denoising step in the block.
         purpose: DRAW or ORDER.
     """
-    counter = torch.stack(torch.broadcast_tensors(position, step, torch.full_like(step, purpose), step * 0), dim=-1)
-    key = torch.stack([seed & _WORD, (seed >> 32) & _WORD], dim=-1).expand(*counter.shape[:-1], 2)
+    shape = (seed + position + step).shape
+    words = (position, step, torch.full_like(step, purpose), torch.zeros_like(step))
+    counter = torch.stack([word.expand(shape) for word in words], dim=-1)
+    key = torch.stack([(seed & _WORD).expand(shape), ((seed >> 32) & _WORD).expand(shape)], dim=-1)
     return (philox(counter, key)[..., 0] >> 8).to(torch.float32) * 2.0**-24

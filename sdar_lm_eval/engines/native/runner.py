@@ -78,10 +78,9 @@ class Runner:
         config, device = self._model.config, self._device
         if self.cache is None or self.cache.shape[2] < num_pages + 1:
             self.cache = None  # freed before the new one is made
-            self.cache = torch.zeros(
-                config.num_hidden_layers, 2, num_pages + 1, self._page_size, config.num_key_value_heads, config.head_dim,
-                dtype=self._model.dtype, device=device,
-            )  # fmt: skip
+            page = (self._page_size, config.num_key_value_heads, config.head_dim)
+            shape = (config.num_hidden_layers, 2, num_pages + 1, *page)
+            self.cache = torch.zeros(shape, dtype=self._model.dtype, device=device)
         whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
         real: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self._offsets = torch.arange(max_block, device=device)
@@ -176,7 +175,9 @@ class Runner:
         index = self._to_device(slots)
         length = self._length[index]
         context = max(sequence.block_start + sequence.block_length for sequence in sequences)
-        hidden = self._forward(sequences, self._tokens[index], self._start[index], length, length, self._offsets, context)
+        hidden = self._forward(
+            sequences, self._tokens[index], self._start[index], length, length, self._offsets, context
+        )
         rows, columns = np.nonzero(self._host_masked[slots])
         if len(rows):
             self._unmask(index, slots, rows, columns, hidden)
@@ -248,7 +249,9 @@ class Runner:
                 if len(part):
                     row, column = self._to_device(rows[part]), self._to_device(columns[part])
                     needs_entropy = bool(self._host_needs_entropy[slots[rows[part]]].any())
-                    token, probability, spread = self._draw(index[row], column, hidden[row, column], greedy, needs_entropy)
+                    token, probability, spread = self._draw(
+                        index[row], column, hidden[row, column], greedy, needs_entropy
+                    )
                     drawn[row, column], confidence[row, column] = token, probability
                     entropies[row, column] = spread
 

@@ -1,7 +1,7 @@
 """Who runs next: admission, prefill in chunks, growth block by block, preemption. No tensors.
 
-A sequence waits, is admitted (it gets a slot, and pages for its prompt and its first block), is prefilled up to its last
-full block, and is then denoised block by block, each block taking pages as it needs them. When pages run out the
+A sequence waits, is admitted (it gets a slot, and pages for its prompt and its first block), is prefilled up to its
+last full block, and is then denoised block by block, each block taking pages as it needs them. When pages run out the
 youngest running sequence gives all of its own back and waits again, at the front; its committed tokens are kept and
 prefilled again, so that nothing but time is lost.
 """
@@ -97,7 +97,7 @@ class Scheduler:
         sequences: all there is to do, in order of admission.
         pool: the pages.
         max_active: slots, that is sequences running at once.
-        prefill_chunk: most prompt tokens a step; a block more where a block is longer.
+        prefill_chunk: about how many prompt tokens a step prefills: whole blocks, less than one block more.
     """
 
     def __init__(self, sequences: Iterable[Sequence], pool: PagePool, max_active: int, prefill_chunk: int) -> None:

@@ -1,8 +1,8 @@
 """Drawing tokens, and choosing which of them a denoising step keeps. Pure functions on tensors.
 
-Semantics follow `generate.py` of JetAstra/SDAR (commit c2041a8), with three differences, each where that file does not do
-what it says: masked positions are state, not "token == mask id", so that a prompt may hold the mask token; a step never
-keeps more tokens than are masked, where generate.py then overwrites the prompt; and entropy_bounded orders by the
+Semantics follow `generate.py` of JetAstra/SDAR (commit c2041a8), with three differences, each where that file does not
+do what it says: masked positions are state, not "token == mask id", so that a prompt may hold the mask token; a step
+never keeps more tokens than are masked, where generate.py then overwrites the prompt; and entropy_bounded orders by the
 entropy of each position's distribution, where generate.py sums over the block and stops with an error.
 
 Shapes: B sequences, L positions a block, R rows of logits (masked positions only), V tokens.
@@ -76,7 +76,8 @@ def draw_sampled(probabilities: torch.Tensor, uniform: torch.Tensor) -> tuple[to
 
 def entropy(probabilities: torch.Tensor) -> torch.Tensor:
     """Entropy in nats of each row: (..., V) -> (...)."""
-    return torch.special.entr(probabilities).sum(dim=-1)
+    summands: torch.Tensor = torch.special.entr(probabilities)
+    return summands.sum(dim=-1)
 
 
 def by_confidence(confidence: torch.Tensor) -> torch.Tensor:
@@ -114,5 +115,7 @@ def select_first(keys: torch.Tensor, count: torch.Tensor, masked: torch.Tensor) 
     keys and masked (B, L), count (B,); returns (B, L) bool, never more than are masked.
     """
     order = keys.masked_fill(~masked, torch.inf).argsort(dim=-1, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(keys.shape[-1], device=keys.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(keys.shape[-1], device=keys.device).expand_as(order)
+    )
     return (rank < count[:, None]) & masked

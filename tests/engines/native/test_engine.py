@@ -1,0 +1,339 @@
+"""The engine against the oracle, token for token, in float32 on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+
+import pytest
+from oracle import generate as oracle
+from support import random_checkpoint
+
+from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
+from sdar_lm_eval.demo import PROBLEMS
+from sdar_lm_eval.demo.make import PROMPT
+
+STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded", "random")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A checkpoint of random weights, large ones, so that no two tokens are nearly as probable."""
+    return Checkpoint.open(str(random_checkpoint(tmp_path_factory.mktemp("tiny"))))
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return Checkpoint.open("demo")
+
+
+@pytest.fixture(scope="module")
+def plain(tiny, demo):
+    """The same weights in transformers' class with a dense mask, for the oracle."""
+    return {c.name: c.load_model(dtype=_float32(), device="cpu", attention="sdpa") for c in (tiny, demo)}
+
+
+def _float32():
+    import torch
+
+    return torch.float32
+
+
+def prompts(checkpoint, lengths, seed=0):
+    rng = random.Random(seed)
+    allowed = [t for t in range(checkpoint.config["vocab_size"]) if t != checkpoint.mask_token_id]
+    return [tuple(rng.choices(allowed, k=length)) for length in lengths]
+
+
+def questions(checkpoint, count):
+    lines = PROBLEMS.read_text().splitlines()[:count]
+    rendered = [
+        checkpoint.tokenizer.apply_chat_template(
+            [{"role": "user", "content": PROMPT.format(**json.loads(line))}], tokenize=False, add_generation_prompt=True
+        )
+        for line in lines
+    ]
+    return [tuple(checkpoint.tokenizer.encode(text, add_special_tokens=False)) for text in rendered]
+
+
+def run(checkpoint, requests, **options):
+    engine = make_engine("native", checkpoint, device="cpu", **options)
+    results = dict(engine.generate(requests))
+    assert sorted(results) == list(range(len(requests)))
+    return [results[i] for i in range(len(requests))]
+
+
+def check(checkpoint, plain, requests, **options):
+    """Engine = oracle: tokens, reason, and for each token the step and the confidence it was unmasked with."""
+    results = run(checkpoint, requests, **options)
+    for request, result in zip(requests, results, strict=True):
+        tokens, reason, unmasked_at, confidences, _ = oracle(
+            plain[checkpoint.name], checkpoint.mask_token_id, request, checkpoint.decode
+        )
+        assert list(result.token_ids) == tokens
+        assert result.finish_reason == reason
+        if request.record_steps:
+            assert list(result.unmasked_at) == unmasked_at
+            assert list(result.confidences) == pytest.approx(confidences, rel=1e-3, abs=1e-5)
+    return results
+
+
+@pytest.mark.parametrize("block_length", [1, 4, 8, 16])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_greedy_with_prompts_of_every_length_modulo_the_block(tiny, plain, strategy, block_length):
+    steps = {1: (1,), 4: (4, 3), 8: (8, 2), 16: (16, 5)}[block_length]
+    lengths = range(block_length, 2 * block_length) if block_length > 1 else range(1, 4)
+    requests = [
+        GenerationRequest(
+            prompt,
+            max_new_tokens=min(block_length, 8) + 3,
+            decoding=DecodingConfig(
+                block_length, steps[i % len(steps)], strategy, confidence_threshold=0.3, eb_threshold=3.0, temperature=0
+            ),
+            seed=i,
+            record_steps=True,
+        )
+        for i, prompt in enumerate(prompts(tiny, lengths))
+    ]
+    check(tiny, plain, requests, max_active=5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_demo_model_answers_as_the_oracle_does(demo, plain, strategy):
+    requests = [
+        GenerationRequest(
+            prompt, 24, DecodingConfig(remasking_strategy=strategy, temperature=0), frozenset(demo.stop_ids), seed=i
+        )
+        for i, prompt in enumerate(questions(demo, 4))
+    ]
+    check(demo, plain, requests)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"temperature": 1.0, "top_k": 20, "top_p": 0.9},
+        {"temperature": 1.0, "repetition_penalty": 1.5},
+        {"temperature": 0, "repetition_penalty": 2.0},
+    ],
+    ids=str,
+)
+def test_sampling_and_penalties(tiny, plain, settings):
+    requests = [
+        GenerationRequest(
+            prompt, 10, DecodingConfig(confidence_threshold=0.2, **settings), seed=2**63 + i, record_steps=True
+        )
+        for i, prompt in enumerate(prompts(tiny, (5, 6, 7, 8)))
+    ]
+    check(tiny, plain, requests)
+
+
+def mixed_requests(checkpoint, count=24):
+    """Requests that share no setting."""
+    rng = random.Random(1)
+    requests = []
+    for i, prompt in enumerate(prompts(checkpoint, [rng.randint(1, 40) for _ in range(count)])):
+        block = rng.choice([1, 2, 4, 8])
+        decoding = DecodingConfig(
+            block_length=block,
+            denoising_steps=rng.randint(1, block),
+            remasking_strategy=STRATEGIES[i % 5],
+            confidence_threshold=rng.random(),
+            eb_threshold=rng.random() * 4,
+            temperature=rng.choice([0, 0.5, 1.0]),
+            top_k=rng.choice([0, 3, 10]),
+            top_p=rng.choice([1.0, 0.7]),
+            repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
+        )
+        stops = frozenset(rng.sample(range(checkpoint.config["vocab_size"]), 2))
+        requests.append(GenerationRequest(prompt, rng.randint(1, 30), decoding, stops, seed=i))
+    return requests
+
+
+def tokens_of(results):
+    return [(r.token_ids, r.finish_reason) for r in results]
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny):
+    requests = mixed_requests(tiny)
+    return requests, tokens_of(run(tiny, requests, max_active=1))
+
+
+def test_mixed_settings_in_one_batch_equal_the_oracle(tiny, plain, mixed):
+    check(tiny, plain, mixed[0][:12], max_active=12)
+
+
+@pytest.mark.parametrize("max_active", [3, 24])
+def test_a_request_does_not_depend_on_what_runs_beside_it(tiny, mixed, max_active):
+    requests, alone = mixed
+    assert tokens_of(run(tiny, requests, max_active=max_active)) == alone
+    order = random.Random(2).sample(range(len(requests)), len(requests))
+    shuffled = run(tiny, [requests[i] for i in order], max_active=max_active)
+    assert tokens_of(shuffled) == [alone[i] for i in order]
+
+
+def test_preempted_sequences_lose_nothing(tiny):
+    decodings = [DecodingConfig(temperature=t, remasking_strategy=s) for t in (0, 1.0) for s in STRATEGIES]
+    requests = [
+        GenerationRequest(prompt, 50, decoding, seed=i, record_steps=True)
+        for i, (prompt, decoding) in enumerate(zip(prompts(tiny, range(8, 18)), decodings, strict=True))
+    ]
+    engine = make_engine("native", tiny, device="cpu", max_active=8, kv_pages=9)
+    results = dict(engine.generate(requests))
+    assert engine.info["preemptions"] > 0
+    alone = run(tiny, requests, max_active=1)
+    assert tokens_of(results[i] for i in range(len(requests))) == tokens_of(alone)
+    assert [results[i].unmasked_at for i in range(len(requests))] == [r.unmasked_at for r in alone]
+    assert sum(r.prefill_forwards for r in results.values()) > sum(r.prefill_forwards for r in alone)
+
+
+def test_prefill_in_chunks(tiny, plain, monkeypatch):
+    monkeypatch.setitem(__import__("sdar_lm_eval.engines.native.engine", fromlist=["x"]).PREFILL_CHUNK, "cpu", 12)
+    requests = [GenerationRequest(p, 6, DecodingConfig(temperature=0)) for p in prompts(tiny, (50, 3, 31, 17))]
+    results = check(tiny, plain, requests)
+    assert results[0].prefill_forwards > 3
+    assert results[1].prefill_forwards == 0
+
+
+class TestEnds:
+    """An answer ends at the first of: stop token, stop string, length."""
+
+    def request(self, demo, **changes):
+        settings = {"max_new_tokens": 100, "stop_ids": frozenset(demo.stop_ids)} | changes
+        return GenerationRequest(questions(demo, 1)[0], decoding=DecodingConfig(temperature=0), **settings)
+
+    @pytest.fixture(scope="class")
+    def whole(self, demo):
+        (result,) = run(demo, [self.request(demo)])
+        return result
+
+    def test_a_stop_token_is_not_part_of_the_answer(self, demo, whole):
+        assert whole.finish_reason == "stop"
+        assert not set(whole.token_ids) & set(demo.stop_ids)
+        assert "####" in demo.decode(whole.token_ids)
+
+    @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 9])
+    def test_the_length_is_exact(self, demo, whole, limit):
+        (result,) = run(demo, [self.request(demo, max_new_tokens=limit)])
+        assert result.token_ids == whole.token_ids[:limit]
+        assert result.finish_reason == "length"
+
+    @pytest.mark.parametrize("place", [0, 1, 5, 6, 7])
+    def test_any_stop_token_at_any_place_of_a_block(self, demo, whole, place):
+        first = whole.token_ids.index(whole.token_ids[place])
+        (result,) = run(demo, [self.request(demo, stop_ids=frozenset({whole.token_ids[place]}))])
+        assert result.token_ids == whole.token_ids[:first]
+        assert result.finish_reason == "stop"
+
+    def test_stop_tokens_of_the_prompt_do_not_stop(self, demo, whole):
+        prompt = questions(demo, 1)[0]
+        assert set(demo.stop_ids) & set(prompt)
+
+    @pytest.mark.parametrize("length", [1, 2, 3, 8, 15])
+    def test_stop_strings_across_tokens_and_blocks(self, demo, whole, length):
+        text = demo.decode(whole.token_ids)
+        for start in range(0, len(text) - length, 7):
+            stop = text[start : start + length]
+            (result,) = run(demo, [self.request(demo, stop_strings=("never", stop))])
+            got = demo.decode(result.token_ids)
+            assert text.startswith(got)
+            assert stop in got
+            assert stop not in demo.decode(result.token_ids[:-1])  # not a token more than it takes
+            assert result.finish_reason == "stop"
+
+    def test_a_string_that_ends_with_the_length_is_a_stop(self, demo, whole):
+        stop = demo.decode(whole.token_ids[:5])
+        (result,) = run(demo, [self.request(demo, max_new_tokens=5, stop_strings=(stop,))])
+        assert result.finish_reason == "stop"
+        assert result.token_ids == whole.token_ids[:5]
+
+
+def test_a_prompt_may_hold_the_mask_token(tiny, plain):
+    (prompt,) = prompts(tiny, (10,))
+    prompt = (*prompt[:5], tiny.mask_token_id, *prompt[5:], tiny.mask_token_id)
+    check(tiny, plain, [GenerationRequest(prompt, 8, DecodingConfig(temperature=0))])
+
+
+def test_the_mask_token_is_never_drawn(tiny):
+    requests = [GenerationRequest((i % 5 + 1,), 40, DecodingConfig(temperature=9.0), seed=i) for i in range(40)]
+    assert all(tiny.mask_token_id not in result.token_ids for result in run(tiny, requests))
+
+
+def test_forwards_are_counted(demo):
+    decoding = DecodingConfig(remasking_strategy="low_confidence_static", temperature=0)
+    prompt = questions(demo, 1)[0]
+    given = len(prompt) % 4
+    (result,) = run(demo, [GenerationRequest(prompt, 12 - given, decoding)])
+    assert (result.prefill_forwards, result.denoising_forwards, result.commit_forwards) == (1, 12 - given, 2)
+    assert result.seconds > 0
+
+
+def test_two_steps_a_block_are_two_forwards(tiny):
+    decoding = DecodingConfig(denoising_steps=2, remasking_strategy="low_confidence_static", temperature=0)
+    (result,) = run(tiny, [GenerationRequest((1, 2, 3, 4), 8, decoding)])
+    assert (result.denoising_forwards, result.commit_forwards) == (4, 1)
+
+
+def test_results_come_as_they_finish(tiny):
+    engine = make_engine("native", tiny, device="cpu", max_active=2)
+    decoding = DecodingConfig(temperature=0)
+    requests = [GenerationRequest((1, 2, 3), new, decoding) for new in (40, 4, 4)]
+    assert [index for index, _ in engine.generate(requests)] == [1, 2, 0]
+
+
+def test_an_abandoned_run_leaves_the_engine_usable(tiny):
+    engine = make_engine("native", tiny, device="cpu", max_active=2)
+    requests = [GenerationRequest((1, 2, 3), 8, DecodingConfig(temperature=0)) for _ in range(4)]
+    next(iter(engine.generate(requests)))
+    assert len(list(engine.generate(requests))) == 4
+    assert list(engine.generate([])) == []
+
+
+def test_bfloat16_on_the_cpu(demo):
+    decoding = DecodingConfig(remasking_strategy="sequential", temperature=0)
+    requests = [GenerationRequest(p, 100, decoding, frozenset(demo.stop_ids)) for p in questions(demo, 20)]
+    golds = [json.loads(line)["answer"].split("#### ")[1] for line in PROBLEMS.read_text().splitlines()[:20]]
+    answers = [demo.decode(result.token_ids) for result in run(demo, requests, dtype="bfloat16")]
+    assert sum(a.endswith(f"#### {gold}") for a, gold in zip(answers, golds, strict=True)) >= 16
+
+
+def test_moe(tmp_path):
+    checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, moe=True)))
+    plain = {checkpoint.name: checkpoint.load_model(dtype=_float32(), device="cpu", attention="sdpa")}
+    requests = [
+        GenerationRequest(prompt, 9, DecodingConfig(temperature=t), seed=i)
+        for i, (prompt, t) in enumerate(zip(prompts(checkpoint, (3, 8, 21)), itertools.cycle([0, 1.0]), strict=False))
+    ]
+    check(checkpoint, plain, requests)
+
+
+class TestErrors:
+    def test_a_request_that_no_pool_holds(self, tiny):
+        engine = make_engine("native", tiny, device="cpu", kv_pages=2)
+        with pytest.raises(UserError, match=r"a request of 44 tokens .* needs 3 KV pages of 16 tokens.*there are 2"):
+            list(engine.generate([GenerationRequest((1,) * 12, 30, DecodingConfig())]))
+
+    @pytest.mark.parametrize("device", ["cuda", "cuda:7"])
+    def test_no_gpu(self, tiny, device, monkeypatch):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        with pytest.raises(UserError, match=rf"device='{device}': this machine has no usable GPU.*choose cpu or auto"):
+            make_engine("native", tiny, device=device)
+
+    @pytest.mark.parametrize("device", ["gpu", "mps", "cuda:x"])
+    def test_an_unknown_device(self, tiny, device):
+        with pytest.raises(UserError, match=f"device='{device}' is unknown; choose cpu, cuda"):
+            make_engine("native", tiny, device=device)
+
+    def test_an_unknown_dtype(self, tiny):
+        with pytest.raises(UserError, match="dtype='int8' is unknown; choose float32"):
+            make_engine("native", tiny, device="cpu", dtype="int8")
+
+    @pytest.mark.parametrize("option", ["max_active", "kv_pages"])
+    def test_sizes_below_one(self, tiny, option):
+        with pytest.raises(UserError, match=f"{option}=0 is out of range"):
+            make_engine("native", tiny, device="cpu", **{option: 0})

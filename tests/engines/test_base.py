@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdar_lm_eval.engines.base import STRATEGIES, DecodingConfig, GenerationRequest, make_engine
+from sdar_lm_eval.errors import UserError
+
+
+def test_defaults_are_generate_pys():
+    config = DecodingConfig()
+    assert config.as_dict() == {
+        "block_length": 4, "denoising_steps": 4, "remasking_strategy": "low_confidence_dynamic",
+        "confidence_threshold": 0.85, "eb_threshold": 0.35, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+        "repetition_penalty": 1.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("length", "steps", "quotas"),
+    [(4, 4, (1, 1, 1, 1)), (4, 3, (2, 1, 1)), (4, 1, (4,)), (10, 4, (3, 3, 2, 2)), (1, 1, (1,))],
+)
+def test_quotas(length, steps, quotas):
+    assert DecodingConfig(block_length=length, denoising_steps=steps).quotas == quotas
+
+
+@given(st.integers(1, 200), st.data())
+def test_quotas_unmask_the_block_exactly(length, data):
+    config = DecodingConfig(block_length=length, denoising_steps=data.draw(st.integers(1, length)))
+    assert sum(config.quotas) == length
+    assert len(config.quotas) == config.steps
+    assert max(config.quotas) - min(config.quotas) <= 1
+    assert min(config.quotas) >= 1
+
+
+def test_steps_default_to_the_block_length():
+    assert DecodingConfig(block_length=16).steps == 16
+
+
+def test_text_becomes_numbers():
+    config = DecodingConfig(
+        block_length="8", denoising_steps="2", confidence_threshold="0.5", top_k=5.0, temperature="1e-1"
+    )
+    assert config == DecodingConfig(8, 2, confidence_threshold=0.5, top_k=5, temperature=0.1)
+    assert type(config.top_k) is int
+
+
+def test_it_is_frozen_and_hashable():
+    config = DecodingConfig()
+    assert hash(config) == hash(DecodingConfig())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.temperature = 0
+
+
+@pytest.mark.parametrize(("settings", "greedy"), [({}, False), ({"temperature": 0}, True), ({"top_k": 1}, True)])
+def test_greedy(settings, greedy):
+    assert DecodingConfig(**settings).greedy is greedy
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("block_length", 0, "block_length=0 is out of range: it must be a whole number from 1 to 1024"),
+        ("block_length", 4.5, "block_length=4.5 is not a whole number"),
+        ("block_length", True, "block_length=True is not a whole number"),
+        (
+            "denoising_steps",
+            5,
+            "denoising_steps=5 is out of range: it must be a whole number from 1 to block_length (4)",
+        ),
+        ("denoising_steps", 0, "denoising_steps=0"),
+        ("confidence_threshold", 1.5, "confidence_threshold=1.5 is out of range: it must be a probability"),
+        ("confidence_threshold", "high", "confidence_threshold='high' is not a number"),
+        ("eb_threshold", -1, "eb_threshold=-1.0"),
+        ("temperature", -0.1, "temperature=-0.1"),
+        ("temperature", math.nan, "temperature=nan is not a number"),
+        ("temperature", math.inf, "is not a number"),
+        ("temperature", None, "temperature=None is not a number"),
+        ("top_k", -1, "top_k=-1"),
+        ("top_p", 0, "top_p=0.0 is out of range: it must be above 0"),
+        ("top_p", 1.1, "top_p=1.1"),
+        ("repetition_penalty", 0, "repetition_penalty=0.0"),
+        ("remasking_strategy", "sequental", "Did you mean 'sequential'?"),
+        ("remasking_strategy", 3, "choose one of low_confidence_dynamic"),
+    ],
+)
+def test_what_is_out_of_range_is_named(name, value, message):
+    with pytest.raises(UserError) as error:
+        DecodingConfig(**{name: value})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_strategy_is_accepted():
+    for strategy in STRATEGIES:
+        assert DecodingConfig(remasking_strategy=strategy).remasking_strategy == strategy
+
+
+def test_a_request_needs_a_prompt_and_room_for_an_answer():
+    with pytest.raises(UserError, match="at least one prompt token"):
+        GenerationRequest((), 4, DecodingConfig())
+    with pytest.raises(UserError, match="max_new_tokens=0"):
+        GenerationRequest((1,), 0, DecodingConfig())
+
+
+def test_an_unknown_engine_is_named():
+    with pytest.raises(UserError, match=r"engine 'vllm' is unknown; known: native"):
+        make_engine("vllm", None)

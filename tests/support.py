@@ -1,0 +1,206 @@
+"""Small random checkpoints in SDAR's layout, and the model they hold written out once more.
+
+    random_checkpoint(folder, moe=True, rope_theta=5e5)    a folder that Checkpoint.open takes; a few 100 kB
+    reference_logits(weights, config, ids, sees)           its logits by plain tensor algebra, without transformers
+    block_causal(length, block_length)                     which token sees which
+
+The weights are random but not small: a wrong rotary base, epsilon or head size moves the logits by far more than
+rounding does.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdar_lm_eval.demo import CHECKPOINT as DEMO_CHECKPOINT
+
+# The real SDAR-4B-Chat folder without weights, where the machine has it beside the checkout.
+REAL_FOLDER = Path(__file__).parents[2] / "shared" / "models" / "sdar-4b-chat"
+MOE_SETTINGS = {
+    "model_type": "sdar_moe",
+    "architectures": ["SDARMoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+
+
+def small_config(*, moe: bool = False, **settings: Any) -> dict[str, Any]:
+    """config.json of a model of two layers over the demo tokenizer; `settings` replace its keys."""
+    config = json.loads((DEMO_CHECKPOINT / "config.json").read_text())
+    config |= {
+        "head_dim": 24,  # not hidden_size / num_attention_heads
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "max_window_layers": 2,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rope_theta": 1000000,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    return config | (MOE_SETTINGS if moe else {}) | settings
+
+
+def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights under the names that SDAR's files have."""
+    generator = torch.Generator().manual_seed(seed)
+    d, size, vocabulary = config["hidden_size"], config["head_dim"], config["vocab_size"]
+    heads, kv_heads = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) * 2 / columns**0.5
+
+    def norm(width: int) -> torch.Tensor:
+        return 1 + 0.3 * torch.randn(width, generator=generator)
+
+    def mlp(prefix: str, width: int) -> dict[str, torch.Tensor]:
+        return {
+            f"{prefix}.gate_proj.weight": matrix(width, d),
+            f"{prefix}.up_proj.weight": matrix(width, d),
+            f"{prefix}.down_proj.weight": matrix(d, width),
+        }
+
+    weights = {"model.embed_tokens.weight": torch.randn(vocabulary, d, generator=generator)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        weights |= {
+            f"{layer}.input_layernorm.weight": norm(d),
+            f"{layer}.post_attention_layernorm.weight": norm(d),
+            f"{layer}.self_attn.q_proj.weight": matrix(heads, d),
+            f"{layer}.self_attn.k_proj.weight": matrix(kv_heads, d),
+            f"{layer}.self_attn.v_proj.weight": matrix(kv_heads, d),
+            f"{layer}.self_attn.o_proj.weight": matrix(d, heads),
+            f"{layer}.self_attn.q_norm.weight": norm(size),
+            f"{layer}.self_attn.k_norm.weight": norm(size),
+        }
+        if _is_sparse(config, i):
+            weights[f"{layer}.mlp.gate.weight"] = matrix(config["num_experts"], d)
+            for expert in range(config["num_experts"]):
+                weights |= mlp(f"{layer}.mlp.experts.{expert}", config["moe_intermediate_size"])
+        else:
+            weights |= mlp(f"{layer}.mlp", config["intermediate_size"])
+    weights["model.norm.weight"] = norm(d)
+    if not config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = matrix(vocabulary, d)
+    return weights
+
+
+def write_weights(folder: Path, weights: dict[str, torch.Tensor], shards: int = 1) -> None:
+    """Write `model.safetensors`, or several files with their index."""
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for i in range(shards):
+        part = dict(list(weights.items())[i::shards])
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def random_checkpoint(
+    folder: Path, *, moe: bool = False, seed: int = 0, shards: int = 1, leave_out: Sequence[str] = (), **settings: Any
+) -> Path:
+    """Make `folder` a checkpoint with random float32 weights and the demo's tokenizer, and return it.
+
+    Args:
+        folder: made if it is not there.
+        moe: SDAR MoE rather than dense.
+        seed: of the weights.
+        shards: weight files; more than one come with an index.
+        leave_out: keys that config.json does not name.
+        settings: keys of config.json to set.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copyfile(DEMO_CHECKPOINT / name, folder / name)
+    config = small_config(moe=moe, **settings)
+    write_weights(folder, random_weights(config, seed), shards)
+    written = {name: value for name, value in config.items() if name not in leave_out}
+    (folder / "config.json").write_text(json.dumps(written))
+    return folder
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint's folder by name."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def block_causal(length: int, block_length: int) -> torch.Tensor:
+    """(length, length) bool: a token sees its own block and those before."""
+    block = torch.arange(length) // block_length
+    return block[:, None] >= block
+
+
+def reference_logits(
+    weights: dict[str, torch.Tensor], config: dict[str, Any], ids: torch.Tensor, sees: torch.Tensor
+) -> torch.Tensor:
+    """Logits of Qwen3 or Qwen3-MoE, (N, V), for ids (N,) at positions 0.. under the mask `sees` (N, N).
+
+    Source: modeling_sdar.py and modeling_sdar_moe.py of JetLM's checkpoints, which are transformers 4.52.4's
+    modeling_qwen3.py and modeling_qwen3_moe.py but for the mask.
+    """
+    eps, size, n = config["rms_norm_eps"], config["head_dim"], len(ids)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weights[f"{name}.weight"]
+
+    def mlp(x: torch.Tensor, name: str) -> torch.Tensor:
+        gate, up = x @ weights[f"{name}.gate_proj.weight"].T, x @ weights[f"{name}.up_proj.weight"].T
+        return (torch.nn.functional.silu(gate) * up) @ weights[f"{name}.down_proj.weight"].T
+
+    frequencies = config["rope_theta"] ** (-torch.arange(0, size, 2) / size)
+    angles = torch.outer(torch.arange(n).float(), frequencies)  # (N, size / 2)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:  # (N, heads, size)
+        a, b = x.chunk(2, dim=-1)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+    hidden = weights["model.embed_tokens.weight"][ids]  # (N, D)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        x = norm(hidden, f"{layer}.input_layernorm")
+        q, k, v = ((x @ weights[f"{layer}.self_attn.{name}_proj.weight"].T).view(n, -1, size) for name in "qkv")
+        q, k = rotate(norm(q, f"{layer}.self_attn.q_norm")), rotate(norm(k, f"{layer}.self_attn.k_norm"))
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / size**0.5
+        attention = scores.masked_fill(~sees, -torch.inf).softmax(-1)
+        out = torch.einsum("hqk,khd->qhd", attention, v).reshape(n, -1)
+        hidden = hidden + out @ weights[f"{layer}.self_attn.o_proj.weight"].T
+        x = norm(hidden, f"{layer}.post_attention_layernorm")
+        if not _is_sparse(config, i):
+            hidden = hidden + mlp(x, f"{layer}.mlp")
+            continue
+        share, chosen = (x @ weights[f"{layer}.mlp.gate.weight"].T).softmax(-1).topk(config["num_experts_per_tok"])
+        if config["norm_topk_prob"]:
+            share = share / share.sum(-1, keepdim=True)
+        experts = torch.stack([mlp(x, f"{layer}.mlp.experts.{e}") for e in range(config["num_experts"])], dim=1)
+        hidden = hidden + (experts.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])) * share[..., None]).sum(1)
+    head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+    return norm(hidden, "model.norm") @ weights[head].T
+
+
+def _is_sparse(config: dict[str, Any], layer: int) -> bool:
+    """Whether a layer holds experts. Source: Qwen3MoeDecoderLayer."""
+    return (
+        config["model_type"] == "sdar_moe"
+        and layer not in config["mlp_only_layers"]
+        and (layer + 1) % config["decoder_sparse_step"] == 0
+    )
