@@ -2,9 +2,9 @@
 
     python benchmarks/throughput.py [--pretrained demo] [--device cpu] [--active 1 8 32] [--threshold 0.9]
 
-Every prompt is a GSM8K-like question in the checkpoint's chat template and gets exactly --new-tokens new tokens (nothing
-stops early), so that runs compare. Counted are returned tokens; the time includes prefill, not loading. The first row is
-the floor of batching: one sequence at a time. The last line is JSON.
+Every prompt is a GSM8K-like question in the checkpoint's chat template and gets exactly --new-tokens new tokens
+(nothing stops early), so that runs compare. Counted are returned tokens; the time includes prefill, not loading. The
+first row is the floor of batching: one sequence at a time. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import platform
 import time
+from pathlib import Path
 
 import torch
 
@@ -75,11 +76,16 @@ def main() -> None:
         ratio = row["tokens_per_second"] / rows[0]["tokens_per_second"]
         memory = row["peak_memory_bytes"] / 2**20
         print(f"| {active} | {row['tokens_per_second']:,.0f} | {ratio:.1f} | {row['ms_per_step']} | {memory:,.0f} |")
-    machine = platform.processor() or platform.machine()
-    device = torch.cuda.get_device_name() if engine.info["device"].startswith("cuda") else machine
-    print(
-        json.dumps({**engine.info, "machine": device, "threads": torch.get_num_threads(), **vars(args), "rows": rows})
-    )
+    settings = {name: value for name, value in vars(args).items() if name not in engine.info and name != "active"}
+    print(json.dumps({**engine.info, "cpu": cpu_name(), "threads": torch.get_num_threads(), **settings, "rows": rows}))
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 SDAR's folders name Python files in `auto_map`; opening them the usual way runs those files or waits for a "y" on a
 terminal. They are not needed: SDAR is Qwen3 (its MoE: Qwen3-MoE) under a block-causal mask, with Qwen3's weight names
-and shapes, so transformers' own classes hold it. Here `config.json` is read as data. transformers never sees the folder:
-for the tokenizer it gets a copy of its files without `auto_map`, for the weights links to the safetensors, whose names
-and shapes have been compared with `config.json` by then. No `.py` file is ever copied or downloaded.
+and shapes, so transformers' own classes hold it. Here `config.json` is read as data. transformers never sees the
+folder: for the tokenizer it gets a copy of its files without `auto_map`, for the weights links to the safetensors,
+whose names and shapes have been compared with `config.json` by then. No `.py` file is ever copied or downloaded.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ TOKENIZER_FILES = (
 )
 DOWNLOADED = ("*.json", "*.jinja", "merges.txt", "*.safetensors")
 DTYPES = ("float32", "bfloat16", "float16")
+# What SDARConfig takes where config.json is silent.
+DEFAULT_VOCABULARY = 151936
+DEFAULT_MAX_LENGTH = 32768
 # Names in older files that hold nothing: computed from the configuration.
 IGNORED_WEIGHTS = ("rotary_emb.inv_freq",)
 
@@ -98,22 +101,23 @@ class Checkpoint:
             )
         generation_config = folder / "generation_config.json"
         generation = _read_json(generation_config) if generation_config.exists() else {}
+        stop_ids = _ids("eos_token_id", generation, name) or _ids("eos_token_id", config, name)
         mask_token_id = config.get("mask_token_id")
-        stop_ids = _as_ids(generation.get("eos_token_id")) or _as_ids(config.get("eos_token_id"))
         tokenizer = None
         if mask_token_id is None or not stop_ids:
             tokenizer = _open_tokenizer(name, folder)
             mask_token_id = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
-            stop_ids = stop_ids or _as_ids(tokenizer.eos_token_id)
+            stop_ids = stop_ids or _ids("eos_token_id", {"eos_token_id": tokenizer.eos_token_id}, name)
         if mask_token_id is None:
             raise UserError(
                 f"checkpoint {name!r} names no mask token: neither mask_token_id in config.json nor mask_token in "
                 "tokenizer_config.json. Add the one it was trained with to config.json."
             )
-        if not (isinstance(mask_token_id, int) and 0 <= mask_token_id < config.get("vocab_size", 0)):
+        vocabulary = _whole("vocab_size", config, name, DEFAULT_VOCABULARY)
+        if not (isinstance(mask_token_id, int) and 0 <= mask_token_id < vocabulary):
             raise UserError(
-                f"checkpoint {name!r} has mask token {mask_token_id!r}, but its config.json has "
-                f"vocab_size={config.get('vocab_size')!r}. Correct mask_token_id there."
+                f"checkpoint {name!r} has mask_token_id={mask_token_id!r}, which must be a token below its "
+                f"vocab_size={vocabulary}. Correct its config.json."
             )
         opened = cls(
             name=name,
@@ -123,7 +127,7 @@ class Checkpoint:
             mask_token_id=mask_token_id,
             block_length=_block_length(name, config),
             stop_ids=stop_ids,
-            max_length=config.get("max_position_embeddings", 32768),
+            max_length=_whole("max_position_embeddings", config, name, DEFAULT_MAX_LENGTH),
             revision=revision,
         )
         if tokenizer is not None:
@@ -178,8 +182,8 @@ class Checkpoint:
                 "model.safetensors.index.json. Only these are read; convert others with transformers' save_pretrained."
             )
         weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise UserError(f"{index} has no weight_map from weights to files. Download it again.")
+        if not isinstance(weight_map, dict) or not all(Path(str(file)).name == file for file in weight_map.values()):
+            raise UserError(f"{index} has no weight_map from weights to files beside it. Download it again.")
         names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (self.folder / name).exists()]
         if missing:
@@ -206,6 +210,7 @@ class Checkpoint:
         import transformers
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+        assert isinstance(dtype, torch.dtype), dtype
         assert attention in {"eager", *ALL_ATTENTION_FUNCTIONS.keys()}, attention
         files = self.weight_files()
         config_class, model_class = ARCHITECTURES[self.config["model_type"]]
@@ -225,17 +230,10 @@ class Checkpoint:
                     output_loading_info=True,
                     **{_dtype_argument(transformers.__version__): dtype},
                 )
-                if config.tie_word_embeddings:
-                    model.lm_head.weight = model.model.embed_tokens.weight  # also where the file holds another head
-                model = model.requires_grad_(False).to(device).eval()
-            except torch.OutOfMemoryError as error:
-                size = sum(path.stat().st_size for path in files) / 2**30
-                raise UserError(
-                    f"the weights of checkpoint {self.name!r} ({size:.1f} GiB of files) do not fit on {device} as {dtype} "
-                    f"({error}). Choose a smaller dtype, another device, or a smaller checkpoint."
-                ) from error
             except Exception as error:
-                raise UserError(f"the weights of checkpoint {self.name!r} cannot be loaded: {error!r}") from error
+                raise UserError(
+                    f"the weights of checkpoint {self.name!r} cannot be loaded: {type(error).__name__}: {error}"
+                ) from error
         left = {str(name) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[what]}
         if config.tie_word_embeddings:
             left.discard("lm_head.weight")
@@ -244,7 +242,16 @@ class Checkpoint:
                 f"checkpoint {self.name!r} is whole, but transformers {transformers.__version__} did not take its "
                 f"{_listed(sorted(left))}. Install another version of transformers."
             )
-        return model
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight  # also where the files hold another head
+        try:
+            return model.requires_grad_(False).to(device).eval()
+        except torch.OutOfMemoryError as error:
+            size = sum(parameter.nbytes for parameter in model.parameters()) / 2**30
+            raise UserError(
+                f"the weights of checkpoint {self.name!r}, {size:.1f} GiB as {dtype}, do not fit on {device}: {error} "
+                "Choose a smaller dtype, another device, or a smaller checkpoint."
+            ) from error
 
     def _transformers_config(self, config_class: Any, attention: str) -> Any:
         """Translate config.json into transformers' config of the same layout."""
@@ -253,7 +260,7 @@ class Checkpoint:
         settings = {key: value for key, value in self.config.items() if key not in not_of_the_model}
         if settings.get("use_sliding_window"):
             raise UserError(f"checkpoint {self.name!r} has use_sliding_window=true, which is not supported.")
-        # transformers 5 writes rope_parameters, which 4 would not read (rope_theta would be 10000); both read the old names.
+        # transformers 5 writes rope_parameters, which 4 does not know: its rope_theta would be 10000. Both read these.
         if rope := dict(self.config.get("rope_parameters") or {}):
             settings["rope_theta"] = rope.pop("rope_theta", 10000.0)
             settings["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
@@ -261,7 +268,7 @@ class Checkpoint:
             config = config_class(**settings, use_cache=False)
             if getattr(config, "head_dim", None) is None:  # Qwen3MoeConfig has no default of its own
                 config.head_dim = config.hidden_size // config.num_attention_heads
-            _layout(config, self.is_moe)
+            _layout(config, self.is_moe)  # takes wrong types to light
         except Exception as error:
             raise UserError(f"config.json of checkpoint {self.name!r} cannot be used: {error}") from error
         config._attn_implementation = attention
@@ -326,18 +333,31 @@ def _read_json(path: Path, needed_for: str = "") -> dict[str, Any]:
     return content
 
 
-def _as_ids(value: Any) -> tuple[int, ...]:
-    """One token id, several, or none, as generation configs have it."""
+def _whole(key: str, config: Mapping[str, Any], name: str, default: int) -> int:
+    value = config.get(key)
     if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(
+            f"checkpoint {name!r} has {key}={value!r} in its config.json; it must be a whole number above 0."
+        )
+    return value
 
 
-def _block_length(name: str, config: Mapping[str, Any]) -> Any:
+def _ids(key: str, config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """One token id, several, or none, as generation configs have it."""
+    value = config.get(key)
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(token, int) for token in ids):
+        raise UserError(f"checkpoint {name!r} has {key}={value!r}; it must be a token id or a list of them.")
+    return ids
+
+
+def _block_length(name: str, config: Mapping[str, Any]) -> int:
     for key in ("block_size", "block_length"):
-        if config.get(key) is not None:
-            return config[key]
-    if match := re.search(r"-b(\d+)/?$", name):
+        if length := _whole(key, config, name, 0):
+            return length
+    if match := re.search(r"-b([1-9]\d*)/?$", name):
         return int(match[1])
     logger.warning(
         "checkpoint %r does not say its block size; %d is assumed. Give block_length=N if it was trained with another.",
@@ -354,7 +374,7 @@ def _open_tokenizer(name: str, folder: Path) -> Any:
     has = {path.name for path in present}
     if not ("tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has):
         raise UserError(
-            f"checkpoint {name!r} has no tokenizer: {folder} holds neither tokenizer.json nor vocab.json and merges.txt."
+            f"checkpoint {name!r} has no tokenizer: {folder} holds no tokenizer.json, nor vocab.json and merges.txt."
         )
     settings = _read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in has else {}
     settings.pop("auto_map", None)

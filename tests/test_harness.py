@@ -1,0 +1,727 @@
+"""What the registered model owes lm_eval, over an engine that answers from a script; and once over the real one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM, hash_args
+from lm_eval.tasks import TaskManager
+
+from sdar_lm_eval import harness
+from sdar_lm_eval.demo import CHECKPOINT as DEMO
+from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult
+from sdar_lm_eval.errors import EngineError, UserError
+from sdar_lm_eval.harness import SDARLM
+
+GREEDY = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 32}
+SAMPLED = {"until": [], "do_sample": True, "max_gen_toks": 32}
+# A template that begins a conversation with the BOS, and one of which nothing is constant.
+BOS_TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+BARE_TEMPLATE = "{% for m in messages %}{{ m.content }}!{% endfor %}"
+
+Answer = Callable[[GenerationRequest], str]
+
+
+class ScriptedEngine:
+    """Answers with `answer(request)`, the last request first; stops with `error` after `answers_before_error`."""
+
+    def __init__(self, checkpoint: Any, answer: Answer, options: Mapping[str, Any]) -> None:
+        self.tokenizer = checkpoint.tokenizer
+        self.answer = answer
+        self.options = options
+        self.requests: list[GenerationRequest] = []
+        self.answers_before_error: int | None = None
+        self.error: Exception = EngineError("out of luck")
+        self.info = {"engine": "scripted", "device": "cpu", "dtype": "float32", "max_active": 7}
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
+        for count, (index, request) in enumerate(reversed(list(enumerate(requests)))):
+            if count == self.answers_before_error:
+                raise self.error
+            self.requests.append(request)
+            ids = tuple(self.tokenizer.encode(self.answer(request), add_special_tokens=False))
+            yield index, GenerationResult(ids, "stop", 1, len(ids), 2, 0.5, unmasked_at=ids, confidences=(0.5,) * len(ids))
+
+    def peak_memory_bytes(self) -> int:
+        return 1 << 30
+
+
+class ScriptedLM(SDARLM):
+    """An SDARLM over a ScriptedEngine, with short-cuts for tests."""
+
+    @property
+    def engine(self) -> ScriptedEngine:
+        engine = self._engine
+        assert isinstance(engine, ScriptedEngine)
+        return engine
+
+    def prompt_of(self, context: str, **gen_kwargs: Any) -> str:
+        """Return what reaches the engine for a context, special tokens included."""
+        self.generate_until([request(context, GREEDY | gen_kwargs)])
+        return str(self.tokenizer.decode(self.engine.requests[-1].prompt_ids))
+
+
+def echo(engine_request: GenerationRequest) -> str:
+    """An answer that tells requests and draws apart."""
+    digest = hash((engine_request.prompt_ids, engine_request.seed if not engine_request.decoding.greedy else 0))
+    return f"{digest % 100003}"
+
+
+MakeLM = Callable[..., ScriptedLM]
+
+
+@pytest.fixture
+def make_lm(monkeypatch: pytest.MonkeyPatch) -> MakeLM:
+    def make(pretrained: str | Path = "demo", answer: Answer = echo, **arguments: Any) -> ScriptedLM:
+        monkeypatch.setattr(
+            harness, "make_engine", lambda name, checkpoint, **options: ScriptedEngine(checkpoint, answer, options)
+        )
+        return ScriptedLM(str(pretrained), **arguments)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="sdar_lm_eval")
+
+
+def request(context: str, gen_kwargs: dict[str, Any] | None = None, repeats: int = 1, doc_id: int = 0) -> Instance:
+    arguments = (context, copy.deepcopy(GREEDY if gen_kwargs is None else gen_kwargs))
+    return Instance("generate_until", {"question": context}, arguments, 0, ("a_task", doc_id, repeats))
+
+
+def requests_of(count: int, gen_kwargs: dict[str, Any] = GREEDY, repeats: int = 1) -> list[Instance]:
+    """As the harness hands them over: each Instance `repeats` times in a row."""
+    made = [request(f"Question {i}" + " and more" * (i % 3), gen_kwargs, repeats, i) for i in range(count)]
+    return [instance for instance in made for _ in range(repeats)]
+
+
+def checkpoint_with(folder: Path, *, template: str | None = None, bos: bool = False) -> Path:
+    """Make a checkpoint like the demo's with another chat template (or none), and a tokenizer that writes a BOS."""
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    if bos:
+        settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"bos_token": "<|endoftext|>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        first = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+        tokenizer["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [707], "tokens": ["<|endoftext|>"]}},
+        }
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+DATA = """
+import datasets
+def load(**_):
+    rows = [{"question": f"Question {i}", "answer": str(i)} for i in range(5)]
+    return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows), "train": datasets.Dataset.from_list(rows)})
+"""
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Return a function that runs lm_eval itself over a task of five questions, defined by YAML lines."""
+
+    def run(lm: Any, *lines: str, **settings: Any) -> dict[str, Any]:
+        folder = tmp_path / "task"
+        folder.mkdir(exist_ok=True)
+        (folder / "data.py").write_text(DATA)
+        head = ["task: five", "custom_dataset: !function data.load", "test_split: test", "doc_to_text: '{{question}}'"]
+        head += ["doc_to_target: '{{answer}}'", "metric_list: [{metric: exact_match}]"]
+        (folder / "five.yaml").write_text("\n".join([*head, *(lines or ["output_type: generate_until"])]))
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        results = lm_eval.simple_evaluate(lm, tasks=["five"], task_manager=manager, bootstrap_iters=0, **settings)
+        assert results is not None
+        return dict(results)
+
+    return run
+
+
+Evaluate = Callable[..., dict[str, Any]]
+
+
+# Order, length, text
+
+
+def test_answers_come_in_the_order_asked_whatever_order_they_finish_in(make_lm: MakeLM) -> None:
+    lm = make_lm(answer=lambda r: lm.tokenizer.decode(r.prompt_ids).split("user\n")[1].split("<|im_end|>")[0])
+    asked = requests_of(9)
+    answers = lm.generate_until([*asked, asked[3]])
+    assert type(answers) is list
+    assert answers == [instance.args[0] for instance in [*asked, asked[3]]]
+    assert all(type(answer) is str for answer in answers)
+    assert lm.generate_until([]) == []
+
+
+def test_longer_prompts_start_first(make_lm: MakeLM) -> None:
+    lm = make_lm()
+    lm.generate_until(requests_of(6))
+    lengths = [len(r.prompt_ids) for r in reversed(lm.engine.requests)]  # the script answers the last first
+    assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("until", "text"),
+    [
+        ([], " \n 1 + 1 = 2.\n\nQ: 3\n "),  # nothing is stripped
+        (["Q:"], " \n 1 + 1 = 2.\n\n"),
+        ("Q:", " \n 1 + 1 = 2.\n\n"),
+        (["Q:", "\n\n", "absent"], " \n 1 + 1 = 2."),  # the earliest, not the first of the list
+        (["1"], " \n "),
+        (["", None][:1], " \n 1 + 1 = 2.\n\nQ: 3\n "),
+    ],
+)
+def test_answers_are_cut_before_the_earliest_stop_text(make_lm: MakeLM, until: Any, text: str) -> None:
+    lm = make_lm(answer=lambda _: " \n 1 + 1 = 2.\n\nQ: 3\n ")
+    assert lm.generate_until([request("q", GREEDY | {"until": until})]) == [text]
+
+
+def test_each_request_has_its_own_stop_texts(make_lm: MakeLM) -> None:
+    lm = make_lm(answer=lambda _: "1, 2. 3")
+    asked = [request("a", GREEDY | {"until": [stop]}) for stop in (",", ".", "3")]
+    assert lm.generate_until(asked) == ["1", "1, 2", "1, 2. "]
+
+
+def test_special_tokens_are_no_text(make_lm: MakeLM) -> None:
+    lm = make_lm(answer=lambda _: "<|im_start|>4<|im_end|><|endoftext|>")
+    assert lm.generate_until([request("q")]) == ["4"]
+
+
+def test_stop_tokens_and_texts_reach_the_engine(make_lm: MakeLM) -> None:
+    lm = make_lm()
+    lm.generate_until([request("q", GREEDY | {"until": ["<|im_start|>", "</s>", "\n\n", "."]})])
+    (sent,) = lm.engine.requests
+    assert sent.stop_ids == {709, 707, lm.tokenizer.convert_tokens_to_ids("<|im_start|>")}
+    assert sent.stop_strings == ("</s>", "\n\n", ".")
+    assert sent.max_new_tokens == 32
+
+
+def test_an_engine_that_loses_requests_is_found_out(make_lm: MakeLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make_lm()
+    complete = lm.engine.generate
+    monkeypatch.setattr(lm.engine, "generate", lambda r: list(complete(r))[1:])
+    with pytest.raises(EngineError, match="answered 2 of 3 requests"):
+        lm.generate_until(requests_of(3))
+
+
+# Settings on their way
+
+
+def test_the_harness_default_and_the_command_line_reach_the_engine(make_lm: MakeLM, evaluate: Evaluate) -> None:
+    lm = make_lm(confidence_threshold=0.6)
+    evaluate(lm)
+    sent = lm.engine.requests[-1]
+    assert (sent.max_new_tokens, sent.stop_strings, sent.decoding.temperature) == (256, ("\n\n",), 0.0)
+    assert sent.decoding.confidence_threshold == 0.6
+
+    lines = ("output_type: generate_until", "generation_kwargs: {until: [], max_gen_toks: 64, do_sample: false}")
+    evaluate(lm, *lines, gen_kwargs="max_new_tokens=16,do_sample=true,temperature=0.5,confidence_threshold=0.7")
+    sent = lm.engine.requests[-1]
+    assert (sent.max_new_tokens, sent.decoding.temperature, sent.decoding.confidence_threshold) == (16, 0.5, 0.7)
+
+
+def test_settings_are_refused_before_anything_runs(make_lm: MakeLM) -> None:
+    lm = make_lm()
+    with pytest.raises(UserError, match="'max_token' is unknown. Did you mean 'max_tokens'"):
+        lm.generate_until([*requests_of(3), request("q", GREEDY | {"max_token": 3})])
+    assert not lm.engine.requests
+
+
+def test_contradictions_are_said_once_not_for_each_document(
+    make_lm: MakeLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_lm().generate_until(requests_of(5, GREEDY | {"temperature": 1}))
+    assert caplog.text.count("temperature=1 has no effect") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "max_active"),
+    [
+        ({}, None),
+        ({"batch_size": 1}, None),  # what the harness passes when nobody asked
+        ({"batch_size": "auto"}, None),
+        ({"batch_size": "auto:4"}, None),
+        ({"batch_size": "auto", "max_batch_size": 16}, 16),
+        ({"batch_size": "8", "max_batch_size": None}, 8),
+        ({"batch_size": 8, "max_active": "4"}, 4),
+        ({"max_active": 1}, 1),
+    ],
+)
+def test_batch_size_caps_what_runs_at_once(make_lm: MakeLM, arguments: dict[str, Any], max_active: int | None) -> None:
+    assert make_lm(**arguments).engine.options["max_active"] == max_active
+
+
+@pytest.mark.parametrize("batch_size", [0, "-1", "many", 1.5])
+def test_batch_sizes_out_of_range_are_refused(make_lm: MakeLM, batch_size: Any) -> None:
+    with pytest.raises(UserError, match="batch_size="):
+        make_lm(batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    ("user", "harness_adds", "device"),
+    [
+        ({}, None, "auto"),
+        ({}, {"device": "cuda:0", "batch_size": 1, "max_batch_size": None}, "auto"),  # lm_eval's default
+        ({}, {"device": "cpu"}, "cpu"),
+        ({}, {"device": "cuda:1"}, "cuda:1"),
+        ({"device": "cpu"}, {"device": "cuda:0"}, "cpu"),
+        ({"device": "cpu"}, {"device": "cuda:1"}, "cpu"),  # given twice: model_args win
+        ({"device": "cuda:0"}, {"device": "cpu"}, "cuda:0"),
+    ],
+)
+def test_devices_given_once_or_twice(
+    make_lm: MakeLM, user: dict[str, Any], harness_adds: dict[str, Any] | None, device: str
+) -> None:
+    make_lm()  # puts the scripted engine in place
+    text = ",".join(["pretrained=demo", *(f"{name}={value}" for name, value in user.items())])
+    made = [
+        ScriptedLM.create_from_arg_obj({"pretrained": "demo"} | user, harness_adds),
+        ScriptedLM.create_from_arg_string(text, harness_adds),
+    ]
+    assert [lm.engine.options["device"] for lm in made] == [device, device]
+
+
+def test_model_arguments_come_as_values_or_text(make_lm: MakeLM) -> None:
+    lm = make_lm(max_length="100", seed="7", max_gen_toks="20", kv_pages=None, dtype=None, trust_remote_code="false")
+    assert (lm.max_length, lm.max_gen_toks) == (100, 20)
+    assert lm.engine.options["kv_pages"] is None
+    assert lm.engine.options["dtype"] == "auto"
+    assert lm.get_model_info()["sdar_lm_eval"]["seed"] == 7
+    assert make_lm(chat_template=False).get_model_info()["sdar_lm_eval"]["chat_template"] == "off"
+
+
+def test_going_beyond_the_checkpoint_is_said(make_lm: MakeLM, caplog: pytest.LogCaptureFixture) -> None:
+    make_lm(block_length=4, max_length=2048)
+    assert "trained" not in caplog.text
+    make_lm(block_length=8, max_length=4096)
+    assert "block_length=8, but checkpoint 'demo' was trained with 4" in caplog.text
+    assert "max_length=4096, but checkpoint 'demo' was trained for 2048 tokens" in caplog.text
+
+
+# Prompts: length, emptiness, BOS
+
+
+def test_long_prompts_lose_their_beginning_and_it_is_said(make_lm: MakeLM, caplog: pytest.LogCaptureFixture) -> None:
+    lm = make_lm(max_length=40, max_gen_toks=30, chat_template="off")
+    long, short = "first " * 30 + "last", "short"
+    lm.generate_until([request(long), request(short), request(long + " one")])
+    by_length = {len(r.prompt_ids): r.prompt_ids for r in lm.engine.requests}
+    room = 40 - 32
+    assert max(by_length) == room
+    assert "2 of 3 prompts are longer than max_length - max_gen_toks" in caplog.text
+    assert by_length[room] in {tuple(lm.tok_encode(text)[-room:]) for text in (long, long + " one")}
+    caplog.clear()
+    lm.generate_until([request(short)])
+    assert "prompts are longer" not in caplog.text
+
+
+def test_a_length_that_leaves_no_room_for_a_prompt_is_refused(make_lm: MakeLM) -> None:
+    with pytest.raises(UserError, match="max_gen_toks=512 must be below max_length=512"):
+        make_lm(max_length=512)
+    lm = make_lm(max_length=512, max_gen_toks=511)
+    with pytest.raises(UserError, match=r"max_gen_toks=600 must be below max_length=512.*allows 2048"):
+        lm.generate_until([request("q", {"max_gen_toks": 600})])
+
+
+def test_an_empty_context_becomes_the_prefix_token(make_lm: MakeLM, tmp_path: Path) -> None:
+    lm = make_lm(chat_template="off")
+    lm.generate_until([request("")])
+    assert lm.engine.requests[0].prompt_ids == (lm.prefix_token_id,) == (lm.eot_token_id,) == (707,)
+    assert make_lm().prompt_of("") == "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    with_bos = make_lm(checkpoint_with(tmp_path / "bos", bos=True))
+    with_bos.generate_until([request("")])
+    assert with_bos.engine.requests[0].prompt_ids == (707,)
+
+
+def test_there_is_one_bos_whoever_writes_it(make_lm: MakeLM, tmp_path: Path, evaluate: Evaluate) -> None:
+    lm = make_lm(checkpoint_with(tmp_path / "bos", bos=True, template=BOS_TEMPLATE))
+    assert lm.prompt_of("q") == "<|endoftext|>[user]q"
+    assert lm.prompt_of("<|endoftext|>[user]q") == "<|endoftext|>[user]q"
+    evaluate(lm, apply_chat_template=True, limit=1)
+    assert lm.tokenizer.decode(lm.engine.requests[-1].prompt_ids) == "<|endoftext|>[user]Question 0"
+
+    plain = make_lm(tmp_path / "bos", chat_template="off")
+    assert plain.prompt_of("q") == plain.prompt_of("<|endoftext|>q") == "<|endoftext|>q"
+    assert plain.tok_encode("q") == [707, *plain.tok_encode("q", add_special_tokens=False)]
+    assert make_lm(chat_template="off").prompt_of("q") == "q"
+
+
+# Chat template
+
+TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_a_prompt_becomes_one_user_turn_and_it_is_said_once(
+    make_lm: MakeLM, evaluate: Evaluate, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    lm = make_lm(chat_template=mode)
+    evaluate(lm)
+    prompts = sorted(lm.tokenizer.decode(r.prompt_ids) for r in lm.engine.requests)
+    assert prompts == [TURN.format(f"Question {i}") for i in range(5)]
+    lm.prompt_of("q")
+    assert caplog.text.count("put into the checkpoint's chat template") == 1
+
+
+def test_off_leaves_prompts_as_they_are(make_lm: MakeLM, caplog: pytest.LogCaptureFixture) -> None:
+    assert make_lm(chat_template="off").prompt_of("Question 1") == "Question 1"
+    assert "chat template" not in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["auto", "on", "off"])
+def test_the_harness_template_is_not_applied_again(
+    make_lm: MakeLM, evaluate: Evaluate, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    lm = make_lm(chat_template=mode)
+    results = evaluate(lm, apply_chat_template=True, system_instruction="Be brief.", limit=1)
+    prompt = "<|im_start|>system\nBe brief.<|im_end|>\n" + TURN.format("Question 0")
+    assert lm.tokenizer.decode(lm.engine.requests[-1].prompt_ids) == prompt
+    assert results["samples"]["five"][0]["arguments"][0][0] == prompt
+    assert "put into the checkpoint's chat template" not in caplog.text
+    # The next evaluation with the same model is on its own.
+    evaluate(lm, limit=1)
+    expected = "Question 0" if mode == "off" else TURN.format("Question 0")
+    assert lm.tokenizer.decode(lm.engine.requests[-1].prompt_ids) == expected
+
+
+def test_few_shot_examples_are_turns(make_lm: MakeLM, evaluate: Evaluate) -> None:
+    lm = make_lm()
+    lines = ("output_type: generate_until", "num_fewshot: 1", "fewshot_config: {split: train, sampler: first_n}")
+    evaluate(lm, *lines, apply_chat_template=True, fewshot_as_multiturn=True, samples={"five": [4]})
+    prompt = lm.tokenizer.decode(lm.engine.requests[-1].prompt_ids)
+    assert prompt == TURN.format("Question 0") + "0<|im_end|>\n" + TURN.format("Question 4")
+
+
+def test_a_task_that_writes_the_template_itself_is_left_alone(make_lm: MakeLM) -> None:
+    lm = make_lm()
+    for written in (TURN.format("q"), "\n" + TURN.format("q"), "<|im_start|>system\nBe brief.<|im_end|>\n"):
+        assert lm.prompt_of(written) == written
+    # Naming the markup somewhere is not writing it.
+    assert lm.prompt_of("What does <|im_start|> mean?") == TURN.format("What does <|im_start|> mean?")
+
+
+def test_a_template_without_constant_text_is_not_applied_twice(
+    make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    lm = make_lm(checkpoint_with(tmp_path / "bare", template=BARE_TEMPLATE))
+    evaluate(lm, apply_chat_template=True, limit=1)
+    assert lm.tokenizer.decode(lm.engine.requests[-1].prompt_ids) == "Question 0!"
+    assert lm.prompt_of("q") == "q!"
+
+
+@pytest.mark.parametrize("template", [None, BARE_TEMPLATE])
+def test_requests_built_by_an_earlier_run_are_not_put_into_the_template_again(
+    make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str | None
+) -> None:
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "requests"))
+    checkpoint = checkpoint_with(tmp_path / "bare", template=template) if template else "demo"
+    prompts = []
+    for _ in range(2):
+        lm = make_lm(checkpoint)
+        rendered = []
+        monkeypatch.setattr(lm, "apply_chat_template", lambda *a, lm=lm, **k: rendered.append(a) or lm._render(*a, **k))
+        evaluate(lm, apply_chat_template=True, cache_requests=True)
+        prompts.append([r.prompt_ids for r in lm.engine.requests])
+    assert not rendered  # the second run took the first one's requests
+    assert prompts[0] == prompts[1]
+
+
+def test_gen_prefix_is_left_open(make_lm: MakeLM, evaluate: Evaluate) -> None:
+    lm = make_lm()
+    lines = ("output_type: generate_until", "gen_prefix: 'The answer is'")
+    evaluate(lm, *lines, apply_chat_template=True, limit=1)
+    assert lm.tokenizer.decode(lm.engine.requests[-1].prompt_ids) == TURN.format("Question 0") + "The answer is"
+
+
+def test_a_checkpoint_without_template(make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path) -> None:
+    folder = checkpoint_with(tmp_path / "none")
+    lm = make_lm(folder)
+    assert lm.prompt_of("Question") == "Question"
+    assert lm.chat_template(True) is None
+    with pytest.raises(UserError, match="has no chat template; leave out --apply_chat_template"):
+        evaluate(lm, apply_chat_template=True)
+    with pytest.raises(UserError, match="chat_template=on, but checkpoint .* has no chat template"):
+        make_lm(folder, chat_template="on")
+
+
+def test_the_harness_can_ask_for_the_template_and_its_name(make_lm: MakeLM) -> None:
+    lm = make_lm()
+    assert "<|im_start|>" in str(lm.chat_template(True))
+    assert lm.chat_template(False) is None
+    assert lm.tokenizer_name == "demo"
+
+
+# Cache
+
+
+def cached(lm: SDARLM, path: Path) -> Any:
+    return CachingLM(lm, str(path))
+
+
+@pytest.mark.parametrize("gen_kwargs", [GREEDY, SAMPLED, {"max_new_tokens": "9", "until": "x", "do_sample": "false"}])
+def test_the_cache_key_is_that_of_the_untouched_arguments(
+    make_lm: MakeLM, tmp_path: Path, gen_kwargs: dict[str, Any]
+) -> None:
+    lm = make_lm()
+    asked = requests_of(3, gen_kwargs)
+    before = [hash_args("generate_until", instance.args) for instance in asked]
+    answers = cached(lm, tmp_path / "c.db").generate_until(asked)
+    assert [hash_args("generate_until", instance.args) for instance in asked] == before
+    assert [lm.cache_hook.dbdict[key] for key in before] == answers
+
+
+@pytest.mark.parametrize("gen_kwargs", [GREEDY, SAMPLED, SAMPLED | {"do_sample": "false"}])
+@pytest.mark.parametrize("error", [EngineError("out of luck"), RuntimeError("CUDA error"), KeyboardInterrupt()])
+def test_what_was_finished_before_a_failure_is_kept(
+    make_lm: MakeLM, tmp_path: Path, gen_kwargs: dict[str, Any], error: BaseException
+) -> None:
+    lm = make_lm()
+    lm.engine.answers_before_error, lm.engine.error = 3, error  # type: ignore[assignment]
+    with pytest.raises(type(error)):
+        cached(lm, tmp_path / "c.db").generate_until(requests_of(5, gen_kwargs))
+    finished = {r.prompt_ids for r in lm.engine.requests}
+    assert len(finished) == 3
+    assert lm.report.counts.requests == 3
+
+    again = make_lm()
+    answers = cached(again, tmp_path / "c.db").generate_until(requests_of(5, gen_kwargs))
+    assert len(again.engine.requests) == 2
+    assert not finished & {r.prompt_ids for r in again.engine.requests}
+    assert answers == make_lm().generate_until(requests_of(5, gen_kwargs))
+
+
+def test_sampled_answers_are_read_back_as_they_would_be_drawn(make_lm: MakeLM, tmp_path: Path) -> None:
+    drawn = make_lm().generate_until(requests_of(4, SAMPLED, repeats=3))
+    assert len(set(drawn)) == 12
+    assert cached(make_lm(), tmp_path / "c.db").generate_until(requests_of(4, SAMPLED, repeats=3)) == drawn
+    again = make_lm()
+    assert cached(again, tmp_path / "c.db").generate_until(requests_of(4, SAMPLED, repeats=3)) == drawn
+    assert not again.engine.requests
+    # Other questions, more repeats and other lengths are drawn.
+    more = cached(again, tmp_path / "c.db").generate_until(requests_of(5, SAMPLED, repeats=4))
+    assert len(again.engine.requests) == 5 * 4 - 4 * 3
+    assert [more[4 * i : 4 * i + 3] for i in range(4)] == [drawn[3 * i : 3 * i + 3] for i in range(4)]
+    cached(again, tmp_path / "c.db").generate_until(requests_of(1, SAMPLED | {"max_gen_toks": 31}))
+    assert len(again.engine.requests) == 5 * 4 - 4 * 3 + 1
+
+
+def test_repeats_that_the_harness_would_read_back_as_one_are_refused(make_lm: MakeLM, tmp_path: Path) -> None:
+    lm = make_lm()
+    drawn = {"temperature": 0.7, "max_gen_toks": 32}  # drawn, by the harness's own rule, but not marked
+    assert len(set(lm.generate_until(requests_of(1, drawn, repeats=3)))) == 3
+    with pytest.raises(UserError, match="draws 3 answers to each prompt, but without do_sample=true"):
+        cached(lm, tmp_path / "c.db").generate_until(requests_of(1, drawn, repeats=3))
+    assert cached(lm, tmp_path / "c.db").generate_until(requests_of(1, drawn))
+    assert cached(lm, tmp_path / "c.db").generate_until(requests_of(1, drawn | {"do_sample": True}, repeats=3))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "says"),
+    [
+        ({}, {"confidence_threshold": 0.9}, "confidence_threshold was 0.85, is 0.9"),
+        ({"block_length": 8}, {}, "block_length was 8, is 4; denoising_steps was 8, is 4"),
+        ({}, {"seed": 1}, "seed was 0, is 1"),
+        ({}, {"chat_template": "off"}, "chat_template was 'auto', is 'off'"),
+        ({}, {"max_length": 600}, "max_length was 2048, is 600"),
+        ({}, {"max_gen_toks": 600}, "max_gen_toks was 512, is 600"),
+        ({}, {"until": ["x"]}, r"until was \[\], is \['x'\]"),
+        ({"do_sample": False, "temperature": 0.5}, {"do_sample": False}, "temperature was 0.5, is None"),
+        ({"temperature": 0.5}, {"do_sample": True, "temperature": 0.5}, "do_sample was None, is True"),
+    ],
+)
+def test_a_cache_of_other_settings_is_refused_with_the_remedy(
+    make_lm: MakeLM, tmp_path: Path, first: dict[str, Any], then: dict[str, Any], says: str
+) -> None:
+    cached(make_lm(**first), tmp_path / "c.db").generate_until(requests_of(1))
+    cached(make_lm(**first), tmp_path / "c.db")
+    with pytest.raises(UserError, match=f"was made with other settings .*{says}.*give another path, or delete"):
+        cached(make_lm(**then), tmp_path / "c.db")
+
+
+def test_a_cache_of_other_weights_or_of_another_model_is_refused(make_lm: MakeLM, tmp_path: Path) -> None:
+    cached(make_lm(), tmp_path / "c.db")
+    folder = checkpoint_with(tmp_path / "other")
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-3, 2)
+        file.write(b"\x01\x02\x03")
+    with pytest.raises(UserError, match="checkpoint was '.*', is '"):
+        cached(make_lm(folder), tmp_path / "c.db")
+
+    CachingLM(lm_eval.api.registry.get_model("dummy")(), str(tmp_path / "dummy.db")).dbdict["key"] = "lol"
+    with pytest.raises(UserError, match="holds answers of another model.*Give another path, or delete"):
+        cached(make_lm(), tmp_path / "dummy.db")
+
+
+def test_the_same_settings_written_otherwise_share_a_cache(make_lm: MakeLM, tmp_path: Path) -> None:
+    cached(make_lm(confidence_threshold="0.85", seed="0", temperature="0.5"), tmp_path / "c.db")
+    cached(make_lm(temperature=0.5, max_active=3, trace=tmp_path / "t"), tmp_path / "c.db")
+
+
+# Repeats
+
+
+def test_repeats_differ_where_drawn_and_cost_nothing_where_not(make_lm: MakeLM) -> None:
+    lm = make_lm()
+    drawn = lm.generate_until(requests_of(3, SAMPLED, repeats=3))
+    assert len(set(drawn)) == 9
+    assert [r.decoding.greedy for r in lm.engine.requests] == [False] * 9
+    lm.engine.requests.clear()
+    greedy = lm.generate_until(requests_of(3, GREEDY, repeats=3))
+    assert len(greedy) == 9
+    assert greedy[0] == greedy[1] == greedy[2] != greedy[3]
+    assert len(lm.engine.requests) == 3
+
+
+def test_a_draw_depends_on_seed_question_and_repeat_alone(make_lm: MakeLM, evaluate: Evaluate) -> None:
+    lines = ("output_type: generate_until", "repeats: 3", f"generation_kwargs: {json.dumps(SAMPLED)}")
+
+    def draws(lm: SDARLM, **settings: Any) -> dict[str, list[str]]:
+        results = evaluate(lm, *lines, **settings)
+        return {sample["doc"]["question"]: sample["resps"][0] for sample in results["samples"]["five"]}
+
+    everything = draws(make_lm())
+    assert len({draw for of_one in everything.values() for draw in of_one}) == 15
+    assert draws(make_lm()) == everything
+    assert draws(make_lm(), limit=2) == {question: everything[question] for question in ("Question 0", "Question 1")}
+    assert draws(make_lm(), samples={"five": [3]}) == {"Question 3": everything["Question 3"]}
+    other = draws(make_lm(seed=1))
+    assert not {d for ds in other.values() for d in ds} & {d for ds in everything.values() for d in ds}
+
+
+def test_padding_for_other_ranks_gets_the_same_answers_for_nothing(make_lm: MakeLM) -> None:
+    lm = make_lm()
+    asked = requests_of(2, SAMPLED, repeats=3)
+    padding = [asked[-1]] * 3  # lm_eval pads a rank that has fewer documents with copies of its last one
+    answers = lm.generate_until([*asked, *padding])
+    assert len(lm.engine.requests) == 6
+    assert answers[6:] == answers[3:6]
+
+
+# What it tells
+
+
+def test_model_info_is_plain_json_and_reaches_the_results(make_lm: MakeLM, evaluate: Evaluate) -> None:
+    lm = make_lm(confidence_threshold=0.6)
+    config = evaluate(lm, gen_kwargs="max_gen_toks=8")["config"]
+    info = config["sdar_lm_eval"]
+    assert json.loads(json.dumps(lm.get_model_info())) == {name: config[name] for name in lm.get_model_info()}
+    assert config["model_dtype"] == "float32"
+    assert (info["engine"], info["device"], info["pretrained"], info["block_size"]) == ("scripted", "cpu", "demo", 4)
+    assert info["decoding"]["confidence_threshold"] == info["decoding_of_tasks"]["five"]["confidence_threshold"] == 0.6
+    assert info["decoding"]["max_gen_toks"] == 512
+    assert info["decoding_of_tasks"]["five"]["max_gen_toks"] == 8
+    assert info["run"]["requests"] == 5
+
+
+def test_the_summary_adds_up(make_lm: MakeLM, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lm = make_lm(answer=lambda r: "one two three"[: len(r.prompt_ids) % 13])
+    lm.generate_until(requests_of(4))
+    lm.generate_until(requests_of(3))
+    sent = lm.engine.requests
+    new = [len(lm.tok_encode(lm.engine.answer(r))) for r in sent]
+    run = lm.get_model_info()["sdar_lm_eval"]["run"]
+    assert run["requests"] == 7
+    assert run["new_tokens"] == sum(new)
+    assert run["prompt_tokens"] == sum(len(r.prompt_ids) for r in sent)
+    assert run["forwards"] == {"prefill": 7, "denoising": sum(new), "commit": 14}
+    assert run["tokens_per_forward"] == round(sum(new) / (sum(new) + 14), 3)
+    assert run["peak_memory_bytes"] == 1 << 30
+    assert f"7 requests, {sum(new)} new tokens in" in caplog.text
+
+
+def test_each_finished_request_is_a_line_of_the_trace(make_lm: MakeLM, tmp_path: Path) -> None:
+    lm = make_lm(trace=tmp_path / "trace.jsonl", answer=lambda _: "1 + 1. Ümlaut")
+    lm.engine.answers_before_error = 4
+    with pytest.raises(EngineError):
+        lm.generate_until([*requests_of(2, SAMPLED | {"until": [" "]}, repeats=2), request("q", doc_id=9)])
+    lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    assert {(line["task"], line["document"], line["repeat"]) for line in lines} < {
+        ("a_task", 0, 0), ("a_task", 0, 1), ("a_task", 1, 0), ("a_task", 1, 1), ("a_task", 9, 0)
+    }  # fmt: skip
+    line = next(line for line in lines if line["document"] == 0)
+    assert line["text"] == "1"
+    assert line["finish_reason"] == "stop"
+    assert line["new_tokens"] == len(line["unmasked_at"]) == len(line["confidences"]) == len(lm.tok_encode("1 + 1. Ümlaut"))
+    assert line["forwards"] == {"prefill": 1, "denoising": line["new_tokens"], "commit": 2}
+    assert all(r.record_steps for r in lm.engine.requests)
+    lm.engine.answers_before_error = None
+    lm.generate_until([request("q")])
+    assert len((tmp_path / "trace.jsonl").read_text().splitlines()) == 5  # appended
+
+
+def test_nothing_is_recorded_without_a_trace(make_lm: MakeLM) -> None:
+    lm = make_lm()
+    lm.generate_until([request("q")])
+    assert not lm.engine.requests[0].record_steps
+
+
+def test_the_bar_can_be_switched_off(make_lm: MakeLM, capsys: pytest.CaptureFixture[str]) -> None:
+    lm = make_lm()
+    lm.generate_until([request("q")])
+    assert "Generating: 100%" in capsys.readouterr().err
+    lm.generate_until([request("q")], disable_tqdm=True)
+    assert "Generating" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output_type", ["multiple_choice", "loglikelihood", "loglikelihood_rolling"])
+def test_log_likelihoods_are_refused_in_one_clear_error(make_lm: MakeLM, evaluate: Evaluate, output_type: str) -> None:
+    lines = [f"output_type: {output_type}"]
+    lines += ["doc_to_choice: ['a', 'b']", "doc_to_target: 0"] if output_type == "multiple_choice" else []
+    lines += ["metric_list: [{metric: word_perplexity}]"] if output_type == "loglikelihood_rolling" else []
+    with pytest.raises(UserError, match="task 'five' asks for log-likelihoods.* generative tasks"):
+        evaluate(make_lm(), *lines)
+
+
+def test_the_device_is_where_the_harness_looks_for_it(make_lm: MakeLM) -> None:
+    import torch
+
+    lm = make_lm()
+    assert torch.tensor(1, device=lm.device).device.type == "cpu"
+    assert (lm.rank, lm.world_size) == (0, 1)
+    assert lm.gather_object({"a": 1}) == [{"a": 1}]
+    assert lm.all_gather(torch.tensor([3])).tolist() == [3]
+
+
+# The real engine
+
+
+def test_the_demo_answers_through_lm_eval(evaluate: Evaluate) -> None:
+    import sdar_lm_eval.tasks
+
+    manager = TaskManager(include_path=str(Path(sdar_lm_eval.tasks.__file__).parent), include_defaults=False)
+    lm = SDARLM("demo")
+    settings = {"tasks": ["gsm8k_sdar_demo"], "task_manager": manager, "bootstrap_iters": 0, "limit": 12}
+    results = lm_eval.simple_evaluate(lm, **settings)
+    assert results is not None
+    assert results["results"]["gsm8k_sdar_demo"]["exact_match,strict-match"] > 0.6
+    samples = [s for s in results["samples"]["gsm8k_sdar_demo"] if s["filter"] == "strict-match"]
+    assert [s["doc_id"] for s in samples] == list(range(12))
+    counts = results["config"]["sdar_lm_eval"]["run"]
+    texts = [s["resps"][0][0] for s in samples]
+    assert counts["new_tokens"] == sum(len(lm.tok_encode(text, add_special_tokens=False)) for text in texts)
+
+    # Sampled, the batch makes no difference to a draw.
+    sampled = settings | {"gen_kwargs": "do_sample=true,temperature=1.0", "limit": 3}
+    together = lm_eval.simple_evaluate(lm, **sampled)
+    alone = lm_eval.simple_evaluate(SDARLM("demo", max_active=1), **sampled)
+    assert together is not None and alone is not None
+    drawn, drawn_alone = ([s["resps"] for s in r["samples"]["gsm8k_sdar_demo"]] for r in (together, alone))
+    assert drawn == drawn_alone
+    assert drawn[0][0][0] != texts[0]
