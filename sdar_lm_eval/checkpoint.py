@@ -101,13 +101,13 @@ class Checkpoint:
             )
         generation_config = folder / "generation_config.json"
         generation = _read_json(generation_config) if generation_config.exists() else {}
-        stop_ids = _ids("eos_token_id", generation, name) or _ids("eos_token_id", config, name)
+        stop_ids = _ids(generation.get("eos_token_id"), name) or _ids(config.get("eos_token_id"), name)
         mask_token_id = config.get("mask_token_id")
         tokenizer = None
         if mask_token_id is None or not stop_ids:
             tokenizer = _open_tokenizer(name, folder)
             mask_token_id = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
-            stop_ids = stop_ids or _ids("eos_token_id", {"eos_token_id": tokenizer.eos_token_id}, name)
+            stop_ids = stop_ids or _ids(tokenizer.eos_token_id, name)
         if mask_token_id is None:
             raise UserError(
                 f"checkpoint {name!r} names no mask token: neither mask_token_id in config.json nor mask_token in "
@@ -344,12 +344,11 @@ def _whole(key: str, config: Mapping[str, Any], name: str, default: int) -> int:
     return value
 
 
-def _ids(key: str, config: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    """One token id, several, or none, as generation configs have it."""
-    value = config.get(key)
+def _ids(value: Any, name: str) -> tuple[int, ...]:
+    """One token id, several, or none, as `eos_token_id` has it."""
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if not all(isinstance(token, int) for token in ids):
-        raise UserError(f"checkpoint {name!r} has {key}={value!r}; it must be a token id or a list of them.")
+        raise UserError(f"checkpoint {name!r} has eos_token_id={value!r}; it must be a token id or a list of them.")
     return ids
 
 
@@ -438,7 +437,7 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         if size != end:
             raise ValueError(f"it has {size:,} bytes where its header promises {end:,}")
         return {name: tuple(entry["shape"]) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}. Download it again.") from error
 
 

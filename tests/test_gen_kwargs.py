@@ -219,11 +219,10 @@ def test_a_shorter_block_than_the_steps_of_model_args_is_refused() -> None:
 )
 def test_values_out_of_range_are_refused_by_name(name: str, values: list[Any]) -> None:
     for value in values:
-        for given, base in (({name: value}, {}), ({}, {name: value}), ({"do_sample": False}, {name: value})):
-            if name == "do_sample" and "do_sample" in given and base:
-                continue  # the request's own value stands in its place
-            with pytest.raises(UserError, match=f"^{name}="):
-                read(given, **base)
+        with pytest.raises(UserError, match=f"^{name}="):
+            read({name: value})
+        with pytest.raises(UserError, match=f"^{name}="):
+            read({"until": []}, **{name: value})
 
 
 def test_an_unknown_strategy_gets_a_suggestion() -> None:
@@ -233,7 +232,9 @@ def test_an_unknown_strategy_gets_a_suggestion() -> None:
 
 
 def test_unknown_names_are_refused_with_a_suggestion_and_the_list() -> None:
-    with pytest.raises(UserError, match="gen_kwargs: 'confidence_treshold' is unknown. Did you mean 'confidence_thr") as c:
+    with pytest.raises(
+        UserError, match=r"gen_kwargs: 'confidence_treshold' is unknown. Did you mean 'confidence_thr"
+    ) as c:
         read({"confidence_treshold": 0.9})
     assert "max_gen_toks" in str(c.value)
     with pytest.raises(UserError, match="'length_penalty' is unknown"):
@@ -242,7 +243,7 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_list() -> None:
 
 def test_other_engines_settings_pass_where_they_ask_for_nothing() -> None:
     assert read({"num_beams": 1, "n": 1, "num_return_sequences": 1, "use_cache": True}) == read()
-    with pytest.raises(UserError, match="num_beams=10 is not supported, only 1; .* --gen_kwargs num_beams=1"):
+    with pytest.raises(UserError, match=r"num_beams=10 is not supported, only 1; .* --gen_kwargs num_beams=1"):
         read({"num_beams": 10})
 
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import lm_eval
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM, hash_args
 from lm_eval.tasks import TaskManager
 
+import sdar_lm_eval.tasks
 from sdar_lm_eval import harness
 from sdar_lm_eval.demo import CHECKPOINT as DEMO
 from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult
@@ -49,7 +51,10 @@ class ScriptedEngine:
                 raise self.error
             self.requests.append(request)
             ids = tuple(self.tokenizer.encode(self.answer(request), add_special_tokens=False))
-            yield index, GenerationResult(ids, "stop", 1, len(ids), 2, 0.5, unmasked_at=ids, confidences=(0.5,) * len(ids))
+            yield (
+                index,
+                GenerationResult(ids, "stop", 1, len(ids), 2, 0.5, unmasked_at=ids, confidences=(0.5,) * len(ids)),
+            )
 
     def peak_memory_bytes(self) -> int:
         return 1 << 30
@@ -95,6 +100,15 @@ def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="sdar_lm_eval")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The demo model is so small that a second thread helps little, and hurts where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def request(context: str, gen_kwargs: dict[str, Any] | None = None, repeats: int = 1, doc_id: int = 0) -> Instance:
     arguments = (context, copy.deepcopy(GREEDY if gen_kwargs is None else gen_kwargs))
     return Instance("generate_until", {"question": context}, arguments, 0, ("a_task", doc_id, repeats))
@@ -135,8 +149,9 @@ def load(**_):
 
 
 @pytest.fixture
-def evaluate(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Return a function that runs lm_eval itself over a task of five questions, defined by YAML lines."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # slow, and of no interest here
 
     def run(lm: Any, *lines: str, **settings: Any) -> dict[str, Any]:
         folder = tmp_path / "task"
@@ -238,14 +253,12 @@ def test_the_harness_default_and_the_command_line_reach_the_engine(make_lm: Make
 
 def test_settings_are_refused_before_anything_runs(make_lm: MakeLM) -> None:
     lm = make_lm()
-    with pytest.raises(UserError, match="'max_token' is unknown. Did you mean 'max_tokens'"):
+    with pytest.raises(UserError, match=r"'max_token' is unknown. Did you mean 'max_tokens'"):
         lm.generate_until([*requests_of(3), request("q", GREEDY | {"max_token": 3})])
     assert not lm.engine.requests
 
 
-def test_contradictions_are_said_once_not_for_each_document(
-    make_lm: MakeLM, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_contradictions_are_said_once_not_for_each_document(make_lm: MakeLM, caplog: pytest.LogCaptureFixture) -> None:
     make_lm().generate_until(requests_of(5, GREEDY | {"temperature": 1}))
     assert caplog.text.count("temperature=1 has no effect") == 1
 
@@ -431,15 +444,12 @@ def test_requests_built_by_an_earlier_run_are_not_put_into_the_template_again(
 ) -> None:
     monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "requests"))
     checkpoint = checkpoint_with(tmp_path / "bare", template=template) if template else "demo"
-    prompts = []
-    for _ in range(2):
-        lm = make_lm(checkpoint)
-        rendered = []
-        monkeypatch.setattr(lm, "apply_chat_template", lambda *a, lm=lm, **k: rendered.append(a) or lm._render(*a, **k))
-        evaluate(lm, apply_chat_template=True, cache_requests=True)
-        prompts.append([r.prompt_ids for r in lm.engine.requests])
-    assert not rendered  # the second run took the first one's requests
-    assert prompts[0] == prompts[1]
+    first, second = make_lm(checkpoint), make_lm(checkpoint)
+    evaluate(first, apply_chat_template=True, cache_requests=True)
+    assert second._opening == first._opening  # worked out once, by rendering
+    monkeypatch.delattr(SDARLM, "_render")  # the second takes the first one's requests
+    evaluate(second, apply_chat_template=True, cache_requests=True)
+    assert [r.prompt_ids for r in second.engine.requests] == [r.prompt_ids for r in first.engine.requests]
 
 
 def test_gen_prefix_is_left_open(make_lm: MakeLM, evaluate: Evaluate) -> None:
@@ -456,7 +466,7 @@ def test_a_checkpoint_without_template(make_lm: MakeLM, evaluate: Evaluate, tmp_
     assert lm.chat_template(True) is None
     with pytest.raises(UserError, match="has no chat template; leave out --apply_chat_template"):
         evaluate(lm, apply_chat_template=True)
-    with pytest.raises(UserError, match="chat_template=on, but checkpoint .* has no chat template"):
+    with pytest.raises(UserError, match=r"chat_template=on, but checkpoint .* has no chat template"):
         make_lm(folder, chat_template="on")
 
 
@@ -560,11 +570,11 @@ def test_a_cache_of_other_weights_or_of_another_model_is_refused(make_lm: MakeLM
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(-3, 2)
         file.write(b"\x01\x02\x03")
-    with pytest.raises(UserError, match="checkpoint was '.*', is '"):
+    with pytest.raises(UserError, match=r"checkpoint was '.*', is '"):
         cached(make_lm(folder), tmp_path / "c.db")
 
     CachingLM(lm_eval.api.registry.get_model("dummy")(), str(tmp_path / "dummy.db")).dbdict["key"] = "lol"
-    with pytest.raises(UserError, match="holds answers of another model.*Give another path, or delete"):
+    with pytest.raises(UserError, match=r"holds answers of another model.*Give another path, or delete"):
         cached(make_lm(), tmp_path / "dummy.db")
 
 
@@ -658,7 +668,12 @@ def test_each_finished_request_is_a_line_of_the_trace(make_lm: MakeLM, tmp_path:
     line = next(line for line in lines if line["document"] == 0)
     assert line["text"] == "1"
     assert line["finish_reason"] == "stop"
-    assert line["new_tokens"] == len(line["unmasked_at"]) == len(line["confidences"]) == len(lm.tok_encode("1 + 1. Ümlaut"))
+    assert (
+        line["new_tokens"]
+        == len(line["unmasked_at"])
+        == len(line["confidences"])
+        == len(lm.tok_encode("1 + 1. Ümlaut"))
+    )
     assert line["forwards"] == {"prefill": 1, "denoising": line["new_tokens"], "commit": 2}
     assert all(r.record_steps for r in lm.engine.requests)
     lm.engine.answers_before_error = None
@@ -685,13 +700,11 @@ def test_log_likelihoods_are_refused_in_one_clear_error(make_lm: MakeLM, evaluat
     lines = [f"output_type: {output_type}"]
     lines += ["doc_to_choice: ['a', 'b']", "doc_to_target: 0"] if output_type == "multiple_choice" else []
     lines += ["metric_list: [{metric: word_perplexity}]"] if output_type == "loglikelihood_rolling" else []
-    with pytest.raises(UserError, match="task 'five' asks for log-likelihoods.* generative tasks"):
+    with pytest.raises(UserError, match=r"task 'five' asks for log-likelihoods.* generative tasks"):
         evaluate(make_lm(), *lines)
 
 
 def test_the_device_is_where_the_harness_looks_for_it(make_lm: MakeLM) -> None:
-    import torch
-
     lm = make_lm()
     assert torch.tensor(1, device=lm.device).device.type == "cpu"
     assert (lm.rank, lm.world_size) == (0, 1)
@@ -702,9 +715,8 @@ def test_the_device_is_where_the_harness_looks_for_it(make_lm: MakeLM) -> None:
 # The real engine
 
 
-def test_the_demo_answers_through_lm_eval(evaluate: Evaluate) -> None:
-    import sdar_lm_eval.tasks
-
+def test_the_demo_answers_through_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
     manager = TaskManager(include_path=str(Path(sdar_lm_eval.tasks.__file__).parent), include_defaults=False)
     lm = SDARLM("demo")
     settings = {"tasks": ["gsm8k_sdar_demo"], "task_manager": manager, "bootstrap_iters": 0, "limit": 12}

@@ -54,6 +54,12 @@ def chat(problem: Problem) -> tuple[str, str]:
     return f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n", f"{problem.answer}<|im_end|>"
 
 
+def problems_jsonl(seed: int) -> str:
+    """Return the content of `problems.jsonl`: held-out problems as GSM8K has them, one JSON object a line."""
+    test = itertools.islice(problems(seed, held_out=True), TEST_PROBLEMS)
+    return "".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in test)
+
+
 def make_tokenizer(seed: int) -> Any:
     """Train a byte-level BPE tokenizer on 20,000 problems; returns a `tokenizers.Tokenizer`."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -175,6 +181,7 @@ def train(config: dict[str, Any], tokenizer: Any, *, seed: int, steps: int, batc
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    kind = torch.device(device).type
     torch.manual_seed(seed)
     known = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "torch_dtype")}
     model = Qwen3ForCausalLM._from_config(Qwen3Config(**known), attn_implementation="sdpa").float().to(device)
@@ -189,7 +196,7 @@ def train(config: dict[str, Any], tokenizer: Any, *, seed: int, steps: int, batc
     decay = [p for p in model.parameters() if p.dim() > 1]
     keep = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": keep, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=device != "cpu")
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=kind != "cpu")
     warmup = min(200, steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * s / steps))
@@ -199,7 +206,7 @@ def train(config: dict[str, Any], tokenizer: Any, *, seed: int, steps: int, batc
         rows = torch.randint(len(ids), (batch,), device=device)
         clean, answer = ids[rows].long(), is_answer[rows]
         noised, masked, weights = add_noise(clean, answer, config["mask_token_id"])
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device != "cpu"):
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind != "cpu"):
             hidden = model.model(
                 input_ids=torch.cat([noised, clean], dim=1), attention_mask=attention, position_ids=positions
             ).last_hidden_state[:, :MAX_TOKENS]  # (B, N, D): the noised half
@@ -265,14 +272,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "problems.jsonl").open("w") as file:
-        for problem in itertools.islice(problems(args.seed, held_out=True), TEST_PROBLEMS):
-            file.write(json.dumps({"question": problem.question, "answer": problem.answer}) + "\n")
+    (args.out / "problems.jsonl").write_text(problems_jsonl(args.seed))
     tokenizer = make_tokenizer(args.seed)
     config = make_config(tokenizer)
-    model = train(
-        config, tokenizer, seed=args.seed, steps=args.steps, batch=args.batch, lr=args.lr, device=args.device
-    )
+    model = train(config, tokenizer, seed=args.seed, steps=args.steps, batch=args.batch, lr=args.lr, device=args.device)
     write_checkpoint(args.out / "checkpoint", model, config, tokenizer)
 
 

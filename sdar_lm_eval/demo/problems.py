@@ -124,7 +124,8 @@ def _compare(t: _Teller) -> Problem:
     mine = t.number(20, 400)
     more = t.rng.random() < 0.5
     n = t.number(5, 150) if more else t.number(5, mine - 5)
-    text = f"{t.name} has {mine} {t.items}.{t.distractor()} {t.friend} has {n} {'more' if more else 'fewer'} than {t.name}."
+    text = f"{t.name} has {mine} {t.items}.{t.distractor()}"
+    text += f" {t.friend} has {n} {'more' if more else 'fewer'} than {t.name}."
     ask = t.pick("How many do they have together?", f"How many {t.items} do they have in total?")
     other = t.step(mine, "+" if more else "-", n, t.items)
     return t.problem("compare", f"{text} {ask}", t.step(mine, "+", other, t.items), t.items, (mine, n))
@@ -141,25 +142,31 @@ def _groups(t: _Teller) -> Problem:
     total = t.step(boxes, "*", each, t.items)
     away = t.rng.random() < 0.5
     n = t.number(2, total - 1) if away else t.number(2, 99)
-    text += t.distractor() + " " + (
-        t.pick(f"{n} of them are taken out.", f"{t.friend} takes {n} {t.items}.")
-        if away
-        else t.pick(f"{t.friend} adds {n} {t.items}.", f"There are {n} more on the table.")
-    )
+    text += t.distractor() + " "
+    if away:
+        text += t.pick(f"{n} of them are taken out.", f"{t.friend} takes {n} {t.items}.")
+    else:
+        text += t.pick(f"{t.friend} adds {n} {t.items}.", f"There are {n} more on the table.")
     ask = t.pick(f"How many {t.items} are there now?", f"How many {t.items} is that?")
-    return t.problem("groups", f"{text} {ask}", t.step(total, "-" if away else "+", n, t.items), t.items, (boxes, each, n))
+    now = t.step(total, "-" if away else "+", n, t.items)
+    return t.problem("groups", f"{text} {ask}", now, t.items, (boxes, each, n))
 
 
 def _bill(t: _Teller) -> Problem:
     """One of one thing and several of another."""
     one, many = t.rng.sample(GOODS, 2)
     price, n, each = t.number(5, 300), t.number(2, 9), t.number(2, 70)
-    text = t.pick(f"A {one} costs {price} dollars and a {many} costs {each} dollars.",
-                  f"At the {t.rng.choice(PLACES)}, a {many} is {each} dollars and a {one} is {price} dollars.")
-    ask = t.pick(f"{t.name} buys {n} {many}s and one {one}. How much does {t.pronoun} pay?",
-                 f"How much do {n} {many}s and one {one} cost?")
+    text = t.pick(
+        f"A {one} costs {price} dollars and a {many} costs {each} dollars.",
+        f"At the {t.rng.choice(PLACES)}, a {many} is {each} dollars and a {one} is {price} dollars.",
+    )
+    ask = t.pick(
+        f"{t.name} buys {n} {many}s and one {one}. How much does {t.pronoun} pay?",
+        f"How much do {n} {many}s and one {one} cost?",
+    )
     goods = t.step(n, "*", each, "dollars")
-    return t.problem("bill", f"{text}{t.distractor()} {ask}", t.step(goods, "+", price, "dollars"), "dollars", (price, n, each))
+    text += t.distractor()
+    return t.problem("bill", f"{text} {ask}", t.step(goods, "+", price, "dollars"), "dollars", (price, n, each))
 
 
 def _change(t: _Teller) -> Problem:
@@ -168,8 +175,11 @@ def _change(t: _Teller) -> Problem:
     thing = t.rng.choice(GOODS)
     money = t.number(n * each + 1, min(n * each + 300, 999))
     text = t.pick(f"{t.name} has {money} dollars.", f"{t.name} takes {money} dollars to the {t.rng.choice(PLACES)}.")
-    text += t.distractor() + " " + t.pick(f"{t.pronoun.title()} buys {n} {thing}s for {each} dollars each.",
-                                          f"{t.pronoun.title()} pays for {n} {thing}s that cost {each} dollars each.")
+    text += t.distractor() + " "
+    text += t.pick(
+        f"{t.pronoun.title()} buys {n} {thing}s for {each} dollars each.",
+        f"{t.pronoun.title()} pays for {n} {thing}s that cost {each} dollars each.",
+    )
     ask = t.pick("How many dollars are left?", f"How much money does {t.pronoun} have left?")
     cost = t.step(n, "*", each, "dollars")
     return t.problem("change", f"{text} {ask}", t.step(money, "-", cost, "dollars"), "dollars", (money, n, each))
@@ -195,8 +205,8 @@ def _machine(t: _Teller) -> Problem:
     rate, hours = t.number(5, 100), t.number(2, 9)
     broken = t.number(2, rate * hours - 1)
     text = t.pick(f"A machine makes {rate} {t.items} an hour.", f"In one hour, a machine makes {rate} {t.items}.")
-    text += f" It runs for {hours} hours.{t.distractor()} " + t.pick(f"{broken} of them are broken.",
-                                                                   f"But {broken} {t.items} are bad.")
+    text += f" It runs for {hours} hours.{t.distractor()} "
+    text += t.pick(f"{broken} of them are broken.", f"But {broken} {t.items} are bad.")
     ask = t.pick(f"How many good {t.items} are there?", f"How many {t.items} can be sold?")
     made = t.step(rate, "*", hours, t.items)
     return t.problem("machine", f"{text} {ask}", t.step(made, "-", broken, t.items), t.items, (rate, hours, broken))
@@ -207,8 +217,10 @@ def _share(t: _Teller) -> Problem:
     bags, share, extra = t.number(2, 9), t.number(3, 100), t.number(2, 99)
     total = bags * share
     kind = t.rng.choice(BOXES)
-    text = t.pick(f"{t.name} puts {total} {t.items} into {bags} {kind}, the same number in each.",
-                  f"{total} {t.items} are shared equally among {bags} {kind}.")
+    text = t.pick(
+        f"{t.name} puts {total} {t.items} into {bags} {kind}, the same number in each.",
+        f"{total} {t.items} are shared equally among {bags} {kind}.",
+    )
     text += t.distractor() + " " + t.pick(f"Then {t.pronoun} adds {extra} to every one.", f"Each gets {extra} more.")
     ask = t.pick(f"How many {t.items} are in each?", f"How many {t.items} does each hold now?")
     each = t.step(total, "/", bags, t.items)
@@ -221,7 +233,7 @@ def _bus(t: _Teller) -> Problem:
     off, on = t.number(5, start - 5), t.number(5, 300)
     place = t.rng.choice(PLACES)
     text = t.pick(f"A train has {start} people on it.", f"{start} people are on a train.") + t.distractor()
-    text += " " + t.pick(f"At the {place}, {off} get off and {on} get on.", f"At the {place}, {on} get on and {off} get off.")
+    text += f" At the {place}, " + t.pick(f"{off} get off and {on} get on.", f"{on} get on and {off} get off.")
     ask = t.pick("How many people are on the train now?", "How many people is that?")
     if t.rng.random() < 0.5:
         now = t.step(t.step(start, "-", off, "people"), "+", on, "people")
@@ -234,11 +246,11 @@ def _savings(t: _Teller) -> Problem:
     """A weekly amount on top of what there was."""
     weekly, weeks, before = t.number(5, 90), t.number(2, 9), t.number(5, 180)
     text = t.pick(f"{t.name} saves {weekly} dollars a week.", f"Every week, {t.name} saves {weekly} dollars.")
-    text += t.distractor() + " " + t.pick(f"{t.pronoun.title()} already had {before} dollars.",
-                                          f"{t.pronoun.title()} began with {before} dollars.")
+    text += t.distractor() + f" {t.pronoun.title()} "
+    text += t.pick(f"already had {before} dollars.", f"began with {before} dollars.")
     ask = t.pick(f"How many dollars does {t.pronoun} have after {weeks} weeks?", f"How much is it after {weeks} weeks?")
-    saved = t.step(weekly, "*", weeks, "dollars")
-    return t.problem("savings", f"{text} {ask}", t.step(saved, "+", before, "dollars"), "dollars", (weekly, weeks, before))
+    total = t.step(t.step(weekly, "*", weeks, "dollars"), "+", before, "dollars")
+    return t.problem("savings", f"{text} {ask}", total, "dollars", (weekly, weeks, before))
 
 
 STORIES: tuple[Callable[[_Teller], Problem], ...] = (

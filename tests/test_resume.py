@@ -1,0 +1,101 @@
+"""A run that is killed goes on where it stopped, and ends with what an undisturbed run gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+
+import sdar_lm_eval.tasks
+from sdar_lm_eval.harness import SDARLM
+
+ROOT = Path(__file__).parents[1]
+TASKS = str(Path(sdar_lm_eval.tasks.__file__).parent)
+# Short answers, one at a time: slow enough to be killed in the middle.
+DOCUMENTS = 24
+TASK = f"include: {TASKS}/gsm8k_sdar_demo.yaml\n"
+GREEDY = f"{TASK}task: greedy\ngeneration_kwargs: {{until: [], do_sample: false, max_gen_toks: 32}}\n"
+SAMPLED = f"{TASK}task: sampled\nrepeats: 2\ngeneration_kwargs: {{until: [], do_sample: true, max_gen_toks: 32}}\n"
+MODEL = {"pretrained": "demo", "max_active": 1, "remasking_strategy": "low_confidence_static"}
+ANSWERS = 3 * DOCUMENTS
+
+
+def _trace(folder: Path) -> list[str]:
+    path = folder / "trace.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _scores(results: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in results["results"].items() if name in ("greedy", "sampled")}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "greedy.yaml").write_text(GREEDY)
+    (tmp_path / "tasks" / "sampled.yaml").write_text(SAMPLED)
+    return tmp_path
+
+
+def test_a_killed_run_computes_only_what_was_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_args = ",".join(f"{name}={value}" for name, value in {**MODEL, "trace": "trace.jsonl"}.items())
+    command = [sys.executable, "-m", "sdar_lm_eval", "run", "--model", "sdar", "--model_args", model_args]
+    command += ["--include_path", "tasks", "--tasks", "greedy,sampled", "--limit", str(DOCUMENTS)]
+    command += ["--use_cache", "answers/cache", "--output_path", "results", "--log_samples"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+
+    log = folder / "log.txt"
+    with log.open("w") as output:
+        running = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
+        deadline = time.monotonic() + 300
+        while len(_trace(folder)) < ANSWERS // 4:
+            assert running.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        running.send_signal(signal.SIGKILL)
+        assert running.wait() == -signal.SIGKILL
+    finished = _trace(folder)
+    assert ANSWERS // 4 <= len(finished) < ANSWERS
+    assert not (folder / "results").exists()
+
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    traced = [json.loads(line) for line in _trace(folder)]
+    computed = len(traced) - len(finished)
+    # An answer is in the cache before it is in the trace, so one may have been kept and not traced.
+    assert computed in (ANSWERS - len(finished), ANSWERS - len(finished) - 1)
+    assert len({(line["task"], line["document"], line["repeat"]) for line in traced}) == len(traced)  # none twice
+    assert {line["task"] for line in traced[: len(finished)]} == {"greedy", "sampled"}
+    (results,) = folder.glob("results/*/results_*.json")
+    resumed = json.loads(results.read_text())
+    assert resumed["config"]["sdar_lm_eval"]["run"]["requests"] == computed
+
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # slow, and of no interest here
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+    undisturbed = lm_eval.simple_evaluate(
+        SDARLM(**(MODEL | {"max_active": 24})), tasks=["greedy", "sampled"], task_manager=manager, limit=DOCUMENTS
+    )
+    torch.set_num_threads(threads)
+    assert undisturbed is not None
+    assert _scores(resumed) == json.loads(json.dumps(_scores(dict(undisturbed))))
+    for task in ("greedy", "sampled"):
+        (path,) = folder.glob(f"results/*/samples_{task}_*.jsonl")
+        samples = [json.loads(line) for line in path.read_text().splitlines()]
+        expected = {(s["doc_id"], s["filter"]): s["resps"] for s in undisturbed["samples"][task]}
+        assert {(s["doc_id"], s["filter"]): s["resps"] for s in samples} == expected
+    drawn = [s["resps"][0] for s in undisturbed["samples"]["sampled"]]
+    assert any(first != second for first, second in drawn)
