@@ -212,6 +212,7 @@ class Checkpoint:
 
         assert isinstance(dtype, torch.dtype), dtype
         assert attention in {"eager", *ALL_ATTENTION_FUNCTIONS.keys()}, attention
+        version = tuple(map(int, transformers.__version__.split(".")[:2]))
         files = self.weight_files()
         config_class, model_class = ARCHITECTURES[self.config["model_type"]]
         config = self._transformers_config(getattr(transformers, config_class), attention)
@@ -228,7 +229,7 @@ class Checkpoint:
                     use_safetensors=True,
                     local_files_only=True,
                     output_loading_info=True,
-                    **{_dtype_argument(transformers.__version__): dtype},
+                    **{"dtype" if version >= (4, 56) else "torch_dtype": dtype},
                 )
             except Exception as error:
                 raise UserError(
@@ -244,6 +245,8 @@ class Checkpoint:
             )
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight  # also where the files hold another head
+        if self.is_moe and version < (4, 53):
+            _hand_keywords_to_attention(model.model)
         try:
             return model.requires_grad_(False).to(device).eval()
         except torch.OutOfMemoryError as error:
@@ -296,12 +299,10 @@ class Checkpoint:
 
 
 def _resolve(name: str, revision: str | None) -> Path:
-    if name == "demo":
-        return DEMO_CHECKPOINT
-    folder = Path(name).expanduser()
+    folder = DEMO_CHECKPOINT if name == "demo" else Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise UserError(f"revision={revision!r} was given, but {name!r} is a folder; revisions belong to hub ids.")
+            raise UserError(f"revision={revision!r} was given, but {name!r} is no hub id; only these have revisions.")
         return folder
     if name.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(
@@ -441,8 +442,13 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{path} is not a whole safetensors file: {error}. Download it again.") from error
 
 
-def _dtype_argument(version: str) -> str:
-    return "dtype" if tuple(map(int, version.split(".")[:2])) >= (4, 56) else "torch_dtype"
+def _hand_keywords_to_attention(model: Any) -> None:
+    """Let the model's keyword arguments reach its attention, which the MoE layers of transformers 4.52 keep back."""
+    given: dict[str, Any] = {}
+    model.register_forward_pre_hook(lambda _, args, keywords: given.update(keywords), with_kwargs=True)
+    model.register_forward_hook(lambda *_: given.clear())
+    for layer in model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda _, args, keywords: (args, given | keywords), with_kwargs=True)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import time
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,8 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
 
         self._ranks = Ranks()
         self._rank, self._world_size = self._ranks.rank, self._ranks.world_size
+        # What lm_eval up to 0.4.12 calls in the place of `all_gather` and `barrier`.
+        self.accelerator = types.SimpleNamespace(gather=self.all_gather, wait_for_everyone=self.barrier)
         if self._rank > 0:
             logging.getLogger("sdar_lm_eval").setLevel(logging.ERROR)  # rank 0 says it for all
 
@@ -140,7 +143,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             max_active=max_active,
             kv_pages=arguments.get("kv_pages"),
         )
-        self._device = self._engine.info["device"]
+        self._device: str = self._engine.info["device"]
         if self._device == "cpu":
             self._ranks.share_cpu()
         self.report.counts.load_seconds = time.perf_counter() - started
@@ -221,7 +224,6 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             raise UserError(
                 f"checkpoint {self.checkpoint.name!r} has no chat template; leave out --apply_chat_template."
             )
-        self._harness_templates = True
         return self._render(chat_history, add_generation_prompt)
 
     def _render(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -492,6 +494,11 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         return room
 
     # Ranks
+
+    @property
+    def device(self) -> str:
+        """Where the engine runs."""
+        return self._device
 
     def all_gather(self, tensor: Any) -> Any:
         """Concatenate each rank's tensor."""

@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
@@ -199,6 +200,7 @@ def test_longer_prompts_start_first(make_lm: MakeLM) -> None:
         ("Q:", " \n 1 + 1 = 2.\n\n"),
         (["Q:", "\n\n", "absent"], " \n 1 + 1 = 2."),  # the earliest, not the first of the list
         (["1"], " \n "),
+        ([" ", "1"], ""),  # at the very beginning
         (["", None][:1], " \n 1 + 1 = 2.\n\nQ: 3\n "),
     ],
 )
@@ -373,6 +375,9 @@ def test_there_is_one_bos_whoever_writes_it(make_lm: MakeLM, tmp_path: Path, eva
     assert plain.prompt_of("q") == plain.prompt_of("<|endoftext|>q") == "<|endoftext|>q"
     assert plain.tok_encode("q") == [707, *plain.tok_encode("q", add_special_tokens=False)]
     assert make_lm(chat_template="off").prompt_of("q") == "q"
+    # A template that writes none means none.
+    own = make_lm(checkpoint_with(tmp_path / "own", bos=True, template=(DEMO / "chat_template.jinja").read_text()))
+    assert own.prompt_of("q") == own.prompt_of(TURN.format("q")) == TURN.format("q")
 
 
 # Chat template
@@ -591,6 +596,7 @@ def test_repeats_differ_where_drawn_and_cost_nothing_where_not(make_lm: MakeLM) 
     drawn = lm.generate_until(requests_of(3, SAMPLED, repeats=3))
     assert len(set(drawn)) == 9
     assert [r.decoding.greedy for r in lm.engine.requests] == [False] * 9
+    assert len({r.seed for r in lm.engine.requests}) == 9
     lm.engine.requests.clear()
     greedy = lm.generate_until(requests_of(3, GREEDY, repeats=3))
     assert len(greedy) == 9
@@ -706,10 +712,27 @@ def test_log_likelihoods_are_refused_in_one_clear_error(make_lm: MakeLM, evaluat
 
 def test_the_device_is_where_the_harness_looks_for_it(make_lm: MakeLM) -> None:
     lm = make_lm()
+    assert lm.device == "cpu"
     assert torch.tensor(1, device=lm.device).device.type == "cpu"
     assert (lm.rank, lm.world_size) == (0, 1)
     assert lm.gather_object({"a": 1}) == [{"a": 1}]
     assert lm.all_gather(torch.tensor([3])).tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("device", "rank", "expected"),
+    [("auto", 1, "cuda:1"), ("cuda", 3, "cuda:1"), ("cuda:0", 1, "cuda:0"), ("cpu", 1, "cpu")],
+)
+def test_each_rank_takes_a_gpu_of_its_own(
+    make_lm: MakeLM, monkeypatch: pytest.MonkeyPatch, device: str, rank: int, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    shared = []
+    ranks = SimpleNamespace(rank=0, local_rank=rank, world_size=4, share_cpu=lambda: shared.append(True))
+    monkeypatch.setattr(harness, "Ranks", lambda: ranks)
+    assert make_lm(device=device).engine.options["device"] == expected
+    assert shared  # the scripted engine is on the CPU
 
 
 # The real engine

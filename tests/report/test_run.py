@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -30,13 +31,15 @@ def test_only_returned_tokens_count() -> None:
     assert counts.tokens_per_second == 8 / counts.generation_seconds
 
 
-def test_rounds_add_up_and_the_highest_peak_stays() -> None:
+def test_rounds_add_up_and_the_highest_peak_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.perf_counter", itertools.count().__next__)  # read at start, add and stop
     report = RunReport()
     for peak in (100, 300, 200):
         report.start(total=1, show=False)
         report.add(result(2), "text", prompt_tokens=1)
         report.stop(peak_memory_bytes=peak)
     assert (report.counts.requests, report.counts.new_tokens, report.counts.peak_memory_bytes) == (3, 6, 300)
+    assert report.counts.generation_seconds == 3 * 2
 
 
 def test_nothing_done_is_no_division_by_zero() -> None:
