@@ -302,7 +302,7 @@ def _resolve(name: str, revision: str | None) -> Path:
     folder = DEMO_CHECKPOINT if name == "demo" else Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise UserError(f"revision={revision!r} was given, but {name!r} is no hub id; only these have revisions.")
+            raise UserError(f"revision={revision!r} was given, but {name!r} is a folder; revisions belong to hub ids.")
         return folder
     if name.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(

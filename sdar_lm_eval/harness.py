@@ -277,7 +277,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Not answered: see the error."""
         raise UserError(
-            f"task {requests[0].task_name!r} asks for log-likelihoods, which --model sdar does not compute yet. "
+            f"task {requests[0].task_name!r} asks for log-likelihoods, which sdar_lm_eval does not compute yet. "
             "It answers generative tasks (output_type generate_until), such as gsm8k_sdar."
         )
 

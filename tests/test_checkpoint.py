@@ -247,7 +247,7 @@ def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(name: str, monkeyp
 
 def test_only_hub_ids_have_revisions(tmp_path: Path) -> None:
     for name in (str(random_checkpoint(tmp_path)), "demo"):
-        with pytest.raises(UserError, match=r"revision='main' was given, but .* is no hub id"):
+        with pytest.raises(UserError, match=r"revision='main' was given, but .* is a folder"):
             Checkpoint.open(name, "main")
 
 

@@ -717,6 +717,8 @@ def test_the_device_is_where_the_harness_looks_for_it(make_lm: MakeLM) -> None:
     assert (lm.rank, lm.world_size) == (0, 1)
     assert lm.gather_object({"a": 1}) == [{"a": 1}]
     assert lm.all_gather(torch.tensor([3])).tolist() == [3]
+    assert lm.accelerator.gather(torch.tensor([3])).tolist() == [3]  # what lm_eval up to 0.4.12 calls
+    lm.accelerator.wait_for_everyone()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from sdar_lm_eval.harness import SDARLM
 ROOT = Path(__file__).parents[1]
 TASKS = str(Path(sdar_lm_eval.tasks.__file__).parent)
 # Short answers, one at a time: slow enough to be killed in the middle.
-DOCUMENTS = 24
+DOCUMENTS = 16
 TASK = f"include: {TASKS}/gsm8k_sdar_demo.yaml\n"
 GREEDY = f"{TASK}task: greedy\ngeneration_kwargs: {{until: [], do_sample: false, max_gen_toks: 32}}\n"
 SAMPLED = f"{TASK}task: sampled\nrepeats: 2\ngeneration_kwargs: {{until: [], do_sample: true, max_gen_toks: 32}}\n"

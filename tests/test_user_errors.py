@@ -90,7 +90,7 @@ def copy_of_demo(folder: Path, **config: object) -> Path:
         ("trace=.", "trace='.' cannot be written: Is a directory"),
         ("device=gpu", "device='gpu' is unknown; choose cpu, cuda, cuda:N or auto"),
         ("dtype=int8", "dtype='int8' is unknown; choose "),
-        ("revision=main,pretrained=.", "revision='main' was given, but '.' is a folder"),
+        ("revision=main,pretrained=.", "revision='main' was given, but '.' is "),
         pytest.param(
             "device=cuda", "device='cuda': this machine has no usable GPU(s); choose cpu or auto", marks=NO_GPU
         ),
