@@ -6,6 +6,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# On a shared machine, threads that spin while they wait make small models many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test check benchmark clean
 
 demo: $(INSTALLED)
