@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
-def _caplog_hears_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval, once it has run in this process, keeps its log (and ours, which joins it) from the root logger."""
-    monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)
+def _caplog_hears_lm_eval() -> None:
+    """Undo what lm-eval did when it last ran in this process: its log, which ours joins, went nowhere but to stderr."""
+    logger = logging.getLogger("lm_eval")
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)

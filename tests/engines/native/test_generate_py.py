@@ -1,8 +1,8 @@
 """The engine beside SDAR's own generate.py, where a copy of it is at hand: SDAR_GENERATE_PY=…/SDAR/generate.py.
 
-Its functions are imported and run as they are, on transformers' Qwen3 behind a shim for its `store_kv` argument. Three of
-its strategies run (entropy_bounded stops with an error there). Sampling is replaced by greedy draws, since it draws from
-torch's global generator.
+Its functions are imported and run as they are, on transformers' Qwen3 behind a shim for its `store_kv` argument. Three
+of its strategies run (entropy_bounded stops with an error there). Sampling is replaced by greedy draws, since it draws
+from torch's global generator.
 """
 
 from __future__ import annotations
