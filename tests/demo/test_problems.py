@@ -41,7 +41,7 @@ def solution(problem: Problem) -> int:
             assert f"has {a} " in question
             return a + a + (b if f"has {b} more than" in question else -b)
         case "groups", [n]:
-            return a * b + (-n if re.search(rf"takes {n} |{n} of them are taken out", question) else n)
+            return a * b + (-n if re.search(rf"(?<!It) takes {n} |{n} of them are taken out", question) else n)
         case "bill", [each]:
             return a + b * each
         case "change", [each]:
