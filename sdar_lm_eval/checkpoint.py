@@ -93,7 +93,7 @@ class Checkpoint:
         folder = _resolve(name, revision)
         config = _read_json(folder / "config.json", needed_for=f"checkpoint {name!r}")
         model_type = config.get("model_type")
-        if model_type not in ARCHITECTURES:
+        if model_type not in tuple(ARCHITECTURES):
             raise UserError(
                 f"checkpoint {name!r} has model_type {model_type!r}; this package runs "
                 f"{' and '.join(repr(known) for known in ARCHITECTURES)} (the SDAR family). "
@@ -265,7 +265,7 @@ class Checkpoint:
             raise UserError(f"checkpoint {self.name!r} has use_sliding_window=true, which is not supported.")
         # transformers 5 writes rope_parameters, which 4 does not know: its rope_theta would be 10000. Both read these.
         if rope := dict(self.config.get("rope_parameters") or {}):
-            settings["rope_theta"] = rope.pop("rope_theta", 10000.0)
+            settings["rope_theta"] = rope.pop("rope_theta", settings.get("rope_theta", 10000.0))
             settings["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
         try:
             config = config_class(**settings, use_cache=False)

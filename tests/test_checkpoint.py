@@ -338,7 +338,15 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=5,
 )
-READ = ["mask_token_id", "eos_token_id", "block_size", "block_length", "vocab_size", "max_position_embeddings"]
+READ = [
+    "model_type",
+    "mask_token_id",
+    "eos_token_id",
+    "block_size",
+    "block_length",
+    "vocab_size",
+    "max_position_embeddings",
+]
 
 
 @settings(max_examples=150, deadline=None)

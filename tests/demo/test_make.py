@@ -45,6 +45,7 @@ def test_numbers_are_single_digits(tokenizer: Any) -> None:
     assert tokenizer.encode("12 + 340").tokens == ["1", "2", "Ġ+", "Ġ", "3", "4", "0"]
 
 
+@settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs", "Cn"])))
 def test_every_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
     text = unicodedata.normalize("NFC", text)

@@ -102,6 +102,7 @@ def test_training_and_test_share_no_combination_of_numbers() -> None:
     assert len(test) > 2000
 
 
+@settings(deadline=None)
 @given(numbers=st.lists(st.integers(0, 999), min_size=2, max_size=4), shuffle=st.randoms())
 def test_the_split_knows_no_order(numbers: list[int], shuffle: object) -> None:
     other = list(numbers)
