@@ -21,7 +21,8 @@ DEFAULT_MAX_GEN_TOKS = 512
 MAX_TOKENS_SPELLINGS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 GENERATION_SETTINGS = (*DECODING_SETTINGS, *MAX_TOKENS_SPELLINGS, "until", "do_sample")
 # Settings of other engines that harness tasks carry, with the one value that asks for nothing.
-NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "n": 1, "use_cache": True}
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "n": 1}
+IGNORED = ("use_cache",)  # of transformers; it changes no answer
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,10 @@ def check_names(settings: Mapping[str, Any], source: str, also: tuple[str, ...] 
     """
     known = (*also, *GENERATION_SETTINGS)
     for name, value in settings.items():
+        if name in IGNORED:
+            continue
         if name in NEUTRAL:
-            if value not in (None, NEUTRAL[name]):
+            if value is not None and str(value) != str(NEUTRAL[name]):
                 raise UserError(
                     f"{source}: {name}={value!r} is not supported, only {NEUTRAL[name]}; "
                     f"where a task asks for it, override it: --gen_kwargs {name}={NEUTRAL[name]}."

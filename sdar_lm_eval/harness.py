@@ -25,7 +25,14 @@ import sdar_lm_eval
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.base import GenerationRequest, make_engine, to_number
 from sdar_lm_eval.errors import EngineError, UserError
-from sdar_lm_eval.gen_kwargs import GENERATION_SETTINGS, Generation, check_names, read_generation, to_bool
+from sdar_lm_eval.gen_kwargs import (
+    GENERATION_SETTINGS,
+    MAX_TOKENS_SPELLINGS,
+    Generation,
+    check_names,
+    read_generation,
+    to_bool,
+)
 from sdar_lm_eval.ranks import Ranks
 from sdar_lm_eval.report.run import Counts, RunReport
 
@@ -83,7 +90,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         max_active: sequences that run at once; default: as many as fit. `--batch_size N` with N > 1 is another way
             to say it; 1 and auto, which the harness passes when nobody asked, leave it to the engine.
         kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
-        seed: of sampled answers; each draws by (seed, document, repeat), whatever else is in the batch.
+        seed: of sampled answers; each draws by (seed, task, prompt, repeat), whatever else is in the batch.
         chat_template: auto (the checkpoint's chat template, where it has one, for prompts that are not in one yet: each
             becomes one user turn), on (the same, and an error where there is none), off.
         trace: file that gets a JSON line for each finished request; with several ranks, one file each.
@@ -128,8 +135,9 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         self._max_length = int(
             to_number("max_length", arguments.get("max_length", self.checkpoint.max_length), whole=True)
         )
-        self._room_for_prompt(self._default.max_gen_toks)
-        self._warn_of_untrained(arguments)
+        if any(name in arguments for name in MAX_TOKENS_SPELLINGS):  # else each task says how long its answers are
+            self._room_for_prompt(self._default.max_gen_toks)
+        self._warn_of_untrained()
 
         trace = arguments.get("trace")
         if trace is not None and self._world_size > 1:
@@ -442,6 +450,8 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
 
     def _read(self, gen_kwargs: Mapping[str, Any]) -> _Settings:
         generation = read_generation(gen_kwargs, self._base)
+        if generation.decoding.block_length != self._default.decoding.block_length:
+            self._warn_of_block_length(generation.decoding.block_length)
         stop_ids, stop_strings = set(self.checkpoint.stop_ids), []
         for text in generation.until:
             ids = self.tok_encode(text, add_special_tokens=False)
@@ -525,21 +535,23 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                 return f"cuda:{self._ranks.local_rank % torch.cuda.device_count()}"
         return device
 
-    def _warn_of_untrained(self, arguments: Mapping[str, Any]) -> None:
-        """Warn of settings that go beyond what the checkpoint was trained for."""
-        name, block_length = self.checkpoint.name, self._default.decoding.block_length
-        if "block_length" in arguments and block_length != self.checkpoint.block_length:
+    def _warn_of_block_length(self, block_length: int) -> None:
+        if block_length != self.checkpoint.block_length:
             logger.warning(
                 "block_length=%d, but checkpoint %r was trained with %d; answers will be worse.",
                 block_length,
-                name,
+                self.checkpoint.name,
                 self.checkpoint.block_length,
             )
+
+    def _warn_of_untrained(self) -> None:
+        """Warn of settings that go beyond what the checkpoint was trained for."""
+        self._warn_of_block_length(self._default.decoding.block_length)
         if self._max_length > self.checkpoint.max_length:
             logger.warning(
                 "max_length=%d, but checkpoint %r was trained for %d tokens; longer prompts get worse answers.",
                 self._max_length,
-                name,
+                self.checkpoint.name,
                 self.checkpoint.max_length,
             )
 

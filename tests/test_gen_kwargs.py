@@ -243,6 +243,7 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_list() -> None:
 
 def test_other_engines_settings_pass_where_they_ask_for_nothing() -> None:
     assert read({"num_beams": 1, "n": 1, "num_return_sequences": 1, "use_cache": True}) == read()
+    assert read({"num_beams": "1", "use_cache": False}) == read()
     with pytest.raises(UserError, match=r"num_beams=10 is not supported, only 1; .* --gen_kwargs num_beams=1"):
         read({"num_beams": 10})
 

@@ -348,10 +348,27 @@ def test_long_prompts_lose_their_beginning_and_it_is_said(make_lm: MakeLM, caplo
 
 def test_a_length_that_leaves_no_room_for_a_prompt_is_refused(make_lm: MakeLM) -> None:
     with pytest.raises(UserError, match="max_gen_toks=512 must be below max_length=512"):
-        make_lm(max_length=512)
+        make_lm(max_length=512, max_gen_toks=512)
     lm = make_lm(max_length=512, max_gen_toks=511)
     with pytest.raises(UserError, match=r"max_gen_toks=600 must be below max_length=512.*allows 2048"):
         lm.generate_until([request("q", {"max_gen_toks": 600})])
+
+
+def test_a_short_max_length_is_no_mistake_where_the_task_asks_for_less(make_lm: MakeLM) -> None:
+    lm = make_lm(max_length=100)  # below the default of max_gen_toks, which nobody gave
+    assert lm.generate_until([request("q", {"max_gen_toks": 60})])
+    with pytest.raises(UserError, match="max_gen_toks=512 must be below max_length=100"):
+        lm.generate_until([request("q", {"until": []})])
+
+
+def test_a_block_length_that_was_not_trained_is_warned_of(make_lm: MakeLM, caplog: pytest.LogCaptureFixture) -> None:
+    lm = make_lm()
+    lm.generate_until([request("a"), request("b")])
+    assert "was trained with" not in caplog.text
+    lm.generate_until([request("a", {"block_length": 8}), request("b", {"block_length": 8})])
+    assert caplog.text.count("block_length=8, but checkpoint 'demo' was trained with 4") == 1
+    make_lm(block_length=2)
+    assert "block_length=2, but checkpoint 'demo' was trained with 4" in caplog.text
 
 
 def test_an_empty_context_becomes_the_prefix_token(make_lm: MakeLM, tmp_path: Path) -> None:

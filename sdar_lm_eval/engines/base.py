@@ -37,7 +37,8 @@ class DecodingConfig:
         remasking_strategy: one of `STRATEGIES`; which masked tokens a step keeps (`engines/native/unmasking.py`).
         confidence_threshold: low_confidence_dynamic keeps every token whose confidence is above it (strictly).
         eb_threshold: entropy_bounded keeps tokens while the sum of their entropies, in nats, is below it.
-        temperature: of the distribution tokens are drawn from; 0 draws the most probable one (greedy).
+        temperature: of the distribution tokens are drawn from; 0 draws the most probable one (greedy). The harness's
+            tasks are greedy unless they or the user ask for sampling; this class by itself samples.
         top_k: draw from the k most probable tokens only; 0 is off.
         top_p: draw from the smallest set of tokens whose probability exceeds p; 1 is off.
         repetition_penalty: as in transformers: the logits of tokens already in the prompt or answer are divided
@@ -87,12 +88,24 @@ class DecodingConfig:
             0 <= self.confidence_threshold <= 1,
             "a probability from 0 to 1",
         )
-        _check_range(f"eb_threshold={self.eb_threshold}", self.eb_threshold >= 0, "an entropy in nats, 0 or more")
-        _check_range(f"temperature={self.temperature}", self.temperature >= 0, "0 (greedy) or more")
+        _check_range(
+            f"eb_threshold={self.eb_threshold}",
+            0 <= self.eb_threshold <= 1e6,
+            "an entropy in nats, from 0 to 1,000,000",
+        )
+        # Engines compute in float32: these bounds keep logits finite there.
+        _check_range(
+            f"temperature={self.temperature}",
+            self.temperature == 0 or 1e-4 <= self.temperature <= 1e4,
+            "0 (greedy), or from 0.0001 to 10,000",
+        )
         _check_range(f"top_k={self.top_k}", self.top_k >= 0, "0 (off) or more")
         _check_range(f"top_p={self.top_p}", 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
-        _check_range(f"repetition_penalty={self.repetition_penalty}", self.repetition_penalty > 0,
-                     "above 0 (1 is off)")  # fmt: skip
+        _check_range(
+            f"repetition_penalty={self.repetition_penalty}",
+            0.01 <= self.repetition_penalty <= 100,
+            "from 0.01 to 100 (1 is off)",
+        )
 
     @property
     def steps(self) -> int:
@@ -130,9 +143,11 @@ def to_number(name: str, value: Any, *, whole: bool) -> int | float:
         UserError: not a finite number, or not a whole one where `whole` asks for it.
     """
     kind = "a whole number" if whole else "a number"
+    if whole and isinstance(value, int) and not isinstance(value, bool):
+        return value  # not by way of float, which has no room for large ones
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number) or (whole and number != int(number)):
         raise UserError(f"{name}={value!r} is not {kind}.")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdar_lm_eval.engines.base import STRATEGIES, DecodingConfig, GenerationRequest, make_engine
+from sdar_lm_eval.engines.base import STRATEGIES, DecodingConfig, GenerationRequest, make_engine, to_number
 from sdar_lm_eval.errors import UserError
 
 
@@ -49,6 +49,11 @@ def test_text_becomes_numbers():
     assert type(config.top_k) is int
 
 
+def test_large_whole_numbers_keep_every_digit():
+    assert to_number("seed", 2**53 + 1, whole=True) == 2**53 + 1
+    assert to_number("seed", "12", whole=True) == 12
+
+
 def test_it_is_frozen_and_hashable():
     config = DecodingConfig()
     assert hash(config) == hash(DecodingConfig())
@@ -77,6 +82,9 @@ def test_greedy(settings, greedy):
         ("confidence_threshold", "high", "confidence_threshold='high' is not a number"),
         ("eb_threshold", -1, "eb_threshold=-1.0"),
         ("temperature", -0.1, "temperature=-0.1"),
+        ("temperature", 1e-40, "0 (greedy), or from 0.0001 to 10,000"),
+        ("repetition_penalty", 1e39, "from 0.01 to 100"),
+        ("eb_threshold", 1e39, "from 0 to 1,000,000"),
         ("temperature", math.nan, "temperature=nan is not a number"),
         ("temperature", math.inf, "is not a number"),
         ("temperature", None, "temperature=None is not a number"),

@@ -20,7 +20,7 @@ from sdar_lm_eval.engines.native import attention
 from sdar_lm_eval.engines.native.pages import PagePool
 from sdar_lm_eval.engines.native.runner import Blocks, Runner
 from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
-from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.errors import EngineError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ class NativeEngine:
         device: "cpu", "cuda", "cuda:1", ...; "auto" is the first GPU if there is one.
         dtype: "float32", "bfloat16" or "float16"; "auto" is float32 on the CPU and the checkpoint's own on a GPU.
         max_active: sequences running at once; None: 32 on the CPU, 256 on a GPU.
-        kv_pages: pages of 16 tokens for keys and values; None: what the requests need, as far as memory allows.
+        kv_pages: most pages of 16 tokens for keys and values; None: what the requests need, within 85% of the GPU's
+            free memory, or 4 GiB on the CPU.
 
     Raises:
         UserError: no such device or dtype, or the weights do not fit their config.
@@ -103,7 +104,14 @@ class NativeEngine:
         )
         scheduler = Scheduler(sequences, pool, max_active, PREFILL_CHUNK[self._device.type])
         while scheduler.unfinished:
-            yield from self._step(scheduler)
+            try:
+                finished = self._step(scheduler)
+            except torch.OutOfMemoryError as error:
+                raise EngineError(
+                    f"out of memory on {self._device} with {len(scheduler.running)} sequences at once. Finished "
+                    "answers are kept (--use_cache); run again with a smaller max_active or kv_pages."
+                ) from error
+            yield from finished
         pool.check_integrity([])
         if scheduler.preemptions:
             self._preemptions += scheduler.preemptions
@@ -113,8 +121,8 @@ class NativeEngine:
                 scheduler.preemptions,
             )
 
-    def _step(self, scheduler: Scheduler) -> Iterator[tuple[int, GenerationResult]]:
-        """One step: what was admitted is prefilled, every current block takes part in one forward."""
+    def _step(self, scheduler: Scheduler) -> list[tuple[int, GenerationResult]]:
+        """One step: what was admitted is prefilled, every current block takes part in one forward; what finished."""
         plan = scheduler.plan()
         now = time.perf_counter()
         self._runner.admit(plan.admitted)
@@ -126,7 +134,7 @@ class NativeEngine:
                 sequence.prefill_forwards += 1
                 sequence.started = sequence.started or now
         if not plan.blocks:
-            return
+            return []
         blocks = self._runner.step(plan.blocks)
         starting, finished = [], []
         for row, sequence in enumerate(plan.blocks):
@@ -143,7 +151,7 @@ class NativeEngine:
                 scheduler.finish(sequence)
                 finished.append((sequence.index, _result(sequence, reason)))
         self._runner.begin_blocks(starting)
-        yield from finished
+        return finished
 
     def _decide(self, sequence: Sequence, blocks: Blocks, row: int) -> str:
         """Take the new tokens of a block without masked ones; return why the answer ends with it, or ""."""
@@ -181,17 +189,14 @@ class NativeEngine:
     def _pages_for(self, sequences: list[Sequence], max_active: int) -> int:
         """How many KV pages to hold: those of the `max_active` longest requests, as far as memory allows."""
         needs = sorted((-(-sequence.longest // PAGE_SIZE) for sequence in sequences), reverse=True)
-        if self._kv_pages is not None:
-            pages = self._kv_pages
-        else:
-            pages = min(sum(needs[:max_active]), self._memory_for_pages() // self._runner.bytes_per_page())
+        allowed = self._kv_pages or self._memory_for_pages() // self._runner.bytes_per_page()
+        pages = min(sum(needs[:max_active]), allowed)
         if needs[0] > pages:
-            gib = self._runner.bytes_per_page() / 2**30
+            mib = self._runner.bytes_per_page() / 2**20
             raise UserError(
                 f"a request of {max(s.longest for s in sequences):,} tokens (prompt and answer) needs {needs[0]:,} KV "
-                f"pages of {PAGE_SIZE} tokens, {needs[0] * gib:.2f} GiB; there are {pages:,}, {pages * gib:.2f} GiB. "
-                "Lower max_gen_toks or max_length, or give more memory"
-                + (" (kv_pages)." if self._kv_pages is not None else ".")
+                f"pages of {PAGE_SIZE} tokens, {needs[0] * mib:,.1f} MiB; there are {pages:,}, {pages * mib:,.1f} MiB. "
+                f"Lower max_gen_toks or max_length, or give kv_pages={needs[0]} or more where there is memory for them."
             )
         return pages
 

@@ -1,7 +1,7 @@
 """A batch -> tensors -> logits -> unmasked tokens. Owns everything that lives on the device.
 
-The state of the batch is a row ("slot") a running sequence: its current block, what of it is masked, its settings, its
-pages. The host writes to it when a sequence is admitted or begins a block, and reads it back once a step.
+The state of the batch is a row ("slot") a running sequence: its current block, what of it is masked, its settings.
+The host writes to it when a sequence is admitted or begins a block, and reads it back once a step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sdar_lm_eval.engines.native.attention import PagedBatch
 from sdar_lm_eval.engines.native.pages import SCRATCH_PAGE
 from sdar_lm_eval.engines.native.random_numbers import DRAW, ORDER, uniform
 from sdar_lm_eval.engines.native.scheduler import Sequence
+from sdar_lm_eval.errors import EngineError
 
 DYNAMIC, STATIC, SEQUENTIAL, ENTROPY, RANDOM = range(len(STRATEGIES))  # positions in STRATEGIES
 
@@ -119,7 +120,7 @@ class Runner:
             self._threshold[slot] = decoding.confidence_threshold
             self._entropy_bound[slot] = decoding.eb_threshold
             self._temperature[slot] = 1.0 if decoding.greedy else decoding.temperature
-            self._top_k[slot] = 0 if decoding.greedy else decoding.top_k
+            self._top_k[slot] = 0 if decoding.greedy else min(decoding.top_k, self._vocabulary)
             self._top_p[slot] = 1.0 if decoding.greedy else decoding.top_p
             self._penalty[slot] = decoding.repetition_penalty
             self._seed[slot] = int(np.uint64(sequence.request.seed & (2**64 - 1)).astype(np.int64))
@@ -170,6 +171,9 @@ class Runner:
 
         A block without masked tokens is committed: its KV, written by this forward, stands. The KV that denoising
         forwards write to the same places is overwritten by the next forward of the block.
+
+        Raises:
+            EngineError: the model's logits are not finite numbers.
         """
         slots = np.array([sequence.slot for sequence in sequences])
         index = self._to_device(slots)
@@ -193,6 +197,13 @@ class Runner:
         blocks = Blocks(
             packed[0].numpy(), packed[1].numpy().astype(bool), packed[2].numpy(), packed[3].view(torch.float32).numpy()
         )
+        before = self._host_masked[slots]
+        stuck = before.any(axis=1) & (before.sum(axis=1) == blocks.masked.sum(axis=1))
+        if stuck.any() or np.isnan(blocks.confidence).any():
+            raise EngineError(
+                f"the model's logits are not finite numbers (dtype {str(self._model.dtype).removeprefix('torch.')}). "
+                "float16 overflows in some models: use dtype=bfloat16 or float32. Else the weights are bad."
+            )
         self._host_masked[slots] = blocks.masked
         return blocks
 

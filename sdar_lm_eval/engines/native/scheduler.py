@@ -58,10 +58,18 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt_ids)
 
     def commit(self) -> None:
-        """Make the decided tokens part of `tokens`; their KV is in the pages."""
+        """Make the decided tokens part of `tokens`, after the forward that stored their KV."""
+        self._settle()
+        self.cached = len(self.tokens)
+
+    def forget_cache(self) -> None:
+        """Give the KV up; what was decided stays decided, and is prefilled with the rest when its turn comes again."""
+        self._settle()
+        self.cached = 0
+
+    def _settle(self) -> None:
         self.tokens += self.decided
         self.decided = []
-        self.cached = len(self.tokens)
 
     @property
     def in_prefill(self) -> bool:
@@ -162,8 +170,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._vacate(sequence)
-        sequence.commit()  # what was decided stays decided
-        sequence.cached = 0
+        sequence.forget_cache()
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 

@@ -70,7 +70,8 @@ def draw_sampled(probabilities: torch.Tensor, uniform: torch.Tensor) -> tuple[to
     total = cumulative[:, -1:]
     # Strictly below the total, so that the first cumulative value above it belongs to a token of positive probability.
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # The clamp is for rows that are not numbers, which find no token at all; their confidence shows it.
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
     return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1)
 
 

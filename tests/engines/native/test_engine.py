@@ -7,12 +7,14 @@ import json
 import random
 
 import pytest
+import torch
 from oracle import generate as oracle
 from support import random_checkpoint
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import PROBLEMS
 from sdar_lm_eval.demo.make import PROMPT
+from sdar_lm_eval.errors import EngineError
 
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded", "random")
 
@@ -31,13 +33,7 @@ def demo():
 @pytest.fixture(scope="module")
 def plain(tiny, demo):
     """The same weights in transformers' class with a dense mask, for the oracle."""
-    return {c.name: c.load_model(dtype=_float32(), device="cpu", attention="sdpa") for c in (tiny, demo)}
-
-
-def _float32():
-    import torch
-
-    return torch.float32
+    return {c.name: c.load_model(dtype=torch.float32, device="cpu", attention="sdpa") for c in (tiny, demo)}
 
 
 def prompts(checkpoint, lengths, seed=0):
@@ -304,7 +300,7 @@ def test_bfloat16_on_the_cpu(demo):
 
 def test_moe(tmp_path):
     checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, moe=True)))
-    plain = {checkpoint.name: checkpoint.load_model(dtype=_float32(), device="cpu", attention="sdpa")}
+    plain = {checkpoint.name: checkpoint.load_model(dtype=torch.float32, device="cpu", attention="sdpa")}
     requests = [
         GenerationRequest(prompt, 9, DecodingConfig(temperature=t), seed=i)
         for i, (prompt, t) in enumerate(zip(prompts(checkpoint, (3, 8, 21)), itertools.cycle([0, 1.0]), strict=False))
@@ -313,6 +309,40 @@ def test_moe(tmp_path):
 
 
 class TestErrors:
+    @pytest.mark.parametrize("strategy", STRATEGIES)
+    @pytest.mark.parametrize("temperature", [0, 1.0])
+    def test_logits_that_are_not_numbers(self, tiny, strategy, temperature):
+        engine = make_engine("native", tiny, device="cpu")
+        engine._runner._model.lm_head.weight[3] = float("nan")
+        decoding = DecodingConfig(remasking_strategy=strategy, temperature=temperature)
+        with pytest.raises(EngineError, match=r"logits are not finite numbers \(dtype float32\).*use dtype=bfloat16"):
+            list(engine.generate([GenerationRequest((1, 2, 3), 8, decoding)]))
+
+    def test_out_of_memory_keeps_what_is_finished(self, tiny, monkeypatch):
+        engine = make_engine("native", tiny, device="cpu", max_active=2)
+        step, finished = engine._runner.step, []
+
+        def fails_later(sequences):
+            if finished:
+                raise torch.OutOfMemoryError
+            return step(sequences)
+
+        monkeypatch.setattr(engine._runner, "step", fails_later)
+        requests = [GenerationRequest((1, 2, 3), new, DecodingConfig(temperature=0)) for new in (1, 40)]
+        with pytest.raises(EngineError, match=r"out of memory on cpu with 1 sequences at once.*smaller max_active"):
+            for index, _ in engine.generate(requests):
+                finished.append(index)
+        assert finished == [0]
+
+    def test_a_top_k_of_any_size(self, tiny):
+        decoding = DecodingConfig(temperature=1.0, top_k=10**30)
+        (result,) = run(tiny, [GenerationRequest((1, 2, 3), 8, decoding)])
+        assert result.token_ids == run(tiny, [GenerationRequest((1, 2, 3), 8, DecodingConfig())])[0].token_ids
+
+    def test_pages_nobody_needs_are_not_made(self, tiny):
+        (result,) = run(tiny, [GenerationRequest((1, 2, 3), 8, DecodingConfig())], kv_pages=10**12)
+        assert len(result.token_ids) == 8
+
     def test_a_request_that_no_pool_holds(self, tiny):
         engine = make_engine("native", tiny, device="cpu", kv_pages=2)
         with pytest.raises(UserError, match=r"a request of 44 tokens .* needs 3 KV pages of 16 tokens.*there are 2"):
