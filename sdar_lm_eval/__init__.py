@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
     from sdar_lm_eval.checkpoint import Checkpoint
     from sdar_lm_eval.engines.base import DecodingConfig, Engine, GenerationRequest, GenerationResult, make_engine
-    from sdar_lm_eval.errors import SDARError, UserError
+    from sdar_lm_eval.errors import EngineError, SDARError, UserError
     from sdar_lm_eval.harness import SDARLM
 
 _HOME_OF = {
     "Checkpoint": "sdar_lm_eval.checkpoint",
     "DecodingConfig": "sdar_lm_eval.engines.base",
     "Engine": "sdar_lm_eval.engines.base",
+    "EngineError": "sdar_lm_eval.errors",
     "GenerationRequest": "sdar_lm_eval.engines.base",
     "GenerationResult": "sdar_lm_eval.engines.base",
     "SDARError": "sdar_lm_eval.errors",
@@ -35,6 +36,7 @@ __all__ = [  # noqa: RUF022  (types first, then what makes them)
     "Checkpoint",
     "DecodingConfig",
     "Engine",
+    "EngineError",
     "GenerationRequest",
     "GenerationResult",
     "SDARError",

@@ -2,9 +2,10 @@
 
 SDAR's folders name Python files in `auto_map`; opening them the usual way runs those files or waits for a "y" on a
 terminal. They are not needed: SDAR is Qwen3 (its MoE: Qwen3-MoE) under a block-causal mask, with Qwen3's weight names
-and shapes, so transformers' own classes hold it. Here `config.json` is read as data. transformers never sees the
-folder: for the tokenizer it gets a copy of its files without `auto_map`, for the weights links to the safetensors,
-whose names and shapes have been compared with `config.json` by then. No `.py` file is ever copied or downloaded.
+and shapes, so transformers' own classes hold it. Here `config.json` is read as data. Nobody else sees the folder:
+transformers and other engines get temporary ones, with a copy of the tokenizer's files without `auto_map`, and links to
+the safetensors, whose names and shapes have been compared with `config.json` by then. No `.py` file is ever copied or
+downloaded.
 """
 
 from __future__ import annotations
@@ -193,6 +194,14 @@ class Checkpoint:
             )
         return [self.folder / name for name in names]
 
+    def check_weights(self) -> None:
+        """Compare the weight files with what config.json asks for.
+
+        Raises:
+            UserError: weights are missing, unexpected, of another shape, or cut short; the message names them.
+        """
+        self._check_layout(self._transformers_config("eager"), self.weight_files())
+
     def load_model(self, *, dtype: Any, device: Any, attention: str) -> Any:
         """Load the weights into transformers' Qwen3ForCausalLM or Qwen3MoeForCausalLM.
 
@@ -213,17 +222,13 @@ class Checkpoint:
         assert isinstance(dtype, torch.dtype), dtype
         assert attention in {"eager", *ALL_ATTENTION_FUNCTIONS.keys()}, attention
         version = tuple(map(int, transformers.__version__.split(".")[:2]))
-        files = self.weight_files()
-        config_class, model_class = ARCHITECTURES[self.config["model_type"]]
-        config = self._transformers_config(getattr(transformers, config_class), attention)
-        self._check_layout(config, files)
+        config = self._transformers_config(attention)
+        self._check_layout(config, self.weight_files())
         with tempfile.TemporaryDirectory(prefix="sdar-weights-") as clean, _no_progress_bars():
-            for path in [*files, self.folder / "model.safetensors.index.json"]:
-                if path.exists():
-                    (Path(clean) / path.name).symlink_to(path.resolve())
+            self._link_weights(Path(clean))
             (Path(clean) / "generation_config.json").write_text("{}")  # transformers 5 insists on one
             try:
-                model, report = getattr(transformers, model_class).from_pretrained(
+                model, report = getattr(transformers, ARCHITECTURES[self.config["model_type"]][1]).from_pretrained(
                     clean,
                     config=config,
                     use_safetensors=True,
@@ -256,8 +261,36 @@ class Checkpoint:
                 "Choose a smaller dtype, another device, or a smaller checkpoint."
             ) from error
 
-    def _transformers_config(self, config_class: Any, attention: str) -> Any:
+    @contextlib.contextmanager
+    def clean_folder(self, config: Mapping[str, Any], tokenizer: Mapping[str, Any] | None = None) -> Iterator[Path]:
+        """A temporary folder for an engine that opens checkpoints by itself: no code in it, and none named.
+
+        Args:
+            config: what its config.json holds.
+            tokenizer: keys to set in its tokenizer_config.json.
+
+        Yields:
+            The folder, with the tokenizer's files and links to the weights.
+
+        Raises:
+            UserError: the weights are not those that the checkpoint's config.json asks for, or no tokenizer is there.
+        """
+        self.check_weights()
+        with tempfile.TemporaryDirectory(prefix="sdar-checkpoint-") as clean:
+            self._link_weights(Path(clean))
+            _copy_tokenizer(self.name, self.folder, Path(clean), tokenizer or {})
+            (Path(clean) / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
+            yield Path(clean)
+
+    def _link_weights(self, target: Path) -> None:
+        for path in [*self.weight_files(), self.folder / "model.safetensors.index.json"]:
+            if path.exists():
+                (target / path.name).symlink_to(path.resolve())
+
+    def _transformers_config(self, attention: str) -> Any:
         """Translate config.json into transformers' config of the same layout."""
+        import transformers
+
         not_of_the_model = ("architectures", "auto_map", "model_type", "attn_implementation", "torch_dtype", "dtype",
                             "transformers_version", "use_cache", "rope_parameters")  # fmt: skip
         settings = {key: value for key, value in self.config.items() if key not in not_of_the_model}
@@ -268,7 +301,7 @@ class Checkpoint:
             settings["rope_theta"] = rope.pop("rope_theta", settings.get("rope_theta", 10000.0))
             settings["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
         try:
-            config = config_class(**settings, use_cache=False)
+            config = getattr(transformers, ARCHITECTURES[self.config["model_type"]][0])(**settings, use_cache=False)
             if getattr(config, "head_dim", None) is None:  # Qwen3MoeConfig has no default of its own
                 config.head_dim = config.hidden_size // config.num_attention_heads
             _layout(config, self.is_moe)  # takes wrong types to light
@@ -370,6 +403,18 @@ def _block_length(name: str, config: Mapping[str, Any]) -> int:
 def _open_tokenizer(name: str, folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    with tempfile.TemporaryDirectory(prefix="sdar-tokenizer-") as clean:
+        _copy_tokenizer(name, folder, Path(clean))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(clean, trust_remote_code=False)
+        except Exception as error:
+            raise UserError(f"the tokenizer of checkpoint {name!r} cannot be read: {error}") from error
+    tokenizer.name_or_path = name
+    return tokenizer
+
+
+def _copy_tokenizer(name: str, folder: Path, target: Path, changes: Mapping[str, Any] | None = None) -> None:
+    """Copy a tokenizer's files; its settings name no code, and `changes` replace theirs."""
     present = [folder / file for file in TOKENIZER_FILES if (folder / file).exists()]
     has = {path.name for path in present}
     if not ("tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has):
@@ -380,16 +425,9 @@ def _open_tokenizer(name: str, folder: Path) -> Any:
     settings.pop("auto_map", None)
     if settings.get("tokenizer_class") in (None, "TokenizersBackend"):  # not named, or as only transformers 5 names it
         settings["tokenizer_class"] = "PreTrainedTokenizerFast" if "tokenizer.json" in has else "Qwen2Tokenizer"
-    with tempfile.TemporaryDirectory(prefix="sdar-tokenizer-") as clean:
-        for path in present:
-            (Path(clean) / path.name).write_bytes(path.read_bytes())
-        (Path(clean) / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(clean, trust_remote_code=False)
-        except Exception as error:
-            raise UserError(f"the tokenizer of checkpoint {name!r} cannot be read: {error}") from error
-    tokenizer.name_or_path = name
-    return tokenizer
+    for path in present:
+        (target / path.name).write_bytes(path.read_bytes())
+    (target / "tokenizer_config.json").write_text(json.dumps(settings | dict(changes or {})), encoding="utf-8")
 
 
 def _layout(config: Any, is_moe: bool) -> dict[str, tuple[int, ...]]:

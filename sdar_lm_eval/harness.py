@@ -43,8 +43,8 @@ logging.getLogger("sdar_lm_eval").parent = logging.getLogger("lm_eval")
 DEFAULT_CHECKPOINT = "JetLM/SDAR-4B-Chat"
 CHAT_TEMPLATE_MODES = ("auto", "on", "off")
 MODEL_ARGUMENTS = (
-    "pretrained", "revision", "dtype", "device", "max_length", "max_active", "kv_pages", "seed", "chat_template",
-    "trace", "batch_size", "max_batch_size", "trust_remote_code",
+    "pretrained", "revision", "dtype", "device", "max_length", "max_active", "seed", "chat_template", "trace",
+    "batch_size", "max_batch_size", "trust_remote_code",
 )  # fmt: skip
 # What a run's cached answers depend on, kept in the cache itself; see `set_cache_hook`.
 FINGERPRINT_KEY = "sdar_lm_eval/fingerprint"
@@ -101,11 +101,12 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
     """
 
     ENGINE = "native"
+    ENGINE_ARGUMENTS: tuple[str, ...] = ("kv_pages",)
 
     def __init__(self, pretrained: str = DEFAULT_CHECKPOINT, **arguments: Any) -> None:
         super().__init__()
         started = time.perf_counter()
-        check_names(arguments, "model_args", also=MODEL_ARGUMENTS)
+        check_names(arguments, "model_args", also=MODEL_ARGUMENTS + self.ENGINE_ARGUMENTS)
         arguments = {name: value for name, value in arguments.items() if value is not None}
         if to_bool("trust_remote_code", arguments.get("trust_remote_code", False)):
             logger.info("trust_remote_code is not needed: no code of a checkpoint is ever run.")
@@ -149,7 +150,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             device=self._device_of_rank(str(arguments.get("device", "auto"))),
             dtype=str(arguments.get("dtype", "auto")),
             max_active=max_active,
-            kv_pages=arguments.get("kv_pages"),
+            **{name: arguments[name] for name in self.ENGINE_ARGUMENTS if name in arguments},
         )
         self._device: str = self._engine.info["device"]
         if self._device == "cpu":
@@ -259,6 +260,9 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         answers = {key: kept for key, job in jobs.items() if (kept := self._recall(job)) is not None}
         # Longest first: prompts of like length are prefilled together, and no long one is left for the end.
         missing = sorted((key for key in jobs if key not in answers), key=lambda k: -len(jobs[k].request.prompt_ids))
+        started = time.perf_counter()
+        self._engine.prepare([jobs[key].request for key in missing])
+        self.report.counts.load_seconds += time.perf_counter() - started
         self.report.start(len(jobs), finished=len(answers), show=self._rank == 0 and not disable_tqdm)
         try:
             for index, result in self._engine.generate([jobs[key].request for key in missing]):
@@ -358,6 +362,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         return {
             "sdar_lm_eval": sdar_lm_eval.__version__,
             "engine": self.ENGINE,
+            "engine_version": self._engine.info.get("engine_version"),
             "checkpoint": self.checkpoint.fingerprint,
             "dtype": self._engine.info["dtype"],
             "max_length": self._max_length,
@@ -562,6 +567,24 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             f"{self.checkpoint.name} on the {self.ENGINE} engine ({info['device']}, {info['dtype']}, up to "
             f"{info['max_active']} sequences at once); unless a task says otherwise: {settings}"
         )
+
+
+class SDARJetEngineLM(SDARLM):
+    """`lm_eval --model sdar-jetengine`: an SDAR checkpoint on JetEngine.
+
+    Args:
+        gpu_memory_utilization: the part of the GPU's memory that JetEngine may fill; default: what the requests need.
+        tensor_parallel_size: GPUs that share the weights (JetEngine 0.1.0 only).
+        enforce_eager: go without CUDA graphs.
+        all others: those of `SDARLM` but for kv_pages.
+
+    Raises:
+        UserError: as `SDARLM`, and for what JetEngine cannot do.
+        EngineError: JetEngine, something that it needs, or a GPU is missing.
+    """
+
+    ENGINE = "jetengine"
+    ENGINE_ARGUMENTS = ("gpu_memory_utilization", "tensor_parallel_size", "enforce_eager")
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

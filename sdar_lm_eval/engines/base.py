@@ -10,9 +10,11 @@ Nothing here holds a tensor or imports torch.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import importlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
     from sdar_lm_eval.checkpoint import Checkpoint
 
 STRATEGIES = ("low_confidence_dynamic", "low_confidence_static", "sequential", "entropy_bounded", "random")
+
+ENGINES = {
+    "native": "sdar_lm_eval.engines.native.engine:NativeEngine",
+    "jetengine": "sdar_lm_eval.engines.jetengine.engine:JetEngine",
+}
+"""Name -> "module:Class", imported when it is asked for."""
 
 DEFAULT_BLOCK_LENGTH = 4
 MAX_BLOCK_LENGTH = 1024
@@ -208,12 +216,50 @@ class GenerationResult:
     confidences: tuple[float, ...] | None = None
 
 
+def end_of_answer(
+    tokens: Sequence[int], request: GenerationRequest, decode: Callable[[Sequence[int]], str]
+) -> tuple[int, str]:
+    """Where an answer ends, for an engine that returns more than it.
+
+    Args:
+        tokens: the new tokens, with all that the engine made after the answer's end.
+        request: its limit, stop tokens and stop strings count.
+        decode: makes text of tokens.
+
+    Returns:
+        (tokens of the answer, "stop" or "length"); (len(tokens), "") where the answer has no end in them. A stop token
+        is not part of the answer; of a stop string, the token that completes it is.
+    """
+    count, reason = min(len(tokens), request.max_new_tokens), "length"
+    if count < request.max_new_tokens:
+        reason = ""
+    for place, token in enumerate(tokens[:count]):
+        if token in request.stop_ids:
+            count, reason = place, "stop"
+            break
+
+    def stopped(length: int) -> bool:
+        text = decode(tokens[:length])
+        return any(string in text for string in request.stop_strings)
+
+    if request.stop_strings and stopped(count):
+        count, reason = bisect.bisect_left(range(count), True, key=stopped), "stop"
+    return count, reason
+
+
 class Engine(Protocol):
     """What the harness needs of an engine."""
 
     @property
     def info(self) -> Mapping[str, Any]:
         """Facts for the results file: engine, versions, device, dtype, capacity, deviations from the semantics."""
+
+    def prepare(self, requests: Sequence[GenerationRequest]) -> None:
+        """Do what has to be done before these requests can run, once: its time is loading, not generation.
+
+        Raises:
+            UserError, EngineError: as `generate`.
+        """
 
     def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
         """Run all requests; yield (position in `requests`, result) as each finishes, in any order.
@@ -231,15 +277,16 @@ def make_engine(name: str, checkpoint: Checkpoint, **options: Any) -> Engine:
     """Open an engine by name; only the one asked for is imported.
 
     Args:
-        name: "native".
+        name: one of `ENGINES`.
         checkpoint: the opened checkpoint.
         options: what that engine takes.
 
     Raises:
-        UserError: no engine of that name.
+        UserError: no engine of that name, or options that it cannot take.
+        EngineError: what the engine needs is not installed.
     """
-    if name == "native":
-        from sdar_lm_eval.engines.native.engine import NativeEngine
-
-        return NativeEngine(checkpoint, **options)
-    raise UserError(f"engine {name!r} is unknown; known: native.")
+    if name not in ENGINES:
+        raise UserError(f"engine {name!r} is unknown; known: {', '.join(ENGINES)}.")
+    module, _, engine_class = ENGINES[name].partition(":")
+    engine: Engine = getattr(importlib.import_module(module), engine_class)(checkpoint, **options)
+    return engine

@@ -88,6 +88,9 @@ class NativeEngine:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
+    def prepare(self, requests: SequenceOf[GenerationRequest]) -> None:
+        """See `Engine.prepare`: nothing beyond what making the engine did."""
+
     def generate(self, requests: SequenceOf[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
         """See `Engine.generate`. Requests are admitted in the order given."""
         if not requests:

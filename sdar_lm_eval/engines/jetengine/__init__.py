@@ -1,0 +1,1 @@
+"""SDAR through JetEngine: engine.py drives it, versions.py finds it, memory.py says how much memory it is to take."""

@@ -1,0 +1,141 @@
+"""The two versions of JetEngine that are in use: which one is installed, and where they differ.
+
+    0.2.0   the main branch of github.com/Labman42/JetEngine
+    0.1.0   the submodule of SDAR's own repository (github.com/JetAstra/SDAR)
+
+Neither is on PyPI: the `jetengine` there is a library for MongoDB. Nothing here imports JetEngine.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sdar_lm_eval.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A version of JetEngine, as far as it differs from the other.
+
+    Attributes:
+        commit: the one this was written for, in Labman42/JetEngine.
+        strategies: remasking strategies it knows.
+        modules: what it imports, by the name to install.
+        returns_prompt: outputs begin with the prompt.
+        graphs: it has CUDA graphs.
+        several_processes: it can run in several processes of a data parallel run.
+        deviations: where its answers follow other rules than `DecodingConfig` says.
+    """
+
+    version: str
+    commit: str
+    strategies: tuple[str, ...]
+    modules: Mapping[str, str]
+    returns_prompt: bool
+    graphs: bool
+    several_processes: bool
+    deviations: Mapping[str, str]
+
+
+_SAMPLING = "drawn from torch's generator, seeded once for all requests with like settings: other requests, other draws"
+_MODULES = {"flashinfer": "flashinfer-python", "liger_kernel": "liger-kernel", "xxhash": "xxhash"}
+DIALECTS = {
+    "0.2.0": Dialect(
+        version="0.2.0",
+        commit="11563d141ff7a7d76e64bac6e4143dbc93efb5d5",
+        strategies=("low_confidence_dynamic", "low_confidence_static", "sequential", "entropy_bounded", "random"),
+        modules={**_MODULES, "flash_attn": "flash-attn", "accelerate": "accelerate"},
+        returns_prompt=True,
+        graphs=True,
+        several_processes=True,
+        deviations={
+            "low_confidence_dynamic": "fewer tokens above the threshold than the step's quota: the leftmost masked "
+            "tokens are unmasked, not the most confident ones",
+            "confidence": "a token's probability, and the entropy, before top_k and top_p",
+            "sampling": _SAMPLING,
+            "random": "not seeded for each request",
+            "greedy": "among tokens of equal logits the choice is random",
+            "mask_token": "can be drawn; it is left out of the answer and counted as mask_tokens_drawn",
+        },
+    ),
+    "0.1.0": Dialect(
+        version="0.1.0",
+        commit="0ddc55ad3fb712b6374515b78d656f420e1a7243",
+        strategies=("low_confidence_dynamic", "low_confidence_static", "sequential"),
+        modules=_MODULES,
+        returns_prompt=False,
+        graphs=False,
+        several_processes=False,
+        deviations={
+            "sampling": _SAMPLING,
+            "mask_token": "can be drawn; it is left out of the answer and counted as mask_tokens_drawn",
+        },
+    ),
+}
+PINNED = DIALECTS["0.2.0"].commit
+INSTALL = (
+    'Install with: pip install --no-build-isolation "sdar-lm-eval[jetengine]" && pip install --no-deps '
+    f'"jetengine @ git+https://github.com/Labman42/JetEngine@{PINNED}". Or use --model sdar, which runs anywhere.'
+)
+
+
+def find_jetengine() -> tuple[Dialect, str | None]:
+    """Find which JetEngine is installed, without importing it.
+
+    Returns:
+        (its dialect, its commit where pip knows it).
+
+    Raises:
+        EngineError: it is missing, is another library, has another version, or lacks something that it imports.
+    """
+    spec = importlib.util.find_spec("jetengine")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    missing, note = [], ""
+    dialect = DIALECTS["0.2.0"]
+    commit = None
+    folder = next((folder for folder in folders if (folder / "engine" / "llm_engine.py").is_file()), None)
+    if folder is None:
+        missing.append("JetEngine")
+        if spec is not None:
+            note = " The installed `jetengine` is PyPI's library for MongoDB: uninstall it."
+    else:
+        version, commit = _version_of(folder)
+        if version not in DIALECTS:
+            known = " and ".join(f"{known} (commit {d.commit[:7]})" for known, d in DIALECTS.items())
+            raise EngineError(f"JetEngine {version} is installed; known are {known}. {INSTALL}")
+        dialect = DIALECTS[version]
+        if commit is not None and commit != dialect.commit:
+            logger.warning("JetEngine is at commit %s; this was written for %s.", commit[:7], dialect.commit[:7])
+    missing += [name for module, name in dialect.modules.items() if importlib.util.find_spec(module) is None]
+    if not torch.cuda.is_available():
+        missing.append("a CUDA GPU")
+    if missing:
+        raise EngineError(f"--model sdar-jetengine lacks {', '.join(missing)}.{note} {INSTALL}")
+    return dialect, commit
+
+
+def _version_of(folder: Path) -> tuple[str, str | None]:
+    """Version and commit, from what pip wrote, else from the checkout, else from what differs in it."""
+    try:
+        distribution = importlib.metadata.distribution("jetengine")
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        return distribution.version, origin.get("vcs_info", {}).get("commit_id")
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    project = folder.parent / "pyproject.toml"
+    if project.is_file() and (
+        match := re.search(r'^name = "jetengine"\nversion = "(.+)"$', project.read_text(), re.MULTILINE)
+    ):
+        return match[1], None
+    return ("0.2.0" if (folder / "engine" / "distributed_manager.py").is_file() else "0.1.0"), None
