@@ -126,7 +126,9 @@ def test_draws_have_the_models_frequencies(demo, jetengine, questions, decoding)
     model = demo.load_model(dtype=torch.bfloat16, device="cuda", attention="sdpa")
     ids = torch.tensor([*prompt, *[demo.mask_token_id] * 4], device="cuda")
     block = torch.arange(len(ids), device="cuda") // 4
-    logits = model(ids[None], attention_mask=(block[:, None] >= block)[None, None]).logits[0, len(prompt)].float().cpu()
+    mask = torch.zeros(len(ids), len(ids), device="cuda", dtype=torch.bfloat16)
+    mask.masked_fill_(block[:, None] < block, -torch.inf)
+    logits = model(ids[None], attention_mask=mask[None, None]).logits[0, len(prompt)].float().cpu()
     logits = logits / settings.temperature
     if settings.top_k:
         logits[logits < logits.topk(settings.top_k).values[-1]] = -torch.inf

@@ -34,6 +34,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult, end_of_answer, to_number
+from sdar_lm_eval.engines.jetengine.flash_attention import ensure_right_attention
 from sdar_lm_eval.engines.jetengine.memory import (
     CAPTURED,
     PAGE_SIZE,
@@ -126,6 +127,7 @@ class JetEngine:
         self._jetengine = _import_jetengine()
         self._llm: Any = None
         self._size: Size | None = None
+        self._splits = True
         self._mask_tokens_drawn = self._retries = self._steps = self._eager_steps = 0
 
     # What it says of itself
@@ -147,6 +149,7 @@ class JetEngine:
             "steps_without_graph": self._eager_steps,
             "standstills": self._retries,
             "mask_tokens_drawn": self._mask_tokens_drawn,
+            "flash_attn_splits": self._splits,
             "deviations": dict(self._dialect.deviations),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -298,6 +301,9 @@ class JetEngine:
             torch.cuda.set_device(self._device)
             if self._dialect.version == "0.2.0":
                 _give_process_group(self._device)
+                self._splits = ensure_right_attention(
+                    self._checkpoint.config, size.block_length, getattr(torch, self._dtype), self._device
+                )
             return self._jetengine.LLM(str(folder), **options)
 
     def _unload(self) -> None:
