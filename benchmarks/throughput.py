@@ -1,83 +1,120 @@
-"""Tokens per second of an engine against the number of active sequences.
+"""Tokens per second against the number of active sequences, through the whole of the harness's way to an engine.
 
-    python benchmarks/throughput.py [--pretrained demo] [--device cpu] [--active 1 8 32] [--threshold 0.9]
+    python benchmarks/throughput.py                                                # the demo checkpoint, native engine
+    python benchmarks/throughput.py --engine jetengine --pretrained FOLDER --random-weights --gsm8k FOLDER \\
+        --active 128 256 --new-tokens 256 --strategy low_confidence_dynamic --threshold 0.9 --sample
 
-Every prompt is a GSM8K-like question in the checkpoint's chat template and gets exactly --new-tokens new tokens
-(nothing stops early), so that runs compare. Counted are returned tokens; the time includes prefill, not loading. The
-first row is the floor of batching: one sequence at a time. The last line is JSON.
+`--active N` sequences run at once, and each gets exactly `--new-tokens` new tokens (nothing stops early), so that runs
+compare. A run is one `generate_until` of the registered model: requests in, texts out, chat template, tokenizing and
+detokenizing included, loading not. Only returned tokens count. With random weights no confidence comes near 0.9, so
+that threshold unmasks one token a step, and threshold 0 a block a step. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import platform
-import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
+from random_weights import with_random_weights
 
-from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine
-from sdar_lm_eval.demo import PROBLEMS
+from sdar_lm_eval import autoload
 from sdar_lm_eval.demo.make import PROMPT
+from sdar_lm_eval.tasks import gsm8k
+
+MODELS = {"native": "sdar", "jetengine": "sdar-jetengine"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", default="native")
+    parser.add_argument("--engine", default="native", choices=MODELS)
     parser.add_argument("--pretrained", default="demo")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--active", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--prompts", type=int, default=64, help="prompts of the largest run; smaller ones take fewer")
+    parser.add_argument("--random-weights", action="store_true", help="the folder needs no weights; they are drawn")
+    parser.add_argument("--gsm8k", help="folder with GSM8K's test.jsonl; default: the demo problems")
+    parser.add_argument("--active", type=int, nargs="+", default=[1, 4, 16, 32, 64])
+    parser.add_argument("--prompts", type=int, default=64, help="least prompts of a row, in rounds of --active")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--strategy", default="low_confidence_static")
     parser.add_argument("--threshold", type=float, default=0.9)
+    parser.add_argument("--sample", action="store_true", help="draw at temperature 1; default: greedy")
+    parser.add_argument("--model-args", default="", help="more of them: name=value,name=value")
     args = parser.parse_args()
 
-    checkpoint = Checkpoint.open(args.pretrained)
-    questions = [json.loads(line) for line in PROBLEMS.read_text().splitlines()]
-    prompts = [
-        checkpoint.tokenizer.apply_chat_template(
-            [{"role": "user", "content": PROMPT.format(**question)}], tokenize=False, add_generation_prompt=True
-        )
-        for question in questions
-    ]
-    decoding = DecodingConfig(
-        block_length=checkpoint.block_length,
-        remasking_strategy=args.strategy,
-        confidence_threshold=args.threshold,
-        temperature=0,
-    )
-    requests = [
-        GenerationRequest(tuple(checkpoint.tokenizer.encode(text, add_special_tokens=False)), args.new_tokens, decoding)
-        for text in prompts
-    ]
-    rows = []
-    print("| active | tokens/s | times one | ms a step | peak memory, MiB |\n| ---: | ---: | ---: | ---: | ---: |")
-    for active in args.active:
-        engine = make_engine(args.engine, checkpoint, device=args.device, dtype=args.dtype, max_active=active)
-        batch = [requests[i % len(requests)] for i in range(min(args.prompts, 4 * active))]
-        list(engine.generate(batch[:active]))  # warm-up
-        started = time.perf_counter()
-        results = [result for _, result in engine.generate(batch)]
-        seconds = time.perf_counter() - started
-        tokens = sum(len(result.token_ids) for result in results)
-        steps = sum(result.denoising_forwards + result.commit_forwards for result in results) / active
-        rows.append(
-            {
-                "active": active,
-                "tokens_per_second": round(tokens / seconds, 1),
-                "ms_per_step": round(1000 * seconds / steps, 2),
-                "peak_memory_bytes": engine.peak_memory_bytes(),
-            }
-        )
-        row = rows[-1]
-        ratio = row["tokens_per_second"] / rows[0]["tokens_per_second"]
-        memory = row["peak_memory_bytes"] / 2**20
-        print(f"| {active} | {row['tokens_per_second']:,.0f} | {ratio:.1f} | {row['ms_per_step']} | {memory:,.0f} |")
-    settings = {name: value for name, value in vars(args).items() if name not in engine.info and name != "active"}
-    print(json.dumps({**engine.info, "cpu": cpu_name(), "threads": torch.get_num_threads(), **settings, "rows": rows}))
+    folder = with_random_weights(args.pretrained) if args.random_weights else contextlib.nullcontext(args.pretrained)
+    with folder as pretrained:
+        lm = make_model(args, pretrained)
+        questions = gsm8k.load(gsm8k_dir=args.gsm8k)["test"] if args.gsm8k else gsm8k.load_demo()["test"]
+        instances = [instance(i, doc, args, args.new_tokens) for i, doc in enumerate(questions)]
+        largest = cycled(instances, max(args.active), 0)
+        lm._engine.prepare([job.request for job in lm._jobs(largest)[1].values()])
+        lm.generate_until([instance(i, questions[i % len(questions)], args, 16) for i in range(len(largest))], True)
+
+        rows = []
+        print("| active | tokens/s | times first | ms a step | peak memory, MiB |")
+        print("| ---: | ---: | ---: | ---: | ---: |")
+        for active in args.active:
+            before = dataclasses.replace(lm.report.counts)
+            for turn in range(-(-args.prompts // active)):
+                lm.generate_until(cycled(instances, active, turn), disable_tqdm=True)
+            rows.append(row(active, before, lm.report.counts, args.new_tokens))
+            print(
+                f"| {active} | {rows[-1]['tokens_per_second']:,.0f} "
+                f"| {rows[-1]['tokens_per_second'] / rows[0]['tokens_per_second']:.1f} | {rows[-1]['ms_per_step']} "
+                f"| {rows[-1]['peak_memory_bytes'] / 2**20:,.0f} |",
+                flush=True,
+            )
+    info = lm.get_model_info()["sdar_lm_eval"]
+    settings = {name: value for name, value in vars(args).items() if name not in info and name != "active"}
+    print(json.dumps({**info, "cpu": cpu_name(), "threads": torch.get_num_threads(), **settings, "rows": rows}))
+
+
+def make_model(args: argparse.Namespace, pretrained: str) -> Any:
+    from lm_eval.api.registry import get_model
+
+    autoload.install()
+    settings = f"pretrained={pretrained},max_active={max(args.active)}"
+    lm: Any = get_model(MODELS[args.engine]).create_from_arg_string(",".join(filter(None, [settings, args.model_args])))
+    lm.checkpoint = dataclasses.replace(lm.checkpoint, stop_ids=())
+    return lm
+
+
+def instance(number: int, doc: dict[str, Any], args: argparse.Namespace, new_tokens: int) -> Instance:
+    settings = {
+        "max_gen_toks": new_tokens,
+        "until": [],
+        "remasking_strategy": args.strategy,
+        "confidence_threshold": args.threshold,
+        **({"do_sample": True, "temperature": 1.0} if args.sample else {"do_sample": False}),
+    }
+    return Instance("generate_until", doc, (PROMPT.format(**doc), settings), 0, metadata=("gsm8k", number, 1))
+
+
+def cycled(instances: list[Instance], count: int, turn: int) -> list[Instance]:
+    """The next `count` instances, from the beginning again behind the last."""
+    wanted = [instances[(turn * count + i) % len(instances)] for i in range(count)]
+    return [dataclasses.replace(wanted[i]) for i in range(count)]  # the same one twice would be answered once
+
+
+def row(active: int, before: Any, after: Any, new_tokens: int) -> dict[str, Any]:
+    tokens = after.new_tokens - before.new_tokens
+    seconds = after.generation_seconds - before.generation_seconds
+    assert tokens == (after.requests - before.requests) * new_tokens, "an answer ended early"
+    forwards = (
+        after.denoising_forwards + after.commit_forwards - before.denoising_forwards - before.commit_forwards
+    ) / active
+    return {
+        "active": active,
+        "tokens_per_second": round(tokens / seconds, 1),
+        "seconds": round(seconds, 2),
+        "ms_per_step": round(1000 * seconds / forwards, 2),
+        "peak_memory_bytes": after.peak_memory_bytes,
+    }
 
 
 def cpu_name() -> str:

@@ -194,6 +194,10 @@ class Checkpoint:
             )
         return [self.folder / name for name in names]
 
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each weight that config.json asks for."""
+        return _layout(self._transformers_config("eager"), self.is_moe)
+
     def check_weights(self) -> None:
         """Compare the weight files with what config.json asks for.
 
