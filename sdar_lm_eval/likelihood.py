@@ -42,7 +42,6 @@ from dataclasses import dataclass
 
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
 
-
 # Two draws of one stratum: (position among the patterns or rows, weight of the draw), twice.
 Pair = tuple[tuple[int, float], tuple[int, float]]
 
@@ -160,7 +159,7 @@ def plan(request: ScoreRequest, config: LikelihoodConfig, mask_token_id: int) ->
     return Plan(tokens[:first], tokens[first:last], tuple(rows), tuple(pairs))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def chain_patterns(m: int) -> tuple[Pattern, ...]:
     """Patterns of `chain`: for each token, itself and all after it masked."""
     return tuple(Pattern(tuple(range(j, m)), (j,), 1.0) for j in range(m))

@@ -723,7 +723,7 @@ def test_log_likelihoods_are_refused_in_one_clear_error(make_lm: MakeLM, evaluat
     lines = [f"output_type: {output_type}"]
     lines += ["doc_to_choice: ['a', 'b']", "doc_to_target: 0"] if output_type == "multiple_choice" else []
     lines += ["metric_list: [{metric: word_perplexity}]"] if output_type == "loglikelihood_rolling" else []
-    with pytest.raises(UserError, match=r"task 'five' asks for log-likelihoods.* generative tasks"):
+    with pytest.raises(UserError, match=r"task 'five' asks for log-likelihoods.* Use --model sdar"):
         evaluate(make_lm(), *lines)
 
 

@@ -269,6 +269,10 @@ class LikelihoodConfig:
             "an even number from 2 to 1,048,576",
         )
 
+    def as_dict(self) -> dict[str, Any]:
+        """The settings by name, without those that have no say."""
+        return {"likelihood": self.method} | ({"mc_samples": self.mc_samples} if self.method == "nelbo" else {})
+
 
 @dataclass(frozen=True)
 class ScoreRequest:
@@ -285,8 +289,8 @@ class ScoreRequest:
     def __post_init__(self) -> None:
         if not self.context_ids or not self.continuation_ids:
             raise UserError(
-                f"a score request needs at least one context token ({len(self.context_ids)} given) and one continuation "
-                f"token ({len(self.continuation_ids)} given); give the tokenizer's prefix token for an empty context."
+                f"a score request needs at least one token of context ({len(self.context_ids)} given) and of "
+                f"continuation ({len(self.continuation_ids)} given); give the tokenizer's prefix token for no context."
             )
 
 
@@ -315,9 +319,7 @@ class ScoreResult:
 class Scorer(Protocol):
     """What an engine has that computes log-likelihoods."""
 
-    def score(
-        self, requests: Sequence[ScoreRequest], config: LikelihoodConfig
-    ) -> Iterator[tuple[int, ScoreResult]]:
+    def score(self, requests: Sequence[ScoreRequest], config: LikelihoodConfig) -> Iterator[tuple[int, ScoreResult]]:
         """Score all requests; yield (position in `requests`, result) as each finishes, in any order.
 
         Raises:

@@ -130,9 +130,7 @@ class NativeEngine:
                 scheduler.preemptions,
             )
 
-    def score(
-        self, requests: SequenceOf[ScoreRequest], config: LikelihoodConfig
-    ) -> Iterator[tuple[int, ScoreResult]]:
+    def score(self, requests: SequenceOf[ScoreRequest], config: LikelihoodConfig) -> Iterator[tuple[int, ScoreResult]]:
         """See `Scorer.score`. `max_active` bounds the requests of a batch, `kv_pages` its clean tokens."""
         self._runner.release_cache()  # generation and scoring never run at once, and each may need all memory
         if self._device.type == "cuda":

@@ -45,7 +45,6 @@ class Limits:
     seen_tokens: int
     row_tokens: int
 
-
     @classmethod
     def on(cls, device: str, room: int, requests: int | None) -> Limits:
         """Those of a "cpu" or "cuda" device, where a forward is large enough to keep it busy."""
@@ -112,9 +111,7 @@ class Scoring:
         self._limits = limits
         self._device = model.device
 
-    def run(
-        self, requests: Sequence[ScoreRequest], config: LikelihoodConfig
-    ) -> Iterator[tuple[int, ScoreResult]]:
+    def run(self, requests: Sequence[ScoreRequest], config: LikelihoodConfig) -> Iterator[tuple[int, ScoreResult]]:
         """See `Scorer.score`."""
         batches = self._batches(requests, config)
         for index, request in enumerate(requests):
@@ -323,9 +320,7 @@ class Scoring:
         return hidden
 
     @torch.no_grad()
-    def _ask(
-        self, stretches: list[Stretch], hidden: torch.Tensor, log_probabilities: Any, is_argmax: Any
-    ) -> None:
+    def _ask(self, stretches: list[Stretch], hidden: torch.Tensor, log_probabilities: Any, is_argmax: Any) -> None:
         """Read what is asked of a forward into the slots of its answers, arrays over a batch."""
         at = np.array([(i, place) for i, s in enumerate(stretches) for place, _, _ in s.asked])  # (A, 2)
         token = np.array([t for s in stretches for _, t, _ in s.asked])
