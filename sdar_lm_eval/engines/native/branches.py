@@ -22,18 +22,39 @@ class BranchBatch:
     Attributes:
         cache: keys and values of all layers, (layers, 2, T, KV heads, head size).
         prefix: places in the cache of each row's stored tokens in order, (B, N) int64.
-        visible: leading tokens of its prefix that each new token sees, (B, Q) int64.
-        first, last: of the row's new tokens it sees those from `first` up to and without `last`, (B, Q) int64; at least
-            itself.
+        bias: `sight`'s, (B, 1, group * Q, N + Q) in the model's dtype; made once for all layers.
         places: where each new token's KV goes, (B, Q) int64 into T; None: nowhere.
     """
 
     cache: torch.Tensor
     prefix: torch.Tensor
-    visible: torch.Tensor
-    first: torch.Tensor
-    last: torch.Tensor
+    bias: torch.Tensor
     places: torch.Tensor | None
+
+
+def sight(
+    visible: torch.Tensor, first: torch.Tensor, last: torch.Tensor, stored: int, group: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """What is added to attention scores: 0 for what a token sees, -inf for what it does not.
+
+    Args:
+        visible: leading tokens of its prefix that each new token sees, (B, Q) int64.
+        first, last: of the row's new tokens it sees those from `first` up to and without `last`, (B, Q) int64; at least
+            itself.
+        stored: tokens of the prefixes, padding included: N.
+        group: query heads a KV head.
+        dtype: of the result.
+
+    Returns:
+        (B, 1, group * Q, N + Q).
+    """
+    device = visible.device
+    prefix = torch.arange(stored, device=device) < visible[..., None]  # (B, Q, N)
+    new = torch.arange(visible.shape[1], device=device)
+    own = (new >= first[..., None]) & (new < last[..., None])  # (B, Q, Q)
+    hidden = ~torch.cat([prefix, own], dim=-1)
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+    return bias.repeat(1, group, 1)[:, None]
 
 
 def branch_attention(
@@ -54,15 +75,11 @@ def branch_attention(
     keys, values = batch.cache[module.layer_idx]  # (T, KV heads, head size) each
     b, heads, q, size = query.shape
     kv_heads = key.shape[1]
-    group = heads // kv_heads
     k = torch.cat([keys[batch.prefix].transpose(1, 2), key], dim=2)  # (B, KV heads, N + Q, head size)
     v = torch.cat([values[batch.prefix].transpose(1, 2), value], dim=2)
-    stored = torch.arange(batch.prefix.shape[1], device=query.device) < batch.visible[..., None]  # (B, Q, N)
-    new = torch.arange(q, device=query.device)
-    new = (new >= batch.first[..., None]) & (new < batch.last[..., None])  # (B, Q, Q)
-    sees = torch.cat([stored, new], dim=-1).repeat(1, group, 1)[:, None]  # (B, 1, group * Q, N + Q)
-    grouped = query.reshape(b, kv_heads, group * q, size)
-    out = scaled_dot_product_attention(grouped, k, v, attn_mask=sees, scale=scaling)
+    # One attention a KV head with its whole group of query heads.
+    grouped = query.reshape(b, kv_heads, (heads // kv_heads) * q, size)
+    out = scaled_dot_product_attention(grouped, k, v, attn_mask=batch.bias, scale=scaling)
     if batch.places is not None:
         places = batch.places.flatten()
         keys[places] = key.transpose(1, 2).flatten(0, 1)

@@ -18,7 +18,7 @@ import torch
 
 from sdar_lm_eval import likelihood
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
-from sdar_lm_eval.engines.native.branches import BranchBatch
+from sdar_lm_eval.engines.native.branches import BranchBatch, sight
 from sdar_lm_eval.errors import EngineError, UserError
 
 SCRATCH_PLACE = 0  # of the KV cache: padding is read from and written to here
@@ -287,7 +287,8 @@ class Scoring:
     def _forward(self, stretches: list[Stretch], cache: torch.Tensor) -> torch.Tensor:
         """Run stretches through the model; returns the last hidden states (B, Q, hidden size)."""
         stored, new = (max(sizes) for sizes in zip(*(stretch.size for stretch in stretches), strict=True))
-        b = len(stretches)
+        b, config = len(stretches), self._model.config
+        stored += -(stored + new) % 8  # CUDA kernels want rows of the bias aligned, or copy it in every layer
         prefix = np.full((b, stored), SCRATCH_PLACE)
         # Padding sees itself and nothing else.
         tokens, positions, visible = (np.zeros((b, new), dtype=np.int64) for _ in range(3))
@@ -304,9 +305,14 @@ class Scoring:
         batch = BranchBatch(
             cache,
             prefix=self._to_device(prefix),
-            visible=self._to_device(visible),
-            first=self._to_device(first),
-            last=self._to_device(last),
+            bias=sight(
+                self._to_device(visible),
+                self._to_device(first),
+                self._to_device(last),
+                stored,
+                config.num_attention_heads // config.num_key_value_heads,
+                self._model.dtype,
+            ),
             places=None if stretches[0].places is None else self._to_device(places),
         )
         hidden: torch.Tensor = self._model.model(
