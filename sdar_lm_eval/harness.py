@@ -387,7 +387,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             logger.warning(
                 "%d of %d texts to be scored have no tokens; their log-likelihood is 0.", len(empty), len(jobs)
             )
-        self.report.start(len(flat), show=self._rank == 0 and not disable_tqdm, scoring=True)
+        self.report.start(len(jobs), show=self._rank == 0 and not disable_tqdm, scoring=True)
         try:
             for job in empty:
                 self._keep_score(kind, job)

@@ -341,6 +341,18 @@ def test_a_context_is_computed_once_for_all_its_answers(engine: NativeEngine) ->
     assert sum(r.noised_tokens for r in longer) == (1 + 4) * 4 + 4 * 4 * 4
 
 
+def test_requests_finish_group_by_group_long_ones_first(folder: Path) -> None:
+    """A crash then leaves whole texts and whole questions behind."""
+    engine = open_engine(folder, max_active=2)
+    rng = random.Random(0)
+    windows = [ScoreRequest(some(rng, 1), some(rng, 11)) for _ in range(4)]
+    question = some(rng, 8)
+    answers = [ScoreRequest(question, some(rng, 2)) for _ in range(3)]
+    mixed = [answers[0], *windows[:2], answers[1], *windows[2:], answers[2], ScoreRequest(some(rng, 2), (1,))]
+    order = [index for index, _ in engine.score(mixed, LikelihoodConfig())]
+    assert order == [1, 2, 4, 5, 0, 3, 6, 7]
+
+
 def test_generation_and_scoring_take_turns(engine: NativeEngine) -> None:
     prompts = [GenerationRequest((1, 2, 3), 6, DecodingConfig(4, temperature=0))] * 2
     requests = requests_of([(5, 4)])

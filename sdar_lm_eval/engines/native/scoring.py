@@ -125,35 +125,40 @@ class Scoring:
     # Batches
 
     def _batches(self, requests: Sequence[ScoreRequest], config: LikelihoodConfig) -> list[tuple[list[int], int]]:
-        """Divide requests into batches: their indices, with the number of clean tokens; long contexts first.
+        """Divide requests into batches: their indices, with the number of clean tokens. The longest come first.
+
+        Requests with a context's whole blocks in common stay together. Those of one length stay in order, so that the
+        windows of a long text finish one after the other.
 
         Raises:
             UserError: a request alone is too long.
         """
-        length = config.block_length
-        of_context: dict[tuple[int, ...], list[int]] = {}
+        length, limits = config.block_length, self._limits
+        groups: dict[Any, list[int]] = {}
+        shared, own, whole = {}, {}, {}
         for index, request in enumerate(requests):
-            if self._mask_token_id not in request.continuation_ids:
-                of_context.setdefault(request.context_ids, []).append(index)
+            if self._mask_token_id in request.continuation_ids:
+                continue
+            whole[index] = len(request.context_ids) + len(request.continuation_ids)
+            shared[index] = len(request.context_ids) // length * length
+            own[index] = (whole[index] - 1) // length * length - shared[index]
+            if shared[index] + own[index] > limits.room:
+                raise UserError(
+                    f"a request of {whole[index]:,} tokens (context and continuation) needs "
+                    f"{shared[index] + own[index]:,} tokens of KV cache; there is room for {limits.room:,}. Lower "
+                    "max_length, or give a larger kv_pages where there is memory for it."
+                )
+            groups.setdefault(request.context_ids[: shared[index]] or index, []).append(index)
         batches: list[tuple[list[int], int]] = []
         indices: list[int] = []
         total = 0
-        for context in sorted(of_context, key=lambda ids: (-len(ids), ids)):
-            shared, counted = len(context) // length * length, False
-            for index in sorted(of_context[context], key=lambda i: -len(requests[i].continuation_ids)):
-                whole = len(context) + len(requests[index].continuation_ids)
-                own = (whole - 1) // length * length - shared
-                if shared + own > self._limits.room:
-                    raise UserError(
-                        f"a request of {whole:,} tokens (context and continuation) needs {shared + own:,} tokens of KV "
-                        f"cache; there is room for {self._limits.room:,}. Lower max_length, or give a larger kv_pages "
-                        "where there is memory for it."
-                    )
-                needed = own if counted else shared + own
-                full = len(indices) == self._limits.requests or total + needed > self._limits.clean_tokens
-                if indices and full:
+        for group in sorted(groups.values(), key=lambda group: -max(whole[index] for index in group)):
+            counted = False
+            for index in group:
+                needed = own[index] + (0 if counted else shared[index])
+                if indices and (len(indices) == limits.requests or total + needed > limits.clean_tokens):
                     batches.append((indices, total))
-                    indices, total, needed = [], 0, shared + own
+                    indices, total, needed = [], 0, own[index] + shared[index]
                 indices.append(index)
                 total, counted = total + needed, True
         return [*batches, (indices, total)] if indices else batches
