@@ -159,6 +159,14 @@ def plan(request: ScoreRequest, config: LikelihoodConfig, mask_token_id: int) ->
     return Plan(tokens[:first], tokens[first:last], tuple(rows), tuple(pairs))
 
 
+def most_patterns(config: LikelihoodConfig) -> int:
+    """How many patterns a block has at most: times a block's tokens, what it costs."""
+    length, samples = config.block_length, config.mc_samples
+    if config.method == "chain":
+        return length
+    return 2**length - 1 if 2**length - 1 <= samples else samples + length
+
+
 @functools.cache
 def chain_patterns(m: int) -> tuple[Pattern, ...]:
     """Patterns of `chain`: for each token, itself and all after it masked."""

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from sdar_lm_eval.engines.native import engine as native_engine
 from sdar_lm_eval.engines.native.engine import NativeEngine
 from sdar_lm_eval.engines.native.scoring import Limits, Scoring
 from sdar_lm_eval.errors import EngineError
-from sdar_lm_eval.likelihood import all_patterns, chain_patterns, plan, sampled_patterns
+from sdar_lm_eval.likelihood import all_patterns, chain_patterns, most_patterns, plan, sampled_patterns
 
 MASK = 5  # of the small vocabulary 0..5
 SMALL = {"vocab_size": 6, "mask_token_id": MASK}
@@ -316,7 +317,7 @@ def test_scores_do_not_depend_on_the_batch(folder: Path, monkeypatch: pytest.Mon
     alone = [score(engine, [request], length, method, **settings)[0] for request in requests]
     together = counted("together", engine)
     few = counted("few", open_engine(folder, max_active=3))
-    narrow = Limits(room=128, clean_tokens=100, requests=None, forward_tokens=24, seen_tokens=130, row_tokens=8)
+    narrow = Limits(128, 100, 999, requests=None, forward_tokens=24, seen_tokens=130, row_tokens=8)
     monkeypatch.setattr(native_engine.Limits, "on", lambda *_: narrow)
     parts = counted("parts", engine)
     for other in (alone, few, parts):
@@ -339,6 +340,30 @@ def test_a_context_is_computed_once_for_all_its_answers(engine: NativeEngine) ->
     assert sum(r.clean_tokens for r in longer) == 20 + 4 * 4
     # Two tokens in the first block (with nothing else than the first masked in common), four in the second.
     assert sum(r.noised_tokens for r in longer) == (1 + 4) * 4 + 4 * 4 * 4
+
+
+@pytest.mark.parametrize(("length", "method", "samples"), [(4, "chain", 2), (4, "nelbo", 16), (8, "nelbo", 20)])
+def test_a_block_has_as_many_patterns_as_a_batch_is_laid_out_for(length: int, method: str, samples: int) -> None:
+    config = LikelihoodConfig(method, samples, length)
+    (request,) = requests_of([(length, length)])
+    rows = len(plan(request, config, MASK).rows)
+    assert most_patterns(config) - length < rows <= most_patterns(config)
+
+
+def test_batches_are_bounded_by_what_they_lay_out(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen rows of four for each request."""
+    monkeypatch.setattr(
+        native_engine.Limits, "on", lambda device, room, requests: Limits(room, room, 150, requests, 1024, 8192, 256)
+    )
+    sizes, run_batch = [], Scoring._run_batch
+
+    def record(self: Scoring, plans: list[Any], *arguments: Any) -> list[ScoreResult]:
+        sizes.append(len(plans))
+        return run_batch(self, plans, *arguments)
+
+    monkeypatch.setattr(Scoring, "_run_batch", record)
+    score(engine, requests_of([(4, 16)] * 5), 4)
+    assert sizes == [2, 2, 1]
 
 
 def test_requests_finish_group_by_group_long_ones_first(folder: Path) -> None:

@@ -32,6 +32,7 @@ class Limits:
     Attributes:
         room: most clean tokens of a batch, whose KV is kept: what memory holds.
         clean_tokens: of a batch of several requests.
+        noised_tokens: of a batch of several requests, about: bounds what the host lays out, and what a crash loses.
         requests: of a batch; None: no bound.
         forward_tokens: of a forward, padding included.
         seen_tokens: prefixes and new tokens of a forward's rows together: bounds the gathered KV.
@@ -40,6 +41,7 @@ class Limits:
 
     room: int
     clean_tokens: int
+    noised_tokens: int
     requests: int | None
     forward_tokens: int
     seen_tokens: int
@@ -49,8 +51,8 @@ class Limits:
     def on(cls, device: str, room: int, requests: int | None) -> Limits:
         """Those of a "cpu" or "cuda" device, where a forward is large enough to keep it busy."""
         if device == "cpu":
-            return cls(room, min(room, 8192), requests, forward_tokens=1024, seen_tokens=8192, row_tokens=256)
-        return cls(room, min(room, 65536), requests, forward_tokens=16384, seen_tokens=65536, row_tokens=1024)
+            return cls(room, min(room, 8192), 1 << 17, requests, forward_tokens=1024, seen_tokens=8192, row_tokens=256)
+        return cls(room, min(room, 65536), 1 << 21, requests, forward_tokens=16384, seen_tokens=65536, row_tokens=1024)
 
 
 @dataclass
@@ -151,16 +153,21 @@ class Scoring:
             groups.setdefault(request.context_ids[: shared[index]] or index, []).append(index)
         batches: list[tuple[list[int], int]] = []
         indices: list[int] = []
-        total = 0
+        total = noised = 0
         for group in sorted(groups.values(), key=lambda group: -max(whole[index] for index in group)):
             counted = False
             for index in group:
                 needed = own[index] + (0 if counted else shared[index])
-                if indices and (len(indices) == limits.requests or total + needed > limits.clean_tokens):
+                copies = len(requests[index].continuation_ids) * likelihood.most_patterns(config)
+                if indices and (
+                    len(indices) == limits.requests
+                    or total + needed > limits.clean_tokens
+                    or noised + copies > limits.noised_tokens
+                ):
                     batches.append((indices, total))
-                    indices, total, needed = [], 0, own[index] + shared[index]
+                    indices, total, noised, needed = [], 0, 0, own[index] + shared[index]
                 indices.append(index)
-                total, counted = total + needed, True
+                total, noised, counted = total + needed, noised + copies, True
         return [*batches, (indices, total)] if indices else batches
 
     def _allocate(self, tokens: int) -> torch.Tensor:
