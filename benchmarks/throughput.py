@@ -16,13 +16,11 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import cpu_name, with_random_weights
 from lm_eval.api.instance import Instance
-from random_weights import with_random_weights
 
 from sdar_lm_eval import autoload
 from sdar_lm_eval.demo.make import PROMPT
@@ -115,14 +113,6 @@ def row(active: int, before: Any, after: Any, new_tokens: int) -> dict[str, Any]
         "ms_per_step": round(1000 * seconds / forwards, 2),
         "peak_memory_bytes": after.peak_memory_bytes,
     }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

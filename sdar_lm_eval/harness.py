@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import time
 import types
 from collections.abc import Mapping, Sequence
@@ -20,10 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 import sdar_lm_eval
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.base import GenerationRequest, make_engine, to_number
+from sdar_lm_eval.engines.base import (
+    GenerationRequest,
+    LikelihoodConfig,
+    Scorer,
+    ScoreRequest,
+    ScoreResult,
+    make_engine,
+    to_number,
+)
 from sdar_lm_eval.errors import EngineError, UserError
 from sdar_lm_eval.gen_kwargs import (
     GENERATION_SETTINGS,
@@ -44,7 +54,7 @@ DEFAULT_CHECKPOINT = "JetLM/SDAR-4B-Chat"
 CHAT_TEMPLATE_MODES = ("auto", "on", "off")
 MODEL_ARGUMENTS = (
     "pretrained", "revision", "dtype", "device", "max_length", "max_active", "seed", "chat_template", "trace",
-    "batch_size", "max_batch_size", "trust_remote_code",
+    "batch_size", "max_batch_size", "trust_remote_code", "likelihood", "mc_samples",
 )  # fmt: skip
 # What a run's cached answers depend on, kept in the cache itself; see `set_cache_hook`.
 FINGERPRINT_KEY = "sdar_lm_eval/fingerprint"
@@ -77,6 +87,24 @@ class _Job:
     own_key: str | None
 
 
+@dataclass
+class _ScoreJob:
+    """One log-likelihood to be computed: the sum over its pieces, which is one but for rolling windows."""
+
+    instance: Any
+    pieces: list[ScoreRequest]
+    results: list[ScoreResult]
+
+    def result(self) -> ScoreResult:
+        return ScoreResult(
+            log_likelihood=math.fsum(result.log_likelihood for result in self.results),
+            is_greedy=all(result.is_greedy for result in self.results),
+            standard_error=math.hypot(*(result.standard_error for result in self.results)),
+            clean_tokens=sum(result.clean_tokens for result in self.results),
+            noised_tokens=sum(result.noised_tokens for result in self.results),
+        )
+
+
 class SDARLM(TemplateLM):  # type: ignore[misc]
     """`lm_eval --model sdar`: an SDAR checkpoint on the native engine.
 
@@ -92,8 +120,12 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
         seed: of sampled answers; each draws by (seed, task, prompt, repeat), whatever else is in the batch.
         chat_template: auto (the checkpoint's chat template, where it has one, for prompts that are not in one yet: each
-            becomes one user turn), on (the same, and an error where there is none), off.
+            becomes one user turn), on (the same, and an error where there is none), off. Of generated answers only:
+            log-likelihoods are of the text as it comes, which `--apply_chat_template` puts into the template.
         trace: file that gets a JSON line for each finished request; with several ranks, one file each.
+        likelihood: chain (exact) or nelbo (the diffusion bound), see `sdar_lm_eval/likelihood.py`; at temperature 1,
+            whatever the decoding settings.
+        mc_samples: masks a block under nelbo; blocks with no more masks than that are computed without sampling.
         decoding settings: see `DecodingConfig`; and do_sample, max_gen_toks, until. A task's or `--gen_kwargs`' win.
 
     Raises:
@@ -136,6 +168,14 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         self._max_length = int(
             to_number("max_length", arguments.get("max_length", self.checkpoint.max_length), whole=True)
         )
+        self._likelihood = LikelihoodConfig(
+            method=str(arguments.get("likelihood", LikelihoodConfig.method)),
+            mc_samples=arguments.get("mc_samples", LikelihoodConfig.mc_samples),
+            block_length=self._default.decoding.block_length,
+            seed=self._seed,
+        )
+        if "mc_samples" in arguments and self._likelihood.method == "chain":
+            logger.warning("mc_samples=%s has no effect: likelihood=chain samples nothing.", arguments["mc_samples"])
         if any(name in arguments for name in MAX_TOKENS_SPELLINGS):  # else each task says how long its answers are
             self._room_for_prompt(self._default.max_gen_toks)
         self._warn_of_untrained()
@@ -159,7 +199,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         self._counts_of_ranks = [self.report.counts]
         self._decoding_of_tasks: dict[str, dict[str, Any]] = {}
         self._harness_templates = False
-        self._said_template = False
+        self._said_template = self._said_plain = False
         logger.info("%s", self._describe())
 
     # How the harness makes a model
@@ -212,10 +252,13 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         return self.checkpoint.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokenize; by default special tokens are added unless the text begins with one already (no second BOS)."""
+        """Tokenize; by default special tokens are added unless the text begins with one already (no second BOS).
+
+        Nor are they to a text in the chat template, which writes the BOS itself where there is to be one.
+        """
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
-            add_special_tokens = not (bos and string.startswith(bos))
+            add_special_tokens = not (bos and string.startswith(bos)) and not self._is_rendered(string)
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         return ids
 
@@ -287,19 +330,134 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         return [answers[key] for key in keys]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Not answered: see the error."""
-        raise UserError(
-            f"task {requests[0].task_name!r} asks for log-likelihoods, which sdar_lm_eval does not compute yet. "
-            "It answers generative tasks (output_type generate_until), such as gsm8k_sdar."
-        )
+        """Score continuations: log-likelihoods in nats, and whether greedy decoding gives the continuation.
+
+        Contexts are taken as they come, in no chat template unless the harness applied it. Each finished score goes to
+        the harness's cache at once. See `lm_eval.api.model.LM.loglikelihood`, and `sdar_lm_eval/likelihood.py`.
+
+        Raises:
+            UserError: the engine computes no log-likelihoods, or a continuation is too long; raised before anything
+                runs.
+            EngineError: the engine stopped; finished scores are in the cache.
+        """
+        return self._score("loglikelihood", requests, self._pair_of, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Not answered: see the error."""
-        self.loglikelihood(requests)
-        return []
+        """Score whole texts, in nats, by the harness's rolling windows; errors as for `loglikelihood`.
+
+        A window's context and scored tokens together are at most `max_length`.
+        """
+        scores = self._score("loglikelihood_rolling", requests, self._windows_of, disable_tqdm)
+        return [log_likelihood for log_likelihood, _ in scores]
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        raise NotImplementedError("loglikelihood refuses before this")
+        """Score ((context, continuation), context ids, continuation ids), without cache, trace or summary."""
+        pieces = [self._fit(list(context), list(continuation))[0] for _, context, continuation in requests]
+        results = dict(self._scorer("a caller").score(pieces, self._likelihood))
+        return [(results[i].log_likelihood, results[i].is_greedy) for i in range(len(pieces))]
+
+    def _score(
+        self, kind: str, requests: Sequence[Any], pieces_of: Any, disable_tqdm: bool
+    ) -> list[tuple[float, bool]]:
+        """Score requests whose `args` `pieces_of` turns into (context ids, continuation ids) pairs."""
+        if not requests:
+            return []
+        scorer = self._scorer(f"task {requests[0].task_name!r}")
+        jobs: dict[tuple[str, ...], _ScoreJob] = {}
+        truncated = 0
+        for instance in requests:
+            if instance.args not in jobs:  # several ranks pad with copies
+                fitted = [self._fit(*pair) for pair in pieces_of(*instance.args)]
+                jobs[instance.args] = _ScoreJob(instance, [piece for piece, _ in fitted], [])
+                truncated += any(cut for _, cut in fitted)
+        if self._has_template and not self._said_plain and not self._is_rendered(requests[0].args[0]):
+            self._said_plain = True
+            logger.info(
+                "Log-likelihoods are of the text as it comes, in no chat template (chat_template=%s is for generated "
+                "answers); --apply_chat_template lets the harness apply it.",
+                self._template_mode,
+            )
+        self._harness_templates = False
+        if truncated:
+            logger.warning(
+                "%d of %d contexts are longer than max_length=%d leaves room for; they lost their beginning.",
+                truncated,
+                len(jobs),
+                self._max_length,
+            )
+        flat = [(job, piece) for job in jobs.values() for piece in job.pieces]
+        empty = [job for job in jobs.values() if not job.pieces]
+        if empty:
+            logger.warning(
+                "%d of %d texts to be scored have no tokens; their log-likelihood is 0.", len(empty), len(jobs)
+            )
+        self.report.start(len(jobs), show=self._rank == 0 and not disable_tqdm, scoring=True)
+        try:
+            for job in empty:
+                self._keep_score(kind, job)
+            for index, result in scorer.score([piece for _, piece in flat], self._likelihood):
+                job, _ = flat[index]
+                job.results.append(result)
+                if len(job.results) == len(job.pieces):
+                    self._keep_score(kind, job)
+        finally:
+            self.report.stop(self._engine.peak_memory_bytes())
+            if self._world_size == 1:  # else `barrier` says it for all
+                logger.info("%s", self.report.counts)
+        missing = sum(len(job.results) < len(job.pieces) for job in jobs.values())
+        if missing:
+            raise EngineError(f"the {self.ENGINE} engine scored {len(jobs) - missing} of {len(jobs)} requests.")
+        scores = {args: job.result() for args, job in jobs.items()}
+        return [(scores[r.args].log_likelihood, scores[r.args].is_greedy) for r in requests]
+
+    def _keep_score(self, kind: str, job: _ScoreJob) -> None:
+        result = job.result()
+        answer = result.log_likelihood if kind == "loglikelihood_rolling" else (result.log_likelihood, result.is_greedy)
+        self.cache_hook.add_partial(kind, job.instance.args, answer)
+        self.report.add_score(
+            result,
+            context_tokens=sum(len(piece.context_ids) for piece in job.pieces),
+            tokens=sum(len(piece.continuation_ids) for piece in job.pieces),
+            task=job.instance.task_name,
+            document=job.instance.doc_id,
+            likelihood=self._likelihood.method,
+        )
+
+    def _scorer(self, who: str) -> Scorer:
+        if isinstance(self._engine, Scorer):
+            return self._engine
+        raise UserError(
+            f"{who} asks for log-likelihoods, which the {self.ENGINE} engine does not compute. Use --model sdar, or "
+            "a task that generates (output_type generate_until), such as gsm8k_sdar."
+        )
+
+    def _pair_of(self, context: str, continuation: str) -> list[tuple[list[int], list[int]]]:
+        """Tokens of a context and its continuation, by the harness's rules; none where the latter has none."""
+        if context:
+            context_ids, continuation_ids = self._encode_pair(context, continuation)
+        else:
+            context_ids, continuation_ids = self._behind_prefix(continuation)
+        return [(context_ids or [self.prefix_token_id], continuation_ids)] if continuation_ids else []
+
+    def _windows_of(self, text: str) -> list[tuple[list[int], list[int]]]:
+        prefix, ids = self._behind_prefix(text)
+        windows = get_rolling_token_windows(ids, prefix[0], max_seq_len=max(self._max_length - 1, 1), context_len=1)
+        return [make_disjoint_window(window) for window in windows]
+
+    def _behind_prefix(self, text: str) -> tuple[list[int], list[int]]:
+        """The prefix token, and the tokens of a text that nothing stands before; not twice if it begins with it."""
+        ids = self.tok_encode(text, add_special_tokens=False)
+        return [self.prefix_token_id], ids[1:] if ids[:1] == [self.prefix_token_id] else ids
+
+    def _fit(self, context: list[int], continuation: list[int]) -> tuple[ScoreRequest, bool]:
+        """The request, and whether its context had to lose its beginning."""
+        room = self._max_length - len(continuation)
+        if room < 1:
+            raise UserError(
+                f"a continuation of {len(continuation):,} tokens and one of context are more than "
+                f"max_length={self._max_length}. Raise max_length (the checkpoint allows {self.checkpoint.max_length})."
+            )
+        return ScoreRequest(tuple(context[-room:]), tuple(continuation)), len(context) > room
 
     def get_model_info(self) -> dict[str, Any]:
         """Facts for `results["config"]`."""
@@ -319,6 +477,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                 "ranks": self._world_size,
                 "decoding": self._default.as_dict(),
                 "decoding_of_tasks": self._decoding_of_tasks,
+                **self._likelihood.as_dict(),
                 **self._engine.info,
                 "run": Counts.of_ranks(self._counts_of_ranks).as_dict(),
             },
@@ -368,6 +527,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             "max_length": self._max_length,
             "chat_template": self._template_mode,
             "seed": self._seed,
+            **self._likelihood.as_dict(),
             **self._default.as_dict(),
             # As given: they hold for tasks that name the other one, or neither.
             "do_sample": None if do_sample is None else to_bool("do_sample", do_sample),
@@ -468,7 +628,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         return _Settings(generation, frozenset(stop_ids), tuple(stop_strings))
 
     def _encode_prompt(self, context: str) -> list[int]:
-        rendered = self._has_template and self._is_rendered(context)
+        rendered = self._is_rendered(context)
         if self._has_template and self._template_mode != "off" and not rendered:
             if not self._said_template:
                 self._said_template = True
@@ -483,6 +643,8 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
 
     def _is_rendered(self, context: str) -> bool:
         """Whether a prompt is in the chat template already, by the harness or by its task."""
+        if not self._has_template:
+            return False
         if not self._opening:
             return self._harness_templates
         return context.lstrip().removeprefix(self.tokenizer.bos_token or "").startswith(self._opening)

@@ -46,7 +46,11 @@ class ScriptedEngine:
         self.error: Exception = EngineError("out of luck")
         self.info = {"engine": "scripted", "device": "cpu", "dtype": "float32", "max_active": 7}
 
+    def prepare(self, requests: Sequence[GenerationRequest]) -> None:
+        self.prepared = list(requests)
+
     def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
+        assert list(requests) == self.prepared
         for count, (index, request) in enumerate(reversed(list(enumerate(requests)))):
             if count == self.answers_before_error:
                 raise self.error
@@ -723,7 +727,7 @@ def test_log_likelihoods_are_refused_in_one_clear_error(make_lm: MakeLM, evaluat
     lines = [f"output_type: {output_type}"]
     lines += ["doc_to_choice: ['a', 'b']", "doc_to_target: 0"] if output_type == "multiple_choice" else []
     lines += ["metric_list: [{metric: word_perplexity}]"] if output_type == "loglikelihood_rolling" else []
-    with pytest.raises(UserError, match=r"task 'five' asks for log-likelihoods.* generative tasks"):
+    with pytest.raises(UserError, match=r"task 'five' asks for log-likelihoods.* Use --model sdar"):
         evaluate(make_lm(), *lines)
 
 

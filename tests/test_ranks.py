@@ -34,6 +34,16 @@ task: demo_repeated
 repeats: 3
 generation_kwargs: {until: [], do_sample: true, temperature: 1.0, max_gen_toks: 24}
 """
+CHOICES = """
+include: gsm8k_sdar_demo.yaml
+task: demo_choices
+output_type: multiple_choice
+doc_to_text: "{{question}} It is"
+doc_to_choice: ["1", "20", "300"]
+doc_to_target: 1
+filter_list: null
+metric_list: [{metric: acc}]
+"""
 LAUNCHER_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU",
     "OMP_NUM_THREADS",
@@ -47,10 +57,12 @@ def scenarios(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"threads": torch.get_num_threads()}
 
     def evaluate(name: str, task: str, **settings: Any) -> None:
-        before = lm.report.counts.requests
+        counts = lm.report.counts
+        before = counts.requests + counts.scored_requests
         settings |= {"gen_kwargs": "max_gen_toks=24", "bootstrap_iters": 0, "log_samples": True}
         results = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, **settings)
-        found[name] = {"computed": lm.report.counts.requests - before, "results": results and _essence(results)}
+        computed = counts.requests + counts.scored_requests - before
+        found[name] = {"computed": computed, "results": results and _essence(results)}
 
     cache = str(folder / "cache")
     evaluate("greedy", "gsm8k_sdar_demo", limit=7)
@@ -64,6 +76,7 @@ def scenarios(folder: Path) -> dict[str, Any]:
     evaluate("all cached", "gsm8k_sdar_demo", limit=4, use_cache=cache)
     evaluate("repeated, cached", "demo_repeated", limit=3, use_cache=cache)
     evaluate("repeated, all cached", "demo_repeated", limit=3, use_cache=cache)
+    evaluate("choices", "demo_choices", limit=3)
     found["run"] = lm.get_model_info()["sdar_lm_eval"]["run"]
     return found
 
@@ -73,8 +86,15 @@ def _essence(results: Any) -> dict[str, Any]:
     for task, of_task in results["samples"].items():
         # lm_eval logs the answers to its padding with the document that it copied: they stand behind its own.
         own = results["configs"][task]["repeats"]
-        samples[task] = sorted((s["doc_id"], s["filter"], s["resps"][0][:own], s["doc"]["question"]) for s in of_task)
+        samples[task] = sorted(
+            (s["doc_id"], s["filter"], _rounded(s["resps"][0][:own]), s["doc"]["question"]) for s in of_task
+        )
     return {"scores": results["results"], "samples": samples}
+
+
+def _rounded(responses: list[Any]) -> list[Any]:
+    """Log-likelihoods up to what batches of other shapes change in their last bits; texts as they are."""
+    return [r if isinstance(r, str) else (round(r[0], 3), r[1]) for r in responses]
 
 
 if __name__ == "__main__":
@@ -97,7 +117,8 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path: Path) -> Path:
     for name in ("two", "one"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "demo_repeated.yaml").write_text(REPEATED.replace("gsm8k", f"{TASKS}/gsm8k", 1))
+        for task, text in {"repeated": REPEATED, "choices": CHOICES}.items():
+            (tmp_path / name / f"demo_{task}.yaml").write_text(text.replace("gsm8k", f"{TASKS}/gsm8k", 1))
     return tmp_path
 
 
@@ -129,7 +150,9 @@ def test_two_processes_give_what_one_gives(folder: Path, monkeypatch: pytest.Mon
     assert computed("all cached") == computed("repeated, all cached") == (0, 0)
     answers = rank0["repeated"]["results"]["samples"]["demo_repeated"]
     assert any(len(set(responses)) == 3 for _, _, responses, _ in answers)
-    assert rank0["run"]["requests"] == sum(sum(computed(name)) for name in names)
+    assert computed("choices") == (6, 3)
+    assert rank0["run"]["likelihoods"]["requests"] == 9
+    assert rank0["run"]["requests"] == sum(sum(computed(name)) for name in names) - 9
     assert rank0["threads"] == rank1["threads"] == max(1, ranks._cores() // 2)
 
 

@@ -5,6 +5,13 @@
     GenerationResult    the new tokens, why they ended, what they cost
     Engine              generate(requests) yields (index, GenerationResult) as each finishes
 
+and for log-likelihoods, which an engine may leave out:
+
+    LikelihoodConfig    by which method
+    ScoreRequest        context tokens + continuation tokens
+    ScoreResult         the continuation's log-likelihood
+    Scorer              an Engine with score(requests, config)
+
 Nothing here holds a tensor or imports torch.
 """
 
@@ -16,7 +23,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 
@@ -30,6 +37,8 @@ ENGINES = {
     "jetengine": "sdar_lm_eval.engines.jetengine.engine:JetEngine",
 }
 """Name -> "module:Class", imported when it is asked for."""
+
+LIKELIHOOD_METHODS = ("chain", "nelbo")
 
 DEFAULT_BLOCK_LENGTH = 4
 MAX_BLOCK_LENGTH = 1024
@@ -271,6 +280,98 @@ class Engine(Protocol):
 
     def peak_memory_bytes(self) -> int:
         """The most memory used so far: the device's on CUDA, else the process's."""
+
+
+@dataclass(frozen=True)
+class LikelihoodConfig:
+    """How log-likelihoods are computed; `sdar_lm_eval/likelihood.py` defines the methods.
+
+    Args:
+        method: "chain", exact, as many forwards of a block as it has scored tokens; or "nelbo", the diffusion bound.
+        mc_samples: of nelbo: masks a block. Blocks with no more possible masks than that have all of them computed,
+            without sampling noise (2^m - 1 for m scored tokens: 256 is enough for blocks of 8).
+        block_length: tokens denoised together.
+        seed: of the masks that are sampled.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    method: str = "chain"
+    mc_samples: int = 256
+    block_length: int = DEFAULT_BLOCK_LENGTH
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in LIKELIHOOD_METHODS:
+            raise UserError(
+                f"likelihood={self.method!r} is unknown; choose {' or '.join(LIKELIHOOD_METHODS)}."
+                + did_you_mean(str(self.method), LIKELIHOOD_METHODS)
+            )
+        object.__setattr__(self, "mc_samples", to_number("mc_samples", self.mc_samples, whole=True))
+        _check_range(
+            f"mc_samples={self.mc_samples}",
+            2 <= self.mc_samples <= 2**20 and self.mc_samples % 2 == 0,
+            "an even number from 2 to 1,048,576",
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings by name, without those that have no say."""
+        return {"likelihood": self.method} | ({"mc_samples": self.mc_samples} if self.method == "nelbo" else {})
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """A continuation whose log-likelihood is asked for.
+
+    Args:
+        context_ids: the tokens before it; at least one (the tokenizer's prefix token where there is no text).
+        continuation_ids: at least one.
+    """
+
+    context_ids: tuple[int, ...]
+    continuation_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.context_ids or not self.continuation_ids:
+            raise UserError(
+                f"a score request needs at least one token of context ({len(self.context_ids)} given) and of "
+                f"continuation ({len(self.continuation_ids)} given); give the tokenizer's prefix token for no context."
+            )
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """A continuation's score.
+
+    Attributes:
+        log_likelihood: in nats; under nelbo the bound, with its sign turned. -inf where the continuation holds the mask
+            token, which is never generated.
+        is_greedy: whether greedy decoding by `sequential`, one token a step, gives this continuation; the same under
+            both methods.
+        standard_error: of log_likelihood, in nats, from sampled masks; 0 where nothing was sampled.
+        clean_tokens, noised_tokens: run through the model for this request: text without masks, and blocks with masks.
+            What several requests share counts for the first of them.
+    """
+
+    log_likelihood: float
+    is_greedy: bool
+    standard_error: float = 0.0
+    clean_tokens: int = 0
+    noised_tokens: int = 0
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """What an engine has that computes log-likelihoods."""
+
+    def score(self, requests: Sequence[ScoreRequest], config: LikelihoodConfig) -> Iterator[tuple[int, ScoreResult]]:
+        """Score all requests; yield (position in `requests`, result) as each finishes, in any order.
+
+        Raises:
+            UserError: a request can never run; raised before anything ran, with the numbers.
+            EngineError: the engine stopped; what was yielded before stays valid.
+        """
 
 
 def make_engine(name: str, checkpoint: Checkpoint, **options: Any) -> Engine:

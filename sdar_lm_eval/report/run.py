@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sdar_lm_eval.engines.base import GenerationResult
+from sdar_lm_eval.engines.base import GenerationResult, ScoreResult
 from sdar_lm_eval.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,9 @@ class Counts:
         requests: answers made, not those read from a cache.
         generation_seconds: time of generation, prefill included.
         peak_memory_bytes: of the device on CUDA, else of the process.
+        scored_requests, scored_tokens: log-likelihoods computed, and the tokens they are of.
+        clean_tokens, noised_tokens: run through the model for them: text without masks, and blocks with masks.
+        standard_errors: sum of the log-likelihoods' standard errors, in nats; largest_standard_error of one.
     """
 
     requests: int = 0
@@ -37,11 +40,20 @@ class Counts:
     load_seconds: float = 0.0
     generation_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    scored_requests: int = 0
+    scored_tokens: int = 0
+    clean_tokens: int = 0
+    noised_tokens: int = 0
+    scoring_seconds: float = 0.0
+    standard_errors: float = 0.0
+    largest_standard_error: float = 0.0
 
     @classmethod
     def of_ranks(cls, ranks: Sequence[Counts]) -> Counts:
         """Those of processes that ran side by side: work adds up; of times and memory the largest counts."""
-        longest = ("load_seconds", "generation_seconds", "peak_memory_bytes")
+        longest = (
+            "load_seconds", "generation_seconds", "peak_memory_bytes", "scoring_seconds", "largest_standard_error",
+        )  # fmt: skip
         return cls(
             **{
                 name: (max if name in longest else sum)(getattr(counts, name) for counts in ranks)
@@ -60,6 +72,18 @@ class Counts:
         made = self.denoising_forwards + self.commit_forwards
         return self.new_tokens / made if made else 0.0
 
+    @property
+    def likelihoods(self) -> dict[str, Any]:
+        """The part of the summary that is about log-likelihoods."""
+        mean = self.standard_errors / self.scored_requests if self.scored_requests else 0.0
+        return {
+            "requests": self.scored_requests,
+            "tokens": self.scored_tokens,
+            "tokens_run": {"clean": self.clean_tokens, "noised": self.noised_tokens},
+            "standard_error": {"mean": round(mean, 6), "largest": round(self.largest_standard_error, 6)},
+            "seconds": round(self.scoring_seconds, 2),
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """The summary for the results file."""
         return {
@@ -75,21 +99,34 @@ class Counts:
             },
             "load_seconds": round(self.load_seconds, 2),
             "generation_seconds": round(self.generation_seconds, 2),
+            **({"likelihoods": self.likelihoods} if self.scored_requests else {}),
             "peak_memory_bytes": self.peak_memory_bytes,
         }
 
     def __str__(self) -> str:
+        parts = []
+        if self.requests or not self.scored_requests:
+            parts.append(
+                f"{self.requests:,} requests, {self.new_tokens:,} new tokens in {self.generation_seconds:.1f} s: "
+                f"{self.tokens_per_second:,.0f} tok/s, {self.tokens_per_forward:.2f} tokens per forward "
+                f"(prefill {self.prefill_forwards:,}, denoising {self.denoising_forwards:,}, commit "
+                f"{self.commit_forwards:,})"
+            )
+        if self.scored_requests:
+            parts.append(
+                f"{self.scored_requests:,} log-likelihoods of {self.scored_tokens:,} tokens in "
+                f"{self.scoring_seconds:.1f} s (run: {self.clean_tokens:,} clean and {self.noised_tokens:,} noised)"
+            )
+            if self.largest_standard_error:
+                parts[-1] += f", standard errors up to {self.largest_standard_error:.2g} nats"
         return (
-            f"{self.requests:,} requests, {self.new_tokens:,} new tokens in {self.generation_seconds:.1f} s: "
-            f"{self.tokens_per_second:,.0f} tok/s, {self.tokens_per_forward:.2f} tokens per forward "
-            f"(prefill {self.prefill_forwards:,}, denoising {self.denoising_forwards:,}, commit "
-            f"{self.commit_forwards:,}); loaded in {self.load_seconds:.1f} s, "
-            f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"
+            "; ".join(parts)
+            + f"; loaded in {self.load_seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"
         )
 
 
 class RunReport:
-    """Counts what this process generates, shows it, and traces it.
+    """Counts what this process generates and scores, shows it, and traces it.
 
     Args:
         trace: file that gets a JSON line for each finished request, appended; None for no trace.
@@ -114,11 +151,11 @@ class RunReport:
         """Whether there is a trace file."""
         return self._trace is not None
 
-    def start(self, total: int, finished: int = 0, show: bool = True) -> None:
+    def start(self, total: int, finished: int = 0, show: bool = True, scoring: bool = False) -> None:
         """Begin a round of `total` requests, of which some were finished by an earlier run; `show` draws a bar."""
-        self._bar = tqdm(
-            total=total, initial=finished, disable=not show, desc="Generating", unit="req", dynamic_ncols=True
-        )
+        self._scoring = scoring
+        name = "Scoring" if scoring else "Generating"
+        self._bar = tqdm(total=total, initial=finished, disable=not show, desc=name, unit="req", dynamic_ncols=True)
         self._started, self._tokens_before = time.perf_counter(), self.counts.new_tokens
 
     def add(self, result: GenerationResult, text: str, prompt_tokens: int, **request: Any) -> None:
@@ -146,14 +183,45 @@ class RunReport:
                 "unmasked_at": result.unmasked_at,
                 "confidences": [round(c, 4) for c in result.confidences or ()],
             }
-            self._trace.write(json.dumps(line, ensure_ascii=False) + "\n")
-            self._trace.flush()
+            self._write(line)
         speed = (counts.new_tokens - self._tokens_before) / (time.perf_counter() - self._started)
         self._bar.set_postfix_str(f"{speed:,.0f} tok/s, {counts.tokens_per_forward:.2f} tok/forward", refresh=False)
         self._bar.update()
 
+    def add_score(self, result: ScoreResult, context_tokens: int, tokens: int, **request: Any) -> None:
+        """Count a scored request and write its trace line; `request` names it (task, document, method)."""
+        counts = self.counts
+        counts.scored_requests += 1
+        counts.scored_tokens += tokens
+        counts.clean_tokens += result.clean_tokens
+        counts.noised_tokens += result.noised_tokens
+        counts.standard_errors += result.standard_error
+        counts.largest_standard_error = max(counts.largest_standard_error, result.standard_error)
+        if self._trace is not None:
+            self._write(
+                {
+                    **request,
+                    "context_tokens": context_tokens,
+                    "tokens": tokens,
+                    "log_likelihood": result.log_likelihood,
+                    "is_greedy": result.is_greedy,
+                    "standard_error": result.standard_error,
+                    "tokens_run": {"clean": result.clean_tokens, "noised": result.noised_tokens},
+                }
+            )
+        self._bar.update()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        assert self._trace is not None
+        self._trace.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._trace.flush()
+
     def stop(self, peak_memory_bytes: int) -> None:
         """End the round, finished or not."""
         self._bar.close()
-        self.counts.generation_seconds += time.perf_counter() - self._started
+        seconds = time.perf_counter() - self._started
+        if self._scoring:
+            self.counts.scoring_seconds += seconds
+        else:
+            self.counts.generation_seconds += seconds
         self.counts.peak_memory_bytes = max(self.counts.peak_memory_bytes, peak_memory_bytes)

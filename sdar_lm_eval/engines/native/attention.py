@@ -14,6 +14,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sdar_lm_eval.engines.native.branches import BranchBatch, branch_attention
+
 NAME = "sdar_paged"
 
 
@@ -42,7 +44,7 @@ def paged_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     *,
-    batch: PagedBatch,
+    batch: PagedBatch | BranchBatch,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Write the new KV, then attend. The signature is that of transformers' attention interface.
@@ -53,11 +55,13 @@ def paged_attention(
         key, value: (B, KV heads, Q, head size) of the new tokens.
         attention_mask: unused; `batch.visible` says it all.
         scaling: factor on the scores.
-        batch: where the tokens stand.
+        batch: where the tokens stand; a `BranchBatch` when texts are scored (`branches.py`).
 
     Returns:
         (B, Q, query heads, head size), and None for attention weights.
     """
+    if isinstance(batch, BranchBatch):
+        return branch_attention(module, query, key, value, scaling, batch), None
     keys, values = batch.cache[module.layer_idx]  # (pages, page_size, KV heads, head size) each
     places = batch.places.flatten()
     keys.flatten(0, 1)[places] = key.transpose(1, 2).flatten(0, 1)

@@ -15,11 +15,19 @@ import torch
 import transformers
 
 from sdar_lm_eval.checkpoint import DTYPES, Checkpoint
-from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, to_number
+from sdar_lm_eval.engines.base import (
+    GenerationRequest,
+    GenerationResult,
+    LikelihoodConfig,
+    ScoreRequest,
+    ScoreResult,
+    to_number,
+)
 from sdar_lm_eval.engines.native import attention
 from sdar_lm_eval.engines.native.pages import PagePool
 from sdar_lm_eval.engines.native.runner import Blocks, Runner
 from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
+from sdar_lm_eval.engines.native.scoring import Limits, Scoring
 from sdar_lm_eval.errors import EngineError, UserError
 
 logger = logging.getLogger(__name__)
@@ -62,6 +70,7 @@ class NativeEngine:
         self._kv_pages = _at_least_one("kv_pages", kv_pages)
         self._preemptions = 0
         model = checkpoint.load_model(dtype=self._dtype, device=self._device, attention=attention.NAME)
+        self._model = model
         self._runner = Runner(model, checkpoint.mask_token_id, PAGE_SIZE)
 
     @property
@@ -123,6 +132,21 @@ class NativeEngine:
                 "A smaller max_active or a larger kv_pages avoids it.",
                 scheduler.preemptions,
             )
+
+    def score(self, requests: SequenceOf[ScoreRequest], config: LikelihoodConfig) -> Iterator[tuple[int, ScoreResult]]:
+        """See `Scorer.score`. `max_active` bounds the requests of a batch, `kv_pages` its clean tokens."""
+        self._runner.release_cache()  # generation and scoring never run at once, and each may need all memory
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # so that what was given back counts as free
+        pages = self._kv_pages or self._memory_for_pages() // self._runner.bytes_per_page()
+        limits = Limits.on(self._device.type, pages * PAGE_SIZE, self._max_active)
+        try:
+            yield from Scoring(self._model, self._checkpoint.mask_token_id, limits).run(requests, config)
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"out of memory on {self._device} while scoring. Finished scores are kept (--use_cache); run again "
+                "with max_active (requests at once) or kv_pages, or a smaller max_length."
+            ) from error
 
     def _step(self, scheduler: Scheduler) -> list[tuple[int, GenerationResult]]:
         """One step: what was admitted is prefilled, every current block takes part in one forward; what finished."""

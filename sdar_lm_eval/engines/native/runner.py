@@ -67,6 +67,10 @@ class Runner:
         per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         return int(per_token * self._page_size * self._model.dtype.itemsize)
 
+    def release_cache(self) -> None:
+        """Give the KV cache's memory back; the next `allocate` makes another."""
+        self.cache = None
+
     def allocate(self, num_pages: int, max_active: int, max_block: int, penalized: bool) -> None:
         """Make the KV cache and the batch state for one `generate`; a cache that is large enough is kept.
 

@@ -1,9 +1,10 @@
-"""A checkpoint folder with random weights, for measuring speed where the real weights are not at hand."""
+"""What the benchmarks share: a checkpoint with random weights, where the real ones are not at hand; this CPU's name."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -42,3 +43,11 @@ def with_random_weights(folder: str) -> Iterator[str]:
         (Path(copy) / "config.json").write_text(json.dumps(config | {"block_size": checkpoint.block_length}))
         del weights
         yield copy
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,451 @@
+"""Log-likelihoods: the patterns worked by hand, the engine against an oracle, and both against generation itself."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from support import block_causal, random_checkpoint, read_weights, reference_logits
+
+from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
+from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
+from sdar_lm_eval.engines.native import engine as native_engine
+from sdar_lm_eval.engines.native.engine import NativeEngine
+from sdar_lm_eval.engines.native.scoring import Limits, Scoring
+from sdar_lm_eval.errors import EngineError
+from sdar_lm_eval.likelihood import all_patterns, chain_patterns, most_patterns, plan, sampled_patterns
+
+MASK = 5  # of the small vocabulary 0..5
+SMALL = {"vocab_size": 6, "mask_token_id": MASK}
+
+
+class Oracle:
+    """The definitions once more, as plainly as they can be written: no cache, no batch, no transformers.
+
+    Every forward runs the whole text up to the end of the block, under a dense mask.
+    """
+
+    def __init__(self, folder: Path, mask: int) -> None:
+        checkpoint = Checkpoint.open(str(folder))
+        self.weights, self.config, self.mask = read_weights(folder), checkpoint.config, mask
+        self.log_p = functools.lru_cache(maxsize=None)(self._log_p)
+
+    def _log_p(self, before: tuple[int, ...], block: tuple[int, ...]) -> torch.Tensor:
+        """Log-probabilities (L, V) at each position of a block, of which some tokens are masked."""
+        ids = torch.tensor(before + block)
+        logits = reference_logits(self.weights, self.config, ids, block_causal(len(ids), len(block)))[len(before) :]
+        logits[:, self.mask] = -torch.inf
+        return logits.log_softmax(-1)
+
+    def in_order(self, text: Sequence[int], places: Sequence[int], length: int) -> tuple[float, bool]:
+        """Decide the places of one block one after the other; the block's other places from the first on are masked."""
+        start = places[0] // length * length
+        known = {p: text[p] for p in range(start, min(start + length, len(text))) if p not in places}
+        total, greedy = 0.0, True
+        for place in places:
+            block = tuple(known.get(p, self.mask) for p in range(start, start + length))
+            log_p = self.log_p(tuple(text[:start]), block)[place - start]
+            total += float(log_p[text[place]])
+            greedy = greedy and int(log_p.argmax()) == text[place]
+            known[place] = text[place]
+        return total, greedy
+
+    def blocks(self, request: ScoreRequest, length: int) -> tuple[list[int], list[list[int]]]:
+        """The text, and the continuation's places block by block."""
+        text = [*request.context_ids, *request.continuation_ids]
+        places = range(len(request.context_ids), len(text))
+        return text, [list(group) for _, group in itertools.groupby(places, key=lambda p: p // length)]
+
+    def chain(self, request: ScoreRequest, length: int) -> tuple[float, bool]:
+        text, blocks = self.blocks(request, length)
+        parts = [self.in_order(text, places, length) for places in blocks]
+        return sum(total for total, _ in parts), all(greedy for _, greedy in parts)
+
+    def over_orders(self, request: ScoreRequest, length: int) -> tuple[float, float]:
+        """Sum over blocks of the mean log-probability over all orders, and of the log of the mean probability."""
+        text, blocks = self.blocks(request, length)
+        mean = log_of_mean = 0.0
+        for places in blocks:
+            totals = [self.in_order(text, order, length)[0] for order in itertools.permutations(places)]
+            mean += math.fsum(totals) / len(totals)
+            log_of_mean += math.log(math.fsum(map(math.exp, totals)) / len(totals))
+        return mean, log_of_mean
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("small"), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def oracle(folder: Path) -> Oracle:
+    return Oracle(folder, MASK)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> NativeEngine:
+    return open_engine(folder)
+
+
+def open_engine(folder: Path | str, **options: object) -> NativeEngine:
+    opened = make_engine("native", Checkpoint.open(str(folder)), device="cpu", **options)
+    assert isinstance(opened, NativeEngine)
+    return opened
+
+
+def score(
+    engine: NativeEngine, requests: list[ScoreRequest], length: int, method: str = "chain", **settings: int
+) -> list[ScoreResult]:
+    results = dict(engine.score(requests, LikelihoodConfig(method, block_length=length, **settings)))
+    assert sorted(results) == list(range(len(requests)))
+    return [results[i] for i in range(len(requests))]
+
+
+def some(rng: random.Random, count: int, below: int = MASK) -> tuple[int, ...]:
+    return tuple(rng.choices(range(below), k=count))
+
+
+def requests_of(lengths: Sequence[tuple[int, int]], seed: int = 0) -> list[ScoreRequest]:
+    rng = random.Random(seed)
+    return [ScoreRequest(some(rng, context), some(rng, continuation)) for context, continuation in lengths]
+
+
+# Patterns
+
+
+def test_patterns_by_hand() -> None:
+    assert [(p.masked, p.scored, p.weight) for p in chain_patterns(3)] == [
+        ((0, 1, 2), (0,), 1.0), ((1, 2), (1,), 1.0), ((2,), (2,), 1.0)
+    ]  # fmt: skip
+    assert [(p.masked, p.weight) for p in all_patterns(2)] == [((0,), 0.5), ((1,), 0.5), ((0, 1), 0.5)]
+    weights = {len(p.masked): p.weight for p in all_patterns(4)}
+    assert weights == pytest.approx({1: 1 / 4, 2: 1 / 12, 3: 1 / 12, 4: 1 / 4})
+    assert len(all_patterns(4)) == 15
+
+
+@pytest.mark.parametrize("m", [1, 3, 4, 8])
+def test_weights_are_the_integrals_over_the_noise_level(m: int) -> None:
+    steps = 20_000
+    for k in range(1, m + 1):
+        levels = ((i + 0.5) / steps for i in range(steps))
+        integral = sum(t ** (k - 1) * (1 - t) ** (m - k) for t in levels) / steps
+        assert next(p.weight for p in all_patterns(m) if len(p.masked) == k) == pytest.approx(integral, rel=1e-5)
+
+
+def test_sampled_patterns_have_the_mean_of_all() -> None:
+    m, mean = 5, collections.Counter[tuple[int, ...]]()
+    for seed in range(400):
+        patterns, pairs = sampled_patterns(m, 16, random.Random(seed))
+        assert len({p.masked for p in patterns}) == len(patterns)
+        assert {p.masked for p in chain_patterns(m)} <= {p.masked for p in patterns}
+        assert sum(p.weight * len(p.masked) for p in patterns) == pytest.approx(m)
+        assert len(pairs) == 8
+        mean.update({p.masked: p.weight / 400 for p in patterns})
+    for pattern in all_patterns(m):
+        assert mean[pattern.masked] == pytest.approx(pattern.weight, rel=0.25)
+
+
+def test_the_answers_of_a_question_meet_the_same_masks() -> None:
+    context = tuple(range(9))
+
+    def masks(context: tuple[int, ...], continuation: tuple[int, ...], **changed: int) -> list[tuple[int, ...]]:
+        settings = LikelihoodConfig("nelbo", **({"mc_samples": 16, "block_length": 8} | changed))
+        rows = plan(ScoreRequest(context, continuation), settings, mask_token_id=99).rows
+        return [tuple(place for place, token in enumerate(row.tokens) if token == 99) for row in rows]
+
+    assert masks(context, (1,) * 7) == masks(context, (2,) * 7)
+    assert masks(context, (1,) * 7) != masks((*context[:-1], 50), (1,) * 7)
+    assert masks(context, (1,) * 7) != masks(context, (1,) * 7, seed=1)
+
+
+# Against the oracle
+
+
+@pytest.mark.parametrize("length", [1, 4, 8])
+def test_chain_equals_the_oracle(engine: NativeEngine, oracle: Oracle, length: int) -> None:
+    """Every context length modulo the block; continuations within a block, up to its end, and over several."""
+    contexts = range(1, 2 * length + 1)
+    requests = requests_of([(n, m) for n in contexts for m in sorted({1, 2, length, 2 * length + 1})])
+    for request, result in zip(requests, score(engine, requests, length), strict=True):
+        expected, greedy = oracle.chain(request, length)
+        assert result.log_likelihood == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert result.is_greedy == greedy
+        assert result.standard_error == 0
+
+
+@pytest.mark.parametrize(
+    ("length", "lengths"),
+    [
+        (1, [(1, 1), (2, 3)]),
+        (4, [(n, m) for n in (1, 2, 3, 4) for m in (1, 2, 3, 4, 6)]),
+        (8, [(3, 5), (8, 5), (12, 7)]),
+    ],
+)
+def test_nelbo_is_the_mean_over_orders_and_a_bound(
+    engine: NativeEngine, oracle: Oracle, length: int, lengths: list[tuple[int, int]]
+) -> None:
+    requests = requests_of(lengths, seed=1)
+    chain = score(engine, requests, length)
+    for request, result, of_chain in zip(requests, score(engine, requests, length, "nelbo"), chain, strict=True):
+        mean, log_of_mean = oracle.over_orders(request, length)
+        assert result.log_likelihood == pytest.approx(mean, rel=1e-5, abs=1e-5)
+        assert result.log_likelihood <= log_of_mean + 1e-5
+        assert result.is_greedy == of_chain.is_greedy == oracle.chain(request, length)[1]
+        assert result.standard_error == 0
+        if length == 1 or len(request.continuation_ids) == 1:
+            assert result.log_likelihood == pytest.approx(of_chain.log_likelihood, abs=1e-5)
+
+
+def test_moe(tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path / "moe", moe=True, **SMALL)
+    oracle, requests = Oracle(folder, MASK), requests_of([(1, 4), (3, 6), (6, 3)])
+    for request, result in zip(requests, score(open_engine(folder), requests, 4), strict=True):
+        assert result.log_likelihood == pytest.approx(oracle.chain(request, 4)[0], rel=1e-5, abs=1e-5)
+
+
+# Against generation
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 4])
+def test_probabilities_of_all_continuations_sum_to_one(engine: NativeEngine, context: int) -> None:
+    prompt = some(random.Random(context), context)
+    requests = [ScoreRequest(prompt, answer) for answer in itertools.product(range(MASK), repeat=3)]
+    results = score(engine, requests, 4)
+    assert sum(math.exp(result.log_likelihood) for result in results) == pytest.approx(1, abs=1e-5)
+    assert sum(result.is_greedy for result in results) == 1
+    other = score(engine, [ScoreRequest(some(random.Random(9), context), r.continuation_ids) for r in requests], 4)
+    assert [r.log_likelihood for r in other] != pytest.approx([r.log_likelihood for r in results], abs=0.1)
+
+
+def drawn(engine: NativeEngine, prompt: tuple[int, ...], strategy: str, length: int, count: int, draws: int):
+    decoding = DecodingConfig(length, length, strategy, temperature=1.0)
+    requests = [GenerationRequest(prompt, count, decoding, seed=seed) for seed in range(draws)]
+    return collections.Counter(result.token_ids for _, result in engine.generate(requests))
+
+
+def p_value(found: collections.Counter, expected: dict[tuple[int, ...], float], draws: int) -> float:
+    """Of a chi-square test; answers expected less than 5 times count together."""
+    common = [answer for answer, probability in expected.items() if probability * draws >= 5]
+    observed = [found[answer] for answer in common]
+    hoped = [expected[answer] * draws for answer in common]
+    return float(chisquare([*observed, draws - sum(observed)], [*hoped, draws - sum(hoped)]).pvalue)
+
+
+@pytest.mark.parametrize("context", [3, 5])
+def test_sequential_decoding_draws_what_chain_says(engine: NativeEngine, context: int) -> None:
+    """Three tokens: over a block's end to the middle of the next, and from inside a block to its end."""
+    prompt, draws = some(random.Random(context), context), 2000
+    answers = list(itertools.product(range(MASK), repeat=3))
+    results = score(engine, [ScoreRequest(prompt, answer) for answer in answers], 4)
+    expected = {answer: math.exp(result.log_likelihood) for answer, result in zip(answers, results, strict=True)}
+    found = drawn(engine, prompt, "sequential", 4, 3, draws)
+    assert p_value(found, expected, draws) > 0.001
+    bound = score(engine, [ScoreRequest(prompt, answer) for answer in answers], 4, "nelbo")
+    other = {answer: math.exp(result.log_likelihood) for answer, result in zip(answers, bound, strict=True)}
+    total = sum(other.values())
+    assert p_value(found, {a: p / total for a, p in other.items()}, draws) < 1e-6  # the test can tell
+    best = DecodingConfig(4, 4, "sequential", temperature=0)
+    ((_, greedy),) = engine.generate([GenerationRequest(prompt, 3, best)])
+    assert [a for a, r in zip(answers, results, strict=True) if r.is_greedy] == [greedy.token_ids]
+
+
+def test_random_decoding_draws_what_nelbo_bounds(engine: NativeEngine, oracle: Oracle) -> None:
+    prompt, draws = some(random.Random(5), 4), 2000
+    answers = list(itertools.product(range(MASK), repeat=2))
+    expected = {answer: math.exp(oracle.over_orders(ScoreRequest(prompt, answer), 2)[1]) for answer in answers}
+    assert sum(expected.values()) == pytest.approx(1, abs=1e-5)
+    assert p_value(drawn(engine, prompt, "random", 2, 2, draws), expected, draws) > 0.001
+
+
+# Monte Carlo
+
+
+def test_sampled_masks_agree_with_all_of_them_within_their_standard_error(engine: NativeEngine) -> None:
+    (request,) = requests_of([(11, 18)])  # 5 tokens of a block, a whole one, and 5 of the last
+    (exact,) = score(engine, [request], 8, "nelbo")
+    (chain,) = score(engine, [request], 8)
+    deviations = []
+    for seed in range(40):
+        (sampled,) = score(engine, [request], 8, "nelbo", mc_samples=30, seed=seed)
+        assert sampled.standard_error > 0
+        assert sampled.is_greedy == chain.is_greedy
+        deviations.append((sampled.log_likelihood - exact.log_likelihood) / sampled.standard_error)
+    assert abs(sum(deviations) / 40) < 3 / 40**0.5
+    assert 0.7 < math.sqrt(sum(d * d for d in deviations) / 40) < 1.4
+    again = score(engine, [request], 8, "nelbo", mc_samples=30, seed=3)
+    assert again == score(engine, [request], 8, "nelbo", mc_samples=30, seed=3)
+
+
+def test_long_blocks_have_smaller_errors_with_more_samples(engine: NativeEngine) -> None:
+    (request,) = requests_of([(3, 40)])
+    (few,) = score(engine, [request], 32, "nelbo", mc_samples=8)
+    (many,) = score(engine, [request], 32, "nelbo", mc_samples=256)
+    assert many.standard_error < few.standard_error / 3
+    assert abs(few.log_likelihood - many.log_likelihood) < 4 * few.standard_error
+
+
+# Batches
+
+
+@pytest.mark.parametrize("method", ["chain", "nelbo"])
+@pytest.mark.parametrize("length", [3, 4, 32])
+def test_scores_do_not_depend_on_the_batch(folder: Path, monkeypatch: pytest.MonkeyPatch, length: int, method: str):
+    rng = random.Random(length)
+    contexts = [some(rng, n) for n in (1, 7, 40, 41)]
+    requests = [ScoreRequest(c, some(rng, m)) for c in contexts for m in (1, 1, 2, 5, 33)]
+    rng.shuffle(requests)
+    settings = {"mc_samples": 14} if method == "nelbo" else {}
+    engine, forwards, forward = open_engine(folder), collections.Counter[str](), Scoring._forward
+
+    def counted(name: str, engine: NativeEngine) -> list[ScoreResult]:
+        def count(self: Scoring, *args: object) -> torch.Tensor:
+            forwards[name] += 1
+            return forward(self, *args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Scoring, "_forward", count)
+        return score(engine, requests, length, method, **settings)
+
+    alone = [score(engine, [request], length, method, **settings)[0] for request in requests]
+    together = counted("together", engine)
+    few = counted("few", open_engine(folder, max_active=3))
+    narrow = Limits(128, 100, 999, requests=None, forward_tokens=24, seen_tokens=130, row_tokens=8)
+    monkeypatch.setattr(native_engine.Limits, "on", lambda *_: narrow)
+    parts = counted("parts", engine)
+    for other in (alone, few, parts):
+        for ours, theirs in zip(together, other, strict=True):
+            assert ours.log_likelihood == pytest.approx(theirs.log_likelihood, rel=1e-5, abs=1e-5)
+            assert ours.standard_error == pytest.approx(theirs.standard_error, rel=1e-3, abs=1e-5)
+            assert ours.is_greedy == theirs.is_greedy
+    assert sum(r.clean_tokens for r in together) < sum(r.clean_tokens for r in alone)
+    assert forwards["together"] < forwards["few"] < forwards["parts"]
+
+
+def test_a_context_is_computed_once_for_all_its_answers(engine: NativeEngine) -> None:
+    """And so is the block of masks that answers of one token have in common."""
+    rng = random.Random(0)
+    questions = [some(rng, n) for n in (22, 40)]
+    letters = score(engine, [ScoreRequest(q, (a,)) for q in questions for a in range(4)], 4)
+    assert [r.clean_tokens for r in letters] == [20, 0, 0, 0, 40, 0, 0, 0]
+    assert [r.noised_tokens for r in letters] == [4, 0, 0, 0, 4, 0, 0, 0]
+    longer = score(engine, [ScoreRequest(questions[0], (a, 1, 2, 3, 4, 0)) for a in range(4)], 4)
+    assert sum(r.clean_tokens for r in longer) == 20 + 4 * 4
+    # Two tokens in the first block (with nothing else than the first masked in common), four in the second.
+    assert sum(r.noised_tokens for r in longer) == (1 + 4) * 4 + 4 * 4 * 4
+
+
+@pytest.mark.parametrize(("length", "method", "samples"), [(4, "chain", 2), (4, "nelbo", 16), (8, "nelbo", 20)])
+def test_a_block_has_as_many_patterns_as_a_batch_is_laid_out_for(length: int, method: str, samples: int) -> None:
+    config = LikelihoodConfig(method, samples, length)
+    (request,) = requests_of([(length, length)])
+    rows = len(plan(request, config, MASK).rows)
+    assert most_patterns(config) - length < rows <= most_patterns(config)
+
+
+def test_batches_are_bounded_by_what_they_lay_out(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen rows of four for each request."""
+    monkeypatch.setattr(
+        native_engine.Limits, "on", lambda device, room, requests: Limits(room, room, 150, requests, 1024, 8192, 256)
+    )
+    sizes, run_batch = [], Scoring._run_batch
+
+    def record(self: Scoring, plans: list[Any], *arguments: Any) -> list[ScoreResult]:
+        sizes.append(len(plans))
+        return run_batch(self, plans, *arguments)
+
+    monkeypatch.setattr(Scoring, "_run_batch", record)
+    score(engine, requests_of([(4, 16)] * 5), 4)
+    assert sizes == [2, 2, 1]
+
+
+def test_requests_finish_group_by_group_long_ones_first(folder: Path) -> None:
+    """A crash then leaves whole texts and whole questions behind."""
+    engine = open_engine(folder, max_active=2)
+    rng = random.Random(0)
+    windows = [ScoreRequest(some(rng, 1), some(rng, 11)) for _ in range(4)]
+    question = some(rng, 8)
+    answers = [ScoreRequest(question, some(rng, 2)) for _ in range(3)]
+    mixed = [answers[0], *windows[:2], answers[1], *windows[2:], answers[2], ScoreRequest(some(rng, 2), (1,))]
+    order = [index for index, _ in engine.score(mixed, LikelihoodConfig())]
+    assert order == [1, 2, 4, 5, 0, 3, 6, 7]
+
+
+def test_generation_and_scoring_take_turns(engine: NativeEngine) -> None:
+    prompts = [GenerationRequest((1, 2, 3), 6, DecodingConfig(4, temperature=0))] * 2
+    requests = requests_of([(5, 4)])
+    first = [r.token_ids for _, r in engine.generate(prompts)], score(engine, requests, 4)
+    assert first == ([r.token_ids for _, r in engine.generate(prompts)], score(engine, requests, 4))
+
+
+def test_bfloat16(folder: Path, engine: NativeEngine) -> None:
+    requests = requests_of([(5, 8), (30, 3)])
+    for low, high in zip(
+        score(open_engine(folder, dtype="bfloat16"), requests, 4), score(engine, requests, 4), strict=True
+    ):
+        assert low.log_likelihood == pytest.approx(high.log_likelihood, rel=0.1)
+        assert low.log_likelihood != high.log_likelihood
+
+
+# Limits and mistakes
+
+
+def test_the_mask_token_has_no_probability_but_may_stand_in_a_context(engine: NativeEngine, oracle: Oracle) -> None:
+    held = ScoreRequest((1, MASK, 2), (3, 4))
+    never, given = score(engine, [ScoreRequest((1, 2), (3, MASK)), held], 4)
+    assert (never.log_likelihood, never.is_greedy) == (-math.inf, False)
+    assert given.log_likelihood == pytest.approx(oracle.chain(held, 4)[0], abs=1e-5)
+    assert score(engine, [ScoreRequest((1,), (MASK,))], 4)[0].log_likelihood == -math.inf
+
+
+def test_nothing_to_score(engine: NativeEngine) -> None:
+    assert score(engine, [], 4) == []
+
+
+def test_a_request_that_no_cache_holds_is_refused_before_anything_runs(folder: Path) -> None:
+    engine = open_engine(folder, kv_pages=2)
+    assert score(engine, requests_of([(32, 4), (30, 6)]), 4)
+    with pytest.raises(UserError, match=r"a request of 37 tokens .* needs 36 tokens of KV cache; there is room for 32"):
+        next(engine.score(requests_of([(4, 4), (33, 4)]), LikelihoodConfig()))
+
+
+def test_out_of_memory_keeps_what_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, whole = open_engine(folder, max_active=1), Scoring._run_batch
+    batches = itertools.count()
+
+    def run_batch(self: Scoring, *args: object) -> list[ScoreResult]:
+        if next(batches) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Scoring, "_run_batch", run_batch)
+    finished = []
+    with pytest.raises(EngineError, match=r"out of memory on cpu while scoring.* max_active"):
+        finished.extend(engine.score(requests_of([(4, 4)] * 4), LikelihoodConfig()))
+    assert len(finished) == 2
+
+
+def test_logits_that_are_not_numbers(folder: Path) -> None:
+    engine = open_engine(folder)
+    engine._model.lm_head.weight[:] = torch.nan
+    with pytest.raises(EngineError, match="logits are not finite numbers"):
+        score(engine, requests_of([(4, 4)]), 4)
+
+
+def test_empty_requests_are_refused() -> None:
+    for context, continuation in [((), (1,)), ((1,), ())]:
+        with pytest.raises(UserError, match="needs at least one token"):
+            ScoreRequest(context, continuation)
+
+
+@pytest.mark.parametrize("samples", [0, 1, 7, -2, 2**21])
+def test_sample_counts_out_of_range(samples: int) -> None:
+    with pytest.raises(UserError, match=f"mc_samples={samples} is out of range: it must be an even number from 2"):
+        LikelihoodConfig("nelbo", mc_samples=samples)
