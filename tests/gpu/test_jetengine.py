@@ -113,11 +113,11 @@ def test_twelve_prompts_with_twelve_settings(demo, jetengine, questions):
     assert alone.token_ids[:8] == results[0].token_ids[:8]  # greedy, and in its place
 
 
-@pytest.mark.parametrize("decoding", [{"temperature": 1.0}, {"temperature": 0.7}, {"temperature": 1.0, "top_k": 3}])
+@pytest.mark.parametrize("decoding", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}])
 def test_draws_have_the_models_frequencies(demo, jetengine, questions, decoding):
     """The first token at the first step: softmax(logits / T), from the weights by transformers."""
     prompt = next(q for q in questions if len(q) % 4 == 0)
-    count = 4096
+    count = 4096 if jetengine.info["cuda_graphs"] else 1024  # 0.1.0 draws row by row
     settings = DecodingConfig(**decoding, remasking_strategy="sequential")
     results = run(jetengine, [GenerationRequest(prompt, 1, settings, seed=i) for i in range(count)])
     drawn = torch.zeros(demo.config["vocab_size"])
@@ -136,7 +136,7 @@ def test_draws_have_the_models_frequencies(demo, jetengine, questions, decoding)
     distance = float((drawn - expected).abs().sum() / 2)
     noise = float((expected * (1 - expected) / count).sqrt().sum() / 2)  # about what chance alone makes of it
     print(f"\n{decoding}: total variation {distance:.3f}, by chance {noise:.3f}; most probable {expected.max():.2f}")
-    assert distance < noise + 0.05 and int((drawn > 0).sum()) > 1
+    assert distance < 2 * noise + 0.02 and int((drawn > 0).sum()) > 1
 
 
 def test_a_standstill_loses_nothing(demo, jetengine, questions, monkeypatch):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import importlib
@@ -128,6 +129,7 @@ class JetEngine:
         self._llm: Any = None
         self._size: Size | None = None
         self._splits = True
+        self._generator = torch.Generator(self._device)
         self._mask_tokens_drawn = self._retries = self._steps = self._eager_steps = 0
 
     # What it says of itself
@@ -301,6 +303,7 @@ class JetEngine:
             torch.cuda.set_device(self._device)
             if self._dialect.version == "0.2.0":
                 _give_process_group(self._device)
+                _give_generator(self._generator)
                 self._splits = ensure_right_attention(
                     self._checkpoint.config, size.block_length, getattr(torch, self._dtype), self._device
                 )
@@ -398,7 +401,9 @@ class JetEngine:
         active = self._active([requests[i] for i in indices])
         greedy = requests[indices[0]].decoding.greedy
         self._reset_scheduler(greedy)
-        torch.manual_seed(_common_seed(requests[i].seed for i in indices))
+        seed = _common_seed(requests[i].seed for i in indices)
+        torch.manual_seed(seed)
+        self._generator.manual_seed(seed)
         waiting = deque(indices)
         running: dict[int, _Started] = {}
         try:
@@ -598,6 +603,17 @@ def _give_process_group(device: torch.device) -> None:
 
     llm_engine: Any = importlib.import_module("jetengine.engine.llm_engine")
     llm_engine.DistributedManager = OneProcess
+
+
+def _give_generator(generator: torch.Generator) -> None:
+    """Have 0.2.0 draw tokens from this generator.
+
+    flashinfer (0.5.3, sampling.py: get_seed_and_offset) begins a new one at each call where it is given none: at every
+    step a row of the batch would draw by the same random number, whatever the seed.
+    """
+    scheduler: Any = importlib.import_module("jetengine.engine.scheduler")
+    draw = scheduler.top_k_top_p_sampling_from_probs
+    scheduler.top_k_top_p_sampling_from_probs = functools.partial(getattr(draw, "func", draw), generator=generator)
 
 
 def _world_size() -> int:

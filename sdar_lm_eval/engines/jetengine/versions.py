@@ -48,7 +48,7 @@ class Dialect:
     deviations: Mapping[str, str]
 
 
-_SAMPLING = "drawn from torch's generator, seeded once for all requests with like settings: other requests, other draws"
+_SAMPLING = "drawn from one generator for all requests with like settings: beside other requests, other draws"
 _MODULES = {"flashinfer": "flashinfer-python", "liger_kernel": "liger-kernel", "xxhash": "xxhash"}
 DIALECTS = {
     "0.2.0": Dialect(
