@@ -25,7 +25,7 @@ BOXED = "Please reason step by step, and put your final answer within \\boxed{}.
 HASHED = 'Please reason step by step, and end with a line "#### <number>".'
 PROMPTS = {
     "gsm8k_sdar": "{}\n\n" + BOXED.replace("{}", "{{}}"),
-    "gsm8k_sdar_paper": "{}\n" + BOXED.replace("{}", "{{}}"),
+    "gsm8k_sdar_paper": "{}\n" + BOXED.replace("{}", "{{}}") + "\n",
     "gsm8k_sdar_hash": "{}\n\n" + HASHED,
     "gsm8k_sdar_demo": "{}\n\n" + HASHED,
 }
@@ -81,7 +81,7 @@ def folder(write_folder: WriteFolder) -> Path:
 
 
 def test_these_are_the_tasks() -> None:
-    assert sorted(_manager().all_tasks) == sorted(PROMPTS)
+    assert sorted(name for name in _manager().all_tasks if name.startswith("gsm8k")) == sorted(PROMPTS)
 
 
 @pytest.mark.parametrize("name", ["gsm8k_sdar", "gsm8k_sdar_paper", "gsm8k_sdar_hash"])
@@ -89,10 +89,11 @@ def test_what_a_task_asks(name: str, folder: Path, rows: Rows) -> None:
     task = _task(name, folder)
     task.build_all_requests(rank=0, world_size=1)
     assert [instance.args[0] for instance in task.instances] == [PROMPTS[name].format(row["question"]) for row in rows]
-    settings = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 512}
+    longest, version = (4096, 2.0) if name == "gsm8k_sdar_paper" else (512, 1.0)
+    settings = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": longest}
     assert [instance.args[1] for instance in task.instances] == [settings] * len(rows)
     assert [task.doc_to_target(row) for row in rows] == ["18", "1000", "-5", "1/2"]
-    assert (task.VERSION, task.OUTPUT_TYPE, task.config.num_fewshot) == (1.0, "generate_until", 0)
+    assert (task.VERSION, task.OUTPUT_TYPE, task.config.num_fewshot) == (version, "generate_until", 0)
 
 
 def test_what_the_demo_asks(monkeypatch: pytest.MonkeyPatch) -> None:
