@@ -42,7 +42,7 @@ def score(doc: Row, results: Sequence[str]) -> dict[str, float]:
 def is_equal(answer: str, gold: str) -> bool:
     r"""Whether math_verify finds the formulas of an answer and of the gold answer equal.
 
-    The answer's formula is the last `\boxed{}` (boxes a word apart are taken together, as a set), else the formula
+    The answer's formula is the last `\boxed{}` (bare ones in a line are taken together, as a set), else the formula
     after "the answer is"; a number in plain text is none. The settings, and the places of the two in the comparison,
     are those of OpenCompass's `MATHVerifyEvaluator` (opencompass/evaluator/math_evaluator.py, in JetAstra/SDAR at
     c2041a8), but for `equations=True`, which math_verify dropped since its parser reads equations itself.

@@ -5,7 +5,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import nltk
 import pytest
+from miniature import write_all, write_punkt
 
 from sdar_lm_eval.tasks.gsm8k import GSM8K
 
@@ -25,6 +27,22 @@ WriteFolder = Callable[..., Path]
 def _no_folder_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("SDAR_") and name.endswith("_DIR")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def miniature_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder for SDAR_DATA_DIR, with a few documents of every data set; a test must leave it as it is."""
+    return write_all(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def offline(
+    miniature_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _no_folder_from_outside: None
+) -> Path:
+    """Let every task read the miniature data, and nltk a sentence splitter of ours."""
+    monkeypatch.setenv("SDAR_DATA_DIR", str(miniature_data))
+    monkeypatch.setattr(nltk.data, "path", [str(write_punkt(tmp_path / "nltk"))])
+    return miniature_data
 
 
 @pytest.fixture

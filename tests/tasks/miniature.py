@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import sdar_lm_eval.tasks
+from scripted import TASKS
 
-TASKS = Path(sdar_lm_eval.tasks.__file__).parent
 SUBJECTS = sorted(file.stem.removeprefix("mmlu_sdar_") for file in (TASKS / "mmlu_subjects").glob("*.yaml"))
 
 Row = dict[str, Any]
