@@ -82,7 +82,8 @@ def filter_first_option(responses: Iterable[Iterable[str]], docs: Sequence[Row])
     return [[first_option(response) for response in rs] for rs in responses]
 
 
-_SAYS = r"[Tt]he {}:?\s+\(?\*{{0,2}}([A-D])"
+_SAYS = r"[Tt]he {}:?\s+\(?([A-D])"
+_STARS = r"[Tt]he {}:?\s+\(?\*{{0,2}}([A-D])"
 _BOXES = r"[Tt]he {}:?.*?boxed{{([A-D])}}"
 # In this order; each holds the letter as its only group. A small letter after "answer:" is none.
 _RULES = [
@@ -91,6 +92,7 @@ _RULES = [
         r"[\s,:，：]([A-D])[.,。，]?$",
         r"(?i:answer\s*:\s*)([A-Da-d])",
         _SAYS.format("answer is"),
+        _STARS.format("answer is"),
         _SAYS.format("answer is option"),
         _SAYS.format("correct answer is"),
         _SAYS.format("correct answer is option"),

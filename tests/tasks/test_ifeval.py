@@ -47,8 +47,8 @@ def test_a_language_is_told_the_same_each_time(offline: Path) -> None:
         "instruction_id_list": ["language:response_language"],
         "kwargs": [{"language": "de"}],
     }
-    # Without a seed langdetect takes this for German in some draws only.
-    answers = {score(doc, ["Hotel Taxi Restaurant"])["prompt_level_strict_acc"] for _ in range(30)}
+    # Without a seed langdetect takes this for German in every third draw.
+    answers = {score(doc, ["Adresse"])["prompt_level_strict_acc"] for _ in range(30)}
     assert len(answers) == 1
     assert score(doc, ["Der Regen fällt auf das Dach und läuft in den Garten."])["prompt_level_strict_acc"]
 
