@@ -105,14 +105,14 @@ def test_a_group_is_the_mean_of_its_subjects(tmp_path: Path) -> None:
 def test_runs_are_put_together(tmp_path: Path) -> None:
     """The newest of each task counts, whatever order the files come in; another model is another table."""
     first = _results({"gsm8k_sdar_paper": 0.1, "humaneval_sdar": 0.2}, {"gsm8k_sdar_paper": 10, "humaneval_sdar": 5})
-    newer = _results({"gsm8k_sdar_paper": 0.9}, {"gsm8k_sdar_paper": 20}, date=2.0)
+    newer = _results({"gsm8k_sdar_paper": 0.05}, {"gsm8k_sdar_paper": 20}, date=2.0)
     ours = {"model": "sdar", "model_args": "dtype=float16", "sdar_lm_eval": {"pretrained": "JetLM/SDAR-8B-Chat"}}
     other = _results({"gsm8k_sdar_paper": 0.3}, {"gsm8k_sdar_paper": 30}, config=ours)
     as_text = {"model": "hf", "model_args": "pretrained=JetLM/SDAR-4B-Chat,dtype=float16"}
     oldest = _results({"gsm8k_sdar_paper": 0.4}, {"gsm8k_sdar_paper": 40}, config=as_text, date=0.5)
     runs = read_runs([_write(tmp_path, newer, first, other, oldest)])
     assert {model: {task: s.value for task, s in scores.items()} for model, scores in runs.items()} == {
-        "JetLM/SDAR-4B-Chat": {"gsm8k_sdar_paper": 0.9, "humaneval_sdar": 0.2},
+        "JetLM/SDAR-4B-Chat": {"gsm8k_sdar_paper": 0.05, "humaneval_sdar": 0.2},
         "JetLM/SDAR-8B-Chat": {"gsm8k_sdar_paper": 0.3},
     }
 
