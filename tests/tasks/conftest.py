@@ -5,9 +5,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import nltk
 import pytest
+from miniature import write_all, write_punkt
 
-from sdar_lm_eval.tasks.gsm8k import FILE_NAME, FOLDER_VARIABLE
+from sdar_lm_eval.tasks.gsm8k import GSM8K
 
 ROWS = [
     {"question": "Ann has 3 hens, each lays 6 eggs. How many eggs?", "answer": "3 * 6 = <<3*6=18>>18 eggs.\n#### 18"},
@@ -16,22 +18,39 @@ ROWS = [
     {"question": "Cy cuts 1 pie in 2. How much is a piece?", "answer": "1 / 2 = .5\n#### 0.5"},
 ]
 
-_FOLDER = os.environ.get(FOLDER_VARIABLE) or Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
+_FOLDER = os.environ.get(GSM8K.variable) or Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 
 WriteFolder = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
 def _no_folder_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    for name in [name for name in os.environ if name.startswith("SDAR_") and name.endswith("_DIR")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def miniature_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder for SDAR_DATA_DIR, with a few documents of every data set; a test must leave it as it is."""
+    return write_all(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def offline(
+    miniature_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _no_folder_from_outside: None
+) -> Path:
+    """Let every task read the miniature data, and nltk a sentence splitter of ours."""
+    monkeypatch.setenv("SDAR_DATA_DIR", str(miniature_data))
+    monkeypatch.setattr(nltk.data, "path", [str(write_punkt(tmp_path / "nltk"))])
+    return miniature_data
 
 
 @pytest.fixture
 def gsm8k() -> Path:
     """Return the folder of the real data, where the machine has it: the one set, or one beside the checkout."""
     folder = Path(_FOLDER)
-    if not (folder / FILE_NAME).is_file():
-        pytest.skip(f"needs GSM8K's {FILE_NAME} in ${FOLDER_VARIABLE} or {folder}")
+    if not (folder / "test.jsonl").is_file():
+        pytest.skip(f"needs GSM8K's test.jsonl in ${GSM8K.variable} or {folder}")
     return folder
 
 
@@ -52,7 +71,7 @@ def write_folder(tmp_path: Path) -> WriteFolder:
         else:
             texts = [line if isinstance(line, str) else json.dumps(line) for line in lines or ROWS]
             content = "\n".join(texts).encode()
-        (folder / FILE_NAME).write_bytes(content)
+        (folder / "test.jsonl").write_bytes(content)
         return folder
 
     return write

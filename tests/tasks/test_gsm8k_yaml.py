@@ -7,60 +7,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import pytest
-from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
+from scripted import evaluate, manager
 
-import sdar_lm_eval.tasks
 from sdar_lm_eval.demo import PROBLEMS
 from sdar_lm_eval.tasks.extraction import INVALID
 
 Rows = list[dict[str, str]]
 WriteFolder = Callable[..., Path]
 
-TASKS = Path(sdar_lm_eval.tasks.__file__).parent
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 HASHED = 'Please reason step by step, and end with a line "#### <number>".'
 PROMPTS = {
     "gsm8k_sdar": "{}\n\n" + BOXED.replace("{}", "{{}}"),
-    "gsm8k_sdar_paper": "{}\n" + BOXED.replace("{}", "{{}}"),
+    "gsm8k_sdar_paper": "{}\n" + BOXED.replace("{}", "{{}}") + "\n",
     "gsm8k_sdar_hash": "{}\n\n" + HASHED,
     "gsm8k_sdar_demo": "{}\n\n" + HASHED,
 }
 
 
-class FixedLM(LM):
-    """Answers each document with what a function of it says; keeps the requests."""
-
-    tokenizer_name = "fixed"
-
-    def __init__(self, answer: Callable[[dict[str, str]], str]) -> None:
-        super().__init__()
-        self.answer = answer
-        self.requests: list[tuple[str, dict[str, Any]]] = []
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        self.requests += [request.args for request in requests]
-        return [self.answer(request.doc) for request in requests]
-
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        raise NotImplementedError
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        raise NotImplementedError
-
-    def chat_template(self, chat_template: bool | str = False) -> str:
-        return "fixed"
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return json.dumps(chat_history)
-
-
 def _manager(folder: Path | None = None) -> TaskManager:
-    metadata = {"pretrained": "x"} | ({"gsm8k_dir": str(folder)} if folder else {})
-    return TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
+    return manager(**{"gsm8k_dir": str(folder)} if folder else {})
 
 
 def _task(name: str, folder: Path | None = None) -> Any:
@@ -68,11 +37,7 @@ def _task(name: str, folder: Path | None = None) -> Any:
 
 
 def _evaluate(answer: Callable[[dict[str, str]], str], name: str, folder: Path | None, **settings: Any) -> Any:
-    model = FixedLM(answer)
-    results = lm_eval.simple_evaluate(
-        model, tasks=[name], task_manager=_manager(folder), bootstrap_iters=0, verbosity="ERROR", **settings
-    )
-    return results, model.requests
+    return evaluate(answer, name, {"gsm8k_dir": str(folder)} if folder else None, **settings)
 
 
 @pytest.fixture
@@ -81,7 +46,7 @@ def folder(write_folder: WriteFolder) -> Path:
 
 
 def test_these_are_the_tasks() -> None:
-    assert sorted(_manager().all_tasks) == sorted(PROMPTS)
+    assert sorted(name for name in _manager().all_tasks if name.startswith("gsm8k")) == sorted(PROMPTS)
 
 
 @pytest.mark.parametrize("name", ["gsm8k_sdar", "gsm8k_sdar_paper", "gsm8k_sdar_hash"])
@@ -89,10 +54,11 @@ def test_what_a_task_asks(name: str, folder: Path, rows: Rows) -> None:
     task = _task(name, folder)
     task.build_all_requests(rank=0, world_size=1)
     assert [instance.args[0] for instance in task.instances] == [PROMPTS[name].format(row["question"]) for row in rows]
-    settings = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 512}
+    longest, version = (4096, 2.0) if name == "gsm8k_sdar_paper" else (512, 1.0)
+    settings = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": longest}
     assert [instance.args[1] for instance in task.instances] == [settings] * len(rows)
     assert [task.doc_to_target(row) for row in rows] == ["18", "1000", "-5", "1/2"]
-    assert (task.VERSION, task.OUTPUT_TYPE, task.config.num_fewshot) == (1.0, "generate_until", 0)
+    assert (task.VERSION, task.OUTPUT_TYPE, task.config.num_fewshot) == (version, "generate_until", 0)
 
 
 def test_what_the_demo_asks(monkeypatch: pytest.MonkeyPatch) -> None:

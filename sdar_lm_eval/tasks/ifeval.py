@@ -1,0 +1,76 @@
+"""What the IFEval task file names: the data and the score, which is lm-eval's own.
+
+lm-eval opens this file by its path, outside of its package: imports are absolute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.tasks.data import Row, Source, documents, require
+
+
+def _complaint(row: Row) -> str | None:
+    instructions, kwargs = row["instruction_id_list"], row["kwargs"]
+    if len(instructions) == len(kwargs):
+        return None
+    return f"{len(instructions)} instructions, but {len(kwargs)} kwargs."
+
+
+IFEVAL = Source(
+    title="IFEval",
+    folder="ifeval",
+    hub="google/IFEval",
+    config=None,
+    files=("{split}.jsonl", "ifeval_input_data.jsonl", "input_data.jsonl"),
+    where="https://huggingface.co/datasets/google/IFEval/resolve/main/ifeval_input_data.jsonl",
+    columns={"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list},
+    row='{"key": 1000, "prompt": "…", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}',
+    complaint=_complaint,
+)
+
+
+def load(**metadata: Any) -> datasets.DatasetDict:
+    """Return the 541 prompts, whose split the hub calls `train`.
+
+    Raises:
+        UserError: the data cannot be used, or something that the scoring needs is not installed.
+    """
+    require(IFEVAL.title, "langdetect", "immutabledict", "nltk")
+    rows = documents(IFEVAL, "train", metadata)
+    _require_punkt()
+    return datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
+
+
+def _require_punkt() -> None:
+    """Check for the data by which nltk finds sentences, which lm-eval's scoring downloads if it can."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        if not nltk.download("punkt_tab", quiet=True):
+            raise UserError(
+                "IFEval is scored with nltk's punkt_tab, which cannot be downloaded. Where there is a network, run "
+                "`python -m nltk.downloader -d FOLDER punkt_tab`; then set NLTK_DATA=FOLDER."
+            ) from None
+
+
+def score(doc: Row, results: Sequence[str]) -> dict[str, Any]:
+    """Return lm-eval's four scores: by prompt or instruction, strict or loose."""
+    import langdetect
+    from lm_eval.tasks.ifeval import utils
+
+    langdetect.DetectorFactory.seed = 0  # it draws, and the same answer would now and then score differently
+    scores: dict[str, Any] = utils.process_results(doc, results)
+    return scores
+
+
+def mean_of_instructions(items: Sequence[Sequence[bool]]) -> float:
+    """Return the mean over all prompts' instructions, each counted once."""
+    followed = [one for item in items for one in item]
+    return sum(followed) / len(followed)

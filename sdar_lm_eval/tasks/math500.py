@@ -1,0 +1,72 @@
+"""What the MATH500 task file names: the data and the score.
+
+lm-eval opens this file by its path, outside of its package: imports are absolute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+
+from sdar_lm_eval.tasks.data import Row, Source, documents, require
+
+MATH500 = Source(
+    title="MATH500",
+    folder="math500",
+    hub="HuggingFaceH4/MATH-500",
+    config=None,
+    files=("{split}.jsonl", "{split}-*.parquet", "data/{split}-*.parquet"),
+    where="https://huggingface.co/datasets/HuggingFaceH4/MATH-500/resolve/main/test.jsonl",
+    columns={"problem": str, "answer": str},
+    row='{"problem": "…", "answer": "\\\\frac{1}{2}"}',
+)
+
+
+def load(**metadata: Any) -> datasets.DatasetDict:
+    """Return the 500 problems of PRM800K's test split.
+
+    Raises:
+        UserError: the data cannot be used, or math_verify is not installed.
+    """
+    require(MATH500.title, "math_verify")
+    return datasets.DatasetDict({"test": datasets.Dataset.from_list(documents(MATH500, "test", metadata))})
+
+
+def score(doc: Row, results: Sequence[str]) -> dict[str, float]:
+    """Return whether an answer's formula equals the gold one, 0.0 or 1.0."""
+    return {"math_verify": float(is_equal(results[0], doc["answer"]))}
+
+
+def is_equal(answer: str, gold: str) -> bool:
+    r"""Whether math_verify finds the formulas of an answer and of the gold answer equal.
+
+    The answer's formula is the last `\boxed{}` (bare ones in a line are taken together, as a set), else the formula
+    after "the answer is"; a number in plain text is none. The settings, and the places of the two in the comparison,
+    are those of OpenCompass's `MATHVerifyEvaluator` (opencompass/evaluator/math_evaluator.py, in JetAstra/SDAR at
+    c2041a8), but for `equations=True`, which math_verify dropped since its parser reads equations itself.
+    """
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    gold_formulas = parse(
+        f"${gold}$",
+        extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()],
+        extraction_mode="first_match",
+    )
+    if not gold_formulas:
+        return False
+    normalization = NormalizationConfig(
+        basic_latex=True, units=True, malformed_operators=False, nits=False, boxed="all"
+    )
+    formulas = parse(
+        answer,
+        extraction_config=[
+            LatexExtractionConfig(
+                normalization_config=normalization, boxed_match_priority=0, try_extract_without_anchor=False
+            )
+        ],
+        extraction_mode="first_match",
+    )
+    return bool(verify(formulas, gold_formulas))

@@ -1,0 +1,52 @@
+"""Few-shot prompts whose shots are rounds of a conversation, whatever the flags.
+
+lm-eval puts shots into turns of their own only under `--apply_chat_template --fewshot_as_multiturn true`; else they
+become one text, and a chat model reads them as one turn. A task of this class presents rounds under
+`--apply_chat_template` alone, and without it gives the model a text that knows its turns.
+
+lm-eval opens this file by its path, outside of its package: imports are absolute.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lm_eval.api.task import ConfigurableTask
+
+from sdar_lm_eval.tasks.turns import Turn, TurnsPrompt
+
+
+class RoundsTask(ConfigurableTask):  # type: ignore[misc]
+    """lm-eval's task from a YAML file (`class: !function rounds.RoundsTask`), with each shot a round of its own."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config={name: value for name, value in config.items() if name != "class"})
+
+    def fewshot_context(
+        self,
+        doc: dict[str, Any],
+        num_fewshot: int,
+        system_instruction: str | None = None,
+        apply_chat_template: bool = False,
+        fewshot_as_multiturn: bool = False,
+        chat_template: Callable[..., str] | None = None,
+        gen_prefix: str | None = None,
+    ) -> str:
+        """Return the prompt: what `chat_template` makes of the rounds, or else a `TurnsPrompt`."""
+        context = functools.partial(
+            super().fewshot_context, doc, num_fewshot, system_instruction=system_instruction, gen_prefix=gen_prefix
+        )
+        in_rounds = functools.partial(context, apply_chat_template=True, fewshot_as_multiturn=True)
+        if apply_chat_template:
+            return str(in_rounds(chat_template=chat_template))
+
+        turns: list[Turn] = []
+
+        def keep(history: list[Turn], **_: Any) -> str:
+            turns.extend(history)
+            return ""
+
+        in_rounds(chat_template=keep)
+        return TurnsPrompt(context(apply_chat_template=False), turns)

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.__main__ import main
+from sdar_lm_eval.report.table import COLUMNS, MODELS, Score, difference, published_as, read_runs
+
+GSM8K, HUMANEVAL = COLUMNS[1], COLUMNS[3]
+PAPER_SETTINGS = {
+    "block_length": 4,
+    "denoising_steps": 4,
+    "remasking_strategy": "low_confidence_static",
+    "confidence_threshold": 0.85,
+    "temperature": 0.0,
+    "max_gen_toks": 4096,
+}
+
+
+def _results(scores: dict[str, float], questions: dict[str, int], **more: Any) -> dict[str, Any]:
+    """A results file as lm_eval writes it, by column's task or a group's."""
+    metrics = {column.task: column.metric for column in COLUMNS}
+    return {
+        "results": {
+            task: {"alias": task, metrics.get(task, metrics["mmlu_sdar"]): score, "other,none": 0.5}
+            for task, score in scores.items()
+        },
+        "group_subtasks": {task: [] for task in scores},
+        "n-samples": {task: {"original": 9999, "effective": number} for task, number in questions.items()},
+        "date": 1.0,
+        "model_name": "JetLM/SDAR-4B-Chat",
+        "config": {"model": "hf", "model_args": {"pretrained": "JetLM/SDAR-4B-Chat"}},
+    } | more
+
+
+def _write(folder: Path, *results: dict[str, Any]) -> Path:
+    for number, content in enumerate(results):
+        file = folder / f"model{number}" / "results_2026-01-01T00-00-00.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(content))
+    (folder / "model0" / "samples_gsm8k_2026-01-01.jsonl").write_text("{}\n")
+    (folder / "notes.json").write_text("[1]")
+    return folder
+
+
+def test_the_published_table() -> None:
+    # JetAstra/SDAR's report, as its README and arXiv 2510.06303 have it; two of its rows in full.
+    assert [column.published[MODELS.index("1.7B")] for column in COLUMNS] == [62.9, 80.1, 63.2, 61.6, 61.1, 43.4]
+    assert [column.published[MODELS.index("30B-A3B")] for column in COLUMNS] == [82.8, 91.4, 77.8, 87.2, 71.6, 60.6]
+    assert sum(column.questions for column in COLUMNS) == 14042 + 1319 + 500 + 164 + 257 + 541
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("JetLM/SDAR-4B-Chat", "4B"),
+        ("/models/sdar-1.7b-chat/", "1.7B"),
+        ("JetLM/SDAR-30B-A3B-Chat", "30B-A3B"),
+        ("JetLM/SDAR-30B-A3B-Sci", None),
+        ("JetLM/SDAR-8B-Chat-b32", None),
+        ("Qwen/Qwen3-4B", None),
+        ("demo", None),
+    ],
+)
+def test_which_model_a_name_says(name: str, model: str | None) -> None:
+    assert published_as(name) == model
+
+
+def test_a_difference() -> None:
+    found = difference(Score(0.879, 0.009, 1319), GSM8K, "4B")
+    assert found.points == pytest.approx(-2.0)
+    # of 89.9 % in 1,319 questions: sqrt(.899 * .101 / 1318) = 0.83 points
+    assert found.stderr == pytest.approx(math.hypot(0.9, 0.8300), abs=1e-3)
+    assert found.verdict == "within chance"
+    assert difference(Score(0.874, 0.009, 1319), GSM8K, "4B").verdict == "LARGER than chance"
+    assert difference(Score(0.924, 0.009, 1319), GSM8K, "4B").verdict == "LARGER than chance"
+    assert difference(Score(1.0, None, 1), GSM8K, "4B").verdict == "unknown"
+
+
+def test_standard_errors_are_the_harness_s(tmp_path: Path) -> None:
+    from lm_eval.api.metrics import mean_stderr
+
+    folder = _write(tmp_path, _results({"gsm8k_sdar_paper": 0.75}, {"gsm8k_sdar_paper": 8}))
+    score = read_runs([folder])["JetLM/SDAR-4B-Chat"]["gsm8k_sdar_paper"]
+    assert (score.value, score.questions) == (0.75, 8)
+    assert score.stderr == pytest.approx(mean_stderr([1] * 6 + [0] * 2))
+
+
+def test_a_group_is_the_mean_of_its_subjects(tmp_path: Path) -> None:
+    results = _results(
+        {"mmlu_sdar": 0.123, "mmlu_sdar_anatomy": 0.5, "mmlu_sdar_virology": 0.8},
+        {"mmlu_sdar_anatomy": 5, "mmlu_sdar_virology": 101},
+    )
+    results["group_subtasks"]["mmlu_sdar"] = ["mmlu_sdar_anatomy", "mmlu_sdar_virology"]
+    score = read_runs([_write(tmp_path, results)])["JetLM/SDAR-4B-Chat"]["mmlu_sdar"]
+    assert (score.value, score.questions) == (pytest.approx(0.65), 106)
+    assert score.stderr == pytest.approx(math.hypot(0.25, 0.04) / 2)
+
+
+def test_runs_are_put_together(tmp_path: Path) -> None:
+    """The newest of each task counts, whatever order the files come in; another model is another table."""
+    first = _results({"gsm8k_sdar_paper": 0.1, "humaneval_sdar": 0.2}, {"gsm8k_sdar_paper": 10, "humaneval_sdar": 5})
+    newer = _results({"gsm8k_sdar_paper": 0.05}, {"gsm8k_sdar_paper": 20}, date=2.0)
+    ours = {"model": "sdar", "model_args": "dtype=float16", "sdar_lm_eval": {"pretrained": "JetLM/SDAR-8B-Chat"}}
+    other = _results({"gsm8k_sdar_paper": 0.3}, {"gsm8k_sdar_paper": 30}, config=ours)
+    as_text = {"model": "hf", "model_args": "pretrained=JetLM/SDAR-4B-Chat,dtype=float16"}
+    oldest = _results({"gsm8k_sdar_paper": 0.4}, {"gsm8k_sdar_paper": 40}, config=as_text, date=0.5)
+    runs = read_runs([_write(tmp_path, newer, first, other, oldest)])
+    assert {model: {task: s.value for task, s in scores.items()} for model, scores in runs.items()} == {
+        "JetLM/SDAR-4B-Chat": {"gsm8k_sdar_paper": 0.05, "humaneval_sdar": 0.2},
+        "JetLM/SDAR-8B-Chat": {"gsm8k_sdar_paper": 0.3},
+    }
+
+
+def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "model": "sdar",
+        "model_args": {},
+        "sdar_lm_eval": {
+            "pretrained": "JetLM/SDAR-4B-Chat",
+            "decoding_of_tasks": {
+                "gsm8k_sdar_paper": PAPER_SETTINGS | {"max_gen_toks": 512, "block_length": 8},
+                "ifeval_sdar": PAPER_SETTINGS,
+            },
+        },
+    }
+    results = _results(
+        {"gsm8k_sdar_paper": 0.85, "humaneval_sdar": 0.7, "ifeval_sdar": 0.57},
+        {"gsm8k_sdar_paper": 1319, "humaneval_sdar": 20, "ifeval_sdar": 541},
+        config=config,
+    )
+    assert main(["table", str(_write(tmp_path, results))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "JetLM/SDAR-4B-Chat beside SDAR-4B-Chat as published (arXiv 2510.06303, table 1)"
+    rows = {line.split("  ")[0]: re_spaced(line) for line in lines[2:9]}
+    assert rows["column"] == "column task questions this run, % published, % difference"
+    assert rows["GSM8K"] == "GSM8K gsm8k_sdar_paper 1,319 85.0 ± 1.0 89.9 -4.9 ± 1.3 LARGER than chance"
+    assert rows["HumanEval"] == "HumanEval humaneval_sdar 20 70.0 ± 10.5 72.0 -2.0 ± 11.1 within chance"
+    assert rows["MATH500"] == "MATH500 math500_sdar not run 72.8"
+    assert lines[10:12] == [
+        "gsm8k_sdar_paper: block_length=8 (published: 4); max_gen_toks=512 (published: 4096)",
+        "humaneval_sdar: 20 of 164 questions",
+    ]
+    assert lines[12] == "" and lines[13].startswith("± is one standard error.")
+
+
+def re_spaced(line: str) -> str:
+    return " ".join(line.split())
+
+
+def test_a_model_that_is_not_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = _results({"gsm8k_sdar_paper": 0.85}, {"gsm8k_sdar_paper": 1319})
+    results["config"]["model_args"] = {"pretrained": "/models/mine"}
+    folder = str(_write(tmp_path, results))
+    assert main(["table", folder]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "/models/mine: which published model it is, its name does not say (--published 1.7B|4B|8B|30B-A3B)"
+    )
+    assert "85.0 ± 1.0" in out and "89.9" not in out
+    assert main(["table", folder, "--published", "8B"]) == 0
+    assert "91.3" in capsys.readouterr().out
+
+
+def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error_of(*words: str) -> str:
+        assert main(["table", *words]) == 1
+        return capsys.readouterr().err
+
+    missing = str(tmp_path / "missing")
+    assert error_of(missing) == (
+        f"sdar_lm_eval: error: {missing!r} does not exist. Give what lm_eval's --output_path named.\n"
+    )
+    assert "holds no results file of lm_eval" in error_of(str(tmp_path))
+    folder = _write(tmp_path / "runs", _results({"gsm8k": 0.5}, {"gsm8k": 10}))
+    assert "No results of the table's tasks, only of gsm8k. Run --tasks sdar_bench, or some of" in error_of(str(folder))
+    assert "'4' is unknown; choose 1.7B, 4B, 8B, 30B-A3B. Did you mean '4B'?" in error_of("x", "--published", "4")
+    (tmp_path / "broken.json").write_text("{")
+    assert "broken.json cannot be read" in error_of(str(tmp_path / "broken.json"))
+    with pytest.raises(UserError):
+        read_runs([])
+
+
+def test_what_the_harness_writes_is_read(tmp_path: Path) -> None:
+    """A real run of a column's task: its metric and filter are where the table looks for them."""
+    import lm_eval
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+
+    import sdar_lm_eval.tasks
+
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n' * 2)
+    manager = TaskManager(
+        include_path=str(Path(sdar_lm_eval.tasks.__file__).parent),
+        include_defaults=False,
+        metadata={"gsm8k_dir": str(data)},
+    )
+    tracker = EvaluationTracker(output_path=str(tmp_path / "out"))
+    results = lm_eval.simple_evaluate(
+        "sdar",
+        model_args="pretrained=demo",
+        tasks=["gsm8k_sdar_paper"],
+        task_manager=manager,
+        gen_kwargs={"max_gen_toks": 4},
+        evaluation_tracker=tracker,
+        log_samples=False,
+    )
+    tracker.save_results_aggregated(results=results, samples=None)
+    ((model, scores),) = read_runs([tmp_path / "out"]).items()
+    score = scores["gsm8k_sdar_paper"]
+    assert (model, list(scores), score.value, score.questions) == ("demo", ["gsm8k_sdar_paper"], 0.0, 2)
+    assert (score.settings["max_gen_toks"], score.settings["denoising_steps"]) == (4, 4)

@@ -1,0 +1,129 @@
+"""Small data of our own in the columns of each data set of SDAR's table, and how a model might answer it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripted import TASKS
+
+SUBJECTS = sorted(file.stem.removeprefix("mmlu_sdar_") for file in (TASKS / "mmlu_subjects").glob("*.yaml"))
+
+Row = dict[str, Any]
+
+GSM8K: list[Row] = [
+    {"question": "Ann has 3 hens, each lays 6 eggs. How many eggs?", "answer": "3 * 6 = 18\n#### 18"},
+    {"question": "Bo earns $500 twice. How much?", "answer": "2 * 500\n#### 1,000"},
+]
+MATH500: list[Row] = [
+    {
+        "problem": "Find all $x$ with $2x + 3 = 13$.",
+        "solution": "$2x = 10$, so $x = \\boxed{5}$.",
+        "answer": "5",
+        "subject": "Algebra",
+        "level": 1,
+        "unique_id": "test/algebra/1.json",
+    },
+    {
+        "problem": "Half of\n\\[\\frac{1}{3}\\]is what?",
+        "solution": "$\\boxed{\\frac{1}{6}}$",
+        "answer": "\\frac{1}{6}",
+        "subject": "Prealgebra",
+        "level": 1,
+        "unique_id": "test/prealgebra/2.json",
+    },
+]
+HUMANEVAL: list[Row] = [
+    {
+        "task_id": "HumanEval/0",
+        "prompt": 'from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    """ Sum of numbers.\n    """\n',
+        "canonical_solution": "    return sum(xs)\n",
+        "test": "\n\ndef check(candidate):\n    assert candidate([1, 2]) == 3\n    assert candidate([]) == 0\n",
+        "entry_point": "total",
+    },
+    {
+        "task_id": "HumanEval/1",
+        "prompt": '\n\ndef shout(text: str) -> str:\n    """Upper case."""\n',
+        "canonical_solution": "    return text.upper()\n",
+        "test": 'def check(candidate):\n    assert candidate("a") == "A"\n',
+        "entry_point": "shout",
+    },
+]
+MBPP: list[Row] = [
+    {
+        "source_file": "ours",
+        "task_id": 11,
+        "prompt": "Write a function that doubles.",
+        "code": "def double(x):\n    return 2 * x",
+        "test_imports": [],
+        "test_list": ["assert double(2) == 4", "assert double(0) == 0"],
+    },
+    {
+        "source_file": "ours",
+        "task_id": 12,
+        "prompt": "Write a function to check whether a number is even.",
+        "code": "def check(n):\n    return n % 2 == 0",
+        "test_imports": [],
+        "test_list": ["assert check(2) == True", "assert check(3) == False"],
+    },
+]
+IFEVAL: list[Row] = [
+    {
+        "key": 1000,
+        "prompt": "Write about rain. Use no commas.",
+        "instruction_id_list": ["punctuation:no_comma"],
+        "kwargs": [{"num_highlights": None, "keywords": None}],
+    },
+    {
+        "key": 1001,
+        "prompt": 'Write two sentences or more, in which "rain" and "roof" occur.',
+        "instruction_id_list": ["keywords:existence", "length_constraints:number_sentences"],
+        "kwargs": [
+            {"keywords": ["rain", "roof"], "num_sentences": None, "relation": None},
+            {"keywords": None, "num_sentences": 2, "relation": "at least"},
+        ],
+    },
+]
+
+
+def mmlu(subject: str, split: str) -> list[Row]:
+    """Rows of a subject: the answers of `test` are B, C; those of `dev` A, B, C, D, A."""
+    return [
+        {
+            "question": f"{split} {number} of {subject}?",
+            "subject": subject,
+            "choices": [f"one {number}", "two", "three", "four"],
+            "answer": answer,
+        }
+        for number, answer in enumerate([1, 2] if split == "test" else [0, 1, 2, 3, 0, 1])
+    ]
+
+
+def write_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return file
+
+
+def write_all(root: Path) -> Path:
+    """Make `root` what `SDAR_DATA_DIR` names, and return it."""
+    write_jsonl(root / "gsm8k" / "test.jsonl", GSM8K)
+    write_jsonl(root / "math500" / "test.jsonl", MATH500)
+    write_jsonl(root / "humaneval" / "HumanEval.jsonl", HUMANEVAL)
+    write_jsonl(root / "mbpp" / "test.jsonl", MBPP)
+    write_jsonl(root / "ifeval" / "ifeval_input_data.jsonl", IFEVAL)
+    for subject in SUBJECTS:
+        for split in ("dev", "test"):
+            write_jsonl(root / "mmlu" / subject / f"{split}.jsonl", mmlu(subject, split))
+    return root
+
+
+def write_punkt(root: Path) -> Path:
+    """Make `root` a folder for NLTK_DATA with nltk's sentence splitter, knowing nothing of English, and return it."""
+    folder = root / "tokenizers" / "punkt_tab" / "english"
+    folder.mkdir(parents=True)
+    for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
+        (folder / name).touch()
+    return root

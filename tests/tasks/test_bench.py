@@ -1,0 +1,64 @@
+"""The group of all columns, through lm-eval on miniature data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import miniature
+import pytest
+from lm_eval.utils import handle_non_serializable
+from scripted import evaluate, manager
+
+from sdar_lm_eval.report.table import COLUMNS
+
+
+def _right_answer(doc: dict[str, Any]) -> str:
+    """What a chat model that knows everything might write."""
+    if "choices" in doc:
+        return f"{'ABCD'[doc['answer']]}."
+    if "test_list" in doc or "entry_point" in doc:
+        of = {row["task_id"]: row for row in [*miniature.MBPP, *miniature.HUMANEVAL]}[doc["task_id"]]
+        code = of["code"] if "code" in of else of["prompt"] + of["canonical_solution"]
+        return f"Here is the function:\n\n```python\n{code}\n```\n\nIt does what was asked."
+    if "instruction_id_list" in doc:
+        return "The rain falls. It falls on the roof."
+    answer = doc["answer"].rpartition("####")[2].strip()
+    return f"Step by step.\n\n\\[\n\\boxed{{{answer}}}\n\\]"
+
+
+@pytest.mark.parametrize(("answer", "score"), [(_right_answer, 1.0), (lambda doc: "I do not know, sorry", 0.0)])
+def test_all_columns(answer: Any, score: float, offline: Path) -> None:
+    results, requests = evaluate(answer, "sdar_bench", confirm_run_unsafe_code=True)
+    found = results["groups"] | results["results"]
+    assert [found[column.task][column.metric] for column in COLUMNS] == [score] * 6
+    assert len(requests) == 57 * 2 + 5 * 2
+    assert json.dumps(results, default=handle_non_serializable)
+
+
+def test_it_has_the_columns_of_the_table() -> None:
+    group = (Path(miniature.TASKS) / "sdar_bench.yaml").read_text()
+    assert [line[4:] for line in group.splitlines() if line.startswith("  - ")] == [column.task for column in COLUMNS]
+
+
+def test_the_demo_model(offline: Path) -> None:
+    """The bundled checkpoint knows nothing of this, but what arrives at it is the protocol."""
+    results = lm_eval.simple_evaluate(
+        "sdar",
+        model_args="pretrained=demo",
+        tasks=["mmlu_sdar_anatomy", "gsm8k_sdar_paper", "math500_sdar", "humaneval_sdar", "mbpp_sdar", "ifeval_sdar"],
+        task_manager=manager(),
+        gen_kwargs={"max_gen_toks": 8},  # the protocol's 4,096 are more than it was trained for
+        limit=1,
+        bootstrap_iters=0,
+        confirm_run_unsafe_code=True,
+        verbosity="ERROR",
+    )
+    decoding = results["config"]["sdar_lm_eval"]["decoding_of_tasks"]
+    assert len(decoding) == 6
+    for settings in decoding.values():
+        assert (settings["temperature"], settings["block_length"], settings["denoising_steps"]) == (0.0, 4, 4)
+    for task, samples in results["samples"].items():
+        assert samples and all(sample["resps"][0][0] for sample in samples), task  # no stop string leaves it empty

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import miniature
+import pytest
+from scripted import load_task, prompts
+
+from sdar_lm_eval.tasks.math500 import is_equal, load, score
+
+# OpenCompass at SDAR c2041a8, opencompass/configs/datasets/math/math_prm800k_500_0shot_cot_gen_11c4b5.py
+PROMPT = "{}\nPlease reason step by step, and put your final answer within \\boxed{{}}.\n"
+
+
+def test_what_it_asks(offline: Path) -> None:
+    task = load_task("math500_sdar")
+    assert prompts(task) == [PROMPT.format(row["problem"]) for row in miniature.MATH500]
+    assert task.instances[0].args[1] == {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 4096}
+    assert (task.VERSION, task.OUTPUT_TYPE, task.config.num_fewshot) == (1.0, "generate_until", 0)
+    assert [task.doc_to_target(doc) for doc in task.eval_docs] == ["5", "\\frac{1}{6}"]
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("5", r"So $x = \boxed{5}$."),
+        ("5", r"\boxed{x = 5}"),
+        ("x=5", r"\boxed{5}"),
+        ("5", r"\boxed{5.0}"),
+        ("5", r"\boxed{5 \text{ apples}}"),
+        ("5", r"\boxed{4 + 1}"),
+        ("5", "Is it \\boxed{4}? No.\nIt is \\boxed{5}."),
+        ("5", r"Is it $\boxed{4}$? No: $\boxed{5}$."),
+        ("5", r"The answer is $5$."),
+        (r"\frac{14}{3}", r"\[\boxed{14/3}\]"),
+        (r"\frac{14}{3}", r"\boxed{\dfrac{14}{3}}"),
+        (r"\frac{14}{3}", r"\boxed{4\frac{2}{3}}"),
+        (r"\frac43", r"\boxed{\frac{4}{3}}"),
+        (r"11\sqrt2", r"\boxed{11\sqrt{2}}"),
+        ("2000", r"\boxed{2{,}000}"),
+        (r"90^\circ", r"\boxed{90}"),
+        ("10", r"\boxed{10\%}"),
+        ("18.90", r"\boxed{\$18.90}"),
+        ("p - q", r"\boxed{-q + p}"),
+        ("6 - 5i", r"\boxed{6-5i}"),
+        ("3, 5, 7", r"\boxed{7, 5, 3}"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"\boxed{(3, \frac{\pi}{2})}"),
+        (r"(2,12) \cup (12,102)", r"\boxed{(2,12)\cup(12,102)}"),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}"),
+        (r"\text{Evelyn}", r"\boxed{\text{Evelyn}}"),
+        (r"\text{(E)}", r"\boxed{E}"),
+    ],
+)
+def test_right(gold: str, answer: str) -> None:
+    assert is_equal(answer, gold)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("5", r"\boxed{6}"),
+        ("5", r"\boxed{-5}"),
+        ("5", "The answer is 5."),  # no formula
+        ("5", r"Then $2 + 3$ is $5$"),  # nothing says that it is the answer
+        ("5", r"\boxed{5"),
+        ("5", r"\boxed{}"),
+        ("5", r"\boxed{\text{five}}"),
+        ("5", r"\boxed{4} or \boxed{5}"),
+        ("5", "It is \\boxed{5}.\nOr is it \\boxed{4}?"),
+        ("5", ""),
+        ("5", "\\boxed{5}".replace("\\", "")),
+        ("p - q", r"\boxed{q - p}"),
+        ("(3, 4)", r"\boxed{(4, 3)}"),
+        ("3, 5, 7", r"\boxed{3, 5}"),
+        (r"\text{even}", r"\boxed{\text{odd}}"),
+        ("", r"\boxed{5}"),
+    ],
+)
+def test_wrong(gold: str, answer: str) -> None:
+    assert not is_equal(answer, gold)
+
+
+def test_score(offline: Path) -> None:
+    half, sixth = load()["test"]
+    assert score(half, [r"\boxed{5}"]) == {"math_verify": 1.0}
+    assert score(sixth, [r"\boxed{5}"]) == {"math_verify": 0.0}

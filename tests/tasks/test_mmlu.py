@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import miniature
+import pytest
+from scripted import TASKS, evaluate, load_task, manager, prompts
+
+from sdar_lm_eval.tasks.mmlu import INVALID, answer, filter_first_option, first_option, load, question, score
+from sdar_lm_eval.tasks.turns import TurnsPrompt
+
+# OpenCompass at SDAR c2041a8, opencompass/configs/datasets/mmlu/mmlu_gen_4d595a.py
+ROUND = """There is a single choice question about college biology. Answer the question by replying A, B, C or D.
+Question: {}
+A. {}
+B. two
+C. three
+D. four
+Answer: 
+"""  # noqa: W291
+
+
+def _conversation(number: int) -> list[dict[str, str]]:
+    turns = []
+    for shot, letter in enumerate("ABCDA"):
+        turns.append({"role": "user", "content": ROUND.format(f"dev {shot} of college_biology?", f"one {shot}")})
+        turns.append({"role": "assistant", "content": f"{letter}\n"})
+    test = {"role": "user", "content": ROUND.format(f"test {number} of college_biology?", f"one {number}")}
+    return [*turns, test]
+
+
+def test_a_round(offline: Path) -> None:
+    data = load(subject="college_biology", pretrained="x", version=1.0)
+    assert {split: len(rows) for split, rows in data.items()} == {"dev": 6, "test": 2}
+    assert question(data["test"][1]) == ROUND.format("test 1 of college_biology?", "one 1")
+    assert answer(data["test"][1]) == "C\n"
+
+
+@pytest.mark.parametrize("multiturn", [True, False])
+def test_shots_are_rounds_under_a_chat_template(multiturn: bool, offline: Path) -> None:
+    chat = {"apply_chat_template": True, "fewshot_as_multiturn": multiturn}
+    _, requests = evaluate(lambda doc: "A", "mmlu_sdar_college_biology", **chat)
+    assert [json.loads(context) for context, _ in requests] == [_conversation(0), _conversation(1)]
+    assert requests[0][1] == {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 4096}
+
+
+def test_a_system_instruction_comes_first(offline: Path) -> None:
+    _, requests = evaluate(
+        lambda doc: "A", "mmlu_sdar_college_biology", apply_chat_template=True, system_instruction="Be brief.", limit=1
+    )
+    assert json.loads(requests[0][0]) == [{"role": "system", "content": "Be brief."}, *_conversation(0)]
+
+
+def test_other_numbers_of_shots(offline: Path) -> None:
+    _, requests = evaluate(lambda doc: "A", "mmlu_sdar_college_biology", num_fewshot=2, limit=1)
+    assert requests[0][0].turns == _conversation(0)[:4] + _conversation(0)[-1:]
+
+
+def test_without_a_chat_template_the_text_knows_its_turns(offline: Path) -> None:
+    prompt = prompts(load_task("mmlu_sdar_college_biology"))[1]
+    assert prompt.turns == _conversation(1)
+    contents = [turn["content"] for turn in _conversation(1)]
+    shots = [question + answer for question, answer in zip(contents[:-1:2], contents[1::2], strict=True)]
+    assert prompt == "\n".join([*shots, contents[-1]])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda prompt: pickle.loads(pickle.dumps(prompt))])
+def test_a_prompt_s_copies_know_their_turns(copied) -> None:
+    prompt = TurnsPrompt("a b", [{"role": "user", "content": "a"}])
+    again = copied(prompt)
+    assert (again, type(again), again.turns) == ("a b", TurnsPrompt, [{"role": "user", "content": "a"}])
+    assert json.dumps([prompt]) == '["a b"]'  # what the harness's cache keys are made from
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("B", "B"),
+        ("B\n", "B"),
+        (" B.", "B"),
+        ("B. Mitochondria", "B"),
+        ("B: Mitochondria", "B"),
+        ("(B)", "B"),
+        ("**B**", "B"),
+        ("Answer: B", "B"),
+        ("ANSWER : B because A is wrong, as C is", "B"),
+        ("The answer is B and not C for once", "B"),
+        ("The answer is (B)", "B"),
+        ("The answer is: **B** as shown", "B"),
+        ("A is wrong. The correct answer is B because", "B"),
+        ("the correct answer is option B, since A fails", "B"),
+        ("A and C fail.\nThe correct answer is:\n$$\\boxed{B}$$ as shown", "B"),
+        ("The correct option is \\boxed{B} I think", "B"),
+        ("The answer to the question is B here", "B"),
+        ("Let me think. Mitochondria make it, so B", "B"),
+        # What ends a response beats what begins it: the same letters, read otherwise than meant.
+        ("C. Vitamin A", "A"),
+        ("The answer is B, not C", "C"),
+        ("A careful reader says (B) here", "A"),
+        ("Because of 10 cells (C)", "C"),
+        ("Of 10 cells, Cells die: B dies in all", "B"),  # after a 1, alphabetically
+        ("Dogs choose (B) here", "D"),
+        ("answer: b", INVALID),
+        ("none of them", INVALID),
+        ("", INVALID),
+    ],
+)
+def test_the_letter_of_a_response(response: str, letter: str) -> None:
+    assert first_option(response) == letter
+
+
+def test_scores(offline: Path) -> None:
+    rows = list(load(subject="virology")["test"])
+    assert filter_first_option([["B", "C."], ["x"]], rows) == [["B", "C"], [INVALID]]
+    assert score(rows[0], ["B"]) == {"exact_match": 1.0}
+    assert score(rows[0], ["C"]) == score(rows[0], [INVALID]) == {"exact_match": 0.0}
+
+
+def test_the_subjects() -> None:
+    names = sorted(name for name in manager().all_tasks if name.startswith("mmlu_sdar_"))
+    assert names == [f"mmlu_sdar_{subject}" for subject in miniature.SUBJECTS]
+    assert len(names) == 57
+    for name in names:
+        text = (TASKS / "mmlu_subjects" / f"{name}.yaml").read_text()
+        subject = name.removeprefix("mmlu_sdar_")
+        assert text == f"include: ../_mmlu_common_yaml\ntask: {name}\ndataset_kwargs:\n  subject: {subject}\n"
+
+
+def test_each_subject_counts_once(tmp_path: Path) -> None:
+    """Subjects of 1 and 3 questions: all right in the small one, none in the large one, is a half and not a quarter."""
+    for subject in miniature.SUBJECTS:
+        rows = miniature.mmlu(subject, "test")
+        small = subject < "h"
+        miniature.write_jsonl(tmp_path / subject / "test.jsonl", rows[:1] if small else [*rows, rows[0]])
+        miniature.write_jsonl(tmp_path / subject / "dev.jsonl", miniature.mmlu(subject, "dev"))
+    results, requests = evaluate(
+        lambda doc: "B." if doc["subject"] < "h" else "It is D", "mmlu_sdar", {"mmlu_dir": str(tmp_path)}
+    )
+    few = sum(subject < "h" for subject in miniature.SUBJECTS)
+    assert results["groups"]["mmlu_sdar"]["exact_match,first-option"] == pytest.approx(few / 57)
+    assert len(requests) == few + 3 * (57 - few)
+    assert results["n-shot"]["mmlu_sdar_virology"] == 5

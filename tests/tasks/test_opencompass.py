@@ -1,0 +1,226 @@
+"""Prompts and extraction beside SDAR's own evaluation, where it is at hand.
+
+    SDAR_OPENCOMPASS=…/SDAR/evaluation/opencompass python -m pytest tests/tasks/test_opencompass.py
+
+Its dataset configurations, template code and postprocessors are run as they are, with stand-ins for what they import.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import miniature
+import pytest
+from scripted import load_task, prompts
+
+from sdar_lm_eval.tasks import humaneval, math500, mbpp, mmlu
+
+ROOT = Path(os.environ.get("SDAR_OPENCOMPASS", "")) / "opencompass"
+ANSWERS = 20_000
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "configs" / "datasets").is_dir(), reason="SDAR_OPENCOMPASS names no evaluation/opencompass of SDAR"
+)
+
+
+class _Anything(types.ModuleType):
+    """A module that has every name, as a string."""
+
+    def __getattr__(self, name: str) -> str:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
+class _Registry:
+    def register_module(self, *_: object, **__: object) -> Any:
+        return lambda registered: registered
+
+
+@pytest.fixture
+def opencompass() -> Iterator[Any]:
+    """Return a function that runs a file of OpenCompass, or lines of it, and returns its names."""
+    before = dict(sys.modules)
+
+    def run(path: str, start: str = "", end: str = "", **names: Any) -> dict[str, Any]:
+        text = (ROOT / path).read_text("utf-8")
+        text = text[text.index(start) if start else 0 : text.index(end) if end else len(text)]
+        exec(compile(text, str(ROOT / path), "exec"), names)
+        return names
+
+    def module(name: str, **names: Any) -> types.ModuleType:
+        sys.modules[name] = made = types.ModuleType(name)
+        made.__path__ = []  # type: ignore[attr-defined]
+        vars(made).update(names)
+        return made
+
+    registries = ("ICL_PROMPT_TEMPLATES", "TEXT_POSTPROCESSORS", "ICL_EVALUATORS", "LOAD_DATASET")
+    for name in ("mmengine", "opencompass", "opencompass.openicl", "opencompass.utils"):
+        module(name)
+    module("mmengine.config", ConfigDict=dict)
+    module("mmengine.dist", is_main_process=lambda: True)
+    module("opencompass.registry", **{name: _Registry() for name in registries})
+    module("opencompass.utils.types", _check_type_list=lambda value, _: value)
+    for name in ("datasets", "evaluator", "openicl.icl_retriever", "openicl.icl_inferencer", "openicl.icl_evaluator"):
+        sys.modules[f"opencompass.{name}"] = _Anything(name)
+    sys.modules["opencompass.utils.text_postprocessors"] = _Anything("text_postprocessors")
+    vars(module("opencompass.utils.prompt")).update(run("utils/prompt.py"))
+    vars(module("opencompass.openicl.icl_prompt_template")).update(run("openicl/icl_prompt_template.py"))
+    yield run
+    for name in set(sys.modules) - set(before):
+        if name.partition(".")[0] in ("mmengine", "opencompass"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def conversation(opencompass: Any) -> Any:
+    """Return a function from a dataset configuration, its shots and a row to what the chat template would get."""
+    typing = vars(__import__("typing"))
+    template = sys.modules["opencompass.openicl.icl_prompt_template"].PromptTemplate
+    retriever = opencompass("openicl/icl_retriever/icl_base_retriever.py")["BaseRetriever"]
+    names = {**typing, **vars(sys.modules["opencompass.utils.prompt"]), "PromptType": Any}
+    names |= {"deepcopy": __import__("copy").deepcopy, "warnings": __import__("warnings")}
+    parser = opencompass("models/base_api.py", "class APITemplateParser", "class TokenBucket", **names)
+    model = "models/huggingface_above_v4_33.py"
+    names = opencompass(model, "def _get_meta_template", "def _set_model_kwargs_torch_dtype", **parser)
+    convert = opencompass(model, "def _convert_chat_messages", "def _format_with_fast")["_convert_chat_messages"]
+
+    def messages(config: dict[str, Any], shots: list[Any], row: dict[str, Any]) -> list[dict[str, str]]:
+        made = {
+            name: template(**{key: value for key, value in config["infer_cfg"][name].items() if key != "type"})
+            for name in ("ice_template", "prompt_template")
+            if name in config["infer_cfg"]
+        }
+        source = object.__new__(type("Retriever", (retriever,), {"retrieve": lambda self: []}))
+        source.index_ds, source.test_ds = shots, [row]
+        source.ice_separator = source.ice_eos_token = "\n"
+        source.dataset_reader = types.SimpleNamespace(output_column=config["reader_cfg"]["output_column"])
+        shown = source.generate_ice(list(range(len(shots))), ice_template=made.get("ice_template"))
+        prompt = source.generate_prompt_for_generate_task(0, shown, "", **made)
+        return convert([names["_get_meta_template"](None).parse_template(prompt, mode="gen")])[0]
+
+    return messages
+
+
+def _user(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "name", "rows"),
+    [
+        ("gsm8k_sdar_paper", "gsm8k/gsm8k_0shot_v2_gen_17d799.py", "gsm8k_datasets", miniature.GSM8K),
+        ("math500_sdar", "math/math_prm800k_500_0shot_cot_gen_11c4b5.py", "math_datasets", miniature.MATH500),
+        (
+            "humaneval_sdar",
+            "humaneval/humaneval_openai_sample_evals_gen_dcae0e.py",
+            "humaneval_datasets",
+            miniature.HUMANEVAL,
+        ),
+        (
+            "mbpp_sdar",
+            "mbpp/sanitized_mbpp_mdblock_0shot_nocot_gen_a2e416.py",
+            "sanitized_mbpp_datasets",
+            [{"text": row["prompt"], "test_list": "\n".join(row["test_list"])} for row in miniature.MBPP],
+        ),
+        ("ifeval_sdar", "IFEval/IFEval_gen_353ae7.py", "ifeval_datasets", miniature.IFEVAL),
+    ],
+)
+def test_prompts(
+    task: str, file: str, name: str, rows: list[Any], opencompass: Any, conversation: Any, offline: Path
+) -> None:
+    (config,) = opencompass(f"configs/datasets/{file}")[name]
+    expected = [conversation(config, [], row) for row in rows]
+    assert [_user(prompt) for prompt in prompts(load_task(task))] == expected
+
+
+def test_mmlu_prompts(opencompass: Any, conversation: Any, offline: Path) -> None:
+    configs = opencompass("configs/datasets/mmlu/mmlu_gen_4d595a.py")["mmlu_datasets"]
+    assert sorted(config["name"] for config in configs) == miniature.SUBJECTS
+    for config in configs[::10]:
+        subject = config["name"]
+        dev, test = (
+            [
+                {
+                    "input": row["question"],
+                    **dict(zip("ABCD", row["choices"], strict=True)),
+                    "target": "ABCD"[row["answer"]],
+                }
+                for row in miniature.mmlu(subject, split)
+            ]
+            for split in ("dev", "test")
+        )
+        shots = config["infer_cfg"]["retriever"]["fix_id_list"]
+        expected = [conversation(config, [dev[i] for i in shots], row) for row in test]
+        assert [prompt.turns for prompt in prompts(load_task(f"mmlu_sdar_{subject}"))] == expected
+
+
+def _answers(pieces: str, seed: int = 0) -> Iterator[str]:
+    """Random answers of the pieces that the rules look for, which reach more of their corners than models do."""
+    chosen = random.Random(seed)
+    parts = [piece.replace("\\n", "\n") for piece in pieces.split("|")]
+    for _ in range(ANSWERS):
+        yield "".join(chosen.choices(parts, k=chosen.randint(1, 9)))
+
+
+def test_first_option(opencompass: Any) -> None:
+    theirs = opencompass("utils/text_postprocessors.py")["first_option_postprocess"]
+    pieces = (
+        "A|B|C|D|a|b| |\\n|. |, |: |The |the |answer is |answer is: |correct answer is |option |correct option is |"
+        "correct answer option is |answer to the question is |\\boxed{|}|boxed{B}|(|**|)|Answer: |ANSWER:|1|1.|10 |$|"
+        "Because |Dogs |I think |：|，|E|text|2. "
+    )
+    for answer in _answers(pieces):
+        assert mmlu.first_option(answer) == (theirs(answer, "ABCD") or mmlu.INVALID), answer
+
+
+def test_code(opencompass: Any) -> None:
+    theirs = opencompass("datasets/humaneval.py", "def humaneval_postprocess_v2", "def humaneval_postprocess_v3", re=re)
+    first_block = theirs["humaneval_postprocess_v2"]
+    names = {"re": pytest.importorskip("regex"), "ICL_EVALUATORS": _Registry(), "BaseEvaluator": object}
+    end = "@ICL_EVALUATORS.register_module()\nclass MBPPEvaluator2"
+    evaluator = opencompass("datasets/mbpp.py", "class MBPPEvaluator(", end, **names)["MBPPEvaluator"]()
+    pieces = (
+        "```|```python|```python\\n|```\\n|\\n```|python|def f(x):\\n    return x\\n|\\n|  |text |x\\_y|```py\\n|"
+        "Here:\\n\\n|print(1)|```Python\\n|import math\\n|# c "
+    )
+    for answer in _answers(pieces):
+        assert humaneval.code_of(answer) == first_block(answer), answer
+        if "````" not in answer:  # a fence is three of them here
+            assert mbpp.code_of(answer) == evaluator._process_answer(answer), answer
+
+
+def test_math(opencompass: Any) -> None:
+    names = {"ICL_EVALUATORS": _Registry(), "BaseEvaluator": object}
+    evaluator = opencompass("evaluator/math_evaluator.py", "@ICL", "if __name__", **names)["MATHVerifyEvaluator"]()
+    evaluator.is_num_equal = lambda *_: None
+    formulas = [
+        "5",
+        "x=5",
+        "-5",
+        "\\frac{1}{2}",
+        "1/2",
+        "0.5",
+        "p-q",
+        "-q+p",
+        "3, 5",
+        "5, 3",
+        "(3, 5)",
+        "52_8",
+        "2,000",
+    ]
+    formulas += ["\\text{even}", "10\\%"]
+    wrappings = [r"\boxed{%s}", r"So $\boxed{%s}$.", "The answer is $%s$.", "$%s$", "%s", "\\boxed{1}\nno: \\boxed{%s}"]
+    for gold in formulas:
+        for formula in formulas:
+            for wrapping in wrappings:
+                answer = wrapping.replace("%s", formula)
+                theirs = evaluator.score([answer], [gold])["accuracy"] == 100
+                assert math500.is_equal(answer, gold) == theirs, (answer, gold)
