@@ -120,8 +120,9 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
         seed: of sampled answers; each draws by (seed, task, prompt, repeat), whatever else is in the batch.
         chat_template: auto (the checkpoint's chat template, where it has one, for prompts that are not in one yet: each
-            becomes one user turn), on (the same, and an error where there is none), off. Of generated answers only:
-            log-likelihoods are of the text as it comes, which `--apply_chat_template` puts into the template.
+        becomes one user turn, or the turns its task says it has), on (the same, and an error where there is none),
+        off. Of generated answers only: log-likelihoods are of the text as it comes, which `--apply_chat_template`
+        puts into the template.
         trace: file that gets a JSON line for each finished request; with several ranks, one file each.
         likelihood: chain (exact) or nelbo (the diffusion bound), see `sdar_lm_eval/likelihood.py`; at temperature 1,
             whatever the decoding settings.
@@ -633,11 +634,14 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             if not self._said_template:
                 self._said_template = True
                 logger.info(
-                    "Prompts are put into the checkpoint's chat template as one user turn (chat_template=%s); "
-                    "--apply_chat_template lets the harness do it, chat_template=off leaves them as they are.",
+                    "Prompts are put into the checkpoint's chat template as one user turn, or as the turns that their "
+                    "task says they are made of (chat_template=%s); --apply_chat_template lets the harness do it, "
+                    "chat_template=off leaves them as they are.",
                     self._template_mode,
                 )
-            context, rendered = self._render([{"role": "user", "content": context}]), True
+            # Some of our tasks' prompts are a TurnsPrompt.
+            turns = getattr(context, "turns", None) or [{"role": "user", "content": context}]
+            context, rendered = self._render(turns), True
         # A chat template writes the BOS itself, where there is to be one.
         return self.tok_encode(context, add_special_tokens=False if rendered else None) or [self.prefix_token_id]
 

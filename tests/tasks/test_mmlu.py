@@ -4,11 +4,14 @@ import copy
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
+import lm_eval
 import miniature
 import pytest
 from scripted import TASKS, evaluate, load_task, manager, prompts
 
+from sdar_lm_eval.harness import SDARLM
 from sdar_lm_eval.tasks.mmlu import INVALID, answer, filter_first_option, first_option, load, question, score
 from sdar_lm_eval.tasks.turns import TurnsPrompt
 
@@ -143,3 +146,29 @@ def test_each_subject_counts_once(tmp_path: Path) -> None:
     assert results["groups"]["mmlu_sdar"]["exact_match,first-option"] == pytest.approx(few / 57)
     assert len(requests) == few + 3 * (57 - few)
     assert results["n-shot"]["mmlu_sdar_virology"] == 5
+
+
+def test_the_plain_command_asks_in_rounds(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDAR models put the turns into their own template, so both commands give the model the same text."""
+    encoded: list[str] = []
+    encode = SDARLM.tok_encode
+
+    def keep(self: SDARLM, string: str, **kwargs: Any) -> list[int]:
+        encoded.append(string)
+        return encode(self, string, **kwargs)
+
+    monkeypatch.setattr(SDARLM, "tok_encode", keep)
+    for chat in (False, True):
+        lm_eval.simple_evaluate(
+            "sdar",
+            model_args="pretrained=demo",
+            tasks=["mmlu_sdar_college_biology"],
+            task_manager=manager(),
+            gen_kwargs={"max_gen_toks": 4},
+            apply_chat_template=chat,
+            limit=1,
+            bootstrap_iters=0,
+            verbosity="ERROR",
+        )
+    turns = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in _conversation(0))
+    assert [text for text in encoded if "choice question" in text] == [f"{turns}<|im_start|>assistant\n"] * 2
