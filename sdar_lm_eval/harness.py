@@ -120,9 +120,9 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
         seed: of sampled answers; each draws by (seed, task, prompt, repeat), whatever else is in the batch.
         chat_template: auto (the checkpoint's chat template, where it has one, for prompts that are not in one yet: each
-        becomes one user turn, or the turns its task says it has), on (the same, and an error where there is none),
-        off. Of generated answers only: log-likelihoods are of the text as it comes, which `--apply_chat_template`
-        puts into the template.
+            becomes one user turn, or the turns its task says it has), on (the same, and an error where there is none),
+            off. Of generated answers only: log-likelihoods are of the text as it comes, which `--apply_chat_template`
+            puts into the template.
         trace: file that gets a JSON line for each finished request; with several ranks, one file each.
         likelihood: chain (exact) or nelbo (the diffusion bound), see `sdar_lm_eval/likelihood.py`; at temperature 1,
             whatever the decoding settings.
