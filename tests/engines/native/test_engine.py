@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -173,6 +174,17 @@ def test_a_request_does_not_depend_on_what_runs_beside_it(tiny, mixed, max_activ
     assert tokens_of(shuffled) == [alone[i] for i in order]
 
 
+@pytest.mark.parametrize("max_active", [1, 5, 24])
+def test_a_step_launched_ahead_of_the_host_changes_nothing(tiny, mixed, monkeypatch, max_active):
+    """As on a GPU; some of the requests end by stop strings, which the device learns of a step late."""
+    requests, alone = mixed
+    engine = make_engine("native", tiny, device="cpu", max_active=max_active, kv_pages=40)
+    engine._ahead = True
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    results = dict(engine.generate(requests))
+    assert tokens_of(results[i] for i in range(len(requests))) == alone
+
+
 def test_preempted_sequences_lose_nothing(tiny):
     decodings = [DecodingConfig(temperature=t, remasking_strategy=s) for t in (0, 1.0) for s in STRATEGIES]
     requests = [
@@ -318,18 +330,39 @@ class TestErrors:
         with pytest.raises(EngineError, match=r"logits are not finite numbers \(dtype float32\).*use dtype=bfloat16"):
             list(engine.generate([GenerationRequest((1, 2, 3), 8, decoding)]))
 
-    def test_out_of_memory_keeps_what_is_finished(self, tiny, monkeypatch):
-        engine = make_engine("native", tiny, device="cpu", max_active=2)
-        step, finished = engine._runner.step, []
+    def test_out_of_memory_halves_the_batch_and_changes_no_answer(self, tiny, monkeypatch, caplog):
+        requests = [GenerationRequest((1, 2, 3 + i), 12, DecodingConfig(temperature=1.0), seed=i) for i in range(8)]
+        expected = run(tiny, requests)
+        for at in ("prefill", "launch"):
+            engine = make_engine("native", tiny, device="cpu", max_active=8)
+            work = getattr(engine._runner, at)
 
-        def fails_later(sequences):
+            def fails_for_many(given, engine=engine, work=work):
+                if engine._runner.state.active.sum() > 3 or (isinstance(given, list) and len(given) > 3):
+                    raise torch.OutOfMemoryError
+                return work(given)
+
+            monkeypatch.setattr(engine._runner, at, fails_for_many)
+            longer = [dataclasses.replace(r, prompt_ids=r.prompt_ids * 2) for r in requests]
+            results = dict(engine.generate(requests if at == "launch" else longer))
+            assert sorted(results) == list(range(8))
+            if at == "launch":
+                assert tokens_of(results[i] for i in range(8)) == tokens_of(expected)
+            assert "Out of memory on cpu with 8 sequences at once; 4 from now on" in caplog.text
+            caplog.clear()
+
+    def test_out_of_memory_with_one_sequence_keeps_what_is_finished(self, tiny, monkeypatch):
+        engine = make_engine("native", tiny, device="cpu", max_active=2)
+        launch, finished = engine._runner.launch, []
+
+        def fails_later(context):
             if finished:
                 raise torch.OutOfMemoryError
-            return step(sequences)
+            return launch(context)
 
-        monkeypatch.setattr(engine._runner, "step", fails_later)
+        monkeypatch.setattr(engine._runner, "launch", fails_later)
         requests = [GenerationRequest((1, 2, 3), new, DecodingConfig(temperature=0)) for new in (1, 40)]
-        with pytest.raises(EngineError, match=r"out of memory on cpu with 1 sequences at once.*smaller max_active"):
+        with pytest.raises(EngineError, match=r"out of memory on cpu.*smaller max_active"):
             for index, _ in engine.generate(requests):
                 finished.append(index)
         assert finished == [0]
