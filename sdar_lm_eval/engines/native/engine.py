@@ -147,7 +147,6 @@ class NativeEngine:
         which nobody reads.
         """
         launched: dict[int, tuple[Sequence, int]] = {}
-        self._prepare_step(scheduler)
         while scheduler.unfinished:
             finished = []
             if launched:

@@ -170,19 +170,28 @@ class Scheduler:
         return preempted, [sequence for sequence in grown if sequence.slot >= 0]
 
     def _admit(self) -> list[Sequence]:
-        admitted = []
+        admitted: list[Sequence] = []
+        if not self.waiting or len(self.running) >= self._most:
+            return admitted
+        # One page is left for each running sequence that will need more, so that an admission does not force a
+        # preemption at once.
+        growing = sum(map(self._grows, self.running))
         while self.waiting and len(self.running) < self._most:
             sequence = self.waiting[0]
             needed = self.pool.pages_for(sequence.reach)
-            # One page is left for each running sequence, so that an admission does not force a preemption at once.
-            if self.pool.free_pages < needed + len(self.running) and (self.running or self.pool.free_pages < needed):
+            if self.pool.free_pages < needed + growing and (self.running or self.pool.free_pages < needed):
                 break
             self.waiting.popleft()
             sequence.slot = self._free_slots.pop()
             sequence.pages = self.pool.allocate(needed)
+            growing += self._grows(sequence)
             self.running.append(sequence)
             admitted.append(sequence)
         return admitted
+
+    def _grows(self, sequence: Sequence) -> bool:
+        """Whether a sequence will need more pages than it has."""
+        return len(sequence.pages) < self.pool.pages_for(sequence.longest)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
