@@ -74,7 +74,7 @@ class NativeEngine:
         self._ahead = self._device.type == "cuda"
         model = checkpoint.load_model(dtype=self._dtype, device=self._device, attention=attention.NAME)
         self._model = model
-        self._runner = Runner(model, checkpoint.mask_token_id, PAGE_SIZE)
+        self._runner = Runner(model, checkpoint.mask_token_id, PAGE_SIZE, kernels=self._device.type == "cuda")
 
     @property
     def info(self) -> Mapping[str, Any]:

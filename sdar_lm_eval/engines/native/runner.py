@@ -1,9 +1,15 @@
-"""A batch -> tensors -> logits -> drawn tokens. Owns the KV cache and the state of the batch, on the device."""
+"""A batch -> tensors -> logits -> drawn tokens. Owns the KV cache and the state of the batch, on the device.
+
+The dense model on a GPU is run by `fused.py` and its tokens are drawn by `kernels.py`, as CUDA graphs; on the CPU, and
+MoE, by transformers' modules with the attention of `attention.py`, and `unmasking.py`. Both fill the same cache.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +17,7 @@ import torch
 
 from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.attention import PagedBatch
+from sdar_lm_eval.engines.native.graphs import Graphs, ladder
 from sdar_lm_eval.engines.native.pages import SCRATCH_PAGE
 from sdar_lm_eval.engines.native.random_numbers import DRAW, uniform
 from sdar_lm_eval.engines.native.scheduler import Sequence
@@ -18,6 +25,56 @@ from sdar_lm_eval.engines.native.state import BatchState, Outcome
 
 # Rows of float32 logits worked on at once: bounds their memory at large vocabularies.
 LOGITS_BUDGET_BYTES = 1 << 30
+PREFILL_TILE = 32  # tokens of a prompt that one program of the attention kernel takes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the tensors on the device are made for.
+
+    Attributes:
+        pages: of the KV cache, without the scratch page.
+        width: pages of the longest sequence.
+        slots: sequences at once.
+        block: the longest block length.
+        stops: most stop tokens of a sequence.
+        penalized, greedy, sampled, filtered, needs_entropy: whether there are requests with a repetition penalty, that
+            are greedy, drawn, drawn with top-k or top-p, or in need of entropies.
+    """
+
+    pages: int
+    width: int
+    slots: int
+    block: int
+    stops: int
+    penalized: bool
+    greedy: bool
+    sampled: bool
+    filtered: bool
+    needs_entropy: bool
+
+    @classmethod
+    def of(cls, sequences: SequenceOf[Sequence], pages: int, slots: int, page_size: int) -> Shape:
+        """What these sequences need."""
+        decodings = {sequence.request.decoding for sequence in sequences}
+        return cls(
+            pages=pages,
+            width=-(-max(sequence.longest for sequence in sequences) // page_size),
+            slots=slots,
+            block=max(decoding.block_length for decoding in decodings),
+            stops=max(len(sequence.request.stop_ids) for sequence in sequences),
+            penalized=any(decoding.repetition_penalty != 1 for decoding in decodings),
+            greedy=any(decoding.greedy for decoding in decodings),
+            sampled=any(not decoding.greedy for decoding in decodings),
+            filtered=any(not d.greedy and (d.top_k > 0 or d.top_p < 1) for d in decodings),
+            needs_entropy=any(decoding.remasking_strategy == "entropy_bounded" for decoding in decodings),
+        )
+
+    def holds(self, other: Shape) -> bool:
+        """Whether tensors of this shape serve the other: numbers are no smaller, flags the same, block too."""
+        sizes = ("pages", "width", "slots", "stops")
+        same = dataclasses.replace(other, **{size: getattr(self, size) for size in sizes}) == self
+        return same and all(getattr(self, size) >= getattr(other, size) for size in sizes)
 
 
 class Runner:
@@ -27,14 +84,25 @@ class Runner:
         model: transformers' Qwen3ForCausalLM or Qwen3MoeForCausalLM with the paged attention.
         mask_token_id: never drawn.
         page_size: tokens a page.
+        kernels: whether to use Triton: the fused decoder, where the model is dense, and drawing in one pass.
     """
 
-    def __init__(self, model: Any, mask_token_id: int, page_size: int) -> None:
+    def __init__(self, model: Any, mask_token_id: int, page_size: int, *, kernels: bool) -> None:
         self._model = model
         self._mask_token_id = mask_token_id
         self._page_size = page_size
         self._device = model.device
         self._vocabulary = model.config.vocab_size
+        self._kernels = kernels
+        self._decoder: Any = None
+        if kernels:
+            from sdar_lm_eval.engines.native.fused import FusedDecoder
+
+            self._decoder = FusedDecoder(model) if FusedDecoder.fits(model) else None
+        self._shape: Shape | None = None
+        self._forward_graphs: Graphs | None = None
+        self._unmask_graphs: Graphs | None = None
+        self._arrived: Any = None
         self.cache: torch.Tensor | None = None
 
     def bytes_per_page(self) -> int:
@@ -49,46 +117,54 @@ class Runner:
         return 0 if self.cache is None else self.cache.shape[2] - 1
 
     def release_cache(self) -> None:
-        """Give the KV cache's memory back; the next `allocate` makes another."""
-        self.cache = None
+        """Give the memory of the KV cache and of all that goes with it back; the next `allocate` makes it again."""
+        self.cache = self._shape = None
+        self._forward_graphs = self._unmask_graphs = None
 
     def allocate(self, num_pages: int, max_active: int, sequences: SequenceOf[Sequence]) -> None:
-        """Make the KV cache and the batch state for one `generate`; a cache that is large enough is kept.
+        """Make what is needed on the device for one `generate`; what is there and large enough is kept.
 
         Args:
             num_pages: pages that can be given out; the scratch page comes on top.
             max_active: slots.
             sequences: all that will run.
         """
-        config, device = self._model.config, self._device
-        if self.cache is None or self.cache.shape[2] < num_pages + 1:
-            self.cache = None  # freed before the new one is made
-            page = (self._page_size, config.num_key_value_heads, config.head_dim)
-            shape = (config.num_hidden_layers, 2, num_pages + 1, *page)
-            self.cache = torch.zeros(shape, dtype=self._model.dtype, device=device)
-        requests = [sequence.request for sequence in sequences]
-        self.state = BatchState(
-            max_active,
-            max(sequence.block_length for sequence in sequences),
-            max(len(request.stop_ids) for request in requests),
-            self._vocabulary,
-            self._mask_token_id,
-            penalized=any(request.decoding.repetition_penalty != 1 for request in requests),
-            device=device,
-        )
-        # Which ways of drawing there are.
-        decodings = {request.decoding for request in requests}
-        self._greedy = any(decoding.greedy for decoding in decodings)
-        self._sampled = any(not decoding.greedy for decoding in decodings)
-        self._filtered = any(not d.greedy and (d.top_k > 0 or d.top_p < 1) for d in decodings)
-        self._needs_entropy = any(d.remasking_strategy == "entropy_bounded" for d in decodings)
-        # The pages of each slot's sequence, on the host and on the device: (N + 1, P).
-        longest = max(sequence.longest for sequence in sequences)
-        self._pages = np.full((max_active + 1, -(-longest // self._page_size)), SCRATCH_PAGE)
-        self._table = torch.from_numpy(self._pages).to(device)
+        shape = Shape.of(sequences, num_pages, max_active, self._page_size)
+        if self._shape is None or not self._shape.holds(shape):
+            self._make(dataclasses.replace(shape, pages=max(shape.pages, self.num_pages)))
+        self.state.active.fill_(False)
         # What the next step runs, as far as the host knows it.
         self._segments = self._masked = 0
-        self._packed: torch.Tensor | None = None
+
+    def _make(self, shape: Shape) -> None:
+        config, device = self._model.config, self._device
+        self._shape = self._forward_graphs = self._unmask_graphs = None
+        if self.cache is None or self.num_pages < shape.pages:
+            self.cache = None  # freed before the new one is made
+            page = (self._page_size, config.num_key_value_heads, config.head_dim)
+            size = (config.num_hidden_layers, 2, shape.pages + 1, *page)
+            self.cache = torch.zeros(size, dtype=self._model.dtype, device=device)
+        self.state = BatchState(
+            shape.slots, shape.block, shape.stops, self._vocabulary, self._mask_token_id,
+            penalized=shape.penalized, device=device,
+        )  # fmt: skip
+        # The pages of each slot's sequence, on the host and on the device: (N + 1, P).
+        self._pages = np.full((shape.slots + 1, shape.width), SCRATCH_PAGE)
+        self._table = torch.from_numpy(self._pages).to(device)
+        segments, places = ladder(2 * shape.slots), ladder(shape.slots * shape.block)
+        self._hidden = torch.zeros(
+            segments[-1] * shape.block, config.hidden_size, dtype=self._model.dtype, device=device
+        )
+        self._packed = self.state.pack_nothing()
+        self._on_host = torch.empty_like(self._packed, device="cpu", pin_memory=device.type == "cuda")
+        if self._decoder is not None:
+            self._decoder.reach(shape.width * self._page_size)
+        graphs = device.type == "cuda"
+        one_pass = self._kernels and not shape.filtered and not shape.penalized
+        self._forward_graphs = Graphs(self._run_segments, segments, enabled=graphs and self._decoder is not None)
+        self._unmask_graphs = Graphs(self._unmask, places, enabled=graphs and one_pass)
+        self._draw_some = self._draw_in_one_pass if one_pass else self._draw_from_float32
+        self._shape = shape
 
     def set_pages(self, sequences: Iterable[Sequence]) -> None:
         """Write the pages of sequences that got new ones, or a slot."""
@@ -114,12 +190,18 @@ class Runner:
     @torch.no_grad()
     def prefill(self, chunks: list[tuple[Sequence, int, int]]) -> None:
         """Store the KV of whole prompt blocks; each chunk is (sequence, start, end)."""
+        if self._decoder is None:
+            self._prefill_rows(chunks)
+        else:
+            self._prefill_packed(chunks)
+
+    def _prefill_rows(self, chunks: list[tuple[Sequence, int, int]]) -> None:
         to_device = self.state.to_device
         longest = max(end - start for _, start, end in chunks)
         tokens = np.zeros((len(chunks), longest), dtype=np.int64)
         for row, (sequence, start, end) in enumerate(chunks):
             tokens[row, : end - start] = sequence.tokens[start:end]
-        self._forward(
+        self._run_rows(
             to_device(np.array([sequence.slot for sequence, _, _ in chunks])),
             to_device(tokens),
             to_device(np.array([start for _, start, _ in chunks])),
@@ -127,6 +209,34 @@ class Runner:
             to_device(np.array([sequence.block_length for sequence, _, _ in chunks])),
             context=max(end for _, _, end in chunks),
         )
+
+    def _prefill_packed(self, chunks: list[tuple[Sequence, int, int]]) -> None:
+        from sdar_lm_eval.engines.native.kernels import SPLIT, Tiles
+
+        to_device, page_size = self.state.to_device, self._page_size
+        columns: list[list[Any]] = [[], [], [], []]
+        first, count, slots, begin = [], [], [], 0
+        for sequence, start, end in chunks:
+            position, length = np.arange(start, end), sequence.block_length
+            places = self._pages[sequence.slot][position // page_size] * page_size + position % page_size
+            visible = (position // length + 1) * length
+            for column, part in zip(columns, (sequence.tokens[start:end], position, places, visible), strict=True):
+                column.append(part)
+            for tile in range(start, end, PREFILL_TILE):
+                first.append(begin + tile - start)
+                count.append(min(PREFILL_TILE, end - tile))
+                slots.append(sequence.slot)
+            begin += end - start
+        tokens, positions, all_places, all_visible = (to_device(np.concatenate(column)) for column in columns)
+        tiles = Tiles(
+            to_device(np.array(first)),
+            to_device(np.array(count)),
+            self._table[to_device(np.array(slots))],
+            all_visible,
+            PREFILL_TILE,
+            splits=-(-max(end for _, _, end in chunks) // SPLIT),
+        )
+        self._decoder(tokens, positions, all_places, tiles, self.cache)
 
     @torch.no_grad()
     def launch(self, context: int) -> bool:
@@ -140,25 +250,55 @@ class Runner:
         """
         if not self._segments:
             return False
-        segments = self.state.segments(self._segments)
-        hidden = self._forward(
-            segments.slot, segments.tokens, segments.start, segments.length, segments.length, context
-        )
-        place, row = self.state.masked_places(self._masked)
-        drawn = self._draw(place, hidden.flatten(0, 1)[row])
-        self._packed = self.state.advance(place, *drawn)
+        assert self._forward_graphs is not None
+        assert self._unmask_graphs is not None
+        self._forward_graphs(self._segments, self._rounded(context))
+        self._unmask_graphs(self._masked)
+        self._on_host.copy_(self._packed, non_blocking=True)
+        if self._device.type == "cuda":
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
         self._segments = self._masked = 0
         return True
 
     def collect(self) -> Outcome:
         """Wait for the step that was launched last, and return what it did."""
-        assert self._packed is not None
-        outcome = self.state.unpack(self._packed.cpu())
+        if self._device.type == "cuda":
+            self._arrived.synchronize()
+        outcome = self.state.unpack(self._on_host)
         self._segments += outcome.segments
         self._masked += outcome.masked
         return outcome
 
-    def _forward(
+    def _rounded(self, context: int) -> int:
+        """The context as far as forwards depend on it: whole pages, or splits in powers of two."""
+        if self._decoder is None:
+            return -(-context // self._page_size) * self._page_size
+        from sdar_lm_eval.engines.native.kernels import SPLIT
+
+        return SPLIT << (-(-context // SPLIT) - 1).bit_length()
+
+    def _run_segments(self, count: int, context: int) -> None:
+        """Run the state's segments through the model, `count` with padding; leaves their hidden states."""
+        segments = self.state.segments(count)
+        if self._decoder is None:
+            hidden = self._run_rows(
+                segments.slot, segments.tokens, segments.start, segments.length, segments.length, context
+            ).flatten(0, 1)
+        else:
+            from sdar_lm_eval.engines.native.kernels import SPLIT, Tiles
+
+            block = self.state.block
+            table = self._table[segments.slot]
+            positions, visible, places = self._stand(
+                table, segments.start, segments.length, segments.length, self.state.offsets
+            )
+            first = torch.arange(0, count * block, block, device=self._device)
+            tiles = Tiles(first, segments.length, table, visible.flatten(), block, context // SPLIT)
+            hidden = self._decoder(segments.tokens.flatten(), positions.flatten(), places.flatten(), tiles, self.cache)
+        self._hidden[: len(hidden)] = hidden
+
+    def _run_rows(
         self,
         slot: torch.Tensor,
         tokens: torch.Tensor,
@@ -167,7 +307,7 @@ class Runner:
         length: torch.Tensor,
         context: int,
     ) -> torch.Tensor:
-        """One pass over rows of tokens (B, Q), of which the first `count` of each row are real.
+        """One pass of transformers' modules over rows of tokens (B, Q), the first `count` of each row being real.
 
         slot, start, count, length (block length) are (B,); `context` is the most tokens any row sees. Returns the last
         hidden states (B, Q, hidden size).
@@ -175,11 +315,7 @@ class Runner:
         assert self.cache is not None
         table = self._table[:, : -(-context // self._page_size)][slot]  # (B, P)
         offsets = torch.arange(tokens.shape[1], device=self._device)
-        real = offsets < count[:, None]  # (B, Q)
-        positions = torch.where(real, start[:, None] + offsets, 0)
-        visible = torch.where(real, (positions // length[:, None].clamp(min=1) + 1) * length[:, None], 1)
-        page = table.gather(1, positions // self._page_size)
-        places = torch.where(real, page * self._page_size + positions % self._page_size, SCRATCH_PAGE)
+        positions, visible, places = self._stand(table, start, count, length, offsets)
         hidden: torch.Tensor = self._model.model(
             input_ids=tokens,
             position_ids=positions,
@@ -189,39 +325,82 @@ class Runner:
         ).last_hidden_state
         return hidden
 
+    def _stand(
+        self,
+        table: torch.Tensor,
+        start: torch.Tensor,
+        count: torch.Tensor,
+        length: torch.Tensor,
+        offsets: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of rows of tokens: their positions, how many tokens they see, where their KV goes; (B, Q) each."""
+        real = offsets < count[:, None]
+        positions = torch.where(real, start[:, None] + offsets, 0)
+        visible = torch.where(real, (positions // length[:, None].clamp(min=1) + 1) * length[:, None], 1)
+        page = table.gather(1, positions // self._page_size)
+        places = torch.where(real, page * self._page_size + positions % self._page_size, SCRATCH_PAGE)
+        return positions, visible, places
+
     def _no_mask(self, tokens: torch.Tensor) -> torch.Tensor:
         """A four-dimensional mask, which every transformers version hands through untouched; nobody reads it."""
         return torch.empty(len(tokens), 1, 1, 1, dtype=self._model.dtype, device=self._device)
 
-    def _draw(self, place: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Draw a token for each place (M,) from its hidden state (M, D): tokens, confidences, entropies (M,)."""
+    def _unmask(self, count: int) -> None:
+        """Draw at the masked places, `count` with padding, from the hidden states; advance the state."""
+        place, row = self.state.masked_places(count)
         chunk = max(1, LOGITS_BUDGET_BYTES // (4 * self._vocabulary))
-        splits = zip(torch.split(place, chunk), torch.split(hidden, chunk), strict=True)
-        parts = [self._draw_some(*part) for part in splits]
+        parts = [
+            self._draw_some(some, self._hidden[rows])
+            for some, rows in zip(torch.split(place, chunk), torch.split(row, chunk), strict=True)
+        ]
         token, confidence, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-        return token, confidence, entropy
+        self._packed.copy_(self.state.advance(place, token, confidence, entropy))
 
-    def _draw_some(self, place: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _numbers(self, place: torch.Tensor) -> torch.Tensor:
+        """The random numbers to draw with at places (M,)."""
         state = self.state
         slot, column = place // state.block, place % state.block
+        return uniform(state.seed[slot], state.start[slot] + column, state.step[slot], DRAW)
+
+    def _draw_in_one_pass(
+        self, place: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Draw a token for each place (M,) from its hidden state (M, D): tokens, confidences, entropies (M,)."""
+        from sdar_lm_eval.engines.native.kernels import draw
+
+        slot = place // self.state.block
+        return draw(
+            self._model.lm_head(hidden),
+            self.state.temperature[slot],
+            self._numbers(place),
+            self.state.greedy[slot],
+            self._mask_token_id,
+        )
+
+    def _draw_from_float32(
+        self, place: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same for every setting, by plain PyTorch."""
+        state, shape = self.state, self._shape
+        assert shape is not None
+        slot = place // state.block
         logits = self._model.lm_head(hidden).float()  # (M, V)
         logits[:, self._mask_token_id] = -torch.inf
         if state.seen is not None:
             logits = unmasking.penalize_repetition(logits, state.seen[slot], state.penalty[slot])
         nothing = torch.zeros(len(place), device=self._device)
         results = []
-        if self._greedy:
+        if shape.greedy:
             token, confidence = unmasking.draw_greedy(logits)
-            results.append(
-                (token, confidence, unmasking.entropy(logits.softmax(-1)) if self._needs_entropy else nothing)
-            )
-        if self._sampled:
+            entropy = unmasking.entropy(logits.softmax(-1)) if shape.needs_entropy else nothing
+            results.append((token, confidence, entropy))
+        if shape.sampled:
             probabilities = unmasking.filtered_probabilities(
-                logits, state.temperature[slot], state.top_k[slot], state.top_p[slot], any_filter=self._filtered
+                logits, state.temperature[slot], state.top_k[slot], state.top_p[slot], any_filter=shape.filtered
             )
-            number = uniform(state.seed[slot], state.start[slot] + column, state.step[slot], DRAW)
-            token, confidence = unmasking.draw_sampled(probabilities, number)
-            results.append((token, confidence, unmasking.entropy(probabilities) if self._needs_entropy else nothing))
+            token, confidence = unmasking.draw_sampled(probabilities, self._numbers(place))
+            entropy = unmasking.entropy(probabilities) if shape.needs_entropy else nothing
+            results.append((token, confidence, entropy))
         if len(results) == 1:
             return results[0]
         greedy = state.greedy[slot]

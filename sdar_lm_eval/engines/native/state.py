@@ -279,10 +279,14 @@ class BatchState:
         parts = [self.tokens.int(), self.unmasked_at.int(), self.confidence.view(torch.int32)]
         return torch.cat([part[:-1].flatten() for part in (*parts, *(flag.int() for flag in flags))])
 
+    def pack_nothing(self) -> torch.Tensor:
+        """A tensor with room for what `advance` returns."""
+        return torch.zeros((3 * self.block + 4) * self.slots + 2, dtype=torch.int32, device=self._device)
+
     def unpack(self, packed: torch.Tensor) -> Outcome:
         """What `advance` returned, on the host."""
         blocks, flags = self.slots * self.block, self.slots
-        array = packed.numpy()
+        array = packed.numpy().copy()  # the next step is brought to the same place
         tokens, unmasked_at, confidence = array[: 3 * blocks].reshape(3, self.slots, self.block)
         took_part, committed, decided, stuck = array[3 * blocks : 3 * blocks + 4 * flags].reshape(4, flags).astype(bool)
         segments, masked = (int(count) for count in array[-2:])
