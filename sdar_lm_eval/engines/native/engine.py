@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import platform
 import resource
@@ -51,6 +52,7 @@ class NativeEngine:
         max_active: sequences running at once; None: 32 on the CPU, 256 on a GPU.
         kv_pages: most pages of 16 tokens for keys and values; None: what the requests need, within 85% of the GPU's
             free memory, or 4 GiB on the CPU.
+        kernels: run a dense model with Triton kernels, on a GPU as CUDA graphs, in the place of transformers' modules.
 
     Raises:
         UserError: no such device or dtype, or the weights do not fit their config.
@@ -64,17 +66,23 @@ class NativeEngine:
         dtype: str = "auto",
         max_active: int | None = None,
         kv_pages: int | None = None,
+        kernels: bool = False,
     ) -> None:
         self._checkpoint = checkpoint
         self._device = resolve_device(device)
         self._dtype = _resolve_dtype(dtype, self._device, checkpoint)
         self._max_active = _at_least_one("max_active", max_active)
         self._kv_pages = _at_least_one("kv_pages", kv_pages)
+        if not isinstance(kernels, bool):
+            raise UserError(f"kernels={kernels!r} is neither true nor false.")
+        self._kernels = kernels
+        if kernels and importlib.util.find_spec("triton") is None:
+            raise UserError("kernels=true needs triton, which is not installed: pip install triton")
         self._preemptions = 0
         self._ahead = self._device.type == "cuda"
         model = checkpoint.load_model(dtype=self._dtype, device=self._device, attention=attention.NAME)
         self._model = model
-        self._runner = Runner(model, checkpoint.mask_token_id, PAGE_SIZE, kernels=self._device.type == "cuda")
+        self._runner = Runner(model, checkpoint.mask_token_id, PAGE_SIZE, kernels=self._kernels)
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -84,6 +92,7 @@ class NativeEngine:
             "device": str(self._device),
             "dtype": str(self._dtype).removeprefix("torch."),
             "max_active": self._max_active or DEFAULT_ACTIVE[self._device.type],
+            "kernels": self._kernels,
             "preemptions": self._preemptions,
             "torch": torch.__version__,
             "transformers": transformers.__version__,

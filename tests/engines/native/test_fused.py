@@ -17,20 +17,15 @@ pytest.importorskip("triton")
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine
 from sdar_lm_eval.engines.native import kernels, runner
-from sdar_lm_eval.engines.native.engine import PAGE_SIZE
-from sdar_lm_eval.engines.native.fused import FusedDecoder
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied with biases"])
-def checkpoint(tmp_path_factory, request):
-    settings = {"head_dim": 64, "tie_word_embeddings": request.param}
-    return Checkpoint.open(str(random_checkpoint(tmp_path_factory.mktemp("fused"), **settings)))
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return Checkpoint.open(str(random_checkpoint(tmp_path_factory.mktemp("fused"), head_dim=64, num_hidden_layers=1)))
 
 
 def engine_with_kernels(checkpoint, **options):
-    engine = make_engine("native", checkpoint, device="cpu", **options)
-    assert FusedDecoder.fits(engine._model)
-    engine._runner = runner.Runner(engine._model, checkpoint.mask_token_id, PAGE_SIZE, kernels=True)
+    engine = make_engine("native", checkpoint, device="cpu", kernels=True, **options)
     assert engine._runner._decoder is not None
     return engine
 
@@ -41,7 +36,7 @@ def run(engine, requests):
 
 
 def test_the_same_tokens(checkpoint, monkeypatch):
-    monkeypatch.setattr(kernels, "SPLIT", 32)  # so that contexts are split
+    monkeypatch.setattr(kernels, "SPLIT", 8)  # so that contexts are split
     monkeypatch.setattr(runner, "PREFILL_TILE", 8)
     settings = [
         {"temperature": 0, "remasking_strategy": "low_confidence_static"},
@@ -50,7 +45,7 @@ def test_the_same_tokens(checkpoint, monkeypatch):
         {"temperature": 0, "remasking_strategy": "random", "block_length": 8, "denoising_steps": 3},
     ]
     requests = [
-        GenerationRequest(tuple(range(1, 4 + 13 * i)), 9, DecodingConfig(**s), seed=i) for i, s in enumerate(settings)
+        GenerationRequest(tuple(range(1, 4 + 5 * i)), 6, DecodingConfig(**s), seed=i) for i, s in enumerate(settings)
     ]
     plain = run(make_engine("native", checkpoint, device="cpu"), requests)
     fast = run(engine_with_kernels(checkpoint, max_active=3), requests)
@@ -76,9 +71,8 @@ def test_weights_are_not_there_twice(checkpoint):
 
 def test_moe_runs_with_transformers_modules(tmp_path):
     checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, moe=True, head_dim=64)))
-    engine = make_engine("native", checkpoint, device="cpu")
-    assert not FusedDecoder.fits(engine._model)
-    engine._runner = runner.Runner(engine._model, checkpoint.mask_token_id, PAGE_SIZE, kernels=True)
+    engine = make_engine("native", checkpoint, device="cpu", kernels=True)
+    assert engine._runner._decoder is None
     requests = [GenerationRequest((1, 2, 3, 4, 5), 5, DecodingConfig(temperature=0))]
     plain = run(make_engine("native", checkpoint, device="cpu"), requests)
     assert run(engine, requests)[0].token_ids == plain[0].token_ids

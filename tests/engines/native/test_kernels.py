@@ -104,7 +104,7 @@ def attention(query, keys, values, tiles, scaling):
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 64), (8, 2, 128), (2, 2, 64)])
 @pytest.mark.parametrize("block", [1, 4, 16, 64])
-@pytest.mark.parametrize("context", [3, 90, 700])
+@pytest.mark.parametrize("context", [3, 90, 300 if DEVICE == "cpu" else 700])
 def test_attend(dtype, heads, kv_heads, size, block, context, monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(kernels, "SPLIT", 64)
@@ -171,14 +171,14 @@ def test_draw(dtype, vocabulary):
 
 
 def test_draws_follow_the_distribution(dtype):
-    logits = normal(1, 11, dtype=dtype).expand(400, 11).contiguous()
-    number = (torch.arange(400, device=DEVICE) + 0.5) / 400
-    ones = torch.ones(400, device=DEVICE)
-    token, _, _ = kernels.draw(logits, ones, number, torch.zeros(400, dtype=torch.bool, device=DEVICE), 4)
+    logits = normal(1, 11, dtype=dtype).expand(150, 11).contiguous()
+    number = (torch.arange(150, device=DEVICE) + 0.5) / 150
+    ones = torch.ones(150, device=DEVICE)
+    token, _, _ = kernels.draw(logits, ones, number, torch.zeros(150, dtype=torch.bool, device=DEVICE), 4)
     reference = logits[0].float()
     reference[4] = -torch.inf
-    shares = torch.bincount(token, minlength=11) / 400
-    torch.testing.assert_close(shares, reference.softmax(-1), rtol=0, atol=3e-3)
+    shares = torch.bincount(token, minlength=11) / 150
+    torch.testing.assert_close(shares, reference.softmax(-1), rtol=0, atol=1 / 150)
 
 
 def test_logits_that_are_no_numbers_show(dtype):
