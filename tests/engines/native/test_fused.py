@@ -5,14 +5,10 @@ On the CPU through Triton's interpreter, in float32.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from support import random_checkpoint
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine

@@ -5,14 +5,10 @@ Outputs are poisoned first where a kernel fills what it is given, and memory is 
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
 kernels = pytest.importorskip("sdar_lm_eval.engines.native.kernels", exc_type=ImportError)
 
 from sdar_lm_eval.engines.native import unmasking  # noqa: E402
