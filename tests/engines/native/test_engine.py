@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 
 import pytest
@@ -12,8 +11,8 @@ from oracle import generate as oracle
 from support import random_checkpoint
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
-from sdar_lm_eval.demo import PROBLEMS
-from sdar_lm_eval.demo.make import PROMPT
+from sdar_lm_eval.demo import golds
+from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.errors import EngineError
 
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded", "random")
@@ -43,14 +42,7 @@ def prompts(checkpoint, lengths, seed=0):
 
 
 def questions(checkpoint, count):
-    lines = PROBLEMS.read_text().splitlines()[:count]
-    rendered = [
-        checkpoint.tokenizer.apply_chat_template(
-            [{"role": "user", "content": PROMPT.format(**json.loads(line))}], tokenize=False, add_generation_prompt=True
-        )
-        for line in lines
-    ]
-    return [tuple(checkpoint.tokenizer.encode(text, add_special_tokens=False)) for text in rendered]
+    return demo_prompts(checkpoint)[:count]
 
 
 def run(checkpoint, requests, **options):
@@ -293,9 +285,8 @@ def test_an_abandoned_run_leaves_the_engine_usable(tiny):
 def test_bfloat16_on_the_cpu(demo):
     decoding = DecodingConfig(remasking_strategy="sequential", temperature=0)
     requests = [GenerationRequest(p, 100, decoding, frozenset(demo.stop_ids)) for p in questions(demo, 20)]
-    golds = [json.loads(line)["answer"].split("#### ")[1] for line in PROBLEMS.read_text().splitlines()[:20]]
     answers = [demo.decode(result.token_ids) for result in run(demo, requests, dtype="bfloat16")]
-    assert sum(a.endswith(f"#### {gold}") for a, gold in zip(answers, golds, strict=True)) >= 16
+    assert sum(a.endswith(f"#### {gold}") for a, gold in zip(answers, golds()[:20], strict=True)) >= 16
 
 
 def test_moe(tmp_path):
