@@ -26,6 +26,7 @@ class Faults:
         pages: the KV pages that there are, in the place of what memory allows.
         at_step: step (from 0, of all that the process runs) -> what it raises.
         at_start: what LLM() raises once the weights are loaded.
+        alone: 0.1.0 can be there once in a process only, as is true of it.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,7 @@ class Faults:
         self.pages: int | None = None
         self.at_step: dict[int, BaseException] = {}
         self.at_start: BaseException | None = None
+        self.alone = True
 
 
 faults = Faults()

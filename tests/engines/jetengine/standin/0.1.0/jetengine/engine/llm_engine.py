@@ -109,7 +109,8 @@ class LLM:
         names = {field.name for field in dataclasses.fields(Config)}
         config = Config(model, **{name: value for name, value in kwargs.items() if name in names})
         # By NCCL on a port of its own, in a process that has no group yet.
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        if shared.faults.alone:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         torch.cuda.set_device(0)
         default_dtype = torch.get_default_dtype()
         dtype = config.hf_config.torch_dtype
@@ -133,7 +134,8 @@ class LLM:
 
     def exit(self) -> None:
         del self.model_runner
-        dist.destroy_process_group()
+        if shared.faults.alone:
+            dist.destroy_process_group()
 
     def add_request(self, prompt: str | list[int], params: SamplingParams) -> None:
         if isinstance(prompt, str):
