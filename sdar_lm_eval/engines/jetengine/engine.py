@@ -650,7 +650,10 @@ def _tail(request: GenerationRequest) -> tuple[int, ...]:
 
 
 def _device(device: str) -> torch.device:
-    resolved = torch.device("cuda" if device == "auto" else device)
+    try:
+        resolved = torch.device("cuda" if device == "auto" else device)
+    except RuntimeError as error:
+        raise UserError(f"device={device!r} is unknown; choose cuda, cuda:N or auto.") from error
     if resolved.type != "cuda":
         raise UserError(f"device={device!r}: JetEngine runs on a GPU only; choose cuda or cuda:N, or use --model sdar.")
     index = torch.cuda.current_device() if resolved.index is None else resolved.index

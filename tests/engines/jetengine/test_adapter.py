@@ -576,6 +576,7 @@ class TestRefusals:
             ({"dtype": "float32"}, "dtype='float32': JetEngine takes bfloat16, float16 or auto; for others use "),
             ({"device": "cpu"}, "device='cpu': JetEngine runs on a GPU only; choose cuda or cuda:N, or use --model sd"),
             ({"device": "cuda:3"}, "device='cuda:3': this machine has 1 usable GPU"),
+            ({"device": "gpu"}, "device='gpu' is unknown; choose cuda, cuda:N or auto"),
             ({"max_active": 0}, "max_active=0 is out of range: it must be 1 or more"),
             ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5 must be between 0 and 1"),
             ({"gpu_memory_utilization": "most"}, "gpu_memory_utilization='most' is not a number"),
