@@ -248,10 +248,17 @@ class JetEngine:
             self._load([request for request in requests if request.decoding.block_length == block_length])
 
     def _load(self, requests: Sequence[GenerationRequest]) -> None:
-        """Make JetEngine with room for these requests, which have one block length, unless there is one already."""
+        """Make JetEngine with room for these requests, which have one block length, unless there is one already.
+
+        Raises:
+            UserError: one of them can never run.
+        """
         wanted = self._sized(requests)
-        if self._size is not None and self._size.holds(wanted):
-            return
+        if self._size is None or not self._size.holds(wanted):
+            self._make(wanted)
+        self._check_pages(requests)
+
+    def _make(self, wanted: Size) -> None:
         if self._llm is not None:
             logger.info("JetEngine is loaded once more: the next requests have other blocks, or need more room.")
             self._unload()
@@ -337,24 +344,24 @@ class JetEngine:
             f"{size.gpu_memory_utilization}."
         )
 
-    def _active(self, requests: Sequence[GenerationRequest]) -> int:
-        """How many of the requests can run at once, the longest ones.
+    def _check_pages(self, requests: Sequence[GenerationRequest]) -> None:
+        assert self._size is not None
+        pages, longest = self._llm.config.num_kvcache_blocks, max(requests, key=pages_of)
+        if (needed := pages_of(longest)) > pages:
+            mib = bytes_per_page(self._checkpoint.config, self._tensor_parallel_size) / 2**20
+            raise UserError(
+                f"a request of {tokens_of(longest):,} tokens (prompt and answer) needs {needed} KV pages of "
+                f"{PAGE_SIZE} tokens, {needed * mib:,.0f} MiB; JetEngine has {pages}, {pages * mib:,.0f} MiB, at "
+                f"gpu_memory_utilization={self._size.gpu_memory_utilization}. Raise it, or lower max_gen_toks or "
+                "max_length."
+            )
 
-        Raises:
-            UserError: not one.
-        """
+    def _active(self, requests: Sequence[GenerationRequest]) -> int:
+        """How many of the requests can run at once, the longest ones."""
         assert self._size is not None
         pages = self._llm.config.num_kvcache_blocks
         needs = sorted(map(pages_of, requests), reverse=True)
         fitting = sum(sum_ <= pages for sum_ in itertools.accumulate(needs))
-        if not fitting:
-            mib = bytes_per_page(self._checkpoint.config, self._tensor_parallel_size) / 2**20
-            raise UserError(
-                f"a request of {max(map(tokens_of, requests)):,} tokens (prompt and answer) needs {needs[0]} KV pages "
-                f"of {PAGE_SIZE} tokens, {needs[0] * mib:,.0f} MiB; JetEngine has {pages}, {pages * mib:,.0f} MiB, at "
-                f"gpu_memory_utilization={self._size.gpu_memory_utilization}. Raise it, or lower max_gen_toks or "
-                "max_length."
-            )
         active = captured(min(fitting, self._size.max_active))
         if fitting < min(self._size.max_active, len(requests)):
             logger.warning(

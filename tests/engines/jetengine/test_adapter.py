@@ -301,6 +301,19 @@ class TestMemory:
         assert "1 sequences at once in the place of 2: JetEngine has 3 KV pages of 256 tokens" in caplog.text
         assert max(denoised for _, denoised in jetengine_020.batches) == 1
 
+    def test_a_request_that_no_pool_holds(self, jetengine, tiny):
+        jetengine.faults.pages = 1
+        requests = [
+            GenerationRequest((1, 2, 3), 4, GREEDY),
+            GenerationRequest((1,) * 300, 4, dataclasses.replace(GREEDY, remasking_strategy="sequential")),
+        ]
+        told = r"a request of 304 tokens .* needs \d+ KV pages of 256 tokens.* has 1"
+        with pytest.raises(UserError, match=told):
+            next(of(tiny).generate(requests))  # not even the first one runs
+        jetengine.faults.alone = False
+        with pytest.raises(UserError, match=told):
+            of(tiny).prepare(requests)
+
     def test_prompts_that_begin_together_are_no_more_than_the_warm_up(self, jetengine, tiny, monkeypatch):
         for module in (adapter, memory):
             monkeypatch.setattr(module, "PREFILL_TOKENS", 64)
@@ -360,6 +373,7 @@ class TestStandstill:
 
     def test_of_a_single_sequence_is_an_error(self, jetengine, tiny, monkeypatch):
         monkeypatch.setattr(adapter.JetEngine, "_active", lambda self, _: 2)
+        monkeypatch.setattr(adapter.JetEngine, "_check_pages", lambda self, _: None)
         jetengine.faults.pages = 1
         engine, answered = of(tiny), []
         with pytest.raises(EngineError, match=r"single sequence; 4 of 5 requests are unanswered.*are kept"):
