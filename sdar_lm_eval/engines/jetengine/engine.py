@@ -330,6 +330,7 @@ class JetEngine:
             total_bytes=total,
             max_active=self._max_active,
             tensor_parallel_size=self._tensor_parallel_size,
+            page_a_step=self._dialect.page_a_step,
         )
         if self._gpu_memory_utilization is not None:
             size = dataclasses.replace(size, gpu_memory_utilization=self._gpu_memory_utilization)
@@ -344,10 +345,13 @@ class JetEngine:
             f"{size.gpu_memory_utilization}."
         )
 
+    def _pages_of(self, request: GenerationRequest) -> int:
+        return pages_of(request, self._dialect.page_a_step)
+
     def _check_pages(self, requests: Sequence[GenerationRequest]) -> None:
         assert self._size is not None
-        pages, longest = self._llm.config.num_kvcache_blocks, max(requests, key=pages_of)
-        if (needed := pages_of(longest)) > pages:
+        pages, longest = self._llm.config.num_kvcache_blocks, max(requests, key=self._pages_of)
+        if (needed := self._pages_of(longest)) > pages:
             mib = bytes_per_page(self._checkpoint.config, self._tensor_parallel_size) / 2**20
             raise UserError(
                 f"a request of {tokens_of(longest):,} tokens (prompt and answer) needs {needed} KV pages of "
@@ -360,7 +364,7 @@ class JetEngine:
         """How many of the requests can run at once, the longest ones."""
         assert self._size is not None
         pages = self._llm.config.num_kvcache_blocks
-        needs = sorted(map(pages_of, requests), reverse=True)
+        needs = sorted(map(self._pages_of, requests), reverse=True)
         fitting = sum(sum_ <= pages for sum_ in itertools.accumulate(needs))
         active = captured(min(fitting, self._size.max_active))
         if fitting < min(self._size.max_active, len(requests)):

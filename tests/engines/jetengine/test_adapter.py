@@ -286,12 +286,13 @@ class TestMemory:
     def test_as_many_at_once_as_there_are_pages_for(self, jetengine, tiny, caplog):
         requests = [GenerationRequest(p, 12, GREEDY) for p in prompts((250, 5, 250, 6, 251))]
         expected = tokens_of(run(of(tiny), requests))
-        jetengine.faults.pages, jetengine.faults.alone = 13, False
+        jetengine.faults.pages = {"0.2.0": 4, "0.1.0": 7}[jetengine.version]
+        jetengine.faults.alone = False
         jetengine.batches.clear()
         engine = of(tiny)
         with caplog.at_level(logging.WARNING):
             assert tokens_of(run(engine, requests)) == expected
-        assert max(denoised for _, denoised in jetengine.batches) <= 4
+        assert max(denoised for _, denoised in jetengine.batches) == {"0.2.0": 2, "0.1.0": 1}[jetengine.version]
         assert engine.info["standstills"] == 0
 
     def test_fewer_at_once_are_told(self, jetengine_020, tiny, caplog):
@@ -304,10 +305,10 @@ class TestMemory:
     def test_a_request_that_no_pool_holds(self, jetengine, tiny):
         jetengine.faults.pages = 1
         requests = [
-            GenerationRequest((1, 2, 3), 4, GREEDY),
+            GenerationRequest((1, 2, 3, 4), 4, GREEDY),
             GenerationRequest((1,) * 300, 4, dataclasses.replace(GREEDY, remasking_strategy="sequential")),
         ]
-        told = r"a request of 304 tokens .* needs \d+ KV pages of 256 tokens.* has 1"
+        told = r"a request of 304 tokens .* needs 2 KV pages of 256 tokens.* has 1"
         with pytest.raises(UserError, match=told):
             next(of(tiny).generate(requests))  # not even the first one runs
         jetengine.faults.alone = False
