@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sdar_lm_eval.engines.jetengine import engine
 
@@ -36,6 +37,8 @@ def standin(version: str) -> Iterator[Any]:
         for folder in ("shared", version):
             patch.syspath_prepend(str(FOLDER / folder))
         gpu_on_the_cpu(patch)
+        # transformers forgets the config classes that it is told of meanwhile.
+        patch.setattr(CONFIG_MAPPING, "_extra_content", dict(CONFIG_MAPPING._extra_content))
         shared = importlib.import_module("jetengine_shared")
         alone = not dist.is_initialized()
         try:

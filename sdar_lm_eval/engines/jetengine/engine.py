@@ -107,6 +107,7 @@ class JetEngine:
     ) -> None:
         self._checkpoint = checkpoint
         self._dialect, self._commit = find_jetengine()
+        self._config = checkpoint.full_config()
         self._device = _device(device)
         self._dtype = _dtype(dtype, checkpoint)
         self._tensor_parallel_size = int(to_number("tensor_parallel_size", tensor_parallel_size, whole=True))
@@ -170,14 +171,14 @@ class JetEngine:
         Raises:
             UserError: says what runs it.
         """
-        config, version, tensor_parallel = self._checkpoint.config, self._dialect.version, self._tensor_parallel_size
+        config, version, tensor_parallel = self._config, self._dialect.version, self._tensor_parallel_size
 
         def refuse(what: str, use: str = "--model sdar") -> None:
             raise UserError(f"JetEngine {version} cannot run {self._checkpoint.name!r}: {what}. Use {use}.")
 
         if self._checkpoint.is_moe and version == "0.2.0":
             refuse("it takes no mixture-of-experts models", "--model sdar or JetEngine 0.1.0")
-        if self._checkpoint.is_moe and (config.get("mlp_only_layers") or not config.get("norm_topk_prob", True)):
+        if self._checkpoint.is_moe and (config.get("mlp_only_layers") or not config["norm_topk_prob"]):
             refuse("it takes all layers for sparse and always normalizes the experts' weights, unlike its config.json")
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
@@ -300,7 +301,7 @@ class JetEngine:
         mask_token = self._checkpoint.tokenizer.convert_ids_to_tokens(self._checkpoint.mask_token_id)
         with (
             self._checkpoint.clean_folder(
-                _config_for_jetengine(self._checkpoint.config, self._dtype), {"mask_token": mask_token}
+                _config_for_jetengine(self._config, self._dtype), {"mask_token": mask_token}
             ) as folder,
             _torch_defaults_kept(),
             _prints_to_log(),
@@ -309,7 +310,7 @@ class JetEngine:
             if self._dialect.version == "0.2.0":
                 _give_process_group(self._device)
                 self._splits = ensure_right_attention(
-                    self._checkpoint.config, size.block_length, getattr(torch, self._dtype), self._device
+                    self._config, size.block_length, getattr(torch, self._dtype), self._device
                 )
             return self._jetengine.LLM(str(folder), **options)
 
@@ -324,7 +325,7 @@ class JetEngine:
         free, total = torch.cuda.mem_get_info(self._device)
         size = size_for(
             requests,
-            self._checkpoint.config,
+            self._config,
             weight_bytes=sum(path.stat().st_size for path in self._checkpoint.weight_files()),
             free_bytes=free,
             total_bytes=total,
@@ -352,7 +353,7 @@ class JetEngine:
         assert self._size is not None
         pages, longest = self._llm.config.num_kvcache_blocks, max(requests, key=self._pages_of)
         if (needed := self._pages_of(longest)) > pages:
-            mib = bytes_per_page(self._checkpoint.config, self._tensor_parallel_size) / 2**20
+            mib = bytes_per_page(self._config, self._tensor_parallel_size) / 2**20
             raise UserError(
                 f"a request of {tokens_of(longest):,} tokens (prompt and answer) needs {needed} KV pages of "
                 f"{PAGE_SIZE} tokens, {needed * mib:,.0f} MiB; JetEngine has {pages}, {pages * mib:,.0f} MiB, at "
@@ -510,7 +511,7 @@ class JetEngine:
         return results
 
     def _sampling_params(self, request: GenerationRequest) -> Any:
-        decoding, vocabulary = request.decoding, self._checkpoint.config["vocab_size"]
+        decoding, vocabulary = request.decoding, self._config["vocab_size"]
         stop_ids = request.stop_ids | self._single_tokens(request.stop_strings)
         params: dict[str, Any] = {
             "temperature": 1.0 if decoding.greedy else decoding.temperature,
@@ -622,10 +623,8 @@ def _config_for_jetengine(config: Mapping[str, Any], dtype: str) -> dict[str, An
     rope = config.get("rope_parameters") or {}
     left_out = ("auto_map", "rope_scaling", "rope_parameters", "dtype", "quantization_config")
     return {key: value for key, value in config.items() if key not in left_out} | {
-        "head_dim": head_dim(config),
         "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
         "torch_dtype": dtype,
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
     }
 
 

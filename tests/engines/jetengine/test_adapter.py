@@ -552,6 +552,13 @@ class TestCheckpoints:
         requests = [GenerationRequest(p, 5, GREEDY) for p in prompts((8, 9))]
         assert tokens_of(run(of(checkpoint), requests)) == native(checkpoint, requests)
 
+    def test_keys_that_config_json_may_leave_out(self, jetengine, tiny, tmp_path):
+        """Those that transformers has the right defaults for; JetEngine has others, or none."""
+        names = ("hidden_act", "rms_norm_eps", "max_position_embeddings", "attention_bias", "tie_word_embeddings")
+        checkpoint = variant(tiny, tmp_path / "short", **dict.fromkeys(names))
+        requests = [GenerationRequest(p, 8, GREEDY) for p in prompts((8, 9))]
+        assert tokens_of(run(of(checkpoint), requests)) == native(checkpoint, requests)
+
 
 class TestRefusals:
     @pytest.mark.parametrize(
@@ -575,9 +582,12 @@ class TestRefusals:
         with pytest.raises(UserError, match=r"no mixture-of-experts models. Use --model sdar or JetEngine 0.1.0"):
             of(checkpoint)
 
-    @pytest.mark.parametrize("config", [{"norm_topk_prob": False}, {"mlp_only_layers": [1]}], ids=str)
+    @pytest.mark.parametrize(
+        "config", [{"norm_topk_prob": False}, {"norm_topk_prob": None}, {"mlp_only_layers": [1]}], ids=str
+    )
     def test_other_mixtures_of_experts_on_010(self, jetengine_010, tmp_path, config):
-        checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, moe=True, head_dim=32, **config)))
+        """No `norm_topk_prob` is false, as transformers has it."""
+        checkpoint = with_config(random_checkpoint(tmp_path, moe=True, head_dim=32), **config)
         with pytest.raises(UserError, match="takes all layers for sparse and always normalizes"):
             of(checkpoint)
 
