@@ -111,7 +111,7 @@ def find_jetengine() -> tuple[Dialect, str | None]:
     folder = next((folder for folder in folders if (folder / "engine" / "llm_engine.py").is_file()), None)
     if folder is None:
         missing.append("JetEngine")
-        if spec is not None:
+        if spec is not None and spec.origin is not None:  # not just a folder of that name
             note = " The installed `jetengine` is PyPI's library for MongoDB: uninstall it."
     else:
         version, commit = _version_of(folder)
