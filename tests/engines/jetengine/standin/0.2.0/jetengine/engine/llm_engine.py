@@ -218,7 +218,7 @@ class LLM:
         if not isinstance(params, list):
             params = [params] * len(prompts)
             self.scheduler.consistent_sampling_params = True
-        return self._generate(prompts, params, len(prompts))
+        return self._generate(prompts, params, len(self.scheduler.running) + len(prompts))
 
     def generate_streaming(
         self, prompts: list[Any], params: SamplingParams, max_active: int | None = None, use_tqdm: bool = True
