@@ -143,6 +143,7 @@ def test_what_it_takes_and_does_not(jetengine: Any) -> None:
 def test_two_processes_give_what_one_gives(native: Any, tmp_path: Path) -> None:
     """Each with a JetEngine of its own, in a process group of its own: they never wait for each other to begin."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment["TORCH_DIST_INIT_BARRIER"] = "1"  # whoever makes a group together with others waits for them
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
