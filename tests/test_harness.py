@@ -45,8 +45,13 @@ class ScriptedEngine:
         self.answers_before_error: int | None = None
         self.error: Exception = EngineError("out of luck")
         self.info = {"engine": "scripted", "device": "cpu", "dtype": "float32", "max_active": 7}
+        self.prepared: list[GenerationRequest] = []
+
+    def prepare(self, requests: Sequence[GenerationRequest]) -> None:
+        self.prepared = list(requests)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
+        assert self.prepared == list(requests)  # so that loading is not counted as generation
         for count, (index, request) in enumerate(reversed(list(enumerate(requests)))):
             if count == self.answers_before_error:
                 raise self.error
@@ -315,7 +320,7 @@ def test_devices_given_once_or_twice(
 def test_model_arguments_come_as_values_or_text(make_lm: MakeLM) -> None:
     lm = make_lm(max_length="100", seed="7", max_gen_toks="20", kv_pages=None, dtype=None, trust_remote_code="false")
     assert (lm.max_length, lm.max_gen_toks) == (100, 20)
-    assert lm.engine.options["kv_pages"] is None
+    assert "kv_pages" not in lm.engine.options
     assert lm.engine.options["dtype"] == "auto"
     assert lm.get_model_info()["sdar_lm_eval"]["seed"] == 7
     assert make_lm(chat_template=False).get_model_info()["sdar_lm_eval"]["chat_template"] == "off"
