@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -504,6 +505,22 @@ class TestCheckpoints:
         engine = of(checkpoint)
         assert tokens_of(run(engine, [request])) == native(tiny, [request])
         assert not (tmp_path / "was_here").exists()
+        # Which of a folder's code and a registered class comes first is up to the version of transformers.
+        assert not hasattr(engine._llm.config.hf_config, "auto_map")
+
+    def test_the_folder_that_jetengine_opens(self, jetengine, tiny, monkeypatch):
+        engine, seen = of(tiny), {}
+
+        def look(folder, **options):
+            seen.update({path.name: path.is_symlink() for path in Path(folder).iterdir()})
+            return made(folder, **options)
+
+        made = engine._jetengine.LLM
+        monkeypatch.setattr(engine._jetengine, "LLM", look)
+        engine.prepare([GenerationRequest((1,), 4, GREEDY)])
+        copied = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        assert seen == {"model.safetensors": True, **dict.fromkeys(copied, False)}
+        assert not Path(engine._llm.config.model).exists()
 
     def test_the_mask_token_is_config_jsons(self, jetengine, tiny, tmp_path):
         """0.1.0 takes the tokenizer's."""
