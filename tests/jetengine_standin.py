@@ -62,6 +62,11 @@ def forget_modules() -> None:
     importlib.invalidate_caches()
 
 
+class GeneratorOnTheCPU(torch.Generator):
+    def __new__(cls, device: Any = "cpu") -> Any:
+        return super().__new__(cls, "cpu")
+
+
 def gpu_on_the_cpu(patch: pytest.MonkeyPatch, free: int = 79 * GIB, total: int = 80 * GIB, gpus: int = 1) -> None:
     """Have torch speak of GPUs. No tensor can be on them, so flash-attn is tried with tensors of the CPU."""
     facts = {
@@ -76,6 +81,7 @@ def gpu_on_the_cpu(patch: pytest.MonkeyPatch, free: int = 79 * GIB, total: int =
     }
     for name, fact in facts.items():
         patch.setattr(torch.cuda, name, fact)
+    patch.setattr(torch, "Generator", GeneratorOnTheCPU)
     tried = engine.ensure_right_attention
     if getattr(tried, "on_the_cpu", False):
         return

@@ -113,6 +113,12 @@ class TestAnswers:
         assert results[1] == results[3] == greedy
         assert len({*results}) == 3
 
+    def test_each_step_draws_by_other_numbers(self, jetengine, tiny):
+        """By itself, 0.2.0 draws with the same ones at every step: where all tokens are alike, the same token."""
+        decoding = DecodingConfig(temperature=1e4, remasking_strategy="sequential")
+        (result,) = run(of(tiny), [GenerationRequest((5, 6, 7, 8), 40, decoding)])
+        assert len(set(result.token_ids)) > 20
+
     def test_other_requests_or_seeds_are_other_draws(self, jetengine, tiny):
         decoding = DecodingConfig(temperature=2.0, remasking_strategy="sequential")
         engine = of(tiny)

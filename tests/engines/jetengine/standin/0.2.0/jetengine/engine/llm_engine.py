@@ -9,6 +9,7 @@ from typing import Any
 import jetengine_shared as shared
 import torch
 import torch.distributed as dist
+from jetengine.engine import scheduler
 from jetengine.engine.distributed_manager import DistributedManager
 from jetengine_shared import Model, Pages, Sequence, pages_for
 from transformers import AutoConfig, AutoTokenizer
@@ -185,8 +186,8 @@ class LLM:
         shared.check_temperature(first.temperature)
         probabilities = (logits / first.temperature).softmax(-1)
         entropies = -(probabilities * probabilities.clamp_min(1e-12).log()).sum(-1)  # (B, L)
-        allowed = shared.most_probable(probabilities.flatten(0, 1), first.topk or 1)
-        tokens = torch.multinomial(shared.nucleus(allowed, first.topp), 1).view(logits.shape[:2])
+        tokens = scheduler.top_k_top_p_sampling_from_probs(probabilities.flatten(0, 1), first.topk, first.topp)
+        tokens = tokens.view(logits.shape[:2])
         confidence = probabilities.gather(-1, tokens[..., None])[..., 0]
         for i, sequence in enumerate(sequences):
             if sequence.status == "saving":
