@@ -1,6 +1,6 @@
 """SDAR through LMDeploy's PyTorch engine (github.com/InternLM/lmdeploy): several GPUs, and mixtures of experts.
 
-LMDeploy's `pipeline` takes text, and adds stop tokens of its own. What lies below it takes and gives tokens, and is what
+LMDeploy's `pipeline` takes text, and adds stop tokens of its own. What lies below it takes and gives tokens; it is what
 LMDeploy's own benchmarks use: `Engine`, an instance of it for each request that is under way, and `async_stream_infer`,
 which yields a block at a time. The engine lives in an event loop of its own (loop.py).
 

@@ -59,9 +59,9 @@ def find_lmdeploy(tensor_parallel_size: int = 1) -> Installed:
     folder = next((Path(place) for place in (spec.submodule_search_locations or ())), None) if spec else None
     installed = None if folder is None else _installed(folder)
     missing = [] if installed else ["LMDeploy"]
-    if importlib.util.find_spec("triton") is None:
+    if not _is_there("triton"):
         missing.append("triton")
-    if tensor_parallel_size > 1 and importlib.util.find_spec("ray") is None:
+    if tensor_parallel_size > 1 and not _is_there("ray"):
         missing.append("ray (for several GPUs)")
     if torch.version.cuda is None:
         missing.append(f"a torch for CUDA (torch {torch.__version__} is not)")
@@ -82,6 +82,10 @@ def find_lmdeploy(tensor_parallel_size: int = 1) -> Installed:
             ".".join(map(str, NEWEST)),
         )
     return installed
+
+
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _installed(folder: Path) -> Installed | None:
