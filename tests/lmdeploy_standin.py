@@ -9,10 +9,10 @@ The stand-in (engines/lmdeploy/standin) has what the adapter uses of LMDeploy, a
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from sdar_lm_eval.engines.lmdeploy import requirements
+from sdar_lm_eval.engines.lmdeploy import engine, requirements
 
 FOLDER = Path(__file__).parent / "engines" / "lmdeploy" / "standin"
 GIB = 1 << 30
+devices: list[tuple[str, str]] = []  # each thread's name, and the GPU that it was given
 
 
 @contextlib.contextmanager
@@ -41,9 +42,15 @@ def standin() -> Iterator[Any]:
                 patch.delitem(sys.modules, name)
         faults: Any = importlib.import_module("lmdeploy.pytorch.engine.faults")
         faults.reset()
+        opened: list[Any] = []
+        init = engine.LMDeploy.__init__
+        patch.setattr(engine.LMDeploy, "__init__", lambda self, *a, **k: (opened.append(self), init(self, *a, **k))[1])
         try:
             yield faults
         finally:
+            for adapter in opened:
+                if getattr(adapter, "_engine", None) is not None:
+                    adapter._unload()
             for name in list(sys.modules):
                 if name.partition(".")[0] == "lmdeploy":
                     del sys.modules[name]
@@ -56,7 +63,7 @@ def gpu_on_the_cpu(patch: pytest.MonkeyPatch, total: int = 80 * GIB, gpus: int =
         "is_available": lambda: gpus > 0,
         "device_count": lambda: gpus,
         "current_device": lambda: 0,
-        "set_device": lambda device: None,
+        "set_device": lambda device: devices.append((threading.current_thread().name, str(device))),
         "mem_get_info": lambda device=None: (total - GIB, total),
         "get_device_name": lambda device=None: "a GPU on the CPU",
         "max_memory_allocated": lambda device=None: GIB,
@@ -65,13 +72,3 @@ def gpu_on_the_cpu(patch: pytest.MonkeyPatch, total: int = 80 * GIB, gpus: int =
     for name, fact in facts.items():
         patch.setattr(torch.cuda, name, fact)
     patch.setattr(torch.version, "cuda", "13.0")
-
-
-@contextlib.contextmanager
-def closed(engine: Any) -> Iterator[Any]:
-    """An engine whose thread ends with the test."""
-    try:
-        yield engine
-    finally:
-        engine._unload()
-        atexit.unregister(engine._unload)

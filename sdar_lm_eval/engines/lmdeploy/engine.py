@@ -55,7 +55,6 @@ BLOCK_LENGTHS = (1, 2, 4, 8, 16, 32, 64)  # whole numbers of them fill a page, a
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = ("bfloat16", "float16")
 MAX_ACTIVE = 256  # unless the user says otherwise
-MAX_TEMPERATURE = 2.0  # messages.py: GenerationConfig
 PAGE_SIZE = 64  # tokens
 PREFILL_TOKENS = 8192  # LMDeploy's default; longer prompts go in chunks of it
 # What sampling needs for each logit: the weights' dtype, a sorted copy, its indices, probabilities.
@@ -253,10 +252,6 @@ class LMDeploy:
             raise UserError(
                 f"block_length={decoding.block_length}: with LMDeploy it can be {_listed(BLOCK_LENGTHS)}. Use --model "
                 "sdar."
-            )
-        if not decoding.greedy and decoding.temperature > MAX_TEMPERATURE:
-            raise UserError(
-                f"temperature={decoding.temperature}: LMDeploy takes 0 to {MAX_TEMPERATURE:g}. Use --model sdar."
             )
 
     # Loading
@@ -493,16 +488,17 @@ class LMDeploy:
         """
         greedy, temperature, top_k, top_p = _draw(request.decoding)
         vocabulary = self._checkpoint.config["vocab_size"]
-        return self._lmdeploy.GenerationConfig(
+        settings = self._lmdeploy.GenerationConfig(
             max_new_tokens=request.max_new_tokens,
             do_sample=not greedy,
-            temperature=temperature,
             top_k=0 if top_k >= vocabulary else top_k,
             top_p=top_p,
             random_seed=request.seed,
             stop_token_ids=list(self._stop_ids(request)) or None,
             bad_token_ids=[self._checkpoint.mask_token_id],
         )
+        settings.temperature = temperature  # when it is made, it takes none above 2; the engine takes any
+        return settings
 
     def _stop_ids(self, request: GenerationRequest) -> tuple[int, ...]:
         """A request's stop tokens, and those that are a stop string by themselves."""

@@ -91,7 +91,7 @@ def _is_there(module: str) -> bool:
 def _installed(folder: Path) -> Installed | None:
     """Version and commit, from what pip wrote, else from the package itself (a checkout on the path)."""
     own = folder / "version.py"
-    match = re.search(r"^__version__ = '(.+)'$", own.read_text(), re.MULTILINE) if own.is_file() else None
+    match = re.search(r"""^__version__ = ['\"](.+)['\"]$""", own.read_text(), re.MULTILINE) if own.is_file() else None
     try:
         distribution = importlib.metadata.distribution("lmdeploy")
     except importlib.metadata.PackageNotFoundError:

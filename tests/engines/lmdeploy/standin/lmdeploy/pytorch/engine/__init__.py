@@ -19,7 +19,7 @@ from .. import configurations as configurations
 from .. import envs
 from ..configurations.builder import AutoModelConfigBuilder
 from . import faults
-from .model import Model
+from .model import Kept, Model
 
 MASKED, UNMASKED, CACHED = 0, 1, 2
 
@@ -67,6 +67,8 @@ class Sequence:
         self.num_valid_ids, self.num_new_tokens, self.sent = len(prompt), 0, 0
         self.appendable = param.max_new_tokens + len(prompt) % block_length
         self.status, self.prefilled = MessageStatus.RUNNING, False
+        self.past: Kept = []
+        self.offsets = torch.zeros(block_length)
 
     @property
     def generated(self) -> list[int]:
@@ -190,6 +192,7 @@ class Engine:
 
     def start_loop(self) -> bool:
         self.loop = asyncio.get_running_loop()
+        self.work = asyncio.Event()
         self.task = self.loop.create_task(self._main())
         return True
 
@@ -205,6 +208,9 @@ class Engine:
         try:
             while True:
                 self._step()
+                if not any(seq.status == MessageStatus.RUNNING for seq in self.sessions.values()):
+                    self.work.clear()
+                    await self.work.wait()
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
             raise
@@ -233,12 +239,17 @@ class Engine:
 
     def _forward(self, batch: list[Sequence], decoding: bool) -> None:
         length = self.length
-        logits = torch.cat([self.model.forward(seq.ids, length) for seq in batch])  # (B * L, V)
+        if not decoding:
+            for seq in batch:
+                if full := seq.ids[:-length]:
+                    seq.past = self.model.forward(full, [], length)[1]
+        forwards = [self.model.forward(seq.ids[-length:], seq.past, length) for seq in batch]
+        logits = torch.cat([of_block for of_block, _ in forwards])  # (B * L, V)
         inputs = self.sampling_strategy.make_sampling_inputs(batch)
         if decoding:  # these go on from the prefill's, one a step
-            inputs.random_offsets = torch.cat([seq.offsets + 1 for seq in batch])  # type: ignore[attr-defined]
+            inputs.random_offsets = torch.cat([seq.offsets + 1 for seq in batch])
         for i, seq in enumerate(batch):
-            seq.offsets = inputs.random_offsets[i * length : (i + 1) * length]  # type: ignore[attr-defined]
+            seq.offsets = inputs.random_offsets[i * length : (i + 1) * length]
         logits = logits / inputs.temperature[:, None]
         if inputs.bad_words is not None:
             for row, words in enumerate(inputs.bad_words.tolist()):
@@ -253,6 +264,9 @@ class Engine:
         scores = logits.softmax(-1).gather(-1, tokens.view(-1, 1)).view(-1, length).where(masked, torch.tensor(0.0))
         state = self._unmask(scores, masked, state)
 
+        for seq, (_, kept), cached in zip(batch, forwards, (state == CACHED).all(1).tolist(), strict=True):
+            if cached:
+                seq.past = kept
         done = (state == UNMASKED).all(1)
         stopped, stop_pos = [], []
         for i, seq in enumerate(batch):
@@ -341,6 +355,7 @@ class Instance:
         param.max_new_tokens = min(param.max_new_tokens, engine.max_session_len - len(input_ids))
         seq = Sequence(session_id, input_ids, param, engine.length, engine.model_config.dllm_mask_token)
         engine.sessions[session_id] = seq
+        engine.work.set()
         try:
             while True:
                 output = await seq.outputs.get()
