@@ -84,7 +84,7 @@ class TestAnswers:
     @pytest.mark.parametrize("strategy", ["low_confidence_static", "low_confidence_dynamic", "sequential"])
     def test_they_are_the_native_engines(self, lmdeploy, demo, questions, strategy):
         decoding = dataclasses.replace(GREEDY, remasking_strategy=strategy)
-        requests = [GenerationRequest(p, 24, decoding, frozenset(demo.stop_ids)) for p in questions[:4]]
+        requests = [GenerationRequest(p, 24, decoding, frozenset(demo.stop_ids)) for p in questions[:3]]
         assert tokens_of(run(of(demo), requests)) == native(demo, requests)
 
     @pytest.mark.parametrize("block_length", [1, 2, 8, 16])
@@ -154,9 +154,8 @@ class TestRequestsThatRunTogether:
         engine = of(tiny)
         together = tokens_of(run(engine, requests))
         assert together == [tokens_of(run(engine, [request]))[0] for request in requests]
-        other = tokens_of(
-            run(engine, [dataclasses.replace(request, seed=100 + i) for i, request in enumerate(requests)])
-        )
+        requests = [dataclasses.replace(request, seed=100 + i) for i, request in enumerate(requests)]
+        other = tokens_of(run(engine, requests))
         assert all(a != b for a, b in zip(together, other, strict=True))
 
     def test_repeats_of_a_prompt_are_drawn_independently(self, lmdeploy, tiny):
@@ -178,11 +177,11 @@ class TestRequestsThatRunTogether:
         assert (torch.corrcoef(ranks.T.float()) - torch.eye(4)).abs().max() < 0.4
 
     def test_the_mask_token_is_not_drawn(self, lmdeploy, tiny):
-        hot = dataclasses.replace(SAMPLED, temperature=1e4)
-        results = run(of(tiny), [GenerationRequest((5, 6), 40, hot, seed=i) for i in range(80)])
+        hot = dataclasses.replace(SAMPLED, temperature=1e4, denoising_steps=1)
+        results = run(of(tiny), [GenerationRequest((5, 6), 18, hot, seed=i) for i in range(90)])
         drawn = {token for result in results for token in result.token_ids}
         assert tiny.mask_token_id not in drawn
-        assert len(drawn) > 600  # and top_k=0 is all of the others
+        assert len(drawn) > 500  # and top_k=0 is all of the others
 
     def test_top_k_beyond_the_vocabulary_is_off(self, lmdeploy, tiny):
         requests = [GenerationRequest((5,), 4, dataclasses.replace(SAMPLED, top_k=10**30), seed=3)]
@@ -353,8 +352,10 @@ class TestFolder:
         assert (config["mlp_only_layers"], config["decoder_sparse_step"], config["norm_topk_prob"]) == ([], 1, True)
         assert checkpoint.is_moe
 
-    def test_keys_that_would_trip_it(self, lmdeploy, tmp_path):
-        self.check(lmdeploy, variant(tmp_path, pad_token_id=151643, quantization_config=None))
+    def test_keys_that_would_trip_it(self, lmdeploy, tiny, tmp_path):
+        checkpoint = variant(tmp_path, pad_token_id=151643, quantization_config=None)
+        requests = [GenerationRequest(p, 9, GREEDY) for p in prompts((5, 30))]
+        assert tokens_of(run(of(checkpoint), requests)) == native(tiny, requests)
 
     @pytest.mark.parametrize(
         "rope",
@@ -468,9 +469,10 @@ class TestRefusals:
             of(variant(tmp_path / "gelu", hidden_act="gelu"))
         with pytest.raises(UserError, match="heads have 24 dimensions"):
             of(Checkpoint.open(str(random_checkpoint(tmp_path / "heads"))))
-        (tmp_path / "gelu" / "model.safetensors").write_bytes(b"")
+        checkpoint = variant(tmp_path / "cut short")
+        (checkpoint.folder / "model.safetensors").write_bytes(b"")
         with pytest.raises(UserError, match="not a whole safetensors file"):
-            of(Checkpoint.open(str(random_checkpoint(tmp_path / "gelu", head_dim=32, vocab_size=800))))
+            of(checkpoint)
 
 
 class TestSeveralGPUs:
@@ -533,6 +535,7 @@ class TestRequirements:
 
     def test_a_new_one(self, lmdeploy, tiny, monkeypatch, caplog):
         monkeypatch.setattr(requirements, "_installed", lambda _: requirements.Installed("0.19.0rc1", None))
+        caplog.set_level(logging.WARNING)
         of(tiny)
         assert "LMDeploy 0.19.0rc1 is newer than 0.18" in caplog.text
 
