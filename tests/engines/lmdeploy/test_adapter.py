@@ -7,17 +7,23 @@ import json
 import logging
 import random
 import sys
+from pathlib import Path
 
+import lm_eval
 import lmdeploy_standin
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 from lmdeploy_standin import gpu_on_the_cpu, standin
 from support import random_checkpoint, read_weights, write_weights
 
+import sdar_lm_eval.tasks
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines.lmdeploy import engine as adapter
 from sdar_lm_eval.engines.lmdeploy import requirements
+from sdar_lm_eval.harness import SDARLMDeployLM
 
 GREEDY = DecodingConfig(remasking_strategy="low_confidence_static", temperature=0)
 DYNAMIC = DecodingConfig(temperature=0)
@@ -549,6 +555,39 @@ class TestRequirements:
         assert info["engine_version"] == "0.18.0"
         assert set(info["deviations"]) == {"low_confidence_dynamic", "denoising_steps", "confidence", "sampling"}
         json.dumps(dict(info))
+
+
+class TestThroughTheHarness:
+    def test_a_task(self, lmdeploy, demo):
+        tasks = TaskManager(include_path=str(Path(sdar_lm_eval.tasks.__file__).parent), include_defaults=False)
+
+        def responses(model, **arguments):
+            results = lm_eval.simple_evaluate(
+                model=model,
+                model_args={"pretrained": "demo", "remasking_strategy": "low_confidence_static", **arguments},
+                tasks=["gsm8k_sdar_demo"],
+                task_manager=tasks,
+                limit=3,
+                bootstrap_iters=0,
+            )
+            samples = [s for s in results["samples"]["gsm8k_sdar_demo"] if s["filter"] == "strict-match"]
+            return [s["resps"] for s in samples], results["config"]
+
+        theirs, config = responses("sdar-lmdeploy", max_active="2", cache_max_entry_count="0.5")
+        assert theirs == responses("sdar", device="cpu")[0]
+        info = config["sdar_lm_eval"]
+        assert (info["engine"], info["max_active"], info["cache_max_entry_count"]) == ("lmdeploy", 2, 0.5)
+        assert info["run"]["requests"] == 3
+
+    def test_log_likelihoods_name_the_model_that_has_them(self, lmdeploy):
+        lm = SDARLMDeployLM(pretrained="demo")
+        instance = Instance("loglikelihood", {}, ("a", "b"), 0, metadata=("a task", 0, 1))
+        with pytest.raises(UserError, match=r"'a task' asks for log-likelihoods.*lmdeploy.*Use --model sdar"):
+            lm.loglikelihood([instance])
+
+    def test_an_argument_of_another_engine(self, lmdeploy):
+        with pytest.raises(UserError, match="gpu_memory_utilization"):
+            SDARLMDeployLM(pretrained="demo", gpu_memory_utilization=0.5)
 
 
 class TestDeviations:
