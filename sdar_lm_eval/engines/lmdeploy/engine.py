@@ -135,6 +135,7 @@ class LMDeploy:
                 'it lacks, with pip install "sdar-lm-eval[lmdeploy]", or use --model sdar.'
             ) from error
         self._engine: Any = None
+        self._loop: LoopThread | None = None
         self._fixed: _Fixed | None = None
         self._active = 0  # most sequences that the engine is made for
         self._sessions = itertools.count(1)
@@ -328,20 +329,21 @@ class LMDeploy:
             self._engine = engine.Engine.from_pretrained(str(folder), engine_config=settings, trust_remote_code=False)
         give_seeds(self._engine, fixed.block_length)
         self._forwards = Forwards(self._engine)
-        self._loop = LoopThread(self._device)
-        self._loop.run(_call(self._engine.start_loop))
+        self._loop = loop = LoopThread(self._device)
+        loop.run(_call(self._engine.start_loop))
         atexit.register(self._unload)
 
     def _unload(self) -> None:
         atexit.unregister(self._unload)
-        engine, self._engine, self._fixed, self._active = self._engine, None, None, 0
-        if engine is not None and hasattr(self, "_loop"):
+        engine, loop = self._engine, self._loop
+        self._engine = self._loop = self._fixed = None
+        self._active = 0
+        if loop is not None:
             try:
-                self._loop.run(_close(engine), PATIENCE)
+                loop.run(_close(engine), PATIENCE)
             except Exception as error:
                 logger.warning("LMDeploy did not end: %s: %s", type(error).__name__, error)
-            self._loop.close()
-            del self._loop
+            loop.close()
         del engine
         gc.collect()
         torch.cuda.empty_cache()
@@ -387,12 +389,15 @@ class LMDeploy:
             task.cancel()
             await asyncio.wait([task])
 
-        task = self._loop.run(begin())
+        loop = self._loop
+        assert loop is not None
+        task = loop.run(begin())
         try:
             while (result := results.get()) is not None:
                 yield result
         finally:
-            self._loop.run(end(), PATIENCE)
+            if self._loop is loop:  # else the engine ended meanwhile, and its requests with it
+                loop.run(end(), PATIENCE)
         if error := task.exception():
             self._unload()
             raise error
@@ -478,7 +483,9 @@ class LMDeploy:
         if not request.stop_strings:
             return False
         text = self._checkpoint.decode(tokens[-new - max(map(len, request.stop_strings)) :])
-        return any(string in text for string in request.stop_strings)
+        if not any(string in text for string in request.stop_strings):
+            return False
+        return bool(end_of_answer(tokens, request, self._checkpoint.decode)[1])  # text of all tokens decides
 
     def _settings(self, request: GenerationRequest) -> Any:
         """A request's GenerationConfig.

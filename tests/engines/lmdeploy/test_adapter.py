@@ -189,6 +189,10 @@ class TestRequestsThatRunTogether:
         assert tiny.mask_token_id not in drawn
         assert len(drawn) > 500  # and top_k=0 is all of the others
 
+    def test_a_temperature_that_its_own_settings_refuse(self, lmdeploy, tiny):
+        run(of(tiny), [GenerationRequest((5,), 4, dataclasses.replace(SAMPLED, temperature=9.0))])
+        assert lmdeploy.settings[-1].temperature == 9.0
+
     def test_top_k_beyond_the_vocabulary_is_off(self, lmdeploy, tiny):
         requests = [GenerationRequest((5,), 4, dataclasses.replace(SAMPLED, top_k=10**30), seed=3)]
         off = [GenerationRequest((5,), 4, SAMPLED, seed=3)]
@@ -276,7 +280,7 @@ class TestLoading:
         assert (config.dllm_unmasking_strategy, config.dtype) == ("sequential", "float16")
         assert (config.cache_max_entry_count, config.max_batch_size) == (0.3, 3)
         assert config.session_len == tiny.max_length
-        assert max(sum(batch) for batch in lmdeploy.batches) == 3
+        assert max(sum(batch) for batch in lmdeploy.batches) == lmdeploy.made[-1].most_sessions == 3
 
     def test_many_sequences_of_long_blocks_fit_a_prefill(self, lmdeploy, tiny):
         decoding = dataclasses.replace(GREEDY, block_length=64, denoising_steps=64, remasking_strategy="sequential")
@@ -307,7 +311,9 @@ class TestLoading:
         with pytest.raises(EngineError, match="takes 3 for the mask token"):
             engine.prepare([GenerationRequest((1, 2), 2, GREEDY)])
 
-    def test_the_log_of_others_stays_as_it_is(self, lmdeploy, tiny):
+    def test_the_log_of_others_stays_as_it_is(self, lmdeploy, tiny, monkeypatch):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "lmdeploy"]:
+            monkeypatch.delitem(sys.modules, name)  # what it does to the log, it does when it is imported
         handler = logging.StreamHandler()
         handler.setLevel(logging.INFO)
         logging.getLogger().addHandler(handler)

@@ -176,7 +176,7 @@ class Engine:
         self.seq_strategy = SeqStrategy(self.length, self.model_config.dllm_mask_token)
         self.sessions: dict[int, Sequence] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.closed = False
+        self.closed, self.most_sessions = False, 0
         faults.made.append(self)
 
     @classmethod
@@ -355,6 +355,7 @@ class Instance:
         param.max_new_tokens = min(param.max_new_tokens, engine.max_session_len - len(input_ids))
         seq = Sequence(session_id, input_ids, param, engine.length, engine.model_config.dllm_mask_token)
         engine.sessions[session_id] = seq
+        engine.most_sessions = max(engine.most_sessions, len(engine.sessions))
         engine.work.set()
         try:
             while True:
