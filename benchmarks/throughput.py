@@ -26,7 +26,7 @@ from sdar_lm_eval import autoload
 from sdar_lm_eval.demo.make import PROMPT
 from sdar_lm_eval.tasks import gsm8k
 
-MODELS = {"native": "sdar", "jetengine": "sdar-jetengine"}
+MODELS = {"native": "sdar", "jetengine": "sdar-jetengine", "lmdeploy": "sdar-lmdeploy"}
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MODELS = {
     "sdar": "sdar_lm_eval.harness:SDARLM",
     "sdar-jetengine": "sdar_lm_eval.harness:SDARJetEngineLM",
+    "sdar-lmdeploy": "sdar_lm_eval.harness:SDARLMDeployLM",
 }
 """Name for `lm_eval --model` -> "module:Class". pyproject.toml declares the same as entry points `lm_eval.models`."""
 

@@ -754,6 +754,25 @@ class SDARJetEngineLM(SDARLM):
     ENGINE_ARGUMENTS = ("gpu_memory_utilization", "tensor_parallel_size", "enforce_eager")
 
 
+class SDARLMDeployLM(SDARLM):
+    """`lm_eval --model sdar-lmdeploy`: an SDAR checkpoint on LMDeploy's PyTorch engine.
+
+    Args:
+        tensor_parallel_size: GPUs that share the weights.
+        data_parallel_size: how many processes `accelerate launch` started, each with its copy of the weights; needs
+            not be said.
+        cache_max_entry_count: the part of the memory that the weights leave, for keys and values; default 0.8.
+        all others: those of `SDARLM` but for kv_pages.
+
+    Raises:
+        UserError: as `SDARLM`, and for what LMDeploy cannot do.
+        EngineError: LMDeploy, something that it needs, or a GPU is missing.
+    """
+
+    ENGINE = "lmdeploy"
+    ENGINE_ARGUMENTS = ("tensor_parallel_size", "data_parallel_size", "cache_max_entry_count")
+
+
 def _cut(text: str, until: Sequence[str]) -> str:
     """Text before the earliest of the stop strings."""
     return text[: min((place for stop in until if (place := text.find(stop)) >= 0), default=len(text))]

@@ -1,0 +1,1 @@
+"""SDAR on LMDeploy's PyTorch engine; `engine.py` is where to begin."""

@@ -1,0 +1,637 @@
+"""SDAR through LMDeploy's PyTorch engine (github.com/InternLM/lmdeploy): several GPUs, and mixtures of experts.
+
+LMDeploy's `pipeline` takes text, and adds stop tokens of its own. What lies below it takes and gives tokens; it is what
+LMDeploy's own benchmarks use: `Engine`, an instance of it for each request that is under way, and `async_stream_infer`,
+which yields a block at a time. The engine lives in an event loop of its own (loop.py).
+
+How blocks are denoised is settled when the engine is made. So requests run in groups of like settings; for another
+strategy, threshold, number of steps or block length it is made anew. Within a group, those that run together have the
+same temperature, top_k, top_p and stop tokens: LMDeploy mixes these up among the requests of a batch
+(strategies/dllm/sampling.py and model_agent.py; see `_together`).
+
+Where a rule is LMDeploy's, the file below lmdeploy/pytorch that has it is named; requirements.py says which versions
+were read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import gc
+import importlib
+import importlib.metadata
+import itertools
+import logging
+import platform
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig
+
+from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult, end_of_answer, to_number
+from sdar_lm_eval.engines.lmdeploy.hooks import (
+    MODEL_TYPES,
+    Forwards,
+    give_seeds,
+    import_lmdeploy,
+    log_kept,
+    register_model_types,
+)
+from sdar_lm_eval.engines.lmdeploy.loop import LoopThread
+from sdar_lm_eval.engines.lmdeploy.requirements import DEVIATIONS, STRATEGIES, find_lmdeploy
+from sdar_lm_eval.errors import EngineError, UserError
+
+logger = logging.getLogger(__name__)
+
+BLOCK_LENGTHS = (1, 2, 4, 8, 16, 32, 64)  # whole numbers of them fill a page, and a chunk of a long prompt
+HEAD_DIMS = (16, 32, 64, 128, 256)
+DTYPES = ("bfloat16", "float16")
+MAX_ACTIVE = 256  # unless the user says otherwise
+PAGE_SIZE = 64  # tokens
+PREFILL_TOKENS = 8192  # LMDeploy's default; longer prompts go in chunks of it
+# What sampling needs for each logit: the weights' dtype, a sorted copy, its indices, probabilities.
+BYTES_PER_LOGIT = 24
+LOGITS_SHARE = 0.1  # of a GPU's memory at most
+PATIENCE = 60.0  # seconds for requests or an engine to end
+
+
+class SDARConfig(PretrainedConfig):  # type: ignore[misc]
+    """config.json as LMDeploy reads it: its keys as attributes, with no code of the checkpoint's."""
+
+    model_type = MODEL_TYPES["sdar"]
+
+
+class SDARMoeConfig(SDARConfig):
+    """The same for SDAR MoE."""
+
+    model_type = MODEL_TYPES["sdar_moe"]
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """What is settled when the engine is made."""
+
+    block_length: int
+    strategy: str
+    steps: int
+    threshold: float
+
+
+class LMDeploy:
+    """SDAR on LMDeploy.
+
+    The weights are loaded when the first requests are there.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        device: "cuda", "cuda:1", ... or "auto".
+        dtype: "bfloat16" or "float16"; "auto" is the checkpoint's own where it is one of them, else bfloat16.
+        max_active: sequences running at once; None: as many as fit, up to 256.
+        tensor_parallel_size: GPUs of this machine that share the weights.
+        data_parallel_size: copies of the model, each with a part of the documents. They are the processes that
+            `accelerate launch` starts, so this can only say how many there are.
+        cache_max_entry_count: the part of the memory that the weights leave, for keys and values.
+
+    Raises:
+        UserError: LMDeploy cannot run this checkpoint, or not with these options; says what can.
+        EngineError: LMDeploy, something that it needs, or a GPU is missing.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_active: int | None = None,
+        tensor_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        cache_max_entry_count: float = 0.8,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._tensor_parallel_size = _positive("tensor_parallel_size", tensor_parallel_size)
+        self._installed = find_lmdeploy(self._tensor_parallel_size)
+        self._max_active = None if max_active is None else _positive("max_active", max_active)
+        self._cache_share = float(to_number("cache_max_entry_count", cache_max_entry_count, whole=False))
+        if not 0 < self._cache_share < 1:
+            raise UserError(f"cache_max_entry_count={cache_max_entry_count} must be between 0 and 1.")
+        self._device = _device(device)
+        self._dtype = _dtype(dtype, checkpoint)
+        self._check_gpus(device, _positive("data_parallel_size", data_parallel_size))
+        self._check_checkpoint()
+        try:
+            self._lmdeploy = import_lmdeploy()
+        except Exception as error:
+            raise EngineError(
+                f"LMDeploy {self._installed.version} cannot be imported: {type(error).__name__}: {error}. Install what "
+                'it lacks, with pip install "sdar-lm-eval[lmdeploy]", or use --model sdar.'
+            ) from error
+        self._engine: Any = None
+        self._loop: LoopThread | None = None
+        self._fixed: _Fixed | None = None
+        self._active = 0  # most sequences that the engine is made for
+        self._sessions = itertools.count(1)
+        self._loads = 0
+
+    # What it says of itself
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """See `Engine.info`."""
+        return {
+            "engine": "lmdeploy",
+            "engine_version": self._installed.version,
+            "engine_commit": self._installed.commit,
+            "device": str(self._device),
+            "dtype": self._dtype,
+            "max_active": self._active or self._max_active or MAX_ACTIVE,
+            "tensor_parallel_size": self._tensor_parallel_size,
+            "data_parallel_size": _world_size(),
+            "cache_max_entry_count": self._cache_share,
+            "loads": self._loads,
+            "deviations": dict(DEVIATIONS),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            **{name: _version(name) for name in ("triton", *(["ray"] if self._tensor_parallel_size > 1 else []))},
+            "python": platform.python_version(),
+            "gpu": torch.cuda.get_device_name(self._device),
+        }
+
+    def peak_memory_bytes(self) -> int:
+        """See `Engine.peak_memory_bytes`; with several GPUs, what is in use on the first one (others allocate it)."""
+        if self._tensor_parallel_size > 1:
+            free, total = torch.cuda.mem_get_info(self._device)
+            return total - free
+        return torch.cuda.max_memory_allocated(self._device)
+
+    # What it refuses
+
+    def _check_gpus(self, device: str, data_parallel_size: int) -> None:
+        """Refuse a number of GPUs that there is not, or that LMDeploy would share out wrongly."""
+        gpus, ranks, tensor_parallel = torch.cuda.device_count(), _world_size(), self._tensor_parallel_size
+        if data_parallel_size not in (1, ranks):
+            raise UserError(
+                f"data_parallel_size={data_parallel_size}, but {ranks} process(es) run. Give each copy of the model a "
+                f"process: accelerate launch --multi_gpu --num_processes {data_parallel_size} -m lm_eval …"
+            )
+        if tensor_parallel == 1:
+            return
+        if ranks > 1:
+            raise UserError(
+                f"tensor_parallel_size={tensor_parallel} in {ranks} processes: each would take the same GPUs. Use one "
+                "process, or tensor_parallel_size=1."
+            )
+        if tensor_parallel > gpus:
+            raise UserError(f"tensor_parallel_size={tensor_parallel}: this machine has {gpus} usable GPU(s).")
+        if device not in ("auto", "cuda"):
+            raise UserError(
+                f"device={device!r} with tensor_parallel_size={tensor_parallel}: LMDeploy takes the first GPUs. Choose "
+                "others by CUDA_VISIBLE_DEVICES, and leave out device."
+            )
+        for name in ("num_attention_heads", "num_key_value_heads", "moe_intermediate_size", "intermediate_size"):
+            value = self._checkpoint.config.get(name)
+            if name == "num_key_value_heads" and value and tensor_parallel % value == 0:
+                continue  # each GPU has one of them
+            if value and value % tensor_parallel:
+                raise UserError(
+                    f"tensor_parallel_size={tensor_parallel} does not divide {name}={value} of checkpoint "
+                    f"{self._checkpoint.name!r}. Choose a number that does."
+                )
+
+    def _check_checkpoint(self) -> None:
+        """Refuse what LMDeploy would get wrong or stumble over.
+
+        Raises:
+            UserError: says what runs it.
+        """
+        config = self._checkpoint.config
+
+        def refuse(what: str) -> None:
+            raise UserError(f"LMDeploy cannot run {self._checkpoint.name!r}: {what}. Use --model sdar.")
+
+        if config.get("hidden_act", "silu") != "silu":  # models/sdar.py: SDARMLP
+            refuse(f"its hidden_act is {config['hidden_act']!r}; LMDeploy takes silu for all")
+        size = _head_dim(config)
+        if size not in HEAD_DIMS:
+            refuse(f"its heads have {size} dimensions; tried are {_listed(HEAD_DIMS)}")
+        self._checkpoint.check_weights()
+
+    def _check(self, requests: Sequence[GenerationRequest]) -> None:
+        """Refuse requests that would be answered wrongly, before any of them runs."""
+        for decoding in {request.decoding for request in requests}:
+            self._check_decoding(decoding)
+        self._check_lengths(requests, self._checkpoint.max_length, f"checkpoint {self._checkpoint.name!r} has")
+
+    def _check_lengths(self, requests: Sequence[GenerationRequest], limit: int, who: str) -> None:
+        for request in requests:
+            if (tokens := _tokens_of(request)) > limit:
+                raise UserError(
+                    f"a request of {len(request.prompt_ids):,} prompt and {request.max_new_tokens:,} new tokens needs "
+                    f"{tokens:,} places in whole blocks; {who} {limit:,}. Lower max_gen_toks or max_length."
+                )
+
+    def _check_decoding(self, decoding: DecodingConfig) -> None:
+        if decoding.remasking_strategy not in STRATEGIES:
+            raise UserError(
+                f"remasking_strategy={decoding.remasking_strategy!r} is not in LMDeploy, which has "
+                f"{_listed(STRATEGIES)}. Choose one of these, or use --model sdar."
+            )
+        if decoding.repetition_penalty != 1:  # strategies/ar/sampling.py: _gather_generated_ids
+            raise UserError(
+                f"repetition_penalty={decoding.repetition_penalty}: LMDeploy counts the answer's tokens alone, not the "
+                "prompt's, and mixes up the values of requests that run together. Use --model sdar, or leave it out."
+            )
+        if decoding.block_length not in BLOCK_LENGTHS:
+            raise UserError(
+                f"block_length={decoding.block_length}: with LMDeploy it can be {_listed(BLOCK_LENGTHS)}. Use --model "
+                "sdar."
+            )
+
+    # Loading
+
+    def prepare(self, requests: Sequence[GenerationRequest]) -> None:
+        """See `Engine.prepare`: checks the requests and loads the weights, for the first group of settings."""
+        self._check(requests)
+        if requests:
+            groups = self._groups(requests)
+            self._load(next(iter(groups)), requests, len(groups))
+
+    def _groups(self, requests: Sequence[GenerationRequest]) -> dict[_Fixed, list[int]]:
+        """Positions of requests by what the engine is made for; those first that it is made for now."""
+        groups: dict[_Fixed, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(_fixed(request.decoding), []).append(index)
+        return dict(sorted(groups.items(), key=lambda group: group[0] != self._fixed))
+
+    def _load(self, fixed: _Fixed, requests: Sequence[GenerationRequest], groups: int) -> None:
+        """Make the engine for these settings, unless it is there; `requests` are all of the run."""
+        active = self._wanted_active(fixed, len(requests))
+        if self._engine is not None and self._fixed == fixed and self._active >= active:
+            return
+        if self._engine is not None:
+            why = "more of them run at once" if self._fixed == fixed else "they are decoded in another way"
+            logger.info(
+                "LMDeploy is loaded once more for the next requests: %s (%s). Its decoding settings hold for all that "
+                "it runs; requests of this run have %d kind(s) of them.", why, fixed, groups,
+            )  # fmt: skip
+            self._unload()
+        try:
+            self._open(fixed, active)
+        except (Exception, SystemExit) as error:  # it exits where it finds something wrong (check_env/base.py)
+            self._unload()
+            raise EngineError(
+                f"LMDeploy {self._installed.version} did not start: {type(error).__name__}: {error}. If memory is "
+                "short, lower max_active or cache_max_entry_count, or raise tensor_parallel_size."
+            ) from error
+        mask = self._engine.model_config.dllm_mask_token
+        if mask != self._checkpoint.mask_token_id:
+            self._unload()
+            raise EngineError(f"LMDeploy takes {mask} for the mask token, not {self._checkpoint.mask_token_id}.")
+        self._fixed, self._active = fixed, active
+        self._loads += 1
+
+    def _wanted_active(self, fixed: _Fixed, number: int) -> int:
+        """Sequences to make room for: a power of 2, or the most that there may be."""
+        _, total = torch.cuda.mem_get_info(self._device)
+        logits = fixed.block_length * self._checkpoint.config["vocab_size"] * BYTES_PER_LOGIT
+        most = max(1, min(self._max_active or MAX_ACTIVE, int(LOGITS_SHARE * total / logits)))
+        return min(most, 1 << (number - 1).bit_length())
+
+    def _open(self, fixed: _Fixed, active: int) -> None:
+        for config_class in (SDARConfig, SDARMoeConfig):
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        register_model_types()
+        engine: Any = importlib.import_module("lmdeploy.pytorch.engine")
+        settings = self._lmdeploy.PytorchEngineConfig(
+            dtype=self._dtype,
+            tp=self._tensor_parallel_size,
+            session_len=self._checkpoint.max_length,
+            max_batch_size=active,
+            cache_max_entry_count=self._cache_share,
+            block_size=PAGE_SIZE,
+            max_prefill_token_num=max(PREFILL_TOKENS, active * fixed.block_length),
+            enable_metrics=False,
+            dllm_block_length=fixed.block_length,
+            dllm_unmasking_strategy=fixed.strategy,
+            dllm_denoising_steps=fixed.steps,
+            dllm_confidence_threshold=fixed.threshold,
+        )
+        torch.cuda.set_device(self._device)
+        with self._checkpoint.clean_folder(_config_for_lmdeploy(self._checkpoint, self._dtype)) as folder, log_kept():
+            self._engine = engine.Engine.from_pretrained(str(folder), engine_config=settings, trust_remote_code=False)
+        give_seeds(self._engine, fixed.block_length)
+        self._forwards = Forwards(self._engine)
+        self._loop = loop = LoopThread(self._device)
+        loop.run(_call(self._engine.start_loop))
+        atexit.register(self._unload)
+
+    def _unload(self) -> None:
+        atexit.unregister(self._unload)
+        engine, loop = self._engine, self._loop
+        self._engine = self._loop = self._fixed = None
+        self._active = 0
+        if loop is not None:
+            try:
+                loop.run(_close(engine), PATIENCE)
+            except Exception as error:
+                logger.warning("LMDeploy did not end: %s: %s", type(error).__name__, error)
+            loop.close()
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    # Running
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
+        """See `Engine.generate`.
+
+        A request with several stop tokens, or a stop string, is ended by this side as soon as a block completes it.
+        """
+        self._check(requests)
+        groups = self._groups(requests)
+        for fixed, indices in groups.items():
+            self._load(fixed, requests, len(groups))
+            self._check_lengths(requests, int(self._engine.max_session_len), "LMDeploy has room for")
+            for together in self._together(requests, indices):
+                yield from self._run(requests, together)
+
+    def _together(self, requests: Sequence[GenerationRequest], indices: Sequence[int]) -> Iterator[list[int]]:
+        """Positions of requests that may run at the same time.
+
+        strategies/dllm/sampling.py gives request i's temperature, top_k and top_p to others of its batch. And where
+        requests have different numbers of stop tokens, the shorter lists are filled up with -1, which is also what
+        strategies/dllm/model_agent.py (_check_stopwords_dllm) makes of a prompt's tokens: they then end the answer.
+        """
+        groups: dict[Any, list[int]] = {}
+        for index in indices:
+            request = requests[index]
+            groups.setdefault((_draw(request.decoding), self._stop_ids(request)), []).append(index)
+        yield from groups.values()
+
+    def _run(
+        self, requests: Sequence[GenerationRequest], indices: Sequence[int]
+    ) -> Iterator[tuple[int, GenerationResult]]:
+        """Run requests that may run together; a crash, or a caller who has enough, loses those under way only."""
+        results: queue.SimpleQueue[tuple[int, GenerationResult] | None] = queue.SimpleQueue()
+
+        async def begin() -> asyncio.Task[None]:
+            return asyncio.create_task(self._serve(requests, indices, results.put))
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.wait([task])
+
+        loop = self._loop
+        assert loop is not None
+        task = loop.run(begin())
+        try:
+            while (result := results.get()) is not None:
+                yield result
+        finally:
+            if self._loop is loop:  # else the engine ended meanwhile, and its requests with it
+                loop.run(end(), PATIENCE)
+        if error := task.exception():
+            self._unload()
+            raise error
+
+    async def _serve(
+        self,
+        requests: Sequence[GenerationRequest],
+        indices: Sequence[int],
+        put: Callable[[tuple[int, GenerationResult] | None], None],
+    ) -> None:
+        """Put each result as it is there, None at the end."""
+        waiting = deque(indices)
+
+        async def work() -> None:
+            instance = self._engine.create_instance()
+            while waiting:
+                index = waiting.popleft()
+                put((index, await self._answer(instance, requests[index])))
+
+        workers = [asyncio.create_task(work()) for _ in range(self._at_once([requests[index] for index in indices]))]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            put(None)
+
+    def _at_once(self, requests: Sequence[GenerationRequest]) -> int:
+        """Sequences that run at once: as many as have pages to their end, so that none is evicted and run again."""
+        config = self._engine.cache_config
+        free = int(config.num_gpu_blocks) - 1  # one is LMDeploy's own
+        largest = sorted((-(-_tokens_of(request) // int(config.block_size)) + 2 for request in requests), reverse=True)
+        fit = sum(total <= free for total in itertools.accumulate(largest))
+        return max(1, min(self._active, len(requests), fit))
+
+    async def _answer(self, instance: Any, request: GenerationRequest) -> GenerationResult:
+        session, tokens, started = next(self._sessions), [], time.perf_counter()
+        stream = instance.async_stream_infer(session, list(request.prompt_ids), gen_config=self._settings(request))
+        finished = False
+        try:
+            async for output in stream:
+                status = output.status.name
+                if status not in ("SUCCESS", "FINISH"):
+                    raise EngineError(
+                        f"LMDeploy {self._installed.version} stopped ({status}); its log says why. Finished answers "
+                        "are kept (--use_cache)."
+                    )
+                tokens += output.token_ids
+                finished = status == "FINISH"
+                if not finished and self._has_ended(tokens, len(output.token_ids), request):
+                    break
+            if not finished:
+                await instance.async_cancel(session)
+        finally:
+            await stream.aclose()
+        end, reason = end_of_answer(tokens, request, self._checkpoint.decode)
+        if not reason:
+            raise EngineError(
+                f"LMDeploy returned {len(tokens)} of {request.max_new_tokens} tokens, and none that ends the answer. "
+                "Finished answers are kept (--use_cache)."
+            )
+        forwards = self._forwards.take(session)
+        # The pass over a prompt that does not fill a block denoises, and does nothing else.
+        prefilled = len(request.prompt_ids) >= request.decoding.block_length
+        return GenerationResult(
+            token_ids=tuple(tokens[:end]),
+            finish_reason=reason,
+            prefill_forwards=forwards.prefill if prefilled else 0,
+            denoising_forwards=forwards.denoising + (0 if prefilled else forwards.prefill),
+            commit_forwards=forwards.commit,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _has_ended(self, tokens: Sequence[int], new: int, request: GenerationRequest) -> bool:
+        """Whether the last tokens hold what ends the answer and LMDeploy does not know or see.
+
+        It sees no stop token in the block that begins with the prompt's last tokens (strategies/dllm/sequence.py:
+        output_start_pos is where that block ends).
+        """
+        if not request.stop_ids.isdisjoint(tokens[-new:]):
+            return True
+        if not request.stop_strings:
+            return False
+        text = self._checkpoint.decode(tokens[-new - max(map(len, request.stop_strings)) :])
+        if not any(string in text for string in request.stop_strings):
+            return False
+        return bool(end_of_answer(tokens, request, self._checkpoint.decode)[1])  # text of all tokens decides
+
+    def _settings(self, request: GenerationRequest) -> Any:
+        """A request's GenerationConfig.
+
+        Stop tokens are those given alone: this way below the pipeline, LMDeploy adds none. `ignore_eos` would forbid
+        them (messages.py: SamplingParam.from_gen_config), not ignore them.
+        """
+        greedy, temperature, top_k, top_p = _draw(request.decoding)
+        vocabulary = self._checkpoint.config["vocab_size"]
+        settings = self._lmdeploy.GenerationConfig(
+            max_new_tokens=request.max_new_tokens,
+            do_sample=not greedy,
+            top_k=0 if top_k >= vocabulary else top_k,
+            top_p=top_p,
+            random_seed=request.seed,
+            stop_token_ids=list(self._stop_ids(request)) or None,
+            bad_token_ids=[self._checkpoint.mask_token_id],
+        )
+        settings.temperature = temperature  # when it is made, it takes none above 2; the engine takes any
+        return settings
+
+    def _stop_ids(self, request: GenerationRequest) -> tuple[int, ...]:
+        """A request's stop tokens, and those that are a stop string by themselves."""
+        ids = set(request.stop_ids)
+        for string in request.stop_strings:
+            encoded = self._checkpoint.tokenizer.encode(string, add_special_tokens=False)
+            if len(encoded) == 1 and string in self._checkpoint.decode(encoded):
+                ids.add(encoded[0])
+        return tuple(sorted(ids))
+
+
+def _fixed(decoding: DecodingConfig) -> _Fixed:
+    """What the engine has to be made for; settings without effect do not count."""
+    dynamic = decoding.remasking_strategy == "low_confidence_dynamic"
+    return _Fixed(
+        block_length=decoding.block_length,
+        strategy=decoding.remasking_strategy,
+        steps=decoding.block_length if dynamic else decoding.steps,
+        threshold=decoding.confidence_threshold if dynamic else DecodingConfig.confidence_threshold,
+    )
+
+
+def _draw(decoding: DecodingConfig) -> tuple[bool, float, int, float]:
+    """How tokens are drawn: greedy, temperature, top_k, top_p; all greedy ones alike.
+
+    Greedy is top_k=1 at temperature 1, so that a confidence is a probability at temperature 1.
+    """
+    if decoding.greedy:
+        return True, 1.0, 1, 1.0
+    return False, decoding.temperature, decoding.top_k, decoding.top_p
+
+
+def _tokens_of(request: GenerationRequest) -> int:
+    """Most tokens of prompt and answer, in whole blocks."""
+    length = request.decoding.block_length
+    return -(-(len(request.prompt_ids) + request.max_new_tokens) // length) * length
+
+
+def _config_for_lmdeploy(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
+    """config.json with all that LMDeploy reads, none of it left to a config class's defaults.
+
+    `rope_parameters` is read in transformers 4 too (nn/rotary_embedding.py: get_rope_parameters). `sliding_window`
+    counts whatever `use_sliding_window` says (models/sdar.py).
+    """
+    config = checkpoint.config
+    left_out = ("auto_map", "rope_theta", "rope_scaling", "dtype", "quantization_config", "attn_implementation")
+    own = config.get("rope_parameters") or {}
+    rope = {"rope_type": "default", **(config.get("rope_scaling") or {}), **own}
+    rope["rope_theta"] = own.get("rope_theta", config.get("rope_theta", 10000.0))
+    if "type" in rope:  # its older name
+        rope["rope_type"] = rope.pop("type")
+    return {
+        "attention_bias": False,
+        "bos_token_id": None,
+        "decoder_sparse_step": 1,
+        "eos_token_id": None,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+        **{key: value for key, value in config.items() if key not in left_out},
+        "architectures": ["SDARMoeForCausalLM" if checkpoint.is_moe else "SDARForCausalLM"],
+        "head_dim": _head_dim(config),
+        "mask_token_id": checkpoint.mask_token_id,
+        "model_type": MODEL_TYPES[config["model_type"]],
+        "pad_token_id": None,
+        "rope_parameters": rope,
+        "sliding_window": None,
+        "torch_dtype": dtype,
+        "use_sliding_window": False,
+    }
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+async def _call(function: Callable[[], Any]) -> Any:
+    return function()
+
+
+async def _close(engine: Any) -> None:
+    """End an engine in its own loop, and wait until its memory is free."""
+    engine.close()
+    with contextlib.suppress(asyncio.CancelledError):
+        await engine.wait_tasks()
+
+
+def _positive(name: str, value: Any) -> int:
+    number = int(to_number(name, value, whole=True))
+    if number < 1:
+        raise UserError(f"{name}={value} is out of range: it must be 1 or more.")
+    return number
+
+
+def _device(device: str) -> torch.device:
+    resolved = torch.device("cuda" if device == "auto" else device)
+    if resolved.type != "cuda":
+        raise UserError(f"device={device!r}: LMDeploy runs on a GPU only; choose cuda or cuda:N, or use --model sdar.")
+    index = torch.cuda.current_device() if resolved.index is None else resolved.index
+    if index >= torch.cuda.device_count():
+        raise UserError(f"device={device!r}: this machine has {torch.cuda.device_count()} usable GPU(s).")
+    return torch.device("cuda", index)
+
+
+def _dtype(dtype: str, checkpoint: Checkpoint) -> str:
+    dtype = dtype.removeprefix("torch.")
+    own = str(checkpoint.config.get("torch_dtype") or checkpoint.config.get("dtype"))
+    if dtype == "auto":
+        return own if own in DTYPES else "bfloat16"
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r}: LMDeploy takes {_listed(DTYPES)} or auto; for others use --model sdar.")
+    return dtype
+
+
+def _world_size() -> int:
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))

@@ -1,0 +1,1 @@
+from . import sdar as sdar

@@ -1,0 +1,1 @@
+enable_check_env = True
