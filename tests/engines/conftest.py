@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import lmdeploy_standin
 import pytest
 from jetengine_standin import VERSIONS, standin
 from support import random_checkpoint, read_weights, write_weights
 
 from sdar_lm_eval import Checkpoint, make_engine
 
-KINDS = ("native", *(f"jetengine {version}" for version in VERSIONS))
+KINDS = ("native", *(f"jetengine {version}" for version in VERSIONS), "lmdeploy")
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +34,9 @@ def open_engine(request):
     name, _, version = request.param.partition(" ")
     if name == "native":
         yield lambda checkpoint, **options: make_engine("native", checkpoint, device="cpu", **options)
+    elif name == "lmdeploy":
+        with lmdeploy_standin.standin():
+            yield lambda checkpoint, **options: make_engine("lmdeploy", checkpoint, **options)
     else:
         with standin(version) as shared:
             shared.faults.alone = False
