@@ -18,7 +18,7 @@ from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.gsm8k_json import convert, is_gsm8k, read_run
 from sdar_lm_eval.report.run import Counts
 from sdar_lm_eval.runs.settings import Run
-from sdar_lm_eval.runs.shards import ANSWERS
+from sdar_lm_eval.runs.shards import ANSWERS, task_manager
 
 REPORT = "report.json"
 """Name of the file that a published result has: what the user gets."""
@@ -146,6 +146,7 @@ def publish(run: Run, folder: Path) -> Path:
         gen_kwargs=call["gen_kwargs"],
         limit=call["limit"],
         evaluation_tracker=tracker,
+        task_manager=task_manager(run.tasks),
         confirm_run_unsafe_code=True,
     )
     assert results is not None

@@ -10,6 +10,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager, get_task_dict
 from lm_eval.utils import setup_logging
 
+from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.runs.settings import Run
 
@@ -32,9 +33,10 @@ def answer_shard(run: Run, folder: Path, shard: int, shards: int, **model_args: 
         EngineError: the engine stopped; finished answers are in the folder.
     """
     setup_logging("INFO")
-    call = run.harness_call(**model_args, answers=str(folder / ANSWERS))
+    manager = task_manager(run.tasks)
+    call = run.harness_call(**model_args, answers=str(folder / ANSWERS)) | {"task_manager": manager}
     if shards > 1:
-        share = share_of(documents_of(run.tasks, run.num_samples), shard, shards)
+        share = share_of(documents_of(run.tasks, run.num_samples, manager), shard, shards)
         if not share:
             return
         call |= {"samples": share, "limit": None, "tasks": list(share)}
@@ -42,13 +44,22 @@ def answer_shard(run: Run, folder: Path, shard: int, shards: int, **model_args: 
     lm_eval.simple_evaluate(**call, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=True)
 
 
-def documents_of(tasks: Sequence[str], num_samples: int | None) -> dict[str, int]:
+def task_manager(tasks: Sequence[str]) -> TaskManager:
+    """Return a manager that knows these tasks.
+
+    Where they are ours it knows no others: to read the names of the harness's thousands takes seconds, of a GPU's time.
+    """
+    ours = TaskManager(include_path=TASKS, include_defaults=False)
+    return ours if all(task in ours.all_tasks for task in tasks) else TaskManager()
+
+
+def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskManager | None = None) -> dict[str, int]:
     """Return how many documents of each task are evaluated, groups resolved into their tasks.
 
     Raises:
         UserError: no such task, or one that asks for log-likelihoods.
     """
-    manager = TaskManager()
+    manager = manager or task_manager(tasks)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise UserError(f"--tasks {', '.join(unknown)}: unknown to the harness. `lm_eval ls tasks` lists all.")
