@@ -112,7 +112,10 @@ def image_of(engine: str) -> modal.Image:
 
 
 def engine_asked_for(words: list[str]) -> str:
-    """Return `--engine` of a command line: images are built before the entrypoint below is called with its flags."""
+    """Return `--engine` of a command line: images are built before the entrypoint below is called with its flags.
+
+    A container gets what was built, so there it makes no difference.
+    """
     engine = "jetengine"
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word == "--engine":
@@ -291,7 +294,9 @@ def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: 
         ]
         on_gpu = evaluate.with_options(gpu=gpu, timeout=timeout, max_containers=len(parts))
         for part, outcome in zip(parts, on_gpu.starmap(parts, return_exceptions=True), strict=True):
-            error = f"{type(outcome).__name__}: {outcome}" if isinstance(outcome, BaseException) else outcome.get("error")
+            error = (
+                f"{type(outcome).__name__}: {outcome}" if isinstance(outcome, BaseException) else outcome.get("error")
+            )
             if error:
                 failed.append(f"{part[1]}, shard {part[4]} of {shards}: {error}")
         # Also where a shard failed: the others' answers are there, and it says which documents are not.

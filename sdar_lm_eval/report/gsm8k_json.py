@@ -63,15 +63,17 @@ def convert(path: Path, task: str | None = None, filter_name: str | None = None)
     """
     results, samples_of = read_run(path)
     known = [name for name in results["configs"] if is_gsm8k(samples_of(name))]
+    if not known:
+        missing = [name for name in results["configs"] if not samples_of(name)]
+        what = "samples (--log_samples)" if missing else "GSM8K's questions and answers, scored by exact_match"
+        raise UserError(f"{str(path)!r} has no {what}: the run was of {', '.join(results['configs'])}.")
     if task is None and len(known) == 1:
         task = known[0]
-    if task not in known:
-        if not known:
-            missing = [name for name in results["configs"] if not samples_of(name)]
-            what = "samples (--log_samples)" if missing else "GSM8K's questions and answers, scored by exact_match"
-            raise UserError(f"{str(path)!r} has no {what}: the run was of {', '.join(results['configs'])}.")
+    if task is None or task not in known:
         given = "several tasks of GSM8K" if task is None else f"no task {task!r} of GSM8K"
-        raise UserError(f"{str(path)!r} has {given}; give --task {' or '.join(known)}.{did_you_mean(task or '', known)}")
+        raise UserError(
+            f"{str(path)!r} has {given}; give --task {' or '.join(known)}.{did_you_mean(task or '', known)}"
+        )
     samples = samples_of(task)
     filters = list(dict.fromkeys(str(sample["filter"]) for sample in samples))
     if filter_name is None:

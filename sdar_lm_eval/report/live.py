@@ -79,7 +79,9 @@ class Live:
             return None
         try:
             verdict = judge(instance.doc, text)
-        except Exception as error:  # a variant of the task with other documents: the answer is worth more than its verdict
+        except (
+            Exception
+        ) as error:  # a variant of the task with other documents: the answer is worth more than its verdict
             logger.warning("Live accuracy is switched off: %s: %s", type(error).__name__, error)
             self._judges.clear()
             self.knows_accuracy = False

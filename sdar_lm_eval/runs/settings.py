@@ -168,7 +168,9 @@ def runs_from_flags(
         raise UserError(f"--engine {engine} is unknown; choose {', '.join(ENGINES)}.{did_you_mean(engine, ENGINES)}")
     if ENGINES[engine] not in MODELS:
         here = ", ".join(name for name, model in ENGINES.items() if model in MODELS)
-        raise UserError(f"--engine {engine} needs --model {ENGINES[engine]}, which this version has not; choose {here}.")
+        raise UserError(
+            f"--engine {engine} needs --model {ENGINES[engine]}, which this version has not; choose {here}."
+        )
     if not model_name.strip():
         raise UserError("--model-name is empty. Give a hub id such as JetLM/SDAR-4B-Chat, or a folder's name.")
     for flag, number in (("--num-samples", num_samples), ("--max-gen-length", max_gen_length)):
@@ -217,7 +219,9 @@ def _sources_digest() -> str:
     digest = hashlib.sha256()
     for source in _SOURCES:
         root = _PACKAGE / source
-        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix == ".py" or "yaml" in p.name)
+        files = (
+            [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix == ".py" or "yaml" in p.name)
+        )
         for file in files:
             digest.update(file.relative_to(_PACKAGE).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

@@ -91,7 +91,7 @@ def share_of(documents: Mapping[str, int], shard: int, shards: int) -> dict[str,
 
 
 def _leaves(found: Mapping[Any, Any]) -> dict[str, Any]:
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for name, value in found.items():
         if isinstance(value, Mapping):
             leaves |= _leaves(value)

@@ -236,7 +236,9 @@ class ControlPlane:
 
     def volumes_of(self, function: str) -> dict[str, str]:
         """Return mount path -> volume of a function."""
-        return {m.mount_path: m.volume_id.removeprefix("vo-") for m in self.functions[function].definition.volume_mounts}
+        return {
+            m.mount_path: m.volume_id.removeprefix("vo-") for m in self.functions[function].definition.volume_mounts
+        }
 
     def _client_environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("MODAL_", "HF_", "SDAR_"))}
@@ -251,29 +253,29 @@ class ControlPlane:
 
     # The app
 
-    def ClientHello(self, _: Any) -> dict[str, Any]:  # noqa: N802
+    def ClientHello(self, _: Any) -> dict[str, Any]:
         return {}
 
-    def AppCreate(self, _: Any) -> dict[str, Any]:  # noqa: N802
+    def AppCreate(self, _: Any) -> dict[str, Any]:
         self._logs = asyncio.Queue()
         return {"app_id": "ap-1", "app_page_url": "http://app", "app_logs_url": "http://logs"}
 
-    def EnvironmentGetOrCreate(self, _: Any) -> dict[str, Any]:  # noqa: N802
+    def EnvironmentGetOrCreate(self, _: Any) -> dict[str, Any]:
         settings = {"image_builder_version": "2025.06"}
         return {"environment_id": "en-1", "metadata": {"name": "main", "settings": settings}}
 
-    def AppHeartbeat(self, _: Any) -> dict[str, Any]:  # noqa: N802
+    def AppHeartbeat(self, _: Any) -> dict[str, Any]:
         return {}
 
-    def AppPublish(self, _: Any) -> dict[str, Any]:  # noqa: N802
+    def AppPublish(self, _: Any) -> dict[str, Any]:
         return {"url": "http://app"}
 
-    def AppClientDisconnect(self, _: Any) -> dict[str, Any]:  # noqa: N802
+    def AppClientDisconnect(self, _: Any) -> dict[str, Any]:
         if self._logs is not None:
             self._logs.put_nowait(None)
         return {}
 
-    async def AppGetLogs(self, request: Any, stream: Any) -> None:  # noqa: N802
+    async def AppGetLogs(self, request: Any, stream: Any) -> None:
         assert self._logs is not None
         with contextlib.suppress(asyncio.TimeoutError):
             while True:
@@ -289,13 +291,12 @@ class ControlPlane:
 
     # Files
 
-    def MountBatchedCheckExistence(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def MountBatchedCheckExistence(self, request: Any) -> dict[str, Any]:
         return {"missing_sha256_hex_hashes": [sha for sha in request.sha256_hex_hashes if sha not in self._files]}
 
-    def MountPutFile(self, request: Any) -> dict[str, Any]:  # noqa: N802
-        if request.sha256_hex not in self._files and not (request.data or request.data_blob_id or not request.sha256_hex):
-            if request.sha256_hex != hashlib.sha256(b"").hexdigest():
-                return {"exists": False}
+    def MountPutFile(self, request: Any) -> dict[str, Any]:
+        if not request.data and not request.data_blob_id and request.sha256_hex != hashlib.sha256(b"").hexdigest():
+            return {"exists": request.sha256_hex in self._files}  # the client asks before it sends
         if request.data_blob_id:
             self._files[request.sha256_hex] = self._blobs[request.data_blob_id]
         else:
@@ -305,7 +306,7 @@ class ControlPlane:
             self._files[request.sha256_hex] = path
         return {"exists": True}
 
-    def BlobCreate(self, _: Any) -> dict[str, Any]:  # noqa: N802
+    def BlobCreate(self, _: Any) -> dict[str, Any]:
         blob = self._id("bl")
         url = f"{self._http}/blob/{blob}"
         # As older clients read it, and as newer ones do.
@@ -319,23 +320,23 @@ class ControlPlane:
         self._blobs[request.match_info["id"]] = path
         return web.Response(headers={"ETag": hashlib.md5(content).hexdigest()})
 
-    def MountGetOrCreate(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def MountGetOrCreate(self, request: Any) -> dict[str, Any]:
         mount = self._id("mo")
         self._mounts[mount] = list(request.files)
         return {"mount_id": mount, "handle_metadata": {}}
 
-    def VolumeGetOrCreate(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def VolumeGetOrCreate(self, request: Any) -> dict[str, Any]:
         self.volume(request.deployment_name)
         return {"volume_id": f"vo-{request.deployment_name}", "metadata": {"name": request.deployment_name}}
 
-    def VolumeCommit(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def VolumeCommit(self, request: Any) -> dict[str, Any]:
         self.commits[request.volume_id.removeprefix("vo-")] += 1
         return {}
 
-    def VolumeReload(self, _: Any) -> dict[str, Any]:  # noqa: N802
+    def VolumeReload(self, _: Any) -> dict[str, Any]:
         return {}
 
-    def VolumeGetFile2(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def VolumeGetFile2(self, request: Any) -> dict[str, Any]:
         name = request.volume_id.removeprefix("vo-")
         path = self.volume(name) / request.path.lstrip("/")
         if not path.is_file():
@@ -349,22 +350,22 @@ class ControlPlane:
 
     # Images, secrets, functions
 
-    def ImageGetOrCreate(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def ImageGetOrCreate(self, request: Any) -> dict[str, Any]:
         image = self._id("im")
         bases = [base.image_id for base in request.image.base_images]
         self.images[image] = Image(list(request.image.dockerfile_commands), bases[0] if bases else None)
         metadata = {"image_builder_version": "2025.06", "python_version_info": "3.11.9"}
         return {"image_id": image, "result": {"status": SUCCESS}, "metadata": metadata}
 
-    def SecretGetOrCreate(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def SecretGetOrCreate(self, request: Any) -> dict[str, Any]:
         secret = self._id("st")
         self._secrets[secret] = dict(request.env_dict)
         return {"secret_id": secret}
 
-    def FunctionPrecreate(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def FunctionPrecreate(self, request: Any) -> dict[str, Any]:
         return {"function_id": f"fu-{request.function_name}", "handle_metadata": self._handle(request.function_name)}
 
-    def FunctionCreate(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def FunctionCreate(self, request: Any) -> dict[str, Any]:
         definition = request.function if request.HasField("function") else request.function_data
         name = definition.function_name
         self.functions[name] = Function(name, definition)
@@ -376,7 +377,7 @@ class ControlPlane:
             "handle_metadata": self._handle(name),
         }
 
-    def FunctionBindParams(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def FunctionBindParams(self, request: Any) -> dict[str, Any]:
         base = self.functions[request.function_id.removeprefix("fu-")]
         variant = f"{request.function_id}/{next(self._numbers)}"
         self.variants[variant] = Function(base.name, base.definition, request.function_options)
@@ -395,13 +396,13 @@ class ControlPlane:
 
     # Calls
 
-    def FunctionMap(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def FunctionMap(self, request: Any) -> dict[str, Any]:
         call = self._id("fc")
         self._calls[call] = Call(request.function_id)
         inputs = self._accept(call, request.pipelined_inputs)
         return {"function_call_id": call, "function_call_jwt": call, "pipelined_inputs": inputs}
 
-    def FunctionPutInputs(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def FunctionPutInputs(self, request: Any) -> dict[str, Any]:
         return {"inputs": self._accept(request.function_call_id, request.inputs)}
 
     def _accept(self, call_id: str, items: Any) -> list[Any]:
@@ -415,7 +416,7 @@ class ControlPlane:
             accepted.append({"idx": item.idx, "input_id": input_id, "input_jwt": input_id})
         return accepted
 
-    async def FunctionGetOutputs(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    async def FunctionGetOutputs(self, request: Any) -> dict[str, Any]:
         call = self._calls[request.function_call_id]
         start = 0 if request.last_entry_id in ("", "0-0") else int(request.last_entry_id)
         ends = time.monotonic() + min(request.timeout, 50)
@@ -438,7 +439,8 @@ class ControlPlane:
                     idx, _ = call.inputs[input_id]
                     failure = api_pb2.GenericResult.GENERIC_STATUS_FAILURE
                     result = {"status": failure, "exception": f"the container ended with {code}"}
-                    call.outputs.append(_make(api_pb2.FunctionGetOutputsItem, idx=idx, input_id=input_id, result=result))
+                    item = _make(api_pb2.FunctionGetOutputsItem, idx=idx, input_id=input_id, result=result)
+                    call.outputs.append(item)
                     call.changed.set()
 
     async def _container(self, function: Function, call_id: str, input_id: str) -> int | str:
@@ -498,9 +500,7 @@ class ControlPlane:
         for line in process.stdout:
             assert self._logs is not None
             text = line.decode("utf-8", "replace")
-            self._loop.call_soon_threadsafe(
-                self._logs.put_nowait, (container, text, api_pb2.FILE_DESCRIPTOR_STDOUT)
-            )
+            self._loop.call_soon_threadsafe(self._logs.put_nowait, (container, text, api_pb2.FILE_DESCRIPTOR_STDOUT))
 
     def _container_environment(self, function: Function, home: Path, container: str) -> dict[str, str]:
         mounted = {m.mount_path: m.volume_id.removeprefix("vo-") for m in function.definition.volume_mounts}
@@ -534,13 +534,13 @@ class ControlPlane:
         mounts = [*definition.mount_ids, *([definition.mount_id] if getattr(definition, "mount_id", "") else [])]
         return [file for mount in mounts for file in self._mounts[mount]]
 
-    def ContainerHello(self, _: Any) -> dict[str, Any]:  # noqa: N802
+    def ContainerHello(self, _: Any) -> dict[str, Any]:
         return {}
 
-    def ContainerHeartbeat(self, _: Any) -> dict[str, Any]:  # noqa: N802
+    def ContainerHeartbeat(self, _: Any) -> dict[str, Any]:
         return {}
 
-    def FunctionGetInputs(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def FunctionGetInputs(self, request: Any) -> dict[str, Any]:
         waiting = self._waiting.pop(request.function_id, None)
         if waiting is None:
             return {"inputs": [{"kill_switch": True}]}
@@ -549,7 +549,7 @@ class ControlPlane:
         item = {"input_id": input_id, "input": content, "function_call_id": call_id, "function_map_idx": idx}
         return {"inputs": [item]}
 
-    def FunctionPutOutputs(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def FunctionPutOutputs(self, request: Any) -> dict[str, Any]:
         for item in request.outputs:
             call = next(call for call in self._calls.values() if item.input_id in call.inputs)
             idx, _ = call.inputs[item.input_id]
@@ -565,7 +565,7 @@ class ControlPlane:
             call.changed.set()
         return {}
 
-    def TaskResult(self, request: Any) -> dict[str, Any]:  # noqa: N802
+    def TaskResult(self, request: Any) -> dict[str, Any]:
         print(f"control plane: a container could not start: {request.result.exception}", file=sys.stderr)
         return {}
 
@@ -573,4 +573,3 @@ class ControlPlane:
 def _make(kind: Any, **fields: Any) -> Any:
     """Make a message, of the fields that it has."""
     return kind(**{name: value for name, value in fields.items() if name in kind.DESCRIPTOR.fields_by_name})
-
