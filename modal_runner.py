@@ -7,7 +7,7 @@
     modal run modal_runner.py --confidence-threshold 0.8,0.85,0.9 --remasking-strategy low_confidence_dynamic,sequential
 
     prepare    CPU: the checkpoint is fetched, and its fingerprint and the number of documents are known
-    evaluate   GPU: the harness call that a local user makes, on one shard; answers go to the results volume as they come
+    evaluate   GPU: the harness call that a local user makes, on one shard; answers go to the results volume at once
     publish    CPU: the harness scores all answers in one pass
 
 This is the only file that knows Modal. What a flag means is in sdar_lm_eval/runs.
@@ -24,9 +24,10 @@ from typing import Any, Literal
 
 import modal
 
+from sdar_lm_eval.autoload import MODELS as KNOWN_MODELS
 from sdar_lm_eval.errors import SDARError, UserError
 from sdar_lm_eval.runs import summary
-from sdar_lm_eval.runs.settings import DEFAULT_TASK, Run, runs_from_flags
+from sdar_lm_eval.runs.settings import DEFAULT_TASK, ENGINES, Run, runs_from_flags
 
 Engine = Literal["jetengine", "native", "lmdeploy"]
 GPU = "H100!"  # an H100 and nothing else; plain "H100" may become an H200
@@ -51,7 +52,7 @@ HARNESS = (
 BUILD = ("ninja==1.13.2", "packaging==26.3", "psutil==7.2.2", "setuptools==80.9.0", "wheel==0.45.1")
 FLASH_ATTN = "flash-attn==2.8.3"
 JETENGINE_NEEDS = ("flashinfer-python==0.5.3", "liger-kernel==0.8.5", "xxhash==4.1.0", TRANSFORMERS)
-LMDEPLOY = "lmdeploy==0.18.0"
+LMDEPLOY = ("lmdeploy==0.18.0", "torch==2.12.1", "transformers==5.24.0")
 
 MODELS, RESULTS = "/models", "/results"
 ENVIRONMENT = {
@@ -74,7 +75,7 @@ def jetengine_requirement() -> str:
 def pins(engine: str) -> tuple[str, ...]:
     """Return what an engine's image is made of, as far as answers may depend on it."""
     if engine == "lmdeploy":
-        return (LMDEPLOY, *(pin for pin in HARNESS if pin != TRANSFORMERS))
+        return (*LMDEPLOY, *(pin for pin in HARNESS if not pin.startswith(("transformers", "huggingface_hub"))))
     if engine == "jetengine":
         return (*TORCH, *HARNESS, *JETENGINE_NEEDS, FLASH_ATTN, jetengine_requirement())
     return (*TORCH, *HARNESS)
@@ -86,6 +87,8 @@ def image_of(engine: str) -> modal.Image:
     def install(image: modal.Image, *packages: str, **options: Any) -> modal.Image:
         return image.uv_pip_install(*packages, uv_version=UV, **options)
 
+    if ENGINES.get(engine) not in KNOWN_MODELS:
+        return modal.Image.debian_slim(PYTHON)  # nothing will run: the entrypoint refuses it
     torch_index = {"extra_index_url": TORCH_INDEX, "extra_options": "--index-strategy unsafe-best-match"}
     if engine == "jetengine":
         image = modal.Image.from_registry(CUDA_IMAGE, add_python=PYTHON).entrypoint([])
@@ -98,8 +101,7 @@ def image_of(engine: str) -> modal.Image:
         image = image.run_commands("python -c 'import torch, flash_attn; print(torch.__version__, torch.version.cuda)'")
         image = install(image, *TORCH, *HARNESS, **torch_index)
     elif engine == "lmdeploy":
-        # LMDeploy says which torch and transformers it runs with.
-        image = install(modal.Image.debian_slim(PYTHON), *pins(engine))
+        image = install(modal.Image.debian_slim(PYTHON).apt_install("gcc", "libc6-dev"), *pins(engine))
     else:
         # Triton compiles its kernels' launchers where they are first run.
         image = install(modal.Image.debian_slim(PYTHON).apt_install("gcc", "libc6-dev"), *TORCH, **torch_index)
@@ -294,9 +296,8 @@ def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: 
         ]
         on_gpu = evaluate.with_options(gpu=gpu, timeout=timeout, max_containers=len(parts))
         for part, outcome in zip(parts, on_gpu.starmap(parts, return_exceptions=True), strict=True):
-            error = (
-                f"{type(outcome).__name__}: {outcome}" if isinstance(outcome, BaseException) else outcome.get("error")
-            )
+            raised = isinstance(outcome, BaseException)
+            error = f"{type(outcome).__name__}: {outcome}" if raised else outcome.get("error")
             if error:
                 failed.append(f"{part[1]}, shard {part[4]} of {shards}: {error}")
         # Also where a shard failed: the others' answers are there, and it says which documents are not.

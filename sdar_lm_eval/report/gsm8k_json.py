@@ -71,9 +71,8 @@ def convert(path: Path, task: str | None = None, filter_name: str | None = None)
         task = known[0]
     if task is None or task not in known:
         given = "several tasks of GSM8K" if task is None else f"no task {task!r} of GSM8K"
-        raise UserError(
-            f"{str(path)!r} has {given}; give --task {' or '.join(known)}.{did_you_mean(task or '', known)}"
-        )
+        hint = did_you_mean(task or "", known)
+        raise UserError(f"{str(path)!r} has {given}; give --task {' or '.join(known)}.{hint}")
     samples = samples_of(task)
     filters = list(dict.fromkeys(str(sample["filter"]) for sample in samples))
     if filter_name is None:

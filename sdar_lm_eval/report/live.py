@@ -1,8 +1,8 @@
 """What is right and wrong, told while answers come in: live accuracy, and a log of each example.
 
 The harness scores when all answers are there, and its scores are the ones that count. Until then a task's *judge* says
-what it will find: `JUDGES` names a task's, a function (document, answer) -> `Verdict` that applies one of the task's own
-filters and its metric. A task without one has no live accuracy.
+what it will find: `JUDGES` names a task's, a function (document, answer) -> `Verdict` that applies one of the task's
+own filters and its metric. A task without one has no live accuracy.
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ class Live:
             return None
         try:
             verdict = judge(instance.doc, text)
-        except (
-            Exception
-        ) as error:  # a variant of the task with other documents: the answer is worth more than its verdict
+        except Exception as error:  # say, a user's variant with other documents; the run is worth more than a verdict
             logger.warning("Live accuracy is switched off: %s: %s", type(error).__name__, error)
             self._judges.clear()
             self.knows_accuracy = False
@@ -109,8 +107,8 @@ class Live:
             "=" * 80,
             f"Example {self._answered}/{self._total}",
             f"Question: {_question(instance)}",
-            f"Generated: {len(result.token_ids)} tokens in {blocks} blocks and {result.seconds:.2f} s ({speed:.1f} tok/s; "
-            f"the prompt has {len(request.prompt_ids)}; ended by {result.finish_reason})",
+            f"Generated: {len(result.token_ids)} tokens in {blocks} blocks and {result.seconds:.2f} s ({speed:.1f} "
+            f"tok/s; the prompt has {len(request.prompt_ids)}; ended by {result.finish_reason})",
             *_denoised(request, result),
             f"Text: {text}",
         ]

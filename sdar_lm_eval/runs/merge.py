@@ -15,6 +15,7 @@ from lm_eval.utils import setup_logging
 
 from sdar_lm_eval.answers import Session, busy_seconds, differences, key_of, read_sessions, united
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.gen_kwargs import read_generation
 from sdar_lm_eval.report.gsm8k_json import convert, is_gsm8k, read_run
 from sdar_lm_eval.report.run import Counts
 from sdar_lm_eval.runs.settings import Run
@@ -44,8 +45,8 @@ class RecordedLM(LM):  # type: ignore[misc]
             if session.settings != sessions[0].settings:
                 told = differences(sessions[0].settings, session.settings)
                 raise UserError(
-                    f"Answers of different settings cannot be one result: {sessions[0].path} and {session.path} ({told}). "
-                    "Move away those that you don't want."
+                    f"Answers of different settings cannot be one result: {sessions[0].path} and {session.path} "
+                    f"({told}). Move away those that you don't want."
                 )
         self._sessions = sessions
         self._answers = united(sessions)
@@ -62,7 +63,8 @@ class RecordedLM(LM):  # type: ignore[misc]
         for instance in requests:
             repeat = seen[id(instance)] = seen.get(id(instance), -1) + 1
             # An answer without chance is recorded once for all repeats.
-            line = self._answers.get(key_of(instance, repeat)) or self._answers.get(key_of(instance, 0))
+            drawn = read_generation(instance.args[1], {}).is_drawn
+            line = self._answers.get(key_of(instance, repeat if drawn else 0))
             if line is None:
                 missing.append((str(instance.task_name), int(instance.doc_id)))
                 continue
@@ -73,8 +75,8 @@ class RecordedLM(LM):  # type: ignore[misc]
             named = ", ".join(f"{task} {document}" for task, document in documents[:NAMED])
             more = f" and {len(documents) - NAMED:,} more" if len(documents) > NAMED else ""
             raise UserError(
-                f"{len(documents):,} of {len({id(r) for r in requests}):,} documents have no answer yet: {named}{more}. "
-                "Nothing is published. Run the same command again: it answers what is missing."
+                f"{len(documents):,} of {len({id(r) for r in requests}):,} documents have no answer yet: "
+                f"{named}{more}. Nothing is published. Run the same command again: it answers what is missing."
             )
         return texts
 

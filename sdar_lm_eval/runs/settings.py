@@ -6,6 +6,7 @@ samples (0.0 is greedy), at most 512 new tokens for GSM8K.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -168,9 +169,7 @@ def runs_from_flags(
         raise UserError(f"--engine {engine} is unknown; choose {', '.join(ENGINES)}.{did_you_mean(engine, ENGINES)}")
     if ENGINES[engine] not in MODELS:
         here = ", ".join(name for name, model in ENGINES.items() if model in MODELS)
-        raise UserError(
-            f"--engine {engine} needs --model {ENGINES[engine]}, which this version has not; choose {here}."
-        )
+        raise UserError(f"--engine {engine} needs --model {ENGINES[engine]}, which this version lacks; choose {here}.")
     if not model_name.strip():
         raise UserError("--model-name is empty. Give a hub id such as JetLM/SDAR-4B-Chat, or a folder's name.")
     for flag, number in (("--num-samples", num_samples), ("--max-gen-length", max_gen_length)):
@@ -178,17 +177,19 @@ def runs_from_flags(
             raise UserError(f"{flag} {number} is out of range: it must be 1 or more.")
     if seed < 0:
         raise UserError(f"--seed {seed} is out of range: it must be 0 or more.")
-    readers: dict[str, tuple[str, Callable[[str], Any]]] = {
-        "block_length": (block_length, lambda text: to_number("--block-length", text, whole=True)),
-        "denoising_steps": (denoising_steps, lambda text: to_number("--denoising-steps", text, whole=True)),
-        "temperature": (temperature, lambda text: to_number("--temperature", text, whole=False)),
-        "remasking_strategy": (remasking_strategy, str),
-        "confidence_threshold": (confidence_threshold, lambda text: to_number("--confidence-threshold", text, whole=False)),
-    }  # fmt: skip
-    values = [
-        list(dict.fromkeys(read(value) for value in _listed(f"--{name.replace('_', '-')}", text)))
-        for name, (text, read) in readers.items()
-    ]
+    whole = functools.partial(to_number, whole=True)
+    real = functools.partial(to_number, whole=False)
+    given: dict[str, tuple[str, Callable[[str, str], Any]]] = {
+        "block_length": (block_length, whole),
+        "denoising_steps": (denoising_steps, whole),
+        "temperature": (temperature, real),
+        "remasking_strategy": (remasking_strategy, lambda _, text: text),
+        "confidence_threshold": (confidence_threshold, real),
+    }
+    values = []
+    for name, (text, read) in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        values.append(list(dict.fromkeys(read(flag, value) for value in _listed(flag, text))))
     runs = [
         Run(
             model_name=model_name,
@@ -196,7 +197,7 @@ def runs_from_flags(
             engine=engine,
             tasks=tuple(dict.fromkeys(_listed("--tasks", tasks))),
             num_samples=num_samples,
-            decoding=DecodingConfig(**dict(zip(readers, combination, strict=True))),
+            decoding=DecodingConfig(**dict(zip(given, combination, strict=True))),
             max_gen_length=max_gen_length,
             seed=seed,
             verbose=verbose,

@@ -67,8 +67,8 @@ def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskMan
     scored = [name for name, task in found.items() if task.OUTPUT_TYPE != "generate_until"]
     if scored:
         raise UserError(
-            f"--tasks {', '.join(scored[:5])}: ask for log-likelihoods, of which no finished ones are kept. Run them by "
-            "`lm_eval --model sdar`, or choose tasks that generate, such as gsm8k_sdar."
+            f"--tasks {', '.join(scored[:5])}: ask for log-likelihoods, of which no finished ones are kept. Run them "
+            "by `lm_eval --model sdar`, or choose tasks that generate, such as gsm8k_sdar."
         )
     return {
         name: len(task.eval_docs) if num_samples is None else min(num_samples, len(task.eval_docs))
