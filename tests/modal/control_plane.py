@@ -19,7 +19,7 @@ What is and is not like the real one:
   not noticed.
 - A container's files are those that were shipped: a module or a YAML file that is not shipped is missing.
 - Volumes are folders, seen by all containers at once; commits are counted, and not needed.
-- `preempt` has a container interrupted (SIGINT, as Modal does) and its input given to a new one.
+- `trouble` has a container interrupted (SIGINT, as Modal preempts) and its input given to a new one, or killed.
 - A method without a function of its name here answers with an empty message, and is listed in `unknown`.
 
 Messages are made by `_make`, which leaves out fields that this version of the client does not have.
@@ -94,27 +94,27 @@ class ControlPlane:
 
     Args:
         folder: for shipped files, volumes and containers.
-        environment: of the containers, beside what their image and secrets say.
-        preempt: called again and again while a container of `evaluate` runs, with the results volume; where it is true
-            for the first time, that container is interrupted.
+        site: a folder that comes first where containers look for modules.
+        trouble: called again and again while a container of `evaluate` runs, with its process id, until it returns a
+            signal for it: SIGINT preempts the container, another one ends its input with a failure.
     """
 
     def __init__(
         self,
         folder: Path,
-        environment: dict[str, str] | None = None,
-        preempt: Callable[[Path], bool] | None = None,
+        site: Path | None = None,
+        trouble: Callable[[int], signal.Signals | None] | None = None,
     ) -> None:
         self.folder = folder
         self.functions: dict[str, Function] = {}
         self.variants: dict[str, Function] = {}
         self.images: dict[str, Image] = {}
         self.started: list[str] = []
-        self.interrupted: list[str] = []
+        self.hit: list[str] = []
         self.unknown: Counter[str] = Counter()
         self.commits: Counter[str] = Counter()
-        self._environment = environment or {}
-        self._preempt = preempt
+        self.trouble = trouble
+        self._site = site
         self._files: dict[str, Path] = {}
         self._blobs: dict[str, Path] = {}
         self._mounts: dict[str, list[Any]] = {}
@@ -435,7 +435,7 @@ class ControlPlane:
             while not any(output.input_id == input_id for output in call.outputs):
                 code = await self._container(function, call_id, input_id)
                 answered = any(output.input_id == input_id for output in call.outputs)
-                if not answered and code != "interrupted":
+                if not answered and code != "preempted":
                     idx, _ = call.inputs[input_id]
                     failure = api_pb2.GenericResult.GENERIC_STATUS_FAILURE
                     result = {"status": failure, "exception": f"the container ended with {code}"}
@@ -482,18 +482,18 @@ class ControlPlane:
         )
         self._running.add(process)
         reader = asyncio.create_task(asyncio.to_thread(self._forward, process, container))
-        interrupted = False
+        preempted = False
         while process.poll() is None:
             await asyncio.sleep(0.01)
-            preempt = self._preempt if function.name == "evaluate" and not self.interrupted else None
-            if preempt is not None and preempt(self.volume("sdar-results")):
-                interrupted = True
-                self.interrupted.append(container)
-                process.send_signal(signal.SIGINT)
+            if self.trouble is not None and function.name == "evaluate" and (sent := self.trouble(process.pid)):
+                self.trouble = None
+                self.hit.append(container)
+                preempted = sent == signal.SIGINT
+                process.send_signal(sent)
         await reader
         self._running.discard(process)
         shutil.rmtree(home, ignore_errors=True)
-        return "interrupted" if interrupted else process.returncode
+        return "preempted" if preempted else process.returncode
 
     def _forward(self, process: subprocess.Popen[bytes], container: str) -> None:
         assert process.stdout is not None
@@ -517,6 +517,7 @@ class ControlPlane:
             declared |= self._secrets[secret]
         declared.pop("PATH", None)
         ours = self._client_environment()
+        installed = [path for path in sys.path if "site-packages" in path]
         return (
             {name: value for name, value in ours.items() if not name.startswith("MODAL_TOKEN")}
             | declared
@@ -525,9 +526,10 @@ class ControlPlane:
                 "MODAL_TASK_ID": container,
                 "MODAL_CONTAINER_ARGUMENTS_PATH": str(home / "arguments"),
                 # What was shipped comes first, then this Python's packages; the project's folder is not among them.
-                "PYTHONPATH": os.pathsep.join([str(home / "root"), *(p for p in sys.path if "site-packages" in p)]),
+                "PYTHONPATH": os.pathsep.join(
+                    [*([str(self._site)] if self._site else []), str(home / "root"), *installed]
+                ),
             }
-            | self._environment
         )
 
     def _shipped(self, definition: Any) -> list[Any]:
