@@ -14,20 +14,19 @@ Json = Mapping[str, Any]
 def configuration(runs: Sequence[Run], machine: Mapping[str, Any]) -> str:
     """Return the summary of what is about to run; `machine` names where."""
     run = runs[0]
-    varied = {name: list(dict.fromkeys(run.swept[name] for run in runs)) for name in SWEPT}
+    varied = {name: list(dict.fromkeys(_value(run.swept[name]) for run in runs)) for name in SWEPT}
+    varied["temperature"] = ["0 (greedy)" if value == "0" else value for value in varied["temperature"]]
     rows = {
         "model": run.model_name + (f" at {run.revision}" if run.revision else ""),
         "engine": run.engine,
         "tasks": ", ".join(run.tasks),
         "samples": "all" if run.num_samples is None else f"the first {run.num_samples:,}",
-        **{name.replace("_", " "): ", ".join(map(_value, values)) for name, values in varied.items()},
+        **{name.replace("_", " "): ", ".join(values) for name, values in varied.items()},
         "max gen length": run.max_gen_length or "the task's",
         "seed": run.seed,
         "verbose": str(run.verbose).lower(),
         **machine,
     }
-    if "0" in rows["temperature"].split(", "):
-        rows["temperature"] = rows["temperature"].replace("0", "0 (greedy)", 1)
     width = max(map(len, rows))
     lines = [f"  {name.ljust(width)}  {value}" for name, value in rows.items()]
     title = "Configuration" if len(runs) == 1 else f"Configuration: a sweep of {len(runs)} runs"

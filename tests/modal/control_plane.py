@@ -118,6 +118,7 @@ class ControlPlane:
         self._files: dict[str, Path] = {}
         self._blobs: dict[str, Path] = {}
         self._mounts: dict[str, list[Any]] = {}
+        self._names: dict[str, str] = {}
         self._secrets: dict[str, dict[str, str]] = {}
         self._calls: dict[str, Call] = {}
         self._numbers = itertools.count(1)
@@ -323,6 +324,7 @@ class ControlPlane:
     def MountGetOrCreate(self, request: Any) -> dict[str, Any]:
         mount = self._id("mo")
         self._mounts[mount] = list(request.files)
+        self._names[mount] = request.deployment_name
         return {"mount_id": mount, "handle_metadata": {}}
 
     def VolumeGetOrCreate(self, request: Any) -> dict[str, Any]:
@@ -353,7 +355,10 @@ class ControlPlane:
     def ImageGetOrCreate(self, request: Any) -> dict[str, Any]:
         image = self._id("im")
         bases = [base.image_id for base in request.image.base_images]
-        self.images[image] = Image(list(request.image.dockerfile_commands), bases[0] if bases else None)
+        commands = list(request.image.dockerfile_commands)
+        if request.image.context_mount_id:
+            commands.insert(1, f"# COPY is from {self._names.get(request.image.context_mount_id)}")
+        self.images[image] = Image(commands, bases[0] if bases else None)
         metadata = {"image_builder_version": "2025.06", "python_version_info": "3.11.9"}
         return {"image_id": image, "result": {"status": SUCCESS}, "metadata": metadata}
 

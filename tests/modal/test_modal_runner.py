@@ -175,32 +175,32 @@ def test_what_is_shipped(sharded: Sharded) -> None:
     assert not any("__pycache__" in path for path in shipped)
 
 
-def test_a_sweep_of_which_one_run_fails_and_is_made_up_for(tmp_path: Path, site: Path) -> None:
+def test_a_sweep(tmp_path: Path, site: Path) -> None:
     output = tmp_path / "sweep.json"
     words = (*DEMO, "--num-samples", "6", "--temperature", "0.0", "--verbose", "false", "--output-file", str(output))
-    words += ("--confidence-threshold", "0.5,0.9", "--gpu", "H200", "--timeout", "900")
-    with ControlPlane(tmp_path / "modal", site=site, trouble=lambda _: signal.SIGKILL) as plane:
-        done = _run(plane, *words)
-        assert done.returncode == 1, done.stdout + done.stderr
-        assert "failed" in done.stdout
-        assert re.search(r"error: demo-native-\w+, shard 1 of 1: RemoteError", done.stderr)
-        runs = json.loads(output.read_text())["runs"]
-        assert sorted(run["failed"] for run in runs) == [False, True]
+    with ControlPlane(tmp_path / "modal", site=site) as plane:
+        done = _run(plane, *words, "--confidence-threshold", "0.5,0.9", "--gpu", "H200", "--timeout", "900")
+        assert done.returncode == 0, done.stdout + done.stderr
         assert plane.started.count("evaluate") == 2
         assert {v.options.resources.gpu_config.gpu_type for v in plane.variants.values()} == {"H200"}
         assert {v.options.timeout_secs for v in plane.variants.values()} == {900}
-
-        done = _run(plane, *words)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert plane.started.count("evaluate") == 3  # the one that was missing
-    content = json.loads(output.read_text())
-    assert [run["confidence_threshold"] for run in content["runs"]] == [0.5, 0.9]
-    assert [run["config"]["confidence_threshold"] for run in content["runs"]] == [0.5, 0.9]
-    assert len({run["folder"] for run in content["runs"]}) == 2
-    slow, fast = (run["performance"]["tokens_per_forward"] for run in reversed(content["runs"]))
-    assert slow < fast  # a lower threshold unmasks more at once
+    runs = json.loads(output.read_text())["runs"]
+    assert [run["confidence_threshold"] for run in runs] == [0.5, 0.9]
+    assert [run["config"]["confidence_threshold"] for run in runs] == [0.5, 0.9]
+    assert len({run["folder"] for run in runs}) == 2
+    assert runs[0]["performance"]["tokens_per_forward"] > runs[1]["performance"]["tokens_per_forward"]
     table = done.stdout[done.stdout.index("confidence_threshold  accuracy, %") :].splitlines()
     assert [row.split()[0] for row in table[1:3]] == ["0.5", "0.9"] and "±" in table[1]
+
+
+def test_a_container_that_dies(tmp_path: Path, site: Path) -> None:
+    output = tmp_path / "results.json"
+    with ControlPlane(tmp_path / "modal", site=site, trouble=lambda _: signal.SIGKILL) as plane:
+        done = _run(plane, *DEMO, "--num-samples", "2", "--output-file", str(output))
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert re.search(r"error: demo-native-\w+, shard 1 of 1: RemoteError: the container ended with -9", done.stderr)
+        assert "none of the machines finished one. Run the same command again." in done.stderr
+        assert not output.exists()
 
 
 def test_a_missing_model_and_the_image_of_jetengine(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_missing_model_and_the_image_of_jetengine(tmp_path: Path) -> None:
         lines = plane.dockerfile("evaluate")
     assert lines[0] == "FROM nvidia/cuda:12.9.1-devel-ubuntu22.04"
     steps = [
-        "torch==2.8.0",
+        "torch==2.8.0+cu129",
         "flash-attn==2.8.3",
         f"git+https://github.com/Labman42/JetEngine@{PINNED}",
         "lm_eval==0.4.13",
@@ -225,7 +225,7 @@ def test_a_missing_model_and_the_image_of_jetengine(tmp_path: Path) -> None:
     assert "https://download.pytorch.org/whl/cu129" in lines[places[0]]
     assert "--no-build-isolation" in lines[places[1]] and "--no-deps" in lines[places[2]]
     assert any("transformers==4.52.4" in line for line in lines)
-    assert any("3.11" in line for line in lines)
+    assert any(line.startswith("# COPY is from python-build-standalone") and "3.11" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,6 @@ def test_a_missing_model_and_the_image_of_jetengine(tmp_path: Path) -> None:
     [
         (["--verbose", "maybe"], 2, "'maybe' is not one of 'true', 'false'"),
         (["--engine", "vllm"], 2, "'vllm' is not one of 'jetengine', 'native', 'lmdeploy'"),
-        (["--samples", "3"], 2, "No such option"),
         (["--engine", "native", "--remasking-strategy", "low_confidence"], 1, "'low_confidence' is unknown; choose"),
     ],
 )
