@@ -155,9 +155,11 @@ def prepare(run: Run) -> Outcome:
     except SDARError as error:
         return {"error": str(error)}
     models.commit()
+    # The commit that the hub's cache has it under, so that all containers run the same one.
+    of_hub = checkpoint.folder.parent.name == "snapshots"
     return {
         "pretrained": pretrained,
-        "revision": checkpoint.revision,
+        "revision": checkpoint.folder.name if of_hub else run.revision,
         "fingerprint": fingerprint,
         "documents": documents,
     }

@@ -119,7 +119,7 @@ class ControlPlane:
         self._blobs: dict[str, Path] = {}
         self._mounts: dict[str, list[Any]] = {}
         self._names: dict[str, str] = {}
-        self._secrets: dict[str, dict[str, str]] = {}
+        self.secrets: dict[str, dict[str, str]] = {}
         self._calls: dict[str, Call] = {}
         self._numbers = itertools.count(1)
         self._waiting: dict[str, list[Any]] = {}  # container -> its input, until it has fetched it
@@ -364,7 +364,7 @@ class ControlPlane:
 
     def SecretGetOrCreate(self, request: Any) -> dict[str, Any]:
         secret = self._id("st")
-        self._secrets[secret] = dict(request.env_dict)
+        self.secrets[secret] = dict(request.env_dict)
         return {"secret_id": secret}
 
     def FunctionPrecreate(self, request: Any) -> dict[str, Any]:
@@ -519,7 +519,7 @@ class ControlPlane:
                         value = str(self.volume(volume)) + value.removeprefix(path)
                 declared[name] = value
         for secret in function.definition.secret_ids:
-            declared |= self._secrets[secret]
+            declared |= self.secrets[secret]
         declared.pop("PATH", None)
         ours = self._client_environment()
         installed = [path for path in sys.path if "site-packages" in path]

@@ -210,8 +210,10 @@ def test_a_missing_model_and_the_image_of_jetengine(tmp_path: Path) -> None:
     with ControlPlane(tmp_path / "modal") as plane:
         (plane.volume("sdar-models-cache") / "my-sdar").mkdir()
         (plane.volume("sdar-models-cache") / "my-sdar" / "config.json").write_text("{}")
-        done = _run(plane, "--model-name", "nope", "--output-file", str(tmp_path / "out.json"))
+        words = ("run", "modal_runner.py", "--model-name", "nope", "--output-file", str(tmp_path / "out.json"))
+        done = plane.modal(*words, HF_TOKEN="hf_mine")
         assert done.returncode == 1
+        assert {"HF_TOKEN": "hf_mine"} in plane.secrets.values() and "hf_mine" not in done.stdout + done.stderr
         assert "--model-name nope: no such folder on the volume sdar-models-cache, which has my-sdar." in done.stderr
         assert plane.started == ["prepare"] and not (tmp_path / "out.json").exists()
         lines = plane.dockerfile("evaluate")
