@@ -317,7 +317,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         started = time.perf_counter()
         self._engine.prepare([jobs[key].request for key in missing])
         self.report.counts.load_seconds += time.perf_counter() - started
-        live = Live((job.instance for job in jobs.values()), len(jobs), self._verbose)
+        live = Live((job.instance for job in jobs.values()), len(jobs), whole=self._world_size == 1)
         for key, text in answers.items():
             live.judge(jobs[key].instance, text)
         self.report.start(len(jobs), finished=len(answers), show=self._rank == 0 and not disable_tqdm, live=live)

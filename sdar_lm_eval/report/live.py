@@ -51,17 +51,17 @@ class Live:
     Args:
         instances: the round's, as the harness gives them.
         total: how many answers there will be.
-        verbose: log each example.
+        whole: they are all of the round's, and not one rank's share.
     """
 
-    def __init__(self, instances: Iterable[Any], total: int, verbose: bool = False) -> None:
+    def __init__(self, instances: Iterable[Any], total: int, whole: bool = True) -> None:
         tasks = {str(instance.task_name) for instance in instances}
         known = [JUDGES[task] for task in sorted(tasks & JUDGES.keys())]
         self._judges = {task: _load(JUDGES[task][1]) for task in tasks & JUDGES.keys()}
         # Of some of a round's answers it would be nobody's accuracy.
         self.knows_accuracy = bool(tasks) and len(known) == len(tasks)
         self.title = " ".join(dict.fromkeys(title for title, _ in known)) + " Eval"
-        self.verbose = verbose
+        self.whole = whole
         self._total = total
         self._answered = self._judged = self._correct = 0
         self._filter = ""

@@ -236,7 +236,7 @@ class RunReport:
             self.counts.scoring_seconds += seconds
         else:
             self.counts.generation_seconds += seconds
-            if self._live is not None and self._live.knows_accuracy:
+            if self._live is not None and self._live.knows_accuracy and self._live.whole:
                 computed = self.counts.requests - self._requests_before
                 tokens = self.counts.new_tokens - self._tokens_before
                 logger.info("%s", self._live.summary(seconds, computed, tokens))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lm_eval
 import pytest
@@ -23,6 +23,7 @@ from sdar_lm_eval.answers import read_sessions
 from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.engines.jetengine.versions import PINNED
 from sdar_lm_eval.harness import SDARLM
+from sdar_lm_eval.runs.settings import ENGINES
 
 DEMO = ("--engine", "native", "--model-name", "demo", "--tasks", "gsm8k_sdar_demo")
 DOCUMENTS = 64
@@ -250,12 +251,13 @@ def test_a_wrong_flag(tmp_path: Path, words: list[str], code: int, message: str)
         assert bool(plane.functions) == (code == 1)  # what the client refuses is not built
 
 
-def test_pins_are_the_package_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pins_and_engines_are_the_package_s(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("modal_runner", ROOT / "modal_runner.py")
     assert spec is not None and spec.loader is not None
     runner: Any = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "modal_runner", runner)
     spec.loader.exec_module(runner)
+    assert get_args(runner.Engine) == tuple(ENGINES)
     assert runner.jetengine_requirement().endswith(PINNED)
     required = re.search(r"\njetengine = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
     assert required is not None

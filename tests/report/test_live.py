@@ -94,8 +94,20 @@ def test_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert last.startswith("GSM8K Eval:  75%|") and "| 3/4 [00:00<" in last and "q/s] Acc: 66.7% | 0.0s/q" in last
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_rank_s_share_is_no_accuracy_of_the_run(caplog: pytest.LogCaptureFixture, whole: bool) -> None:
+    live = Live([_instance()], total=1, whole=whole)
+    report = RunReport()
+    report.start(total=1, show=False, live=live)
+    live.judge(_instance(), "18")
+    report.add(_result(), "18", prompt_tokens=1)
+    with caplog.at_level(logging.INFO):
+        report.stop(0)
+    assert ("accuracy 100.0% (1/1, flexible-extract)" in caplog.text) is whole
+
+
 def test_the_log_of_an_example() -> None:
-    live = Live([_instance()], total=10, verbose=True)
+    live = Live([_instance()], total=10)
     result = _result(unmasked_at=(0, 1, 0, 2, 0, 0), confidences=(0.9, 0.5, 0.7, 0.25, 1.0, 0.5))
     verdict = live.judge(_instance(), "18")
     assert live.example(_instance(), _request(5), result, "18", verdict).splitlines() == [
