@@ -49,6 +49,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 # What SDARConfig takes where config.json is silent.
 DEFAULT_VOCABULARY = 151936
 DEFAULT_MAX_LENGTH = 32768
+# Of config.json, what says how the model computes; but for RoPE, which transformers 4 and 5 say in different ways.
+MODEL_SETTINGS = (
+    "attention_bias", "decoder_sparse_step", "head_dim", "hidden_act", "hidden_size", "intermediate_size",
+    "max_position_embeddings", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob", "num_attention_heads",
+    "num_experts", "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps",
+    "tie_word_embeddings", "vocab_size",
+)  # fmt: skip
 # Names in older files that hold nothing: computed from the configuration.
 IGNORED_WEIGHTS = ("rotary_emb.inv_freq",)
 
@@ -197,6 +204,15 @@ class Checkpoint:
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each weight that config.json asks for."""
         return _layout(self._transformers_config("eager"), self.is_moe)
+
+    def full_config(self) -> dict[str, Any]:
+        """config.json with the defaults of transformers for what it leaves out, for engines that have others or none.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        config = self._transformers_config("eager")
+        return self.config | {name: getattr(config, name) for name in MODEL_SETTINGS if hasattr(config, name)}
 
     def check_weights(self) -> None:
         """Compare the weight files with what config.json asks for.

@@ -9,6 +9,11 @@ import pytest
 # torch when it is imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when it is imported
+
 
 @pytest.fixture(autouse=True)
 def _caplog_hears_lm_eval() -> None:

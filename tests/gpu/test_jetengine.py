@@ -158,6 +158,7 @@ def test_a_standstill_loses_nothing(demo, jetengine, questions, monkeypatch):
 def test_a_standstill_with_one_sequence_is_an_error(demo, jetengine, questions, monkeypatch):
     pages = jetengine._llm.config.num_kvcache_blocks
     monkeypatch.setattr(jetengine, "_active", lambda _: 1)
+    monkeypatch.setattr(jetengine, "_check_pages", lambda _: None)
     jetengine._llm.config.num_kvcache_blocks = 1
     try:
         with pytest.raises(EngineError, match="single sequence"):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine
-from sdar_lm_eval.demo import PROBLEMS
-from sdar_lm_eval.demo.make import PROMPT
+from sdar_lm_eval.demo import golds, prompts
 from sdar_lm_eval.engines.base import STRATEGIES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
@@ -21,22 +18,14 @@ def demo():
 
 
 @pytest.fixture(scope="module")
-def problems():
-    return [json.loads(line) for line in PROBLEMS.read_text().splitlines()]
+def questions(demo):
+    return prompts(demo)
 
 
-def requests(demo, problems, **settings):
-    render = demo.tokenizer.apply_chat_template
-    texts = [
-        render([{"role": "user", "content": PROMPT.format(**p)}], tokenize=False, add_generation_prompt=True)
-        for p in problems
-    ]
+def requests(demo, questions, **settings):
     decoding = DecodingConfig(**{"temperature": 0, **settings})
     return [
-        GenerationRequest(
-            tuple(demo.tokenizer.encode(t, add_special_tokens=False)), 128, decoding, frozenset(demo.stop_ids), seed=i
-        )
-        for i, t in enumerate(texts)
+        GenerationRequest(prompt, 128, decoding, frozenset(demo.stop_ids), seed=i) for i, prompt in enumerate(questions)
     ]
 
 
@@ -45,14 +34,14 @@ def run(demo, wanted, **options):
     return [results[i].token_ids for i in range(len(wanted))]
 
 
-def accuracy(demo, problems, answers):
-    golds = [problem["answer"].split("#### ")[1] for problem in problems]
-    return sum(demo.decode(a).endswith(f"#### {g}") for a, g in zip(answers, golds, strict=True)) / len(golds)
+def accuracy(demo, answers):
+    right = [demo.decode(a).endswith(f"#### {gold}") for a, gold in zip(answers, golds(), strict=True)]
+    return sum(right) / len(right)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_float32_answers_are_the_cpus(demo, problems, strategy):
-    wanted = requests(demo, problems, remasking_strategy=strategy)
+def test_float32_answers_are_the_cpus(demo, questions, strategy):
+    wanted = requests(demo, questions, remasking_strategy=strategy)
     on_gpu = run(demo, wanted, device="cuda", dtype="float32")
     on_cpu = run(demo, wanted, device="cpu")
     differing = [i for i, (a, b) in enumerate(zip(on_gpu, on_cpu, strict=True)) if a != b]
@@ -60,8 +49,8 @@ def test_float32_answers_are_the_cpus(demo, problems, strategy):
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}], ids=str)
-def test_draws_are_the_cpus(demo, problems, settings):
-    wanted = requests(demo, problems[:50], remasking_strategy="sequential", **settings)
+def test_draws_are_the_cpus(demo, questions, settings):
+    wanted = requests(demo, questions[:50], remasking_strategy="sequential", **settings)
     on_gpu = run(demo, wanted, device="cuda", dtype="float32")
     on_cpu = run(demo, wanted, device="cpu")
     # A draw that falls on the border between two tokens may go either way by rounding.
@@ -69,27 +58,27 @@ def test_draws_are_the_cpus(demo, problems, settings):
 
 
 @pytest.mark.parametrize("strategy", ["low_confidence_static", "low_confidence_dynamic", "sequential"])
-def test_bfloat16_is_within_a_point_or_two_of_float32(demo, problems, strategy):
-    wanted = requests(demo, problems, remasking_strategy=strategy)
-    exact = accuracy(demo, problems, run(demo, wanted, device="cpu"))
-    rounded = accuracy(demo, problems, run(demo, wanted, device="cuda", dtype="bfloat16"))
+def test_bfloat16_is_within_a_point_or_two_of_float32(demo, questions, strategy):
+    wanted = requests(demo, questions, remasking_strategy=strategy)
+    exact = accuracy(demo, run(demo, wanted, device="cpu"))
+    rounded = accuracy(demo, run(demo, wanted, device="cuda", dtype="bfloat16"))
     print(f"{strategy}: float32 on the CPU {exact:.3f}, bfloat16 on the GPU {rounded:.3f}")
     assert abs(exact - rounded) <= 0.02
 
 
-def test_few_pages_and_few_slots_change_nothing(demo, problems):
-    wanted = requests(demo, problems[:40])
+def test_few_pages_and_few_slots_change_nothing(demo, questions):
+    wanted = requests(demo, questions[:40])
     whole = run(demo, wanted, device="cuda", dtype="float32")
     assert run(demo, wanted, device="cuda", dtype="float32", kv_pages=40) == whole
     assert run(demo, wanted, device="cuda", dtype="float32", max_active=3) == whole
 
 
-def test_sampled_frequencies_follow_the_softmax(demo, problems):
+def test_sampled_frequencies_follow_the_softmax(demo, questions):
     """20,000 draws of one token against softmax(logits / T): top-k off is really off."""
     from scipy.stats import chisquare
 
     decoding = DecodingConfig(block_length=1, temperature=1.5)
-    prompt = requests(demo, problems[:1])[0].prompt_ids
+    prompt = requests(demo, questions[:1])[0].prompt_ids
     wanted = [GenerationRequest(prompt, 1, decoding, seed=i) for i in range(20_000)]
     tokens = torch.tensor([t[0] for t in run(demo, wanted, device="cuda", dtype="float32")])
     model = demo.load_model(dtype=torch.float32, device="cuda", attention="sdpa")

@@ -108,6 +108,7 @@ class JetEngine:
     ) -> None:
         self._checkpoint = checkpoint
         self._dialect, self._commit = find_jetengine()
+        self._config = checkpoint.full_config()
         self._device = _device(device)
         self._dtype = _dtype(dtype, checkpoint)
         self._tensor_parallel_size = int(to_number("tensor_parallel_size", tensor_parallel_size, whole=True))
@@ -172,14 +173,14 @@ class JetEngine:
         Raises:
             UserError: says what runs it.
         """
-        config, version, tensor_parallel = self._checkpoint.config, self._dialect.version, self._tensor_parallel_size
+        config, version, tensor_parallel = self._config, self._dialect.version, self._tensor_parallel_size
 
         def refuse(what: str, use: str = "--model sdar") -> None:
             raise UserError(f"JetEngine {version} cannot run {self._checkpoint.name!r}: {what}. Use {use}.")
 
         if self._checkpoint.is_moe and version == "0.2.0":
             refuse("it takes no mixture-of-experts models", "--model sdar or JetEngine 0.1.0")
-        if self._checkpoint.is_moe and (config.get("mlp_only_layers") or not config.get("norm_topk_prob", True)):
+        if self._checkpoint.is_moe and (config.get("mlp_only_layers") or not config["norm_topk_prob"]):
             refuse("it takes all layers for sparse and always normalizes the experts' weights, unlike its config.json")
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
@@ -250,10 +251,17 @@ class JetEngine:
             self._load([request for request in requests if request.decoding.block_length == block_length])
 
     def _load(self, requests: Sequence[GenerationRequest]) -> None:
-        """Make JetEngine with room for these requests, which have one block length, unless there is one already."""
+        """Make JetEngine with room for these requests, which have one block length, unless there is one already.
+
+        Raises:
+            UserError: one of them can never run.
+        """
         wanted = self._sized(requests)
-        if self._size is not None and self._size.holds(wanted):
-            return
+        if self._size is None or not self._size.holds(wanted):
+            self._make(wanted)
+        self._check_pages(requests)
+
+    def _make(self, wanted: Size) -> None:
         if self._llm is not None:
             logger.info("JetEngine is loaded once more: the next requests have other blocks, or need more room.")
             self._unload()
@@ -295,7 +303,7 @@ class JetEngine:
         mask_token = self._checkpoint.tokenizer.convert_ids_to_tokens(self._checkpoint.mask_token_id)
         with (
             self._checkpoint.clean_folder(
-                _config_for_jetengine(self._checkpoint.config, self._dtype), {"mask_token": mask_token}
+                _config_for_jetengine(self._config, self._dtype), {"mask_token": mask_token}
             ) as folder,
             _torch_defaults_kept(),
             _prints_to_log(),
@@ -305,7 +313,7 @@ class JetEngine:
                 _give_process_group(self._device)
                 _give_generator(self._generator)
                 self._splits = ensure_right_attention(
-                    self._checkpoint.config, size.block_length, getattr(torch, self._dtype), self._device
+                    self._config, size.block_length, getattr(torch, self._dtype), self._device
                 )
             return self._jetengine.LLM(str(folder), **options)
 
@@ -320,12 +328,13 @@ class JetEngine:
         free, total = torch.cuda.mem_get_info(self._device)
         size = size_for(
             requests,
-            self._checkpoint.config,
+            self._config,
             weight_bytes=sum(path.stat().st_size for path in self._checkpoint.weight_files()),
             free_bytes=free,
             total_bytes=total,
             max_active=self._max_active,
             tensor_parallel_size=self._tensor_parallel_size,
+            page_a_step=self._dialect.page_a_step,
         )
         if self._gpu_memory_utilization is not None:
             size = dataclasses.replace(size, gpu_memory_utilization=self._gpu_memory_utilization)
@@ -340,24 +349,27 @@ class JetEngine:
             f"{size.gpu_memory_utilization}."
         )
 
-    def _active(self, requests: Sequence[GenerationRequest]) -> int:
-        """How many of the requests can run at once, the longest ones.
+    def _pages_of(self, request: GenerationRequest) -> int:
+        return pages_of(request, self._dialect.page_a_step)
 
-        Raises:
-            UserError: not one.
-        """
+    def _check_pages(self, requests: Sequence[GenerationRequest]) -> None:
         assert self._size is not None
-        pages = self._llm.config.num_kvcache_blocks
-        needs = sorted(map(pages_of, requests), reverse=True)
-        fitting = sum(sum_ <= pages for sum_ in itertools.accumulate(needs))
-        if not fitting:
-            mib = bytes_per_page(self._checkpoint.config, self._tensor_parallel_size) / 2**20
+        pages, longest = self._llm.config.num_kvcache_blocks, max(requests, key=self._pages_of)
+        if (needed := self._pages_of(longest)) > pages:
+            mib = bytes_per_page(self._config, self._tensor_parallel_size) / 2**20
             raise UserError(
-                f"a request of {max(map(tokens_of, requests)):,} tokens (prompt and answer) needs {needs[0]} KV pages "
-                f"of {PAGE_SIZE} tokens, {needs[0] * mib:,.0f} MiB; JetEngine has {pages}, {pages * mib:,.0f} MiB, at "
+                f"a request of {tokens_of(longest):,} tokens (prompt and answer) needs {needed} KV pages of "
+                f"{PAGE_SIZE} tokens, {needed * mib:,.0f} MiB; JetEngine has {pages}, {pages * mib:,.0f} MiB, at "
                 f"gpu_memory_utilization={self._size.gpu_memory_utilization}. Raise it, or lower max_gen_toks or "
                 "max_length."
             )
+
+    def _active(self, requests: Sequence[GenerationRequest]) -> int:
+        """How many of the requests can run at once, the longest ones."""
+        assert self._size is not None
+        pages = self._llm.config.num_kvcache_blocks
+        needs = sorted(map(self._pages_of, requests), reverse=True)
+        fitting = sum(sum_ <= pages for sum_ in itertools.accumulate(needs))
         active = captured(min(fitting, self._size.max_active))
         if fitting < min(self._size.max_active, len(requests)):
             logger.warning(
@@ -504,7 +516,7 @@ class JetEngine:
         return results
 
     def _sampling_params(self, request: GenerationRequest) -> Any:
-        decoding, vocabulary = request.decoding, self._checkpoint.config["vocab_size"]
+        decoding, vocabulary = request.decoding, self._config["vocab_size"]
         stop_ids = request.stop_ids | self._single_tokens(request.stop_strings)
         params: dict[str, Any] = {
             "temperature": 1.0 if decoding.greedy else decoding.temperature,
@@ -627,10 +639,8 @@ def _config_for_jetengine(config: Mapping[str, Any], dtype: str) -> dict[str, An
     rope = config.get("rope_parameters") or {}
     left_out = ("auto_map", "rope_scaling", "rope_parameters", "dtype", "quantization_config")
     return {key: value for key, value in config.items() if key not in left_out} | {
-        "head_dim": head_dim(config),
         "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
         "torch_dtype": dtype,
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
     }
 
 
@@ -666,7 +676,10 @@ def _tail(request: GenerationRequest) -> tuple[int, ...]:
 
 
 def _device(device: str) -> torch.device:
-    resolved = torch.device("cuda" if device == "auto" else device)
+    try:
+        resolved = torch.device("cuda" if device == "auto" else device)
+    except RuntimeError as error:
+        raise UserError(f"device={device!r} is unknown; choose cuda, cuda:N or auto.") from error
     if resolved.type != "cuda":
         raise UserError(f"device={device!r}: JetEngine runs on a GPU only; choose cuda or cuda:N, or use --model sdar.")
     index = torch.cuda.current_device() if resolved.index is None else resolved.index

@@ -40,7 +40,7 @@ def ensure_right_attention(config: Mapping[str, Any], block_length: int, dtype: 
     module: Any = importlib.import_module("jetengine.layers.attention")
     attend = module.flash_attn_with_kvcache
     if _is_right(attend, config, block_length, dtype, device):
-        return True
+        return not isinstance(attend, functools.partial)  # which an earlier call made of it
     unsplit = functools.partial(attend, num_splits=1)
     if not _is_right(unsplit, config, block_length, dtype, device):
         raise EngineError(

@@ -60,6 +60,7 @@ def size_for(
     total_bytes: int,
     max_active: int | None,
     tensor_parallel_size: int = 1,
+    page_a_step: bool = False,
 ) -> Size:
     """The memory that requests of one block length need, as far as there is any.
 
@@ -71,6 +72,7 @@ def size_for(
         total_bytes: all of it.
         max_active: most sequences at once; None: up to the largest CUDA graph.
         tensor_parallel_size: GPUs that share weights and pages.
+        page_a_step: see `pages_of`.
     """
     block_length = requests[0].decoding.block_length
     logits = block_length * config["vocab_size"] * BYTES_PER_LOGIT  # of one sequence
@@ -85,7 +87,7 @@ def size_for(
         - free_bytes
         + weight_bytes
         + 3 * prefill_tokens * width  # 2 bytes each, and half as much again for what is not counted
-        + (sum(pages_of(request) for request in sorted(requests, key=tokens_of)[-active:]) + LARGEST_GAP)
+        + (sum(sorted(pages_of(request, page_a_step) for request in requests)[-active:]) + LARGEST_GAP)
         * bytes_per_page(config, tensor_parallel_size)
         + SLACK_BYTES
     )
@@ -105,9 +107,22 @@ def tokens_of(request: GenerationRequest) -> int:
     return -(-(len(request.prompt_ids) + request.max_new_tokens) // block_length) * block_length
 
 
-def pages_of(request: GenerationRequest) -> int:
-    """Most KV pages that the request takes."""
-    return -(-tokens_of(request) // PAGE_SIZE)
+def pages_of(request: GenerationRequest, page_a_step: bool = False) -> int:
+    """Most KV pages that the request takes.
+
+    Args:
+        request: its tokens count, and its steps.
+        page_a_step: where a block begins with a page, each of its steps takes one more, as in JetEngine 0.1.0
+            (`Sequence.num_new_blocks_needed`), though one is enough.
+    """
+    tokens = tokens_of(request)
+    pages = -(-tokens // PAGE_SIZE)
+    if page_a_step:
+        block_length = request.decoding.block_length
+        prefilled = len(request.prompt_ids) // block_length * block_length
+        beginnings = (tokens - 1) // PAGE_SIZE - (prefilled - 1) // PAGE_SIZE  # pages that begin with a denoised block
+        pages += beginnings * request.decoding.steps  # and one step that commits the block
+    return pages
 
 
 def bytes_per_page(config: Mapping[str, Any], tensor_parallel_size: int = 1) -> int:

@@ -34,6 +34,7 @@ class Dialect:
         modules: what it imports, by the name to install.
         returns_prompt: outputs begin with the prompt.
         graphs: it has CUDA graphs.
+        page_a_step: it takes more KV pages than it needs; see `pages_of`.
         several_processes: it can run in several processes of a data parallel run.
         deviations: where its answers follow other rules than `DecodingConfig` says.
     """
@@ -44,6 +45,7 @@ class Dialect:
     modules: Mapping[str, str]
     returns_prompt: bool
     graphs: bool
+    page_a_step: bool
     several_processes: bool
     deviations: Mapping[str, str]
 
@@ -58,6 +60,7 @@ DIALECTS = {
         modules={**_MODULES, "flash_attn": "flash-attn", "accelerate": "accelerate"},
         returns_prompt=True,
         graphs=True,
+        page_a_step=False,
         several_processes=True,
         deviations={
             "low_confidence_dynamic": "fewer tokens above the threshold than the step's quota: the leftmost masked "
@@ -76,6 +79,7 @@ DIALECTS = {
         modules=_MODULES,
         returns_prompt=False,
         graphs=False,
+        page_a_step=True,
         several_processes=False,
         deviations={
             "sampling": _SAMPLING,
@@ -107,7 +111,7 @@ def find_jetengine() -> tuple[Dialect, str | None]:
     folder = next((folder for folder in folders if (folder / "engine" / "llm_engine.py").is_file()), None)
     if folder is None:
         missing.append("JetEngine")
-        if spec is not None:
+        if spec is not None and spec.origin is not None:  # not just a folder of that name
             note = " The installed `jetengine` is PyPI's library for MongoDB: uninstall it."
     else:
         version, commit = _version_of(folder)

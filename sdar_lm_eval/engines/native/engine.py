@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import logging
 import platform
 import resource
@@ -25,9 +27,10 @@ from sdar_lm_eval.engines.base import (
 )
 from sdar_lm_eval.engines.native import attention
 from sdar_lm_eval.engines.native.pages import PagePool
-from sdar_lm_eval.engines.native.runner import Blocks, Runner
+from sdar_lm_eval.engines.native.runner import Runner
 from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
 from sdar_lm_eval.engines.native.scoring import Limits, Scoring
+from sdar_lm_eval.engines.native.state import Outcome
 from sdar_lm_eval.errors import EngineError, UserError
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,7 @@ class NativeEngine:
         max_active: sequences running at once; None: 32 on the CPU, 256 on a GPU.
         kv_pages: most pages of 16 tokens for keys and values; None: what the requests need, within 85% of the GPU's
             free memory, or 4 GiB on the CPU.
+        kernels: run a dense model with Triton kernels, on a GPU as CUDA graphs, in the place of transformers' modules.
 
     Raises:
         UserError: no such device or dtype, or the weights do not fit their config.
@@ -62,16 +66,23 @@ class NativeEngine:
         dtype: str = "auto",
         max_active: int | None = None,
         kv_pages: int | None = None,
+        kernels: bool = False,
     ) -> None:
         self._checkpoint = checkpoint
         self._device = resolve_device(device)
         self._dtype = _resolve_dtype(dtype, self._device, checkpoint)
         self._max_active = _at_least_one("max_active", max_active)
         self._kv_pages = _at_least_one("kv_pages", kv_pages)
+        if not isinstance(kernels, bool):
+            raise UserError(f"kernels={kernels!r} is neither true nor false.")
+        self._kernels = kernels
+        if kernels and importlib.util.find_spec("triton") is None:
+            raise UserError("kernels=true needs triton, which is not installed: pip install triton")
         self._preemptions = 0
+        self._ahead = self._device.type == "cuda"
         model = checkpoint.load_model(dtype=self._dtype, device=self._device, attention=attention.NAME)
         self._model = model
-        self._runner = Runner(model, checkpoint.mask_token_id, PAGE_SIZE)
+        self._runner = Runner(model, checkpoint.mask_token_id, PAGE_SIZE, kernels=self._kernels)
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -81,6 +92,7 @@ class NativeEngine:
             "device": str(self._device),
             "dtype": str(self._dtype).removeprefix("torch."),
             "max_active": self._max_active or DEFAULT_ACTIVE[self._device.type],
+            "kernels": self._kernels,
             "preemptions": self._preemptions,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -107,23 +119,12 @@ class NativeEngine:
         sequences = [Sequence(i, request, list(request.prompt_ids)) for i, request in enumerate(requests)]
         max_active = min(self._max_active or DEFAULT_ACTIVE[self._device.type], len(sequences))
         pool = PagePool(self._pages_for(sequences, max_active), PAGE_SIZE)
-        longest_block = max(sequence.block_length for sequence in sequences)
-        self._runner.allocate(
-            pool.num_pages,
-            max_active,
-            longest_block,
-            penalized=any(request.decoding.repetition_penalty != 1 for request in requests),
-        )
         scheduler = Scheduler(sequences, pool, max_active, PREFILL_CHUNK[self._device.type])
-        while scheduler.unfinished:
-            try:
-                finished = self._step(scheduler)
-            except torch.OutOfMemoryError as error:
-                raise EngineError(
-                    f"out of memory on {self._device} with {len(scheduler.running)} sequences at once. Finished "
-                    "answers are kept (--use_cache); run again with a smaller max_active or kv_pages."
-                ) from error
-            yield from finished
+        try:
+            self._runner.allocate(pool.num_pages, max_active, sequences)
+        except torch.OutOfMemoryError as error:
+            raise EngineError(self._out_of_memory(pool.num_pages)) from error
+        yield from self._run(scheduler)
         pool.check_integrity([])
         if scheduler.preemptions:
             self._preemptions += scheduler.preemptions
@@ -148,47 +149,117 @@ class NativeEngine:
                 "with max_active (requests at once) or kv_pages, or a smaller max_length."
             ) from error
 
-    def _step(self, scheduler: Scheduler) -> list[tuple[int, GenerationResult]]:
-        """One step: what was admitted is prefilled, every current block takes part in one forward; what finished."""
+    def _run(self, scheduler: Scheduler) -> Iterator[tuple[int, GenerationResult]]:
+        """Step after step. On a GPU the next one is launched before the host looks at what the last one did.
+
+        The device knows by itself which sequences are finished, but for stop strings: those take part in one more step,
+        which nobody reads.
+        """
+        launched: dict[int, tuple[Sequence, int]] = {}
+        while scheduler.unfinished:
+            finished = []
+            if launched:
+                outcome, before, launched = self._runner.collect(), launched, {}
+                if self._ahead:
+                    with contextlib.suppress(torch.OutOfMemoryError):  # it is tried once more below
+                        launched = self._launch(scheduler)
+                finished = self._settle(scheduler, outcome, before)
+            yield from finished
+            try:
+                self._prepare_step(scheduler)
+                launched = launched or self._launch(scheduler)
+            except torch.OutOfMemoryError as error:
+                self._make_room(scheduler, error)
+
+    def _make_room(self, scheduler: Scheduler, error: BaseException) -> None:
+        """After an out-of-memory error: go on with half the sequences.
+
+        Raises:
+            EngineError: there is only one.
+        """
+        running = len(scheduler.running)
+        if running == 1:
+            raise EngineError(self._out_of_memory(self._runner.num_pages)) from error
+        self._runner.stop(scheduler.shrink())
+        if self._ahead:
+            torch.cuda.empty_cache()
+        logger.warning(
+            "Out of memory on %s with %d sequences at once; %d from now on. Answers are the same.",
+            self._device,
+            running,
+            len(scheduler.running),
+        )
+
+    def _out_of_memory(self, pages: int) -> str:
+        return (
+            f"out of memory on {self._device}, with {pages:,} KV pages of {PAGE_SIZE} tokens. Finished answers are "
+            "kept (--use_cache); run again with a smaller max_active or kv_pages, or a smaller max_length."
+        )
+
+    def _prepare_step(self, scheduler: Scheduler) -> None:
+        """Admit, prefill, and put into the batch whatever there is room for."""
         plan = scheduler.plan()
-        now = time.perf_counter()
-        self._runner.admit(plan.admitted)
-        self._runner.begin_blocks(plan.admitted)
+        self._runner.stop(plan.preempted)
+        self._runner.set_pages(plan.paged)
         if plan.prefill:
+            now = time.perf_counter()
             self._runner.prefill(plan.prefill)
             for sequence, _, end in plan.prefill:
                 sequence.cached = end
                 sequence.prefill_forwards += 1
                 sequence.started = sequence.started or now
-        if not plan.blocks:
-            return []
-        blocks = self._runner.step(plan.blocks)
-        starting, finished = [], []
-        for row, sequence in enumerate(plan.blocks):
-            sequence.started = sequence.started or now
-            if sequence.decided:
-                sequence.commit_forwards += 1
-                sequence.commit()
-                starting.append(sequence)
-                continue
+        self._runner.begin(plan.starting)
+        for sequence in plan.starting:
+            sequence.begun = True
+            sequence.started = sequence.started or time.perf_counter()
+
+    def _launch(self, scheduler: Scheduler) -> dict[int, tuple[Sequence, int]]:
+        """Start a step; returns who is in which slot meanwhile, if anything runs."""
+        blocks = 2 if self._ahead else 1  # the device may have begun the block after the one that the host knows of
+        ends = (min(s.block_start + blocks * s.block_length, s.longest) for s in scheduler.running)
+        if not scheduler.running or not self._runner.launch(max(ends)):
+            return {}
+        return {sequence.slot: (sequence, sequence.turn) for sequence in scheduler.running}
+
+    def _settle(
+        self, scheduler: Scheduler, outcome: Outcome, launched: dict[int, tuple[Sequence, int]]
+    ) -> list[tuple[int, GenerationResult]]:
+        """Take over what a step did; returns what finished.
+
+        Raises:
+            EngineError: the model's logits are not finite numbers.
+        """
+        if outcome.stuck.any():
+            raise EngineError(
+                f"the model's logits are not finite numbers (dtype {str(self._dtype).removeprefix('torch.')}). "
+                "float16 overflows in some models: use dtype=bfloat16 or float32. Else the weights are bad."
+            )
+        finished, stopped = [], []
+        for slot in outcome.took_part.nonzero()[0].tolist():
+            sequence, turn = launched[slot]
+            if sequence.turn != turn:
+                continue  # it has left the slot since
             sequence.denoising_forwards += 1
-            if blocks.masked[row, : sequence.block_length].any():
+            sequence.commit_forwards += int(outcome.committed[slot])
+            if not outcome.decided[slot]:
                 continue
-            if reason := self._decide(sequence, blocks, row):
+            if reason := self._decide(sequence, outcome):
+                if sequence.request.stop_strings:  # the device does not know them
+                    stopped.append(slot)
                 scheduler.finish(sequence)
                 finished.append((sequence.index, _result(sequence, reason)))
-        self._runner.begin_blocks(starting)
+        self._runner.stop(stopped)
         return finished
 
-    def _decide(self, sequence: Sequence, blocks: Blocks, row: int) -> str:
-        """Take the new tokens of a block without masked ones; return why the answer ends with it, or ""."""
-        first = len(sequence.tokens) - sequence.block_start
-        new = blocks.tokens[row, first : sequence.block_length].tolist()
+    def _decide(self, sequence: Sequence, outcome: Outcome) -> str:
+        """Take the new tokens of a decided block; return why the answer ends with it, or ""."""
+        slot, first = sequence.slot, len(sequence.tokens) - sequence.block_start
+        new = outcome.tokens[slot, first : sequence.block_length].tolist()
         count, reason = self._cut(sequence, new)
-        sequence.decided = new[:count]
+        sequence.decide(new[:count])
         if sequence.request.record_steps:
-            sequence.unmasked_at += blocks.unmasked_at[row, first : first + count].tolist()
-            sequence.confidences += blocks.confidence[row, first : first + count].tolist()
+            sequence.unmasked_at += outcome.unmasked_at[slot, first : first + count].tolist()
+            sequence.confidences += outcome.confidence[slot, first : first + count].tolist()
         return reason
 
     def _cut(self, sequence: Sequence, new: list[int]) -> tuple[int, str]:
@@ -239,7 +310,7 @@ def _result(sequence: Sequence, reason: str) -> GenerationResult:
     assert sequence.started is not None
     recorded = sequence.request.record_steps
     return GenerationResult(
-        token_ids=tuple(sequence.tokens[len(sequence.request.prompt_ids) :] + sequence.decided),
+        token_ids=tuple(sequence.tokens[len(sequence.request.prompt_ids) :]),
         finish_reason=reason,
         prefill_forwards=sequence.prefill_forwards,
         denoising_forwards=sequence.denoising_forwards,

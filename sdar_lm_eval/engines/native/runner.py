@@ -1,47 +1,80 @@
-"""A batch -> tensors -> logits -> unmasked tokens. Owns everything that lives on the device.
+"""A batch -> tensors -> logits -> drawn tokens. Owns the KV cache and the state of the batch, on the device.
 
-The state of the batch is a row ("slot") a running sequence: its current block, what of it is masked, its settings.
-The host writes to it when a sequence is admitted or begins a block, and reads it back once a step.
+The dense model on a GPU is run by `fused.py` and its tokens are drawn by `kernels.py`, as CUDA graphs; on the CPU, and
+MoE, by transformers' modules with the attention of `attention.py`, and `unmasking.py`. Both fill the same cache.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from sdar_lm_eval.engines.base import STRATEGIES
 from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.attention import PagedBatch
+from sdar_lm_eval.engines.native.graphs import Graphs, ladder
 from sdar_lm_eval.engines.native.pages import SCRATCH_PAGE
-from sdar_lm_eval.engines.native.random_numbers import DRAW, ORDER, uniform
+from sdar_lm_eval.engines.native.random_numbers import DRAW, uniform
 from sdar_lm_eval.engines.native.scheduler import Sequence
-from sdar_lm_eval.errors import EngineError
-
-DYNAMIC, STATIC, SEQUENTIAL, ENTROPY, RANDOM = range(len(STRATEGIES))  # positions in STRATEGIES
+from sdar_lm_eval.engines.native.state import BatchState, Outcome
 
 # Rows of float32 logits worked on at once: bounds their memory at large vocabularies.
 LOGITS_BUDGET_BYTES = 1 << 30
+PREFILL_TILE = 32  # tokens of a prompt that one program of the attention kernel takes
 
 
-@dataclass
-class Blocks:
-    """The current blocks of some slots, on the host after a step. Rows are in the order of the slots asked for.
+@dataclass(frozen=True)
+class Shape:
+    """What the tensors on the device are made for.
 
     Attributes:
-        tokens: (n, L) int32; where masked, the mask token.
-        masked: (n, L) bool.
-        unmasked_at: (n, L) int32, the step that unmasked each token; -1 for given ones.
-        confidence: (n, L) float32 at that step.
+        pages: of the KV cache, without the scratch page.
+        width: pages of the longest sequence.
+        slots: sequences at once.
+        block: the longest block length.
+        stops: most stop tokens of a sequence.
+        penalized, greedy, sampled, filtered, needs_entropy: whether there are requests with a repetition penalty, that
+            are greedy, drawn, drawn with top-k or top-p, or in need of entropies.
     """
 
-    tokens: Any
-    masked: Any
-    unmasked_at: Any
-    confidence: Any
+    pages: int
+    width: int
+    slots: int
+    block: int
+    stops: int
+    penalized: bool
+    greedy: bool
+    sampled: bool
+    filtered: bool
+    needs_entropy: bool
+
+    @classmethod
+    def of(cls, sequences: SequenceOf[Sequence], pages: int, slots: int, page_size: int) -> Shape:
+        """What these sequences need."""
+        decodings = {sequence.request.decoding for sequence in sequences}
+        return cls(
+            pages=pages,
+            width=-(-max(sequence.longest for sequence in sequences) // page_size),
+            slots=slots,
+            block=max(decoding.block_length for decoding in decodings),
+            stops=max(len(sequence.request.stop_ids) for sequence in sequences),
+            penalized=any(decoding.repetition_penalty != 1 for decoding in decodings),
+            greedy=any(decoding.greedy for decoding in decodings),
+            sampled=any(not decoding.greedy for decoding in decodings),
+            filtered=any(not d.greedy and (d.top_k > 0 or d.top_p < 1) for d in decodings),
+            needs_entropy=any(decoding.remasking_strategy == "entropy_bounded" for decoding in decodings),
+        )
+
+    def holds(self, other: Shape) -> bool:
+        """Whether tensors of this shape serve the other: numbers are no smaller, flags the same, block too."""
+        sizes = ("pages", "width", "slots", "stops")
+        same = dataclasses.replace(other, **{size: getattr(self, size) for size in sizes}) == self
+        return same and all(getattr(self, size) >= getattr(other, size) for size in sizes)
 
 
 class Runner:
@@ -51,14 +84,25 @@ class Runner:
         model: transformers' Qwen3ForCausalLM or Qwen3MoeForCausalLM with the paged attention.
         mask_token_id: never drawn.
         page_size: tokens a page.
+        kernels: whether to use Triton: the fused decoder, where the model is dense, and drawing in one pass.
     """
 
-    def __init__(self, model: Any, mask_token_id: int, page_size: int) -> None:
+    def __init__(self, model: Any, mask_token_id: int, page_size: int, *, kernels: bool) -> None:
         self._model = model
         self._mask_token_id = mask_token_id
         self._page_size = page_size
         self._device = model.device
         self._vocabulary = model.config.vocab_size
+        self._kernels = kernels
+        self._decoder: Any = None
+        if kernels:
+            from sdar_lm_eval.engines.native.fused import FusedDecoder
+
+            self._decoder = FusedDecoder(model) if FusedDecoder.fits(model) else None
+        self._shape: Shape | None = None
+        self._forward_graphs: Graphs | None = None
+        self._unmask_graphs: Graphs | None = None
+        self._arrived: Any = None
         self.cache: torch.Tensor | None = None
 
     def bytes_per_page(self) -> int:
@@ -67,177 +111,211 @@ class Runner:
         per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         return int(per_token * self._page_size * self._model.dtype.itemsize)
 
-    def release_cache(self) -> None:
-        """Give the KV cache's memory back; the next `allocate` makes another."""
-        self.cache = None
+    @property
+    def num_pages(self) -> int:
+        """Pages of the KV cache that can be given out."""
+        return 0 if self.cache is None else self.cache.shape[2] - 1
 
-    def allocate(self, num_pages: int, max_active: int, max_block: int, penalized: bool) -> None:
-        """Make the KV cache and the batch state for one `generate`; a cache that is large enough is kept.
+    def release_cache(self) -> None:
+        """Give the memory of the KV cache and of all that goes with it back; the next `allocate` makes it again."""
+        self.cache = self._shape = None
+        self._forward_graphs = self._unmask_graphs = None
+
+    def allocate(self, num_pages: int, max_active: int, sequences: SequenceOf[Sequence]) -> None:
+        """Make what is needed on the device for one `generate`; what is there and large enough is kept.
 
         Args:
             num_pages: pages that can be given out; the scratch page comes on top.
             max_active: slots.
-            max_block: longest block length among the requests.
-            penalized: whether any request has a repetition penalty (its table of seen tokens is slots x vocabulary).
+            sequences: all that will run.
         """
+        shape = Shape.of(sequences, num_pages, max_active, self._page_size)
+        if self._shape is None or not self._shape.holds(shape):
+            self._make(dataclasses.replace(shape, pages=max(shape.pages, self.num_pages)))
+        self.state.active.fill_(False)
+        # What the next step runs, as far as the host knows it.
+        self._segments = self._masked = 0
+
+    def _make(self, shape: Shape) -> None:
         config, device = self._model.config, self._device
-        if self.cache is None or self.cache.shape[2] < num_pages + 1:
+        self._shape = self._forward_graphs = self._unmask_graphs = None
+        if self.cache is None or self.num_pages < shape.pages:
             self.cache = None  # freed before the new one is made
             page = (self._page_size, config.num_key_value_heads, config.head_dim)
-            shape = (config.num_hidden_layers, 2, num_pages + 1, *page)
-            self.cache = torch.zeros(shape, dtype=self._model.dtype, device=device)
-        whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
-        real: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        self._offsets = torch.arange(max_block, device=device)
-        # The current block: (slots, L)
-        self._tokens = torch.zeros(max_active, max_block, **whole)
-        self._masked = torch.zeros(max_active, max_block, dtype=torch.bool, device=device)
-        self._unmasked_at = torch.full((max_active, max_block), -1, **whole)
-        self._confidence = torch.zeros(max_active, max_block, **real)
-        self._start = torch.zeros(max_active, **whole)
-        self._step = torch.zeros(max_active, **whole)
-        # Settings: (slots,), and the quota of each step (slots, L)
-        self._length = torch.ones(max_active, **whole)
-        self._strategy = torch.zeros(max_active, **whole)
-        self._quotas = torch.zeros(max_active, max_block, **whole)
-        self._threshold = torch.zeros(max_active, **real)
-        self._entropy_bound = torch.zeros(max_active, **real)
-        self._temperature = torch.ones(max_active, **real)
-        self._top_k = torch.zeros(max_active, **whole)
-        self._top_p = torch.ones(max_active, **real)
-        self._penalty = torch.ones(max_active, **real)
-        self._seed = torch.zeros(max_active, **whole)
-        self._seen = torch.zeros(max_active, self._vocabulary, dtype=torch.bool, device=device) if penalized else None
-        # What the host knows of the state without asking: where logits are needed, and which way to draw.
-        self._host_masked = np.zeros((max_active, max_block), dtype=bool)
-        self._host_greedy = np.zeros(max_active, dtype=bool)
-        self._host_needs_entropy = np.zeros(max_active, dtype=bool)
+            size = (config.num_hidden_layers, 2, shape.pages + 1, *page)
+            self.cache = torch.zeros(size, dtype=self._model.dtype, device=device)
+        self.state = BatchState(
+            shape.slots, shape.block, shape.stops, self._vocabulary, self._mask_token_id,
+            penalized=shape.penalized, device=device,
+        )  # fmt: skip
+        # The pages of each slot's sequence, on the host and on the device: (N + 1, P).
+        self._pages = np.full((shape.slots + 1, shape.width), SCRATCH_PAGE)
+        self._table = torch.from_numpy(self._pages).to(device)
+        segments, places = ladder(2 * shape.slots), ladder(shape.slots * shape.block)
+        self._hidden = torch.zeros(
+            segments[-1] * shape.block, config.hidden_size, dtype=self._model.dtype, device=device
+        )
+        self._packed = self.state.pack_nothing()
+        self._on_host = torch.empty_like(self._packed, device="cpu", pin_memory=device.type == "cuda")
+        if self._decoder is not None:
+            self._decoder.reach(shape.width * self._page_size)
+        graphs = device.type == "cuda"
+        one_pass = self._kernels and not shape.filtered and not shape.penalized
+        self._forward_graphs = Graphs(self._run_segments, segments, enabled=graphs and self._decoder is not None)
+        self._unmask_graphs = Graphs(self._unmask, places, enabled=graphs and one_pass)
+        self._draw_some = self._draw_in_one_pass if one_pass else self._draw_from_float32
+        self._shape = shape
 
-    def admit(self, sequences: Iterable[Sequence]) -> None:
-        """Write the settings of newly admitted sequences to their slots."""
+    def set_pages(self, sequences: Iterable[Sequence]) -> None:
+        """Write the pages of sequences that got new ones, or a slot."""
+        slots = []
         for sequence in sequences:
-            slot, decoding = sequence.slot, sequence.request.decoding
-            self._length[slot] = decoding.block_length
-            self._strategy[slot] = STRATEGIES.index(decoding.remasking_strategy)
-            self._quotas[slot, : decoding.steps] = torch.tensor(decoding.quotas, device=self._device)
-            self._quotas[slot, decoding.steps :] = 1
-            self._threshold[slot] = decoding.confidence_threshold
-            self._entropy_bound[slot] = decoding.eb_threshold
-            self._temperature[slot] = 1.0 if decoding.greedy else decoding.temperature
-            self._top_k[slot] = 0 if decoding.greedy else min(decoding.top_k, self._vocabulary)
-            self._top_p[slot] = 1.0 if decoding.greedy else decoding.top_p
-            self._penalty[slot] = decoding.repetition_penalty
-            self._seed[slot] = int(np.uint64(sequence.request.seed & (2**64 - 1)).astype(np.int64))
-            self._host_greedy[slot] = decoding.greedy
-            self._host_needs_entropy[slot] = decoding.remasking_strategy == "entropy_bounded"
-            if self._seen is not None:
-                self._seen[slot] = False
-                self._seen[slot, torch.tensor(sequence.tokens, device=self._device)] = True
+            self._pages[sequence.slot, : len(sequence.pages)] = sequence.pages
+            self._pages[sequence.slot, len(sequence.pages) :] = SCRATCH_PAGE
+            slots.append(sequence.slot)
+        if slots:
+            index = np.array(slots)
+            self._table[self.state.to_device(index)] = self.state.to_device(self._pages[index])
 
-    def begin_blocks(self, sequences: Iterable[Sequence]) -> None:
-        """Set slots to their sequence's next block: tokens beyond the last full block given, the rest masked."""
-        sequences = list(sequences)
-        if not sequences:
-            return
-        slots = np.array([sequence.slot for sequence in sequences])
-        tokens = np.full((len(slots), self._tokens.shape[1]), self._mask_token_id)
-        masked = np.zeros(tokens.shape, dtype=bool)
-        for row, sequence in enumerate(sequences):
-            given = sequence.tokens[sequence.block_start :]
-            tokens[row, : len(given)] = given
-            masked[row, len(given) : sequence.block_length] = True
-        self._host_masked[slots] = masked
-        index = self._to_device(slots)
-        self._tokens[index] = self._to_device(tokens)
-        self._masked[index] = self._to_device(masked)
-        self._unmasked_at[index] = -1
-        self._confidence[index] = 1.0
-        self._start[index] = self._to_device(np.array([sequence.block_start for sequence in sequences]))
-        self._step[index] = 0
+    def begin(self, sequences: SequenceOf[Sequence]) -> None:
+        """Put sequences whose prompts are prefilled into the batch."""
+        if sequences:
+            self._masked += self.state.begin(sequences)
+            self._segments += len(sequences)
+
+    def stop(self, slots: SequenceOf[int]) -> None:
+        """Take slots out of the batch that the device does not know to be finished."""
+        self.state.stop(slots)
 
     @torch.no_grad()
     def prefill(self, chunks: list[tuple[Sequence, int, int]]) -> None:
         """Store the KV of whole prompt blocks; each chunk is (sequence, start, end)."""
+        if self._decoder is None:
+            self._prefill_rows(chunks)
+        else:
+            self._prefill_packed(chunks)
+
+    def _prefill_rows(self, chunks: list[tuple[Sequence, int, int]]) -> None:
+        to_device = self.state.to_device
         longest = max(end - start for _, start, end in chunks)
         tokens = np.zeros((len(chunks), longest), dtype=np.int64)
         for row, (sequence, start, end) in enumerate(chunks):
             tokens[row, : end - start] = sequence.tokens[start:end]
-        starts = self._to_device(np.array([start for _, start, _ in chunks]))
-        counts = self._to_device(np.array([end - start for _, start, end in chunks]))
-        lengths = self._to_device(np.array([sequence.block_length for sequence, _, _ in chunks]))
-        offsets = torch.arange(longest, device=self._device)
-        self._forward([s for s, _, _ in chunks], self._to_device(tokens), starts, counts, lengths, offsets,
-                      context=max(end for _, _, end in chunks))  # fmt: skip
+        self._run_rows(
+            to_device(np.array([sequence.slot for sequence, _, _ in chunks])),
+            to_device(tokens),
+            to_device(np.array([start for _, start, _ in chunks])),
+            to_device(np.array([end - start for _, start, end in chunks])),
+            to_device(np.array([sequence.block_length for sequence, _, _ in chunks])),
+            context=max(end for _, _, end in chunks),
+        )
+
+    def _prefill_packed(self, chunks: list[tuple[Sequence, int, int]]) -> None:
+        from sdar_lm_eval.engines.native.kernels import SPLIT, Tiles
+
+        to_device, page_size = self.state.to_device, self._page_size
+        columns: list[list[Any]] = [[], [], [], []]
+        first, count, slots, begin = [], [], [], 0
+        for sequence, start, end in chunks:
+            position, length = np.arange(start, end), sequence.block_length
+            places = self._pages[sequence.slot][position // page_size] * page_size + position % page_size
+            visible = (position // length + 1) * length
+            for column, part in zip(columns, (sequence.tokens[start:end], position, places, visible), strict=True):
+                column.append(part)
+            for tile in range(start, end, PREFILL_TILE):
+                first.append(begin + tile - start)
+                count.append(min(PREFILL_TILE, end - tile))
+                slots.append(sequence.slot)
+            begin += end - start
+        tokens, positions, all_places, all_visible = (to_device(np.concatenate(column)) for column in columns)
+        tiles = Tiles(
+            to_device(np.array(first)),
+            to_device(np.array(count)),
+            self._table[to_device(np.array(slots))],
+            all_visible,
+            PREFILL_TILE,
+            splits=-(-max(end for _, _, end in chunks) // SPLIT),
+        )
+        self._decoder(tokens, positions, all_places, tiles, self.cache)
 
     @torch.no_grad()
-    def step(self, sequences: list[Sequence]) -> Blocks:
-        """Run the current blocks of some sequences through the model once, and unmask where something is masked.
+    def launch(self, context: int) -> bool:
+        """Start a step: the batch's blocks go through the model once, and are unmasked. Does not wait for it.
 
-        A block without masked tokens is committed: its KV, written by this forward, stands. The KV that denoising
-        forwards write to the same places is overwritten by the next forward of the block.
+        Args:
+            context: most tokens that any block of it sees, its own included.
 
-        Raises:
-            EngineError: the model's logits are not finite numbers.
+        Returns:
+            Whether there is anything to run.
         """
-        slots = np.array([sequence.slot for sequence in sequences])
-        index = self._to_device(slots)
-        length = self._length[index]
-        context = max(sequence.block_start + sequence.block_length for sequence in sequences)
-        hidden = self._forward(
-            sequences, self._tokens[index], self._start[index], length, length, self._offsets, context
-        )
-        rows, columns = np.nonzero(self._host_masked[slots])
-        if len(rows):
-            self._unmask(index, slots, rows, columns, hidden)
-        # One copy brings all of it to the host.
-        packed = torch.stack(
-            [
-                self._tokens[index].int(),
-                self._masked[index].int(),
-                self._unmasked_at[index].int(),
-                self._confidence[index].view(torch.int32),
-            ]
-        ).cpu()
-        blocks = Blocks(
-            packed[0].numpy(), packed[1].numpy().astype(bool), packed[2].numpy(), packed[3].view(torch.float32).numpy()
-        )
-        before = self._host_masked[slots]
-        stuck = before.any(axis=1) & (before.sum(axis=1) == blocks.masked.sum(axis=1))
-        if stuck.any() or np.isnan(blocks.confidence).any():
-            raise EngineError(
-                f"the model's logits are not finite numbers (dtype {str(self._model.dtype).removeprefix('torch.')}). "
-                "float16 overflows in some models: use dtype=bfloat16 or float32. Else the weights are bad."
-            )
-        self._host_masked[slots] = blocks.masked
-        return blocks
+        if not self._segments:
+            return False
+        assert self._forward_graphs is not None
+        assert self._unmask_graphs is not None
+        self._forward_graphs(self._segments, self._rounded(context))
+        self._unmask_graphs(self._masked)
+        self._on_host.copy_(self._packed, non_blocking=True)
+        if self._device.type == "cuda":
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+        self._segments = self._masked = 0
+        return True
 
-    def _forward(
+    def collect(self) -> Outcome:
+        """Wait for the step that was launched last, and return what it did."""
+        if self._device.type == "cuda":
+            self._arrived.synchronize()
+        outcome = self.state.unpack(self._on_host)
+        self._segments += outcome.segments
+        self._masked += outcome.masked
+        return outcome
+
+    def _rounded(self, context: int) -> int:
+        """The context as far as forwards depend on it: whole pages, or splits in powers of two."""
+        if self._decoder is None:
+            return -(-context // self._page_size) * self._page_size
+        from sdar_lm_eval.engines.native.kernels import SPLIT
+
+        return SPLIT << (-(-context // SPLIT) - 1).bit_length()
+
+    def _run_segments(self, count: int, context: int) -> None:
+        """Run the state's segments through the model, `count` with padding; leaves their hidden states."""
+        segments = self.state.segments(count)
+        if self._decoder is None:
+            hidden = self._run_rows(
+                segments.slot, segments.tokens, segments.start, segments.length, segments.length, context
+            ).flatten(0, 1)
+        else:
+            from sdar_lm_eval.engines.native.kernels import SPLIT, Tiles
+
+            block = self.state.block
+            table = self._table[segments.slot]
+            positions, visible, places = self._stand(
+                table, segments.start, segments.length, segments.length, self.state.offsets
+            )
+            first = torch.arange(0, count * block, block, device=self._device)
+            tiles = Tiles(first, segments.length, table, visible.flatten(), block, context // SPLIT)
+            hidden = self._decoder(segments.tokens.flatten(), positions.flatten(), places.flatten(), tiles, self.cache)
+        self._hidden[: len(hidden)] = hidden
+
+    def _run_rows(
         self,
-        sequences: list[Sequence],
+        slot: torch.Tensor,
         tokens: torch.Tensor,
         start: torch.Tensor,
         count: torch.Tensor,
         length: torch.Tensor,
-        offsets: torch.Tensor,
         context: int,
     ) -> torch.Tensor:
-        """One pass over rows of tokens (B, Q), of which the first `count` of each row are real.
+        """One pass of transformers' modules over rows of tokens (B, Q), the first `count` of each row being real.
 
-        start, count, length (block length) are (B,), offsets (Q,); `context` is the most tokens any row sees. Returns
-        the last hidden states (B, Q, hidden size).
+        slot, start, count, length (block length) are (B,); `context` is the most tokens any row sees. Returns the last
+        hidden states (B, Q, hidden size).
         """
         assert self.cache is not None
-        width = -(-context // self._page_size)
-        pages = np.full((len(sequences), width), SCRATCH_PAGE)
-        for row, sequence in enumerate(sequences):
-            owned = sequence.pages[:width]
-            pages[row, : len(owned)] = owned
-        table = self._to_device(pages)  # (B, width)
-        real = offsets < count[:, None]  # (B, Q)
-        positions = torch.where(real, start[:, None] + offsets, 0)
-        visible = torch.where(real, (positions // length[:, None] + 1) * length[:, None], 1)
-        page = table.gather(1, positions // self._page_size)
-        places = torch.where(real, page * self._page_size + positions % self._page_size, SCRATCH_PAGE)
+        table = self._table[:, : -(-context // self._page_size)][slot]  # (B, P)
+        offsets = torch.arange(tokens.shape[1], device=self._device)
+        positions, visible, places = self._stand(table, start, count, length, offsets)
         hidden: torch.Tensor = self._model.model(
             input_ids=tokens,
             position_ids=positions,
@@ -247,70 +325,84 @@ class Runner:
         ).last_hidden_state
         return hidden
 
+    def _stand(
+        self,
+        table: torch.Tensor,
+        start: torch.Tensor,
+        count: torch.Tensor,
+        length: torch.Tensor,
+        offsets: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of rows of tokens: their positions, how many tokens they see, where their KV goes; (B, Q) each."""
+        real = offsets < count[:, None]
+        positions = torch.where(real, start[:, None] + offsets, 0)
+        visible = torch.where(real, (positions // length[:, None].clamp(min=1) + 1) * length[:, None], 1)
+        page = table.gather(1, positions // self._page_size)
+        places = torch.where(real, page * self._page_size + positions % self._page_size, SCRATCH_PAGE)
+        return positions, visible, places
+
     def _no_mask(self, tokens: torch.Tensor) -> torch.Tensor:
         """A four-dimensional mask, which every transformers version hands through untouched; nobody reads it."""
         return torch.empty(len(tokens), 1, 1, 1, dtype=self._model.dtype, device=self._device)
 
-    def _unmask(self, index: torch.Tensor, slots: Any, rows: Any, columns: Any, hidden: torch.Tensor) -> None:
-        """Draw at every masked position of the blocks, keep what each strategy keeps, write it to the state."""
-        shape = (len(slots), hidden.shape[1])
-        drawn = torch.zeros(shape, dtype=torch.int64, device=self._device)
-        confidence = torch.zeros(shape, device=self._device)
-        entropies = torch.zeros(shape, device=self._device)
+    def _unmask(self, count: int) -> None:
+        """Draw at the masked places, `count` with padding, from the hidden states; advance the state."""
+        place, row = self.state.masked_places(count)
         chunk = max(1, LOGITS_BUDGET_BYTES // (4 * self._vocabulary))
-        for greedy in (True, False):
-            of_kind = np.flatnonzero(self._host_greedy[slots][rows] == greedy)
-            for part in np.split(of_kind, range(chunk, len(of_kind), chunk)):
-                if len(part):
-                    row, column = self._to_device(rows[part]), self._to_device(columns[part])
-                    needs_entropy = bool(self._host_needs_entropy[slots[rows[part]]].any())
-                    token, probability, spread = self._draw(
-                        index[row], column, hidden[row, column], greedy, needs_entropy
-                    )
-                    drawn[row, column], confidence[row, column] = token, probability
-                    entropies[row, column] = spread
+        parts = [
+            self._draw_some(some, self._hidden[rows])
+            for some, rows in zip(torch.split(place, chunk), torch.split(row, chunk), strict=True)
+        ]
+        token, confidence, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+        self._packed.copy_(self.state.advance(place, token, confidence, entropy))
 
-        masked, step = self._masked[index], self._step[index]
-        strategy, quota = self._strategy[index], self._quotas[index].gather(1, step[:, None]).squeeze(1)
-        keys, count = unmasking.by_confidence(confidence), quota
-        dynamic = unmasking.count_above_threshold(confidence, masked, self._threshold[index], quota)
-        count = torch.where(strategy == DYNAMIC, dynamic, count)
-        keys = torch.where((strategy == SEQUENTIAL)[:, None], unmasking.by_position(confidence), keys)
-        bounded = unmasking.count_within_entropy(entropies, masked, self._entropy_bound[index])
-        count = torch.where(strategy == ENTROPY, bounded, count)
-        keys = torch.where((strategy == ENTROPY)[:, None], entropies, keys)
-        position = self._start[index][:, None] + self._offsets
-        order = uniform(self._seed[index][:, None], position, step[:, None].expand_as(position), ORDER)
-        keys = torch.where((strategy == RANDOM)[:, None], order, keys)
-        kept = unmasking.select_first(keys, count, masked)
+    def _numbers(self, place: torch.Tensor) -> torch.Tensor:
+        """The random numbers to draw with at places (M,)."""
+        state = self.state
+        slot, column = place // state.block, place % state.block
+        return uniform(state.seed[slot], state.start[slot] + column, state.step[slot], DRAW)
 
-        self._tokens[index] = torch.where(kept, drawn, self._tokens[index])
-        self._masked[index] = masked & ~kept
-        self._unmasked_at[index] = torch.where(kept, step[:, None], self._unmasked_at[index])
-        self._confidence[index] = torch.where(kept, confidence, self._confidence[index])
-        # A quota exists for every step of the longest schedule; entropy_bounded may need as many as there are tokens.
-        self._step[index] = (step + 1).clamp(max=self._quotas.shape[1] - 1)
-        if self._seen is not None:
-            which, where = kept.nonzero(as_tuple=True)
-            self._seen[index[which], drawn[which, where]] = True
+    def _draw_in_one_pass(
+        self, place: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Draw a token for each place (M,) from its hidden state (M, D): tokens, confidences, entropies (M,)."""
+        from sdar_lm_eval.engines.native.kernels import draw
 
-    def _draw(
-        self, slot: torch.Tensor, column: torch.Tensor, hidden: torch.Tensor, greedy: bool, needs_entropy: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
-        """Draw a token for R positions: slot and column (R,), hidden (R, D) -> tokens, confidences, entropies (R,)."""
-        logits = self._model.lm_head(hidden).float()  # (R, V)
-        logits[:, self._mask_token_id] = -torch.inf
-        if self._seen is not None:
-            logits = unmasking.penalize_repetition(logits, self._seen[slot], self._penalty[slot])
-        if greedy:
-            token, confidence = unmasking.draw_greedy(logits)
-            return token, confidence, unmasking.entropy(logits.softmax(dim=-1)) if needs_entropy else 0.0
-        probabilities = unmasking.filtered_probabilities(
-            logits, self._temperature[slot], self._top_k[slot], self._top_p[slot]
+        slot = place // self.state.block
+        return draw(
+            self._model.lm_head(hidden),
+            self.state.temperature[slot],
+            self._numbers(place),
+            self.state.greedy[slot],
+            self._mask_token_id,
         )
-        number = uniform(self._seed[slot], self._start[slot] + column, self._step[slot], DRAW)
-        token, confidence = unmasking.draw_sampled(probabilities, number)
-        return token, confidence, unmasking.entropy(probabilities) if needs_entropy else 0.0
 
-    def _to_device(self, array: Any) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+    def _draw_from_float32(
+        self, place: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same for every setting, by plain PyTorch."""
+        state, shape = self.state, self._shape
+        assert shape is not None
+        slot = place // state.block
+        logits = self._model.lm_head(hidden).float()  # (M, V)
+        logits[:, self._mask_token_id] = -torch.inf
+        if state.seen is not None:
+            logits = unmasking.penalize_repetition(logits, state.seen[slot], state.penalty[slot])
+        nothing = torch.zeros(len(place), device=self._device)
+        results = []
+        if shape.greedy:
+            token, confidence = unmasking.draw_greedy(logits)
+            entropy = unmasking.entropy(logits.softmax(-1)) if shape.needs_entropy else nothing
+            results.append((token, confidence, entropy))
+        if shape.sampled:
+            probabilities = unmasking.filtered_probabilities(
+                logits, state.temperature[slot], state.top_k[slot], state.top_p[slot], any_filter=shape.filtered
+            )
+            token, confidence = unmasking.draw_sampled(probabilities, self._numbers(place))
+            entropy = unmasking.entropy(probabilities) if shape.needs_entropy else nothing
+            results.append((token, confidence, entropy))
+        if len(results) == 1:
+            return results[0]
+        greedy = state.greedy[slot]
+        token, confidence, entropy = (torch.where(greedy, a, b) for a, b in zip(*results, strict=True))
+        return token, confidence, entropy

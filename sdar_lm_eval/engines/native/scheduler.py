@@ -1,8 +1,8 @@
 """Who runs next: admission, prefill in chunks, growth block by block, preemption. No tensors.
 
-A sequence waits, is admitted (it gets a slot, and pages for its prompt and its first block), is prefilled up to its
-last full block, and is then denoised block by block, each block taking pages as it needs them. When pages run out the
-youngest running sequence gives all of its own back and waits again, at the front; its committed tokens are kept and
+A sequence waits, is admitted (it gets a slot, and pages for its prompt and its first blocks), is prefilled up to its
+last full block, and is then denoised block by block, with pages for its current block and the next. When pages run out
+the youngest running sequence gives all of its own back and waits again, at the front; its decided tokens are kept and
 prefilled again, so that nothing but time is lost.
 """
 
@@ -21,19 +21,20 @@ class Sequence:
     """A request on its way.
 
     Attributes:
-        tokens: the prompt and the committed part of the answer.
-        cached: leading tokens whose KV is in the pages; whole blocks.
-        decided: the new tokens of the current block, once none is masked and the answer goes on; the next forward
-            commits them, that is, stores their KV.
+        tokens: the prompt and the decided part of the answer.
+        cached: leading tokens whose KV is in the pages, or will be after the next forward; whole blocks.
         slot: row of the batch state on the device; -1 while waiting.
+        begun: whether it takes part in the steps; before that, its prompt is prefilled.
+        turn: goes up when the sequence leaves its slot, so that what the device still does there is known to be old.
     """
 
     index: int
     request: GenerationRequest
     tokens: list[int]
     cached: int = 0
-    decided: list[int] = field(default_factory=list)
     slot: int = -1
+    begun: bool = False
+    turn: int = 0
     pages: list[int] = field(default_factory=list)
     prefill_forwards: int = 0
     denoising_forwards: int = 0
@@ -54,22 +55,13 @@ class Sequence:
 
     @property
     def num_new_tokens(self) -> int:
-        """Committed tokens of the answer."""
+        """Decided tokens of the answer."""
         return len(self.tokens) - len(self.request.prompt_ids)
 
-    def commit(self) -> None:
-        """Make the decided tokens part of `tokens`, after the forward that stored their KV."""
-        self._settle()
+    def decide(self, new: list[int]) -> None:
+        """Take the new tokens of a block, the last of them ending it; its KV is stored by the next forward."""
+        self.tokens += new
         self.cached = len(self.tokens)
-
-    def forget_cache(self) -> None:
-        """Give the KV up; what was decided stays decided, and is prefilled with the rest when its turn comes again."""
-        self._settle()
-        self.cached = 0
-
-    def _settle(self) -> None:
-        self.tokens += self.decided
-        self.decided = []
 
     @property
     def in_prefill(self) -> bool:
@@ -82,20 +74,27 @@ class Sequence:
         end = len(self.request.prompt_ids) + self.request.max_new_tokens
         return -(-end // self.block_length) * self.block_length
 
+    @property
+    def reach(self) -> int:
+        """Tokens that must have pages: up to the block after the current one, which the device may begin by itself."""
+        return min(self.block_start + 2 * self.block_length, self.longest)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """One step of the engine.
+    """What the engine does between two steps.
 
     Attributes:
-        admitted: sequences that just got a slot.
+        preempted: slots of sequences that had to leave.
+        paged: sequences whose pages changed.
         prefill: (sequence, start, end) chunks to run, whole blocks.
-        blocks: sequences whose current block takes part in this step's forward.
+        starting: sequences whose prompts are prefilled then: their first block takes part in the next step.
     """
 
-    admitted: list[Sequence]
+    preempted: list[int]
+    paged: list[Sequence]
     prefill: list[tuple[Sequence, int, int]]
-    blocks: list[Sequence]
+    starting: list[Sequence]
 
 
 class Scheduler:
@@ -115,6 +114,7 @@ class Scheduler:
         self.preemptions = 0
         self._free_slots = list(range(max_active - 1, -1, -1))
         self._prefill_chunk = prefill_chunk
+        self._most = max_active
 
     @property
     def unfinished(self) -> bool:
@@ -122,59 +122,86 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def plan(self) -> Plan:
-        """Choose what the next step runs."""
-        self._grow()
-        admitted = self._admit()
+        """Choose what happens before the next step."""
+        preempted, paged = self._grow()
+        paged += self._admit()
         prefill, budget = [], self._prefill_chunk
         for sequence in self.running:
-            if sequence.in_prefill and budget > 0:
+            if not sequence.begun and sequence.in_prefill and budget > 0:
                 blocks = max(budget // sequence.block_length, 1)
                 end = min(sequence.block_start, sequence.cached + blocks * sequence.block_length)
                 prefill.append((sequence, sequence.cached, end))
                 budget -= end - sequence.cached
         ends = {sequence.index: end for sequence, _, end in prefill}
-        blocks_now = [s for s in self.running if ends.get(s.index, s.cached) >= s.block_start]
-        return Plan(admitted, prefill, blocks_now)
+        starting = [s for s in self.running if not s.begun and ends.get(s.index, s.cached) >= s.block_start]
+        return Plan(preempted, paged, prefill, starting)
 
     def finish(self, sequence: Sequence) -> None:
-        """Free what a sequence held; its place is taken at the next step."""
+        """Free what a sequence held; its place is taken at the next plan."""
         self.running.remove(sequence)
         self._vacate(sequence)
 
-    def _grow(self) -> None:
-        """Give every running sequence the pages of its current block, the oldest first."""
+    def shrink(self) -> list[int]:
+        """Run half as many sequences from now on, with half the prefill a step; returns the slots of those that left.
+
+        The younger half of the running ones leaves; one stays.
+        """
+        self._most = max(len(self.running) // 2, 1)
+        self._prefill_chunk = max(self._prefill_chunk // 2, 1)
+        leaving = self.running[self._most :]
+        slots = [sequence.slot for sequence in leaving]
+        for sequence in reversed(leaving):
+            self._preempt(sequence)
+        return slots
+
+    def _grow(self) -> tuple[list[int], list[Sequence]]:
+        """Give every running sequence the pages it lacks, the oldest first; returns who left, and who got some."""
+        preempted, grown = [], []
         for sequence in list(self.running):
             if sequence.slot < 0:
                 continue  # preempted in this loop
-            missing = self.pool.pages_for(sequence.block_start + sequence.block_length) - len(sequence.pages)
+            missing = self.pool.pages_for(sequence.reach) - len(sequence.pages)
             while missing > self.pool.free_pages and sequence.slot >= 0:
+                preempted.append(self.running[-1].slot)
                 self._preempt(self.running[-1])
             if sequence.slot >= 0 and missing > 0:
                 sequence.pages += self.pool.allocate(missing)
+                grown.append(sequence)
+        return preempted, [sequence for sequence in grown if sequence.slot >= 0]
 
     def _admit(self) -> list[Sequence]:
-        admitted = []
-        while self.waiting and self._free_slots:
+        admitted: list[Sequence] = []
+        if not self.waiting or len(self.running) >= self._most:
+            return admitted
+        # One page is left for each running sequence that will need more, so that an admission does not force a
+        # preemption at once.
+        growing = sum(map(self._grows, self.running))
+        while self.waiting and len(self.running) < self._most:
             sequence = self.waiting[0]
-            needed = self.pool.pages_for(sequence.block_start + sequence.block_length)
-            # One page is left for each running sequence, so that an admission does not force a preemption at once.
-            if self.pool.free_pages < needed + len(self.running) and (self.running or self.pool.free_pages < needed):
+            needed = self.pool.pages_for(sequence.reach)
+            if self.pool.free_pages < needed + growing and (self.running or self.pool.free_pages < needed):
                 break
             self.waiting.popleft()
             sequence.slot = self._free_slots.pop()
             sequence.pages = self.pool.allocate(needed)
+            growing += self._grows(sequence)
             self.running.append(sequence)
             admitted.append(sequence)
         return admitted
 
+    def _grows(self, sequence: Sequence) -> bool:
+        """Whether a sequence will need more pages than it has."""
+        return len(sequence.pages) < self.pool.pages_for(sequence.longest)
+
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._vacate(sequence)
-        sequence.forget_cache()
+        sequence.cached = 0
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
     def _vacate(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
         self._free_slots.append(sequence.slot)
-        sequence.pages, sequence.slot = [], -1
+        sequence.pages, sequence.slot, sequence.begun = [], -1, False
+        sequence.turn += 1

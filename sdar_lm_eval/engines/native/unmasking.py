@@ -32,7 +32,12 @@ def draw_greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def filtered_probabilities(
-    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    *,
+    any_filter: bool = True,
 ) -> torch.Tensor:
     """The distribution that is drawn from: softmax(logits / T), top-k, then top-p of what top-k left.
 
@@ -44,12 +49,13 @@ def filtered_probabilities(
         temperature: (R,), above 0.
         top_k: (R,) int64; 0 is off.
         top_p: (R,); 1 is off.
+        any_filter: whether top-k or top-p is on in any row, where it is known: to sort the vocabulary takes long.
 
     Returns:
         (R, V) float32, rows sum to 1.
     """
     logits = logits / temperature[:, None]
-    if not bool(((top_k > 0) | (top_p < 1)).any()):
+    if not any_filter:
         return logits.softmax(dim=-1)
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     vocabulary = logits.shape[-1]

@@ -16,19 +16,18 @@ def sequence(index, prompt, new, block=4):
 
 
 def advance(plan, scheduler, step):
-    """Play the engine: prefill happens, a block takes two denoising steps, then its commit."""
+    """Play the engine: prefill happens, and a block takes two steps."""
     finished = []
     for s, _, end in plan.prefill:
         s.cached = end
-    for s in plan.blocks:
-        if s.decided:
-            s.commit()
-        elif step % 2:
+    for s in plan.starting:
+        s.begun = True
+    for s in list(scheduler.running):
+        if s.begun and step % 2:
             new = s.block_start + s.block_length - len(s.tokens)
             room = s.request.max_new_tokens - s.num_new_tokens
-            s.decided = [99] * min(new, room)
+            s.decide([99] * min(new, room))
             if room <= new:
-                s.tokens += s.decided
                 scheduler.finish(s)
                 finished.append(s.index)
     return finished
@@ -39,13 +38,13 @@ def run(sequences, pool, max_active, chunk=64):
     finished, most, step = [], 0, 0
     while scheduler.unfinished:
         plan = scheduler.plan()
-        assert plan.prefill or plan.blocks, "a step must run something"
+        assert plan.prefill or any(s.begun for s in [*scheduler.running, *plan.starting]) or plan.starting
         assert sum(end - start for _, start, end in plan.prefill) < chunk + max(s.block_length for s in sequences)
         for s, start, end in plan.prefill:
             assert start == s.cached
             assert (end - start) % s.block_length == 0
-        for s in plan.blocks:
-            assert len(s.pages) * pool.page_size >= s.block_start + s.block_length
+        for s in scheduler.running:
+            assert len(s.pages) * pool.page_size >= min(s.block_start + 2 * s.block_length, s.longest)
         slots = [s.slot for s in scheduler.running]
         assert len(set(slots)) == len(slots) <= max_active
         assert min(slots) >= 0
@@ -67,7 +66,7 @@ def test_a_finished_sequences_place_is_taken_at_once():
         advance(plan, scheduler, step)
         step += 1
     place = 0 if sequences[1].slot else 1
-    assert scheduler.plan().admitted == [sequences[2]]
+    assert scheduler.plan().starting == [sequences[2]]
     assert sequences[2].slot == place
 
 
@@ -79,7 +78,7 @@ def test_prefill_stops_at_the_last_full_block_and_runs_in_chunks():
         plan = scheduler.plan()
         chunks += [(start, end) for _, start, end in plan.prefill]
         # The block after the prompt can run in the same step as the last chunk, not before.
-        assert plan.blocks == ([long] if step == 2 else [])
+        assert plan.starting == ([long] if step == 2 else [])
         advance(plan, scheduler, 0)
     assert chunks == [(0, 32), (32, 64), (64, 68)]
 
@@ -104,7 +103,7 @@ def test_preemption_takes_the_youngest_and_keeps_what_was_decided():
     assert young.cached == 0
     assert scheduler.waiting[0] is young
     assert len(young.tokens) > 16  # its answer so far
-    assert young.decided == []
+    assert not young.begun
     assert old in scheduler.running
 
 
@@ -118,6 +117,21 @@ def test_everything_finishes_once_in_any_pool_that_holds_one(seed, pages, max_ac
     assert sorted(finished) == list(range(8))
     assert all(s.num_new_tokens == s.request.max_new_tokens for s in sequences)
     assert most <= max_active
+
+
+def test_shrinking_keeps_the_older_half():
+    sequences = [sequence(i, 16, 32) for i in range(6)]
+    scheduler = Scheduler(sequences, PagePool(100, 16), 5, 64)
+    scheduler.plan()
+    slots = [s.slot for s in sequences]
+    assert scheduler.shrink() == slots[2:5]
+    assert scheduler.running == sequences[:2]
+    assert list(scheduler.waiting) == sequences[2:]
+    scheduler.plan()
+    assert scheduler.running == sequences[:2]
+    slot = sequences[1].slot
+    assert scheduler.shrink() == [slot]
+    assert scheduler.running == sequences[:1]
 
 
 def test_no_preemption_where_pages_suffice():

@@ -1,0 +1,128 @@
+"""Qwen3's dense decoder for a GPU: packed tokens, fused projections, and the kernels of `kernels.py`.
+
+It computes what transformers' Qwen3Model does, from the same weights: the projections of queries, keys and values, and
+those of gate and up, are joined into one matrix each, and the model's own become views of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from sdar_lm_eval.engines.native import kernels
+
+HEAD_DIMS = (64, 128)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one layer; matrices as torch.nn.Linear has them."""
+
+    input_norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    q_norm: torch.Tensor
+    k_norm: torch.Tensor
+    o: torch.Tensor
+    o_bias: torch.Tensor | None
+    post_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+class FusedDecoder:
+    """The decoder of transformers' Qwen3ForCausalLM, without its LM head.
+
+    Args:
+        model: on its device already. Its projections become views of the joined ones: no weight is there twice.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        self._rotary, self._half, self._device = model.model.rotary_emb, config.head_dim // 2, model.device
+        self._cos_sin = torch.empty(0, config.head_dim, device=model.device)
+        self._embedding = model.model.embed_tokens.weight
+        self._norm = model.model.norm.weight
+        self._eps = config.rms_norm_eps
+        self._scaling = config.head_dim**-0.5
+        self._layers = [_join(layer) for layer in model.model.layers]
+
+    def reach(self, length: int) -> None:
+        """Make ready for positions below `length`."""
+        if len(self._cos_sin) < length:
+            position = torch.arange(length, device=self._device)[None]
+            cos, sin = self._rotary(
+                torch.zeros(1, device=self._device), position
+            )  # (1, length, size), both halves alike
+            self._cos_sin = torch.cat([cos[0, :, : self._half], sin[0, :, : self._half]], dim=-1).contiguous()
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Whether a model can be run by this."""
+        return (
+            type(model).__name__ == "Qwen3ForCausalLM"
+            and model.config.head_dim in HEAD_DIMS
+            and model.config.hidden_act == "silu"
+        )
+
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        places: torch.Tensor,
+        tiles: kernels.Tiles,
+        cache: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run T packed tokens, and store their keys and values.
+
+        Args:
+            tokens, positions: (T,) int64.
+            places: (T,) int64 into pages * page size, where keys and values go.
+            tiles: what attends to what.
+            cache: (layers, 2, pages, page size, KV heads, head size).
+
+        Returns:
+            The last hidden states, (T, D).
+        """
+        x, residual = self._embedding[tokens], None
+        for layer, (keys, values) in zip(self._layers, cache, strict=True):
+            normed, residual = kernels.add_norm(x, residual, layer.input_norm, self._eps)
+            query = kernels.norm_rope_store(
+                linear(normed, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, self._cos_sin, positions, places,
+                keys, values, self._eps,
+            )  # fmt: skip
+            seen = kernels.attend(query, keys, values, tiles, self._scaling)
+            x = linear(seen.flatten(1), layer.o, layer.o_bias)
+            normed, residual = kernels.add_norm(x, residual, layer.post_norm, self._eps)
+            x = linear(kernels.silu_mul(linear(normed, layer.gate_up)), layer.down)
+        return kernels.add_norm(x, residual, self._norm, self._eps)[0]
+
+
+def _join(layer: Any) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return Layer(
+        input_norm=layer.input_layernorm.weight,
+        qkv=_joined("weight", attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv_bias=None
+        if attention.q_proj.bias is None
+        else _joined("bias", attention.q_proj, attention.k_proj, attention.v_proj),
+        q_norm=attention.q_norm.weight,
+        k_norm=attention.k_norm.weight,
+        o=attention.o_proj.weight,
+        o_bias=attention.o_proj.bias,
+        post_norm=layer.post_attention_layernorm.weight,
+        gate_up=_joined("weight", mlp.gate_proj, mlp.up_proj),
+        down=mlp.down_proj.weight,
+    )
+
+
+def _joined(name: str, *projections: Any) -> torch.Tensor:
+    """One tensor of several projections' parameters, which become views of it."""
+    joined = torch.cat([getattr(projection, name).data for projection in projections])
+    sizes = [len(getattr(projection, name)) for projection in projections]
+    for projection, part in zip(projections, torch.split(joined, sizes), strict=True):
+        getattr(projection, name).data = part
+    return joined

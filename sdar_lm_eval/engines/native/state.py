@@ -1,0 +1,321 @@
+"""The batch on the device: a row ("slot") for each running sequence, and how a step changes it.
+
+A slot holds the block that is being denoised, what of it is masked, and the sequence's settings. One step of the engine
+is: `segments` says which blocks go through the model, `masked_places` which of their positions need a token, and
+`advance` keeps some of the drawn tokens; a block without masked ones is decided, and the next begins. All of it happens
+on the device: the host reads an `Outcome` afterwards, and needs only its counts to start the next step.
+
+A decided block has to go through the model once more, so that the keys and values of its final tokens are stored (it is
+"committed"). That happens beside the first denoising of the next block, as a segment of its own: attention reads keys
+and values after all of them are written, so the next block sees the committed one.
+
+Shapes: N slots and one more for padding, L positions of a block, S segments, M masked positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sdar_lm_eval.engines.base import STRATEGIES
+from sdar_lm_eval.engines.native import unmasking
+from sdar_lm_eval.engines.native.random_numbers import ORDER, uniform
+from sdar_lm_eval.engines.native.scheduler import Sequence
+
+DYNAMIC, STATIC, SEQUENTIAL, ENTROPY, RANDOM = range(len(STRATEGIES))  # positions in STRATEGIES
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did, on the host. Arrays have a row for each slot.
+
+    Attributes:
+        tokens: (N, L) int32, the blocks after the step; a decided one as it was decided.
+        unmasked_at: (N, L) int32, the step that unmasked each token; -1 for given ones.
+        confidence: (N, L) float32 at that step.
+        took_part: (N,) bool, slots that were denoised.
+        committed: (N,) bool, slots whose block before was committed beside.
+        decided: (N,) bool, blocks without masked tokens.
+        stuck: (N,) bool, slots in which nothing was unmasked: their logits are no numbers.
+        segments: blocks that the next step runs, if the host changes nothing.
+        masked: positions that are masked then.
+    """
+
+    tokens: Any
+    unmasked_at: Any
+    confidence: Any
+    took_part: Any
+    committed: Any
+    decided: Any
+    stuck: Any
+    segments: int
+    masked: int
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Blocks that go through the model in one forward; (S,) each.
+
+    Attributes:
+        slot: whose block it is; N for padding.
+        start: where it stands in its sequence.
+        length: its tokens; 0 for padding.
+        tokens: (S, L).
+    """
+
+    slot: torch.Tensor
+    start: torch.Tensor
+    length: torch.Tensor
+    tokens: torch.Tensor
+
+
+class BatchState:
+    """The state of N slots, on a device.
+
+    Args:
+        slots: N.
+        block: L, the longest block length.
+        stops: most stop tokens of a sequence.
+        vocabulary: V.
+        mask_token_id: stands where nothing is decided.
+        penalized: whether a sequence may have a repetition penalty: its table of seen tokens is N x V.
+        device: torch device.
+    """
+
+    def __init__(
+        self, slots: int, block: int, stops: int, vocabulary: int, mask_token_id: int, *, penalized: bool, device: Any
+    ) -> None:
+        whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
+        real: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        flag: dict[str, Any] = {"dtype": torch.bool, "device": device}
+        rows = slots + 1
+        self.slots, self.block = slots, block
+        self._vocabulary, self._mask_token_id, self._device = vocabulary, mask_token_id, device
+        self.offsets = torch.arange(block, device=device)
+        # The block that is being denoised: (N + 1, L)
+        self.tokens = torch.full((rows, block), mask_token_id, **whole)
+        self.masked = torch.zeros(rows, block, **flag)
+        self.unmasked_at = torch.full((rows, block), -1, **whole)
+        self.confidence = torch.ones(rows, block, **real)
+        self.before = torch.full((rows, block), mask_token_id, **whole)  # the block before, where it is uncommitted
+        # (N + 1,)
+        self.active = torch.zeros(rows, **flag)
+        self.uncommitted = torch.zeros(rows, **flag)
+        self.start = torch.zeros(rows, **whole)
+        self.step = torch.zeros(rows, **whole)
+        self.given = torch.zeros(rows, **whole)  # leading tokens of the block that are the prompt's
+        self.room = torch.zeros(rows, **whole)  # new tokens that the answer may still get
+        # Settings
+        self.length = torch.zeros(rows, **whole)
+        self.strategy = torch.zeros(rows, **whole)
+        self.quotas = torch.ones(rows, block, **whole)  # of each step
+        self.stop_ids = torch.full((rows, max(stops, 1)), NO_TOKEN, **whole)
+        self.seed = torch.zeros(rows, **whole)
+        self.greedy = torch.ones(rows, **flag)
+        self.top_k = torch.zeros(rows, **whole)
+        self.top_p = torch.ones(rows, **real)
+        self.temperature = torch.ones(rows, **real)
+        self.penalty = torch.ones(rows, **real)
+        self.threshold = torch.zeros(rows, **real)
+        self.entropy_bound = torch.zeros(rows, **real)
+        self.seen = torch.zeros(rows, vocabulary, **flag) if penalized else None
+
+    # What the host changes
+
+    def begin(self, sequences: SequenceOf[Sequence]) -> int:
+        """Write sequences to their slots, each at the block after its last full one.
+
+        Returns:
+            How many of their positions are masked.
+        """
+        slot = self.to_device(np.array([sequence.slot for sequence in sequences]))
+        requests = [sequence.request for sequence in sequences]
+        decodings = [request.decoding for request in requests]
+        given = np.array([len(sequence.tokens) - sequence.block_start for sequence in sequences])
+        length = np.array([decoding.block_length for decoding in decodings])
+        masked = (np.arange(self.block) >= given[:, None]) & (np.arange(self.block) < length[:, None])
+        self._write(
+            slot,
+            tokens=_rows((s.tokens[s.block_start :] for s in sequences), self.block, self._mask_token_id),
+            masked=masked,
+            unmasked_at=np.full(masked.shape, -1),
+            confidence=np.ones(masked.shape, dtype=np.float32),
+            active=np.ones(len(slot), dtype=bool),
+            uncommitted=np.zeros(len(slot), dtype=bool),
+            start=[sequence.block_start for sequence in sequences],
+            step=np.zeros(len(slot), dtype=np.int64),
+            given=given,
+            room=[sequence.request.max_new_tokens - sequence.num_new_tokens for sequence in sequences],
+            length=length,
+            strategy=[STRATEGIES.index(decoding.remasking_strategy) for decoding in decodings],
+            quotas=_rows((decoding.quotas for decoding in decodings), self.block, 1),
+            stop_ids=_rows((sorted(request.stop_ids) for request in requests), self.stop_ids.shape[1], NO_TOKEN),
+            seed=np.array([request.seed & (2**64 - 1) for request in requests], dtype=np.uint64).astype(np.int64),
+            greedy=[decoding.greedy for decoding in decodings],
+            top_k=[0 if decoding.greedy else min(decoding.top_k, self._vocabulary) for decoding in decodings],
+            top_p=[1.0 if decoding.greedy else decoding.top_p for decoding in decodings],
+            temperature=[1.0 if decoding.greedy else decoding.temperature for decoding in decodings],
+            penalty=[decoding.repetition_penalty for decoding in decodings],
+            threshold=[decoding.confidence_threshold for decoding in decodings],
+            entropy_bound=[decoding.eb_threshold for decoding in decodings],
+        )
+        if self.seen is not None:
+            for sequence in sequences:
+                self.seen[sequence.slot] = False
+                self.seen[sequence.slot, self.to_device(np.array(sequence.tokens))] = True
+        return int(masked.sum())
+
+    def stop(self, slots: SequenceOf[int]) -> None:
+        """Take slots out of the batch."""
+        if slots:
+            self.active[self.to_device(np.array(slots))] = False
+
+    # A step
+
+    def segments(self, count: int) -> Segments:
+        """The blocks that a forward runs: the active slots' in order of slots, then those to be committed.
+
+        Args:
+            count: S; at least as many as there are, the rest is padding.
+        """
+        kinds = torch.cat([self.active, self.active & self.uncommitted])  # (2 (N + 1),)
+        row = _compact(kinds, count, padding=self.slots)
+        commits = row > self.slots
+        slot = torch.where(commits, row - self.slots - 1, row)
+        length = self.length[slot] * (row != self.slots)
+        start = self.start[slot] - torch.where(commits, length, 0)
+        tokens = torch.where(commits[:, None], self.before[slot], self.tokens[slot])
+        return Segments(slot, start, length, tokens)
+
+    def masked_places(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where tokens are to be drawn, M = `count` places; padding is the padding slot's first one.
+
+        Returns:
+            (slot * L + position in the block, row of the flattened (S * L) hidden states of `segments`).
+        """
+        wanted = self.masked & self.active[:, None]
+        place = _compact(wanted.flatten(), count, padding=self.slots * self.block)
+        rank = (self.active.cumsum(0) - 1).clamp(min=0)[place // self.block]
+        return place, rank * self.block + place % self.block
+
+    def advance(
+        self, place: torch.Tensor, token: torch.Tensor, confidence: torch.Tensor, entropy: torch.Tensor
+    ) -> torch.Tensor:
+        """Keep the tokens that each strategy keeps; begin the next block where one is decided and the answer goes on.
+
+        Args:
+            place: (M,), as `masked_places` gave it.
+            token, confidence, entropy: (M,), what was drawn there.
+
+        Returns:
+            The outcome, packed for its way to the host; `unpack` makes an `Outcome` of it.
+        """
+        shape = self.tokens.shape
+        drawn = torch.zeros(shape.numel(), dtype=torch.int64, device=self._device).scatter_(0, place, token)
+        sure = torch.zeros(shape.numel(), device=self._device).scatter_(0, place, confidence).view(shape)
+        spread = torch.zeros(shape.numel(), device=self._device).scatter_(0, place, entropy).view(shape)
+        drawn = drawn.view(shape)
+        masked = self.masked & self.active[:, None]
+        kept = self._kept(masked, sure, spread)
+
+        took_part, committed = self.active.clone(), self.active & self.uncommitted
+        self.tokens.copy_(torch.where(kept, drawn, self.tokens))
+        self.unmasked_at.copy_(torch.where(kept, self.step[:, None], self.unmasked_at))
+        self.confidence.copy_(torch.where(kept, sure, self.confidence))
+        self.masked &= ~kept
+        if self.seen is not None:
+            # Token by token of a block, so that shapes do not depend on how many are kept.
+            for column in range(self.block):
+                where = drawn[:, column : column + 1]
+                self.seen.scatter_(1, where, self.seen.gather(1, where) | kept[:, column : column + 1])
+        stuck = masked.any(dim=1) & ~kept.any(dim=1) | (kept & sure.isnan()).any(dim=1)
+        decided = took_part & ~self.masked.any(dim=1)
+        outcome = self._pack(took_part, committed, decided, stuck)
+
+        fresh = (self.offsets >= self.given[:, None]) & (self.offsets < self.length[:, None])  # (N + 1, L)
+        stops = ((self.tokens[:, :, None] == self.stop_ids[:, None, :]).any(dim=-1) & fresh).any(dim=1)
+        new = self.length - self.given
+        goes_on = decided & ~stops & (new < self.room)
+        self.active &= ~decided | goes_on
+        self.before.copy_(torch.where(goes_on[:, None], self.tokens, self.before))
+        self.uncommitted.copy_(goes_on)
+        self.start += torch.where(goes_on, self.length, 0)
+        self.room -= torch.where(goes_on, new, 0)
+        self.given.masked_fill_(goes_on, 0)
+        # A quota exists for every step of the longest schedule; entropy_bounded may need as many as there are tokens.
+        self.step.copy_(torch.where(goes_on, 0, (self.step + 1).clamp(max=self.block - 1)))
+        self.tokens.masked_fill_(goes_on[:, None], self._mask_token_id)
+        self.masked |= goes_on[:, None] & (self.offsets < self.length[:, None])
+        self.unmasked_at.masked_fill_(goes_on[:, None], -1)
+        self.confidence.masked_fill_(goes_on[:, None], 1.0)
+        counts = torch.stack([self.active.sum() + goes_on.sum(), (self.masked & self.active[:, None]).sum()])
+        return torch.cat([outcome, counts.int()])
+
+    def _kept(self, masked: torch.Tensor, confidence: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+        """Which of the masked positions keep their token: (N + 1, L) bool."""
+        strategy, quota = self.strategy, self.quotas.gather(1, self.step[:, None]).squeeze(1)
+        keys, count = unmasking.by_confidence(confidence), quota
+        dynamic = unmasking.count_above_threshold(confidence, masked, self.threshold, quota)
+        count = torch.where(strategy == DYNAMIC, dynamic, count)
+        keys = torch.where((strategy == SEQUENTIAL)[:, None], unmasking.by_position(confidence), keys)
+        bounded = unmasking.count_within_entropy(entropies, masked, self.entropy_bound)
+        count = torch.where(strategy == ENTROPY, bounded, count)
+        keys = torch.where((strategy == ENTROPY)[:, None], entropies, keys)
+        position = self.start[:, None] + self.offsets
+        order = uniform(self.seed[:, None], position, self.step[:, None].expand_as(position), ORDER)
+        keys = torch.where((strategy == RANDOM)[:, None], order, keys)
+        return unmasking.select_first(keys, count, masked)
+
+    # To the host
+
+    def _pack(self, *flags: torch.Tensor) -> torch.Tensor:
+        """Blocks and flags as one int32 tensor, the padding slot left out."""
+        parts = [self.tokens.int(), self.unmasked_at.int(), self.confidence.view(torch.int32)]
+        return torch.cat([part[:-1].flatten() for part in (*parts, *(flag.int() for flag in flags))])
+
+    def pack_nothing(self) -> torch.Tensor:
+        """A tensor with room for what `advance` returns."""
+        return torch.zeros((3 * self.block + 4) * self.slots + 2, dtype=torch.int32, device=self._device)
+
+    def unpack(self, packed: torch.Tensor) -> Outcome:
+        """What `advance` returned, on the host."""
+        blocks, flags = self.slots * self.block, self.slots
+        array = packed.numpy().copy()  # the next step is brought to the same place
+        tokens, unmasked_at, confidence = array[: 3 * blocks].reshape(3, self.slots, self.block)
+        took_part, committed, decided, stuck = array[3 * blocks : 3 * blocks + 4 * flags].reshape(4, flags).astype(bool)
+        segments, masked = (int(count) for count in array[-2:])
+        return Outcome(
+            tokens, unmasked_at, confidence.view(np.float32), took_part, committed, decided, stuck, segments, masked
+        )
+
+    def to_device(self, array: Any) -> torch.Tensor:
+        """A host array on the device, without waiting for it."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return (tensor.pin_memory() if self._device.type == "cuda" else tensor).to(self._device, non_blocking=True)
+
+    def _write(self, slot: torch.Tensor, **columns: Any) -> None:
+        for name, values in columns.items():
+            state: torch.Tensor = getattr(self, name)
+            state[slot] = self.to_device(np.asarray(values)).to(state.dtype)
+
+
+def _rows(lists: Iterable[SequenceOf[int]], width: int, padding: int) -> Any:
+    """Lists of different lengths as one array (count, width)."""
+    lists = list(lists)
+    rows = np.full((len(lists), width), padding, dtype=np.int64)
+    for row, values in enumerate(lists):
+        rows[row, : len(values)] = values
+    return rows
+
+
+def _compact(wanted: torch.Tensor, count: int, padding: int) -> torch.Tensor:
+    """The indices where `wanted` (K,) is true, in order, then padding: (count,) int64. At most `count` are true."""
+    place = torch.where(wanted, wanted.cumsum(0) - 1, count)
+    indices = torch.full((count + 1,), padding, dtype=torch.int64, device=wanted.device)
+    return indices.scatter_(0, place, torch.arange(len(wanted), device=wanted.device))[:count]

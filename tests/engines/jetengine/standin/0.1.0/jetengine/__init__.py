@@ -1,0 +1,5 @@
+"""A stand-in for JetEngine 0.1.0 (github.com/Labman42/JetEngine, commit 0ddc55a), on the CPU."""
+
+from jetengine.engine.llm_engine import LLM, SamplingParams
+
+__all__ = ["LLM", "SamplingParams"]

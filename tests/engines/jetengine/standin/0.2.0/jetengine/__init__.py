@@ -1,0 +1,5 @@
+"""A stand-in for JetEngine 0.2.0 (github.com/Labman42/JetEngine, commit 11563d1), on the CPU."""
+
+from jetengine.engine.llm_engine import LLM, SamplingParams
+
+__all__ = ["LLM", "SamplingParams"]

@@ -1,0 +1,74 @@
+"""The engine with the fused decoder and the Triton kernels, beside the one with transformers' modules.
+
+On the CPU through Triton's interpreter, in float32.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import random_checkpoint
+
+pytest.importorskip("triton")
+
+from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine
+from sdar_lm_eval.engines.native import kernels, runner
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return Checkpoint.open(str(random_checkpoint(tmp_path_factory.mktemp("fused"), head_dim=64, num_hidden_layers=1)))
+
+
+def engine_with_kernels(checkpoint, **options):
+    engine = make_engine("native", checkpoint, device="cpu", kernels=True, **options)
+    assert engine._runner._decoder is not None
+    return engine
+
+
+def run(engine, requests):
+    results = dict(engine.generate(requests))
+    return [results[i] for i in range(len(requests))]
+
+
+def test_the_same_tokens(checkpoint, monkeypatch):
+    monkeypatch.setattr(kernels, "SPLIT", 8)  # so that contexts are split
+    monkeypatch.setattr(runner, "PREFILL_TILE", 8)
+    settings = [
+        {"temperature": 0, "remasking_strategy": "low_confidence_static"},
+        {"temperature": 1.0, "remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.3},
+        {"temperature": 0.7, "remasking_strategy": "entropy_bounded", "eb_threshold": 3.0},
+        {"temperature": 0, "remasking_strategy": "random", "block_length": 8, "denoising_steps": 3},
+    ]
+    requests = [
+        GenerationRequest(tuple(range(1, 4 + 5 * i)), 6, DecodingConfig(**s), seed=i) for i, s in enumerate(settings)
+    ]
+    plain = run(make_engine("native", checkpoint, device="cpu"), requests)
+    fast = run(engine_with_kernels(checkpoint, max_active=3), requests)
+    assert [r.token_ids for r in fast] == [r.token_ids for r in plain]
+
+
+def test_filters_and_penalties_fall_back_to_pytorch(checkpoint):
+    requests = [
+        GenerationRequest((1, 2, 3, 4, 5), 6, DecodingConfig(top_k=5), seed=1),
+        GenerationRequest((1, 2, 3), 6, DecodingConfig(repetition_penalty=1.3), seed=2),
+    ]
+    plain = run(make_engine("native", checkpoint, device="cpu"), requests)
+    assert [r.token_ids for r in run(engine_with_kernels(checkpoint), requests)] == [r.token_ids for r in plain]
+
+
+def test_weights_are_not_there_twice(checkpoint):
+    engine = engine_with_kernels(checkpoint)
+    attention = engine._model.model.layers[0].self_attn
+    joined = engine._runner._decoder._layers[0].qkv
+    assert attention.k_proj.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
+    assert torch.equal(torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]), joined)
+
+
+def test_moe_runs_with_transformers_modules(tmp_path):
+    checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, moe=True, head_dim=64)))
+    engine = make_engine("native", checkpoint, device="cpu", kernels=True)
+    assert engine._runner._decoder is None
+    requests = [GenerationRequest((1, 2, 3, 4, 5), 5, DecodingConfig(temperature=0))]
+    plain = run(make_engine("native", checkpoint, device="cpu"), requests)
+    assert run(engine, requests)[0].token_ids == plain[0].token_ids

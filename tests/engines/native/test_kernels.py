@@ -1,0 +1,188 @@
+"""The Triton kernels beside plain PyTorch: on the CPU through Triton's interpreter, on a GPU as they are.
+
+Outputs are poisoned first where a kernel fills what it is given, and memory is as `torch.empty` leaves it elsewhere.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+kernels = pytest.importorskip("sdar_lm_eval.engines.native.kernels", exc_type=ImportError)
+
+from sdar_lm_eval.engines.native import unmasking  # noqa: E402
+
+DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+pytestmark = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def normal(*shape, dtype):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def close(got, expected, dtype):
+    torch.testing.assert_close(got.float(), expected.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("size", [64, 100])
+def test_add_norm(dtype, size):
+    x, residual, weight = normal(5, size, dtype=dtype), normal(5, size, dtype=dtype), normal(size, dtype=dtype)
+
+    def norm(t):
+        t = t.float()
+        return t * torch.rsqrt((t * t).mean(-1, keepdim=True) + 1e-6) * weight.float()
+
+    out, added = kernels.add_norm(x, None, weight, 1e-6)
+    assert torch.equal(added, x)
+    close(out, norm(x), dtype)
+    expected = x + residual
+    out, added = kernels.add_norm(x, residual.clone(), weight, 1e-6)
+    close(added, expected, dtype)
+    close(out, norm(expected), dtype)
+
+
+@pytest.mark.parametrize("size", [48, 1500])
+def test_silu_mul(dtype, size):
+    x = normal(3, 2 * size, dtype=dtype)
+    gate, up = x.float().chunk(2, dim=-1)
+    close(kernels.silu_mul(x), torch.nn.functional.silu(gate) * up, dtype)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 64), (4, 1, 128)])
+def test_norm_rope_store(dtype, heads, kv_heads, size):
+    tokens, pages, page = 7, 4, 16
+    qkv = normal(tokens, (heads + 2 * kv_heads) * size, dtype=dtype)
+    q_weight, k_weight = normal(size, dtype=dtype), normal(size, dtype=dtype)
+    angles = torch.outer(torch.arange(100).float(), 1e4 ** (-torch.arange(0, size, 2) / size))
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1).to(DEVICE)
+    positions = torch.randint(0, 100, (tokens,), device=DEVICE)
+    places = torch.randperm(pages * page, device=DEVICE)[:tokens]
+    keys, values = (torch.full((pages, page, kv_heads, size), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2))
+    query = kernels.norm_rope_store(qkv, q_weight, k_weight, cos_sin, positions, places, keys, values, 1e-6)
+
+    def norm_rope(t, weight):  # (T, heads, size)
+        t = t.float()
+        t = t * torch.rsqrt((t * t).mean(-1, keepdim=True) + 1e-6) * weight.float()
+        a, b = t.chunk(2, dim=-1)
+        cos, sin = cos_sin[positions].chunk(2, dim=-1)
+        return torch.cat([a * cos[:, None] - b * sin[:, None], b * cos[:, None] + a * sin[:, None]], dim=-1)
+
+    q, k, v = qkv.view(tokens, -1, size).split([heads, kv_heads, kv_heads], dim=1)
+    close(query, norm_rope(q, q_weight), dtype)
+    close(keys.flatten(0, 1)[places], norm_rope(k, k_weight), dtype)
+    assert torch.equal(values.flatten(0, 1)[places], v)
+    untouched = torch.ones(pages * page, dtype=torch.bool, device=DEVICE)
+    untouched[places] = False
+    assert keys.flatten(0, 1)[untouched].isnan().all()
+
+
+def attention(query, keys, values, tiles, scaling):
+    """One token after the other."""
+    out = torch.full(query.shape, torch.nan, device=query.device)
+    group = query.shape[1] // keys.shape[2]
+    for tile in range(len(tiles.first)):
+        for token in range(int(tiles.first[tile]), int(tiles.first[tile] + tiles.count[tile])):
+            n = int(tiles.visible[token])
+            k, v = (cache[tiles.pages[tile]].flatten(0, 1)[:n].float() for cache in (keys, values))
+            k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+            scores = torch.einsum("hd,nhd->hn", query[token].float(), k) * scaling
+            out[token] = torch.einsum("hn,nhd->hd", scores.softmax(-1), v)
+    return out
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 64), (8, 2, 128), (2, 2, 64)])
+@pytest.mark.parametrize("block", [1, 4, 16, 64])
+@pytest.mark.parametrize("context", [3, 90, 300 if DEVICE == "cpu" else 700])
+def test_attend(dtype, heads, kv_heads, size, block, context, monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels, "SPLIT", 64)
+        if (context > 100) + 2 * (block > 16) + (heads != 4) > 1:
+            pytest.skip("the interpreter is slow")
+    page = 16
+    counts = [block, 0, block]  # the middle tile is padding
+    lengths = torch.tensor([context, 0, max(context // 2, 1)])
+    per_sequence = -(-(context + block) // page)
+    keys, values = (normal(3 * per_sequence + 1, page, kv_heads, size, dtype=dtype) for _ in range(2))
+    order = torch.randperm(3 * per_sequence, device=DEVICE) + 1
+    tiles = kernels.Tiles(
+        first=torch.tensor([0, block, 2 * block], device=DEVICE),
+        count=torch.tensor(counts, device=DEVICE),
+        pages=order.view(3, per_sequence),
+        visible=(lengths + block).repeat_interleave(block).to(DEVICE),
+        tokens=block,
+        splits=-(-(context + block) // kernels.SPLIT),
+    )
+    query = normal(3 * block, heads, size, dtype=dtype)
+    got = kernels.attend(query, keys, values, tiles, size**-0.5)
+    expected = attention(query, keys, values, tiles, size**-0.5)
+    real = ~expected.isnan()
+    assert real.sum() == 2 * block * heads * size
+    close(got[real], expected[real], dtype)
+
+
+def test_attend_over_blocks_of_a_prompt(dtype):
+    """A tile of several blocks, each of which sees itself and those before."""
+    heads, kv_heads, size, page, block = 4, 2, 64, 16, 4
+    keys, values = (normal(9, page, kv_heads, size, dtype=dtype) for _ in range(2))
+    tiles = kernels.Tiles(
+        first=torch.tensor([0, 16], device=DEVICE),
+        count=torch.tensor([16, 12], device=DEVICE),
+        pages=torch.tensor([[3, 1, 5], [3, 1, 5]], device=DEVICE),
+        visible=((torch.arange(28, device=DEVICE) // block) + 1) * block,
+        tokens=16,
+        splits=1,
+    )
+    query = normal(28, heads, size, dtype=dtype)
+    close(kernels.attend(query, keys, values, tiles, 0.125), attention(query, keys, values, tiles, 0.125), dtype)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 711, 9000])
+def test_draw(dtype, vocabulary):
+    rows = 6
+    logits = normal(rows, vocabulary, dtype=dtype) * 4
+    logits[1, 3] = logits[1, 2] = logits[1].max() + 1  # a tie: the lower id
+    mask_token = 1
+    logits[2, mask_token] = 50
+    greedy = torch.tensor([True, True, True, False, False, False], device=DEVICE)
+    temperature = torch.tensor([1, 1, 1, 1, 0.5, 2], device=DEVICE)
+    number = torch.tensor([0, 0, 0, 0.999999, 0.3, 0.0], device=DEVICE)
+    token, confidence, entropy = kernels.draw(logits, temperature, number, greedy, mask_token)
+
+    reference = logits.float()
+    reference[:, mask_token] = -torch.inf
+    best, sure = unmasking.draw_greedy(reference)
+    probabilities = (reference / temperature[:, None]).softmax(-1)
+    drawn, likely = unmasking.draw_sampled(probabilities, number)
+    assert torch.equal(token, torch.where(greedy, best, drawn))
+    torch.testing.assert_close(confidence, torch.where(greedy, sure, likely), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(entropy, unmasking.entropy(probabilities), rtol=1e-3, atol=1e-4)
+
+
+def test_draws_follow_the_distribution(dtype):
+    logits = normal(1, 11, dtype=dtype).expand(150, 11).contiguous()
+    number = (torch.arange(150, device=DEVICE) + 0.5) / 150
+    ones = torch.ones(150, device=DEVICE)
+    token, _, _ = kernels.draw(logits, ones, number, torch.zeros(150, dtype=torch.bool, device=DEVICE), 4)
+    reference = logits[0].float()
+    reference[4] = -torch.inf
+    shares = torch.bincount(token, minlength=11) / 150
+    torch.testing.assert_close(shares, reference.softmax(-1), rtol=0, atol=1 / 150)
+
+
+def test_logits_that_are_no_numbers_show(dtype):
+    logits = normal(2, 50, dtype=dtype)
+    logits[0, 7] = torch.nan
+    ones = torch.ones(2, device=DEVICE)
+    for greedy in (True, False):
+        flags = torch.full((2,), greedy, device=DEVICE)
+        token, confidence, _ = kernels.draw(logits, ones, ones * 0.5, flags, 1)
+        assert confidence.isnan().tolist() == [True, False]
+        assert ((token >= 0) & (token < 50)).all()

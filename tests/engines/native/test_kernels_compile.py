@@ -1,0 +1,95 @@
+"""The kernels compile for an H100, which takes no GPU: Triton brings NVIDIA's assembler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from textwrap import dedent
+
+import pytest
+
+pytest.importorskip("triton")
+
+COMPILE = """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sdar_lm_eval.engines.native import kernels
+
+    BF16, INT64, FP32 = "*bf16", "*i64", "*fp32"
+
+
+    def check(kernel, types, constants, **options):
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+        constants = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert compiled.metadata.shared <= 227 * 1024, kernel.__name__
+
+
+    def tensors(type_, *names):
+        return dict.fromkeys(names, type_)
+
+
+    check(
+        kernels._add_norm,
+        {**tensors(BF16, "x", "residual", "weight", "out"), "eps": "fp32"},
+        {"ADD": True, "BLOCK": 4096},
+    )
+    check(kernels._silu_mul, tensors(BF16, "x", "out"), {"BLOCK": 1024})
+    check(
+        kernels._norm_rope_store,
+        {
+            **tensors(BF16, "qkv", "q_weight", "k_weight", "q_out", "keys", "values"),
+            **tensors(INT64, "positions", "places"),
+            "cos_sin": FP32,
+            "eps": "fp32",
+        },
+        {"HEADS": 32, "KV_HEADS": 8, "SIZE": 128},
+        num_warps=1,
+    )
+    # Rows of a block of 4, of 64, and of a prompt's tile; float32 needs the most shared memory.
+    for type_, rows, columns, splits in [(BF16, 16, 64, 1), (BF16, 16, 64, 4), (BF16, 256, 32, 1), (FP32, 128, 32, 1)]:
+        check(
+            kernels._attend,
+            {
+                **tensors(type_, "query", "keys", "values"),
+                **tensors(INT64, "first_", "count_", "pages", "visible"),
+                "out": type_ if splits == 1 else FP32,
+                "sums": FP32,
+                "scale": "fp32",
+            },
+            {
+                "HEADS": 32, "KV_HEADS": 8, "SIZE": 128, "PAGE": 16, "ROWS": rows, "COLUMNS": columns, "SPLIT_": 512,
+                "SPLITS": splits, "PRECISION": "ieee" if type_ == FP32 else "tf32",
+            },
+            num_warps=4 if rows <= 64 else 8,
+        )
+    check(
+        kernels._combine, {**tensors(FP32, "parts", "sums"), "out": BF16}, {"SIZE": 128, "SPLITS": 4}, num_warps=1
+    )
+    check(kernels._summarize, {"logits": BF16, **tensors(FP32, "temperature", "parts")}, {"BLOCK": 4096})
+    check(
+        kernels._choose,
+        {
+            "logits": BF16,
+            "greedy": "*i1",
+            "token_out": INT64,
+            **tensors(FP32, "temperature", "number", "parts", "confidence_out", "entropy_out"),
+        },
+        {"BLOCK": 4096, "CHUNKS": 64},
+    )
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+def test_for_an_h100(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = tmp_path / "compile.py"
+    script.write_text(dedent(COMPILE))
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
