@@ -24,9 +24,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 import sdar_lm_eval
+from sdar_lm_eval.answers import AnswerFolder
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.base import (
     GenerationRequest,
+    GenerationResult,
     LikelihoodConfig,
     Scorer,
     ScoreRequest,
@@ -44,7 +46,8 @@ from sdar_lm_eval.gen_kwargs import (
     to_bool,
 )
 from sdar_lm_eval.ranks import Ranks
-from sdar_lm_eval.report.run import Counts, RunReport
+from sdar_lm_eval.report.live import Live
+from sdar_lm_eval.report.run import Counts, RunReport, facts_of
 
 logger = logging.getLogger(__name__)
 # Our messages go where lm_eval's go, at its verbosity.
@@ -54,7 +57,7 @@ DEFAULT_CHECKPOINT = "JetLM/SDAR-4B-Chat"
 CHAT_TEMPLATE_MODES = ("auto", "on", "off")
 MODEL_ARGUMENTS = (
     "pretrained", "revision", "dtype", "device", "max_length", "max_active", "seed", "chat_template", "trace",
-    "batch_size", "max_batch_size", "trust_remote_code", "likelihood", "mc_samples",
+    "batch_size", "max_batch_size", "trust_remote_code", "likelihood", "mc_samples", "verbose", "answers",
 )  # fmt: skip
 # What a run's cached answers depend on, kept in the cache itself; see `set_cache_hook`.
 FINGERPRINT_KEY = "sdar_lm_eval/fingerprint"
@@ -125,6 +128,8 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             off. Of generated answers only: log-likelihoods are of the text as it comes, which `--apply_chat_template`
             puts into the template.
         trace: file that gets a JSON line for each finished request; with several ranks, one file each.
+        verbose: log each example when its answer is there, right or wrong where the task has a judge (report/live.py).
+        answers: folder that keeps finished answers, for this run to go on from; several processes may share it.
         likelihood: chain (exact) or nelbo (the diffusion bound), see `sdar_lm_eval/likelihood.py`; at temperature 1,
             whatever the decoding settings.
         mc_samples: masks a block under nelbo; blocks with no more masks than that are computed without sampling.
@@ -186,6 +191,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         if trace is not None and self._world_size > 1:
             trace = f"{trace}.rank{self._rank}"
         self.report = RunReport(None if trace is None else Path(str(trace)))
+        self._verbose = to_bool("verbose", arguments.get("verbose", False))
         self._engine = make_engine(
             self.ENGINE,
             self.checkpoint,
@@ -202,6 +208,10 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         self._decoding_of_tasks: dict[str, dict[str, Any]] = {}
         self._harness_templates = False
         self._said_template = self._said_plain = False
+        self._answers: AnswerFolder | None = None
+        if arguments.get("answers") is not None:
+            folder = Path(str(arguments["answers"]))
+            self._answers = AnswerFolder(folder, self._fingerprint(), lambda: self.get_model_info()["sdar_lm_eval"])
         logger.info("%s", self._describe())
 
     # How the harness makes a model
@@ -308,13 +318,21 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         started = time.perf_counter()
         self._engine.prepare([jobs[key].request for key in missing])
         self.report.counts.load_seconds += time.perf_counter() - started
-        self.report.start(len(jobs), finished=len(answers), show=self._rank == 0 and not disable_tqdm)
+        live = Live((job.instance for job in jobs.values()), len(jobs), whole=self._world_size == 1)
+        for key, text in answers.items():
+            live.judge(jobs[key].instance, text)
+        self.report.start(len(jobs), finished=len(answers), show=self._rank == 0 and not disable_tqdm, live=live)
+        if self._answers is not None:
+            self._answers.begin()
         try:
             for index, result in self._engine.generate([jobs[key].request for key in missing]):
                 job = jobs[missing[index]]
                 text = _cut(self.tok_decode(result.token_ids), job.until)
                 answers[missing[index]] = text
-                self._keep(job, text)
+                self._keep(job, text, result)
+                verdict = live.judge(job.instance, text)
+                if self._verbose:
+                    self.report.tell(live.example(job.instance, job.request, result, text, verdict))
                 self.report.add(
                     result,
                     text,
@@ -325,6 +343,8 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                 )
         finally:
             self.report.stop(self._engine.peak_memory_bytes())
+            if self._answers is not None:
+                self._answers.finish()
             if self._world_size == 1:  # else `barrier` says it for all
                 logger.info("%s", self.report.counts)
         if len(answers) < len(jobs):
@@ -536,12 +556,18 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             "temperature": None if temperature is None else to_number("temperature", temperature, whole=False),
         }
 
-    def _keep(self, job: _Job, text: str) -> None:
+    def _keep(self, job: _Job, text: str, result: GenerationResult) -> None:
+        if self._answers is not None:
+            name = {"task": job.instance.task_name, "document": job.instance.doc_id, "repeat": job.repeat}
+            facts = facts_of(result, text, prompt_tokens=len(job.request.prompt_ids))
+            self._answers.keep(job.instance, job.repeat, name | facts)
         self.cache_hook.add_partial("generate_until", job.instance.args, text)
         if job.own_key is not None and self.cache_hook.dbdict is not None:
             self.cache_hook.dbdict[job.own_key] = text
 
     def _recall(self, job: _Job) -> str | None:
+        if self._answers is not None and (kept := self._answers.recall(job.instance, job.repeat)) is not None:
+            return kept
         cache = self.cache_hook.dbdict
         if job.own_key is None or cache is None or job.own_key not in cache:
             return None
@@ -603,7 +629,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                 stop_ids=settings[name].stop_ids,
                 stop_strings=settings[name].stop_strings,
                 seed=seed,
-                record_steps=self.report.tracing,
+                record_steps=self.report.tracing or self._verbose,
             )
             own_key = self._own_key(instance, generation, seed)
             jobs[key] = _Job(instance, repeat, request, generation.until, own_key)

@@ -169,7 +169,7 @@ def test_the_command_line_says_everything_once(folder: Path) -> None:
     for said in ("on the native engine", "put into the checkpoint's chat template", "requests, "):
         assert done.stderr.count(said) == 1, said
     assert "2 ranks: 3 requests" in done.stderr
-    assert done.stderr.count("Generating:   0%") == 1  # how a bar begins
+    assert done.stderr.count("GSM8K Eval:   0%") == 1  # how a bar begins
     (samples,) = folder.glob("results/*/samples_*.jsonl")
     assert sorted({json.loads(line)["doc_id"] for line in samples.read_text().splitlines()}) == [0, 1, 2]
     (results,) = folder.glob("results/*/results_*.json")

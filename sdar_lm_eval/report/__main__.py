@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from sdar_lm_eval.errors import SDARError
-from sdar_lm_eval.report import table
+from sdar_lm_eval.report import gsm8k_json, table
 
-COMMANDS = (table,)
+COMMANDS = (table, gsm8k_json)
 """Modules with `NAME`, `HELP`, `add_arguments(parser)` and `run(arguments) -> str`, which is printed."""
 
 

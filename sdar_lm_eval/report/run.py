@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sdar_lm_eval.engines.base import GenerationResult, ScoreResult
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.live import Live
 
 logger = logging.getLogger(__name__)
 
@@ -151,12 +152,23 @@ class RunReport:
         """Whether there is a trace file."""
         return self._trace is not None
 
-    def start(self, total: int, finished: int = 0, show: bool = True, scoring: bool = False) -> None:
-        """Begin a round of `total` requests, of which some were finished by an earlier run; `show` draws a bar."""
-        self._scoring = scoring
-        name = "Scoring" if scoring else "Generating"
-        self._bar = tqdm(total=total, initial=finished, disable=not show, desc=name, unit="req", dynamic_ncols=True)
+    def start(
+        self, total: int, finished: int = 0, show: bool = True, scoring: bool = False, live: Live | None = None
+    ) -> None:
+        """Begin a round of `total` requests, of which some were finished by an earlier run; `show` draws a bar.
+
+        `live` tells what the answers are worth as they come in, where it knows.
+        """
+        self._scoring, self._live = scoring, live
+        name, unit, bar_format = "Scoring" if scoring else "Generating", "req", None
+        if live is not None and live.knows_accuracy:
+            name, unit, bar_format = live.title, "q", live.bar(0.0, 0)
+        self._bar = tqdm(
+            total=total, initial=finished, disable=not show, desc=name, unit=unit, bar_format=bar_format,
+            dynamic_ncols=True,
+        )  # fmt: skip
         self._started, self._tokens_before = time.perf_counter(), self.counts.new_tokens
+        self._requests_before = self.counts.requests
 
     def add(self, result: GenerationResult, text: str, prompt_tokens: int, **request: Any) -> None:
         """Count a finished request and write its trace line; `request` names it (task, document, repeat)."""
@@ -168,25 +180,25 @@ class RunReport:
         counts.denoising_forwards += result.denoising_forwards
         counts.commit_forwards += result.commit_forwards
         if self._trace is not None:
-            line = {
-                **request,
-                "prompt_tokens": prompt_tokens,
-                "new_tokens": len(result.token_ids),
-                "forwards": {
-                    "prefill": result.prefill_forwards,
-                    "denoising": result.denoising_forwards,
-                    "commit": result.commit_forwards,
-                },
-                "seconds": round(result.seconds, 4),
-                "finish_reason": result.finish_reason,
-                "text": text,
-                "unmasked_at": result.unmasked_at,
-                "confidences": [round(c, 4) for c in result.confidences or ()],
-            }
-            self._write(line)
-        speed = (counts.new_tokens - self._tokens_before) / (time.perf_counter() - self._started)
-        self._bar.set_postfix_str(f"{speed:,.0f} tok/s, {counts.tokens_per_forward:.2f} tok/forward", refresh=False)
+            self._write(
+                {
+                    **request,
+                    **facts_of(result, text, prompt_tokens),
+                    "unmasked_at": result.unmasked_at,
+                    "confidences": [round(c, 4) for c in result.confidences or ()],
+                }
+            )
+        seconds = time.perf_counter() - self._started
+        if self._live is not None and self._live.knows_accuracy:
+            self._bar.bar_format = self._live.bar(seconds, counts.requests - self._requests_before)
+        else:
+            speed = (counts.new_tokens - self._tokens_before) / seconds
+            self._bar.set_postfix_str(f"{speed:,.0f} tok/s, {counts.tokens_per_forward:.2f} tok/forward", refresh=False)
         self._bar.update()
+
+    def tell(self, text: str) -> None:
+        """Print a text of several lines, above the bar."""
+        self._bar.write(text)
 
     def add_score(self, result: ScoreResult, context_tokens: int, tokens: int, **request: Any) -> None:
         """Count a scored request and write its trace line; `request` names it (task, document, method)."""
@@ -224,4 +236,24 @@ class RunReport:
             self.counts.scoring_seconds += seconds
         else:
             self.counts.generation_seconds += seconds
+            if self._live is not None and self._live.knows_accuracy and self._live.whole:
+                computed = self.counts.requests - self._requests_before
+                tokens = self.counts.new_tokens - self._tokens_before
+                logger.info("%s", self._live.summary(seconds, computed, tokens))
         self.counts.peak_memory_bytes = max(self.counts.peak_memory_bytes, peak_memory_bytes)
+
+
+def facts_of(result: GenerationResult, text: str, prompt_tokens: int) -> dict[str, Any]:
+    """Return an answer and how it was made, as trace files and folders of answers have it."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(result.token_ids),
+        "forwards": {
+            "prefill": result.prefill_forwards,
+            "denoising": result.denoising_forwards,
+            "commit": result.commit_forwards,
+        },
+        "seconds": round(result.seconds, 4),
+        "finish_reason": result.finish_reason,
+        "text": text,
+    }

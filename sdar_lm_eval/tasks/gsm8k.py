@@ -12,6 +12,7 @@ import datasets
 
 from sdar_lm_eval.demo import PROBLEMS
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.live import Verdict
 from sdar_lm_eval.tasks.data import Row, Source, documents, read_jsonl
 from sdar_lm_eval.tasks.extraction import INVALID, flexible_extract, gold_number, strict_match
 
@@ -65,6 +66,12 @@ def filter_strict_match(responses: Iterable[Iterable[str]], docs: Sequence[dict[
 def filter_flexible_extract(responses: Iterable[Iterable[str]], docs: Sequence[dict[str, str]]) -> list[list[str]]:
     """Apply `flexible_extract` to each document's responses (one, or one a repeat)."""
     return [[flexible_extract(r, doc["question"]) for r in rs] for rs, doc in zip(responses, docs, strict=True)]
+
+
+def verdict(doc: dict[str, str], response: str) -> Verdict:
+    """Return what the harness will find in one response, by the filter `flexible-extract`."""
+    predicted, right = flexible_extract(response, doc["question"]), gold(doc)
+    return Verdict(predicted, right, predicted == right, "flexible-extract")
 
 
 def _split(rows: list[dict[str, str]]) -> datasets.DatasetDict:

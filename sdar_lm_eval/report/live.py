@@ -1,0 +1,175 @@
+"""What is right and wrong, told while answers come in: live accuracy, and a log of each example.
+
+The harness scores when all answers are there, and its scores are the ones that count. Until then a task's *judge* says
+what it will find: `JUDGES` names a task's, a function (document, answer) -> `Verdict` that applies one of the task's
+own filters and its metric. A task without one has no live accuracy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult
+
+logger = logging.getLogger(__name__)
+
+_GSM8K = ("GSM8K", "sdar_lm_eval.tasks.gsm8k:verdict")
+JUDGES = {
+    "gsm8k_sdar": _GSM8K,
+    "gsm8k_sdar_paper": _GSM8K,
+    "gsm8k_sdar_hash": _GSM8K,
+    "gsm8k_sdar_demo": _GSM8K,
+}
+"""Task -> (what its progress bar is called, "module:function")."""
+
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}] "
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the harness will find in an answer.
+
+    Attributes:
+        predicted, gold: as the task's filter and its `doc_to_target` have them.
+        filter: the one that was applied.
+    """
+
+    predicted: str
+    gold: str
+    correct: bool
+    filter: str
+
+
+class Live:
+    """Judges the answers of a round as they come in.
+
+    Args:
+        instances: the round's, as the harness gives them.
+        total: how many answers there will be.
+        whole: they are all of the round's, and not one rank's share.
+    """
+
+    def __init__(self, instances: Iterable[Any], total: int, whole: bool = True) -> None:
+        tasks = {str(instance.task_name) for instance in instances}
+        known = [JUDGES[task] for task in sorted(tasks & JUDGES.keys())]
+        self._judges = {task: _load(JUDGES[task][1]) for task in tasks & JUDGES.keys()}
+        # Of some of a round's answers it would be nobody's accuracy.
+        self.knows_accuracy = bool(tasks) and len(known) == len(tasks)
+        self.title = " ".join(dict.fromkeys(title for title, _ in known)) + " Eval"
+        self.whole = whole
+        self._total = total
+        self._answered = self._judged = self._correct = 0
+        self._filter = ""
+
+    @property
+    def accuracy(self) -> float:
+        """Of the answers so far, 0 to 1."""
+        return self._correct / self._judged if self._judged else 0.0
+
+    def judge(self, instance: Any, text: str) -> Verdict | None:
+        """Count an answer, and return what it is worth where that can be known."""
+        self._answered += 1
+        judge = self._judges.get(str(instance.task_name))
+        if judge is None:
+            return None
+        try:
+            verdict = judge(instance.doc, text)
+        except Exception as error:  # say, a user's variant with other documents; the run is worth more than a verdict
+            logger.warning("Live accuracy is switched off: %s: %s", type(error).__name__, error)
+            self._judges.clear()
+            self.knows_accuracy = False
+            return None
+        self._judged += 1
+        self._correct += verdict.correct
+        self._filter = verdict.filter
+        return verdict
+
+    def bar(self, seconds: float, computed: int) -> str:
+        """Return the progress bar's format after `computed` answers in so many seconds."""
+        if not self.knows_accuracy:
+            return BAR
+        pace = f" | {seconds / computed:.1f}s/q" if computed else ""
+        return f"{BAR}Acc: {self.accuracy:.1%}{pace}"
+
+    def example(
+        self, instance: Any, request: GenerationRequest, result: GenerationResult, text: str, verdict: Verdict | None
+    ) -> str:
+        """Return the log of one example."""
+        length = request.decoding.block_length
+        blocks = -(-(len(request.prompt_ids) % length + len(result.token_ids)) // length)
+        speed = len(result.token_ids) / result.seconds if result.seconds else 0.0
+        lines = [
+            "=" * 80,
+            f"Example {self._answered}/{self._total}",
+            f"Question: {_question(instance)}",
+            f"Generated: {len(result.token_ids)} tokens in {blocks} blocks and {result.seconds:.2f} s ({speed:.1f} "
+            f"tok/s; the prompt has {len(request.prompt_ids)}; ended by {result.finish_reason})",
+            *_denoised(request, result),
+            f"Text: {text}",
+        ]
+        if verdict is not None:
+            lines += [
+                f"Predicted: {verdict.predicted} ({verdict.filter})",
+                f"Ground truth: {verdict.gold}",
+                f"Correct: {'✓' if verdict.correct else '✗'}",
+            ]
+        return "\n".join(lines)
+
+    def summary(self, seconds: float, computed: int, tokens: int) -> str:
+        """Return the line at the end, of `computed` answers with so many tokens in so many seconds."""
+        parts = [f"accuracy {self.accuracy:.1%} ({self._correct}/{self._judged}, {self._filter})"]
+        if computed:
+            parts.append(f"{seconds / computed:.2f} s a question, {tokens / seconds:,.1f} returned tokens/s")
+        return f"{self.title}: {', '.join(parts)}, {seconds:.1f} s"
+
+
+def denoising_of(request: GenerationRequest, result: GenerationResult) -> list[list[tuple[int, int, float]]] | None:
+    """Return for each block of an answer (masked, transferred, mean confidence) a step; None where it isn't recorded.
+
+    Of the returned tokens: what stood behind the end of the answer is not known here, nor are steps that kept none of
+    them.
+    """
+    if result.unmasked_at is None or result.confidences is None:
+        return None
+    length = request.decoding.block_length
+    first = len(request.prompt_ids) % length  # so many tokens of the prompt begin the first block
+    tokens = zip(result.unmasked_at, result.confidences, strict=True)
+    blocks = []
+    for _, placed in itertools.groupby(enumerate(tokens, first), key=lambda token: token[0] // length):
+        of_block = sorted(token for _, token in placed)
+        steps, masked = [], len(of_block)
+        for _, kept in itertools.groupby(of_block, key=lambda token: token[0]):
+            confidences = [confidence for _, confidence in kept]
+            steps.append((masked, len(confidences), sum(confidences) / len(confidences)))
+            masked -= len(confidences)
+        blocks.append(steps)
+    return blocks
+
+
+def _denoised(request: GenerationRequest, result: GenerationResult) -> list[str]:
+    blocks = denoising_of(request, result)
+    if not blocks:
+        return []
+    head = "Denoised (masked -> transferred, their mean confidence; a step each):"
+    width = len(str(len(blocks)))
+    return [head] + [
+        f"  block {number:{width}}: " + ", ".join(f"{masked} -> {kept} {mean:.3f}" for masked, kept, mean in steps)
+        for number, steps in enumerate(blocks, 1)
+    ]
+
+
+def _question(instance: Any) -> str:
+    doc = instance.doc
+    question = doc.get("question") if isinstance(doc, Mapping) else None
+    return str(question if isinstance(question, str) else instance.args[0])
+
+
+def _load(target: str) -> Callable[[Any, str], Verdict]:
+    module, _, name = target.partition(":")
+    judge: Callable[[Any, str], Verdict] = getattr(importlib.import_module(module), name)
+    return judge

@@ -1,0 +1,228 @@
+"""What a benchmark run is asked to be: the flags of the command line, checked, and the harness call that they mean.
+
+The defaults are those of the original GSM8K benchmark, which differ from the harness's on purpose: temperature 1.0
+samples (0.0 is greedy), at most 512 new tokens for GSM8K.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sdar_lm_eval
+from sdar_lm_eval.autoload import MODELS
+from sdar_lm_eval.engines.base import DecodingConfig, to_number
+from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.gen_kwargs import read_generation
+
+ENGINES = {"jetengine": "sdar-jetengine", "native": "sdar", "lmdeploy": "sdar-lmdeploy"}
+"""`--engine` -> `lm_eval --model`."""
+
+DEFAULT_TASK = "gsm8k_sdar"
+
+SWEPT = ("block_length", "denoising_steps", "temperature", "remasking_strategy", "confidence_threshold")
+"""Flags that take several values, separated by commas, for a sweep."""
+
+# What answers are made by: another version of these is another results folder. All else only counts and reports.
+_PACKAGE = Path(sdar_lm_eval.__file__).parent
+_SOURCES = ("checkpoint.py", "engines", "gen_kwargs.py", "harness.py", "tasks")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation.
+
+    Attributes:
+        model_name: hub id, or the name of a folder among the models.
+        revision: branch, tag or commit of a hub id.
+        engine: one of `ENGINES`.
+        tasks: of the harness.
+        num_samples: documents of each task, the first ones; None: all.
+        decoding: how to denoise; temperature 0 is greedy.
+        max_gen_length: most new tokens; None: what each task says.
+        seed: of what is sampled.
+        verbose: log each example.
+    """
+
+    model_name: str
+    revision: str | None
+    engine: str
+    tasks: tuple[str, ...]
+    num_samples: int | None
+    decoding: DecodingConfig
+    max_gen_length: int | None
+    seed: int
+    verbose: bool
+
+    @property
+    def gen_kwargs(self) -> dict[str, Any]:
+        """What is asked of every answer."""
+        decoding = self.decoding
+        settings = {
+            "do_sample": decoding.temperature > 0,
+            "temperature": decoding.temperature,
+            "block_length": decoding.block_length,
+            "denoising_steps": decoding.steps,
+            "remasking_strategy": decoding.remasking_strategy,
+            "confidence_threshold": decoding.confidence_threshold,
+        }
+        return settings | ({} if self.max_gen_length is None else {"max_gen_toks": self.max_gen_length})
+
+    @property
+    def name(self) -> str:
+        """A short name for what is evaluated: tasks and number of documents."""
+        tasks = "+".join(self.tasks)
+        return tasks if self.num_samples is None else f"{tasks}-first-{self.num_samples}"
+
+    @property
+    def swept(self) -> dict[str, Any]:
+        """The settings that a sweep may vary."""
+        return {name: getattr(self.decoding, "steps" if name == "denoising_steps" else name) for name in SWEPT}
+
+    def harness_call(self, pretrained: str | None = None, **model_args: Any) -> dict[str, Any]:
+        """Return the arguments of `lm_eval.simple_evaluate` that this run is.
+
+        Args:
+            pretrained: where the model is; default: its name.
+            model_args: others of the model's.
+        """
+        arguments = {
+            "pretrained": pretrained or self.model_name,
+            "revision": self.revision,
+            "seed": self.seed or None,
+            "verbose": self.verbose or None,
+            **model_args,
+        }
+        return {
+            "model": ENGINES[self.engine],
+            "model_args": {name: value for name, value in arguments.items() if value is not None},
+            "tasks": list(self.tasks),
+            "gen_kwargs": self.gen_kwargs,
+            "limit": self.num_samples,
+        }
+
+    def command_line(self) -> str:
+        """Return the command by which a local user makes the same call."""
+        call = self.harness_call()
+
+        def pairs(settings: dict[str, Any]) -> str:
+            return ",".join(f"{name}={json.dumps(v) if isinstance(v, bool) else v}" for name, v in settings.items())
+
+        words = ["lm_eval", "run", "--model", call["model"], "--model_args", pairs(call["model_args"])]
+        words += ["--tasks", ",".join(self.tasks), "--gen_kwargs", pairs(call["gen_kwargs"])]
+        words += [] if self.num_samples is None else ["--limit", str(self.num_samples)]
+        return shlex.join(words)
+
+    def folder(self, checkpoint: str, machine: Sequence[str]) -> str:
+        """Return the name of the folder for its answers: the model's, and a fingerprint of all that changes them.
+
+        Which documents are answered is left out, as is on how many machines: a run goes on from the answers of
+        another that asked for fewer.
+
+        Args:
+            checkpoint: the checkpoint's fingerprint.
+            machine: what the run stands on: the GPU, pinned versions.
+        """
+        content = {
+            "version": sdar_lm_eval.__version__,
+            "sources": _sources_digest(),
+            "checkpoint": checkpoint,
+            "engine": self.engine,
+            "machine": list(machine),
+            "gen_kwargs": self.gen_kwargs,
+            "seed": self.seed,
+        }
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', self.model_name).strip('_')}-{self.engine}-{digest}"
+
+
+def runs_from_flags(
+    *,
+    model_name: str,
+    num_samples: int | None,
+    block_length: str,
+    denoising_steps: str,
+    temperature: str,
+    remasking_strategy: str,
+    confidence_threshold: str,
+    max_gen_length: int | None,
+    verbose: bool,
+    engine: str,
+    tasks: str,
+    revision: str | None = None,
+    seed: int = 0,
+) -> list[Run]:
+    """Return the run that the flags ask for, or those of a sweep: all combinations of values separated by commas.
+
+    Raises:
+        UserError: a value is unknown or out of range; says what is allowed.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"--engine {engine} is unknown; choose {', '.join(ENGINES)}.{did_you_mean(engine, ENGINES)}")
+    if ENGINES[engine] not in MODELS:
+        here = ", ".join(name for name, model in ENGINES.items() if model in MODELS)
+        raise UserError(f"--engine {engine} needs --model {ENGINES[engine]}, which this version lacks; choose {here}.")
+    if not model_name.strip():
+        raise UserError("--model-name is empty. Give a hub id such as JetLM/SDAR-4B-Chat, or a folder's name.")
+    for flag, number in (("--num-samples", num_samples), ("--max-gen-length", max_gen_length)):
+        if number is not None and number < 1:
+            raise UserError(f"{flag} {number} is out of range: it must be 1 or more.")
+    if seed < 0:
+        raise UserError(f"--seed {seed} is out of range: it must be 0 or more.")
+    whole = functools.partial(to_number, whole=True)
+    real = functools.partial(to_number, whole=False)
+    given: dict[str, tuple[str, Callable[[str, str], Any]]] = {
+        "block_length": (block_length, whole),
+        "denoising_steps": (denoising_steps, whole),
+        "temperature": (temperature, real),
+        "remasking_strategy": (remasking_strategy, lambda _, text: text),
+        "confidence_threshold": (confidence_threshold, real),
+    }
+    values = []
+    for name, (text, read) in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        values.append(list(dict.fromkeys(read(flag, value) for value in _listed(flag, text))))
+    runs = [
+        Run(
+            model_name=model_name,
+            revision=revision or None,
+            engine=engine,
+            tasks=tuple(dict.fromkeys(_listed("--tasks", tasks))),
+            num_samples=num_samples,
+            decoding=DecodingConfig(**dict(zip(given, combination, strict=True))),
+            max_gen_length=max_gen_length,
+            seed=seed,
+            verbose=verbose,
+        )
+        for combination in itertools.product(*values)
+    ]
+    for run in runs:
+        read_generation(run.gen_kwargs, {})  # refuses what the model would
+    return runs
+
+
+def _listed(flag: str, text: str) -> list[str]:
+    values = [value.strip() for value in str(text).split(",")]
+    if not all(values):
+        raise UserError(f"{flag} {text!r} has an empty value. Give one, or several separated by commas.")
+    return values
+
+
+def _sources_digest() -> str:
+    digest = hashlib.sha256()
+    for source in _SOURCES:
+        root = _PACKAGE / source
+        files = (
+            [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix == ".py" or "yaml" in p.name)
+        )
+        for file in files:
+            digest.update(file.relative_to(_PACKAGE).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

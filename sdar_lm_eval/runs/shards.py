@@ -1,0 +1,100 @@
+"""A machine's part of a run: its share of the documents, answered into the run's folder of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.tasks import TaskManager, get_task_dict
+from lm_eval.utils import setup_logging
+
+from sdar_lm_eval.autoload import TASKS
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.runs.settings import Run
+
+ANSWERS = "answers"
+"""Name of the folder of answers in a run's folder."""
+
+
+def answer_shard(run: Run, folder: Path, shard: int, shards: int, **model_args: Any) -> None:
+    """Answer a share of a run's documents; what is in the folder already is not answered again.
+
+    Args:
+        run: the evaluation.
+        folder: the run's; its `answers` gets a file of this process's.
+        shard: 1 to `shards`.
+        shards: how many machines share the documents.
+        model_args: others of the model's.
+
+    Raises:
+        UserError: the run asks for something that the model or the task refuses.
+        EngineError: the engine stopped; finished answers are in the folder.
+    """
+    setup_logging("INFO")
+    manager = task_manager(run.tasks)
+    call = run.harness_call(**model_args, answers=str(folder / ANSWERS)) | {"task_manager": manager}
+    if shards > 1:
+        share = share_of(documents_of(run.tasks, run.num_samples, manager), shard, shards)
+        if not share:
+            return
+        call |= {"samples": share, "limit": None, "tasks": list(share)}
+    # The scores of a part are nobody's. Code that a task runs to score it runs in a container of its own here.
+    lm_eval.simple_evaluate(**call, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=True)
+
+
+def task_manager(tasks: Sequence[str]) -> TaskManager:
+    """Return a manager that knows these tasks.
+
+    Where they are ours it knows no others: to read the names of the harness's thousands takes seconds, of a GPU's time.
+    """
+    ours = TaskManager(include_path=TASKS, include_defaults=False)
+    return ours if all(task in ours.all_tasks for task in tasks) else TaskManager()
+
+
+def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskManager | None = None) -> dict[str, int]:
+    """Return how many documents of each task are evaluated, groups resolved into their tasks.
+
+    Raises:
+        UserError: no such task, or one that asks for log-likelihoods.
+    """
+    manager = manager or task_manager(tasks)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"--tasks {', '.join(unknown)}: unknown to the harness. `lm_eval ls tasks` lists all.")
+    found = _leaves(get_task_dict(list(tasks), manager))
+    scored = [name for name, task in found.items() if task.OUTPUT_TYPE != "generate_until"]
+    if scored:
+        raise UserError(
+            f"--tasks {', '.join(scored[:5])}: ask for log-likelihoods, of which no finished ones are kept. Run them "
+            "by `lm_eval --model sdar`, or choose tasks that generate, such as gsm8k_sdar."
+        )
+    return {
+        name: len(task.eval_docs) if num_samples is None else min(num_samples, len(task.eval_docs))
+        for name, task in found.items()
+    }
+
+
+def share_of(documents: Mapping[str, int], shard: int, shards: int) -> dict[str, list[int]]:
+    """Return the documents of one shard, as `samples` has them; tasks that it has none of are left out.
+
+    All tasks' documents are dealt out in turn, so shards differ by one at most.
+    """
+    shares, before = {}, 0
+    for task, number in documents.items():
+        share = [place for place in range(number) if (before + place) % shards == shard - 1]
+        if share:  # the harness takes an empty list for all
+            shares[task] = share
+        before += number
+    return shares
+
+
+def _leaves(found: Mapping[Any, Any]) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            leaves |= _leaves(value)
+        else:
+            leaves[str(name)] = value
+    return leaves

@@ -1,0 +1,269 @@
+"""`modal run modal_runner.py`, by the real client, against a stand-in of Modal's control plane."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import lm_eval
+import pytest
+from control_plane import ROOT, ControlPlane
+from lm_eval.tasks import TaskManager
+
+from sdar_lm_eval.answers import read_sessions
+from sdar_lm_eval.autoload import TASKS
+from sdar_lm_eval.engines.jetengine.versions import PINNED
+from sdar_lm_eval.harness import SDARLM
+from sdar_lm_eval.runs.settings import ENGINES
+
+DEMO = ("--engine", "native", "--model-name", "demo", "--tasks", "gsm8k_sdar_demo")
+DOCUMENTS = 64
+ENOUGH = 4  # answers there when a container is preempted
+
+# The harness asks pip and the system for versions: seconds, and of no interest here.
+NO_ENVIRONMENT_REPORT = """
+import sys, types
+module = types.ModuleType("torch.utils.collect_env")
+module.get_pretty_env_info = lambda: ""
+sys.modules[module.__name__] = module
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(NO_ENVIRONMENT_REPORT)
+    return folder
+
+
+def _answers_of(process: int) -> int:
+    """Lines in the file of answers that a process has open, its heading not counted."""
+    for descriptor in Path(f"/proc/{process}/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            path = descriptor.readlink()
+            if path.parent.name == "answers":
+                return path.read_bytes().count(b"\n") - 1
+    return 0
+
+
+def _run(plane: ControlPlane, *words: str) -> subprocess.CompletedProcess[str]:
+    return plane.modal("run", "modal_runner.py", *words)
+
+
+class Sharded:
+    """Two shards, of which one container is preempted in the middle; then the same command again."""
+
+    def __init__(self, plane: ControlPlane, output: Path) -> None:
+        words = (*DEMO, "--num-samples", str(DOCUMENTS), "--shards", "2", "--output-file", str(output))
+        self.plane = plane
+        self.done = _run(plane, *words)
+        assert self.done.returncode == 0, self.done.stdout + self.done.stderr
+        self.started = list(plane.started)
+        self.report = json.loads(output.read_text())
+        self.files = self._snapshot()
+        self.again = _run(plane, *words)
+        self.started_again = plane.started[len(self.started) :]
+        self.files_again = self._snapshot()
+
+    def _snapshot(self) -> dict[str, bytes]:
+        root = self.plane.volume("sdar-results")
+        return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory, site: Path) -> Iterator[Sharded]:
+    folder = tmp_path_factory.mktemp("sharded")
+
+    def preempt(process: int) -> signal.Signals | None:
+        return signal.SIGINT if _answers_of(process) >= ENOUGH else None
+
+    with ControlPlane(folder / "modal", site=site, trouble=preempt) as plane:
+        yield Sharded(plane, folder / "results.json")
+
+
+def test_a_preempted_shard_goes_on_from_its_answers(sharded: Sharded) -> None:
+    assert len(sharded.plane.hit) == 1
+    assert sorted(sharded.started) == ["evaluate", "evaluate", "evaluate", "prepare", "publish"]
+    (folder,) = sharded.plane.volume("sdar-results").iterdir()
+    sessions = read_sessions(folder / "answers")
+    answered = [len(session.answers) for session in sessions]
+    assert len(answered) == 3 and sum(answered) == DOCUMENTS  # none twice, none lost
+    assert len({key for session in sessions for key in session.answers}) == DOCUMENTS
+    assert ENOUGH <= min(answered) < DOCUMENTS // 2
+    # The progress bar of the last container starts where the preempted one stopped.
+    starts = [int(n) for n in re.findall(r"(\d+)/32 \[00:00<\?, \?q/s\]", sharded.done.stdout)]
+    assert max(starts) == min(answered)
+
+
+def test_the_result_is_the_one_of_a_local_run(sharded: Sharded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+    local = lm_eval.simple_evaluate(
+        SDARLM("demo"),
+        tasks=["gsm8k_sdar_demo"],
+        task_manager=TaskManager(include_path=TASKS, include_defaults=False),
+        gen_kwargs="do_sample=true,temperature=1.0",
+        limit=12,
+    )
+    assert local is not None
+    expected = [s for s in local["samples"]["gsm8k_sdar_demo"] if s["filter"] == "flexible-extract"]
+    report = sharded.report
+    assert [r["idx"] for r in report["results"]] == list(range(DOCUMENTS))
+    assert [r["generated_text"] for r in report["results"][:12]] == [s["resps"][0][0] for s in expected]
+    assert [r["correct"] for r in report["results"][:12]] == [s["exact_match"] == 1 for s in expected]
+    right = sum(r["correct"] for r in report["results"])
+    assert report["metrics"]["accuracy"] == right / DOCUMENTS
+    assert report["metrics"]["stderr"] == pytest.approx(
+        math.sqrt(right / DOCUMENTS * (1 - right / DOCUMENTS) / (DOCUMENTS - 1))
+    )
+    config = report["config"]
+    assert (config["model_name"], config["engine"], config["max_gen_length"]) == ("demo", "native", 128)
+    assert (config["temperature"], config["confidence_threshold"], config["block_length"]) == (1.0, 0.85, 4)
+    assert all(r["generation_time"] > 0 and r["tokens_per_second"] > 0 for r in report["results"])
+
+
+def test_what_the_user_sees(sharded: Sharded) -> None:
+    out = sharded.done.stdout
+    assert re.search(r"model +demo\n", out) and re.search(r"gpu +H100!\n", out) and re.search(r"shards +2\n", out)
+    assert f"{DOCUMENTS} documents in 2 shards" in out
+    assert re.search(
+        r"GSM8K Eval: +\d+%\|.*\| \d+/32 \[\d\d:\d\d<\d\d:\d\d, +\d+\.\d\dq/s\] Acc: \d+\.\d% \| \d\.\ds/q", out
+    )
+    example = out[out.index("Example ") :]
+    for part in ("Question: ", "Generated: ", "Denoised (masked -> transferred", "  block ", "Text: ", "Predicted: "):
+        assert part in example
+    metrics = sharded.report["metrics"]
+    assert f"Accuracy: {metrics['percentage']} ({metrics['correct']}/{DOCUMENTS})" in out
+    assert "returned tokens/s" in out and "Average time a question" in out and "Total time" in out
+
+
+def test_the_same_command_adds_nothing(sharded: Sharded) -> None:
+    assert sharded.again.returncode == 0
+    assert sharded.started_again == ["prepare"]
+    assert "there already: nothing is computed" in sharded.again.stdout
+    assert sharded.files_again == sharded.files
+
+
+def test_what_is_asked_of_modal(sharded: Sharded) -> None:
+    plane = sharded.plane
+    definition = plane.functions["evaluate"].definition
+    assert definition.resources.gpu_config.gpu_type == "H100!"
+    assert definition.resources.memory_mb == 65536
+    assert definition.timeout_secs == 7200
+    assert definition.retry_policy.retries == 2
+    assert definition.single_use_containers
+    (variant,) = [v for v in plane.variants.values() if v.name == "evaluate"]
+    assert variant.options.resources.gpu_config.gpu_type == "H100!"
+    assert variant.options.timeout_secs == 7200
+    for cheap in ("prepare", "publish"):
+        assert plane.functions[cheap].definition.resources.gpu_config.count == 0
+    for function in plane.functions:
+        assert plane.volumes_of(function) == {"/models": "sdar-models-cache", "/results": "sdar-results"}
+    assert plane.commits["sdar-results"] > 0 and plane.commits["sdar-models-cache"] > 0
+
+
+def test_what_is_shipped(sharded: Sharded) -> None:
+    shipped = sharded.plane.shipped("evaluate")
+    package = ROOT / "sdar_lm_eval"
+    needed = {p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert {f"/root/sdar_lm_eval/{p.relative_to(package).as_posix()}" for p in needed} <= shipped
+    assert "/root/sdar_lm_eval/tasks/gsm8k_sdar.yaml" in shipped
+    assert not any("__pycache__" in path for path in shipped)
+
+
+def test_a_sweep(tmp_path: Path, site: Path) -> None:
+    output = tmp_path / "sweep.json"
+    words = (*DEMO, "--num-samples", "6", "--temperature", "0.0", "--verbose", "false", "--output-file", str(output))
+    with ControlPlane(tmp_path / "modal", site=site) as plane:
+        done = _run(plane, *words, "--confidence-threshold", "0.5,0.9", "--gpu", "H200", "--timeout", "900")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert plane.started.count("evaluate") == 2
+        assert {v.options.resources.gpu_config.gpu_type for v in plane.variants.values()} == {"H200"}
+        assert {v.options.timeout_secs for v in plane.variants.values()} == {900}
+    runs = json.loads(output.read_text())["runs"]
+    assert [run["confidence_threshold"] for run in runs] == [0.5, 0.9]
+    assert [run["config"]["confidence_threshold"] for run in runs] == [0.5, 0.9]
+    assert len({run["folder"] for run in runs}) == 2
+    assert runs[0]["performance"]["tokens_per_forward"] > runs[1]["performance"]["tokens_per_forward"]
+    table = done.stdout[done.stdout.index("confidence_threshold  accuracy, %") :].splitlines()
+    assert [row.split()[0] for row in table[1:3]] == ["0.5", "0.9"] and "±" in table[1]
+
+
+def test_a_container_that_dies(tmp_path: Path, site: Path) -> None:
+    output = tmp_path / "results.json"
+    with ControlPlane(tmp_path / "modal", site=site, trouble=lambda _: signal.SIGKILL) as plane:
+        done = _run(plane, *DEMO, "--num-samples", "2", "--output-file", str(output))
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert re.search(r"error: demo-native-\w+, shard 1 of 1: RemoteError: the container ended with -9", done.stderr)
+        assert "none of the machines finished one. Run the same command again." in done.stderr
+        assert not output.exists()
+
+
+def test_a_missing_model_and_the_image_of_jetengine(tmp_path: Path) -> None:
+    with ControlPlane(tmp_path / "modal") as plane:
+        (plane.volume("sdar-models-cache") / "my-sdar").mkdir()
+        (plane.volume("sdar-models-cache") / "my-sdar" / "config.json").write_text("{}")
+        words = ("run", "modal_runner.py", "--model-name", "nope", "--output-file", str(tmp_path / "out.json"))
+        done = plane.modal(*words, HF_TOKEN="hf_mine")
+        assert done.returncode == 1
+        assert {"HF_TOKEN": "hf_mine"} in plane.secrets.values() and "hf_mine" not in done.stdout + done.stderr
+        assert "--model-name nope: no such folder on the volume sdar-models-cache, which has my-sdar." in done.stderr
+        assert plane.started == ["prepare"] and not (tmp_path / "out.json").exists()
+        lines = plane.dockerfile("evaluate")
+    assert lines[0] == "FROM nvidia/cuda:12.9.1-devel-ubuntu22.04"
+    steps = [
+        "torch==2.8.0+cu129",
+        "flash-attn==2.8.3",
+        f"git+https://github.com/Labman42/JetEngine@{PINNED}",
+        "lm_eval==0.4.13",
+        "ENV HF_HOME=",
+    ]
+    places = [next(n for n, line in enumerate(lines) if step in line) for step in steps]
+    assert places == sorted(places)
+    assert "https://download.pytorch.org/whl/cu129" in lines[places[0]]
+    assert "--no-build-isolation" in lines[places[1]] and "--no-deps" in lines[places[2]]
+    assert any("transformers==4.52.4" in line for line in lines)
+    assert any(line.startswith("# COPY is from python-build-standalone") and "3.11" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--verbose", "maybe"], 2, "'maybe' is not one of 'true', 'false'"),
+        (["--engine", "vllm"], 2, "'vllm' is not one of 'jetengine', 'native', 'lmdeploy'"),
+        (["--engine", "native", "--remasking-strategy", "low_confidence"], 1, "'low_confidence' is unknown; choose"),
+    ],
+)
+def test_a_wrong_flag(tmp_path: Path, words: list[str], code: int, message: str) -> None:
+    with ControlPlane(tmp_path / "modal") as plane:
+        done = _run(plane, *words)
+        assert done.returncode == code
+        assert message in re.sub(r"[│\s]+", " ", done.stderr)
+        assert plane.started == []
+        assert bool(plane.functions) == (code == 1)  # what the client refuses is not built
+
+
+def test_pins_and_engines_are_the_package_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("modal_runner", ROOT / "modal_runner.py")
+    assert spec is not None and spec.loader is not None
+    runner: Any = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "modal_runner", runner)
+    spec.loader.exec_module(runner)
+    assert get_args(runner.Engine) == tuple(ENGINES)
+    assert runner.jetengine_requirement().endswith(PINNED)
+    required = re.search(r"\njetengine = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
+    assert required is not None
+    for pin in re.findall(r'"([\w-]+==[\w.]+)"', required[1]):
+        assert pin in runner.pins("jetengine")
+    assert f"lm_eval=={lm_eval.__version__}" in runner.pins("native")
+    assert runner.engine_asked_for(["modal", "run", "x.py", "--engine", "native"]) == "native"
+    assert runner.engine_asked_for(["x.py", "--engine=lmdeploy"]) == "lmdeploy"
+    assert runner.engine_asked_for(["modal", "run", "x.py"]) == "jetengine"

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import lm_eval
+import pytest
+from lm_eval.tasks import TaskManager
+
+from sdar_lm_eval.autoload import TASKS
+from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult
+from sdar_lm_eval.harness import SDARLM
+from sdar_lm_eval.report.live import JUDGES, Live, denoising_of
+from sdar_lm_eval.report.run import RunReport
+
+DOC = {"question": "2 hens lay 9 eggs each. How many?", "answer": "2 * 9 = 18\n#### 18"}
+
+
+def _instance(task: str = "gsm8k_sdar", doc: Any = DOC) -> SimpleNamespace:
+    return SimpleNamespace(task_name=task, doc=doc, args=("the prompt", {}))
+
+
+def _request(prompt: int, length: int = 4) -> GenerationRequest:
+    return GenerationRequest(tuple(range(prompt)), 32, DecodingConfig(block_length=length))
+
+
+def _result(**recorded: Any) -> GenerationResult:
+    return GenerationResult((1, 2, 3, 4, 5, 6), "stop", 1, 4, 2, 1.5, **recorded)
+
+
+def test_how_blocks_were_denoised() -> None:
+    """A prompt of 5 leaves 3 places in its last block of 4; then a block follows of which 3 tokens were returned."""
+    result = _result(unmasked_at=(0, 1, 0, 2, 0, 0), confidences=(0.9, 0.5, 0.7, 0.25, 1.0, 0.5))
+    assert denoising_of(_request(5), result) == [
+        [(3, 2, pytest.approx(0.8)), (1, 1, 0.5)],
+        [(3, 2, 0.75), (1, 1, 0.25)],
+    ]
+    assert denoising_of(_request(8), result) == [
+        [(4, 2, pytest.approx(0.8)), (2, 1, 0.5), (1, 1, 0.25)],
+        [(2, 2, 0.75)],
+    ]
+    assert denoising_of(_request(5), _result()) is None
+
+
+def test_accuracy_while_answers_come_in() -> None:
+    live = Live([_instance(), _instance("gsm8k_sdar_hash")], total=4)
+    assert live.knows_accuracy and live.title == "GSM8K Eval"
+    verdicts = [live.judge(_instance(), text) for text in (r"It is \boxed{18}.", "18.0 eggs", "19", "none")]
+    assert [(v.predicted, v.gold, v.correct) for v in verdicts if v] == [
+        ("18", "18", True), ("18", "18", True), ("19", "18", False), ("[invalid]", "18", False),
+    ]  # fmt: skip
+    assert live.accuracy == 0.5
+    assert live.bar(seconds=6.0, computed=4).endswith("] Acc: 50.0% | 1.5s/q")
+    assert live.summary(6.0, 4, 300) == (
+        "GSM8K Eval: accuracy 50.0% (2/4, flexible-extract), 1.50 s a question, 50.0 returned tokens/s, 6.0 s"
+    )
+
+
+def test_where_it_cannot_be_known_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    live = Live([_instance(), _instance("humaneval_sdar")], total=2)
+    assert not live.knows_accuracy
+    assert live.judge(_instance("humaneval_sdar"), "x") is None
+    assert Live([], 0).knows_accuracy is False
+    report = RunReport()
+    report.start(total=2, live=live)
+    report.add(_result(), "x", prompt_tokens=1)
+    report.stop(0)
+    bar = capsys.readouterr().err
+    assert "Generating" in bar and "Acc" not in bar and "tok/s" in bar
+
+
+def test_a_judge_that_cannot_read_a_document_is_not_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    live = Live([_instance()], total=2)
+    with caplog.at_level(logging.WARNING):
+        assert live.judge(_instance(doc={"question": "?"}), "18") is None
+    assert "Live accuracy is switched off: KeyError: 'answer'" in caplog.text
+    assert not live.knows_accuracy and live.judge(_instance(), "18") is None
+    assert "Acc" not in live.bar(1.0, 1)
+
+
+def test_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    live = Live([_instance()], total=4)
+    for text in ("18", "17"):  # an earlier run's
+        live.judge(_instance(), text)
+    report = RunReport()
+    report.start(total=4, finished=2, live=live)
+    live.judge(_instance(), "18")
+    report.add(_result(), "18", prompt_tokens=1)
+    report.stop(0)
+    first, *_, last = [part for part in capsys.readouterr().err.split("\r") if part.strip()]
+    assert first.startswith("GSM8K Eval:  50%|") and "| 2/4 [00:00<?, ?q/s] Acc: 50.0%" in first
+    assert last.startswith("GSM8K Eval:  75%|") and "| 3/4 [00:00<" in last and "q/s] Acc: 66.7% | 0.0s/q" in last
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_rank_s_share_is_no_accuracy_of_the_run(caplog: pytest.LogCaptureFixture, whole: bool) -> None:
+    live = Live([_instance()], total=1, whole=whole)
+    report = RunReport()
+    report.start(total=1, show=False, live=live)
+    live.judge(_instance(), "18")
+    report.add(_result(), "18", prompt_tokens=1)
+    with caplog.at_level(logging.INFO):
+        report.stop(0)
+    assert ("accuracy 100.0% (1/1, flexible-extract)" in caplog.text) is whole
+
+
+def test_the_log_of_an_example() -> None:
+    live = Live([_instance()], total=10)
+    result = _result(unmasked_at=(0, 1, 0, 2, 0, 0), confidences=(0.9, 0.5, 0.7, 0.25, 1.0, 0.5))
+    verdict = live.judge(_instance(), "18")
+    assert live.example(_instance(), _request(5), result, "18", verdict).splitlines() == [
+        "=" * 80,
+        "Example 1/10",
+        "Question: 2 hens lay 9 eggs each. How many?",
+        "Generated: 6 tokens in 2 blocks and 1.50 s (4.0 tok/s; the prompt has 5; ended by stop)",
+        "Denoised (masked -> transferred, their mean confidence; a step each):",
+        "  block 1: 3 -> 2 0.800, 1 -> 1 0.500",
+        "  block 2: 3 -> 2 0.750, 1 -> 1 0.250",
+        "Text: 18",
+        "Predicted: 18 (flexible-extract)",
+        "Ground truth: 18",
+        "Correct: ✓",
+    ]
+    # Of another task, from an engine that does not record steps.
+    plain = live.example(_instance("other", doc={"text": 1}), _request(5), _result(), "18", None).splitlines()
+    assert plain[2] == "Question: the prompt" and plain[-1] == "Text: 18" and len(plain) == 5
+
+
+def test_a_local_run_tells_what_the_harness_finds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+    manager = TaskManager(include_path=TASKS, include_defaults=False)
+
+    def run(lm: SDARLM) -> Any:
+        # So few tokens that some answers are cut before their number.
+        found = lm_eval.simple_evaluate(
+            lm, tasks=["gsm8k_sdar_demo"], task_manager=manager, limit=12, gen_kwargs="max_gen_toks=44"
+        )
+        assert found is not None
+        return found["results"], found["samples"]
+
+    results, samples = run(SDARLM("demo", verbose="true"))
+    told = capsys.readouterr()
+    right = sum(s["exact_match"] for s in samples["gsm8k_sdar_demo"] if s["filter"] == "flexible-extract")
+    assert 0 < right < 12
+    assert told.out.count("Correct: ✓") == right and told.out.count("Correct: ✗") == 12 - right
+    assert told.out.count("  block ") > 12 and "Example 12/12" in told.out
+    assert f"Acc: {right / 12:.1%} |" in told.err
+    assert (results, samples) == run(SDARLM("demo"))
+    assert "Example" not in capsys.readouterr().out
+
+
+def test_every_judge_is_there() -> None:
+    live = Live([_instance(task) for task in JUDGES], total=1)
+    assert live.knows_accuracy and all(live.judge(_instance(task), "18").correct for task in JUDGES)  # type: ignore[union-attr]

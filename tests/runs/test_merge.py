@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sdar_lm_eval.answers import AnswerFolder, Session, key_of, read_sessions
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.gsm8k_json import convert
+from sdar_lm_eval.runs.merge import RecordedLM, publish
+from sdar_lm_eval.runs.settings import Run, runs_from_flags
+from sdar_lm_eval.runs.shards import ANSWERS, answer_shard
+
+FLAGS: dict[str, Any] = {
+    "model_name": "demo", "num_samples": 7, "block_length": "4", "denoising_steps": "4", "temperature": "1.0",
+    "remasking_strategy": "low_confidence_dynamic", "confidence_threshold": "0.85", "max_gen_length": 64,
+    "verbose": False, "engine": "native", "tasks": "gsm8k_sdar_demo",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_environment_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+
+
+def _run(**flags: Any) -> Run:
+    (run,) = runs_from_flags(**(FLAGS | flags))
+    return run
+
+
+def _texts(path: Path) -> list[str]:
+    return [result["generated_text"] for result in json.loads(path.read_text())["results"]]
+
+
+def test_shards_become_one_result(tmp_path: Path) -> None:
+    run, folder = _run(), tmp_path / "three"
+    with pytest.raises(UserError, match="There are no answers yet"):
+        publish(run, folder)
+    for shard in (1, 3):
+        answer_shard(run, folder, shard, 3)
+    with pytest.raises(UserError, match=r"2 of 7 documents have no answer yet: gsm8k_sdar_demo 1, gsm8k_sdar_demo 4\."):
+        publish(run, folder)
+    assert not (folder / run.name).exists()
+    answer_shard(run, folder, 2, 3)
+    report = publish(run, folder)
+    content = json.loads(report.read_text())
+    assert [result["idx"] for result in content["results"]] == list(range(7))
+    assert content["performance"]["new_tokens"] == sum(
+        line["new_tokens"] for session in read_sessions(folder / ANSWERS) for line in session.answers.values()
+    )
+    assert content["results"] == convert(report.parent)["results"]
+    written = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert publish(run, folder) == report
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == written
+
+    # As one, and as one more document after another run's answers.
+    alone = tmp_path / "one"
+    answer_shard(run, alone, 1, 1)
+    whole = publish(run, alone)
+    assert _texts(whole) == _texts(report)
+    assert json.loads(whole.read_text())["metrics"] == content["metrics"]
+    more = _run(num_samples=8)
+    answer_shard(more, alone, 1, 1)
+    assert [len(session.answers) for session in read_sessions(alone / ANSWERS)] == [7, 1]
+    assert _texts(publish(more, alone))[:7] == _texts(report)
+
+
+def test_more_shards_than_documents(tmp_path: Path) -> None:
+    answer_shard(_run(num_samples=2), tmp_path, 3, 3)
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def _session(path: str = "a.jsonl", settings: dict[str, Any] | None = None, **answers: str) -> Session:
+    lines = {key: {"key": key, "text": text, "at": 1.0} for key, text in answers.items()}
+    return Session(Path(path), settings or {"seed": 0}, {"dtype": "float32"}, 0.0, lines)
+
+
+def _instance(number: int, **gen_kwargs: Any) -> Any:
+    return SimpleNamespace(task_name="t", doc_id=number, args=(f"prompt {number}", gen_kwargs))
+
+
+def test_answers_of_different_settings_are_refused() -> None:
+    with pytest.raises(UserError, match=r"a\.jsonl and b\.jsonl \(seed was 0, is 1\)\. Move away"):
+        RecordedLM([_session(), _session("b.jsonl", {"seed": 1})])
+
+
+def test_a_drawn_repeat_is_never_taken_for_another() -> None:
+    drawn, greedy = _instance(0, do_sample=True, temperature=1.0), _instance(1)
+    keys = {key_of(drawn, 0): "first", key_of(drawn, 1): "second", key_of(greedy, 0): "same"}
+    assert RecordedLM([_session(**keys)]).generate_until([drawn, drawn, greedy, greedy]) == [
+        "first", "second", "same", "same",
+    ]  # fmt: skip
+    del keys[key_of(drawn, 1)]
+    with pytest.raises(UserError, match="1 of 1 documents have no answer yet: t 0"):
+        RecordedLM([_session(**keys)]).generate_until([drawn, drawn])
+
+
+def test_many_missing_documents_are_counted() -> None:
+    with pytest.raises(UserError, match=r"20 of 20 documents have no answer yet: t 0, .*, t 7 and 12 more\."):
+        RecordedLM([_session()]).generate_until([_instance(number) for number in range(20)])
+
+
+def test_log_likelihoods_are_not_recorded() -> None:
+    for method in (RecordedLM([_session()]).loglikelihood, RecordedLM([_session()]).loglikelihood_rolling):
+        with pytest.raises(UserError, match="asks for log-likelihoods"):
+            method([_instance(0)])
+
+
+def test_other_tasks_have_a_report_without_examples(tmp_path: Path) -> None:
+    """Two tasks at once: scores and speed, the examples stay in the samples files."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    run = _run(tasks="gsm8k_sdar_demo,gsm8k_sdar_hash", num_samples=1, max_gen_length=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDAR_GSM8K_DIR", str(tmp_path / "data"))
+        answer_shard(run, tmp_path / "run", 1, 1)
+        report = publish(run, tmp_path / "run")
+    content = json.loads(report.read_text())
+    assert set(content) == {"config", "metrics", "performance"}
+    assert set(content["metrics"]) == {"gsm8k_sdar_demo", "gsm8k_sdar_hash"}
+    assert content["performance"]["requests"] == 2
+    assert len(list(report.parent.rglob("samples_*.jsonl"))) == 2
+
+
+def test_the_folder_of_answers_may_be_shared_by_runs_of_other_settings_only_by_name(tmp_path: Path) -> None:
+    AnswerFolder(tmp_path / ANSWERS, {"seed": 9}, dict).keep(_instance(0), 0, {"text": "x"})
+    run = _run(num_samples=1)
+    answer_shard(run, tmp_path, 1, 1)
+    with pytest.raises(UserError, match="Answers of different settings cannot be one result"):
+        publish(run, tmp_path)

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.gen_kwargs import read_generation
+from sdar_lm_eval.runs import settings
+from sdar_lm_eval.runs.settings import Run, runs_from_flags
+
+DEFAULTS: dict[str, Any] = {
+    "model_name": "JetLM/SDAR-4B-Chat",
+    "num_samples": None,
+    "block_length": "4",
+    "denoising_steps": "4",
+    "temperature": "1.0",
+    "remasking_strategy": "low_confidence_dynamic",
+    "confidence_threshold": "0.85",
+    "max_gen_length": None,
+    "verbose": True,
+    "engine": "jetengine",
+    "tasks": "gsm8k_sdar",
+}
+
+
+def _runs(**flags: Any) -> list[Run]:
+    return runs_from_flags(**(DEFAULTS | flags))
+
+
+def test_the_defaults_are_the_original_benchmark_s() -> None:
+    (run,) = _runs()
+    assert run.harness_call() == {
+        "model": "sdar-jetengine",
+        "model_args": {"pretrained": "JetLM/SDAR-4B-Chat", "verbose": True},
+        "tasks": ["gsm8k_sdar"],
+        "gen_kwargs": {
+            "do_sample": True,
+            "temperature": 1.0,
+            "block_length": 4,
+            "denoising_steps": 4,
+            "remasking_strategy": "low_confidence_dynamic",
+            "confidence_threshold": 0.85,
+        },
+        "limit": None,
+    }
+    assert run.name == "gsm8k_sdar"
+
+
+def test_flags_become_the_harness_call() -> None:
+    (run,) = _runs(
+        temperature="0", num_samples=10, max_gen_length=64, engine="native", verbose=False, seed=3, revision="v1",
+        tasks="gsm8k_sdar, math500_sdar",
+    )  # fmt: skip
+    call = run.harness_call(pretrained="/models/x", answers="/results/a")
+    assert (call["model"], call["limit"], call["tasks"]) == ("sdar", 10, ["gsm8k_sdar", "math500_sdar"])
+    assert call["model_args"] == {"pretrained": "/models/x", "revision": "v1", "seed": 3, "answers": "/results/a"}
+    assert call["gen_kwargs"]["do_sample"] is False and call["gen_kwargs"]["max_gen_toks"] == 64
+    generation = read_generation(call["gen_kwargs"], {})
+    assert generation.decoding.greedy and generation.max_gen_toks == 64
+    assert run.name == "gsm8k_sdar+math500_sdar-first-10"
+
+
+def test_the_command_line_is_the_same_call() -> None:
+    from lm_eval._cli.utils import key_val_to_dict
+
+    (run,) = _runs(num_samples=10, seed=3)
+    words = shlex.split(run.command_line())
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    call = run.harness_call()
+    assert words[:2] == ["lm_eval", "run"]
+    assert key_val_to_dict(given["--gen_kwargs"]) == call["gen_kwargs"]
+    assert key_val_to_dict(given["--model_args"]) == call["model_args"]
+    assert (given["--model"], given["--tasks"], given["--limit"]) == ("sdar-jetengine", "gsm8k_sdar", "10")
+
+
+def test_a_sweep_is_a_grid() -> None:
+    runs = _runs(confidence_threshold="0.8, 0.9,0.8", remasking_strategy="low_confidence_dynamic,sequential")
+    assert [(r.decoding.remasking_strategy, r.decoding.confidence_threshold) for r in runs] == [
+        ("low_confidence_dynamic", 0.8), ("low_confidence_dynamic", 0.9), ("sequential", 0.8), ("sequential", 0.9),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"remasking_strategy": "sequentially"},
+            "'sequentially' is unknown; choose one of .* Did you mean 'sequential'",
+        ),
+        (
+            {"denoising_steps": "8"},
+            r"denoising_steps=8 is out of range: it must be a whole number from 1 to block_length",
+        ),
+        ({"block_length": "four"}, "--block-length='four' is not a whole number"),
+        ({"temperature": "0.5,"}, r"--temperature '0\.5,' has an empty value"),
+        ({"temperature": "-1"}, r"temperature=-1\.0 is out of range"),
+        ({"confidence_threshold": "85"}, r"confidence_threshold=85\.0 is out of range"),
+        ({"num_samples": 0}, "--num-samples 0 is out of range: it must be 1 or more"),
+        ({"max_gen_length": 0}, "--max-gen-length 0 is out of range"),
+        ({"seed": -1}, "--seed -1 is out of range"),
+        ({"model_name": " "}, "--model-name is empty"),
+        ({"tasks": ""}, "--tasks '' has an empty value"),
+        ({"engine": "jetengin"}, "--engine jetengin is unknown; .*Did you mean 'jetengine'"),
+    ],
+)
+def test_mistakes(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _runs(**flags)
+
+
+def test_an_engine_that_this_version_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"sdar": "…", "sdar-jetengine": "…"}
+    monkeypatch.setattr(settings, "MODELS", known)
+    with pytest.raises(UserError, match=r"--engine lmdeploy needs --model sdar-lmdeploy, .* choose jetengine, native"):
+        _runs(engine="lmdeploy")
+    monkeypatch.setattr(settings, "MODELS", known | {"sdar-lmdeploy": "…"})
+    assert _runs(engine="lmdeploy")[0].harness_call()["model"] == "sdar-lmdeploy"
+
+
+def test_the_folder_s_name_is_of_all_that_changes_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def folder(checkpoint: str = "abc", machine: tuple[str, ...] = ("H100!",), **flags: Any) -> str:
+        return _runs(**flags)[0].folder(checkpoint, machine)
+
+    base = folder()
+    assert base.startswith("JetLM_SDAR-4B-Chat-jetengine-")
+    # Which documents are answered, and what is told of them, change no answer.
+    assert folder(num_samples=3) == folder(verbose=False) == folder(tasks="math500_sdar") == base
+    others = [
+        folder(checkpoint="abd"), folder(machine=("H200",)), folder(seed=1), folder(temperature="0.0"),
+        folder(block_length="8"), folder(denoising_steps="2"), folder(confidence_threshold="0.9"),
+        folder(remasking_strategy="sequential"), folder(max_gen_length=256), folder(engine="native"),
+    ]  # fmt: skip
+    assert len({base, *others}) == 1 + len(others)
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "sampler.py").write_text("t = 1\n")
+    monkeypatch.setattr(settings, "_PACKAGE", tmp_path)
+    changed = folder()
+    (tmp_path / "engines" / "sampler.py").write_text("t = 2\n")
+    assert len({base, changed, folder()}) == 3
+
+
+def test_a_machine_without_torch_and_lm_eval_can_ask() -> None:
+    """What the user of Modal has: this package's folder, and modal."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'lm_eval', 'transformers', 'datasets', 'numpy', 'tqdm'): sys.modules[name] = None\n"
+        "from sdar_lm_eval.runs import summary\n"
+        "from sdar_lm_eval.runs.settings import runs_from_flags\n"
+        f"print(summary.configuration(runs_from_flags(**{DEFAULTS!r}), {{}}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("Configuration"), done.stderr

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sdar_lm_eval.runs import summary
+from sdar_lm_eval.runs.settings import Run, runs_from_flags
+
+FLAGS: dict[str, Any] = {
+    "model_name": "JetLM/SDAR-4B-Chat", "num_samples": 124, "block_length": "4", "denoising_steps": "4",
+    "temperature": "1.0", "remasking_strategy": "low_confidence_dynamic", "confidence_threshold": "0.85",
+    "max_gen_length": None, "verbose": True, "engine": "jetengine", "tasks": "gsm8k_sdar",
+}  # fmt: skip
+METRICS = {"accuracy": 0.75, "correct": 93, "total": 124, "percentage": "75.00%", "stderr": 0.039}
+PERFORMANCE = {
+    "total_seconds": 62.0, "seconds_per_question": 0.5, "tokens_per_second": 2345.6, "tokens_per_forward": 1.43,
+}  # fmt: skip
+REPORT: dict[str, Any] = {
+    "config": {"engine": "jetengine"},
+    "metrics": METRICS | {"filter": "flexible-extract", "by_filter": {"strict-match": METRICS | {"stderr": None}}},
+    "performance": PERFORMANCE,
+    "results": [{"idx": 0}],
+}
+
+
+def _runs(**flags: Any) -> list[Run]:
+    return runs_from_flags(**(FLAGS | flags))
+
+
+def _rows(text: str) -> dict[str, str]:
+    return {line[2:24].strip(): line[24:] for line in text.splitlines() if line.startswith("  ")}
+
+
+def test_the_configuration() -> None:
+    text = summary.configuration(_runs(temperature="0.0"), {"gpu": "H100!"})
+    assert text.splitlines()[0] == "Configuration" and "Each run is: lm_eval run --model sdar-jetengine" in text
+    assert _rows(text) == {
+        "model": "JetLM/SDAR-4B-Chat", "engine": "jetengine", "tasks": "gsm8k_sdar", "samples": "the first 124",
+        "block length": "4", "denoising steps": "4", "temperature": "0 (greedy)",
+        "remasking strategy": "low_confidence_dynamic", "confidence threshold": "0.85",
+        "max gen length": "the task's", "seed": "0", "verbose": "true", "gpu": "H100!",
+    }  # fmt: skip
+    assert _rows(summary.configuration(_runs(temperature="1.0,0.5"), {}))["temperature"] == "1, 0.5"
+    swept = summary.configuration(_runs(temperature="0.5,0,1", num_samples=None), {})
+    assert swept.startswith("Configuration: a sweep of 3 runs")
+    assert _rows(swept)["temperature"] == "0.5, 0 (greedy), 1" and _rows(swept)["samples"] == "all"
+
+
+def test_the_end_of_a_run() -> None:
+    assert summary.result(REPORT).splitlines()[3:] == [
+        "Accuracy: 75.00% (93/124) ± 3.90 points",
+        "  strict-match: 75.00% (93/124)",
+        "Average time a question: 0.50 s",
+        "Throughput: 2,345.6 returned tokens/s",
+        "Tokens per forward: 1.43",
+        "Total time: 62.0 s of generation",
+    ]
+
+
+def test_the_end_of_a_run_of_other_tasks() -> None:
+    run = {"tokens_per_second": 10.0, "tokens_per_forward": 1.0, "generation_seconds": 5.0}
+    scores = {"alias": "math500_sdar", "math_verify,none": 0.728, "math_verify_stderr,none": 0.02}
+    text = summary.result({"config": {}, "metrics": {"math500_sdar": scores}, "performance": run})
+    assert "math500_sdar: math_verify,none 0.728\n" in text and "Total time: 5.0 s" in text
+
+
+def test_a_sweep_s_table_and_json() -> None:
+    runs = _runs(confidence_threshold="0.8,0.9", block_length="4,8")
+    reports = [REPORT, None, REPORT | {"metrics": METRICS | {"stderr": None}}, REPORT]
+    assert [line.split() for line in summary.sweep_table(reports, runs).splitlines()] == [
+        ["block_length", "confidence_threshold", "accuracy,", "%", "tokens/s", "tokens/forward"],
+        ["4", "0.8", "75.0", "±", "3.9", "2,345.6", "1.43"],
+        ["4", "0.9", "failed"],
+        ["8", "0.8", "75.0", "2,345.6", "1.43"],
+        ["8", "0.9", "75.0", "±", "3.9", "2,345.6", "1.43"],
+    ]
+    content = summary.sweep_json(reports, runs, ["a", "b", "c", "d"])["runs"]
+    assert [(run["folder"], run["failed"]) for run in content] == [
+        ("a", False),
+        ("b", True),
+        ("c", False),
+        ("d", False),
+    ]
+    assert content[0]["block_length"] == 4 and content[0]["metrics"]["accuracy"] == 0.75
+    assert "metrics" not in content[1] and "results" not in content[0]
+    json.dumps(content)
+
+
+@pytest.mark.parametrize("seconds", [None, 3.0])
+def test_a_run_whose_time_is_unknown(seconds: float | None) -> None:
+    unknown = dict.fromkeys(PERFORMANCE) | {"total_seconds": None}
+    performance = unknown if seconds is None else PERFORMANCE | {"total_seconds": seconds}
+    assert ("Throughput" in summary.result(REPORT | {"performance": performance})) is (seconds is not None)
