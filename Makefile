@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	$(BIN)/lm_eval run --model sdar --model_args pretrained=demo --tasks gsm8k_sdar_demo --output_path demo_results --log_samples
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest tests --numprocesses auto --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

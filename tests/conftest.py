@@ -20,4 +20,5 @@ def _caplog_hears_lm_eval() -> None:
     """Undo what lm-eval did when it last ran in this process: its log, which ours joins, went nowhere but to stderr."""
     logger = logging.getLogger("lm_eval")
     logger.propagate = True
-    logger.setLevel(logging.NOTSET)
+    for name in ("lm_eval", "sdar_lm_eval"):
+        logging.getLogger(name).setLevel(logging.NOTSET)

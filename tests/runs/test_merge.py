@@ -64,7 +64,7 @@ def test_shards_become_one_result(tmp_path: Path) -> None:
     assert json.loads(whole.read_text())["metrics"] == content["metrics"]
     more = _run(num_samples=8)
     answer_shard(more, alone, 1, 1)
-    assert [len(session.answers) for session in read_sessions(alone / ANSWERS)] == [7, 1]
+    assert sorted(len(session.answers) for session in read_sessions(alone / ANSWERS)) == [1, 7]
     assert _texts(publish(more, alone))[:7] == _texts(report)
 
 

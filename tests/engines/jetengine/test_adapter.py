@@ -113,6 +113,28 @@ class TestAnswers:
         assert results[1] == results[3] == greedy
         assert len({*results}) == 3
 
+    @pytest.mark.parametrize(
+        ("decoding", "expected"),
+        [
+            ({"temperature": 0, "top_k": 7, "top_p": 0.5}, {"temperature": 1.0, "topk": 1, "topp": 1.0}),
+            ({"temperature": 0.7}, {"temperature": 0.7, "topk": 711, "topp": 1.0}),
+            ({"top_k": 5, "top_p": 0.9}, {"temperature": 1.0, "topk": 5, "topp": 0.9}),
+            ({"top_k": 10**6}, {"topk": 711}),
+        ],
+    )
+    def test_the_settings_that_jetengine_gets(self, jetengine, tiny, decoding, expected):
+        run(of(tiny), [GenerationRequest((5, 6, 7), 4, DecodingConfig(**decoding))])
+        params = jetengine.sampled[-1]
+        assert {name: getattr(params, name) for name in expected} == expected
+
+    def test_entropy_bounds_are_not_shared(self, jetengine_020, tiny):
+        bounds = (0.0, 1e6)
+        decodings = [
+            DecodingConfig(temperature=0, remasking_strategy="entropy_bounded", eb_threshold=b) for b in bounds
+        ]
+        one_a_step, all_at_once = run(of(tiny), [GenerationRequest((5, 6, 7, 8), 8, d) for d in decodings])
+        assert (one_a_step.denoising_forwards, all_at_once.denoising_forwards) == (8, 2)
+
     def test_each_step_draws_by_other_numbers(self, jetengine, tiny):
         """By itself, 0.2.0 draws with the same ones at every step: where all tokens are alike, the same token."""
         decoding = DecodingConfig(temperature=1e4, remasking_strategy="sequential")
