@@ -113,6 +113,22 @@ class TestAnswers:
         assert results[1] == results[3] == greedy
         assert len({*results}) == 3
 
+    @pytest.mark.parametrize(
+        ("settings", "drawn_by"),
+        [
+            ({"temperature": 0}, (1.0, 1, 1.0)),
+            ({"temperature": 0.5, "top_k": 1, "top_p": 0.5}, (1.0, 1, 1.0)),
+            ({"temperature": 0.5}, (0.5, 711, 1.0)),  # off is the vocabulary's size, 0 being another thing
+            ({"temperature": 2.0, "top_k": 10**30, "top_p": 0.5}, (2.0, 711, 0.5)),
+            ({"temperature": 2.0, "top_k": 5}, (2.0, 5, 1.0)),
+        ],
+        ids=str,
+    )
+    def test_how_settings_are_said(self, jetengine, tiny, settings, drawn_by):
+        run(of(tiny), [GenerationRequest((5, 6), 2, DecodingConfig(**settings))])
+        params = jetengine.sampled[0]
+        assert (params.temperature, params.topk, params.topp) == drawn_by
+
     def test_other_requests_or_seeds_are_other_draws(self, jetengine, tiny):
         decoding = DecodingConfig(temperature=2.0, remasking_strategy="sequential")
         engine = of(tiny)
@@ -273,6 +289,7 @@ class TestMemory:
         engine.prepare([GenerationRequest((1,) * 30, 13, GREEDY), GenerationRequest((1,) * 9, 40, GREEDY)] * 4)
         config = engine._llm.config
         assert (config.max_model_len, config.max_num_seqs) == (52, 4)  # whole blocks; a number that has a graph
+        assert config.max_num_batched_tokens == 4 * 30  # the longest prompts that can begin together
         assert config.kvcache_block_size == 256
         assert engine.info["max_active"] == 4
         assert config.num_kvcache_blocks >= 4
