@@ -148,6 +148,14 @@ class TestAnswers:
         assert [len(result.token_ids) for result in results] == [8, 8]
         assert tokens_of(results) == native(tiny, requests)  # where one token a step is unmasked, the plainest one
 
+    def test_entropy_bounds_are_each_requests_own(self, jetengine_020, tiny):
+        decodings = [
+            DecodingConfig(remasking_strategy="entropy_bounded", eb_threshold=bound, temperature=0)
+            for bound in (100.0, 0.01)
+        ]
+        results = run(of(tiny), [GenerationRequest((1, 2, 3, 4), 8, decoding) for decoding in decodings])
+        assert [result.denoising_forwards for result in results] == [2, 8]
+
     @pytest.mark.parametrize("strategy", ["entropy_bounded", "random"])
     def test_all_of_its_strategies(self, jetengine_020, tiny, strategy):
         decoding = DecodingConfig(remasking_strategy=strategy, temperature=0)
