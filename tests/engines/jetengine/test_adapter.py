@@ -129,6 +129,11 @@ class TestAnswers:
         params = jetengine.sampled[0]
         assert (params.temperature, params.topk, params.topp) == drawn_by
 
+    def test_all_that_is_greedy_runs_together(self, jetengine, tiny):
+        decodings = [DecodingConfig(temperature=0, top_p=0.5), DecodingConfig(temperature=0.7, top_k=1)]
+        run(of(tiny), [GenerationRequest((5, 6, 7), 4, decoding) for decoding in decodings])
+        assert max(denoised for _, denoised in jetengine.batches) == 2
+
     def test_other_requests_or_seeds_are_other_draws(self, jetengine, tiny):
         decoding = DecodingConfig(temperature=2.0, remasking_strategy="sequential")
         engine = of(tiny)
