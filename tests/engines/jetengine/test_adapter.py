@@ -114,26 +114,25 @@ class TestAnswers:
         assert len({*results}) == 3
 
     @pytest.mark.parametrize(
-        ("decoding", "expected"),
+        ("settings", "drawn_by"),
         [
-            ({"temperature": 0, "top_k": 7, "top_p": 0.5}, {"temperature": 1.0, "topk": 1, "topp": 1.0}),
-            ({"temperature": 0.7}, {"temperature": 0.7, "topk": 711, "topp": 1.0}),
-            ({"top_k": 5, "top_p": 0.9}, {"temperature": 1.0, "topk": 5, "topp": 0.9}),
-            ({"top_k": 10**6}, {"topk": 711}),
+            ({"temperature": 0}, (1.0, 1, 1.0)),
+            ({"temperature": 0.5, "top_k": 1, "top_p": 0.5}, (1.0, 1, 1.0)),
+            ({"temperature": 0.5}, (0.5, 711, 1.0)),  # off is the vocabulary's size, 0 being another thing
+            ({"temperature": 2.0, "top_k": 10**30, "top_p": 0.5}, (2.0, 711, 0.5)),
+            ({"temperature": 2.0, "top_k": 5}, (2.0, 5, 1.0)),
         ],
+        ids=str,
     )
-    def test_the_settings_that_jetengine_gets(self, jetengine, tiny, decoding, expected):
-        run(of(tiny), [GenerationRequest((5, 6, 7), 4, DecodingConfig(**decoding))])
-        params = jetengine.sampled[-1]
-        assert {name: getattr(params, name) for name in expected} == expected
+    def test_how_settings_are_said(self, jetengine, tiny, settings, drawn_by):
+        run(of(tiny), [GenerationRequest((5, 6), 2, DecodingConfig(**settings))])
+        params = jetengine.sampled[0]
+        assert (params.temperature, params.topk, params.topp) == drawn_by
 
-    def test_entropy_bounds_are_not_shared(self, jetengine_020, tiny):
-        bounds = (0.0, 1e6)
-        decodings = [
-            DecodingConfig(temperature=0, remasking_strategy="entropy_bounded", eb_threshold=b) for b in bounds
-        ]
-        one_a_step, all_at_once = run(of(tiny), [GenerationRequest((5, 6, 7, 8), 8, d) for d in decodings])
-        assert (one_a_step.denoising_forwards, all_at_once.denoising_forwards) == (8, 2)
+    def test_all_that_is_greedy_runs_together(self, jetengine, tiny):
+        decodings = [DecodingConfig(temperature=0, top_p=0.5), DecodingConfig(temperature=0.7, top_k=1)]
+        run(of(tiny), [GenerationRequest((5, 6, 7), 4, decoding) for decoding in decodings])
+        assert max(denoised for _, denoised in jetengine.batches) == 2
 
     def test_each_step_draws_by_other_numbers(self, jetengine, tiny):
         """By itself, 0.2.0 draws with the same ones at every step: where all tokens are alike, the same token."""
@@ -159,6 +158,14 @@ class TestAnswers:
         results = run(of(tiny), requests)
         assert [len(result.token_ids) for result in results] == [8, 8]
         assert tokens_of(results) == native(tiny, requests)  # where one token a step is unmasked, the plainest one
+
+    def test_entropy_bounds_are_each_requests_own(self, jetengine_020, tiny):
+        decodings = [
+            DecodingConfig(remasking_strategy="entropy_bounded", eb_threshold=bound, temperature=0)
+            for bound in (100.0, 0.01)
+        ]
+        results = run(of(tiny), [GenerationRequest((1, 2, 3, 4), 8, decoding) for decoding in decodings])
+        assert [result.denoising_forwards for result in results] == [2, 8]
 
     @pytest.mark.parametrize("strategy", ["entropy_bounded", "random"])
     def test_all_of_its_strategies(self, jetengine_020, tiny, strategy):
@@ -301,6 +308,7 @@ class TestMemory:
         engine.prepare([GenerationRequest((1,) * 30, 13, GREEDY), GenerationRequest((1,) * 9, 40, GREEDY)] * 4)
         config = engine._llm.config
         assert (config.max_model_len, config.max_num_seqs) == (52, 4)  # whole blocks; a number that has a graph
+        assert config.max_num_batched_tokens == 4 * 30  # the longest prompts that can begin together
         assert config.kvcache_block_size == 256
         assert engine.info["max_active"] == 4
         assert config.num_kvcache_blocks >= 4
@@ -469,12 +477,14 @@ class TestTheProcess:
     """What JetEngine does to the process that it runs in."""
 
     def test_nothing_is_printed(self, jetengine, tiny, capsys, caplog, monkeypatch):
+        """0.2.0 prints when it starts, and in each step in which a sequence waits for a page."""
         monkeypatch.setattr(adapter.JetEngine, "_active", lambda self, _: 2)
-        jetengine.faults.pages = 6
+        jetengine.faults.pages = {"0.2.0": 3, "0.1.0": 7}[jetengine.version]
         with caplog.at_level(logging.DEBUG):
             run(of(tiny), [GenerationRequest(p, 12, GREEDY) for p in prompts((250, 251))])
         assert capsys.readouterr().out == ""
-        assert ("JetEngine: [KVCache]" in caplog.text) == (jetengine.version == "0.2.0")
+        for printed in ("JetEngine: [KVCache]", "JetEngine: [Warning] no page"):
+            assert (printed in caplog.text) == (jetengine.version == "0.2.0")
 
     def test_torchs_defaults_are_as_they_were(self, jetengine, tiny):
         def defaults():

@@ -43,6 +43,15 @@ sampled: list[Any] = []  # settings that requests came with
 batches: list[tuple[int, int]] = []  # of every step that ran: sequences prefilled, sequences denoised
 
 
+idle_steps = itertools.count()
+
+
+def stand_still() -> tuple[list[Any], int]:
+    """What a step with nothing to run returns. Who asks for ever is stopped, so that a test of it ends."""
+    assert next(idle_steps) < 1000
+    return [], 0
+
+
 def start_step() -> None:
     """Count a step that runs, and stop at the one that is to fail."""
     if error := faults.at_step.pop(len(batches), None):

@@ -150,7 +150,7 @@ class LLM:
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
         batch, prefills = self.scheduler.schedule()
         if not batch:
-            return [], 0
+            return shared.stand_still()
         shared.start_step()
         shared.batches.append((len(batch), 0) if prefills else (0, len(batch)))
         if prefills and sum(len(sequence.token_ids) for sequence in batch) > self.config.max_num_batched_tokens:

@@ -156,7 +156,7 @@ class LLM:
     def step(self) -> tuple[list[Any], int]:
         prefill, denoise = self.scheduler.schedule()
         if not prefill and not denoise:
-            return [], 0
+            return shared.stand_still()
         shared.start_step()
         shared.batches.append((len(prefill), len(denoise)))
         if sum(len(sequence.token_ids) for sequence in prefill) > self.config.max_num_batched_tokens:
