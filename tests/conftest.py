@@ -22,3 +22,5 @@ def _caplog_hears_lm_eval() -> None:
     logger.propagate = True
     for name in ("lm_eval", "sdar_lm_eval"):
         logging.getLogger(name).setLevel(logging.NOTSET)
+    for handler in logging.getLogger().handlers:  # pytest's own are the same for all tests; LMDeploy makes them deaf
+        handler.setLevel(logging.NOTSET)
