@@ -172,6 +172,17 @@ def to_number(name: str, value: Any, *, whole: bool) -> int | float:
     return int(number) if whole else number
 
 
+def at_least_one(name: str, value: Any) -> int:
+    """Read a whole number above 0, given as a number or as text.
+
+    Raises:
+        UserError: it is not one.
+    """
+    number = int(to_number(name, value, whole=True))
+    _check_range(f"{name}={number}", number >= 1, "1 or more")
+    return number
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """One prompt to be continued.
@@ -201,6 +212,12 @@ class GenerationRequest:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens} is out of range: it must be 1 or more.")
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of prompt and answer, the last block whole."""
+        length = self.decoding.block_length
+        return -(-(len(self.prompt_ids) + self.max_new_tokens) // length) * length
+
 
 @dataclass(frozen=True)
 class GenerationResult:
@@ -209,8 +226,9 @@ class GenerationResult:
     Attributes:
         token_ids: the new tokens, without the stop token that ended them.
         finish_reason: "stop" (a stop token or string) or "length".
-        prefill_forwards, denoising_forwards, commit_forwards: passes through the model that this request took part in.
-            A request that was preempted and run again counts all of them.
+        prefill_forwards, denoising_forwards, commit_forwards: how often its prompt, or a block of it, went through the
+            model. In the native engine a commit shares its forward with the next block's first denoising. A request
+            that was preempted and run again counts all of them.
         seconds: from its first forward to its end.
         unmasked_at: for each new token, the denoising step of its block that unmasked it (from 0), if recorded.
         confidences: for each new token, its probability when it was drawn, if recorded.
@@ -227,29 +245,36 @@ class GenerationResult:
 
 
 def end_of_answer(
-    tokens: Sequence[int], request: GenerationRequest, decode: Callable[[Sequence[int]], str]
+    tokens: Sequence[int],
+    request: GenerationRequest,
+    decode: Callable[[Sequence[int]], str],
+    earlier: Sequence[int] = (),
 ) -> tuple[int, str]:
-    """Where an answer ends, for an engine that returns more than it.
+    """Where an answer ends in some of its tokens, behind which an engine may have made more.
 
     Args:
-        tokens: the new tokens, with all that the engine made after the answer's end.
+        tokens: new tokens, with all that was made after the answer's end.
         request: its limit, stop tokens and stop strings count.
         decode: makes text of tokens.
+        earlier: the answer's tokens before, in which it has not ended.
 
     Returns:
         (tokens of the answer, "stop" or "length"); (len(tokens), "") where the answer has no end in them. A stop token
         is not part of the answer; of a stop string, the token that completes it is.
     """
-    count, reason = min(len(tokens), request.max_new_tokens), "length"
-    if count < request.max_new_tokens:
-        reason = ""
+    room = request.max_new_tokens - len(earlier)
+    count, reason = (room, "length") if room <= len(tokens) else (len(tokens), "")
     for place, token in enumerate(tokens[:count]):
         if token in request.stop_ids:
             count, reason = place, "stop"
             break
 
+    # A stop string's n characters are at most 4n bytes, so at most 4n earlier tokens matter.
+    window = 4 * max(map(len, request.stop_strings), default=0)
+    before = list(earlier[-window:]) if window else []
+
     def stopped(length: int) -> bool:
-        text = decode(tokens[:length])
+        text = decode([*before, *tokens[:length]])
         return any(string in text for string in request.stop_strings)
 
     if request.stop_strings and stopped(count):

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdar_lm_eval.engines.base import STRATEGIES, DecodingConfig, GenerationRequest, make_engine, to_number
+from sdar_lm_eval.engines.base import (
+    STRATEGIES,
+    DecodingConfig,
+    GenerationRequest,
+    at_least_one,
+    end_of_answer,
+    make_engine,
+    to_number,
+)
 from sdar_lm_eval.errors import UserError
 
 
@@ -118,3 +126,26 @@ def test_a_request_needs_a_prompt_and_room_for_an_answer():
 def test_an_unknown_engine_is_named():
     with pytest.raises(UserError, match=r"engine 'vllm' is unknown; known: native"):
         make_engine("vllm", None)
+
+
+def test_an_answer_may_end_in_the_middle_of_a_block_behind_others():
+    """A stop string begins in earlier tokens; the limit counts them."""
+    letters = "abcdefgh"
+
+    def decode(tokens):
+        return "".join(letters[token] for token in tokens)
+
+    request = GenerationRequest((0,), 6, DecodingConfig(), frozenset({7}), stop_strings=("cde",))
+    assert end_of_answer([4, 5], request, decode, earlier=[1, 2, 3]) == (1, "stop")
+    assert end_of_answer([5, 5], request, decode, earlier=[1, 2, 3]) == (2, "")
+    assert end_of_answer([5, 5, 5, 5], request, decode, earlier=[1, 2, 3]) == (3, "length")
+    assert end_of_answer([5, 7, 4], request, decode, earlier=[1, 2, 3]) == (1, "stop")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(0, "n=0 is out of range: it must be 1 or more"), ("x", "'x' is not a whole")]
+)
+def test_at_least_one(value, reason):
+    assert at_least_one("n", "3") == 3
+    with pytest.raises(UserError, match=reason):
+        at_least_one("n", value)

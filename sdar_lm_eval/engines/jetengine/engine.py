@@ -23,7 +23,6 @@ import io
 import itertools
 import logging
 import platform
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,15 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult, end_of_answer, to_number
+from sdar_lm_eval.engines.base import (
+    DecodingConfig,
+    GenerationRequest,
+    GenerationResult,
+    at_least_one,
+    end_of_answer,
+    to_number,
+)
+from sdar_lm_eval.engines.gpu import check_lengths, gpu_named, half_precision, listed, version_of, world_size
 from sdar_lm_eval.engines.jetengine.flash_attention import ensure_right_attention
 from sdar_lm_eval.engines.jetengine.memory import (
     CAPTURED,
@@ -43,10 +50,8 @@ from sdar_lm_eval.engines.jetengine.memory import (
     Size,
     bytes_per_page,
     captured,
-    head_dim,
     pages_of,
     size_for,
-    tokens_of,
 )
 from sdar_lm_eval.engines.jetengine.versions import INSTALL, find_jetengine
 from sdar_lm_eval.errors import EngineError, SDARError, UserError
@@ -55,7 +60,6 @@ logger = logging.getLogger(__name__)
 
 BLOCK_LENGTHS = (1, 2, 4, 8, 16, 32, 64)  # its prefill attention takes no others
 HEAD_DIMS = (16, 32, 64, 128, 256)
-DTYPES = ("bfloat16", "float16")
 IDLE_STEPS = 4  # so many steps without any progress are a standstill; sound ones make progress in every second
 
 
@@ -109,9 +113,9 @@ class JetEngine:
         self._checkpoint = checkpoint
         self._dialect, self._commit = find_jetengine()
         self._config = checkpoint.full_config()
-        self._device = _device(device)
-        self._dtype = _dtype(dtype, checkpoint)
-        self._tensor_parallel_size = int(to_number("tensor_parallel_size", tensor_parallel_size, whole=True))
+        self._device = gpu_named(device, "JetEngine")
+        self._dtype = half_precision(dtype, checkpoint, "JetEngine")
+        self._tensor_parallel_size = at_least_one("tensor_parallel_size", tensor_parallel_size)
         self._gpu_memory_utilization = gpu_memory_utilization
         if gpu_memory_utilization is not None:
             self._gpu_memory_utilization = float(
@@ -119,9 +123,7 @@ class JetEngine:
             )
             if not 0 < self._gpu_memory_utilization < 1:
                 raise UserError(f"gpu_memory_utilization={gpu_memory_utilization} must be between 0 and 1.")
-        self._max_active = None if max_active is None else int(to_number("max_active", max_active, whole=True))
-        if self._max_active is not None and self._max_active < 1:
-            raise UserError(f"max_active={max_active} is out of range: it must be 1 or more.")
+        self._max_active = None if max_active is None else at_least_one("max_active", max_active)
         if not isinstance(enforce_eager, bool):
             raise UserError(f"enforce_eager={enforce_eager!r} is neither true nor false.")
         self._graphs = self._dialect.graphs and not enforce_eager
@@ -156,7 +158,7 @@ class JetEngine:
             "deviations": dict(self._dialect.deviations),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            **{name: _version(name) for name in ("flashinfer-python", "flash-attn")},
+            **{name: version_of(name) for name in ("flashinfer-python", "flash-attn")},
             "python": platform.python_version(),
             "gpu": torch.cuda.get_device_name(self._device),
         }
@@ -185,10 +187,8 @@ class JetEngine:
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             refuse("it knows no RoPE scaling")
-        if head_dim(config) not in HEAD_DIMS:
-            refuse(f"its heads have {head_dim(config)} dimensions; JetEngine's kernels take {_listed(HEAD_DIMS)}")
-        if tensor_parallel < 1:
-            raise UserError(f"tensor_parallel_size={tensor_parallel} is out of range: it must be 1 or more.")
+        if config["head_dim"] not in HEAD_DIMS:
+            refuse(f"its heads have {config['head_dim']} dimensions; JetEngine's kernels take {listed(HEAD_DIMS)}")
         if tensor_parallel > 1:
             if version == "0.2.0":
                 refuse(
@@ -200,24 +200,18 @@ class JetEngine:
                 if config[name] % tensor_parallel:
                     refuse(f"tensor_parallel_size={tensor_parallel} does not divide its {name}={config[name]}")
         self._checkpoint.check_weights()
-        if _world_size() > 1 and not self._dialect.several_processes:
+        if world_size() > 1 and not self._dialect.several_processes:
             raise UserError(
                 f"JetEngine {version} cannot run in several processes: each takes the first GPU and the same port. "
-                f"Use JetEngine 0.2.0, tensor_parallel_size={_world_size()} in one process, or --model sdar."
+                f"Use JetEngine 0.2.0, tensor_parallel_size={world_size()} in one process, or --model sdar."
             )
 
     def _check(self, requests: Sequence[GenerationRequest]) -> None:
         """Refuse requests that would be answered wrongly, before any of them runs."""
-        limit = self._checkpoint.max_length
         for decoding in {request.decoding for request in requests}:
             self._check_decoding(decoding)
+        check_lengths(requests, self._checkpoint.max_length, f"checkpoint {self._checkpoint.name!r} has")
         for number, request in enumerate(requests):
-            if (tokens := tokens_of(request)) > limit:
-                raise UserError(
-                    f"a request of {len(request.prompt_ids):,} prompt and {request.max_new_tokens:,} new tokens needs "
-                    f"{tokens:,} places in whole blocks; checkpoint {self._checkpoint.name!r} has {limit:,}. Lower "
-                    "max_gen_toks or max_length."
-                )
             if self._checkpoint.mask_token_id in _tail(request):
                 raise UserError(
                     f"prompt {number} of {len(requests)} holds the mask token among its last "
@@ -229,7 +223,7 @@ class JetEngine:
         if decoding.remasking_strategy not in self._dialect.strategies:
             raise UserError(
                 f"remasking_strategy={decoding.remasking_strategy!r} is not in JetEngine {version}, which has "
-                f"{_listed(self._dialect.strategies)}. Choose one of these, or use --model sdar."
+                f"{listed(self._dialect.strategies)}. Choose one of these, or use --model sdar."
             )
         if decoding.repetition_penalty != 1:
             raise UserError(
@@ -238,7 +232,7 @@ class JetEngine:
             )
         if decoding.block_length not in BLOCK_LENGTHS:
             raise UserError(
-                f"block_length={decoding.block_length}: JetEngine takes {_listed(BLOCK_LENGTHS)}. Use --model sdar."
+                f"block_length={decoding.block_length}: JetEngine takes {listed(BLOCK_LENGTHS)}. Use --model sdar."
             )
 
     # Memory
@@ -358,7 +352,7 @@ class JetEngine:
         if (needed := self._pages_of(longest)) > pages:
             mib = bytes_per_page(self._config, self._tensor_parallel_size) / 2**20
             raise UserError(
-                f"a request of {tokens_of(longest):,} tokens (prompt and answer) needs {needed} KV pages of "
+                f"a request of {longest.longest:,} tokens (prompt and answer) needs {needed} KV pages of "
                 f"{PAGE_SIZE} tokens, {needed * mib:,.0f} MiB; JetEngine has {pages}, {pages * mib:,.0f} MiB, at "
                 f"gpu_memory_utilization={self._size.gpu_memory_utilization}. Raise it, or lower max_gen_toks or "
                 "max_length."
@@ -403,7 +397,7 @@ class JetEngine:
                 "%d of %d steps ran without a CUDA graph: JetEngine has them for %s, 32, 48, ... sequences.",
                 self._eager_steps,
                 self._steps,
-                _listed(CAPTURED[:5]),
+                listed(CAPTURED[:5]),
             )
 
     def _generate_group(
@@ -628,12 +622,6 @@ def _give_generator(generator: torch.Generator) -> None:
     scheduler.top_k_top_p_sampling_from_probs = functools.partial(getattr(draw, "func", draw), generator=generator)
 
 
-def _world_size() -> int:
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def _config_for_jetengine(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """config.json with what JetEngine reads, where it looks for it."""
     rope = config.get("rope_parameters") or {}
@@ -675,29 +663,6 @@ def _tail(request: GenerationRequest) -> tuple[int, ...]:
     ]
 
 
-def _device(device: str) -> torch.device:
-    try:
-        resolved = torch.device("cuda" if device == "auto" else device)
-    except RuntimeError as error:
-        raise UserError(f"device={device!r} is unknown; choose cuda, cuda:N or auto.") from error
-    if resolved.type != "cuda":
-        raise UserError(f"device={device!r}: JetEngine runs on a GPU only; choose cuda or cuda:N, or use --model sdar.")
-    index = torch.cuda.current_device() if resolved.index is None else resolved.index
-    if index >= torch.cuda.device_count():
-        raise UserError(f"device={device!r}: this machine has {torch.cuda.device_count()} usable GPU(s).")
-    return torch.device("cuda", index)
-
-
-def _dtype(dtype: str, checkpoint: Checkpoint) -> str:
-    dtype = dtype.removeprefix("torch.")
-    own = str(checkpoint.config.get("torch_dtype") or checkpoint.config.get("dtype"))
-    if dtype == "auto":
-        return own if own in DTYPES else "bfloat16"
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r}: JetEngine takes {_listed(DTYPES)} or auto; for others use --model sdar.")
-    return dtype
-
-
 @contextlib.contextmanager
 def _torch_defaults_kept() -> Iterator[None]:
     """Undo what JetEngine does to torch's defaults: a default device, even the CPU, slows down every call of torch."""
@@ -722,15 +687,3 @@ def _prints_to_log() -> Iterator[None]:
     """What JetEngine prints goes to the log (level DEBUG): lm_eval's own output stays what it is."""
     with contextlib.redirect_stdout(_Log()):
         yield
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        module: Any = sys.modules.get(name.removesuffix("-python").replace("-", "_"))
-        return getattr(module, "__version__", None)
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sdar_lm_eval.engines.jetengine.memory import PAGE_SIZE, head_dim
+from sdar_lm_eval.engines.jetengine.memory import PAGE_SIZE
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -44,13 +44,13 @@ def ensure_right_attention(config: Mapping[str, Any], block_length: int, dtype: 
     unsplit = functools.partial(attend, num_splits=1)
     if not _is_right(unsplit, config, block_length, dtype, device):
         raise EngineError(
-            f"the installed flash-attn computes wrong attention for heads of {head_dim(config)} dimensions in {dtype}. "
-            "Install another build of it, or use --model sdar."
+            f"the installed flash-attn computes wrong attention for heads of {config['head_dim']} dimensions in "
+            f"{dtype}. Install another build of it, or use --model sdar."
         )
     logger.warning(
         "The installed flash-attn is wrong where it splits a context among thread blocks, for heads of %d dimensions. "
         "JetEngine is kept from it, so answers are right.",
-        head_dim(config),
+        config["head_dim"],
     )
     module.flash_attn_with_kvcache = unsplit
     return False
@@ -61,7 +61,7 @@ def _is_right(
     attend: Callable[..., torch.Tensor], config: Mapping[str, Any], block_length: int, dtype: torch.dtype, device: Any
 ) -> bool:
     """Compare one sequence's block, over a page and a half of context, with plain attention."""
-    heads, kv_heads, size = config["num_attention_heads"], config["num_key_value_heads"], head_dim(config)
+    heads, kv_heads, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     context = PAGE_SIZE * 3 // 2
     generator = torch.Generator(device).manual_seed(0)
 

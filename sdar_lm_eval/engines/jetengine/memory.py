@@ -66,7 +66,7 @@ def size_for(
 
     Args:
         requests: at least one.
-        config: config.json.
+        config: config.json with its defaults (`Checkpoint.full_config`).
         weight_bytes: size of the weights on one GPU, or more.
         free_bytes: the GPU's memory that nobody uses now.
         total_bytes: all of it.
@@ -77,11 +77,11 @@ def size_for(
     block_length = requests[0].decoding.block_length
     logits = block_length * config["vocab_size"] * BYTES_PER_LOGIT  # of one sequence
     active = captured(min(len(requests), max_active or CAPTURED[-1], int(LOGITS_SHARE * total_bytes / logits)))
-    tokens = sorted(map(tokens_of, requests), reverse=True)
+    tokens = sorted((request.longest for request in requests), reverse=True)
     prompts = sorted((len(request.prompt_ids) for request in requests), reverse=True)
     prefill_tokens = max(tokens[0], min(PREFILL_TOKENS, sum(prompts[:active])))
     heads = config["num_attention_heads"] + 2 * config["num_key_value_heads"]
-    width = 4 * config["hidden_size"] + 3 * config["intermediate_size"] + 3 * heads * head_dim(config)
+    width = 4 * config["hidden_size"] + 3 * config["intermediate_size"] + 3 * heads * config["head_dim"]
     wanted = (
         total_bytes
         - free_bytes
@@ -101,12 +101,6 @@ def size_for(
     )
 
 
-def tokens_of(request: GenerationRequest) -> int:
-    """Most tokens of prompt and answer, in whole blocks."""
-    block_length = request.decoding.block_length
-    return -(-(len(request.prompt_ids) + request.max_new_tokens) // block_length) * block_length
-
-
 def pages_of(request: GenerationRequest, page_a_step: bool = False) -> int:
     """Most KV pages that the request takes.
 
@@ -115,7 +109,7 @@ def pages_of(request: GenerationRequest, page_a_step: bool = False) -> int:
         page_a_step: where a block begins with a page, each of its steps takes one more, as in JetEngine 0.1.0
             (`Sequence.num_new_blocks_needed`), though one is enough.
     """
-    tokens = tokens_of(request)
+    tokens = request.longest
     pages = -(-tokens // PAGE_SIZE)
     if page_a_step:
         block_length = request.decoding.block_length
@@ -128,12 +122,7 @@ def pages_of(request: GenerationRequest, page_a_step: bool = False) -> int:
 def bytes_per_page(config: Mapping[str, Any], tensor_parallel_size: int = 1) -> int:
     """Bytes of a page on one GPU: keys and values of all layers, 2 bytes each."""
     heads = int(config["num_key_value_heads"]) // tensor_parallel_size
-    return 2 * 2 * int(config["num_hidden_layers"]) * PAGE_SIZE * heads * head_dim(config)
-
-
-def head_dim(config: Mapping[str, Any]) -> int:
-    """Dimensions of an attention head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    return 2 * 2 * int(config["num_hidden_layers"]) * PAGE_SIZE * heads * int(config["head_dim"])
 
 
 def captured(number: int) -> int:

@@ -36,7 +36,15 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult, end_of_answer, to_number
+from sdar_lm_eval.engines.base import (
+    DecodingConfig,
+    GenerationRequest,
+    GenerationResult,
+    at_least_one,
+    end_of_answer,
+    to_number,
+)
+from sdar_lm_eval.engines.gpu import check_lengths, gpu_named, half_precision, listed, version_of, world_size
 from sdar_lm_eval.engines.lmdeploy.hooks import (
     MODEL_TYPES,
     Forwards,
@@ -53,7 +61,6 @@ logger = logging.getLogger(__name__)
 
 BLOCK_LENGTHS = (1, 2, 4, 8, 16, 32, 64)  # whole numbers of them fill a page, and a chunk of a long prompt
 HEAD_DIMS = (16, 32, 64, 128, 256)
-DTYPES = ("bfloat16", "float16")
 MAX_ACTIVE = 256  # unless the user says otherwise
 PAGE_SIZE = 64  # tokens
 PREFILL_TOKENS = 8192  # LMDeploy's default; longer prompts go in chunks of it
@@ -117,15 +124,15 @@ class LMDeploy:
         cache_max_entry_count: float = 0.8,
     ) -> None:
         self._checkpoint = checkpoint
-        self._tensor_parallel_size = _positive("tensor_parallel_size", tensor_parallel_size)
+        self._tensor_parallel_size = at_least_one("tensor_parallel_size", tensor_parallel_size)
         self._installed = find_lmdeploy(self._tensor_parallel_size)
-        self._max_active = None if max_active is None else _positive("max_active", max_active)
+        self._max_active = None if max_active is None else at_least_one("max_active", max_active)
         self._cache_share = float(to_number("cache_max_entry_count", cache_max_entry_count, whole=False))
         if not 0 < self._cache_share < 1:
             raise UserError(f"cache_max_entry_count={cache_max_entry_count} must be between 0 and 1.")
-        self._device = _device(device)
-        self._dtype = _dtype(dtype, checkpoint)
-        self._check_gpus(device, _positive("data_parallel_size", data_parallel_size))
+        self._device = gpu_named(device, "LMDeploy")
+        self._dtype = half_precision(dtype, checkpoint, "LMDeploy")
+        self._check_gpus(device, at_least_one("data_parallel_size", data_parallel_size))
         self._check_checkpoint()
         try:
             self._lmdeploy = import_lmdeploy()
@@ -154,13 +161,13 @@ class LMDeploy:
             "dtype": self._dtype,
             "max_active": self._active or self._max_active or MAX_ACTIVE,
             "tensor_parallel_size": self._tensor_parallel_size,
-            "data_parallel_size": _world_size(),
+            "data_parallel_size": world_size(),
             "cache_max_entry_count": self._cache_share,
             "loads": self._loads,
             "deviations": dict(DEVIATIONS),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            **{name: _version(name) for name in ("triton", *(["ray"] if self._tensor_parallel_size > 1 else []))},
+            **{name: version_of(name) for name in ("triton", *(["ray"] if self._tensor_parallel_size > 1 else []))},
             "python": platform.python_version(),
             "gpu": torch.cuda.get_device_name(self._device),
         }
@@ -176,7 +183,7 @@ class LMDeploy:
 
     def _check_gpus(self, device: str, data_parallel_size: int) -> None:
         """Refuse a number of GPUs that there is not, or that LMDeploy would share out wrongly."""
-        gpus, ranks, tensor_parallel = torch.cuda.device_count(), _world_size(), self._tensor_parallel_size
+        gpus, ranks, tensor_parallel = torch.cuda.device_count(), world_size(), self._tensor_parallel_size
         if data_parallel_size not in (1, ranks):
             raise UserError(
                 f"data_parallel_size={data_parallel_size}, but {ranks} process(es) run. Give each copy of the model a "
@@ -219,30 +226,22 @@ class LMDeploy:
 
         if config.get("hidden_act", "silu") != "silu":  # models/sdar.py: SDARMLP
             refuse(f"its hidden_act is {config['hidden_act']!r}; LMDeploy takes silu for all")
-        size = _head_dim(config)
+        size = self._checkpoint.full_config()["head_dim"]
         if size not in HEAD_DIMS:
-            refuse(f"its heads have {size} dimensions; tried are {_listed(HEAD_DIMS)}")
+            refuse(f"its heads have {size} dimensions; tried are {listed(HEAD_DIMS)}")
         self._checkpoint.check_weights()
 
     def _check(self, requests: Sequence[GenerationRequest]) -> None:
         """Refuse requests that would be answered wrongly, before any of them runs."""
         for decoding in {request.decoding for request in requests}:
             self._check_decoding(decoding)
-        self._check_lengths(requests, self._checkpoint.max_length, f"checkpoint {self._checkpoint.name!r} has")
-
-    def _check_lengths(self, requests: Sequence[GenerationRequest], limit: int, who: str) -> None:
-        for request in requests:
-            if (tokens := _tokens_of(request)) > limit:
-                raise UserError(
-                    f"a request of {len(request.prompt_ids):,} prompt and {request.max_new_tokens:,} new tokens needs "
-                    f"{tokens:,} places in whole blocks; {who} {limit:,}. Lower max_gen_toks or max_length."
-                )
+        check_lengths(requests, self._checkpoint.max_length, f"checkpoint {self._checkpoint.name!r} has")
 
     def _check_decoding(self, decoding: DecodingConfig) -> None:
         if decoding.remasking_strategy not in STRATEGIES:
             raise UserError(
                 f"remasking_strategy={decoding.remasking_strategy!r} is not in LMDeploy, which has "
-                f"{_listed(STRATEGIES)}. Choose one of these, or use --model sdar."
+                f"{listed(STRATEGIES)}. Choose one of these, or use --model sdar."
             )
         if decoding.repetition_penalty != 1:  # strategies/ar/sampling.py: _gather_generated_ids
             raise UserError(
@@ -251,7 +250,7 @@ class LMDeploy:
             )
         if decoding.block_length not in BLOCK_LENGTHS:
             raise UserError(
-                f"block_length={decoding.block_length}: with LMDeploy it can be {_listed(BLOCK_LENGTHS)}. Use --model "
+                f"block_length={decoding.block_length}: with LMDeploy it can be {listed(BLOCK_LENGTHS)}. Use --model "
                 "sdar."
             )
 
@@ -359,7 +358,7 @@ class LMDeploy:
         groups = self._groups(requests)
         for fixed, indices in groups.items():
             self._load(fixed, requests, len(groups))
-            self._check_lengths(requests, int(self._engine.max_session_len), "LMDeploy has room for")
+            check_lengths(requests, int(self._engine.max_session_len), "LMDeploy has room for")
             for together in self._together(requests, indices):
                 yield from self._run(requests, together)
 
@@ -430,7 +429,7 @@ class LMDeploy:
         """Sequences that run at once: as many as have pages to their end, so that none is evicted and run again."""
         config = self._engine.cache_config
         free = int(config.num_gpu_blocks) - 1  # one is LMDeploy's own
-        largest = sorted((-(-_tokens_of(request) // int(config.block_size)) + 2 for request in requests), reverse=True)
+        largest = sorted((-(-request.longest // int(config.block_size)) + 2 for request in requests), reverse=True)
         fit = sum(total <= free for total in itertools.accumulate(largest))
         return max(1, min(self._active, len(requests), fit))
 
@@ -538,12 +537,6 @@ def _draw(decoding: DecodingConfig) -> tuple[bool, float, int, float]:
     return False, decoding.temperature, decoding.top_k, decoding.top_p
 
 
-def _tokens_of(request: GenerationRequest) -> int:
-    """Most tokens of prompt and answer, in whole blocks."""
-    length = request.decoding.block_length
-    return -(-(len(request.prompt_ids) + request.max_new_tokens) // length) * length
-
-
 def _config_for_lmdeploy(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     """config.json with all that LMDeploy reads, none of it left to a config class's defaults.
 
@@ -567,7 +560,7 @@ def _config_for_lmdeploy(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": False,
         **{key: value for key, value in config.items() if key not in left_out},
         "architectures": ["SDARMoeForCausalLM" if checkpoint.is_moe else "SDARForCausalLM"],
-        "head_dim": _head_dim(config),
+        "head_dim": checkpoint.full_config()["head_dim"],
         "mask_token_id": checkpoint.mask_token_id,
         "model_type": MODEL_TYPES[config["model_type"]],
         "pad_token_id": None,
@@ -576,10 +569,6 @@ def _config_for_lmdeploy(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "use_sliding_window": False,
     }
-
-
-def _head_dim(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 async def _call(function: Callable[[], Any]) -> Any:
@@ -591,47 +580,3 @@ async def _close(engine: Any) -> None:
     engine.close()
     with contextlib.suppress(asyncio.CancelledError):
         await engine.wait_tasks()
-
-
-def _positive(name: str, value: Any) -> int:
-    number = int(to_number(name, value, whole=True))
-    if number < 1:
-        raise UserError(f"{name}={value} is out of range: it must be 1 or more.")
-    return number
-
-
-def _device(device: str) -> torch.device:
-    resolved = torch.device("cuda" if device == "auto" else device)
-    if resolved.type != "cuda":
-        raise UserError(f"device={device!r}: LMDeploy runs on a GPU only; choose cuda or cuda:N, or use --model sdar.")
-    index = torch.cuda.current_device() if resolved.index is None else resolved.index
-    if index >= torch.cuda.device_count():
-        raise UserError(f"device={device!r}: this machine has {torch.cuda.device_count()} usable GPU(s).")
-    return torch.device("cuda", index)
-
-
-def _dtype(dtype: str, checkpoint: Checkpoint) -> str:
-    dtype = dtype.removeprefix("torch.")
-    own = str(checkpoint.config.get("torch_dtype") or checkpoint.config.get("dtype"))
-    if dtype == "auto":
-        return own if own in DTYPES else "bfloat16"
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r}: LMDeploy takes {_listed(DTYPES)} or auto; for others use --model sdar.")
-    return dtype
-
-
-def _world_size() -> int:
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))

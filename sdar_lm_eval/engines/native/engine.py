@@ -23,7 +23,8 @@ from sdar_lm_eval.engines.base import (
     LikelihoodConfig,
     ScoreRequest,
     ScoreResult,
-    to_number,
+    at_least_one,
+    end_of_answer,
 )
 from sdar_lm_eval.engines.native import attention
 from sdar_lm_eval.engines.native.pages import PagePool
@@ -71,8 +72,8 @@ class NativeEngine:
         self._checkpoint = checkpoint
         self._device = resolve_device(device)
         self._dtype = _resolve_dtype(dtype, self._device, checkpoint)
-        self._max_active = _at_least_one("max_active", max_active)
-        self._kv_pages = _at_least_one("kv_pages", kv_pages)
+        self._max_active = None if max_active is None else at_least_one("max_active", max_active)
+        self._kv_pages = None if kv_pages is None else at_least_one("kv_pages", kv_pages)
         if not isinstance(kernels, bool):
             raise UserError(f"kernels={kernels!r} is neither true nor false.")
         self._kernels = kernels
@@ -255,34 +256,13 @@ class NativeEngine:
         """Take the new tokens of a decided block; return why the answer ends with it, or ""."""
         slot, first = sequence.slot, len(sequence.tokens) - sequence.block_start
         new = outcome.tokens[slot, first : sequence.block_length].tolist()
-        count, reason = self._cut(sequence, new)
+        earlier = sequence.tokens[len(sequence.request.prompt_ids) :]
+        count, reason = end_of_answer(new, sequence.request, self._checkpoint.decode, earlier)
         sequence.decide(new[:count])
         if sequence.request.record_steps:
             sequence.unmasked_at += outcome.unmasked_at[slot, first : first + count].tolist()
             sequence.confidences += outcome.confidence[slot, first : first + count].tolist()
         return reason
-
-    def _cut(self, sequence: Sequence, new: list[int]) -> tuple[int, str]:
-        """How many of a block's new tokens are part of the answer, and why it ends there ("" if it does not)."""
-        request = sequence.request
-        room = request.max_new_tokens - sequence.num_new_tokens
-        count, reason = (room, "length") if room <= len(new) else (len(new), "")
-        for place, token in enumerate(new[:count]):
-            if token in request.stop_ids:
-                count, reason = place, "stop"
-                break
-        if request.stop_strings:
-            # A stop string's n characters are at most 4n bytes, so at most 4n tokens before this block matter.
-            window = 4 * max(map(len, request.stop_strings))
-            before = sequence.tokens[len(request.prompt_ids) :][-window:]
-            if self._holds_stop_string(before + new[:count], request):
-                place = next(n for n in range(1, count + 1) if self._holds_stop_string(before + new[:n], request))
-                count, reason = place, "stop"
-        return count, reason
-
-    def _holds_stop_string(self, tokens: list[int], request: GenerationRequest) -> bool:
-        text = self._checkpoint.decode(tokens)
-        return any(string in text for string in request.stop_strings)
 
     def _pages_for(self, sequences: list[Sequence], max_active: int) -> int:
         """How many KV pages to hold: those of the `max_active` longest requests, as far as memory allows."""
@@ -352,12 +332,3 @@ def _resolve_dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> 
         raise UserError(f"dtype={dtype!r} is unknown; choose {', '.join(DTYPES)} or auto.")
     resolved: torch.dtype = getattr(torch, dtype)
     return resolved
-
-
-def _at_least_one(name: str, value: int | None) -> int | None:
-    if value is None:
-        return None
-    number = int(to_number(name, value, whole=True))
-    if number < 1:
-        raise UserError(f"{name}={number} is out of range: it must be 1 or more.")
-    return number

@@ -71,8 +71,7 @@ class Sequence:
     @property
     def longest(self) -> int:
         """Tokens of the sequence if it runs to its limit, its last block whole."""
-        end = len(self.request.prompt_ids) + self.request.max_new_tokens
-        return -(-end // self.block_length) * self.block_length
+        return self.request.longest
 
     @property
     def reach(self) -> int:

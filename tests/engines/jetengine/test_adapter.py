@@ -683,7 +683,7 @@ class TestRefusals:
             of(checkpoint, tensor_parallel_size=1)
 
     def test_several_processes(self, jetengine, tiny, monkeypatch):
-        monkeypatch.setattr(adapter, "_world_size", lambda: 2)
+        monkeypatch.setattr(adapter, "world_size", lambda: 2)
         if jetengine.version == "0.2.0":
             of(tiny)
         else:

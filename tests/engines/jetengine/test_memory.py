@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sdar_lm_eval import DecodingConfig, GenerationRequest
 from sdar_lm_eval.engines.jetengine import memory
-from sdar_lm_eval.engines.jetengine.memory import CAPTURED, captured, pages_of, size_for, tokens_of
+from sdar_lm_eval.engines.jetengine.memory import CAPTURED, captured, pages_of, size_for
 
 GIB = 1 << 30
 SDAR_4B = {
@@ -45,7 +45,7 @@ def test_never_more_than_there_is(requests, total, free, max_active, times):
     assert made.max_active in CAPTURED
     assert made.max_active <= len(requests) * times
     assert made.max_active <= (max_active or 256)
-    assert made.max_tokens == max(map(tokens_of, requests))
+    assert made.max_tokens == max(request.longest for request in requests)
     # JetEngine insists on the first; with no more than the second it never leaves its warm-up.
     assert made.prefill_tokens >= made.max_tokens
     assert made.prefill_tokens <= max(made.max_tokens, memory.PREFILL_TOKENS)
@@ -89,7 +89,7 @@ def test_numbers_that_have_a_graph(number, graph):
 
 
 def test_tokens_are_counted_in_whole_blocks():
-    assert [tokens_of(request(5, 6, n)) for n in (1, 4, 8)] == [11, 12, 16]
+    assert [request(5, 6, n).longest for n in (1, 4, 8)] == [11, 12, 16]
     assert [pages_of(request(prompt, 6, 8)) for prompt in (1, 250, 251, 506, 507)] == [1, 1, 2, 2, 3]
 
 

@@ -430,7 +430,7 @@ class TestCrashes:
         engine = of(tiny)
         run(engine, [GenerationRequest((1, 2), 4, GREEDY)])
         lmdeploy.made[-1].max_session_len = 5  # it would cut the answer at 3 tokens, and call it finished
-        monkeypatch.setattr(engine, "_check_lengths", lambda *_: None)
+        monkeypatch.setattr(adapter, "check_lengths", lambda *_: None)
         with pytest.raises(EngineError, match="3 of 4 tokens, and none that ends the answer"):
             run(engine, [GenerationRequest((1, 2), 4, GREEDY)])
 
@@ -518,7 +518,7 @@ class TestSeveralGPUs:
         of(tiny, tensor_parallel_size=4)  # it has 2
 
     def test_processes(self, tiny, monkeypatch):
-        monkeypatch.setattr(adapter, "_world_size", lambda: 2)
+        monkeypatch.setattr(adapter, "world_size", lambda: 2)
         assert of(tiny, data_parallel_size=2).info["data_parallel_size"] == 2
         with pytest.raises(UserError, match="data_parallel_size=4, but 2 process"):
             of(tiny, data_parallel_size=4)
