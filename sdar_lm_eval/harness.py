@@ -24,7 +24,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 import sdar_lm_eval
-from sdar_lm_eval.answers import AnswerFolder
+from sdar_lm_eval.answers import AnswerFolder, differences
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.base import (
     GenerationRequest,
@@ -529,9 +529,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             cache[FINGERPRINT_KEY] = json.dumps(mine)
             return
         theirs = json.loads(cache[FINGERPRINT_KEY])
-        differing = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
-        if differing:
-            changes = "; ".join(f"{name} was {theirs.get(name)!r}, is {mine.get(name)!r}" for name in differing)
+        if changes := differences(theirs, mine):
             raise UserError(
                 f"--use_cache: {cache.filename} was made with other settings ({changes}). "
                 "Run with those settings, give another path, or delete the file."

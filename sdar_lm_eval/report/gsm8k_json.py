@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.report.results import Json, model_of, results_in
 
 NAME = "gsm8k-json"
 HELP = "a run of GSM8K as the benchmark's JSON file"
@@ -21,8 +22,6 @@ _DECODING = ("block_length", "denoising_steps", "temperature", "remasking_strate
 _VERSIONS = (
     "torch", "transformers", "engine_version", "engine_commit", "flash-attn", "flashinfer-python", "lmdeploy", "python",
 )  # fmt: skip
-
-Json = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,26 +96,13 @@ def read_run(path: Path) -> tuple[Json, Callable[[str], list[Json]]]:
     Raises:
         UserError: there is none.
     """
-    path = path.expanduser()
-    if not path.exists():
-        raise UserError(f"{str(path)!r} does not exist. Give what lm_eval's --output_path named.")
-    found = []
-    for file in [path] if path.is_file() else sorted(path.rglob("*.json")):
-        try:
-            content = json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read ({error}). Give the folder of a run of lm_eval.") from error
-        if isinstance(content, dict) and {"results", "configs", "config", "date"} <= content.keys():
-            found.append((content["date"], str(file), content))
-    if not found:
-        raise UserError(f"{str(path)!r} holds no results file of lm_eval. Give what --output_path named.")
-    _, name, results = max(found, key=lambda item: item[:2])
+    file, results = results_in(path, "configs")[-1]
     # results_<date>.json, or what --output_path named with _<date>; the samples are beside it, with the same date.
-    date = Path(name).stem.rpartition("_")[2]
+    date = file.stem.rpartition("_")[2]
 
     def samples_of(task: str) -> list[Json]:
-        file = Path(name).with_name(f"samples_{task}_{date}.jsonl")
-        return list(_lines(file)) if file.exists() else []
+        samples = file.with_name(f"samples_{task}_{date}.jsonl")
+        return list(_lines(samples)) if samples.exists() else []
 
     return results, samples_of
 
@@ -161,9 +147,6 @@ def _metrics(results: Json, task: str, filter_name: str, samples: Sequence[Mappi
 def _config(results: Json, task: str) -> Json:
     config = results["config"]
     ours = config.get("sdar_lm_eval") or {}
-    arguments = config.get("model_args")
-    if isinstance(arguments, str):
-        arguments = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
     decoding = (ours.get("decoding_of_tasks") or {}).get(task) or {}
     generation = results["configs"][task].get("generation_kwargs") or {}
     length = decoding.get("max_gen_toks", generation.get("max_gen_toks"))
@@ -174,7 +157,7 @@ def _config(results: Json, task: str) -> Json:
     versions |= {name: ours[name] for name in _VERSIONS if ours.get(name)}
     versions.setdefault("transformers", results.get("transformers_version"))
     return {
-        "model_name": ours.get("pretrained") or (arguments or {}).get("pretrained") or results.get("model_name"),
+        "model_name": model_of(results),
         **settings,
         "max_gen_length": length,
         "engine": ours.get("engine") or config.get("model"),

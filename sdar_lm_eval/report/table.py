@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.report.results import model_of, results_in
 
 NAME = "table"
 HELP = "a run's scores beside the published ones"
@@ -129,13 +129,13 @@ def read_runs(paths: Iterable[Path]) -> dict[str, dict[str, Score]]:
     Raises:
         UserError: a path does not exist, or holds no results of these tasks.
     """
-    results = sorted((result for path in paths for result in _results_in(path)), key=lambda result: result["date"])
+    results = sorted((result for path in paths for _, result in results_in(path)), key=lambda result: result["date"])
     runs: dict[str, dict[str, Score]] = {}
     for result in results:
         for column in COLUMNS:
             score = _score(result, column)
             if score is not None:
-                runs.setdefault(_model_of(result), {})[column.task] = score
+                runs.setdefault(model_of(result) or "?", {})[column.task] = score
     if not runs:
         found = sorted({task for result in results for task in result["results"]})
         raise UserError(
@@ -184,33 +184,6 @@ def render(model: str, scores: Mapping[str, Score], published: str | None) -> st
         title = f"{model} beside SDAR-{published}-Chat as published (arXiv 2510.06303, table 1)"
         head += ["published, %", "difference", ""]
     return "\n".join([title, "", *_aligned([head, *rows]), *([""] if notes else []), *notes])
-
-
-def _results_in(path: Path) -> list[dict[str, Any]]:
-    path = path.expanduser()
-    if not path.exists():
-        raise UserError(f"{str(path)!r} does not exist. Give what lm_eval's --output_path named.")
-    files = [path] if path.is_file() else sorted(path.rglob("*.json"))
-    results = []
-    for file in files:
-        try:
-            content = json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read ({error}). Give results files of lm_eval.") from error
-        if isinstance(content, dict) and {"results", "config", "date"} <= content.keys():
-            results.append(content)
-    if not results:
-        raise UserError(f"{str(path)!r} holds no results file of lm_eval. Give what --output_path named.")
-    return results
-
-
-def _model_of(result: Mapping[str, Any]) -> str:
-    config = result["config"]
-    ours = config.get("sdar_lm_eval") or {}
-    given = config.get("model_args")
-    if isinstance(given, str):
-        given = dict(part.split("=", 1) for part in given.split(",") if "=" in part)
-    return str(ours.get("pretrained") or (given or {}).get("pretrained") or result.get("model_name") or "?")
 
 
 def _score(result: Mapping[str, Any], column: Column) -> Score | None:
