@@ -93,12 +93,14 @@ class Runner:
         self._page_size = page_size
         self._device = model.device
         self._vocabulary = model.config.vocab_size
-        self._kernels = kernels
+        self._kernels: Any = None
         self._decoder: Any = None
         if kernels:
-            from sdar_lm_eval.engines.native.fused import FusedDecoder
+            from sdar_lm_eval.engines.native import fused
+            from sdar_lm_eval.engines.native import kernels as triton_kernels
 
-            self._decoder = FusedDecoder(model) if FusedDecoder.fits(model) else None
+            self._kernels = triton_kernels
+            self._decoder = fused.FusedDecoder(model) if fused.FusedDecoder.fits(model) else None
         self._shape: Shape | None = None
         self._forward_graphs: Graphs | None = None
         self._unmask_graphs: Graphs | None = None
@@ -160,7 +162,7 @@ class Runner:
         if self._decoder is not None:
             self._decoder.reach(shape.width * self._page_size)
         graphs = device.type == "cuda"
-        one_pass = self._kernels and not shape.filtered and not shape.penalized
+        one_pass = self._kernels is not None and not shape.filtered and not shape.penalized
         self._forward_graphs = Graphs(self._run_segments, segments, enabled=graphs and self._decoder is not None)
         self._unmask_graphs = Graphs(self._unmask, places, enabled=graphs and one_pass)
         self._draw_some = self._draw_in_one_pass if one_pass else self._draw_from_float32
@@ -211,8 +213,6 @@ class Runner:
         )
 
     def _prefill_packed(self, chunks: list[tuple[Sequence, int, int]]) -> None:
-        from sdar_lm_eval.engines.native.kernels import SPLIT, Tiles
-
         to_device, page_size = self.state.to_device, self._page_size
         columns: list[list[Any]] = [[], [], [], []]
         first, count, slots, begin = [], [], [], 0
@@ -228,13 +228,13 @@ class Runner:
                 slots.append(sequence.slot)
             begin += end - start
         tokens, positions, all_places, all_visible = (to_device(np.concatenate(column)) for column in columns)
-        tiles = Tiles(
+        tiles = self._kernels.Tiles(
             to_device(np.array(first)),
             to_device(np.array(count)),
             self._table[to_device(np.array(slots))],
             all_visible,
             PREFILL_TILE,
-            splits=-(-max(end for _, _, end in chunks) // SPLIT),
+            splits=-(-max(end for _, _, end in chunks) // self._kernels.SPLIT),
         )
         self._decoder(tokens, positions, all_places, tiles, self.cache)
 
@@ -274,9 +274,8 @@ class Runner:
         """The context as far as forwards depend on it: whole pages, or splits in powers of two."""
         if self._decoder is None:
             return -(-context // self._page_size) * self._page_size
-        from sdar_lm_eval.engines.native.kernels import SPLIT
-
-        return SPLIT << (-(-context // SPLIT) - 1).bit_length()
+        split: int = self._kernels.SPLIT
+        return split << (-(-context // split) - 1).bit_length()
 
     def _run_segments(self, count: int, context: int) -> None:
         """Run the state's segments through the model, `count` with padding; leaves their hidden states."""
@@ -286,15 +285,15 @@ class Runner:
                 segments.slot, segments.tokens, segments.start, segments.length, segments.length, context
             ).flatten(0, 1)
         else:
-            from sdar_lm_eval.engines.native.kernels import SPLIT, Tiles
-
             block = self.state.block
             table = self._table[segments.slot]
             positions, visible, places = self._stand(
                 table, segments.start, segments.length, segments.length, self.state.offsets
             )
             first = torch.arange(0, count * block, block, device=self._device)
-            tiles = Tiles(first, segments.length, table, visible.flatten(), block, context // SPLIT)
+            tiles = self._kernels.Tiles(
+                first, segments.length, table, visible.flatten(), block, context // self._kernels.SPLIT
+            )
             hidden = self._decoder(segments.tokens.flatten(), positions.flatten(), places.flatten(), tiles, self.cache)
         self._hidden[: len(hidden)] = hidden
 
@@ -366,16 +365,15 @@ class Runner:
         self, place: torch.Tensor, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Draw a token for each place (M,) from its hidden state (M, D): tokens, confidences, entropies (M,)."""
-        from sdar_lm_eval.engines.native.kernels import draw
-
         slot = place // self.state.block
-        return draw(
+        drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self._kernels.draw(
             self._model.lm_head(hidden),
             self.state.temperature[slot],
             self._numbers(place),
             self.state.greedy[slot],
             self._mask_token_id,
         )
+        return drawn
 
     def _draw_from_float32(
         self, place: torch.Tensor, hidden: torch.Tensor
