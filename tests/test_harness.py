@@ -106,15 +106,6 @@ def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="sdar_lm_eval")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The demo model is so small that a second thread helps little, and hurts where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def request(context: str, gen_kwargs: dict[str, Any] | None = None, repeats: int = 1, doc_id: int = 0) -> Instance:
     arguments = (context, copy.deepcopy(GREEDY if gen_kwargs is None else gen_kwargs))
     return Instance("generate_until", {"question": context}, arguments, 0, ("a_task", doc_id, repeats))

@@ -10,7 +10,6 @@ import math
 import random
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,6 @@ from sdar_lm_eval.harness import SDARLM
 
 TASKS = Path(__file__).parent / "likelihood_tasks"
 CHANCE = 0.25
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The demo model is so small that a second thread helps little, and hurts where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import random
 
+import asking
 import pytest
+from asking import GREEDY, tokens_of
 
 from sdar_lm_eval import DecodingConfig, GenerationRequest, UserError
 from sdar_lm_eval.demo import prompts as demo_prompts
 
-GREEDY = DecodingConfig(remasking_strategy="low_confidence_static", temperature=0)
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential")  # those that all engines have
 
 
@@ -37,14 +38,7 @@ def prompts(checkpoint, lengths, seed=0):
 
 def run(engine, requests):
     engine.prepare(requests)
-    pairs = list(engine.generate(requests))
-    assert sorted(index for index, _ in pairs) == list(range(len(requests)))  # all of them, and each once
-    results = dict(pairs)
-    return [results[i] for i in range(len(requests))]
-
-
-def tokens_of(results):
-    return [(result.token_ids, result.finish_reason) for result in results]
+    return asking.run(engine, requests)
 
 
 def test_no_requests(engine):

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
 import pytest
 import torch
+from asking import GREEDY, ask, check_frequencies, differing_answers, drawn_frequencies, first_token_logits, run
 
-from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
-from sdar_lm_eval.demo import golds, prompts
-from sdar_lm_eval.tasks.extraction import flexible_extract
+from sdar_lm_eval import DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-
-GREEDY = DecodingConfig(temperature=0, remasking_strategy="low_confidence_static")
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return Checkpoint.open("demo")
 
 
 @pytest.fixture(scope="module")
@@ -34,44 +25,10 @@ def jetengine(demo):
     return engine
 
 
-@pytest.fixture(scope="module")
-def native(demo):
-    return make_engine("native", demo)
-
-
-@pytest.fixture(scope="module")
-def questions(demo):
-    return prompts(demo)
-
-
-def ask(demo, questions, decoding=GREEDY, count=200, **settings):
-    settings = {"max_new_tokens": 128, "stop_ids": frozenset(demo.stop_ids), **settings}
-    return [
-        GenerationRequest(prompt, decoding=decoding, seed=i, **settings) for i, prompt in enumerate(questions[:count])
-    ]
-
-
-def run(engine, requests):
-    results = dict(engine.generate(requests))
-    assert sorted(results) == list(range(len(requests)))
-    return [results[i] for i in range(len(requests))]
-
-
-def extracted(demo, results):
-    return [flexible_extract(demo.decode(result.token_ids)) for result in results]
-
-
-def accuracy(answers):
-    share = sum(a == g for a, g in zip(answers, golds(), strict=True)) / len(answers)
-    return f"{100 * share:.1f} ± {100 * (share * (1 - share) / (len(answers) - 1)) ** 0.5:.1f}"
-
-
 @pytest.mark.parametrize("strategy", ["low_confidence_static", "sequential", "low_confidence_dynamic"])
 def test_answers_are_the_native_engines(demo, jetengine, native, questions, strategy):
     requests = ask(demo, questions, dataclasses.replace(GREEDY, remasking_strategy=strategy))
-    theirs, ours = (extracted(demo, run(engine, requests)) for engine in (jetengine, native))
-    differing = {i: (a, b) for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b}
-    print(f"\n{strategy}: JetEngine {accuracy(theirs)}, native {accuracy(ours)}; {len(differing)} differ: {differing}")
+    differing = differing_answers(demo, run(jetengine, requests), run(native, requests), f"{strategy}: JetEngine")
     same_rules = strategy not in jetengine.info["deviations"]
     assert len(differing) <= (4 if same_rules else 30)
 
@@ -120,23 +77,7 @@ def test_draws_have_the_models_frequencies(demo, jetengine, questions, decoding)
     count = 4096 if jetengine.info["cuda_graphs"] else 1024  # 0.1.0 draws row by row
     settings = DecodingConfig(**decoding, remasking_strategy="sequential")
     results = run(jetengine, [GenerationRequest(prompt, 1, settings, seed=i) for i in range(count)])
-    drawn = torch.zeros(demo.config["vocab_size"])
-    for token, times in Counter(result.token_ids[0] for result in results if result.token_ids).items():
-        drawn[token] = times / count
-    model = demo.load_model(dtype=torch.bfloat16, device="cuda", attention="sdpa")
-    ids = torch.tensor([*prompt, *[demo.mask_token_id] * 4], device="cuda")
-    block = torch.arange(len(ids), device="cuda") // 4
-    mask = torch.zeros(len(ids), len(ids), device="cuda", dtype=torch.bfloat16)
-    mask.masked_fill_(block[:, None] < block, -torch.inf)
-    logits = model(ids[None], attention_mask=mask[None, None]).logits[0, len(prompt)].float().cpu()
-    logits = logits / settings.temperature
-    if settings.top_k:
-        logits[logits < logits.topk(settings.top_k).values[-1]] = -torch.inf
-    expected = logits.softmax(-1)
-    distance = float((drawn - expected).abs().sum() / 2)
-    noise = float((expected * (1 - expected) / count).sqrt().sum() / 2)  # about what chance alone makes of it
-    print(f"\n{decoding}: total variation {distance:.3f}, by chance {noise:.3f}; most probable {expected.max():.2f}")
-    assert distance < 2 * noise + 0.02 and int((drawn > 0).sum()) > 1
+    check_frequencies(drawn_frequencies(demo, results), first_token_logits(demo, prompt), settings, count)
 
 
 def test_a_standstill_loses_nothing(demo, jetengine, questions, monkeypatch):

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
 import pytest
 import torch
+from asking import GREEDY, ask, check_frequencies, differing_answers, drawn_frequencies, first_token_logits, run
 from support import random_checkpoint, read_weights, write_weights
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
-from sdar_lm_eval.demo import golds, prompts
-from sdar_lm_eval.tasks.extraction import flexible_extract
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 
-GREEDY = DecodingConfig(temperature=0, remasking_strategy="low_confidence_static")
 OPTIONS = {"cache_max_entry_count": 0.3}  # the native engine is there too
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return Checkpoint.open("demo")
 
 
 @pytest.fixture(scope="module")
@@ -37,38 +29,6 @@ def lmdeploy(demo):
     engine._unload()
 
 
-@pytest.fixture(scope="module")
-def native(demo):
-    return make_engine("native", demo)
-
-
-@pytest.fixture(scope="module")
-def questions(demo):
-    return prompts(demo)
-
-
-def ask(demo, questions, decoding=GREEDY, count=200, **settings):
-    settings = {"max_new_tokens": 128, "stop_ids": frozenset(demo.stop_ids), **settings}
-    return [
-        GenerationRequest(prompt, decoding=decoding, seed=i, **settings) for i, prompt in enumerate(questions[:count])
-    ]
-
-
-def run(engine, requests):
-    results = dict(engine.generate(requests))
-    assert sorted(results) == list(range(len(requests)))
-    return [results[i] for i in range(len(requests))]
-
-
-def extracted(demo, results):
-    return [flexible_extract(demo.decode(result.token_ids)) for result in results]
-
-
-def accuracy(answers):
-    share = sum(a == g for a, g in zip(answers, golds(), strict=True)) / len(answers)
-    return f"{100 * share:.1f} ± {100 * (share * (1 - share) / (len(answers) - 1)) ** 0.5:.1f}"
-
-
 # Of the module's settings, those of the engine as it is made first.
 
 
@@ -79,10 +39,8 @@ def test_answers_are_the_native_engines(demo, lmdeploy, native, questions):
 def compare(demo, lmdeploy, native, questions, decoding):
     """At least 98% of 200 answers are the same numbers; the others are printed."""
     requests = ask(demo, questions, decoding)
-    theirs, ours = (extracted(demo, run(engine, requests)) for engine in (lmdeploy, native))
-    differing = {i: (a, b) for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b}
-    name = decoding.remasking_strategy
-    print(f"\n{name}: LMDeploy {accuracy(theirs)}, native {accuracy(ours)}; {len(differing)} differ: {differing}")
+    title = f"{decoding.remasking_strategy}: LMDeploy"
+    differing = differing_answers(demo, run(lmdeploy, requests), run(native, requests), title)
     assert len(differing) <= 4
 
 
@@ -194,25 +152,10 @@ def test_draws_have_the_models_frequencies(demo, lmdeploy, questions, decoding):
     prompt, count = next(q for q in questions if len(q) % 4 == 0), 4096
     settings = DecodingConfig(**decoding, remasking_strategy="sequential")
     results = run(lmdeploy, [GenerationRequest(prompt, 1, settings, seed=i) for i in range(count)])
-    drawn = torch.zeros(demo.config["vocab_size"])
-    for token, times in Counter(result.token_ids[0] for result in results).items():
-        drawn[token] = times / count
-    model = demo.load_model(dtype=torch.bfloat16, device="cuda", attention="sdpa")
-    ids = torch.tensor([*prompt, *[demo.mask_token_id] * 4], device="cuda")
-    block = torch.arange(len(ids), device="cuda") // 4
-    mask = torch.zeros(len(ids), len(ids), device="cuda", dtype=torch.bfloat16)
-    mask.masked_fill_(block[:, None] < block, -torch.inf)
-    logits = model(ids[None], attention_mask=mask[None, None]).logits[0, len(prompt)].float().cpu()
-    logits = logits / settings.temperature
+    assert all(len(result.token_ids) == 1 for result in results)
+    logits = first_token_logits(demo, prompt)
     logits[demo.mask_token_id] = -torch.inf
-    if settings.top_k:
-        logits[logits < logits.topk(settings.top_k).values[-1]] = -torch.inf
-    expected = logits.softmax(-1)
-    distance = float((drawn - expected).abs().sum() / 2)
-    noise = float((expected * (1 - expected) / count).sqrt().sum() / 2)  # about what chance alone makes of it
-    print(f"\n{decoding}: total variation {distance:.3f}, by chance {noise:.3f}; most probable {expected.max():.2f}")
-    assert distance < 2 * noise + 0.02
-    assert int((drawn > 0).sum()) > 1
+    check_frequencies(drawn_frequencies(demo, results), logits, settings, count)
 
 
 def test_draws_are_a_requests_own(demo, lmdeploy, native, questions):

@@ -5,21 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine
-from sdar_lm_eval.demo import golds, prompts
+from sdar_lm_eval import DecodingConfig, GenerationRequest, make_engine
+from sdar_lm_eval.demo import golds
 from sdar_lm_eval.engines.base import STRATEGIES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return Checkpoint.open("demo")
-
-
-@pytest.fixture(scope="module")
-def questions(demo):
-    return prompts(demo)
 
 
 def requests(demo, questions, **settings):

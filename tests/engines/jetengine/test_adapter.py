@@ -6,11 +6,11 @@ import atexit
 import dataclasses
 import json
 import logging
-import random
 from pathlib import Path
 
 import pytest
 import torch
+from asking import GREEDY, native, random_prompts, run, tokens_of
 from jetengine_standin import GIB, gpu_on_the_cpu
 from support import random_checkpoint, read_weights, write_weights
 
@@ -19,32 +19,11 @@ from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines.jetengine import engine as adapter
 from sdar_lm_eval.engines.jetengine import memory
 
-GREEDY = DecodingConfig(remasking_strategy="low_confidence_static", temperature=0)
 STRATEGIES = ("low_confidence_static", "sequential", "low_confidence_dynamic")
 
 
 def of(checkpoint, **options):
     return make_engine("jetengine", checkpoint, **options)
-
-
-def run(engine, requests):
-    pairs = list(engine.generate(requests))
-    assert sorted(index for index, _ in pairs) == list(range(len(requests)))
-    results = dict(pairs)
-    return [results[i] for i in range(len(requests))]
-
-
-def tokens_of(results):
-    return [(result.token_ids, result.finish_reason) for result in results]
-
-
-def native(checkpoint, requests):
-    return tokens_of(run(make_engine("native", checkpoint, device="cpu"), requests))
-
-
-def prompts(lengths, seed=0):
-    rng = random.Random(seed)
-    return [tuple(rng.choices(range(700), k=length)) for length in lengths]
 
 
 def variant(checkpoint, folder, **config):
@@ -73,20 +52,20 @@ class TestAnswers:
     @pytest.mark.parametrize("block_length", [1, 2, 8, 16])
     def test_of_other_block_lengths(self, jetengine, tiny, block_length):
         decoding = dataclasses.replace(GREEDY, block_length=block_length, denoising_steps=(block_length + 1) // 2)
-        requests = [GenerationRequest(p, 11, decoding) for p in prompts((1, 8, 21))]
+        requests = [GenerationRequest(p, 11, decoding) for p in random_prompts((1, 8, 21))]
         engine = of(tiny)
         engine.prepare([GenerationRequest((1, 2), 500, GREEDY)] * 8)  # JetEngine is there, but for blocks of 4
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
 
     def test_of_a_mixture_of_experts(self, jetengine_010, tmp_path):
         checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, moe=True, head_dim=32)))
-        requests = [GenerationRequest(p, 9, GREEDY) for p in prompts((3, 8, 21))]
+        requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((3, 8, 21))]
         assert tokens_of(run(of(checkpoint), requests)) == native(checkpoint, requests)
 
     def test_a_threshold_is_above_the_probability_at_temperature_1(self, jetengine_010, tiny):
         """By itself, 0.1.0 gives every token that is drawn greedily a confidence of 1."""
         decodings = [DecodingConfig(temperature=0, confidence_threshold=threshold) for threshold in (0.2, 0.6, 0.99)]
-        requests = [GenerationRequest(p, 12, decoding) for p in prompts((5, 8)) for decoding in decodings]
+        requests = [GenerationRequest(p, 12, decoding) for p in random_prompts((5, 8)) for decoding in decodings]
         assert tokens_of(run(of(tiny), requests)) == native(tiny, requests)
 
     def test_each_request_has_its_own_settings(self, jetengine, tiny):
@@ -97,7 +76,7 @@ class TestAnswers:
             dataclasses.replace(GREEDY, denoising_steps=2),
             *(DecodingConfig(temperature=0, confidence_threshold=threshold) for threshold in (1.0, 0.0)),
         ]
-        requests = [GenerationRequest(p, 12, d) for p, d in zip(prompts([9] * 5), decodings, strict=True)]
+        requests = [GenerationRequest(p, 12, d) for p, d in zip(random_prompts([9] * 5), decodings, strict=True)]
         engine = of(tiny)
         results = run(engine, requests)
         assert tokens_of(results) == [tokens_of(run(engine, [request]))[0] for request in requests]
@@ -154,7 +133,7 @@ class TestAnswers:
     def test_entropy_bounded_ends_when_no_mask_is_left(self, jetengine_020, tiny, steps):
         """Not after as many steps as another strategy's schedule has."""
         decoding = DecodingConfig(4, steps, "entropy_bounded", eb_threshold=0.01, temperature=0)
-        requests = [GenerationRequest(p, 8, decoding) for p in prompts((4, 7))]
+        requests = [GenerationRequest(p, 8, decoding) for p in random_prompts((4, 7))]
         results = run(of(tiny), requests)
         assert [len(result.token_ids) for result in results] == [8, 8]
         assert tokens_of(results) == native(tiny, requests)  # where one token a step is unmasked, the plainest one
@@ -177,7 +156,7 @@ class TestPrompts:
     def test_a_pad_token_inside_a_prompt_stays(self, jetengine, tiny):
         """0.2.0 drops all of a prompt up to one."""
         pad = tiny.tokenizer.pad_token_id
-        requests = [GenerationRequest((*p, pad, *p), 8, GREEDY) for p in prompts((9, 12))]
+        requests = [GenerationRequest((*p, pad, *p), 8, GREEDY) for p in random_prompts((9, 12))]
         assert tokens_of(run(of(tiny), requests)) == native(tiny, requests)
 
     @pytest.mark.parametrize("length", [5, 6, 7])
@@ -185,7 +164,7 @@ class TestPrompts:
         """0.1.0 takes it for one, behind the prompt's last full block."""
         stop = tiny.stop_ids[0]
         (word,) = tiny.tokenizer.encode("####", add_special_tokens=False)
-        (prompt,) = prompts((length - 1,))
+        (prompt,) = random_prompts((length - 1,))
         requests = [
             GenerationRequest((*prompt, stop), 8, GREEDY, frozenset({stop})),
             GenerationRequest((*prompt, word), 8, GREEDY, stop_strings=("####",)),
@@ -215,7 +194,7 @@ class TestPrompts:
         """JetEngine is made for requests of a length; for longer ones it is made again."""
         engine = of(tiny)
         for length in (5, 300, 40):
-            requests = [GenerationRequest(p, 8, GREEDY) for p in prompts((length, 6))]
+            requests = [GenerationRequest(p, 8, GREEDY) for p in random_prompts((length, 6))]
             assert tokens_of(run(engine, requests)) == native(tiny, requests)
         assert len(jetengine.made) == 2
 
@@ -279,7 +258,7 @@ class TestEnds:
         write_weights(checkpoint.folder, weights)
         engine = of(checkpoint)
         with caplog.at_level(logging.WARNING):
-            results = run(engine, [GenerationRequest(p, 12, GREEDY) for p in prompts((4, 5, 6, 7))])
+            results = run(engine, [GenerationRequest(p, 12, GREEDY) for p in random_prompts((4, 5, 6, 7))])
         assert all(checkpoint.mask_token_id not in result.token_ids for result in results)
         drawn = sum(12 - len(result.token_ids) for result in results)
         assert engine.info["mask_tokens_drawn"] == drawn > 0
@@ -290,7 +269,7 @@ class TestCounts:
     @pytest.mark.parametrize("length", [3, 4, 6])
     def test_forwards_are_those_that_a_request_took_part_in(self, jetengine, tiny, length):
         """Static, 4 steps a block: all blocks but the prompt's rest are denoised, and each is committed."""
-        requests = [GenerationRequest(p, 9, GREEDY) for p in prompts((length, 40))]
+        requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((length, 40))]
         result = run(of(tiny), requests)[0]
         blocks = -(-(length % 4 + 9) // 4)
         given = length % 4
@@ -321,7 +300,7 @@ class TestMemory:
         assert engine._llm.config.gpu_memory_utilization == 0.5
 
     def test_as_many_at_once_as_there_are_pages_for(self, jetengine, tiny, caplog):
-        requests = [GenerationRequest(p, 12, GREEDY) for p in prompts((250, 5, 250, 6, 251))]
+        requests = [GenerationRequest(p, 12, GREEDY) for p in random_prompts((250, 5, 250, 6, 251))]
         expected = tokens_of(run(of(tiny), requests))
         jetengine.faults.pages = {"0.2.0": 4, "0.1.0": 7}[jetengine.version]
         jetengine.faults.alone = False
@@ -335,7 +314,7 @@ class TestMemory:
     def test_fewer_at_once_are_told(self, jetengine_020, tiny, caplog):
         jetengine_020.faults.pages = 3
         with caplog.at_level(logging.WARNING):
-            run(of(tiny), [GenerationRequest(p, 12, GREEDY) for p in prompts((250, 250, 251))])
+            run(of(tiny), [GenerationRequest(p, 12, GREEDY) for p in random_prompts((250, 250, 251))])
         assert "1 sequences at once in the place of 2: JetEngine has 3 KV pages of 256 tokens" in caplog.text
         assert max(denoised for _, denoised in jetengine_020.batches) == 1
 
@@ -356,7 +335,7 @@ class TestMemory:
         for module in (adapter, memory):
             monkeypatch.setattr(module, "PREFILL_TOKENS", 64)
         engine = of(tiny)
-        requests = [GenerationRequest(p, 8, GREEDY) for p in prompts((40, 24, 30, 8, 9))]
+        requests = [GenerationRequest(p, 8, GREEDY) for p in random_prompts((40, 24, 30, 8, 9))]
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
         assert engine.info["standstills"] == 0
         assert max(prefilled for prefilled, _ in jetengine.batches) > 1
@@ -393,7 +372,7 @@ class TestStandstill:
     """No page is free for any sequence: JetEngine keeps them all, and does nothing."""
 
     def requests(self):
-        return [GenerationRequest(p, 12, GREEDY) for p in prompts((9, 248, 249, 250, 251))]
+        return [GenerationRequest(p, 12, GREEDY) for p in random_prompts((9, 248, 249, 250, 251))]
 
     def pages(self, jetengine):
         return {"0.2.0": 4, "0.1.0": 7}[jetengine.version]  # enough for each alone
@@ -441,7 +420,7 @@ class TestStandstill:
 class TestGraphs:
     def test_steps_have_a_number_of_sequences_that_has_a_graph(self, jetengine_020, tiny):
         """Where fewer are left, others that nobody asked for run with them, and are no answers."""
-        requests = [GenerationRequest(p, 5 + 6 * i, GREEDY) for i, p in enumerate(prompts([8] * 4))]
+        requests = [GenerationRequest(p, 5 + 6 * i, GREEDY) for i, p in enumerate(random_prompts([8] * 4))]
         engine = of(tiny)
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
         assert {denoised for _, denoised in jetengine_020.batches} == {0, 4, 2, 1}
@@ -450,19 +429,19 @@ class TestGraphs:
 
     def test_steps_without_a_graph_are_counted(self, jetengine_020, tiny):
         """While some are waiting, those that begin leave a step to the others."""
-        requests = [GenerationRequest(p, 5 + 6 * i, GREEDY) for i, p in enumerate(prompts([8] * 7))]
+        requests = [GenerationRequest(p, 5 + 6 * i, GREEDY) for i, p in enumerate(random_prompts([8] * 7))]
         engine = of(tiny)
         run(engine, requests)
         others = [denoised for _, denoised in jetengine_020.batches if denoised not in (0, 1, 2, 4)]
         assert engine.info["steps_without_graph"] == len(others) > 0
 
     def test_no_more_run_than_that(self, jetengine, tiny):
-        run(of(tiny, max_active=3), [GenerationRequest(p, 5, GREEDY) for p in prompts([8] * 5)])
+        run(of(tiny, max_active=3), [GenerationRequest(p, 5, GREEDY) for p in random_prompts([8] * 5)])
         assert max(denoised for _, denoised in jetengine.batches) == 2
 
     def test_without_graphs_nobody_is_added(self, jetengine, tiny):
         engine = of(tiny, enforce_eager=True)
-        run(engine, [GenerationRequest(p, 5 + 4 * i, GREEDY) for i, p in enumerate(prompts([8] * 4))])
+        run(engine, [GenerationRequest(p, 5 + 4 * i, GREEDY) for i, p in enumerate(random_prompts([8] * 4))])
         assert {denoised for _, denoised in jetengine.batches} == {0, 1, 2, 3, 4}
         assert engine._llm.config.enforce_eager
         assert not engine.info["cuda_graphs"]
@@ -481,7 +460,7 @@ class TestTheProcess:
         monkeypatch.setattr(adapter.JetEngine, "_active", lambda self, _: 2)
         jetengine.faults.pages = {"0.2.0": 3, "0.1.0": 7}[jetengine.version]
         with caplog.at_level(logging.DEBUG):
-            run(of(tiny), [GenerationRequest(p, 12, GREEDY) for p in prompts((250, 251))])
+            run(of(tiny), [GenerationRequest(p, 12, GREEDY) for p in random_prompts((250, 251))])
         assert capsys.readouterr().out == ""
         for printed in ("JetEngine: [KVCache]", "JetEngine: [Warning] no page"):
             assert (printed in caplog.text) == (jetengine.version == "0.2.0")
@@ -588,7 +567,7 @@ class TestCheckpoints:
     )
     def test_the_rotary_base(self, jetengine, tiny, tmp_path, rope):
         checkpoint = variant(tiny, tmp_path / "rope", **rope)
-        requests = [GenerationRequest(p, 8, GREEDY) for p in prompts((30, 31))]
+        requests = [GenerationRequest(p, 8, GREEDY) for p in random_prompts((30, 31))]
         expected = native(checkpoint, requests)
         assert expected != native(tiny, requests)
         assert tokens_of(run(of(checkpoint), requests)) == expected
@@ -597,21 +576,21 @@ class TestCheckpoints:
     def test_tied_embeddings(self, jetengine, tmp_path, tied):
         folder = random_checkpoint(tmp_path / "tied", head_dim=32, tie_word_embeddings=bool(tied))
         checkpoint = with_config(folder, tie_word_embeddings=tied)
-        requests = [GenerationRequest(p, 5, GREEDY) for p in prompts((8, 9))]
+        requests = [GenerationRequest(p, 5, GREEDY) for p in random_prompts((8, 9))]
         assert tokens_of(run(of(checkpoint), requests)) == native(checkpoint, requests)
 
     def test_several_weight_files(self, jetengine, tmp_path):
         folder = random_checkpoint(tmp_path / "shards", head_dim=32, shards=3)
         (folder / "consolidated.safetensors").write_bytes(b"no part of it")
         checkpoint = Checkpoint.open(str(folder))
-        requests = [GenerationRequest(p, 5, GREEDY) for p in prompts((8, 9))]
+        requests = [GenerationRequest(p, 5, GREEDY) for p in random_prompts((8, 9))]
         assert tokens_of(run(of(checkpoint), requests)) == native(checkpoint, requests)
 
     def test_keys_that_config_json_may_leave_out(self, jetengine, tiny, tmp_path):
         """Those that transformers has the right defaults for; JetEngine has others, or none."""
         names = ("hidden_act", "rms_norm_eps", "max_position_embeddings", "attention_bias", "tie_word_embeddings")
         checkpoint = variant(tiny, tmp_path / "short", **dict.fromkeys(names))
-        requests = [GenerationRequest(p, 8, GREEDY) for p in prompts((8, 9))]
+        requests = [GenerationRequest(p, 8, GREEDY) for p in random_prompts((8, 9))]
         assert tokens_of(run(of(checkpoint), requests)) == native(checkpoint, requests)
 
 

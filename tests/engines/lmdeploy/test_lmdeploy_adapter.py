@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import random
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import lm_eval
 import lmdeploy_standin
 import pytest
 import torch
+from asking import GREEDY, native, random_prompts, run, tokens_of
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from lmdeploy_standin import gpu_on_the_cpu, standin
@@ -25,7 +25,6 @@ from sdar_lm_eval.engines.lmdeploy import engine as adapter
 from sdar_lm_eval.engines.lmdeploy import requirements
 from sdar_lm_eval.harness import SDARLMDeployLM
 
-GREEDY = DecodingConfig(remasking_strategy="low_confidence_static", temperature=0)
 DYNAMIC = DecodingConfig(temperature=0)
 SAMPLED = DecodingConfig(remasking_strategy="sequential", temperature=1.0)
 
@@ -37,19 +36,8 @@ def lmdeploy():
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return Checkpoint.open("demo")
-
-
-@pytest.fixture(scope="module")
 def questions(demo):
     return demo_prompts(demo)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Random weights, large ones: no two tokens are nearly as probable, and the mask token is not the most probable."""
-    return variant(tmp_path_factory.mktemp("tiny"))
 
 
 def variant(folder, *, leave_out=(), moe=False, **config):
@@ -66,26 +54,6 @@ def of(checkpoint, **options):
     return make_engine("lmdeploy", checkpoint, **options)
 
 
-def run(engine, requests):
-    pairs = list(engine.generate(requests))
-    assert sorted(index for index, _ in pairs) == list(range(len(requests)))
-    results = dict(pairs)
-    return [results[i] for i in range(len(requests))]
-
-
-def tokens_of(results):
-    return [(result.token_ids, result.finish_reason) for result in results]
-
-
-def native(checkpoint, requests):
-    return tokens_of(run(make_engine("native", checkpoint, device="cpu"), requests))
-
-
-def prompts(lengths, seed=0):
-    rng = random.Random(seed)
-    return [tuple(rng.choices(range(700), k=length)) for length in lengths]
-
-
 class TestAnswers:
     @pytest.mark.parametrize("strategy", ["low_confidence_static", "low_confidence_dynamic", "sequential"])
     def test_they_are_the_native_engines(self, lmdeploy, demo, questions, strategy):
@@ -96,18 +64,18 @@ class TestAnswers:
     @pytest.mark.parametrize("block_length", [1, 2, 8, 16])
     def test_of_other_block_lengths(self, lmdeploy, tiny, block_length):
         decoding = dataclasses.replace(GREEDY, block_length=block_length, denoising_steps=block_length)
-        requests = [GenerationRequest(p, 11, decoding) for p in prompts((1, 8, 21))]
+        requests = [GenerationRequest(p, 11, decoding) for p in random_prompts((1, 8, 21))]
         assert tokens_of(run(of(tiny), requests)) == native(tiny, requests)
 
     def test_of_a_mixture_of_experts(self, lmdeploy, tmp_path):
         checkpoint = variant(tmp_path, moe=True)
-        requests = [GenerationRequest(p, 9, GREEDY) for p in prompts((3, 8, 21))]
+        requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((3, 8, 21))]
         assert tokens_of(run(of(checkpoint), requests)) == native(checkpoint, requests)
 
     def test_confidence_is_a_probability_at_temperature_1(self, lmdeploy, tiny):
         """Greedy by top_k=1, whatever temperature goes with it."""
         decodings = [dataclasses.replace(DYNAMIC, temperature=t, top_k=1, confidence_threshold=0.4) for t in (0.2, 3)]
-        requests = [GenerationRequest(p, 12, decoding) for p in prompts((5, 8)) for decoding in decodings]
+        requests = [GenerationRequest(p, 12, decoding) for p in random_prompts((5, 8)) for decoding in decodings]
         assert tokens_of(run(of(tiny), requests)) == native(tiny, requests)
 
     def test_stop_tokens_that_are_none_can_be_in_an_answer(self, lmdeploy, demo, questions):
@@ -119,12 +87,14 @@ class TestAnswers:
 
     def test_a_prompt_can_hold_the_mask_token_and_stop_tokens(self, lmdeploy, tiny):
         mask = tiny.mask_token_id
-        requests = [GenerationRequest((*p, mask, 7), 9, GREEDY, frozenset({7})) for p in prompts((4, 5, 6))]
+        requests = [GenerationRequest((*p, mask, 7), 9, GREEDY, frozenset({7})) for p in random_prompts((4, 5, 6))]
         assert tokens_of(run(of(tiny), requests)) == native(tiny, requests)
 
     def test_forwards_are_counted(self, lmdeploy, tiny):
         """Two full blocks of prompt: two blocks of answer, each of 4 steps, the first committed."""
-        requests = [GenerationRequest(p, new, GREEDY) for p, new in zip(prompts((8, 6, 2)), (8, 6, 6), strict=True)]
+        requests = [
+            GenerationRequest(p, new, GREEDY) for p, new in zip(random_prompts((8, 6, 2)), (8, 6, 6), strict=True)
+        ]
         counts = [
             (result.prefill_forwards, result.denoising_forwards, result.commit_forwards)
             for result in run(of(tiny), requests)
@@ -140,7 +110,7 @@ class TestRequestsThatRunTogether:
         few = dataclasses.replace(hot, top_k=1)
         settings = [hot, cool, few, dataclasses.replace(hot, top_p=1e-6), dataclasses.replace(hot, top_k=2)]
         requests = [
-            GenerationRequest(p, 8, settings[i % 5], seed=i) for i, p in enumerate(prompts([5, 6, 7, 8, 9] * 2))
+            GenerationRequest(p, 8, settings[i % 5], seed=i) for i, p in enumerate(random_prompts([5, 6, 7, 8, 9] * 2))
         ]
         answers = tokens_of(run(of(tiny), requests))
         sequential = dataclasses.replace(GREEDY, remasking_strategy="sequential")
@@ -151,12 +121,12 @@ class TestRequestsThatRunTogether:
     def test_another_number_of_stop_tokens_ends_no_answer(self, lmdeploy, tiny):
         requests = [
             GenerationRequest(p, 9, GREEDY, frozenset(stops))
-            for p, stops in zip(prompts((5, 6, 7, 9)), ((), {701}, {701, 702}, {701, 702, 703}), strict=True)
+            for p, stops in zip(random_prompts((5, 6, 7, 9)), ((), {701}, {701, 702}, {701, 702, 703}), strict=True)
         ]
         assert tokens_of(run(of(tiny), requests)) == native(tiny, requests)
 
     def test_draws_are_a_requests_own(self, lmdeploy, tiny):
-        requests = [GenerationRequest(p, 7, SAMPLED, seed=i) for i, p in enumerate(prompts((3, 4, 5, 6, 9, 10)))]
+        requests = [GenerationRequest(p, 7, SAMPLED, seed=i) for i, p in enumerate(random_prompts((3, 4, 5, 6, 9, 10)))]
         engine = of(tiny)
         together = tokens_of(run(engine, requests))
         assert together == [tokens_of(run(engine, [request]))[0] for request in requests]
@@ -203,7 +173,7 @@ class TestRequestsThatRunTogether:
 class TestEnds:
     def test_a_stop_token_in_the_prompts_own_block(self, lmdeploy, tiny):
         """LMDeploy goes on to the length: nothing of that is in the answer, nor waited for."""
-        (prompt,) = prompts([6])
+        (prompt,) = random_prompts([6])
         engine = of(tiny)
         (whole,) = run(engine, [GenerationRequest(prompt, 2, GREEDY)])
         stop = frozenset(whole.token_ids[1:])
@@ -212,7 +182,7 @@ class TestEnds:
         assert result.denoising_forwards + result.commit_forwards < 20
 
     def test_a_stop_token_before_the_length_in_one_block(self, lmdeploy, tiny):
-        requests = [GenerationRequest(p, 8, GREEDY) for p in prompts((4, 8))]
+        requests = [GenerationRequest(p, 8, GREEDY) for p in random_prompts((4, 8))]
         whole = native(tiny, requests)
         stops = [frozenset(tokens[5:6]) for tokens, _ in whole]
         requests = [dataclasses.replace(r, stop_ids=stop) for r, stop in zip(requests, stops, strict=True)]
@@ -255,7 +225,7 @@ class TestLoading:
         caplog.set_level(logging.INFO)
         engine = of(tiny)
         a, b = (dataclasses.replace(DYNAMIC, confidence_threshold=threshold) for threshold in (0.1, 0.9))
-        requests = [GenerationRequest(p, 9, decoding) for p in prompts((5, 6)) for decoding in (a, b)]
+        requests = [GenerationRequest(p, 9, decoding) for p in random_prompts((5, 6)) for decoding in (a, b)]
         expected = native(tiny, requests)
         assert tokens_of(run(engine, requests)) == expected
         assert "loaded once more" in caplog.text
@@ -332,7 +302,7 @@ class TestLoading:
 
 class TestFolder:
     def check(self, lmdeploy, checkpoint):
-        requests = [GenerationRequest(p, 9, GREEDY) for p in prompts((5, 30))]
+        requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((5, 30))]
         assert tokens_of(run(of(checkpoint), requests)) == native(checkpoint, requests)
 
     def test_it_holds_no_code_and_names_none(self, lmdeploy, tmp_path):
@@ -366,7 +336,7 @@ class TestFolder:
 
     def test_keys_that_would_trip_it(self, lmdeploy, tiny, tmp_path):
         checkpoint = variant(tmp_path, pad_token_id=151643, quantization_config=None)
-        requests = [GenerationRequest(p, 9, GREEDY) for p in prompts((5, 30))]
+        requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((5, 30))]
         assert tokens_of(run(of(checkpoint), requests)) == native(tiny, requests)
 
     @pytest.mark.parametrize(
@@ -389,7 +359,7 @@ class TestFolder:
 class TestMemory:
     def test_no_sequence_is_evicted(self, lmdeploy, tiny):
         lmdeploy.pages = 21
-        requests = [GenerationRequest(p, 50 + i, GREEDY) for i, p in enumerate(prompts(range(60, 72)))]
+        requests = [GenerationRequest(p, 50 + i, GREEDY) for i, p in enumerate(random_prompts(range(60, 72)))]
         assert tokens_of(run(of(tiny), requests)) == native(tiny, requests)
         assert max(sum(batch) for batch in lmdeploy.batches) > 1
 
@@ -496,7 +466,7 @@ class TestSeveralGPUs:
 
     def test_tensor_parallel(self, lmdeploy, tiny):
         engine = of(tiny, tensor_parallel_size="2")
-        requests = [GenerationRequest(p, 9, GREEDY) for p in prompts((3, 8))]
+        requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((3, 8))]
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
         assert lmdeploy.made[-1].engine_config.tp == 2
         assert engine.info["tensor_parallel_size"] == 2

@@ -6,8 +6,10 @@ import dataclasses
 import itertools
 import random
 
+import asking
 import pytest
 import torch
+from asking import tokens_of
 from oracle import generate as oracle
 from support import random_checkpoint
 
@@ -42,10 +44,7 @@ def questions(checkpoint, count):
 
 
 def run(checkpoint, requests, **options):
-    engine = make_engine("native", checkpoint, device="cpu", **options)
-    results = dict(engine.generate(requests))
-    assert sorted(results) == list(range(len(requests)))
-    return [results[i] for i in range(len(requests))]
+    return asking.run(make_engine("native", checkpoint, device="cpu", **options), requests)
 
 
 def check(checkpoint, plain, requests, **options):
@@ -136,10 +135,6 @@ def mixed_requests(checkpoint, count=24):
         stops = frozenset(rng.sample(range(checkpoint.config["vocab_size"]), 2))
         requests.append(GenerationRequest(prompt, rng.randint(1, 30), decoding, stops, seed=i))
     return requests
-
-
-def tokens_of(results):
-    return [(r.token_ids, r.finish_reason) for r in results]
 
 
 @pytest.fixture(scope="module")

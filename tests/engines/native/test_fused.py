@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from asking import run
 from support import random_checkpoint
 
 pytest.importorskip("triton")
@@ -24,11 +25,6 @@ def engine_with_kernels(checkpoint, **options):
     engine = make_engine("native", checkpoint, device="cpu", kernels=True, **options)
     assert engine._runner._decoder is not None
     return engine
-
-
-def run(engine, requests):
-    results = dict(engine.generate(requests))
-    return [results[i] for i in range(len(requests))]
 
 
 def test_the_same_tokens(checkpoint, monkeypatch):

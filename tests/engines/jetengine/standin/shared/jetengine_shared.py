@@ -7,6 +7,7 @@ Attention over pages is only there to be asked for its results.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 PAGE = 256
 
@@ -50,6 +52,54 @@ def stand_still() -> tuple[list[Any], int]:
     """What a step with nothing to run returns. Who asks for ever is stopped, so that a test of it ends."""
     assert next(idle_steps) < 1000
     return [], 0
+
+
+@dataclasses.dataclass
+class SamplingParams:
+    """0.1.0's; 0.2.0 has more."""
+
+    temperature: float = 1.0
+    max_tokens: int = 64
+    ignore_eos: bool = False
+    block_length: int = 4
+    denoising_steps: int = 4
+    dynamic_threshold: float = 0.9
+    topk: int = 0
+    topp: float = 1
+    remasking_strategy: str = "low_confidence_static"
+    stop_words: list[int] | None = None
+
+
+@dataclasses.dataclass
+class Config:
+    """0.1.0's; 0.2.0 has more, and other defaults."""
+
+    model: str
+    max_num_batched_tokens: int = 16384
+    max_num_seqs: int = 512
+    max_model_len: int = 4096
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    hf_config: Any = None
+    eos: int | None = -1
+    kvcache_block_size: int = 256
+    num_kvcache_blocks: int = -1
+    mask_token_id: int = -1
+    block_length: int = 4
+
+    def __post_init__(self) -> None:
+        assert Path(self.model).is_dir()
+        assert self.kvcache_block_size % 256 == 0
+        self.hf_config = AutoConfig.from_pretrained(self.model, trust_remote_code=True)
+        self.max_model_len = min(self.max_model_len, self.hf_config.max_position_embeddings)
+        assert self.max_num_batched_tokens >= self.max_model_len
+
+    @classmethod
+    def of(cls, model: str, options: dict[str, Any]) -> Any:
+        """From what LLM was given; what has no such name vanishes."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(model, **{name: value for name, value in options.items() if name in names})
 
 
 def start_step() -> None:

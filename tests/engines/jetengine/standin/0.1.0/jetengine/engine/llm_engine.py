@@ -1,53 +1,13 @@
 from __future__ import annotations
 
 import atexit
-import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jetengine_shared as shared
 import torch
 import torch.distributed as dist
-from jetengine_shared import PAGE, Model, Pages, Sequence, pages_for
-from transformers import AutoConfig, AutoTokenizer
-
-
-@dataclasses.dataclass
-class SamplingParams:
-    temperature: float = 1.0
-    max_tokens: int = 64
-    ignore_eos: bool = False
-    block_length: int = 4
-    denoising_steps: int = 4
-    dynamic_threshold: float = 0.9
-    topk: int = 0
-    topp: float = 1
-    remasking_strategy: str = "low_confidence_static"
-    stop_words: list[int] | None = None
-
-
-@dataclasses.dataclass
-class Config:
-    model: str
-    max_num_batched_tokens: int = 16384
-    max_num_seqs: int = 512
-    max_model_len: int = 4096
-    gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int = 1
-    enforce_eager: bool = False
-    hf_config: Any = None
-    eos: int | None = -1
-    kvcache_block_size: int = 256
-    num_kvcache_blocks: int = -1
-    mask_token_id: int = -1
-    block_length: int = 4
-
-    def __post_init__(self) -> None:
-        assert Path(self.model).is_dir()
-        assert self.kvcache_block_size % 256 == 0
-        self.hf_config = AutoConfig.from_pretrained(self.model, trust_remote_code=True)
-        self.max_model_len = min(self.max_model_len, self.hf_config.max_position_embeddings)
-        assert self.max_num_batched_tokens >= self.max_model_len
+from jetengine_shared import PAGE, Config, Model, Pages, SamplingParams, Sequence, pages_for
+from transformers import AutoTokenizer
 
 
 def scaled(logits: torch.Tensor, *, temperature: float, top_k: int | None = None, top_p: float) -> torch.Tensor:
@@ -106,8 +66,7 @@ def new_pages(sequence: Sequence) -> int:
 
 class LLM:
     def __init__(self, model: str, **kwargs: Any) -> None:
-        names = {field.name for field in dataclasses.fields(Config)}
-        config = Config(model, **{name: value for name, value in kwargs.items() if name in names})
+        config = Config.of(model, kwargs)
         # By NCCL on a port of its own, in a process that has no group yet.
         if shared.faults.alone:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

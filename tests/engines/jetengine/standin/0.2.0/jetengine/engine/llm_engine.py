@@ -3,7 +3,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import jetengine_shared as shared
@@ -12,49 +11,24 @@ import torch.distributed as dist
 from jetengine.engine import scheduler
 from jetengine.engine.distributed_manager import DistributedManager
 from jetengine_shared import Model, Pages, Sequence, pages_for
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 
 @dataclasses.dataclass
-class SamplingParams:
-    temperature: float = 1.0
-    max_tokens: int = 64
-    ignore_eos: bool = False
-    block_length: int = 4
-    denoising_steps: int = 4
-    dynamic_threshold: float = 0.9
+class SamplingParams(shared.SamplingParams):
     eb_threshold: float = 0.35
-    topk: int = 0
-    topp: float = 1
     repetition_penalty: float = 1.0
-    remasking_strategy: str = "low_confidence_static"
-    stop_words: list[int] | None = None
 
 
 @dataclasses.dataclass
-class Config:
-    model: str
+class Config(shared.Config):
     max_num_batched_tokens: int = 131072
-    max_num_seqs: int = 512
-    max_model_len: int = 4096
     gpu_memory_utilization: float = 0.8
-    tensor_parallel_size: int = 1
-    enforce_eager: bool = False
-    hf_config: Any = None
-    eos: int | None = -1
-    kvcache_block_size: int = 256
-    num_kvcache_blocks: int = -1
-    mask_token_id: int = -1
-    block_length: int = 4
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        assert Path(self.model).is_dir()
-        assert self.kvcache_block_size % 256 == 0
-        self.hf_config = AutoConfig.from_pretrained(self.model, trust_remote_code=True)
+        super().__post_init__()
         self.torch_dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.dtype, torch.bfloat16)
-        self.max_model_len = min(self.max_model_len, self.hf_config.max_position_embeddings)
-        assert self.max_num_batched_tokens >= self.max_model_len
         assert self.mask_token_id != -1
 
 
@@ -110,8 +84,7 @@ class Scheduler:
 
 class LLM:
     def __init__(self, model: str, **kwargs: Any) -> None:
-        names = {field.name for field in dataclasses.fields(Config)}
-        config = Config(model, **{name: value for name, value in kwargs.items() if name in names})
+        config = Config.of(model, kwargs)
         print("[KVCache] an estimate")
         manager = DistributedManager(config.tensor_parallel_size)
         assert dist.get_world_size(manager.tp_group) == 1  # the model's layers ask so too

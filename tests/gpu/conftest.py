@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import pytest
+
+from sdar_lm_eval import Checkpoint, make_engine
+from sdar_lm_eval.demo import prompts
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return Checkpoint.open("demo")
+
+
+@pytest.fixture(scope="module")
+def native(demo):
+    return make_engine("native", demo)
+
+
+@pytest.fixture(scope="module")
+def questions(demo):
+    return prompts(demo)
