@@ -57,10 +57,65 @@ def accuracy(answers):
 
 def differing_answers(demo, theirs, ours, title):
     """Which of the demo's problems two engines' results end in different numbers for; prints both accuracies."""
-    theirs, ours = extracted(demo, theirs), extracted(demo, ours)
-    differing = {i: (a, b) for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b}
-    print(f"\n{title} {accuracy(theirs)}, native {accuracy(ours)}; {len(differing)} differ: {differing}")
+    numbers = extracted(demo, theirs), extracted(demo, ours)
+    differing = [i for i, (a, b) in enumerate(zip(*numbers, strict=True)) if a != b]
+    told = ", ".join(f"{i} ({numbers[0][i]}, {numbers[1][i]})" for i in differing)
+    print(f"\n{title} {accuracy(numbers[0])}, native {accuracy(numbers[1])}; {len(differing)} differ: {told}")
     return differing
+
+
+def check_rounding(demo, requests, theirs, ours, differing):
+    """Differing results (by index) part where rounding to bfloat16 explains it; greedy static and sequential ones."""
+    model = demo.load_model(dtype=torch.float32, device="cpu", attention="sdpa")
+    for i in differing:
+        rounding = rounding_between(demo, model, requests[i], theirs[i].token_ids, ours[i].token_ids)
+        print(f"{i}: {rounding}")
+        assert rounding <= 0.1
+
+
+def rounding_between(demo, model, request, theirs, ours):
+    """How much rounding of log-probabilities, in nats, lets float32 decide the first differing block in both ways.
+
+    Everything behind that block may differ for it. Greedy static and sequential requests only; infinite if a whole nat
+    does not do.
+    """
+    length, prompt = request.decoding.block_length, request.prompt_ids
+    same = next(i for i, (a, b) in enumerate(zip((*theirs, None), (*ours, None), strict=False)) if a != b)
+    start = (len(prompt) + same) // length * length
+    blocks = {(*prompt, *answer)[start : start + length] for answer in (theirs, ours)}
+    for rounding in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
+        found = decidable(demo, model, request, (*prompt, *ours)[: max(start, len(prompt))], start, rounding)
+        if all(any(whole[: len(block)] == block for whole in found) for block in blocks):
+            return rounding
+    return float("inf")
+
+
+@torch.no_grad()
+def decidable(demo, model, request, known, start, rounding):
+    """The blocks at `start` that greedy decoding can come to where `rounding` may turn its choices over."""
+    length, mask_token = request.decoding.block_length, demo.mask_token_id
+    block = torch.arange(start + length) // length
+    mask = (block[:, None] >= block)[None, None]
+    open_, found = {(*known[start:], *[mask_token] * (start + length - len(known)))}, set()
+    while open_:
+        current = open_.pop()
+        masked = [place for place in range(len(known) - start, length) if current[place] == mask_token]
+        if not masked:
+            found.add(current)
+            continue
+        tokens = torch.tensor([*known[:start], *current])
+        logits = model(tokens[None], attention_mask=mask).logits[0, start:]
+        logits[:, mask_token] = -torch.inf
+        scores = logits.log_softmax(-1)
+        best = scores.max(-1).values
+        if request.decoding.remasking_strategy == "sequential":
+            places = masked[:1]
+        else:
+            places = [place for place in masked if best[place] >= best[masked].max() - rounding]
+        for place in places:
+            for token in (scores[place] >= best[place] - rounding).nonzero().flatten().tolist():
+                open_.add((*current[:place], token, *current[place + 1 :]))
+    return found
 
 
 def drawn_frequencies(demo, results):

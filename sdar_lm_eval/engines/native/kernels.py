@@ -11,6 +11,7 @@ on the CPU through Triton's interpreter; `attention.py` and transformers' Qwen3 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -78,15 +79,16 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def _norm_rope_store(
     qkv, q_weight, k_weight, cos_sin, positions, places, q_out, keys, values, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    half = tl.arange(0, SIZE // 2)
-    source = qkv + token * (HEADS + 2 * KV_HEADS) * SIZE + head * SIZE
-    first = tl.load(source + half).to(tl.float32)
-    second = tl.load(source + SIZE // 2 + half).to(tl.float32)
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * GROUP  # of GROUP heads, all of one kind
+    half = tl.arange(0, SIZE // 2)[None, :]
+    inside = tl.arange(0, GROUP)[:, None] * SIZE + half
+    source = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * SIZE + inside
+    first = tl.load(source).to(tl.float32)
+    second = tl.load(source + SIZE // 2).to(tl.float32)
     if head < HEADS + KV_HEADS:
-        scale = tl.rsqrt((tl.sum(first * first) + tl.sum(second * second)) / SIZE + eps)
+        scale = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / SIZE + eps)[:, None]
         weight = q_weight if head < HEADS else k_weight
         first *= scale * tl.load(weight + half).to(tl.float32)
         second *= scale * tl.load(weight + SIZE // 2 + half).to(tl.float32)
@@ -95,15 +97,15 @@ def _norm_rope_store(
         sin = tl.load(cos_sin + position * SIZE + SIZE // 2 + half)
         first, second = first * cos - second * sin, second * cos + first * sin
     if head < HEADS:
-        target = q_out + token * HEADS * SIZE + head * SIZE
+        target = q_out + (token * HEADS + head) * SIZE
     else:
-        place = tl.load(places + token)
+        place = tl.load(places + token) * KV_HEADS
         if head < HEADS + KV_HEADS:
-            target = keys + place * KV_HEADS * SIZE + (head - HEADS) * SIZE
+            target = keys + (place + head - HEADS) * SIZE
         else:
-            target = values + place * KV_HEADS * SIZE + (head - HEADS - KV_HEADS) * SIZE
-    tl.store(target + half, first.to(q_out.dtype.element_ty))
-    tl.store(target + SIZE // 2 + half, second.to(q_out.dtype.element_ty))
+            target = values + (place + head - HEADS - KV_HEADS) * SIZE
+    tl.store(target + inside, first.to(q_out.dtype.element_ty))
+    tl.store(target + SIZE // 2 + inside, second.to(q_out.dtype.element_ty))
 
 
 def norm_rope_store(
@@ -134,9 +136,11 @@ def norm_rope_store(
     kv_heads, size = keys.shape[2:]
     heads = qkv.shape[1] // size - 2 * kv_heads
     out = torch.empty(len(qkv), heads, size, dtype=qkv.dtype, device=qkv.device)
-    _norm_rope_store[(len(qkv), heads + 2 * kv_heads)](
-        qkv, q_weight, k_weight, cos_sin, positions, places, out, keys, values, eps, heads, kv_heads, size, num_warps=1
-    )
+    group = math.gcd(heads, kv_heads, 8)
+    _norm_rope_store[(len(qkv), (heads + 2 * kv_heads) // group)](
+        qkv, q_weight, k_weight, cos_sin, positions, places, out, keys, values, eps, heads, kv_heads, size, group,
+        num_warps=1,
+    )  # fmt: skip
     return out
 
 
@@ -151,7 +155,7 @@ class Tiles:
         first: where each begins among the T tokens, (n,) int64.
         count: its tokens, (n,) int64; 0 for padding.
         pages: the pages of its sequence, (n, P) int64; rows may be longer than the context.
-        visible: leading tokens of its sequence that each token sees, (T,) int64.
+        visible: leading tokens of its sequence that each token sees, (T,) int64; 0 for padding within a tile.
         tokens: most tokens of a tile.
         splits: of the longest context.
     """
@@ -175,8 +179,8 @@ def _attend(
     first, count = tl.load(first_ + tile), tl.load(count_ + tile)
     row, size = tl.arange(0, ROWS), tl.arange(0, SIZE)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
-    real = token < count
-    sees = tl.load(visible + first + token, mask=real, other=0)
+    sees = tl.load(visible + first + token, mask=token < count, other=0)
+    real = sees > 0
     place = (first + token) * HEADS + head  # of each row among T * HEADS
     begin = split * SPLIT_
     end = tl.minimum(tl.max(sees), begin + SPLIT_)
@@ -263,6 +267,25 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
 
 
 # Drawing tokens
+
+
+@triton.jit
+def _uniform(seed, position, step, out, size, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < size
+    first = tl.load(position + row, mask=inside, other=0).to(tl.uint32)
+    second = tl.load(step + row, mask=inside, other=0).to(tl.uint32)
+    zero = tl.zeros([BLOCK], tl.uint32)
+    bits, _, _, _ = tl.philox(tl.load(seed + row, mask=inside, other=0), first, second, zero + PURPOSE, zero)
+    tl.store(out + row, (bits >> 8).to(tl.float32) * 5.9604644775390625e-08, mask=inside)  # 2^-24
+
+
+def uniform(seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor, purpose: int) -> torch.Tensor:
+    """`random_numbers.uniform` in one kernel: the same numbers."""
+    seed, position, step = (t.contiguous() for t in torch.broadcast_tensors(seed, position, step))
+    out = torch.empty(seed.shape, dtype=torch.float32, device=seed.device)
+    _uniform[(triton.cdiv(out.numel(), 128),)](seed, position, step, out, out.numel(), purpose, 128)
+    return out
 
 
 @triton.jit

@@ -38,8 +38,9 @@ class Shape:
         slots: sequences at once.
         block: the longest block length.
         stops: most stop tokens of a sequence.
-        penalized, greedy, sampled, filtered, needs_entropy: whether there are requests with a repetition penalty, that
-            are greedy, drawn, drawn with top-k or top-p, or in need of entropies.
+        strategies: of the requests.
+        penalized, greedy, sampled, filtered: whether there are requests with a repetition penalty, that are greedy,
+            drawn, or drawn with top-k or top-p.
     """
 
     pages: int
@@ -47,11 +48,11 @@ class Shape:
     slots: int
     block: int
     stops: int
+    strategies: frozenset[str]
     penalized: bool
     greedy: bool
     sampled: bool
     filtered: bool
-    needs_entropy: bool
 
     @classmethod
     def of(cls, sequences: SequenceOf[Sequence], pages: int, slots: int, page_size: int) -> Shape:
@@ -63,15 +64,15 @@ class Shape:
             slots=slots,
             block=max(decoding.block_length for decoding in decodings),
             stops=max(len(sequence.request.stop_ids) for sequence in sequences),
+            strategies=frozenset(decoding.remasking_strategy for decoding in decodings),
             penalized=any(decoding.repetition_penalty != 1 for decoding in decodings),
             greedy=any(decoding.greedy for decoding in decodings),
             sampled=any(not decoding.greedy for decoding in decodings),
             filtered=any(not d.greedy and (d.top_k > 0 or d.top_p < 1) for d in decodings),
-            needs_entropy=any(decoding.remasking_strategy == "entropy_bounded" for decoding in decodings),
         )
 
     def holds(self, other: Shape) -> bool:
-        """Whether tensors of this shape serve the other: numbers are no smaller, flags the same, block too."""
+        """Whether tensors of this shape serve the other: numbers are no smaller, the rest is the same."""
         sizes = ("pages", "width", "slots", "stops")
         same = dataclasses.replace(other, **{size: getattr(self, size) for size in sizes}) == self
         return same and all(getattr(self, size) >= getattr(other, size) for size in sizes)
@@ -93,13 +94,14 @@ class Runner:
         self._page_size = page_size
         self._device = model.device
         self._vocabulary = model.config.vocab_size
+        self._uniform = uniform
         self._kernels: Any = None
         self._decoder: Any = None
         if kernels:
             from sdar_lm_eval.engines.native import fused
             from sdar_lm_eval.engines.native import kernels as triton_kernels
 
-            self._kernels = triton_kernels
+            self._kernels, self._uniform = triton_kernels, triton_kernels.uniform
             self._decoder = fused.FusedDecoder(model) if fused.FusedDecoder.fits(model) else None
         self._shape: Shape | None = None
         self._forward_graphs: Graphs | None = None
@@ -148,7 +150,7 @@ class Runner:
             self.cache = torch.zeros(size, dtype=self._model.dtype, device=device)
         self.state = BatchState(
             shape.slots, shape.block, shape.stops, self._vocabulary, self._mask_token_id,
-            penalized=shape.penalized, device=device,
+            strategies=shape.strategies, penalized=shape.penalized, uniform=self._uniform, device=device,
         )  # fmt: skip
         # The pages of each slot's sequence, on the host and on the device: (N + 1, P).
         self._pages = np.full((shape.slots + 1, shape.width), SCRATCH_PAGE)
@@ -291,9 +293,11 @@ class Runner:
                 table, segments.start, segments.length, segments.length, self.state.offsets
             )
             first = torch.arange(0, count * block, block, device=self._device)
-            tiles = self._kernels.Tiles(
-                first, segments.length, table, visible.flatten(), block, context // self._kernels.SPLIT
-            )
+            if block <= PREFILL_TILE // 2:  # a block and the one before it are one tile, and load keys and values once
+                tiled, counts = 2 * block, segments.following * block
+            else:
+                tiled, counts = block, segments.length
+            tiles = self._kernels.Tiles(first, counts, table, visible.flatten(), tiled, context // self._kernels.SPLIT)
             hidden = self._decoder(segments.tokens.flatten(), positions.flatten(), places.flatten(), tiles, self.cache)
         self._hidden[: len(hidden)] = hidden
 
@@ -319,7 +323,7 @@ class Runner:
             input_ids=tokens,
             position_ids=positions,
             attention_mask=self._no_mask(tokens),
-            batch=PagedBatch(self.cache, table, places, visible),
+            batch=PagedBatch(self.cache, table, places, visible.clamp(min=1)),
             use_cache=False,
         ).last_hidden_state
         return hidden
@@ -332,10 +336,13 @@ class Runner:
         length: torch.Tensor,
         offsets: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of rows of tokens: their positions, how many tokens they see, where their KV goes; (B, Q) each."""
+        """Of rows of tokens: their positions, how many tokens they see, where their KV goes; (B, Q) each.
+
+        Padding sees nothing.
+        """
         real = offsets < count[:, None]
         positions = torch.where(real, start[:, None] + offsets, 0)
-        visible = torch.where(real, (positions // length[:, None].clamp(min=1) + 1) * length[:, None], 1)
+        visible = torch.where(real, (positions // length[:, None].clamp(min=1) + 1) * length[:, None], 0)
         page = table.gather(1, positions // self._page_size)
         places = torch.where(real, page * self._page_size + positions % self._page_size, SCRATCH_PAGE)
         return positions, visible, places
@@ -359,7 +366,7 @@ class Runner:
         """The random numbers to draw with at places (M,)."""
         state = self.state
         slot, column = place // state.block, place % state.block
-        return uniform(state.seed[slot], state.start[slot] + column, state.step[slot], DRAW)
+        return self._uniform(state.seed[slot], state.start[slot] + column, state.step[slot], DRAW)
 
     def _draw_in_one_pass(
         self, place: torch.Tensor, hidden: torch.Tensor
@@ -387,17 +394,18 @@ class Runner:
         if state.seen is not None:
             logits = unmasking.penalize_repetition(logits, state.seen[slot], state.penalty[slot])
         nothing = torch.zeros(len(place), device=self._device)
+        needs_entropy = "entropy_bounded" in shape.strategies
         results = []
         if shape.greedy:
             token, confidence = unmasking.draw_greedy(logits)
-            entropy = unmasking.entropy(logits.softmax(-1)) if shape.needs_entropy else nothing
+            entropy = unmasking.entropy(logits.softmax(-1)) if needs_entropy else nothing
             results.append((token, confidence, entropy))
         if shape.sampled:
             probabilities = unmasking.filtered_probabilities(
                 logits, state.temperature[slot], state.top_k[slot], state.top_p[slot], any_filter=shape.filtered
             )
             token, confidence = unmasking.draw_sampled(probabilities, self._numbers(place))
-            entropy = unmasking.entropy(probabilities) if shape.needs_entropy else nothing
+            entropy = unmasking.entropy(probabilities) if needs_entropy else nothing
             results.append((token, confidence, entropy))
         if len(results) == 1:
             return results[0]

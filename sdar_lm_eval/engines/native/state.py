@@ -14,7 +14,7 @@ Shapes: N slots and one more for padding, L positions of a block, S segments, M 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +24,12 @@ import torch
 
 from sdar_lm_eval.engines.base import STRATEGIES
 from sdar_lm_eval.engines.native import unmasking
-from sdar_lm_eval.engines.native.random_numbers import ORDER, uniform
+from sdar_lm_eval.engines.native.random_numbers import ORDER
 from sdar_lm_eval.engines.native.scheduler import Sequence
 
-DYNAMIC, STATIC, SEQUENTIAL, ENTROPY, RANDOM = range(len(STRATEGIES))  # positions in STRATEGIES
+DYNAMIC, SEQUENTIAL, ENTROPY, RANDOM = (
+    STRATEGIES.index(name) for name in ("low_confidence_dynamic", "sequential", "entropy_bounded", "random")
+)
 NO_TOKEN = -1
 
 
@@ -66,12 +68,15 @@ class Segments:
         slot: whose block it is; N for padding.
         start: where it stands in its sequence.
         length: its tokens; 0 for padding.
+        following: blocks of one sequence from here on, itself included: 2 at one to be committed, 1 at one that stands
+            alone, 0 at one that follows another, and for padding.
         tokens: (S, L).
     """
 
     slot: torch.Tensor
     start: torch.Tensor
     length: torch.Tensor
+    following: torch.Tensor
     tokens: torch.Tensor
 
 
@@ -84,12 +89,24 @@ class BatchState:
         stops: most stop tokens of a sequence.
         vocabulary: V.
         mask_token_id: stands where nothing is decided.
+        strategies: that a sequence may have.
         penalized: whether a sequence may have a repetition penalty: its table of seen tokens is N x V.
+        uniform: `random_numbers.uniform`, or what computes the same.
         device: torch device.
     """
 
     def __init__(
-        self, slots: int, block: int, stops: int, vocabulary: int, mask_token_id: int, *, penalized: bool, device: Any
+        self,
+        slots: int,
+        block: int,
+        stops: int,
+        vocabulary: int,
+        mask_token_id: int,
+        *,
+        strategies: frozenset[str],
+        penalized: bool,
+        uniform: Callable[..., torch.Tensor],
+        device: Any,
     ) -> None:
         whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
         real: dict[str, Any] = {"dtype": torch.float32, "device": device}
@@ -97,6 +114,7 @@ class BatchState:
         rows = slots + 1
         self.slots, self.block = slots, block
         self._vocabulary, self._mask_token_id, self._device = vocabulary, mask_token_id, device
+        self._strategies, self._uniform = strategies, uniform
         self.offsets = torch.arange(block, device=device)
         # The block that is being denoised: (N + 1, L)
         self.tokens = torch.full((rows, block), mask_token_id, **whole)
@@ -179,19 +197,19 @@ class BatchState:
     # A step
 
     def segments(self, count: int) -> Segments:
-        """The blocks that a forward runs: the active slots' in order of slots, then those to be committed.
+        """The blocks that a forward runs: in order of slots, each with its predecessor in front if that is uncommitted.
 
         Args:
             count: S; at least as many as there are, the rest is padding.
         """
-        kinds = torch.cat([self.active, self.active & self.uncommitted])  # (2 (N + 1),)
-        row = _compact(kinds, count, padding=self.slots)
-        commits = row > self.slots
-        slot = torch.where(commits, row - self.slots - 1, row)
-        length = self.length[slot] * (row != self.slots)
+        row = _compact(self._rows_to_run().flatten(), count, padding=2 * self.slots)
+        slot, commits = row // 2, row % 2 == 0
+        real = slot != self.slots
+        length = self.length[slot] * real
         start = self.start[slot] - torch.where(commits, length, 0)
+        following = torch.where(commits, 2, (~self.uncommitted[slot]).long()) * real
         tokens = torch.where(commits[:, None], self.before[slot], self.tokens[slot])
-        return Segments(slot, start, length, tokens)
+        return Segments(slot, start, length, following, tokens)
 
     def masked_places(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where tokens are to be drawn, M = `count` places; padding is the padding slot's first one.
@@ -201,8 +219,12 @@ class BatchState:
         """
         wanted = self.masked & self.active[:, None]
         place = _compact(wanted.flatten(), count, padding=self.slots * self.block)
-        rank = (self.active.cumsum(0) - 1).clamp(min=0)[place // self.block]
-        return place, rank * self.block + place % self.block
+        segment = (self._rows_to_run().flatten().cumsum(0)[1::2] - 1).clamp(min=0)[place // self.block]
+        return place, segment * self.block + place % self.block
+
+    def _rows_to_run(self) -> torch.Tensor:
+        """(N + 1, 2) bool: of each slot, whether the block before is run, and the block itself."""
+        return torch.stack([self.active & self.uncommitted, self.active], dim=1)
 
     def advance(
         self, place: torch.Tensor, token: torch.Tensor, confidence: torch.Tensor, entropy: torch.Tensor
@@ -261,15 +283,18 @@ class BatchState:
         """Which of the masked positions keep their token: (N + 1, L) bool."""
         strategy, quota = self.strategy, self.quotas.gather(1, self.step[:, None]).squeeze(1)
         keys, count = unmasking.by_confidence(confidence), quota
-        dynamic = unmasking.count_above_threshold(confidence, masked, self.threshold, quota)
-        count = torch.where(strategy == DYNAMIC, dynamic, count)
-        keys = torch.where((strategy == SEQUENTIAL)[:, None], unmasking.by_position(confidence), keys)
-        bounded = unmasking.count_within_entropy(entropies, masked, self.entropy_bound)
-        count = torch.where(strategy == ENTROPY, bounded, count)
-        keys = torch.where((strategy == ENTROPY)[:, None], entropies, keys)
-        position = self.start[:, None] + self.offsets
-        order = uniform(self.seed[:, None], position, self.step[:, None].expand_as(position), ORDER)
-        keys = torch.where((strategy == RANDOM)[:, None], order, keys)
+        if "low_confidence_dynamic" in self._strategies:
+            dynamic = unmasking.count_above_threshold(confidence, masked, self.threshold, quota)
+            count = torch.where(strategy == DYNAMIC, dynamic, count)
+        if "sequential" in self._strategies:
+            keys = torch.where((strategy == SEQUENTIAL)[:, None], unmasking.by_position(confidence), keys)
+        if "entropy_bounded" in self._strategies:
+            bounded = unmasking.count_within_entropy(entropies, masked, self.entropy_bound)
+            count = torch.where(strategy == ENTROPY, bounded, count)
+            keys = torch.where((strategy == ENTROPY)[:, None], entropies, keys)
+        if "random" in self._strategies:
+            order = self._uniform(self.seed[:, None], self.start[:, None] + self.offsets, self.step[:, None], ORDER)
+            keys = torch.where((strategy == RANDOM)[:, None], order, keys)
         return unmasking.select_first(keys, count, masked)
 
     # To the host

@@ -121,8 +121,8 @@ def select_first(keys: torch.Tensor, count: torch.Tensor, masked: torch.Tensor) 
 
     keys and masked (B, L), count (B,); returns (B, L) bool, never more than are masked.
     """
-    order = keys.masked_fill(~masked, torch.inf).argsort(dim=-1, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(keys.shape[-1], device=keys.device).expand_as(order)
-    )
+    keys = keys.masked_fill(~masked, torch.inf)
+    this, other = keys[:, :, None], keys[:, None, :]
+    left = torch.ones_like(masked[0]).expand(keys.shape[-1], -1).tril(-1)  # (L, L): other places to the left
+    rank = ((other < this) | ((other == this) & left)).sum(dim=-1)
     return (rank < count[:, None]) & masked

@@ -11,7 +11,7 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernels = pytest.importorskip("sdar_lm_eval.engines.native.kernels", exc_type=ImportError)
 
-from sdar_lm_eval.engines.native import unmasking  # noqa: E402
+from sdar_lm_eval.engines.native import random_numbers, unmasking  # noqa: E402
 
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -142,6 +142,34 @@ def test_attend_over_blocks_of_a_prompt(dtype):
     )
     query = normal(28, heads, size, dtype=dtype)
     close(kernels.attend(query, keys, values, tiles, 0.125), attention(query, keys, values, tiles, 0.125), dtype)
+
+
+def test_attend_over_a_block_and_the_one_before(dtype):
+    """Two blocks of 3 tokens in rows of 4, padding in their middle; the second sees more than the first."""
+    heads, kv_heads, size, page = 8, 2, 64, 16
+    keys, values = (normal(9, page, kv_heads, size, dtype=dtype) for _ in range(2))
+    visible = torch.tensor([33, 33, 33, 0, 36, 36, 36, 0], device=DEVICE)
+    tiles = kernels.Tiles(
+        first=torch.tensor([0], device=DEVICE),
+        count=torch.tensor([8], device=DEVICE),
+        pages=torch.tensor([[3, 1, 5]], device=DEVICE),
+        visible=visible,
+        tokens=8,
+        splits=1,
+    )
+    query = normal(8, heads, size, dtype=dtype)
+    real = visible > 0
+    got = kernels.attend(query, keys, values, tiles, 0.125)
+    close(got[real], attention(query, keys, values, tiles, 0.125)[real], dtype)
+
+
+def test_uniform(dtype):
+    """Seeds of 64 bits, and shapes that broadcast."""
+    seed = torch.tensor([[0], [-1], [2**63 - 1], [123456789012345]], device=DEVICE)
+    position, step = torch.arange(70, device=DEVICE) * 1000003, torch.tensor([[7]], device=DEVICE)
+    got = kernels.uniform(seed, position, step, random_numbers.ORDER)
+    assert torch.equal(got, random_numbers.uniform(seed, position, step, random_numbers.ORDER))
+    assert got.shape == (4, 70)
 
 
 @pytest.mark.parametrize("vocabulary", [5, 711, 9000])

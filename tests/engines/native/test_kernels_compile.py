@@ -48,11 +48,16 @@ COMPILE = """
             "cos_sin": FP32,
             "eps": "fp32",
         },
-        {"HEADS": 32, "KV_HEADS": 8, "SIZE": 128},
+        {"HEADS": 32, "KV_HEADS": 8, "SIZE": 128, "GROUP": 8},
         num_warps=1,
     )
-    # Rows of a block of 4, of 64, and of a prompt's tile; float32 needs the most shared memory.
-    for type_, rows, columns, splits in [(BF16, 16, 64, 1), (BF16, 16, 64, 4), (BF16, 256, 32, 1), (FP32, 128, 32, 1)]:
+    check(
+        kernels._uniform,
+        {**tensors(INT64, "seed", "position", "step"), "out": FP32},
+        {"PURPOSE": 0, "BLOCK": 128},
+    )
+    # Rows of two blocks of 4, of one of 64, and of a prompt's tile; float32 needs the most shared memory.
+    for type_, rows, columns, splits in [(BF16, 32, 64, 1), (BF16, 32, 64, 4), (BF16, 256, 32, 1), (FP32, 128, 32, 1)]:
         check(
             kernels._attend,
             {
