@@ -101,9 +101,9 @@ def test_stop_strings_of_several_tokens_end_the_work(demo, lmdeploy, questions):
     assert sum(a.token_ids[:8] == b.token_ids[:8] for a, b in zip(whole, again, strict=True)) > 58
 
 
-def test_a_stop_token_in_the_prompts_own_block(demo, lmdeploy, native, questions):
+def test_a_stop_token_in_the_prompts_own_block(demo, lmdeploy, questions):
     prompt = next(question for question in questions if len(question) % 4 == 1)
-    first = run(native, [GenerationRequest(prompt, 1, GREEDY)])[0].token_ids[0]
+    first = run(lmdeploy, [GenerationRequest(prompt, 1, GREEDY)])[0].token_ids[0]
     (result,) = run(lmdeploy, [GenerationRequest(prompt, 1500, GREEDY, frozenset({first}))])
     assert (result.token_ids, result.finish_reason) == ((), "stop")
     assert result.commit_forwards < 20
@@ -214,9 +214,9 @@ def test_other_block_lengths(demo, lmdeploy, native, questions, block_length):
     requests = [GenerationRequest(questions[i], 24, decoding) for i in range(8)]
     theirs, ours = run(lmdeploy, requests), run(native, requests)
     assert [len(result.token_ids) for result in theirs] == [24] * 8
-    same = sum(a.token_ids[:4] == b.token_ids[:4] for a, b in zip(theirs, ours, strict=True))
-    print(f"\nblocks of {block_length}: {same} of 8 begin alike")
-    assert same >= 6
+    differing = [i for i in range(8) if theirs[i].token_ids[:8] != ours[i].token_ids[:8]]
+    print(f"\nblocks of {block_length}: {8 - len(differing)} of 8 begin alike")
+    check_rounding(demo, requests, theirs, ours, differing)
 
 
 def test_a_mixture_of_experts(lmdeploy, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from asking import ask, run
 
 from sdar_lm_eval import DecodingConfig, GenerationRequest, make_engine
 from sdar_lm_eval.demo import golds
@@ -12,73 +13,113 @@ from sdar_lm_eval.engines.base import STRATEGIES
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 
 
+KERNELS = pytest.mark.parametrize("kernels", [False, True], ids=["modules", "kernels"])
+
+
 def requests(demo, questions, **settings):
-    decoding = DecodingConfig(**{"temperature": 0, **settings})
-    return [
-        GenerationRequest(prompt, 128, decoding, frozenset(demo.stop_ids), seed=i) for i, prompt in enumerate(questions)
-    ]
+    return ask(demo, questions, DecodingConfig(**{"temperature": 0, **settings}))
 
 
-def run(demo, wanted, **options):
-    results = dict(make_engine("native", demo, **options).generate(wanted))
-    return [results[i].token_ids for i in range(len(wanted))]
+def tokens(demo, wanted, **options):
+    return [result.token_ids for result in run(make_engine("native", demo, **options), wanted)]
 
 
-def accuracy(demo, answers):
+@pytest.fixture(scope="module")
+def on_cpu(demo):
+    """Answers of the engine on the CPU, each asked for once."""
+    known = {}
+
+    def answers(wanted):
+        key = tuple(wanted)
+        if key not in known:
+            known[key] = tokens(demo, wanted, device="cpu")
+        return known[key]
+
+    return answers
+
+
+def share_right(demo, answers):
     right = [demo.decode(a).endswith(f"#### {gold}") for a, gold in zip(answers, golds(), strict=True)]
     return sum(right) / len(right)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_float32_answers_are_the_cpus(demo, questions, strategy):
+@KERNELS
+def test_float32_answers_are_the_cpus(demo, questions, on_cpu, strategy, kernels):
     wanted = requests(demo, questions, remasking_strategy=strategy)
-    on_gpu = run(demo, wanted, device="cuda", dtype="float32")
-    on_cpu = run(demo, wanted, device="cpu")
-    differing = [i for i, (a, b) in enumerate(zip(on_gpu, on_cpu, strict=True)) if a != b]
+    on_gpu = tokens(demo, wanted, device="cuda", dtype="float32", kernels=kernels)
+    differing = [i for i, (a, b) in enumerate(zip(on_gpu, on_cpu(wanted), strict=True)) if a != b]
     assert not differing
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}], ids=str)
-def test_draws_are_the_cpus(demo, questions, settings):
+@KERNELS
+def test_draws_are_the_cpus(demo, questions, on_cpu, settings, kernels):
     wanted = requests(demo, questions[:50], remasking_strategy="sequential", **settings)
-    on_gpu = run(demo, wanted, device="cuda", dtype="float32")
-    on_cpu = run(demo, wanted, device="cpu")
+    on_gpu = tokens(demo, wanted, device="cuda", dtype="float32", kernels=kernels)
     # A draw that falls on the border between two tokens may go either way by rounding.
-    assert sum(a == b for a, b in zip(on_gpu, on_cpu, strict=True)) >= 49
+    assert sum(a == b for a, b in zip(on_gpu, on_cpu(wanted), strict=True)) >= 49
 
 
 @pytest.mark.parametrize("strategy", ["low_confidence_static", "low_confidence_dynamic", "sequential"])
-def test_bfloat16_is_within_a_point_or_two_of_float32(demo, questions, strategy):
+@KERNELS
+def test_bfloat16_is_within_a_point_or_two_of_float32(demo, questions, on_cpu, strategy, kernels):
     wanted = requests(demo, questions, remasking_strategy=strategy)
-    exact = accuracy(demo, run(demo, wanted, device="cpu"))
-    rounded = accuracy(demo, run(demo, wanted, device="cuda", dtype="bfloat16"))
+    exact = share_right(demo, on_cpu(wanted))
+    rounded = share_right(demo, tokens(demo, wanted, device="cuda", dtype="bfloat16", kernels=kernels))
     print(f"{strategy}: float32 on the CPU {exact:.3f}, bfloat16 on the GPU {rounded:.3f}")
     assert abs(exact - rounded) <= 0.02
 
 
-def test_few_pages_and_few_slots_change_nothing(demo, questions):
+@KERNELS
+def test_few_pages_and_few_slots_change_nothing(demo, questions, kernels):
     wanted = requests(demo, questions[:40])
-    whole = run(demo, wanted, device="cuda", dtype="float32")
-    assert run(demo, wanted, device="cuda", dtype="float32", kv_pages=40) == whole
-    assert run(demo, wanted, device="cuda", dtype="float32", max_active=3) == whole
+    options = {"device": "cuda", "dtype": "float32", "kernels": kernels}
+    whole = tokens(demo, wanted, **options)
+    assert tokens(demo, wanted, **options, kv_pages=40) == whole
+    assert tokens(demo, wanted, **options, max_active=3) == whole
 
 
-def test_sampled_frequencies_follow_the_softmax(demo, questions):
+@pytest.mark.parametrize("length", [1, 8, 32, 64])
+def test_other_block_lengths(demo, questions, on_cpu, length):
+    wanted = requests(demo, questions[:20], block_length=length, denoising_steps=max(length // 2, 1))
+    assert tokens(demo, wanted, device="cuda", dtype="float32", kernels=True) == on_cpu(wanted)
+
+
+def test_block_lengths_mix(demo, questions, on_cpu):
+    wanted = [
+        request
+        for i, length in enumerate([4, 16, 1, 8, 4, 32])
+        for request in requests(demo, questions[i : i + 1], block_length=length, denoising_steps=length)
+    ]
+    assert tokens(demo, wanted, device="cuda", dtype="float32", kernels=True) == on_cpu(wanted)
+
+
+def test_a_long_context(demo, questions, on_cpu):
+    """Of several splits: prompts of thousands of tokens, beside short ones."""
+    long = tuple(token for question in questions[:40] for token in question)
+    assert len(long) > 2000
+    wanted = requests(demo, [long[-1500:], questions[0], long[-2000:], long[:600]])
+    assert tokens(demo, wanted, device="cuda", dtype="float32", kernels=True) == on_cpu(wanted)
+
+
+@KERNELS
+def test_sampled_frequencies_follow_the_softmax(demo, questions, kernels):
     """20,000 draws of one token against softmax(logits / T): top-k off is really off."""
     from scipy.stats import chisquare
 
     decoding = DecodingConfig(block_length=1, temperature=1.5)
     prompt = requests(demo, questions[:1])[0].prompt_ids
     wanted = [GenerationRequest(prompt, 1, decoding, seed=i) for i in range(20_000)]
-    tokens = torch.tensor([t[0] for t in run(demo, wanted, device="cuda", dtype="float32")])
+    drawn = torch.tensor([t[0] for t in tokens(demo, wanted, device="cuda", dtype="float32", kernels=kernels)])
     model = demo.load_model(dtype=torch.float32, device="cuda", attention="sdpa")
     ids = torch.tensor([[*prompt, demo.mask_token_id]], device="cuda")
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device="cuda").tril()[None, None]
     with torch.no_grad():
         logits = model(ids, attention_mask=causal).logits[0, -1].cpu()
     logits[demo.mask_token_id] = -torch.inf
-    expected = (logits / 1.5).softmax(-1).double() * len(tokens)
-    counts = torch.bincount(tokens, minlength=len(expected)).double()
+    expected = (logits / 1.5).softmax(-1).double() * len(drawn)
+    counts = torch.bincount(drawn, minlength=len(expected)).double()
     common = expected >= 5
     observed = torch.cat([counts[common], counts[~common].sum()[None]])
     wanted_counts = torch.cat([expected[common], expected[~common].sum()[None]])
