@@ -22,6 +22,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or the libraries that look for leaks at the end see some
+
+
 @pytest.fixture(autouse=True)
 def _caplog_hears_lm_eval() -> None:
     """Undo what lm-eval did when it last ran in this process: its log, which ours joins, went nowhere but to stderr."""
