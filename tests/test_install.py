@@ -5,11 +5,12 @@ a `.pth` file that names its site-packages. Folders named there are searched for
 them are not read, so an install of ours on the testing side does not show (`test_environments_are_fresh`).
 
 A start of lm_eval takes seconds, most of them spent on reading 14,000 task files, so the few commands here cover the
-routes between them.
+routes between them, and all but one find an lm_eval that has no tasks of its own (`without_stock_tasks`).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pkgutil
 import re
@@ -180,6 +181,21 @@ def test_where_pth_files_are_skipped_an_import_of_ours_does_it(tmp_path: Path, w
 
 # The ways to start lm_eval
 
+
+@pytest.fixture(scope="session")
+def without_stock_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the setting for an lm_eval of links to the installed one's files, all but those of its tasks."""
+    folder = tmp_path_factory.mktemp("lm_eval")
+    (folder / "lm_eval" / "tasks").mkdir(parents=True)
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None and spec.origin is not None
+    installed = Path(spec.origin).parent
+    code = [path for path in installed.iterdir() if path.name not in ("tasks", "__pycache__")]
+    for path in [*code, *(installed / "tasks").glob("*.py")]:
+        (folder / "lm_eval" / path.relative_to(installed)).symlink_to(path)
+    return {"PYTHONPATH": str(folder)}
+
+
 SIMPLE_EVALUATE = """
 import lm_eval
 results = lm_eval.simple_evaluate(model="sdar", model_args="pretrained=demo", tasks=["gsm8k_sdar_demo"], limit=2)
@@ -190,16 +206,22 @@ print(results["n-samples"]["gsm8k_sdar_demo"])
 VALIDATE = ["validate", "--tasks", "gsm8k_sdar,gsm8k_sdar_paper,gsm8k_sdar_hash"]
 
 
-def test_our_script_finds_our_tasks_where_lm_eval_would_not(environments: dict[str, Environment]) -> None:
+def test_our_script_finds_our_tasks_where_lm_eval_would_not(
+    environments: dict[str, Environment], without_stock_tasks: dict[str, str]
+) -> None:
     wheel = environments["wheel"]
-    done = wheel.run([str(wheel.bin / f"sdar_lm_eval{EXE}"), *VALIDATE], SDAR_LM_EVAL_AUTOLOAD="0")
+    done = wheel.run(
+        [str(wheel.bin / f"sdar_lm_eval{EXE}"), *VALIDATE], SDAR_LM_EVAL_AUTOLOAD="0", **without_stock_tasks
+    )
     assert "All tasks found and valid" in done.stdout, done.stderr
 
 
-def test_accelerate_launch_finds_our_tasks(environments: dict[str, Environment]) -> None:
+def test_accelerate_launch_finds_our_tasks(
+    environments: dict[str, Environment], without_stock_tasks: dict[str, str]
+) -> None:
     """`accelerate launch -m lm_eval` starts `python -m lm_eval`, so that way is tried with it."""
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "lm_eval"]
-    done = environments["editable"].python(*launch, *VALIDATE)
+    done = environments["editable"].python(*launch, *VALIDATE, **without_stock_tasks)
     assert "All tasks found and valid" in done.stdout, done.stderr
 
 
@@ -212,17 +234,19 @@ def test_plain_lm_eval_evaluates(environments: dict[str, Environment]) -> None:
 
 
 @needs_model
-def test_a_wrong_argument_is_one_line(environments: dict[str, Environment]) -> None:
+def test_a_wrong_argument_is_one_line(
+    environments: dict[str, Environment], without_stock_tasks: dict[str, str]
+) -> None:
     wheel = environments["wheel"]
     wrong = ["--model_args", "pretrained=demo,no_such_setting=1"]
-    done = wheel.python(str(wheel.bin / "lm-eval"), "run", *EVALUATION, *wrong)
+    done = wheel.python(str(wheel.bin / "lm-eval"), "run", *EVALUATION, *wrong, **without_stock_tasks)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith("sdar_lm_eval: error: model_args: 'no_such_setting' is unknown.")
     assert done.stderr.count("error:") == 1
 
 
 @needs_model
-def test_simple_evaluate_evaluates(environments: dict[str, Environment]) -> None:
-    done = environments["editable"].python("-c", SIMPLE_EVALUATE)
+def test_simple_evaluate_evaluates(environments: dict[str, Environment], without_stock_tasks: dict[str, str]) -> None:
+    done = environments["editable"].python("-c", SIMPLE_EVALUATE, **without_stock_tasks)
     assert done.returncode == 0, done.stderr
     assert "'effective': 2" in done.stdout
