@@ -4,6 +4,8 @@
     reference_logits(weights, config, ids, sees)           its logits by plain tensor algebra, without transformers
     block_causal(length, block_length)                     which token sees which
 
+And what processes need that tests start: environment(QUICK_START).
+
 The weights are random but not small: a wrong rotary base, epsilon or head size moves the logits by far more than
 rounding does.
 """
@@ -11,7 +13,9 @@ rounding does.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,9 @@ from safetensors.torch import load_file, save_file
 
 from sdar_lm_eval.demo import CHECKPOINT as DEMO_CHECKPOINT
 
+ROOT = Path(__file__).parents[1]
+# lm_eval starts without what takes seconds there; its own tasks are among that.
+QUICK_START = Path(__file__).parent / "quick_start"
 # The real SDAR-4B-Chat folder without weights, where the machine has it beside the checkout.
 REAL_FOLDER = Path(__file__).parents[2] / "shared" / "models" / "sdar-4b-chat"
 MOE_SETTINGS = {
@@ -35,6 +42,12 @@ MOE_SETTINGS = {
     "output_router_logits": False,
     "router_aux_loss_coef": 0.001,
 }
+
+
+def environment(*folders: Path) -> dict[str, str]:
+    """Variables for a process that finds the modules that this one finds, in `folders` first, and takes one core."""
+    path = os.pathsep.join(map(str, [*folders, ROOT, *sys.path]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def small_config(*, moe: bool = False, **settings: Any) -> dict[str, Any]:

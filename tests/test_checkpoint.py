@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from support import (
     REAL_FOLDER,
     block_causal,
+    environment,
     random_checkpoint,
     random_weights,
     read_weights,
@@ -130,37 +131,29 @@ def test_the_trap_works(trap: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (trap / "MARK").exists()
 
 
-@pytest.fixture
-def silent_stdin(request: pytest.FixtureRequest) -> Iterator[int]:
-    """A terminal on which nobody types, or the end of a pipe that was closed."""
-    if request.param == "terminal":
-        keyboard, ours = pty.openpty()
-        yield ours
+def test_the_harness_model_asks_nobody(trap: Path, hub: Path) -> None:
+    """lm_eval's model in a process of its own, of a folder and of a hub id in an offline cache.
+
+    First nobody types on the terminal that the process reads, then that is the end of a pipe that was closed.
+    """
+    code = f"""
+import os
+from sdar_lm_eval.harness import SDARLM
+SDARLM(pretrained={str(trap)!r}, device='cpu', max_gen_toks=8)
+reading, writing = os.pipe()
+os.close(writing)
+os.dup2(reading, 0)
+SDARLM(pretrained={ID!r}, device='cpu', max_gen_toks=8)
+"""
+    variables = environment() | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub.parents[2])}
+    keyboard, terminal = pty.openpty()
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-c", code], stdin=terminal, capture_output=True, text=True, timeout=120, env=variables
+        )
+    finally:
         os.close(keyboard)
-    else:
-        ours, other = os.pipe()
-        os.close(other)
-        yield ours
-    os.close(ours)
-
-
-@pytest.mark.parametrize(
-    ("silent_stdin", "cached"), [("terminal", False), ("closed pipe", True)], indirect=["silent_stdin"]
-)
-def test_the_harness_model_asks_nobody(trap: Path, hub: Path, silent_stdin: int, cached: bool) -> None:
-    """lm_eval's model in a process of its own, of a folder or of a hub id in an offline cache."""
-    name = ID if cached else str(trap)
-    code = f"from sdar_lm_eval.harness import SDARLM; SDARLM(pretrained={name!r}, device='cpu', max_gen_toks=8)"
-    path = os.pathsep.join([str(Path(module.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    settings = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub.parents[2])}
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        stdin=silent_stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | settings,
-    )
+        os.close(terminal)
     assert ran.returncode == 0, ran.stderr
     assert "deprecated" not in ran.stderr
     assert not (trap / "MARK").exists()

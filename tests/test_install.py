@@ -5,19 +5,18 @@ a `.pth` file that names its site-packages. Folders named there are searched for
 them are not read, so an install of ours on the testing side does not show (`test_environments_are_fresh`).
 
 A start of lm_eval takes seconds, most of them spent on reading 14,000 task files, so the few commands here cover the
-routes between them, run two at a time, and are not repeated per test.
+routes between them, and all but one find an lm_eval that has no tasks of its own (`without_stock_tasks`).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pkgutil
 import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +162,8 @@ def test_lm_eval_knows_us_without_an_import_of_ours(environments: dict[str, Envi
     models, tasks, torch, file = done.stdout.split()
     assert (models, tasks, torch, done.stderr) == ("True", "True", "False", "")
     assert Path(file).is_relative_to(ROOT if kind == "editable" else environment.site)
+    switched_off = environment.python("-c", KNOWN, SDAR_LM_EVAL_AUTOLOAD="0")
+    assert switched_off.stdout.split()[:2] == ["False", "False"], switched_off.stderr
 
 
 def test_where_pth_files_are_skipped_an_import_of_ours_does_it(tmp_path: Path, wheel: Path) -> None:
@@ -180,6 +181,21 @@ def test_where_pth_files_are_skipped_an_import_of_ours_does_it(tmp_path: Path, w
 
 # The ways to start lm_eval
 
+
+@pytest.fixture(scope="session")
+def without_stock_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the setting for an lm_eval of links to the installed one's files, all but those of its tasks."""
+    folder = tmp_path_factory.mktemp("lm_eval")
+    (folder / "lm_eval" / "tasks").mkdir(parents=True)
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None and spec.origin is not None
+    installed = Path(spec.origin).parent
+    code = [path for path in installed.iterdir() if path.name not in ("tasks", "__pycache__")]
+    for path in [*code, *(installed / "tasks").glob("*.py")]:
+        (folder / "lm_eval" / path.relative_to(installed)).symlink_to(path)
+    return {"PYTHONPATH": str(folder)}
+
+
 SIMPLE_EVALUATE = """
 import lm_eval
 results = lm_eval.simple_evaluate(model="sdar", model_args="pretrained=demo", tasks=["gsm8k_sdar_demo"], limit=2)
@@ -187,65 +203,50 @@ print(results["n-samples"]["gsm8k_sdar_demo"])
 """
 
 
-@pytest.fixture(scope="session")
-def started(environments: dict[str, Environment]) -> Iterator[dict[str, Future[Done]]]:
-    """Every command, by the way it starts lm_eval. A test that waits for one of them waits for the earlier ones too."""
-    wheel, editable = environments["wheel"], environments["editable"]
-    lm_eval, lm_eval_hyphen = str(wheel.bin / "lm_eval"), str(wheel.bin / "lm-eval")
-    validate = ["validate", "--tasks", "gsm8k_sdar,gsm8k_sdar_paper,gsm8k_sdar_hash"]
-    accelerate = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "lm_eval"]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        yield {
-            "ls tasks": pool.submit(wheel.python, lm_eval, "ls", "tasks"),
-            "switched off": pool.submit(wheel.python, lm_eval, *validate, SDAR_LM_EVAL_AUTOLOAD="0"),
-            "our script, switched off": pool.submit(
-                wheel.run, [str(wheel.bin / f"sdar_lm_eval{EXE}"), *validate], SDAR_LM_EVAL_AUTOLOAD="0"
-            ),
-            "accelerate launch": pool.submit(editable.python, *accelerate, *validate),
-            "plain lm_eval": pool.submit(wheel.python, lm_eval, *EVALUATION),
-            "lm-eval run, a wrong argument": pool.submit(
-                wheel.python, lm_eval_hyphen, "run", *EVALUATION, "--model_args", "pretrained=demo,no_such_setting=1"
-            ),
-            "simple_evaluate": pool.submit(editable.python, "-c", SIMPLE_EVALUATE),
-        }
-        pool.shutdown(wait=False, cancel_futures=True)
+VALIDATE = ["validate", "--tasks", "gsm8k_sdar,gsm8k_sdar_paper,gsm8k_sdar_hash"]
 
 
-def test_ls_shows_our_tasks(started: dict[str, Future[Done]]) -> None:
-    done = started["ls tasks"].result()
-    listed = set(re.findall(r"\bgsm8k_sdar\w*", done.stdout))
-    assert {"gsm8k_sdar", "gsm8k_sdar_paper", "gsm8k_sdar_hash", "gsm8k_sdar_demo"} <= listed, done.stderr
-
-
-@pytest.mark.parametrize("way", ["our script, switched off", "accelerate launch"])
-def test_validate_finds_our_tasks(started: dict[str, Future[Done]], way: str) -> None:
-    """`accelerate launch -m lm_eval` starts `python -m lm_eval`, so that way is tried with it."""
-    done = started[way].result()
+def test_our_script_finds_our_tasks_where_lm_eval_would_not(
+    environments: dict[str, Environment], without_stock_tasks: dict[str, str]
+) -> None:
+    wheel = environments["wheel"]
+    done = wheel.run(
+        [str(wheel.bin / f"sdar_lm_eval{EXE}"), *VALIDATE], SDAR_LM_EVAL_AUTOLOAD="0", **without_stock_tasks
+    )
     assert "All tasks found and valid" in done.stdout, done.stderr
 
 
-def test_switched_off_lm_eval_does_not_know_us(started: dict[str, Future[Done]]) -> None:
-    done = started["switched off"].result()
-    assert done.returncode != 0 and "gsm8k_sdar_paper" in done.stdout.partition("not found")[2]
+def test_accelerate_launch_finds_our_tasks(
+    environments: dict[str, Environment], without_stock_tasks: dict[str, str]
+) -> None:
+    """`accelerate launch -m lm_eval` starts `python -m lm_eval`, so that way is tried with it."""
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "lm_eval"]
+    done = environments["editable"].python(*launch, *VALIDATE, **without_stock_tasks)
+    assert "All tasks found and valid" in done.stdout, done.stderr
 
 
 @needs_model
-def test_plain_lm_eval_evaluates(started: dict[str, Future[Done]]) -> None:
-    done = started["plain lm_eval"].result()
+def test_plain_lm_eval_evaluates(environments: dict[str, Environment]) -> None:
+    wheel = environments["wheel"]
+    done = wheel.python(str(wheel.bin / "lm_eval"), *EVALUATION)
     assert done.returncode == 0, done.stderr
     assert re.search(r"gsm8k_sdar_demo.*exact_match", done.stdout), done.stdout
 
 
 @needs_model
-def test_a_wrong_argument_is_one_line(started: dict[str, Future[Done]]) -> None:
-    done = started["lm-eval run, a wrong argument"].result()
+def test_a_wrong_argument_is_one_line(
+    environments: dict[str, Environment], without_stock_tasks: dict[str, str]
+) -> None:
+    wheel = environments["wheel"]
+    wrong = ["--model_args", "pretrained=demo,no_such_setting=1"]
+    done = wheel.python(str(wheel.bin / "lm-eval"), "run", *EVALUATION, *wrong, **without_stock_tasks)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    message = done.stderr.partition("sdar_lm_eval: error: ")[2]
-    assert "no_such_setting" in message
+    assert done.stderr.splitlines()[-1].startswith("sdar_lm_eval: error: model_args: 'no_such_setting' is unknown.")
+    assert done.stderr.count("error:") == 1
 
 
 @needs_model
-def test_simple_evaluate_evaluates(started: dict[str, Future[Done]]) -> None:
-    done = started["simple_evaluate"].result()
+def test_simple_evaluate_evaluates(environments: dict[str, Environment], without_stock_tasks: dict[str, str]) -> None:
+    done = environments["editable"].python("-c", SIMPLE_EVALUATE, **without_stock_tasks)
     assert done.returncode == 0, done.stderr
     assert "'effective': 2" in done.stdout

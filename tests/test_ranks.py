@@ -19,6 +19,7 @@ import lm_eval.evaluator
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
+from support import QUICK_START, environment
 
 import sdar_lm_eval.tasks
 from sdar_lm_eval import ranks
@@ -26,7 +27,6 @@ from sdar_lm_eval.errors import EngineError
 from sdar_lm_eval.harness import SDARLM
 from sdar_lm_eval.ranks import Ranks
 
-ROOT = Path(__file__).parents[1]
 TASKS = str(Path(sdar_lm_eval.tasks.__file__).parent)
 REPEATED = """
 include: gsm8k_sdar_demo.yaml
@@ -110,7 +110,7 @@ if __name__ == "__main__":
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
+    monkeypatch.setenv("PYTHONPATH", environment(QUICK_START)["PYTHONPATH"])
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,17 +14,17 @@ import lm_eval
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
+from support import QUICK_START, environment
 
 import sdar_lm_eval.tasks
 from sdar_lm_eval.harness import SDARLM
 
-ROOT = Path(__file__).parents[1]
 TASKS = str(Path(sdar_lm_eval.tasks.__file__).parent)
 # Short answers, one at a time: slow enough to be killed in the middle.
-DOCUMENTS = 16
+DOCUMENTS = 10
 TASK = f"include: {TASKS}/gsm8k_sdar_demo.yaml\n"
-GREEDY = f"{TASK}task: greedy\ngeneration_kwargs: {{until: [], do_sample: false, max_gen_toks: 32}}\n"
-SAMPLED = f"{TASK}task: sampled\nrepeats: 2\ngeneration_kwargs: {{until: [], do_sample: true, max_gen_toks: 32}}\n"
+GREEDY = f"{TASK}task: greedy\ngeneration_kwargs: {{until: [], do_sample: false, max_gen_toks: 16}}\n"
+SAMPLED = f"{TASK}task: sampled\nrepeats: 2\ngeneration_kwargs: {{until: [], do_sample: true, max_gen_toks: 16}}\n"
 MODEL = {"pretrained": "demo", "max_active": 1, "remasking_strategy": "low_confidence_static"}
 ANSWERS = 3 * DOCUMENTS
 
@@ -52,11 +51,10 @@ def test_a_killed_run_computes_only_what_was_missing(folder: Path, monkeypatch: 
     command = [sys.executable, "-m", "sdar_lm_eval", "run", "--model", "sdar", "--model_args", model_args]
     command += ["--include_path", "tasks", "--tasks", "greedy,sampled", "--limit", str(DOCUMENTS)]
     command += ["--use_cache", "answers/cache", "--output_path", "results", "--log_samples"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-
+    variables = environment(QUICK_START)
     log = folder / "log.txt"
     with log.open("w") as output:
-        running = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
+        running = subprocess.Popen(command, cwd=folder, env=variables, stdout=output, stderr=output)
         deadline = time.monotonic() + 300
         while len(_trace(folder)) < ANSWERS // 4:
             assert running.poll() is None, log.read_text()
@@ -68,9 +66,7 @@ def test_a_killed_run_computes_only_what_was_missing(folder: Path, monkeypatch: 
     assert ANSWERS // 4 <= len(finished) < ANSWERS
     assert not (folder / "results").exists()
 
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     traced = [json.loads(line) for line in _trace(folder)]
     computed = len(traced) - len(finished)

@@ -178,7 +178,9 @@ def test_training_on_a_cpu_repeats(tokenizer: Any, texts_once: None) -> None:
     assert not torch.equal(one.lm_head.weight, differing.lm_head.weight)
 
 
-def test_the_command_writes_what_the_package_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_what_the_package_holds(
+    texts_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ["make", "--out", str(tmp_path), "--steps", "1", "--batch", "2", "--device", "cpu"]
     monkeypatch.setattr("sys.argv", arguments)
     make.main()

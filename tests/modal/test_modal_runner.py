@@ -18,6 +18,7 @@ import lm_eval
 import pytest
 from control_plane import ROOT, ControlPlane
 from lm_eval.tasks import TaskManager
+from support import QUICK_START
 
 from sdar_lm_eval.answers import read_sessions
 from sdar_lm_eval.autoload import TASKS
@@ -28,21 +29,6 @@ from sdar_lm_eval.runs.settings import ENGINES
 DEMO = ("--engine", "native", "--model-name", "demo", "--tasks", "gsm8k_sdar_demo")
 DOCUMENTS = 64
 ENOUGH = 4  # answers there when a container is preempted
-
-# The harness asks pip and the system for versions: seconds, and of no interest here.
-NO_ENVIRONMENT_REPORT = """
-import sys, types
-module = types.ModuleType("torch.utils.collect_env")
-module.get_pretty_env_info = lambda: ""
-sys.modules[module.__name__] = module
-"""
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "sitecustomize.py").write_text(NO_ENVIRONMENT_REPORT)
-    return folder
 
 
 def _answers_of(process: int) -> int:
@@ -80,13 +66,13 @@ class Sharded:
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory, site: Path) -> Iterator[Sharded]:
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sharded]:
     folder = tmp_path_factory.mktemp("sharded")
 
     def preempt(process: int) -> signal.Signals | None:
         return signal.SIGINT if _answers_of(process) >= ENOUGH else None
 
-    with ControlPlane(folder / "modal", site=site, trouble=preempt) as plane:
+    with ControlPlane(folder / "modal", site=QUICK_START, trouble=preempt) as plane:
         yield Sharded(plane, folder / "results.json")
 
 
@@ -179,10 +165,10 @@ def test_what_is_shipped(sharded: Sharded) -> None:
     assert not any("__pycache__" in path for path in shipped)
 
 
-def test_a_sweep(tmp_path: Path, site: Path) -> None:
+def test_a_sweep(tmp_path: Path) -> None:
     output = tmp_path / "sweep.json"
     words = (*DEMO, "--num-samples", "6", "--temperature", "0.0", "--verbose", "false", "--output-file", str(output))
-    with ControlPlane(tmp_path / "modal", site=site) as plane:
+    with ControlPlane(tmp_path / "modal", site=QUICK_START) as plane:
         done = _run(plane, *words, "--confidence-threshold", "0.5,0.9", "--gpu", "H200", "--timeout", "900")
         assert done.returncode == 0, done.stdout + done.stderr
         assert plane.started.count("evaluate") == 2
@@ -197,9 +183,9 @@ def test_a_sweep(tmp_path: Path, site: Path) -> None:
     assert [row.split()[0] for row in table[1:3]] == ["0.5", "0.9"] and "±" in table[1]
 
 
-def test_a_container_that_dies(tmp_path: Path, site: Path) -> None:
+def test_a_container_that_dies(tmp_path: Path) -> None:
     output = tmp_path / "results.json"
-    with ControlPlane(tmp_path / "modal", site=site, trouble=lambda _: signal.SIGKILL) as plane:
+    with ControlPlane(tmp_path / "modal", site=QUICK_START, trouble=lambda _: signal.SIGKILL) as plane:
         done = _run(plane, *DEMO, "--num-samples", "2", "--output-file", str(output))
         assert done.returncode == 1, done.stdout + done.stderr
         assert re.search(r"error: demo-native-\w+, shard 1 of 1: RemoteError: the container ended with -9", done.stderr)

@@ -16,12 +16,12 @@ import pytest
 import torch
 from jetengine_standin import VERSIONS, standin
 from lm_eval.tasks import TaskManager
+from support import environment
 
 import sdar_lm_eval.tasks
 from sdar_lm_eval.errors import EngineError, UserError
 from sdar_lm_eval.harness import SDARLM, SDARJetEngineLM
 
-ROOT = Path(__file__).parents[3]
 TASKS = str(Path(sdar_lm_eval.tasks.__file__).parent)
 STATIC = {"pretrained": "demo", "remasking_strategy": "low_confidence_static"}
 DOCUMENTS = 4
@@ -142,13 +142,12 @@ def test_what_it_takes_and_does_not(jetengine: Any) -> None:
 
 def test_two_processes_give_what_one_gives(native: Any, tmp_path: Path) -> None:
     """Each with a JetEngine of its own, in a process group of its own: they never wait for each other to begin."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment["TORCH_DIST_INIT_BARRIER"] = "1"  # whoever makes a group together with others waits for them
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
+    variables = {name: value for name, value in environment().items() if name not in ("RANK", "WORLD_SIZE")}
+    variables["TORCH_DIST_INIT_BARRIER"] = "1"  # whoever makes a group together with others waits for them
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launcher, __file__, str(tmp_path)],
-        timeout=120, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False,
+        timeout=120, capture_output=True, text=True, cwd=tmp_path, env=variables, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rank0, rank1 = (json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in (0, 1))

@@ -81,26 +81,27 @@ def _draw(logits, mask_id, request, position, step, seen):
         token = int(logits.argmax())
         return token, float(probabilities[token]), _entropy(probabilities)
     probabilities = (logits / decoding.temperature).softmax(-1)
-    ranked = sorted(range(len(probabilities)), key=lambda t: (-float(probabilities[t]), t))
+    of = probabilities.tolist()
+    ranked = sorted(range(len(of)), key=lambda t: (-of[t], t))
     if decoding.top_k:
-        least = probabilities[ranked[min(decoding.top_k, len(ranked)) - 1]]
-        ranked = [t for t in ranked if probabilities[t] >= least]
-    total = sum(float(probabilities[t]) for t in ranked)
+        least = of[ranked[min(decoding.top_k, len(ranked)) - 1]]
+        ranked = [t for t in ranked if of[t] >= least]
+    total = sum(of[t] for t in ranked)
     if decoding.top_p < 1:
         before, allowed = 0.0, []
         for token in ranked:
             if before / total > decoding.top_p:
                 break
             allowed.append(token)
-            before += float(probabilities[token])
+            before += of[token]
         ranked = allowed
-    total = sum(float(probabilities[t]) for t in ranked)
+    total = sum(of[t] for t in ranked)
     number = float(_uniform(request.seed, position, step, DRAW)) * total
     for token in sorted(ranked):
-        number -= float(probabilities[token])
+        number -= of[token]
         if number < 0:
             break
-    return token, float(probabilities[token]) / total, _entropy(probabilities[sorted(ranked)] / total)
+    return token, of[token] / total, _entropy(probabilities[sorted(ranked)] / total)
 
 
 def _keep(candidates, request, start, step):

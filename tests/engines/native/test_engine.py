@@ -64,9 +64,11 @@ def check(checkpoint, plain, requests, **options):
 
 @pytest.mark.parametrize("block_length", [1, 4, 8, 16])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_greedy_with_prompts_of_every_length_modulo_the_block(tiny, plain, strategy, block_length):
+def test_greedy_with_prompts_of_lengths_modulo_the_block(tiny, plain, strategy, block_length):
     steps = {1: (1,), 4: (4, 3), 8: (8, 2), 16: (16, 5)}[block_length]
     lengths = range(block_length, 2 * block_length) if block_length > 1 else range(1, 4)
+    if block_length == 16:
+        lengths = lengths[::3]  # the oracle runs whole prompts at every step
     requests = [
         GenerationRequest(
             prompt,
@@ -88,7 +90,7 @@ def test_the_demo_model_answers_as_the_oracle_does(demo, plain, strategy):
         GenerationRequest(
             prompt, 24, DecodingConfig(remasking_strategy=strategy, temperature=0), frozenset(demo.stop_ids), seed=i
         )
-        for i, prompt in enumerate(questions(demo, 4))
+        for i, prompt in enumerate(questions(demo, 2))
     ]
     check(demo, plain, requests)
 

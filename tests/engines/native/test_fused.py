@@ -37,7 +37,7 @@ def test_the_same_tokens(checkpoint, monkeypatch):
         {"temperature": 0, "remasking_strategy": "random", "block_length": 8, "denoising_steps": 3},
     ]
     requests = [
-        GenerationRequest(tuple(range(1, 4 + 5 * i)), 6, DecodingConfig(**s), seed=i) for i, s in enumerate(settings)
+        GenerationRequest(tuple(range(1, 4 + 3 * i)), 5, DecodingConfig(**s), seed=i) for i, s in enumerate(settings)
     ]
     plain = run(make_engine("native", checkpoint, device="cpu"), requests)
     fast = run(engine_with_kernels(checkpoint, max_active=3), requests)
@@ -46,8 +46,8 @@ def test_the_same_tokens(checkpoint, monkeypatch):
 
 def test_filters_and_penalties_fall_back_to_pytorch(checkpoint):
     requests = [
-        GenerationRequest((1, 2, 3, 4, 5), 6, DecodingConfig(top_k=5), seed=1),
-        GenerationRequest((1, 2, 3), 6, DecodingConfig(repetition_penalty=1.3), seed=2),
+        GenerationRequest((1, 2, 3, 4, 5), 4, DecodingConfig(top_k=5), seed=1),
+        GenerationRequest((1, 2, 3), 4, DecodingConfig(repetition_penalty=1.3), seed=2),
     ]
     plain = run(make_engine("native", checkpoint, device="cpu"), requests)
     assert [r.token_ids for r in run(engine_with_kernels(checkpoint), requests)] == [r.token_ids for r in plain]
