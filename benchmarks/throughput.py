@@ -7,7 +7,8 @@
 `--active N` sequences run at once, and each gets exactly `--new-tokens` new tokens (nothing stops early), so that runs
 compare. A run is one `generate_until` of the registered model: requests in, texts out, chat template, tokenizing and
 detokenizing included, loading not. Only returned tokens count. With random weights no confidence comes near 0.9, so
-that threshold unmasks one token a step, and threshold 0 a block a step. The last line is JSON.
+that threshold unmasks one token a step, and threshold 0 a block a step. A step is a forward of a sequence, so a block
+and the one before it that share a forward count as two. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any
 
 import torch
 from common import cpu_name, with_random_weights
+from floor import Floor, tokens_per_second
 from lm_eval.api.instance import Instance
 
-from sdar_lm_eval import autoload
+from sdar_lm_eval import Checkpoint, autoload
 from sdar_lm_eval.demo.make import PROMPT
 from sdar_lm_eval.tasks import gsm8k
 
@@ -41,11 +43,13 @@ def main() -> None:
     parser.add_argument("--strategy", default="low_confidence_static")
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--sample", action="store_true", help="draw at temperature 1; default: greedy")
+    parser.add_argument("--floor", action="store_true", help="beside what the matrix products alone allow (floor.py)")
     parser.add_argument("--model-args", default="", help="more of them: name=value,name=value")
     args = parser.parse_args()
 
     folder = with_random_weights(args.pretrained) if args.random_weights else contextlib.nullcontext(args.pretrained)
     with folder as pretrained:
+        floors = time_products(args, pretrained) if args.floor else {}
         lm = make_model(args, pretrained)
         questions = gsm8k.load(gsm8k_dir=args.gsm8k)["test"] if args.gsm8k else gsm8k.load_demo()["test"]
         instances = [instance(i, doc, args, args.new_tokens) for i, doc in enumerate(questions)]
@@ -54,17 +58,18 @@ def main() -> None:
         lm.generate_until([instance(i, questions[i % len(questions)], args, 16) for i in range(len(largest))], True)
 
         rows = []
-        print("| active | tokens/s | times first | ms a step | peak memory, MiB |")
-        print("| ---: | ---: | ---: | ---: | ---: |")
+        print("| active | tokens/s | times first | ms a step | peak memory, MiB |" + " of the floor |" * args.floor)
+        print("| ---: | ---: | ---: | ---: | ---: |" + " ---: |" * args.floor)
         for active in args.active:
             before = dataclasses.replace(lm.report.counts)
             for turn in range(-(-args.prompts // active)):
                 lm.generate_until(cycled(instances, active, turn), disable_tqdm=True)
-            rows.append(row(active, before, lm.report.counts, args.new_tokens))
+            rows.append(row(active, before, lm.report.counts, args.new_tokens, floors.get(active)))
             print(
                 f"| {active} | {rows[-1]['tokens_per_second']:,.0f} "
                 f"| {rows[-1]['tokens_per_second'] / rows[0]['tokens_per_second']:.1f} | {rows[-1]['ms_per_step']} "
-                f"| {rows[-1]['peak_memory_bytes'] / 2**20:,.0f} |",
+                f"| {rows[-1]['peak_memory_bytes'] / 2**20:,.0f} |"
+                + (f" {rows[-1]['of_the_floor']:.2f} |" if args.floor else ""),
                 flush=True,
             )
     info = lm.get_model_info()["sdar_lm_eval"]
@@ -99,20 +104,30 @@ def cycled(instances: list[Instance], count: int, turn: int) -> list[Instance]:
     return [dataclasses.replace(wanted[i]) for i in range(count)]  # the same one twice would be answered once
 
 
-def row(active: int, before: Any, after: Any, new_tokens: int) -> dict[str, Any]:
+def time_products(args: argparse.Namespace, pretrained: str) -> dict[int, tuple[float, float]]:
+    checkpoint = Checkpoint.open(pretrained)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    floor = Floor(checkpoint.config, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    return {active: floor.seconds(active * checkpoint.block_length) for active in args.active}
+
+
+def row(active: int, before: Any, after: Any, new_tokens: int, products: tuple[float, float] | None) -> dict[str, Any]:
     tokens = after.new_tokens - before.new_tokens
     seconds = after.generation_seconds - before.generation_seconds
     assert tokens == (after.requests - before.requests) * new_tokens, "an answer ended early"
-    forwards = (
-        after.denoising_forwards + after.commit_forwards - before.denoising_forwards - before.commit_forwards
-    ) / active
-    return {
+    denoising = (after.denoising_forwards - before.denoising_forwards) / active
+    commit = (after.commit_forwards - before.commit_forwards) / active
+    found = {
         "active": active,
         "tokens_per_second": round(tokens / seconds, 1),
         "seconds": round(seconds, 2),
-        "ms_per_step": round(1000 * seconds / forwards, 2),
+        "ms_per_step": round(1000 * seconds / (denoising + commit), 2),
         "peak_memory_bytes": after.peak_memory_bytes,
     }
+    if products is not None:
+        floor = tokens_per_second(products, tokens, denoising, commit)
+        found |= {"floor_tokens_per_second": round(floor, 1), "of_the_floor": round(tokens / seconds / floor, 3)}
+    return found
 
 
 if __name__ == "__main__":

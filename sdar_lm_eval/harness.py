@@ -121,7 +121,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         max_active: sequences that run at once; default: as many as fit. `--batch_size N` with N > 1 is another way
             to say it; 1 and auto, which the harness passes when nobody asked, leave it to the engine.
         kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
-        kernels: run a dense model with Triton kernels and CUDA graphs (experimental; needs triton).
+        kernels: run a dense model with Triton kernels and CUDA graphs; default: on GPUs, where triton is installed.
         seed: of sampled answers; each draws by (seed, task, prompt, repeat), whatever else is in the batch.
         chat_template: auto (the checkpoint's chat template, where it has one, for prompts that are not in one yet: each
             becomes one user turn, or the turns its task says it has), on (the same, and an error where there is none),

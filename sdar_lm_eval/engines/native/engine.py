@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import os
 import platform
 import resource
 import sys
@@ -53,7 +54,8 @@ class NativeEngine:
         max_active: sequences running at once; None: 32 on the CPU, 256 on a GPU.
         kv_pages: most pages of 16 tokens for keys and values; None: what the requests need, within 85% of the GPU's
             free memory, or 4 GiB on the CPU.
-        kernels: run a dense model with Triton kernels, on a GPU as CUDA graphs, in the place of transformers' modules.
+        kernels: run a dense model with Triton kernels, on a GPU as CUDA graphs, in the place of transformers' modules;
+            None: on GPUs of compute capability 8.0 and later, where triton is installed.
 
     Raises:
         UserError: no such device or dtype, or the weights do not fit their config.
@@ -67,18 +69,14 @@ class NativeEngine:
         dtype: str = "auto",
         max_active: int | None = None,
         kv_pages: int | None = None,
-        kernels: bool = False,
+        kernels: bool | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._device = resolve_device(device)
         self._dtype = _resolve_dtype(dtype, self._device, checkpoint)
         self._max_active = None if max_active is None else at_least_one("max_active", max_active)
         self._kv_pages = None if kv_pages is None else at_least_one("kv_pages", kv_pages)
-        if not isinstance(kernels, bool):
-            raise UserError(f"kernels={kernels!r} is neither true nor false.")
-        self._kernels = kernels
-        if kernels and importlib.util.find_spec("triton") is None:
-            raise UserError("kernels=true needs triton, which is not installed: pip install triton")
+        self._kernels = _resolve_kernels(kernels, self._device)
         self._preemptions = 0
         self._ahead = self._device.type == "cuda"
         model = checkpoint.load_model(dtype=self._dtype, device=self._device, attention=attention.NAME)
@@ -321,6 +319,19 @@ def resolve_device(device: str) -> torch.device:
             raise UserError(f"device={device!r}: this machine has {count or 'no'} usable GPU(s); choose "
                             f"{', '.join(f'cuda:{i}' for i in range(count)) or 'cpu'} or auto.")  # fmt: skip
     return resolved
+
+
+def _resolve_kernels(kernels: bool | None, device: torch.device) -> bool:
+    if kernels is not None and not isinstance(kernels, bool):
+        raise UserError(f"kernels={kernels!r} is neither true nor false.")
+    installed = importlib.util.find_spec("triton") is not None
+    if kernels is None:
+        return installed and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if kernels and not installed:
+        raise UserError("kernels=true needs triton, which is not installed: pip install triton")
+    if kernels and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(f"kernels=true needs a GPU, and the device is {device}; leave kernels out, or set it to false.")
+    return kernels
 
 
 def _resolve_dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,8 @@ class Runner:
         self._page_size = page_size
         self._device = model.device
         self._vocabulary = model.config.vocab_size
+        # Triton launches on the current device, whatever device its tensors are on.
+        self._on_device: Any = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
         self._uniform = uniform
         self._kernels: Any = None
         self._decoder: Any = None
@@ -194,10 +197,11 @@ class Runner:
     @torch.no_grad()
     def prefill(self, chunks: list[tuple[Sequence, int, int]]) -> None:
         """Store the KV of whole prompt blocks; each chunk is (sequence, start, end)."""
-        if self._decoder is None:
-            self._prefill_rows(chunks)
-        else:
-            self._prefill_packed(chunks)
+        with self._on_device:
+            if self._decoder is None:
+                self._prefill_rows(chunks)
+            else:
+                self._prefill_packed(chunks)
 
     def _prefill_rows(self, chunks: list[tuple[Sequence, int, int]]) -> None:
         to_device = self.state.to_device
@@ -254,12 +258,13 @@ class Runner:
             return False
         assert self._forward_graphs is not None
         assert self._unmask_graphs is not None
-        self._forward_graphs(self._segments, self._rounded(context))
-        self._unmask_graphs(self._masked)
-        self._on_host.copy_(self._packed, non_blocking=True)
-        if self._device.type == "cuda":
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
+        with self._on_device:
+            self._forward_graphs(self._segments, self._rounded(context))
+            self._unmask_graphs(self._masked)
+            self._on_host.copy_(self._packed, non_blocking=True)
+            if self._device.type == "cuda":
+                self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._arrived.record()
         self._segments = self._masked = 0
         return True
 

@@ -12,7 +12,7 @@ from support import random_checkpoint
 
 pytest.importorskip("triton")
 
-from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine
+from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.engines.native import kernels, runner
 
 
@@ -51,6 +51,13 @@ def test_filters_and_penalties_fall_back_to_pytorch(checkpoint):
     ]
     plain = run(make_engine("native", checkpoint, device="cpu"), requests)
     assert [r.token_ids for r in run(engine_with_kernels(checkpoint), requests)] == [r.token_ids for r in plain]
+
+
+@pytest.mark.parametrize(("kernels", "interpret", "reason"), [("yes", "1", "neither true nor"), (True, "0", "a GPU")])
+def test_where_they_cannot_run(checkpoint, monkeypatch, kernels, interpret, reason):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    with pytest.raises(UserError, match=reason):
+        make_engine("native", checkpoint, device="cpu", kernels=kernels)
 
 
 def test_weights_are_not_there_twice(checkpoint):

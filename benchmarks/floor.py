@@ -1,0 +1,120 @@
+"""How long the matrix products of a model alone take: no engine that runs them as they are can be faster.
+
+    python benchmarks/floor.py --pretrained FOLDER --active 1 64 256     # FOLDER needs no weights
+
+For each number of active sequences: milliseconds of the projections of all layers, and of the LM head, over one block
+of each sequence; and the tokens per second that follow, where a block of L tokens takes L denoising forwards (one token
+a step) or 1 (a block a step), and one forward more that stores its keys and values, without the LM head. Attention,
+norms, drawing and Python count as nothing. On a GPU the products run as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from sdar_lm_eval import Checkpoint
+
+
+class Floor:
+    """Times a dense model's products, with random weights of its shape.
+
+    Args:
+        config: the checkpoint's config.json.
+        dtype, device: of the weights.
+    """
+
+    def __init__(self, config: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+        hidden, size = config["hidden_size"], config["head_dim"]
+        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        shapes = [
+            ((heads + 2 * kv_heads) * size, hidden),
+            (hidden, heads * size),
+            (2 * config["intermediate_size"], hidden),
+            (hidden, config["intermediate_size"]),
+        ]
+
+        def matrix(shape: tuple[int, int]) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02)
+
+        self._layers = [[matrix(shape) for shape in shapes] for _ in range(config["num_hidden_layers"])]
+        self._head = matrix((config["vocab_size"], hidden))
+        self._device = device
+
+    def seconds(self, rows: int) -> tuple[float, float]:
+        """Seconds of the layers' products and of the LM head's, over so many tokens."""
+        widths = {matrix.shape[1] for matrix in (*self._layers[0], self._head)}
+        inputs = {width: torch.randn(rows, width, device=self._device).to(self._head.dtype) for width in sorted(widths)}
+
+        def layers() -> None:
+            for layer in self._layers:
+                for matrix in layer:
+                    linear(inputs[matrix.shape[1]], matrix)
+
+        return self._timed(layers), self._timed(lambda: linear(inputs[self._head.shape[1]], self._head))
+
+    def _timed(self, run: Callable[[], Any], repeats: int = 11) -> float:
+        run()
+        if self._device == "cpu":
+            times = []
+            for _ in range(3):
+                started = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - started)
+            return statistics.median(times)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        times = []
+        for _ in range(repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end) / 1000)
+        return statistics.median(times)
+
+
+def tokens_per_second(
+    products: tuple[float, float], tokens: float, denoising_forwards: float, commit_forwards: float
+) -> float:
+    """What `Floor.seconds` of a forward allow, where so many forwards bring so many tokens."""
+    layers, head = products
+    return tokens / (denoising_forwards * (layers + head) + commit_forwards * layers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained", default="demo")
+    parser.add_argument("--active", type=int, nargs="+", default=[1, 4, 16, 32, 64, 128, 256])
+    parser.add_argument("--block-length", type=int, help="default: the checkpoint's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    args = parser.parse_args()
+
+    checkpoint = Checkpoint.open(args.pretrained)
+    block = args.block_length or checkpoint.block_length
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    floor = Floor(checkpoint.config, dtype, args.device)
+    rows = []
+    print("| active | layers, ms | LM head, ms | one token a step, tokens/s | a block a step, tokens/s |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    for active in args.active:
+        layers, head = products = floor.seconds(active * block)
+        slow, fast = (tokens_per_second(products, active * block, steps, 1) for steps in (block, 1))
+        rows.append({"active": active, "layers_ms": 1000 * layers, "head_ms": 1000 * head, "tokens": [slow, fast]})
+        print(f"| {active} | {1000 * layers:.2f} | {1000 * head:.2f} | {slow:,.0f} | {fast:,.0f} |", flush=True)
+    gpu = {"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}
+    print(json.dumps({"pretrained": args.pretrained, "torch": torch.__version__, **gpu, "block": block, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
