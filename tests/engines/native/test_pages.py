@@ -49,6 +49,26 @@ def test_integrity_notices_a_lost_a_doubled_and_a_miscounted_page():
         pool.check_integrity([mine])
 
 
+def test_integrity_notices_stretches_out_of_order():
+    pool, prompt = PagePool(4, 4), (1,) * 8
+    first, last = store(pool, prompt)
+    pool._unwritten.add(last)
+    with pytest.raises(AssertionError, match="nobody is going to write"):
+        pool.check_integrity([])
+    pool.written([last])
+    pool.hold([last])
+    with pytest.raises(AssertionError, match="held without what it follows"):
+        pool.check_integrity([[last]])
+    pool.release([last])
+    with pytest.raises(AssertionError, match="forgotten too late"):
+        pool.hold([first, last])
+        pool.release([last, first])
+        pool.check_integrity([])
+    pool._forget(pool._key_of[first])
+    with pytest.raises(AssertionError, match="forgotten before it"):
+        pool.check_integrity([])
+
+
 @given(st.lists(st.integers(0, 4), max_size=30))
 def test_books_balance_whatever_comes_and_goes(asks):
     pool, owners = PagePool(10, 16), []

@@ -188,7 +188,7 @@ class TestSharedBeginnings:
     def test_many_prompts_prefill_it_once_and_store_it_once(self):
         common = tuple(range(160))
         sequences = [sequence(i, (*common, *[1000 + i] * 6), 8) for i in range(20)]
-        pool = PagePool(10 + 20 * 2, 16)  # of the beginning, and two for each own end and answer
+        pool = PagePool(10 + 20, 16)  # of the beginning, and one for each own end and answer
         finished, most, prefilled, scheduler = run(sequences, pool, 20)
         assert most == len(finished) == 20
         assert scheduler.preemptions == 0
