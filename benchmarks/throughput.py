@@ -8,7 +8,9 @@
 compare. A run is one `generate_until` of the registered model: requests in, texts out, chat template, tokenizing and
 detokenizing included, loading not. Only returned tokens count. With random weights no confidence comes near 0.9, so
 that threshold unmasks one token a step, and threshold 0 a block a step. A step is a forward of a sequence, so a block
-and the one before it that share a forward count as two. The last line is JSON.
+and the one before it that share a forward count as two. `--shared-prefix N` puts the same N tokens in front of each
+question, as few-shot tasks do; `--model-args share_prefixes=false` tells what sharing them is worth. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 from typing import Any
 
@@ -40,6 +43,7 @@ def main() -> None:
     parser.add_argument("--active", type=int, nargs="+", default=[1, 4, 16, 32, 64])
     parser.add_argument("--prompts", type=int, default=64, help="least prompts of a row, in rounds of --active")
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--shared-prefix", type=int, default=0, help="tokens in front of each question, the same ones")
     parser.add_argument("--strategy", default="low_confidence_static")
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--sample", action="store_true", help="draw at temperature 1; default: greedy")
@@ -52,10 +56,12 @@ def main() -> None:
         floors = time_products(args, pretrained) if args.floor else {}
         lm = make_model(args, pretrained)
         questions = gsm8k.load(gsm8k_dir=args.gsm8k)["test"] if args.gsm8k else gsm8k.load_demo()["test"]
-        instances = [instance(i, doc, args, args.new_tokens) for i, doc in enumerate(questions)]
+        front = examples(questions, args.shared_prefix, lm.tokenizer) if args.shared_prefix else ""
+        instances = [instance(i, front, doc, args, args.new_tokens) for i, doc in enumerate(questions)]
         largest = cycled(instances, max(args.active), 0)
         lm._engine.prepare([job.request for job in lm._jobs(largest)[1].values()])
-        lm.generate_until([instance(i, questions[i % len(questions)], args, 16) for i in range(len(largest))], True)
+        warm_up = [instance(i, front, questions[i % len(questions)], args, 16) for i in range(len(largest))]
+        lm.generate_until(warm_up, disable_tqdm=True)
 
         rows = []
         print("| active | tokens/s | times first | ms a step | peak memory, MiB |" + " of the floor |" * args.floor)
@@ -87,7 +93,17 @@ def make_model(args: argparse.Namespace, pretrained: str) -> Any:
     return lm
 
 
-def instance(number: int, doc: dict[str, Any], args: argparse.Namespace, new_tokens: int) -> Instance:
+def examples(docs: Any, tokens: int, tokenizer: Any) -> str:
+    """Worked problems, the last ones first, as much text as makes so many tokens."""
+    ids: list[int] = []
+    for doc in itertools.cycle(list(docs)[::-1]):
+        if len(ids) >= tokens:
+            return str(tokenizer.decode(ids[:tokens]))
+        ids += tokenizer.encode(f"{doc['question']}\n{doc['answer']}\n\n", add_special_tokens=False)
+    raise ValueError("no problems")
+
+
+def instance(number: int, front: str, doc: dict[str, Any], args: argparse.Namespace, new_tokens: int) -> Instance:
     settings = {
         "max_gen_toks": new_tokens,
         "until": [],
@@ -95,7 +111,7 @@ def instance(number: int, doc: dict[str, Any], args: argparse.Namespace, new_tok
         "confidence_threshold": args.threshold,
         **({"do_sample": True, "temperature": 1.0} if args.sample else {"do_sample": False}),
     }
-    return Instance("generate_until", doc, (PROMPT.format(**doc), settings), 0, metadata=("gsm8k", number, 1))
+    return Instance("generate_until", doc, (front + PROMPT.format(**doc), settings), 0, metadata=("gsm8k", number, 1))
 
 
 def cycled(instances: list[Instance], count: int, turn: int) -> list[Instance]:

@@ -122,6 +122,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             to say it; 1 and auto, which the harness passes when nobody asked, leave it to the engine.
         kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
         kernels: run a dense model with Triton kernels and CUDA graphs; default: on GPUs, where triton is installed.
+        share_prefixes: prompts that begin alike share the KV of that beginning (default; false: for comparison).
         seed: of sampled answers; each draws by (seed, task, prompt, repeat), whatever else is in the batch.
         chat_template: auto (the checkpoint's chat template, where it has one, for prompts that are not in one yet: each
             becomes one user turn, or the turns its task says it has), on (the same, and an error where there is none),
@@ -140,7 +141,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
     """
 
     ENGINE = "native"
-    ENGINE_ARGUMENTS: tuple[str, ...] = ("kv_pages", "kernels")
+    ENGINE_ARGUMENTS: tuple[str, ...] = ("kv_pages", "kernels", "share_prefixes")
 
     def __init__(self, pretrained: str = DEFAULT_CHECKPOINT, **arguments: Any) -> None:
         super().__init__()
@@ -767,7 +768,7 @@ class SDARJetEngineLM(SDARLM):
         gpu_memory_utilization: the part of the GPU's memory that JetEngine may fill; default: what the requests need.
         tensor_parallel_size: GPUs that share the weights (JetEngine 0.1.0 only).
         enforce_eager: go without CUDA graphs.
-        all others: those of `SDARLM` but for kv_pages and kernels.
+        all others: those of `SDARLM` but for kv_pages, kernels and share_prefixes.
 
     Raises:
         UserError: as `SDARLM`, and for what JetEngine cannot do.
@@ -786,7 +787,7 @@ class SDARLMDeployLM(SDARLM):
         data_parallel_size: how many processes `accelerate launch` started, each with its copy of the weights; needs
             not be said.
         cache_max_entry_count: the part of the memory that the weights leave, for keys and values; default 0.8.
-        all others: those of `SDARLM` but for kv_pages.
+        all others: those of `SDARLM` but for kv_pages, kernels and share_prefixes.
 
     Raises:
         UserError: as `SDARLM`, and for what LMDeploy cannot do.

@@ -56,6 +56,8 @@ class NativeEngine:
             free memory, or 4 GiB on the CPU.
         kernels: run a dense model with Triton kernels, on a GPU as CUDA graphs, in the place of transformers' modules;
             None: on GPUs of compute capability 8.0 and later, where triton is installed.
+        share_prefixes: prompts that begin alike share the KV of that beginning, which is computed once. Off: for
+            comparison.
 
     Raises:
         UserError: no such device or dtype, or the weights do not fit their config.
@@ -70,14 +72,17 @@ class NativeEngine:
         max_active: int | None = None,
         kv_pages: int | None = None,
         kernels: bool | None = None,
+        share_prefixes: bool = True,
     ) -> None:
         self._checkpoint = checkpoint
         self._device = resolve_device(device)
         self._dtype = _resolve_dtype(dtype, self._device, checkpoint)
         self._max_active = None if max_active is None else at_least_one("max_active", max_active)
         self._kv_pages = None if kv_pages is None else at_least_one("kv_pages", kv_pages)
-        self._kernels = _resolve_kernels(kernels, self._device)
-        self._preemptions = 0
+        if not isinstance(share_prefixes, bool):
+            raise UserError(f"share_prefixes={share_prefixes!r} is neither true nor false.")
+        self._kernels, self._share_prefixes = _resolve_kernels(kernels, self._device), share_prefixes
+        self._preemptions = self._shared_prompt_tokens = 0
         self._ahead = self._device.type == "cuda"
         model = checkpoint.load_model(dtype=self._dtype, device=self._device, attention=attention.NAME)
         self._model = model
@@ -93,6 +98,7 @@ class NativeEngine:
             "max_active": self._max_active or DEFAULT_ACTIVE[self._device.type],
             "kernels": self._kernels,
             "preemptions": self._preemptions,
+            "shared_prompt_tokens": self._shared_prompt_tokens,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
@@ -118,13 +124,16 @@ class NativeEngine:
         sequences = [Sequence(i, request, list(request.prompt_ids)) for i, request in enumerate(requests)]
         max_active = min(self._max_active or DEFAULT_ACTIVE[self._device.type], len(sequences))
         pool = PagePool(self._pages_for(sequences, max_active), PAGE_SIZE)
-        scheduler = Scheduler(sequences, pool, max_active, PREFILL_CHUNK[self._device.type])
+        scheduler = Scheduler(
+            sequences, pool, max_active, PREFILL_CHUNK[self._device.type], share_prefixes=self._share_prefixes
+        )
         try:
             self._runner.allocate(pool.num_pages, max_active, sequences)
         except torch.OutOfMemoryError as error:
             raise EngineError(self._out_of_memory(pool.num_pages)) from error
         yield from self._run(scheduler)
         pool.check_integrity([])
+        self._shared_prompt_tokens += scheduler.shared_prompt_tokens
         if scheduler.preemptions:
             self._preemptions += scheduler.preemptions
             logger.info(
@@ -204,7 +213,7 @@ class NativeEngine:
             now = time.perf_counter()
             self._runner.prefill(plan.prefill)
             for sequence, _, end in plan.prefill:
-                sequence.cached = end
+                scheduler.prefilled(sequence, end)
                 sequence.prefill_forwards += 1
                 sequence.started = sequence.started or now
         self._runner.begin(plan.starting)

@@ -7,7 +7,7 @@ MoE, by transformers' modules with the attention of `attention.py`, and `unmaski
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ from sdar_lm_eval.engines.native.state import BatchState, Outcome
 
 # Rows of float32 logits worked on at once: bounds their memory at large vocabularies.
 LOGITS_BUDGET_BYTES = 1 << 30
+# Padding tokens of a prefill forward of rows: about what a forward more costs.
+MOST_PADDING = {"cpu": 64, "cuda": 1024}
 PREFILL_TILE = 32  # tokens of a prompt that one program of the attention kernel takes
 
 
@@ -199,7 +201,8 @@ class Runner:
         """Store the KV of whole prompt blocks; each chunk is (sequence, start, end)."""
         with self._on_device:
             if self._decoder is None:
-                self._prefill_rows(chunks)
+                for rows in _of_like_length(chunks, MOST_PADDING[self._device.type]):
+                    self._prefill_rows(rows)
             else:
                 self._prefill_packed(chunks)
 
@@ -417,3 +420,21 @@ class Runner:
         greedy = state.greedy[slot]
         token, confidence, entropy = (torch.where(greedy, a, b) for a, b in zip(*results, strict=True))
         return token, confidence, entropy
+
+
+def _of_like_length(
+    chunks: list[tuple[Sequence, int, int]], most_padding: int
+) -> Iterator[list[tuple[Sequence, int, int]]]:
+    """Chunks, (sequence, start, end), in groups that take at most so many tokens of padding to their longest."""
+    group: list[tuple[Sequence, int, int]] = []
+    longest = padding = 0
+    for chunk in sorted(chunks, key=lambda chunk: chunk[1] - chunk[2]):
+        length = chunk[2] - chunk[1]
+        padding += longest - length
+        if group and padding > most_padding:
+            yield group
+            group = []
+        if not group:
+            longest, padding = length, 0
+        group.append(chunk)
+    yield group

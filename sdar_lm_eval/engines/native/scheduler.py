@@ -4,6 +4,9 @@ A sequence waits, is admitted (it gets a slot, and pages for its prompt and its 
 last full block, and is then denoised block by block, with pages for its current block and the next. When pages run out
 the youngest running sequence gives all of its own back and waits again, at the front; its decided tokens are kept and
 prefilled again, so that nothing but time is lost.
+
+A prompt that begins as another one did shares the pages of that beginning (`pages.py`) and is prefilled from there on,
+as soon as the other one has prefilled it. The other one is older, so that it never leaves before it has.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ class Sequence:
 
     Attributes:
         tokens: the prompt and the decided part of the answer.
-        cached: leading tokens whose KV is in the pages, or will be after the next forward; whole blocks.
+        cached: leading tokens whose KV is in the pages, or will be after the next forward, or is stored by the sequence
+            whose pages these are; whole blocks.
         slot: row of the batch state on the device; -1 while waiting.
         begun: whether it takes part in the steps; before that, its prompt is prefilled.
         turn: goes up when the sequence leaves its slot, so that what the device still does there is known to be old.
@@ -104,13 +108,24 @@ class Scheduler:
         pool: the pages.
         max_active: slots, that is sequences running at once.
         prefill_chunk: about how many prompt tokens a step prefills: whole blocks, less than one block more.
+        share_prefixes: whether prompts that begin alike share pages.
     """
 
-    def __init__(self, sequences: Iterable[Sequence], pool: PagePool, max_active: int, prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        sequences: Iterable[Sequence],
+        pool: PagePool,
+        max_active: int,
+        prefill_chunk: int,
+        *,
+        share_prefixes: bool = True,
+    ) -> None:
         self.pool = pool
         self.waiting = deque(sequences)
         self.running: list[Sequence] = []  # in order of admission
         self.preemptions = 0
+        self.shared_prompt_tokens = 0  # that were not prefilled: their KV was there, or on its way
+        self._share_prefixes = share_prefixes
         self._free_slots = list(range(max_active - 1, -1, -1))
         self._prefill_chunk = prefill_chunk
         self._most = max_active
@@ -124,16 +139,29 @@ class Scheduler:
         """Choose what happens before the next step."""
         preempted, paged = self._grow()
         paged += self._admit()
+        entering = [sequence for sequence in self.running if not sequence.begun]
+        ready = list(filter(self._beginning_is_written, entering))
+        assert ready[:1] == entering[:1], "the oldest waits, so that nobody is left to write what it waits for"
         prefill, budget = [], self._prefill_chunk
-        for sequence in self.running:
-            if not sequence.begun and sequence.in_prefill and budget > 0:
+        for sequence in ready:
+            if sequence.in_prefill and budget > 0:
                 blocks = max(budget // sequence.block_length, 1)
                 end = min(sequence.block_start, sequence.cached + blocks * sequence.block_length)
                 prefill.append((sequence, sequence.cached, end))
                 budget -= end - sequence.cached
         ends = {sequence.index: end for sequence, _, end in prefill}
-        starting = [s for s in self.running if not s.begun and ends.get(s.index, s.cached) >= s.block_start]
+        starting = [s for s in ready if ends.get(s.index, s.cached) >= s.block_start]
+        written = [(s.pages, start, end) for s, start, end in prefill]
+        written += [(s.pages, s.block_start, s.reach) for s in starting]
+        for pages, start, end in written:
+            touched = pages[start // self.pool.page_size : self.pool.pages_for(end)]
+            assert all(map(self.pool.may_write, touched)), "a page that others read would be written"
         return Plan(preempted, paged, prefill, starting)
+
+    def prefilled(self, sequence: Sequence, end: int) -> None:
+        """Take note that the KV of a sequence's tokens up to `end` is stored."""
+        sequence.cached = end
+        self.pool.written(sequence.pages[: end // self.pool.page_size])
 
     def finish(self, sequence: Sequence) -> None:
         """Free what a sequence held; its place is taken at the next plan."""
@@ -177,16 +205,29 @@ class Scheduler:
         growing = sum(map(self._grows, self.running))
         while self.waiting and len(self.running) < self._most:
             sequence = self.waiting[0]
-            needed = self.pool.pages_for(sequence.reach)
+            prompt, length = sequence.request.prompt_ids, sequence.block_length
+            shared = self.pool.find(prompt, length)
+            own = self.pool.pages_for(sequence.reach) - len(shared)
+            needed = own + self.pool.idle(shared)
             if self.pool.free_pages < needed + growing and (self.running or self.pool.free_pages < needed):
                 break
             self.waiting.popleft()
             sequence.slot = self._free_slots.pop()
-            sequence.pages = self.pool.allocate(needed)
+            self.pool.hold(shared)
+            sequence.pages = shared + self.pool.allocate(own)
+            sequence.cached = len(shared) * self.pool.page_size
+            self.shared_prompt_tokens += sequence.cached
+            if self._share_prefixes:
+                self.pool.announce(prompt, length, sequence.pages)
             growing += self._grows(sequence)
             self.running.append(sequence)
             admitted.append(sequence)
         return admitted
+
+    def _beginning_is_written(self, sequence: Sequence) -> bool:
+        """Whether nobody else still has to store KV that a sequence shares. It is stored in order: the last tells."""
+        whole = sequence.cached // self.pool.page_size
+        return whole == 0 or self.pool.is_written(sequence.pages[whole - 1])
 
     def _grows(self, sequence: Sequence) -> bool:
         """Whether a sequence will need more pages than it has."""

@@ -16,6 +16,7 @@ from support import random_checkpoint
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import golds
 from sdar_lm_eval.demo import prompts as demo_prompts
+from sdar_lm_eval.engines.native import engine as engine_module
 from sdar_lm_eval.errors import EngineError
 
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded", "random")
@@ -185,11 +186,114 @@ def test_preempted_sequences_lose_nothing(tiny):
 
 
 def test_prefill_in_chunks(tiny, plain, monkeypatch):
-    monkeypatch.setitem(__import__("sdar_lm_eval.engines.native.engine", fromlist=["x"]).PREFILL_CHUNK, "cpu", 12)
+    monkeypatch.setitem(engine_module.PREFILL_CHUNK, "cpu", 12)
     requests = [GenerationRequest(p, 6, DecodingConfig(temperature=0)) for p in prompts(tiny, (50, 3, 31, 17))]
     results = check(tiny, plain, requests)
     assert results[0].prefill_forwards > 3
     assert results[1].prefill_forwards == 0
+
+
+def alike_requests(checkpoint, count=32):
+    """Of random settings; prompts are beginnings of one text, with or without an end of their own."""
+    rng = random.Random(3)
+    (text,) = prompts(checkpoint, (96,), seed=4)
+    cuts = [15, 16, 17, 31, 32, 33, 48, 64, 80, 96]
+    requests = []
+    for i, end in enumerate(prompts(checkpoint, [rng.choice([0, 0, 1, 5, 20]) for _ in range(count)], seed=5)):
+        prompt = list(text[: rng.choice(cuts)])
+        if i % 5 == 0:  # nothing but the last token of a page is another one
+            prompt[(len(prompt) - 1) // 16 * 16 - 1] = (prompt[(len(prompt) - 1) // 16 * 16 - 1] + 1) % 5
+        block = rng.choice([1, 4, 4, 4, 8, 24])
+        decoding = DecodingConfig(
+            block_length=block,
+            remasking_strategy=STRATEGIES[i % 5],
+            confidence_threshold=rng.random(),
+            eb_threshold=rng.random() * 4,
+            temperature=rng.choice([0, 1.0]),
+        )
+        requests.append(GenerationRequest((*prompt, *end), rng.randint(1, 30), decoding, seed=i, record_steps=True))
+    return requests
+
+
+class TestSharedBeginnings:
+    @pytest.fixture(scope="class")
+    def alike(self, tiny):
+        requests = alike_requests(tiny)
+        return requests, run(tiny, requests, max_active=1, share_prefixes=False)
+
+    @pytest.mark.parametrize(
+        ("max_active", "kv_pages", "ahead", "chunk"),
+        [
+            (1, None, False, 1024),
+            (6, 13, False, 12),
+            (32, 13, True, 1024),
+            (32, None, False, 12),
+            (32, None, True, 1024),
+        ],
+    )
+    def test_answers_are_the_same(self, tiny, alike, monkeypatch, max_active, kv_pages, ahead, chunk):
+        """Few pages: what nobody holds is evicted, and sequences that share are preempted."""
+        monkeypatch.setitem(engine_module.PREFILL_CHUNK, "cpu", chunk)
+        requests, alone = alike
+        engine = make_engine("native", tiny, device="cpu", max_active=max_active, kv_pages=kv_pages)
+        engine._ahead = ahead
+        results = asking.run(engine, requests)
+        assert tokens_of(results) == tokens_of(alone)
+        assert [r.unmasked_at for r in results] == [r.unmasked_at for r in alone]
+        assert engine.info["shared_prompt_tokens"] > 0
+        assert (engine.info["preemptions"] > 0) == (kv_pages is not None)
+
+    def test_they_are_the_oracles(self, tiny, plain, alike):
+        check(tiny, plain, alike[0][:16])
+
+    @pytest.mark.parametrize("share", [True, False])
+    def test_a_beginning_is_prefilled_once(self, demo, monkeypatch, share):
+        common, *own = questions(demo, 13)
+        common = (common * 20)[:640]
+        decoding = DecodingConfig(temperature=0, remasking_strategy="low_confidence_static")
+        requests = [GenerationRequest((*common, *end), 8, decoding) for end in own]
+        engine = make_engine("native", demo, device="cpu", share_prefixes=share)
+        prefill, prefilled = engine._runner.prefill, []
+        monkeypatch.setattr(engine._runner, "prefill", lambda chunks: (prefilled.extend(chunks), prefill(chunks)))
+        asking.run(engine, requests)
+        whole = [len(request.prompt_ids) // 4 * 4 for request in requests]
+        shared = 640 * (len(requests) - 1) if share else 0
+        # Ends may begin alike, too, by a page more.
+        assert engine.info["shared_prompt_tokens"] in range(shared, shared + 16 * len(requests) if share else 1, 16)
+        assert sum(end - start for _, start, end in prefilled) == sum(whole) - engine.info["shared_prompt_tokens"]
+
+    def test_equal_prompts_of_whole_pages_go_through_the_model_once(self, tiny):
+        request = GenerationRequest(prompts(tiny, (32,))[0], 8, DecodingConfig(temperature=0))
+        results = run(tiny, [request] * 3)
+        assert [result.prefill_forwards for result in results] == [1, 0, 0]
+        assert len(set(tokens_of(results))) == 1
+        assert all(result.seconds > 0 for result in results)
+
+    def test_what_one_call_stored_is_not_taken_for_the_next_ones(self, tiny):
+        """The pages are there still, but scoring may have thrown them away meanwhile."""
+        engine = make_engine("native", tiny, device="cpu")
+        requests = [GenerationRequest(prompts(tiny, (64,))[0], 8, DecodingConfig(temperature=0))]
+        first = asking.run(engine, requests)
+        engine._runner.release_cache()
+        assert tokens_of(asking.run(engine, requests)) == tokens_of(first)
+        assert engine.info["shared_prompt_tokens"] == 0
+
+    def test_out_of_memory_while_others_wait(self, tiny, monkeypatch):
+        """Prefill fails at first; nobody takes what it was to store as there."""
+        (common,) = prompts(tiny, (48,))
+        requests = [GenerationRequest((*common, i), 12, DecodingConfig(temperature=0)) for i in range(6)]
+        engine = make_engine("native", tiny, device="cpu")
+        prefill, failures = engine._runner.prefill, [1, 1]
+
+        def fails_twice(chunks):
+            if failures:
+                failures.pop()
+                raise torch.OutOfMemoryError
+            prefill(chunks)
+
+        monkeypatch.setattr(engine._runner, "prefill", fails_twice)
+        results = asking.run(engine, requests)
+        assert tokens_of(results) == tokens_of(run(tiny, requests, share_prefixes=False))
 
 
 def test_a_prompt_may_hold_the_mask_token(tiny, plain):
@@ -300,6 +404,11 @@ class TestErrors:
     def test_an_unknown_dtype(self, tiny):
         with pytest.raises(UserError, match="dtype='int8' is unknown; choose float32"):
             make_engine("native", tiny, device="cpu", dtype="int8")
+
+    @pytest.mark.parametrize("name", ["kernels", "share_prefixes"])
+    def test_neither_on_nor_off(self, tiny, name):
+        with pytest.raises(UserError, match=f"{name}='maybe' is neither true nor false"):
+            make_engine("native", tiny, device="cpu", **{name: "maybe"})
 
     def test_no_pages(self, tiny):
         with pytest.raises(UserError, match="kv_pages=0 is out of range"):

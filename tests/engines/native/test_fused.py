@@ -44,6 +44,16 @@ def test_the_same_tokens(checkpoint, monkeypatch):
     assert [r.token_ids for r in fast] == [r.token_ids for r in plain]
 
 
+def test_prompts_that_share_their_beginning(checkpoint):
+    decoding = DecodingConfig(temperature=0, remasking_strategy="low_confidence_static")
+    requests = [GenerationRequest((*range(1, 34), *[100 + i] * i), 5, decoding) for i in range(4)]
+    engine = engine_with_kernels(checkpoint)
+    fast = run(engine, requests)
+    assert engine.info["shared_prompt_tokens"] == 3 * 32
+    plain = run(make_engine("native", checkpoint, device="cpu", share_prefixes=False), requests)
+    assert [r.token_ids for r in fast] == [r.token_ids for r in plain]
+
+
 def test_filters_and_penalties_fall_back_to_pytorch(checkpoint):
     requests = [
         GenerationRequest((1, 2, 3, 4, 5), 4, DecodingConfig(top_k=5), seed=1),
