@@ -122,6 +122,8 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             to say it; 1 and auto, which the harness passes when nobody asked, leave it to the engine.
         kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
         kernels: run a dense model with Triton kernels and CUDA graphs; default: on GPUs, where triton is installed.
+        reproducible: answers are the same to the bit whatever runs beside them (default: only but for rounding). It
+            takes the kernels.
         share_prefixes: prompts that begin alike share the KV of that beginning (default; false: for comparison).
         seed: of sampled answers; each draws by (seed, task, prompt, repeat), whatever else is in the batch.
         chat_template: auto (the checkpoint's chat template, where it has one, for prompts that are not in one yet: each
@@ -141,7 +143,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
     """
 
     ENGINE = "native"
-    ENGINE_ARGUMENTS: tuple[str, ...] = ("kv_pages", "kernels", "share_prefixes")
+    ENGINE_ARGUMENTS: tuple[str, ...] = ("kv_pages", "kernels", "reproducible", "share_prefixes")
 
     def __init__(self, pretrained: str = DEFAULT_CHECKPOINT, **arguments: Any) -> None:
         super().__init__()

@@ -56,6 +56,8 @@ class NativeEngine:
             free memory, or 4 GiB on the CPU.
         kernels: run a dense model with Triton kernels, on a GPU as CUDA graphs, in the place of transformers' modules;
             None: on GPUs of compute capability 8.0 and later, where triton is installed.
+        reproducible: an answer is the same to the bit whatever runs beside it: matrix products of a fixed size, padded,
+            and requests with unlike settings one after the other. It takes kernels and a dense model.
         share_prefixes: prompts that begin alike share the KV of that beginning, which is computed once. Off: for
             comparison.
 
@@ -72,6 +74,7 @@ class NativeEngine:
         max_active: int | None = None,
         kv_pages: int | None = None,
         kernels: bool | None = None,
+        reproducible: bool = False,
         share_prefixes: bool = True,
     ) -> None:
         self._checkpoint = checkpoint
@@ -79,14 +82,23 @@ class NativeEngine:
         self._dtype = _resolve_dtype(dtype, self._device, checkpoint)
         self._max_active = None if max_active is None else at_least_one("max_active", max_active)
         self._kv_pages = None if kv_pages is None else at_least_one("kv_pages", kv_pages)
-        if not isinstance(share_prefixes, bool):
-            raise UserError(f"share_prefixes={share_prefixes!r} is neither true nor false.")
-        self._kernels, self._share_prefixes = _resolve_kernels(kernels, self._device), share_prefixes
+        for name, value in (("share_prefixes", share_prefixes), ("reproducible", reproducible)):
+            if not isinstance(value, bool):
+                raise UserError(f"{name}={value!r} is neither true nor false.")
+        self._kernels = _resolve_kernels(kernels, self._device)
+        self._reproducible, self._share_prefixes = reproducible, share_prefixes
         self._preemptions = self._shared_prompt_tokens = 0
         self._ahead = self._device.type == "cuda"
         model = checkpoint.load_model(dtype=self._dtype, device=self._device, attention=attention.NAME)
         self._model = model
-        self._runner = Runner(model, checkpoint.mask_token_id, PAGE_SIZE, kernels=self._kernels)
+        self._runner = Runner(
+            model, checkpoint.mask_token_id, PAGE_SIZE, kernels=self._kernels, reproducible=reproducible
+        )
+        if reproducible and not self._runner.is_fused:
+            raise UserError(
+                "reproducible=true needs the kernels, which run dense models on GPUs: this is "
+                f"{type(model).__name__} on {self._device} with kernels={str(self._kernels).lower()}."
+            )
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -97,6 +109,7 @@ class NativeEngine:
             "dtype": str(self._dtype).removeprefix("torch."),
             "max_active": self._max_active or DEFAULT_ACTIVE[self._device.type],
             "kernels": self._kernels,
+            "reproducible": self._reproducible,
             "preemptions": self._preemptions,
             "shared_prompt_tokens": self._shared_prompt_tokens,
             "torch": torch.__version__,
@@ -119,9 +132,17 @@ class NativeEngine:
 
     def generate(self, requests: SequenceOf[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
         """See `Engine.generate`. Requests are admitted in the order given."""
-        if not requests:
-            return
-        sequences = [Sequence(i, request, list(request.prompt_ids)) for i, request in enumerate(requests)]
+        for together in self._groups(requests):
+            yield from self._generate([Sequence(i, requests[i], list(requests[i].prompt_ids)) for i in together])
+
+    def _groups(self, requests: SequenceOf[GenerationRequest]) -> list[list[int]]:
+        """Indices of the requests that run together: those of like settings, where results are to be reproducible."""
+        groups: dict[Any, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(request.decoding if self._reproducible else None, []).append(index)
+        return list(groups.values())
+
+    def _generate(self, sequences: list[Sequence]) -> Iterator[tuple[int, GenerationResult]]:
         max_active = min(self._max_active or DEFAULT_ACTIVE[self._device.type], len(sequences))
         pool = PagePool(self._pages_for(sequences, max_active), PAGE_SIZE)
         scheduler = Scheduler(

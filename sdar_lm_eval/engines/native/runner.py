@@ -22,13 +22,15 @@ from sdar_lm_eval.engines.native.graphs import Graphs, ladder
 from sdar_lm_eval.engines.native.pages import SCRATCH_PAGE
 from sdar_lm_eval.engines.native.random_numbers import DRAW, uniform
 from sdar_lm_eval.engines.native.scheduler import Sequence
-from sdar_lm_eval.engines.native.state import BatchState, Outcome
+from sdar_lm_eval.engines.native.state import BatchState, Outcome, Segments
 
 # Rows of float32 logits worked on at once: bounds their memory at large vocabularies.
 LOGITS_BUDGET_BYTES = 1 << 30
 # Padding tokens of a prefill forward of rows: about what a forward more costs.
 MOST_PADDING = {"cpu": 64, "cuda": 1024}
 PREFILL_TILE = 32  # tokens of a prompt that one program of the attention kernel takes
+# Tokens of every matrix product where results must not depend on what else runs: its rounding depends on their number.
+REPRODUCIBLE_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,13 @@ class Runner:
         mask_token_id: never drawn.
         page_size: tokens a page.
         kernels: whether to use Triton: the fused decoder, where the model is dense, and drawing in one pass.
+        reproducible: whether a sequence's results are to be the same to the bit whatever runs beside it. It takes the
+            fused decoder, and sequences that all have the same settings.
     """
 
-    def __init__(self, model: Any, mask_token_id: int, page_size: int, *, kernels: bool) -> None:
+    def __init__(
+        self, model: Any, mask_token_id: int, page_size: int, *, kernels: bool, reproducible: bool = False
+    ) -> None:
         self._model = model
         self._mask_token_id = mask_token_id
         self._page_size = page_size
@@ -108,11 +114,17 @@ class Runner:
 
             self._kernels, self._uniform = triton_kernels, triton_kernels.uniform
             self._decoder = fused.FusedDecoder(model) if fused.FusedDecoder.fits(model) else None
+        self._reproducible, self._together = reproducible, 1
         self._shape: Shape | None = None
         self._forward_graphs: Graphs | None = None
         self._unmask_graphs: Graphs | None = None
         self._arrived: Any = None
         self.cache: torch.Tensor | None = None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the fused decoder runs the model."""
+        return self._decoder is not None
 
     def bytes_per_page(self) -> int:
         """Memory of one page over all layers, in bytes."""
@@ -161,6 +173,10 @@ class Runner:
         self._pages = np.full((shape.slots + 1, shape.width), SCRATCH_PAGE)
         self._table = torch.from_numpy(self._pages).to(device)
         segments, places = ladder(2 * shape.slots), ladder(shape.slots * shape.block)
+        if self._reproducible:
+            self._together = max(REPRODUCIBLE_ROWS // shape.block, 1)
+            segments = _multiples(self._together, 2 * shape.slots)
+            places = _multiples(REPRODUCIBLE_ROWS, shape.slots * shape.block)
         self._hidden = torch.zeros(
             segments[-1] * shape.block, config.hidden_size, dtype=self._model.dtype, device=device
         )
@@ -222,6 +238,17 @@ class Runner:
         )
 
     def _prefill_packed(self, chunks: list[tuple[Sequence, int, int]]) -> None:
+        if not self._reproducible:
+            self._prefill_together(chunks, PREFILL_TILE, padding_to=0)
+            return
+        # Like the blocks that are denoised: a sequence that is preempted has its answer prefilled.
+        assert self._shape is not None
+        block = self._shape.block
+        for part in _in_parts(chunks, self._together * block):
+            self._prefill_together(part, block, padding_to=self._together * block)
+
+    def _prefill_together(self, chunks: list[tuple[Sequence, int, int]], tile_tokens: int, padding_to: int) -> None:
+        """Run chunks as one row of tokens, padded to a number of them, with tiles of so many for attention."""
         to_device, page_size = self.state.to_device, self._page_size
         columns: list[list[Any]] = [[], [], [], []]
         first, count, slots, begin = [], [], [], 0
@@ -231,18 +258,20 @@ class Runner:
             visible = (position // length + 1) * length
             for column, part in zip(columns, (sequence.tokens[start:end], position, places, visible), strict=True):
                 column.append(part)
-            for tile in range(start, end, PREFILL_TILE):
+            for tile in range(start, end, tile_tokens):
                 first.append(begin + tile - start)
-                count.append(min(PREFILL_TILE, end - tile))
+                count.append(min(tile_tokens, end - tile))
                 slots.append(sequence.slot)
             begin += end - start
+        for column in columns:
+            column.append(np.zeros(max(padding_to - begin, 0), dtype=np.int64))  # KV to the scratch page; sees nothing
         tokens, positions, all_places, all_visible = (to_device(np.concatenate(column)) for column in columns)
         tiles = self._kernels.Tiles(
             to_device(np.array(first)),
             to_device(np.array(count)),
             self._table[to_device(np.array(slots))],
             all_visible,
-            PREFILL_TILE,
+            tile_tokens,
             splits=-(-max(end for _, _, end in chunks) // self._kernels.SPLIT),
         )
         self._decoder(tokens, positions, all_places, tiles, self.cache)
@@ -262,8 +291,8 @@ class Runner:
         assert self._forward_graphs is not None
         assert self._unmask_graphs is not None
         with self._on_device:
-            self._forward_graphs(self._segments, self._rounded(context))
-            self._unmask_graphs(self._masked)
+            self._forward_graphs(self._whole(self._segments, self._together), self._rounded(context))
+            self._unmask_graphs(self._whole(self._masked, REPRODUCIBLE_ROWS))
             self._on_host.copy_(self._packed, non_blocking=True)
             if self._device.type == "cuda":
                 self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -287,27 +316,42 @@ class Runner:
         split: int = self._kernels.SPLIT
         return split << (-(-context // split) - 1).bit_length()
 
+    def _whole(self, count: int, unit: int) -> int:
+        """A count with the padding that reproducible results take."""
+        return -(-count // unit) * unit if self._reproducible else count
+
     def _run_segments(self, count: int, context: int) -> None:
         """Run the state's segments through the model, `count` with padding; leaves their hidden states."""
-        segments = self.state.segments(count)
+        segments, begin = self.state.segments(count), 0
+        # Part after part is right too: the block before stands in front of its own.
+        for part in segments.split(self._together if self._reproducible else count):
+            hidden = self._run_blocks(part, context)
+            self._hidden[begin : begin + len(hidden)] = hidden
+            begin += len(hidden)
+
+    def _run_blocks(self, segments: Segments, context: int) -> torch.Tensor:
+        """One pass over S blocks; returns their hidden states (S * L, hidden size)."""
         if self._decoder is None:
-            hidden = self._run_rows(
+            rows = self._run_rows(
                 segments.slot, segments.tokens, segments.start, segments.length, segments.length, context
-            ).flatten(0, 1)
-        else:
-            block = self.state.block
-            table = self._table[segments.slot]
-            positions, visible, places = self._stand(
-                table, segments.start, segments.length, segments.length, self.state.offsets
             )
-            first = torch.arange(0, count * block, block, device=self._device)
-            if block <= PREFILL_TILE // 2:  # a block and the one before it are one tile, and load keys and values once
-                tiled, counts = 2 * block, segments.following * block
-            else:
-                tiled, counts = block, segments.length
-            tiles = self._kernels.Tiles(first, counts, table, visible.flatten(), tiled, context // self._kernels.SPLIT)
-            hidden = self._decoder(segments.tokens.flatten(), positions.flatten(), places.flatten(), tiles, self.cache)
-        self._hidden[: len(hidden)] = hidden
+            return rows.flatten(0, 1)
+        block = self.state.block
+        table = self._table[segments.slot]
+        positions, visible, places = self._stand(
+            table, segments.start, segments.length, segments.length, self.state.offsets
+        )
+        first = torch.arange(0, visible.numel(), block, device=self._device)
+        if block <= PREFILL_TILE // 2 and not self._reproducible:
+            # A block and the one before it are one tile, and load keys and values once.
+            tiled, counts = 2 * block, segments.following * block
+        else:
+            tiled, counts = block, segments.length
+        tiles = self._kernels.Tiles(first, counts, table, visible.flatten(), tiled, context // self._kernels.SPLIT)
+        hidden: torch.Tensor = self._decoder(
+            segments.tokens.flatten(), positions.flatten(), places.flatten(), tiles, self.cache
+        )
+        return hidden
 
     def _run_rows(
         self,
@@ -362,7 +406,8 @@ class Runner:
     def _unmask(self, count: int) -> None:
         """Draw at the masked places, `count` with padding, from the hidden states; advance the state."""
         place, row = self.state.masked_places(count)
-        chunk = max(1, LOGITS_BUDGET_BYTES // (4 * self._vocabulary))
+        most = max(1, LOGITS_BUDGET_BYTES // (4 * self._vocabulary))
+        chunk = REPRODUCIBLE_ROWS if self._reproducible else most
         parts = [
             self._draw_some(some, self._hidden[rows])
             for some, rows in zip(torch.split(place, chunk), torch.split(row, chunk), strict=True)
@@ -438,3 +483,26 @@ def _of_like_length(
             longest, padding = length, 0
         group.append(chunk)
     yield group
+
+
+def _in_parts(chunks: list[tuple[Sequence, int, int]], tokens: int) -> Iterator[list[tuple[Sequence, int, int]]]:
+    """Chunks of prompts, cut into parts of at most so many tokens together: whole blocks, as that number is."""
+    part: list[tuple[Sequence, int, int]] = []
+    room = tokens
+    for sequence, start, end in chunks:
+        begin = start
+        while begin < end:
+            stop = min(begin + room, end)
+            part.append((sequence, begin, stop))
+            room -= stop - begin
+            begin = stop
+            if not room:
+                yield part
+                part, room = [], tokens
+    if part:
+        yield part
+
+
+def _multiples(unit: int, largest: int) -> tuple[int, ...]:
+    """Of `unit`, up to the first that is not below `largest`."""
+    return tuple(range(unit, largest + unit, unit))

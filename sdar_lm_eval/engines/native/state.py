@@ -14,6 +14,7 @@ Shapes: N slots and one more for padding, L positions of a block, S segments, M 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -78,6 +79,11 @@ class Segments:
     length: torch.Tensor
     following: torch.Tensor
     tokens: torch.Tensor
+
+    def split(self, count: int) -> list[Segments]:
+        """The same in parts of `count` blocks."""
+        columns = (getattr(self, field.name).split(count) for field in dataclasses.fields(self))
+        return [Segments(*part) for part in zip(*columns, strict=True)]
 
 
 class BatchState:

@@ -13,6 +13,7 @@ from support import random_checkpoint
 pytest.importorskip("triton")
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
+from sdar_lm_eval.engines.native import engine as native_engine
 from sdar_lm_eval.engines.native import kernels, runner
 
 
@@ -68,6 +69,33 @@ def test_where_they_cannot_run(checkpoint, monkeypatch, kernels, interpret, reas
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
     with pytest.raises(UserError, match=reason):
         make_engine("native", checkpoint, device="cpu", kernels=kernels)
+
+
+@pytest.mark.parametrize("reproducible", [True, False])
+def test_reproducible_to_the_bit(checkpoint, monkeypatch, reproducible):
+    """Alone, in any batch and order, preempted, with a shared beginning: the same confidences, not only tokens."""
+    monkeypatch.setattr(runner, "REPRODUCIBLE_ROWS", 4)
+    monkeypatch.setattr(native_engine, "PAGE_SIZE", 4)
+    settings = [DecodingConfig(), DecodingConfig(), DecodingConfig(top_k=5)]
+    requests = [
+        GenerationRequest((*range(4), i), 8, decoding, seed=i, record_steps=True) for i, decoding in enumerate(settings)
+    ]
+
+    def answers(wanted, **options):
+        engine = engine_with_kernels(checkpoint, reproducible=reproducible, **options)
+        results = run(engine, wanted)
+        return {request.seed: (r.token_ids, r.confidences) for request, r in zip(wanted, results, strict=True)}, engine
+
+    together, _ = answers(requests, share_prefixes=False)
+    tight, engine = answers(requests[::-1], kv_pages=6)
+    assert engine.info["preemptions"] > 0
+    alone, _ = answers(requests[1:2])
+    assert (tight == together and alone == {1: together[1]}) == reproducible
+
+
+def test_reproducible_takes_the_kernels(checkpoint):
+    with pytest.raises(UserError, match=r"reproducible=true needs the kernels.*kernels=false"):
+        make_engine("native", checkpoint, device="cpu", reproducible=True)
 
 
 def test_weights_are_not_there_twice(checkpoint):
