@@ -188,15 +188,16 @@ class NativeEngine:
         while scheduler.unfinished:
             finished = []
             if launched:
+                context = self._context(scheduler)  # before the wait: between two steps the GPU has nothing to do
                 outcome, before, launched = self._runner.collect(), launched, {}
                 if self._ahead:
                     with contextlib.suppress(torch.OutOfMemoryError):  # it is tried once more below
-                        launched = self._launch(scheduler)
+                        launched = self._launch(scheduler, context)
                 finished = self._settle(scheduler, outcome, before)
             yield from finished
             try:
                 self._prepare_step(scheduler)
-                launched = launched or self._launch(scheduler)
+                launched = launched or self._launch(scheduler, self._context(scheduler))
             except torch.OutOfMemoryError as error:
                 self._make_room(scheduler, error)
 
@@ -242,11 +243,14 @@ class NativeEngine:
             sequence.begun = True
             sequence.started = sequence.started or time.perf_counter()
 
-    def _launch(self, scheduler: Scheduler) -> dict[int, tuple[Sequence, int]]:
-        """Start a step; returns who is in which slot meanwhile, if anything runs."""
+    def _context(self, scheduler: Scheduler) -> int:
+        """Most tokens that a block of the next step sees."""
         blocks = 2 if self._ahead else 1  # the device may have begun the block after the one that the host knows of
-        ends = (min(s.block_start + blocks * s.block_length, s.longest) for s in scheduler.running)
-        if not scheduler.running or not self._runner.launch(max(ends)):
+        return max((min(s.block_start + blocks * s.block_length, s.longest) for s in scheduler.running), default=0)
+
+    def _launch(self, scheduler: Scheduler, context: int) -> dict[int, tuple[Sequence, int]]:
+        """Start a step; returns who is in which slot meanwhile, if anything runs."""
+        if not scheduler.running or not self._runner.launch(context):
             return {}
         return {sequence.slot: (sequence, sequence.turn) for sequence in scheduler.running}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# Small sizes are cheap steps, in which padding would cost most. From 64 on it is less than a quarter.
+# Small sizes are cheap steps, in which padding would cost most; from 128 on it is at most an eighth.
 LADDER = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64)
 
 
@@ -16,7 +16,7 @@ def ladder(largest: int) -> tuple[int, ...]:
     """Sizes from 1 up to the first that is not below `largest`."""
     sizes = list(LADDER)
     while sizes[-1] < largest:
-        sizes.append(sizes[-1] + max(16, 2 ** (sizes[-1].bit_length() - 3)))
+        sizes.append(sizes[-1] + max(16, 2 ** (sizes[-1].bit_length() - 4)))
     return tuple(sizes[: bisect.bisect_left(sizes, largest) + 1])
 
 

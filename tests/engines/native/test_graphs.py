@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import bisect
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdar_lm_eval.engines.native.graphs import Graphs, ladder
+
+
+@given(st.integers(1, 5000), st.data())
+def test_a_size_is_padded_little(largest, data):
+    sizes = ladder(largest)
+    assert list(sizes) == sorted(set(sizes))
+    assert sizes[-1] >= largest and (len(sizes) == 1 or sizes[-2] < largest)
+    size = data.draw(st.integers(1, largest))
+    padded = sizes[bisect.bisect_left(sizes, size)]
+    assert size <= padded <= (size + 1 if size < 8 else 1.5 * size if size < 64 else 1.25 * size)
+    if size > 128:
+        assert padded <= 1.125 * size
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_without_graphs_a_size_is_what_it_is(size):
+    seen = []
+    Graphs(lambda *key: seen.append(key), ladder(100), enabled=False)(size, "context")
+    assert seen == [(size, "context")]
