@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,12 @@ def test_mistakes(runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     told = error_of(str(folder / "ours"), "--filter", "strict")
     assert "choose strict-match, flexible-extract. Did you mean 'strict-match'?" in told
     assert "cannot be written" in error_of(str(folder / "ours"), "--output", str(tmp_path / "no" / "out.json"))
+
+
+def test_a_line_that_a_killed_run_left_unfinished(runs: Any, tmp_path: Path) -> None:
+    folder, _ = runs
+    whole = convert(folder / "ours")
+    shutil.copytree(folder / "ours", tmp_path / "ours")
+    with (tmp_path / "ours" / "trace.jsonl").open("a") as trace:
+        trace.write('{"task": "gsm8k_sdar_demo", "docu')
+    assert convert(tmp_path / "ours") == whole
