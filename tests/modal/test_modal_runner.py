@@ -193,6 +193,24 @@ def test_a_container_that_dies(tmp_path: Path) -> None:
         assert not output.exists()
 
 
+def test_a_container_that_dies_before_or_after_the_gpu(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    words = (*DEMO, "--num-samples", "2", "--output-file", str(output))
+    with ControlPlane(tmp_path / "modal", QUICK_START, lambda _: signal.SIGKILL, troubled="publish") as plane:
+        done = _run(plane, *words)
+        assert done.returncode == 1 and not output.exists()
+        (line,) = done.stderr.strip().splitlines()
+        assert line.startswith("modal_runner: error: Modal: RemoteError: the container ended with -9. Finished answers")
+        plane.started.clear()
+        again = _run(plane, *words[:-1], "/dev/full")
+        assert again.returncode == 1
+        assert "--output-file /dev/full cannot be written: No space left on device. The results are on" in again.stderr
+        assert "Accuracy: " in again.stdout
+        plane.started.clear()
+        assert _run(plane, *words).returncode == 0 and output.exists()
+        assert plane.started == ["prepare"]
+
+
 def test_a_missing_model_and_the_image_of_jetengine(tmp_path: Path) -> None:
     with ControlPlane(tmp_path / "modal") as plane:
         (plane.volume("sdar-models-cache") / "my-sdar").mkdir()
@@ -226,6 +244,10 @@ def test_a_missing_model_and_the_image_of_jetengine(tmp_path: Path) -> None:
         (["--verbose", "maybe"], 2, "'maybe' is not one of 'true', 'false'"),
         (["--engine", "vllm"], 2, "'vllm' is not one of 'jetengine', 'native', 'lmdeploy'"),
         (["--engine", "native", "--remasking-strategy", "low_confidence"], 1, "'low_confidence' is unknown; choose"),
+        (["--output-file", ""], 1, "--output-file '' is no name of a file. Give one, such as gsm8k_results.json."),
+        (["--output-file", "tests"], 1, "--output-file 'tests' is no name of a file."),
+        (["--gpu", ""], 1, "--gpu is empty. Name one: H100! (an H100 and nothing else)"),
+        (["--gpu", "h100:4"], 1, "--gpu h100:4: a container uses one GPU. Give --gpu H100, and --shards N"),
     ],
 )
 def test_a_wrong_flag(tmp_path: Path, words: list[str], code: int, message: str) -> None:
