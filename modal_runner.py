@@ -8,7 +8,7 @@
 
     prepare    CPU: the checkpoint is fetched, and its fingerprint and the number of documents are known
     evaluate   GPU: the harness call that a local user makes, on one shard; answers go to the results volume at once
-    publish    CPU: the harness scores all answers in one pass
+    publish    CPU: the harness scores all answers in one pass; before any GPU, where there are answers already
 
 This is the only file that knows Modal. What a flag means is in sdar_lm_eval/runs.
 """
@@ -145,7 +145,7 @@ Outcome = dict[str, Any]
 def prepare(run: Run) -> Outcome:
     """Fetch a run's checkpoint and documents to the volume, so that no GPU waits for them, and no two do it at once."""
     from sdar_lm_eval.checkpoint import Checkpoint
-    from sdar_lm_eval.runs.shards import documents_of
+    from sdar_lm_eval.runs.shards import ANSWERS, documents_of
 
     try:
         pretrained = located(run)
@@ -155,6 +155,7 @@ def prepare(run: Run) -> Outcome:
     except SDARError as error:
         return {"error": str(error)}
     models.commit()
+    begun = [path.parent.name for path in Path(os.environ["SDAR_RESULTS"]).glob(f"*/{ANSWERS}")]
     # The commit that the hub's cache has it under, so that all containers run the same one.
     of_hub = checkpoint.folder.parent.name == "snapshots"
     return {
@@ -162,6 +163,7 @@ def prepare(run: Run) -> Outcome:
         "revision": checkpoint.folder.name if of_hub else run.revision,
         "fingerprint": fingerprint,
         "documents": documents,
+        "begun": begun,
     }
 
 
@@ -188,7 +190,8 @@ def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard
     return {}
 
 
-@app.function(**place, cpu=4, memory=16 * 1024, timeout=TIMEOUT)
+# A container sees the volume as it was when it started: a second call needs its own to see the answers since the first.
+@app.function(**place, cpu=4, memory=16 * 1024, timeout=TIMEOUT, single_use_containers=True)
 def publish(runs: list[tuple[Run, str]]) -> list[Outcome]:
     """Score each run's answers, all in one pass of the harness; the report stays on the results volume."""
     from sdar_lm_eval.runs import merge
@@ -323,6 +326,12 @@ def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: 
         done = (run, folder) not in todo
         told = summary.told_apart(run, runs) + (", there already: nothing is computed" if done else "")
         print(f"Results: sdar-results/{folder}/{run.name}{told}")
+    begun = [pair for pair in todo if pair[1] in ready["begun"]]
+    if begun:  # perhaps by a larger run, or nothing but the scores is missing: it takes no GPU to find out
+        for pair, outcome in zip(begun, publish.remote(begun), strict=True):
+            if "error" not in outcome:
+                todo.remove(pair)
+                print(f"{pair[1]}: all answers are there already, so no GPU is needed")
     if todo:
         documents = sum(ready["documents"].values())
         shards = min(shards, documents)

@@ -205,10 +205,29 @@ def test_a_container_that_dies_before_or_after_the_gpu(tmp_path: Path) -> None:
         again = _run(plane, *words[:-1], "/dev/full")
         assert again.returncode == 1
         assert "--output-file /dev/full cannot be written: No space left on device. The results are on" in again.stderr
-        assert "Accuracy: " in again.stdout
+        assert "Accuracy: " in again.stdout and "all answers are there already" in again.stdout
+        assert plane.started == ["prepare", "publish"]
         plane.started.clear()
         assert _run(plane, *words).returncode == 0 and output.exists()
         assert plane.started == ["prepare"]
+
+
+def test_a_part_of_a_larger_run_takes_no_gpu(tmp_path: Path) -> None:
+    words = (*DEMO, "--verbose", "false", "--output-file", str(tmp_path / "results.json"))
+    with ControlPlane(tmp_path / "modal", site=QUICK_START) as plane:
+        for number, started in (
+            ("3", ["prepare", "evaluate", "publish"]),
+            ("2", ["prepare", "publish"]),
+            ("4", ["prepare", "publish", "evaluate", "publish"]),
+        ):
+            plane.started.clear()
+            done = _run(plane, *words, "--num-samples", number)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert plane.started == started
+            report = json.loads((tmp_path / "results.json").read_text())
+            assert [result["idx"] for result in report["results"]] == list(range(int(number)))
+        # The second call of `publish` must not see the volume as the first one's container does.
+        assert plane.functions["publish"].definition.single_use_containers
 
 
 def test_a_missing_model_and_the_image_of_jetengine(tmp_path: Path) -> None:
