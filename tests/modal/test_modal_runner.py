@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -278,12 +279,24 @@ def test_a_wrong_flag(tmp_path: Path, words: list[str], code: int, message: str)
         assert bool(plane.functions) == (code == 1)  # what the client refuses is not built
 
 
-def test_pins_and_engines_are_the_package_s(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> Any:
     spec = importlib.util.spec_from_file_location("modal_runner", ROOT / "modal_runner.py")
     assert spec is not None and spec.loader is not None
-    runner: Any = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "modal_runner", runner)
-    spec.loader.exec_module(runner)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "modal_runner", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_has_each_flag(runner: Any) -> None:
+    flags = {f"--{name.replace('_', '-')}" for name in inspect.signature(runner.main.info.raw_f).parameters}
+    section = (ROOT / "README.md").read_text("utf-8").partition("## On Modal")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `--")]
+    assert {flag for row in rows for flag in re.findall(r"`(--[\w-]+)`", row)} == flags
+
+
+def test_pins_and_engines_are_the_package_s(runner: Any) -> None:
     assert get_args(runner.Engine) == tuple(ENGINES)
     assert runner.jetengine_requirement().endswith(PINNED)
     required = re.search(r"\njetengine = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
