@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +149,13 @@ def test_a_line_that_a_killed_run_left_unfinished(runs: Any, tmp_path: Path) -> 
     with (tmp_path / "ours" / "trace.jsonl").open("a") as trace:
         trace.write('{"task": "gsm8k_sdar_demo", "docu')
     assert convert(tmp_path / "ours") == whole
+
+
+def test_a_reader_that_has_seen_enough(runs: Any) -> None:
+    folder, _ = runs
+    command = [sys.executable, "-m", "sdar_lm_eval.report", "gsm8k-json", str(folder / "ours")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
