@@ -8,7 +8,7 @@
 
     prepare    CPU: the checkpoint is fetched, and its fingerprint and the number of documents are known
     evaluate   GPU: the harness call that a local user makes, on one shard; answers go to the results volume at once
-    publish    CPU: the harness scores all answers in one pass
+    publish    CPU: the harness scores all answers in one pass; before any GPU, where there are answers already
 
 This is the only file that knows Modal. What a flag means is in sdar_lm_eval/runs.
 """
@@ -145,7 +145,7 @@ Outcome = dict[str, Any]
 def prepare(run: Run) -> Outcome:
     """Fetch a run's checkpoint and documents to the volume, so that no GPU waits for them, and no two do it at once."""
     from sdar_lm_eval.checkpoint import Checkpoint
-    from sdar_lm_eval.runs.shards import documents_of
+    from sdar_lm_eval.runs.shards import ANSWERS, documents_of
 
     try:
         pretrained = located(run)
@@ -155,6 +155,7 @@ def prepare(run: Run) -> Outcome:
     except SDARError as error:
         return {"error": str(error)}
     models.commit()
+    begun = [path.parent.name for path in Path(os.environ["SDAR_RESULTS"]).glob(f"*/{ANSWERS}")]
     # The commit that the hub's cache has it under, so that all containers run the same one.
     of_hub = checkpoint.folder.parent.name == "snapshots"
     return {
@@ -162,6 +163,7 @@ def prepare(run: Run) -> Outcome:
         "revision": checkpoint.folder.name if of_hub else run.revision,
         "fingerprint": fingerprint,
         "documents": documents,
+        "begun": begun,
     }
 
 
@@ -188,7 +190,8 @@ def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard
     return {}
 
 
-@app.function(**place, cpu=4, memory=16 * 1024, timeout=TIMEOUT)
+# A container sees the volume as it was when it started: a second call needs its own to see the answers since the first.
+@app.function(**place, cpu=4, memory=16 * 1024, timeout=TIMEOUT, single_use_containers=True)
 def publish(runs: list[tuple[Run, str]]) -> list[Outcome]:
     """Score each run's answers, all in one pass of the harness; the report stays on the results volume."""
     from sdar_lm_eval.runs import merge
@@ -257,9 +260,8 @@ def main(
             raise UserError(f"--timeout {timeout} is out of range: it must be from 1 to {DAY} seconds.")
         if not 1 <= shards <= 100:
             raise UserError(f"--shards {shards} is out of range: it must be from 1 to 100.")
-        output = Path(output_file).expanduser()
-        if not output.resolve().parent.is_dir():
-            raise UserError(f"--output-file {output_file}: {output.resolve().parent} is no folder. Make it first.")
+        gpu = gpu_of(gpu)
+        output = output_of(output_file)
         runs = runs_from_flags(
             model_name=model_name, num_samples=num_samples, block_length=block_length, denoising_steps=denoising_steps,
             temperature=temperature, remasking_strategy=remasking_strategy, confidence_threshold=confidence_threshold,
@@ -270,10 +272,46 @@ def main(
         failed = evaluated(runs, output, shards=shards, gpu=gpu, timeout=timeout)
     except SDARError as error:
         failed = [str(error)]
+    except modal.Error as error:
+        failed = [
+            f"Modal: {type(error).__name__}: {str(error).rstrip('.')}. Finished answers are kept on the volume "
+            "sdar-results: the same command goes on from them."
+        ]
     for error in failed:
         print(f"modal_runner: error: {error}", file=sys.stderr)
     if failed:
         sys.exit(1)
+
+
+def gpu_of(text: str) -> str:
+    """Return the name of a GPU, spelled as Modal does.
+
+    Raises:
+        UserError: none, or several: no engine here would use them. Which ones there are, Modal knows.
+    """
+    name, _, count = text.strip().upper().partition(":")
+    if not name:
+        raise UserError(f"--gpu is empty. Name one: {GPU} (an H100 and nothing else), H100, H200, A100-80GB, …")
+    if count not in ("", "1"):
+        raise UserError(f"--gpu {text}: a container uses one GPU. Give --gpu {name}, and --shards N for N of them.")
+    return name
+
+
+def output_of(text: str) -> Path:
+    """Return where the JSON file is to be written.
+
+    Raises:
+        UserError: it cannot be; better known before anything is paid for.
+    """
+    output = Path(text).expanduser()
+    folder = output.absolute().parent
+    if not text.strip() or output.is_dir():
+        raise UserError(f"--output-file {text!r} is no name of a file. Give one, such as gsm8k_results.json.")
+    if not folder.is_dir():
+        raise UserError(f"--output-file {text}: {folder} is no folder. Make it first.")
+    if not os.access(output if output.exists() else folder, os.W_OK):
+        raise UserError(f"--output-file {text} cannot be written: no permission. Name a file elsewhere.")
+    return output
 
 
 def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: int) -> list[str]:
@@ -286,7 +324,14 @@ def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: 
     todo = [(run, folder) for run, folder in zip(runs, folders, strict=True) if report_of(run, folder) is None]
     for run, folder in zip(runs, folders, strict=True):
         done = (run, folder) not in todo
-        print(f"Results: sdar-results/{folder}/{run.name}" + (", there already: nothing is computed" if done else ""))
+        told = summary.told_apart(run, runs) + (", there already: nothing is computed" if done else "")
+        print(f"Results: sdar-results/{folder}/{run.name}{told}")
+    begun = [pair for pair in todo if pair[1] in ready["begun"]]
+    if begun:  # perhaps by a larger run, or nothing but the scores is missing: it takes no GPU to find out
+        for pair, outcome in zip(begun, publish.remote(begun), strict=True):
+            if "error" not in outcome:
+                todo.remove(pair)
+                print(f"{pair[1]}: all answers are there already, so no GPU is needed")
     if todo:
         documents = sum(ready["documents"].values())
         shards = min(shards, documents)
@@ -301,11 +346,11 @@ def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: 
             raised = isinstance(outcome, BaseException)
             error = f"{type(outcome).__name__}: {outcome}" if raised else outcome.get("error")
             if error:
-                failed.append(f"{part[1]}, shard {part[4]} of {shards}: {error}")
+                failed.append(f"{part[1]}{summary.told_apart(part[0], runs)}, shard {part[4]} of {shards}: {error}")
         # Also where a shard failed: the others' answers are there, and it says which documents are not.
         failed += [
-            f"{folder}: {outcome['error']}"
-            for (_, folder), outcome in zip(todo, publish.remote(todo), strict=True)
+            f"{folder}{summary.told_apart(run, runs)}: {outcome['error']}"
+            for (run, folder), outcome in zip(todo, publish.remote(todo), strict=True)
             if "error" in outcome
         ]
     reports = [report_of(run, folder) for run, folder in zip(runs, folders, strict=True)]
@@ -317,7 +362,11 @@ def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: 
         content = summary.sweep_json(reports, runs, folders)
         print(summary.sweep_table(reports, runs))
     if content is not None:
-        output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        try:
+            output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        except OSError as error:
+            kept = "The results are on the volume sdar-results: the same command with another file computes nothing."
+            return [*failed, f"--output-file {output} cannot be written: {error.strerror}. {kept}"]
         print(f"Written: {output}")
     return failed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser.set_defaults(run=command.run)
     arguments = parser.parse_args(argv)
     try:
-        print(arguments.run(arguments))
+        print(arguments.run(arguments), flush=True)
+    except BrokenPipeError:  # the reader, say `head`, has seen enough; Python would write the rest again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except SDARError as error:
         print(f"sdar_lm_eval: error: {error}", file=sys.stderr)
         return 1

@@ -188,13 +188,14 @@ def _costs(folder: Path, task: str) -> dict[int, Json]:
     for file in sorted(folder.rglob("*.jsonl*")):
         if file.name.startswith("samples_"):
             continue
-        for line in _lines(file):
+        for line in _lines(file, whole=False):
             if line.get("task") == task and line.get("repeat") == 0 and "seconds" in line:
                 costs[line["document"]] = line
     return costs
 
 
-def _lines(file: Path) -> Iterable[Json]:
+def _lines(file: Path, whole: bool = True) -> Iterable[Json]:
+    """A JSONL file's objects; where it need not be `whole`, without lines that a killed process left unfinished."""
     # Not splitlines(): a JSON string may hold U+2028 and its like.
     for number, line in enumerate(file.read_text("utf-8").split("\n"), 1):
         if not line:
@@ -202,6 +203,8 @@ def _lines(file: Path) -> Iterable[Json]:
         try:
             content = json.loads(line)
         except ValueError as error:
+            if not whole:
+                continue
             raise UserError(f"{file}, line {number}: not JSON ({error}).") from error
         if isinstance(content, dict):
             yield content

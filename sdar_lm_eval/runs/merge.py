@@ -100,7 +100,6 @@ class RecordedLM(LM):  # type: ignore[misc]
         counts = Counts(
             requests=len(mine),
             load_seconds=max((run.get("load_seconds", 0.0) for run in runs), default=0.0),
-            generation_seconds=busy_seconds(sessions),
             peak_memory_bytes=max((run.get("peak_memory_bytes", 0) for run in runs), default=0),
         )
         for line in {line["key"]: line for line in self.used}.values():
@@ -109,6 +108,9 @@ class RecordedLM(LM):  # type: ignore[misc]
             counts.prefill_forwards += line["forwards"]["prefill"]
             counts.denoising_forwards += line["forwards"]["denoising"]
             counts.commit_forwards += line["forwards"]["commit"]
+        # Of sessions that answered more than is used here, so much of their time as of their tokens is used.
+        tokens = sum(line["new_tokens"] for session in sessions for line in session.answers.values())
+        counts.generation_seconds = busy_seconds(sessions) * (counts.new_tokens / tokens if tokens else 1.0)
         run = counts.as_dict() | {"sessions": len(sessions)}
         return {
             "model_dtype": models[-1].get("dtype"),

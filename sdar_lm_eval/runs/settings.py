@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,16 @@ DEFAULT_TASK = "gsm8k_sdar"
 
 SWEPT = ("block_length", "denoising_steps", "temperature", "remasking_strategy", "confidence_threshold")
 """Flags that take several values, separated by commas, for a sweep."""
+
+BLOCK_LENGTHS = (1, 2, 4, 8, 16, 32, 64)
+LIMITS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "jetengine": {"block_length": BLOCK_LENGTHS},
+    "lmdeploy": {
+        "block_length": BLOCK_LENGTHS,
+        "remasking_strategy": ("low_confidence_dynamic", "low_confidence_static", "sequential"),
+    },
+}
+"""Engine -> setting -> all values it takes. Engines refuse others themselves, but on a GPU that is paid for by then."""
 
 # What answers are made by: another version of these is another results folder. All else only counts and reports.
 _PACKAGE = Path(sdar_lm_eval.__file__).parent
@@ -190,23 +200,42 @@ def runs_from_flags(
     for name, (text, read) in given.items():
         flag = f"--{name.replace('_', '-')}"
         values.append(list(dict.fromkeys(read(flag, value) for value in _listed(flag, text))))
-    runs = [
-        Run(
-            model_name=model_name,
-            revision=revision or None,
-            engine=engine,
-            tasks=tuple(dict.fromkeys(_listed("--tasks", tasks))),
-            num_samples=num_samples,
-            decoding=DecodingConfig(**dict(zip(given, combination, strict=True))),
-            max_gen_length=max_gen_length,
-            seed=seed,
-            verbose=verbose,
-        )
-        for combination in itertools.product(*values)
-    ]
-    for run in runs:
-        read_generation(run.gen_kwargs, {})  # refuses what the model would
+    runs = []
+    for combination in itertools.product(*values):
+        chosen = dict(zip(given, combination, strict=True))
+        try:
+            run = Run(
+                model_name=model_name,
+                revision=revision or None,
+                engine=engine,
+                tasks=tuple(dict.fromkeys(_listed("--tasks", tasks))),
+                num_samples=num_samples,
+                decoding=DecodingConfig(**chosen),
+                max_gen_length=max_gen_length,
+                seed=seed,
+                verbose=verbose,
+            )
+            read_generation(run.gen_kwargs, {})  # refuses what the model would
+            _check_limits(engine, chosen)
+        except UserError as error:
+            varied = [f"{name}={chosen[name]}" for name, of in zip(given, values, strict=True) if len(of) > 1]
+            if not varied:
+                raise
+            raise UserError(
+                f"{error} The sweep asks for it at {', '.join(varied)}. Nothing was run: leave that value out, or "
+                "sweep in several commands."
+            ) from error
+        runs.append(run)
     return runs
+
+
+def _check_limits(engine: str, chosen: Mapping[str, Any]) -> None:
+    for name, allowed in LIMITS.get(engine, {}).items():
+        if chosen[name] not in allowed:
+            raise UserError(
+                f"--{name.replace('_', '-')} {chosen[name]} is not for --engine {engine}, which takes "
+                f"{', '.join(map(str, allowed))}. Choose one of these, or --engine native."
+            )
 
 
 def _listed(flag: str, text: str) -> list[str]:

@@ -57,13 +57,20 @@ def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskMan
     """Return how many documents of each task are evaluated, groups resolved into their tasks.
 
     Raises:
-        UserError: no such task, or one that asks for log-likelihoods.
+        UserError: no such task, one that asks for log-likelihoods, or one whose documents cannot be fetched.
     """
     manager = manager or task_manager(tasks)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise UserError(f"--tasks {', '.join(unknown)}: unknown to the harness. `lm_eval ls tasks` lists all.")
-    found = _leaves(get_task_dict(list(tasks), manager))
+    try:
+        found = _leaves(get_task_dict(list(tasks), manager))
+    except OSError as error:  # the hub's and datasets' errors are among these
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(
+            f"--tasks {', '.join(tasks)}: the documents cannot be fetched ({reason.splitlines()[0]}). "
+            "Check the network and try again; gated data needs HF_TOKEN."
+        ) from error
     scored = [name for name, task in found.items() if task.OUTPUT_TYPE != "generate_until"]
     if scored:
         raise UserError(

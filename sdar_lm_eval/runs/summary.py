@@ -58,7 +58,7 @@ def result(report: Json) -> str:
 
 def sweep_table(reports: Sequence[Json | None], runs: Sequence[Run]) -> str:
     """Return a sweep's table; a run that has no report is `failed`."""
-    varied = [name for name in SWEPT if len({run.swept[name] for run in runs}) > 1] or list(SWEPT)
+    varied = _varied(runs) or list(SWEPT)
     rows = [[*varied, "accuracy, %", "tokens/s", "tokens/forward"]]
     for run, report in zip(runs, reports, strict=True):
         row = [_value(run.swept[name]) for name in varied]
@@ -78,6 +78,12 @@ def sweep_table(reports: Sequence[Json | None], runs: Sequence[Run]) -> str:
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
 
 
+def told_apart(run: Run, runs: Sequence[Run]) -> str:
+    """Return what a run of a sweep is told by, as " (temperature 0, …)"; "" where there is one run."""
+    told = ", ".join(f"{name} {_value(run.swept[name])}" for name in _varied(runs))
+    return f" ({told})" if told else ""
+
+
 def sweep_json(reports: Sequence[Json | None], runs: Sequence[Run], folders: Sequence[str]) -> dict[str, Any]:
     """Return a sweep's one JSON: each run's settings, metrics and speed; its examples stay in its own folder."""
     return {
@@ -88,6 +94,10 @@ def sweep_json(reports: Sequence[Json | None], runs: Sequence[Run], folders: Seq
             for run, report, folder in zip(runs, reports, folders, strict=True)
         ]
     }
+
+
+def _varied(runs: Sequence[Run]) -> list[str]:
+    return [name for name in SWEPT if len({run.swept[name] for run in runs}) > 1]
 
 
 def _accuracy(report: Json) -> str:

@@ -95,8 +95,9 @@ class ControlPlane:
     Args:
         folder: for shipped files, volumes and containers.
         site: a folder that comes first where containers look for modules.
-        trouble: called again and again while a container of `evaluate` runs, with its process id, until it returns a
+        trouble: called again and again while a container of `troubled` runs, with its process id, until it returns a
             signal for it: SIGINT preempts the container, another one ends its input with a failure.
+        troubled: the function's name.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class ControlPlane:
         folder: Path,
         site: Path | None = None,
         trouble: Callable[[int], signal.Signals | None] | None = None,
+        troubled: str = "evaluate",
     ) -> None:
         self.folder = folder
         self.functions: dict[str, Function] = {}
@@ -114,6 +116,7 @@ class ControlPlane:
         self.unknown: Counter[str] = Counter()
         self.commits: Counter[str] = Counter()
         self.trouble = trouble
+        self.troubled = troubled
         self._site = site
         self._files: dict[str, Path] = {}
         self._blobs: dict[str, Path] = {}
@@ -490,7 +493,7 @@ class ControlPlane:
         preempted = False
         while process.poll() is None:
             await asyncio.sleep(0.01)
-            if self.trouble is not None and function.name == "evaluate" and (sent := self.trouble(process.pid)):
+            if self.trouble is not None and function.name == self.troubled and (sent := self.trouble(process.pid)):
                 self.trouble = None
                 self.hit.append(container)
                 preempted = sent == signal.SIGINT

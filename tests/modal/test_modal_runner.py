@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -193,6 +194,43 @@ def test_a_container_that_dies(tmp_path: Path) -> None:
         assert not output.exists()
 
 
+def test_a_container_that_dies_before_or_after_the_gpu(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    words = (*DEMO, "--num-samples", "2", "--output-file", str(output))
+    with ControlPlane(tmp_path / "modal", QUICK_START, lambda _: signal.SIGKILL, troubled="publish") as plane:
+        done = _run(plane, *words)
+        assert done.returncode == 1 and not output.exists()
+        (line,) = done.stderr.strip().splitlines()
+        assert line.startswith("modal_runner: error: Modal: RemoteError: the container ended with -9. Finished answers")
+        plane.started.clear()
+        again = _run(plane, *words[:-1], "/dev/full")
+        assert again.returncode == 1
+        assert "--output-file /dev/full cannot be written: No space left on device. The results are on" in again.stderr
+        assert "Accuracy: " in again.stdout and "all answers are there already" in again.stdout
+        assert plane.started == ["prepare", "publish"]
+        plane.started.clear()
+        assert _run(plane, *words).returncode == 0 and output.exists()
+        assert plane.started == ["prepare"]
+
+
+def test_a_part_of_a_larger_run_takes_no_gpu(tmp_path: Path) -> None:
+    words = (*DEMO, "--verbose", "false", "--output-file", str(tmp_path / "results.json"))
+    with ControlPlane(tmp_path / "modal", site=QUICK_START) as plane:
+        for number, started in (
+            ("3", ["prepare", "evaluate", "publish"]),
+            ("2", ["prepare", "publish"]),
+            ("4", ["prepare", "publish", "evaluate", "publish"]),
+        ):
+            plane.started.clear()
+            done = _run(plane, *words, "--num-samples", number)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert plane.started == started
+            report = json.loads((tmp_path / "results.json").read_text())
+            assert [result["idx"] for result in report["results"]] == list(range(int(number)))
+        # The second call of `publish` must not see the volume as the first one's container does.
+        assert plane.functions["publish"].definition.single_use_containers
+
+
 def test_a_missing_model_and_the_image_of_jetengine(tmp_path: Path) -> None:
     with ControlPlane(tmp_path / "modal") as plane:
         (plane.volume("sdar-models-cache") / "my-sdar").mkdir()
@@ -226,6 +264,10 @@ def test_a_missing_model_and_the_image_of_jetengine(tmp_path: Path) -> None:
         (["--verbose", "maybe"], 2, "'maybe' is not one of 'true', 'false'"),
         (["--engine", "vllm"], 2, "'vllm' is not one of 'jetengine', 'native', 'lmdeploy'"),
         (["--engine", "native", "--remasking-strategy", "low_confidence"], 1, "'low_confidence' is unknown; choose"),
+        (["--output-file", ""], 1, "--output-file '' is no name of a file. Give one, such as gsm8k_results.json."),
+        (["--output-file", "tests"], 1, "--output-file 'tests' is no name of a file."),
+        (["--gpu", ""], 1, "--gpu is empty. Name one: H100! (an H100 and nothing else)"),
+        (["--gpu", "h100:4"], 1, "--gpu h100:4: a container uses one GPU. Give --gpu H100, and --shards N"),
     ],
 )
 def test_a_wrong_flag(tmp_path: Path, words: list[str], code: int, message: str) -> None:
@@ -237,12 +279,24 @@ def test_a_wrong_flag(tmp_path: Path, words: list[str], code: int, message: str)
         assert bool(plane.functions) == (code == 1)  # what the client refuses is not built
 
 
-def test_pins_and_engines_are_the_package_s(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> Any:
     spec = importlib.util.spec_from_file_location("modal_runner", ROOT / "modal_runner.py")
     assert spec is not None and spec.loader is not None
-    runner: Any = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "modal_runner", runner)
-    spec.loader.exec_module(runner)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "modal_runner", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_has_each_flag(runner: Any) -> None:
+    flags = {f"--{name.replace('_', '-')}" for name in inspect.signature(runner.main.info.raw_f).parameters}
+    section = (ROOT / "README.md").read_text("utf-8").partition("## On Modal")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `--")]
+    assert {flag for row in rows for flag in re.findall(r"`(--[\w-]+)`", row)} == flags
+
+
+def test_pins_and_engines_are_the_package_s(runner: Any) -> None:
     assert get_args(runner.Engine) == tuple(ENGINES)
     assert runner.jetengine_requirement().endswith(PINNED)
     required = re.search(r"\njetengine = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +140,22 @@ def test_mistakes(runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     told = error_of(str(folder / "ours"), "--filter", "strict")
     assert "choose strict-match, flexible-extract. Did you mean 'strict-match'?" in told
     assert "cannot be written" in error_of(str(folder / "ours"), "--output", str(tmp_path / "no" / "out.json"))
+
+
+def test_a_line_that_a_killed_run_left_unfinished(runs: Any, tmp_path: Path) -> None:
+    folder, _ = runs
+    whole = convert(folder / "ours")
+    shutil.copytree(folder / "ours", tmp_path / "ours")
+    with (tmp_path / "ours" / "trace.jsonl").open("a") as trace:
+        trace.write('{"task": "gsm8k_sdar_demo", "docu')
+    assert convert(tmp_path / "ours") == whole
+
+
+def test_a_reader_that_has_seen_enough(runs: Any) -> None:
+    folder, _ = runs
+    command = [sys.executable, "-m", "sdar_lm_eval.report", "gsm8k-json", str(folder / "ours")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0

@@ -68,6 +68,15 @@ def test_shards_become_one_result(tmp_path: Path) -> None:
     assert _texts(publish(more, alone))[:7] == _texts(report)
 
 
+def test_a_part_of_a_larger_run_has_its_share_of_the_time(tmp_path: Path) -> None:
+    answer_shard(_run(), tmp_path, 1, 1)
+    whole, part = (
+        json.loads(publish(_run(num_samples=number), tmp_path).read_text())["performance"] for number in (7, 2)
+    )
+    assert part["new_tokens"] < whole["new_tokens"]
+    assert part["tokens_per_second"] == pytest.approx(whole["tokens_per_second"], rel=0.01)
+
+
 def test_more_shards_than_documents(tmp_path: Path) -> None:
     answer_shard(_run(num_samples=2), tmp_path, 3, 3)
     assert not list(tmp_path.rglob("*.jsonl"))

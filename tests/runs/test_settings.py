@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from sdar_lm_eval.engines.jetengine import engine as jetengine
+from sdar_lm_eval.engines.lmdeploy import engine as lmdeploy
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.gen_kwargs import read_generation
 from sdar_lm_eval.runs import settings
@@ -105,12 +107,32 @@ def test_a_sweep_is_a_grid() -> None:
         ({"seed": -1}, "--seed -1 is out of range"),
         ({"model_name": " "}, "--model-name is empty"),
         ({"tasks": ""}, "--tasks '' has an empty value"),
+        (
+            {"block_length": "4,8", "denoising_steps": "4,8"},
+            r"denoising_steps=8 .* The sweep asks for it at block_length=4, denoising_steps=8\. Nothing was run",
+        ),
+        (
+            {"block_length": "4,128"},
+            r"--block-length 128 is not for --engine jetengine, .* 64\. .*--engine native",
+        ),
+        (
+            {"engine": "lmdeploy", "remasking_strategy": "entropy_bounded"},
+            "--remasking-strategy entropy_bounded is not for --engine lmdeploy, which takes low_confidence_dynamic,",
+        ),
         ({"engine": "jetengin"}, "--engine jetengin is unknown; .*Did you mean 'jetengine'"),
     ],
 )
 def test_mistakes(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         _runs(**flags)
+
+
+def test_limits_are_the_engines() -> None:
+    assert settings.LIMITS == {
+        "jetengine": {"block_length": jetengine.BLOCK_LENGTHS},
+        "lmdeploy": {"block_length": lmdeploy.BLOCK_LENGTHS, "remasking_strategy": lmdeploy.STRATEGIES},
+    }
+    assert _runs(engine="native", block_length="3", denoising_steps="3", remasking_strategy="entropy_bounded")
 
 
 def test_an_engine_that_this_version_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,3 +53,12 @@ def test_tasks_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "get_task_dict", lambda *_: {"arc": Task()})
     with pytest.raises(UserError, match="--tasks arc: ask for log-likelihoods"):
         documents_of(["gsm8k_sdar_demo"], None, ours)
+
+
+def test_documents_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object) -> None:
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
+
+    monkeypatch.setattr(shards, "get_task_dict", offline)
+    with pytest.raises(UserError, match=r"--tasks gsm8k_sdar_demo: .* \(Couldn't reach .* on the Hub\)\. Check"):
+        documents_of(["gsm8k_sdar_demo"], None)

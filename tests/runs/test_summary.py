@@ -93,3 +93,9 @@ def test_a_run_whose_time_is_unknown(seconds: float | None) -> None:
     unknown = dict.fromkeys(PERFORMANCE) | {"total_seconds": None}
     performance = unknown if seconds is None else PERFORMANCE | {"total_seconds": seconds}
     assert ("Throughput" in summary.result(REPORT | {"performance": performance})) is (seconds is not None)
+
+
+def test_what_a_run_of_a_sweep_is_told_by() -> None:
+    assert summary.told_apart(_runs()[0], _runs()) == ""
+    runs = _runs(temperature="0,0.5", block_length="4,8")
+    assert summary.told_apart(runs[1], runs) == " (block_length 4, temperature 0.5)"
