@@ -24,6 +24,7 @@ PROTOCOL = {
     "denoising_steps": 4,
     "remasking_strategy": "low_confidence_static",
     "temperature": 0.0,
+    "repetition_penalty": 1.0,
     "max_gen_toks": 4096,
 }
 """Decoding settings of the published runs (JetAstra/SDAR at c2041a8, evaluation/opencompass/configs)."""

@@ -132,7 +132,8 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "sdar_lm_eval": {
             "pretrained": "JetLM/SDAR-4B-Chat",
             "decoding_of_tasks": {
-                "gsm8k_sdar_paper": PAPER_SETTINGS | {"max_gen_toks": 512, "block_length": 8},
+                "gsm8k_sdar_paper": PAPER_SETTINGS
+                | {"max_gen_toks": 512, "block_length": 8, "repetition_penalty": 1.2},
                 "ifeval_sdar": PAPER_SETTINGS,
             },
         },
@@ -151,7 +152,8 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert rows["HumanEval"] == "HumanEval humaneval_sdar 20 70.0 ± 10.5 72.0 -2.0 ± 11.1 within chance"
     assert rows["MATH500"] == "MATH500 math500_sdar not run 72.8"
     assert lines[10:12] == [
-        "gsm8k_sdar_paper: block_length=8 (published: 4); max_gen_toks=512 (published: 4096)",
+        "gsm8k_sdar_paper: block_length=8 (published: 4); repetition_penalty=1.2 (published: 1.0); "
+        "max_gen_toks=512 (published: 4096)",
         "humaneval_sdar: 20 of 164 questions; num_fewshot=3 (published: 0)",
     ]
     assert lines[12] == "" and lines[13].startswith("± is one standard error.")
