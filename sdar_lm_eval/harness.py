@@ -416,6 +416,15 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             logger.warning(
                 "%d of %d texts to be scored have no tokens; their log-likelihood is 0.", len(empty), len(jobs)
             )
+        mask = self.checkpoint.mask_token_id
+        if impossible := sum(any(mask in p.continuation_ids for p in job.pieces) for job in jobs.values()):
+            logger.warning(
+                "%d of %d texts to be scored contain the mask token %r, which is never generated; their log-likelihood "
+                "is -inf, and so a perplexity is infinite. Take it out of the documents.",
+                impossible,
+                len(jobs),
+                self.tokenizer.convert_ids_to_tokens(mask),
+            )
         self.report.start(len(jobs), show=self._rank == 0 and not disable_tqdm, scoring=True)
         try:
             for job in empty:

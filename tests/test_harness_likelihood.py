@@ -159,6 +159,19 @@ def test_a_continuation_without_tokens_is_certain(make_lm: MakeLM, caplog: pytes
     assert "2 of 3 texts to be scored have no tokens; their log-likelihood is 0." in caplog.text
 
 
+def test_texts_with_the_mask_token_are_told(make_lm: MakeLM, caplog: pytest.LogCaptureFixture) -> None:
+    lm = make_lm()
+    mask = lm.tokenizer.convert_ids_to_tokens(lm.checkpoint.mask_token_id)
+    lm.loglikelihood([request("One", f" {mask} two"), request("One", " two"), request(f"One {mask}", " two")])
+    assert f"1 of 3 texts to be scored contain the mask token {mask!r}, which is never generated" in caplog.text
+    caplog.clear()
+    lm.loglikelihood_rolling([request("One"), request(f"One {mask} two")])
+    assert "1 of 2 texts to be scored contain the mask token" in caplog.text
+    caplog.clear()
+    lm.loglikelihood(pairs(2))
+    assert "mask token" not in caplog.text
+
+
 def test_long_contexts_lose_their_beginning(make_lm: MakeLM, caplog: pytest.LogCaptureFixture) -> None:
     lm = make_lm(max_length=12)
     lm.loglikelihood([request("1 2 3 4 5 6 7 8 9", " 1 2"), request("1", " 2")])

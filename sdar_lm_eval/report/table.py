@@ -24,6 +24,7 @@ PROTOCOL = {
     "denoising_steps": 4,
     "remasking_strategy": "low_confidence_static",
     "temperature": 0.0,
+    "repetition_penalty": 1.0,
     "max_gen_toks": 4096,
 }
 """Decoding settings of the published runs (JetAstra/SDAR at c2041a8, evaluation/opencompass/configs)."""
@@ -41,6 +42,7 @@ class Column:
         task: ours that reproduces it.
         metric: that task's, with its filter, as results files spell it.
         questions: how many the benchmark has.
+        shots: how many solved questions stand before each.
         published: per cent, for each of `MODELS`.
     """
 
@@ -48,16 +50,17 @@ class Column:
     task: str
     metric: str
     questions: int
+    shots: int
     published: tuple[float, float, float, float]
 
 
 COLUMNS = (
-    Column("MMLU (5-shot)", "mmlu_sdar", "exact_match,first-option", 14042, (62.9, 74.9, 78.6, 82.8)),
-    Column("GSM8K", "gsm8k_sdar_paper", "exact_match,strict-match", 1319, (80.1, 89.9, 91.3, 91.4)),
-    Column("MATH500", "math500_sdar", "math_verify,none", 500, (63.2, 72.8, 78.6, 77.8)),
-    Column("HumanEval", "humaneval_sdar", "pass@1,code-block", 164, (61.6, 72.0, 78.7, 87.2)),
-    Column("MBPP (sanitized)", "mbpp_sdar", "pass@1,code-block", 257, (61.1, 65.4, 72.0, 71.6)),
-    Column("IFEval (prompt strict)", "ifeval_sdar", "prompt_level_strict_acc,none", 541, (43.4, 56.6, 61.4, 60.6)),
+    Column("MMLU (5-shot)", "mmlu_sdar", "exact_match,first-option", 14042, 5, (62.9, 74.9, 78.6, 82.8)),
+    Column("GSM8K", "gsm8k_sdar_paper", "exact_match,strict-match", 1319, 0, (80.1, 89.9, 91.3, 91.4)),
+    Column("MATH500", "math500_sdar", "math_verify,none", 500, 0, (63.2, 72.8, 78.6, 77.8)),
+    Column("HumanEval", "humaneval_sdar", "pass@1,code-block", 164, 0, (61.6, 72.0, 78.7, 87.2)),
+    Column("MBPP (sanitized)", "mbpp_sdar", "pass@1,code-block", 257, 0, (61.1, 65.4, 72.0, 71.6)),
+    Column("IFEval (prompt strict)", "ifeval_sdar", "prompt_level_strict_acc,none", 541, 0, (43.4, 56.6, 61.4, 60.6)),
 )
 
 
@@ -69,12 +72,14 @@ class Score:
         value: mean, 0 to 1.
         stderr: its standard error; None where a single question leaves it unknown.
         questions: how many were answered.
+        shots: how many solved questions stood before each; None where the file does not say.
         settings: decoding settings of the run, where the model is ours.
     """
 
     value: float
     stderr: float | None
     questions: int
+    shots: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -119,7 +124,7 @@ def run(arguments: argparse.Namespace) -> str:
 _LEGEND = (
     f"± is one standard error. A difference is larger than chance if it exceeds {STANDARD_ERRORS} standard errors of\n"
     "two runs on different questions. These answered the same ones, which makes chance smaller: a marked difference\n"
-    "is real, and an unmarked one may be."
+    "is hardly chance, and an unmarked one may be real."
 )
 
 
@@ -127,19 +132,25 @@ def read_runs(paths: Iterable[Path]) -> dict[str, dict[str, Score]]:
     """Return model -> task -> score, of the newest run of each, from lm_eval's results files in folders or named.
 
     Raises:
-        UserError: a path does not exist, or holds no results of these tasks.
+        UserError: a path does not exist, holds no results of these tasks, or holds some that cannot be read.
     """
-    results = sorted((result for path in paths for _, result in results_in(path)), key=lambda result: result["date"])
+    found = sorted((run for path in paths for run in results_in(path)), key=lambda run: run[1]["date"])
     runs: dict[str, dict[str, Score]] = {}
-    for result in results:
+    for file, result in found:
         for column in COLUMNS:
-            score = _score(result, column)
-            if score is not None:
-                runs.setdefault(model_of(result) or "?", {})[column.task] = score
+            try:
+                score = _score(result, column)
+                if score is not None:
+                    runs.setdefault(model_of(result) or "?", {})[column.task] = score
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{file} is not as lm_eval writes it ({type(error).__name__}: {error}), so {column.task} cannot be "
+                    "read. Evaluate again, or name the folders of other runs."
+                ) from error
     if not runs:
-        found = sorted({task for result in results for task in result["results"]})
+        tasks = sorted({task for _, result in found for task in result["results"]})
         raise UserError(
-            f"No results of the table's tasks, only of {', '.join(found[:8])}. Run --tasks sdar_bench, or some of "
+            f"No results of the table's tasks, only of {', '.join(tasks[:8])}. Run --tasks sdar_bench, or some of "
             f"{', '.join(column.task for column in COLUMNS)}."
         )
     return runs
@@ -153,12 +164,16 @@ def published_as(model: str) -> str | None:
 
 
 def difference(score: Score, column: Column, model: str) -> Difference:
-    """Return how far a score is from that of a published model, one of `MODELS`."""
+    """Return how far a score is from that of a published model, one of `MODELS`.
+
+    A few answers may be all right or all wrong by chance, and then tell nothing of their spread: it counts as no
+    smaller than the published model's on as many questions.
+    """
     published = column.published[MODELS.index(model)]
     stderr = None
     if score.stderr is not None:
-        of_published = _stderr(published / 100, column.questions) or 0.0
-        stderr = 100 * math.hypot(score.stderr, of_published)
+        of_few, of_all = (_stderr(published / 100, number) or 0.0 for number in (score.questions, column.questions))
+        stderr = 100 * math.hypot(max(score.stderr, of_few), of_all)
     return Difference(100 * score.value - published, stderr)
 
 
@@ -200,6 +215,7 @@ def _score(result: Mapping[str, Any], column: Column) -> Score | None:
         value=sum(values) / len(values),
         stderr=math.hypot(*known) / len(tasks) if len(known) == len(tasks) else None,
         questions=sum(questions),
+        shots=result.get("n-shot", {}).get(tasks[0]),
         settings=settings.get(tasks[0], {}),
     )
 
@@ -216,6 +232,8 @@ def _notes(column: Column, score: Score) -> list[str]:
         for name, value in PROTOCOL.items()
         if name in score.settings and score.settings[name] != value
     ]
+    if score.shots not in (None, column.shots):
+        found.insert(0, f"num_fewshot={score.shots} (published: {column.shots})")
     if score.questions < column.questions:
         found.insert(0, f"{score.questions:,} of {column.questions:,} questions")
     return [f"{column.task}: {'; '.join(found)}"] if found else []

@@ -5,7 +5,8 @@ lm-eval opens this file by its path, outside of its package: imports are absolut
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
@@ -43,6 +44,7 @@ def load(**metadata: Any) -> datasets.DatasetDict:
     require(IFEVAL.title, "langdetect", "immutabledict", "nltk")
     rows = documents(IFEVAL, "train", metadata)
     _require_punkt()
+    _require_scorable(rows)
     return datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
 
 
@@ -58,6 +60,21 @@ def _require_punkt() -> None:
                 "IFEval is scored with nltk's punkt_tab, which cannot be downloaded. Where there is a network, run "
                 "`python -m nltk.downloader -d FOLDER punkt_tab`; then set NLTK_DATA=FOLDER."
             ) from None
+
+
+def _require_scorable(rows: Iterable[Row]) -> None:
+    """Score an answer to each prompt, before a model answers them all for a row that ends the scoring."""
+    state = random.getstate()  # lm-eval draws what an instruction leaves open; the run's draws stay the same
+    for row in rows:
+        try:
+            score(row, ["."])
+        except Exception as error:  # whatever an instruction's code makes of wrong arguments
+            raise UserError(
+                f"IFEval: the prompt with key {row['key']} cannot be scored ({type(error).__name__}: {error}). Its "
+                f"'instruction_id_list' is {row['instruction_id_list']}, its 'kwargs' {row['kwargs']}: both must be "
+                f"as {IFEVAL.hub} has them."
+            ) from error
+    random.setstate(state)
 
 
 def score(doc: Row, results: Sequence[str]) -> dict[str, Any]:

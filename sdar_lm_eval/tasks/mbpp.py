@@ -15,6 +15,13 @@ from sdar_lm_eval.tasks.programs import passes, require_runner
 
 SECONDS = 9.0  # OpenCompass's MBPPEvaluator (opencompass/datasets/mbpp.py) gives 10, its alarm rings one earlier
 
+
+def _complaint(row: Row) -> str | None:
+    if all(isinstance(test, str) and test.strip() for test in row["test_list"]):
+        return None
+    return f"'test_list' is {row['test_list']!r}, not a list of strings such as 'assert f(2) == 4'."
+
+
 MBPP = Source(
     title="MBPP",
     folder="mbpp",
@@ -24,6 +31,7 @@ MBPP = Source(
     where="sanitized/test-00000-of-00001.parquet of https://huggingface.co/datasets/google-research-datasets/mbpp",
     columns={"task_id": int, "prompt": str, "test_list": list},
     row='{"task_id": 11, "prompt": "Write …", "test_list": ["assert …"]}',
+    complaint=_complaint,
 )
 
 _FENCE = "```"

@@ -15,6 +15,7 @@ from typing import Any
 
 from lm_eval.api.task import ConfigurableTask
 
+from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.tasks.turns import Turn, TurnsPrompt
 
 
@@ -34,7 +35,17 @@ class RoundsTask(ConfigurableTask):  # type: ignore[misc]
         chat_template: Callable[..., str] | None = None,
         gen_prefix: str | None = None,
     ) -> str:
-        """Return the prompt: what `chat_template` makes of the rounds, or else a `TurnsPrompt`."""
+        """Return the prompt: what `chat_template` makes of the rounds, or else a `TurnsPrompt`.
+
+        Raises:
+            UserError: there are not that many shots.
+        """
+        split = self.config.fewshot_split
+        if num_fewshot > (there := len(self.dataset[split])):
+            raise UserError(
+                f"{self.config.task} is asked with {num_fewshot} shots, but its {split!r} data has {there}. Complete "
+                f"the data, or run with --num_fewshot {there}."
+            )
         context = functools.partial(
             super().fewshot_context, doc, num_fewshot, system_instruction=system_instruction, gen_prefix=gen_prefix
         )

@@ -82,6 +82,14 @@ def test_a_difference() -> None:
     assert difference(Score(1.0, None, 1), GSM8K, "4B").verdict == "unknown"
 
 
+def test_a_few_answers_that_are_all_right_prove_nothing() -> None:
+    # Of 72 % in 2 questions, both are right every other time: sqrt(.72 * .28 / 1) = 44.9 points.
+    found = difference(Score(1.0, 0.0, 2), HUMANEVAL, "4B")
+    assert found.stderr == pytest.approx(math.hypot(44.9, 3.52), abs=0.01)
+    assert found.verdict == "within chance"
+    assert difference(Score(0.0, 0.0, 20), HUMANEVAL, "4B").verdict == "LARGER than chance"
+
+
 def test_standard_errors_are_the_harness_s(tmp_path: Path) -> None:
     from lm_eval.api.metrics import mean_stderr
 
@@ -124,7 +132,8 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "sdar_lm_eval": {
             "pretrained": "JetLM/SDAR-4B-Chat",
             "decoding_of_tasks": {
-                "gsm8k_sdar_paper": PAPER_SETTINGS | {"max_gen_toks": 512, "block_length": 8},
+                "gsm8k_sdar_paper": PAPER_SETTINGS
+                | {"max_gen_toks": 512, "block_length": 8, "repetition_penalty": 1.2},
                 "ifeval_sdar": PAPER_SETTINGS,
             },
         },
@@ -133,7 +142,7 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         {"gsm8k_sdar_paper": 0.85, "humaneval_sdar": 0.7, "ifeval_sdar": 0.57},
         {"gsm8k_sdar_paper": 1319, "humaneval_sdar": 20, "ifeval_sdar": 541},
         config=config,
-    )
+    ) | {"n-shot": {"gsm8k_sdar_paper": 0, "humaneval_sdar": 3}}
     assert main(["table", str(_write(tmp_path, results))]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "JetLM/SDAR-4B-Chat beside SDAR-4B-Chat as published (arXiv 2510.06303, table 1)"
@@ -143,8 +152,9 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert rows["HumanEval"] == "HumanEval humaneval_sdar 20 70.0 ± 10.5 72.0 -2.0 ± 11.1 within chance"
     assert rows["MATH500"] == "MATH500 math500_sdar not run 72.8"
     assert lines[10:12] == [
-        "gsm8k_sdar_paper: block_length=8 (published: 4); max_gen_toks=512 (published: 4096)",
-        "humaneval_sdar: 20 of 164 questions",
+        "gsm8k_sdar_paper: block_length=8 (published: 4); repetition_penalty=1.2 (published: 1.0); "
+        "max_gen_toks=512 (published: 4096)",
+        "humaneval_sdar: 20 of 164 questions; num_fewshot=3 (published: 0)",
     ]
     assert lines[12] == "" and lines[13].startswith("± is one standard error.")
 
@@ -184,6 +194,20 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "broken.json cannot be read" in error_of(str(tmp_path / "broken.json"))
     with pytest.raises(UserError):
         read_runs([])
+
+
+@pytest.mark.parametrize(
+    ("part", "content"),
+    [
+        ("n-samples", {}),
+        ("config", None),
+        ("results", {"gsm8k_sdar_paper": {GSM8K.metric: "N/A"}}),
+    ],
+)
+def test_a_results_file_that_is_not_the_harness_s(part: str, content: Any, tmp_path: Path) -> None:
+    results = _results({"gsm8k_sdar_paper": 0.5}, {"gsm8k_sdar_paper": 10}) | {part: content}
+    with pytest.raises(UserError, match=r"model0.results_\S+\.json is not as lm_eval writes it .*Evaluate again"):
+        read_runs([_write(tmp_path, results)])
 
 
 def test_what_the_harness_writes_is_read(tmp_path: Path) -> None:

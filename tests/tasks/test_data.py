@@ -116,6 +116,8 @@ def test_folders_that_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (MMLU, {"answer": True}, "'answer' is a bool, not a whole number."),
         (MBPP, {"test_list": []}, "'test_list' is empty."),
         (MBPP, {"test_list": "assert f(1)"}, "'test_list' is a str, not a list."),
+        (MBPP, {"test_list": ["assert f(1)", 2]}, "'test_list' is ['assert f(1)', 2], not a list of strings such as"),
+        (MBPP, {"test_list": [" "]}, "'test_list' is [' '], not a list of strings such as"),
         (IFEVAL, {"kwargs": []}, "'kwargs' is empty."),
         (IFEVAL, {"kwargs": [{}, {}]}, "1 instructions, but 2 kwargs."),
     ],

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from typing import Any
 
 import miniature
 import nltk
@@ -38,6 +40,35 @@ def test_scores(number: int, response: str, strict: list[bool], loose: list[bool
         "prompt_level_loose_acc": all(loose),
         "inst_level_loose_acc": loose,
     }
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"instruction_id_list": ["punctuation:no_coma"]}, "KeyError: 'punctuation:no_coma'"),
+        ({"kwargs": ["no comma"]}, "AttributeError"),
+        ({"kwargs": [{"commas": 3}]}, "unexpected keyword argument 'commas'"),
+    ],
+)
+def test_a_row_that_ends_the_scoring_is_found_before_answers_are_made(
+    row: dict[str, Any], says: str, offline: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "own" / "train.jsonl"
+    miniature.write_jsonl(file, [*miniature.IFEVAL, miniature.IFEVAL[0] | {"key": 7} | row])
+    with pytest.raises(UserError, match=r"the prompt with key 7 cannot be scored .*both must be as google/IFEval") as e:
+        load(ifeval_dir=str(file.parent))
+    assert says in str(e.value)
+
+
+def test_that_check_leaves_the_draws_of_a_run_as_they_are(offline: Path, tmp_path: Path) -> None:
+    """A row without the number of placeholders has one drawn."""
+    row = miniature.IFEVAL[0] | {"instruction_id_list": ["detectable_content:number_placeholders"]}
+    file = miniature.write_jsonl(tmp_path / "own" / "train.jsonl", [row])
+    before = random.getstate()
+    load(ifeval_dir=str(file.parent))
+    assert random.getstate() == before
+    score(row, ["."])
+    assert random.getstate() != before
 
 
 def test_a_language_is_told_the_same_each_time(offline: Path) -> None:

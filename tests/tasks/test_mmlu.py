@@ -11,6 +11,7 @@ import miniature
 import pytest
 from scripted import TASKS, evaluate, load_task, manager, prompts
 
+from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.harness import SDARLM
 from sdar_lm_eval.tasks.mmlu import INVALID, answer, filter_first_option, first_option, load, question, score
 from sdar_lm_eval.tasks.turns import TurnsPrompt
@@ -55,6 +56,12 @@ def test_a_system_instruction_comes_first(offline: Path) -> None:
         lambda doc: "A", "mmlu_sdar_college_biology", apply_chat_template=True, system_instruction="Be brief.", limit=1
     )
     assert json.loads(requests[0][0]) == [{"role": "system", "content": "Be brief."}, *_conversation(0)]
+
+
+def test_more_shots_than_there_are(offline: Path) -> None:
+    """The miniature has six."""
+    with pytest.raises(UserError, match=r"with 7 shots, but its 'dev' data has 6\. .* run with --num_fewshot 6\."):
+        evaluate(lambda doc: "A", "mmlu_sdar_college_biology", num_fewshot=7)
 
 
 def test_other_numbers_of_shots(offline: Path) -> None:
