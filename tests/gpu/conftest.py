@@ -20,3 +20,9 @@ def native(demo):
 @pytest.fixture(scope="module")
 def questions(demo):
     return prompts(demo)
+
+
+@pytest.fixture(scope="module")
+def rounded(demo):
+    """The same in bfloat16."""
+    return make_engine("native", demo, dtype="bfloat16")

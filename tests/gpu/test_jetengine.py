@@ -35,9 +35,10 @@ def jetengine(demo):
 
 
 @pytest.mark.parametrize("strategy", ["low_confidence_static", "sequential", "low_confidence_dynamic"])
-def test_answers_are_the_native_engines(demo, jetengine, native, questions, strategy):
+def test_answers_are_the_native_engines(demo, jetengine, native, rounded, questions, strategy):
     requests = ask(demo, questions, dataclasses.replace(GREEDY, remasking_strategy=strategy))
     theirs, ours = run(jetengine, requests), run(native, requests)
+    differing_answers(demo, theirs, run(rounded, requests), f"{strategy}, both in bfloat16: JetEngine")
     differing = differing_answers(demo, theirs, ours, f"{strategy}: JetEngine")
     if strategy in jetengine.info["deviations"]:
         assert len(differing) <= 30

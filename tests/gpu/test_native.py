@@ -104,6 +104,30 @@ def test_a_long_context(demo, questions, on_cpu):
 
 
 @KERNELS
+def test_prompts_that_share_their_beginning(demo, questions, on_cpu, kernels):
+    front = tuple(token for question in questions[:10] for token in question)[:600]
+    wanted = requests(demo, [(*front, *question) for question in questions[:40]])
+    options = {"device": "cuda", "dtype": "float32", "kernels": kernels}
+    assert tokens(demo, wanted, **options) == tokens(demo, wanted, **options, share_prefixes=False) == on_cpu(wanted)
+
+
+def test_reproducible_to_the_bit(demo, questions):
+    """In bfloat16, where what runs beside a request would show in its confidences."""
+    wanted = ask(demo, questions, DecodingConfig(), record_steps=True)
+
+    def answers(order, **options):
+        results = run(make_engine("native", demo, device="cuda", dtype="bfloat16", **options), order)
+        return {request.seed: (r.token_ids, r.confidences) for request, r in zip(order, results, strict=True)}
+
+    together = answers(wanted, reproducible=True)
+    assert answers(wanted[::-1], reproducible=True, max_active=7) == together
+    assert answers(wanted, reproducible=True, kv_pages=100, share_prefixes=False) == together
+    alone = answers(wanted[5:6], reproducible=True)
+    assert alone == {5: together[5]}
+    assert answers(wanted) != answers(wanted[::-1], max_active=7)
+
+
+@KERNELS
 def test_sampled_frequencies_follow_the_softmax(demo, questions, kernels):
     """20,000 draws of one token against softmax(logits / T): top-k off is really off."""
     from scipy.stats import chisquare
