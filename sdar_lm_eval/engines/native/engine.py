@@ -196,25 +196,32 @@ class NativeEngine:
                 finished = self._settle(scheduler, outcome, before)
             yield from finished
             try:
-                self._prepare_step(scheduler)
+                prepared = self._prepare_step(scheduler)
                 launched = launched or self._launch(scheduler, self._context(scheduler))
             except torch.OutOfMemoryError as error:
                 self._make_room(scheduler, error)
+                continue
+            if scheduler.running and not launched and not prepared:
+                raise EngineError(
+                    f"the engine stands still with {len(scheduler.running)} unfinished sequences: this should never "
+                    "happen. Finished answers are kept (--use_cache); run again with a smaller max_active."
+                )
 
     def _make_room(self, scheduler: Scheduler, error: BaseException) -> None:
-        """After an out-of-memory error: go on with half the sequences.
+        """After an out-of-memory error: go on with half the sequences, and half the prompt tokens a step.
 
         Raises:
-            EngineError: there is only one.
+            EngineError: there is only one, and hardly a prompt's token a step.
         """
         running = len(scheduler.running)
-        if running == 1:
+        if not scheduler.can_shrink:
             raise EngineError(self._out_of_memory(self._runner.num_pages)) from error
         self._runner.stop(scheduler.shrink())
         if self._ahead:
             torch.cuda.empty_cache()
         logger.warning(
-            "Out of memory on %s with %d sequences at once; %d from now on. Answers are the same.",
+            "Out of memory on %s with %d sequences at once; %d from now on, and half the prompt tokens a step. "
+            "Answers are the same.",
             self._device,
             running,
             len(scheduler.running),
@@ -226,8 +233,8 @@ class NativeEngine:
             "kept (--use_cache); run again with a smaller max_active or kv_pages, or a smaller max_length."
         )
 
-    def _prepare_step(self, scheduler: Scheduler) -> None:
-        """Admit, prefill, and put into the batch whatever there is room for."""
+    def _prepare_step(self, scheduler: Scheduler) -> bool:
+        """Admit, prefill, and put into the batch whatever there is room for; returns whether there was anything."""
         plan = scheduler.plan()
         self._runner.stop(plan.preempted)
         self._runner.set_pages(plan.paged)
@@ -242,6 +249,7 @@ class NativeEngine:
         for sequence in plan.starting:
             sequence.begun = True
             sequence.started = sequence.started or time.perf_counter()
+        return bool(plan.prefill or plan.starting)
 
     def _context(self, scheduler: Scheduler) -> int:
         """Most tokens that a block of the next step sees."""

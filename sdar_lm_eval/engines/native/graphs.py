@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -47,7 +48,9 @@ class Graphs:
             self._graphs[key].replay()
         else:
             self._run(*key)
-            self._graphs[key] = self._capture(key)
+            # What it did is done: where there is no memory for the graph, the next time runs without one too.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self._graphs[key] = self._capture(key)
 
     def _capture(self, key: tuple[Any, ...]) -> Any:
         graph = torch.cuda.CUDAGraph()

@@ -28,6 +28,7 @@ from sdar_lm_eval.engines.native.state import BatchState, Outcome, Segments
 LOGITS_BUDGET_BYTES = 1 << 30
 # Padding tokens of a prefill forward of rows: about what a forward more costs.
 MOST_PADDING = {"cpu": 64, "cuda": 1024}
+SPLITS_BUDGET_BYTES = 1 << 30  # the same of what attention to splits of a context leaves, in prefill
 PREFILL_TILE = 32  # tokens of a prompt that one program of the attention kernel takes
 # Tokens of every matrix product where results must not depend on what else runs: its rounding depends on their number.
 REPRODUCIBLE_ROWS = 512
@@ -238,8 +239,11 @@ class Runner:
         )
 
     def _prefill_packed(self, chunks: list[tuple[Sequence, int, int]]) -> None:
+        config = self._model.config
         if not self._reproducible:
-            self._prefill_together(chunks, PREFILL_TILE, padding_to=0)
+            a_token = 4 * config.num_attention_heads * config.head_dim * self._splits(max(end for _, _, end in chunks))
+            for part in _in_parts(chunks, SPLITS_BUDGET_BYTES // a_token):
+                self._prefill_together(part, PREFILL_TILE, padding_to=0)
             return
         # Like the blocks that are denoised: a sequence that is preempted has its answer prefilled.
         assert self._shape is not None
@@ -272,7 +276,7 @@ class Runner:
             self._table[to_device(np.array(slots))],
             all_visible,
             tile_tokens,
-            splits=-(-max(end for _, _, end in chunks) // self._kernels.SPLIT),
+            self._splits(max(end for _, _, end in chunks)),
         )
         self._decoder(tokens, positions, all_places, tiles, self.cache)
 
@@ -288,6 +292,9 @@ class Runner:
         """
         if not self._segments:
             return False
+        # A slot that was given to another sequence while a step was under way has been counted for both.
+        self._segments = min(self._segments, 2 * self.state.slots)
+        self._masked = min(self._masked, self.state.slots * self.state.block)
         assert self._forward_graphs is not None
         assert self._unmask_graphs is not None
         with self._on_device:
@@ -313,8 +320,12 @@ class Runner:
         """The context as far as forwards depend on it: whole pages, or splits in powers of two."""
         if self._decoder is None:
             return -(-context // self._page_size) * self._page_size
+        return self._splits(context) * int(self._kernels.SPLIT)
+
+    def _splits(self, context: int) -> int:
+        """Into how many parts attention splits a context: a power of two, for each is compiled and captured anew."""
         split: int = self._kernels.SPLIT
-        return split << (-(-context // split) - 1).bit_length()
+        return 1 << (-(-context // split) - 1).bit_length()
 
     def _whole(self, count: int, unit: int) -> int:
         """A count with the padding that reproducible results take."""
@@ -486,17 +497,19 @@ def _of_like_length(
 
 
 def _in_parts(chunks: list[tuple[Sequence, int, int]], tokens: int) -> Iterator[list[tuple[Sequence, int, int]]]:
-    """Chunks of prompts, cut into parts of at most so many tokens together: whole blocks, as that number is."""
+    """Chunks of prompts, cut between blocks into parts of at most so many tokens together, or of one block."""
     part: list[tuple[Sequence, int, int]] = []
     room = tokens
     for sequence, start, end in chunks:
-        begin = start
+        begin, length = start, sequence.block_length
         while begin < end:
-            stop = min(begin + room, end)
-            part.append((sequence, begin, stop))
-            room -= stop - begin
-            begin = stop
-            if not room:
+            blocks = max(room // length, 0 if part else 1)
+            if blocks:
+                stop = min(begin + blocks * length, end)
+                part.append((sequence, begin, stop))
+                room -= stop - begin
+                begin = stop
+            if begin < end:
                 yield part
                 part, room = [], tokens
     if part:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.engines.native.pages import PagePool
 
+LEAST_PREFILL = 64  # tokens a step; with fewer it is not the prefill that takes the memory
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -167,6 +169,11 @@ class Scheduler:
         """Free what a sequence held; its place is taken at the next plan."""
         self.running.remove(sequence)
         self._vacate(sequence)
+
+    @property
+    def can_shrink(self) -> bool:
+        """Whether `shrink` makes a difference."""
+        return len(self.running) > 1 or self._prefill_chunk > LEAST_PREFILL
 
     def shrink(self) -> list[int]:
         """Run half as many sequences from now on, with half the prefill a step; returns the slots of those that left.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import random
@@ -17,6 +18,7 @@ from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserErro
 from sdar_lm_eval.demo import golds
 from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines.native import engine as engine_module
+from sdar_lm_eval.engines.native.graphs import Graphs
 from sdar_lm_eval.errors import EngineError
 
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded", "random")
@@ -157,6 +159,28 @@ def test_a_request_does_not_depend_on_what_runs_beside_it(tiny, mixed, max_activ
     order = random.Random(2).sample(range(len(requests)), len(requests))
     shuffled = run(tiny, [requests[i] for i in order], max_active=max_active)
     assert tokens_of(shuffled) == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize("max_active", [1, 2])
+def test_a_place_taken_over_while_a_step_runs_ahead_counts_once(tiny, monkeypatch, max_active):
+    """A stop string ends an answer that the device goes on with; steps are padded as graphs pad them."""
+    settings = DecodingConfig(remasking_strategy="low_confidence_static")
+    whole = [GenerationRequest((1, 2, 3 + i), 24, settings, seed=i) for i in range(6)]
+    stops = [
+        tiny.decode(result.token_ids[5:7]) for result in asking.run(make_engine("native", tiny, device="cpu"), whole)
+    ]
+    requests = [
+        dataclasses.replace(request, stop_strings=(stop,)) for request, stop in zip(whole, stops, strict=True) if stop
+    ]
+    expected = tokens_of(run(tiny, requests, max_active=max_active))
+    engine = make_engine("native", tiny, device="cpu", max_active=max_active)
+    engine._ahead = True
+    monkeypatch.setattr(
+        Graphs,
+        "__call__",
+        lambda self, size, *others: self._run(self._sizes[bisect.bisect_left(self._sizes, size)], *others),
+    )
+    assert tokens_of(asking.run(engine, requests)) == expected
 
 
 @pytest.mark.parametrize("max_active", [1, 5, 24])
@@ -364,6 +388,12 @@ class TestErrors:
                 assert tokens_of(results[i] for i in range(8)) == tokens_of(expected)
             assert "Out of memory on cpu with 8 sequences at once; 4 from now on" in caplog.text
             caplog.clear()
+
+    def test_a_standstill_is_an_error(self, tiny, monkeypatch):
+        engine = make_engine("native", tiny, device="cpu")
+        monkeypatch.setattr(engine._runner, "launch", lambda _: False)
+        with pytest.raises(EngineError, match="stands still with 1 unfinished"):
+            list(engine.generate([GenerationRequest((1, 2, 3), 8, DecodingConfig())]))
 
     def test_out_of_memory_with_one_sequence_keeps_what_is_finished(self, tiny, monkeypatch):
         engine = make_engine("native", tiny, device="cpu", max_active=2)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import bisect
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,3 +27,17 @@ def test_without_graphs_a_size_is_what_it_is(size):
     seen = []
     Graphs(lambda *key: seen.append(key), ladder(100), enabled=False)(size, "context")
     assert seen == [(size, "context")]
+
+
+def test_a_graph_that_no_memory_is_left_for_is_done_without(monkeypatch):
+    """What ran before its capture is not run again."""
+    seen = []
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Graphs, "_capture", no_memory)
+    graphs = Graphs(lambda *key: seen.append(key), ladder(100), enabled=True)
+    graphs(70)
+    graphs(80)
+    assert seen == [(80,), (80,)]

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdar_lm_eval.engines.native.runner import _of_like_length
+from sdar_lm_eval.engines.native.runner import _in_parts, _of_like_length
 
 
 def lengths(*wanted, most_padding):
@@ -25,3 +26,18 @@ def test_every_chunk_once_and_no_more_padding_than_allowed(wanted, most_padding)
     assert sorted(itertools.chain.from_iterable(groups)) == sorted(wanted)
     assert all(len(group) * max(group) - sum(group) <= most_padding for group in groups)
     assert all(groups)
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.sampled_from([1, 3, 4, 8])), min_size=1), st.integers(0, 40))
+def test_parts_are_cut_between_blocks(wanted, most):
+    chunks = [(SimpleNamespace(block_length=length), length, length * (1 + blocks)) for blocks, length in wanted]
+    parts = list(_in_parts(chunks, most))
+    for part in parts:
+        assert part
+        assert all((end - start) % s.block_length == 0 and end > start for s, start, end in part)
+        together = sum(end - start for _, start, end in part)
+        assert together <= most or (len(part) == 1 and together == part[0][0].block_length)
+    for sequence, start, end in chunks:
+        own = [(a, b) for part in parts for s, a, b in part if s is sequence]
+        assert (own[0][0], own[-1][1]) == (start, end)
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(own))
