@@ -1,11 +1,12 @@
-"""How long the matrix products of a model alone take: no engine that runs them as they are can be faster.
+"""How long the matrix products of a model alone take, forward by forward: a yardstick for engines.
 
     python benchmarks/floor.py --pretrained FOLDER --active 1 64 256     # FOLDER needs no weights
 
 For each number of active sequences: milliseconds of the projections of all layers, and of the LM head, over one block
 of each sequence; and the tokens per second that follow, where a block of L tokens takes L denoising forwards (one token
 a step) or 1 (a block a step), and one forward more that stores its keys and values, without the LM head. Attention,
-norms, drawing and Python count as nothing. On a GPU the products run as a CUDA graph.
+norms, drawing and Python count as nothing. An engine can save a few percent of it by drawing at masked places only and
+by sharing forwards. On a GPU the products run as a CUDA graph.
 """
 
 from __future__ import annotations

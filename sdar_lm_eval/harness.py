@@ -118,8 +118,9 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         device: cpu, cuda, cuda:N, or auto: a GPU if there is one. `--device cuda:0` counts as auto: the harness passes
             it when nobody asked.
         max_length: most tokens of prompt and answer; longer prompts lose their beginning. Default: the checkpoint's.
-        max_active: sequences that run at once; default: as many as fit. `--batch_size N` with N > 1 is another way
-            to say it; 1 and auto, which the harness passes when nobody asked, leave it to the engine.
+        max_active: sequences that run at once; default: 32 on the CPU, 256 on a GPU, or as many as fit.
+            `--batch_size N` with N > 1 is another way to say it; 1 and auto, which the harness passes when nobody
+            asked, leave it to the engine.
         kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
         kernels: run a dense model with Triton kernels and CUDA graphs; default: on GPUs, where triton is installed.
         reproducible: answers are the same to the bit whatever runs beside them (default: only but for rounding). It
