@@ -29,10 +29,11 @@ class Floor:
 
     Args:
         config: the checkpoint's config.json.
-        dtype, device: of the weights.
+        device: "cpu" (in float32) or "cuda" (in bfloat16).
     """
 
-    def __init__(self, config: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    def __init__(self, config: dict[str, Any], device: str) -> None:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
         hidden, size = config["hidden_size"], config["head_dim"]
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         shapes = [
@@ -103,8 +104,7 @@ def main() -> None:
 
     checkpoint = Checkpoint.open(args.pretrained)
     block = args.block_length or checkpoint.block_length
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    floor = Floor(checkpoint.config, dtype, args.device)
+    floor = Floor(checkpoint.config, args.device)
     rows = []
     print("| active | layers, ms | LM head, ms | one token a step, tokens/s | a block a step, tokens/s |")
     print("| ---: | ---: | ---: | ---: | ---: |")

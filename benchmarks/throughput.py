@@ -122,8 +122,7 @@ def cycled(instances: list[Instance], count: int, turn: int) -> list[Instance]:
 
 def time_products(args: argparse.Namespace, pretrained: str) -> dict[int, tuple[float, float]]:
     checkpoint = Checkpoint.open(pretrained)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    floor = Floor(checkpoint.config, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    floor = Floor(checkpoint.config, "cuda" if torch.cuda.is_available() else "cpu")
     return {active: floor.seconds(active * checkpoint.block_length) for active in args.active}
 
 

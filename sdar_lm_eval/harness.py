@@ -780,7 +780,7 @@ class SDARJetEngineLM(SDARLM):
         gpu_memory_utilization: the part of the GPU's memory that JetEngine may fill; default: what the requests need.
         tensor_parallel_size: GPUs that share the weights (JetEngine 0.1.0 only).
         enforce_eager: go without CUDA graphs.
-        all others: those of `SDARLM` but for kv_pages, kernels and share_prefixes.
+        all others: those of `SDARLM` but for kv_pages, kernels, reproducible and share_prefixes.
 
     Raises:
         UserError: as `SDARLM`, and for what JetEngine cannot do.
@@ -799,7 +799,7 @@ class SDARLMDeployLM(SDARLM):
         data_parallel_size: how many processes `accelerate launch` started, each with its copy of the weights; needs
             not be said.
         cache_max_entry_count: the part of the memory that the weights leave, for keys and values; default 0.8.
-        all others: those of `SDARLM` but for kv_pages, kernels and share_prefixes.
+        all others: those of `SDARLM` but for kv_pages, kernels, reproducible and share_prefixes.
 
     Raises:
         UserError: as `SDARLM`, and for what LMDeploy cannot do.

@@ -183,6 +183,17 @@ def at_least_one(name: str, value: Any) -> int:
     return number
 
 
+def check_bool(name: str, value: Any) -> bool:
+    """Take true or false, and nothing that stands for them.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise UserError(f"{name}={value!r} is neither true nor false.")
+    return value
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """One prompt to be continued.

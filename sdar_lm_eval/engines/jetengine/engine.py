@@ -38,6 +38,7 @@ from sdar_lm_eval.engines.base import (
     GenerationRequest,
     GenerationResult,
     at_least_one,
+    check_bool,
     end_of_answer,
     to_number,
 )
@@ -124,9 +125,7 @@ class JetEngine:
             if not 0 < self._gpu_memory_utilization < 1:
                 raise UserError(f"gpu_memory_utilization={gpu_memory_utilization} must be between 0 and 1.")
         self._max_active = None if max_active is None else at_least_one("max_active", max_active)
-        if not isinstance(enforce_eager, bool):
-            raise UserError(f"enforce_eager={enforce_eager!r} is neither true nor false.")
-        self._graphs = self._dialect.graphs and not enforce_eager
+        self._graphs = self._dialect.graphs and not check_bool("enforce_eager", enforce_eager)
         self._check_checkpoint()
         self._jetengine = _import_jetengine()
         self._llm: Any = None

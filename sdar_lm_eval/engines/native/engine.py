@@ -25,6 +25,7 @@ from sdar_lm_eval.engines.base import (
     ScoreRequest,
     ScoreResult,
     at_least_one,
+    check_bool,
     end_of_answer,
 )
 from sdar_lm_eval.engines.native import attention
@@ -56,8 +57,8 @@ class NativeEngine:
             free memory, or 4 GiB on the CPU.
         kernels: run a dense model with Triton kernels, on a GPU as CUDA graphs, in the place of transformers' modules;
             None: on GPUs of compute capability 8.0 and later, where triton is installed.
-        reproducible: an answer is the same to the bit whatever runs beside it: matrix products of a fixed size, padded,
-            and requests with unlike settings one after the other. It takes kernels and a dense model.
+        reproducible: a generated answer is the same to the bit whatever runs beside it: matrix products of a fixed
+            size, padded, and requests with unlike settings one after the other. It takes kernels and a dense model.
         share_prefixes: prompts that begin alike share the KV of that beginning, which is computed once. Off: for
             comparison.
 
@@ -82,11 +83,9 @@ class NativeEngine:
         self._dtype = _resolve_dtype(dtype, self._device, checkpoint)
         self._max_active = None if max_active is None else at_least_one("max_active", max_active)
         self._kv_pages = None if kv_pages is None else at_least_one("kv_pages", kv_pages)
-        for name, value in (("share_prefixes", share_prefixes), ("reproducible", reproducible)):
-            if not isinstance(value, bool):
-                raise UserError(f"{name}={value!r} is neither true nor false.")
+        self._share_prefixes = check_bool("share_prefixes", share_prefixes)
+        self._reproducible = check_bool("reproducible", reproducible)
         self._kernels = _resolve_kernels(kernels, self._device)
-        self._reproducible, self._share_prefixes = reproducible, share_prefixes
         self._preemptions = self._shared_prompt_tokens = 0
         self._ahead = self._device.type == "cuda"
         model = checkpoint.load_model(dtype=self._dtype, device=self._device, attention=attention.NAME)
@@ -188,7 +187,8 @@ class NativeEngine:
         while scheduler.unfinished:
             finished = []
             if launched:
-                context = self._context(scheduler)  # before the wait: between two steps the GPU has nothing to do
+                # Before the wait: between two steps the GPU has nothing to do.
+                context = self._context(scheduler) if self._ahead else 0
                 outcome, before, launched = self._runner.collect(), launched, {}
                 if self._ahead:
                     with contextlib.suppress(torch.OutOfMemoryError):  # it is tried once more below
@@ -364,11 +364,10 @@ def resolve_device(device: str) -> torch.device:
 
 
 def _resolve_kernels(kernels: bool | None, device: torch.device) -> bool:
-    if kernels is not None and not isinstance(kernels, bool):
-        raise UserError(f"kernels={kernels!r} is neither true nor false.")
     installed = importlib.util.find_spec("triton") is not None
     if kernels is None:
         return installed and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    kernels = check_bool("kernels", kernels)
     if kernels and not installed:
         raise UserError("kernels=true needs triton, which is not installed: pip install triton")
     if kernels and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -239,8 +239,8 @@ class Runner:
         )
 
     def _prefill_packed(self, chunks: list[tuple[Sequence, int, int]]) -> None:
-        config = self._model.config
         if not self._reproducible:
+            config = self._model.config
             a_token = 4 * config.num_attention_heads * config.head_dim * self._splits(max(end for _, _, end in chunks))
             for part in _in_parts(chunks, SPLITS_BUDGET_BYTES // a_token):
                 self._prefill_together(part, PREFILL_TILE, padding_to=0)
