@@ -125,7 +125,7 @@ class JetEngine:
             if not 0 < self._gpu_memory_utilization < 1:
                 raise UserError(f"gpu_memory_utilization={gpu_memory_utilization} must be between 0 and 1.")
         self._max_active = None if max_active is None else at_least_one("max_active", max_active)
-        self._graphs = self._dialect.graphs and not check_bool("enforce_eager", enforce_eager)
+        self._graphs = not check_bool("enforce_eager", enforce_eager) and self._dialect.graphs
         self._check_checkpoint()
         self._jetengine = _import_jetengine()
         self._llm: Any = None
