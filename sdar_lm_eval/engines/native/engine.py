@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import os
@@ -10,6 +9,7 @@ import platform
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
@@ -30,7 +30,7 @@ from sdar_lm_eval.engines.base import (
 )
 from sdar_lm_eval.engines.native import attention
 from sdar_lm_eval.engines.native.pages import PagePool
-from sdar_lm_eval.engines.native.runner import Runner
+from sdar_lm_eval.engines.native.runner import MOST_UNDER_WAY, Runner
 from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
 from sdar_lm_eval.engines.native.scoring import Limits, Scoring
 from sdar_lm_eval.engines.native.state import Outcome
@@ -86,8 +86,8 @@ class NativeEngine:
         self._share_prefixes = check_bool("share_prefixes", share_prefixes)
         self._reproducible = check_bool("reproducible", reproducible)
         self._kernels = _resolve_kernels(kernels, self._device)
+        self._most_under_way = MOST_UNDER_WAY if self._device.type == "cuda" else 1
         self._preemptions = self._shared_prompt_tokens = 0
-        self._ahead = self._device.type == "cuda"
         model = checkpoint.load_model(dtype=self._dtype, device=self._device, attention=attention.NAME)
         self._model = model
         self._runner = Runner(
@@ -178,34 +178,28 @@ class NativeEngine:
             ) from error
 
     def _run(self, scheduler: Scheduler) -> Iterator[tuple[int, GenerationResult]]:
-        """Step after step. On a GPU the next one is launched before the host looks at what the last one did.
+        """Step after step. On a GPU the next one is launched before the one under way is done.
 
         The device knows by itself which sequences are finished, but for stop strings: those take part in one more step,
         which nobody reads.
         """
-        launched: dict[int, tuple[Sequence, int]] = {}
+        under_way: deque[dict[int, tuple[Sequence, int]]] = deque()
         while scheduler.unfinished:
-            finished = []
-            if launched:
-                # Before the wait: between two steps the GPU has nothing to do.
-                context = self._context(scheduler) if self._ahead else 0
-                outcome, before, launched = self._runner.collect(), launched, {}
-                if self._ahead:
-                    with contextlib.suppress(torch.OutOfMemoryError):  # it is tried once more below
-                        launched = self._launch(scheduler, context)
-                finished = self._settle(scheduler, outcome, before)
-            yield from finished
             try:
                 prepared = self._prepare_step(scheduler)
-                launched = launched or self._launch(scheduler, self._context(scheduler))
+                launched = self._launch(scheduler)
             except torch.OutOfMemoryError as error:
                 self._make_room(scheduler, error)
                 continue
-            if scheduler.running and not launched and not prepared:
+            if launched:
+                under_way.append(launched)
+            elif not under_way and scheduler.running and not prepared:
                 raise EngineError(
                     f"the engine stands still with {len(scheduler.running)} unfinished sequences: this should never "
                     "happen. Finished answers are kept (--use_cache); run again with a smaller max_active."
                 )
+            if under_way and (not launched or len(under_way) == self._most_under_way):
+                yield from self._settle(scheduler, self._runner.collect(), under_way.popleft())
 
     def _make_room(self, scheduler: Scheduler, error: BaseException) -> None:
         """After an out-of-memory error: go on with half the sequences, and half the prompt tokens a step.
@@ -217,7 +211,7 @@ class NativeEngine:
         if not scheduler.can_shrink:
             raise EngineError(self._out_of_memory(self._runner.num_pages)) from error
         self._runner.stop(scheduler.shrink())
-        if self._ahead:
+        if self._device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning(
             "Out of memory on %s with %d sequences at once; %d from now on, and half the prompt tokens a step. "
@@ -251,13 +245,11 @@ class NativeEngine:
             sequence.started = sequence.started or time.perf_counter()
         return bool(plan.prefill or plan.starting)
 
-    def _context(self, scheduler: Scheduler) -> int:
-        """Most tokens that a block of the next step sees."""
-        blocks = 2 if self._ahead else 1  # the device may have begun the block after the one that the host knows of
-        return max((min(s.block_start + blocks * s.block_length, s.longest) for s in scheduler.running), default=0)
-
-    def _launch(self, scheduler: Scheduler, context: int) -> dict[int, tuple[Sequence, int]]:
+    def _launch(self, scheduler: Scheduler) -> dict[int, tuple[Sequence, int]]:
         """Start a step; returns who is in which slot meanwhile, if anything runs."""
+        # With another step under way, it may begin the block after the one that the host knows of.
+        blocks = self._most_under_way
+        context = max((min(s.block_start + blocks * s.block_length, s.longest) for s in scheduler.running), default=0)
         if not scheduler.running or not self._runner.launch(context):
             return {}
         return {sequence.slot: (sequence, sequence.turn) for sequence in scheduler.running}

@@ -7,6 +7,8 @@ MoE, by transformers' modules with the attention of `attention.py`, and `unmaski
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import nullcontext
@@ -18,6 +20,7 @@ import torch
 
 from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.attention import PagedBatch
+from sdar_lm_eval.engines.native.forecast import Forecast
 from sdar_lm_eval.engines.native.graphs import Graphs, ladder
 from sdar_lm_eval.engines.native.pages import SCRATCH_PAGE
 from sdar_lm_eval.engines.native.random_numbers import DRAW, uniform
@@ -29,6 +32,7 @@ LOGITS_BUDGET_BYTES = 1 << 30
 # Padding tokens of a prefill forward of rows: about what a forward more costs.
 MOST_PADDING = {"cpu": 64, "cuda": 1024}
 SPLITS_BUDGET_BYTES = 1 << 30  # the same of what attention to splits of a context leaves, in prefill
+MOST_UNDER_WAY = 2  # steps, launched and not collected
 PREFILL_TILE = 32  # tokens of a prompt that one program of the attention kernel takes
 # Tokens of every matrix product where results must not depend on what else runs: its rounding depends on their number.
 REPRODUCIBLE_ROWS = 512
@@ -119,7 +123,6 @@ class Runner:
         self._shape: Shape | None = None
         self._forward_graphs: Graphs | None = None
         self._unmask_graphs: Graphs | None = None
-        self._arrived: Any = None
         self.cache: torch.Tensor | None = None
 
     @property
@@ -155,8 +158,8 @@ class Runner:
         if self._shape is None or not self._shape.holds(shape):
             self._make(dataclasses.replace(shape, pages=max(shape.pages, self.num_pages)))
         self.state.active.fill_(False)
-        # What the next step runs, as far as the host knows it.
-        self._segments = self._masked = 0
+        self._forecast = Forecast(self.state.slots, self.state.block)
+        self._arrivals: deque[Any] = deque()  # of the steps under way: what they did, on the host, and the event of it
 
     def _make(self, shape: Shape) -> None:
         config, device = self._model.config, self._device
@@ -182,7 +185,10 @@ class Runner:
             segments[-1] * shape.block, config.hidden_size, dtype=self._model.dtype, device=device
         )
         self._packed = self.state.pack_nothing()
-        self._on_host = torch.empty_like(self._packed, device="cpu", pin_memory=device.type == "cuda")
+        # One for each step that can be under way.
+        pinned = device.type == "cuda"
+        on_host = [torch.empty_like(self._packed, device="cpu", pin_memory=pinned) for _ in range(MOST_UNDER_WAY)]
+        self._on_host = itertools.cycle(on_host)
         if self._decoder is not None:
             self._decoder.reach(shape.width * self._page_size)
         graphs = device.type == "cuda"
@@ -206,12 +212,13 @@ class Runner:
     def begin(self, sequences: SequenceOf[Sequence]) -> None:
         """Put sequences whose prompts are prefilled into the batch."""
         if sequences:
-            self._masked += self.state.begin(sequences)
-            self._segments += len(sequences)
+            self.state.begin(sequences)
+            self._forecast.begin(sequences)
 
     def stop(self, slots: SequenceOf[int]) -> None:
         """Take slots out of the batch that the device does not know to be finished."""
         self.state.stop(slots)
+        self._forecast.stop(slots)
 
     @torch.no_grad()
     def prefill(self, chunks: list[tuple[Sequence, int, int]]) -> None:
@@ -284,36 +291,39 @@ class Runner:
     def launch(self, context: int) -> bool:
         """Start a step: the batch's blocks go through the model once, and are unmasked. Does not wait for it.
 
+        With another step under way, `MOST_UNDER_WAY` at most, it has room for what that one is expected to leave.
+
         Args:
             context: most tokens that any block of it sees, its own included.
 
         Returns:
             Whether there is anything to run.
         """
-        if not self._segments:
+        segments, places = self._forecast.sizes()
+        if not segments:
             return False
-        # A slot that was given to another sequence while a step was under way has been counted for both.
-        self._segments = min(self._segments, 2 * self.state.slots)
-        self._masked = min(self._masked, self.state.slots * self.state.block)
         assert self._forward_graphs is not None
         assert self._unmask_graphs is not None
+        event = None
         with self._on_device:
-            self._forward_graphs(self._whole(self._segments, self._together), self._rounded(context))
-            self._unmask_graphs(self._whole(self._masked, REPRODUCIBLE_ROWS))
-            self._on_host.copy_(self._packed, non_blocking=True)
+            self._forward_graphs(self._whole(segments, self._together), self._rounded(context))
+            self._unmask_graphs(self._whole(places, REPRODUCIBLE_ROWS))
+            arrival = next(self._on_host)
+            arrival.copy_(self._packed, non_blocking=True)
             if self._device.type == "cuda":
-                self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                self._arrived.record()
-        self._segments = self._masked = 0
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record()
+        self._arrivals.append((arrival, event))
+        self._forecast.launched()
         return True
 
     def collect(self) -> Outcome:
-        """Wait for the step that was launched last, and return what it did."""
-        if self._device.type == "cuda":
-            self._arrived.synchronize()
-        outcome = self.state.unpack(self._on_host)
-        self._segments += outcome.segments
-        self._masked += outcome.masked
+        """Wait for the oldest step under way, and return what it did."""
+        arrival, event = self._arrivals.popleft()
+        if event is not None:
+            event.synchronize()
+        outcome = self.state.unpack(arrival)
+        self._forecast.learn(outcome)
         return outcome
 
     def _rounded(self, context: int) -> int:

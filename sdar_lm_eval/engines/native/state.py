@@ -3,7 +3,8 @@
 A slot holds the block that is being denoised, what of it is masked, and the sequence's settings. One step of the engine
 is: `segments` says which blocks go through the model, `masked_places` which of their positions need a token, and
 `advance` keeps some of the drawn tokens; a block without masked ones is decided, and the next begins. All of it happens
-on the device: the host reads an `Outcome` afterwards, and needs only its counts to start the next step.
+on the device: the host reads an `Outcome` afterwards. It chooses how many blocks and masked positions a step has room
+for, which may be too few (`forecast.py`): slots are served in order, and one that does not fit waits for the next step.
 
 A decided block has to go through the model once more, so that the keys and values of its final tokens are stored (it is
 "committed"). That happens beside the first denoising of the next block, as a segment of its own: attention reads keys
@@ -46,8 +47,8 @@ class Outcome:
         committed: (N,) bool, slots whose block before was committed beside.
         decided: (N,) bool, blocks without masked tokens.
         stuck: (N,) bool, slots in which nothing was unmasked: their logits are no numbers.
-        segments: blocks that the next step runs, if the host changes nothing.
-        masked: positions that are masked then.
+        goes_on: (N,) bool, slots that have begun the next block.
+        left: (N,) int32, positions that are masked still, of the block that the step was about.
     """
 
     tokens: Any
@@ -57,8 +58,8 @@ class Outcome:
     committed: Any
     decided: Any
     stuck: Any
-    segments: int
-    masked: int
+    goes_on: Any
+    left: Any
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class BatchState:
         self.before = torch.full((rows, block), mask_token_id, **whole)  # the block before, where it is uncommitted
         # (N + 1,)
         self.active = torch.zeros(rows, **flag)
+        self.runs = torch.zeros(rows, **flag)  # whether the step under way has room for it
         self.uncommitted = torch.zeros(rows, **flag)
         self.start = torch.zeros(rows, **whole)
         self.step = torch.zeros(rows, **whole)
@@ -152,12 +154,8 @@ class BatchState:
 
     # What the host changes
 
-    def begin(self, sequences: SequenceOf[Sequence]) -> int:
-        """Write sequences to their slots, each at the block after its last full one.
-
-        Returns:
-            How many of their positions are masked.
-        """
+    def begin(self, sequences: SequenceOf[Sequence]) -> None:
+        """Write sequences to their slots, each at the block after its last full one."""
         slot = self.to_device(np.array([sequence.slot for sequence in sequences]))
         requests = [sequence.request for sequence in sequences]
         decodings = [request.decoding for request in requests]
@@ -193,7 +191,6 @@ class BatchState:
             for sequence in sequences:
                 self.seen[sequence.slot] = False
                 self.seen[sequence.slot, self.to_device(np.array(sequence.tokens))] = True
-        return int(masked.sum())
 
     def stop(self, slots: SequenceOf[int]) -> None:
         """Take slots out of the batch."""
@@ -206,9 +203,10 @@ class BatchState:
         """The blocks that a forward runs: in order of slots, each with its predecessor in front if that is uncommitted.
 
         Args:
-            count: S; at least as many as there are, the rest is padding.
+            count: S; the rest is padding. What there is no room for is left out.
         """
-        row = _compact(self._rows_to_run().flatten(), count, padding=2 * self.slots)
+        self.runs.copy_(self.active & (self._blocks(self.active).sum(1).cumsum(0) <= count))
+        row = _compact(self._blocks(self.runs).flatten(), count, padding=2 * self.slots)
         slot, commits = row // 2, row % 2 == 0
         real = slot != self.slots
         length = self.length[slot] * real
@@ -220,17 +218,19 @@ class BatchState:
     def masked_places(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where tokens are to be drawn, M = `count` places; padding is the padding slot's first one.
 
+        What there is no room for is left out, and its slot takes no part in the step.
+
         Returns:
             (slot * L + position in the block, row of the flattened (S * L) hidden states of `segments`).
         """
-        wanted = self.masked & self.active[:, None]
-        place = _compact(wanted.flatten(), count, padding=self.slots * self.block)
-        segment = (self._rows_to_run().flatten().cumsum(0)[1::2] - 1).clamp(min=0)[place // self.block]
-        return place, segment * self.block + place % self.block
+        segment = (self._blocks(self.runs).flatten().cumsum(0)[1::2] - 1).clamp(min=0)
+        self.runs &= (self.masked & self.runs[:, None]).sum(1).cumsum(0) <= count
+        place = _compact((self.masked & self.runs[:, None]).flatten(), count, padding=self.slots * self.block)
+        return place, segment[place // self.block] * self.block + place % self.block
 
-    def _rows_to_run(self) -> torch.Tensor:
-        """(N + 1, 2) bool: of each slot, whether the block before is run, and the block itself."""
-        return torch.stack([self.active & self.uncommitted, self.active], dim=1)
+    def _blocks(self, slots: torch.Tensor) -> torch.Tensor:
+        """(N + 1, 2) bool: of some slots, whether the block before is run, and the block itself."""
+        return torch.stack([slots & self.uncommitted, slots], dim=1)
 
     def advance(
         self, place: torch.Tensor, token: torch.Tensor, confidence: torch.Tensor, entropy: torch.Tensor
@@ -249,10 +249,10 @@ class BatchState:
         sure = torch.zeros(shape.numel(), device=self._device).scatter_(0, place, confidence).view(shape)
         spread = torch.zeros(shape.numel(), device=self._device).scatter_(0, place, entropy).view(shape)
         drawn = drawn.view(shape)
-        masked = self.masked & self.active[:, None]
+        took_part, committed = self.runs, self.runs & self.uncommitted
+        masked = self.masked & took_part[:, None]
         kept = self._kept(masked, sure, spread)
 
-        took_part, committed = self.active.clone(), self.active & self.uncommitted
         self.tokens.copy_(torch.where(kept, drawn, self.tokens))
         self.unmasked_at.copy_(torch.where(kept, self.step[:, None], self.unmasked_at))
         self.confidence.copy_(torch.where(kept, sure, self.confidence))
@@ -264,26 +264,25 @@ class BatchState:
                 self.seen.scatter_(1, where, self.seen.gather(1, where) | kept[:, column : column + 1])
         stuck = masked.any(dim=1) & ~kept.any(dim=1) | (kept & sure.isnan()).any(dim=1)
         decided = took_part & ~self.masked.any(dim=1)
-        outcome = self._pack(took_part, committed, decided, stuck)
 
         fresh = (self.offsets >= self.given[:, None]) & (self.offsets < self.length[:, None])  # (N + 1, L)
         stops = ((self.tokens[:, :, None] == self.stop_ids[:, None, :]).any(dim=-1) & fresh).any(dim=1)
         new = self.length - self.given
         goes_on = decided & ~stops & (new < self.room)
+        outcome = self._pack(took_part, committed, decided, stuck, goes_on, self.masked.sum(dim=1))
         self.active &= ~decided | goes_on
         self.before.copy_(torch.where(goes_on[:, None], self.tokens, self.before))
-        self.uncommitted.copy_(goes_on)
+        self.uncommitted.copy_(torch.where(took_part, goes_on, self.uncommitted))
         self.start += torch.where(goes_on, self.length, 0)
         self.room -= torch.where(goes_on, new, 0)
         self.given.masked_fill_(goes_on, 0)
         # A quota exists for every step of the longest schedule; entropy_bounded may need as many as there are tokens.
-        self.step.copy_(torch.where(goes_on, 0, (self.step + 1).clamp(max=self.block - 1)))
+        self.step.copy_(torch.where(goes_on, 0, (self.step + took_part).clamp(max=self.block - 1)))
         self.tokens.masked_fill_(goes_on[:, None], self._mask_token_id)
         self.masked |= goes_on[:, None] & (self.offsets < self.length[:, None])
         self.unmasked_at.masked_fill_(goes_on[:, None], -1)
         self.confidence.masked_fill_(goes_on[:, None], 1.0)
-        counts = torch.stack([self.active.sum() + goes_on.sum(), (self.masked & self.active[:, None]).sum()])
-        return torch.cat([outcome, counts.int()])
+        return outcome
 
     def _kept(self, masked: torch.Tensor, confidence: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
         """Which of the masked positions keep their token: (N + 1, L) bool."""
@@ -305,24 +304,23 @@ class BatchState:
 
     # To the host
 
-    def _pack(self, *flags: torch.Tensor) -> torch.Tensor:
-        """Blocks and flags as one int32 tensor, the padding slot left out."""
+    def _pack(self, *columns: torch.Tensor) -> torch.Tensor:
+        """Blocks and columns (N + 1,) as one int32 tensor, the padding slot left out."""
         parts = [self.tokens.int(), self.unmasked_at.int(), self.confidence.view(torch.int32)]
-        return torch.cat([part[:-1].flatten() for part in (*parts, *(flag.int() for flag in flags))])
+        return torch.cat([part[:-1].flatten() for part in (*parts, *(column.int() for column in columns))])
 
     def pack_nothing(self) -> torch.Tensor:
         """A tensor with room for what `advance` returns."""
-        return torch.zeros((3 * self.block + 4) * self.slots + 2, dtype=torch.int32, device=self._device)
+        return torch.zeros((3 * self.block + 6) * self.slots, dtype=torch.int32, device=self._device)
 
     def unpack(self, packed: torch.Tensor) -> Outcome:
         """What `advance` returned, on the host."""
-        blocks, flags = self.slots * self.block, self.slots
-        array = packed.numpy().copy()  # the next step is brought to the same place
+        blocks = self.slots * self.block
+        array = packed.numpy().copy()  # a later step is brought to the same place
         tokens, unmasked_at, confidence = array[: 3 * blocks].reshape(3, self.slots, self.block)
-        took_part, committed, decided, stuck = array[3 * blocks : 3 * blocks + 4 * flags].reshape(4, flags).astype(bool)
-        segments, masked = (int(count) for count in array[-2:])
+        *flags, left = array[3 * blocks :].reshape(6, self.slots)
         return Outcome(
-            tokens, unmasked_at, confidence.view(np.float32), took_part, committed, decided, stuck, segments, masked
+            tokens, unmasked_at, confidence.view(np.float32), *(flag.astype(bool) for flag in flags), left=left
         )
 
     def to_device(self, array: Any) -> torch.Tensor:

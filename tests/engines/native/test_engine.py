@@ -18,6 +18,7 @@ from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserErro
 from sdar_lm_eval.demo import golds
 from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines.native import engine as engine_module
+from sdar_lm_eval.engines.native import forecast
 from sdar_lm_eval.engines.native.graphs import Graphs
 from sdar_lm_eval.errors import EngineError
 
@@ -174,7 +175,7 @@ def test_a_place_taken_over_while_a_step_runs_ahead_counts_once(tiny, monkeypatc
     ]
     expected = tokens_of(run(tiny, requests, max_active=max_active))
     engine = make_engine("native", tiny, device="cpu", max_active=max_active)
-    engine._ahead = True
+    engine._most_under_way = 2
     monkeypatch.setattr(
         Graphs,
         "__call__",
@@ -183,15 +184,26 @@ def test_a_place_taken_over_while_a_step_runs_ahead_counts_once(tiny, monkeypatc
     assert tokens_of(asking.run(engine, requests)) == expected
 
 
+@pytest.mark.parametrize("free_rows", [0, forecast.FREE_ROWS])
 @pytest.mark.parametrize("max_active", [1, 5, 24])
-def test_a_step_launched_ahead_of_the_host_changes_nothing(tiny, mixed, monkeypatch, max_active):
-    """As on a GPU; some of the requests end by stop strings, which the device learns of a step late."""
+def test_a_step_launched_ahead_of_the_host_changes_nothing(tiny, mixed, monkeypatch, max_active, free_rows):
+    """As on a GPU; without rows for free, some blocks find no room in a step that was expected to be smaller."""
     requests, alone = mixed
     engine = make_engine("native", tiny, device="cpu", max_active=max_active, kv_pages=40)
-    engine._ahead = True
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    results = dict(engine.generate(requests))
-    assert tokens_of(results[i] for i in range(len(requests))) == alone
+    engine._most_under_way = 2
+    monkeypatch.setattr(forecast, "FREE_ROWS", free_rows)
+    launch, waited = engine._runner.launch, []
+
+    def counting(context):
+        state, active = engine._runner.state, int(engine._runner.state.active.sum())
+        launched = launch(context)
+        waited.append(active - int(state.runs.sum()) if launched else 0)
+        return launched
+
+    monkeypatch.setattr(engine._runner, "launch", counting)
+    assert tokens_of(asking.run(engine, requests)) == alone
+    if max_active == 1 or not free_rows:
+        assert (sum(waited) > 0) == (max_active > 1)
 
 
 def test_preempted_sequences_lose_nothing(tiny):
@@ -260,7 +272,7 @@ class TestSharedBeginnings:
         monkeypatch.setitem(engine_module.PREFILL_CHUNK, "cpu", chunk)
         requests, alone = alike
         engine = make_engine("native", tiny, device="cpu", max_active=max_active, kv_pages=kv_pages)
-        engine._ahead = ahead
+        engine._most_under_way = 1 + ahead
         results = asking.run(engine, requests)
         assert tokens_of(results) == tokens_of(alone)
         assert [r.unmasked_at for r in results] == [r.unmasked_at for r in alone]

@@ -1,0 +1,129 @@
+"""Forecasts beside what the device does: the state of the batch, stepped with any tokens."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from sdar_lm_eval import DecodingConfig, GenerationRequest
+from sdar_lm_eval.engines.base import STRATEGIES
+from sdar_lm_eval.engines.native import forecast
+from sdar_lm_eval.engines.native.forecast import Forecast
+from sdar_lm_eval.engines.native.random_numbers import uniform
+from sdar_lm_eval.engines.native.scheduler import Sequence
+from sdar_lm_eval.engines.native.state import BatchState, Outcome
+
+SLOTS, BLOCK = 12, 8
+MASK = 99
+
+
+def sequences(rng, strategy):
+    made = []
+    for slot in range(SLOTS):
+        length = rng.choice([1, 4, 8])
+        decoding = DecodingConfig(
+            block_length=length, denoising_steps=rng.randint(1, length), remasking_strategy=strategy,
+            confidence_threshold=0.5,
+        )  # fmt: skip
+        prompt = tuple(range(rng.randint(1, 20)))
+        made.append(Sequence(slot, GenerationRequest(prompt, rng.randint(1, 40), decoding), list(prompt), slot=slot))
+    return made
+
+
+class Device:
+    """The state of a batch, with random tokens for a model."""
+
+    def __init__(self):
+        self.state = BatchState(
+            SLOTS, BLOCK, 0, 100, MASK, strategies=frozenset(STRATEGIES), penalized=False, uniform=uniform,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+
+    def needs(self):
+        state = self.state
+        segments = int((state.active * (1 + state.uncommitted.long())).sum())
+        return segments, int((state.masked & state.active[:, None]).sum())
+
+    def step(self, segments, places):
+        self.state.segments(segments)
+        place, _ = self.state.masked_places(places)
+        packed = self.state.advance(place, place % 50, torch.rand(len(place)), torch.rand(len(place)))
+        return self.state.unpack(packed)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_with_nothing_under_way_it_is_what_the_step_needs(strategy, seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    device, known = Device(), Forecast(SLOTS, BLOCK)
+    entering = sequences(rng, strategy)
+    for _ in range(200):
+        if entering and rng.random() < 0.5:
+            sequence = entering.pop()
+            device.state.begin([sequence])
+            known.begin([sequence])
+        assert known.sizes() == device.needs()
+        if known.sizes()[0]:
+            sizes = known.sizes()
+            known.launched()
+            known.learn(device.step(*sizes))
+    assert not entering
+    assert known.sizes() == (0, 0)
+
+
+@pytest.mark.parametrize("strategy", ["low_confidence_static", "sequential", "random"])
+def test_what_follows_a_schedule_is_foreseen(strategy, monkeypatch):
+    """With a step under way: the one after it has room for exactly what it needs."""
+    monkeypatch.setattr(forecast, "FREE_ROWS", 0)
+    device, known = Device(), Forecast(SLOTS, BLOCK)
+    entering = sequences(random.Random(1), strategy)
+    device.state.begin(entering)
+    known.begin(entering)
+    outcomes, expected = [], []
+    while (sizes := known.sizes())[0] or outcomes:
+        if sizes[0]:
+            expected.append(sizes)
+            needed = device.needs()
+            assert sizes == (max(needed[0], 2), max(needed[1], BLOCK)) if outcomes else needed
+            known.launched()
+            outcomes.append(device.step(*sizes))
+        if len(outcomes) == 2 or not sizes[0]:
+            known.learn(outcomes.pop(0))
+    assert len(expected) > 20
+    assert not device.state.active.any()
+
+
+def test_what_was_not_foreseen_is_made_room_for_later(monkeypatch):
+    """All is above the threshold, where a token a step was expected."""
+    monkeypatch.setattr(forecast, "FREE_ROWS", 0)
+    known = Forecast(4, 4)
+    decoding = DecodingConfig(block_length=4)
+    known.begin([Sequence(i, GenerationRequest((1, 2, 3, 4), 4000, decoding), [1, 2, 3, 4], slot=i) for i in range(4)])
+    everywhere = np.ones(4, dtype=bool)
+    decided = Outcome(None, None, None, everywhere, None, everywhere, ~everywhere, everywhere, np.zeros(4, dtype=int))
+    known.launched()
+    wanted = []
+    for _ in range(30):
+        wanted.append(known.sizes())
+        known.launched()
+        known.learn(decided)
+    assert wanted[0] == (4, 12)  # in their first blocks, a token less masked
+    assert wanted[-1] == (8, 16)
+
+
+def test_a_slot_that_is_taken_over_is_not_told_of_its_former_owner():
+    known = Forecast(1, 4)
+    first, second = (
+        Sequence(i, GenerationRequest((1, 2, 3), 40, DecodingConfig(block_length=4)), [1, 2, 3], slot=0) for i in (0, 1)
+    )
+    known.begin([first])
+    known.launched()
+    known.stop([0])
+    known.begin([second])
+    nothing, one = np.zeros(1, dtype=bool), np.ones(1, dtype=bool)
+    known.learn(Outcome(None, None, None, one, nothing, one, nothing, nothing, np.zeros(1, dtype=int)))
+    assert known.sizes() == (1, 1)
