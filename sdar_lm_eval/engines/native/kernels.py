@@ -154,7 +154,8 @@ class Tiles:
     Attributes:
         first: where each begins among the T tokens, (n,) int64.
         count: its tokens, (n,) int64; 0 for padding.
-        pages: the pages of its sequence, (n, P) int64; rows may be longer than the context.
+        pages: pages of sequences, (N, P) int64; rows may be longer than the context.
+        sequence: which row of `pages` each has, (n,) int64.
         visible: leading tokens of its sequence that each token sees, (T,) int64; 0 for padding within a tile.
         tokens: most tokens of a tile.
         splits: of the longest context.
@@ -163,6 +164,7 @@ class Tiles:
     first: torch.Tensor
     count: torch.Tensor
     pages: torch.Tensor
+    sequence: torch.Tensor
     visible: torch.Tensor
     tokens: int
     splits: int
@@ -170,13 +172,14 @@ class Tiles:
 
 @triton.jit
 def _attend(
-    query, keys, values, first_, count_, pages, pages_stride, visible, out, sums, scale, all_tokens,
+    query, keys, values, first_, count_, pages, pages_stride, sequence, visible, out, sums, scale, all_tokens,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, SPLIT_: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     first, count = tl.load(first_ + tile), tl.load(count_ + tile)
+    own_pages = pages + tl.load(sequence + tile) * pages_stride
     row, size = tl.arange(0, ROWS), tl.arange(0, SIZE)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     sees = tl.load(visible + first + token, mask=token < count, other=0)
@@ -192,7 +195,7 @@ def _attend(
         for start in range(begin, end, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             inside = column < end
-            page = tl.load(pages + tile * pages_stride + column // PAGE, mask=inside, other=0)
+            page = tl.load(own_pages + column // PAGE, mask=inside, other=0)
             source = ((page * PAGE + column % PAGE) * KV_HEADS + kv_head) * SIZE
             k = tl.load(keys + source[:, None] + size, mask=inside[:, None], other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
@@ -258,9 +261,9 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
         sums.fill_(-torch.inf)  # of tokens in no tile
         sums[..., 1] = 0
     _attend[(len(tiles.first), kv_heads, tiles.splits)](
-        query, keys, values, tiles.first, tiles.count, tiles.pages, tiles.pages.stride(0), tiles.visible, target, sums,
-        scaling, tokens, heads, kv_heads, size, page_size, rows, columns, SPLIT, tiles.splits,
-        "ieee" if query.dtype == torch.float32 else "tf32", num_warps=warps,
+        query, keys, values, tiles.first, tiles.count, tiles.pages, tiles.pages.stride(0), tiles.sequence,
+        tiles.visible, target, sums, scaling, tokens, heads, kv_heads, size, page_size, rows, columns, SPLIT,
+        tiles.splits, "ieee" if query.dtype == torch.float32 else "tf32", num_warps=warps,
     )  # fmt: skip
     if tiles.splits > 1:
         _combine[(tokens * heads,)](target, sums, out, tokens * heads, size, tiles.splits, num_warps=1)
@@ -271,14 +274,21 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
 
 
 @triton.jit
+def random_number(seed, position, step, PURPOSE: tl.constexpr):
+    """`random_numbers.uniform` in a kernel: the same numbers. `position` is a block, the others that or scalars."""
+    first = position.to(tl.uint32)
+    zero = first * 0
+    bits, _, _, _ = tl.philox(seed + zero.to(tl.int64), first, step.to(tl.uint32) + zero, zero + PURPOSE, zero)
+    return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+
+
+@triton.jit
 def _uniform(seed, position, step, out, size, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < size
-    first = tl.load(position + row, mask=inside, other=0).to(tl.uint32)
-    second = tl.load(step + row, mask=inside, other=0).to(tl.uint32)
-    zero = tl.zeros([BLOCK], tl.uint32)
-    bits, _, _, _ = tl.philox(tl.load(seed + row, mask=inside, other=0), first, second, zero + PURPOSE, zero)
-    tl.store(out + row, (bits >> 8).to(tl.float32) * 5.9604644775390625e-08, mask=inside)  # 2^-24
+    seeds, steps = tl.load(seed + row, mask=inside, other=0), tl.load(step + row, mask=inside, other=0)
+    number = random_number(seeds, tl.load(position + row, mask=inside, other=0), steps, PURPOSE)
+    tl.store(out + row, number, mask=inside)
 
 
 def uniform(seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor, purpose: int) -> torch.Tensor:

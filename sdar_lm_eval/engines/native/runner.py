@@ -114,10 +114,11 @@ class Runner:
         self._kernels: Any = None
         self._decoder: Any = None
         if kernels:
-            from sdar_lm_eval.engines.native import fused
+            from sdar_lm_eval.engines.native import fused, state_kernels
             from sdar_lm_eval.engines.native import kernels as triton_kernels
 
             self._kernels, self._uniform = triton_kernels, triton_kernels.uniform
+            self._state_kernels: Any = state_kernels
             self._decoder = fused.FusedDecoder(model) if fused.FusedDecoder.fits(model) else None
         self._reproducible, self._together = reproducible, 1
         self._shape: Shape | None = None
@@ -191,11 +192,16 @@ class Runner:
         self._on_host = itertools.cycle(on_host)
         if self._decoder is not None:
             self._decoder.reach(shape.width * self._page_size)
+        # Drawing by top-k and top-p, and repetition penalties, are left to PyTorch.
+        draws = self._kernels is not None and not shape.filtered and not shape.penalized
+        run, unmask = self._run_segments, self._unmask
+        if draws and self._decoder is not None:
+            run, unmask = self._run_laid_out, self._unmask_by_kernels
+            self._firsts = torch.arange(0, segments[-1] * shape.block, shape.block, device=device)
+        self._draw_some = self._draw_in_one_pass if draws else self._draw_from_float32
         graphs = device.type == "cuda"
-        one_pass = self._kernels is not None and not shape.filtered and not shape.penalized
-        self._forward_graphs = Graphs(self._run_segments, segments, enabled=graphs and self._decoder is not None)
-        self._unmask_graphs = Graphs(self._unmask, places, enabled=graphs and one_pass)
-        self._draw_some = self._draw_in_one_pass if one_pass else self._draw_from_float32
+        self._forward_graphs = Graphs(run, segments, enabled=graphs and self._decoder is not None)
+        self._unmask_graphs = Graphs(unmask, places, enabled=graphs and draws)
         self._shape = shape
 
     def set_pages(self, sequences: Iterable[Sequence]) -> None:
@@ -280,7 +286,8 @@ class Runner:
         tiles = self._kernels.Tiles(
             to_device(np.array(first)),
             to_device(np.array(count)),
-            self._table[to_device(np.array(slots))],
+            self._table,
+            to_device(np.array(slots)),
             all_visible,
             tile_tokens,
             self._splits(max(end for _, _, end in chunks)),
@@ -358,21 +365,65 @@ class Runner:
             )
             return rows.flatten(0, 1)
         block = self.state.block
-        table = self._table[segments.slot]
         positions, visible, places = self._stand(
-            table, segments.start, segments.length, segments.length, self.state.offsets
+            self._table[segments.slot], segments.start, segments.length, segments.length, self.state.offsets
         )
         first = torch.arange(0, visible.numel(), block, device=self._device)
-        if block <= PREFILL_TILE // 2 and not self._reproducible:
-            # A block and the one before it are one tile, and load keys and values once.
-            tiled, counts = 2 * block, segments.following * block
-        else:
-            tiled, counts = block, segments.length
-        tiles = self._kernels.Tiles(first, counts, table, visible.flatten(), tiled, context // self._kernels.SPLIT)
+        counts = segments.following * block if self._paired else segments.length
+        tiles = self._tiles(first, counts, segments.slot, visible.flatten(), context)
         hidden: torch.Tensor = self._decoder(
             segments.tokens.flatten(), positions.flatten(), places.flatten(), tiles, self.cache
         )
         return hidden
+
+    @property
+    def _paired(self) -> bool:
+        """Whether a block and the one before it are one tile of attention, and load keys and values once."""
+        return self.state.block <= PREFILL_TILE // 2 and not self._reproducible
+
+    def _tiles(
+        self, first: torch.Tensor, count: torch.Tensor, slot: torch.Tensor, visible: torch.Tensor, context: int
+    ) -> Any:
+        """Tiles of blocks."""
+        tokens = self.state.block * (1 + self._paired)
+        return self._kernels.Tiles(first, count, self._table, slot, visible, tokens, context // self._kernels.SPLIT)
+
+    def _run_laid_out(self, count: int, context: int) -> None:
+        """`_run_segments` by kernels."""
+        block = self.state.block
+        blocks = self._state_kernels.lay_out(self.state, self._table, self._page_size, count, paired=self._paired)
+        together = self._together if self._reproducible else count
+        for begin in range(0, count, together):
+            segments = slice(begin, begin + together)
+            tokens = slice(begin * block, (begin + together) * block)
+            tiles = self._tiles(
+                self._firsts[:together], blocks.count[segments], blocks.slot[segments], blocks.visible[tokens], context
+            )
+            self._hidden[tokens] = self._decoder(
+                blocks.tokens[tokens], blocks.positions[tokens], blocks.places[tokens], tiles, self.cache
+            )
+
+    def _unmask_by_kernels(self, count: int) -> None:
+        """`_unmask` by kernels."""
+        drawing = self._state_kernels.masked_places(self.state, count)
+        parts = []
+        for begin in range(0, count, self._drawn_together):
+            some = slice(begin, begin + self._drawn_together)
+            logits = self._model.lm_head(self._hidden[drawing.row[some]])
+            parts.append(
+                self._kernels.draw(
+                    logits, drawing.temperature[some], drawing.number[some], drawing.greedy[some], self._mask_token_id
+                )
+            )
+        drawn = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
+        self._state_kernels.advance(self.state, *drawn, self._packed)
+
+    @property
+    def _drawn_together(self) -> int:
+        """Rows of logits worked on at once."""
+        if self._reproducible:
+            return REPRODUCIBLE_ROWS
+        return max(1, LOGITS_BUDGET_BYTES // (4 * int(self._vocabulary)))
 
     def _run_rows(
         self,
@@ -427,11 +478,11 @@ class Runner:
     def _unmask(self, count: int) -> None:
         """Draw at the masked places, `count` with padding, from the hidden states; advance the state."""
         place, row = self.state.masked_places(count)
-        most = max(1, LOGITS_BUDGET_BYTES // (4 * self._vocabulary))
-        chunk = REPRODUCIBLE_ROWS if self._reproducible else most
         parts = [
             self._draw_some(some, self._hidden[rows])
-            for some, rows in zip(torch.split(place, chunk), torch.split(row, chunk), strict=True)
+            for some, rows in zip(
+                torch.split(place, self._drawn_together), torch.split(row, self._drawn_together), strict=True
+            )
         ]
         token, confidence, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
         self._packed.copy_(self.state.advance(place, token, confidence, entropy))

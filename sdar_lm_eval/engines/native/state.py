@@ -120,8 +120,8 @@ class BatchState:
         flag: dict[str, Any] = {"dtype": torch.bool, "device": device}
         rows = slots + 1
         self.slots, self.block = slots, block
-        self._vocabulary, self._mask_token_id, self._device = vocabulary, mask_token_id, device
-        self._strategies, self._uniform = strategies, uniform
+        self._vocabulary, self.mask_token_id, self._device = vocabulary, mask_token_id, device
+        self.strategies, self._uniform = strategies, uniform
         self.offsets = torch.arange(block, device=device)
         # The block that is being denoised: (N + 1, L)
         self.tokens = torch.full((rows, block), mask_token_id, **whole)
@@ -132,6 +132,9 @@ class BatchState:
         # (N + 1,)
         self.active = torch.zeros(rows, **flag)
         self.runs = torch.zeros(rows, **flag)  # whether the step under way has room for it
+        # Between the kernels of a step: masked positions that take part, where a slot's block is among the segments,
+        # and its first masked position among those that are drawn for.
+        self.wants, self.segment_of, self.place_of = torch.zeros(3, slots, dtype=torch.int32, device=device)
         self.uncommitted = torch.zeros(rows, **flag)
         self.start = torch.zeros(rows, **whole)
         self.step = torch.zeros(rows, **whole)
@@ -164,7 +167,7 @@ class BatchState:
         masked = (np.arange(self.block) >= given[:, None]) & (np.arange(self.block) < length[:, None])
         self._write(
             slot,
-            tokens=_rows((s.tokens[s.block_start :] for s in sequences), self.block, self._mask_token_id),
+            tokens=_rows((s.tokens[s.block_start :] for s in sequences), self.block, self.mask_token_id),
             masked=masked,
             unmasked_at=np.full(masked.shape, -1),
             confidence=np.ones(masked.shape, dtype=np.float32),
@@ -278,7 +281,7 @@ class BatchState:
         self.given.masked_fill_(goes_on, 0)
         # A quota exists for every step of the longest schedule; entropy_bounded may need as many as there are tokens.
         self.step.copy_(torch.where(goes_on, 0, (self.step + took_part).clamp(max=self.block - 1)))
-        self.tokens.masked_fill_(goes_on[:, None], self._mask_token_id)
+        self.tokens.masked_fill_(goes_on[:, None], self.mask_token_id)
         self.masked |= goes_on[:, None] & (self.offsets < self.length[:, None])
         self.unmasked_at.masked_fill_(goes_on[:, None], -1)
         self.confidence.masked_fill_(goes_on[:, None], 1.0)
@@ -288,16 +291,16 @@ class BatchState:
         """Which of the masked positions keep their token: (N + 1, L) bool."""
         strategy, quota = self.strategy, self.quotas.gather(1, self.step[:, None]).squeeze(1)
         keys, count = unmasking.by_confidence(confidence), quota
-        if "low_confidence_dynamic" in self._strategies:
+        if "low_confidence_dynamic" in self.strategies:
             dynamic = unmasking.count_above_threshold(confidence, masked, self.threshold, quota)
             count = torch.where(strategy == DYNAMIC, dynamic, count)
-        if "sequential" in self._strategies:
+        if "sequential" in self.strategies:
             keys = torch.where((strategy == SEQUENTIAL)[:, None], unmasking.by_position(confidence), keys)
-        if "entropy_bounded" in self._strategies:
+        if "entropy_bounded" in self.strategies:
             bounded = unmasking.count_within_entropy(entropies, masked, self.entropy_bound)
             count = torch.where(strategy == ENTROPY, bounded, count)
             keys = torch.where((strategy == ENTROPY)[:, None], entropies, keys)
-        if "random" in self._strategies:
+        if "random" in self.strategies:
             order = self._uniform(self.seed[:, None], self.start[:, None] + self.offsets, self.step[:, None], ORDER)
             keys = torch.where((strategy == RANDOM)[:, None], order, keys)
         return unmasking.select_first(keys, count, masked)
@@ -318,10 +321,10 @@ class BatchState:
         blocks = self.slots * self.block
         array = packed.numpy().copy()  # a later step is brought to the same place
         tokens, unmasked_at, confidence = array[: 3 * blocks].reshape(3, self.slots, self.block)
-        *flags, left = array[3 * blocks :].reshape(6, self.slots)
-        return Outcome(
-            tokens, unmasked_at, confidence.view(np.float32), *(flag.astype(bool) for flag in flags), left=left
-        )
+        columns = array[3 * blocks :].reshape(6, self.slots)
+        took_part, committed, decided, stuck, goes_on = columns[:5].astype(bool)
+        confidence = confidence.view(np.float32)
+        return Outcome(tokens, unmasked_at, confidence, took_part, committed, decided, stuck, goes_on, left=columns[5])
 
     def to_device(self, array: Any) -> torch.Tensor:
         """A host array on the device, without waiting for it."""

@@ -91,7 +91,7 @@ def attention(query, keys, values, tiles, scaling):
     for tile in range(len(tiles.first)):
         for token in range(int(tiles.first[tile]), int(tiles.first[tile] + tiles.count[tile])):
             n = int(tiles.visible[token])
-            k, v = (cache[tiles.pages[tile]].flatten(0, 1)[:n].float() for cache in (keys, values))
+            k, v = (cache[tiles.pages[tiles.sequence[tile]]].flatten(0, 1)[:n].float() for cache in (keys, values))
             k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
             scores = torch.einsum("hd,nhd->hn", query[token].float(), k) * scaling
             out[token] = torch.einsum("hn,nhd->hd", scores.softmax(-1), v)
@@ -116,6 +116,7 @@ def test_attend(dtype, heads, kv_heads, size, block, context, monkeypatch):
         first=torch.tensor([0, block, 2 * block], device=DEVICE),
         count=torch.tensor(counts, device=DEVICE),
         pages=order.view(3, per_sequence),
+        sequence=torch.tensor([2, 0, 1], device=DEVICE),
         visible=(lengths + block).repeat_interleave(block).to(DEVICE),
         tokens=block,
         splits=-(-(context + block) // kernels.SPLIT),
@@ -135,7 +136,8 @@ def test_attend_over_blocks_of_a_prompt(dtype):
     tiles = kernels.Tiles(
         first=torch.tensor([0, 16], device=DEVICE),
         count=torch.tensor([16, 12], device=DEVICE),
-        pages=torch.tensor([[3, 1, 5], [3, 1, 5]], device=DEVICE),
+        pages=torch.tensor([[4, 2, 6], [3, 1, 5]], device=DEVICE),
+        sequence=torch.tensor([1, 1], device=DEVICE),
         visible=((torch.arange(28, device=DEVICE) // block) + 1) * block,
         tokens=16,
         splits=1,
@@ -153,6 +155,7 @@ def test_attend_over_a_block_and_the_one_before(dtype):
         first=torch.tensor([0], device=DEVICE),
         count=torch.tensor([8], device=DEVICE),
         pages=torch.tensor([[3, 1, 5]], device=DEVICE),
+        sequence=torch.tensor([0], device=DEVICE),
         visible=visible,
         tokens=8,
         splits=1,

@@ -16,7 +16,7 @@ COMPILE = """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sdar_lm_eval.engines.native import kernels
+    from sdar_lm_eval.engines.native import kernels, state_kernels
 
     BF16, INT64, FP32 = "*bf16", "*i64", "*fp32"
 
@@ -62,7 +62,7 @@ COMPILE = """
             kernels._attend,
             {
                 **tensors(type_, "query", "keys", "values"),
-                **tensors(INT64, "first_", "count_", "pages", "visible"),
+                **tensors(INT64, "first_", "count_", "pages", "sequence", "visible"),
                 "out": type_ if splits == 1 else FP32,
                 "sums": FP32,
                 "scale": "fp32",
@@ -86,6 +86,42 @@ COMPILE = """
             **tensors(FP32, "temperature", "number", "parts", "confidence_out", "entropy_out"),
         },
         {"BLOCK": 4096, "CHUNKS": 64},
+    )
+    FLAG, INT32 = "*i1", "*i32"
+    sizes = {"BLOCK": 4, "WIDTH": 4}
+    check(
+        state_kernels._lay_out,
+        {
+            **tensors(FLAG, "active", "uncommitted", "masked", "runs"),
+            **tensors(INT64, "start", "length", "tokens", "before", "table", "slot_out", "count_out"),
+            **tensors(INT64, "tokens_out", "positions_out", "places_out", "visible_out"),
+            **tensors(INT32, "wants", "segment_of"),
+        },
+        {**sizes, "SLOTS": 256, "PAGE": 16, "SCRATCH": 0, "PAIRED": True},
+        num_warps=1,
+    )
+    check(
+        state_kernels._masked_places,
+        {
+            **tensors(FLAG, "masked", "runs", "greedy", "greedy_out"),
+            **tensors(INT64, "start", "step", "seed", "row_out"),
+            **tensors(INT32, "wants", "segment_of", "place_of"),
+            **tensors(FP32, "temperature", "temperature_out", "number_out"),
+        },
+        {**sizes, "SLOTS": 256, "PURPOSE": 0},
+        num_warps=1,
+    )
+    check(
+        state_kernels._advance,
+        {
+            **tensors(FLAG, "runs", "masked", "active", "uncommitted"),
+            **tensors(INT32, "place_of", "packed"),
+            **tensors(INT64, "drawn", "tokens", "unmasked_at", "before", "start", "step", "given", "room", "length"),
+            **tensors(INT64, "strategy", "quotas", "stop_ids", "seed"),
+            **tensors(FP32, "drawn_confidence", "drawn_entropy", "confidence", "threshold", "entropy_bound"),
+        },
+        {**sizes, "PURPOSE": 1, "DYNAMIC": 0, "SEQUENTIAL": 2, "ENTROPY": 3, "RANDOM": 4},
+        num_warps=1,
     )
 """
 
