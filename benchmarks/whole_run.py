@@ -15,8 +15,8 @@ prefill   Prompt tokens per second: distinct prompts of random tokens, and one b
 contexts  Tokens per second and milliseconds a denoising step behind prompts of a length, one token a step. Prompts are
           distinct: shared ones would have all sequences read the same few keys and values, from the GPU's L2 cache.
           Prefill is not in the time, which begins when a short request that was admitted last is answered, and ends
-          with the last sequence but it; earlier ones get enough tokens to run throughout. Steps that store a decided
-          block's KV do so beside the next block's first denoising.
+          with the last sequence but it; earlier ones get enough tokens to run throughout. The steps of that time are
+          known but for one. A decided block's KV is stored in the step that denoises the next block first.
 gsm8k     Every question once through the harness, in the chat template, exactly --answer-tokens new tokens each, two
           tokens a step, refilled as places become free. Nothing is warmed up: graphs are captured on the way.
 
@@ -50,12 +50,12 @@ from sdar_lm_eval.engines.native.engine import PREFILL_CHUNK, resolve_device
 SECTIONS = ("start", "prefill", "contexts", "gsm8k")
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {
-        "prefill": [100, 500],
-        "prefill_tokens": 4_000,
-        "contexts": [100, 500],
-        "sequences": 4,
-        "context_tokens": 2_000,
-        "new_tokens": 16,
+        "prefill": [100, 500, 2_000],
+        "prefill_tokens": 8_000,
+        "contexts": [100, 500, 1_000],
+        "sequences": 8,
+        "context_tokens": 8_000,
+        "new_tokens": 64,
         "questions": 32,
         "answer_tokens": 64,
     },
@@ -104,31 +104,31 @@ def main() -> None:
     folder = with_random_weights(args.pretrained) if args.random_weights else contextlib.nullcontext(args.pretrained)
     with folder as pretrained:
         checkpoint = Checkpoint.open(pretrained)
-        clock.lap()
+        clock.lap()  # weights have been drawn
         read = read_all(checkpoint.weight_files())
         reading = clock.lap()
         lm = make_model("native", pretrained, f"device={device},{args.model_args}".rstrip(","), args.active)
         loading = clock.lap()
-    questions = load_questions(args.gsm8k)
-    found: dict[str, Any] = {}
-    if "start" in args.sections:
-        parts = {"imports": imports, "device": on_device, "loading the weights": loading}
-        found["start"] = start(lm, questions, args, parts, reading, read)
-    if "prefill" in args.sections:
-        found["prefill"] = list(prefill(lm, checkpoint, args, device))
-    if "contexts" in args.sections:
-        found["contexts"] = list(contexts(lm, args, device))
-    if "gsm8k" in args.sections:
-        found["gsm8k"] = whole_gsm8k(lm, questions, args)
-    facts = {
-        "triton": version("triton"),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "peak_memory_bytes": lm._engine.peak_memory_bytes(),
-    }
-    info = lm.get_model_info()["sdar_lm_eval"]
-    asked = {name: value for name, value in vars(args).items() if name not in info and name not in found}
-    print(json.dumps({**info, **facts, **asked, "rows": found}))
+        questions = load_questions(args.gsm8k)
+        found: dict[str, Any] = {}
+        if "start" in args.sections:
+            parts = {"imports": imports, "device": on_device, "loading the weights": loading}
+            found["start"] = start(lm, questions, args, parts, reading, read)
+        if "prefill" in args.sections:
+            found["prefill"] = list(prefill(lm, checkpoint, args, device))
+        if "contexts" in args.sections:
+            found["contexts"] = list(contexts(lm, args, device))
+        if "gsm8k" in args.sections:
+            found["gsm8k"] = whole_gsm8k(lm, questions, args)
+        facts = {
+            "triton": version("triton"),
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "peak_memory_bytes": lm._engine.peak_memory_bytes(),
+        }
+        info = lm.get_model_info()["sdar_lm_eval"]
+        asked = {name: value for name, value in vars(args).items() if name not in info}
+        print(json.dumps({**info, **facts, **asked, "rows": found}))
 
 
 def start(
