@@ -1,19 +1,27 @@
-"""What the benchmarks share: a checkpoint with random weights, where the real ones are not at hand; this CPU's name."""
+"""What the benchmarks share: a checkpoint with random weights, where the real ones are not at hand; the registered
+model without stop tokens, and the questions that it is asked; this CPU's name."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from safetensors.torch import save_file
 
-from sdar_lm_eval import Checkpoint
+from sdar_lm_eval import Checkpoint, autoload
+from sdar_lm_eval.demo.make import PROMPT
+from sdar_lm_eval.tasks import gsm8k
+
+MODELS = {"native": "sdar", "jetengine": "sdar-jetengine", "lmdeploy": "sdar-lmdeploy"}
 
 
 @contextlib.contextmanager
@@ -43,6 +51,33 @@ def with_random_weights(folder: str) -> Iterator[str]:
         (Path(copy) / "config.json").write_text(json.dumps(config | {"block_size": checkpoint.block_length}))
         del weights
         yield copy
+
+
+def make_model(engine: str, pretrained: str, model_args: str = "", max_active: int | None = None) -> Any:
+    """The model that `lm_eval --model` makes, but that no token ends its answers."""
+    from lm_eval.api.registry import get_model
+
+    autoload.install()
+    settings = [f"pretrained={pretrained}", f"max_active={max_active}" if max_active else "", model_args]
+    lm: Any = get_model(MODELS[engine]).create_from_arg_string(",".join(filter(None, settings)))
+    lm.checkpoint = dataclasses.replace(lm.checkpoint, stop_ids=())
+    return lm
+
+
+def load_questions(gsm8k_dir: str | None) -> Any:
+    """GSM8K's test set from a folder; without one, the demo problems."""
+    return gsm8k.load(gsm8k_dir=gsm8k_dir)["test"] if gsm8k_dir else gsm8k.load_demo()["test"]
+
+
+def instance(number: int, doc: dict[str, Any], new_tokens: int, settings: dict[str, Any], front: str = "") -> Instance:
+    """A request for exactly so many new tokens, behind some text in front of the question."""
+    settings = {"max_gen_toks": new_tokens, "until": [], **settings}
+    return Instance("generate_until", doc, (front + PROMPT.format(**doc), settings), 0, metadata=("gsm8k", number, 1))
+
+
+def sampling(sample: bool) -> dict[str, Any]:
+    """Settings that draw at temperature 1, or the most probable token."""
+    return {"do_sample": True, "temperature": 1.0} if sample else {"do_sample": False}
 
 
 def cpu_name() -> str:

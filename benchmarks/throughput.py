@@ -23,15 +23,11 @@ import json
 from typing import Any
 
 import torch
-from common import cpu_name, with_random_weights
+from common import MODELS, cpu_name, instance, load_questions, make_model, sampling, with_random_weights
 from floor import Floor, tokens_per_second
 from lm_eval.api.instance import Instance
 
-from sdar_lm_eval import Checkpoint, autoload
-from sdar_lm_eval.demo.make import PROMPT
-from sdar_lm_eval.tasks import gsm8k
-
-MODELS = {"native": "sdar", "jetengine": "sdar-jetengine", "lmdeploy": "sdar-lmdeploy"}
+from sdar_lm_eval import Checkpoint
 
 
 def main() -> None:
@@ -54,13 +50,18 @@ def main() -> None:
     folder = with_random_weights(args.pretrained) if args.random_weights else contextlib.nullcontext(args.pretrained)
     with folder as pretrained:
         floors = time_products(args, pretrained) if args.floor else {}
-        lm = make_model(args, pretrained)
-        questions = gsm8k.load(gsm8k_dir=args.gsm8k)["test"] if args.gsm8k else gsm8k.load_demo()["test"]
+        lm = make_model(args.engine, pretrained, args.model_args, max(args.active))
+        questions = load_questions(args.gsm8k)
         front = examples(questions, args.shared_prefix, lm.tokenizer) if args.shared_prefix else ""
-        instances = [instance(i, front, doc, args, args.new_tokens) for i, doc in enumerate(questions)]
+        settings = {
+            "remasking_strategy": args.strategy,
+            "confidence_threshold": args.threshold,
+            **sampling(args.sample),
+        }
+        instances = [instance(i, doc, args.new_tokens, settings, front) for i, doc in enumerate(questions)]
         largest = cycled(instances, max(args.active), 0)
         lm._engine.prepare([job.request for job in lm._jobs(largest)[1].values()])
-        warm_up = [instance(i, front, questions[i % len(questions)], args, 16) for i in range(len(largest))]
+        warm_up = [instance(i, questions[i % len(questions)], 16, settings, front) for i in range(len(largest))]
         lm.generate_until(warm_up, disable_tqdm=True)
 
         rows = []
@@ -79,18 +80,8 @@ def main() -> None:
                 flush=True,
             )
     info = lm.get_model_info()["sdar_lm_eval"]
-    settings = {name: value for name, value in vars(args).items() if name not in info and name != "active"}
-    print(json.dumps({**info, "cpu": cpu_name(), "threads": torch.get_num_threads(), **settings, "rows": rows}))
-
-
-def make_model(args: argparse.Namespace, pretrained: str) -> Any:
-    from lm_eval.api.registry import get_model
-
-    autoload.install()
-    settings = f"pretrained={pretrained},max_active={max(args.active)}"
-    lm: Any = get_model(MODELS[args.engine]).create_from_arg_string(",".join(filter(None, [settings, args.model_args])))
-    lm.checkpoint = dataclasses.replace(lm.checkpoint, stop_ids=())
-    return lm
+    asked = {name: value for name, value in vars(args).items() if name not in info and name != "active"}
+    print(json.dumps({**info, "cpu": cpu_name(), "threads": torch.get_num_threads(), **asked, "rows": rows}))
 
 
 def examples(docs: Any, tokens: int, tokenizer: Any) -> str:
@@ -101,17 +92,6 @@ def examples(docs: Any, tokens: int, tokenizer: Any) -> str:
             return str(tokenizer.decode(ids[:tokens]))
         ids += tokenizer.encode(f"{doc['question']}\n{doc['answer']}\n\n", add_special_tokens=False)
     raise ValueError("no problems")
-
-
-def instance(number: int, front: str, doc: dict[str, Any], args: argparse.Namespace, new_tokens: int) -> Instance:
-    settings = {
-        "max_gen_toks": new_tokens,
-        "until": [],
-        "remasking_strategy": args.strategy,
-        "confidence_threshold": args.threshold,
-        **({"do_sample": True, "temperature": 1.0} if args.sample else {"do_sample": False}),
-    }
-    return Instance("generate_until", doc, (front + PROMPT.format(**doc), settings), 0, metadata=("gsm8k", number, 1))
 
 
 def cycled(instances: list[Instance], count: int, turn: int) -> list[Instance]:

@@ -133,6 +133,8 @@ class ControlPlane:
 
     def __enter__(self) -> ControlPlane:
         self.folder.mkdir(parents=True, exist_ok=True)
+        # A shell's background jobs ignore SIGINT, and so would the containers, which could not be preempted.
+        self._interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
         ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready)), daemon=True)
         self._thread.start()
@@ -142,6 +144,7 @@ class ControlPlane:
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._end.set)
         self._thread.join(30)
+        signal.signal(signal.SIGINT, self._interrupt)
 
     async def _serve(self, ready: threading.Event) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
