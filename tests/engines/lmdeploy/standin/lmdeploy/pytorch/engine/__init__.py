@@ -172,7 +172,7 @@ class Engine:
         elif config.distributed_executor_backend == "mp":
             pickle.loads(pickle.dumps(hf_config))
             process = multiprocessing.get_context("fork").Process
-            self.workers = [process(target=time.sleep, args=(600,), daemon=True) for _ in range(config.tp)]
+            self.workers = [process(target=time.sleep, args=(60,), daemon=True) for _ in range(config.tp)]
             for worker in self.workers:
                 worker.start()
         else:
