@@ -215,12 +215,12 @@ class JetEngine:
                     "then draws tokens in all of them, which stops the others",
                     "tensor_parallel_size=1",
                 )
-            if tensor_parallel > (gpus := torch.cuda.device_count()):
-                raise UserError(f"tensor_parallel_size={tensor_parallel}: this machine has {gpus} usable GPU(s).")
             width = "moe_intermediate_size" if self._checkpoint.is_moe else "intermediate_size"
             for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", width):
                 if config[name] % tensor_parallel:
                     refuse(f"tensor_parallel_size={tensor_parallel} does not divide its {name}={config[name]}")
+            if tensor_parallel > (gpus := torch.cuda.device_count()):
+                raise UserError(f"tensor_parallel_size={tensor_parallel}: this machine has {gpus} usable GPU(s).")
         self._checkpoint.check_weights()
         if world_size() > 1 and not self._dialect.several_processes:
             raise UserError(

@@ -717,9 +717,10 @@ class TestRefusals:
                 of(demo, tensor_parallel_size=2)
             of(checkpoint, tensor_parallel_size=1)
 
-    def test_gpus_that_010_does_not_take(self, jetengine_010, tiny, monkeypatch):
+    def test_gpus_that_010_does_not_take(self, jetengine_010, tiny, tmp_path, monkeypatch):
+        even = Checkpoint.open(str(random_checkpoint(tmp_path, head_dim=32, vocab_size=712)))
         with pytest.raises(UserError, match="tensor_parallel_size=2: this machine has 1 usable GPU"):
-            of(tiny, tensor_parallel_size=2)
+            of(even, tensor_parallel_size=2)
         gpu_on_the_cpu(monkeypatch, gpus=2)
         with pytest.raises(UserError, match=r"device='cuda:1': JetEngine 0.1.0 takes the first.*CUDA_VISIBLE_DEVICES"):
             of(tiny, device="cuda:1")
