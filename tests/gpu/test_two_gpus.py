@@ -25,6 +25,7 @@ from sdar_lm_eval.engines.lmdeploy.requirements import find_lmdeploy
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here")
 
+LMDEPLOY = "pretrained=demo,cache_max_entry_count=0.2"  # other tests may run beside
 # Its answers depend least on rounding.
 SEQUENTIAL = "remasking_strategy=sequential,max_gen_toks=128"
 
@@ -159,17 +160,16 @@ def test_jetengine_tensor_parallel(tmp_path):
 @pytest.fixture(scope="module")
 def lmdeploy_alone(tmp_path_factory):
     need(find_lmdeploy)
-    return evaluate(tmp_path_factory.mktemp("lmdeploy"), "sdar-lmdeploy", more=f"--gen_kwargs {SEQUENTIAL}")
+    return evaluate(tmp_path_factory.mktemp("lmdeploy"), "sdar-lmdeploy", LMDEPLOY, more=f"--gen_kwargs {SEQUENTIAL}")
 
 
 def test_lmdeploy_tensor_parallel(tmp_path, lmdeploy_alone):
-    settings = "pretrained=demo,tensor_parallel_size=2"
-    two = evaluate(tmp_path, "sdar-lmdeploy", settings, more=f"--gen_kwargs {SEQUENTIAL}")
+    two = evaluate(tmp_path, "sdar-lmdeploy", f"{LMDEPLOY},tensor_parallel_size=2", more=f"--gen_kwargs {SEQUENTIAL}")
     check_agreement(lmdeploy_alone, two, most=4)
 
 
 def test_lmdeploy_data_parallel(tmp_path, lmdeploy_alone):
-    two = evaluate(tmp_path, "sdar-lmdeploy", processes=2, more=f"--gen_kwargs {SEQUENTIAL}")
+    two = evaluate(tmp_path, "sdar-lmdeploy", LMDEPLOY, processes=2, more=f"--gen_kwargs {SEQUENTIAL}")
     check_agreement(lmdeploy_alone, two, most=10)
 
 
