@@ -47,7 +47,7 @@ doc_to_target: 1
 filter_list: null
 metric_list: [{metric: acc}]
 """
-SLOW = 3  # seconds that a rank is late, more than gloo waits by itself in `scenarios`
+SLOW = 2  # seconds that a rank is late, more than gloo waits by itself in `scenarios`
 LAUNCHER_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU",
     "OMP_NUM_THREADS",
@@ -115,7 +115,7 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     torch.distributed.barrier()
     torch.distributed.distributed_c10d._set_pg_timeout(
-        datetime.timedelta(seconds=SLOW - 2), torch.distributed.group.WORLD
+        datetime.timedelta(seconds=SLOW / 2), torch.distributed.group.WORLD
     )
     output = Path(sys.argv[1])
     found = scenarios(output)
