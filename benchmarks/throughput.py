@@ -8,9 +8,16 @@
 compare. A run is one `generate_until` of the registered model: requests in, texts out, chat template, tokenizing and
 detokenizing included, loading not. Only returned tokens count. With random weights no confidence comes near 0.9, so
 that threshold unmasks one token a step, and threshold 0 a block a step. A step is a forward of a sequence, so a block
-and the one before it that share a forward count as two. `--shared-prefix N` puts the same N tokens in front of each
-question, as few-shot tasks do; `--model-args share_prefixes=false` tells what sharing them is worth. The last line is
-JSON.
+and the one before it that share a forward count as two.
+
+`--shared-prefix N` puts the same N tokens in front of each question, as few-shot tasks do; `--model-args
+share_prefixes=false` tells what sharing them is worth.
+
+On several GPUs, with a copy of the model each, start it by `torchrun --nproc_per_node 2` or `accelerate launch
+--multi_gpu`: `--active` and `--prompts` are each process's own, questions are dealt out in turn, all begin a row
+together, and a row has all processes' tokens over the slowest one's time. With the row of one process at `--active 256`
+compare 256 of each of two (twice the work) and 128 of each of two (the same work). With `--model-args
+tensor_parallel_size=2` one process's GPUs share one copy. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -28,6 +35,8 @@ from floor import Floor, tokens_per_second
 from lm_eval.api.instance import Instance
 
 from sdar_lm_eval import Checkpoint
+
+WARM_UP = 32  # new tokens of a row's run that does not count: kernels are compiled in it, and CUDA graphs captured
 
 
 def main() -> None:
@@ -58,21 +67,32 @@ def main() -> None:
             "confidence_threshold": args.threshold,
             **sampling(args.sample),
         }
-        instances = [instance(i, doc, args.new_tokens, settings, front) for i, doc in enumerate(questions)]
+
+        def of(new_tokens: int) -> list[Instance]:
+            made = [instance(i, doc, new_tokens, settings, front) for i, doc in enumerate(questions)]
+            return made[ranks.rank :: ranks.world_size]
+
+        ranks = lm._ranks
+        instances, warm_up = of(args.new_tokens), of(min(WARM_UP, args.new_tokens))
         largest = cycled(instances, max(args.active), 0)
         lm._engine.prepare([job.request for job in lm._jobs(largest)[1].values()])
-        warm_up = [instance(i, questions[i % len(questions)], 16, settings, front) for i in range(len(largest))]
-        lm.generate_until(warm_up, disable_tqdm=True)
 
         rows = []
-        print("| active | tokens/s | times first | ms a step | peak memory, MiB |" + " of the floor |" * args.floor)
-        print("| ---: | ---: | ---: | ---: | ---: |" + " ---: |" * args.floor)
+        say = print if ranks.rank == 0 else lambda *_, **__: None
+        say("| active | tokens/s | times first | ms a step | peak memory, MiB |" + " of the floor |" * args.floor)
+        say("| ---: | ---: | ---: | ---: | ---: |" + " ---: |" * args.floor)
         for active in args.active:
+            lm.generate_until(cycled(warm_up, active, 0), disable_tqdm=True)
+            ranks.barrier()
             before = dataclasses.replace(lm.report.counts)
             for turn in range(-(-args.prompts // active)):
                 lm.generate_until(cycled(instances, active, turn), disable_tqdm=True)
-            rows.append(row(active, before, lm.report.counts, args.new_tokens, floors.get(active)))
-            print(
+            own = row(active, before, lm.report.counts, args.new_tokens, floors.get(active))
+            of_ranks = ranks.gather_object(own)
+            if of_ranks is None:
+                continue
+            rows.append(together(of_ranks))
+            say(
                 f"| {active} | {rows[-1]['tokens_per_second']:,.0f} "
                 f"| {rows[-1]['tokens_per_second'] / rows[0]['tokens_per_second']:.1f} | {rows[-1]['ms_per_step']} "
                 f"| {rows[-1]['peak_memory_bytes'] / 2**20:,.0f} |"
@@ -81,7 +101,8 @@ def main() -> None:
             )
     info = lm.get_model_info()["sdar_lm_eval"]
     asked = {name: value for name, value in vars(args).items() if name not in info and name != "active"}
-    print(json.dumps({**info, "cpu": cpu_name(), "threads": torch.get_num_threads(), **asked, "rows": rows}))
+    machine = {"processes": ranks.world_size, "cpu": cpu_name(), "threads": torch.get_num_threads()}
+    say(json.dumps({**info, **machine, **asked, "rows": rows}))
 
 
 def examples(docs: Any, tokens: int, tokenizer: Any) -> str:
@@ -114,8 +135,9 @@ def row(active: int, before: Any, after: Any, new_tokens: int, products: tuple[f
     commit = (after.commit_forwards - before.commit_forwards) / active
     found = {
         "active": active,
+        "tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 1),
-        "seconds": round(seconds, 2),
+        "seconds": round(seconds, 3),
         "ms_per_step": round(1000 * seconds / (denoising + commit), 2),
         "peak_memory_bytes": after.peak_memory_bytes,
     }
@@ -123,6 +145,18 @@ def row(active: int, before: Any, after: Any, new_tokens: int, products: tuple[f
         floor = tokens_per_second(products, tokens, denoising, commit)
         found |= {"floor_tokens_per_second": round(floor, 1), "of_the_floor": round(tokens / seconds / floor, 3)}
     return found
+
+
+def together(of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of all processes'; what is said of one is the slowest's."""
+    slowest = max(of_ranks, key=lambda found: found["seconds"])
+    tokens = sum(found["tokens"] for found in of_ranks)
+    return slowest | {
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / slowest["seconds"], 1),
+        "seconds_of_processes": [found["seconds"] for found in of_ranks],
+        "peak_memory_bytes": max(found["peak_memory_bytes"] for found in of_ranks),
+    }
 
 
 if __name__ == "__main__":

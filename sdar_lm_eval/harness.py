@@ -15,7 +15,7 @@ import logging
 import math
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -314,6 +314,15 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             UserError: a request's settings are unknown or out of range; raised before anything runs.
             EngineError: the engine stopped; finished answers are in the cache.
         """
+        return self._of_own(requests, lambda own: self._generate(own, disable_tqdm), "")
+
+    def _of_own(self, requests: Sequence[Any], answer: Callable[[list[Any]], list[Any]], blank: Any) -> list[Any]:
+        """Answers to requests; a blank to those for a borrowed document, whose answers nobody reads (ranks.py)."""
+        idle = [self._ranks.is_idle(request.task_name) for request in requests]
+        answers = iter(answer([request for request, is_idle in zip(requests, idle, strict=True) if not is_idle]))
+        return [blank if is_idle else next(answers) for is_idle in idle]
+
+    def _generate(self, requests: Sequence[Any], disable_tqdm: bool) -> list[str]:
         keys, jobs = self._jobs(requests)
         self._harness_templates = False
         answers = {key: kept for key, job in jobs.items() if (kept := self._recall(job)) is not None}
@@ -366,14 +375,20 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                 runs.
             EngineError: the engine stopped; finished scores are in the cache.
         """
-        return self._score("loglikelihood", requests, self._pair_of, disable_tqdm)
+        return self._of_own(
+            requests, lambda own: self._score("loglikelihood", own, self._pair_of, disable_tqdm), (0.0, False)
+        )
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Score whole texts, in nats, by the harness's rolling windows; errors as for `loglikelihood`.
 
         A window's context and scored tokens together are at most `max_length`.
         """
-        scores = self._score("loglikelihood_rolling", requests, self._windows_of, disable_tqdm)
+        scores = self._of_own(
+            requests,
+            lambda own: self._score("loglikelihood_rolling", own, self._windows_of, disable_tqdm),
+            (0.0, False),
+        )
         return [log_likelihood for log_likelihood, _ in scores]
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:

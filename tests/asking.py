@@ -81,17 +81,16 @@ def check_rounding(demo, requests, theirs, ours, differing):
         assert rounding <= 0.1
 
 
-def rounding_between(demo, model, request, theirs, ours):
-    """How much rounding of log-probabilities, in nats, lets float32 decide the first differing block in both ways.
+def rounding_between(demo, model, request, theirs, ours, roundings=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)):
+    """Which rounding of log-probabilities, in nats, lets float32 decide the first differing block in both ways.
 
-    Everything behind that block may differ for it. Greedy static and sequential requests only; infinite if a whole nat
-    does not do.
+    Everything behind that block may differ for it. Greedy static and sequential requests only; infinite if none does.
     """
     length, prompt = request.decoding.block_length, request.prompt_ids
     same = next(i for i, (a, b) in enumerate(zip((*theirs, None), (*ours, None), strict=False)) if a != b)
     start = (len(prompt) + same) // length * length
     blocks = {(*prompt, *answer)[start : start + length] for answer in (theirs, ours)}
-    for rounding in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
+    for rounding in roundings:
         found = decidable(demo, model, request, (*prompt, *ours)[: max(start, len(prompt))], start, rounding)
         if all(any(whole[: len(block)] == block for whole in found) for block in blocks):
             return rounding

@@ -46,6 +46,9 @@ def standin(version: str) -> Iterator[Any]:
         finally:
             for llm in shared.made:
                 atexit.unregister(llm.exit)
+                for worker in getattr(llm, "ps", ()):
+                    worker.kill()
+                    worker.join()
             if alone and dist.is_initialized():
                 dist.destroy_process_group()
                 atexit.unregister(dist.destroy_process_group)

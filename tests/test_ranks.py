@@ -1,6 +1,7 @@
 """Several processes evaluate together, with the same numbers and answers as one.
 
-The first test starts two processes once and lets them run through all of `scenarios`; this file is their program too.
+The first test starts them once for each number and lets them run through all of `scenarios`; this file is their program
+too. The second one kills a process of the command line, and runs the same command again.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import datetime
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,7 @@ doc_to_target: 1
 filter_list: null
 metric_list: [{metric: acc}]
 """
+SLOW = 2  # seconds that a rank is late, more than gloo waits by itself in `scenarios`
 LAUNCHER_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU",
     "OMP_NUM_THREADS",
@@ -67,6 +71,13 @@ def scenarios(folder: Path) -> dict[str, Any]:
     cache = str(folder / "cache")
     evaluate("greedy", "gsm8k_sdar_demo", limit=7)
     evaluate("fewer", "gsm8k_sdar_demo", limit=3)
+    evaluate("one", "gsm8k_sdar_demo", limit=1)
+    if lm.rank == 1:
+        generate = lm._engine.generate
+        lm._engine.generate = lambda requests: (time.sleep(SLOW), generate(requests))[1]  # type: ignore[method-assign]
+    evaluate("slow rank", "gsm8k_sdar_demo", limit=2)
+    if lm.rank == 1:
+        lm._engine.generate = generate  # type: ignore[method-assign]
     evaluate("chosen", "gsm8k_sdar_demo", samples={"gsm8k_sdar_demo": [5, 2, 9]})
     evaluate("repeated", "demo_repeated", limit=3)
     evaluate("cached", "gsm8k_sdar_demo", limit=4, use_cache=cache)  # each rank has a cache of its own
@@ -77,6 +88,7 @@ def scenarios(folder: Path) -> dict[str, Any]:
     evaluate("repeated, cached", "demo_repeated", limit=3, use_cache=cache)
     evaluate("repeated, all cached", "demo_repeated", limit=3, use_cache=cache)
     evaluate("choices", "demo_choices", limit=3)
+    evaluate("choices of one", "demo_choices", limit=1)
     found["run"] = lm.get_model_info()["sdar_lm_eval"]["run"]
     return found
 
@@ -100,6 +112,11 @@ def _rounded(responses: list[Any]) -> list[Any]:
 if __name__ == "__main__":
     logging.disable()
     lm_eval.evaluator.add_env_info = lambda _: None  # as below
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    torch.distributed.barrier()
+    torch.distributed.distributed_c10d._set_pg_timeout(
+        datetime.timedelta(seconds=SLOW / 2), torch.distributed.group.WORLD
+    )
     output = Path(sys.argv[1])
     found = scenarios(output)
     (output / f"found{os.environ['RANK']}.json").write_text(json.dumps(found))
@@ -116,68 +133,113 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("two", "one"):
+    for name in ("one", "2", "3"):
         (tmp_path / name).mkdir()
         for task, text in {"repeated": REPEATED, "choices": CHOICES}.items():
             (tmp_path / name / f"demo_{task}.yaml").write_text(text.replace("gsm8k", f"{TASKS}/gsm8k", 1))
     return tmp_path
 
 
-def test_two_processes_give_what_one_gives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_give_what_one_gives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # slow, and of no interest here
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, __file__, str(folder / "two")], timeout=300, capture_output=True, text=True, cwd=folder, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    rank0, rank1 = (json.loads((folder / "two" / f"found{rank}.json").read_text()) for rank in (0, 1))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    started = {
+        count: subprocess.Popen(
+            [*launcher, str(count), __file__, str(folder / str(count))], stderr=subprocess.PIPE, text=True, cwd=folder
+        )
+        for count in (2, 3)
+    }
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in each of the two, where there are two cores
+    torch.set_num_threads(1)  # as in each of the others, where there are two cores
     alone = json.loads(json.dumps(scenarios(folder / "one")))
     torch.set_num_threads(threads)
+    for count, launched in started.items():
+        _, errors = launched.communicate(timeout=300)
+        assert launched.returncode == 0, errors
+        of_ranks = [json.loads((folder / str(count) / f"found{rank}.json").read_text()) for rank in range(count)]
+        check_ranks(of_ranks, alone)
 
-    def computed(name: str) -> tuple[int, int]:
-        return rank0[name]["computed"], rank1[name]["computed"]
+
+def check_ranks(of_ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    def computed(name: str) -> list[int]:
+        return [of_rank[name]["computed"] for of_rank in of_ranks]
+
+    def share(documents: int, requests: int = 1) -> list[int]:
+        return [requests * len(range(rank, documents, len(of_ranks))) for rank in range(len(of_ranks))]
 
     names = [name for name in alone if name not in ("threads", "run")]
     for name in names:
-        assert rank0[name]["results"] == alone[name]["results"], name
-        assert rank1[name]["results"] is None
-    assert computed("greedy") == (4, 3)  # and none for the padding
-    assert computed("fewer") == computed("chosen") == (2, 1)
-    assert computed("repeated") == computed("repeated, cached") == (6, 3)
-    assert computed("cached") == (2, 2)
-    assert computed("cached on rank 1") == (2, 0)
-    assert computed("all cached") == computed("repeated, all cached") == (0, 0)
-    answers = rank0["repeated"]["results"]["samples"]["demo_repeated"]
+        assert of_ranks[0][name]["results"] == alone[name]["results"], name
+        assert all(of_rank[name]["results"] is None for of_rank in of_ranks[1:])
+    assert computed("greedy") == share(7)  # and none for the padding
+    assert computed("fewer") == computed("chosen") == share(3)
+    assert computed("one") == share(1)  # and none for what is borrowed
+    assert computed("slow rank") == share(2)
+    assert computed("repeated") == computed("repeated, cached") == share(3, 3)
+    assert computed("cached") == share(4)
+    assert computed("cached on rank 1") == [*share(4)[:1], *[0] * (len(of_ranks) - 1)]
+    assert sum(computed("all cached") + computed("repeated, all cached")) == 0
+    answers = of_ranks[0]["repeated"]["results"]["samples"]["demo_repeated"]
     assert any(len(set(responses)) == 3 for _, _, responses, _ in answers)
-    assert computed("choices") == (6, 3)
-    assert rank0["run"]["likelihoods"]["requests"] == 9
-    assert rank0["run"]["requests"] == sum(sum(computed(name)) for name in names) - 9
-    assert rank0["threads"] == rank1["threads"] == max(1, ranks._cores() // 2)
+    assert computed("choices") == share(3, 3)
+    assert computed("choices of one") == share(1, 3)
+    assert of_ranks[0]["run"]["likelihoods"]["requests"] == 12
+    assert of_ranks[0]["run"]["requests"] == sum(sum(computed(name)) for name in names) - 12
+    assert {of_rank["threads"] for of_rank in of_ranks} == {max(1, ranks._cores() // len(of_ranks))}
 
 
-def test_the_command_line_says_everything_once(folder: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a rank by /proc")
+def test_a_killed_rank_ends_the_command_and_its_answers_stay(folder: Path) -> None:
+    """Then the same command computes what is missing, and says everything once."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--main_process_port", "0", "-m", "sdar_lm_eval", "run"]
-    arguments = "--model sdar --model_args pretrained=demo,trace=trace.jsonl --tasks gsm8k_sdar_demo --limit 3"
-    arguments += " --gen_kwargs max_gen_toks=24 --output_path results --log_samples"
-    done = subprocess.run(
-        [*launcher, *arguments.split()], timeout=300, capture_output=True, text=True, cwd=folder, check=False
-    )
+    arguments = "--model sdar --model_args pretrained=demo,max_active=1,trace=trace.jsonl --tasks gsm8k_sdar_demo"
+    arguments += " --limit 25 --gen_kwargs max_gen_toks=24 --use_cache cache --output_path results --log_samples"
+    command = [*launcher, *arguments.split()]
+
+    def traced() -> list[list[int]]:
+        files = [folder / f"trace.jsonl.rank{rank}" for rank in (0, 1)]
+        return [
+            [json.loads(line)["document"] for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+            for file in files
+        ]
+
+    log = folder / "log.txt"
+    with log.open("w") as file:
+        killed = subprocess.Popen(command, stdout=file, stderr=file, cwd=folder)
+    deadline = time.monotonic() + 120
+    while len(traced()[1]) < 2 and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(_rank_of(killed.pid, 1), signal.SIGKILL)
+    assert killed.wait(timeout=60) != 0, log.read_text()
+    assert not (folder / "results").exists()
+    before = traced()
+    assert 2 <= len(before[1]) < 12, log.read_text()
+
+    done = subprocess.run(command, timeout=300, capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
+    after = traced()
+    assert all(set(documents) <= set(range(rank, 25, 2)) for rank, documents in enumerate(after))
+    assert all(len(set(documents)) == len(documents) for documents in after)  # none is computed twice
+    computed = sum(map(len, after)) - sum(map(len, before))
+    assert sum(map(len, after)) >= 25 - 2  # a rank that ends between cache and trace leaves its last answer untraced
     assert done.stdout.count("exact_match") == 2  # a table with a row for each of two filters
     for said in ("on the native engine", "put into the checkpoint's chat template", "requests, "):
         assert done.stderr.count(said) == 1, said
-    assert "2 ranks: 3 requests" in done.stderr
+    assert f"2 ranks: {computed} requests" in done.stderr
     assert done.stderr.count("GSM8K Eval:   0%") == 1  # how a bar begins
     (samples,) = folder.glob("results/*/samples_*.jsonl")
-    assert sorted({json.loads(line)["doc_id"] for line in samples.read_text().splitlines()}) == [0, 1, 2]
+    assert sorted(json.loads(line)["doc_id"] for line in samples.read_text().splitlines()) == sorted([*range(25)] * 2)
     (results,) = folder.glob("results/*/results_*.json")
     info = json.loads(results.read_text())["config"]["sdar_lm_eval"]
-    assert (info["ranks"], info["run"]["requests"]) == (2, 3)
-    traced = [(folder / f"trace.jsonl.rank{rank}").read_text().splitlines() for rank in (0, 1)]
-    assert sorted(len(lines) for lines in traced) == [1, 2]
+    assert (info["ranks"], info["run"]["requests"]) == (2, computed)
+
+
+def _rank_of(launcher: int, rank: int) -> int:
+    """The process of a rank."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    (found,) = (c for c in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{c}/environ").read_bytes())
+    return int(found)
 
 
 def test_a_process_alone_needs_no_others() -> None:

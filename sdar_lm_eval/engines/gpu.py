@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import multiprocessing
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -68,6 +72,27 @@ def world_size() -> int:
     import torch.distributed as dist
 
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def processes_started() -> Iterator[list[BaseProcess]]:
+    """A list that gets the processes that were started within, also where that ended with an error."""
+    others = multiprocessing.active_children()
+    started: list[BaseProcess] = []
+    try:
+        yield started
+    finally:
+        started += [process for process in multiprocessing.active_children() if process not in others]
+
+
+def end_processes(processes: Iterable[BaseProcess], patience: float) -> None:
+    """Wait so many seconds for processes to end by themselves, then kill them: they hold a GPU's memory."""
+    deadline = time.monotonic() + patience
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def version_of(package: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from asking import ask, run
+from asking import ask, rounding_between, run
 
 from sdar_lm_eval import DecodingConfig, GenerationRequest, make_engine
 from sdar_lm_eval.demo import golds
@@ -83,7 +83,12 @@ def test_few_pages_and_few_slots_change_nothing(demo, questions, kernels):
 @pytest.mark.parametrize("length", [1, 8, 32, 64])
 def test_other_block_lengths(demo, questions, on_cpu, length):
     wanted = requests(demo, questions[:20], block_length=length, denoising_steps=max(length // 2, 1))
-    assert tokens(demo, wanted, device="cuda", dtype="float32", kernels=True) == on_cpu(wanted)
+    pairs = list(zip(tokens(demo, wanted, device="cuda", dtype="float32", kernels=True), on_cpu(wanted), strict=True))
+    differing = [i for i, (ours, cpus) in enumerate(pairs) if ours != cpus]
+    assert len(differing) <= (length == 1)  # for which the checkpoint was not trained: it is sure of little
+    model = demo.load_model(dtype=torch.float32, device="cpu", attention="sdpa")
+    for i in differing:
+        assert rounding_between(demo, model, wanted[i], *pairs[i], (1e-4,)) == 1e-4
 
 
 def test_block_lengths_mix(demo, questions, on_cpu):

@@ -26,6 +26,7 @@ import platform
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -42,15 +43,26 @@ from sdar_lm_eval.engines.base import (
     end_of_answer,
     to_number,
 )
-from sdar_lm_eval.engines.gpu import check_lengths, gpu_named, half_precision, listed, version_of, world_size
+from sdar_lm_eval.engines.gpu import (
+    check_lengths,
+    end_processes,
+    gpu_named,
+    half_precision,
+    listed,
+    processes_started,
+    version_of,
+    world_size,
+)
 from sdar_lm_eval.engines.jetengine.flash_attention import ensure_right_attention
 from sdar_lm_eval.engines.jetengine.memory import (
     CAPTURED,
+    MESSAGE_BYTES,
     PAGE_SIZE,
     PREFILL_TOKENS,
     Size,
     bytes_per_page,
     captured,
+    message_bytes,
     pages_of,
     size_for,
 )
@@ -61,6 +73,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK_LENGTHS = (1, 2, 4, 8, 16, 32, 64)  # its prefill attention takes no others
 HEAD_DIMS = (16, 32, 64, 128, 256)
+PATIENCE = 60.0  # seconds for 0.1.0's other processes to end
+SPARE_BYTES = 256 << 20  # by which GPUs that share a model may differ in what is free
 IDLE_STEPS = 4  # so many steps without any progress are a standstill; sound ones make progress in every second
 
 
@@ -129,6 +143,7 @@ class JetEngine:
         self._check_checkpoint()
         self._jetengine = _import_jetengine()
         self._llm: Any = None
+        self._workers: list[BaseProcess] = []
         self._size: Size | None = None
         self._splits = True
         self._generator = torch.Generator(self._device)
@@ -188,6 +203,11 @@ class JetEngine:
             refuse("it knows no RoPE scaling")
         if config["head_dim"] not in HEAD_DIMS:
             refuse(f"its heads have {config['head_dim']} dimensions; JetEngine's kernels take {listed(HEAD_DIMS)}")
+        if version == "0.1.0" and self._device.index:
+            raise UserError(
+                f"device={str(self._device)!r}: JetEngine {version} takes the first GPUs. Choose others by "
+                "CUDA_VISIBLE_DEVICES, and leave out device."
+            )
         if tensor_parallel > 1:
             if version == "0.2.0":
                 refuse(
@@ -195,9 +215,12 @@ class JetEngine:
                     "then draws tokens in all of them, which stops the others",
                     "tensor_parallel_size=1",
                 )
-            for name in ("num_attention_heads", "num_key_value_heads", "vocab_size"):
+            width = "moe_intermediate_size" if self._checkpoint.is_moe else "intermediate_size"
+            for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", width):
                 if config[name] % tensor_parallel:
                     refuse(f"tensor_parallel_size={tensor_parallel} does not divide its {name}={config[name]}")
+            if tensor_parallel > (gpus := torch.cuda.device_count()):
+                raise UserError(f"tensor_parallel_size={tensor_parallel}: this machine has {gpus} usable GPU(s).")
         self._checkpoint.check_weights()
         if world_size() > 1 and not self._dialect.several_processes:
             raise UserError(
@@ -258,8 +281,10 @@ class JetEngine:
         if self._llm is not None:
             logger.info("JetEngine is loaded once more: the next requests have other blocks, or need more room.")
             self._unload()
+        used = self._used_bytes()
         try:
-            self._llm = self._open(wanted)
+            with processes_started() as self._workers:
+                self._llm = self._open(wanted)
         except SDARError:
             raise
         except torch.OutOfMemoryError as error:
@@ -270,6 +295,14 @@ class JetEngine:
             raise EngineError(
                 f"JetEngine {self._dialect.version} did not start: {type(error).__name__}: {error}"
             ) from error
+        finally:
+            if self._llm is None:
+                end_processes(self._workers, 0.0)
+        if self._tensor_parallel_size > 1:
+            # Each process has as many pages as its own GPU has memory for, and all use the numbers that this one gives.
+            difference = max(used) - used[0] + SPARE_BYTES
+            pages = -(-difference // bytes_per_page(self._config, self._tensor_parallel_size))
+            self._llm.config.num_kvcache_blocks = max(self._llm.config.num_kvcache_blocks - pages, 0)
         if (mask := self._llm.config.mask_token_id) != self._checkpoint.mask_token_id:
             raise EngineError(f"JetEngine takes {mask} for the mask token, not {self._checkpoint.mask_token_id}.")
         # It drops all of a prompt up to a pad token, and 0.1.0 stops at the end-of-text token, asked to or not. It has
@@ -312,13 +345,21 @@ class JetEngine:
 
     def _unload(self) -> None:
         atexit.unregister(self._llm.exit)
-        self._llm.exit()
+        if all(worker.is_alive() for worker in self._workers):
+            self._llm.exit()
+        end_processes(self._workers, PATIENCE)
         self._llm = self._size = None
         gc.collect()
         torch.cuda.empty_cache()
 
+    def _used_bytes(self) -> list[int]:
+        """Memory in use on each GPU that is to share the model."""
+        gpus = range(self._tensor_parallel_size) if self._tensor_parallel_size > 1 else [self._device]
+        return [total - free for free, total in map(torch.cuda.mem_get_info, gpus)]
+
     def _sized(self, requests: Sequence[GenerationRequest]) -> Size:
-        free, total = torch.cuda.mem_get_info(self._device)
+        total = torch.cuda.mem_get_info(self._device)[1]
+        free = total - max(self._used_bytes())
         size = size_for(
             requests,
             self._config,
@@ -363,6 +404,9 @@ class JetEngine:
         pages = self._llm.config.num_kvcache_blocks
         needs = sorted(map(self._pages_of, requests), reverse=True)
         fitting = sum(sum_ <= pages for sum_ in itertools.accumulate(needs))
+        if self._tensor_parallel_size > 1:
+            sizes = sorted(map(message_bytes, requests), reverse=True)
+            fitting = min(fitting, sum(sum_ <= MESSAGE_BYTES for sum_ in itertools.accumulate(sizes)))
         active = captured(min(fitting, self._size.max_active))
         if fitting < min(self._size.max_active, len(requests)):
             logger.warning(
@@ -493,10 +537,13 @@ class JetEngine:
         try:
             with _prints_to_log():
                 finished, progress = self._llm.step()
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return None
         except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) and not self._workers:
+                torch.cuda.empty_cache()
+                return None
+            if self._workers:  # they wait for this process's part of the step
+                atexit.unregister(self._llm.exit)
+                end_processes(self._workers, 0.0)
             raise EngineError(
                 f"JetEngine {self._dialect.version} stopped: {type(error).__name__}: {error}. Finished answers are "
                 "kept (--use_cache)."

@@ -20,6 +20,8 @@ PREFILL_TOKENS = 32768  # of the prompts that begin in one step, unless a single
 BYTES_PER_LOGIT = 30
 LOGITS_SHARE = 0.25  # of the GPU's memory at most
 GRAPH_BYTES = 2 << 30
+# Through so much memory 0.1.0 hands its other processes, for tensor parallelism, all sequences of a step.
+MESSAGE_BYTES = 1 << 20
 SLACK_BYTES = 1 << 30
 
 
@@ -117,6 +119,11 @@ def pages_of(request: GenerationRequest, page_a_step: bool = False) -> int:
         beginnings = (tokens - 1) // PAGE_SIZE - (prefilled - 1) // PAGE_SIZE  # pages that begin with a denoised block
         pages += beginnings * request.decoding.steps  # and one step that commits the block
     return pages
+
+
+def message_bytes(request: GenerationRequest) -> int:
+    """Most bytes that a sequence takes in 0.1.0's message to its other processes: pickled token ids, pages, counts."""
+    return 5 * (request.longest + pages_of(request, page_a_step=True)) + 300
 
 
 def bytes_per_page(config: Mapping[str, Any], tensor_parallel_size: int = 1) -> int:

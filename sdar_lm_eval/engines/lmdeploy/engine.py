@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import contextlib
 import gc
 import importlib
@@ -29,6 +30,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -44,7 +46,16 @@ from sdar_lm_eval.engines.base import (
     end_of_answer,
     to_number,
 )
-from sdar_lm_eval.engines.gpu import check_lengths, gpu_named, half_precision, listed, version_of, world_size
+from sdar_lm_eval.engines.gpu import (
+    check_lengths,
+    end_processes,
+    gpu_named,
+    half_precision,
+    listed,
+    processes_started,
+    version_of,
+    world_size,
+)
 from sdar_lm_eval.engines.lmdeploy.hooks import (
     MODEL_TYPES,
     Forwards,
@@ -54,10 +65,12 @@ from sdar_lm_eval.engines.lmdeploy.hooks import (
     register_model_types,
 )
 from sdar_lm_eval.engines.lmdeploy.loop import LoopThread
-from sdar_lm_eval.engines.lmdeploy.requirements import DEVIATIONS, STRATEGIES, find_lmdeploy
+from sdar_lm_eval.engines.lmdeploy.requirements import DEVIATIONS, STRATEGIES, executor_for, find_lmdeploy
 from sdar_lm_eval.errors import EngineError, UserError
 
 logger = logging.getLogger(__name__)
+
+_Result = tuple[int, GenerationResult]  # position of the request, what it got
 
 BLOCK_LENGTHS = (1, 2, 4, 8, 16, 32, 64)  # whole numbers of them fill a page, and a chunk of a long prompt
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -68,6 +81,7 @@ PREFILL_TOKENS = 8192  # LMDeploy's default; longer prompts go in chunks of it
 BYTES_PER_LOGIT = 24
 LOGITS_SHARE = 0.1  # of a GPU's memory at most
 PATIENCE = 60.0  # seconds for requests or an engine to end
+WATCH = 5.0  # seconds between looks at the worker processes, while there is no result
 
 
 class SDARConfig(PretrainedConfig):  # type: ignore[misc]
@@ -125,7 +139,8 @@ class LMDeploy:
     ) -> None:
         self._checkpoint = checkpoint
         self._tensor_parallel_size = at_least_one("tensor_parallel_size", tensor_parallel_size)
-        self._installed = find_lmdeploy(self._tensor_parallel_size)
+        self._installed = find_lmdeploy()
+        self._executor = executor_for(self._tensor_parallel_size)
         self._max_active = None if max_active is None else at_least_one("max_active", max_active)
         self._cache_share = float(to_number("cache_max_entry_count", cache_max_entry_count, whole=False))
         if not 0 < self._cache_share < 1:
@@ -143,6 +158,7 @@ class LMDeploy:
             ) from error
         self._engine: Any = None
         self._loop: LoopThread | None = None
+        self._workers: list[BaseProcess] = []
         self._fixed: _Fixed | None = None
         self._active = 0  # most sequences that the engine is made for
         self._sessions = itertools.count(1)
@@ -161,13 +177,14 @@ class LMDeploy:
             "dtype": self._dtype,
             "max_active": self._active or self._max_active or MAX_ACTIVE,
             "tensor_parallel_size": self._tensor_parallel_size,
+            "executor": self._executor,
             "data_parallel_size": world_size(),
             "cache_max_entry_count": self._cache_share,
             "loads": self._loads,
             "deviations": dict(DEVIATIONS),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            **{name: version_of(name) for name in ("triton", *(["ray"] if self._tensor_parallel_size > 1 else []))},
+            **{name: version_of(name) for name in ("triton", *(["ray"] if self._executor == "ray" else []))},
             "python": platform.python_version(),
             "gpu": torch.cuda.get_device_name(self._device),
         }
@@ -312,6 +329,7 @@ class LMDeploy:
         settings = self._lmdeploy.PytorchEngineConfig(
             dtype=self._dtype,
             tp=self._tensor_parallel_size,
+            distributed_executor_backend=self._executor,
             session_len=self._checkpoint.max_length,
             max_batch_size=active,
             cache_max_entry_count=self._cache_share,
@@ -324,7 +342,11 @@ class LMDeploy:
             dllm_confidence_threshold=fixed.threshold,
         )
         torch.cuda.set_device(self._device)
-        with self._checkpoint.clean_folder(_config_for_lmdeploy(self._checkpoint, self._dtype)) as folder, log_kept():
+        with (
+            self._checkpoint.clean_folder(_config_for_lmdeploy(self._checkpoint, self._dtype)) as folder,
+            log_kept(),
+            processes_started() as self._workers,
+        ):
             self._engine = engine.Engine.from_pretrained(str(folder), engine_config=settings, trust_remote_code=False)
         give_seeds(self._engine, fixed.block_length)
         self._forwards = Forwards(self._engine)
@@ -343,6 +365,9 @@ class LMDeploy:
             except Exception as error:
                 logger.warning("LMDeploy did not end: %s: %s", type(error).__name__, error)
             loop.close()
+        # An engine ends its workers itself, one that failed to start does not.
+        end_processes(self._workers, PATIENCE if loop is not None else 0.0)
+        self._workers = []
         del engine
         gc.collect()
         torch.cuda.empty_cache()
@@ -379,7 +404,7 @@ class LMDeploy:
         self, requests: Sequence[GenerationRequest], indices: Sequence[int]
     ) -> Iterator[tuple[int, GenerationResult]]:
         """Run requests that may run together; a crash, or a caller who has enough, loses those under way only."""
-        results: queue.SimpleQueue[tuple[int, GenerationResult] | None] = queue.SimpleQueue()
+        results: queue.SimpleQueue[_Result | None] = queue.SimpleQueue()
 
         async def begin() -> asyncio.Task[None]:
             return asyncio.create_task(self._serve(requests, indices, results.put))
@@ -392,20 +417,47 @@ class LMDeploy:
         assert loop is not None
         task = loop.run(begin())
         try:
-            while (result := results.get()) is not None:
+            while True:
+                try:
+                    result = results.get(timeout=WATCH)
+                except queue.Empty:
+                    self._check_workers()
+                    continue
+                if result is None:
+                    break
                 yield result
         finally:
             if self._loop is loop:  # else the engine ended meanwhile, and its requests with it
-                loop.run(end(), PATIENCE)
+                lost = not all(worker.is_alive() for worker in self._workers)
+                try:
+                    loop.run(end(), WATCH if lost else PATIENCE)
+                except concurrent.futures.TimeoutError:
+                    if not lost:
+                        raise
+                if lost:
+                    self._unload()
         if error := task.exception():
             self._unload()
             raise error
+
+    def _check_workers(self) -> None:
+        """Look whether the worker processes are there.
+
+        Raises:
+            EngineError: one is gone; the engine would wait for its answer without end.
+        """
+        if not all(worker.is_alive() for worker in self._workers):
+            end_processes(self._workers, 0.0)  # the others wait for it
+            raise EngineError(
+                "a worker process of LMDeploy ended; its messages or the system's log may say why. Finished answers "
+                "are kept (--use_cache)."
+            )
 
     async def _serve(
         self,
         requests: Sequence[GenerationRequest],
         indices: Sequence[int],
-        put: Callable[[tuple[int, GenerationResult] | None], None],
+        put: Callable[[_Result | None], None],
     ) -> None:
         """Put each result as it is there, None at the end."""
         waiting = deque(indices)

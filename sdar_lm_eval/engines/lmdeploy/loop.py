@@ -4,12 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+
+class _DaemonThreads(ThreadPoolExecutor):
+    """A thread for each call, which Python does not wait for when it ends.
+
+    LMDeploy always has one that waits for its worker processes, and Python would wait for a usual executor's before it
+    calls the functions that end them (`atexit`).
+    """
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="lmdeploy-wait", daemon=True).start()
+        return future
 
 
 class LoopThread:
@@ -21,6 +44,7 @@ class LoopThread:
 
     def __init__(self, device: torch.device) -> None:
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(_DaemonThreads())
         self._device = device
         self._thread = threading.Thread(target=self._run, name="lmdeploy", daemon=True)
         self._thread.start()

@@ -49,11 +49,11 @@ class Installed:
     commit: str | None
 
 
-def find_lmdeploy(tensor_parallel_size: int = 1) -> Installed:
+def find_lmdeploy() -> Installed:
     """Find which LMDeploy is installed, without importing it.
 
     Raises:
-        EngineError: it is missing or too old, or something that it needs for so many GPUs is.
+        EngineError: it is missing or too old, or something that it needs is missing.
     """
     spec = importlib.util.find_spec("lmdeploy")
     folder = next((Path(place) for place in (spec.submodule_search_locations or ())), None) if spec else None
@@ -61,8 +61,6 @@ def find_lmdeploy(tensor_parallel_size: int = 1) -> Installed:
     missing = [] if installed else ["LMDeploy"]
     if not _is_there("triton"):
         missing.append("triton")
-    if tensor_parallel_size > 1 and not _is_there("ray"):
-        missing.append("ray (for several GPUs)")
     if torch.version.cuda is None:
         missing.append(f"a torch for CUDA (torch {torch.__version__} is not)")
     elif not torch.cuda.is_available():
@@ -82,6 +80,17 @@ def find_lmdeploy(tensor_parallel_size: int = 1) -> Installed:
             ".".join(map(str, NEWEST)),
         )
     return installed
+
+
+def executor_for(tensor_parallel_size: int) -> str:
+    """Who runs the model: LMDeploy's own choice, ray for several GPUs, where it can; else processes of its own.
+
+    It offers both for the GPUs of one machine (messages.py: PytorchEngineConfig.distributed_executor_backend), and
+    calls its own processes, `mp`, deprecated.
+    """
+    if tensor_parallel_size == 1:
+        return "uni"
+    return "ray" if _is_there("ray") else "mp"
 
 
 def _is_there(module: str) -> bool:

@@ -177,7 +177,7 @@ class Runner:
         # The pages of each slot's sequence, on the host and on the device: (N + 1, P).
         self._pages = np.full((shape.slots + 1, shape.width), SCRATCH_PAGE)
         self._table = torch.from_numpy(self._pages).to(device)
-        segments, places = ladder(2 * shape.slots), ladder(shape.slots * shape.block)
+        segments, places = ladder(2 * shape.slots, shape.block), ladder(shape.slots * shape.block)
         if self._reproducible:
             self._together = max(REPRODUCIBLE_ROWS // shape.block, 1)
             segments = _multiples(self._together, 2 * shape.slots)

@@ -6,6 +6,7 @@ import atexit
 import dataclasses
 import json
 import logging
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -417,6 +418,61 @@ class TestStandstill:
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
 
 
+class TestTensorParallel:
+    """0.1.0's: processes of its own, one for each further GPU."""
+
+    @pytest.fixture(autouse=True)
+    def two(self, jetengine_010, monkeypatch):
+        gpu_on_the_cpu(monkeypatch, gpus=2)
+
+    @pytest.fixture
+    def even(self, tmp_path):
+        return Checkpoint.open(str(random_checkpoint(tmp_path, head_dim=32, vocab_size=712)))
+
+    def test_answers_are_the_same(self, jetengine_010, even):
+        engine = of(even, tensor_parallel_size=2)
+        requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((3, 8))]
+        assert tokens_of(run(engine, requests)) == native(even, requests)
+        (worker,) = jetengine_010.made[-1].ps
+        assert worker.is_alive()
+        engine._unload()
+        assert not worker.is_alive()
+
+    def test_sequences_of_a_step_fit_its_message(self, jetengine_010, even, monkeypatch):
+        requests = [GenerationRequest((700,) * 5, 8, GREEDY, seed=i) for i in range(12)]
+        monkeypatch.setattr(adapter, "MESSAGE_BYTES", 9 * memory.message_bytes(requests[0]))
+        assert len(run(of(even, tensor_parallel_size=2), requests)) == 12
+        assert max(denoised for _, denoised in jetengine_010.batches) == 8
+
+    def test_pages_are_those_that_all_gpus_have(self, jetengine_010, even, monkeypatch):
+        def pages(of_second):
+            monkeypatch.setattr(
+                torch.cuda, "mem_get_info", lambda gpu=0: ((of_second if gpu == 1 else 79) * GIB, 80 * GIB)
+            )
+            engine = of(even, tensor_parallel_size=2, gpu_memory_utilization=0.9)
+            engine.prepare([GenerationRequest((1,) * 8, 8, GREEDY)])
+            found = engine._llm.config.num_kvcache_blocks
+            engine._unload()
+            return found
+
+        a_page = memory.bytes_per_page(even.full_config(), 2)
+        assert pages(79) - pages(69) == 10 * GIB // a_page
+
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("NCCL error")])
+    def test_no_process_stays_after_an_error(self, jetengine_010, even, error):
+        engine = of(even, tensor_parallel_size=2)
+        jetengine_010.faults.at_step[1] = error
+        with pytest.raises(EngineError, match=r"JetEngine 0\.1\.0 stopped"):
+            run(engine, [GenerationRequest((1, 2), 8, GREEDY)])
+        assert not any(worker.is_alive() for worker in jetengine_010.made[-1].ps)
+
+    def test_no_process_stays_of_a_failed_start(self, jetengine_010, even):
+        jetengine_010.faults.at_start = RuntimeError("the port is taken")
+        with pytest.raises(EngineError, match="did not start"):
+            of(even, tensor_parallel_size=2).prepare([GenerationRequest((1, 2), 8, GREEDY)])
+        assert not multiprocessing.active_children()
+
+
 class TestGraphs:
     def test_steps_have_a_number_of_sequences_that_has_a_graph(self, jetengine_020, tiny):
         """Where fewer are left, others that nobody asked for run with them, and are no answers."""
@@ -660,6 +716,14 @@ class TestRefusals:
             with pytest.raises(UserError, match="tensor_parallel_size=2 does not divide its vocab_size=711"):
                 of(demo, tensor_parallel_size=2)
             of(checkpoint, tensor_parallel_size=1)
+
+    def test_gpus_that_010_does_not_take(self, jetengine_010, tiny, tmp_path, monkeypatch):
+        even = Checkpoint.open(str(random_checkpoint(tmp_path, head_dim=32, vocab_size=712)))
+        with pytest.raises(UserError, match="tensor_parallel_size=2: this machine has 1 usable GPU"):
+            of(even, tensor_parallel_size=2)
+        gpu_on_the_cpu(monkeypatch, gpus=2)
+        with pytest.raises(UserError, match=r"device='cuda:1': JetEngine 0.1.0 takes the first.*CUDA_VISIBLE_DEVICES"):
+            of(tiny, device="cuda:1")
 
     def test_several_processes(self, jetengine, tiny, monkeypatch):
         monkeypatch.setattr(adapter, "world_size", lambda: 2)

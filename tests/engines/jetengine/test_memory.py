@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sdar_lm_eval import DecodingConfig, GenerationRequest
 from sdar_lm_eval.engines.jetengine import memory
-from sdar_lm_eval.engines.jetengine.memory import CAPTURED, captured, pages_of, size_for
+from sdar_lm_eval.engines.jetengine.memory import CAPTURED, captured, message_bytes, pages_of, size_for
 
 GIB = 1 << 30
 SDAR_4B = {
@@ -120,3 +122,9 @@ def test_what_runs_in_what_is_there(change):
     assert there.holds(there)
     assert there.holds(memory.Size(4, 8, 50, 4, 0.9))
     assert not there.holds(memory.Size(**(vars(there) | change)))
+
+
+def test_a_message_holds_what_is_said_of_a_sequence():
+    """The tuple that Sequence.__getstate__ of 0.1.0 makes, its numbers as large as they get."""
+    state = (10**6, "status", [151_000] * 2000, 2000, 2000, 2000, [70_000] * 8, [151_669] * 4, 4)
+    assert len(pickle.dumps(state)) < message_bytes(request(1000, 1000))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import multiprocessing
 import sys
+import threading
 from pathlib import Path
 
 import lm_eval
@@ -461,16 +463,44 @@ class TestSeveralGPUs:
     @pytest.fixture(autouse=True)
     def four(self, lmdeploy, monkeypatch):
         gpu_on_the_cpu(monkeypatch, gpus=4)
-        monkeypatch.setattr(requirements, "_is_there", lambda module: True)
-        monkeypatch.setitem(sys.modules, "ray", type(sys)("ray"))
 
-    def test_tensor_parallel(self, lmdeploy, tiny):
+    @pytest.mark.parametrize("executor", ["ray", "mp"])
+    def test_tensor_parallel(self, lmdeploy, tiny, monkeypatch, executor):
+        if executor == "ray":
+            monkeypatch.setattr(requirements, "_is_there", lambda module: True)
+            monkeypatch.setitem(sys.modules, "ray", type(sys)("ray"))
         engine = of(tiny, tensor_parallel_size="2")
         requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((3, 8))]
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
-        assert lmdeploy.made[-1].engine_config.tp == 2
-        assert engine.info["tensor_parallel_size"] == 2
+        made = lmdeploy.made[-1]
+        assert (made.engine_config.tp, made.engine_config.distributed_executor_backend) == (2, executor)
+        assert (engine.info["tensor_parallel_size"], engine.info["executor"]) == (2, executor)
         assert engine.peak_memory_bytes() > 0
+        assert [worker.is_alive() for worker in made.workers] == [True] * (2 if executor == "mp" else 0)
+        # Python waits for other threads when it ends, and ends the workers only then.
+        assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+        engine._unload()
+        assert not any(worker.is_alive() for worker in made.workers)
+
+    def test_a_worker_that_dies_is_an_error(self, lmdeploy, tiny, monkeypatch):
+        monkeypatch.setattr(adapter, "WATCH", 0.1)
+        engine = of(tiny, tensor_parallel_size=2)
+        generation = engine.generate(
+            [GenerationRequest(p, n, GREEDY) for p, n in zip(random_prompts((3, 8)), (4, 900), strict=True)]
+        )
+        next(generation)
+        workers = lmdeploy.made[-1].workers
+        workers[1].kill()
+        with pytest.raises(EngineError, match=r"a worker process of LMDeploy ended.*Finished answers are kept"):
+            list(generation)
+        assert not any(worker.is_alive() for worker in workers)
+        assert len(run(engine, [GenerationRequest((1, 2), 4, GREEDY)])) == 1  # with new ones
+
+    def test_no_worker_stays_of_an_engine_that_did_not_start(self, lmdeploy, tiny):
+        lmdeploy.at_start = RuntimeError("no memory")
+        with pytest.raises(EngineError, match="did not start"):
+            of(tiny, tensor_parallel_size=2).prepare([GenerationRequest((1, 2), 4, GREEDY)])
+        assert not multiprocessing.active_children()
 
     @pytest.mark.parametrize(
         ("options", "reason"),
@@ -501,8 +531,8 @@ class TestRequirements:
         gpu_on_the_cpu(monkeypatch, gpus=0)
         monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(EngineError) as error:
-            requirements.find_lmdeploy(tensor_parallel_size=2)
-        for part in ("LMDeploy, triton, ray (for several GPUs), a CUDA GPU", "sdar-lm-eval[lmdeploy]", "--model sdar"):
+            requirements.find_lmdeploy()
+        for part in ("LMDeploy, triton, a CUDA GPU", "sdar-lm-eval[lmdeploy]", "--model sdar"):
             assert part in str(error.value)
 
     def test_a_torch_without_cuda(self, lmdeploy, tiny, monkeypatch):

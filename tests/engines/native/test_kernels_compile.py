@@ -57,7 +57,8 @@ COMPILE = """
         {"PURPOSE": 0, "BLOCK": 128},
     )
     # Rows of two blocks of 4, of one of 64, and of a prompt's tile; float32 needs the most shared memory.
-    for type_, rows, columns, splits in [(BF16, 32, 64, 1), (BF16, 32, 64, 4), (BF16, 256, 32, 1), (FP32, 128, 32, 1)]:
+    for type_, rows, splits in [(BF16, 32, 1), (BF16, 32, 4), (BF16, 128, 1), (BF16, 256, 1), (FP32, 32, 1), (FP32, 128, 1)]:
+        columns, warps, stages = kernels._attention_settings(rows, 2 if type_ == BF16 else 4)
         check(
             kernels._attend,
             {
@@ -71,7 +72,8 @@ COMPILE = """
                 "HEADS": 32, "KV_HEADS": 8, "SIZE": 128, "PAGE": 16, "ROWS": rows, "COLUMNS": columns, "SPLIT_": 512,
                 "SPLITS": splits, "PRECISION": "ieee" if type_ == FP32 else "tf32",
             },
-            num_warps=4 if rows <= 64 else 8,
+            num_warps=warps,
+            num_stages=stages,
         )
     check(
         kernels._combine, {**tensors(FP32, "parts", "sums"), "out": BF16}, {"SIZE": 128, "SPLITS": 4}, num_warps=1

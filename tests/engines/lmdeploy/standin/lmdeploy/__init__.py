@@ -45,6 +45,7 @@ class PytorchEngineConfig:
     max_prefill_token_num: int = 8192
     eager_mode: bool = False
     enable_metrics: bool = True
+    distributed_executor_backend: str | None = None
     dllm_block_length: int | None = None
     dllm_unmasking_strategy: str = "low_confidence_dynamic"
     dllm_denoising_steps: int | None = None

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
+import pickle
+import time
 from typing import Any
 
 import jetengine_shared as shared
@@ -71,6 +74,11 @@ class LLM:
         if shared.faults.alone:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         torch.cuda.set_device(0)
+        process = multiprocessing.get_context("fork").Process
+        self.ps = [process(target=time.sleep, args=(60,), daemon=True) for _ in range(1, config.tensor_parallel_size)]
+        for worker in self.ps:
+            pickle.loads(pickle.dumps(config))  # as where it starts anew
+            worker.start()
         default_dtype = torch.get_default_dtype()
         dtype = config.hf_config.torch_dtype
         torch.set_default_dtype(dtype)
@@ -93,6 +101,10 @@ class LLM:
 
     def exit(self) -> None:
         del self.model_runner
+        for worker in self.ps:
+            assert worker.is_alive()  # else it would be waited for without end
+            worker.terminate()
+            worker.join()
         if shared.faults.alone:
             dist.destroy_process_group()
 

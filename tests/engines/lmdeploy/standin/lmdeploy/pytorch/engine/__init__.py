@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import enum
+import multiprocessing
 import os
+import pickle
 import sys
+import threading
+import time
 import types
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -161,8 +165,18 @@ class Engine:
             sys.exit(1)
         if isinstance(faults.at_start, SystemExit):
             sys.exit(1)
-        if config.tp > 1:
+        self.workers: list[Any] = []
+        self.output = threading.Event()  # from the workers, which are only waited for here
+        if config.distributed_executor_backend == "ray":
             import ray  # noqa: F401
+        elif config.distributed_executor_backend == "mp":
+            pickle.loads(pickle.dumps(hf_config))
+            process = multiprocessing.get_context("fork").Process
+            self.workers = [process(target=time.sleep, args=(60,), daemon=True) for _ in range(config.tp)]
+            for worker in self.workers:
+                worker.start()
+        else:
+            assert config.tp == 1
         self.model_config = AutoModelConfigBuilder.build(hf_config, model_path)
         assert self.model_config.model_paradigm == "dllm"
         if faults.at_start:
@@ -193,6 +207,8 @@ class Engine:
     def start_loop(self) -> bool:
         self.loop = asyncio.get_running_loop()
         self.work = asyncio.Event()
+        if self.workers:
+            self.loop.run_in_executor(None, self.output.wait)
         self.task = self.loop.create_task(self._main())
         return True
 
@@ -207,6 +223,8 @@ class Engine:
     async def _main(self) -> None:
         try:
             while True:
+                if not all(worker.is_alive() for worker in self.workers):
+                    await asyncio.Event().wait()  # of its answer
                 self._step()
                 if not any(seq.status == MessageStatus.RUNNING for seq in self.sessions.values()):
                     self.work.clear()
@@ -218,6 +236,11 @@ class Engine:
             for seq in self.sessions.values():
                 seq.outputs.put_nowait(EngineOutput(ResponseType.ENGINE_STOP_ERROR, []))
             raise
+        finally:
+            for worker in self.workers:
+                worker.terminate()
+                worker.join()
+            self.output.set()
 
     def _step(self) -> None:
         running = [seq for seq in self.sessions.values() if seq.status == MessageStatus.RUNNING]
