@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 PAGE_SIZE = 16
 DEFAULT_ACTIVE = {"cpu": 32, "cuda": 256}
-PREFILL_CHUNK = {"cpu": 1024, "cuda": 8192}
+PREFILL_CHUNK = {"cpu": 1024, "cuda": 16384}
 MEMORY_FRACTION = 0.85  # of the GPU memory that is free after the weights, for KV pages
 CPU_CACHE_BYTES = 4 << 30
 
