@@ -127,12 +127,15 @@ class NativeEngine:
         return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
     def prepare(self, requests: SequenceOf[GenerationRequest]) -> None:
-        """See `Engine.prepare`: nothing beyond what making the engine did."""
+        """See `Engine.prepare`: memory. CUDA graphs are captured as they are needed."""
+        groups = self._groups(requests)
+        if len(groups) == 1:
+            self._allocate(_sequences(requests, groups[0]))
 
     def generate(self, requests: SequenceOf[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
         """See `Engine.generate`. Requests are admitted in the order given."""
         for together in self._groups(requests):
-            yield from self._generate([Sequence(i, requests[i], list(requests[i].prompt_ids)) for i in together])
+            yield from self._generate(_sequences(requests, together))
 
     def _groups(self, requests: SequenceOf[GenerationRequest]) -> list[list[int]]:
         """Indices of the requests that run together: those of like settings, where results are to be reproducible."""
@@ -142,15 +145,11 @@ class NativeEngine:
         return list(groups.values())
 
     def _generate(self, sequences: list[Sequence]) -> Iterator[tuple[int, GenerationResult]]:
-        max_active = min(self._max_active or DEFAULT_ACTIVE[self._device.type], len(sequences))
-        pool = PagePool(self._pages_for(sequences, max_active), PAGE_SIZE)
+        max_active, pages = self._allocate(sequences)
+        pool = PagePool(pages, PAGE_SIZE)
         scheduler = Scheduler(
             sequences, pool, max_active, PREFILL_CHUNK[self._device.type], share_prefixes=self._share_prefixes
         )
-        try:
-            self._runner.allocate(pool.num_pages, max_active, sequences)
-        except torch.OutOfMemoryError as error:
-            raise EngineError(self._out_of_memory(pool.num_pages)) from error
         yield from self._run(scheduler)
         pool.check_integrity([])
         self._shared_prompt_tokens += scheduler.shared_prompt_tokens
@@ -161,6 +160,16 @@ class NativeEngine:
                 "A smaller max_active or a larger kv_pages avoids it.",
                 scheduler.preemptions,
             )
+
+    def _allocate(self, sequences: list[Sequence]) -> tuple[int, int]:
+        """Have memory for these; returns how many run at once, and the number of KV pages."""
+        max_active = min(self._max_active or DEFAULT_ACTIVE[self._device.type], len(sequences))
+        pages = self._pages_for(sequences, max_active)
+        try:
+            self._runner.allocate(pages, max_active, sequences)
+        except torch.OutOfMemoryError as error:
+            raise EngineError(self._out_of_memory(pages)) from error
+        return max_active, pages
 
     def score(self, requests: SequenceOf[ScoreRequest], config: LikelihoodConfig) -> Iterator[tuple[int, ScoreResult]]:
         """See `Scorer.score`. `max_active` bounds the requests of a batch, `kv_pages` its clean tokens."""
@@ -316,6 +325,10 @@ class NativeEngine:
         free, _ = torch.cuda.mem_get_info(self._device)
         cache = self._runner.cache
         return int(free * MEMORY_FRACTION) + (cache.nbytes if cache is not None else 0)
+
+
+def _sequences(requests: SequenceOf[GenerationRequest], together: list[int]) -> list[Sequence]:
+    return [Sequence(i, requests[i], list(requests[i].prompt_ids)) for i in together]
 
 
 def _result(sequence: Sequence, reason: str) -> GenerationResult:

@@ -81,11 +81,10 @@ class Shape:
             filtered=any(not d.greedy and (d.top_k > 0 or d.top_p < 1) for d in decodings),
         )
 
-    def holds(self, other: Shape) -> bool:
-        """Whether tensors of this shape serve the other: numbers are no smaller, the rest is the same."""
-        sizes = ("pages", "width", "slots", "stops")
-        same = dataclasses.replace(other, **{size: getattr(self, size) for size in sizes}) == self
-        return same and all(getattr(self, size) >= getattr(other, size) for size in sizes)
+    def grown_to(self, other: Shape) -> Shape:
+        """The other, with numbers that are no smaller than this one's."""
+        sizes = {name: max(getattr(self, name), getattr(other, name)) for name in ("pages", "width", "slots", "stops")}
+        return dataclasses.replace(other, **sizes)
 
 
 class Runner:
@@ -156,8 +155,10 @@ class Runner:
             sequences: all that will run.
         """
         shape = Shape.of(sequences, num_pages, max_active, self._page_size)
-        if self._shape is None or not self._shape.holds(shape):
-            self._make(dataclasses.replace(shape, pages=max(shape.pages, self.num_pages)))
+        if self._shape is not None:
+            shape = self._shape.grown_to(shape)
+        if shape != self._shape:
+            self._make(shape)
         self.state.active.fill_(False)
         self._forecast = Forecast(self.state.slots, self.state.block)
         self._arrivals: deque[Any] = deque()  # of the steps under way: what they did, on the host, and the event of it

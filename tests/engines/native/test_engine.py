@@ -427,10 +427,25 @@ class TestErrors:
         (result,) = run(tiny, [GenerationRequest((1, 2, 3), 8, DecodingConfig())], kv_pages=10**12)
         assert len(result.token_ids) == 8
 
-    def test_a_request_that_no_pool_holds(self, tiny):
+    @pytest.mark.parametrize("ask", ["prepare", "generate"])
+    def test_a_request_that_no_pool_holds(self, tiny, ask):
         engine = make_engine("native", tiny, device="cpu", kv_pages=2)
         with pytest.raises(UserError, match=r"a request of 44 tokens .* needs 3 KV pages of 16 tokens.*there are 2"):
-            list(engine.generate([GenerationRequest((1,) * 12, 30, DecodingConfig())]))
+            list(getattr(engine, ask)([GenerationRequest((1,) * 12, 30, DecodingConfig())]))
+
+    def test_what_is_there_is_kept_for_smaller_requests(self, tiny):
+        """Not made anew: on a GPU, graphs would have to be captured again."""
+        engine = make_engine("native", tiny, device="cpu")
+        small, large = (GenerationRequest((1, 2, 3), new, DecodingConfig()) for new in (4, 60))
+        engine.prepare([large] * 3)
+        graphs = engine._runner._forward_graphs
+        asking.run(engine, [small] * 2)
+        asking.run(engine, [large] * 3)
+        assert engine._runner._forward_graphs is graphs
+        asking.run(engine, [small] * 4)  # more at once: the longest that was seen still fits
+        graphs = engine._runner._forward_graphs
+        asking.run(engine, [large])
+        assert engine._runner._forward_graphs is graphs
 
     @pytest.mark.parametrize("device", ["cuda", "cuda:7"])
     def test_no_gpu(self, tiny, device, monkeypatch):
