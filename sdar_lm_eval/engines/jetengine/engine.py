@@ -379,8 +379,9 @@ class JetEngine:
         return (
             f"checkpoint {self._checkpoint.name!r} with {size.max_active} sequences of up to {size.max_tokens:,} "
             f"tokens does not fit into {total / 2**30:.1f} GiB of GPU memory, {free / 2**30:.1f} GiB of which are free "
-            f"({reason}). Lower max_active, max_gen_toks or max_length; gpu_memory_utilization was "
-            f"{size.gpu_memory_utilization}."
+            f"({reason}). JetEngine was to fill {total * size.gpu_memory_utilization / 2**30:.1f} GiB, what other "
+            f"programs take included (gpu_memory_utilization={size.gpu_memory_utilization}): set it higher, or lower "
+            "max_active, max_gen_toks or max_length."
         )
 
     def _pages_of(self, request: GenerationRequest) -> int:

@@ -23,6 +23,7 @@ GRAPH_BYTES = 2 << 30
 # Through so much memory 0.1.0 hands its other processes, for tensor parallelism, all sequences of a step.
 MESSAGE_BYTES = 1 << 20
 SLACK_BYTES = 1 << 30
+NCCL_BYTES = 1 << 30  # its buffers on each of several GPUs; they are there before JetEngine looks at what is left
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def size_for(
         + (sum(sorted(pages_of(request, page_a_step) for request in requests)[-active:]) + LARGEST_GAP)
         * bytes_per_page(config, tensor_parallel_size)
         + SLACK_BYTES
+        + NCCL_BYTES * (tensor_parallel_size > 1)
     )
     allowed = total_bytes - active * logits - GRAPH_BYTES
     return Size(

@@ -76,6 +76,12 @@ def test_a_gpu_that_others_use():
     assert shared.gpu_memory_utilization - alone.gpu_memory_utilization == pytest.approx(30 / 80, abs=1e-3)
 
 
+def test_two_gpus_need_room_to_talk():
+    one, two = (size([request(4, 4)], tensor_parallel_size=n).gpu_memory_utilization for n in (1, 2))
+    pages = (1 + memory.LARGEST_GAP) * memory.bytes_per_page(SDAR_4B, 2)  # half of them are on the other one
+    assert (two - one) * 80 * GIB == pytest.approx(memory.NCCL_BYTES - pages, rel=0.02)
+
+
 def test_two_gpus_share_the_pages():
     one, two = (size([request(2000, 2000)] * 64, tensor_parallel_size=n) for n in (1, 2))
     assert memory.bytes_per_page(SDAR_4B) == 2 * memory.bytes_per_page(SDAR_4B, 2) == 2 * 36 * 256 * 8 * 128 * 2
