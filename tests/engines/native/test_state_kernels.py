@@ -22,6 +22,7 @@ from sdar_lm_eval.engines.native.state import BatchState  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCABULARY, MASK, PAGE = 100, 99, 4
+STEPS = 40 if DEVICE.type == "cuda" else 20  # the interpreter is slow
 
 
 def random_sequence(rng, number, slot, block, strategies):
@@ -51,15 +52,14 @@ def check_equal(ours, reference):
             torch.testing.assert_close(columns(ours)[name], expected, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
-@pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize(
-    ("slots", "block", "strategies"),
+    ("slots", "block", "strategies", "paired"),
     [
-        (7, 4, STRATEGIES),
-        (1, 1, STRATEGIES),
-        (5, 12, STRATEGIES),
-        (3, 8, ("low_confidence_static",)),
-        (3, 32, ("entropy_bounded", "random")),
+        (7, 4, STRATEGIES, True),
+        (1, 1, STRATEGIES, True),
+        (5, 12, STRATEGIES, False),
+        (3, 8, ("low_confidence_static",), True),
+        (2, 32, ("entropy_bounded", "random"), False),
     ],
     ids=str,
 )
@@ -78,7 +78,7 @@ def test_step_after_step(slots, block, strategies, paired):
     table[slots] = 0
     packed = reference.pack_nothing()
     waited = decided = stopped = 0
-    for step in range(40):
+    for step in range(STEPS):
         free = [slot for slot in range(slots) if not reference.active[slot]]
         entering = [random_sequence(rng, step, slot, block, strategies) for slot in free if rng.random() < 0.7]
         if entering:
