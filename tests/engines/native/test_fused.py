@@ -38,19 +38,20 @@ def test_the_same_tokens(checkpoint, monkeypatch):
         {"temperature": 0, "remasking_strategy": "random", "block_length": 8, "denoising_steps": 3},
     ]
     requests = [
-        GenerationRequest(tuple(range(1, 4 + 3 * i)), 5, DecodingConfig(**s), seed=i) for i, s in enumerate(settings)
+        GenerationRequest(tuple(range(1, 4 + 2 * i)), 5, DecodingConfig(**s), seed=i) for i, s in enumerate(settings)
     ]
     plain = run(make_engine("native", checkpoint, device="cpu"), requests)
     fast = run(engine_with_kernels(checkpoint, max_active=3), requests)
     assert [r.token_ids for r in fast] == [r.token_ids for r in plain]
 
 
-def test_prompts_that_share_their_beginning(checkpoint):
+def test_prompts_that_share_their_beginning(checkpoint, monkeypatch):
+    monkeypatch.setattr(native_engine, "PAGE_SIZE", 4)
     decoding = DecodingConfig(temperature=0, remasking_strategy="low_confidence_static")
-    requests = [GenerationRequest((*range(1, 34), *[100 + i] * i), 5, decoding) for i in range(4)]
+    requests = [GenerationRequest((*range(1, 10), *[100 + i] * i), 4, decoding) for i in range(4)]
     engine = engine_with_kernels(checkpoint)
     fast = run(engine, requests)
-    assert engine.info["shared_prompt_tokens"] == 3 * 32
+    assert engine.info["shared_prompt_tokens"] == 3 * 8
     plain = run(make_engine("native", checkpoint, device="cpu", share_prefixes=False), requests)
     assert [r.token_ids for r in fast] == [r.token_ids for r in plain]
 
