@@ -162,7 +162,17 @@ class NativeEngine:
             )
 
     def _allocate(self, sequences: list[Sequence]) -> tuple[int, int]:
-        """Have memory for these; returns how many run at once, and the number of KV pages."""
+        """Have memory for these; returns how many run at once, and the number of KV pages.
+
+        Raises:
+            UserError: a block is too long for the kernels, or a request for the memory.
+        """
+        longest = max(sequence.block_length for sequence in sequences)
+        if longest > self._runner.longest_block:
+            raise UserError(
+                f"block_length={longest}: the kernels take blocks of up to {self._runner.longest_block} tokens in "
+                f"{str(self._dtype).removeprefix('torch.')}; run longer ones with kernels=false."
+            )
         max_active = min(self._max_active or DEFAULT_ACTIVE[self._device.type], len(sequences))
         pages = self._pages_for(sequences, max_active)
         try:
@@ -189,8 +199,8 @@ class NativeEngine:
     def _run(self, scheduler: Scheduler) -> Iterator[tuple[int, GenerationResult]]:
         """Step after step. On a GPU the next one is launched before the one under way is done.
 
-        The device knows by itself which sequences are finished, but for stop strings: those take part in one more step,
-        which nobody reads.
+        The device knows by itself which sequences are finished, but for stop strings: those take part in the step that
+        is under way, which nobody reads.
         """
         under_way: deque[dict[int, tuple[Sequence, int]]] = deque()
         while scheduler.unfinished:
@@ -219,9 +229,14 @@ class NativeEngine:
         running = len(scheduler.running)
         if not scheduler.can_shrink:
             raise EngineError(self._out_of_memory(self._runner.num_pages)) from error
-        self._runner.stop(scheduler.shrink())
+        scheduler.shrink()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        try:
+            # What a plan asked for may have been done in part.
+            self._runner.run_only(scheduler.running)
+        except torch.OutOfMemoryError as again:
+            raise EngineError(self._out_of_memory(self._runner.num_pages)) from again
         logger.warning(
             "Out of memory on %s with %d sequences at once; %d from now on, and half the prompt tokens a step. "
             "Answers are the same.",
@@ -239,7 +254,7 @@ class NativeEngine:
     def _prepare_step(self, scheduler: Scheduler) -> bool:
         """Admit, prefill, and put into the batch whatever there is room for; returns whether there was anything."""
         plan = scheduler.plan()
-        self._runner.stop(plan.preempted)
+        self._runner.stop(plan.left)
         self._runner.set_pages(plan.paged)
         if plan.prefill:
             now = time.perf_counter()
@@ -276,7 +291,7 @@ class NativeEngine:
                 f"the model's logits are not finite numbers (dtype {str(self._dtype).removeprefix('torch.')}). "
                 "float16 overflows in some models: use dtype=bfloat16 or float32. Else the weights are bad."
             )
-        finished, stopped = [], []
+        finished = []
         for slot in outcome.took_part.nonzero()[0].tolist():
             sequence, turn = launched[slot]
             if sequence.turn != turn:
@@ -286,11 +301,8 @@ class NativeEngine:
             if not outcome.decided[slot]:
                 continue
             if reason := self._decide(sequence, outcome):
-                if sequence.request.stop_strings:  # the device does not know them
-                    stopped.append(slot)
-                scheduler.finish(sequence)
+                scheduler.finish(sequence, device_knows=not sequence.request.stop_strings)
                 finished.append((sequence.index, _result(sequence, reason)))
-        self._runner.stop(stopped)
         return finished
 
     def _decide(self, sequence: Sequence, outcome: Outcome) -> str:

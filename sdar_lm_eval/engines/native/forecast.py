@@ -35,6 +35,7 @@ class Forecast:
         self._launched = self._learned = 0  # steps
         self._entered = np.zeros(slots, dtype=np.int64)  # the first step that each slot's sequence can take part in
         self._expected: list[tuple[int, int]] = []  # of the steps under way, without slack
+        self._next = (0, 0)
         self._slack = np.zeros(2)
 
     def begin(self, sequences: SequenceOf[Sequence]) -> None:
@@ -49,7 +50,7 @@ class Forecast:
 
     def sizes(self) -> tuple[int, int]:
         """Blocks that the next step runs, and masked positions that it draws for: none where nothing runs."""
-        segments, places = self._reckoned()
+        segments, places = self._next = self._reckoned()
         if segments and self._learned < self._launched:
             active = int(self._known.active.sum())
             wanted = np.array([segments, places]) + np.ceil(self._slack).astype(int)
@@ -61,7 +62,7 @@ class Forecast:
 
     def launched(self) -> None:
         """A step of `sizes` is under way."""
-        self._expected.append(self._reckoned())
+        self._expected.append(self._next)
         self._launched += 1
 
     def learn(self, outcome: Outcome) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdar_lm_eval.engines.base import MAX_BLOCK_LENGTH
 from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.attention import PagedBatch
 from sdar_lm_eval.engines.native.forecast import Forecast
@@ -33,6 +34,7 @@ LOGITS_BUDGET_BYTES = 1 << 30
 MOST_PADDING = {"cpu": 64, "cuda": 1024}
 SPLITS_BUDGET_BYTES = 1 << 30  # the same of what attention to splits of a context leaves, in prefill
 MOST_UNDER_WAY = 2  # steps, launched and not collected
+QUERY_BYTES = 128 << 10
 PREFILL_TILE = 32  # tokens of a prompt that one program of the attention kernel takes
 # Tokens of every matrix product where results must not depend on what else runs: its rounding depends on their number.
 REPRODUCIBLE_ROWS = 512
@@ -82,7 +84,7 @@ class Shape:
         )
 
     def grown_to(self, other: Shape) -> Shape:
-        """The other, with numbers that are no smaller than this one's."""
+        """The other, with numbers that are no smaller than this one's, but for the block: it is the state's layout."""
         sizes = {name: max(getattr(self, name), getattr(other, name)) for name in ("pages", "width", "slots", "stops")}
         return dataclasses.replace(other, **sizes)
 
@@ -130,6 +132,15 @@ class Runner:
         """Whether the fused decoder runs the model."""
         return self._decoder is not None
 
+    @property
+    def longest_block(self) -> int:
+        """Most tokens of a block: the attention kernel holds the queries of a block and a KV head at once."""
+        if not self.is_fused:
+            return MAX_BLOCK_LENGTH
+        config = self._model.config
+        group = config.num_attention_heads // config.num_key_value_heads
+        return min(QUERY_BYTES // int(group * config.head_dim * self._model.dtype.itemsize), 128)
+
     def bytes_per_page(self) -> int:
         """Memory of one page over all layers, in bytes."""
         config = self._model.config
@@ -142,7 +153,7 @@ class Runner:
         return 0 if self.cache is None else self.cache.shape[2] - 1
 
     def release_cache(self) -> None:
-        """Give the memory of the KV cache and of all that goes with it back; the next `allocate` makes it again."""
+        """Give the memory of the KV cache and of the graphs back; the next `allocate` makes them again."""
         self.cache = self._shape = None
         self._forward_graphs = self._unmask_graphs = None
 
@@ -221,6 +232,12 @@ class Runner:
         if sequences:
             self.state.begin(sequences)
             self._forecast.begin(sequences)
+
+    def run_only(self, sequences: SequenceOf[Sequence]) -> None:
+        """Take all but these out of the batch, and write their pages once more."""
+        stay = {sequence.slot for sequence in sequences if sequence.begun}
+        self.stop([slot for slot in range(self.state.slots) if slot not in stay])
+        self.set_pages(sequences)
 
     def stop(self, slots: SequenceOf[int]) -> None:
         """Take slots out of the batch that the device does not know to be finished."""
@@ -312,6 +329,7 @@ class Runner:
             return False
         assert self._forward_graphs is not None
         assert self._unmask_graphs is not None
+        assert len(self._arrivals) < MOST_UNDER_WAY
         event = None
         with self._on_device:
             self._forward_graphs(self._whole(segments, self._together), self._rounded(context))

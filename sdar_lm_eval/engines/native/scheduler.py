@@ -90,13 +90,13 @@ class Plan:
     """What the engine does between two steps.
 
     Attributes:
-        preempted: slots of sequences that had to leave.
+        left: slots of sequences that the device goes on with, though they had to leave or are finished.
         paged: sequences whose pages changed.
         prefill: (sequence, start, end) chunks to run, whole blocks.
         starting: sequences whose prompts are prefilled then: their first block takes part in the next step.
     """
 
-    preempted: list[int]
+    left: list[int]
     paged: list[Sequence]
     prefill: list[tuple[Sequence, int, int]]
     starting: list[Sequence]
@@ -131,6 +131,7 @@ class Scheduler:
         self._free_slots = list(range(max_active - 1, -1, -1))
         self._prefill_chunk = prefill_chunk
         self._most = max_active
+        self._left: list[int] = []  # slots for the next plan to name
 
     @property
     def unfinished(self) -> bool:
@@ -140,6 +141,7 @@ class Scheduler:
     def plan(self) -> Plan:
         """Choose what happens before the next step."""
         preempted, paged = self._grow()
+        left, self._left = [*self._left, *preempted], []
         paged += self._admit()
         entering = [sequence for sequence in self.running if not sequence.begun]
         ready = list(filter(self._beginning_is_written, entering))
@@ -158,15 +160,17 @@ class Scheduler:
         for pages, start, end in written:
             touched = pages[start // self.pool.page_size : self.pool.pages_for(end)]
             assert all(map(self.pool.may_write, touched)), "a page that others read would be written"
-        return Plan(preempted, paged, prefill, starting)
+        return Plan(left, paged, prefill, starting)
 
     def prefilled(self, sequence: Sequence, end: int) -> None:
         """Take note that the KV of a sequence's tokens up to `end` is stored."""
         sequence.cached = end
         self.pool.written(sequence.pages[: end // self.pool.page_size])
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: Sequence, *, device_knows: bool = True) -> None:
         """Free what a sequence held; its place is taken at the next plan."""
+        if not device_knows:
+            self._left.append(sequence.slot)
         self.running.remove(sequence)
         self._vacate(sequence)
 
@@ -175,18 +179,15 @@ class Scheduler:
         """Whether `shrink` makes a difference."""
         return len(self.running) > 1 or self._prefill_chunk > LEAST_PREFILL
 
-    def shrink(self) -> list[int]:
-        """Run half as many sequences from now on, with half the prefill a step; returns the slots of those that left.
+    def shrink(self) -> None:
+        """Run half as many sequences from now on, with half the prefill a step.
 
         The younger half of the running ones leaves; one stays.
         """
         self._most = max(len(self.running) // 2, 1)
         self._prefill_chunk = max(self._prefill_chunk // 2, 1)
-        leaving = self.running[self._most :]
-        slots = [sequence.slot for sequence in leaving]
-        for sequence in reversed(leaving):
+        for sequence in reversed(self.running[self._most :]):
             self._preempt(sequence)
-        return slots
 
     def _grow(self) -> tuple[list[int], list[Sequence]]:
         """Give every running sequence the pages it lacks, the oldest first; returns who left, and who got some."""

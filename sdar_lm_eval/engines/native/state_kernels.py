@@ -79,6 +79,7 @@ def _lay_out(
     program = tl.program_id(0).to(tl.int64)
     other = tl.arange(0, SLOTS)
     there = other < slots
+    # Segments of each slot: none, its block, or the block before it too.
     own = tl.load(active + other, mask=there, other=0).to(tl.int32)
     own *= 1 + tl.load(uncommitted + other, mask=there, other=0).to(tl.int32)
     if program < slots:

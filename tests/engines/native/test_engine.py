@@ -165,8 +165,8 @@ def test_a_request_does_not_depend_on_what_runs_beside_it(tiny, mixed, max_activ
 @pytest.mark.parametrize("max_active", [1, 2])
 def test_a_place_taken_over_while_a_step_runs_ahead_counts_once(tiny, monkeypatch, max_active):
     """A stop string ends an answer that the device goes on with; steps are padded as graphs pad them."""
-    settings = DecodingConfig(remasking_strategy="low_confidence_static")
-    whole = [GenerationRequest((1, 2, 3 + i), 24, settings, seed=i) for i in range(6)]
+    settings = DecodingConfig(remasking_strategy="low_confidence_static", denoising_steps=1)  # a block a step
+    whole = [GenerationRequest((1, 2, 3 + i), 24 + 5 * i, settings, seed=i) for i in range(6)]
     stops = [
         tiny.decode(result.token_ids[5:7]) for result in asking.run(make_engine("native", tiny, device="cpu"), whole)
     ]
@@ -174,6 +174,7 @@ def test_a_place_taken_over_while_a_step_runs_ahead_counts_once(tiny, monkeypatc
         dataclasses.replace(request, stop_strings=(stop,)) for request, stop in zip(whole, stops, strict=True) if stop
     ]
     expected = tokens_of(run(tiny, requests, max_active=max_active))
+    assert sum(reason == "stop" for _, reason in expected) > 3
     engine = make_engine("native", tiny, device="cpu", max_active=max_active)
     engine._most_under_way = 2
     monkeypatch.setattr(
@@ -182,6 +183,31 @@ def test_a_place_taken_over_while_a_step_runs_ahead_counts_once(tiny, monkeypatc
         lambda self, size, *others: self._run(self._sizes[bisect.bisect_left(self._sizes, size)], *others),
     )
     assert tokens_of(asking.run(engine, requests)) == expected
+
+
+def test_a_place_that_a_stop_string_leaves_empty(tiny):
+    """The device would go on with it, beside the one that still runs."""
+    settings = DecodingConfig(denoising_steps=1)
+    short, long = (GenerationRequest((1, 2, i), 60, settings, seed=i) for i in (3, 4))
+    stop = tiny.decode(run(tiny, [short])[0].token_ids[5:7])
+    requests = [dataclasses.replace(short, stop_strings=(stop,)), long]
+    expected = tokens_of(run(tiny, requests, max_active=1))
+    engine = make_engine("native", tiny, device="cpu")
+    engine._most_under_way = 2
+    assert tokens_of(asking.run(engine, requests)) == expected
+    assert expected[0][1] == "stop"
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_results_that_nobody_waits_for(tiny, mixed, closed):
+    requests, alone = mixed
+    engine = make_engine("native", tiny, device="cpu", max_active=8)
+    engine._most_under_way = 2
+    abandoned = engine.generate(requests)
+    next(abandoned)
+    if closed:
+        abandoned.close()
+    assert tokens_of(asking.run(engine, requests[::-1])) == alone[::-1]
 
 
 @pytest.mark.parametrize("free_rows", [0, forecast.FREE_ROWS])
@@ -400,6 +426,26 @@ class TestErrors:
                 assert tokens_of(results[i] for i in range(8)) == tokens_of(expected)
             assert "Out of memory on cpu with 8 sequences at once; 4 from now on" in caplog.text
             caplog.clear()
+
+    @pytest.mark.parametrize(
+        ("at", "call"), [("set_pages", 0), ("set_pages", 2), ("set_pages", 5), ("stop", 0), ("begin", 0), ("begin", 1)]
+    )
+    def test_out_of_memory_between_two_steps_loses_nothing(self, tiny, monkeypatch, at, call):
+        """What a plan asked for is not done, and no later plan asks for it."""
+        requests = [GenerationRequest((1, 2, 3 + i), 40, DecodingConfig(temperature=1.0), seed=i) for i in range(8)]
+        expected = run(tiny, requests)
+        engine = make_engine("native", tiny, device="cpu", max_active=8, kv_pages=12)
+        engine._most_under_way = 2
+        work, calls = getattr(engine._runner, at), itertools.count()
+
+        def fails_once(given):
+            if list(given) and next(calls) == call:
+                raise torch.OutOfMemoryError
+            work(given)
+
+        monkeypatch.setattr(engine._runner, at, fails_once)
+        assert tokens_of(asking.run(engine, requests)) == tokens_of(expected)
+        assert next(calls) > call
 
     def test_a_standstill_is_an_error(self, tiny, monkeypatch):
         engine = make_engine("native", tiny, device="cpu")

@@ -105,6 +105,7 @@ def test_what_was_not_foreseen_is_made_room_for_later(monkeypatch):
     known.begin([Sequence(i, GenerationRequest((1, 2, 3, 4), 4000, decoding), [1, 2, 3, 4], slot=i) for i in range(4)])
     everywhere = np.ones(4, dtype=bool)
     decided = Outcome(None, None, None, everywhere, None, everywhere, ~everywhere, everywhere, np.zeros(4, dtype=int))
+    known.sizes()
     known.launched()
     wanted = []
     for _ in range(30):
