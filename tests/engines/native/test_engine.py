@@ -212,8 +212,7 @@ def test_results_that_nobody_waits_for(tiny, closed):
     assert tokens_of(asking.run(engine, requests[:2])) == expected
 
 
-@pytest.mark.parametrize("free_rows", [0, forecast.FREE_ROWS])
-@pytest.mark.parametrize("max_active", [1, 5, 24])
+@pytest.mark.parametrize(("max_active", "free_rows"), [(1, 0), (5, 0), (24, 0), (24, forecast.FREE_ROWS)])
 def test_a_step_launched_ahead_of_the_host_changes_nothing(tiny, mixed, monkeypatch, max_active, free_rows):
     """As on a GPU; without rows for free, some blocks find no room in a step that was expected to be smaller."""
     requests, alone = mixed

@@ -22,7 +22,7 @@ from sdar_lm_eval.engines.native.state import BatchState  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCABULARY, MASK, PAGE = 100, 99, 4
-STEPS = 40 if DEVICE.type == "cuda" else 20  # the interpreter is slow
+STEPS = 40 if DEVICE.type == "cuda" else 12  # the interpreter is slow
 
 
 def random_sequence(rng, number, slot, block, strategies):
@@ -58,8 +58,8 @@ def check_equal(ours, reference):
         (7, 4, STRATEGIES, True),
         (1, 1, STRATEGIES, True),
         (5, 12, STRATEGIES, False),
-        (3, 8, ("low_confidence_static",), True),
-        (2, 32, ("entropy_bounded", "random"), False),
+        (2, 2, ("low_confidence_static",), True),
+        (3, 16, ("entropy_bounded", "random"), False),
     ],
     ids=str,
 )
@@ -113,7 +113,7 @@ def test_step_after_step(slots, block, strategies, paired):
 
         token = torch.randint(0, VOCABULARY - 1, place.shape, device=DEVICE)
         confidence, entropy = torch.rand(2, len(place), device=DEVICE)
-        if step % 10 == 9:
+        if step % 10 == 7:
             confidence[0] = torch.nan
         if step % 3 == 0:
             confidence = (4 * confidence).round() / 4  # many that are equal
