@@ -38,6 +38,16 @@ def gpu_named(device: str, engine: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def check_tensor_parallel(size: int) -> None:
+    """Refuse more GPUs for a model than this machine has.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    if size > (gpus := torch.cuda.device_count()):
+        raise UserError(f"tensor_parallel_size={size}: this machine has {gpus} usable GPU(s).")
+
+
 def half_precision(dtype: str, checkpoint: Checkpoint, engine: str) -> str:
     """The name of a dtype of `DTYPES`; "auto" is the checkpoint's own where it is one of them, else bfloat16.
 

@@ -45,6 +45,7 @@ from sdar_lm_eval.engines.base import (
 )
 from sdar_lm_eval.engines.gpu import (
     check_lengths,
+    check_tensor_parallel,
     end_processes,
     gpu_named,
     half_precision,
@@ -219,8 +220,7 @@ class JetEngine:
             for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", width):
                 if config[name] % tensor_parallel:
                     refuse(f"tensor_parallel_size={tensor_parallel} does not divide its {name}={config[name]}")
-            if tensor_parallel > (gpus := torch.cuda.device_count()):
-                raise UserError(f"tensor_parallel_size={tensor_parallel}: this machine has {gpus} usable GPU(s).")
+            check_tensor_parallel(tensor_parallel)
         self._checkpoint.check_weights()
         if world_size() > 1 and not self._dialect.several_processes:
             raise UserError(

@@ -48,6 +48,7 @@ from sdar_lm_eval.engines.base import (
 )
 from sdar_lm_eval.engines.gpu import (
     check_lengths,
+    check_tensor_parallel,
     end_processes,
     gpu_named,
     half_precision,
@@ -200,7 +201,7 @@ class LMDeploy:
 
     def _check_gpus(self, device: str, data_parallel_size: int) -> None:
         """Refuse a number of GPUs that there is not, or that LMDeploy would share out wrongly."""
-        gpus, ranks, tensor_parallel = torch.cuda.device_count(), world_size(), self._tensor_parallel_size
+        ranks, tensor_parallel = world_size(), self._tensor_parallel_size
         if data_parallel_size not in (1, ranks):
             raise UserError(
                 f"data_parallel_size={data_parallel_size}, but {ranks} process(es) run. Give each copy of the model a "
@@ -213,8 +214,7 @@ class LMDeploy:
                 f"tensor_parallel_size={tensor_parallel} in {ranks} processes: each would take the same GPUs. Use one "
                 "process, or tensor_parallel_size=1."
             )
-        if tensor_parallel > gpus:
-            raise UserError(f"tensor_parallel_size={tensor_parallel}: this machine has {gpus} usable GPU(s).")
+        check_tensor_parallel(tensor_parallel)
         if device not in ("auto", "cuda"):
             raise UserError(
                 f"device={device!r} with tensor_parallel_size={tensor_parallel}: LMDeploy takes the first GPUs. Choose "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -425,17 +425,20 @@ class Runner:
     def _unmask_by_kernels(self, count: int) -> None:
         """`_unmask` by kernels."""
         drawing = self._state_kernels.masked_places(self.state, count)
-        parts = []
-        for begin in range(0, count, self._drawn_together):
-            some = slice(begin, begin + self._drawn_together)
-            logits = self._model.lm_head(self._hidden[drawing.row[some]])
-            parts.append(
-                self._kernels.draw(
-                    logits, drawing.temperature[some], drawing.number[some], drawing.greedy[some], self._mask_token_id
-                )
-            )
-        drawn = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
-        self._state_kernels.advance(self.state, *drawn, self._packed)
+
+        def draw(some: slice) -> Any:
+            return self._kernels.draw(
+                self._model.lm_head(self._hidden[drawing.row[some]]), drawing.temperature[some], drawing.number[some],
+                drawing.greedy[some], self._mask_token_id,
+            )  # fmt: skip
+
+        self._state_kernels.advance(self.state, *self._in_chunks(count, draw), self._packed)
+
+    def _in_chunks(self, count: int, draw: Callable[[slice], Any]) -> Any:
+        """Tokens, confidences, entropies of `count` places, (M,) each, from what `draw` gives for some of them."""
+        begins = range(0, count, self._drawn_together)
+        parts = [draw(slice(begin, begin + self._drawn_together)) for begin in begins]
+        return parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
 
     @property
     def _drawn_together(self) -> int:
@@ -497,13 +500,9 @@ class Runner:
     def _unmask(self, count: int) -> None:
         """Draw at the masked places, `count` with padding, from the hidden states; advance the state."""
         place, row = self.state.masked_places(count)
-        parts = [
-            self._draw_some(some, self._hidden[rows])
-            for some, rows in zip(
-                torch.split(place, self._drawn_together), torch.split(row, self._drawn_together), strict=True
-            )
-        ]
-        token, confidence, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+        token, confidence, entropy = self._in_chunks(
+            count, lambda some: self._draw_some(place[some], self._hidden[row[some]])
+        )
         self._packed.copy_(self.state.advance(place, token, confidence, entropy))
 
     def _numbers(self, place: torch.Tensor) -> torch.Tensor:
