@@ -12,8 +12,9 @@ import random
 from collections import Counter
 
 import torch
+from support import random_checkpoint, read_weights, write_weights
 
-from sdar_lm_eval import DecodingConfig, GenerationRequest, make_engine
+from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine
 from sdar_lm_eval.demo import golds
 from sdar_lm_eval.tasks.extraction import flexible_extract
 
@@ -79,6 +80,29 @@ def check_rounding(demo, requests, theirs, ours, differing):
         rounding = rounding_between(demo, model, requests[i], theirs[i].token_ids, ours[i].token_ids)
         print(f"{i}: {rounding}")
         assert rounding <= 0.1
+
+
+def check_mixture_of_experts(folder, name, **options):
+    """An engine beside the native one, with random weights in the layout of SDAR-30B-A3B: 128 experts, 8 a token."""
+    random_checkpoint(
+        folder, moe=True, head_dim=128, hidden_size=512, moe_intermediate_size=192, num_attention_heads=8,
+        num_key_value_heads=4, num_experts=128, num_experts_per_tok=8,
+    )  # fmt: skip
+    weights = read_weights(folder)
+    weights["lm_head.weight"][Checkpoint.open(str(folder)).mask_token_id] = 0
+    write_weights(folder, weights)
+    checkpoint = Checkpoint.open(str(folder))
+    requests = [GenerationRequest(tuple(range(10, 30 + i)), 32, GREEDY) for i in range(32)]
+    engine = make_engine(name, checkpoint, dtype="bfloat16", **options)
+    try:
+        theirs = run(engine, requests)
+    finally:
+        engine._unload()
+    ours = run(make_engine("native", checkpoint, dtype="bfloat16"), requests)
+    assert [len(result.token_ids) for result in theirs] == [32] * 32
+    same = sum(a.token_ids[:1] == b.token_ids[:1] for a, b in zip(theirs, ours, strict=True))
+    print(f"\nmixture of experts: {same} of 32 begin alike")
+    assert same >= 26
 
 
 def rounding_between(demo, model, request, theirs, ours, roundings=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)):

@@ -11,6 +11,7 @@ from asking import (
     ask,
     check_agreement,
     check_frequencies,
+    check_mixture_of_experts,
     differing_answers,
     drawn_frequencies,
     first_token_logits,
@@ -31,7 +32,9 @@ def jetengine(demo):
         pytest.skip(str(error))
     engine.prepare([GenerationRequest((1,) * 1500, 500, GREEDY)] * 256)
     print("\n", engine.info)
-    return engine
+    yield engine
+    if engine._llm is not None:
+        engine._unload()
 
 
 @pytest.mark.parametrize("strategy", ["low_confidence_static", "sequential", "low_confidence_dynamic"])
@@ -152,3 +155,10 @@ def test_two_block_lengths_in_one_run(demo, jetengine, questions):
         for i, n in enumerate([4, 8, 4, 8])
     ]
     assert [len(result.token_ids) for result in run(jetengine, requests)] == [24] * 4
+
+
+def test_a_mixture_of_experts(demo, jetengine, tmp_path):
+    if jetengine.info["engine_version"] != "0.1.0":
+        pytest.skip("0.2.0 takes none")
+    jetengine._unload()
+    check_mixture_of_experts(tmp_path, "jetengine")

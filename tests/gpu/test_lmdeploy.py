@@ -11,15 +11,15 @@ from asking import (
     ask,
     check_agreement,
     check_frequencies,
+    check_mixture_of_experts,
     check_rounding,
     differing_answers,
     drawn_frequencies,
     first_token_logits,
     run,
 )
-from support import random_checkpoint, read_weights, write_weights
 
-from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
+from sdar_lm_eval import DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 
@@ -221,34 +221,5 @@ def test_other_block_lengths(demo, lmdeploy, native, questions, block_length):
 
 
 def test_a_mixture_of_experts(lmdeploy, tmp_path):
-    """Random weights in the layout of SDAR-30B-A3B: 128 experts, 8 of them for each token."""
     lmdeploy._unload()  # one engine at a time
-    folder = random_checkpoint(
-        tmp_path, moe=True, head_dim=128, hidden_size=512, moe_intermediate_size=192, num_attention_heads=8,
-        num_key_value_heads=4, num_experts=128, num_experts_per_tok=8,
-    )  # fmt: skip
-    weights = read_weights(folder)
-    weights["lm_head.weight"][Checkpoint.open(str(folder)).mask_token_id] = 0
-    write_weights(folder, weights)
-    checkpoint = Checkpoint.open(str(folder))
-    engine = make_engine("lmdeploy", checkpoint, dtype="bfloat16", **OPTIONS)
-    native = make_engine("native", checkpoint, dtype="bfloat16")
-    requests = [GenerationRequest(tuple(range(10, 30 + i)), 32, GREEDY) for i in range(32)]
-    try:
-        theirs, ours = run(engine, requests), run(native, requests)
-    finally:
-        engine._unload()
-    assert [len(result.token_ids) for result in theirs] == [32] * 32
-    same = sum(a.token_ids[:1] == b.token_ids[:1] for a, b in zip(theirs, ours, strict=True))
-    print(f"\nmixture of experts: {same} of 32 begin alike")
-    assert same >= 26
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_two_gpus(demo, lmdeploy, native, questions):
-    lmdeploy._unload()
-    engine = make_engine("lmdeploy", demo, tensor_parallel_size=2, **OPTIONS)
-    try:
-        compare(demo, engine, native, questions, GREEDY)
-    finally:
-        engine._unload()
+    check_mixture_of_experts(tmp_path, "lmdeploy", **OPTIONS)
