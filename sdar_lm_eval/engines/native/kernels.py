@@ -309,43 +309,51 @@ def uniform(seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor, purp
 
 
 @triton.jit
-def _summarize(logits, temperature, parts, mask_token, vocabulary, chunks, BLOCK: tl.constexpr):
+def _summarize(logits, temperature, parts, mask_token, vocabulary, chunks, BLOCK: tl.constexpr, ENTROPY: tl.constexpr):
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    column = chunk * BLOCK + tl.arange(0, BLOCK)
-    inside = (column < vocabulary) & (column != mask_token)
-    x = tl.load(logits + row * vocabulary + column, mask=inside, other=-float("inf")).to(tl.float32)
-    x /= tl.load(temperature + row)
+    x, inside, _ = _logits_of(logits, temperature, row, chunk, mask_token, vocabulary, BLOCK)
     most = tl.max(x)
     shift = tl.where(most == -float("inf"), 0.0, most)
     weights = tl.exp(x - shift)
     # NaN is not below itself: a row with one has it in its sum.
-    part = parts + (row * chunks + chunk) * 4
+    part = parts + (row * chunks + chunk) * 3
     tl.store(part, most)
     tl.store(part + 1, tl.sum(weights))
-    tl.store(part + 2, tl.sum(tl.where(inside & (weights > 0), weights * (x - shift), 0.0)))
-    tl.store(part + 3, tl.min(tl.where((x == most) & inside, column, vocabulary)).to(tl.float32))
+    if ENTROPY:
+        tl.store(part + 2, tl.sum(tl.where(inside & (weights > 0), weights * (x - shift), 0.0)))
+
+
+@triton.jit
+def _logits_of(logits, temperature, row, chunk, mask_token, vocabulary, BLOCK: tl.constexpr):
+    column = chunk * BLOCK + tl.arange(0, BLOCK)
+    inside = (column < vocabulary) & (column != mask_token)
+    x = tl.load(logits + row * vocabulary + column, mask=inside, other=-float("inf")).to(tl.float32)
+    return x / tl.load(temperature + row), inside, column
 
 
 @triton.jit
 def _choose(
     logits, temperature, number, greedy, parts, token_out, confidence_out, entropy_out, mask_token, vocabulary,
-    chunks, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    chunks, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, CHUNKS)
     there = chunk < chunks
-    part = parts + (row * chunks + chunk) * 4
+    part = parts + (row * chunks + chunk) * 3
     mosts = tl.load(part, mask=there, other=-float("inf"))
     most = tl.max(mosts)
     fade = tl.where(there, tl.exp(mosts - most), 0.0)
     sums = tl.load(part + 1, mask=there, other=0.0) * fade
     total = tl.sum(sums)
-    # Entropy of p = exp(x - most) / total is log(total) - sum p (x - most).
-    slopes = tl.load(part + 2, mask=there, other=0.0) * fade + sums * tl.where(fade > 0, mosts - most, 0.0)
-    tl.store(entropy_out + row, tl.log(total) - tl.sum(slopes) / total)
+    if ENTROPY:
+        # Of p = exp(x - most) / total it is log(total) - sum p (x - most).
+        slopes = tl.load(part + 2, mask=there, other=0.0) * fade + sums * tl.where(fade > 0, mosts - most, 0.0)
+        tl.store(entropy_out + row, tl.log(total) - tl.sum(slopes) / total)
     if tl.load(greedy + row):
-        best = tl.load(part + 3, mask=there & (mosts == most), other=float("inf"))
-        tl.store(token_out + row, tl.minimum(tl.min(best), vocabulary - 1).to(tl.int64))
+        best = tl.min(tl.where(there & (mosts == most), chunk, chunks - 1))
+        x, inside, column = _logits_of(logits, temperature, row, best, mask_token, vocabulary, BLOCK)
+        token = tl.min(tl.where(inside & (x == most), column, vocabulary - 1))
+        tl.store(token_out + row, token.to(tl.int64))
         tl.store(confidence_out + row, 1.0 / total)
     else:
         # The chunk in which the cumulative sum passes the target, then the place in it. The last chunk with anything in
@@ -355,10 +363,8 @@ def _choose(
         last = tl.max(tl.where(sums > 0, chunk, 0))
         chosen = tl.minimum(tl.sum(((ends <= target) & there).to(tl.int32)), last)
         before = tl.sum(tl.where(chunk < chosen, sums, 0.0))
-        column = chosen * BLOCK + tl.arange(0, BLOCK)
-        inside = (column < vocabulary) & (column != mask_token)
-        x = tl.load(logits + row * vocabulary + column, mask=inside, other=-float("inf")).to(tl.float32)
-        weights = tl.exp(x / tl.load(temperature + row) - most)
+        x, inside, column = _logits_of(logits, temperature, row, chosen, mask_token, vocabulary, BLOCK)
+        weights = tl.exp(x - most)
         within = before + tl.cumsum(weights)
         passed = tl.min(tl.where((within > target) & (weights > 0), column, vocabulary))
         fallback = tl.max(tl.where(weights > 0, column, 0))
@@ -368,7 +374,13 @@ def _choose(
 
 
 def draw(
-    logits: torch.Tensor, temperature: torch.Tensor, number: torch.Tensor, greedy: torch.Tensor, mask_token: int
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    number: torch.Tensor,
+    greedy: torch.Tensor,
+    mask_token: int,
+    *,
+    entropies: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw a token a row, never the mask token: the most probable one, or by inverting the cumulative distribution.
 
@@ -381,19 +393,20 @@ def draw(
         number: (M,) in [0, 1).
         greedy: (M,) bool.
         mask_token: left out of the distribution.
+        entropies: whether anybody wants them.
 
     Returns:
-        Tokens (M,) int64, their probabilities, and the distribution's entropies in nats (M,) float32.
+        Tokens (M,) int64, their probabilities, and the distribution's entropies in nats, or zeros, (M,) float32.
     """
     rows, vocabulary = logits.shape
     block = 4096 if vocabulary > 4096 else triton.next_power_of_2(vocabulary)
     chunks = triton.cdiv(vocabulary, block)
-    parts = torch.empty(rows, chunks, 4, dtype=torch.float32, device=logits.device)
+    parts = torch.empty(rows, chunks, 3, dtype=torch.float32, device=logits.device)
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    confidence, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
-    _summarize[(rows, chunks)](logits, temperature, parts, mask_token, vocabulary, chunks, block)
+    confidence, entropy = (torch.zeros(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    _summarize[(rows, chunks)](logits, temperature, parts, mask_token, vocabulary, chunks, block, entropies)
     _choose[(rows,)](
         logits, temperature, number, greedy, parts, token, confidence, entropy, mask_token, vocabulary, chunks, block,
-        max(triton.next_power_of_2(chunks), 2),
+        max(triton.next_power_of_2(chunks), 2), entropies,
     )  # fmt: skip
     return token, confidence, entropy

@@ -429,7 +429,7 @@ class Runner:
         def draw(some: slice) -> Any:
             return self._kernels.draw(
                 self._model.lm_head(self._hidden[drawing.row[some]]), drawing.temperature[some], drawing.number[some],
-                drawing.greedy[some], self._mask_token_id,
+                drawing.greedy[some], self._mask_token_id, entropies="entropy_bounded" in self.state.strategies,
             )  # fmt: skip
 
         self._state_kernels.advance(self.state, *self._in_chunks(count, draw), self._packed)
@@ -522,6 +522,7 @@ class Runner:
             self._numbers(place),
             self.state.greedy[slot],
             self._mask_token_id,
+            entropies="entropy_bounded" in self.state.strategies,
         )
         return drawn
 
@@ -537,7 +538,7 @@ class Runner:
         if state.seen is not None:
             logits = unmasking.penalize_repetition(logits, state.seen[slot], state.penalty[slot])
         nothing = torch.zeros(len(place), device=self._device)
-        needs_entropy = "entropy_bounded" in shape.strategies
+        needs_entropy = "entropy_bounded" in state.strategies
         results = []
         if shape.greedy:
             token, confidence = unmasking.draw_greedy(logits)

@@ -196,6 +196,9 @@ def test_draw(dtype, vocabulary):
     torch.testing.assert_close(confidence, torch.where(greedy, sure, likely), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(entropy, unmasking.entropy(probabilities), rtol=1e-3, atol=1e-4)
 
+    without = kernels.draw(logits, temperature, number, greedy, mask_token, entropies=False)
+    assert torch.equal(without[0], token) and torch.equal(without[1], confidence) and not without[2].any()
+
 
 def test_draws_follow_the_distribution(dtype):
     logits = normal(1, 11, dtype=dtype).expand(150, 11).contiguous()
