@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 
-# Rows of a matrix product that steps are padded to. Few rows cost no more than one, for the weights have to be read; of
-# the others, those that cuBLAS is slow for on an H100 are left out: 320 rows of SDAR-4B take it 5.7 ms, 336 take 4.3.
-LADDER = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 288, 336, 384, 512)
-RUNG, LONG_RUNG = 64, 128  # from there on, and from 1,536 rows on
+# Microseconds that the products of a layer take on an H100, by rows: SDAR-4B's in bfloat16, with torch 2.11. Few rows
+# cost no more than one, for the weights have to be read; of the others cuBLAS is slower for some than for more.
+COSTS = {
+    1: 74.0, 2: 74.1, 4: 74.2, 8: 76.0, 16: 78.0, 32: 80.0, 64: 84.0, 128: 92.0, 256: 108.1, 384: 127.3, 512: 156.1,
+    640: 197.1, 768: 235.9, 896: 254.5, 1024: 300.2, 1216: 358.5, 1280: 403.1, 1536: 433.1, 1664: 506.4, 1792: 530.1,
+    1920: 573.5, 2048: 618.1,
+}  # fmt: skip
+MORE = 128  # rows from one rung to the next behind the table; the cost of each grows like the last one's
+WAIT = 0.1  # of a step's blocks at most are left to the next one, where that is quicker
+
+
+def cost(rows: int) -> float:
+    """Of a product of so many rows, as far as it is known: that of the next one in the table."""
+    known = list(COSTS)
+    if rows > known[-1]:
+        return COSTS[known[-1]] * rows / known[-1]
+    return COSTS[known[bisect.bisect_left(known, rows)]]
 
 
 def ladder(largest: int, rows: int = 1) -> tuple[int, ...]:
-    """Sizes from 1 up to the first that is not below `largest`, each standing for so many rows of a product."""
-    rungs = list(LADDER)
+    """Sizes from 1 up to the first that is not below `largest`, each standing for so many rows of a product.
+
+    A size that costs no less than a larger one is left out.
+    """
+    rungs = [rung for rung in COSTS if all(COSTS[rung] < COSTS[more] for more in COSTS if more > rung)]
     while rungs[-1] < largest * rows:
-        rungs.append(rungs[-1] + (RUNG if rungs[-1] < 1536 else LONG_RUNG))
+        rungs.append(rungs[-1] + MORE)
     sizes = sorted({-(-rung // rows) for rung in rungs})
     return tuple(sizes[: bisect.bisect_left(sizes, largest) + 1])
 
@@ -27,8 +42,8 @@ def ladder(largest: int, rows: int = 1) -> tuple[int, ...]:
 class Graphs:
     """Runs a function of a size as a CUDA graph.
 
-    A size that is asked for the first time runs without one, and is captured for the next time. The function reads and
-    writes only tensors that stay where they are.
+    A size that is asked for the first time runs without one, and is captured for the next time meanwhile. The function
+    reads and writes only tensors that stay where they are.
 
     Args:
         run: the function; given a size, and whatever else the kernels it launches depend on.
@@ -40,6 +55,7 @@ class Graphs:
         self._run, self._sizes, self._enabled = run, sizes, enabled
         self._graphs: dict[Hashable, Any] = {}
         self._pool: Any = None
+        self._stream: Any = None
 
     def __call__(self, size: int, *others: Hashable) -> None:
         """Run for at least `size`."""
@@ -51,13 +67,35 @@ class Graphs:
             self._graphs[key].replay()
         else:
             self._run(*key)
-            # What it did is done: where there is no memory for the graph, the next time runs without one too.
-            with contextlib.suppress(torch.OutOfMemoryError):
+            try:
                 self._graphs[key] = self._capture(key)
+            except torch.OutOfMemoryError:
+                # What it was to do is done. The next time runs without one too, and what is unused now may be enough.
+                torch.cuda.empty_cache()
+
+    def room_for(self, wanted: int, rows: int) -> int:
+        """The size at which `wanted` cost least a piece, though some of them may have to wait for the next time.
+
+        Args:
+            wanted: at most the largest size.
+            rows: of a product that each stands for.
+        """
+        if not self._enabled:
+            return wanted
+        above = bisect.bisect_left(self._sizes, wanted)
+        candidates = [size for size in self._sizes[: above + 1] if size >= (1 - WAIT) * wanted]
+        return min(candidates, key=lambda size: cost(size * rows) / min(size, wanted))
 
     def _capture(self, key: tuple[Any, ...]) -> Any:
+        # By hand, since torch.cuda.graph waits for the GPU and gives its free memory back first: the GPU goes on with
+        # the run before meanwhile.
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._run(*key)
+        self._stream = self._stream or torch.cuda.Stream()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(**({"pool": self._pool} if self._pool else {}))
+            try:
+                self._run(*key)
+            finally:
+                graph.capture_end()
         self._pool = self._pool or graph.pool()
         return graph

@@ -19,18 +19,76 @@ import triton
 import triton.language as tl
 
 SPLIT = 512  # tokens of context that one program attends to
+FEW_ROWS = 16  # the least that a matrix product of Triton's takes
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# Products of few rows
+
+
+@triton.jit
+def _few_rows(
+    x, weight, out, rows, size, inputs, steps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    split, row = tl.program_id(1), tl.arange(0, ROWS)
+    k = split * steps * INPUTS + tl.arange(0, INPUTS)
+    x += row[:, None] * inputs + k[None, :]
+    weight += column[None, :].to(tl.int64) * inputs + k[:, None]
+    there, inside = row[:, None] < rows, column[None, :] < size
+    first, second = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    for _ in range(steps):
+        some = tl.load(x, mask=there, other=0.0)
+        first = tl.dot(some, tl.load(weight, mask=inside, other=0.0), first, input_precision=PRECISION)
+        if GATED:
+            gates = weight + size.to(tl.int64) * inputs
+            second = tl.dot(some, tl.load(gates, mask=inside, other=0.0), second, input_precision=PRECISION)
+        x += INPUTS
+        weight += INPUTS
+    if GATED:
+        first *= tl.sigmoid(first) * second
+    at = (split * rows + row[:, None]) * size + column[None, :]
+    tl.store(out + at, first.to(out.dtype.element_ty), mask=there & inside)
+
+
+def few_rows(x: torch.Tensor, weight: torch.Tensor, *, splits: int = 1, gated: bool = False) -> torch.Tensor:
+    """x @ weight.T for up to `FEW_ROWS` rows, where the weights' way from memory is what takes the time.
+
+    Args:
+        x: (T, K).
+        weight: (N, K), or (2 N, K) where gated; K is a multiple of 16 for each split.
+        splits: parts of K, whose sums stay apart: enough programs to keep the memory busy where N is small.
+        gated: silu(gate) * up of [gate, up], as `silu_mul` has it.
+
+    Returns:
+        (T, N); with splits (splits, T, N) float32, to be added up.
+    """
+    rows, inputs = x.shape
+    size = len(weight) // 2 if gated else len(weight)
+    dtype = x.dtype if splits == 1 else torch.float32
+    out = torch.empty(splits, rows, size, dtype=dtype, device=x.device)
+    step = math.gcd(inputs // splits, 128)
+    _few_rows[(triton.cdiv(size, 32), splits)](
+        x, weight, out, rows, size, inputs, inputs // splits // step, FEW_ROWS, 32, step, gated,
+        "ieee" if x.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3 if gated or splits > 1 else 5,
+    )  # fmt: skip
+    return out if splits > 1 else out[0]
 
 
 # Norms and activation
 
 
 @triton.jit
-def _add_norm(x, residual, weight, out, eps, size, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _add_norm(
+    x, residual, weight, out, eps, rows, size, SPLITS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
     value = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        value += tl.load(x + (split * rows + row) * size + column, mask=inside, other=0.0)
     if ADD:
         value += tl.load(residual + row * size + column, mask=inside, other=0.0).to(tl.float32)
     value = value.to(residual.dtype.element_ty)
@@ -46,11 +104,15 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm of x + residual; x and residual (T, D) -> (normed, x + residual), both (T, D).
 
-    Without a residual, x is it. The sum is rounded to the dtype before it is normed, as transformers does.
+    Without a residual, x is it; x may come as the splits of a product, (splits, T, D) float32. The sum is rounded to
+    the dtype before it is normed, as transformers does.
     """
-    out, added = torch.empty_like(x), torch.empty_like(x) if residual is None else residual
-    size = x.shape[1]
-    _add_norm[(len(x),)](x, added, weight, out, eps, size, residual is not None, triton.next_power_of_2(size))
+    added = torch.empty_like(x) if residual is None else residual
+    rows, size = added.shape
+    out, splits = torch.empty_like(added), x.numel() // added.numel()
+    _add_norm[(rows,)](
+        x, added, weight, out, eps, rows, size, splits, residual is not None, triton.next_power_of_2(size)
+    )
     return out, added
 
 

@@ -12,7 +12,7 @@ from sdar_lm_eval.engines.native.graphs import Graphs, ladder
 
 @given(st.integers(1, 5000), st.sampled_from([1, 4, 8, 64]), st.data())
 def test_a_size_is_padded_little(largest, rows, data):
-    """By a third at most, to 512 rows; where products are long, by an eighth, as long as a size is not few blocks."""
+    """As far as that costs nothing."""
     sizes = ladder(largest, rows)
     assert list(sizes) == sorted(set(sizes))
     assert sizes[-1] >= largest and (len(sizes) == 1 or sizes[-2] < largest)

@@ -49,6 +49,28 @@ def test_add_norm(dtype, size):
     close(out, norm(expected), dtype)
 
 
+@pytest.mark.parametrize(("rows", "size", "inputs", "splits"), [(1, 40, 48, 1), (16, 64, 256, 4), (5, 100, 64, 2)])
+def test_few_rows(dtype, rows, size, inputs, splits):
+    x, weight, residual = (
+        normal(rows, inputs, dtype=dtype),
+        normal(size, inputs, dtype=dtype),
+        normal(rows, size, dtype=dtype),
+    )
+    out = kernels.few_rows(x, weight, splits=splits)
+    expected = x.float() @ weight.float().T
+    close(out.float().sum(0) if splits > 1 else out, expected, dtype)
+    ones = torch.ones(size, dtype=dtype, device=DEVICE)
+    normed, added = kernels.add_norm(out, residual.clone(), ones, 1e-6)
+    close(added, expected + residual.float(), dtype)
+    close(normed, torch.nn.functional.rms_norm(expected + residual.float(), (size,), eps=1e-6), dtype)
+
+
+def test_few_rows_gated(dtype):
+    x, weight = normal(3, 96, dtype=dtype), normal(2 * 50, 96, dtype=dtype)
+    gate, up = (x.float() @ weight.float().T).chunk(2, dim=-1)
+    close(kernels.few_rows(x, weight, gated=True), torch.nn.functional.silu(gate) * up, dtype)
+
+
 @pytest.mark.parametrize("size", [48, 1500])
 def test_silu_mul(dtype, size):
     x = normal(3, 2 * size, dtype=dtype)

@@ -37,8 +37,19 @@ COMPILE = """
     check(
         kernels._add_norm,
         {**tensors(BF16, "x", "residual", "weight", "out"), "eps": "fp32"},
-        {"ADD": True, "BLOCK": 4096},
+        {"SPLITS": 1, "ADD": True, "BLOCK": 4096},
     )
+    for type_, out, stages in [(BF16, BF16, 5), (BF16, FP32, 3), (FP32, FP32, 5)]:
+        check(
+            kernels._few_rows,
+            {**tensors(type_, "x", "weight"), "out": out},
+            {
+                "ROWS": 16, "COLUMNS": 32, "INPUTS": 128, "GATED": stages == 3,
+                "PRECISION": "ieee" if type_ == FP32 else "tf32",
+            },
+            num_warps=4,
+            num_stages=stages,
+        )
     check(kernels._silu_mul, tensors(BF16, "x", "out"), {"BLOCK": 1024})
     check(
         kernels._norm_rope_store,
@@ -97,7 +108,7 @@ COMPILE = """
         {
             **tensors(FLAG, "active", "uncommitted", "masked", "runs"),
             **tensors(INT64, "start", "length", "tokens", "before", "table", "slot_out", "count_out"),
-            **tensors(INT64, "tokens_out", "positions_out", "places_out", "visible_out"),
+            **tensors(INT64, "tokens_out", "positions_out", "places_out", "visible_out", "turn"),
             **tensors(INT32, "wants", "segment_of"),
         },
         {**sizes, "SLOTS": 256, "PAGE": 16, "SCRATCH": 0, "PAIRED": True},
@@ -107,7 +118,7 @@ COMPILE = """
         state_kernels._masked_places,
         {
             **tensors(FLAG, "masked", "runs", "greedy", "greedy_out"),
-            **tensors(INT64, "start", "step", "seed", "row_out"),
+            **tensors(INT64, "start", "step", "seed", "row_out", "turn"),
             **tensors(INT32, "wants", "segment_of", "place_of"),
             **tensors(FP32, "temperature", "temperature_out", "number_out"),
         },
@@ -120,7 +131,7 @@ COMPILE = """
             **tensors(FLAG, "runs", "masked", "active", "uncommitted"),
             **tensors(INT32, "place_of", "packed"),
             **tensors(INT64, "drawn", "tokens", "unmasked_at", "before", "start", "step", "given", "room", "length"),
-            **tensors(INT64, "strategy", "quotas", "stop_ids", "seed"),
+            **tensors(INT64, "strategy", "quotas", "stop_ids", "seed", "turn"),
             **tensors(FP32, "drawn_confidence", "drawn_entropy", "confidence", "threshold", "entropy_bound"),
         },
         {**sizes, "PURPOSE": 1, "DYNAMIC": 0, "SEQUENTIAL": 2, "ENTROPY": 3, "RANDOM": 4},
