@@ -111,8 +111,9 @@ def add_norm(
     rows, size = added.shape
     out, splits = torch.empty_like(added), x.numel() // added.numel()
     _add_norm[(rows,)](
-        x, added, weight, out, eps, rows, size, splits, residual is not None, triton.next_power_of_2(size)
-    )
+        x, added, weight, out, eps, rows, size, splits, residual is not None, triton.next_power_of_2(size),
+        num_warps=4 if splits == 1 else 16,
+    )  # fmt: skip
     return out, added
 
 

@@ -284,33 +284,27 @@ class Runner:
 
     def _prefill_together(self, chunks: list[tuple[Sequence, int, int]], tile_tokens: int, padding_to: int) -> None:
         """Run chunks as one row of tokens, padded to a number of them, with tiles of so many for attention."""
-        to_device, page_size = self.state.to_device, self._page_size
-        columns: list[list[Any]] = [[], [], [], []]
-        first, count, slots, begin = [], [], [], 0
-        for sequence, start, end in chunks:
-            position, length = np.arange(start, end), sequence.block_length
-            places = self._pages[sequence.slot][position // page_size] * page_size + position % page_size
-            visible = (position // length + 1) * length
-            for column, part in zip(columns, (sequence.tokens[start:end], position, places, visible), strict=True):
-                column.append(part)
-            for tile in range(start, end, tile_tokens):
-                first.append(begin + tile - start)
-                count.append(min(tile_tokens, end - tile))
-                slots.append(sequence.slot)
-            begin += end - start
-        for column in columns:
-            column.append(np.zeros(max(padding_to - begin, 0), dtype=np.int64))  # KV to the scratch page; sees nothing
-        tokens, positions, all_places, all_visible = (to_device(np.concatenate(column)) for column in columns)
+        page_size = self._page_size
+        slot, length = np.array([(sequence.slot, sequence.block_length) for sequence, _, _ in chunks]).T
+        begin, end = np.array([(begin, end) for _, begin, end in chunks]).T
+        size = end - begin
+        token = np.concatenate([sequence.tokens[begin:end] for sequence, begin, end in chunks])
+        chunk, offset = _parts(size)
+        position = begin[chunk] + offset
+        place = self._pages[slot[chunk], position // page_size] * page_size + position % page_size
+        visible = (position // length[chunk] + 1) * length[chunk]
+        # The KV of padding goes to the scratch page, and it sees nothing.
+        columns = np.pad([token, position, place, visible], ((0, 0), (0, max(padding_to - len(token), 0))))
+        tokens, positions, places, all_visible = self.state.to_device(columns)
+
+        of, number = _parts(-(-size // tile_tokens))  # whose each tile is, and which of its tiles
+        first = (size.cumsum() - size)[of] + number * tile_tokens
+        count = np.minimum(size[of] - number * tile_tokens, tile_tokens)
+        firsts, counts, slots = self.state.to_device(np.stack([first, count, slot[of]]))
         tiles = self._kernels.Tiles(
-            to_device(np.array(first)),
-            to_device(np.array(count)),
-            self._table,
-            to_device(np.array(slots)),
-            all_visible,
-            tile_tokens,
-            self._splits(max(end for _, _, end in chunks)),
+            firsts, counts, self._table, slots, all_visible, tile_tokens, self._splits(int(end.max()))
         )
-        self._decoder(tokens, positions, all_places, tiles, self.cache)
+        self._decoder(tokens, positions, places, tiles, self.cache)
 
     @torch.no_grad()
     def launch(self, context: int) -> bool:
@@ -601,6 +595,12 @@ def _in_parts(chunks: list[tuple[Sequence, int, int]], tokens: int) -> Iterator[
                 part, room = [], tokens
     if part:
         yield part
+
+
+def _parts(counts: Any) -> tuple[Any, Any]:
+    """Of things that have so many parts each, (n,), for every part: whose it is, and the how manieth of it."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (counts.cumsum() - counts)[owner]
 
 
 def _multiples(unit: int, largest: int) -> tuple[int, ...]:

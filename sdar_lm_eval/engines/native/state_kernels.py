@@ -136,7 +136,8 @@ def lay_out(state: states.BatchState, table: torch.Tensor, page_size: int, size:
     _lay_out[(state.slots + size,)](
         state.active, state.uncommitted, state.masked, state.start, state.length, state.tokens, state.before, table,
         table.stride(0), state.runs, state.wants, state.segment_of, state.turn, slot, count, tokens, positions, places,
-        visible, state.slots, size, block, _width(block), _width(state.slots), page_size, SCRATCH_PAGE, paired, num_warps=1,
+        visible, state.slots, size, block, _width(block), _width(state.slots), page_size, SCRATCH_PAGE, paired,
+        num_warps=1,
     )  # fmt: skip
     return Blocks(slot, count, tokens, positions, places, visible)
 
