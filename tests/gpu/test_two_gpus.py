@@ -133,28 +133,33 @@ def test_jetengine_data_parallel(tmp_path):
 
 
 def test_jetengine_tensor_parallel(tmp_path):
-    """An even number of tokens in the vocabulary, as 0.1.0 divides them."""
     need_jetengine("0.1.0")
-    shutil.copytree(CHECKPOINT, tmp_path / "even")
-    weights = read_weights(CHECKPOINT)
-    for path in (tmp_path / "even").glob("*.safetensors*"):
-        path.unlink()
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in weights:
-            weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, 1))
-    save_file(weights, tmp_path / "even" / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((CHECKPOINT / "config.json").read_text())
-    (tmp_path / "even" / "config.json").write_text(json.dumps(config | {"vocab_size": 712}))
+    even = even_checkpoint(tmp_path / "even")
     one, two = (
         evaluate(
             tmp_path / str(size),
             "sdar-jetengine",
-            f"pretrained={tmp_path / 'even'},tensor_parallel_size={size}",
+            f"pretrained={even},tensor_parallel_size={size}",
             more=f"--gen_kwargs {SEQUENTIAL}",
         )
         for size in (1, 2)
     )
     check_agreement(one, two, most=4)
+
+
+def even_checkpoint(folder):
+    """The demo with an even number of tokens in the vocabulary, as 0.1.0 divides them."""
+    shutil.copytree(CHECKPOINT, folder)
+    weights = read_weights(CHECKPOINT)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in weights:
+            weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, 1))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 712}))
+    return folder
 
 
 @pytest.fixture(scope="module")
