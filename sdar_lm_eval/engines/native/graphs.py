@@ -18,16 +18,7 @@ COSTS = {
     1856: 570, 1920: 597, 1984: 606, 2048: 618, 2112: 641, 2176: 674, 2304: 696, 2432: 721, 2560: 750, 2688: 801,
     2816: 844, 3072: 900,
 }  # fmt: skip
-MORE = 256  # rows from one size to the next behind the table, where the cost of each is the last one's
-WAIT = 0.16  # of a step's blocks at most are left to the next one, where that is quicker
-
-
-def cost(rows: int) -> float:
-    """Of products of so many rows, padded to a number in the table."""
-    known = list(COSTS)
-    if rows > known[-1]:
-        return COSTS[known[-1]] * rows / known[-1]
-    return COSTS[known[bisect.bisect_left(known, rows)]]
+MORE = 256  # rows from one size to the next behind the table
 
 
 def ladder(largest: int, rows: int = 1) -> tuple[int, ...]:
@@ -72,19 +63,6 @@ class Graphs:
             except torch.OutOfMemoryError:
                 # What it was to do is done. The next time runs without one too, and what is unused now may be enough.
                 torch.cuda.empty_cache()
-
-    def room_for(self, wanted: int, rows: int) -> int:
-        """The size at which `wanted` cost least a piece, though some of them may have to wait for the next time.
-
-        Args:
-            wanted: at most the largest size.
-            rows: of a product that each stands for.
-        """
-        if not self._enabled:
-            return wanted
-        above = bisect.bisect_left(self._sizes, wanted)
-        candidates = [size for size in self._sizes[: above + 1] if size >= (1 - WAIT) * wanted]
-        return min(candidates, key=lambda size: (cost(size * rows) / min(size, wanted), -size))
 
     def _capture(self, key: tuple[Any, ...]) -> Any:
         # By hand, since torch.cuda.graph waits for the GPU and gives its free memory back first: the GPU goes on with

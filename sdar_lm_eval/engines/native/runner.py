@@ -170,7 +170,7 @@ class Runner:
             shape = self._shape.grown_to(shape)
         if shape != self._shape:
             self._make(shape)
-        self.state.clear()
+        self.state.active.fill_(False)
         self._forecast = Forecast(self.state.slots, self.state.block)
         self._arrivals: deque[Any] = deque()  # of the steps under way: what they did, on the host, and the event of it
 
@@ -326,7 +326,7 @@ class Runner:
         assert len(self._arrivals) < MOST_UNDER_WAY
         event = None
         with self._on_device:
-            self._forward_graphs(self._room(segments), self._rounded(context))
+            self._forward_graphs(self._whole(segments, self._together), self._rounded(context))
             self._unmask_graphs(self._whole(places, REPRODUCIBLE_ROWS))
             arrival = next(self._on_host)
             arrival.copy_(self._packed, non_blocking=True)
@@ -356,13 +356,6 @@ class Runner:
         """Into how many parts attention splits a context: a power of two, for each is compiled and captured anew."""
         split: int = self._kernels.SPLIT
         return 1 << (-(-context // split) - 1).bit_length()
-
-    def _room(self, segments: int) -> int:
-        """For how many blocks a step is to have room that would run so many."""
-        assert self._forward_graphs is not None
-        if self._reproducible:
-            return self._whole(segments, self._together)
-        return self._forward_graphs.room_for(segments, self.state.block)
 
     def _whole(self, count: int, unit: int) -> int:
         """A count with the padding that reproducible results take."""

@@ -33,7 +33,6 @@ DYNAMIC, SEQUENTIAL, ENTROPY, RANDOM = (
     STRATEGIES.index(name) for name in ("low_confidence_dynamic", "sequential", "entropy_bounded", "random")
 )
 NO_TOKEN = -1
-TURNS = 16  # steps until each slot has come first; those that found no room in a step are early in the next
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,6 @@ class BatchState:
         flag: dict[str, Any] = {"dtype": torch.bool, "device": device}
         rows = slots + 1
         self.slots, self.block = slots, block
-        self.turns = max(slots // TURNS, 1)  # slots that come first in one step and last in the next
         self._vocabulary, self.mask_token_id, self._device = vocabulary, mask_token_id, device
         self.strategies, self._uniform = strategies, uniform
         self.offsets = torch.arange(block, device=device)
@@ -134,8 +132,6 @@ class BatchState:
         # (N + 1,)
         self.active = torch.zeros(rows, **flag)
         self.runs = torch.zeros(rows, **flag)  # whether the step under way has room for it
-        # The slot that comes first where there is no room for all. Others have their turn in the next step.
-        self.turn = torch.zeros(1, **whole)
         # Between the kernels of a step: masked positions that take part, where a slot's block is among the segments,
         # and its first masked position among those that are drawn for.
         self.wants, self.segment_of, self.place_of = torch.zeros(3, slots, dtype=torch.int32, device=device)
@@ -160,11 +156,6 @@ class BatchState:
         self.seen = torch.zeros(rows, vocabulary, **flag) if penalized else None
 
     # What the host changes
-
-    def clear(self) -> None:
-        """Take all slots out of the batch, as if it were new."""
-        self.active.fill_(False)
-        self.turn.zero_()
 
     def begin(self, sequences: SequenceOf[Sequence]) -> None:
         """Write sequences to their slots, each at the block after its last full one."""
@@ -212,15 +203,14 @@ class BatchState:
     # A step
 
     def segments(self, count: int) -> Segments:
-        """The blocks that a forward runs: in order of turns, each with its predecessor in front if that is uncommitted.
+        """The blocks that a forward runs: in order of slots, each with its predecessor in front if that is uncommitted.
 
         Args:
             count: S; the rest is padding. What there is no room for is left out.
         """
-        order = self._order()
-        self.runs[order] = self.active[order] & (self._blocks(self.active)[order].sum(1).cumsum(0) <= count)
-        row = _compact(self._blocks(self.runs)[order].flatten(), count, padding=2 * self.slots)
-        slot, commits = order[row // 2], row % 2 == 0
+        self.runs.copy_(self.active & (self._blocks(self.active).sum(1).cumsum(0) <= count))
+        row = _compact(self._blocks(self.runs).flatten(), count, padding=2 * self.slots)
+        slot, commits = row // 2, row % 2 == 0
         real = slot != self.slots
         length = self.length[slot] * real
         start = self.start[slot] - torch.where(commits, length, 0)
@@ -236,18 +226,10 @@ class BatchState:
         Returns:
             (slot * L + position in the block, row of the flattened (S * L) hidden states of `segments`).
         """
-        order = self._order()
-        segment = (self._blocks(self.runs)[order].flatten().cumsum(0)[1::2] - 1).clamp(min=0)
-        self.runs[order] &= (self.masked & self.runs[:, None])[order].sum(1).cumsum(0) <= count
-        wanted = (self.masked & self.runs[:, None])[order].flatten()
-        place = _compact(wanted, count, padding=self.slots * self.block)
-        turn, column = place // self.block, place % self.block
-        return order[turn] * self.block + column, segment[turn] * self.block + column
-
-    def _order(self) -> torch.Tensor:
-        """Slots in order of their turns, the padding slot last: (N + 1,)."""
-        slots = torch.arange(self.slots + 1, device=self._device)
-        return torch.where(slots < self.slots, (slots + self.turn) % self.slots, self.slots)
+        segment = (self._blocks(self.runs).flatten().cumsum(0)[1::2] - 1).clamp(min=0)
+        self.runs &= (self.masked & self.runs[:, None]).sum(1).cumsum(0) <= count
+        place = _compact((self.masked & self.runs[:, None]).flatten(), count, padding=self.slots * self.block)
+        return place, segment[place // self.block] * self.block + place % self.block
 
     def _blocks(self, slots: torch.Tensor) -> torch.Tensor:
         """(N + 1, 2) bool: of some slots, whether the block before is run, and the block itself."""
@@ -303,7 +285,6 @@ class BatchState:
         self.masked |= goes_on[:, None] & (self.offsets < self.length[:, None])
         self.unmasked_at.masked_fill_(goes_on[:, None], -1)
         self.confidence.masked_fill_(goes_on[:, None], 1.0)
-        self.turn.copy_((self.turn + self.turns) % self.slots)
         return outcome
 
     def _kept(self, masked: torch.Tensor, confidence: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:

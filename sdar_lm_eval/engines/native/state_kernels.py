@@ -1,6 +1,6 @@
 """The three operations of `BatchState` as a Triton kernel each, where plain PyTorch takes some 200 small ones.
 
-A program has one slot, and learns what the slots before it in turn take by adding up all: a few hundred numbers.
+A program has one slot, and learns what the slots before it take by adding up all of them: a few hundred numbers.
 `state.py` is the reference: tests/engines/native/test_state_kernels.py steps both through the same batches. A
 repetition penalty is not known here.
 """
@@ -71,7 +71,7 @@ def _write_segment(
 
 @triton.jit(do_not_specialize=["slots", "size"])
 def _lay_out(
-    active, uncommitted, masked, start, length, tokens, before, table, table_stride, runs, wants, segment_of, turn,
+    active, uncommitted, masked, start, length, tokens, before, table, table_stride, runs, wants, segment_of,
     slot_out, count_out, tokens_out, positions_out, places_out, visible_out, slots, size,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr, SCRATCH: tl.constexpr,
     PAIRED: tl.constexpr,
@@ -79,16 +79,13 @@ def _lay_out(
     program = tl.program_id(0).to(tl.int64)
     other = tl.arange(0, SLOTS)
     there = other < slots
-    # Segments of each slot, in order of turns: none, its block, or the block before it too.
-    turn_ = tl.load(turn).to(tl.int32)
-    other_slot = (other + turn_) % slots
-    own = tl.load(active + other_slot, mask=there, other=0).to(tl.int32)
-    own *= 1 + tl.load(uncommitted + other_slot, mask=there, other=0).to(tl.int32)
+    # Segments of each slot: none, its block, or the block before it too.
+    own = tl.load(active + other, mask=there, other=0).to(tl.int32)
+    own *= 1 + tl.load(uncommitted + other, mask=there, other=0).to(tl.int32)
     if program < slots:
         slot = program
-        place = (slot.to(tl.int32) - turn_ + slots) % slots
-        mine = tl.sum(tl.where(other == place, own, 0))
-        first = tl.sum(tl.where(other < place, own, 0))
+        mine = tl.sum(tl.where(other == slot, own, 0))
+        first = tl.sum(tl.where(other < slot, own, 0))
         fits = (mine > 0) & (first + mine <= size)
         column = tl.arange(0, WIDTH)
         wanted = tl.load(masked + slot * BLOCK + column, mask=column < BLOCK, other=0).to(tl.int32)
@@ -135,28 +132,25 @@ def lay_out(state: states.BatchState, table: torch.Tensor, page_size: int, size:
     tokens, positions, places, visible = torch.empty(4, size * block, dtype=torch.int64, device=device)
     _lay_out[(state.slots + size,)](
         state.active, state.uncommitted, state.masked, state.start, state.length, state.tokens, state.before, table,
-        table.stride(0), state.runs, state.wants, state.segment_of, state.turn, slot, count, tokens, positions, places,
-        visible, state.slots, size, block, _width(block), _width(state.slots), page_size, SCRATCH_PAGE, paired,
-        num_warps=1,
+        table.stride(0), state.runs, state.wants, state.segment_of, slot, count, tokens, positions, places, visible,
+        state.slots, size, block, _width(block), _width(state.slots), page_size, SCRATCH_PAGE, paired, num_warps=1,
     )  # fmt: skip
     return Blocks(slot, count, tokens, positions, places, visible)
 
 
 @triton.jit(do_not_specialize=["slots", "size"])
 def _masked_places(
-    masked, runs, wants, segment_of, place_of, turn, start, step, seed, temperature, greedy,
+    masked, runs, wants, segment_of, place_of, start, step, seed, temperature, greedy,
     row_out, temperature_out, number_out, greedy_out, slots, size,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, PURPOSE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     other = tl.arange(0, SLOTS)
-    turn_ = tl.load(turn).to(tl.int32)
-    wanted = tl.load(wants + (other + turn_) % slots, mask=other < slots, other=0)
+    wanted = tl.load(wants + other, mask=other < slots, other=0)
     if program < slots:
         slot = program
-        own = (slot.to(tl.int32) - turn_ + slots) % slots
-        mine = tl.sum(tl.where(other == own, wanted, 0))
-        first = tl.sum(tl.where(other < own, wanted, 0))
+        mine = tl.sum(tl.where(other == slot, wanted, 0))
+        first = tl.sum(tl.where(other < slot, wanted, 0))
         fits = (mine > 0) & (first + mine <= size)
         tl.store(runs + slot, fits)
         tl.store(place_of + slot, first)
@@ -191,8 +185,8 @@ def masked_places(state: states.BatchState, size: int) -> Drawing:
     temperature, number = torch.empty(2, size, dtype=torch.float32, device=device)
     greedy = torch.empty(size, dtype=torch.bool, device=device)
     _masked_places[(state.slots + size,)](
-        state.masked, state.runs, state.wants, state.segment_of, state.place_of, state.turn, state.start, state.step,
-        state.seed, state.temperature, state.greedy, row, temperature, number, greedy, state.slots, size, state.block,
+        state.masked, state.runs, state.wants, state.segment_of, state.place_of, state.start, state.step, state.seed,
+        state.temperature, state.greedy, row, temperature, number, greedy, state.slots, size, state.block,
         _width(state.block), _width(state.slots), DRAW, num_warps=1,
     )  # fmt: skip
     return Drawing(row, temperature, number, greedy)
@@ -207,17 +201,15 @@ def _rank(keys, column, SIZE: tl.constexpr):
     return tl.sum(before.to(tl.int32), axis=0), before
 
 
-@triton.jit(do_not_specialize=["slots", "stops", "turns"])
+@triton.jit(do_not_specialize=["slots", "stops"])
 def _advance(
     runs, place_of, drawn, drawn_confidence, drawn_entropy, tokens, masked, unmasked_at, confidence, before, active,
     uncommitted, start, step, given, room, length, strategy, quotas, stop_ids, seed, threshold, entropy_bound, packed,
-    turn, turns, slots, stops, mask_token,
+    slots, stops, mask_token,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, PURPOSE: tl.constexpr, DYNAMIC: tl.constexpr, SEQUENTIAL: tl.constexpr,
     ENTROPY: tl.constexpr, RANDOM: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0).to(tl.int64)
-    if slot == 0:
-        tl.store(turn, (tl.load(turn) + turns) % slots)
     column = tl.arange(0, WIDTH)
     inside = column < BLOCK
     at = slot * BLOCK + column
@@ -325,8 +317,8 @@ def advance(
         state.runs, state.place_of, token, confidence, entropy, state.tokens, state.masked, state.unmasked_at,
         state.confidence, state.before, state.active, state.uncommitted, state.start, state.step, state.given,
         state.room, state.length, state.strategy, state.quotas, state.stop_ids, state.seed, state.threshold,
-        state.entropy_bound, packed, state.turn, state.turns, state.slots, state.stop_ids.shape[1],
-        state.mask_token_id, state.block, _width(state.block), ORDER, *kinds, num_warps=1,
+        state.entropy_bound, packed, state.slots, state.stop_ids.shape[1], state.mask_token_id, state.block,
+        _width(state.block), ORDER, *kinds, num_warps=1,
     )  # fmt: skip
 
 

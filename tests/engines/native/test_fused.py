@@ -32,7 +32,6 @@ def test_the_same_tokens(checkpoint, monkeypatch):
     monkeypatch.setattr(kernels, "SPLIT", 8)  # so that contexts are split
     monkeypatch.setattr(runner, "PREFILL_TILE", 8)
     monkeypatch.setattr(fused, "LARGE", 1)  # so that products of few rows have their own kernel
-    monkeypatch.setattr(runner.Runner, "_room", lambda self, wanted: max(2, wanted - wanted // 4))  # some wait
     settings = [
         {"temperature": 0, "remasking_strategy": "low_confidence_static"},
         {"temperature": 1.0, "remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.3},

@@ -129,25 +129,3 @@ def test_step_after_step(slots, block, strategies, paired):
         assert not np.any(learned.decided & ~learned.took_part)
     assert decided > stopped > 0
     assert waited > 0 or slots == 1
-
-
-def test_turns():
-    """Where there is no room for all, all wait about as often, and nobody for long."""
-    slots, steps = 40, 48
-    state = BatchState(
-        slots, 4, 1, VOCABULARY, MASK, strategies=frozenset(STRATEGIES), penalized=False, uniform=uniform,
-        device=DEVICE,
-    )  # fmt: skip
-    decoding = DecodingConfig(remasking_strategy="low_confidence_static")
-    state.begin([Sequence(i, GenerationRequest((1,) * 4, 1000, decoding), [1] * 4, slot=i) for i in range(slots)])
-    took_part = np.zeros((steps, slots), dtype=bool)
-    for step in range(steps):
-        state.segments(44)  # of 50 on average
-        place, _ = state.masked_places(slots * 4)
-        took_part[step] = state.runs[:-1].cpu()
-        ones = torch.ones(len(place), device=DEVICE)
-        state.advance(place, torch.ones_like(place), ones, ones)
-    times = took_part.sum(axis=0)
-    assert times.max() < steps and times.max() - times.min() <= 6
-    longest = max(len(run) for column in took_part.T for run in "".join("x" if t else "." for t in column).split("x"))
-    assert longest <= 8
