@@ -1,6 +1,7 @@
 """How long the matrix products of a model alone take, forward by forward: a yardstick for engines.
 
     python benchmarks/floor.py --pretrained FOLDER --active 1 64 256     # FOLDER needs no weights
+    python benchmarks/floor.py --pretrained FOLDER --rows 256 512 1024   # microseconds of one layer, as graphs.py has
 
 For each number of active sequences: milliseconds of the projections of all layers, and of the LM head, over one block
 of each sequence; and the tokens per second that follow, where a block of L tokens takes L denoising forwards (one token
@@ -98,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained", default="demo")
     parser.add_argument("--active", type=int, nargs="+", default=[1, 4, 16, 32, 64, 128, 256])
+    parser.add_argument("--rows", type=int, nargs="+", help="time the products of a layer over so many rows instead")
     parser.add_argument("--block-length", type=int, help="default: the checkpoint's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
@@ -105,6 +107,10 @@ def main() -> None:
     checkpoint = Checkpoint.open(args.pretrained)
     block = args.block_length or checkpoint.block_length
     floor = Floor(checkpoint.config, args.device)
+    if args.rows:
+        layers = checkpoint.config["num_hidden_layers"]
+        print(json.dumps({rows: round(1e6 * floor.seconds(rows)[0] / layers, 1) for rows in args.rows}))
+        return
     rows = []
     print("| active | layers, ms | LM head, ms | one token a step, tokens/s | a block a step, tokens/s |")
     print("| ---: | ---: | ---: | ---: | ---: |")

@@ -292,9 +292,10 @@ class JetEngine:
         except AssertionError as error:  # its own way to say that no page is left
             raise UserError(self._does_not_fit(wanted, "no memory is left for keys and values")) from error
         except Exception as error:
-            raise EngineError(
-                f"JetEngine {self._dialect.version} did not start: {type(error).__name__}: {error}"
-            ) from error
+            message = f"JetEngine {self._dialect.version} did not start: {type(error).__name__}: {error}"
+            if "address already in use" in message:  # 0.1.0's is always the same
+                message += ". One run of it fits a machine at a time, since all take the same port: wait for the other."
+            raise EngineError(message) from error
         finally:
             if self._llm is None:
                 end_processes(self._workers, 0.0)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-# Microseconds that the products of a layer take on an H100, by rows: SDAR-4B's in bfloat16, with torch 2.11. Few rows
-# cost no more than one, for the weights have to be read; the numbers that cuBLAS is slower for than for more are left
-# out (320 rows take it 158). Which of these a step takes is a matter of speed alone.
+# Microseconds that the products of a layer take on an H100, by rows: SDAR-4B's in bfloat16, with torch 2.11
+# (`benchmarks/floor.py --rows`; up to 16, `kernels.few_rows`). Few rows cost no more than one, for the weights have to
+# be read. Numbers that cuBLAS is slower for than for more are left out: 320 rows take it 158, 336 take 120.
 COSTS = {
     4: 79.5, 8: 79.9, 16: 80.2, 64: 88, 128: 94, 192: 98, 240: 106, 256: 108, 272: 112, 288: 114, 336: 120, 384: 128,
     432: 139, 512: 163, 544: 181, 640: 192, 736: 222, 768: 229, 800: 237, 896: 253, 960: 277, 1024: 300, 1088: 343,

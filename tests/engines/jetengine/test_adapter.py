@@ -534,6 +534,11 @@ class TestTheProcess:
             of(tiny).prepare([GenerationRequest((1, 2, 3), 4, GREEDY)])
         assert defaults() == (None, torch.float32)
 
+    def test_a_second_run_on_a_machine_says_so(self, jetengine, tiny):
+        jetengine.faults.at_start = RuntimeError("port: 2333, code: -98, message: address already in use")
+        with pytest.raises(EngineError, match=r"in use\. One run of it fits a machine"):
+            of(tiny).prepare([GenerationRequest((1, 2, 3), 4, GREEDY)])
+
     def test_settings_that_are_the_same_for_all_are_not_taken_for_that_afterwards(self, jetengine_020, tiny):
         engine = of(tiny)
         results = engine.generate([GenerationRequest((1, 2, 3), new, GREEDY) for new in (4, 40)])
