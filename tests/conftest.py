@@ -23,6 +23,15 @@ with contextlib.suppress(ImportError):  # tests/gpu does without
     hypothesis.settings.load_profile("patient")
 
 
+# With several workers the last to begin should be short.
+LONG = ("test_modal_runner", "test_ranks", "test_fused", "test_install", "test_resume", "test_kernels_compile")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules with long tests first."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def pytest_collection_finish() -> None:
     """Leave modules and tests out of garbage collections: with them each takes 0.2 s, and engines ask for many."""
     gc.collect()
