@@ -28,7 +28,7 @@ from sdar_lm_eval.harness import SDARLM
 from sdar_lm_eval.runs.settings import ENGINES
 
 DEMO = ("--engine", "native", "--model-name", "demo", "--tasks", "gsm8k_sdar_demo")
-DOCUMENTS = 128
+DOCUMENTS = 96
 SHARD = DOCUMENTS // 2  # more than run at once (32), so that not all answers come together
 ENOUGH = 4  # answers there when a container is preempted
 
@@ -167,6 +167,22 @@ def test_what_is_shipped(sharded: Sharded) -> None:
     assert not any("__pycache__" in path for path in shipped)
 
 
+def test_a_part_of_a_larger_run_takes_no_gpu(sharded: Sharded, tmp_path: Path) -> None:
+    plane, output = sharded.plane, tmp_path / "results.json"
+    words = (*DEMO, "--verbose", "false", "--output-file", str(output))
+    for number, started in (
+        (2, ["prepare", "publish"]),
+        (DOCUMENTS + 1, ["prepare", "publish", "evaluate", "publish"]),
+    ):
+        plane.started.clear()
+        done = _run(plane, *words, "--num-samples", str(number))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert plane.started == started
+        assert [result["idx"] for result in json.loads(output.read_text())["results"]] == list(range(number))
+    # The second call of `publish` must not see the volume as the first one's container does.
+    assert plane.functions["publish"].definition.single_use_containers
+
+
 def test_a_sweep(tmp_path: Path) -> None:
     output = tmp_path / "sweep.json"
     words = (*DEMO, "--num-samples", "6", "--temperature", "0.0", "--verbose", "false", "--output-file", str(output))
@@ -212,24 +228,6 @@ def test_a_container_that_dies_before_or_after_the_gpu(tmp_path: Path) -> None:
         plane.started.clear()
         assert _run(plane, *words).returncode == 0 and output.exists()
         assert plane.started == ["prepare"]
-
-
-def test_a_part_of_a_larger_run_takes_no_gpu(tmp_path: Path) -> None:
-    words = (*DEMO, "--verbose", "false", "--output-file", str(tmp_path / "results.json"))
-    with ControlPlane(tmp_path / "modal", site=QUICK_START) as plane:
-        for number, started in (
-            ("3", ["prepare", "evaluate", "publish"]),
-            ("2", ["prepare", "publish"]),
-            ("4", ["prepare", "publish", "evaluate", "publish"]),
-        ):
-            plane.started.clear()
-            done = _run(plane, *words, "--num-samples", number)
-            assert done.returncode == 0, done.stdout + done.stderr
-            assert plane.started == started
-            report = json.loads((tmp_path / "results.json").read_text())
-            assert [result["idx"] for result in report["results"]] == list(range(int(number)))
-        # The second call of `publish` must not see the volume as the first one's container does.
-        assert plane.functions["publish"].definition.single_use_containers
 
 
 def test_a_missing_model_and_the_image_of_jetengine(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_the_same_tokens(checkpoint, monkeypatch):
         {"temperature": 0, "remasking_strategy": "random", "block_length": 8, "denoising_steps": 3},
     ]
     requests = [
-        GenerationRequest(tuple(range(1, 4 + 2 * i)), 5, DecodingConfig(**s), seed=i) for i, s in enumerate(settings)
+        GenerationRequest(tuple(range(1, 4 + 2 * i)), 4, DecodingConfig(**s), seed=i) for i, s in enumerate(settings)
     ]
     plain = run(make_engine("native", checkpoint, device="cpu"), requests)
     engine = engine_with_kernels(checkpoint, max_active=3)
