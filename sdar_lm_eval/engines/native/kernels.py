@@ -26,7 +26,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # Products of few rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _few_rows(
     x, weight, out, rows, size, inputs, steps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
@@ -79,7 +79,7 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, *, splits: int = 1, gated: b
 # Norms and activation
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_norm(
     x, residual, weight, out, eps, rows, size, SPLITS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
