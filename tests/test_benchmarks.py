@@ -27,3 +27,20 @@ def test_all_sections_of_a_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: py
     ]
     assert (rows["gsm8k"]["questions"], rows["gsm8k"]["new_tokens"]) == (3, 24)
     assert report["engine"] == "native" and report["transformers"] and "triton" in report
+
+
+def test_where_the_gpus_time_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_time
+
+    events = [
+        (1_000, 4_000, "_attend"),
+        (3_000, 5_000, "void cutlass::Kernel2<a, b>(c)"),  # on another stream, at the same time
+        (6_500, 7_500, "nvjet_tst_256x128"),  # 1.5 us behind
+        (57_500, 58_500, "void at::native::copy<int>(x)"),  # 50 us behind
+        (400_000, 401_000, "_attend"),
+    ]
+    found = gpu_time.summary(reversed(events), most=3)
+    assert found["busy_ms"] == pytest.approx(0.007)
+    assert found["kernels"] == {"_attend": (0.004, 2), "products": (0.003, 2), "void at::native::copy": (0.001, 1)}
+    assert found["gaps_ms"] == {"up to 2 us": 0.0015, "up to 20 us": 0, "up to 200 us": 0.05, "longer": 0.3415}

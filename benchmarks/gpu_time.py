@@ -1,0 +1,102 @@
+"""Where the GPU's time goes in a run of the native engine: by kernel, and in gaps between kernels.
+
+    python benchmarks/gpu_time.py --pretrained FOLDER --random-weights --gsm8k FOLDER --active 256 --threshold 0
+
+One run like a row of `throughput.py`, under torch's profiler, after one that captures CUDA graphs. Kernels of a matrix
+product have many names, and are added up as "products". The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from common import instance, load_questions, make_model, sampling, with_random_weights
+from torch.profiler import ProfilerActivity, profile
+
+PRODUCTS = ("nvjet", "gemm", "cutlass", "splitk", "_few_rows")
+GAPS = (2, 20, 200)  # microseconds, by which gaps are told apart
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained", default="demo")
+    parser.add_argument("--random-weights", action="store_true", help="the folder needs no weights; they are drawn")
+    parser.add_argument("--gsm8k", help="folder with GSM8K's test.jsonl; default: the demo problems")
+    parser.add_argument("--active", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--strategy", default="low_confidence_dynamic")
+    parser.add_argument("--threshold", type=float, default=0.9)
+    parser.add_argument("--model-args", default="", help="more of them: name=value,name=value")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here")
+
+    folder = with_random_weights(args.pretrained) if args.random_weights else contextlib.nullcontext(args.pretrained)
+    with folder as pretrained:
+        lm = make_model("native", pretrained, args.model_args, args.active)
+        questions = load_questions(args.gsm8k)
+        settings = {
+            "remasking_strategy": args.strategy,
+            "confidence_threshold": args.threshold,
+            **sampling(True),
+        }
+
+        def run() -> float:
+            before = lm.report.counts.generation_seconds
+            wanted = [instance(i, questions[i % len(questions)], args.new_tokens, settings) for i in range(args.active)]
+            lm.generate_until(wanted, disable_tqdm=True)
+            return float(lm.report.counts.generation_seconds - before)
+
+        run()
+        alone = run()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            seconds = run()
+    events = [
+        (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
+        for event in profiled.profiler.kineto_results.events()
+        if str(event.device_type()).endswith("CUDA")
+    ]
+    found = summary(events)
+    print(f"{1000 * alone:,.1f} ms, {1000 * seconds:,.1f} under the profiler; {found['busy_ms']:,.1f} of them busy\n")
+    print("| kernel | ms | times | us each |")
+    print("| --- | ---: | ---: | ---: |")
+    for name, (ms, times) in found["kernels"].items():
+        print(f"| {name} | {ms:,.2f} | {times:,} | {1000 * ms / times:,.1f} |")
+    for limit, ms in found["gaps_ms"].items():
+        print(f"| gaps {limit} | {ms:,.2f} | | |")
+    info = lm.get_model_info()["sdar_lm_eval"]
+    asked = {name: value for name, value in vars(args).items() if name not in info}
+    print(json.dumps({**info, **asked, "seconds": alone, "seconds_profiled": seconds, **found}))
+
+
+def summary(events: Iterable[tuple[int, int, str]], most: int = 20) -> dict[str, Any]:
+    """Of (start, end, name) in nanoseconds: time with a kernel running, in kernels by name, and in gaps by length."""
+    ordered = sorted(events)
+    busy, until = 0, ordered[0][0]
+    gaps: dict[str, int] = dict.fromkeys([*(f"up to {limit} us" for limit in GAPS), "longer"], 0)
+    took: collections.Counter[str] = collections.Counter()
+    times: collections.Counter[str] = collections.Counter()
+    for start, end, name in ordered:
+        if start > until:
+            place = sum(start - until > 1000 * limit for limit in GAPS)
+            gaps[list(gaps)[place]] += start - until
+        busy += max(0, end - max(start, until))
+        until = max(until, end)
+        kind = "products" if any(part in name.lower() for part in PRODUCTS) else name.split("(")[0].split("<")[0]
+        took[kind] += end - start
+        times[kind] += 1
+    return {
+        "busy_ms": busy / 1e6,
+        "kernels": {name: (ns / 1e6, times[name]) for name, ns in took.most_common(most)},
+        "gaps_ms": {limit: ns / 1e6 for limit, ns in gaps.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()
