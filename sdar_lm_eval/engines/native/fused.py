@@ -15,10 +15,10 @@ from torch.nn.functional import linear
 from sdar_lm_eval.engines.native import kernels
 
 HEAD_DIMS = (64, 128)
-# Weights from which on their way from memory is what a product of few rows takes. cuBLAS brings some 2.4 TB/s of an
+# A product of few rows takes as long as so many weights or more take from memory: cuBLAS reads some 2.4 TB/s of an
 # H100's 3.35, `kernels.few_rows` 2.7.
 LARGE = 1 << 20
-SPLITS = 4  # of products that few rows of output would leave too few programs for
+SPLITS = 4  # of the products with an output as narrow as the model's state, which make too few programs otherwise
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import bisect
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 # Microseconds that the products of a layer take on an H100, by rows: SDAR-4B's in bfloat16, with torch 2.11
 # (`benchmarks/floor.py --rows`; up to 16, `kernels.few_rows`). Few rows cost no more than one, for the weights have to
@@ -47,6 +50,7 @@ class Graphs:
         self._graphs: dict[Hashable, Any] = {}
         self._pool: Any = None
         self._stream: Any = None
+        self._told = False
 
     def __call__(self, size: int, *others: Hashable) -> None:
         """Run for at least `size`."""
@@ -61,8 +65,11 @@ class Graphs:
             try:
                 self._graphs[key] = self._capture(key)
             except torch.OutOfMemoryError:
-                # What it was to do is done. The next time runs without one too, and what is unused now may be enough.
+                # What it was to do is done, and what is unused now may be enough for a graph the next time.
                 torch.cuda.empty_cache()
+                if not self._told:
+                    logger.warning("No memory is left for CUDA graphs: some steps run without, and take longer.")
+                self._told = True
 
     def _capture(self, key: tuple[Any, ...]) -> Any:
         # By hand, since torch.cuda.graph waits for the GPU and gives its free memory back first: the GPU goes on with

@@ -38,7 +38,7 @@ def test_without_graphs_a_size_is_what_it_is(size):
     assert seen == [(size, "context")]
 
 
-def test_a_graph_that_no_memory_is_left_for_is_done_without(monkeypatch):
+def test_a_graph_that_no_memory_is_left_for_is_done_without(monkeypatch, caplog):
     """What ran before its capture is not run again."""
     seen = []
 
@@ -50,3 +50,4 @@ def test_a_graph_that_no_memory_is_left_for_is_done_without(monkeypatch):
     graphs(100)
     graphs(120)
     assert seen == [(128,), (128,)]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]  # once
