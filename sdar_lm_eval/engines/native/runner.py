@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -27,6 +28,8 @@ from sdar_lm_eval.engines.native.pages import SCRATCH_PAGE
 from sdar_lm_eval.engines.native.random_numbers import DRAW, uniform
 from sdar_lm_eval.engines.native.scheduler import Sequence
 from sdar_lm_eval.engines.native.state import BatchState, Outcome, Segments
+
+logger = logging.getLogger(__name__)
 
 # Rows of float32 logits worked on at once: bounds their memory at large vocabularies.
 LOGITS_BUDGET_BYTES = 1 << 30
@@ -204,8 +207,11 @@ class Runner:
         self._on_host = itertools.cycle(on_host)
         if self._decoder is not None:
             self._decoder.reach(shape.width * self._page_size)
-        # Drawing by top-k and top-p, and repetition penalties, are left to PyTorch.
         draws = self._kernels is not None and not shape.filtered and not shape.penalized
+        if self._kernels is not None and not draws:
+            logger.info(
+                "With top_k, top_p or repetition_penalty PyTorch draws the tokens, without a CUDA graph: slower."
+            )
         run, unmask = self._run_segments, self._unmask
         if draws and self._decoder is not None:
             run, unmask = self._run_laid_out, self._unmask_by_kernels

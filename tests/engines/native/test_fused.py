@@ -58,13 +58,16 @@ def test_prompts_that_share_their_beginning(checkpoint, monkeypatch):
     assert [r.token_ids for r in fast] == [r.token_ids for r in plain]
 
 
-def test_filters_and_penalties_fall_back_to_pytorch(checkpoint):
+def test_filters_and_penalties_fall_back_to_pytorch(checkpoint, caplog):
+    caplog.set_level("INFO")
     requests = [
         GenerationRequest((1, 2, 3, 4, 5), 4, DecodingConfig(top_k=5), seed=1),
         GenerationRequest((1, 2, 3), 4, DecodingConfig(repetition_penalty=1.3), seed=2),
     ]
     plain = run(make_engine("native", checkpoint, device="cpu"), requests)
+    assert "PyTorch draws" not in caplog.text
     assert [r.token_ids for r in run(engine_with_kernels(checkpoint), requests)] == [r.token_ids for r in plain]
+    assert "PyTorch draws" in caplog.text
 
 
 @pytest.mark.parametrize(("kernels", "interpret", "reason"), [("yes", "1", "neither true nor"), (True, "0", "a GPU")])
