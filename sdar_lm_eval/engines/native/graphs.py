@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import functools
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -49,7 +51,6 @@ class Graphs:
         self._run, self._sizes, self._enabled = run, sizes, enabled
         self._graphs: dict[Hashable, Any] = {}
         self._pool: Any = None
-        self._stream: Any = None
         self._told = False
 
     def __call__(self, size: int, *others: Hashable) -> None:
@@ -62,9 +63,9 @@ class Graphs:
             self._graphs[key].replay()
         else:
             self._run(*key)
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 self._graphs[key] = self._capture(key)
-            except torch.OutOfMemoryError:
+            if key not in self._graphs:
                 # What it was to do is done, and what is unused now may be enough for a graph the next time.
                 torch.cuda.empty_cache()
                 if not self._told:
@@ -75,8 +76,7 @@ class Graphs:
         # By hand, since torch.cuda.graph waits for the GPU and gives its free memory back first: the GPU goes on with
         # the run before meanwhile.
         graph = torch.cuda.CUDAGraph()
-        self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(_capture_stream(torch.cuda.current_device())):
             graph.capture_begin(**({"pool": self._pool} if self._pool else {}))
             try:
                 self._run(*key)
@@ -84,3 +84,9 @@ class Graphs:
                 graph.capture_end()
         self._pool = self._pool or graph.pool()
         return graph
+
+
+@functools.cache
+def _capture_stream(device: int) -> Any:
+    """One for a GPU: cuBLAS keeps memory for every stream that it has run in."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -42,8 +42,8 @@ def _few_rows(
         some = tl.load(x, mask=there, other=0.0)
         first = tl.dot(some, tl.load(weight, mask=inside, other=0.0), first, input_precision=PRECISION)
         if GATED:
-            gates = weight + size.to(tl.int64) * inputs
-            second = tl.dot(some, tl.load(gates, mask=inside, other=0.0), second, input_precision=PRECISION)
+            ups = weight + size.to(tl.int64) * inputs
+            second = tl.dot(some, tl.load(ups, mask=inside, other=0.0), second, input_precision=PRECISION)
         x += INPUTS
         weight += INPUTS
     if GATED:
@@ -105,7 +105,7 @@ def add_norm(
     """RMSNorm of x + residual; x and residual (T, D) -> (normed, x + residual), both (T, D).
 
     Without a residual, x is it; x may come as the splits of a product, (splits, T, D) float32. The sum is rounded to
-    the dtype before it is normed, as transformers does.
+    the dtype before it is normed, as transformers does (which rounds x before that, too).
     """
     added = torch.empty_like(x) if residual is None else residual
     rows, size = added.shape

@@ -301,12 +301,13 @@ class Runner:
         visible = (position // length[chunk] + 1) * length[chunk]
         # The KV of padding goes to the scratch page, and it sees nothing.
         columns = np.pad([token, position, place, visible], ((0, 0), (0, max(padding_to - len(token), 0))))
-        tokens, positions, places, all_visible = self.state.to_device(columns)
+        # Each by itself: how a tensor is aligned decides which of a kernel's variants is compiled and run.
+        tokens, positions, places, all_visible = map(self.state.to_device, columns)
 
         of, number = _parts(-(-size // tile_tokens))  # whose each tile is, and which of its tiles
         first = (size.cumsum() - size)[of] + number * tile_tokens
         count = np.minimum(size[of] - number * tile_tokens, tile_tokens)
-        firsts, counts, slots = self.state.to_device(np.stack([first, count, slot[of]]))
+        firsts, counts, slots = map(self.state.to_device, (first, count, slot[of]))
         tiles = self._kernels.Tiles(
             firsts, counts, self._table, slots, all_visible, tile_tokens, self._splits(int(end.max()))
         )

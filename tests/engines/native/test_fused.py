@@ -47,6 +47,21 @@ def test_the_same_tokens(checkpoint, monkeypatch):
     assert [r.token_ids for r in run(engine, requests)] == [r.token_ids for r in plain]
 
 
+def test_prompts_of_several_tiles(tmp_path, monkeypatch):
+    """Of two layers: what attention gave a prompt's tokens shows in the second one's keys and values only."""
+    checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, head_dim=64, num_hidden_layers=2)))
+    monkeypatch.setattr(runner, "PREFILL_TILE", 8)
+    decoding = DecodingConfig(temperature=0, remasking_strategy="low_confidence_static")
+    requests = [
+        GenerationRequest(tuple(range(i, i + length)), 3, decoding, record_steps=True)
+        for i, length in ((1, 21), (30, 12))
+    ]
+    plain = run(make_engine("native", checkpoint, device="cpu"), requests)
+    for ours, expected in zip(run(engine_with_kernels(checkpoint), requests), plain, strict=True):
+        assert ours.token_ids == expected.token_ids
+        assert ours.confidences == pytest.approx(expected.confidences, rel=1e-5)
+
+
 def test_prompts_that_share_their_beginning(checkpoint, monkeypatch):
     monkeypatch.setattr(native_engine, "PAGE_SIZE", 4)
     decoding = DecodingConfig(temperature=0, remasking_strategy="low_confidence_static")

@@ -17,7 +17,7 @@ def test_a_ladder_ends_where_it_has_to(largest, rows):
 
 @given(st.integers(1, 5000))
 def test_padding_costs_little(rows):
-    """A quarter at most of what the next smaller size does."""
+    """A quarter more at most than the next smaller size."""
     known = list(COSTS)
     padded = ladder(rows)[-1]
     assert padded <= max(64, 2 * rows)

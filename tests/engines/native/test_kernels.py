@@ -201,7 +201,7 @@ def test_uniform(dtype):
 def test_draw(dtype, vocabulary):
     rows = 6
     logits = normal(rows, vocabulary, dtype=dtype) * 4
-    logits[1, 3] = logits[1, 2] = logits[1].max() + 1  # a tie: the lower id
+    logits[1, -1] = logits[1, 3] = logits[1, 2] = logits[1].max() + 1  # a tie: the lowest id
     mask_token = 1
     logits[2, mask_token] = 50
     greedy = torch.tensor([True, True, True, False, False, False], device=DEVICE)

@@ -39,12 +39,12 @@ COMPILE = """
         {**tensors(BF16, "x", "residual", "weight", "out"), "eps": "fp32"},
         {"SPLITS": 1, "ADD": True, "BLOCK": 4096},
     )
-    for type_, out, stages in [(BF16, BF16, 5), (BF16, FP32, 3), (FP32, FP32, 5)]:
+    for type_, out, gated, stages in [(BF16, BF16, False, 5), (BF16, BF16, True, 3), (BF16, FP32, False, 3)]:
         check(
             kernels._few_rows,
             {**tensors(type_, "x", "weight"), "out": out},
             {
-                "ROWS": 16, "COLUMNS": 32, "INPUTS": 128, "GATED": stages == 3,
+                "ROWS": 16, "COLUMNS": 32, "INPUTS": 128, "GATED": gated,
                 "PRECISION": "ieee" if type_ == FP32 else "tf32",
             },
             num_warps=4,
@@ -90,7 +90,9 @@ COMPILE = """
     check(
         kernels._combine, {**tensors(FP32, "parts", "sums"), "out": BF16}, {"SIZE": 128, "SPLITS": 4}, num_warps=1
     )
-    check(kernels._summarize, {"logits": BF16, **tensors(FP32, "temperature", "parts")}, {"BLOCK": 4096})
+    check(
+        kernels._summarize, {"logits": BF16, **tensors(FP32, "temperature", "parts")}, {"BLOCK": 4096, "ENTROPY": True}
+    )
     check(
         kernels._choose,
         {
@@ -99,7 +101,7 @@ COMPILE = """
             "token_out": INT64,
             **tensors(FP32, "temperature", "number", "parts", "confidence_out", "entropy_out"),
         },
-        {"BLOCK": 4096, "CHUNKS": 64},
+        {"BLOCK": 4096, "CHUNKS": 64, "ENTROPY": True},
     )
     FLAG, INT32 = "*i1", "*i32"
     sizes = {"BLOCK": 4, "WIDTH": 4}
