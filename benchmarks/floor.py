@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from sdar_lm_eval import Checkpoint
+from sdar_lm_eval import Checkpoint, UserError
 
 
 class Floor:
@@ -104,7 +104,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
 
-    checkpoint = Checkpoint.open(args.pretrained)
+    if min(args.rows or args.active) < 1:
+        parser.error("--rows and --active take numbers from 1 on")
+    try:
+        checkpoint = Checkpoint.open(args.pretrained)
+    except UserError as error:
+        parser.error(str(error))
     block = args.block_length or checkpoint.block_length
     floor = Floor(checkpoint.config, args.device)
     if args.rows:

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_time.py --pretrained FOLDER --random-weights --gsm8k FOLDER --active 256 --threshold 0
 
-One run like a row of `throughput.py`, under torch's profiler, after one that captures CUDA graphs. Kernels of a matrix
-product have many names, and are added up as "products". The last line is JSON.
+One run like a row of `throughput.py`, under torch's profiler, after two without, the first of which captures CUDA
+graphs. Kernels of a matrix product have many names, and are added up as "products". The last line is JSON.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ def test_all_sections_of_a_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert report["engine"] == "native" and report["transformers"] and "triton" in report
 
 
-def test_where_the_gpus_time_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_gpus_time_goes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the CPU, with a profiler that knows what a GPU did."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu_time
 
@@ -40,6 +41,37 @@ def test_where_the_gpus_time_goes(monkeypatch: pytest.MonkeyPatch) -> None:
         (57_500, 58_500, "void at::native::copy<int>(x)"),  # 50 us behind
         (400_000, 401_000, "_attend"),
     ]
+
+    class Event:
+        def __init__(self, start: int, end: int, name: str) -> None:
+            self.start_ns, self.duration_ns, self.name = (lambda: start), (lambda: end - start), (lambda: name)
+
+        def device_type(self) -> str:
+            return "DeviceType.CUDA"
+
+    class Profile:
+        def __init__(self, activities: object) -> None:
+            self.profiler = self.kineto_results = self
+
+        def __enter__(self) -> Profile:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def events(self) -> list[Event]:
+            return [Event(*event) for event in events]
+
+    sizes = "--active 3 --new-tokens 8 --threshold 0 --model-args device=cpu"
+    monkeypatch.setattr(sys, "argv", ["gpu_time.py", *sizes.split()])
+    with pytest.raises(SystemExit):
+        gpu_time.main()
+    assert capsys.readouterr().err.endswith("error: there is no GPU here\n")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(gpu_time, "profile", Profile)
+    gpu_time.main()
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["kernels"]["products"] == [0.003, 2] and report["seconds"] > 0
+
     found = gpu_time.summary(reversed(events), most=3)
     assert found["busy_ms"] == pytest.approx(0.007)
     assert found["kernels"] == {"_attend": (0.004, 2), "products": (0.003, 2), "void at::native::copy": (0.001, 1)}

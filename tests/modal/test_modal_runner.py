@@ -81,6 +81,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sharded]:
 def test_a_preempted_shard_goes_on_from_its_answers(sharded: Sharded) -> None:
     assert len(sharded.plane.hit) == 1
     assert sorted(sharded.started) == ["evaluate", "evaluate", "evaluate", "prepare", "publish"]
+    assert (sharded.started[0], sharded.started[-1]) == ("prepare", "publish")
     (folder,) = sharded.plane.volume("sdar-results").iterdir()
     sessions = read_sessions(folder / "answers")
     answered = [len(session.answers) for session in sessions]

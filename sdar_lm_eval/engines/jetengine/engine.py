@@ -293,7 +293,7 @@ class JetEngine:
             raise UserError(self._does_not_fit(wanted, "no memory is left for keys and values")) from error
         except Exception as error:
             message = f"JetEngine {self._dialect.version} did not start: {type(error).__name__}: {error}"
-            if "address already in use" in message:  # 0.1.0's is always the same
+            if "address already in use" in message and not self._dialect.several_processes:
                 message += ". One run of it fits a machine at a time, since all take the same port: wait for the other."
             raise EngineError(message) from error
         finally:

@@ -13,22 +13,20 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Microseconds that the products of a layer take on an H100, by rows: SDAR-4B's in bfloat16, with torch 2.11
-# (`benchmarks/floor.py --rows`; up to 16, `kernels.few_rows`). Few rows cost no more than one, for the weights have to
-# be read. Numbers that cuBLAS is slower for than for more are left out: 320 rows take it 158, 336 take 120.
-COSTS = {
-    4: 79.5, 8: 79.9, 16: 80.2, 64: 88, 128: 94, 192: 98, 240: 106, 256: 108, 272: 112, 288: 114, 336: 120, 384: 128,
-    432: 139, 512: 163, 544: 181, 640: 192, 736: 222, 768: 229, 800: 237, 896: 253, 960: 277, 1024: 300, 1088: 343,
-    1216: 349, 1280: 393, 1344: 410, 1408: 416, 1472: 446, 1536: 458, 1600: 478, 1664: 496, 1728: 502, 1792: 535,
-    1856: 570, 1920: 597, 1984: 606, 2048: 618, 2112: 641, 2176: 674, 2304: 696, 2432: 721, 2560: 750, 2688: 801,
-    2816: 844, 3072: 900,
-}  # fmt: skip
-MORE = 256  # rows from one size to the next behind the table
+# Rows of a matrix product that steps are padded to. Few rows cost no more than one, for the weights have to be read; of
+# the others, those that cuBLAS takes as long for on an H100 as for more are left out (SDAR-4B's layers in bfloat16:
+# benchmarks/NOTES.md has the times, `benchmarks/floor.py --rows` measures them).
+LADDER = (
+    4, 8, 16, 64, 128, 192, 240, 256, 272, 288, 336, 384, 432, 512, 544, 640, 736, 768, 800, 896, 960, 1024, 1088,
+    1216, 1280, 1344, 1408, 1472, 1536, 1600, 1664, 1728, 1792, 1856, 1920, 1984, 2048, 2112, 2176, 2304, 2432,
+    2560, 2688, 2816, 3072,
+)  # fmt: skip
+MORE = 256  # from there on
 
 
 def ladder(largest: int, rows: int = 1) -> tuple[int, ...]:
     """Sizes up to the first that is not below `largest`, each standing for so many rows of a product."""
-    rungs = list(COSTS)
+    rungs = list(LADDER)
     while rungs[-1] < largest * rows:
         rungs.append(rungs[-1] + MORE)
     sizes = sorted({-(-rung // rows) for rung in rungs})

@@ -65,6 +65,7 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, *, splits: int = 1, gated: b
         (T, N); with splits (splits, T, N) float32, to be added up.
     """
     rows, inputs = x.shape
+    assert rows <= FEW_ROWS and inputs % (16 * splits) == 0
     size = len(weight) // 2 if gated else len(weight)
     dtype = x.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, rows, size, dtype=dtype, device=x.device)

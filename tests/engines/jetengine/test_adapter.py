@@ -536,7 +536,8 @@ class TestTheProcess:
 
     def test_a_second_run_on_a_machine_says_so(self, jetengine, tiny):
         jetengine.faults.at_start = RuntimeError("port: 2333, code: -98, message: address already in use")
-        with pytest.raises(EngineError, match=r"in use\. One run of it fits a machine"):
+        reason = r"in use\. One run of it fits a machine" if jetengine.version == "0.1.0" else "in use$"
+        with pytest.raises(EngineError, match=reason):
             of(tiny).prepare([GenerationRequest((1, 2, 3), 4, GREEDY)])
 
     def test_settings_that_are_the_same_for_all_are_not_taken_for_that_afterwards(self, jetengine_020, tiny):

@@ -39,7 +39,14 @@ COMPILE = """
         {**tensors(BF16, "x", "residual", "weight", "out"), "eps": "fp32"},
         {"SPLITS": 1, "ADD": True, "BLOCK": 4096},
     )
-    for type_, out, gated, stages in [(BF16, BF16, False, 5), (BF16, BF16, True, 3), (BF16, FP32, False, 3)]:
+    check(
+        kernels._add_norm,
+        {"x": FP32, **tensors(BF16, "residual", "weight", "out"), "eps": "fp32"},
+        {"SPLITS": 4, "ADD": True, "BLOCK": 4096},
+        num_warps=16,
+    )
+    products = [(BF16, BF16, False, 5), (BF16, BF16, True, 3), (BF16, FP32, False, 3), (FP32, FP32, False, 5)]
+    for type_, out, gated, stages in [*products, (FP32, FP32, True, 3)]:
         check(
             kernels._few_rows,
             {**tensors(type_, "x", "weight"), "out": out},
