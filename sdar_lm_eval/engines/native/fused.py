@@ -79,7 +79,7 @@ class FusedDecoder:
         places: torch.Tensor,
         tiles: kernels.Tiles,
         cache: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run T packed tokens, and store their keys and values.
 
         Args:
@@ -89,24 +89,40 @@ class FusedDecoder:
             cache: (layers, 2, pages, page size, KV heads, head size).
 
         Returns:
-            The last hidden states, (T, D).
+            What `finish` takes, of the last layer: what attention gives, (T, heads * size), and its input, (T, D).
         """
-        x, residual = self._embedding[tokens], None
-        for layer, (keys, values) in zip(self._layers, cache, strict=True):
-            normed, residual = kernels.add_norm(x, residual, layer.input_norm, self._eps)
+
+        def attention(
+            layer: Layer, kv: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            keys, values = kv
+            normed, added = kernels.add_norm(x, residual, layer.input_norm, self._eps)
             query = kernels.norm_rope_store(
                 _product(normed, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, self._cos_sin, positions,
                 places, keys, values, self._eps,
             )  # fmt: skip
-            seen = kernels.attend(query, keys, values, tiles, self._scaling)
-            x = _product(seen.flatten(1), layer.o, layer.o_bias, splits=SPLITS)
-            normed, residual = kernels.add_norm(x, residual, layer.post_norm, self._eps)
-            if _is_streamed(normed, layer.gate_up):
-                activated = kernels.few_rows(normed, layer.gate_up, gated=True)
-            else:
-                activated = kernels.silu_mul(linear(normed, layer.gate_up))
-            x = _product(activated, layer.down, splits=SPLITS)
+            return kernels.attend(query, keys, values, tiles, self._scaling).flatten(1), added
+
+        seen, residual = attention(self._layers[0], cache[0], self._embedding[tokens], None)
+        for before, layer, kv in zip(self._layers, self._layers[1:], cache[1:], strict=False):
+            seen, residual = attention(layer, kv, *self._behind_attention(before, seen, residual))
+        return seen, residual
+
+    def finish(self, seen: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The last hidden states (T, D) of the tokens whose logits are wanted; `residual` is written to."""
+        x, residual = self._behind_attention(self._layers[-1], seen, residual)
         return kernels.add_norm(x, residual, self._norm, self._eps)[0]
+
+    def _behind_attention(
+        self, layer: Layer, seen: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = _product(seen, layer.o, layer.o_bias, splits=SPLITS)
+        normed, residual = kernels.add_norm(x, residual, layer.post_norm, self._eps)
+        if _is_streamed(normed, layer.gate_up):
+            activated = kernels.few_rows(normed, layer.gate_up, gated=True)
+        else:
+            activated = kernels.silu_mul(linear(normed, layer.gate_up))
+        return _product(activated, layer.down, splits=SPLITS), residual
 
 
 def _product(

@@ -13,20 +13,23 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Rows of a matrix product that steps are padded to. Few rows cost no more than one, for the weights have to be read; of
-# the others, those that cuBLAS takes as long for on an H100 as for more are left out (SDAR-4B's layers in bfloat16:
-# benchmarks/NOTES.md has the times, `benchmarks/floor.py --rows` measures them).
-LADDER = (
-    4, 8, 16, 64, 128, 192, 240, 256, 272, 288, 336, 384, 432, 512, 544, 640, 736, 768, 800, 896, 960, 1024, 1088,
-    1216, 1280, 1344, 1408, 1472, 1536, 1600, 1664, 1728, 1792, 1856, 1920, 1984, 2048, 2112, 2176, 2304, 2432,
-    2560, 2688, 2816, 3072,
+# Rows of a matrix product that steps are padded to: of a forward, and of drawing, which has the LM head in it. Few rows
+# cost no more than one, for the weights have to be read; of the others, those that take as long on an H100 as more do
+# are left out (SDAR-4B in bfloat16: benchmarks/NOTES.md has the times, `benchmarks/floor.py --rows` measures them).
+FORWARD = (
+    4, 8, 16, 64, 128, 192, 240, 256, 288, 336, 384, 432, 512, 560, 640, 752, 816, 896, 960, 1024, 1120, 1200, 1248,
+    1296, 1360, 1392, 1440, 1536, 1616, 1664, 1744, 1840, 1920, 2064, 2176, 2304, 2432, 2560, 2688, 2816, 3072,
+)  # fmt: skip
+DRAWING = (
+    4, 8, 16, 64, 128, 192, 240, 272, 304, 336, 384, 432, 480, 528, 576, 624, 656, 768, 880, 960, 1040, 1200, 1312,
+    1520,
 )  # fmt: skip
 MORE = 256  # from there on
 
 
-def ladder(largest: int, rows: int = 1) -> tuple[int, ...]:
+def ladder(rungs: Sequence[int], largest: int, rows: int = 1) -> tuple[int, ...]:
     """Sizes up to the first that is not below `largest`, each standing for so many rows of a product."""
-    rungs = list(LADDER)
+    rungs = list(rungs)
     while rungs[-1] < largest * rows:
         rungs.append(rungs[-1] + MORE)
     sizes = sorted({-(-rung // rows) for rung in rungs})

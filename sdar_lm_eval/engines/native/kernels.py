@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 SPLIT = 512  # tokens of context that one program attends to
+MANY_PROGRAMS = 800  # of attention: six for each processor of an H100
 FEW_ROWS = 16  # the least that a matrix product of Triton's takes
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -236,42 +237,66 @@ class Tiles:
 
 @triton.jit
 def _attend(
-    query, keys, values, first_, count_, pages, pages_stride, sequence, visible, out, sums, scale, all_tokens,
+    query, keys, values, first_, count_, pages, width, sequence, visible, out, sums, scale, all_tokens,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
+    FEWER: tl.constexpr, COLUMNS: tl.constexpr, SPLIT_: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    kv_head, tile, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    first, count = tl.load(first_ + tile), tl.load(count_ + tile)
+    own_pages = pages + tl.load(sequence + tile) * width
+    if count > 0:
+        if count * (HEADS // KV_HEADS) <= FEWER:
+            _attend_rows(
+                query, keys, values, first, count, own_pages, width, visible, out, sums, scale, all_tokens, kv_head,
+                split, HEADS, KV_HEADS, SIZE, PAGE, FEWER, COLUMNS, SPLIT_, SPLITS, PRECISION,
+            )  # fmt: skip
+        elif FEWER < ROWS:
+            _attend_rows(
+                query, keys, values, first, count, own_pages, width, visible, out, sums, scale, all_tokens, kv_head,
+                split, HEADS, KV_HEADS, SIZE, PAGE, ROWS, COLUMNS, SPLIT_, SPLITS, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def _attend_rows(
+    query, keys, values, first, count, own_pages, width, visible, out, sums, scale, all_tokens, kv_head, split,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, SPLIT_: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    kv_head, tile, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    first, count = tl.load(first_ + tile), tl.load(count_ + tile)
-    own_pages = pages + tl.load(sequence + tile) * pages_stride
+    begin = split * SPLIT_
     row, size = tl.arange(0, ROWS), tl.arange(0, SIZE)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
-    sees = tl.load(visible + first + token, mask=token < count, other=0)
-    real = sees > 0
     place = (first + token) * HEADS + head  # of each row among T * HEADS
-    begin = split * SPLIT_
-    end = tl.minimum(tl.max(sees), begin + SPLIT_)
+    column = begin + tl.arange(0, COLUMNS)
+    # Pages and queries are loaded without waiting for what the tokens see.
+    page = tl.load(own_pages + column // PAGE, mask=column // PAGE < width, other=0)
+    sees = tl.load(visible + first + token, mask=token < count, other=0)
+    if SPLITS == 1:
+        q = tl.load(query + place[:, None] * SIZE + size, mask=(token < count)[:, None], other=0.0)
+    else:
+        q = tl.load(query + place[:, None] * SIZE + size, mask=(sees > begin)[:, None], other=0.0)
+    real = sees > 0
+    end = tl.minimum(tl.max(sees).to(tl.int32), begin + SPLIT_)
     most = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, SIZE], tl.float32)
-    if begin < end:
-        q = tl.load(query + place[:, None] * SIZE + size, mask=real[:, None], other=0.0)
-        for start in range(begin, end, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            inside = column < end
-            page = tl.load(own_pages + column // PAGE, mask=inside, other=0)
-            source = ((page * PAGE + column % PAGE) * KV_HEADS + kv_head) * SIZE
-            k = tl.load(keys + source[:, None] + size, mask=inside[:, None], other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-            scores = tl.where((column[None, :] < sees[:, None]) & inside[None, :], scores, -float("inf"))
-            highest = tl.maximum(most, tl.max(scores, axis=1))
-            shift = tl.where(highest == -float("inf"), 0.0, highest)  # nothing seen yet
-            weights = tl.exp2(scores - shift[:, None])
-            fade = tl.exp2(most - shift)
-            total = total * fade + tl.sum(weights, axis=1)
-            v = tl.load(values + source[:, None] + size, mask=inside[:, None], other=0.0)
-            acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-            most = highest
+    for start in range(begin, end, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = column < end
+        source = ((page * PAGE + column % PAGE) * KV_HEADS + kv_head) * SIZE
+        page = tl.load(own_pages + (column + COLUMNS) // PAGE, mask=column + COLUMNS < end, other=0)
+        k = tl.load(keys + source[:, None] + size, mask=inside[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        scores = tl.where((column[None, :] < sees[:, None]) & inside[None, :], scores, -float("inf"))
+        highest = tl.maximum(most, tl.max(scores, axis=1))
+        shift = tl.where(highest == -float("inf"), 0.0, highest)  # nothing seen yet
+        weights = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(most - shift)
+        total = total * fade + tl.sum(weights, axis=1)
+        v = tl.load(values + source[:, None] + size, mask=inside[:, None], other=0.0)
+        acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        most = highest
     if SPLITS == 1:
         result = acc / tl.where(total == 0, 1.0, total)[:, None]
         tl.store(out + place[:, None] * SIZE + size, result.to(out.dtype.element_ty), mask=real[:, None])
@@ -300,12 +325,12 @@ def _combine(parts, sums, out, rows, SIZE: tl.constexpr, SPLITS: tl.constexpr):
     tl.store(out + row * SIZE + size, (acc / tl.where(total == 0, 1.0, total)).to(out.dtype.element_ty))
 
 
-def _attention_settings(rows: int, itemsize: int) -> tuple[int, int, int]:
+def _attention_settings(rows: int, programs: int, itemsize: int) -> tuple[int, int, int]:
     """Columns at once, warps and stages: measured on an H100 in bfloat16. Float32 has less room."""
     if itemsize > 2:
         return 32, 2 if rows <= 32 else 4 if rows <= 64 else 8, 3
     if rows <= 32:
-        return 128, 4, 2
+        return (32, 4, 3) if programs > MANY_PROGRAMS else (128, 4, 2)
     return (64, 4, 3) if rows <= 64 else (32, 4 if rows <= 128 else 8, 3)
 
 
@@ -324,7 +349,8 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     tokens, heads, size = query.shape
     page_size, kv_heads = keys.shape[1:3]
     rows = max(16, triton.next_power_of_2(tiles.tokens * (heads // kv_heads)))
-    columns, warps, stages = _attention_settings(rows, query.dtype.itemsize)
+    fewer = rows // 2 if 16 < rows <= 64 else rows  # of a tile that is half full: a block without the one before it
+    columns, warps, stages = _attention_settings(rows, len(tiles.first) * kv_heads, query.dtype.itemsize)
     out = torch.empty_like(query)
     target, sums = out, out
     if tiles.splits > 1:
@@ -333,10 +359,9 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
         sums.fill_(-torch.inf)  # of tokens in no tile
         sums[..., 1] = 0
     _attend[(kv_heads, len(tiles.first), tiles.splits)](
-        query, keys, values, tiles.first, tiles.count, tiles.pages, tiles.pages.stride(0), tiles.sequence,
-        tiles.visible, target, sums, scaling, tokens, heads, kv_heads, size, page_size, rows, columns, SPLIT,
-        tiles.splits, "ieee" if query.dtype == torch.float32 else "tf32", num_warps=warps,
-        num_stages=stages,
+        query, keys, values, tiles.first, tiles.count, tiles.pages, tiles.pages.shape[1], tiles.sequence,
+        tiles.visible, target, sums, scaling, tokens, heads, kv_heads, size, page_size, rows, fewer, columns, SPLIT,
+        tiles.splits, "ieee" if query.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if tiles.splits > 1:
         _combine[(tokens * heads,)](target, sums, out, tokens * heads, size, tiles.splits, num_warps=1)

@@ -23,7 +23,7 @@ from sdar_lm_eval.engines.base import MAX_BLOCK_LENGTH
 from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.attention import PagedBatch
 from sdar_lm_eval.engines.native.forecast import Forecast
-from sdar_lm_eval.engines.native.graphs import Graphs, ladder
+from sdar_lm_eval.engines.native.graphs import DRAWING, FORWARD, Graphs, ladder
 from sdar_lm_eval.engines.native.pages import SCRATCH_PAGE
 from sdar_lm_eval.engines.native.random_numbers import DRAW, uniform
 from sdar_lm_eval.engines.native.scheduler import Sequence
@@ -192,14 +192,17 @@ class Runner:
         # The pages of each slot's sequence, on the host and on the device: (N + 1, P).
         self._pages = np.full((shape.slots + 1, shape.width), SCRATCH_PAGE)
         self._table = torch.from_numpy(self._pages).to(device)
-        segments, places = ladder(2 * shape.slots, shape.block), ladder(shape.slots * shape.block)
+        segments, places = ladder(FORWARD, 2 * shape.slots, shape.block), ladder(DRAWING, shape.slots * shape.block)
         if self._reproducible:
             self._together = max(REPRODUCIBLE_ROWS // shape.block, 1)
             segments = _multiples(self._together, 2 * shape.slots)
             places = _multiples(REPRODUCIBLE_ROWS, shape.slots * shape.block)
-        self._hidden = torch.zeros(
-            segments[-1] * shape.block, config.hidden_size, dtype=self._model.dtype, device=device
-        )
+        # What forwards leave of each token, from which `_hidden` makes the hidden states that are drawn from.
+        sizes = [config.hidden_size]
+        if self._decoder is not None:
+            sizes.insert(0, config.num_attention_heads * config.head_dim)
+        rows = segments[-1] * shape.block
+        self._left = [torch.zeros(rows, size, dtype=self._model.dtype, device=device) for size in sizes]
         self._packed = self.state.pack_nothing()
         # One for each step that can be under way.
         pinned = device.type == "cuda"
@@ -369,21 +372,32 @@ class Runner:
         return -(-count // unit) * unit if self._reproducible else count
 
     def _run_segments(self, count: int, context: int) -> None:
-        """Run the state's segments through the model, `count` with padding; leaves their hidden states."""
+        """Run the state's segments through the model, `count` with padding."""
         segments, begin = self.state.segments(count), 0
         # Part after part is right too: the block before stands in front of its own.
         for part in segments.split(self._together if self._reproducible else count):
-            hidden = self._run_blocks(part, context)
-            self._hidden[begin : begin + len(hidden)] = hidden
-            begin += len(hidden)
+            begin = self._leave(begin, self._run_blocks(part, context))
 
-    def _run_blocks(self, segments: Segments, context: int) -> torch.Tensor:
-        """One pass over S blocks; returns their hidden states (S * L, hidden size)."""
+    def _leave(self, begin: int, outputs: SequenceOf[torch.Tensor]) -> int:
+        """Keep what a forward gave, from row `begin` on; returns the next row."""
+        end = begin + len(outputs[0])
+        for left, output in zip(self._left, outputs, strict=True):
+            left[begin:end] = output
+        return end
+
+    def _hidden(self, row: torch.Tensor) -> torch.Tensor:
+        """The last hidden states (M, hidden size) of tokens, by their rows (M,) among those of the last step."""
+        left = [left[row] for left in self._left]
+        hidden: torch.Tensor = left[0] if self._decoder is None else self._decoder.finish(*left)
+        return hidden
+
+    def _run_blocks(self, segments: Segments, context: int) -> SequenceOf[torch.Tensor]:
+        """One pass over S blocks; returns what it leaves of S * L tokens."""
         if self._decoder is None:
             rows = self._run_rows(
                 segments.slot, segments.tokens, segments.start, segments.length, segments.length, context
             )
-            return rows.flatten(0, 1)
+            return [rows.flatten(0, 1)]
         block = self.state.block
         positions, visible, places = self._stand(
             self._table[segments.slot], segments.start, segments.length, segments.length, self.state.offsets
@@ -391,10 +405,10 @@ class Runner:
         first = torch.arange(0, visible.numel(), block, device=self._device)
         counts = segments.following * block if self._paired else segments.length
         tiles = self._tiles(first, counts, segments.slot, visible.flatten(), context)
-        hidden: torch.Tensor = self._decoder(
+        left: tuple[torch.Tensor, torch.Tensor] = self._decoder(
             segments.tokens.flatten(), positions.flatten(), places.flatten(), tiles, self.cache
         )
-        return hidden
+        return left
 
     @property
     def _paired(self) -> bool:
@@ -419,9 +433,10 @@ class Runner:
             tiles = self._tiles(
                 self._firsts[:together], blocks.count[segments], blocks.slot[segments], blocks.visible[tokens], context
             )
-            self._hidden[tokens] = self._decoder(
+            left = self._decoder(
                 blocks.tokens[tokens], blocks.positions[tokens], blocks.places[tokens], tiles, self.cache
             )
+            self._leave(begin * block, left)
 
     def _unmask_by_kernels(self, count: int) -> None:
         """`_unmask` by kernels."""
@@ -429,7 +444,7 @@ class Runner:
 
         def draw(some: slice) -> Any:
             return self._kernels.draw(
-                self._model.lm_head(self._hidden[drawing.row[some]]), drawing.temperature[some], drawing.number[some],
+                self._model.lm_head(self._hidden(drawing.row[some])), drawing.temperature[some], drawing.number[some],
                 drawing.greedy[some], self._mask_token_id, entropies="entropy_bounded" in self.state.strategies,
             )  # fmt: skip
 
@@ -502,7 +517,7 @@ class Runner:
         """Draw at the masked places, `count` with padding, from the hidden states; advance the state."""
         place, row = self.state.masked_places(count)
         token, confidence, entropy = self._in_chunks(
-            count, lambda some: self._draw_some(place[some], self._hidden[row[some]])
+            count, lambda some: self._draw_some(place[some], self._hidden(row[some]))
         )
         self._packed.copy_(self.state.advance(place, token, confidence, entropy))
 

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdar_lm_eval.engines.native.graphs import Graphs, ladder
+from sdar_lm_eval.engines.native.graphs import DRAWING, FORWARD, Graphs, ladder
 
 
-@given(st.integers(1, 5000), st.sampled_from([1, 4, 8, 64]), st.data())
-def test_a_size_is_padded_little(largest, rows, data):
+@given(st.sampled_from([FORWARD, DRAWING]), st.integers(1, 5000), st.sampled_from([1, 4, 8, 64]), st.data())
+def test_a_size_is_padded_little(rungs, largest, rows, data):
     """Below 64 rows that costs nothing; where products are long, it is a sixth at most, or a block."""
-    sizes = ladder(largest, rows)
+    sizes = ladder(rungs, largest, rows)
     assert list(sizes) == sorted(set(sizes))
     assert sizes[-1] >= largest and (len(sizes) == 1 or sizes[-2] < largest)
     size = data.draw(st.integers(1, largest))
@@ -26,7 +26,7 @@ def test_a_size_is_padded_little(largest, rows, data):
 @pytest.mark.parametrize("size", [1, 7, 100])
 def test_without_graphs_a_size_is_what_it_is(size):
     seen = []
-    Graphs(lambda *key: seen.append(key), ladder(100), enabled=False)(size, "context")
+    Graphs(lambda *key: seen.append(key), ladder(FORWARD, 100), enabled=False)(size, "context")
     assert seen == [(size, "context")]
 
 
@@ -40,7 +40,7 @@ def test_a_graph_that_no_memory_is_left_for_is_done_without(monkeypatch, caplog)
     emptied = []
     monkeypatch.setattr(Graphs, "_capture", no_memory)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
-    graphs = Graphs(lambda *key: seen.append(key), ladder(100), enabled=True)
+    graphs = Graphs(lambda *key: seen.append(key), ladder(FORWARD, 100), enabled=True)
     graphs(100)
     graphs(120)
     assert seen == [(128,), (128,)]

@@ -75,9 +75,9 @@ COMPILE = """
         {"PURPOSE": 0, "BLOCK": 128},
     )
     # Rows of two blocks of 4, of one of 64, and of a prompt's tile; float32 needs the most shared memory.
-    shapes = [(BF16, 32, 1), (BF16, 32, 4), (BF16, 256, 1), (FP32, 128, 1)]
-    for type_, rows, splits in shapes:
-        columns, warps, stages = kernels._attention_settings(rows, 2 if type_ == BF16 else 4)
+    shapes = [(BF16, 32, 16, 1), (BF16, 32, 16, 4), (BF16, 256, 256, 1), (FP32, 128, 128, 1)]
+    for type_, rows, fewer, splits in shapes:
+        columns, warps, stages = kernels._attention_settings(rows, 1000, 2 if type_ == BF16 else 4)
         check(
             kernels._attend,
             {
@@ -88,8 +88,8 @@ COMPILE = """
                 "scale": "fp32",
             },
             {
-                "HEADS": 32, "KV_HEADS": 8, "SIZE": 128, "PAGE": 16, "ROWS": rows, "COLUMNS": columns, "SPLIT_": 512,
-                "SPLITS": splits, "PRECISION": "ieee" if type_ == FP32 else "tf32",
+                "HEADS": 32, "KV_HEADS": 8, "SIZE": 128, "PAGE": 16, "ROWS": rows, "FEWER": fewer, "COLUMNS": columns,
+                "SPLIT_": 512, "SPLITS": splits, "PRECISION": "ieee" if type_ == FP32 else "tf32",
             },
             num_warps=warps,
             num_stages=stages,
