@@ -204,7 +204,7 @@ def norm_rope_store(
     group = math.gcd(heads, kv_heads, 8)
     _norm_rope_store[(len(qkv), (heads + 2 * kv_heads) // group)](
         qkv, q_weight, k_weight, cos_sin, positions, places, out, keys, values, eps, heads, kv_heads, size, group,
-        num_warps=1,
+        num_warps=4,
     )  # fmt: skip
     return out
 

@@ -67,7 +67,7 @@ COMPILE = """
             "eps": "fp32",
         },
         {"HEADS": 32, "KV_HEADS": 8, "SIZE": 128, "GROUP": 8},
-        num_warps=1,
+        num_warps=4,
     )
     check(
         kernels._uniform,
