@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 SPLIT = 512  # tokens of context that one program attends to
-MANY_PROGRAMS = 800  # of attention: six for each processor of an H100
+MANY_PROGRAMS = 800  # of attention: more than six for each processor of an H100
 FEW_ROWS = 16  # the least that a matrix product of Triton's takes
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -219,7 +219,7 @@ class Tiles:
     Attributes:
         first: where each begins among the T tokens, (n,) int64.
         count: its tokens, (n,) int64; 0 for padding.
-        pages: pages of sequences, (N, P) int64; rows may be longer than the context.
+        pages: pages of sequences, (N, P) int64, contiguous; rows may be longer than the context.
         sequence: which row of `pages` each has, (n,) int64.
         visible: leading tokens of its sequence that each token sees, (T,) int64; 0 for padding within a tile.
         tokens: most tokens of a tile.

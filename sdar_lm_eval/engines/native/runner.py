@@ -292,7 +292,10 @@ class Runner:
             self._prefill_together(part, block, padding_to=self._together * block)
 
     def _prefill_together(self, chunks: list[tuple[Sequence, int, int]], tile_tokens: int, padding_to: int) -> None:
-        """Run chunks as one row of tokens, padded to a number of them, with tiles of so many for attention."""
+        """Run chunks as one row of tokens, padded to a number of them, with tiles of so many for attention.
+
+        What attention rounds to depends on the number of tiles, so they are padded likewise.
+        """
         page_size = self._page_size
         slot, length = np.array([(sequence.slot, sequence.block_length) for sequence, _, _ in chunks]).T
         begin, end = np.array([(begin, end) for _, begin, end in chunks]).T
@@ -310,7 +313,8 @@ class Runner:
         of, number = _parts(-(-size // tile_tokens))  # whose each tile is, and which of its tiles
         first = (size.cumsum() - size)[of] + number * tile_tokens
         count = np.minimum(size[of] - number * tile_tokens, tile_tokens)
-        firsts, counts, slots = map(self.state.to_device, (first, count, slot[of]))
+        columns = np.pad([first, count, slot[of]], ((0, 0), (0, max(padding_to // tile_tokens - len(of), 0))))
+        firsts, counts, slots = map(self.state.to_device, columns)
         tiles = self._kernels.Tiles(
             firsts, counts, self._table, slots, all_visible, tile_tokens, self._splits(int(end.max()))
         )

@@ -16,6 +16,8 @@ from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserErro
 from sdar_lm_eval.engines.native import engine as native_engine
 from sdar_lm_eval.engines.native import fused, kernels, runner
 
+REPRODUCIBLE_ROWS = 8
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -94,12 +96,21 @@ def test_where_they_cannot_run(checkpoint, monkeypatch, kernels, interpret, reas
 
 def test_reproducible_to_the_bit(checkpoint, monkeypatch):
     """Alone, in any batch and order, preempted, with a shared beginning: the same confidences, not only tokens."""
-    monkeypatch.setattr(runner, "REPRODUCIBLE_ROWS", 4)
+    monkeypatch.setattr(runner, "REPRODUCIBLE_ROWS", REPRODUCIBLE_ROWS)
     monkeypatch.setattr(native_engine, "PAGE_SIZE", 4)
     settings = [DecodingConfig(), DecodingConfig(), DecodingConfig(top_k=5)]
     requests = [
         GenerationRequest((*range(4), i), 8, decoding, seed=i, record_steps=True) for i, decoding in enumerate(settings)
     ]
+
+    shapes = set()
+    attend = kernels.attend
+
+    def shape_of(query, keys, values, tiles, scaling):
+        shapes.add((len(query), len(tiles.first), tiles.tokens))
+        return attend(query, keys, values, tiles, scaling)
+
+    monkeypatch.setattr(kernels, "attend", shape_of)
 
     def answers(wanted, **options):
         engine = engine_with_kernels(checkpoint, reproducible=True, **options)
@@ -112,6 +123,7 @@ def test_reproducible_to_the_bit(checkpoint, monkeypatch):
     alone, _ = answers(requests[1:2])
     assert tight == together
     assert alone == {1: together[1]}
+    assert shapes == {(REPRODUCIBLE_ROWS, REPRODUCIBLE_ROWS // 4, 4)}  # on which settings and rounding depend
 
 
 def test_reproducible_takes_the_kernels(checkpoint):
