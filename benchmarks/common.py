@@ -3,6 +3,7 @@ model without stop tokens, and the questions that it is asked; this CPU's name."
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -17,11 +18,25 @@ import torch
 from lm_eval.api.instance import Instance
 from safetensors.torch import save_file
 
-from sdar_lm_eval import Checkpoint, autoload
+from sdar_lm_eval import Checkpoint, UserError, autoload
 from sdar_lm_eval.demo.make import PROMPT
 from sdar_lm_eval.tasks import gsm8k
 
 MODELS = {"native": "sdar", "jetengine": "sdar-jetengine", "lmdeploy": "sdar-lmdeploy"}
+
+
+@contextlib.contextmanager
+def folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[str]:
+    """The checkpoint that --pretrained and --random-weights ask for; a user's mistake while it is used is one line."""
+    try:
+        with (
+            with_random_weights(args.pretrained)
+            if args.random_weights
+            else contextlib.nullcontext(args.pretrained) as it
+        ):
+            yield it
+    except UserError as error:
+        parser.error(str(error))
 
 
 @contextlib.contextmanager

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import json
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from common import instance, load_questions, make_model, sampling, with_random_weights
+from common import folder, instance, load_questions, make_model, sampling
 from torch.profiler import ProfilerActivity, profile
 
 PRODUCTS = ("nvjet", "gemm", "cutlass", "splitk", "_few_rows")
@@ -37,8 +36,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("there is no GPU here")
 
-    folder = with_random_weights(args.pretrained) if args.random_weights else contextlib.nullcontext(args.pretrained)
-    with folder as pretrained:
+    with folder(parser, args) as pretrained:
         lm = make_model("native", pretrained, args.model_args, args.active)
         questions = load_questions(args.gsm8k)
         settings = {

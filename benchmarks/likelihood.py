@@ -13,7 +13,6 @@ run" counts tokens that went through the layers, "of plain" the time over plain'
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import random
 import time
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import cpu_name, with_random_weights
+from common import cpu_name, folder
 
 from sdar_lm_eval import Checkpoint, make_engine
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest
@@ -95,8 +94,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    folder = with_random_weights(args.pretrained) if args.random_weights else contextlib.nullcontext(args.pretrained)
-    with folder as pretrained:
+    with folder(parser, args) as pretrained:
         checkpoint = Checkpoint.open(pretrained)
         engine: Any = make_engine("native", checkpoint, device=args.device, dtype=args.dtype)
     model = engine._model

@@ -23,14 +23,13 @@ tensor_parallel_size=2` one process's GPUs share one copy. The last line is JSON
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import json
 from typing import Any
 
 import torch
-from common import MODELS, cpu_name, instance, load_questions, make_model, sampling, with_random_weights
+from common import MODELS, cpu_name, folder, instance, load_questions, make_model, sampling
 from floor import Floor, tokens_per_second
 from lm_eval.api.instance import Instance
 
@@ -56,8 +55,7 @@ def main() -> None:
     parser.add_argument("--model-args", default="", help="more of them: name=value,name=value")
     args = parser.parse_args()
 
-    folder = with_random_weights(args.pretrained) if args.random_weights else contextlib.nullcontext(args.pretrained)
-    with folder as pretrained:
+    with folder(parser, args) as pretrained:
         floors = time_products(args, pretrained) if args.floor else {}
         lm = make_model(args.engine, pretrained, args.model_args, max(args.active))
         questions = load_questions(args.gsm8k)

@@ -26,7 +26,6 @@ Prefill and contexts run twice, and the second run counts. The last line is JSON
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import gc
 import importlib.metadata
@@ -40,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import cpu_name, instance, load_questions, make_model, sampling, with_random_weights
+from common import cpu_name, folder, instance, load_questions, make_model, sampling
 from floor import Floor
 
 from sdar_lm_eval import Checkpoint
@@ -101,8 +100,7 @@ def main() -> None:
     clock = Clock()
     torch.zeros(1, device=device)
     on_device = clock.lap()
-    folder = with_random_weights(args.pretrained) if args.random_weights else contextlib.nullcontext(args.pretrained)
-    with folder as pretrained:
+    with folder(parser, args) as pretrained:
         checkpoint = Checkpoint.open(pretrained)
         clock.lap()  # weights have been drawn
         read = read_all(checkpoint.weight_files())

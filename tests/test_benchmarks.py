@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 
@@ -27,6 +28,17 @@ def test_all_sections_of_a_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: py
     ]
     assert (rows["gsm8k"]["questions"], rows["gsm8k"]["new_tokens"]) == (3, 24)
     assert report["engine"] == "native" and report["transformers"] and "triton" in report
+
+
+@pytest.mark.parametrize("script", ["throughput", "whole_run", "likelihood"])
+def test_a_missing_folder_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--pretrained", "/nowhere"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main()
+    assert f"{script}.py: error: pretrained='/nowhere': no such folder." in capsys.readouterr().err
 
 
 def test_where_the_gpus_time_goes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Hashable, Sequence
@@ -65,8 +64,11 @@ class Graphs:
             self._graphs[key].replay()
         else:
             self._run(*key)
-            with contextlib.suppress(torch.OutOfMemoryError):
+            try:
                 self._graphs[key] = self._capture(key)
+            except RuntimeError as error:  # the driver's has no class of its own
+                if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+                    raise
             if key not in self._graphs:
                 # What it was to do is done, and what is unused now may be enough for a graph the next time.
                 torch.cuda.empty_cache()

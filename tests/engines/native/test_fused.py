@@ -98,11 +98,11 @@ def test_reproducible_to_the_bit(checkpoint, monkeypatch):
     """Alone, in any batch and order, preempted, with a shared beginning: the same confidences, not only tokens."""
     monkeypatch.setattr(runner, "REPRODUCIBLE_ROWS", REPRODUCIBLE_ROWS)
     monkeypatch.setattr(native_engine, "PAGE_SIZE", 4)
-    settings = [DecodingConfig(), DecodingConfig(), DecodingConfig(top_k=5)]
+    settings = [(6, DecodingConfig()), (6, DecodingConfig()), (1, DecodingConfig(top_k=5))]
     requests = [
-        GenerationRequest((*range(4), i), 8, decoding, seed=i, record_steps=True) for i, decoding in enumerate(settings)
+        GenerationRequest((*range(6), i), tokens, decoding, seed=i, record_steps=True)
+        for i, (tokens, decoding) in enumerate(settings)
     ]
-
     shapes = set()
     attend = kernels.attend
 

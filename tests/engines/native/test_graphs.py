@@ -30,12 +30,13 @@ def test_without_graphs_a_size_is_what_it_is(size):
     assert seen == [(size, "context")]
 
 
-def test_a_graph_that_no_memory_is_left_for_is_done_without(monkeypatch, caplog):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory")], ids=repr)
+def test_a_graph_that_no_memory_is_left_for_is_done_without(monkeypatch, caplog, error):
     """What ran before its capture is not run again."""
     seen = []
 
     def no_memory(*_):
-        raise torch.OutOfMemoryError
+        raise error
 
     emptied = []
     monkeypatch.setattr(Graphs, "_capture", no_memory)
@@ -46,3 +47,12 @@ def test_a_graph_that_no_memory_is_left_for_is_done_without(monkeypatch, caplog)
     assert seen == [(128,), (128,)]
     assert len(emptied) == 2
     assert [record.levelname for record in caplog.records] == ["WARNING"]  # once
+
+
+def test_another_error_of_a_capture_ends_the_run(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Graphs, "_capture", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        Graphs(lambda *_: None, ladder(FORWARD, 100), enabled=True)(100)

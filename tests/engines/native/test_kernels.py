@@ -168,21 +168,26 @@ def test_attend_over_blocks_of_a_prompt(dtype):
     close(kernels.attend(query, keys, values, tiles, 0.125), attention(query, keys, values, tiles, 0.125), dtype)
 
 
-def test_attend_over_a_block_and_the_one_before(dtype):
-    """Two blocks of 3 tokens in rows of 4, padding in their middle; the second sees more than the first."""
+@pytest.mark.parametrize("many", [800, 0] if DEVICE != "cpu" else [800])
+def test_attend_over_a_block_and_the_one_before(dtype, many, monkeypatch):
+    """Two blocks of 3 tokens in rows of 4, padding in their middle; the second sees more than the first.
+
+    Beside them a block without the one before, and a tile of padding.
+    """
+    monkeypatch.setattr(kernels, "MANY_PROGRAMS", many)
     heads, kv_heads, size, page = 8, 2, 64, 16
     keys, values = (normal(9, page, kv_heads, size, dtype=dtype) for _ in range(2))
-    visible = torch.tensor([33, 33, 33, 0, 36, 36, 36, 0], device=DEVICE)
+    visible = torch.tensor([33, 33, 33, 0, 36, 36, 36, 0, 21, 21, 21, 0], device=DEVICE)
     tiles = kernels.Tiles(
-        first=torch.tensor([0], device=DEVICE),
-        count=torch.tensor([8], device=DEVICE),
-        pages=torch.tensor([[3, 1, 5]], device=DEVICE),
-        sequence=torch.tensor([0], device=DEVICE),
+        first=torch.tensor([0, 4, 8], device=DEVICE),
+        count=torch.tensor([8, 0, 4], device=DEVICE),
+        pages=torch.tensor([[3, 1, 5], [2, 6, 4]], device=DEVICE),
+        sequence=torch.tensor([0, 0, 1], device=DEVICE),
         visible=visible,
         tokens=8,
         splits=1,
     )
-    query = normal(8, heads, size, dtype=dtype)
+    query = normal(12, heads, size, dtype=dtype)
     real = visible > 0
     got = kernels.attend(query, keys, values, tiles, 0.125)
     close(got[real], attention(query, keys, values, tiles, 0.125)[real], dtype)
