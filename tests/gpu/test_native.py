@@ -117,8 +117,9 @@ def test_prompts_that_share_their_beginning(demo, questions, on_cpu, kernels):
 
 
 def test_reproducible_to_the_bit(demo, questions):
-    """In bfloat16, where what runs beside a request would show in its confidences."""
-    wanted = ask(demo, questions, DecodingConfig(), record_steps=True)
+    """In bfloat16, where what runs beside a request would show in its confidences; one has a context of two splits."""
+    long = tuple(token for question in questions[:20] for token in question)[:600]
+    wanted = ask(demo, [*questions, long], DecodingConfig(), record_steps=True)
 
     def answers(order, **options):
         results = run(make_engine("native", demo, device="cuda", dtype="bfloat16", **options), order)

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 # Rows of a matrix product that steps are padded to: of a forward, and of drawing, which has the LM head in it. Few rows
 # cost no more than one, for the weights have to be read; of the others, those that take as long on an H100 as more do
-# are left out (SDAR-4B in bfloat16: benchmarks/NOTES.md has the times, `benchmarks/floor.py --rows` measures them).
+# are left out (SDAR-4B in bfloat16: benchmarks/NOTES.md has the times, most of them).
 FORWARD = (
     4, 8, 16, 64, 128, 192, 240, 256, 288, 336, 384, 432, 512, 560, 640, 752, 816, 896, 960, 1024, 1120, 1200, 1248,
     1264, 1296, 1328, 1360, 1392, 1440, 1536, 1616, 1664, 1744, 1840, 1920, 2064, 2176, 2304, 2432, 2560, 2688, 2816,

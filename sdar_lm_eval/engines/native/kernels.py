@@ -3,7 +3,7 @@
 A forward's batch is T tokens in a row, of any number of sequences. Attention works on tiles, stretches of one
 sequence's tokens: a block that is denoised, or some blocks of a prompt. One program takes a tile and one KV head with
 all of its query heads, so that keys and values are loaded once. Contexts are cut into splits of `SPLIT` tokens, always
-at the same places, so that a result does not depend on what else is in the batch.
+at the same places. How many columns of one are taken at once, and so how 16 bits round, depends on the number of tiles.
 
 Each kernel computes in float32 from its inputs' dtype. tests/engines/native/test_kernels.py compares them with PyTorch,
 on the CPU through Triton's interpreter; `attention.py` and transformers' Qwen3 are the reference of the whole.

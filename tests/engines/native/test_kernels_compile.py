@@ -75,9 +75,9 @@ COMPILE = """
         {"PURPOSE": 0, "BLOCK": 128},
     )
     # Rows of two blocks of 4, of one of 64, and of a prompt's tile; float32 needs the most shared memory.
-    shapes = [(BF16, 32, 16, 1), (BF16, 32, 16, 4), (BF16, 256, 256, 1), (FP32, 128, 128, 1)]
-    for type_, rows, fewer, splits in shapes:
-        columns, warps, stages = kernels._attention_settings(rows, 1000, 2 if type_ == BF16 else 4)
+    shapes = [(BF16, 32, 16, 1, 1), (BF16, 32, 16, 1, 1000), (BF16, 32, 16, 4, 1000), (BF16, 256, 256, 1, 1000)]
+    for type_, rows, fewer, splits, programs in [*shapes, (FP32, 128, 128, 1, 1000)]:
+        columns, warps, stages = kernels._attention_settings(rows, programs, 2 if type_ == BF16 else 4)
         check(
             kernels._attend,
             {
