@@ -28,13 +28,10 @@ MODELS = {"native": "sdar", "jetengine": "sdar-jetengine", "lmdeploy": "sdar-lmd
 @contextlib.contextmanager
 def folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[str]:
     """The checkpoint that --pretrained and --random-weights ask for; a user's mistake while it is used is one line."""
+    made = with_random_weights(args.pretrained) if args.random_weights else contextlib.nullcontext(args.pretrained)
     try:
-        with (
-            with_random_weights(args.pretrained)
-            if args.random_weights
-            else contextlib.nullcontext(args.pretrained) as it
-        ):
-            yield it
+        with made as pretrained:
+            yield pretrained
     except UserError as error:
         parser.error(str(error))
 

@@ -348,6 +348,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     """
     tokens, heads, size = query.shape
     page_size, kv_heads = keys.shape[1:3]
+    assert tiles.pages.is_contiguous()
     rows = max(16, triton.next_power_of_2(tiles.tokens * (heads // kv_heads)))
     fewer = rows // 2 if 16 < rows <= 64 else rows  # of a tile that is half full: a block without the one before it
     columns, warps, stages = _attention_settings(rows, len(tiles.first) * kv_heads, query.dtype.itemsize)

@@ -306,15 +306,14 @@ class Runner:
         place = self._pages[slot[chunk], position // page_size] * page_size + position % page_size
         visible = (position // length[chunk] + 1) * length[chunk]
         # The KV of padding goes to the scratch page, and it sees nothing.
-        columns = np.pad([token, position, place, visible], ((0, 0), (0, max(padding_to - len(token), 0))))
+        columns = _padded([token, position, place, visible], padding_to)
         # Each by itself: how a tensor is aligned decides which of a kernel's variants is compiled and run.
         tokens, positions, places, all_visible = map(self.state.to_device, columns)
 
         of, number = _parts(-(-size // tile_tokens))  # whose each tile is, and which of its tiles
         first = (size.cumsum() - size)[of] + number * tile_tokens
         count = np.minimum(size[of] - number * tile_tokens, tile_tokens)
-        columns = np.pad([first, count, slot[of]], ((0, 0), (0, max(padding_to // tile_tokens - len(of), 0))))
-        firsts, counts, slots = map(self.state.to_device, columns)
+        firsts, counts, slots = map(self.state.to_device, _padded([first, count, slot[of]], padding_to // tile_tokens))
         tiles = self._kernels.Tiles(
             firsts, counts, self._table, slots, all_visible, tile_tokens, self._splits(int(end.max()))
         )
@@ -391,7 +390,7 @@ class Runner:
 
     def _hidden(self, row: torch.Tensor) -> torch.Tensor:
         """The last hidden states (M, hidden size) of tokens, by their rows (M,) among those of the last step."""
-        left = [left[row] for left in self._left]
+        left = [of_all[row] for of_all in self._left]
         hidden: torch.Tensor = left[0] if self._decoder is None else self._decoder.finish(*left)
         return hidden
 
@@ -620,6 +619,11 @@ def _parts(counts: Any) -> tuple[Any, Any]:
     """Of things that have so many parts each, (n,), for every part: whose it is, and the how manieth of it."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - (counts.cumsum() - counts)[owner]
+
+
+def _padded(columns: list[Any], count: int) -> Any:
+    """Arrays of one length as one, (n, length), with zeros behind up to `count`."""
+    return np.pad(columns, ((0, 0), (0, max(count - len(columns[0]), 0))))
 
 
 def _multiples(unit: int, largest: int) -> tuple[int, ...]:
