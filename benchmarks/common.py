@@ -1,5 +1,5 @@
-"""What the benchmarks share: a checkpoint with random weights, where the real ones are not at hand; the registered
-model without stop tokens, and the questions that it is asked; this CPU's name."""
+"""What the benchmarks share: arguments; a checkpoint with random weights, where the real ones are not at hand; the
+registered model without stop tokens, and the questions that it is asked; this CPU's name."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ from sdar_lm_eval.demo.make import PROMPT
 from sdar_lm_eval.tasks import gsm8k
 
 MODELS = {"native": "sdar", "jetengine": "sdar-jetengine", "lmdeploy": "sdar-lmdeploy"}
+
+
+def positive_int(text: str) -> int:
+    """A number from 1 on, as an argument's type."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from common import positive_int
 from torch.nn.functional import linear
 
 from sdar_lm_eval import Checkpoint, UserError
@@ -98,14 +99,14 @@ def tokens_per_second(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained", default="demo")
-    parser.add_argument("--active", type=int, nargs="+", default=[1, 4, 16, 32, 64, 128, 256])
-    parser.add_argument("--rows", type=int, nargs="+", help="time the products of a layer over so many rows instead")
-    parser.add_argument("--block-length", type=int, help="default: the checkpoint's")
+    parser.add_argument("--active", type=positive_int, nargs="+", default=[1, 4, 16, 32, 64, 128, 256])
+    parser.add_argument(
+        "--rows", type=positive_int, nargs="+", help="time a layer's products over so many rows instead"
+    )
+    parser.add_argument("--block-length", type=positive_int, help="default: the checkpoint's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
 
-    if min(args.rows or args.active) < 1:
-        parser.error("--rows and --active take numbers from 1 on")
     try:
         checkpoint = Checkpoint.open(args.pretrained)
     except UserError as error:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from common import folder, instance, load_questions, make_model, sampling
+from common import folder, instance, load_questions, make_model, positive_int, sampling
 from torch.profiler import ProfilerActivity, profile
 
 PRODUCTS = ("nvjet", "gemm", "cutlass", "splitk", "_few_rows")
@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--pretrained", default="demo")
     parser.add_argument("--random-weights", action="store_true", help="the folder needs no weights; they are drawn")
     parser.add_argument("--gsm8k", help="folder with GSM8K's test.jsonl; default: the demo problems")
-    parser.add_argument("--active", type=int, default=256)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--active", type=positive_int, default=256)
+    parser.add_argument("--new-tokens", type=positive_int, default=64)
     parser.add_argument("--strategy", default="low_confidence_dynamic")
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--model-args", default="", help="more of them: name=value,name=value")

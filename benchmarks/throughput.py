@@ -29,7 +29,7 @@ import json
 from typing import Any
 
 import torch
-from common import MODELS, cpu_name, folder, instance, load_questions, make_model, sampling
+from common import MODELS, cpu_name, folder, instance, load_questions, make_model, positive_int, sampling
 from floor import Floor, tokens_per_second
 from lm_eval.api.instance import Instance
 
@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("--pretrained", default="demo")
     parser.add_argument("--random-weights", action="store_true", help="the folder needs no weights; they are drawn")
     parser.add_argument("--gsm8k", help="folder with GSM8K's test.jsonl; default: the demo problems")
-    parser.add_argument("--active", type=int, nargs="+", default=[1, 4, 16, 32, 64])
-    parser.add_argument("--prompts", type=int, default=64, help="least prompts of a row, in rounds of --active")
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--active", type=positive_int, nargs="+", default=[1, 4, 16, 32, 64])
+    parser.add_argument("--prompts", type=positive_int, default=64, help="least prompts of a row, --active a round")
+    parser.add_argument("--new-tokens", type=positive_int, default=64)
     parser.add_argument("--shared-prefix", type=int, default=0, help="tokens in front of each question, the same ones")
     parser.add_argument("--strategy", default="low_confidence_static")
     parser.add_argument("--threshold", type=float, default=0.9)

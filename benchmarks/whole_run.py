@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import cpu_name, folder, instance, load_questions, make_model, sampling
+from common import cpu_name, folder, instance, load_questions, make_model, positive_int, sampling
 from floor import Floor
 
 from sdar_lm_eval import Checkpoint
@@ -79,18 +79,18 @@ def main() -> None:
     parser.add_argument("--random-weights", action="store_true", help="the folder needs no weights; they are drawn")
     parser.add_argument("--gsm8k", help="folder with GSM8K's test.jsonl; default: the demo problems")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--active", type=int, help="sequences at once; default: the engine's")
+    parser.add_argument("--active", type=positive_int, help="sequences at once; default: the engine's")
     parser.add_argument("--sample", action="store_true", help="draw at temperature 1; default: greedy")
     parser.add_argument("--model-args", default="", help="more of them: name=value,name=value")
     sizes = parser.add_argument_group("sizes", "defaults are small on the CPU")
-    sizes.add_argument("--prefill", type=int, nargs="+", help="tokens of a prompt")
-    sizes.add_argument("--prefill-tokens", type=int, help="tokens of all prompts of a row")
-    sizes.add_argument("--contexts", type=int, nargs="+", help="tokens of a prompt")
-    sizes.add_argument("--sequences", type=int, help="contexts: sequences at once")
-    sizes.add_argument("--context-tokens", type=int, help="contexts: most tokens of all prompts of a row")
-    sizes.add_argument("--new-tokens", type=int, help="contexts: of each answer")
-    sizes.add_argument("--questions", type=int, help="gsm8k: the first so many; default on GPUs: all")
-    sizes.add_argument("--answer-tokens", type=int, help="gsm8k: new tokens of each answer")
+    sizes.add_argument("--prefill", type=positive_int, nargs="+", help="tokens of a prompt")
+    sizes.add_argument("--prefill-tokens", type=positive_int, help="tokens of all prompts of a row")
+    sizes.add_argument("--contexts", type=positive_int, nargs="+", help="tokens of a prompt")
+    sizes.add_argument("--sequences", type=positive_int, help="contexts: sequences at once")
+    sizes.add_argument("--context-tokens", type=positive_int, help="contexts: most tokens of all prompts of a row")
+    sizes.add_argument("--new-tokens", type=positive_int, help="contexts: of each answer")
+    sizes.add_argument("--questions", type=positive_int, help="gsm8k: the first so many; default on GPUs: all")
+    sizes.add_argument("--answer-tokens", type=positive_int, help="gsm8k: new tokens of each answer")
     args = parser.parse_args()
     device = resolve_device(args.device)
     for name, size in SIZES[device.type].items():

@@ -41,6 +41,18 @@ def test_a_missing_folder_is_one_line(
     assert f"{script}.py: error: pretrained='/nowhere': no such folder." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", ["throughput --active 4 0", "floor --rows 0", "whole_run --questions 0"])
+def test_numbers_begin_with_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script, *words = arguments.split()
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main()
+    assert capsys.readouterr().err.endswith(f"{script}.py: error: argument {words[0]}: 0 is below 1\n")
+
+
 def test_where_the_gpus_time_goes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """On the CPU, with a profiler that knows what a GPU did."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
