@@ -197,12 +197,12 @@ class Runner:
             self._together = max(REPRODUCIBLE_ROWS // shape.block, 1)
             segments = _multiples(self._together, 2 * shape.slots)
             places = _multiples(REPRODUCIBLE_ROWS, shape.slots * shape.block)
-        # What forwards leave of each token, from which `_hidden` makes the hidden states that are drawn from.
+        # What forwards give for each token, from which `_hidden` makes the hidden states that are drawn from.
         sizes = [config.hidden_size]
         if self._decoder is not None:
             sizes.insert(0, config.num_attention_heads * config.head_dim)
         rows = segments[-1] * shape.block
-        self._left = [torch.zeros(rows, size, dtype=self._model.dtype, device=device) for size in sizes]
+        self._outputs = [torch.zeros(rows, size, dtype=self._model.dtype, device=device) for size in sizes]
         self._packed = self.state.pack_nothing()
         # One for each step that can be under way.
         pinned = device.type == "cuda"
@@ -379,23 +379,23 @@ class Runner:
         segments, begin = self.state.segments(count), 0
         # Part after part is right too: the block before stands in front of its own.
         for part in segments.split(self._together if self._reproducible else count):
-            begin = self._leave(begin, self._run_blocks(part, context))
+            begin = self._store(begin, self._run_blocks(part, context))
 
-    def _leave(self, begin: int, outputs: SequenceOf[torch.Tensor]) -> int:
+    def _store(self, begin: int, outputs: SequenceOf[torch.Tensor]) -> int:
         """Keep what a forward gave, from row `begin` on; returns the next row."""
         end = begin + len(outputs[0])
-        for left, output in zip(self._left, outputs, strict=True):
-            left[begin:end] = output
+        for stored, output in zip(self._outputs, outputs, strict=True):
+            stored[begin:end] = output
         return end
 
     def _hidden(self, row: torch.Tensor) -> torch.Tensor:
         """The last hidden states (M, hidden size) of tokens, by their rows (M,) among those of the last step."""
-        left = [of_all[row] for of_all in self._left]
-        hidden: torch.Tensor = left[0] if self._decoder is None else self._decoder.finish(*left)
+        outputs = [stored[row] for stored in self._outputs]
+        hidden: torch.Tensor = outputs[0] if self._decoder is None else self._decoder.finish(*outputs)
         return hidden
 
     def _run_blocks(self, segments: Segments, context: int) -> SequenceOf[torch.Tensor]:
-        """One pass over S blocks; returns what it leaves of S * L tokens."""
+        """One pass over S blocks; returns what it gives for S * L tokens."""
         if self._decoder is None:
             rows = self._run_rows(
                 segments.slot, segments.tokens, segments.start, segments.length, segments.length, context
@@ -408,10 +408,10 @@ class Runner:
         first = torch.arange(0, visible.numel(), block, device=self._device)
         counts = segments.following * block if self._paired else segments.length
         tiles = self._tiles(first, counts, segments.slot, visible.flatten(), context)
-        left: tuple[torch.Tensor, torch.Tensor] = self._decoder(
+        outputs: tuple[torch.Tensor, torch.Tensor] = self._decoder(
             segments.tokens.flatten(), positions.flatten(), places.flatten(), tiles, self.cache
         )
-        return left
+        return outputs
 
     @property
     def _paired(self) -> bool:
@@ -436,10 +436,10 @@ class Runner:
             tiles = self._tiles(
                 self._firsts[:together], blocks.count[segments], blocks.slot[segments], blocks.visible[tokens], context
             )
-            left = self._decoder(
+            outputs = self._decoder(
                 blocks.tokens[tokens], blocks.positions[tokens], blocks.places[tokens], tiles, self.cache
             )
-            self._leave(begin * block, left)
+            self._store(begin * block, outputs)
 
     def _unmask_by_kernels(self, count: int) -> None:
         """`_unmask` by kernels."""
