@@ -1,13 +1,17 @@
 """How long the matrix products of a model alone take, forward by forward: a yardstick for engines.
 
     python benchmarks/floor.py --pretrained FOLDER --active 1 64 256     # FOLDER needs no weights
-    python benchmarks/floor.py --pretrained FOLDER --rows 256 512 1024   # microseconds of one layer: for graphs.py
+    python benchmarks/floor.py --pretrained FOLDER --rows 256 512 1024   # of one layer as the engine runs it: graphs.py
 
 For each number of active sequences: milliseconds of the projections of all layers, and of the LM head, over one block
 of each sequence; and the tokens per second that follow, where a block of L tokens takes L denoising forwards (one token
 a step) or 1 (a block a step), and one forward more that stores its keys and values, without the LM head. Attention,
 norms, drawing and Python count as nothing. An engine can save a few percent of it by drawing at masked places only and
 by sharing forwards. On a GPU the products run as a CUDA graph.
+
+`--rows` gives microseconds of a layer's products and activation by the engine's kernels, and of the LM head with the
+last layer's products but the first, which run at masked places only. The GPU is kept busy meanwhile: it lowers its
+clock, and what is quickest then may not be when it is cool.
 """
 
 from __future__ import annotations
@@ -64,7 +68,32 @@ class Floor:
 
         return self._timed(layers), self._timed(lambda: linear(inputs[self._head.shape[1]], self._head))
 
-    def _timed(self, run: Callable[[], Any], repeats: int = 11) -> float:
+    def seconds_as_run(self, rows: int) -> tuple[float, float]:
+        """Seconds of one layer's products and activation as the engine's kernels do them; of what is run to draw."""
+        from sdar_lm_eval.engines.native import fused
+
+        gated = fused.gated_for(self._layers[0][2])
+        widths = {matrix.shape[1] for matrix in self._layers[0]}
+        inputs = {width: torch.randn(rows, width, device=self._device).to(self._head.dtype) for width in sorted(widths)}
+
+        def behind_attention(o: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+            fused.product(inputs[o.shape[1]], o, splits=fused.SPLITS)
+            active = fused.activated(inputs[gate_up.shape[1]], gate_up, gated)
+            fused.product(active, down, splits=fused.SPLITS)
+
+        def layers() -> None:
+            for qkv, *others in self._layers:
+                fused.product(inputs[qkv.shape[1]], qkv)
+                behind_attention(*others)
+
+        def draw() -> None:
+            behind_attention(*self._layers[-1][1:])
+            linear(inputs[self._head.shape[1]], self._head)
+
+        return self._timed(layers, busy=0.1) / len(self._layers), self._timed(draw, busy=0.1)
+
+    def _timed(self, run: Callable[[], Any], repeats: int = 11, busy: float = 0) -> float:
+        """Median seconds; on a GPU that has been at it for so many."""
         run()
         if self._device == "cpu":
             times = []
@@ -77,6 +106,10 @@ class Floor:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
+        until = time.perf_counter() + busy
+        while time.perf_counter() < until:
+            graph.replay()
+            torch.cuda.synchronize()
         times = []
         for _ in range(repeats):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -111,11 +144,16 @@ def main() -> None:
         checkpoint = Checkpoint.open(args.pretrained)
     except UserError as error:
         parser.error(str(error))
+    if args.rows and args.device == "cpu":
+        parser.error("--rows times the engine's kernels, which needs a GPU")
     block = args.block_length or checkpoint.block_length
     floor = Floor(checkpoint.config, args.device)
     if args.rows:
-        layers = checkpoint.config["num_hidden_layers"]
-        print(json.dumps({rows: round(1e6 * floor.seconds(rows)[0] / layers, 1) for rows in args.rows}))
+        print("| rows | a layer, us | to draw, us |")
+        print("| ---: | ---: | ---: |")
+        for rows in args.rows:
+            layer, draw = floor.seconds_as_run(rows)
+            print(f"| {rows:,} | {1e6 * layer:.1f} | {1e6 * draw:.0f} |", flush=True)
         return
     rows = []
     print("| active | layers, ms | LM head, ms | one token a step, tokens/s | a block a step, tokens/s |")

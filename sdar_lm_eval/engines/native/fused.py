@@ -14,6 +14,12 @@ from torch.nn.functional import linear
 
 from sdar_lm_eval.engines.native import kernels
 
+hopper_kernels: Any
+try:
+    from sdar_lm_eval.engines.native import hopper_kernels
+except (ImportError, AttributeError):  # Triton is older than 3.6
+    hopper_kernels = None
+
 HEAD_DIMS = (64, 128)
 # From so many weights on `kernels.few_rows` takes the place of cuBLAS, where there are few rows: what takes the time is
 # reading the weights, and it reads faster (SDAR-4B's products of a layer on an H100: 79 us in the place of 88).
@@ -53,6 +59,7 @@ class FusedDecoder:
         self._eps = config.rms_norm_eps
         self._scaling = config.head_dim**-0.5
         self._layers = [_join(layer) for layer in model.model.layers]
+        self._gated = gated_for(self._layers[0].gate_up)
 
     def reach(self, length: int) -> None:
         """Make ready for positions below `length`."""
@@ -98,7 +105,7 @@ class FusedDecoder:
             keys, values = kv
             normed, added = kernels.add_norm(x, residual, layer.input_norm, self._eps)
             query = kernels.norm_rope_store(
-                _product(normed, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, self._cos_sin, positions,
+                product(normed, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, self._cos_sin, positions,
                 places, keys, values, self._eps,
             )  # fmt: skip
             return kernels.attend(query, keys, values, tiles, self._scaling).flatten(1), added
@@ -116,16 +123,27 @@ class FusedDecoder:
     def _behind_attention(
         self, layer: Layer, seen: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = _product(seen, layer.o, layer.o_bias, splits=SPLITS)
+        x = product(seen, layer.o, layer.o_bias, splits=SPLITS)
         normed, residual = kernels.add_norm(x, residual, layer.post_norm, self._eps)
-        if _is_streamed(normed, layer.gate_up):
-            activated = kernels.few_rows(normed, layer.gate_up, gated=True)
-        else:
-            activated = kernels.silu_mul(linear(normed, layer.gate_up))
-        return _product(activated, layer.down, splits=SPLITS), residual
+        return product(activated(normed, layer.gate_up, self._gated), layer.down, splits=SPLITS), residual
 
 
-def _product(
+def gated_for(weight: torch.Tensor) -> Any:
+    """`hopper_kernels.gated` where it runs, or None."""
+    return hopper_kernels.gated_for(weight) if hopper_kernels else None
+
+
+def activated(x: torch.Tensor, gate_up: torch.Tensor, gated: Any) -> torch.Tensor:
+    """silu(x @ gate.T) * (x @ up.T) of joined weights, by what is quickest for so many rows."""
+    if _is_streamed(x, gate_up):
+        return kernels.few_rows(x, gate_up, gated=True)
+    if gated and len(x) >= hopper_kernels.FEWEST_ROWS:
+        result: torch.Tensor = gated(x, gate_up)
+        return result
+    return kernels.silu_mul(linear(x, gate_up))
+
+
+def product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, splits: int = 1
 ) -> torch.Tensor:
     """x @ weight.T + bias, of few rows perhaps in splits, for `kernels.add_norm` to add up."""

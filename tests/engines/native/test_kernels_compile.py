@@ -148,12 +148,41 @@ COMPILE = """
     )
 """
 
+COMPILE_GLUON = """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from sdar_lm_eval.engines.native import hopper_kernels as hopper
+
+
+    def descriptor(type_, *shape):
+        return f"tensordesc<{type_}{list(shape)},{gl.NVMMASharedLayout(128, 16, len(shape))!r}>"
+
+
+    for type_ in ("bf16", "fp16"):
+        signature = {
+            "x": descriptor(type_, hopper.STRIP, hopper.INPUTS),
+            "weight": descriptor(type_, 2, hopper.COLUMNS, hopper.INPUTS),
+            "out": descriptor(type_, hopper.STRIP, hopper.COLUMNS),
+            "work": "*i32", "turns": "i32", "inputs": "i32", "STAGES": "constexpr",
+        }
+        source = GluonASTSource(fn=hopper._gated, signature=signature, constexprs={(6,): hopper.STAGES})
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": 168})
+        assert compiled.metadata.shared <= 227 * 1024
+        assert "wgmma.mma_async" in compiled.asm["ptx"]
+"""
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
-def test_for_an_h100(tmp_path):
+@pytest.mark.parametrize("script", [COMPILE, COMPILE_GLUON], ids=["triton", "gluon"])
+def test_for_an_h100(tmp_path, script):
+    if script is COMPILE_GLUON:
+        pytest.importorskip("sdar_lm_eval.engines.native.hopper_kernels", exc_type=ImportError)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    script = tmp_path / "compile.py"
-    script.write_text(dedent(COMPILE))
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    file = tmp_path / "compile.py"
+    file.write_text(dedent(script))
+    done = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

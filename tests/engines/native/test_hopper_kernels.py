@@ -1,0 +1,113 @@
+"""The kernel for Hopper GPUs: who works on what, everywhere; its results beside PyTorch's, on such a GPU only."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+hopper = pytest.importorskip("sdar_lm_eval.engines.native.hopper_kernels", exc_type=ImportError)
+
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+on_hopper = pytest.mark.skipif(not ON_HOPPER, reason="takes a Hopper GPU")
+
+
+@given(st.integers(1, 150), st.integers(1, 40), st.integers(1, 140))
+def test_every_tile_is_worked_on_once(strips, columns, programs):
+    own = hopper.schedule(strips, columns, programs)
+    done = Counter((first + i, column) for tiles in own for first, count, column in tiles for i in range(count))
+    assert set(done.values()) == {1}
+    rounded_up = strips + strips % 2 if strips > hopper.FEW_STRIPS else strips
+    assert set(done) == {(strip, column) for strip in range(rounded_up) for column in range(columns)}
+    times = [sum(1 if count == 2 else hopper.ODD for _, count, _ in tiles) for tiles in own]
+    assert max(times) - min(times) <= 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "turns"),
+    [(1280, 6), (1344, 6.6), (1408, 6.6), (640, 3)],  # what SDAR-4B takes on 132 processors, tiles of 128 rows as 1
+)
+def test_processors_are_busy(rows, turns):
+    own = hopper.schedule(rows // hopper.STRIP, 76, 132)
+    assert max(sum(1 if count == 2 else hopper.ODD for _, count, _ in tiles) for tiles in own) == pytest.approx(turns)
+
+
+def test_odd_strips_stay_near_their_columns():
+    """Their weights are still in the cache: a tile of the same column is at most some columns before."""
+    turn_of = {tile: turn for tiles in hopper.schedule(21, 76, 132) for turn, tile in enumerate(tiles)}
+    for (_, count, column), turn in turn_of.items():
+        if count == 1:
+            assert turn - max(turn_of[2 * pair, 2, column] for pair in range(10)) <= 2
+
+
+def test_rows_for_the_kernel():
+    work = hopper._work(3, 2, 4, torch.device("cpu"))
+    assert work.tolist() == [
+        [[0, 2, 0, 0], [0, 2, 128, 0], [128, 1, 0, 0], [128, 1, 128, 0]],
+        [[0, 0, 0, 0]] * 4,
+    ]
+
+
+def test_not_on_other_devices():
+    assert hopper.gated_for(torch.zeros(64, 64, dtype=torch.bfloat16)) is None
+
+
+def test_what_does_not_run_is_said(monkeypatch, caplog):
+    def gated(x, weight):
+        raise AttributeError("'tma' has no 'load'")
+
+    monkeypatch.setattr(hopper, "gated", gated)
+    monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
+    with caplog.at_level(logging.WARNING):
+        assert hopper.gated_for(torch.zeros(64, 64, dtype=torch.bfloat16)) is None
+    assert "cuBLAS takes its place" in caplog.text and "'tma' has no 'load'" in caplog.text
+    assert hopper.gated_for(torch.zeros(64, 64)) is None  # not tried: float32, odd sizes
+    assert hopper.gated_for(torch.zeros(72, 64, dtype=torch.bfloat16)) is None
+    assert len(caplog.records) == 1
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "size"),
+    [(1, 64, 128), (4, 8, 8), (65, 72, 136), (129, 320, 1000), (336, 2560, 9728), (1300, 512, 2048), (5000, 128, 384)],
+)
+def test_gated(dtype, rows, inputs, size):
+    torch.manual_seed(0)
+    x = torch.randn(rows, inputs, device="cuda").to(dtype)
+    weight = torch.randn(2 * size, inputs, device="cuda").to(dtype) / inputs**0.5
+    poison = torch.full((rows, size), torch.nan, dtype=dtype, device="cuda")
+    del poison  # what the result's memory holds
+    gate, up = (x.float() @ weight.float().T).chunk(2, dim=1)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-3
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(hopper.gated(x, weight).float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@on_hopper
+def test_a_row_does_not_depend_on_the_others():
+    torch.manual_seed(0)
+    x = torch.randn(3000, 512, device="cuda").bfloat16()
+    weight = torch.randn(4096, 512, device="cuda").bfloat16() / 20
+    whole = hopper.gated(x, weight)
+    for begin, end in [(0, 1), (0, 64), (100, 165), (7, 1300), (1000, 3000)]:
+        assert torch.equal(hopper.gated(x[begin:end].clone(), weight), whole[begin:end])
+
+
+@on_hopper
+def test_in_a_graph_with_new_inputs():
+    x = torch.zeros(400, 256, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(1024, 256, device="cuda").bfloat16() / 16
+    hopper.gated(x, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = hopper.gated(x, weight)
+    for _ in range(3):
+        x.normal_()
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, hopper.gated(x, weight))
