@@ -26,6 +26,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import time
 from typing import Any
 
 import torch
@@ -83,9 +84,11 @@ def main() -> None:
             lm.generate_until(cycled(warm_up, active, 0), disable_tqdm=True)
             ranks.barrier()
             before = dataclasses.replace(lm.report.counts)
+            started = time.perf_counter()
             for turn in range(-(-args.prompts // active)):
                 lm.generate_until(cycled(instances, active, turn), disable_tqdm=True)
-            own = row(active, before, lm.report.counts, args.new_tokens, floors.get(active))
+            seconds = time.perf_counter() - started
+            own = row(active, before, lm.report.counts, seconds, args.new_tokens, floors.get(active))
             of_ranks = ranks.gather_object(own)
             if of_ranks is None:
                 continue
@@ -125,9 +128,10 @@ def time_products(args: argparse.Namespace, pretrained: str) -> dict[int, tuple[
     return {active: floor.seconds(active * checkpoint.block_length) for active in args.active}
 
 
-def row(active: int, before: Any, after: Any, new_tokens: int, products: tuple[float, float] | None) -> dict[str, Any]:
+def row(
+    active: int, before: Any, after: Any, seconds: float, new_tokens: int, products: tuple[float, float] | None
+) -> dict[str, Any]:
     tokens = after.new_tokens - before.new_tokens
-    seconds = after.generation_seconds - before.generation_seconds
     assert tokens == (after.requests - before.requests) * new_tokens, "an answer ended early"
     denoising = (after.denoising_forwards - before.denoising_forwards) / active
     commit = (after.commit_forwards - before.commit_forwards) / active

@@ -245,12 +245,12 @@ def whole_gsm8k(lm: Any, questions: Any, args: argparse.Namespace) -> dict[str, 
     }
     count = min(args.questions or len(questions), len(questions))
     before = dataclasses.replace(lm.report.counts)
-    lm.generate_until(
-        [instance(i, questions[i], args.answer_tokens, settings) for i in range(count)], disable_tqdm=True
-    )
+    instances = [instance(i, questions[i], args.answer_tokens, settings) for i in range(count)]
+    clock = Clock()
+    lm.generate_until(instances, disable_tqdm=True)
+    seconds = clock.lap()
     after = lm.report.counts
     tokens = after.new_tokens - before.new_tokens
-    seconds = after.generation_seconds - before.generation_seconds
     steps = after.denoising_forwards - before.denoising_forwards
     assert tokens == count * args.answer_tokens, "an answer ended early"
     row = {

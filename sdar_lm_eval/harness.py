@@ -273,10 +273,13 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         Nor are they to a text in the chat template, which writes the BOS itself where there is to be one.
         """
         if add_special_tokens is None:
-            bos = self.tokenizer.bos_token
-            add_special_tokens = not (bos and string.startswith(bos)) and not self._is_rendered(string)
+            add_special_tokens = self._wants_special_tokens(string)
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         return ids
+
+    def _wants_special_tokens(self, string: str) -> bool:
+        bos = self.tokenizer.bos_token
+        return not (bos and string.startswith(bos)) and not self._is_rendered(string)
 
     def tok_decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens without special ones."""
@@ -627,12 +630,12 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         one; those count as its repeats over again, so they get the same answers and cost nothing. So do repeats of an
         answer without chance.
         """
-        keys, jobs = [], {}
+        keys: list[_Key] = []
         seen: collections.Counter[int] = collections.Counter()
         settings: dict[str, _Settings] = {}
-        truncated = 0
+        asked: dict[_Key, tuple[Any, _Settings]] = {}
         for instance in requests:
-            context, gen_kwargs = instance.args[:2]
+            gen_kwargs = instance.args[1]
             name = json.dumps(gen_kwargs, default=str)
             if name not in settings:
                 settings[name] = self._read(gen_kwargs)
@@ -641,19 +644,22 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             seen[id(instance)] += 1
             key = (id(instance), repeat)
             keys.append(key)
-            if key in jobs:
-                continue
+            asked[key] = instance, settings[name]
+        prompts = self._encode_prompts([instance.args[0] for instance, _ in asked.values()])
+        jobs: dict[_Key, _Job] = {}
+        truncated = 0
+        for (key, (instance, own)), ids in zip(asked.items(), prompts, strict=True):
+            repeat, generation = key[1], own.generation
             self._decoding_of_tasks[str(instance.task_name)] = generation.as_dict()
-            ids = self._encode_prompt(context)
             room = self._room_for_prompt(generation.max_gen_toks)
             truncated += len(ids) > room
-            seed = _seed_of(self._seed, instance.task_name, context, repeat)
+            seed = _seed_of(self._seed, instance.task_name, instance.args[0], repeat)
             request = GenerationRequest(
                 prompt_ids=tuple(ids[-room:]),
                 max_new_tokens=generation.max_gen_toks,
                 decoding=generation.decoding,
-                stop_ids=settings[name].stop_ids,
-                stop_strings=settings[name].stop_strings,
+                stop_ids=own.stop_ids,
+                stop_strings=own.stop_strings,
                 seed=seed,
                 record_steps=self.report.tracing or self._verbose,
             )
@@ -681,9 +687,21 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                 stop_strings.append(text)
         return _Settings(generation, frozenset(stop_ids), tuple(stop_strings))
 
-    def _encode_prompt(self, context: str) -> list[int]:
-        rendered = self._is_rendered(context)
-        if self._has_template and self._template_mode != "off" and not rendered:
+    def _encode_prompts(self, contexts: Sequence[str]) -> list[list[int]]:
+        """Tokens of prompts, in the chat template where it is to be applied; together, which is quicker."""
+        texts = [self._in_template(context) for context in contexts]
+        prompts: list[list[int]] = [[] for _ in texts]
+        for special in (False, True):
+            some = [i for i, (_, wants_special) in enumerate(texts) if wants_special == special]
+            if some:
+                ids_of = self.tokenizer([texts[i][0] for i in some], add_special_tokens=special)["input_ids"]
+                for i, ids in zip(some, ids_of, strict=True):
+                    prompts[i] = ids
+        return [prompt or [self.prefix_token_id] for prompt in prompts]
+
+    def _in_template(self, context: str) -> tuple[str, bool]:
+        """A prompt as it is tokenized, and whether special tokens are added."""
+        if self._has_template and self._template_mode != "off" and not self._is_rendered(context):
             if not self._said_template:
                 self._said_template = True
                 logger.info(
@@ -694,9 +712,8 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                 )
             # Some of our tasks' prompts are a TurnsPrompt.
             turns = getattr(context, "turns", None) or [{"role": "user", "content": context}]
-            context, rendered = self._render(turns), True
-        # A chat template writes the BOS itself, where there is to be one.
-        return self.tok_encode(context, add_special_tokens=False if rendered else None) or [self.prefix_token_id]
+            return self._render(turns), False  # a chat template writes the BOS itself, where there is to be one
+        return context, self._wants_special_tokens(context)
 
     def _is_rendered(self, context: str) -> bool:
         """Whether a prompt is in the chat template already, by the harness or by its task."""

@@ -125,16 +125,6 @@ def _multiply(out, buffers, barriers, work, turns, inputs, WHICH: gl.constexpr):
     tma.store_wait(0)
 
 
-@gluon.jit
-def _multiply_first(out, buffers, barriers, work, turns, inputs):
-    _multiply(out, buffers, barriers, work, turns, inputs, 0)
-
-
-@gluon.jit
-def _multiply_second(out, buffers, barriers, work, turns, inputs):
-    _multiply(out, buffers, barriers, work, turns, inputs, 1)
-
-
 @gluon.jit(do_not_specialize=["turns"])
 def _gated(x, weight, out, work, turns, inputs, STAGES: gl.constexpr):
     STRIP: gl.constexpr = x.block_shape[0]
@@ -152,8 +142,8 @@ def _gated(x, weight, out, work, turns, inputs, STAGES: gl.constexpr):
     work += gl.program_id(0) * 4
     gl.warp_specialize(
         [
-            (_multiply_first, (out, buffers, barriers, work, turns, inputs)),
-            (_multiply_second, (out, buffers, barriers, work, turns, inputs)),
+            (_multiply, (out, buffers, barriers, work, turns, inputs, 0)),
+            (_multiply, (out, buffers, barriers, work, turns, inputs, 1)),
             (_copy, (x, weight, buffers, barriers, work, turns, inputs)),
         ],
         [4, 1],  # warps of the second and of the third
