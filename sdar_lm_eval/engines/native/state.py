@@ -45,10 +45,11 @@ class Outcome:
         confidence: (N, L) float32 at that step.
         took_part: (N,) bool, slots that were denoised.
         committed: (N,) bool, slots whose block before was committed beside.
-        decided: (N,) bool, blocks without masked tokens.
+        decided: (N,) bool, blocks without masked tokens, or without any before the end of the answer: its first stop
+            token, or its limit.
         stuck: (N,) bool, slots in which nothing was unmasked: their logits are no numbers.
         goes_on: (N,) bool, slots that have begun the next block.
-        left: (N,) int32, positions that are masked still, of the block that the step was about.
+        left: (N,) int32, positions that are masked still, of the block that the step was about; 0 where it is decided.
     """
 
     tokens: Any
@@ -266,13 +267,16 @@ class BatchState:
                 where = drawn[:, column : column + 1]
                 self.seen.scatter_(1, where, self.seen.gather(1, where) | kept[:, column : column + 1])
         stuck = masked.any(dim=1) & ~kept.any(dim=1) | (kept & sure.isnan()).any(dim=1)
-        decided = took_part & ~self.masked.any(dim=1)
-
+        # What stands behind an answer's end need not be decided.
         fresh = (self.offsets >= self.given[:, None]) & (self.offsets < self.length[:, None])  # (N + 1, L)
-        stops = ((self.tokens[:, :, None] == self.stop_ids[:, None, :]).any(dim=-1) & fresh).any(dim=1)
+        stops = (self.tokens[:, :, None] == self.stop_ids[:, None, :]).any(dim=-1) & fresh
+        stop = torch.where(stops, self.offsets, self.block).min(dim=1).values
+        end = torch.minimum(stop, self.given + self.room)
+        decided = took_part & ~(self.masked & (self.offsets < end[:, None])).any(dim=1)
         new = self.length - self.given
-        goes_on = decided & ~stops & (new < self.room)
-        outcome = self._pack(took_part, committed, decided, stuck, goes_on, self.masked.sum(dim=1))
+        goes_on = decided & (stop == self.block) & (new < self.room)
+        left = torch.where(decided, 0, self.masked.sum(dim=1))
+        outcome = self._pack(took_part, committed, decided, stuck, goes_on, left)
         self.active &= ~decided | goes_on
         self.before.copy_(torch.where(goes_on[:, None], self.tokens, self.before))
         self.uncommitted.copy_(torch.where(took_part, goes_on, self.uncommitted))

@@ -251,17 +251,19 @@ def _advance(
     sure = tl.where(kept, sure, tl.load(confidence + at, mask=inside, other=0.0))
     none_kept = (tl.sum(open_.to(tl.int32)) > 0) & (tl.sum(kept.to(tl.int32)) == 0)
     stuck = (none_kept | (tl.sum(is_no_number.to(tl.int32)) > 0)).to(tl.int32)
-    left = tl.sum(still.to(tl.int32))
-    decided = took_part * (left == 0).to(tl.int32)
 
-    # Whether the answer goes on
-    first = tl.load(given + slot)
+    # Whether the block is decided, as far as the answer goes, and whether that goes on
+    first, most = tl.load(given + slot), tl.load(room + slot)
     fresh = (column >= first) & (column < tokens_here)
-    stopping = 0
+    stop = BLOCK
     for i in range(stops):
-        stopping += tl.sum((fresh & (token == tl.load(stop_ids + slot * stops + i))).to(tl.int32))
-    new, most = tokens_here - first, tl.load(room + slot)
-    goes_on = decided * ((stopping == 0) & (new < most)).to(tl.int32)
+        is_stop = fresh & (token == tl.load(stop_ids + slot * stops + i))
+        stop = tl.minimum(stop, tl.min(tl.where(is_stop, column, BLOCK)))
+    needed = still & (column < tl.minimum(stop, first + most))
+    decided = took_part * (tl.sum(needed.to(tl.int32)) == 0).to(tl.int32)
+    left = tl.sum(still.to(tl.int32)) * (decided == 0).to(tl.int32)
+    new = tokens_here - first
+    goes_on = decided * ((stop == BLOCK) & (new < most)).to(tl.int32)
 
     blocks = slots * BLOCK
     tl.store(packed + at, token.to(tl.int32), mask=inside)

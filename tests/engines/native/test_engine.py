@@ -374,6 +374,31 @@ def test_forwards_are_counted(demo):
     assert result.seconds > 0
 
 
+def test_an_answer_is_done_when_all_before_its_end_is_decided(tiny):
+    """What stands behind a stop token or the limit in its block is not waited for, and changes nothing."""
+    prompt = (1, 2, 3, 4)
+
+    def answers(strategy, limits, stops=()):
+        decoding = DecodingConfig(remasking_strategy=strategy, temperature=0)
+        return run(tiny, [GenerationRequest(prompt, limit, decoding, frozenset(stops)) for limit in limits])
+
+    whole = answers("sequential", [12])[0].token_ids
+    for limit, result in zip(range(1, 13), answers("sequential", range(1, 13)), strict=True):
+        assert (result.token_ids, result.denoising_forwards) == (whole[:limit], limit)
+    end = whole.index(whole[6])
+    (result,) = answers("sequential", [12], stops=[whole[6]])
+    assert (result.token_ids, result.finish_reason) == (whole[:end], "stop")
+    assert result.denoising_forwards == end + 1
+
+    whole = answers("low_confidence_static", [12])[0].token_ids
+    forwards = []
+    for limit, result in zip(range(1, 13), answers("low_confidence_static", range(1, 13)), strict=True):
+        assert result.token_ids == whole[:limit]
+        assert limit <= result.denoising_forwards <= -(-limit // 4) * 4
+        forwards.append(result.denoising_forwards)
+    assert forwards == sorted(forwards) and len(set(forwards)) > 3
+
+
 def test_two_steps_a_block_are_two_forwards(tiny):
     decoding = DecodingConfig(denoising_steps=2, remasking_strategy="low_confidence_static", temperature=0)
     (result,) = run(tiny, [GenerationRequest((1, 2, 3, 4), 8, decoding)])
