@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 PRODUCTS = ("nvjet", "gemm", "cutlass", "splitk", "_few_rows")
 GAPS = (2, 20, 200)  # microseconds, by which gaps are told apart
+LONGEST = 10  # gaps that are shown one by one
 
 
 def main() -> None:
@@ -68,9 +69,16 @@ def main() -> None:
         print(f"| {name} | {ms:,.2f} | {times:,} | {1000 * ms / times:,.1f} |")
     for limit, ms in found["gaps_ms"].items():
         print(f"| gaps {limit} | {ms:,.2f} | | |")
+    for gap in found["longest_gaps"]:
+        between = " and ".join(_short(gap[side]) for side in ("behind", "before"))
+        print(f"{gap['ms']:.2f} ms without a kernel, {gap['at_ms']:,.0f} ms after the first one, between {between}")
     info = lm.get_model_info()["sdar_lm_eval"]
     asked = {name: value for name, value in vars(args).items() if name not in info}
     print(json.dumps({**info, **asked, "seconds": alone, "seconds_profiled": seconds, **found}))
+
+
+def _short(name: str) -> str:
+    return name.split("(")[0].split("<")[0]
 
 
 def summary(events: Iterable[tuple[int, int, str]], most: int = 20) -> dict[str, Any]:
@@ -78,21 +86,28 @@ def summary(events: Iterable[tuple[int, int, str]], most: int = 20) -> dict[str,
     ordered = sorted(events)
     busy, until = 0, ordered[0][0]
     gaps: dict[str, int] = dict.fromkeys([*(f"up to {limit} us" for limit in GAPS), "longer"], 0)
+    longest: list[tuple[int, int, str, str]] = []
+    last = ""
     took: collections.Counter[str] = collections.Counter()
     times: collections.Counter[str] = collections.Counter()
     for start, end, name in ordered:
         if start > until:
             place = sum(start - until > 1000 * limit for limit in GAPS)
             gaps[list(gaps)[place]] += start - until
+            longest = sorted([*longest, (start - until, until - ordered[0][0], last, name)])[-LONGEST:]
         busy += max(0, end - max(start, until))
-        until = max(until, end)
-        kind = "products" if any(part in name.lower() for part in PRODUCTS) else name.split("(")[0].split("<")[0]
+        until, last = max(until, end), name
+        kind = "products" if any(part in name.lower() for part in PRODUCTS) else _short(name)
         took[kind] += end - start
         times[kind] += 1
     return {
         "busy_ms": busy / 1e6,
         "kernels": {name: (ns / 1e6, times[name]) for name, ns in took.most_common(most)},
         "gaps_ms": {limit: ns / 1e6 for limit, ns in gaps.items()},
+        "longest_gaps": [
+            {"ms": ns / 1e6, "at_ms": begin / 1e6, "behind": behind, "before": before}
+            for ns, begin, behind, before in reversed(longest)
+        ],
     }
 
 

@@ -203,7 +203,7 @@ def contexts(lm: Any, args: argparse.Namespace, device: torch.device) -> Iterato
                 # A step decides a token at most, and prefills a chunk of the prompts that are not begun yet.
                 ahead = -(-(count - 1 - i) * size // PREFILL_CHUNK[device.type]) + 2 * length if i < count - 1 else 0
                 requests.append(GenerationRequest(random_tokens(lm, size, rng), args.new_tokens + ahead, decoding))
-            requests.append(GenerationRequest(random_tokens(lm, length, rng), 1, decoding))
+            requests.append(GenerationRequest(random_tokens(lm, length, rng), length, decoding))  # a block
             seconds, steps, made = generation_alone(lm, requests)
         row = {
             "prompt_tokens": size,

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sdar_lm_eval.demo import CHECKPOINT as DEMO_CHECKPOINT
 from sdar_lm_eval.engines.base import DEFAULT_BLOCK_LENGTH
 from sdar_lm_eval.errors import EngineError, UserError
@@ -153,7 +155,9 @@ class Checkpoint:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special tokens left out, nothing tidied up."""
-        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # Of a list transformers looks at every token by itself.
+        ids = np.asarray(token_ids, dtype=np.int64)
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     @functools.cached_property

@@ -70,6 +70,7 @@ class _Settings:
     """What all requests with the same gen_kwargs share."""
 
     generation: Generation
+    described: dict[str, Any]
     stop_ids: frozenset[int]
     stop_strings: tuple[str, ...]
 
@@ -650,7 +651,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         truncated = 0
         for (key, (instance, own)), ids in zip(asked.items(), prompts, strict=True):
             repeat, generation = key[1], own.generation
-            self._decoding_of_tasks[str(instance.task_name)] = generation.as_dict()
+            self._decoding_of_tasks[str(instance.task_name)] = own.described
             room = self._room_for_prompt(generation.max_gen_toks)
             truncated += len(ids) > room
             seed = _seed_of(self._seed, instance.task_name, instance.args[0], repeat)
@@ -685,7 +686,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                 stop_ids.add(ids[0])
             else:
                 stop_strings.append(text)
-        return _Settings(generation, frozenset(stop_ids), tuple(stop_strings))
+        return _Settings(generation, generation.as_dict(), frozenset(stop_ids), tuple(stop_strings))
 
     def _encode_prompts(self, contexts: Sequence[str]) -> list[list[int]]:
         """Tokens of prompts, in the chat template where it is to be applied; together, which is quicker."""

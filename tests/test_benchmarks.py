@@ -100,3 +100,5 @@ def test_where_the_gpus_time_goes(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert found["busy_ms"] == pytest.approx(0.007)
     assert found["kernels"] == {"_attend": (0.004, 2), "products": (0.003, 2), "void at::native::copy": (0.001, 1)}
     assert found["gaps_ms"] == {"up to 2 us": 0.0015, "up to 20 us": 0, "up to 200 us": 0.05, "longer": 0.3415}
+    gap = found["longest_gaps"][0]
+    assert (gap["ms"], gap["behind"], gap["before"]) == (0.3415, "void at::native::copy<int>(x)", "_attend")
