@@ -7,15 +7,17 @@ engine owes it tokens.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import logging
 import math
+import os
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -695,7 +697,8 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         for special in (False, True):
             some = [i for i, (_, wants_special) in enumerate(texts) if wants_special == special]
             if some:
-                ids_of = self.tokenizer([texts[i][0] for i in some], add_special_tokens=special)["input_ids"]
+                with _parallel_tokenizing():
+                    ids_of = self.tokenizer([texts[i][0] for i in some], add_special_tokens=special)["input_ids"]
                 for i, ids in zip(some, ids_of, strict=True):
                     prompts[i] = ids
         return [prompt or [self.prefix_token_id] for prompt in prompts]
@@ -841,6 +844,22 @@ class SDARLMDeployLM(SDARLM):
 
     ENGINE = "lmdeploy"
     ENGINE_ARGUMENTS = ("tensor_parallel_size", "data_parallel_size", "cache_max_entry_count")
+
+
+@contextlib.contextmanager
+def _parallel_tokenizing() -> Iterator[None]:
+    """Tokenize many texts by all cores, which lm_eval switches off.
+
+    It does so because tokenizers that have run in parallel warn in every process forked afterwards, unless they are
+    told what to do there; they are, once this is over.
+    """
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        os.environ[name] = before or "false"
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

@@ -203,13 +203,20 @@ class NativeEngine:
         is under way, which nobody reads.
         """
         under_way: deque[dict[int, tuple[Sequence, int]]] = deque()
+        finished: list[tuple[int, GenerationResult]] = []  # given out once the GPU has something to do meanwhile
         while scheduler.unfinished:
             try:
                 prepared = self._prepare_step(scheduler)
                 launched = self._launch(scheduler)
-            except torch.OutOfMemoryError as error:
+            except BaseException as error:
+                yield from finished
+                finished = []
+                if not isinstance(error, torch.OutOfMemoryError):
+                    raise
                 self._make_room(scheduler, error)
                 continue
+            yield from finished
+            finished = []
             if launched:
                 under_way.append(launched)
             elif not under_way and scheduler.running and not prepared:
@@ -218,7 +225,8 @@ class NativeEngine:
                     "happen. Finished answers are kept (--use_cache); run again with a smaller max_active."
                 )
             if under_way and (not launched or len(under_way) == self._most_under_way):
-                yield from self._settle(scheduler, self._runner.collect(), under_way.popleft())
+                finished = self._settle(scheduler, self._runner.collect(), under_way.popleft())
+        yield from finished
 
     def _make_room(self, scheduler: Scheduler, error: BaseException) -> None:
         """After an out-of-memory error: go on with half the sequences, and half the prompt tokens a step.
