@@ -72,13 +72,13 @@ class Floor:
         """Seconds of one layer's products and activation as the engine's kernels do them; of what is run to draw."""
         from sdar_lm_eval.engines.native import fused
 
-        gated = fused.gated_for(self._layers[0][2])
+        on_hopper = fused.runs_on_hopper(self._layers[0])
         widths = {matrix.shape[1] for matrix in self._layers[0]}
         inputs = {width: torch.randn(rows, width, device=self._device).to(self._head.dtype) for width in sorted(widths)}
 
         def behind_attention(o: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> None:
             fused.product(inputs[o.shape[1]], o, splits=fused.SPLITS)
-            active = fused.activated(inputs[gate_up.shape[1]], gate_up, gated)
+            active = fused.activated(inputs[gate_up.shape[1]], gate_up, on_hopper=on_hopper)
             fused.product(active, down, splits=fused.SPLITS)
 
         def layers() -> None:

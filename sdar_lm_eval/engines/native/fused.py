@@ -48,9 +48,13 @@ class FusedDecoder:
 
     Args:
         model: on its device already. Its projections become views of the joined ones: no weight is there twice.
+        alone: whether what becomes of a token should not depend on how many others there are, if that can be had.
+
+    Attributes:
+        alone: whether it does not: products are run by `hopper_kernels`, which takes a Hopper GPU.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, alone: bool = False) -> None:
         config = model.config
         self._rotary, self._half, self._device = model.model.rotary_emb, config.head_dim // 2, model.device
         self._cos_sin = torch.empty(0, config.head_dim, device=model.device)
@@ -59,7 +63,10 @@ class FusedDecoder:
         self._eps = config.rms_norm_eps
         self._scaling = config.head_dim**-0.5
         self._layers = [_join(layer) for layer in model.model.layers]
-        self._gated = gated_for(self._layers[0].gate_up)
+        self._head = model.lm_head.weight
+        first = self._layers[0]
+        self._on_hopper = runs_on_hopper([first.gate_up, first.qkv, first.o, first.down, self._head])
+        self.alone = alone and self._on_hopper and first.qkv_bias is None and first.o_bias is None
 
     def reach(self, length: int) -> None:
         """Make ready for positions below `length`."""
@@ -105,7 +112,7 @@ class FusedDecoder:
             keys, values = kv
             normed, added = kernels.add_norm(x, residual, layer.input_norm, self._eps)
             query = kernels.norm_rope_store(
-                product(normed, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, self._cos_sin, positions,
+                self._product(normed, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, self._cos_sin, positions,
                 places, keys, values, self._eps,
             )  # fmt: skip
             return kernels.attend(query, keys, values, tiles, self._scaling).flatten(1), added
@@ -123,22 +130,38 @@ class FusedDecoder:
     def _behind_attention(
         self, layer: Layer, seen: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = product(seen, layer.o, layer.o_bias, splits=SPLITS)
+        x = self._product(seen, layer.o, layer.o_bias, splits=SPLITS)
         normed, residual = kernels.add_norm(x, residual, layer.post_norm, self._eps)
-        return product(activated(normed, layer.gate_up, self._gated), layer.down, splits=SPLITS), residual
+        if self.alone:
+            active = hopper_kernels.gated(normed, layer.gate_up)
+        else:
+            active = activated(normed, layer.gate_up, on_hopper=self._on_hopper)
+        return self._product(active, layer.down, splits=SPLITS), residual
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of last hidden states, (M, D) -> (M, V)."""
+        return self._product(hidden, self._head) if self.alone else linear(hidden, self._head)
+
+    def _product(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, splits: int = 1
+    ) -> torch.Tensor:
+        if self.alone:
+            result: torch.Tensor = hopper_kernels.product(x, weight)
+            return result
+        return product(x, weight, bias, splits=splits)
 
 
-def gated_for(weight: torch.Tensor) -> Any:
-    """`hopper_kernels.gated` where it runs, or None."""
-    return hopper_kernels.gated_for(weight) if hopper_kernels else None
+def runs_on_hopper(weights: list[torch.Tensor]) -> bool:
+    """Whether `hopper_kernels` runs for such weights here."""
+    return hopper_kernels is not None and hopper_kernels.run_for(weights)
 
 
-def activated(x: torch.Tensor, gate_up: torch.Tensor, gated: Any) -> torch.Tensor:
+def activated(x: torch.Tensor, gate_up: torch.Tensor, *, on_hopper: bool) -> torch.Tensor:
     """silu(x @ gate.T) * (x @ up.T) of joined weights, by what is quickest for so many rows."""
     if _is_streamed(x, gate_up):
         return kernels.few_rows(x, gate_up, gated=True)
-    if gated and len(x) >= hopper_kernels.FEWEST_ROWS:
-        result: torch.Tensor = gated(x, gate_up)
+    if on_hopper and len(x) >= hopper_kernels.FEWEST_ROWS:
+        result: torch.Tensor = hopper_kernels.gated(x, gate_up)
         return result
     return kernels.silu_mul(linear(x, gate_up))
 

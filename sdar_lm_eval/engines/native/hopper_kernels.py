@@ -1,13 +1,14 @@
-"""The product of an MLP's gate and up projections with its activation, in one kernel for Hopper GPUs.
+"""Matrix products for Hopper GPUs: of an MLP's gate and up projections with the activation, and plain ones.
 
-An H100 that multiplies matrices draws all the power it is allowed, so what counts is how much is moved about. Here gate
-and up never leave the registers that they were added up in: half of what cuBLAS would write is written, and nothing is
-read again.
+An H100 that multiplies matrices draws all the power it is allowed, so what counts is how much is moved about. Gate and
+up never leave the registers that they were added up in: half of what cuBLAS would write is written, and nothing is read
+again. Plain products are about as quick as cuBLAS's, often slower; but a row's results do not depend on the other rows,
+nor on their number, which is what `reproducible=true` is about.
 
 The kernel is written in Gluon, the language below Triton (triton.experimental, from Triton 3.6 on). A program stays on
 its processor and works through the tiles that `schedule` gives it. One warp copies what is multiplied to shared memory,
 some steps ahead; two groups of four warps multiply 64 rows each by the same columns, and while one writes its results
-the other goes on. A row's results do not depend on the other rows, nor on their number.
+the other goes on.
 
 There is no interpreter for Gluon: the kernel is compiled in tests/engines/native/test_kernels_compile.py and compared
 with PyTorch on GPUs only, by tests/engines/native/test_hopper_kernels.py.
@@ -18,7 +19,8 @@ from __future__ import annotations
 import functools
 import heapq
 import logging
-from collections.abc import Callable
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,9 +37,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 logger = logging.getLogger(__name__)
 
-FEWEST_ROWS = 336  # below, cuBLAS and `kernels.silu_mul` are quicker: weights have to be read, and tiles are half empty
+# Of gate and up; below, cuBLAS and `kernels.silu_mul` are quicker: weights have to be read, and tiles are half empty.
+FEWEST_ROWS = 336
 STRIP = 64  # rows of a group of warps, the least that the instruction takes
-COLUMNS = 128  # of gate and of up in a tile, 256 together: the most that the instruction takes
+COLUMNS = 256  # of a tile, the most that the instruction takes; half are gate's and half up's where it has both
 INPUTS = 64  # of K a step: 128 bytes, what a row of shared memory holds without conflicts
 STAGES = 4  # steps that are copied ahead
 GROUP = 16  # pairs of strips that go through all columns together: their inputs stay in the L2 cache
@@ -59,7 +62,7 @@ def _copy(x, weight, buffers, barriers, work, turns, inputs):
     STRIP: gl.constexpr = rows.shape[1]
     INPUTS: gl.constexpr = rows.shape[2]
     strip: gl.constexpr = 2 * STRIP * INPUTS
-    both: gl.constexpr = 4 * weights.shape[2] * INPUTS
+    all_columns: gl.constexpr = 2 * weights.shape[1] * weights.shape[2] * INPUTS
     step = 0
     row, strips, column = gl.load(work), gl.load(work + 1), gl.load(work + 2)
     for _ in range(turns):
@@ -70,8 +73,8 @@ def _copy(x, weight, buffers, barriers, work, turns, inputs):
                 stage = step % STAGES
                 mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
                 bar = ready.index(stage)
-                mbarrier.expect(bar, strip + both, pred=strips == 1)
-                mbarrier.expect(bar, 2 * strip + both, pred=strips == 2)
+                mbarrier.expect(bar, strip + all_columns, pred=strips == 1)
+                mbarrier.expect(bar, 2 * strip + all_columns, pred=strips == 2)
                 load_tile(x, [row, k], bar, rows.index(2 * stage))
                 load_tile(x, [row + STRIP, k], bar, rows.index(2 * stage + 1), pred=strips == 2)
                 load_tile(weight, [0, column, k], bar, weights.index(stage))
@@ -87,9 +90,10 @@ def _multiply(out, buffers, barriers, work, turns, inputs, WHICH: gl.constexpr):
     STAGES: gl.constexpr = weights.shape[0]
     STRIP: gl.constexpr = rows.shape[1]
     INPUTS: gl.constexpr = rows.shape[2]
-    COLUMNS: gl.constexpr = weights.shape[2]
+    GATED: gl.constexpr = weights.shape[1] == 2
+    COLUMNS: gl.constexpr = weights.shape[1] * weights.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 2 * COLUMNS, 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
     )
     step = 0
     result = results.index(WHICH)
@@ -98,24 +102,24 @@ def _multiply(out, buffers, barriers, work, turns, inputs, WHICH: gl.constexpr):
         work += gl.num_programs(0) * 4
         next_row, next_strips, next_column = gl.load(work), gl.load(work + 1), gl.load(work + 2)
         if strips > WHICH:
-            total = gl.zeros([STRIP, 2 * COLUMNS], gl.float32, layout)
+            total = gl.zeros([STRIP, COLUMNS], gl.float32, layout)
             for k in range(0, inputs, INPUTS):
                 stage = step % STAGES
                 mbarrier.wait(ready.index(stage), step // STAGES & 1)
-                transposed = weights.index(stage).reshape([2 * COLUMNS, INPUTS]).permute([1, 0])
+                transposed = weights.index(stage).reshape([COLUMNS, INPUTS]).permute([1, 0])
                 total = warpgroup_mma(rows.index(2 * stage + WHICH), transposed, total, use_acc=k > 0, is_async=True)
                 total = warpgroup_mma_wait(1, [total])  # the step before is done with its stage
                 mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=k > 0)
                 step += 1
             total = warpgroup_mma_wait(0, [total])
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
-            # A thread has gate and up of the same columns.
-            gate, up = total.reshape([STRIP, 2, COLUMNS]).permute(0, 2, 1).split()
-            activated = gate * up / (1.0 + gl.exp(-gate))
-            tma.store_wait(0)  # the tile before has left shared memory
-            result.store(activated.to(result.dtype))
-            fence_async_shared()
-            store_tile(out, [row + WHICH * STRIP, column], result)
+            # A thread has the same columns of both halves.
+            first, second = total.reshape([STRIP, 2, COLUMNS // 2]).permute(0, 2, 1).split()
+            if GATED:
+                _store(first * second / (1.0 + gl.exp(-first)), row + WHICH * STRIP, column, result, out)
+            else:
+                _store(first, row + WHICH * STRIP, column, result, out)
+                _store(second, row + WHICH * STRIP, column + COLUMNS // 2, result, out)
         elif strips > 0:
             for _k in range(0, inputs, INPUTS):
                 mbarrier.wait(ready.index(step % STAGES), step // STAGES & 1)
@@ -125,14 +129,23 @@ def _multiply(out, buffers, barriers, work, turns, inputs, WHICH: gl.constexpr):
     tma.store_wait(0)
 
 
+@gluon.jit
+def _store(x, row, column, buffer, out):
+    tma.store_wait(0)  # what was there has left shared memory
+    buffer.store(x.to(buffer.dtype))
+    fence_async_shared()
+    store_tile(out, [row, column], buffer)
+
+
 @gluon.jit(do_not_specialize=["turns"])
-def _gated(x, weight, out, work, turns, inputs, STAGES: gl.constexpr):
+def _product(x, weight, out, work, turns, inputs, STAGES: gl.constexpr):
     STRIP: gl.constexpr = x.block_shape[0]
     INPUTS: gl.constexpr = x.block_shape[1]
+    PARTS: gl.constexpr = weight.block_shape[0]
     COLUMNS: gl.constexpr = weight.block_shape[1]
     rows = gl.allocate_shared_memory(x.dtype, [2 * STAGES, STRIP, INPUTS], x.layout)
-    weights = gl.allocate_shared_memory(x.dtype, [STAGES, 2, COLUMNS, INPUTS], weight.layout)
-    results = gl.allocate_shared_memory(x.dtype, [2, STRIP, COLUMNS], out.layout)
+    weights = gl.allocate_shared_memory(x.dtype, [STAGES, PARTS, COLUMNS, INPUTS], weight.layout)
+    results = gl.allocate_shared_memory(x.dtype, [2, STRIP, out.block_shape[1]], out.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -161,33 +174,44 @@ def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         (T, F).
     """
-    rows, inputs = x.shape
-    size = len(weight) // 2
-    assert x.is_contiguous() and weight.is_contiguous() and inputs % 8 == 0 and size % 8 == 0
+    return _run(x, weight.view(2, -1, weight.shape[1]))
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T; (T, K), (N, K) -> (T, N), in 16 bits. K and N are multiples of 8."""
+    return _run(x, weight.view(1, -1, weight.shape[1]))
+
+
+def _run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    (rows, inputs), (parts, size, _) = x.shape, weight.shape
     out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
-    programs = _processors(x.device)
-    work = _work(-(-rows // STRIP), -(-size // COLUMNS), programs, x.device)
-    plain, stacked = (gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank) for rank in (2, 3))
-    _gated[(programs,)](
-        TensorDescriptor.from_tensor(x, [STRIP, INPUTS], plain),
-        TensorDescriptor.from_tensor(weight.view(2, size, inputs), [2, COLUMNS, INPUTS], stacked),
-        TensorDescriptor.from_tensor(out, [STRIP, COLUMNS], plain),
+    columns = COLUMNS // parts
+    work = _work(-(-rows // STRIP), -(-size // columns), columns, x.device)
+    _product[(work.shape[1],)](
+        TensorDescriptor.from_tensor(x, [STRIP, INPUTS], _layout(2)),
+        TensorDescriptor.from_tensor(weight, [parts, columns, INPUTS], _layout(3)),
+        TensorDescriptor.from_tensor(out, [STRIP, COLUMNS // 2], _layout(2)),
         work, len(work) - 1, inputs, STAGES, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return out
 
 
-def gated_for(weight: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
-    """`gated` if it runs for such weights, (2 F, K): on Hopper GPUs in 16 bits; tries it."""
-    size, inputs = weight.shape
-    if not _is_hopper(weight.device) or weight.dtype.itemsize != 2 or size % 16 or inputs % 8:
-        return None
+def _layout(rank: int) -> Any:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
+
+
+def run_for(weights: Iterable[torch.Tensor]) -> bool:
+    """Whether these kernels run for such weights, (N, K) each: on Hopper GPUs, in 16 bits. Tries it."""
+    some = list(weights)
+    if not _is_hopper(some[0].device) or any(w.dtype.itemsize != 2 or len(w) % 16 or w.shape[1] % 8 for w in some):
+        return False
     try:
-        gated(weight.new_zeros(1, inputs), weight)
+        for run in (gated, product):
+            run(some[0].new_zeros(1, some[0].shape[1]), some[0])
     except Exception as error:  # of an interface that is experimental, anything; cuBLAS does without
-        logger.warning("The kernel for Hopper GPUs does not run here, and cuBLAS takes its place (slower): %s", error)
-        return None
-    return gated
+        logger.warning("The kernels for Hopper GPUs do not run here, and cuBLAS takes their place: %s", error)
+        return False
+    return True
 
 
 # Who works on what
@@ -221,13 +245,15 @@ def schedule(strips: int, columns: int, programs: int) -> list[list[tuple[int, i
 
 
 @functools.cache
-def _work(strips: int, columns: int, programs: int, device: torch.device) -> torch.Tensor:
-    """`schedule` for the kernel: (turns + 1, programs, 4) int32 of first row, strips, first column; zeros are none."""
-    own = schedule(strips, columns, programs)
-    work = np.zeros((max(map(len, own)) + 1, programs, 4), np.int32)
-    for program, tiles in enumerate(own):
-        if tiles:
-            work[: len(tiles), program, :3] = np.array(tiles) * [STRIP, 1, COLUMNS]
+def _work(strips: int, tiles: int, columns: int, device: torch.device) -> torch.Tensor:
+    """`schedule` for the kernel: (turns + 1, programs, 4) int32 of first row, strips, first column; zeros are none.
+
+    `tiles` is how many there are beside each other, each of so many columns.
+    """
+    own = schedule(strips, tiles, _processors(device))
+    work = np.zeros((max(map(len, own)) + 1, len(own), 4), np.int32)
+    for program, of_program in enumerate(own):
+        work[: len(of_program), program, :3] = np.array(of_program).reshape(-1, 3) * [STRIP, 1, columns]
     return torch.from_numpy(work).to(device)
 
 

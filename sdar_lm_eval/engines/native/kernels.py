@@ -224,6 +224,7 @@ class Tiles:
         visible: leading tokens of its sequence that each token sees, (T,) int64; 0 for padding within a tile.
         tokens: most tokens of a tile.
         splits: of the longest context.
+        alone: whether what comes out, of 16 bits, should not depend on the number of tiles.
     """
 
     first: torch.Tensor
@@ -233,6 +234,7 @@ class Tiles:
     visible: torch.Tensor
     tokens: int
     splits: int
+    alone: bool = False
 
 
 @triton.jit
@@ -351,7 +353,8 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     assert tiles.pages.is_contiguous()
     rows = max(16, triton.next_power_of_2(tiles.tokens * (heads // kv_heads)))
     fewer = rows // 2 if 16 < rows <= 64 else rows  # of a tile that is half full: a block without the one before it
-    columns, warps, stages = _attention_settings(rows, len(tiles.first) * kv_heads, query.dtype.itemsize)
+    programs = MANY_PROGRAMS + 1 if tiles.alone else len(tiles.first) * kv_heads
+    columns, warps, stages = _attention_settings(rows, programs, query.dtype.itemsize)
     out = torch.empty_like(query)
     target, sums = out, out
     if tiles.splits > 1:

@@ -39,7 +39,7 @@ SPLITS_BUDGET_BYTES = 1 << 30  # the same of what attention to splits of a conte
 MOST_UNDER_WAY = 2  # steps, launched and not collected
 QUERY_BYTES = 128 << 10
 PREFILL_TILE = 32  # tokens of a prompt that one program of the attention kernel takes
-# Tokens of every matrix product where results must not depend on what else runs: its rounding depends on their number.
+# Tokens of every matrix product where results must not depend on what else runs, and its rounding on their number does.
 REPRODUCIBLE_ROWS = 512
 
 
@@ -123,8 +123,11 @@ class Runner:
 
             self._kernels, self._uniform = triton_kernels, triton_kernels.uniform
             self._state_kernels: Any = state_kernels
-            self._decoder = fused.FusedDecoder(model) if fused.FusedDecoder.fits(model) else None
+            if fused.FusedDecoder.fits(model):
+                self._decoder = fused.FusedDecoder(model, alone=reproducible)
         self._reproducible, self._together = reproducible, 1
+        # Whether products are to have the same number of rows always.
+        self._fixed_rows = reproducible and not getattr(self._decoder, "alone", False)
         self._shape: Shape | None = None
         self._forward_graphs: Graphs | None = None
         self._unmask_graphs: Graphs | None = None
@@ -193,7 +196,7 @@ class Runner:
         self._pages = np.full((shape.slots + 1, shape.width), SCRATCH_PAGE)
         self._table = torch.from_numpy(self._pages).to(device)
         segments, places = ladder(FORWARD, 2 * shape.slots, shape.block), ladder(DRAWING, shape.slots * shape.block)
-        if self._reproducible:
+        if self._fixed_rows:
             self._together = max(REPRODUCIBLE_ROWS // shape.block, 1)
             segments = _multiples(self._together, 2 * shape.slots)
             places = _multiples(REPRODUCIBLE_ROWS, shape.slots * shape.block)
@@ -279,23 +282,21 @@ class Runner:
         )
 
     def _prefill_packed(self, chunks: list[tuple[Sequence, int, int]]) -> None:
-        if not self._reproducible:
+        assert self._shape is not None
+        block = self._shape.block
+        # A sequence that is preempted has its answer prefilled, and that should give what its blocks gave.
+        tile_tokens = block if self._reproducible else PREFILL_TILE
+        if not self._fixed_rows:
             config = self._model.config
             a_token = 4 * config.num_attention_heads * config.head_dim * self._splits(max(end for _, _, end in chunks))
             for part in _in_parts(chunks, SPLITS_BUDGET_BYTES // a_token):
-                self._prefill_together(part, PREFILL_TILE, padding_to=0)
+                self._prefill_together(part, tile_tokens, padding_to=0)
             return
-        # Like the blocks that are denoised: a sequence that is preempted has its answer prefilled.
-        assert self._shape is not None
-        block = self._shape.block
         for part in _in_parts(chunks, self._together * block):
-            self._prefill_together(part, block, padding_to=self._together * block)
+            self._prefill_together(part, tile_tokens, padding_to=self._together * block)
 
     def _prefill_together(self, chunks: list[tuple[Sequence, int, int]], tile_tokens: int, padding_to: int) -> None:
-        """Run chunks as one row of tokens, padded to a number of them, with tiles of so many for attention.
-
-        What attention rounds to depends on the number of tiles, so they are padded likewise.
-        """
+        """Run chunks as one row of tokens, padded to a number of them, with tiles of so many for attention."""
         page_size = self._page_size
         slot, length = np.array([(sequence.slot, sequence.block_length) for sequence, _, _ in chunks]).T
         begin, end = np.array([(begin, end) for _, begin, end in chunks]).T
@@ -306,17 +307,19 @@ class Runner:
         place = self._pages[slot[chunk], position // page_size] * page_size + position % page_size
         visible = (position // length[chunk] + 1) * length[chunk]
         # The KV of padding goes to the scratch page, and it sees nothing.
-        columns = _padded([token, position, place, visible], padding_to)
+        padding = ((0, 0), (0, max(padding_to - len(token), 0)))
+        columns = np.pad([token, position, place, visible], padding)
         # Each by itself: how a tensor is aligned decides which of a kernel's variants is compiled and run.
         tokens, positions, places, all_visible = map(self.state.to_device, columns)
 
         of, number = _parts(-(-size // tile_tokens))  # whose each tile is, and which of its tiles
         first = (size.cumsum() - size)[of] + number * tile_tokens
         count = np.minimum(size[of] - number * tile_tokens, tile_tokens)
-        firsts, counts, slots = map(self.state.to_device, _padded([first, count, slot[of]], padding_to // tile_tokens))
+        firsts, counts, slots = map(self.state.to_device, (first, count, slot[of]))
         tiles = self._kernels.Tiles(
-            firsts, counts, self._table, slots, all_visible, tile_tokens, self._splits(int(end.max()))
-        )
+            firsts, counts, self._table, slots, all_visible, tile_tokens, self._splits(int(end.max())),
+            alone=self._reproducible,
+        )  # fmt: skip
         self._decoder(tokens, positions, places, tiles, self.cache)
 
     @torch.no_grad()
@@ -372,13 +375,13 @@ class Runner:
 
     def _whole(self, count: int, unit: int) -> int:
         """A count with the padding that reproducible results take."""
-        return -(-count // unit) * unit if self._reproducible else count
+        return -(-count // unit) * unit if self._fixed_rows else count
 
     def _run_segments(self, count: int, context: int) -> None:
         """Run the state's segments through the model, `count` with padding."""
         segments, begin = self.state.segments(count), 0
         # Part after part is right too: the block before stands in front of its own.
-        for part in segments.split(self._together if self._reproducible else count):
+        for part in segments.split(self._together if self._fixed_rows else count):
             begin = self._store(begin, self._run_blocks(part, context))
 
     def _store(self, begin: int, outputs: SequenceOf[torch.Tensor]) -> int:
@@ -393,6 +396,11 @@ class Runner:
         outputs = [stored[row] for stored in self._outputs]
         hidden: torch.Tensor = outputs[0] if self._decoder is None else self._decoder.finish(*outputs)
         return hidden
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(M, hidden size) -> (M, V)."""
+        logits: torch.Tensor = self._model.lm_head(hidden) if self._decoder is None else self._decoder.logits(hidden)
+        return logits
 
     def _run_blocks(self, segments: Segments, context: int) -> SequenceOf[torch.Tensor]:
         """One pass over S blocks; returns what it gives for S * L tokens."""
@@ -423,13 +431,15 @@ class Runner:
     ) -> Any:
         """Tiles of blocks."""
         tokens = self.state.block * (1 + self._paired)
-        return self._kernels.Tiles(first, count, self._table, slot, visible, tokens, context // self._kernels.SPLIT)
+        return self._kernels.Tiles(
+            first, count, self._table, slot, visible, tokens, context // self._kernels.SPLIT, alone=self._reproducible
+        )
 
     def _run_laid_out(self, count: int, context: int) -> None:
         """`_run_segments` by kernels."""
         block = self.state.block
         blocks = self._state_kernels.lay_out(self.state, self._table, self._page_size, count, paired=self._paired)
-        together = self._together if self._reproducible else count
+        together = self._together if self._fixed_rows else count
         for begin in range(0, count, together):
             segments = slice(begin, begin + together)
             tokens = slice(begin * block, (begin + together) * block)
@@ -447,7 +457,7 @@ class Runner:
 
         def draw(some: slice) -> Any:
             return self._kernels.draw(
-                self._model.lm_head(self._hidden(drawing.row[some])), drawing.temperature[some], drawing.number[some],
+                self._logits(self._hidden(drawing.row[some])), drawing.temperature[some], drawing.number[some],
                 drawing.greedy[some], self._mask_token_id, entropies="entropy_bounded" in self.state.strategies,
             )  # fmt: skip
 
@@ -462,7 +472,7 @@ class Runner:
     @property
     def _drawn_together(self) -> int:
         """Rows of logits worked on at once."""
-        if self._reproducible:
+        if self._fixed_rows:
             return REPRODUCIBLE_ROWS
         return max(1, LOGITS_BUDGET_BYTES // (4 * int(self._vocabulary)))
 
@@ -536,7 +546,7 @@ class Runner:
         """Draw a token for each place (M,) from its hidden state (M, D): tokens, confidences, entropies (M,)."""
         slot = place // self.state.block
         drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self._kernels.draw(
-            self._model.lm_head(hidden),
+            self._logits(hidden),
             self.state.temperature[slot],
             self._numbers(place),
             self.state.greedy[slot],
@@ -552,7 +562,7 @@ class Runner:
         state, shape = self.state, self._shape
         assert shape is not None
         slot = place // state.block
-        logits = self._model.lm_head(hidden).float()  # (M, V)
+        logits = self._logits(hidden).float()  # (M, V)
         logits[:, self._mask_token_id] = -torch.inf
         if state.seen is not None:
             logits = unmasking.penalize_repetition(logits, state.seen[slot], state.penalty[slot])
@@ -619,11 +629,6 @@ def _parts(counts: Any) -> tuple[Any, Any]:
     """Of things that have so many parts each, (n,), for every part: whose it is, and the how manieth of it."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - (counts.cumsum() - counts)[owner]
-
-
-def _padded(columns: list[Any], count: int) -> Any:
-    """Arrays of one length as one, (n, length), with zeros behind up to `count`."""
-    return np.pad(columns, ((0, 0), (0, max(count - len(columns[0]), 0))))
 
 
 def _multiples(unit: int, largest: int) -> tuple[int, ...]:

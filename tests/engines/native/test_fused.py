@@ -5,6 +5,8 @@ On the CPU through Triton's interpreter, in float32.
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from asking import run
@@ -94,20 +96,37 @@ def test_where_they_cannot_run(checkpoint, monkeypatch, kernels, interpret, reas
         make_engine("native", checkpoint, device="cpu", kernels=kernels)
 
 
-def test_reproducible_to_the_bit(checkpoint, monkeypatch):
-    """Alone, in any batch and order, preempted, with a shared beginning: the same confidences, not only tokens."""
+def row_by_row(x, weight):
+    return torch.cat([torch.nn.functional.linear(row, weight) for row in x.split(1)])
+
+
+def gated_row_by_row(x, weight):
+    gate, up = row_by_row(x, weight).chunk(2, dim=1)
+    return torch.nn.functional.silu(gate) * up
+
+
+@pytest.mark.parametrize("products", ["of fixed size", "row by row"])
+def test_reproducible_to_the_bit(checkpoint, monkeypatch, products):
+    """Alone, in any batch and order, preempted, with a shared beginning: the same confidences, not only tokens.
+
+    Row by row is how products come out on Hopper GPUs.
+    """
     monkeypatch.setattr(runner, "REPRODUCIBLE_ROWS", REPRODUCIBLE_ROWS)
+    if products == "row by row":
+        hopper = types.SimpleNamespace(run_for=lambda weights: True, product=row_by_row, gated=gated_row_by_row)
+        monkeypatch.setattr(fused, "hopper_kernels", hopper)
     monkeypatch.setattr(native_engine, "PAGE_SIZE", 4)
     settings = [(6, DecodingConfig()), (6, DecodingConfig()), (1, DecodingConfig(top_k=5))]
     requests = [
         GenerationRequest((*range(6), i), tokens, decoding, seed=i, record_steps=True)
         for i, (tokens, decoding) in enumerate(settings)
     ]
-    shapes = set()
+    rows, tiles_seen = set(), set()
     attend = kernels.attend
 
     def shape_of(query, keys, values, tiles, scaling):
-        shapes.add((len(query), len(tiles.first), tiles.tokens))
+        rows.add(len(query))
+        tiles_seen.add((tiles.tokens, tiles.alone))
         return attend(query, keys, values, tiles, scaling)
 
     monkeypatch.setattr(kernels, "attend", shape_of)
@@ -123,7 +142,8 @@ def test_reproducible_to_the_bit(checkpoint, monkeypatch):
     alone, _ = answers(requests[1:2])
     assert tight == together
     assert alone == {1: together[1]}
-    assert shapes == {(REPRODUCIBLE_ROWS, REPRODUCIBLE_ROWS // 4, 4)}  # on which settings and rounding depend
+    assert tiles_seen == {(4, True)}  # on which settings and rounding depend
+    assert (rows == {REPRODUCIBLE_ROWS}) == (products == "of fixed size")
 
 
 def test_reproducible_takes_the_kernels(checkpoint):

@@ -44,8 +44,9 @@ def test_odd_strips_stay_near_their_columns():
             assert turn - max(turn_of[2 * pair, 2, column] for pair in range(10)) <= 2
 
 
-def test_rows_for_the_kernel():
-    work = hopper._work(3, 2, 4, torch.device("cpu"))
+def test_work_for_the_kernel(monkeypatch):
+    monkeypatch.setattr(hopper, "_processors", lambda device: 4)
+    work = hopper._work(3, 2, 128, torch.device("cpu"))
     assert work.tolist() == [
         [[0, 2, 0, 0], [0, 2, 128, 0], [128, 1, 0, 0], [128, 1, 128, 0]],
         [[0, 0, 0, 0]] * 4,
@@ -53,7 +54,7 @@ def test_rows_for_the_kernel():
 
 
 def test_not_on_other_devices():
-    assert hopper.gated_for(torch.zeros(64, 64, dtype=torch.bfloat16)) is None
+    assert not hopper.run_for([torch.zeros(64, 64, dtype=torch.bfloat16)])
 
 
 def test_what_does_not_run_is_said(monkeypatch, caplog):
@@ -62,11 +63,14 @@ def test_what_does_not_run_is_said(monkeypatch, caplog):
 
     monkeypatch.setattr(hopper, "gated", gated)
     monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
+    good = torch.zeros(64, 64, dtype=torch.bfloat16)
     with caplog.at_level(logging.WARNING):
-        assert hopper.gated_for(torch.zeros(64, 64, dtype=torch.bfloat16)) is None
-    assert "cuBLAS takes its place" in caplog.text and "'tma' has no 'load'" in caplog.text
-    assert hopper.gated_for(torch.zeros(64, 64)) is None  # not tried: float32, odd sizes
-    assert hopper.gated_for(torch.zeros(72, 64, dtype=torch.bfloat16)) is None
+        assert not hopper.run_for([good])
+    assert "cuBLAS takes their place" in caplog.text and "'tma' has no 'load'" in caplog.text
+    # Not tried: float32, sizes that do not fit.
+    assert not hopper.run_for([good, torch.zeros(64, 64)])
+    assert not hopper.run_for([good, torch.zeros(72, 64, dtype=torch.bfloat16)])
+    assert not hopper.run_for([good, torch.zeros(64, 60, dtype=torch.bfloat16)])
     assert len(caplog.records) == 1
 
 
@@ -76,26 +80,30 @@ def test_what_does_not_run_is_said(monkeypatch, caplog):
     ("rows", "inputs", "size"),
     [(1, 64, 128), (4, 8, 8), (65, 72, 136), (129, 320, 1000), (336, 2560, 9728), (1300, 512, 2048), (5000, 128, 384)],
 )
-def test_gated(dtype, rows, inputs, size):
+def test_products(dtype, rows, inputs, size):
     torch.manual_seed(0)
     x = torch.randn(rows, inputs, device="cuda").to(dtype)
     weight = torch.randn(2 * size, inputs, device="cuda").to(dtype) / inputs**0.5
-    poison = torch.full((rows, size), torch.nan, dtype=dtype, device="cuda")
-    del poison  # what the result's memory holds
-    gate, up = (x.float() @ weight.float().T).chunk(2, dim=1)
+    poison = torch.full((rows, 2 * size), torch.nan, dtype=dtype, device="cuda")
+    del poison  # what the results' memory holds
+    plain = x.float() @ weight.float().T
+    gate, up = plain.chunk(2, dim=1)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-3
     expected = torch.nn.functional.silu(gate) * up
     torch.testing.assert_close(hopper.gated(x, weight).float(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(hopper.product(x, weight).float(), plain, rtol=tolerance, atol=tolerance)
 
 
 @on_hopper
-def test_a_row_does_not_depend_on_the_others():
+@pytest.mark.parametrize("name", ["gated", "product"])
+def test_a_row_does_not_depend_on_the_others(name):
+    run = getattr(hopper, name)
     torch.manual_seed(0)
     x = torch.randn(3000, 512, device="cuda").bfloat16()
     weight = torch.randn(4096, 512, device="cuda").bfloat16() / 20
-    whole = hopper.gated(x, weight)
-    for begin, end in [(0, 1), (0, 64), (100, 165), (7, 1300), (1000, 3000)]:
-        assert torch.equal(hopper.gated(x[begin:end].clone(), weight), whole[begin:end])
+    whole = run(x, weight)
+    for begin, end in [(0, 1), (0, 64), (100, 165), (7, 1300), (1000, 3000)] * 20:
+        assert torch.equal(run(x[begin:end].clone(), weight), whole[begin:end])
 
 
 @on_hopper

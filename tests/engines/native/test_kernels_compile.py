@@ -161,14 +161,14 @@ COMPILE_GLUON = """
         return f"tensordesc<{type_}{list(shape)},{gl.NVMMASharedLayout(128, 16, len(shape))!r}>"
 
 
-    for type_ in ("bf16", "fp16"):
+    for type_, parts in [("bf16", 2), ("bf16", 1), ("fp16", 2)]:
         signature = {
             "x": descriptor(type_, hopper.STRIP, hopper.INPUTS),
-            "weight": descriptor(type_, 2, hopper.COLUMNS, hopper.INPUTS),
-            "out": descriptor(type_, hopper.STRIP, hopper.COLUMNS),
+            "weight": descriptor(type_, parts, hopper.COLUMNS // parts, hopper.INPUTS),
+            "out": descriptor(type_, hopper.STRIP, hopper.COLUMNS // 2),
             "work": "*i32", "turns": "i32", "inputs": "i32", "STAGES": "constexpr",
         }
-        source = GluonASTSource(fn=hopper._gated, signature=signature, constexprs={(6,): hopper.STAGES})
+        source = GluonASTSource(fn=hopper._product, signature=signature, constexprs={(6,): hopper.STAGES})
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": 168})
         assert compiled.metadata.shared <= 227 * 1024
         assert "wgmma.mma_async" in compiled.asm["ptx"]
