@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 from pathlib import Path
-from typing import Any
 
 import lm_eval
 import miniature
@@ -158,13 +157,14 @@ def test_each_subject_counts_once(tmp_path: Path) -> None:
 def test_the_plain_command_asks_in_rounds(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SDAR models put the turns into their own template, so both commands give the model the same text."""
     encoded: list[str] = []
-    encode = SDARLM.tok_encode
+    in_template = SDARLM._in_template
 
-    def keep(self: SDARLM, string: str, **kwargs: Any) -> list[int]:
-        encoded.append(string)
-        return encode(self, string, **kwargs)
+    def keep(self: SDARLM, context: str) -> tuple[str, bool]:
+        text, special = in_template(self, context)
+        encoded.append(text)
+        return text, special
 
-    monkeypatch.setattr(SDARLM, "tok_encode", keep)
+    monkeypatch.setattr(SDARLM, "_in_template", keep)
     for chat in (False, True):
         lm_eval.simple_evaluate(
             "sdar",

@@ -17,7 +17,6 @@ with PyTorch on GPUs only, by tests/engines/native/test_hopper_kernels.py.
 from __future__ import annotations
 
 import functools
-import heapq
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -44,9 +43,6 @@ COLUMNS = 256  # of a tile, the most that the instruction takes; half are gate's
 INPUTS = 64  # of K a step: 128 bytes, what a row of shared memory holds without conflicts
 STAGES = 4  # steps that are copied ahead
 GROUP = 16  # pairs of strips that go through all columns together: their inputs stay in the L2 cache
-BEHIND = 12  # columns by which odd strips come after the others, to fill gaps; their weights are still in the cache
-ODD = 0.6  # of the time of a pair of strips that an odd one takes
-FEW_STRIPS = 64  # up to here an odd strip is worth a tile of its own
 
 # Triton 3.8 has new names for them.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -220,28 +216,16 @@ def run_for(weights: Iterable[torch.Tensor]) -> bool:
 def schedule(strips: int, columns: int, programs: int) -> list[list[tuple[int, int, int]]]:
     """The tiles of each program, in turn: (first strip, strips, column), strips being 1 or 2.
 
-    A tile goes to whoever is done first. Where the last ones would leave half of the programs idle, they are halved.
+    Pairs of strips are dealt out in turn. Where the last ones would leave half of the programs idle, they are halved.
     """
-    pairs, odd = divmod(strips, 2)
-    if strips > FEW_STRIPS:
-        pairs, odd = pairs + odd, 0
-    groups = (range(begin, min(begin + GROUP, pairs)) for begin in range(0, pairs, GROUP))
-    tiles = [(2 * pair, 2, column) for group in groups for column in range(columns) for pair in group]
-    if odd:
-        last = pairs % GROUP or min(GROUP, pairs)  # pairs of the last group
-        begin = len(tiles) - last * columns
-        for column in reversed(range(columns)):
-            tiles.insert(begin + last * min(column + BEHIND, columns), (2 * pairs, 1, column))
-    elif 0 < 2 * (rest := len(tiles) % programs) <= programs:
-        tiles, halved = tiles[:-rest], tiles[-rest:]
-        tiles += [(strip + half, 1, column) for strip, _, column in halved for half in range(2)]
-    done_at = [(0.0, program) for program in range(programs)]
-    own: list[list[tuple[int, int, int]]] = [[] for _ in range(programs)]
-    for tile in tiles:
-        time, program = heapq.heappop(done_at)
-        own[program].append(tile)
-        heapq.heappush(done_at, (time + (1 if tile[1] == 2 else ODD), program))
-    return own
+    pairs = range(0, strips, 2)
+    groups = (pairs[begin : begin + GROUP] for begin in range(0, len(pairs), GROUP))
+    tiles = [(strip, 2, column) for group in groups for column in range(columns) for strip in group]
+    rest = len(tiles) % programs
+    if 0 < 2 * rest <= programs:
+        tiles, last = tiles[:-rest], tiles[-rest:]
+        tiles += [(strip + half, 1, column) for strip, _, column in last for half in range(2) if strip + half < strips]
+    return [tiles[program::programs] for program in range(programs)]
 
 
 @functools.cache

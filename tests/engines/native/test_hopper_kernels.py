@@ -21,34 +21,28 @@ def test_every_tile_is_worked_on_once(strips, columns, programs):
     own = hopper.schedule(strips, columns, programs)
     done = Counter((first + i, column) for tiles in own for first, count, column in tiles for i in range(count))
     assert set(done.values()) == {1}
-    rounded_up = strips + strips % 2 if strips > hopper.FEW_STRIPS else strips
-    assert set(done) == {(strip, column) for strip in range(rounded_up) for column in range(columns)}
-    times = [sum(1 if count == 2 else hopper.ODD for _, count, _ in tiles) for tiles in own]
-    assert max(times) - min(times) <= 1
+    wanted = {(strip, column) for strip in range(strips) for column in range(columns)}
+    # There may be nothing in a pair's second strip.
+    assert wanted <= set(done) <= wanted | {(strips + strips % 2 - 1, column) for column in range(columns)}
+    times = [sum(count for _, count, _ in tiles) for tiles in own]
+    assert max(times) - min(times) <= 2
 
 
 @pytest.mark.parametrize(
     ("rows", "turns"),
-    [(1280, 6), (1344, 6.6), (1408, 6.6), (640, 3)],  # what SDAR-4B takes on 132 processors, tiles of 128 rows as 1
+    [(640, 3), (1280, 6), (1344, 6.5), (1408, 6.5), (1536, 7)],  # of pairs of strips, one of 1/2
 )
 def test_processors_are_busy(rows, turns):
+    """SDAR-4B on an H100: tiles of the last turn are halved where that makes it shorter."""
     own = hopper.schedule(rows // hopper.STRIP, 76, 132)
-    assert max(sum(1 if count == 2 else hopper.ODD for _, count, _ in tiles) for tiles in own) == pytest.approx(turns)
-
-
-def test_odd_strips_stay_near_their_columns():
-    """Their weights are still in the cache: a tile of the same column is at most some columns before."""
-    turn_of = {tile: turn for tiles in hopper.schedule(21, 76, 132) for turn, tile in enumerate(tiles)}
-    for (_, count, column), turn in turn_of.items():
-        if count == 1:
-            assert turn - max(turn_of[2 * pair, 2, column] for pair in range(10)) <= 2
+    assert max(sum(count for _, count, _ in tiles) for tiles in own) == 2 * turns
 
 
 def test_work_for_the_kernel(monkeypatch):
     monkeypatch.setattr(hopper, "_processors", lambda device: 4)
     work = hopper._work(3, 2, 128, torch.device("cpu"))
     assert work.tolist() == [
-        [[0, 2, 0, 0], [0, 2, 128, 0], [128, 1, 0, 0], [128, 1, 128, 0]],
+        [[0, 2, 0, 0], [128, 2, 0, 0], [0, 2, 128, 0], [128, 2, 128, 0]],
         [[0, 0, 0, 0]] * 4,
     ]
 
