@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from asking import ask, rounding_between, run
+from support import random_checkpoint
 
-from sdar_lm_eval import DecodingConfig, GenerationRequest, make_engine
+from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine
 from sdar_lm_eval.demo import golds
 from sdar_lm_eval.engines.base import STRATEGIES
 
@@ -116,13 +117,23 @@ def test_prompts_that_share_their_beginning(demo, questions, on_cpu, kernels):
     assert tokens(demo, wanted, **options) == tokens(demo, wanted, **options, share_prefixes=False) == on_cpu(wanted)
 
 
-def test_reproducible_to_the_bit(demo, questions):
+@pytest.mark.parametrize("products", ["of fixed size", "by the kernel for Hopper GPUs"])
+def test_reproducible_to_the_bit(demo, questions, products, tmp_path):
     """In bfloat16, where what runs beside a request would show in its confidences; one has a context of two splits."""
+    checkpoint = demo  # its vocabulary of 711 tokens does not suit the kernel
+    if products != "of fixed size":
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("takes a Hopper GPU")
+        sizes = {"vocab_size": 720, "head_dim": 64, "hidden_size": 256, "intermediate_size": 512}
+        checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, **sizes)))
     long = tuple(token for question in questions[:20] for token in question)[:600]
-    wanted = ask(demo, [*questions, long], DecodingConfig(), record_steps=True)
+    wanted = ask(checkpoint, [long, *questions], DecodingConfig(), record_steps=True)
 
     def answers(order, **options):
-        results = run(make_engine("native", demo, device="cuda", dtype="bfloat16", **options), order)
+        engine = make_engine("native", checkpoint, device="cuda", dtype="bfloat16", **options)
+        if options.get("reproducible"):
+            assert engine._runner._decoder.alone == (products != "of fixed size")
+        results = run(engine, order)
         return {request.seed: (r.token_ids, r.confidences) for request, r in zip(order, results, strict=True)}
 
     together = answers(wanted, reproducible=True)

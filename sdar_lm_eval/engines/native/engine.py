@@ -57,8 +57,9 @@ class NativeEngine:
             free memory, or 4 GiB on the CPU.
         kernels: run a dense model with Triton kernels, on a GPU as CUDA graphs, in the place of transformers' modules;
             None: on GPUs of compute capability 8.0 and later, where triton is installed.
-        reproducible: a generated answer is the same to the bit whatever runs beside it: matrix products of a fixed
-            size, padded, and requests with unlike settings one after the other. It takes kernels and a dense model.
+        reproducible: a generated answer is the same to the bit whatever runs beside it: matrix products in which a row
+            does not depend on the others (in 16 bits on Hopper GPUs) or of a fixed size, padded (elsewhere), and
+            requests with unlike settings one after the other. It takes kernels and a dense model.
         share_prefixes: prompts that begin alike share the KV of that beginning, which is computed once. Off: for
             comparison.
 
