@@ -72,7 +72,7 @@ class Floor:
         """Seconds of one layer's products and activation as the engine's kernels do them; of what is run to draw."""
         from sdar_lm_eval.engines.native import fused
 
-        on_hopper = fused.runs_on_hopper(self._layers[0])
+        on_hopper = fused.runs_on_hopper(self._layers[0][2])
         widths = {matrix.shape[1] for matrix in self._layers[0]}
         inputs = {width: torch.randn(rows, width, device=self._device).to(self._head.dtype) for width in sorted(widths)}
 

@@ -61,6 +61,8 @@ MODEL_ARGUMENTS = (
     "pretrained", "revision", "dtype", "device", "max_length", "max_active", "seed", "chat_template", "trace",
     "batch_size", "max_batch_size", "trust_remote_code", "likelihood", "mc_samples", "verbose", "answers",
 )  # fmt: skip
+TOKENIZED_TOGETHER = 1000  # prompts: what a tokenizer makes of them takes five times the memory of their tokens
+_tokenizing_process: int | None = None  # the first that did so in parallel
 # What a run's cached answers depend on, kept in the cache itself; see `set_cache_hook`.
 FINGERPRINT_KEY = "sdar_lm_eval/fingerprint"
 
@@ -696,10 +698,11 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         prompts: list[list[int]] = [[] for _ in texts]
         for special in (False, True):
             some = [i for i, (_, wants_special) in enumerate(texts) if wants_special == special]
-            if some:
-                with _parallel_tokenizing():
-                    ids_of = self.tokenizer([texts[i][0] for i in some], add_special_tokens=special)["input_ids"]
-                for i, ids in zip(some, ids_of, strict=True):
+            for begin in range(0, len(some), TOKENIZED_TOGETHER):
+                part = some[begin : begin + TOKENIZED_TOGETHER]
+                with _parallel_tokenizing(alone=self._world_size == 1):
+                    ids_of = self.tokenizer([texts[i][0] for i in part], add_special_tokens=special)["input_ids"]
+                for i, ids in zip(part, ids_of, strict=True):
                     prompts[i] = ids
         return [prompt or [self.prefix_token_id] for prompt in prompts]
 
@@ -847,12 +850,18 @@ class SDARLMDeployLM(SDARLM):
 
 
 @contextlib.contextmanager
-def _parallel_tokenizing() -> Iterator[None]:
-    """Tokenize many texts by all cores, which lm_eval switches off.
+def _parallel_tokenizing(*, alone: bool) -> Iterator[None]:
+    """Tokenize many texts by all cores, if the process has them to itself; lm_eval switches that off.
 
     It does so because tokenizers that have run in parallel warn in every process forked afterwards, unless they are
-    told what to do there; they are, once this is over.
+    told what to do there. They are: to do without, once this is over. A forked process itself has to, always, since the
+    threads stay behind.
     """
+    global _tokenizing_process
+    _tokenizing_process = _tokenizing_process or os.getpid()
+    if not alone or os.getpid() != _tokenizing_process:
+        yield
+        return
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "true"

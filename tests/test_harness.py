@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -375,6 +376,53 @@ def test_an_empty_context_becomes_the_prefix_token(make_lm: MakeLM, tmp_path: Pa
     with_bos = make_lm(checkpoint_with(tmp_path / "bos", bos=True))
     with_bos.generate_until([request("")])
     assert with_bos.engine.requests[0].prompt_ids == (707,)
+
+
+@pytest.mark.parametrize("before", [None, "false", "true"])
+def test_prompts_are_tokenized_together_as_one_by_one(
+    make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    """In a template, without, with the BOS there or not, empty; in parallel, which is off again afterwards."""
+    monkeypatch.setattr(harness, "TOKENIZED_TOGETHER", 2)
+    seen = []
+    if before is None:
+        monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    else:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+    lm = make_lm(checkpoint_with(tmp_path / "bos", bos=True, template=BOS_TEMPLATE), chat_template="off")
+    tokenizer = lm.tokenizer
+
+    def keep(texts: list[str], **options: Any) -> Any:
+        seen.append((len(texts), os.environ["TOKENIZERS_PARALLELISM"]))
+        return type(tokenizer).__call__(tokenizer, texts, **options)
+
+    prompts = ["2 + 3?", "<|endoftext|>2 + 3?", "", lm._render([{"role": "user", "content": "4"}]), "5", "6"]
+    expected = [lm.tok_encode(prompt) or [lm.prefix_token_id] for prompt in prompts]
+    lm.tokenizer = _Calls(tokenizer, keep)
+    assert lm._encode_prompts(prompts) == expected
+    assert {count for count, _ in seen} <= {1, 2} and sum(count for count, _ in seen) == len(prompts)
+    assert {value for _, value in seen} == {"true"}
+    assert os.environ["TOKENIZERS_PARALLELISM"] == (before or "false")
+
+    # A forked process does without: the threads stayed behind.
+    seen.clear()
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    assert lm._encode_prompts(prompts) == expected
+    assert {value for _, value in seen} == {"false"}
+
+
+class _Calls:
+    """A tokenizer whose calls are looked at."""
+
+    def __init__(self, tokenizer: Any, call: Callable[..., Any]) -> None:
+        self._tokenizer, self._call = tokenizer, call
+
+    def __call__(self, texts: list[str], **options: Any) -> Any:
+        return self._call(texts, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 def test_there_is_one_bos_whoever_writes_it(make_lm: MakeLM, tmp_path: Path, evaluate: Evaluate) -> None:

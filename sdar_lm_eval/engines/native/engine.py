@@ -99,6 +99,13 @@ class NativeEngine:
                 "reproducible=true needs the kernels, which run dense models on GPUs: this is "
                 f"{type(model).__name__} on {self._device} with kernels={str(self._kernels).lower()}."
             )
+        if reproducible:
+            logger.info(
+                "reproducible=true: %s.",
+                "matrix products of a fixed size, some of it padding"
+                if self._runner.fixes_rows
+                else "matrix products in which a row does not depend on the others",
+            )
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -227,6 +234,9 @@ class NativeEngine:
                 )
             if under_way and (not launched or len(under_way) == self._most_under_way):
                 finished = self._settle(scheduler, self._runner.collect(), under_way.popleft())
+                if self._most_under_way == 1:  # nothing runs meanwhile
+                    yield from finished
+                    finished = []
         yield from finished
 
     def _make_room(self, scheduler: Scheduler, error: BaseException) -> None:

@@ -65,8 +65,9 @@ class FusedDecoder:
         self._layers = [_join(layer) for layer in model.model.layers]
         self._head = model.lm_head.weight
         first = self._layers[0]
-        self._on_hopper = runs_on_hopper([first.gate_up, first.qkv, first.o, first.down, self._head])
-        self.alone = alone and self._on_hopper and first.qkv_bias is None and first.o_bias is None
+        self._on_hopper = runs_on_hopper(first.gate_up)
+        plain = [first.qkv, first.o, first.down, self._head]
+        self.alone = alone and self._on_hopper and first.qkv_bias is first.o_bias is None and runs_on_hopper(*plain)
 
     def reach(self, length: int) -> None:
         """Make ready for positions below `length`."""
@@ -151,9 +152,9 @@ class FusedDecoder:
         return product(x, weight, bias, splits=splits)
 
 
-def runs_on_hopper(weights: list[torch.Tensor]) -> bool:
-    """Whether `hopper_kernels` runs for such weights here."""
-    return hopper_kernels is not None and hopper_kernels.run_for(weights)
+def runs_on_hopper(*weights: torch.Tensor) -> bool:
+    """Whether `hopper_kernels` multiplies by such weights here: by gate and up, joined, or by several plain ones."""
+    return hopper_kernels is not None and hopper_kernels.run_for(*weights)
 
 
 def activated(x: torch.Tensor, gate_up: torch.Tensor, *, on_hopper: bool) -> torch.Tensor:

@@ -7,8 +7,10 @@ nor on their number, which is what `reproducible=true` is about.
 
 The kernel is written in Gluon, the language below Triton (triton.experimental, from Triton 3.6 on). A program stays on
 its processor and works through the tiles that `schedule` gives it. One warp copies what is multiplied to shared memory,
-some steps ahead; two groups of four warps multiply 64 rows each by the same columns, and while one writes its results
-the other goes on.
+some steps ahead, zeros for what lies outside; two groups of four warps multiply 64 rows each by the same columns, and
+while one writes its results, none outside, the other goes on. Of the barriers of a stage, `ready` waits for the bytes
+of a step, `free` for both groups to be done with them. Weights have a dimension for gate and up, so that a tile that
+ends outside of gate does not reach into up.
 
 There is no interpreter for Gluon: the kernel is compiled in tests/engines/native/test_kernels_compile.py and compared
 with PyTorch on GPUs only, by tests/engines/native/test_hopper_kernels.py.
@@ -18,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -196,16 +197,22 @@ def _layout(rank: int) -> Any:
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
-def run_for(weights: Iterable[torch.Tensor]) -> bool:
-    """Whether these kernels run for such weights, (N, K) each: on Hopper GPUs, in 16 bits. Tries it."""
-    some = list(weights)
-    if not _is_hopper(some[0].device) or any(w.dtype.itemsize != 2 or len(w) % 16 or w.shape[1] % 8 for w in some):
+def run_for(*weights: torch.Tensor) -> bool:
+    """Whether the kernel runs here: `gated` for one weight, (2 F, K), `product` for several, (N, K). Tries it.
+
+    It does on Hopper GPUs, in 16 bits, for sizes that are multiples of 8 (F, K, N).
+    """
+    run, parts = (gated, 2) if len(weights) == 1 else (product, 1)
+    first, device = weights[0], weights[0].device
+    if not _is_hopper(device):
+        return False
+    if any(w.dtype.itemsize != 2 or len(w) % (8 * parts) or w.shape[1] % 8 for w in weights):
         return False
     try:
-        for run in (gated, product):
-            run(some[0].new_zeros(1, some[0].shape[1]), some[0])
+        run(first.new_zeros(1, first.shape[1]), first)
+        torch.cuda.synchronize(device)
     except Exception as error:  # of an interface that is experimental, anything; cuBLAS does without
-        logger.warning("The kernels for Hopper GPUs do not run here, and cuBLAS takes their place: %s", error)
+        logger.warning("The kernel for Hopper GPUs does not run here, and cuBLAS takes its place: %s", error)
         return False
     return True
 

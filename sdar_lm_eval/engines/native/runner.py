@@ -124,7 +124,8 @@ class Runner:
             self._kernels, self._uniform = triton_kernels, triton_kernels.uniform
             self._state_kernels: Any = state_kernels
             if fused.FusedDecoder.fits(model):
-                self._decoder = fused.FusedDecoder(model, alone=reproducible)
+                with self._on_device:
+                    self._decoder = fused.FusedDecoder(model, alone=reproducible)
         self._reproducible, self._together = reproducible, 1
         # Whether products are to have the same number of rows always.
         self._fixed_rows = reproducible and not getattr(self._decoder, "alone", False)
@@ -137,6 +138,11 @@ class Runner:
     def is_fused(self) -> bool:
         """Whether the fused decoder runs the model."""
         return self._decoder is not None
+
+    @property
+    def fixes_rows(self) -> bool:
+        """Whether reproducible results take products of a fixed number of rows."""
+        return self._fixed_rows
 
     @property
     def longest_block(self) -> int:
@@ -195,10 +201,14 @@ class Runner:
         # The pages of each slot's sequence, on the host and on the device: (N + 1, P).
         self._pages = np.full((shape.slots + 1, shape.width), SCRATCH_PAGE)
         self._table = torch.from_numpy(self._pages).to(device)
+        draws = self._kernels is not None and not shape.filtered and not shape.penalized
+        # PyTorch's sums over a row depend on the number of rows, too.
+        self._fixed_places = self._fixed_rows or (self._reproducible and not draws)
         segments, places = ladder(FORWARD, 2 * shape.slots, shape.block), ladder(DRAWING, shape.slots * shape.block)
         if self._fixed_rows:
             self._together = max(REPRODUCIBLE_ROWS // shape.block, 1)
             segments = _multiples(self._together, 2 * shape.slots)
+        if self._fixed_places:
             places = _multiples(REPRODUCIBLE_ROWS, shape.slots * shape.block)
         # What forwards give for each token, from which `_hidden` makes the hidden states that are drawn from.
         sizes = [config.hidden_size]
@@ -213,7 +223,6 @@ class Runner:
         self._on_host = itertools.cycle(on_host)
         if self._decoder is not None:
             self._decoder.reach(shape.width * self._page_size)
-        draws = self._kernels is not None and not shape.filtered and not shape.penalized
         if self._kernels is not None and not draws:
             logger.info(
                 "With top_k, top_p or repetition_penalty PyTorch draws the tokens, without a CUDA graph: slower."
@@ -342,8 +351,13 @@ class Runner:
         assert len(self._arrivals) < MOST_UNDER_WAY
         event = None
         with self._on_device:
-            self._forward_graphs(self._whole(segments, self._together), self._rounded(context))
-            self._unmask_graphs(self._whole(places, REPRODUCIBLE_ROWS))
+            # Sizes that are no graphs' are not rounded up by `Graphs`.
+            if self._fixed_rows:
+                segments = _rounded_up(segments, self._together)
+            if self._fixed_places:
+                places = _rounded_up(places, REPRODUCIBLE_ROWS)
+            self._forward_graphs(segments, self._rounded(context))
+            self._unmask_graphs(places)
             arrival = next(self._on_host)
             arrival.copy_(self._packed, non_blocking=True)
             if self._device.type == "cuda":
@@ -372,10 +386,6 @@ class Runner:
         """Into how many parts attention splits a context: a power of two, for each is compiled and captured anew."""
         split: int = self._kernels.SPLIT
         return 1 << (-(-context // split) - 1).bit_length()
-
-    def _whole(self, count: int, unit: int) -> int:
-        """A count with the padding that reproducible results take."""
-        return -(-count // unit) * unit if self._fixed_rows else count
 
     def _run_segments(self, count: int, context: int) -> None:
         """Run the state's segments through the model, `count` with padding."""
@@ -472,7 +482,7 @@ class Runner:
     @property
     def _drawn_together(self) -> int:
         """Rows of logits worked on at once."""
-        if self._fixed_rows:
+        if self._fixed_places:
             return REPRODUCIBLE_ROWS
         return max(1, LOGITS_BUDGET_BYTES // (4 * int(self._vocabulary)))
 
@@ -629,6 +639,10 @@ def _parts(counts: Any) -> tuple[Any, Any]:
     """Of things that have so many parts each, (n,), for every part: whose it is, and the how manieth of it."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - (counts.cumsum() - counts)[owner]
+
+
+def _rounded_up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
 
 
 def _multiples(unit: int, largest: int) -> tuple[int, ...]:

@@ -2,9 +2,10 @@
 
 A slot holds the block that is being denoised, what of it is masked, and the sequence's settings. One step of the engine
 is: `segments` says which blocks go through the model, `masked_places` which of their positions need a token, and
-`advance` keeps some of the drawn tokens; a block without masked ones is decided, and the next begins. All of it happens
-on the device: the host reads an `Outcome` afterwards. It chooses how many blocks and masked positions a step has room
-for, which may be too few (`forecast.py`): slots are served in order, and one that does not fit waits for the next step.
+`advance` keeps some of the drawn tokens; a block without masked ones is decided, and the next begins. The last one is
+decided when none is left before the answer's end. All of it happens on the device: the host reads an `Outcome`
+afterwards. It chooses how many blocks and masked positions a step has room for, which may be too few (`forecast.py`):
+slots are served in order, and one that does not fit waits for the next step.
 
 A decided block has to go through the model once more, so that the keys and values of its final tokens are stored (it is
 "committed"). That happens beside the first denoising of the next block, as a segment of its own: attention reads keys
@@ -268,7 +269,9 @@ class BatchState:
                 self.seen.scatter_(1, where, self.seen.gather(1, where) | kept[:, column : column + 1])
         stuck = masked.any(dim=1) & ~kept.any(dim=1) | (kept & sure.isnan()).any(dim=1)
         # What stands behind an answer's end need not be decided.
-        fresh = (self.offsets >= self.given[:, None]) & (self.offsets < self.length[:, None])  # (N + 1, L)
+        fresh = (
+            (self.offsets >= self.given[:, None]) & (self.offsets < self.length[:, None]) & ~self.masked
+        )  # (N + 1, L)
         stops = (self.tokens[:, :, None] == self.stop_ids[:, None, :]).any(dim=-1) & fresh
         stop = torch.where(stops, self.offsets, self.block).min(dim=1).values
         end = torch.minimum(stop, self.given + self.room)

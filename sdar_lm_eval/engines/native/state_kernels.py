@@ -254,7 +254,7 @@ def _advance(
 
     # Whether the block is decided, as far as the answer goes, and whether that goes on
     first, most = tl.load(given + slot), tl.load(room + slot)
-    fresh = (column >= first) & (column < tokens_here)
+    fresh = (column >= first) & (column < tokens_here) & (still == 0)
     stop = BLOCK
     for i in range(stops):
         is_stop = fresh & (token == tl.load(stop_ids + slot * stops + i))

@@ -399,6 +399,16 @@ def test_an_answer_is_done_when_all_before_its_end_is_decided(tiny):
     assert forwards == sorted(forwards) and len(set(forwards)) > 3
 
 
+def test_a_mask_token_among_the_stop_tokens_stops_nothing(tiny):
+    """Undecided places hold it; it is never drawn."""
+    decoding = DecodingConfig(remasking_strategy="low_confidence_static", temperature=0)
+    plain, masked = (
+        run(tiny, [GenerationRequest((1, 2, 3), 9, decoding, frozenset(stops))])[0]
+        for stops in ((), (tiny.mask_token_id,))
+    )
+    assert (plain.token_ids, plain.finish_reason) == (masked.token_ids, masked.finish_reason)
+
+
 def test_two_steps_a_block_are_two_forwards(tiny):
     decoding = DecodingConfig(denoising_steps=2, remasking_strategy="low_confidence_static", temperature=0)
     (result,) = run(tiny, [GenerationRequest((1, 2, 3, 4), 8, decoding)])
@@ -472,6 +482,32 @@ class TestErrors:
         monkeypatch.setattr(engine._runner, at, fails_once)
         assert tokens_of(asking.run(engine, requests)) == tokens_of(expected)
         assert next(calls) > call
+
+    @pytest.mark.parametrize("steps", [1, 2])
+    def test_any_error_comes_after_what_was_finished(self, tiny, monkeypatch, steps):
+        """With two steps under way, answers wait for the next launch; it fails."""
+        engine = make_engine("native", tiny, device="cpu", max_active=2)
+        engine._most_under_way = steps
+        launch, settle, settled = engine._runner.launch, engine._settle, []
+
+        def settles(*given):
+            finished = settle(*given)
+            settled.extend(index for index, _ in finished)
+            return finished
+
+        def fails_later(context):
+            if settled:
+                raise RuntimeError("CUDA error: unspecified launch failure")
+            return launch(context)
+
+        monkeypatch.setattr(engine, "_settle", settles)
+        monkeypatch.setattr(engine._runner, "launch", fails_later)
+        requests = [GenerationRequest((1, 2, 3), new, DecodingConfig(temperature=0)) for new in (1, 40)]
+        finished = []
+        with pytest.raises(RuntimeError, match="launch failure"):
+            for index, _ in engine.generate(requests):
+                finished.append(index)
+        assert finished == settled == [0]
 
     def test_a_standstill_is_an_error(self, tiny, monkeypatch):
         engine = make_engine("native", tiny, device="cpu")

@@ -113,7 +113,7 @@ def test_reproducible_to_the_bit(checkpoint, monkeypatch, products):
     """
     monkeypatch.setattr(runner, "REPRODUCIBLE_ROWS", REPRODUCIBLE_ROWS)
     if products == "row by row":
-        hopper = types.SimpleNamespace(run_for=lambda weights: True, product=row_by_row, gated=gated_row_by_row)
+        hopper = types.SimpleNamespace(run_for=lambda *weights: True, product=row_by_row, gated=gated_row_by_row)
         monkeypatch.setattr(fused, "hopper_kernels", hopper)
     monkeypatch.setattr(native_engine, "PAGE_SIZE", 4)
     settings = [(6, DecodingConfig()), (6, DecodingConfig()), (1, DecodingConfig(top_k=5))]

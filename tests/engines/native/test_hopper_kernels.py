@@ -48,7 +48,7 @@ def test_work_for_the_kernel(monkeypatch):
 
 
 def test_not_on_other_devices():
-    assert not hopper.run_for([torch.zeros(64, 64, dtype=torch.bfloat16)])
+    assert not hopper.run_for(torch.zeros(64, 64, dtype=torch.bfloat16))
 
 
 def test_what_does_not_run_is_said(monkeypatch, caplog):
@@ -59,12 +59,12 @@ def test_what_does_not_run_is_said(monkeypatch, caplog):
     monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
     good = torch.zeros(64, 64, dtype=torch.bfloat16)
     with caplog.at_level(logging.WARNING):
-        assert not hopper.run_for([good])
-    assert "cuBLAS takes their place" in caplog.text and "'tma' has no 'load'" in caplog.text
+        assert not hopper.run_for(good)
+    assert "cuBLAS takes its place" in caplog.text and "'tma' has no 'load'" in caplog.text
     # Not tried: float32, sizes that do not fit.
-    assert not hopper.run_for([good, torch.zeros(64, 64)])
-    assert not hopper.run_for([good, torch.zeros(72, 64, dtype=torch.bfloat16)])
-    assert not hopper.run_for([good, torch.zeros(64, 60, dtype=torch.bfloat16)])
+    assert not hopper.run_for(good, torch.zeros(64, 64))
+    assert not hopper.run_for(torch.zeros(72, 64, dtype=torch.bfloat16))
+    assert not hopper.run_for(good, torch.zeros(64, 60, dtype=torch.bfloat16))
     assert len(caplog.records) == 1
 
 
@@ -78,14 +78,13 @@ def test_products(dtype, rows, inputs, size):
     torch.manual_seed(0)
     x = torch.randn(rows, inputs, device="cuda").to(dtype)
     weight = torch.randn(2 * size, inputs, device="cuda").to(dtype) / inputs**0.5
-    poison = torch.full((rows, 2 * size), torch.nan, dtype=dtype, device="cuda")
-    del poison  # what the results' memory holds
     plain = x.float() @ weight.float().T
     gate, up = plain.chunk(2, dim=1)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-3
     expected = torch.nn.functional.silu(gate) * up
-    torch.testing.assert_close(hopper.gated(x, weight).float(), expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(hopper.product(x, weight).float(), plain, rtol=tolerance, atol=tolerance)
+    for run, wanted in [(hopper.gated, expected), (hopper.product, plain)]:
+        torch.full_like(wanted, torch.nan, dtype=dtype)  # freed at once: what the result's memory holds
+        torch.testing.assert_close(run(x, weight).float(), wanted, rtol=tolerance, atol=tolerance)
 
 
 @on_hopper

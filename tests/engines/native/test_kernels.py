@@ -151,6 +151,30 @@ def test_attend(dtype, heads, kv_heads, size, block, context, monkeypatch):
     close(got[real], expected[real], dtype)
 
 
+def test_attention_alone_is_set_alike_for_any_number_of_tiles(dtype, monkeypatch):
+    """How many columns are taken at once shows in 16 bits' rounding."""
+    seen, settings = set(), kernels._attention_settings
+
+    def keep(rows, programs, itemsize):
+        seen.add(settings(rows, programs, 2))
+        return settings(rows, programs, itemsize)
+
+    monkeypatch.setattr(kernels, "_attention_settings", keep)
+    keys, values = (normal(3, 16, 2, 64, dtype=dtype) for _ in range(2))
+
+    def attend(tiles, *, alone):
+        number = torch.zeros(tiles, dtype=torch.int64, device=DEVICE)
+        pages = torch.ones(1, 1, dtype=torch.int64, device=DEVICE)
+        some = kernels.Tiles(number, number, pages, number, number, tokens=4, splits=1, alone=alone)
+        kernels.attend(normal(tiles, 4, 64, dtype=dtype), keys, values, some, 1.0)
+
+    for tiles in (1, kernels.MANY_PROGRAMS):
+        attend(tiles, alone=True)
+    assert len(seen) == 1
+    attend(1, alone=False)
+    assert len(seen) == 2
+
+
 def test_attend_over_blocks_of_a_prompt(dtype):
     """A tile of several blocks, each of which sees itself and those before."""
     heads, kv_heads, size, page, block = 4, 2, 64, 16, 4
