@@ -58,8 +58,7 @@ class Floor:
 
     def seconds(self, rows: int) -> tuple[float, float]:
         """Seconds of the layers' products and of the LM head's, over so many tokens."""
-        widths = {matrix.shape[1] for matrix in (*self._layers[0], self._head)}
-        inputs = {width: torch.randn(rows, width, device=self._device).to(self._head.dtype) for width in sorted(widths)}
+        inputs = self._inputs(rows)
 
         def layers() -> None:
             for layer in self._layers:
@@ -68,13 +67,17 @@ class Floor:
 
         return self._timed(layers), self._timed(lambda: linear(inputs[self._head.shape[1]], self._head))
 
+    def _inputs(self, rows: int) -> dict[int, torch.Tensor]:
+        """Of every width that a matrix takes, so many rows."""
+        widths = {matrix.shape[1] for matrix in (*self._layers[0], self._head)}
+        return {width: torch.randn(rows, width, device=self._device).to(self._head.dtype) for width in sorted(widths)}
+
     def seconds_as_run(self, rows: int) -> tuple[float, float]:
         """Seconds of one layer's products and activation as the engine's kernels do them; of what is run to draw."""
         from sdar_lm_eval.engines.native import fused
 
         on_hopper = fused.runs_on_hopper(self._layers[0][2])
-        widths = {matrix.shape[1] for matrix in self._layers[0]}
-        inputs = {width: torch.randn(rows, width, device=self._device).to(self._head.dtype) for width in sorted(widths)}
+        inputs = self._inputs(rows)
 
         def behind_attention(o: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> None:
             fused.product(inputs[o.shape[1]], o, splits=fused.SPLITS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import heapq
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -86,7 +87,7 @@ def summary(events: Iterable[tuple[int, int, str]], most: int = 20) -> dict[str,
     ordered = sorted(events)
     busy, until = 0, ordered[0][0]
     gaps: dict[str, int] = dict.fromkeys([*(f"up to {limit} us" for limit in GAPS), "longer"], 0)
-    longest: list[tuple[int, int, str, str]] = []
+    idle: list[tuple[int, int, str, str]] = []  # nanoseconds, from when on, behind what, before what
     last = ""
     took: collections.Counter[str] = collections.Counter()
     times: collections.Counter[str] = collections.Counter()
@@ -94,7 +95,7 @@ def summary(events: Iterable[tuple[int, int, str]], most: int = 20) -> dict[str,
         if start > until:
             place = sum(start - until > 1000 * limit for limit in GAPS)
             gaps[list(gaps)[place]] += start - until
-            longest = sorted([*longest, (start - until, until - ordered[0][0], last, name)])[-LONGEST:]
+            idle.append((start - until, until - ordered[0][0], last, name))
         busy += max(0, end - max(start, until))
         if end >= until:
             until, last = end, name
@@ -107,7 +108,7 @@ def summary(events: Iterable[tuple[int, int, str]], most: int = 20) -> dict[str,
         "gaps_ms": {limit: ns / 1e6 for limit, ns in gaps.items()},
         "longest_gaps": [
             {"ms": ns / 1e6, "at_ms": begin / 1e6, "behind": behind, "before": before}
-            for ns, begin, behind, before in reversed(longest)
+            for ns, begin, behind, before in heapq.nlargest(LONGEST, idle)
         ],
     }
 

@@ -62,7 +62,7 @@ MODEL_ARGUMENTS = (
     "batch_size", "max_batch_size", "trust_remote_code", "likelihood", "mc_samples", "verbose", "answers",
 )  # fmt: skip
 TOKENIZED_TOGETHER = 1000  # prompts: what a tokenizer makes of them takes five times the memory of their tokens
-_tokenizing_process: int | None = None  # the first that did so in parallel
+PROCESS = os.getpid()  # a forked one has another
 # What a run's cached answers depend on, kept in the cache itself; see `set_cache_hook`.
 FINGERPRINT_KEY = "sdar_lm_eval/fingerprint"
 
@@ -857,9 +857,7 @@ def _parallel_tokenizing(*, alone: bool) -> Iterator[None]:
     told what to do there. They are: to do without, once this is over. A forked process itself has to, always, since the
     threads stay behind.
     """
-    global _tokenizing_process
-    _tokenizing_process = _tokenizing_process or os.getpid()
-    if not alone or os.getpid() != _tokenizing_process:
+    if not alone or os.getpid() != PROCESS:
         yield
         return
     name = "TOKENIZERS_PARALLELISM"

@@ -44,7 +44,7 @@ class Layer:
 
 
 class FusedDecoder:
-    """The decoder of transformers' Qwen3ForCausalLM, without its LM head.
+    """The decoder of transformers' Qwen3ForCausalLM; its LM head apart (`logits`).
 
     Args:
         model: on its device already. Its projections become views of the joined ones: no weight is there twice.

@@ -269,10 +269,8 @@ class BatchState:
                 self.seen.scatter_(1, where, self.seen.gather(1, where) | kept[:, column : column + 1])
         stuck = masked.any(dim=1) & ~kept.any(dim=1) | (kept & sure.isnan()).any(dim=1)
         # What stands behind an answer's end need not be decided.
-        fresh = (
-            (self.offsets >= self.given[:, None]) & (self.offsets < self.length[:, None]) & ~self.masked
-        )  # (N + 1, L)
-        stops = (self.tokens[:, :, None] == self.stop_ids[:, None, :]).any(dim=-1) & fresh
+        fresh = (self.offsets >= self.given[:, None]) & (self.offsets < self.length[:, None])  # (N + 1, L)
+        stops = (self.tokens[:, :, None] == self.stop_ids[:, None, :]).any(dim=-1) & fresh & ~self.masked
         stop = torch.where(stops, self.offsets, self.block).min(dim=1).values
         end = torch.minimum(stop, self.given + self.room)
         decided = took_part & ~(self.masked & (self.offsets < end[:, None])).any(dim=1)

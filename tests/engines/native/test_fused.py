@@ -121,8 +121,14 @@ def test_reproducible_to_the_bit(checkpoint, monkeypatch, products):
         GenerationRequest((*range(6), i), tokens, decoding, seed=i, record_steps=True)
         for i, (tokens, decoding) in enumerate(settings)
     ]
-    rows, tiles_seen = set(), set()
-    attend = kernels.attend
+    rows, drawn_from, tiles_seen = set(), set(), set()
+    attend, draw = kernels.attend, runner.Runner._draw_from_float32
+
+    def by_pytorch(self, place, hidden):
+        drawn_from.add(len(hidden))
+        return draw(self, place, hidden)
+
+    monkeypatch.setattr(runner.Runner, "_draw_from_float32", by_pytorch)
 
     def shape_of(query, keys, values, tiles, scaling):
         rows.add(len(query))
@@ -143,6 +149,7 @@ def test_reproducible_to_the_bit(checkpoint, monkeypatch, products):
     assert tight == together
     assert alone == {1: together[1]}
     assert tiles_seen == {(4, True)}  # on which settings and rounding depend
+    assert drawn_from == {REPRODUCIBLE_ROWS}  # for the request with top_k
     assert (rows == {REPRODUCIBLE_ROWS}) == (products == "of fixed size")
 
 
