@@ -24,6 +24,7 @@ def test_every_tile_is_worked_on_once(strips, columns, programs):
     wanted = {(strip, column) for strip in range(strips) for column in range(columns)}
     # There may be nothing in a pair's second strip.
     assert wanted <= set(done) <= wanted | {(strips + strips % 2 - 1, column) for column in range(columns)}
+    assert all(first < strips for tiles in own for first, _, _ in tiles)  # a half with nothing in it is left out
     times = [sum(count for _, count, _ in tiles) for tiles in own]
     assert max(times) - min(times) <= 2
 

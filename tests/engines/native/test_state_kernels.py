@@ -36,7 +36,7 @@ def random_sequence(rng, number, slot, block, strategies):
         temperature=rng.choice([0, 0.5, 1.0]),
     )
     prompt = tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 3 * block)))
-    stops = frozenset(rng.sample(range(VOCABULARY), rng.randint(0, 3)))
+    stops = frozenset(rng.sample([*range(VOCABULARY), *[MASK] * 22], rng.randint(0, 3)))
     request = GenerationRequest(prompt, rng.randint(1, 5 * block), decoding, stops, seed=rng.getrandbits(64))
     return Sequence(number, request, list(prompt), slot=slot)
 
