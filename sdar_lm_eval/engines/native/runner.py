@@ -576,6 +576,8 @@ class Runner:
         logits[:, self._mask_token_id] = -torch.inf
         if state.seen is not None:
             logits = unmasking.penalize_repetition(logits, state.seen[slot], state.penalty[slot])
+        if self._reproducible:
+            logits = _aligned(logits)
         nothing = torch.zeros(len(place), device=self._device)
         needs_entropy = "entropy_bounded" in state.strategies
         results = []
@@ -595,6 +597,14 @@ class Runner:
         greedy = state.greedy[slot]
         token, confidence, entropy = (torch.where(greedy, a, b) for a, b in zip(*results, strict=True))
         return token, confidence, entropy
+
+
+def _aligned(logits: torch.Tensor) -> torch.Tensor:
+    """With tokens that are never drawn behind each row (M, V), so that all begin at multiples of 16 bytes.
+
+    PyTorch adds the numbers of a row up in an order that depends on that.
+    """
+    return torch.nn.functional.pad(logits, (0, -logits.shape[1] % 4), value=-torch.inf)
 
 
 def _of_like_length(

@@ -76,8 +76,9 @@ def draw_sampled(probabilities: torch.Tensor, uniform: torch.Tensor) -> tuple[to
     total = cumulative[:, -1:]
     # Strictly below the total, so that the first cumulative value above it belongs to a token of positive probability.
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # The clamp is for rows that are not numbers, which find no token at all; their confidence shows it.
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # Rows that are not numbers find no token at all, and get the first; their confidence shows it.
+    tokens = tokens.masked_fill(tokens == probabilities.shape[-1], 0)
     return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1)
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.engines.native import engine as native_engine
-from sdar_lm_eval.engines.native import fused, kernels, runner
+from sdar_lm_eval.engines.native import fused, kernels, runner, unmasking
 
 REPRODUCIBLE_ROWS = 8
 
@@ -122,13 +122,13 @@ def test_reproducible_to_the_bit(checkpoint, monkeypatch, products):
         for i, (tokens, decoding) in enumerate(settings)
     ]
     rows, drawn_from, tiles_seen = set(), set(), set()
-    attend, draw = kernels.attend, runner.Runner._draw_from_float32
+    attend, filtered = kernels.attend, unmasking.filtered_probabilities
 
-    def by_pytorch(self, place, hidden):
-        drawn_from.add(len(hidden))
-        return draw(self, place, hidden)
+    def by_pytorch(logits, *args, **kwargs):
+        drawn_from.add(tuple(logits.shape))
+        return filtered(logits, *args, **kwargs)
 
-    monkeypatch.setattr(runner.Runner, "_draw_from_float32", by_pytorch)
+    monkeypatch.setattr(unmasking, "filtered_probabilities", by_pytorch)
 
     def shape_of(query, keys, values, tiles, scaling):
         rows.add(len(query))
@@ -149,7 +149,8 @@ def test_reproducible_to_the_bit(checkpoint, monkeypatch, products):
     assert tight == together
     assert alone == {1: together[1]}
     assert tiles_seen == {(4, True)}  # on which settings and rounding depend
-    assert drawn_from == {REPRODUCIBLE_ROWS}  # for the request with top_k
+    # For the request with top_k; 711 tokens and one, so that rows begin at multiples of 16 bytes.
+    assert drawn_from == {(REPRODUCIBLE_ROWS, 712)}
     assert (rows == {REPRODUCIBLE_ROWS}) == (products == "of fixed size")
 
 
