@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import re
 import struct
 import tempfile
@@ -229,6 +230,8 @@ class Checkpoint:
     def load_model(self, *, dtype: Any, device: Any, attention: str) -> Any:
         """Load the weights into transformers' Qwen3ForCausalLM or Qwen3MoeForCausalLM.
 
+        They go to the device as they are read: the host never holds them all.
+
         Args:
             dtype: torch dtype of the weights in memory.
             device: torch device.
@@ -248,6 +251,7 @@ class Checkpoint:
         version = tuple(map(int, transformers.__version__.split(".")[:2]))
         config = self._transformers_config(attention)
         self._check_layout(config, self.weight_files())
+        self._check_memory(config, dtype, torch.device(device))
         with tempfile.TemporaryDirectory(prefix="sdar-weights-") as clean, _no_progress_bars():
             self._link_weights(Path(clean))
             (Path(clean) / "generation_config.json").write_text("{}")  # transformers 5 insists on one
@@ -258,6 +262,7 @@ class Checkpoint:
                     use_safetensors=True,
                     local_files_only=True,
                     output_loading_info=True,
+                    device_map=torch.device(device),
                     **{"dtype" if version >= (4, 56) else "torch_dtype": dtype},
                 )
             except Exception as error:
@@ -276,14 +281,7 @@ class Checkpoint:
             model.lm_head.weight = model.model.embed_tokens.weight  # also where the files hold another head
         if self.is_moe and version < (4, 53):
             _hand_keywords_to_attention(model.model)
-        try:
-            return model.requires_grad_(False).to(device).eval()
-        except torch.OutOfMemoryError as error:
-            size = sum(parameter.nbytes for parameter in model.parameters()) / 2**30
-            raise UserError(
-                f"the weights of checkpoint {self.name!r}, {size:.1f} GiB as {dtype}, do not fit on {device}: {error} "
-                "Choose a smaller dtype, another device, or a smaller checkpoint."
-            ) from error
+        return model.requires_grad_(False).eval()
 
     @contextlib.contextmanager
     def clean_folder(self, config: Mapping[str, Any], tokenizer: Mapping[str, Any] | None = None) -> Iterator[Path]:
@@ -334,6 +332,17 @@ class Checkpoint:
         config._attn_implementation = attention
         return config
 
+    def _check_memory(self, config: Any, dtype: Any, device: Any) -> None:
+        """Refuse weights that a GPU has no room for, before they are read."""
+        size = sum(map(math.prod, _layout(config, self.is_moe).values())) * dtype.itemsize
+        free = _free_memory(device)
+        if free is not None and size > free:
+            raise UserError(
+                f"the weights of checkpoint {self.name!r} take {size / 2**30:.1f} GiB as "
+                f"{str(dtype).removeprefix('torch.')}, but {device} has {free / 2**30:.1f} GiB free. Choose a smaller "
+                "dtype, another device or a smaller checkpoint, or end what else runs there."
+            )
+
     def _check_layout(self, config: Any, files: list[Path]) -> None:
         """Compare names and shapes of the weights with what the configuration asks for."""
         found: dict[str, tuple[int, ...]] = {}
@@ -353,6 +362,16 @@ class Checkpoint:
         if any(wrong.values()):
             told = "; ".join(f"{what}: {_listed(names)}" for what, names in wrong.items() if names)
             raise UserError(f"the weights of checkpoint {self.name!r} do not fit its config.json; {told}.")
+
+
+def _free_memory(device: Any) -> int | None:
+    """Bytes that a GPU has free, for new tensors too; None for other devices."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def _resolve(name: str, revision: str | None) -> Path:

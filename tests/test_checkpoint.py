@@ -685,12 +685,14 @@ def test_a_configuration_that_cannot_be_used(tmp_path: Path, changes: dict[str, 
 
 
 def test_a_device_without_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_large(*_: Any) -> None:
-        raise torch.OutOfMemoryError("tried to allocate")
-
-    monkeypatch.setattr(transformers.Qwen3ForCausalLM, "to", too_large)
-    with pytest.raises(UserError, match=r"0\.0 GiB as torch\.float32, do not fit on cpu: tried .* smaller dtype"):
-        load(random_checkpoint(tmp_path))
+    folder = random_checkpoint(tmp_path)
+    size = sum(weight.nbytes for weight in read_weights(folder).values())
+    monkeypatch.setattr(module, "_free_memory", lambda device: size)
+    load(folder)
+    monkeypatch.setattr(module, "_free_memory", lambda device: size - 1)
+    with pytest.raises(UserError, match=r"take 0\.0 GiB as float32, but cpu has 0\.0 GiB free\. .* smaller dtype"):
+        load(folder)
+    load(folder, dtype=torch.bfloat16)
 
 
 # The fingerprint
