@@ -49,6 +49,7 @@ TOKENIZER_FILES = (
 )
 DOWNLOADED = ("*.json", "*.jinja", "merges.txt", "*.safetensors")
 DTYPES = ("float32", "bfloat16", "float16")
+LESS_MEMORY = "Choose a smaller dtype, another device or a smaller checkpoint, or end what else runs there."
 # What SDARConfig takes where config.json is silent.
 DEFAULT_VOCABULARY = 151936
 DEFAULT_MAX_LENGTH = 32768
@@ -230,7 +231,7 @@ class Checkpoint:
     def load_model(self, *, dtype: Any, device: Any, attention: str) -> Any:
         """Load the weights into transformers' Qwen3ForCausalLM or Qwen3MoeForCausalLM.
 
-        They go to the device as they are read: the host never holds them all.
+        They go to the device as they are read: of a GPU's, the host never holds them all.
 
         Args:
             dtype: torch dtype of the weights in memory.
@@ -265,6 +266,10 @@ class Checkpoint:
                     device_map=torch.device(device),
                     **{"dtype" if version >= (4, 56) else "torch_dtype": dtype},
                 )
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"the weights of checkpoint {self.name!r} do not fit on {device}: {error} {LESS_MEMORY}"
+                ) from error
             except Exception as error:
                 raise UserError(
                     f"the weights of checkpoint {self.name!r} cannot be loaded: {type(error).__name__}: {error}"
@@ -339,8 +344,7 @@ class Checkpoint:
         if free is not None and size > free:
             raise UserError(
                 f"the weights of checkpoint {self.name!r} take {size / 2**30:.1f} GiB as "
-                f"{str(dtype).removeprefix('torch.')}, but {device} has {free / 2**30:.1f} GiB free. Choose a smaller "
-                "dtype, another device or a smaller checkpoint, or end what else runs there."
+                f"{str(dtype).removeprefix('torch.')}, but {device} has {free / 2**30:.1f} GiB free. {LESS_MEMORY}"
             )
 
     def _check_layout(self, config: Any, files: list[Path]) -> None:

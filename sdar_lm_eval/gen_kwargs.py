@@ -104,7 +104,7 @@ def to_bool(name: str, value: Any) -> bool:
         return bool(value)
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         return value.strip().lower() == "true"
-    raise UserError(f"{name}={value!r} is neither true nor false.")
+    raise UserError(f"{name}={value!r} is neither true nor false. Give one of them.")
 
 
 def to_texts(value: Any) -> tuple[str, ...]:

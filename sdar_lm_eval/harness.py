@@ -343,9 +343,11 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         for key, text in answers.items():
             live.judge(jobs[key].instance, text)
         self.report.start(len(jobs), finished=len(answers), show=self._rank == 0 and not disable_tqdm, live=live)
+        if answers:
+            logger.info("%d of %d answers are there already, and are not computed again.", len(answers), len(jobs))
         if self._answers is not None:
             self._answers.begin()
-        try:
+        with self._told_in_the_end():
             for index, result in self._engine.generate([jobs[key].request for key in missing]):
                 job = jobs[missing[index]]
                 text = _cut(self.tok_decode(result.token_ids), job.until)
@@ -362,15 +364,21 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                     document=job.instance.doc_id,
                     repeat=job.repeat,
                 )
+        if len(answers) < len(jobs):
+            raise EngineError(f"the {self.ENGINE} engine answered {len(answers)} of {len(jobs)} requests.")
+        return [answers[key] for key in keys]
+
+    @contextlib.contextmanager
+    def _told_in_the_end(self) -> Iterator[None]:
+        """What ends a run of requests, also one that ends with an error."""
+        try:
+            yield
         finally:
             self.report.stop(self._engine.peak_memory_bytes())
             if self._answers is not None:
                 self._answers.finish()
             if self._world_size == 1:  # else `barrier` says it for all
                 logger.info("%s", self.report.counts)
-        if len(answers) < len(jobs):
-            raise EngineError(f"the {self.ENGINE} engine answered {len(answers)} of {len(jobs)} requests.")
-        return [answers[key] for key in keys]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Score continuations: log-likelihoods in nats, and whether greedy decoding gives the continuation.
@@ -450,7 +458,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                 self.tokenizer.convert_ids_to_tokens(mask),
             )
         self.report.start(len(jobs), show=self._rank == 0 and not disable_tqdm, scoring=True)
-        try:
+        with self._told_in_the_end():
             for job in empty:
                 self._keep_score(kind, job)
             for index, result in scorer.score([piece for _, piece in flat], self._likelihood):
@@ -458,10 +466,6 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                 job.results.append(result)
                 if len(job.results) == len(job.pieces):
                     self._keep_score(kind, job)
-        finally:
-            self.report.stop(self._engine.peak_memory_bytes())
-            if self._world_size == 1:  # else `barrier` says it for all
-                logger.info("%s", self.report.counts)
         missing = sum(len(job.results) < len(job.pieces) for job in jobs.values())
         if missing:
             raise EngineError(f"the {self.ENGINE} engine scored {len(jobs) - missing} of {len(jobs)} requests.")
@@ -836,7 +840,7 @@ class SDARLMDeployLM(SDARLM):
     Args:
         tensor_parallel_size: GPUs that share the weights.
         data_parallel_size: how many processes `accelerate launch` started, each with its copy of the weights; needs
-            not be said.
+            not be given.
         cache_max_entry_count: the part of the memory that the weights leave, for keys and values; default 0.8.
         all others: those of `SDARLM` but for kv_pages, kernels, reproducible and share_prefixes.
 

@@ -694,6 +694,22 @@ def test_a_device_without_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load(folder)
     load(folder, dtype=torch.bfloat16)
 
+    def too_large(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(transformers.Qwen3ForCausalLM, "from_pretrained", too_large)
+    with pytest.raises(UserError, match=r"do not fit on cpu: tried to allocate Choose a smaller dtype"):
+        load(folder, dtype=torch.bfloat16)
+
+
+def test_the_memory_that_a_gpu_has_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody has, and what torch has and does not use."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert module._free_memory(torch.device("cuda:1")) == 130
+    assert module._free_memory(torch.device("cpu")) is None
+
 
 # The fingerprint
 

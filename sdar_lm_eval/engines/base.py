@@ -190,7 +190,7 @@ def check_bool(name: str, value: Any) -> bool:
         UserError: it is neither.
     """
     if not isinstance(value, bool):
-        raise UserError(f"{name}={value!r} is neither true nor false.")
+        raise UserError(f"{name}={value!r} is neither true nor false. Give one of them.")
     return value
 
 

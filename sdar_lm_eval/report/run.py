@@ -108,7 +108,8 @@ class Counts:
         parts = []
         if self.requests or not self.scored_requests:
             parts.append(
-                f"{self.requests:,} requests, {self.new_tokens:,} new tokens in {self.generation_seconds:.1f} s: "
+                f"{self.requests:,} request{'s' * (self.requests != 1)}, {self.new_tokens:,} new tokens in "
+                f"{self.generation_seconds:.1f} s: "
                 f"{self.tokens_per_second:,.0f} tok/s, {self.tokens_per_forward:.2f} tokens per forward "
                 f"(prefill {self.prefill_forwards:,}, denoising {self.denoising_forwards:,}, commit "
                 f"{self.commit_forwards:,})"

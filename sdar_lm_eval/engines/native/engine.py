@@ -46,7 +46,7 @@ CPU_CACHE_BYTES = 4 << 30
 
 
 class NativeEngine:
-    """SDAR on torch and transformers alone, with continuous batching over paged KV.
+    """SDAR on torch and transformers, with continuous batching over paged KV.
 
     Args:
         checkpoint: the opened checkpoint; its weights are loaded here.
@@ -92,14 +92,14 @@ class NativeEngine:
         model = checkpoint.load_model(dtype=self._dtype, device=self._device, attention=attention.NAME)
         self._model = model
         self._runner = Runner(
-            model, checkpoint.mask_token_id, PAGE_SIZE, kernels=self._kernels, reproducible=reproducible
+            model, checkpoint.mask_token_id, PAGE_SIZE, kernels=self._kernels, reproducible=self._reproducible
         )
-        if reproducible and not self._runner.is_fused:
+        if self._reproducible and not self._runner.is_fused:
             raise UserError(
                 "reproducible=true needs the kernels, which run dense models on GPUs: this is "
                 f"{type(model).__name__} on {self._device} with kernels={str(self._kernels).lower()}."
             )
-        if reproducible:
+        if self._reproducible:
             logger.info(
                 "reproducible=true: %s.",
                 "matrix products of a fixed size, some of it padding"
@@ -194,7 +194,7 @@ class NativeEngine:
         self._runner.release_cache()  # generation and scoring never run at once, and each may need all memory
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # so that what was given back counts as free
-        pages = self._kv_pages or self._memory_for_pages() // self._runner.bytes_per_page()
+        pages = self._kv_pages or self._pages_in_memory()
         limits = Limits.on(self._device.type, pages * PAGE_SIZE, self._max_active)
         try:
             yield from Scoring(self._model, self._checkpoint.mask_token_id, limits).run(requests, config)
@@ -339,8 +339,11 @@ class NativeEngine:
     def _pages_for(self, sequences: list[Sequence], max_active: int) -> int:
         """How many KV pages to hold: those of the `max_active` longest requests, as far as memory allows."""
         needs = sorted((-(-sequence.longest // PAGE_SIZE) for sequence in sequences), reverse=True)
-        allowed = self._kv_pages or self._memory_for_pages() // self._runner.bytes_per_page()
-        pages = min(sum(needs[:max_active]), allowed)
+        wanted = sum(needs[:max_active])
+        pages = min(wanted, self._kv_pages or self._pages_in_memory())
+        if pages < wanted and self._kv_pages is None and self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what torch keeps, unused
+            pages = min(wanted, self._pages_in_memory())
         if needs[0] > pages:
             mib = self._runner.bytes_per_page() / 2**20
             raise UserError(
@@ -350,12 +353,13 @@ class NativeEngine:
             )
         return pages
 
-    def _memory_for_pages(self) -> int:
-        if self._device.type == "cpu":
-            return CPU_CACHE_BYTES
-        free, _ = torch.cuda.mem_get_info(self._device)
-        cache = self._runner.cache
-        return int(free * MEMORY_FRACTION) + (cache.nbytes if cache is not None else 0)
+    def _pages_in_memory(self) -> int:
+        memory = CPU_CACHE_BYTES
+        if self._device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self._device)
+            cache = self._runner.cache
+            memory = int(free * MEMORY_FRACTION) + (cache.nbytes if cache is not None else 0)
+        return memory // self._runner.bytes_per_page()
 
 
 def _sequences(requests: SequenceOf[GenerationRequest], together: list[int]) -> list[Sequence]:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 LOGITS_BUDGET_BYTES = 1 << 30
 # Padding tokens of a prefill forward of rows: about what a forward more costs.
 MOST_PADDING = {"cpu": 64, "cuda": 1024}
-SPLITS_BUDGET_BYTES = 1 << 30  # the same of what attention to splits of a context leaves, in prefill
+SPLITS_BUDGET_BYTES = 1 << 30  # of what attention to splits of a context leaves, in prefill
 MOST_UNDER_WAY = 2  # steps, launched and not collected
 QUERY_BYTES = 128 << 10
 PREFILL_TILE = 32  # tokens of a prompt that one program of the attention kernel takes
@@ -351,7 +351,7 @@ class Runner:
         assert len(self._arrivals) < MOST_UNDER_WAY
         event = None
         with self._on_device:
-            # Sizes that are no graphs' are not rounded up by `Graphs`.
+            # `Graphs` rounds sizes up only where they are captured.
             if self._fixed_rows:
                 segments = _rounded_up(segments, self._together)
             if self._fixed_places:
