@@ -12,10 +12,15 @@ rounding does.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import shutil
+import socket
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +33,7 @@ from sdar_lm_eval.demo import CHECKPOINT as DEMO_CHECKPOINT
 ROOT = Path(__file__).parents[1]
 # lm_eval starts without what takes seconds there; its own tasks are among that.
 QUICK_START = Path(__file__).parent / "quick_start"
+CAN_FORK = sys.platform == "linux" and not torch.cuda.is_available()  # a fork cannot use a GPU that was asked before
 # The real SDAR-4B-Chat folder without weights, where the machine has it beside the checkout.
 REAL_FOLDER = Path(__file__).parents[2] / "shared" / "models" / "sdar-4b-chat"
 MOE_SETTINGS = {
@@ -47,7 +53,33 @@ MOE_SETTINGS = {
 def environment(*folders: Path) -> dict[str, str]:
     """Variables for a process that finds the modules that this one finds, in `folders` first, and takes one core."""
     path = os.pathsep.join(map(str, [*folders, ROOT, *sys.path]))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    server = {"QUICK_START_SERVER": str(_forks() / "socket")} if QUICK_START in folders and CAN_FORK else {}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **server}
+
+
+@functools.cache
+def _forks() -> Path:
+    """Start the server of forks, which ends with this process, and return its folder."""
+    folder = Path(tempfile.mkdtemp())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(str(folder / "socket"))
+        listening.listen()
+        variables = environment() | {"SDAR_LM_EVAL_AUTOLOAD": "0"}
+        command = [sys.executable, "-u", QUICK_START / "forks.py", str(listening.fileno()), folder]
+        server = subprocess.Popen(command, env=variables, pass_fds=[listening.fileno()], stdin=subprocess.PIPE)
+    assert server.stdin is not None
+    atexit.register(shutil.rmtree, folder)
+    atexit.register(server.wait)
+    atexit.register(server.stdin.close)
+    return folder
+
+
+def fork_of(process: int) -> int:
+    """Return which process does the work of one that was started with `environment(QUICK_START)`."""
+    try:
+        return int((_forks() / str(process)).readlink().name)
+    except FileNotFoundError:
+        return process
 
 
 def small_config(*, moe: bool = False, **settings: Any) -> dict[str, Any]:

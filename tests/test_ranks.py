@@ -22,7 +22,7 @@ import lm_eval.evaluator
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
-from support import QUICK_START, environment
+from support import QUICK_START, environment, fork_of
 
 import sdar_lm_eval.tasks
 from sdar_lm_eval import ranks
@@ -126,9 +126,10 @@ if __name__ == "__main__":
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment(QUICK_START).items():
+        monkeypatch.setenv(name, value)
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTHONPATH", environment(QUICK_START)["PYTHONPATH"])
 
 
 @pytest.fixture
@@ -210,7 +211,7 @@ def test_a_killed_rank_ends_the_command_and_its_answers_stay(folder: Path) -> No
     deadline = time.monotonic() + 120
     while len(traced()[1]) < 2 and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.kill(_rank_of(killed.pid, 1), signal.SIGKILL)
+    os.kill(_rank_of(fork_of(killed.pid), 1), signal.SIGKILL)
     assert killed.wait(timeout=60) != 0, log.read_text()
     assert not (folder / "results").exists()
     before = traced()
@@ -239,7 +240,7 @@ def _rank_of(launcher: int, rank: int) -> int:
     """The process of a rank."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     (found,) = (c for c in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{c}/environ").read_bytes())
-    return int(found)
+    return fork_of(int(found))
 
 
 def test_a_process_alone_needs_no_others() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import lm_eval
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
-from support import QUICK_START, environment
+from support import QUICK_START, environment, fork_of
 
 import sdar_lm_eval.tasks
 from sdar_lm_eval.harness import SDARLM
@@ -60,7 +61,7 @@ def test_a_killed_run_computes_only_what_was_missing(folder: Path, monkeypatch: 
             assert running.poll() is None, log.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        running.send_signal(signal.SIGKILL)
+        os.kill(fork_of(running.pid), signal.SIGKILL)
         assert running.wait() == -signal.SIGKILL
     finished = _trace(folder)
     assert ANSWERS // 4 <= len(finished) < ANSWERS

@@ -50,8 +50,8 @@ from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
 from grpclib.server import Server
 from modal_proto import api_pb2
+from support import QUICK_START, ROOT, environment, fork_of
 
-ROOT = Path(__file__).parents[2]
 AT_ONCE = 2  # containers
 SUCCESS = api_pb2.GenericResult.GENERIC_STATUS_SUCCESS
 
@@ -94,7 +94,6 @@ class ControlPlane:
 
     Args:
         folder: for shipped files, volumes and containers.
-        site: a folder that comes first where containers look for modules.
         trouble: called again and again while a container of `troubled` runs, with its process id, until it returns a
             signal for it: SIGINT preempts the container, another one ends its input with a failure.
         troubled: the function's name.
@@ -103,7 +102,6 @@ class ControlPlane:
     def __init__(
         self,
         folder: Path,
-        site: Path | None = None,
         trouble: Callable[[int], signal.Signals | None] | None = None,
         troubled: str = "evaluate",
     ) -> None:
@@ -117,7 +115,6 @@ class ControlPlane:
         self.commits: Counter[str] = Counter()
         self.trouble = trouble
         self.troubled = troubled
-        self._site = site
         self._files: dict[str, Path] = {}
         self._blobs: dict[str, Path] = {}
         self._mounts: dict[str, list[Any]] = {}
@@ -248,14 +245,14 @@ class ControlPlane:
         }
 
     def _client_environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("MODAL_", "HF_", "SDAR_"))}
+        ours = environment(QUICK_START).items()
+        kept = {name: value for name, value in ours if not name.startswith(("MODAL_", "HF_", "SDAR_"))}
         return kept | {
             "MODAL_SERVER_URL": self.url,
             "MODAL_TOKEN_ID": "ak-dummy",
             "MODAL_TOKEN_SECRET": "as-dummy",
             "MODAL_CONFIG_PATH": str(self.folder / "no-such-file.toml"),
             "COLUMNS": "200",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
         }
 
     # The app
@@ -496,11 +493,12 @@ class ControlPlane:
         preempted = False
         while process.poll() is None:
             await asyncio.sleep(0.01)
-            if self.trouble is not None and function.name == self.troubled and (sent := self.trouble(process.pid)):
+            fork = fork_of(process.pid)
+            if self.trouble is not None and function.name == self.troubled and (sent := self.trouble(fork)):
                 self.trouble = None
                 self.hit.append(container)
                 preempted = sent == signal.SIGINT
-                process.send_signal(sent)
+                os.kill(fork, sent)
         await reader
         self._running.discard(process)
         shutil.rmtree(home, ignore_errors=True)
@@ -537,9 +535,7 @@ class ControlPlane:
                 "MODAL_TASK_ID": container,
                 "MODAL_CONTAINER_ARGUMENTS_PATH": str(home / "arguments"),
                 # What was shipped comes first, then this Python's packages; the project's folder is not among them.
-                "PYTHONPATH": os.pathsep.join(
-                    [*([str(self._site)] if self._site else []), str(home / "root"), *installed]
-                ),
+                "PYTHONPATH": os.pathsep.join([str(QUICK_START), str(home / "root"), *installed]),
             }
         )
 

@@ -17,9 +17,9 @@ from typing import Any, get_args
 
 import lm_eval
 import pytest
-from control_plane import ROOT, ControlPlane
+from control_plane import ControlPlane
 from lm_eval.tasks import TaskManager
-from support import QUICK_START
+from support import ROOT
 
 from sdar_lm_eval.answers import read_sessions
 from sdar_lm_eval.autoload import TASKS
@@ -74,7 +74,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sharded]:
     def preempt(process: int) -> signal.Signals | None:
         return signal.SIGINT if _answers_of(process) >= ENOUGH else None
 
-    with ControlPlane(folder / "modal", site=QUICK_START, trouble=preempt) as plane:
+    with ControlPlane(folder / "modal", trouble=preempt) as plane:
         yield Sharded(plane, folder / "results.json")
 
 
@@ -187,7 +187,7 @@ def test_a_part_of_a_larger_run_takes_no_gpu(sharded: Sharded, tmp_path: Path) -
 def test_a_sweep(tmp_path: Path) -> None:
     output = tmp_path / "sweep.json"
     words = (*DEMO, "--num-samples", "6", "--temperature", "0.0", "--verbose", "false", "--output-file", str(output))
-    with ControlPlane(tmp_path / "modal", site=QUICK_START) as plane:
+    with ControlPlane(tmp_path / "modal") as plane:
         done = _run(plane, *words, "--confidence-threshold", "0.5,0.9", "--gpu", "H200", "--timeout", "900")
         assert done.returncode == 0, done.stdout + done.stderr
         assert plane.started.count("evaluate") == 2
@@ -204,7 +204,7 @@ def test_a_sweep(tmp_path: Path) -> None:
 
 def test_a_container_that_dies(tmp_path: Path) -> None:
     output = tmp_path / "results.json"
-    with ControlPlane(tmp_path / "modal", site=QUICK_START, trouble=lambda _: signal.SIGKILL) as plane:
+    with ControlPlane(tmp_path / "modal", trouble=lambda _: signal.SIGKILL) as plane:
         done = _run(plane, *DEMO, "--num-samples", "2", "--output-file", str(output))
         assert done.returncode == 1, done.stdout + done.stderr
         assert re.search(r"error: demo-native-\w+, shard 1 of 1: RemoteError: the container ended with -9", done.stderr)
@@ -215,7 +215,7 @@ def test_a_container_that_dies(tmp_path: Path) -> None:
 def test_a_container_that_dies_before_or_after_the_gpu(tmp_path: Path) -> None:
     output = tmp_path / "results.json"
     words = (*DEMO, "--num-samples", "2", "--output-file", str(output))
-    with ControlPlane(tmp_path / "modal", QUICK_START, lambda _: signal.SIGKILL, troubled="publish") as plane:
+    with ControlPlane(tmp_path / "modal", lambda _: signal.SIGKILL, troubled="publish") as plane:
         done = _run(plane, *words)
         assert done.returncode == 1 and not output.exists()
         (line,) = done.stderr.strip().splitlines()

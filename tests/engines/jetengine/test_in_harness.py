@@ -16,7 +16,7 @@ import pytest
 import torch
 from jetengine_standin import VERSIONS, standin
 from lm_eval.tasks import TaskManager
-from support import environment
+from support import QUICK_START, environment
 
 import sdar_lm_eval.tasks
 from sdar_lm_eval.errors import EngineError, UserError
@@ -142,7 +142,7 @@ def test_what_it_takes_and_does_not(jetengine: Any) -> None:
 
 def test_two_processes_give_what_one_gives(native: Any, tmp_path: Path) -> None:
     """Each with a JetEngine of its own, in a process group of its own: they never wait for each other to begin."""
-    variables = {name: value for name, value in environment().items() if name not in ("RANK", "WORLD_SIZE")}
+    variables = {name: value for name, value in environment(QUICK_START).items() if name not in ("RANK", "WORLD_SIZE")}
     variables["TORCH_DIST_INIT_BARRIER"] = "1"  # whoever makes a group together with others waits for them
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
