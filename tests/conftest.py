@@ -4,6 +4,7 @@ import contextlib
 import gc
 import logging
 import os
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,22 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when it is imported
+    with contextlib.suppress(ImportError):
+        from triton.runtime import interpreter
+
+        # It replaces each function of its language at every launch and in every function that a kernel calls, which
+        # takes half of its time. What it puts there is always the same: once is enough.
+        if hasattr(interpreter, "_LangPatchScope"):
+            replace, replaced = interpreter._patch_lang, set()
+
+            def replace_once(fn: Any) -> Any:
+                modules = frozenset(map(id, fn.__globals__.values())) & {id(interpreter.tl), id(interpreter.tl.core)}
+                if modules not in replaced:
+                    replaced.add(modules)
+                    replace(fn)
+                return interpreter._LangPatchScope()  # nothing to undo
+
+            interpreter._patch_lang = replace_once
 
 with contextlib.suppress(ImportError):  # tests/gpu does without
     import hypothesis

@@ -28,7 +28,7 @@ from sdar_lm_eval.harness import SDARLM
 from sdar_lm_eval.runs.settings import ENGINES
 
 DEMO = ("--engine", "native", "--model-name", "demo", "--tasks", "gsm8k_sdar_demo")
-DOCUMENTS = 96
+DOCUMENTS = 72
 SHARD = DOCUMENTS // 2  # more than run at once (32), so that not all answers come together
 ENOUGH = 4  # answers there when a container is preempted
 

@@ -37,10 +37,10 @@ def test_the_same_tokens(checkpoint, monkeypatch):
     monkeypatch.setattr(runner, "PREFILL_TILE", 8)
     monkeypatch.setattr(fused, "LARGE", 1)  # so that products of few rows have their own kernel
     settings = [
-        {"temperature": 0, "remasking_strategy": "low_confidence_static"},
+        {"temperature": 0, "remasking_strategy": "low_confidence_static", "block_length": 2},
         {"temperature": 1.0, "remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.3},
         {"temperature": 0.7, "remasking_strategy": "entropy_bounded", "eb_threshold": 3.0},
-        {"temperature": 0, "remasking_strategy": "random", "block_length": 8, "denoising_steps": 3},
+        {"temperature": 0, "remasking_strategy": "random", "denoising_steps": 3},
     ]
     requests = [
         GenerationRequest(tuple(range(1, 4 + 2 * i)), 4, DecodingConfig(**s), seed=i) for i, s in enumerate(settings)
