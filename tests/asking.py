@@ -2,7 +2,7 @@
 
 run(engine, requests)              results in the requests' order, each there once
 tokens_of(results)                 what has to be equal where answers are the same
-native(checkpoint, requests)       that of the native engine on the CPU
+native(checkpoint, requests)       that of the native engine on the CPU, which is asked once for all who compare
 ask(demo, questions, …)            requests for the demo's problems; extracted, accuracy: of their answers
 """
 
@@ -18,6 +18,7 @@ from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_eng
 from sdar_lm_eval.demo import golds
 from sdar_lm_eval.tasks.extraction import flexible_extract
 
+SHORT = 7  # the demo's problem with the shortest answer, of 36 tokens by greedy static decoding
 GREEDY = DecodingConfig(temperature=0, remasking_strategy="low_confidence_static")
 
 
@@ -33,7 +34,14 @@ def tokens_of(results):
 
 
 def native(checkpoint, requests):
-    return tokens_of(run(make_engine("native", checkpoint, device="cpu"), requests))
+    key = id(checkpoint), tuple(requests)
+    if key not in _native:
+        results = tokens_of(run(make_engine("native", checkpoint, device="cpu"), requests))
+        _native[key] = checkpoint, results  # which keeps the checkpoint's id its own
+    return _native[key][1]
+
+
+_native = {}
 
 
 def random_prompts(lengths, seed=0):

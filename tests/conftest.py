@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -13,6 +14,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from torch.utils import collect_env
+
+# lm_eval asks pip and the system at each evaluation, which takes a second or two; they say the same each time.
+collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when it is imported

@@ -21,6 +21,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
+    QUICK_START,
     REAL_FOLDER,
     block_causal,
     environment,
@@ -131,26 +132,30 @@ def test_the_trap_works(trap: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (trap / "MARK").exists()
 
 
-def test_the_harness_model_asks_nobody(trap: Path, hub: Path) -> None:
+def test_the_harness_model_asks_nobody(trap: Path, hub: Path, tmp_path: Path) -> None:
     """lm_eval's model in a process of its own, of a folder and of a hub id in an offline cache.
 
     First nobody types on the terminal that the process reads, then that is the end of a pipe that was closed.
     """
-    code = f"""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
 import os
+import huggingface_hub.constants
 from sdar_lm_eval.harness import SDARLM
+huggingface_hub.constants.HF_HUB_CACHE = {str(hub.parents[2])!r}
+huggingface_hub.constants.HF_HUB_OFFLINE = True
 SDARLM(pretrained={str(trap)!r}, device='cpu', max_gen_toks=8)
 reading, writing = os.pipe()
 os.close(writing)
 os.dup2(reading, 0)
 SDARLM(pretrained={ID!r}, device='cpu', max_gen_toks=8)
-"""
-    variables = environment() | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub.parents[2])}
+""")
     keyboard, terminal = pty.openpty()
     try:
         ran = subprocess.run(
-            [sys.executable, "-c", code], stdin=terminal, capture_output=True, text=True, timeout=120, env=variables
-        )
+            [sys.executable, program],
+            stdin=terminal, capture_output=True, text=True, timeout=120, env=environment(QUICK_START), check=False,
+        )  # fmt: skip
     finally:
         os.close(keyboard)
         os.close(terminal)

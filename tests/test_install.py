@@ -25,6 +25,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BIN, EXE = ("Scripts", ".exe") if os.name == "nt" else ("bin", "")
 EVALUATION = ["--model", "sdar", "--model_args", "pretrained=demo", "--tasks", "gsm8k_sdar_demo", "--limit", "2"]
+EVALUATION += ["--gen_kwargs", "max_gen_toks=8"]
 STARTUP_FILES = {"sdar_lm_eval_autoload.pth", "sdar_lm_eval_autoload.start"}
 Done = subprocess.CompletedProcess[str]
 
@@ -198,7 +199,8 @@ def without_stock_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 
 SIMPLE_EVALUATE = """
 import lm_eval
-results = lm_eval.simple_evaluate(model="sdar", model_args="pretrained=demo", tasks=["gsm8k_sdar_demo"], limit=2)
+results = lm_eval.simple_evaluate(model="sdar", model_args="pretrained=demo", tasks=["gsm8k_sdar_demo"], limit=2,
+                                  gen_kwargs="max_gen_toks=8")
 print(results["n-samples"]["gsm8k_sdar_demo"])
 """
 

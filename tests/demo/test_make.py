@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import re
@@ -32,13 +31,35 @@ def tokenizer() -> Any:
     return Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
 
 
-def test_the_bundled_tokenizer_is_that_of_seed_0() -> None:
+@pytest.fixture(scope="module")
+def texts(tokenizer: Any) -> Any:
+    return make.training_texts(tokenizer, seed=0, count=1)
+
+
+@pytest.fixture
+def texts_once(monkeypatch: pytest.MonkeyPatch, texts: Any) -> None:
+    """Let trainings share their texts (10,000 at least), which take longer to make than the trainings here."""
+    monkeypatch.setattr(make, "training_texts", lambda *_: texts)
+
+
+@pytest.fixture(scope="module")
+def made(texts: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command writes after a step of training, with those texts."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make, "training_texts", lambda *_: texts)
+        patch.setattr("sys.argv", ["make", "--out", str(folder), "--steps", "1", "--batch", "2", "--device", "cpu"])
+        make.main()
+    return folder
+
+
+def test_the_bundled_tokenizer_is_that_of_seed_0(made: Path) -> None:
     """Its vocabulary and merges; how the file spells the rest may change between versions of tokenizers."""
-    made = json.loads(make.make_tokenizer(0).to_str())
+    trained = json.loads((made / "checkpoint" / "tokenizer.json").read_text())
     bundled = json.loads((CHECKPOINT / "tokenizer.json").read_text())
-    assert made["model"]["vocab"] == bundled["model"]["vocab"]
-    assert made["model"]["merges"] == bundled["model"]["merges"]
-    assert made["added_tokens"] == bundled["added_tokens"]
+    assert trained["model"]["vocab"] == bundled["model"]["vocab"]
+    assert trained["model"]["merges"] == bundled["model"]["merges"]
+    assert trained["added_tokens"] == bundled["added_tokens"]
 
 
 def test_numbers_are_single_digits(tokenizer: Any) -> None:
@@ -71,8 +92,8 @@ def test_training_texts_are_conversations_in_the_chat_template() -> None:
         assert whole == prompt + answer + "\n"
 
 
-def test_training_texts(tokenizer: Any) -> None:
-    ids, is_answer = make.training_texts(tokenizer, seed=0, count=1)
+def test_training_texts(tokenizer: Any, texts: Any) -> None:
+    ids, is_answer = texts
     assert ids.shape == is_answer.shape
     assert ids.shape[1] == make.MAX_TOKENS
     assert len(ids) > 9900  # of 10,000: hardly any is too long
@@ -134,17 +155,6 @@ def test_noise_is_the_bound_of_block_diffusion() -> None:
     torch.testing.assert_close(mean, expected, atol=0.01, rtol=0)
 
 
-@pytest.fixture(scope="module")
-def cached_texts() -> Any:
-    return functools.cache(make.training_texts)
-
-
-@pytest.fixture
-def texts_once(monkeypatch: pytest.MonkeyPatch, cached_texts: Any) -> None:
-    """Let trainings share their texts (10,000 at least), which take longer to make than the trainings here."""
-    monkeypatch.setattr(make, "training_texts", lambda tokenizer, seed, count: cached_texts(tokenizer, 0, 1))
-
-
 def tiny(tokenizer: Any, **settings: Any) -> Any:
     config = small_config(tie_word_embeddings=True, rope_theta=10000) | {"hidden_size": 128}
     arguments = {"seed": 0, "steps": 25, "batch": 8, "lr": 5e-3, "device": "cpu"} | settings
@@ -178,16 +188,11 @@ def test_training_on_a_cpu_repeats(tokenizer: Any, texts_once: None) -> None:
     assert not torch.equal(one.lm_head.weight, differing.lm_head.weight)
 
 
-def test_the_command_writes_what_the_package_holds(
-    texts_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ["make", "--out", str(tmp_path), "--steps", "1", "--batch", "2", "--device", "cpu"]
-    monkeypatch.setattr("sys.argv", arguments)
-    make.main()
-    assert (tmp_path / "problems.jsonl").read_bytes() == PROBLEMS.read_bytes()
-    made = tmp_path / "checkpoint"
-    assert sorted(path.name for path in made.iterdir()) == sorted(path.name for path in CHECKPOINT.iterdir())
+def test_the_command_writes_what_the_package_holds(made: Path) -> None:
+    assert (made / "problems.jsonl").read_bytes() == PROBLEMS.read_bytes()
+    checkpoint = made / "checkpoint"
+    assert sorted(path.name for path in checkpoint.iterdir()) == sorted(path.name for path in CHECKPOINT.iterdir())
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (made / name).read_text() == (CHECKPOINT / name).read_text()
-    assert (made / "model.safetensors").stat().st_size == (CHECKPOINT / "model.safetensors").stat().st_size
-    assert Checkpoint.open(str(made)).fingerprint != Checkpoint.open("demo").fingerprint
+        assert (checkpoint / name).read_text() == (CHECKPOINT / name).read_text()
+    assert (checkpoint / "model.safetensors").stat().st_size == (CHECKPOINT / "model.safetensors").stat().st_size
+    assert Checkpoint.open(str(checkpoint)).fingerprint != Checkpoint.open("demo").fingerprint

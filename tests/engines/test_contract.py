@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 
 import asking
@@ -27,7 +28,7 @@ def demo_engine(open_engine, demo):
 
 @pytest.fixture(scope="module")
 def question(demo):
-    return demo_prompts(demo)[0]
+    return demo_prompts(demo)[asking.SHORT]
 
 
 def prompts(checkpoint, lengths, seed=0):
@@ -184,7 +185,8 @@ class TestEnds:
 
     def test_stop_strings_across_tokens_and_blocks(self, demo, demo_engine, question, whole):
         text = demo.decode(whole.token_ids[:40])
-        stops = [text[start : start + length] for length in (1, 3, 15) for start in range(0, len(text) - length, 17)]
+        starts = range(0, len(text) - 15, 11)
+        stops = [text[start : start + length] for start, length in zip(starts, itertools.cycle((1, 3, 15)))]
         results = run(demo_engine, [self.request(demo, question, stop_strings=("never", stop)) for stop in stops])
         for stop, result in zip(stops, results, strict=True):
             got = demo.decode(result.token_ids)

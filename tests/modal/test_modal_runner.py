@@ -100,14 +100,14 @@ def test_the_result_is_the_one_of_a_local_run(sharded: Sharded, monkeypatch: pyt
         tasks=["gsm8k_sdar_demo"],
         task_manager=TaskManager(include_path=TASKS, include_defaults=False),
         gen_kwargs="do_sample=true,temperature=1.0",
-        limit=12,
+        limit=6,
     )
     assert local is not None
     expected = [s for s in local["samples"]["gsm8k_sdar_demo"] if s["filter"] == "flexible-extract"]
     report = sharded.report
     assert [r["idx"] for r in report["results"]] == list(range(DOCUMENTS))
-    assert [r["generated_text"] for r in report["results"][:12]] == [s["resps"][0][0] for s in expected]
-    assert [r["correct"] for r in report["results"][:12]] == [s["exact_match"] == 1 for s in expected]
+    assert [r["generated_text"] for r in report["results"][:6]] == [s["resps"][0][0] for s in expected]
+    assert [r["correct"] for r in report["results"][:6]] == [s["exact_match"] == 1 for s in expected]
     right = sum(r["correct"] for r in report["results"])
     assert report["metrics"]["accuracy"] == right / DOCUMENTS
     assert report["metrics"]["stderr"] == pytest.approx(

@@ -73,9 +73,9 @@ def test_the_code_of_a_response(response: str, code: str) -> None:
         ("", False),
     ],
 )
-def test_scores(response: str, passed: bool, offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores(response: str, passed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdar_lm_eval.tasks.mbpp.SECONDS", 0.5)
-    assert score(load()["test"][0], [code_of(response)]) == {"pass@1": float(passed)}
+    assert score(miniature.MBPP[0], [code_of(response)]) == {"pass@1": float(passed)}
 
 
 def test_a_function_named_check(offline: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from asking import GREEDY, native, random_prompts, run, tokens_of
+from asking import GREEDY, SHORT, native, random_prompts, run, tokens_of
 from jetengine_standin import GIB, gpu_on_the_cpu
 from support import random_checkpoint, read_weights, write_weights
 
@@ -211,12 +211,12 @@ class TestPrompts:
 class TestEnds:
     def test_jetengine_stops_where_the_answer_does(self, jetengine, demo):
         """At the stop tokens, which are not the tokenizer's own, and at stop strings of one token."""
-        (prompt,) = demo_prompts(demo)[:1]
+        prompt = demo_prompts(demo)[SHORT]
         end = demo.tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert end != demo.tokenizer.eos_token_id
         requests = [
-            GenerationRequest(prompt, 120, GREEDY, frozenset({end})),
-            GenerationRequest(prompt, 120, GREEDY, stop_strings=("####",)),
+            GenerationRequest(prompt, 48, GREEDY, frozenset({end})),
+            GenerationRequest(prompt, 48, GREEDY, stop_strings=("####",)),
         ]
         results = run(of(demo), requests)
         assert tokens_of(results) == native(demo, requests)
@@ -227,7 +227,7 @@ class TestEnds:
 
     def test_a_stop_string_with_spaces_around_its_token(self, jetengine, demo):
         """A token that does not hold the whole string must not stop."""
-        (prompt,) = demo_prompts(demo)[:1]
+        prompt = demo_prompts(demo)[SHORT]
         engine = of(demo)
         (whole,) = run(engine, [GenerationRequest(prompt, 24, GREEDY)])
         stops = sorted({demo.decode([token]).strip() for token in whole.token_ids[:12]} - {""})
@@ -235,8 +235,8 @@ class TestEnds:
         assert tokens_of(run(engine, requests)) == native(demo, requests)
 
     def test_the_end_of_text_does_not_stop_unless_it_is_asked_to(self, jetengine, demo):
-        (prompt,) = demo_prompts(demo)[:1]
-        request = GenerationRequest(prompt, 100, GREEDY)
+        prompt = demo_prompts(demo)[SHORT]
+        request = GenerationRequest(prompt, 48, GREEDY)
         ((tokens, reason),) = tokens_of(run(of(demo), [request]))
         assert demo.tokenizer.eos_token_id in tokens[:-1]
         assert [(tokens, reason)] == native(demo, [request])

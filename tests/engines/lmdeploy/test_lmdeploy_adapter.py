@@ -14,7 +14,7 @@ import lm_eval
 import lmdeploy_standin
 import pytest
 import torch
-from asking import GREEDY, native, random_prompts, run, tokens_of
+from asking import GREEDY, SHORT, native, random_prompts, run, tokens_of
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from lmdeploy_standin import gpu_on_the_cpu, standin
@@ -82,7 +82,7 @@ class TestAnswers:
 
     def test_stop_tokens_that_are_none_can_be_in_an_answer(self, lmdeploy, demo, questions):
         """`ignore_eos` would forbid them, and the pipeline would add those of generation_config.json."""
-        requests = [GenerationRequest(questions[0], 90, GREEDY), GenerationRequest(questions[1], 90, GREEDY)]
+        requests = [GenerationRequest(questions[SHORT], 48, GREEDY)]
         answers = tokens_of(run(of(demo), requests))
         assert answers == native(demo, requests)
         assert set(answers[0][0]) & set(demo.stop_ids)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest
@@ -150,6 +150,7 @@ def test_preemption_takes_the_youngest_and_keeps_what_was_decided():
     assert old in scheduler.running
 
 
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 10_000), pages=st.integers(9, 40), max_active=st.integers(1, 6), chunk=st.sampled_from([16, 64])
 )
@@ -275,6 +276,7 @@ class TestSharedBeginnings:
         with pytest.raises(AssertionError, match="a page that others read would be written"):
             scheduler.plan()
 
+    @settings(max_examples=50)
     @given(
         seed=st.integers(0, 10_000),
         pages=st.integers(12, 40),
