@@ -288,10 +288,10 @@ class TestSharedBeginnings:
         ("max_active", "kv_pages", "ahead", "chunk"),
         [
             (1, None, False, 1024),
-            (6, 13, False, 12),
-            (32, 13, True, 1024),
-            (32, None, False, 12),
-            (32, None, True, 1024),
+            (6, 12, False, 12),
+            (20, 12, True, 1024),
+            (20, None, False, 12),
+            (20, None, True, 1024),
         ],
     )
     def test_answers_are_the_same(self, tiny, alike, monkeypatch, max_active, kv_pages, ahead, chunk):
