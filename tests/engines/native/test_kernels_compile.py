@@ -161,7 +161,7 @@ COMPILE_GLUON = """
         return f"tensordesc<{type_}{list(shape)},{gl.NVMMASharedLayout(128, 16, len(shape))!r}>"
 
 
-    for type_, parts in [("bf16", 2), ("bf16", 1), ("fp16", 2)]:
+    for type_, parts in [("bf16", 2), ("fp16", 1)]:
         signature = {
             "x": descriptor(type_, hopper.STRIP, hopper.INPUTS),
             "weight": descriptor(type_, parts, hopper.COLUMNS // parts, hopper.INPUTS),
