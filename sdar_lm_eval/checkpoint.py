@@ -231,7 +231,7 @@ class Checkpoint:
     def load_model(self, *, dtype: Any, device: Any, attention: str) -> Any:
         """Load the weights into transformers' Qwen3ForCausalLM or Qwen3MoeForCausalLM.
 
-        They go to the device as they are read: of a GPU's, the host never holds them all.
+        They go to the device as they are read.
 
         Args:
             dtype: torch dtype of the weights in memory.

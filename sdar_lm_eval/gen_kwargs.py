@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdar_lm_eval.engines.base import DECODING_SETTINGS, DecodingConfig, to_number
+from sdar_lm_eval.engines.base import DECODING_SETTINGS, DecodingConfig, check_bool, to_number
 from sdar_lm_eval.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def to_bool(name: str, value: Any) -> bool:
         return bool(value)
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         return value.strip().lower() == "true"
-    raise UserError(f"{name}={value!r} is neither true nor false. Give one of them.")
+    return check_bool(name, value)
 
 
 def to_texts(value: Any) -> tuple[str, ...]:

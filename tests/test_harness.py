@@ -582,7 +582,10 @@ def test_what_was_finished_before_a_failure_is_kept(
     assert answers == make_lm().generate_until(requests_of(5, gen_kwargs))
 
 
-def test_sampled_answers_are_read_back_as_they_would_be_drawn(make_lm: MakeLM, tmp_path: Path) -> None:
+def test_sampled_answers_are_read_back_as_they_would_be_drawn(
+    make_lm: MakeLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     drawn = make_lm().generate_until(requests_of(4, SAMPLED, repeats=3))
     assert len(set(drawn)) == 12
     assert cached(make_lm(), tmp_path / "c.db").generate_until(requests_of(4, SAMPLED, repeats=3)) == drawn
@@ -592,6 +595,7 @@ def test_sampled_answers_are_read_back_as_they_would_be_drawn(make_lm: MakeLM, t
     # Other questions, more repeats and other lengths are drawn.
     more = cached(again, tmp_path / "c.db").generate_until(requests_of(5, SAMPLED, repeats=4))
     assert len(again.engine.requests) == 5 * 4 - 4 * 3
+    assert "12 of 20 answers are there already" in caplog.text
     assert [more[4 * i : 4 * i + 3] for i in range(4)] == [drawn[3 * i : 3 * i + 3] for i in range(4)]
     cached(again, tmp_path / "c.db").generate_until(requests_of(1, SAMPLED | {"max_gen_toks": 31}))
     assert len(again.engine.requests) == 5 * 4 - 4 * 3 + 1

@@ -20,6 +20,7 @@ from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines.native import engine as engine_module
 from sdar_lm_eval.engines.native import forecast
 from sdar_lm_eval.engines.native.graphs import Graphs
+from sdar_lm_eval.engines.native.scheduler import Sequence
 from sdar_lm_eval.errors import EngineError
 
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded", "random")
@@ -538,6 +539,18 @@ class TestErrors:
     def test_pages_nobody_needs_are_not_made(self, tiny):
         (result,) = run(tiny, [GenerationRequest((1, 2, 3), 8, DecodingConfig())], kv_pages=10**12)
         assert len(result.token_ids) == 8
+
+    def test_pages_take_what_torch_keeps_unused(self, tiny, monkeypatch):
+        engine = make_engine("native", tiny, device="cpu")
+        page = engine._runner.bytes_per_page()
+        engine._device, free = torch.device("cuda"), [4 * page]
+        monkeypatch.setattr(engine_module, "MEMORY_FRACTION", 0.5)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free[0], free[0]))
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(free.pop() + 6 * page))
+        sequences = [Sequence(i, GenerationRequest((1,) * 20, 12, DecodingConfig()), [1] * 20) for i in range(4)]
+        assert engine._pages_for(sequences[:1], 1) == 2  # there are as many
+        assert free == [4 * page]
+        assert engine._pages_for(sequences, 4) == 5  # of 8
 
     @pytest.mark.parametrize("ask", ["prepare", "generate"])
     def test_a_request_that_no_pool_holds(self, tiny, ask):
