@@ -707,6 +707,11 @@ def test_a_device_without_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load(folder, dtype=torch.bfloat16)
 
 
+def test_weights_go_to_the_device(tmp_path: Path) -> None:
+    """The one that every machine has beside its CPU."""
+    assert {weight.device.type for weight in load(random_checkpoint(tmp_path), device="meta").parameters()} == {"meta"}
+
+
 def test_the_memory_that_a_gpu_has_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody has, and what torch has and does not use."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
