@@ -9,14 +9,10 @@ methods of log-likelihood. The requests are made of token ids, so neither prompt
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 STORED = Path(__file__).with_name("answers.json")
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine
 from sdar_lm_eval.demo import prompts
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest
@@ -25,7 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "static": {"remasking_strategy": "low_confidence_static", "temperature": 0},
     "static, 2 steps": {"remasking_strategy": "low_confidence_static", "temperature": 0, "denoising_steps": 2},
     "sequential": {"remasking_strategy": "sequential", "temperature": 0},
-    "dynamic": {"remasking_strategy": "low_confidence_dynamic", "temperature": 0, "confidence_threshold": 0.6},
+    "dynamic": {"remasking_strategy": "low_confidence_dynamic", "temperature": 0, "confidence_threshold": 0.3},
     "entropy_bounded": {"remasking_strategy": "entropy_bounded", "temperature": 0, "eb_threshold": 1.0},
     "random": {"remasking_strategy": "random", "temperature": 0},
     "blocks of 8": {"remasking_strategy": "low_confidence_dynamic", "temperature": 0, "block_length": 8},

@@ -20,9 +20,7 @@ def today():
 def test_other_answers_are_another_revision(today):
     stored = json.loads(STORED.read_text())
     if stored["revision"] != ANSWER_REVISION:
-        pytest.fail(
-            f"ANSWER_REVISION is {ANSWER_REVISION}, but the stored answers are of {stored['revision']}; {STORE}"
-        )
+        pytest.fail(f"ANSWER_REVISION is {ANSWER_REVISION}, the stored answers are of {stored['revision']}; {STORE}")
     changed = [name for name in stored["answers"] | today if stored["answers"].get(name) != today.get(name)]
     assert not changed, f"these answer otherwise now: raise sdar_lm_eval/revision.py's ANSWER_REVISION, then {STORE}"
 
