@@ -12,10 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-STORED = Path(__file__).with_name("answers.json")
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine
 from sdar_lm_eval.demo import prompts
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest
+
+STORED = Path(__file__).with_name("answers.json")
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "static": {"remasking_strategy": "low_confidence_static", "temperature": 0},
