@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sdar_lm_eval.checkpoint import Checkpoint
     from sdar_lm_eval.engines.base import DecodingConfig, Engine, GenerationRequest, GenerationResult, make_engine
     from sdar_lm_eval.errors import EngineError, SDARError, UserError
-    from sdar_lm_eval.harness import SDARLM
+    from sdar_lm_eval.lm.model import SDARLM
 
 _HOME_OF = {
     "Checkpoint": "sdar_lm_eval.checkpoint",
@@ -27,7 +27,7 @@ _HOME_OF = {
     "GenerationRequest": "sdar_lm_eval.engines.base",
     "GenerationResult": "sdar_lm_eval.engines.base",
     "SDARError": "sdar_lm_eval.errors",
-    "SDARLM": "sdar_lm_eval.harness",
+    "SDARLM": "sdar_lm_eval.lm.model",
     "UserError": "sdar_lm_eval.errors",
     "make_engine": "sdar_lm_eval.engines.base",
 }

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 MODELS = {
-    "sdar": "sdar_lm_eval.harness:SDARLM",
-    "sdar-jetengine": "sdar_lm_eval.harness:SDARJetEngineLM",
-    "sdar-lmdeploy": "sdar_lm_eval.harness:SDARLMDeployLM",
+    "sdar": "sdar_lm_eval.lm.model:SDARLM",
+    "sdar-jetengine": "sdar_lm_eval.lm.model:SDARJetEngineLM",
+    "sdar-lmdeploy": "sdar_lm_eval.lm.model:SDARLMDeployLM",
 }
 """Name for `lm_eval --model` -> "module:Class". pyproject.toml declares the same as entry points `lm_eval.models`."""
 

@@ -3,6 +3,7 @@
     SDARError(Exception)
     ├── UserError(SDARError, ValueError)       what was given cannot be used; says what is allowed and what to do
     └── EngineError(SDARError, RuntimeError)   an engine could not do what it was asked to; nothing finished is lost
+    Interrupted(KeyboardInterrupt)             Ctrl-C while answers were made; says how many are kept
 
 On the command line of lm_eval both print as one line, without a traceback (`SDAR_LM_EVAL_TRACEBACK=1` shows it).
 """
@@ -23,6 +24,10 @@ class UserError(SDARError, ValueError):
 
 class EngineError(SDARError, RuntimeError):
     """An engine cannot run, or stopped."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user ended a run that had answers."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -69,7 +69,7 @@ ENTRY_POINT_REGISTRY = (
     LAZY_REGISTRY
     + """
     def load_plugins():
-        for name, target in [("sdar", "sdar_lm_eval.harness:SDARLM"), ("other", "lm_eval.models.dummy:Dummy")]:
+        for name, target in [("sdar", "sdar_lm_eval.lm.model:SDARLM"), ("other", "lm_eval.models.dummy:Dummy")]:
             if name not in model_registry:
                 model_registry.register(name, target=target)
 """
@@ -144,7 +144,7 @@ HARNESS = """
 import importlib.abc, importlib.machinery, sys
 class HarnessFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
-        return importlib.machinery.ModuleSpec(name, self) if name == "sdar_lm_eval.harness" else None
+        return importlib.machinery.ModuleSpec(name, self) if name == "sdar_lm_eval.lm.model" else None
     def exec_module(self, module):
         module.SDARLM = type("SDARLM", (), {})
 sys.meta_path.insert(0, HarnessFinder())
@@ -208,9 +208,9 @@ def test_model_is_known_and_imported_only_when_asked_for(sandbox: Sandbox, order
         + dedent("""
             from lm_eval.api.registry import MODEL_REGISTRY, get_model
             assert "sdar" in MODEL_REGISTRY and "sdar" in MODEL_REGISTRY.keys()
-            assert "sdar_lm_eval.harness" not in sys.modules
+            assert "sdar_lm_eval.lm.model" not in sys.modules
             assert get_model("sdar").__name__ == "SDARLM"
-            assert get_model("sdar") is get_model("sdar") is sys.modules["sdar_lm_eval.harness"].SDARLM
+            assert get_model("sdar") is get_model("sdar") is sys.modules["sdar_lm_eval.lm.model"].SDARLM
             assert get_model("dummy").__name__ == "Dummy"
             try:
                 get_model("sdra")

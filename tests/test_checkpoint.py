@@ -141,7 +141,7 @@ def test_the_harness_model_asks_nobody(trap: Path, hub: Path, tmp_path: Path) ->
     program.write_text(f"""
 import os
 import huggingface_hub.constants
-from sdar_lm_eval.harness import SDARLM
+from sdar_lm_eval.lm.model import SDARLM
 huggingface_hub.constants.HF_HUB_CACHE = {str(hub.parents[2])!r}
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 SDARLM(pretrained={str(trap)!r}, device='cpu', max_gen_toks=8)

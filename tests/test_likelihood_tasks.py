@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 from sdar_lm_eval import Checkpoint
 from sdar_lm_eval.demo import PROBLEMS
 from sdar_lm_eval.demo.make import BLOCK_SIZE, PROMPT, add_noise, block_diffusion_mask
-from sdar_lm_eval.harness import SDARLM
+from sdar_lm_eval.lm.model import SDARLM
 
 TASKS = Path(__file__).parent / "likelihood_tasks"
 CHANCE = 0.25

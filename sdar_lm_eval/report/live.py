@@ -63,13 +63,8 @@ class Live:
         self.title = " ".join(dict.fromkeys(title for title, _ in known)) + " Eval"
         self.whole = whole
         self._total = total
-        self._answered = self._judged = self._correct = 0
-        self._filter = ""
-
-    @property
-    def accuracy(self) -> float:
-        """Of the answers so far, 0 to 1."""
-        return self._correct / self._judged if self._judged else 0.0
+        self._answered = 0
+        self._tallies = {task: _Tally() for task in sorted(tasks)}
 
     def judge(self, instance: Any, text: str) -> Verdict | None:
         """Count an answer, and return what it is worth where that can be known."""
@@ -84,9 +79,10 @@ class Live:
             self._judges.clear()
             self.knows_accuracy = False
             return None
-        self._judged += 1
-        self._correct += verdict.correct
-        self._filter = verdict.filter
+        tally = self._tallies[str(instance.task_name)]
+        tally.judged += 1
+        tally.correct += verdict.correct
+        tally.filter = verdict.filter
         return verdict
 
     def bar(self, seconds: float, computed: int) -> str:
@@ -94,7 +90,11 @@ class Live:
         if not self.knows_accuracy:
             return BAR
         pace = f" | {seconds / computed:.1f}s/q" if computed else ""
-        return f"{BAR}Acc: {self.accuracy:.1%}{pace}"
+        judged = {task: f"{tally.accuracy:.1%}" for task, tally in self._tallies.items() if tally.judged}
+        told = ", ".join(f"{task} {share}" for task, share in judged.items())
+        if len(self._tallies) == 1:
+            told = next(iter(judged.values()), "0.0%")
+        return f"{BAR}Acc: {told}{pace}"
 
     def example(
         self, instance: Any, request: GenerationRequest, result: GenerationResult, text: str, verdict: Verdict | None
@@ -120,15 +120,33 @@ class Live:
             ]
         return "\n".join(lines)
 
-    def summary(self, seconds: float, computed: int, tokens: int) -> str:
-        """Return the line at the end, of `computed` answers with so many tokens in so many seconds."""
-        parts = [f"accuracy {self.accuracy:.1%} ({self._correct}/{self._judged}, {self._filter})"]
-        if computed:
-            parts.append(f"{seconds / computed:.2f} s a question, {tokens / seconds:,.1f} returned tokens/s")
-        return f"{self.title}: {', '.join(parts)}, {seconds:.1f} s"
+    def summary(self, seconds: float, computed: int, tokens: int) -> list[str]:
+        """Return the lines at the end, of `computed` answers with so many tokens in so many seconds; one a task."""
+        accuracies = [
+            f"accuracy {tally.accuracy:.1%} ({tally.correct}/{tally.judged}, {tally.filter})"
+            for tally in self._tallies.values()
+        ]
+        pace = f"{seconds / computed:.2f} s a question, {tokens / seconds:,.1f} returned tokens/s, " if computed else ""
+        if len(accuracies) == 1:
+            return [f"{self.title}: {accuracies[0]}, {pace}{seconds:.1f} s"]
+        of_tasks = [f"{task}: {accuracy}" for task, accuracy in zip(self._tallies, accuracies, strict=True)]
+        return [*of_tasks, f"{self.title}: {pace}{seconds:.1f} s"]
 
 
-def denoising_of(request: GenerationRequest, result: GenerationResult) -> list[list[tuple[int, int, float]]] | None:
+@dataclass
+class _Tally:
+    """Of one task's answers so far."""
+
+    judged: int = 0
+    correct: int = 0
+    filter: str = ""
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.judged if self.judged else 0.0
+
+
+def steps_of(request: GenerationRequest, result: GenerationResult) -> list[list[tuple[int, int, float]]] | None:
     """Return for each block of an answer (masked, transferred, mean confidence) a step; None where it isn't recorded.
 
     Of the returned tokens: what stood behind the end of the answer is not known here, nor are steps that kept none of
@@ -152,7 +170,7 @@ def denoising_of(request: GenerationRequest, result: GenerationResult) -> list[l
 
 
 def _denoised(request: GenerationRequest, result: GenerationResult) -> list[str]:
-    blocks = denoising_of(request, result)
+    blocks = steps_of(request, result)
     if not blocks:
         return []
     head = "Denoised (masked -> transferred, their mean confidence; a step each):"

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import lm_eval.evaluator
 from lm_eval.api.model import LM
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import setup_logging
 
-from sdar_lm_eval.answers import Session, busy_seconds, differences, key_of, read_sessions, united
+from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.gen_kwargs import read_generation
+from sdar_lm_eval.lm.answers import Session, busy_seconds, read_sessions, united
+from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, differences, facts_of_evaluation, watch
+from sdar_lm_eval.lm.jobs import Jobs
+from sdar_lm_eval.lm.prompts import Prompts
+from sdar_lm_eval.report.counts import Counts
 from sdar_lm_eval.report.gsm8k_json import convert, is_gsm8k, read_run
-from sdar_lm_eval.report.run import Counts
 from sdar_lm_eval.runs.settings import Run
 from sdar_lm_eval.runs.shards import ANSWERS, task_manager
 
@@ -30,14 +34,18 @@ NAMED = 8  # missing documents that a message names
 class RecordedLM(LM):  # type: ignore[misc]
     """Answers the harness's requests from what was recorded.
 
+    It asks as the machines did: with the checkpoint's tokenizer and chat template, so that a request is found by the
+    tokens that were sent.
+
     Args:
         sessions: with the same settings.
+        seed: of the run.
 
     Raises:
-        UserError: no answers at all, or answers made with different settings.
+        UserError: no answers at all, answers made with different settings, or a checkpoint that cannot be opened.
     """
 
-    def __init__(self, sessions: Sequence[Session]) -> None:
+    def __init__(self, sessions: Sequence[Session], seed: int) -> None:
         super().__init__()
         if not sessions:
             raise UserError("There are no answers yet: none of the machines finished one. Run the same command again.")
@@ -50,7 +58,36 @@ class RecordedLM(LM):  # type: ignore[misc]
                 )
         self._sessions = sessions
         self._answers = united(sessions)
+        model = sessions[-1].model
+        checkpoint = Checkpoint.open(model["pretrained"], model["revision"])
+        self._prompts = Prompts(checkpoint, model["chat_template"])
+        self._jobs = Jobs(checkpoint, self._prompts, {}, model["max_length"], alone=True)
+        self._evaluation = Evaluation(seed)
         self.used: list[dict[str, Any]] = []
+        watch(lm_eval.evaluator)
+
+    # What evaluation.py tells it
+
+    @property
+    def renders(self) -> bool:
+        """Whether prompts go into the chat template."""
+        return self._prompts.renders
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name in the harness's cache of built requests, which is not used here."""
+        return ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Render a conversation."""
+        return self._prompts.render(chat_history, add_generation_prompt)
+
+    def evaluation_begins(self, cached: bool) -> None:
+        """Nothing was asked yet."""
+
+    def task_begins(self, task: TaskRequests) -> None:
+        """Learn what lm_eval knows of a task's requests."""
+        self._evaluation.tasks[task.name] = task
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the recorded answers.
@@ -58,18 +95,16 @@ class RecordedLM(LM):  # type: ignore[misc]
         Raises:
             UserError: some are missing; says how many and which.
         """
-        seen: dict[int, int] = {}
-        texts, missing = [], []
-        for instance in requests:
-            repeat = seen[id(instance)] = seen.get(id(instance), -1) + 1
-            # An answer without chance is recorded once for all repeats.
-            drawn = read_generation(instance.args[1], {}).is_drawn
-            line = self._answers.get(key_of(instance, repeat if drawn else 0))
+        asked = self._jobs.of(requests, self._evaluation.tasks, self._evaluation.seed)
+        self._evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
+        missing = []
+        for job in asked.jobs.values():
+            self._evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids)
+            line = self._answers.get(job.key)
             if line is None:
-                missing.append((str(instance.task_name), int(instance.doc_id)))
-                continue
-            texts.append(str(line["text"]))
-            self.used.append({**line, "document": instance.doc_id, "repeat": repeat})
+                missing.append((job.task, job.document))
+            else:
+                self.used.append({**line, **job.name})
         if missing:
             documents = list(dict.fromkeys(missing))
             named = ", ".join(f"{task} {document}" for task, document in documents[:NAMED])
@@ -78,7 +113,7 @@ class RecordedLM(LM):  # type: ignore[misc]
                 f"{len(documents):,} of {len({id(r) for r in requests}):,} documents have no answer yet: "
                 f"{named}{more}. Nothing is published. Run the same command again: it answers what is missing."
             )
-        return texts
+        return [str(self._answers[asked.jobs[job_id].key]["text"]) for job_id in asked.order]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Refuse: only generated answers are recorded."""
@@ -92,30 +127,28 @@ class RecordedLM(LM):  # type: ignore[misc]
         """Facts for `results["config"]`: those of the machines that answered, and what all of them did together."""
         models = [dict(session.model) for session in self._sessions]
         runs = [model.pop("run", {}) for model in models]
-        decoding: dict[str, Any] = {}
-        for model in models:
-            decoding |= model.get("decoding_of_tasks", {})
         mine = {line["key"] for line in self.used}
         sessions = [session for session in self._sessions if mine & session.answers.keys()]
-        counts = Counts(
-            requests=len(mine),
+        counts = self._evaluation.counts = Counts(
             load_seconds=max((run.get("load_seconds", 0.0) for run in runs), default=0.0),
             peak_memory_bytes=max((run.get("peak_memory_bytes", 0) for run in runs), default=0),
         )
         for line in {line["key"]: line for line in self.used}.values():
-            counts.new_tokens += line["new_tokens"]
-            counts.prompt_tokens += line["prompt_tokens"]
-            counts.prefill_forwards += line["forwards"]["prefill"]
-            counts.denoising_forwards += line["forwards"]["denoising"]
-            counts.commit_forwards += line["forwards"]["commit"]
-        # Of sessions that answered more than is used here, so much of their time as of their tokens is used.
-        tokens = sum(line["new_tokens"] for session in sessions for line in session.answers.values())
+            counts.count(
+                line["task"],
+                requests=1,
+                new_tokens=line["new_tokens"],
+                prompt_tokens=line["prompt_tokens"],
+                prefill_forwards=line["forwards"]["prefill"],
+                denoising_forwards=line["forwards"]["denoising"],
+                commit_forwards=line["forwards"]["commit"],
+            )
+        # A session that answered more than is used here counts by its share of the tokens.
+        tokens = sum(line.get("new_tokens", 0) for session in sessions for line in session.answers.values())
         counts.generation_seconds = busy_seconds(sessions) * (counts.new_tokens / tokens if tokens else 1.0)
-        run = counts.as_dict() | {"sessions": len(sessions)}
-        return {
-            "model_dtype": models[-1].get("dtype"),
-            "sdar_lm_eval": models[-1] | {"decoding_of_tasks": decoding, "run": run},
-        }
+        facts = facts_of_evaluation([self._evaluation], self._prompts.template_hash)
+        facts["run"]["sessions"] = len(sessions)
+        return {"model_dtype": models[-1].get("dtype"), "sdar_lm_eval": models[-1] | facts}
 
 
 def published(folder: Path, run: Run) -> Path:
@@ -139,7 +172,7 @@ def publish(run: Run, folder: Path) -> Path:
     if report.exists():
         return report
     setup_logging("INFO")
-    lm = RecordedLM(read_sessions(folder / ANSWERS))
+    lm = RecordedLM(read_sessions(folder / ANSWERS), run.seed)
     call = run.harness_call()
     partial = report.parent.with_name(report.parent.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

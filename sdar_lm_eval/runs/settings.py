@@ -107,7 +107,7 @@ class Run:
         arguments = {
             "pretrained": pretrained or self.model_name,
             "revision": self.revision,
-            "seed": self.seed or None,
+            "seed": self.seed,
             "verbose": self.verbose or None,
             **model_args,
         }

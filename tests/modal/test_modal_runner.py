@@ -21,10 +21,10 @@ from control_plane import ControlPlane
 from lm_eval.tasks import TaskManager
 from support import ROOT
 
-from sdar_lm_eval.answers import read_sessions
 from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.engines.jetengine.versions import PINNED
-from sdar_lm_eval.harness import SDARLM
+from sdar_lm_eval.lm.answers import read_sessions
+from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.runs.settings import ENGINES
 
 DEMO = ("--engine", "native", "--model-name", "demo", "--tasks", "gsm8k_sdar_demo")

@@ -80,7 +80,8 @@ def test_a_run_of_ours(runs: Any) -> None:
     }  # fmt: skip
     assert [result["idx"] for result in content["results"]] == list(range(6))
     assert sum(result["correct"] for result in content["results"]) == metrics["correct"]
-    traced = {line["document"]: line for line in map(json.loads, (folder / "ours" / "trace.jsonl").open())}
+    _, *lines = map(json.loads, (folder / "ours" / "trace.jsonl").open())
+    traced = {line["document"]: line for line in lines}
     for result in content["results"]:
         line = traced[result["idx"]]
         assert (result["generated_text"], result["generation_time"]) == (line["text"], line["seconds"])

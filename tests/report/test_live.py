@@ -10,9 +10,10 @@ from lm_eval.tasks import TaskManager
 
 from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult
-from sdar_lm_eval.harness import SDARLM
-from sdar_lm_eval.report.live import JUDGES, Live, denoising_of
-from sdar_lm_eval.report.run import RunReport
+from sdar_lm_eval.lm.model import SDARLM
+from sdar_lm_eval.report.live import JUDGES, Live, steps_of
+from sdar_lm_eval.report.counts import Counts
+from sdar_lm_eval.report.run import Progress
 
 DOC = {"question": "2 hens lay 9 eggs each. How many?", "answer": "2 * 9 = 18\n#### 18"}
 
@@ -32,29 +33,45 @@ def _result(**recorded: Any) -> GenerationResult:
 def test_how_blocks_were_denoised() -> None:
     """A prompt of 5 leaves 3 places in its last block of 4; then a block follows of which 3 tokens were returned."""
     result = _result(unmasked_at=(0, 1, 0, 2, 0, 0), confidences=(0.9, 0.5, 0.7, 0.25, 1.0, 0.5))
-    assert denoising_of(_request(5), result) == [
+    assert steps_of(_request(5), result) == [
         [(3, 2, pytest.approx(0.8)), (1, 1, 0.5)],
         [(3, 2, 0.75), (1, 1, 0.25)],
     ]
-    assert denoising_of(_request(8), result) == [
+    assert steps_of(_request(8), result) == [
         [(4, 2, pytest.approx(0.8)), (2, 1, 0.5), (1, 1, 0.25)],
         [(2, 2, 0.75)],
     ]
-    assert denoising_of(_request(5), _result()) is None
+    assert steps_of(_request(5), _result()) is None
 
 
 def test_accuracy_while_answers_come_in() -> None:
-    live = Live([_instance(), _instance("gsm8k_sdar_hash")], total=4)
+    live = Live([_instance()], total=4)
     assert live.knows_accuracy and live.title == "GSM8K Eval"
     verdicts = [live.judge(_instance(), text) for text in (r"It is \boxed{18}.", "18.0 eggs", "19", "none")]
     assert [(v.predicted, v.gold, v.correct) for v in verdicts if v] == [
         ("18", "18", True), ("18", "18", True), ("19", "18", False), ("[invalid]", "18", False),
     ]  # fmt: skip
-    assert live.accuracy == 0.5
     assert live.bar(seconds=6.0, computed=4).endswith("] Acc: 50.0% | 1.5s/q")
-    assert live.summary(6.0, 4, 300) == (
+    assert live.summary(6.0, 4, 300) == [
         "GSM8K Eval: accuracy 50.0% (2/4, flexible-extract), 1.50 s a question, 50.0 returned tokens/s, 6.0 s"
-    )
+    ]
+    assert live.summary(6.0, 0, 0) == ["GSM8K Eval: accuracy 50.0% (2/4, flexible-extract), 6.0 s"]
+
+
+def test_each_task_has_an_accuracy_of_its_own() -> None:
+    other = "gsm8k_sdar_hash"
+    live = Live([_instance(), _instance(other)], total=4)
+    assert live.title == "GSM8K Eval"
+    for task, text in (("gsm8k_sdar", "18"), ("gsm8k_sdar", "19"), (other, "18")):
+        if task == other:
+            assert live.bar(6.0, 2).endswith("] Acc: gsm8k_sdar 50.0% | 3.0s/q")  # none of the other's is there yet
+        live.judge(_instance(task), text)
+    assert live.bar(6.0, 3).endswith("] Acc: gsm8k_sdar 50.0%, gsm8k_sdar_hash 100.0% | 2.0s/q")
+    assert live.summary(6.0, 3, 300) == [
+        "gsm8k_sdar: accuracy 50.0% (1/2, flexible-extract)",
+        "gsm8k_sdar_hash: accuracy 100.0% (1/1, flexible-extract)",
+        "GSM8K Eval: 2.00 s a question, 50.0 returned tokens/s, 6.0 s",
+    ]
 
 
 def test_where_it_cannot_be_known_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,10 +79,11 @@ def test_where_it_cannot_be_known_there_is_none(capsys: pytest.CaptureFixture[st
     assert not live.knows_accuracy
     assert live.judge(_instance("humaneval_sdar"), "x") is None
     assert Live([], 0).knows_accuracy is False
-    report = RunReport()
-    report.start(total=2, live=live)
-    report.add(_result(), "x", prompt_tokens=1)
-    report.stop(0)
+    counts = Counts()
+    progress = Progress(counts, total=2, stored=0, show=True, live=live)
+    counts.add("humaneval_sdar", _result(), prompt_tokens=1)
+    progress.step()
+    progress.close(0)
     bar = capsys.readouterr().err
     assert "Generating" in bar and "Acc" not in bar and "tok/s" in bar
 
@@ -84,11 +102,12 @@ def test_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     live = Live([_instance()], total=4)
     for text in ("18", "17"):  # an earlier run's
         live.judge(_instance(), text)
-    report = RunReport()
-    report.start(total=4, finished=2, live=live)
+    counts = Counts()
+    progress = Progress(counts, total=4, stored=2, show=True, live=live)
     live.judge(_instance(), "18")
-    report.add(_result(), "18", prompt_tokens=1)
-    report.stop(0)
+    counts.add("gsm8k_sdar", _result(), prompt_tokens=1)
+    progress.step()
+    progress.close(0)
     first, *_, last = [part for part in capsys.readouterr().err.split("\r") if part.strip()]
     assert first.startswith("GSM8K Eval:  50%|") and "| 2/4 [00:00<?, ?q/s] Acc: 50.0%" in first
     assert last.startswith("GSM8K Eval:  75%|") and "| 3/4 [00:00<" in last and "q/s] Acc: 66.7% | 0.0s/q" in last
@@ -97,12 +116,11 @@ def test_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_rank_s_share_is_no_accuracy_of_the_run(caplog: pytest.LogCaptureFixture, whole: bool) -> None:
     live = Live([_instance()], total=1, whole=whole)
-    report = RunReport()
-    report.start(total=1, show=False, live=live)
+    progress = Progress(Counts(), total=1, stored=0, show=False, live=live)
     live.judge(_instance(), "18")
-    report.add(_result(), "18", prompt_tokens=1)
+    progress.step()
     with caplog.at_level(logging.INFO):
-        report.stop(0)
+        progress.close(0)
     assert ("accuracy 100.0% (1/1, flexible-extract)" in caplog.text) is whole
 
 

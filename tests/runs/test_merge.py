@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from sdar_lm_eval.answers import AnswerFolder, Session, key_of, read_sessions
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.lm.answers import AnswerFolder, Session, key_of, read_sessions
 from sdar_lm_eval.report.gsm8k_json import convert
 from sdar_lm_eval.runs.merge import RecordedLM, publish
 from sdar_lm_eval.runs.settings import Run, runs_from_flags

@@ -11,7 +11,7 @@ import pytest
 from scripted import TASKS, evaluate, load_task, manager, prompts
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.harness import SDARLM
+from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.tasks.mmlu import INVALID, answer, filter_first_option, first_option, load, question, score
 from sdar_lm_eval.tasks.turns import TurnsPrompt
 

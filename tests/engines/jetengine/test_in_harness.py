@@ -20,7 +20,7 @@ from support import QUICK_START, environment
 
 import sdar_lm_eval.tasks
 from sdar_lm_eval.errors import EngineError, UserError
-from sdar_lm_eval.harness import SDARLM, SDARJetEngineLM
+from sdar_lm_eval.lm.model import SDARLM, SDARJetEngineLM
 
 TASKS = str(Path(sdar_lm_eval.tasks.__file__).parent)
 STATIC = {"pretrained": "demo", "remasking_strategy": "low_confidence_static"}
@@ -48,7 +48,7 @@ def scenarios(folder: Path) -> dict[str, Any]:
             lm._device = "cpu"  # where lm_eval puts the tensors that the processes exchange
             made = len(shared.made)
             results = evaluate(lm, 5, use_cache=str(folder / "cache"))
-            computed = lm.report.counts.requests
+            computed = lm.counts.requests
             found[name] = {"results": results, "computed": computed, "made": len(shared.made) - made}
             if lm.rank == 0:
                 lm.cache_hook.dbdict.terminate()  # deletes the file

@@ -25,7 +25,7 @@ from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequ
 from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines.lmdeploy import engine as adapter
 from sdar_lm_eval.engines.lmdeploy import requirements
-from sdar_lm_eval.harness import SDARLMDeployLM
+from sdar_lm_eval.lm.model import SDARLMDeployLM
 
 DYNAMIC = DecodingConfig(temperature=0)
 SAMPLED = DecodingConfig(remasking_strategy="sequential", temperature=1.0)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,159 +14,28 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import CachingLM, hash_args
+from lm_eval.api.model import CachingLM
 from lm_eval.tasks import TaskManager
+from scripted_lm import (
+    BARE_TEMPLATE,
+    BOS_TEMPLATE,
+    GREEDY,
+    SAMPLED,
+    Evaluate,
+    MakeLM,
+    ScriptedLM,
+    cached,
+    checkpoint_with,
+    request,
+    requests_of,
+)
 
 import sdar_lm_eval.tasks
-from sdar_lm_eval import harness
 from sdar_lm_eval.demo import CHECKPOINT as DEMO
-from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult
 from sdar_lm_eval.errors import EngineError, UserError
-from sdar_lm_eval.harness import SDARLM
-
-GREEDY = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 32}
-SAMPLED = {"until": [], "do_sample": True, "max_gen_toks": 32}
-# A template that begins a conversation with the BOS, and one of which nothing is constant.
-BOS_TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-BARE_TEMPLATE = "{% for m in messages %}{{ m.content }}!{% endfor %}"
-
-Answer = Callable[[GenerationRequest], str]
-
-
-class ScriptedEngine:
-    """Answers with `answer(request)`, the last request first; stops with `error` after `answers_before_error`."""
-
-    def __init__(self, checkpoint: Any, answer: Answer, options: Mapping[str, Any]) -> None:
-        self.tokenizer = checkpoint.tokenizer
-        self.answer = answer
-        self.options = options
-        self.requests: list[GenerationRequest] = []
-        self.answers_before_error: int | None = None
-        self.error: Exception = EngineError("out of luck")
-        self.info = {"engine": "scripted", "device": "cpu", "dtype": "float32", "max_active": 7}
-        self.prepared: list[GenerationRequest] = []
-
-    def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        self.prepared = list(requests)
-
-    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
-        assert self.prepared == list(requests)  # so that loading is not counted as generation
-        for count, (index, request) in enumerate(reversed(list(enumerate(requests)))):
-            if count == self.answers_before_error:
-                raise self.error
-            self.requests.append(request)
-            ids = tuple(self.tokenizer.encode(self.answer(request), add_special_tokens=False))
-            yield (
-                index,
-                GenerationResult(ids, "stop", 1, len(ids), 2, 0.5, unmasked_at=ids, confidences=(0.5,) * len(ids)),
-            )
-
-    def peak_memory_bytes(self) -> int:
-        return 1 << 30
-
-
-class ScriptedLM(SDARLM):
-    """An SDARLM over a ScriptedEngine, with short-cuts for tests."""
-
-    @property
-    def engine(self) -> ScriptedEngine:
-        engine = self._engine
-        assert isinstance(engine, ScriptedEngine)
-        return engine
-
-    def prompt_of(self, context: str, **gen_kwargs: Any) -> str:
-        """Return what reaches the engine for a context, special tokens included."""
-        self.generate_until([request(context, GREEDY | gen_kwargs)])
-        return str(self.tokenizer.decode(self.engine.requests[-1].prompt_ids))
-
-
-def echo(engine_request: GenerationRequest) -> str:
-    """An answer that tells requests and draws apart."""
-    digest = hash((engine_request.prompt_ids, engine_request.seed if not engine_request.decoding.greedy else 0))
-    return f"{digest % 100003}"
-
-
-MakeLM = Callable[..., ScriptedLM]
-
-
-@pytest.fixture
-def make_lm(monkeypatch: pytest.MonkeyPatch) -> MakeLM:
-    def make(pretrained: str | Path = "demo", answer: Answer = echo, **arguments: Any) -> ScriptedLM:
-        monkeypatch.setattr(
-            harness, "make_engine", lambda name, checkpoint, **options: ScriptedEngine(checkpoint, answer, options)
-        )
-        return ScriptedLM(str(pretrained), **arguments)
-
-    return make
-
-
-@pytest.fixture(autouse=True)
-def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="sdar_lm_eval")
-
-
-def request(context: str, gen_kwargs: dict[str, Any] | None = None, repeats: int = 1, doc_id: int = 0) -> Instance:
-    arguments = (context, copy.deepcopy(GREEDY if gen_kwargs is None else gen_kwargs))
-    return Instance("generate_until", {"question": context}, arguments, 0, ("a_task", doc_id, repeats))
-
-
-def requests_of(count: int, gen_kwargs: dict[str, Any] = GREEDY, repeats: int = 1) -> list[Instance]:
-    """As the harness hands them over: each Instance `repeats` times in a row."""
-    made = [request(f"Question {i}" + " and more" * (i % 3), gen_kwargs, repeats, i) for i in range(count)]
-    return [instance for instance in made for _ in range(repeats)]
-
-
-def checkpoint_with(folder: Path, *, template: str | None = None, bos: bool = False) -> Path:
-    """Make a checkpoint like the demo's with another chat template (or none), and a tokenizer that writes a BOS."""
-    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("chat_template.jinja"))
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template)
-    if bos:
-        settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"bos_token": "<|endoftext|>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        tokenizer = json.loads((folder / "tokenizer.json").read_text())
-        first = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-        tokenizer["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [707], "tokens": ["<|endoftext|>"]}},
-        }
-        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return folder
-
-
-DATA = """
-import datasets
-def load(**_):
-    rows = [{"question": f"Question {i}", "answer": str(i)} for i in range(5)]
-    return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows), "train": datasets.Dataset.from_list(rows)})
-"""
-
-
-@pytest.fixture
-def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """Return a function that runs lm_eval itself over a task of five questions, defined by YAML lines."""
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # slow, and of no interest here
-
-    def run(lm: Any, *lines: str, **settings: Any) -> dict[str, Any]:
-        folder = tmp_path / "task"
-        folder.mkdir(exist_ok=True)
-        (folder / "data.py").write_text(DATA)
-        head = ["task: five", "custom_dataset: !function data.load", "test_split: test", "doc_to_text: '{{question}}'"]
-        head += ["doc_to_target: '{{answer}}'", "metric_list: [{metric: exact_match}]"]
-        (folder / "five.yaml").write_text("\n".join([*head, *(lines or ["output_type: generate_until"])]))
-        manager = TaskManager(include_path=str(folder), include_defaults=False)
-        results = lm_eval.simple_evaluate(lm, tasks=["five"], task_manager=manager, bootstrap_iters=0, **settings)
-        assert results is not None
-        return dict(results)
-
-    return run
-
-
-Evaluate = Callable[..., dict[str, Any]]
-
+from sdar_lm_eval.lm import model as harness
+from sdar_lm_eval.lm.model import SDARLM
+from sdar_lm_eval.lm.prompts import Prompts
 
 # Order, length, text
 
@@ -383,7 +251,7 @@ def test_prompts_are_tokenized_together_as_one_by_one(
     make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
 ) -> None:
     """In a template, without, with the BOS there or not, empty; in parallel, which is off again afterwards."""
-    monkeypatch.setattr(harness, "TOKENIZED_TOGETHER", 2)
+    monkeypatch.setattr("sdar_lm_eval.lm.prompts.TOKENIZED_TOGETHER", 2)
     seen = []
     if before is None:
         monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
@@ -396,10 +264,13 @@ def test_prompts_are_tokenized_together_as_one_by_one(
         seen.append((len(texts), os.environ["TOKENIZERS_PARALLELISM"]))
         return type(tokenizer).__call__(tokenizer, texts, **options)
 
-    prompts = ["2 + 3?", "<|endoftext|>2 + 3?", "", lm._render([{"role": "user", "content": "4"}]), "5", "6"]
-    expected = [lm.tok_encode(prompt) or [lm.prefix_token_id] for prompt in prompts]
-    lm.tokenizer = _Calls(tokenizer, keep)
-    assert lm._encode_prompts(prompts) == expected
+    rendered = lm.apply_chat_template([{"role": "user", "content": "4"}])
+    prompts = ["2 + 3?", "<|endoftext|>2 + 3?", "", rendered, "5", "6"]
+    expected = [lm.tok_encode(prompt) for prompt in prompts]
+    own = Prompts(lm.checkpoint, "off")
+    own.tokenizer = _Calls(tokenizer, keep)
+    is_rendered = [prompt == rendered for prompt in prompts]
+    assert own.encode_prompts(prompts, is_rendered, alone=True) == expected
     assert {count for count, _ in seen} <= {1, 2} and sum(count for count, _ in seen) == len(prompts)
     assert {value for _, value in seen} == {"true"}
     assert os.environ["TOKENIZERS_PARALLELISM"] == (before or "false")
@@ -408,7 +279,7 @@ def test_prompts_are_tokenized_together_as_one_by_one(
     seen.clear()
     monkeypatch.setattr(os, "getpid", lambda: -1)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    assert lm._encode_prompts(prompts) == expected
+    assert own.encode_prompts(prompts, is_rendered, alone=True) == expected
     assert {value for _, value in seen} == {"false"}
 
 
@@ -428,7 +299,6 @@ class _Calls:
 def test_there_is_one_bos_whoever_writes_it(make_lm: MakeLM, tmp_path: Path, evaluate: Evaluate) -> None:
     lm = make_lm(checkpoint_with(tmp_path / "bos", bos=True, template=BOS_TEMPLATE))
     assert lm.prompt_of("q") == "<|endoftext|>[user]q"
-    assert lm.prompt_of("<|endoftext|>[user]q") == "<|endoftext|>[user]q"
     evaluate(lm, apply_chat_template=True, limit=1)
     assert lm.tokenizer.decode(lm.engine.requests[-1].prompt_ids) == "<|endoftext|>[user]Question 0"
 
@@ -438,7 +308,7 @@ def test_there_is_one_bos_whoever_writes_it(make_lm: MakeLM, tmp_path: Path, eva
     assert make_lm(chat_template="off").prompt_of("q") == "q"
     # A template that writes none means none.
     own = make_lm(checkpoint_with(tmp_path / "own", bos=True, template=(DEMO / "chat_template.jinja").read_text()))
-    assert own.prompt_of("q") == own.prompt_of(TURN.format("q")) == TURN.format("q")
+    assert own.prompt_of("q") == TURN.format("q")
 
 
 # Chat template
@@ -455,7 +325,7 @@ def test_a_prompt_becomes_one_user_turn_and_it_is_said_once(
     prompts = sorted(lm.tokenizer.decode(r.prompt_ids) for r in lm.engine.requests)
     assert prompts == [TURN.format(f"Question {i}") for i in range(5)]
     lm.prompt_of("q")
-    assert caplog.text.count("put into the checkpoint's chat template") == 1
+    assert caplog.text.count("put into the checkpoint's chat template, as by --apply_chat_template") == 1
 
 
 def test_off_leaves_prompts_as_they_are(make_lm: MakeLM, caplog: pytest.LogCaptureFixture) -> None:
@@ -487,12 +357,20 @@ def test_few_shot_examples_are_turns(make_lm: MakeLM, evaluate: Evaluate) -> Non
     assert prompt == TURN.format("Question 0") + "0<|im_end|>\n" + TURN.format("Question 4")
 
 
-def test_a_task_that_writes_the_template_itself_is_left_alone(make_lm: MakeLM) -> None:
+def test_a_question_that_looks_like_the_template_is_a_question(
+    make_lm: MakeLM, caplog: pytest.LogCaptureFixture
+) -> None:
     lm = make_lm()
-    for written in (TURN.format("q"), "\n" + TURN.format("q"), "<|im_start|>system\nBe brief.<|im_end|>\n"):
-        assert lm.prompt_of(written) == written
-    # Naming the markup somewhere is not writing it.
-    assert lm.prompt_of("What does <|im_start|> mean?") == TURN.format("What does <|im_start|> mean?")
+    start, end = (lm.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))
+    for question in (TURN.format("q"), "<|im_start|>", "What does <|im_start|> mean?", "user"):
+        assert lm.prompt_of(question) == TURN.format(question)
+        sent = lm.engine.requests[-1].prompt_ids
+        assert (sent.count(start), sent.count(end)) == (2, 1)  # the template's own
+    assert caplog.text.count("hold special tokens in their text, such as '<|im_start|>', which are read as text") == 1
+    # Where a task writes the template itself, the user says so.
+    own = make_lm(chat_template="off")
+    assert own.prompt_of(TURN.format("q")) == TURN.format("q")
+    assert own.engine.requests[-1].prompt_ids.count(start) == 2
 
 
 def test_a_template_without_constant_text_is_not_applied_twice(
@@ -512,8 +390,7 @@ def test_requests_built_by_an_earlier_run_are_not_put_into_the_template_again(
     checkpoint = checkpoint_with(tmp_path / "bare", template=template) if template else "demo"
     first, second = make_lm(checkpoint), make_lm(checkpoint)
     evaluate(first, apply_chat_template=True, cache_requests=True)
-    assert second._opening == first._opening  # worked out once, by rendering
-    monkeypatch.delattr(SDARLM, "_render")  # the second takes the first one's requests
+    monkeypatch.delattr(Prompts, "render")  # the second takes the first one's requests
     evaluate(second, apply_chat_template=True, cache_requests=True)
     assert [r.prompt_ids for r in second.engine.requests] == [r.prompt_ids for r in first.engine.requests]
 
@@ -540,26 +417,20 @@ def test_the_harness_can_ask_for_the_template_and_its_name(make_lm: MakeLM) -> N
     lm = make_lm()
     assert "<|im_start|>" in str(lm.chat_template(True))
     assert lm.chat_template(False) is None
-    assert lm.tokenizer_name == "demo"
+    assert lm.tokenizer_name.startswith("demo-")
 
 
 # Cache
 
 
-def cached(lm: SDARLM, path: Path) -> Any:
-    return CachingLM(lm, str(path))
-
-
-@pytest.mark.parametrize("gen_kwargs", [GREEDY, SAMPLED, {"max_new_tokens": "9", "until": "x", "do_sample": "false"}])
-def test_the_cache_key_is_that_of_the_untouched_arguments(
-    make_lm: MakeLM, tmp_path: Path, gen_kwargs: dict[str, Any]
-) -> None:
+def test_the_harness_s_own_table_is_bypassed(make_lm: MakeLM, tmp_path: Path) -> None:
+    """Its keys hold neither model nor task, seed or repeat."""
     lm = make_lm()
-    asked = requests_of(3, gen_kwargs)
-    before = [hash_args("generate_until", instance.args) for instance in asked]
-    answers = cached(lm, tmp_path / "c.db").generate_until(asked)
-    assert [hash_args("generate_until", instance.args) for instance in asked] == before
-    assert [lm.cache_hook.dbdict[key] for key in before] == answers
+    wrapped = cached(lm, tmp_path / "c.db")
+    wrapped.generate_until(requests_of(3))
+    assert len(wrapped.dbdict) == 0
+    with sqlite3.connect(tmp_path / "c.db") as file:
+        assert file.execute("SELECT count(*) FROM sdar_records").fetchone() == (3,)
 
 
 @pytest.mark.parametrize("gen_kwargs", [GREEDY, SAMPLED, SAMPLED | {"do_sample": "false"}])
@@ -573,7 +444,7 @@ def test_what_was_finished_before_a_failure_is_kept(
         cached(lm, tmp_path / "c.db").generate_until(requests_of(5, gen_kwargs))
     finished = {r.prompt_ids for r in lm.engine.requests}
     assert len(finished) == 3
-    assert lm.report.counts.requests == 3
+    assert lm.counts.requests == 3
 
     again = make_lm()
     answers = cached(again, tmp_path / "c.db").generate_until(requests_of(5, gen_kwargs))
@@ -601,56 +472,84 @@ def test_sampled_answers_are_read_back_as_they_would_be_drawn(
     assert len(again.engine.requests) == 5 * 4 - 4 * 3 + 1
 
 
-def test_repeats_that_the_harness_would_read_back_as_one_are_refused(make_lm: MakeLM, tmp_path: Path) -> None:
-    lm = make_lm()
+def test_drawn_repeats_are_read_back_each_as_itself(make_lm: MakeLM, tmp_path: Path) -> None:
     drawn = {"temperature": 0.7, "max_gen_toks": 32}  # drawn, by the harness's own rule, but not marked
-    assert len(set(lm.generate_until(requests_of(1, drawn, repeats=3)))) == 3
-    with pytest.raises(UserError, match="draws 3 answers to each prompt, but without do_sample=true"):
-        cached(lm, tmp_path / "c.db").generate_until(requests_of(1, drawn, repeats=3))
-    assert cached(lm, tmp_path / "c.db").generate_until(requests_of(1, drawn))
-    assert cached(lm, tmp_path / "c.db").generate_until(requests_of(1, drawn | {"do_sample": True}, repeats=3))
+    first = cached(make_lm(), tmp_path / "c.db").generate_until(requests_of(2, drawn, repeats=3))
+    assert len(set(first)) == 6
+    again = make_lm()
+    assert cached(again, tmp_path / "c.db").generate_until(requests_of(2, drawn, repeats=3)) == first
+    assert not again.engine.requests
 
 
 @pytest.mark.parametrize(
-    ("first", "then", "says"),
+    "gen_kwargs", [GREEDY, SAMPLED, {"temperature": 0.7}, GREEDY | {"remasking_strategy": "random"}]
+)
+@pytest.mark.parametrize("kept", ["cache", "folder"])
+def test_tasks_with_equal_requests_keep_their_own_draws(
+    make_lm: MakeLM, tmp_path: Path, gen_kwargs: dict[str, Any], kept: str
+) -> None:
+    def ask() -> tuple[list[str], int]:
+        lm = make_lm(answers=tmp_path / "answers" if kept == "folder" else None)
+        asked = [request("the same", gen_kwargs), request("the same", gen_kwargs)]
+        asked[1].task_name = "another_task"
+        model = cached(lm, tmp_path / "c.db") if kept == "cache" else lm
+        return model.generate_until(asked), len(lm.engine.requests)
+
+    first, computed = ask()
+    assert ask() == (first, 0)
+    assert computed == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
     [
-        ({}, {"confidence_threshold": 0.9}, "confidence_threshold was 0.85, is 0.9"),
-        ({"block_length": 8}, {}, "block_length was 8, is 4; denoising_steps was 8, is 4"),
-        ({}, {"seed": 1}, "seed was 0, is 1"),
-        ({}, {"chat_template": "off"}, "chat_template was 'auto', is 'off'"),
-        ({}, {"max_length": 600}, "max_length was 2048, is 600"),
-        ({}, {"max_gen_toks": 600}, "max_gen_toks was 512, is 600"),
-        ({}, {"until": ["x"]}, r"until was \[\], is \['x'\]"),
-        ({"do_sample": False, "temperature": 0.5}, {"do_sample": False}, "temperature was 0.5, is None"),
-        ({"temperature": 0.5}, {"do_sample": True, "temperature": 0.5}, "do_sample was None, is True"),
+        [{}, {"confidence_threshold": 0.9}, {"block_length": 8}],
+        [{}, {"chat_template": "off"}],
+        [{}, {"max_length": 40}],
+        [{}, {"until": ["1"]}, {"max_gen_toks": 600}],
+        [{"temperature": 0.5}, {"temperature": 0.5, "seed": 1}, {"temperature": 0.6}],
     ],
 )
-def test_a_cache_of_other_settings_is_refused_with_the_remedy(
-    make_lm: MakeLM, tmp_path: Path, first: dict[str, Any], then: dict[str, Any], says: str
+@pytest.mark.parametrize("kept", ["cache", "folder"])
+def test_answers_of_several_settings_are_kept_side_by_side(
+    make_lm: MakeLM, tmp_path: Path, settings: list[dict[str, Any]], kept: str
 ) -> None:
-    cached(make_lm(**first), tmp_path / "c.db").generate_until(requests_of(1))
-    cached(make_lm(**first), tmp_path / "c.db")
-    with pytest.raises(UserError, match=f"was made with other settings .*{says}.*give another path, or delete"):
-        cached(make_lm(**then), tmp_path / "c.db")
+    """Each run gets the answers that it would have computed."""
+    asked = [request(f"Question {i}" + " and more" * 9, {}) for i in range(2)]
+    fresh = [make_lm(**{"max_gen_toks": 30} | given).generate_until(asked) for given in settings]
+    for computed in (2, 0):
+        for given, expected in zip(settings, fresh, strict=True):
+            folder = {"answers": tmp_path / "answers"} if kept == "folder" else {}
+            lm = make_lm(**{"max_gen_toks": 30} | given, **folder)
+            model = cached(lm, tmp_path / "c.db") if kept == "cache" else lm
+            assert model.generate_until(asked) == expected
+            assert len(lm.engine.requests) == computed
 
 
-def test_a_cache_of_other_weights_or_of_another_model_is_refused(make_lm: MakeLM, tmp_path: Path) -> None:
-    cached(make_lm(), tmp_path / "c.db")
+@pytest.mark.parametrize("kept", ["cache", "folder"])
+def test_answers_of_other_weights_are_left_alone_and_it_is_said(
+    make_lm: MakeLM, tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: str
+) -> None:
+    def ask(pretrained: str | Path) -> int:
+        lm = make_lm(pretrained, answers=tmp_path / "answers" if kept == "folder" else None)
+        (cached(lm, tmp_path / "c.db") if kept == "cache" else lm).generate_until(requests_of(2))
+        return len(lm.engine.requests)
+
+    assert (ask("demo"), ask("demo")) == (2, 0)
+    assert "left alone" not in caplog.text
     folder = checkpoint_with(tmp_path / "other")
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(-3, 2)
         file.write(b"\x01\x02\x03")
-    with pytest.raises(UserError, match=r"checkpoint was '.*', is '"):
-        cached(make_lm(folder), tmp_path / "c.db")
-
-    CachingLM(lm_eval.api.registry.get_model("dummy")(), str(tmp_path / "dummy.db")).dbdict["key"] = "lol"
-    with pytest.raises(UserError, match=r"holds answers of another model.*Give another path, or delete"):
-        cached(make_lm(), tmp_path / "dummy.db")
+    assert (ask(folder), ask(folder), ask("demo")) == (2, 0, 0)
+    assert "which are left alone (checkpoint was '" in caplog.text or "are left alone (checkpoint was '" in caplog.text
 
 
-def test_the_same_settings_written_otherwise_share_a_cache(make_lm: MakeLM, tmp_path: Path) -> None:
-    cached(make_lm(confidence_threshold="0.85", seed="0", temperature="0.5"), tmp_path / "c.db")
-    cached(make_lm(temperature=0.5, max_active=3, trace=tmp_path / "t"), tmp_path / "c.db")
+def test_another_model_s_cache_file_may_be_shared(make_lm: MakeLM, tmp_path: Path) -> None:
+    theirs = CachingLM(lm_eval.api.registry.get_model("dummy")(), str(tmp_path / "c.db")).dbdict
+    theirs["key"] = "lol"
+    assert cached(make_lm(), tmp_path / "c.db").generate_until(requests_of(1)) != ["lol"]
+    assert theirs["key"] == "lol"
 
 
 # Repeats
@@ -731,13 +630,18 @@ def test_each_finished_request_is_a_line_of_the_trace(make_lm: MakeLM, tmp_path:
     lm.engine.answers_before_error = 4
     with pytest.raises(EngineError):
         lm.generate_until([*requests_of(2, SAMPLED | {"until": [" "]}, repeats=2), request("q", doc_id=9)])
-    lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    head, *lines = (json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines())
+    assert head["model"]["pretrained"] == "demo" and head["model"]["checkpoint_fingerprint"]
     assert len(lines) == 4
     assert {(line["task"], line["document"], line["repeat"]) for line in lines} < {
         ("a_task", 0, 0), ("a_task", 0, 1), ("a_task", 1, 0), ("a_task", 1, 1), ("a_task", 9, 0)
     }  # fmt: skip
     line = next(line for line in lines if line["document"] == 0)
     assert line["text"] == "1"
+    assert lm.tokenizer.decode(line["prompt_ids"]) == line["prompt"] == TURN.format("Question 0")
+    assert line["decoding"]["block_length"] == 4
+    assert line["token_ids"] == lm.tok_encode("1 + 1. Ümlaut")
+    assert "".join(line["tokens"]) == "1 + 1. Ümlaut" and len(line["tokens"]) == line["new_tokens"]
     assert line["finish_reason"] == "stop"
     assert (
         line["new_tokens"]
@@ -747,9 +651,6 @@ def test_each_finished_request_is_a_line_of_the_trace(make_lm: MakeLM, tmp_path:
     )
     assert line["forwards"] == {"prefill": 1, "denoising": line["new_tokens"], "commit": 2}
     assert all(r.record_steps for r in lm.engine.requests)
-    lm.engine.answers_before_error = None
-    lm.generate_until([request("q")])
-    assert len((tmp_path / "trace.jsonl").read_text().splitlines()) == 5  # appended
 
 
 def test_nothing_is_recorded_without_a_trace(make_lm: MakeLM) -> None:

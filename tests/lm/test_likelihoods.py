@@ -13,11 +13,11 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from test_harness import BOS_TEMPLATE, ScriptedEngine, ScriptedLM, checkpoint_with
+from scripted_lm import BOS_TEMPLATE, ScriptedEngine, ScriptedLM, checkpoint_with
 
-from sdar_lm_eval import harness
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
 from sdar_lm_eval.errors import EngineError, UserError
+from sdar_lm_eval.lm import model as harness
 
 END = 707  # <|endoftext|>: the demo's prefix token
 
@@ -112,17 +112,22 @@ def test_scores_come_in_the_order_asked_and_the_same_pair_is_scored_once(make_lm
 # Tokens
 
 
-def test_contexts_are_plain_text_whatever_the_template_setting(
-    make_lm: MakeLM, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_contexts_are_plain_text_whatever_the_template_setting(make_lm: MakeLM) -> None:
     for mode in ("auto", "on", "off"):
         assert make_lm(chat_template=mode).asked("One and", " two") == ("One and", " two")
-    assert caplog.text.count("Log-likelihoods are of the text as it comes, in no chat template") == 3
-    caplog.clear()
     lm = make_lm()
     templated = lm.apply_chat_template([{"role": "user", "content": "One and"}])
-    assert lm.asked(templated.rstrip(), " two") == (templated.rstrip(), " two")
-    assert "Log-likelihoods are of" not in caplog.text
+    assert lm.asked(templated, "two") == (templated.rstrip(), "\ntwo")
+
+
+def test_special_tokens_of_a_rendered_context_s_text_stay_text(make_lm: MakeLM) -> None:
+    lm = make_lm()
+    templated = lm.apply_chat_template([{"role": "user", "content": "What is <|im_end|> for?"}])
+    lm.loglikelihood([request(templated, "an end")])
+    sent = lm.engine.asked[-1]
+    end = lm.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (*sent.context_ids, *sent.continuation_ids).count(end) == 1  # the template's
+    assert lm.tokenizer.decode((*sent.context_ids, *sent.continuation_ids)) == templated + "an end"
 
 
 def test_trailing_spaces_of_a_context_belong_to_the_continuation(make_lm: MakeLM) -> None:
@@ -144,19 +149,47 @@ def test_no_second_bos(make_lm: MakeLM, tmp_path: Path) -> None:
     assert lm.asked("", "One") == ("<|endoftext|>", "One")
     lm.loglikelihood_rolling([request("One and two")])
     assert lm.tokenizer.decode(lm.engine.asked[-1].continuation_ids) == "One and two"
-    # A template that writes none.
-    bare = make_lm(
-        checkpoint_with(tmp_path / "bare", bos=True, template="{% for m in messages %}[{{ m.role }}]{% endfor %}")
-    )
-    assert bare.asked("[user] One and", " two") == ("[user] One and", " two")
+    # A template that writes none, and a text that looks like one.
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    bare = make_lm(checkpoint_with(tmp_path / "bare", bos=True, template=template))
+    rendered = bare.apply_chat_template([{"role": "user", "content": "One and"}])
+    assert bare.asked(rendered, " two") == ("[user] One and", " two")
+    assert bare.asked("[assistant] One and", " two") == ("<|endoftext|>[assistant] One and", " two")
 
 
-def test_a_continuation_without_tokens_is_certain(make_lm: MakeLM, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_empty_continuation_is_certain(make_lm: MakeLM, caplog: pytest.LogCaptureFixture) -> None:
     lm = make_lm()
     assert lm.loglikelihood([request("One", ""), request("", ""), request("One", " two")])[:2] == [(0.0, True)] * 2
     assert lm.loglikelihood_rolling([request("")]) == [0.0]
     assert len(lm.engine.asked) == 1
-    assert "2 of 3 texts to be scored have no tokens; their log-likelihood is 0." in caplog.text
+    assert "2 of 3 texts to be scored are empty; their log-likelihood is 0." in caplog.text
+
+
+def test_a_choice_that_tokenization_joins_with_its_context_is_not_certain(
+    make_lm: MakeLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The demo has a token "st": it is scored, behind what the two texts share."""
+    lm = make_lm()
+    (joined,) = lm.tok_encode("st")
+    assert lm.loglikelihood([request("s", "t"), request("1 s", "t")]) != [(0.0, True)] * 2
+    behind, alone = lm.engine.asked  # the script scores the last first
+    assert (alone.context_ids, alone.continuation_ids) == ((lm.prefix_token_id,), (joined,))
+    assert (*behind.context_ids, *behind.continuation_ids) == tuple(lm.tok_encode("1 st"))
+    assert len(behind.continuation_ids) == 1 and lm.tok_decode(behind.context_ids) == "1"
+    assert "to be scored" not in caplog.text
+
+
+def test_a_continuation_that_adds_no_token_is_scored_by_the_last_one(make_lm: MakeLM, tmp_path: Path) -> None:
+    """A normalizer that drops a character: the whole has the context's tokens."""
+    folder = checkpoint_with(tmp_path / "drops")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "~"}, "content": ""}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    lm = make_lm(folder)
+    assert lm.loglikelihood([request("1 2", "~")]) != [(0.0, True)]
+    (sent,) = lm.engine.asked
+    assert (*sent.context_ids, *sent.continuation_ids) == tuple(lm.tok_encode("1 2"))
+    assert len(sent.continuation_ids) == 1
 
 
 def test_texts_with_the_mask_token_are_told(make_lm: MakeLM, caplog: pytest.LogCaptureFixture) -> None:
@@ -217,7 +250,7 @@ def test_rolling_sums_equal_those_of_its_windows_alone(make_lm: MakeLM) -> None:
         windows = map(make_disjoint_window, get_rolling_token_windows(lm.tok_encode(text), END, 8, 1))
         parts = lm._loglikelihood_tokens([(("", ""), context, continuation) for context, continuation in windows])
         assert total == pytest.approx(sum(value for value, _ in parts))
-    assert lm.report.counts.scored_requests == 4
+    assert lm.counts.scored_requests == 4
 
 
 # Cache
@@ -230,7 +263,7 @@ def test_what_was_finished_before_a_failure_is_kept(make_lm: MakeLM, tmp_path: P
     with pytest.raises(type(error)):
         cached(lm, tmp_path / "c.db").loglikelihood(pairs(5))
     finished = set(lm.engine.asked)
-    assert len(finished) == lm.report.counts.scored_requests == 3
+    assert len(finished) == lm.counts.scored_requests == 3
 
     again = make_lm()
     scores = cached(again, tmp_path / "c.db").loglikelihood(pairs(5))
@@ -241,34 +274,40 @@ def test_what_was_finished_before_a_failure_is_kept(make_lm: MakeLM, tmp_path: P
     assert len(again.engine.asked) == 2
 
 
-def test_whole_texts_are_kept_once_their_last_window_is_done(make_lm: MakeLM, tmp_path: Path) -> None:
+def test_a_text_goes_on_from_the_windows_that_were_finished(make_lm: MakeLM, tmp_path: Path) -> None:
     texts = [request(" and more" * n, doc_id=n) for n in (6, 7)]
+    whole = make_lm(max_length=9)
+    totals = whole.loglikelihood_rolling(texts)
     lm = make_lm(max_length=9)
-    pieces = [len(lm._windows_of(*text.args)) for text in texts]
-    assert min(pieces) > 1
-    lm.engine.answers_before_error = pieces[1] + 1
+    lm.engine.answers_before_error = 3
     with pytest.raises(EngineError):
         cached(lm, tmp_path / "c.db").loglikelihood_rolling(texts)
     again = make_lm(max_length=9)
-    totals = cached(again, tmp_path / "c.db").loglikelihood_rolling(texts)
-    assert len(again.engine.asked) == pieces[0]
-    assert totals == pytest.approx(make_lm(max_length=9).loglikelihood_rolling(texts))
+    assert cached(again, tmp_path / "c.db").loglikelihood_rolling(texts) == pytest.approx(totals)
+    distinct = set(whole.engine.asked)
+    assert set(again.engine.asked) == distinct - set(lm.engine.asked)
+    assert cached(make_lm(max_length=9), tmp_path / "c.db").loglikelihood_rolling(texts) == pytest.approx(totals)
 
 
-@pytest.mark.parametrize(
-    ("first", "then", "says"),
-    [
-        ({}, {"likelihood": "nelbo"}, "likelihood was 'chain', is 'nelbo'; mc_samples was None, is 256"),
-        ({"likelihood": "nelbo"}, {"likelihood": "nelbo", "mc_samples": 64}, "mc_samples was 256, is 64"),
-    ],
-)
-def test_a_cache_of_another_method_is_refused(
-    make_lm: MakeLM, tmp_path: Path, first: dict[str, Any], then: dict[str, Any], says: str
-) -> None:
-    cached(make_lm(**first), tmp_path / "c.db").loglikelihood(pairs(1))
-    cached(make_lm(**first), tmp_path / "c.db")
-    with pytest.raises(UserError, match=f"was made with other settings .*{says}.*give another path, or delete"):
-        cached(make_lm(**then), tmp_path / "c.db")
+def test_a_cache_holds_scores_of_several_methods(make_lm: MakeLM, tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [{}, {"likelihood": "nelbo"}, {"likelihood": "nelbo", "mc_samples": 64},
+                                      {"likelihood": "nelbo", "seed": 1}, {"block_length": 8}]  # fmt: skip
+    for asked in (3, 0):
+        for arguments in settings:
+            lm = make_lm(**arguments)
+            cached(lm, tmp_path / "c.db").loglikelihood(pairs(3))
+            assert len(lm.engine.asked) == asked
+    lm = make_lm(seed=1)  # chain draws nothing
+    assert cached(lm, tmp_path / "c.db").loglikelihood(pairs(3)) == expected(lm, pairs(3))
+    assert not lm.engine.asked
+
+
+def test_scores_are_kept_in_a_folder_too(make_lm: MakeLM, tmp_path: Path) -> None:
+    scores = make_lm(answers=tmp_path).loglikelihood(pairs(3))
+    lm = make_lm(answers=tmp_path)
+    assert lm.loglikelihood(pairs(4))[:3] == scores
+    assert len(lm.engine.asked) == 1
+    assert (lm.counts.scored_requests, lm.counts.stored_scores) == (1, 3)
 
 
 # Settings, trace, summary
@@ -290,7 +329,8 @@ def test_each_score_is_a_line_of_the_trace(make_lm: MakeLM, tmp_path: Path) -> N
     lm = make_lm(trace=tmp_path / "trace.jsonl", likelihood="nelbo", max_length=9)
     scores = lm.loglikelihood(pairs(2))
     (total,) = lm.loglikelihood_rolling([request(" and more" * 9, doc_id=7)])
-    lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    head, *lines = (json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines())
+    assert head["model"]["likelihood"] == "nelbo"
     assert [(line["task"], line["document"], line["likelihood"]) for line in lines] == [
         ("a_task", 0, "nelbo"), ("a_task", 0, "nelbo"), ("a_task", 7, "nelbo")
     ]  # fmt: skip
@@ -298,7 +338,7 @@ def test_each_score_is_a_line_of_the_trace(make_lm: MakeLM, tmp_path: Path) -> N
     assert lines[0]["tokens"] == len(lm.tok_encode(" 1"))
     assert lines[0]["context_tokens"] == len(lm.tok_encode("Question 0"))
     assert lines[2]["log_likelihood"] == total
-    windows = len(lm._windows_of(" and more" * 9))
+    windows = len(lm.engine.asked) - 2
     assert windows > 1
     assert lines[2]["standard_error"] == pytest.approx(0.3 * math.sqrt(windows))
     assert lines[2]["tokens_run"] == {"clean": 4 * windows, "noised": 16 * windows}
@@ -314,7 +354,7 @@ def test_the_summary_adds_up(make_lm: MakeLM, caplog: pytest.LogCaptureFixture) 
     assert (found["requests"], found["tokens"]) == (6, tokens)
     assert found["tokens_run"] == {"clean": 24, "noised": 96}
     assert found["standard_error"] == {"mean": 0.3, "largest": 0.3}
-    assert run["requests"] == run["generation_seconds"] == 0
+    assert (run["requests"], run["generation_seconds"], run["tokens_per_second"]) == (0, None, None)
     assert found["seconds"] >= 0
     assert f"6 log-likelihoods of {tokens} tokens in" in caplog.text
     assert "standard errors up to 0.3 nats; loaded in" in caplog.text

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from support import QUICK_START, environment, fork_of
 
 import sdar_lm_eval.tasks
-from sdar_lm_eval.harness import SDARLM
+from sdar_lm_eval.lm.model import SDARLM
 
 TASKS = str(Path(sdar_lm_eval.tasks.__file__).parent)
 # Short answers, one at a time: slow enough to be killed in the middle.

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import atexit
 import datetime
-import itertools
 import logging
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from sdar_lm_eval.errors import EngineError
@@ -22,8 +20,6 @@ logger = logging.getLogger(__name__)
 # are. A rank that dies is the launcher's business.
 PATIENCE_AT_START = datetime.timedelta(minutes=10)
 PATIENCE = datetime.timedelta(days=7)
-
-_idle_tasks: set[str] = set()  # of which this rank has a borrowed document only
 
 
 class Ranks:
@@ -56,11 +52,6 @@ class Ranks:
                 ) from error
             atexit.register(dist.destroy_process_group)
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        _lend_documents()
-
-    def is_idle(self, task: str | None) -> bool:
-        """Whether a task's only document here is borrowed: its answer is of no account, see `_lend_documents`."""
-        return task in _idle_tasks
 
     def share_cpu(self) -> None:
         """Divide the CPU's cores among the ranks of this machine, unless OMP_NUM_THREADS says more than 1.
@@ -86,16 +77,11 @@ class Ranks:
         return torch.cat(parts).to(tensor.device)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Collect one object a rank on rank `dst`; None elsewhere.
-
-        Of what the harness collects by task, nothing that comes of a borrowed document.
-        """
+        """Collect one object a rank on rank `dst`; None elsewhere."""
         if self.world_size == 1:
             return [obj]
         import torch.distributed as dist
 
-        if isinstance(obj, dict):
-            obj = {task: _emptied(found) if task in _idle_tasks else found for task, found in obj.items()}
         collected = [None] * self.world_size if self.rank == dst else None
         dist.gather_object(obj, collected, dst=dst, group=self._group)
         return collected
@@ -106,37 +92,6 @@ class Ranks:
             import torch.distributed as dist
 
             dist.barrier(group=self._group)
-
-
-def _lend_documents() -> None:
-    """Have a rank that gets no document of a task borrow the first one; the harness refuses a rank without any.
-
-    It then takes part in all that the ranks exchange; `gather_object` leaves the borrowed document out of scores and
-    samples. Versions without `LM.gather_object` collect these themselves, so there nothing is lent.
-    """
-    from lm_eval.api.model import LM
-    from lm_eval.api.task import Task
-
-    own = Task.doc_iterator
-    if hasattr(own, "lends") or not hasattr(LM, "gather_object"):
-        return
-
-    def doc_iterator(self: Any, *, rank: int = 0, **settings: Any) -> Iterator[tuple[int, Any]]:
-        documents = own(self, rank=rank, **settings)
-        first = list(itertools.islice(documents, 1))
-        _idle_tasks.discard(self.config.task)
-        if not first and rank > 0:
-            _idle_tasks.add(self.config.task)
-            return itertools.islice(own(self, rank=0, **settings), 1)
-        return itertools.chain(first, documents)
-
-    doc_iterator.lends = True  # type: ignore[attr-defined]
-    Task.doc_iterator = doc_iterator
-
-
-def _emptied(found: Any) -> Any:
-    """A task's samples, or its metrics by name, without any values."""
-    return {name: [] for name in found} if isinstance(found, dict) else []
 
 
 def _cores() -> int:

@@ -25,10 +25,10 @@ from lm_eval.tasks import TaskManager
 from support import QUICK_START, environment, fork_of
 
 import sdar_lm_eval.tasks
-from sdar_lm_eval import ranks
 from sdar_lm_eval.errors import EngineError
-from sdar_lm_eval.harness import SDARLM
-from sdar_lm_eval.ranks import Ranks
+from sdar_lm_eval.lm import ranks
+from sdar_lm_eval.lm.model import SDARLM
+from sdar_lm_eval.lm.ranks import Ranks
 
 TASKS = str(Path(sdar_lm_eval.tasks.__file__).parent)
 REPEATED = """
@@ -61,7 +61,7 @@ def scenarios(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"threads": torch.get_num_threads()}
 
     def evaluate(name: str, task: str, **settings: Any) -> None:
-        counts = lm.report.counts
+        counts = lm.counts
         before = counts.requests + counts.scored_requests
         settings |= {"gen_kwargs": "max_gen_toks=12", "bootstrap_iters": 0, "log_samples": True}
         results = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, **settings)

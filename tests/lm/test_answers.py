@@ -10,10 +10,10 @@ import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
 
-from sdar_lm_eval.answers import AnswerFolder, Session, busy_seconds, key_of, read_sessions, united
 from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.harness import SDARLM
+from sdar_lm_eval.lm.answers import AnswerFolder, Session, busy_seconds, key_of, read_sessions, united
+from sdar_lm_eval.lm.model import SDARLM
 
 SETTINGS = {"seed": 0, "dtype": "float32"}
 
@@ -115,7 +115,7 @@ def test_a_run_goes_on_from_the_folder(tmp_path: Path, monkeypatch: pytest.Monke
         results = lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, limit=limit)
         assert results is not None
         found = {(s["doc_id"], s["filter"]): s["resps"] for task in tasks for s in results["samples"][task]}
-        return (results["results"], found), lm.report.counts.requests
+        return (results["results"], found), lm.counts.requests
 
     _, computed = run(["twice"], 2)
     assert computed == 4

@@ -1,0 +1,11 @@
+"""The lm_eval model: what the harness asks for, on top of an engine.
+
+model.py         SDARLM: a request's way, in the harness's order
+evaluation.py    what lm_eval keeps from its models: which evaluation, task and document a request belongs to
+prompts.py       text -> tokens: chat template, special tokens, pairs of context and continuation
+jobs.py          harness requests -> engine requests with seeds and keys
+likelihoods.py   harness requests -> score requests, and their sums
+store.py         finished answers: one key, kept in the harness's cache, a folder, or both
+answers.py       the folder's format
+ranks.py         data parallel processes
+"""

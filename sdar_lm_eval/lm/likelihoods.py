@@ -1,0 +1,211 @@
+"""Harness requests -> score requests, and the sums of their results."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lm_eval.api.instance import Instance
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.lm.evaluation import TaskRequests
+from sdar_lm_eval.lm.jobs import Jobs
+from sdar_lm_eval.lm.prompts import Prompts
+from sdar_lm_eval.lm.store import Record, key_of
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["loglikelihood", "loglikelihood_rolling"]
+
+
+@dataclass
+class ScoreJob:
+    """One log-likelihood to be computed: the sum over its pieces, which is one but for rolling windows.
+
+    Attributes:
+        instance: the harness's.
+        document: its place in the data set.
+        pieces: what the engine gets.
+        keys: what each piece's result is stored under.
+        results: of the pieces so far, by their place.
+    """
+
+    instance: Instance
+    document: int
+    pieces: list[ScoreRequest]
+    keys: list[str]
+    results: dict[int, ScoreResult] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return str(self.instance.task_name)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all pieces are there."""
+        return len(self.results) == len(self.pieces)
+
+    def total(self) -> ScoreResult:
+        """The sum over the pieces, in their order."""
+        results = [self.results[place] for place in sorted(self.results)]
+        return ScoreResult(
+            log_likelihood=math.fsum(result.log_likelihood for result in results),
+            is_greedy=all(result.is_greedy for result in results),
+            standard_error=math.hypot(*(result.standard_error for result in results)),
+            clean_tokens=sum(result.clean_tokens for result in results),
+            noised_tokens=sum(result.noised_tokens for result in results),
+        )
+
+
+@dataclass(frozen=True)
+class ScoreRound:
+    """What one call of the harness asks for.
+
+    Attributes:
+        order: for each request of the call, its job.
+        truncated: how many contexts lost their beginning.
+    """
+
+    order: list[ScoreJob]
+    truncated: int
+
+    @property
+    def jobs(self) -> list[ScoreJob]:
+        """Each once."""
+        return list({id(job): job for job in self.order}.values())
+
+
+class Likelihoods:
+    """Makes score requests of the harness's requests.
+
+    Args:
+        checkpoint: names the mask token.
+        prompts: the checkpoint's tokenizer.
+        jobs: knows lengths and the prefix token.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, prompts: Prompts, jobs: Jobs) -> None:
+        self._checkpoint, self._prompts, self._jobs = checkpoint, prompts, jobs
+
+    def of(
+        self, kind: Kind, requests: Sequence[Instance], tasks: Mapping[str, TaskRequests], config: LikelihoodConfig
+    ) -> ScoreRound:
+        """Return the jobs of a call's requests; copies of a request, by which lm_eval pads ranks, share one.
+
+        Raises:
+            UserError: a continuation is too long.
+        """
+        jobs: dict[tuple[Any, ...], ScoreJob] = {}
+        order, truncated = [], 0
+        for instance in requests:
+            name = instance.task_name, *instance.args
+            if name not in jobs:
+                known = tasks.get(str(instance.task_name))
+                rendered = known is not None and known.templated_by is not None
+                if kind == "loglikelihood":
+                    context, continuation = map(str, instance.args[:2])
+                    rendered = rendered or self._prompts.is_rendered(context)
+                    pairs = self._pair(context, continuation, rendered)
+                else:
+                    pairs = self._windows(*instance.args)
+                fitted = [self.fit(*pair) for pair in pairs]
+                pieces = [piece for piece, _ in fitted]
+                doc_id = int(instance.doc_id or 0)
+                jobs[name] = ScoreJob(
+                    instance=instance,
+                    document=doc_id if known is None else known.document(doc_id),
+                    pieces=pieces,
+                    keys=[_key_of(piece, config) for piece in pieces],
+                )
+                truncated += any(cut for _, cut in fitted)
+            order.append(jobs[name])
+        found = ScoreRound(order, truncated)
+        self._warn(found)
+        return found
+
+    def fit(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[ScoreRequest, bool]:
+        """Return a score request, and whether its context had to lose its beginning.
+
+        Raises:
+            UserError: the continuation leaves no room for a token of context.
+        """
+        room = self._jobs.max_length - len(continuation)
+        if room < 1:
+            raise UserError(
+                f"a continuation of {len(continuation):,} tokens and one of context are more than "
+                f"max_length={self._jobs.max_length}. Raise max_length (the checkpoint allows "
+                f"{self._checkpoint.max_length})."
+            )
+        return ScoreRequest(tuple(context[-room:]), tuple(continuation)), len(context) > room
+
+    def _pair(self, context: str, continuation: str, rendered: bool) -> list[tuple[list[int], list[int]]]:
+        """Tokens of a context and its continuation; none where the latter is empty."""
+        if context:
+            context_ids, continuation_ids = self._prompts.encode_pair(context, continuation, rendered)
+        else:
+            context_ids, continuation_ids = self._behind_prefix(continuation)
+        return [(context_ids or [self._jobs.prefix_token_id], continuation_ids)] if continuation_ids else []
+
+    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        prefix, ids = self._behind_prefix(text)
+        length = max(self._jobs.max_length - 1, 1)
+        windows = get_rolling_token_windows(ids, prefix[0], max_seq_len=length, context_len=1)
+        return [make_disjoint_window(window) for window in windows]
+
+    def _behind_prefix(self, text: str) -> tuple[list[int], list[int]]:
+        """The prefix token, and the tokens of a text that nothing stands before; not twice if it begins with it."""
+        ids, prefix = self._prompts.encode(text, add_special_tokens=False), self._jobs.prefix_token_id
+        return [prefix], ids[1:] if ids[:1] == [prefix] else ids
+
+    def _warn(self, found: ScoreRound) -> None:
+        jobs = found.jobs
+        if found.truncated:
+            logger.warning(
+                "%d of %d contexts are longer than max_length=%d leaves room for; they lost their beginning.",
+                found.truncated,
+                len(jobs),
+                self._jobs.max_length,
+            )
+        if empty := sum(not job.pieces for job in jobs):
+            logger.warning("%d of %d texts to be scored are empty; their log-likelihood is 0.", empty, len(jobs))
+        mask = self._checkpoint.mask_token_id
+        if impossible := sum(any(mask in piece.continuation_ids for piece in job.pieces) for job in jobs):
+            logger.warning(
+                "%d of %d texts to be scored contain the mask token %r, which is never generated; their log-likelihood "
+                "is -inf, and so a perplexity is infinite. Take it out of the documents.",
+                impossible,
+                len(jobs),
+                self._prompts.tokenizer.convert_ids_to_tokens(mask),
+            )
+
+
+def record_of(result: ScoreResult) -> Record:
+    """Return a result as it is stored."""
+    return {
+        "log_likelihood": result.log_likelihood,
+        "is_greedy": result.is_greedy,
+        "standard_error": result.standard_error,
+    }
+
+
+def result_of(record: Record) -> ScoreResult:
+    """Return a stored result; nothing was run for it."""
+    return ScoreResult(
+        float(record["log_likelihood"]), bool(record.get("is_greedy")), float(record.get("standard_error", 0.0))
+    )
+
+
+def _key_of(piece: ScoreRequest, config: LikelihoodConfig) -> str:
+    """All that the score depends on beside checkpoint and engine."""
+    content = dataclasses.asdict(piece) | config.as_dict() | {"block_length": config.block_length}
+    if config.method == "nelbo":  # masks may be drawn
+        content["seed"] = config.seed
+    return key_of("loglikelihood", content)

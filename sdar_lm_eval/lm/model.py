@@ -1,0 +1,658 @@
+"""The lm_eval model: a request's way from the harness to an engine and back.
+
+One class for every engine: it owes the harness its contract (order, stored answers, truncation, chat template, ranks),
+and the engine owes it tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+import types
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+import lm_eval.evaluator
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+
+import sdar_lm_eval
+from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.engines.base import GenerationRequest, LikelihoodConfig, Scorer, make_engine, to_number
+from sdar_lm_eval.errors import EngineError, Interrupted, UserError
+from sdar_lm_eval.gen_kwargs import MAX_TOKENS_SPELLINGS, check_names, to_bool
+from sdar_lm_eval.lm.answers import AnswerFolder, expanded
+from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, facts_of_evaluation, watch
+from sdar_lm_eval.lm.jobs import Job, Jobs
+from sdar_lm_eval.lm.likelihoods import Kind, Likelihoods, ScoreJob, record_of, result_of
+from sdar_lm_eval.lm.prompts import CHAT_TEMPLATE_MODES, Prompts
+from sdar_lm_eval.lm.ranks import Ranks
+from sdar_lm_eval.lm.store import CacheFile, Place, Store, bypass
+from sdar_lm_eval.report.counts import Counts
+from sdar_lm_eval.report.live import Live
+from sdar_lm_eval.report.run import Progress
+from sdar_lm_eval.report.trace import Trace, cost_of, denoising_of
+from sdar_lm_eval.revision import ANSWER_REVISION
+
+logger = logging.getLogger(__name__)
+# Our messages go where lm_eval's go, at its verbosity.
+logging.getLogger("sdar_lm_eval").parent = logging.getLogger("lm_eval")
+
+DEFAULT_CHECKPOINT = "JetLM/SDAR-4B-Chat"
+MODEL_ARGUMENTS = (
+    "pretrained", "revision", "dtype", "device", "max_length", "max_active", "seed", "chat_template", "trace",
+    "batch_size", "max_batch_size", "trust_remote_code", "likelihood", "mc_samples", "verbose", "answers",
+)  # fmt: skip
+SAME_ON_ALL_RANKS = ("sdar_lm_eval.checkpoint", "sdar_lm_eval.gen_kwargs", "sdar_lm_eval.lm.jobs")
+"""Loggers whose messages rank 0 says for all."""
+
+
+class SDARLM(TemplateLM):  # type: ignore[misc]
+    """`lm_eval --model sdar`: an SDAR checkpoint on the native engine.
+
+    Args:
+        pretrained: hub id, folder, or `demo` (the bundled small checkpoint).
+        revision: branch, tag or commit of a hub id.
+        dtype: float32, bfloat16, float16, or auto: float32 on the CPU, the checkpoint's own on a GPU.
+        device: cpu, cuda, cuda:N, or auto: a GPU if there is one. `--device cuda:0` counts as auto: the harness passes
+            it when nobody asked.
+        max_length: most tokens of prompt and answer; longer prompts lose their beginning. Default: the checkpoint's.
+        max_active: sequences that run at once; default: 32 on the CPU, 256 on a GPU, or as many as fit.
+            `--batch_size N` with N > 1 is another way to say it; 1 and auto, which the harness passes when nobody
+            asked, leave it to the engine.
+        kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
+        kernels: run a dense model with Triton kernels and CUDA graphs; default: on GPUs, where triton is installed.
+        reproducible: answers are the same to the bit whatever runs beside them (default: only but for rounding). It
+            takes the kernels.
+        share_prefixes: prompts that begin alike share the KV of that beginning (default; false: for comparison).
+        seed: of sampled answers; each draws by (seed, task, prompt, repeat), whatever else is in the batch. Default:
+            the third of lm_eval's `--seed`.
+        chat_template: auto (prompts of generating tasks go into the checkpoint's chat template, where it has one, as by
+            `--apply_chat_template`), on (the same, and an error where there is none), off. Log-likelihoods are of the
+            text as it comes, unless `--apply_chat_template` is given.
+        trace: file that gets a JSON line for each finished request (report/trace.py); a run and a rank has its own.
+        verbose: log each example when its answer is there, right or wrong where the task has a judge (report/live.py).
+        answers: folder that keeps finished answers, for this run to go on from; several processes may share it.
+        likelihood: chain (exact) or nelbo (the diffusion bound), see `sdar_lm_eval/likelihood.py`; at temperature 1,
+            whatever the decoding settings.
+        mc_samples: masks a block under nelbo; blocks with no more masks than that are computed without sampling.
+        decoding settings: see `DecodingConfig`; and do_sample, max_gen_toks, until. A task's or `--gen_kwargs`' win.
+
+    Raises:
+        UserError: an unknown argument, a value out of range, or a checkpoint that cannot be run.
+    """
+
+    ENGINE = "native"
+    ENGINE_ARGUMENTS: tuple[str, ...] = ("kv_pages", "kernels", "reproducible", "share_prefixes")
+
+    def __init__(self, pretrained: str = DEFAULT_CHECKPOINT, **arguments: Any) -> None:
+        super().__init__()
+        started = time.perf_counter()
+        check_names(arguments, "model_args", also=MODEL_ARGUMENTS + self.ENGINE_ARGUMENTS)
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        if to_bool("trust_remote_code", arguments.get("trust_remote_code", False)):
+            logger.info("trust_remote_code is not needed: no code of a checkpoint is ever run.")
+        self._template_mode = _one_of("chat_template", arguments.get("chat_template", "auto"), CHAT_TEMPLATE_MODES)
+        self._seed = None if "seed" not in arguments else int(to_number("seed", arguments["seed"], whole=True))
+        self._verbose = to_bool("verbose", arguments.get("verbose", False))
+        max_active = _max_active(arguments)
+        watch(lm_eval.evaluator)
+
+        self._ranks = Ranks()
+        self._rank, self._world_size = self._ranks.rank, self._ranks.world_size
+        # What lm_eval up to 0.4.12 calls in the place of `all_gather` and `barrier`.
+        self.accelerator = types.SimpleNamespace(gather=self.all_gather, wait_for_everyone=self.barrier)
+        if self._rank > 0:
+            logging.getLogger("sdar_lm_eval").setLevel(logging.ERROR)  # rank 0 says it for all
+
+        revision = arguments.get("revision")
+        self.checkpoint = Checkpoint.open(str(pretrained), None if revision is None else str(revision))
+        self.tokenizer = self.checkpoint.tokenizer
+        self._prompts = Prompts(self.checkpoint, self._template_mode)
+        max_length = int(to_number("max_length", arguments.get("max_length", self.checkpoint.max_length), whole=True))
+        self._jobs = Jobs(self.checkpoint, self._prompts, arguments, max_length, alone=self._world_size == 1)
+        self._likelihoods = Likelihoods(self.checkpoint, self._prompts, self._jobs)
+        self._likelihood = LikelihoodConfig(
+            method=str(arguments.get("likelihood", LikelihoodConfig.method)),
+            mc_samples=arguments.get("mc_samples", LikelihoodConfig.mc_samples),
+            block_length=self._jobs.default.decoding.block_length,
+            seed=self._seed or 0,
+        )
+        if "mc_samples" in arguments and self._likelihood.method == "chain":
+            logger.warning("mc_samples=%s has no effect: likelihood=chain samples nothing.", arguments["mc_samples"])
+        if any(name in arguments for name in MAX_TOKENS_SPELLINGS):  # else each task says how long its answers are
+            self._jobs.room_for_prompt(self._jobs.default.max_gen_toks)
+        self._warn_of_untrained()
+
+        self._evaluation = Evaluation(seed=self._seed or 0)
+        self._all_ranks = [self._evaluation]
+        self._trace: Trace | None = None
+        if arguments.get("trace") is not None:
+            suffix = f".rank{self._rank}" if self._world_size > 1 else ""
+            self._trace = Trace(expanded(Path(f"{arguments['trace']}{suffix}")), self._facts)
+        self._engine = make_engine(
+            self.ENGINE,
+            self.checkpoint,
+            device=self._device_of_rank(str(arguments.get("device", "auto"))),
+            dtype=str(arguments.get("dtype", "auto")),
+            max_active=max_active,
+            **{name: arguments[name] for name in self.ENGINE_ARGUMENTS if name in arguments},
+        )
+        self._device: str = self._engine.info["device"]
+        if self._device == "cpu":
+            self._ranks.share_cpu()
+        self._cache_path: str | None = None
+        self._answers: AnswerFolder | None = None
+        if arguments.get("answers") is not None:
+            self._answers = AnswerFolder(Path(str(arguments["answers"])), self._fingerprint(), self._facts)
+        self._open_store()
+        self._said_template = self._said_plain = False
+        self._evaluation.counts.load_seconds = time.perf_counter() - started
+        logger.info("%s", self._describe())
+        if self._rank > 0:
+            _speak_for_itself(self._rank)
+
+    # How the harness makes a model
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> SDARLM:
+        """Make the model from `--model_args` and what the harness adds; a user's model_args win over the latter."""
+        added = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if added.get("device") == "cuda:0":  # lm_eval's default, given or not
+            del added["device"]
+        return cls(**(added | dict(arg_dict)))
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> SDARLM:
+        """The same from "name=value,name=value"."""
+        from lm_eval.utils import simple_parse_args_string
+
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    # What it learns of an evaluation (evaluation.py)
+
+    @property
+    def renders(self) -> bool:
+        """Whether prompts of generating tasks go into the chat template where lm_eval's user did not ask for it."""
+        return self._prompts.renders
+
+    def evaluation_begins(self, cached: bool) -> None:
+        """Count from zero, sample by the harness's `--seed` unless model_args have one, trace into another file."""
+        seed = torch.initial_seed() if self._seed is None else self._seed  # lm_eval hands `--seed` to torch
+        load_seconds, first = self._evaluation.counts.load_seconds, not self._evaluation.counts.tasks
+        self._evaluation = Evaluation(seed=seed)
+        if first:
+            self._evaluation.counts.load_seconds = load_seconds
+        self._all_ranks = [self._evaluation]
+        self._likelihood = dataclasses.replace(self._likelihood, seed=seed)
+        if not cached and self._cache_path is not None:  # an earlier evaluation's
+            self._cache_path = None
+            self._open_store()
+        if self._trace is not None:
+            self._trace.begin_run()
+
+    def task_begins(self, task: TaskRequests) -> None:
+        """Learn what lm_eval knows of a task's requests."""
+        self._evaluation.tasks[task.name] = task
+        if task.templated_by == "sdar_lm_eval" and not self._said_template and self._rank == 0:
+            self._said_template = True
+            logger.warning(
+                "Prompts are put into the checkpoint's chat template, as by --apply_chat_template "
+                "(chat_template=%s; chat_template=off leaves them as they are).",
+                self._template_mode,
+            )
+        if task.templated_by is None and task.scored and self.renders and not self._said_plain and self._rank == 0:
+            self._said_plain = True
+            logger.warning(
+                "Log-likelihoods are of the text as it comes, in no chat template (chat_template=%s is for generated "
+                "answers); --apply_chat_template lets the harness apply it.",
+                self._template_mode,
+            )
+
+    # What the harness asks for
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answer requests; returns texts in their order, cut before the earliest `until`.
+
+        Each finished answer is stored at once. See `lm_eval.api.model.LM.generate_until`.
+
+        Raises:
+            UserError: a request's settings are unknown or out of range; raised before anything runs.
+            EngineError: the engine stopped; finished answers are stored.
+            Interrupted: the user ended the run; finished answers are stored.
+        """
+        own = [request for request in requests if not self._is_borrowed(request)]
+        answers = iter(self._generate(own, disable_tqdm))
+        return ["" if self._is_borrowed(request) else next(answers) for request in requests]
+
+    def _generate(self, requests: Sequence[Instance], disable_tqdm: bool) -> list[str]:
+        evaluation, counts = self._evaluation, self._evaluation.counts
+        tracing = self._trace is not None
+        asked = self._jobs.of(requests, evaluation.tasks, evaluation.seed, record_steps=tracing or self._verbose)
+        evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
+        if asked.truncated:
+            logger.warning(
+                "%d of %d prompts are longer than max_length - max_gen_toks allows; they lost their beginning.",
+                asked.truncated,
+                len(asked.jobs),
+            )
+        answers: dict[int, str] = {}
+        jobs = list(asked.jobs.values())
+        live = Live((job.instance for job in jobs), len(jobs), whole=self._world_size == 1)
+        for place, job in enumerate(jobs):
+            evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids)
+            if (record := self._store.get(job.key)) is not None:
+                answers[place] = record["text"]
+                counts.count(job.task, stored_requests=1)
+                live.judge(job.instance, record["text"])
+                self._write_trace(job, {**record, "stored": True})
+        if answers:
+            logger.info("%d of %d answers are there already, and are not computed again.", len(answers), len(jobs))
+        # Longest first: prompts of like length are prefilled together, and no long one is left for the end.
+        missing = sorted(
+            (place for place in range(len(jobs)) if place not in answers),
+            key=lambda place: -len(jobs[place].request.prompt_ids),
+        )
+        self._prepare([jobs[place].request for place in missing])
+        progress = Progress(counts, len(jobs), len(answers), self._rank == 0 and not disable_tqdm, live)
+        with self._round(progress, answers, len(jobs)):
+            for index, result in self._engine.generate([jobs[place].request for place in missing]):
+                job = jobs[missing[index]]
+                text = job.cut(self.tok_decode(result.token_ids))
+                cost = cost_of(result, prompt_tokens=len(job.request.prompt_ids))
+                self._store.put(job.key, {**job.name, "text": text, **cost})
+                answers[missing[index]] = text
+                counts.add(job.task, result, prompt_tokens=len(job.request.prompt_ids))
+                verdict = live.judge(job.instance, text)
+                if self._verbose:
+                    progress.tell(live.example(job.instance, job.request, result, text, verdict))
+                if tracing:
+                    steps = denoising_of(job.prompt, job.request, result, self._prompts.pieces)
+                    self._write_trace(job, {"text": text, **cost, **steps})
+                progress.step()
+        if len(answers) < len(jobs):
+            raise EngineError(f"the {self.ENGINE} engine answered {len(answers)} of {len(jobs)} requests.")
+        place_of = {job_id: place for place, job_id in enumerate(asked.jobs)}
+        return [answers[place_of[job_id]] for job_id in asked.order]
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Score continuations: log-likelihoods in nats, and whether greedy decoding gives the continuation.
+
+        Contexts are taken as they come, in no chat template unless the harness applied it. Each finished score is
+        stored at once. See `lm_eval.api.model.LM.loglikelihood`, and `sdar_lm_eval/likelihood.py`.
+
+        Raises:
+            UserError: the engine computes no log-likelihoods, or a continuation is too long; raised before anything
+                runs.
+            EngineError: the engine stopped; finished scores are stored.
+            Interrupted: the user ended the run; finished scores are stored.
+        """
+        return self._score("loglikelihood", requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Score whole texts, in nats, by the harness's rolling windows; errors as for `loglikelihood`.
+
+        A window's context and scored tokens together are at most `max_length`.
+        """
+        return [log_likelihood for log_likelihood, _ in self._score("loglikelihood_rolling", requests, disable_tqdm)]
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        """Score ((context, continuation), context ids, continuation ids), without store, trace or summary."""
+        pieces = [self._likelihoods.fit(context, continuation)[0] for _, context, continuation in requests]
+        results = dict(self._scorer("a caller").score(pieces, self._likelihood))
+        return [(results[i].log_likelihood, results[i].is_greedy) for i in range(len(pieces))]
+
+    def _score(self, kind: Kind, requests: Sequence[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
+        own = [request for request in requests if not self._is_borrowed(request)]
+        scores = iter(self._score_own(kind, own, disable_tqdm) if own else [])
+        return [(0.0, False) if self._is_borrowed(request) else next(scores) for request in requests]
+
+    def _score_own(self, kind: Kind, requests: Sequence[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
+        scorer = self._scorer(f"task {requests[0].task_name!r}")
+        evaluation, counts = self._evaluation, self._evaluation.counts
+        asked = self._likelihoods.of(kind, requests, evaluation.tasks, self._likelihood)
+        jobs = asked.jobs
+        missing = []  # (job, place among its pieces)
+        for job in jobs:
+            for place, (piece, key) in enumerate(zip(job.pieces, job.keys, strict=True)):
+                evaluation.sent_of(job.task).add(
+                    job.document, str(job.instance.args[0]), (*piece.context_ids, *piece.continuation_ids)
+                )
+                if (record := self._store.get(key)) is not None:
+                    job.results[place] = result_of(record)
+                else:
+                    missing.append((job, place))
+            if job.finished and job.pieces:
+                counts.count(job.task, stored_scores=1)
+            elif job.finished:  # an empty text
+                counts.add_score(job.task, job.total(), tokens=0)
+            if job.finished:
+                self._trace_score(job, stored=bool(job.pieces))
+        finished = dict.fromkeys(id(job) for job in jobs if job.finished)
+        if stored := sum(bool(job.pieces) for job in jobs if job.finished):
+            logger.info("%d of %d log-likelihoods are there already, and are not computed again.", stored, len(jobs))
+        progress = Progress(counts, len(jobs), len(finished), self._rank == 0 and not disable_tqdm, None)
+        with self._round(progress, finished, len(jobs)):
+            for index, result in scorer.score([job.pieces[place] for job, place in missing], self._likelihood):
+                job, place = missing[index]
+                self._store.put(job.keys[place], record_of(result))
+                job.results[place] = result
+                if job.finished:
+                    finished[id(job)] = None
+                    tokens = sum(len(piece.continuation_ids) for piece in job.pieces)
+                    counts.add_score(job.task, job.total(), tokens)
+                    self._trace_score(job, stored=False)
+                    progress.step()
+        if len(finished) < len(jobs):
+            raise EngineError(f"the {self.ENGINE} engine scored {len(finished)} of {len(jobs)} requests.")
+        scores = {id(job): job.total() for job in jobs}
+        return [(scores[id(job)].log_likelihood, scores[id(job)].is_greedy) for job in asked.order]
+
+    def _scorer(self, who: str) -> Scorer:
+        if isinstance(self._engine, Scorer):
+            return self._engine
+        raise UserError(
+            f"{who} asks for log-likelihoods, which the {self.ENGINE} engine does not compute. Use --model sdar, or "
+            "a task that generates (output_type generate_until), such as gsm8k_sdar."
+        )
+
+    def _prepare(self, requests: Sequence[GenerationRequest]) -> None:
+        started = time.perf_counter()
+        self._engine.prepare(requests)
+        self._evaluation.counts.load_seconds += time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def _round(self, progress: Progress, finished: Sized, total: int) -> Iterator[None]:
+        """What begins and ends a round of requests, also one that ends with an error."""
+        if self._answers is not None:
+            self._answers.begin()
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            kept = self._store.kept_in
+            told = f"are kept in {kept}; the same command goes on" if kept else "were made and are lost: none were kept"
+            hint = "" if kept else " (--use_cache FILE or answers=FOLDER keeps them)"
+            raise Interrupted(f"{len(finished)} of {total} {told}{hint}.") from interrupt
+        finally:
+            progress.close(self._engine.peak_memory_bytes())
+            self._store.close()
+            if self._world_size == 1:  # else `barrier` says it for all
+                logger.info("%s", self._evaluation.counts)
+
+    def _is_borrowed(self, request: Instance) -> bool:
+        """Whether nobody reads the answer: the request is for a document of another rank (evaluation.py)."""
+        task = self._evaluation.tasks.get(str(request.task_name))
+        return task is not None and task.borrowed
+
+    # Trace
+
+    def _write_trace(self, job: Job, line: Mapping[str, Any]) -> None:
+        if self._trace is not None:
+            self._trace.write({**job.name, **line, **job.name})  # a stored record may be of another document
+
+    def _trace_score(self, job: ScoreJob, stored: bool) -> None:
+        if self._trace is None:
+            return
+        total = job.total()
+        self._trace.write(
+            {
+                "task": job.task,
+                "document": job.document,
+                "likelihood": self._likelihood.method,
+                "context_tokens": sum(len(piece.context_ids) for piece in job.pieces),
+                "tokens": sum(len(piece.continuation_ids) for piece in job.pieces),
+                "log_likelihood": total.log_likelihood,
+                "is_greedy": total.is_greedy,
+                "standard_error": total.standard_error,
+                "tokens_run": {"clean": total.clean_tokens, "noised": total.noised_tokens},
+                **({"stored": True} if stored else {}),
+            }
+        )
+
+    # Stored answers
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take the harness's cache file; what is read from it and written to it goes by keys of our own.
+
+        Raises:
+            UserError: the file cannot be used.
+        """
+        super().set_cache_hook(cache_hook)
+        if cache_hook.dbdict is not None:
+            self._cache_path = bypass(cache_hook.dbdict)
+            self._open_store()
+
+    def _open_store(self) -> None:
+        places: list[Place] = []
+        if self._cache_path is not None:
+            places.append(CacheFile(self._cache_path, self._fingerprint()))
+        if self._answers is not None:
+            places.append(self._answers)
+        self._store = Store(places)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """All that changes answers beside what their keys hold."""
+        return {
+            "revision": ANSWER_REVISION,
+            "engine": self.ENGINE,
+            "engine_version": self._engine.info.get("engine_version"),
+            "checkpoint": self.checkpoint.fingerprint,
+            "dtype": self._engine.info["dtype"],
+        }
+
+    # Facts for the results file
+
+    @property
+    def counts(self) -> Counts:
+        """What this process computed in the current evaluation."""
+        return self._evaluation.counts
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Facts for `results["config"]`: on the model, and on what the last evaluation did."""
+        return {
+            "model_revision": self.checkpoint.revision,
+            "model_dtype": self._engine.info["dtype"],
+            "sdar_lm_eval": self._facts(),
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "version": sdar_lm_eval.__version__,
+            "answer_revision": ANSWER_REVISION,
+            "pretrained": self.checkpoint.name,
+            "revision": self.checkpoint.revision,
+            "checkpoint_fingerprint": self.checkpoint.fingerprint,
+            "mask_token_id": self.checkpoint.mask_token_id,
+            "block_size": self.checkpoint.block_length,
+            "stop_ids": list(self.checkpoint.stop_ids),
+            "max_length": self._jobs.max_length,
+            "seed": self._evaluation.seed,
+            "chat_template": self._template_mode,
+            "ranks": self._world_size,
+            "decoding": self._jobs.default.as_dict(),
+            **self._likelihood.as_dict(),
+            **self._engine.info,
+            **facts_of_evaluation(self._all_ranks, self._prompts.template_hash),
+        }
+
+    def _describe(self) -> str:
+        info = self._engine.info
+        settings = ", ".join(f"{name}={value}" for name, value in self._jobs.default.as_dict().items())
+        return (
+            f"{self.checkpoint.name} on the {self.ENGINE} engine ({info['device']}, {info['dtype']}, up to "
+            f"{info['max_active']} sequences at once); unless a task says otherwise: {settings}"
+        )
+
+    def _warn_of_untrained(self) -> None:
+        """Warn of settings that go beyond what the checkpoint was trained for."""
+        self._jobs.warn_of_block_length(self._jobs.default.decoding.block_length)
+        if self.max_length > self.checkpoint.max_length:
+            logger.warning(
+                "max_length=%d, but checkpoint %r was trained for %d tokens; longer prompts get worse answers.",
+                self.max_length,
+                self.checkpoint.name,
+                self.checkpoint.max_length,
+            )
+
+    # Text and tokens
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._jobs.max_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Most new tokens where a request does not say."""
+        return self._jobs.default.max_gen_toks
+
+    @property
+    def eot_token_id(self) -> int:
+        """The tokenizer's end of text, or a token that ends answers where it names none."""
+        return self._jobs.eot_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands for an empty prompt: the beginning of text where the tokenizer has one, else its end."""
+        return self._jobs.prefix_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name in the harness's cache of built requests, of which another template needs others."""
+        return f"{self.checkpoint.name.replace('/', '__')}-{self._prompts.template_hash}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokenize; by default special tokens are added, unless the text is rendered or begins with the BOS."""
+        return self._prompts.encode(string, add_special_tokens)
+
+    def tok_decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens without special ones."""
+        return self.checkpoint.decode(tokens)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Render a conversation; without a generation prompt, its last message is left open to be continued.
+
+        Raises:
+            UserError: the checkpoint has no chat template, or the template refuses the conversation.
+        """
+        return self._prompts.render(chat_history, add_generation_prompt)
+
+    # Ranks
+
+    @property
+    def device(self) -> str:
+        """Where the engine runs."""
+        return self._device
+
+    def all_gather(self, tensor: Any) -> Any:
+        """Concatenate each rank's tensor."""
+        return self._ranks.all_gather(tensor)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """Collect each rank's object on rank `dst`: of tasks with a borrowed document, nothing."""
+        if isinstance(obj, dict):
+            borrowed = {task.name for task in self._evaluation.tasks.values() if task.borrowed}
+            obj = {task: _emptied(found) if task in borrowed else found for task, found in obj.items()}
+        return self._ranks.gather_object(obj, dst)
+
+    def barrier(self) -> None:
+        """Wait for all ranks. The harness does so after each kind of request; rank 0 learns what the others did."""
+        evaluations = self._ranks.gather_object(self._evaluation)
+        if evaluations is not None:
+            self._all_ranks = evaluations
+            told = Counts.of_ranks([evaluation.counts for evaluation in evaluations])
+            logger.info("%d ranks: %s", self._world_size, told)
+        self._ranks.barrier()
+
+    def _device_of_rank(self, device: str) -> str:
+        """A GPU for each rank of a machine, where the user named none."""
+        if self._world_size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            return f"cuda:{self._ranks.local_rank % torch.cuda.device_count()}"
+        return device
+
+
+class SDARJetEngineLM(SDARLM):
+    """`lm_eval --model sdar-jetengine`: an SDAR checkpoint on JetEngine.
+
+    Args:
+        gpu_memory_utilization: the part of the GPU's memory that JetEngine may fill; default: what the requests need.
+        tensor_parallel_size: GPUs that share the weights (JetEngine 0.1.0 only).
+        enforce_eager: go without CUDA graphs.
+        all others: those of `SDARLM` but for kv_pages, kernels, reproducible and share_prefixes.
+
+    Raises:
+        UserError: as `SDARLM`, and for what JetEngine cannot do.
+        EngineError: JetEngine, something that it needs, or a GPU is missing.
+    """
+
+    ENGINE = "jetengine"
+    ENGINE_ARGUMENTS = ("gpu_memory_utilization", "tensor_parallel_size", "enforce_eager")
+
+
+class SDARLMDeployLM(SDARLM):
+    """`lm_eval --model sdar-lmdeploy`: an SDAR checkpoint on LMDeploy's PyTorch engine.
+
+    Args:
+        tensor_parallel_size: GPUs that share the weights.
+        data_parallel_size: how many processes `accelerate launch` started, each with its copy of the weights; needs
+            not be given.
+        cache_max_entry_count: the part of the memory that the weights leave, for keys and values; default 0.8.
+        all others: those of `SDARLM` but for kv_pages, kernels, reproducible and share_prefixes.
+
+    Raises:
+        UserError: as `SDARLM`, and for what LMDeploy cannot do.
+        EngineError: LMDeploy, something that it needs, or a GPU is missing.
+    """
+
+    ENGINE = "lmdeploy"
+    ENGINE_ARGUMENTS = ("tensor_parallel_size", "data_parallel_size", "cache_max_entry_count")
+
+
+def _speak_for_itself(rank: int) -> None:
+    """Have a rank above 0 say what only it knows, marked by its number."""
+    logging.getLogger("sdar_lm_eval").setLevel(logging.WARNING)
+    for name in SAME_ON_ALL_RANKS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    def mark(record: logging.LogRecord) -> bool:
+        if record.name.startswith("sdar_lm_eval") and not hasattr(record, "rank"):
+            record.rank = rank
+            record.msg = f"rank {rank}: {record.msg}"
+        return True
+
+    for handler in (*logging.getLogger("lm_eval").handlers, *logging.getLogger().handlers):
+        handler.addFilter(mark)
+
+
+def _emptied(found: Any) -> Any:
+    """A task's samples, or its metrics by name, without any values."""
+    return {name: [] for name in found} if isinstance(found, dict) else []
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
+    # `on` and `off` may have become booleans on their way.
+    text = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+    if text not in allowed:
+        raise UserError(f"{name}={value!r} is unknown; choose {', '.join(allowed)}.")
+    return str(text)
+
+
+def _max_active(arguments: Mapping[str, Any]) -> int | None:
+    """Sequences at once: max_active, else a batch size that somebody asked for, else up to the engine."""
+    if "max_active" in arguments:
+        return int(to_number("max_active", arguments["max_active"], whole=True))
+    name, value = "batch_size", arguments.get("batch_size", 1)
+    if isinstance(value, str) and value.startswith("auto"):
+        name, value = "max_batch_size", arguments.get("max_batch_size")
+        if value is None:
+            return None
+    number = int(to_number(name, value, whole=True))
+    if number < 1:
+        raise UserError(f"{name}={number} is out of range: it must be 1 or more.")
+    return None if name == "batch_size" and number == 1 else number

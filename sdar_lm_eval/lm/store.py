@@ -1,0 +1,178 @@
+"""Finished answers and scores: one key, kept in the harness's cache file, in a folder, or in both.
+
+    key          what is answered: tokens, settings, the seed where chance has a say
+    fingerprint  what answers: engine, weights, tokenizer, precision, the revision of this package's decoding
+    record       {"text": …} or {"log_likelihood": …, "is_greedy": …}, and how it was made
+
+Records of another fingerprint are left alone, so one place may hold those of several models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.lm.evaluation import differences
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+def key_of(kind: str, content: Any) -> str:
+    """Return a hash of what is answered: the kind of request, and its content as JSON."""
+    text = json.dumps([kind, content], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def is_record(content: Any) -> bool:
+    """Whether this is a finished answer or score, and no damaged one."""
+    if not isinstance(content, dict):
+        return False
+    score = content.get("log_likelihood")
+    return isinstance(content.get("text"), str) or (isinstance(score, float) and not math.isnan(score))
+
+
+class Place(Protocol):
+    """Where records are kept."""
+
+    name: str
+    """As messages call it."""
+
+    def get(self, key: str) -> Record | None:
+        """Return what is kept under the key."""
+
+    def put(self, key: str, record: Mapping[str, Any]) -> None:
+        """Keep a record: on disk when this returns.
+
+        Raises:
+            OSError, sqlite3.Error: it cannot be written.
+        """
+
+    def close(self) -> None:
+        """End a round of records; the next begins where this left."""
+
+
+class Store:
+    """The places of a run. A place that cannot be written any more is given up, and the run goes on without it.
+
+    Args:
+        places: the first that has a record counts; each gets all new ones.
+    """
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._places = list(places)
+        self._writable = list(places)
+
+    def get(self, key: str) -> Record | None:
+        """Return what is kept under the key, or None."""
+        return next((record for place in self._places if (record := place.get(key)) is not None), None)
+
+    def put(self, key: str, record: Mapping[str, Any]) -> None:
+        """Keep a record wherever it can be kept."""
+        for place in list(self._writable):
+            try:
+                place.put(key, record)
+            except (OSError, sqlite3.Error) as error:
+                self._give_up(place, error)
+
+    def close(self) -> None:
+        """End a round of records."""
+        for place in list(self._writable):
+            try:
+                place.close()
+            except (OSError, sqlite3.Error) as error:
+                self._give_up(place, error)
+
+    @property
+    def kept_in(self) -> str:
+        """The places that have all records of the run, in words; "" where there are none."""
+        return " and ".join(place.name for place in self._writable)
+
+    def _give_up(self, place: Place, error: Exception) -> None:
+        self._writable.remove(place)
+        logger.error(
+            "%s cannot be written (%s). What it has is kept; answers from here on are kept in %s.",
+            place.name,
+            error,
+            self.kept_in or "memory alone, until the results are written",
+        )
+
+
+class CacheFile:
+    """A table of our own in the file of `--use_cache`.
+
+    The harness's own table is keyed by prompt and gen_kwargs. Those hold neither the model nor a task, seed or repeat,
+    and blanks of borrowed documents go there too, so the harness's reads and writes are bypassed (`bypass`).
+
+    Args:
+        path: the file.
+        fingerprint: all that changes answers beside what is in their keys.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+
+    def __init__(self, path: str, fingerprint: Mapping[str, Any]) -> None:
+        self.name = f"--use_cache {path}"
+        text = json.dumps(fingerprint, sort_keys=True)
+        self._fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        try:
+            self._file = sqlite3.connect(path, isolation_level=None)
+            self._file.execute("PRAGMA synchronous = OFF")  # a killed process loses nothing; a power cut may
+            tables = {name for (name,) in self._file.execute("SELECT name FROM sqlite_master")}
+            if "sdar_records" not in tables:
+                self._file.execute(
+                    "CREATE TABLE sdar_records (made_by TEXT, key TEXT, record TEXT, UNIQUE (made_by, key))"
+                )
+                self._file.execute("CREATE TABLE sdar_fingerprints (made_by TEXT UNIQUE, settings TEXT)")
+            self._say_others(fingerprint)
+            self._file.execute("INSERT OR IGNORE INTO sdar_fingerprints VALUES (?, ?)", (self._fingerprint, text))
+        except (sqlite3.Error, ValueError) as error:
+            raise UserError(
+                f"{self.name} cannot be used ({error}). Delete it, give another path, or end what else uses it."
+            ) from error
+
+    def _say_others(self, fingerprint: Mapping[str, Any]) -> None:
+        others = self._file.execute(
+            "SELECT settings FROM sdar_fingerprints WHERE made_by != ? ORDER BY rowid", (self._fingerprint,)
+        ).fetchall()
+        known = self._file.execute("SELECT 1 FROM sdar_records WHERE made_by = ?", (self._fingerprint,)).fetchone()
+        if others and known is None:
+            changed = differences(json.loads(others[-1][0]), fingerprint)
+            logger.warning("%s has answers of other settings, which are left alone (%s).", self.name, changed)
+
+    def get(self, key: str) -> Record | None:
+        """Return what is kept under the key; a damaged record counts as missing."""
+        query = "SELECT record FROM sdar_records WHERE made_by = ? AND key = ?"
+        try:
+            found = self._file.execute(query, (self._fingerprint, key)).fetchone()
+            record = None if found is None else json.loads(found[0])
+        except (sqlite3.Error, ValueError) as error:
+            logger.warning("%s: a record cannot be read (%s), and is made again.", self.name, error)
+            return None
+        return record if is_record(record) else None
+
+    def put(self, key: str, record: Mapping[str, Any]) -> None:
+        """Keep a record."""
+        text = json.dumps(record, ensure_ascii=False)
+        self._file.execute("INSERT OR REPLACE INTO sdar_records VALUES (?, ?, ?)", (self._fingerprint, key, text))
+
+    def close(self) -> None:
+        """Nothing: each record is on disk already."""
+
+
+def bypass(harness_cache: Any) -> str:
+    """Have the harness's cache find nothing and keep nothing; return its file."""
+    kind = type(harness_cache)
+    if not hasattr(kind, "bypassed"):
+        own = {"bypassed": True, "__contains__": lambda *_: False, "__setitem__": lambda *_: None}
+        harness_cache.__class__ = type("BypassedCache", (kind,), own)
+    return str(Path(harness_cache.filename).absolute())

@@ -1,0 +1,178 @@
+"""What an evaluation generated and scored, of each task and of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from sdar_lm_eval.engines.base import GenerationResult, ScoreResult
+
+_LARGEST = ("load_seconds", "generation_seconds", "peak_memory_bytes", "scoring_seconds", "largest_standard_error")
+
+
+@dataclass
+class Counts:
+    """What one process did in an evaluation; only tokens that were returned count.
+
+    Attributes:
+        requests: answers computed.
+        stored_requests: answers that were there already.
+        generation_seconds: time of generation, prefill included.
+        peak_memory_bytes: of the device on CUDA, else of the process.
+        scored_requests, scored_tokens: log-likelihoods computed, and the tokens they are of.
+        stored_scores: log-likelihoods that were there already.
+        clean_tokens, noised_tokens: run through the model for them: text without masks, and blocks with masks.
+        standard_errors: sum of the log-likelihoods' standard errors, in nats; largest_standard_error of one.
+        tasks: the same of each task; times and memory are of all tasks together.
+    """
+
+    requests: int = 0
+    new_tokens: int = 0
+    prompt_tokens: int = 0
+    prefill_forwards: int = 0
+    denoising_forwards: int = 0
+    commit_forwards: int = 0
+    load_seconds: float = 0.0
+    generation_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    scored_requests: int = 0
+    scored_tokens: int = 0
+    clean_tokens: int = 0
+    noised_tokens: int = 0
+    scoring_seconds: float = 0.0
+    standard_errors: float = 0.0
+    largest_standard_error: float = 0.0
+    stored_requests: int = 0
+    stored_scores: int = 0
+    tasks: dict[str, Counts] = field(default_factory=dict)
+
+    @classmethod
+    def of_ranks(cls, ranks: Sequence[Counts]) -> Counts:
+        """Those of processes that ran side by side: work adds up; of times and memory the largest counts."""
+        names = [each.name for each in fields(cls) if each.name != "tasks"]
+        united = cls(
+            **{name: (max if name in _LARGEST else sum)(getattr(counts, name) for counts in ranks) for name in names}
+        )
+        for task in dict.fromkeys(task for counts in ranks for task in counts.tasks):
+            united.tasks[task] = cls.of_ranks([counts.tasks[task] for counts in ranks if task in counts.tasks])
+        return united
+
+    def add(self, task: str, result: GenerationResult, prompt_tokens: int) -> None:
+        """Count a computed answer."""
+        self.count(
+            task,
+            requests=1,
+            new_tokens=len(result.token_ids),
+            prompt_tokens=prompt_tokens,
+            prefill_forwards=result.prefill_forwards,
+            denoising_forwards=result.denoising_forwards,
+            commit_forwards=result.commit_forwards,
+        )
+
+    def add_score(self, task: str, result: ScoreResult, tokens: int) -> None:
+        """Count a computed log-likelihood of so many tokens."""
+        self.count(
+            task,
+            scored_requests=1,
+            scored_tokens=tokens,
+            clean_tokens=result.clean_tokens,
+            noised_tokens=result.noised_tokens,
+            standard_errors=result.standard_error,
+        )
+        for counts in (self, self.tasks[task]):
+            counts.largest_standard_error = max(counts.largest_standard_error, result.standard_error)
+
+    def count(self, task: str, **amounts: float) -> None:
+        """Add amounts to a task's counts and to all."""
+        for counts in (self, self.tasks.setdefault(task, Counts())):
+            for name, amount in amounts.items():
+                setattr(counts, name, getattr(counts, name) + amount)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Returned tokens over the time of generation; None where nothing was computed."""
+        return self.new_tokens / self.generation_seconds if self.requests and self.generation_seconds else None
+
+    @property
+    def tokens_per_forward(self) -> float | None:
+        """Returned tokens over the forwards that made them: denoising and commit, counted for each sequence."""
+        made = self.denoising_forwards + self.commit_forwards
+        return self.new_tokens / made if made else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The summary for the results file; null where nothing was computed."""
+        return {
+            **self._work(),
+            "tokens_per_second": _rounded(self.tokens_per_second, 1),
+            "load_seconds": round(self.load_seconds, 2),
+            "generation_seconds": round(self.generation_seconds, 2) if self.requests else None,
+            **({"likelihoods": self._likelihoods()} if self.scored_requests or self.stored_scores else {}),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "tasks": {task: counts._of_task() for task, counts in self.tasks.items()},
+        }
+
+    def _work(self) -> dict[str, Any]:
+        return {
+            "requests": self.requests,
+            "stored_requests": self.stored_requests,
+            "new_tokens": self.new_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "tokens_per_forward": _rounded(self.tokens_per_forward, 3),
+            "forwards": {
+                "prefill": self.prefill_forwards,
+                "denoising": self.denoising_forwards,
+                "commit": self.commit_forwards,
+            },
+        }
+
+    def _of_task(self) -> dict[str, Any]:
+        scored = bool(self.scored_requests or self.stored_scores)
+        generated = self._work() if self.requests or self.stored_requests else {}
+        return generated | ({"likelihoods": self._scores()} if scored else {})
+
+    def _scores(self) -> dict[str, Any]:
+        mean = self.standard_errors / self.scored_requests if self.scored_requests else None
+        largest = self.largest_standard_error if self.scored_requests else None
+        return {
+            "requests": self.scored_requests,
+            "stored_requests": self.stored_scores,
+            "tokens": self.scored_tokens,
+            "tokens_run": {"clean": self.clean_tokens, "noised": self.noised_tokens},
+            "standard_error": {"mean": _rounded(mean, 6), "largest": _rounded(largest, 6)},
+        }
+
+    def _likelihoods(self) -> dict[str, Any]:
+        return self._scores() | {"seconds": round(self.scoring_seconds, 2) if self.scored_requests else None}
+
+    def __str__(self) -> str:
+        parts = []
+        if self.stored_requests or self.stored_scores:
+            what = [(self.stored_requests, "answers"), (self.stored_scores, "log-likelihoods")]
+            parts.append(" and ".join(f"{count:,} {name}" for count, name in what if count) + " were there already")
+        if self.requests or not (self.scored_requests or parts):
+            parts.append(
+                f"{self.requests:,} requests, {self.new_tokens:,} new tokens in {self.generation_seconds:.1f} s"
+            )
+            if self.tokens_per_second is not None:
+                parts[-1] += f": {self.tokens_per_second:,.0f} tok/s"
+            if self.tokens_per_forward is not None:
+                parts[-1] += (
+                    f", {self.tokens_per_forward:.2f} tokens per forward (prefill {self.prefill_forwards:,}, denoising "
+                    f"{self.denoising_forwards:,}, commit {self.commit_forwards:,})"
+                )
+        if self.scored_requests:
+            parts.append(
+                f"{self.scored_requests:,} log-likelihoods of {self.scored_tokens:,} tokens in "
+                f"{self.scoring_seconds:.1f} s (run: {self.clean_tokens:,} clean and {self.noised_tokens:,} noised)"
+            )
+            if self.largest_standard_error:
+                parts[-1] += f", standard errors up to {self.largest_standard_error:.2g} nats"
+        return (
+            "; ".join(parts)
+            + f"; loaded in {self.load_seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"
+        )
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
