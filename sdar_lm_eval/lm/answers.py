@@ -183,6 +183,8 @@ def read_sessions(folder: Path) -> list[Session]:
     """
     try:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".jsonl"))  # noqa: PTH208  (glob hides errors)
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise UserError(f"the folder of answers {folder} cannot be read: {error.strerror}.") from error
     return [session for name in names if (session := _read(folder / name)) is not None]

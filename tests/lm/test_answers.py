@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
+import zlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
@@ -12,30 +14,25 @@ from lm_eval.tasks import TaskManager
 
 from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.answers import AnswerFolder, Session, busy_seconds, key_of, read_sessions, united
+from sdar_lm_eval.lm.answers import AnswerFolder, Session, busy_seconds, decode_line, encode_line, read_sessions, united
 from sdar_lm_eval.lm.model import SDARLM
 
-SETTINGS = {"seed": 0, "dtype": "float32"}
-
-
-def _instance(prompt: str = "1 + 1?", task: str = "t", **gen_kwargs: Any) -> SimpleNamespace:
-    return SimpleNamespace(task_name=task, args=(prompt, gen_kwargs))
+SETTINGS = {"engine": "native", "dtype": "float32"}
 
 
 def _folder(path: Path, **settings: Any) -> AnswerFolder:
     return AnswerFolder(path, SETTINGS | settings, lambda: {"engine": "native"})
 
 
-def test_what_one_process_keeps_another_recalls(tmp_path: Path) -> None:
+def test_what_one_process_keeps_another_has(tmp_path: Path) -> None:
     first = _folder(tmp_path / "new" / "folder")
     first.begin()
-    first.keep(_instance(), 0, {"text": "Zwei\u2028, 2"})
+    first.put("a", {"text": "Zwei\u2028, 2 \ud800"})
+    assert first.get("a") == {**first.get("a"), "text": "Zwei\u2028, 2 \ud800"}  # type: ignore[dict-item]
     second = _folder(tmp_path / "new" / "folder")  # the first is still at it
-    assert second.recall(_instance(), 0) == "Zwei\u2028, 2"
-    for other in (_instance("1 + 2?"), _instance(task="u"), _instance(temperature=1.0)):
-        assert second.recall(other, 0) is None
-    assert second.recall(_instance(), 1) is None
-    second.keep(_instance(), 1, {"text": "drei"})
+    assert second.get("a") == first.get("a")
+    assert second.get("b") is None
+    second.put("b", {"text": "drei"})
     assert len(list((tmp_path / "new" / "folder").iterdir())) == 2  # each writes a file of its own
 
 
@@ -43,43 +40,116 @@ def test_a_file_begins_with_its_settings_and_ends_with_what_became_of_the_model(
     facts = {"steps": 0}
     folder = AnswerFolder(tmp_path, SETTINGS, lambda: dict(facts))
     assert list(tmp_path.iterdir()) == []  # nothing was answered
-    folder.keep(_instance(), 0, {"text": "2"})
+    folder.put("a", {"text": "2"})
     (open_session,) = read_sessions(tmp_path)
     facts["steps"] = 7
-    folder.finish()
+    folder.close()
     (session,) = read_sessions(tmp_path)
     assert (open_session.model, session.model) == ({"steps": 0}, {"steps": 7})
     assert session.settings == SETTINGS and [a["text"] for a in session.answers.values()] == ["2"]
     assert 0 <= session.ended - session.started < 60
 
 
-def test_a_line_that_was_not_finished_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def _flip(line: bytes) -> bytes:
+    place = line.index(b"text") + 9
+    return line[:place] + bytes([line[place] ^ 1]) + line[place + 1 :]
+
+
+DAMAGES = {
+    "cut": lambda line: line[:-9],
+    "a bit of its text": _flip,
+    "no checksum": lambda line: b'{"key": "b", "at": 1.0, "text": "b"}',
+    "no text": lambda line: encode_line({"key": "b", "at": 1.0, "token": "b"})[:-1],
+    "text is null": lambda line: encode_line({"key": "b", "at": 1.0, "text": None})[:-1],
+    "nested without end": lambda line: b"[" * 100_000,
+    "binary": lambda line: bytes(range(256)).replace(b"\n", b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_line_is_named_and_the_good_ones_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     folder = _folder(tmp_path)
-    for prompt in ("a", "b"):
-        folder.keep(_instance(prompt), 0, {"text": prompt})
+    for key in ("a", "b", "c"):
+        folder.put(key, {"text": f"answer {key}"})
     (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:-5])
-    with caplog.at_level(logging.WARNING):
-        again = _folder(tmp_path)
-    assert (again.recall(_instance("a"), 0), again.recall(_instance("b"), 0)) == ("a", None)
-    assert "last line was not finished" in caplog.text
-    path.write_bytes(b'{"settings"')  # killed at its first line
+    head, a, b, c, _ = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([head, a, DAMAGES[damage](b), c, b""]))
+    again = _folder(tmp_path)
+    assert [again.get(key) is not None for key in ("a", "b", "c")] == [True, False, True]
+    assert (
+        f"{path}: 1 damaged lines (3) are passed over, and their answers made again; 2 good ones count" in caplog.text
+    )
+    again.put("b", {"text": "made again"})
+    assert _folder(tmp_path).get("b")["text"] == "made again"  # type: ignore[index]
+
+
+def test_a_line_that_a_full_disk_cut_does_not_cost_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _folder(tmp_path)
+    folder.put("a", {"text": "x" * 20_000})
+    write, left = os.write, [10_000]
+
+    def full(descriptor: int, content: bytes) -> int:
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left[0] -= (written := min(left[0], len(content)))
+        return write(descriptor, content[:written])
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        folder.put("b", {"text": "y" * 20_000})
+    monkeypatch.undo()  # there is space again
+    folder.put("c", {"text": "z"})
+    again = _folder(tmp_path)
+    assert [again.get(key) is not None for key in ("a", "b", "c")] == [True, False, True]
+
+
+@pytest.mark.parametrize("head", [b'{"settings"', b"", b'{"settings": null}\n', b"\x00\x01\n", b"[]\n"])
+def test_a_file_without_settings_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture, head: bytes) -> None:
+    (tmp_path / "broken.jsonl").write_bytes(head)
+    assert read_sessions(tmp_path) == []
+    assert ("begins with no readable settings, and is passed over" in caplog.text) is bool(head)
+    nulls = {"settings": None, "model": None, "started": None}
+    (tmp_path / "broken.jsonl").write_bytes(encode_line(nulls))
     assert read_sessions(tmp_path) == []
 
 
+def test_what_is_no_regular_file_is_passed_over_and_not_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    _folder(tmp_path)
+    for name in ("folder.jsonl is no regular file", "pipe.jsonl is no regular file", "gone.jsonl cannot be read"):
+        assert name in caplog.text
+
+
+def test_a_checksum_is_of_the_line_s_bytes() -> None:
+    line = {"key": "k", "text": 'a ", "crc32": "00000000"}', "number": 1.5}
+    encoded = encode_line(line)
+    assert decode_line(encoded[:-1]) == line
+    assert json.loads(encoded)["crc32"] == f"{zlib.crc32(encoded[: encoded.rindex(b', ')]):08x}"
+
+
 def test_other_settings_answers_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    _folder(tmp_path).keep(_instance(), 0, {"text": "2"})
+    _folder(tmp_path).put("a", {"text": "2"})
     with caplog.at_level(logging.WARNING):
-        other = _folder(tmp_path, seed=1)
-    assert other.recall(_instance(), 0) is None
-    assert "1 files were made with other settings and are left alone (seed was 0, is 1)" in caplog.text
+        other = _folder(tmp_path, dtype="bfloat16")
+    assert other.get("a") is None
+    assert (
+        "1 files were made with other settings and are left alone (dtype was 'float32', is 'bfloat16')" in caplog.text
+    )
 
 
 def test_the_first_answer_counts(tmp_path: Path) -> None:
     for number in (1, 2):
-        line = {"key": "k", "text": f"answer {number}", "at": 1.0}
         head = {"settings": SETTINGS, "model": {}, "started": 0.0}
-        (tmp_path / f"{number}.jsonl").write_text(f"{json.dumps(head)}\n{json.dumps(line)}\n")
+        line = {"key": "k", "text": f"answer {number}", "at": 1.0}
+        (tmp_path / f"{number}.jsonl").write_bytes(encode_line(head) + encode_line(line))
     assert united(read_sessions(tmp_path))["k"]["text"] == "answer 1"
 
 
@@ -93,13 +163,13 @@ def test_time_is_counted_once_and_pauses_are_not() -> None:
     assert busy_seconds([]) == 0
 
 
-def test_what_is_no_file_of_answers_is_named(tmp_path: Path) -> None:
-    (tmp_path / "notes.jsonl").write_text('{"settings": {}}\n')
-    with pytest.raises(UserError, match=r"notes.jsonl is no file of answers \(KeyError: 'model'\)\. Move it away"):
-        read_sessions(tmp_path)
+def test_a_folder_that_cannot_be_used_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made a folder"):
-        _folder(tmp_path / "file" / "below")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/answers")):
+        with pytest.raises(UserError, match=r"answers=.* cannot be a folder that is written to: "):
+            _folder(folder)
+    with pytest.raises(UserError, match=r"'~nobody-of-that-name/x': .* Write the folder's whole path"):
+        _folder(Path("~nobody-of-that-name/x"))
 
 
 def test_a_run_goes_on_from_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +197,4 @@ def test_a_run_goes_on_from_the_folder(tmp_path: Path, monkeypatch: pytest.Monke
     assert any(one != two for one, two in resps)
     _, computed = run(["twice"], 3, seed=1)
     assert computed == 6
-
-
-def test_keys_do_not_depend_on_the_order_of_settings() -> None:
-    assert key_of(_instance(a=1, b=2), 0) == key_of(_instance(b=2, a=1), 0) != key_of(_instance(a=2, b=1), 0)
+    assert run(["twice"], 3, seed=1234) == (first, 0)  # lm_eval's default of --seed

@@ -61,12 +61,13 @@ def scenarios(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"threads": torch.get_num_threads()}
 
     def evaluate(name: str, task: str, **settings: Any) -> None:
-        counts = lm.counts
-        before = counts.requests + counts.scored_requests
         settings |= {"gen_kwargs": "max_gen_toks=12", "bootstrap_iters": 0, "log_samples": True}
         results = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, **settings)
-        computed = counts.requests + counts.scored_requests - before
-        found[name] = {"computed": computed, "results": results and _essence(results)}
+        counts = lm.counts
+        computed = counts.requests + counts.scored_requests
+        info = results and results["config"]["sdar_lm_eval"]
+        found[name] = {"computed": computed, "results": results and _essence(results), "run": info and info["run"]}
+        found[name]["sent"] = info and [of["tokens_sha256"] for of in info["prompts"].values()]
 
     cache = str(folder / "cache")
     evaluate("greedy", "gsm8k_sdar_demo", limit=5)
@@ -87,9 +88,11 @@ def scenarios(folder: Path) -> dict[str, Any]:
     evaluate("all cached", "gsm8k_sdar_demo", limit=4, use_cache=cache)
     evaluate("repeated, cached", "demo_repeated", limit=3, use_cache=cache)
     evaluate("repeated, all cached", "demo_repeated", limit=3, use_cache=cache)
+    blanks = str(folder / "blanks")
+    evaluate("one, cached", "gsm8k_sdar_demo", samples={"gsm8k_sdar_demo": [5]}, use_cache=blanks)
+    evaluate("with the one", "gsm8k_sdar_demo", limit=6, use_cache=blanks)
     evaluate("choices", "demo_choices", limit=3)
     evaluate("choices of one", "demo_choices", limit=1)
-    found["run"] = lm.get_model_info()["sdar_lm_eval"]["run"]
     return found
 
 
@@ -168,9 +171,12 @@ def check_ranks(of_ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     def share(documents: int, requests: int = 1) -> list[int]:
         return [requests * len(range(rank, documents, len(of_ranks))) for rank in range(len(of_ranks))]
 
-    names = [name for name in alone if name not in ("threads", "run")]
+    names = [name for name in alone if name != "threads"]
     for name in names:
         assert of_ranks[0][name]["results"] == alone[name]["results"], name
+        assert of_ranks[0][name]["sent"] == alone[name]["sent"], name
+        run = of_ranks[0][name]["run"]
+        assert run["requests"] + run.get("likelihoods", {"requests": 0})["requests"] == sum(computed(name)), name
         assert all(of_rank[name]["results"] is None for of_rank in of_ranks[1:])
     assert computed("greedy") == share(5)  # and none for the padding
     assert computed("fewer") == computed("chosen") == share(3)
@@ -184,8 +190,9 @@ def check_ranks(of_ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     assert any(len(set(responses)) == 3 for _, _, responses, _ in answers)
     assert computed("choices") == share(3, 3)
     assert computed("choices of one") == share(1, 3)
-    assert of_ranks[0]["run"]["likelihoods"]["requests"] == 12
-    assert of_ranks[0]["run"]["requests"] == sum(sum(computed(name)) for name in names) - 12
+    # The document of the run before was rank 0's there, and another rank's cache file has no blank for it.
+    assert sum(computed("one, cached")) == 1
+    assert sum(computed("with the one")) == 6 - (5 % len(of_ranks) == 0)
     assert {of_rank["threads"] for of_rank in of_ranks} == {max(1, ranks._cores() // len(of_ranks))}
 
 
@@ -199,11 +206,13 @@ def test_a_killed_rank_ends_the_command_and_its_answers_stay(folder: Path) -> No
     command = [*launcher, *arguments.split()]
 
     def traced() -> list[list[int]]:
-        files = [folder / f"trace.jsonl.rank{rank}" for rank in (0, 1)]
-        return [
-            [json.loads(line)["document"] for line in file.read_text().split("\n")[:-1]] if file.exists() else []
-            for file in files
-        ]
+        """The documents that each rank has computed."""
+        found: list[list[int]] = [[], []]
+        for rank, documents in enumerate(found):
+            for file in folder.glob(f"*.rank{rank}"):
+                lines = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+                documents += [line["document"] for line in lines[1:] if not line.get("stored")]
+        return found
 
     log = folder / "log.txt"
     with log.open("w") as file:
@@ -227,13 +236,14 @@ def test_a_killed_rank_ends_the_command_and_its_answers_stay(folder: Path) -> No
     assert done.stdout.count("exact_match") == 2  # a table with a row for each of two filters
     for said in ("on the native engine", "put into the checkpoint's chat template", "requests, "):
         assert done.stderr.count(said) == 1, said
-    assert f"2 ranks: {computed} requests" in done.stderr
-    assert done.stderr.count("GSM8K Eval:   0%") == 1  # how a bar begins
+    kept = 25 - computed
+    assert f"2 ranks: {kept} answers were there already; {computed} requests" in done.stderr
+    assert done.stderr.count("[00:00<?, ?q/s]") == 1  # how a bar begins
     (samples,) = folder.glob("results/*/samples_*.jsonl")
     assert sorted(json.loads(line)["doc_id"] for line in samples.read_text().splitlines()) == sorted([*range(25)] * 2)
     (results,) = folder.glob("results/*/results_*.json")
     info = json.loads(results.read_text())["config"]["sdar_lm_eval"]
-    assert (info["ranks"], info["run"]["requests"]) == (2, computed)
+    assert (info["ranks"], info["run"]["requests"], info["run"]["stored_requests"]) == (2, computed, kept)
 
 
 def _rank_of(launcher: int, rank: int) -> int:

@@ -11,8 +11,8 @@ from lm_eval.tasks import TaskManager
 from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult
 from sdar_lm_eval.lm.model import SDARLM
-from sdar_lm_eval.report.live import JUDGES, Live, steps_of
 from sdar_lm_eval.report.counts import Counts
+from sdar_lm_eval.report.live import JUDGES, Live, steps_of
 from sdar_lm_eval.report.run import Progress
 
 DOC = {"question": "2 hens lay 9 eggs each. How many?", "answer": "2 * 9 = 18\n#### 18"}

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lm_eval.api.instance import Instance
 
+from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.answers import AnswerFolder, Session, key_of, read_sessions
+from sdar_lm_eval.lm.answers import AnswerFolder, Session, read_sessions
+from sdar_lm_eval.lm.jobs import Jobs
+from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.report.gsm8k_json import convert
 from sdar_lm_eval.runs.merge import RecordedLM, publish
 from sdar_lm_eval.runs.settings import Run, runs_from_flags
@@ -82,38 +85,51 @@ def test_more_shards_than_documents(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
+MODEL = {"pretrained": "demo", "revision": None, "chat_template": "auto", "max_length": 2048, "dtype": "float32"}
+
+
 def _session(path: str = "a.jsonl", settings: dict[str, Any] | None = None, **answers: str) -> Session:
     lines = {key: {"key": key, "text": text, "at": 1.0} for key, text in answers.items()}
-    return Session(Path(path), settings or {"seed": 0}, {"dtype": "float32"}, 0.0, lines)
+    return Session(Path(path), settings or {"engine": "native"}, MODEL, 0.0, lines)
 
 
-def _instance(number: int, **gen_kwargs: Any) -> Any:
-    return SimpleNamespace(task_name="t", doc_id=number, args=(f"prompt {number}", gen_kwargs))
+def _instance(number: int, **gen_kwargs: Any) -> Instance:
+    return Instance("generate_until", {}, (f"prompt {number}", gen_kwargs), 0, ("t", number, 2))
+
+
+def _keys(*instances: Instance) -> list[str]:
+    demo = Checkpoint.open("demo")
+    asked = Jobs(demo, Prompts(demo), {}, 2048, alone=True).of(instances, {}, seed=0)
+    return [asked.jobs[job_id].key for job_id in asked.order]
 
 
 def test_answers_of_different_settings_are_refused() -> None:
-    with pytest.raises(UserError, match=r"a\.jsonl and b\.jsonl \(seed was 0, is 1\)\. Move away"):
-        RecordedLM([_session(), _session("b.jsonl", {"seed": 1})])
+    with pytest.raises(UserError, match=r"a\.jsonl and b\.jsonl \(dtype was None, is 'float32'\)\. Move away"):
+        RecordedLM([_session(), _session("b.jsonl", {"engine": "native", "dtype": "float32"})], seed=0)
 
 
 def test_a_drawn_repeat_is_never_taken_for_another() -> None:
     drawn, greedy = _instance(0, do_sample=True, temperature=1.0), _instance(1)
-    keys = {key_of(drawn, 0): "first", key_of(drawn, 1): "second", key_of(greedy, 0): "same"}
-    assert RecordedLM([_session(**keys)]).generate_until([drawn, drawn, greedy, greedy]) == [
-        "first", "second", "same", "same",
-    ]  # fmt: skip
-    del keys[key_of(drawn, 1)]
+    asked = [drawn, drawn, greedy, greedy]
+    keys = _keys(*asked)
+    assert len(set(keys)) == 3
+    recorded = dict(zip(keys, ["first", "second", "same", "same"], strict=True))
+    assert RecordedLM([_session(**recorded)], seed=0).generate_until(asked) == ["first", "second", "same", "same"]
+    with pytest.raises(UserError, match="1 of 2 documents have no answer yet: t 0"):
+        RecordedLM([_session(**recorded)], seed=1).generate_until(asked)
+    del recorded[keys[1]]
     with pytest.raises(UserError, match="1 of 1 documents have no answer yet: t 0"):
-        RecordedLM([_session(**keys)]).generate_until([drawn, drawn])
+        RecordedLM([_session(**recorded)], seed=0).generate_until([drawn, drawn])
 
 
 def test_many_missing_documents_are_counted() -> None:
     with pytest.raises(UserError, match=r"20 of 20 documents have no answer yet: t 0, .*, t 7 and 12 more\."):
-        RecordedLM([_session()]).generate_until([_instance(number) for number in range(20)])
+        RecordedLM([_session()], seed=0).generate_until([_instance(number) for number in range(20)])
 
 
 def test_log_likelihoods_are_not_recorded() -> None:
-    for method in (RecordedLM([_session()]).loglikelihood, RecordedLM([_session()]).loglikelihood_rolling):
+    recorded = RecordedLM([_session()], seed=0)
+    for method in (recorded.loglikelihood, recorded.loglikelihood_rolling):
         with pytest.raises(UserError, match="asks for log-likelihoods"):
             method([_instance(0)])
 
@@ -135,7 +151,7 @@ def test_other_tasks_have_a_report_without_examples(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_answers_may_be_shared_by_runs_of_other_settings_only_by_name(tmp_path: Path) -> None:
-    AnswerFolder(tmp_path / ANSWERS, {"seed": 9}, dict).keep(_instance(0), 0, {"text": "x"})
+    AnswerFolder(tmp_path / ANSWERS, {"dtype": "float64"}, lambda: MODEL).put("a", {"text": "x"})
     run = _run(num_samples=1)
     answer_shard(run, tmp_path, 1, 1)
     with pytest.raises(UserError, match="Answers of different settings cannot be one result"):

@@ -38,7 +38,7 @@ def test_the_defaults_are_the_original_benchmark_s() -> None:
     (run,) = _runs()
     assert run.harness_call() == {
         "model": "sdar-jetengine",
-        "model_args": {"pretrained": "JetLM/SDAR-4B-Chat", "verbose": True},
+        "model_args": {"pretrained": "JetLM/SDAR-4B-Chat", "seed": 0, "verbose": True},
         "tasks": ["gsm8k_sdar"],
         "gen_kwargs": {
             "do_sample": True,

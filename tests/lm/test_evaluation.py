@@ -1,0 +1,364 @@
+"""Where features meet: samples and trace, template and kinds of requests, one object used twice, stored requests."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import lm_eval.evaluator
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+from scripted_lm import BARE_TEMPLATE, DATA, SAMPLED, Evaluate, MakeLM, ScriptedLM, cached, checkpoint_with
+
+from sdar_lm_eval.errors import Interrupted, UserError
+
+GENERATE = "output_type: generate_until"
+TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def sent(lm: ScriptedLM) -> list[str]:
+    """Prompts as they reached the engine since the last call, by their text."""
+    prompts = sorted(lm.tokenizer.decode(request.prompt_ids) for request in lm.engine.requests)
+    lm.engine.requests.clear()
+    return prompts
+
+
+def run_of(results: dict[str, Any]) -> dict[str, Any]:
+    return dict(results["config"]["sdar_lm_eval"]["run"])
+
+
+def tasks_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **tasks: str) -> TaskManager:
+    """Tasks over the same five questions, each with lines of its own."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+    folder.mkdir(exist_ok=True)
+    (folder / "data.py").write_text(DATA)
+    head = ["custom_dataset: !function data.load", "test_split: test", "doc_to_text: '{{question}}'"]
+    for name, lines in tasks.items():
+        body = [f"task: {name}", *head, lines]
+        (folder / f"{name}.yaml").write_text("\n".join(body))
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+EXACT = "\ndoc_to_target: '{{answer}}'\nmetric_list: [{metric: exact_match}]"
+
+
+# One object, evaluated twice
+
+
+def test_each_evaluation_counts_from_zero(make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path) -> None:
+    lm = make_lm(trace=tmp_path / "trace.jsonl", answers=tmp_path / "answers")
+    first, second = (evaluate(lm, GENERATE, limit=limit) for limit in (2, 5))
+    assert (run_of(first)["requests"], run_of(first)["stored_requests"]) == (2, 0)
+    assert (run_of(second)["requests"], run_of(second)["stored_requests"]) == (3, 2)
+    third = run_of(evaluate(lm, GENERATE))
+    assert (third["requests"], third["stored_requests"]) == (0, 5)
+    assert third["tokens_per_second"] is third["tokens_per_forward"] is third["generation_seconds"] is None
+    assert len(lm.engine.requests) == 5
+    files = sorted(tmp_path.glob("trace*.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+    lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    assert [len(of) for of in lines] == [1 + 2, 1 + 5, 1 + 5]
+    assert [sum("stored" in line for line in of) for of in lines] == [0, 2, 5]
+    assert all({line["document"] for line in of[1:]} == set(range(len(of) - 1)) for of in lines)
+
+
+def test_settings_of_two_evaluations_do_not_mix(make_lm: MakeLM, evaluate: Evaluate) -> None:
+    lm = make_lm()
+    info = [
+        evaluate(lm, GENERATE, gen_kwargs=f"confidence_threshold={threshold}")["config"]["sdar_lm_eval"]
+        for threshold in (0.5, 0.9)
+    ]
+    assert [of["decoding_of_tasks"]["five"]["confidence_threshold"] for of in info] == [0.5, 0.9]
+    assert [of["run"]["requests"] for of in info] == [5, 5]
+
+
+def test_an_evaluation_without_a_cache_does_not_use_the_one_before(
+    make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    lm = make_lm()
+    for use_cache, computed in ((str(tmp_path / "c"), 5), (str(tmp_path / "c"), 0), (None, 5)):
+        assert run_of(evaluate(lm, GENERATE, use_cache=use_cache))["requests"] == computed
+
+
+def test_each_task_is_counted_by_itself(make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = tasks_of(tmp_path / "tasks", monkeypatch, one=GENERATE + EXACT, two=f"{GENERATE}\nrepeats: 2{EXACT}")
+    lm = make_lm(answers=tmp_path / "answers")
+    settings: dict[str, Any] = {"task_manager": manager, "bootstrap_iters": 0, "gen_kwargs": SAMPLED | {"temperature": 1.0}}
+    lm_eval.simple_evaluate(lm, tasks=["one"], limit=3, **settings)
+    results = lm_eval.simple_evaluate(lm, tasks=["one", "two"], **settings)
+    assert results is not None
+    tasks = run_of(dict(results))["tasks"]
+    assert {name: (of["requests"], of["stored_requests"]) for name, of in tasks.items()} == {
+        "one": (2, 3), "two": (10, 0)
+    }  # fmt: skip
+    assert run_of(dict(results))["new_tokens"] == sum(of["new_tokens"] for of in tasks.values())
+
+
+def test_the_harness_seed_draws_unless_the_model_has_one(make_lm: MakeLM, evaluate: Evaluate) -> None:
+    lines = (GENERATE, f"generation_kwargs: {json.dumps(SAMPLED)}")
+
+    def draws(lm: ScriptedLM, seed: int) -> list[Any]:
+        results = evaluate(lm, *lines, torch_random_seed=seed)
+        assert results["config"]["sdar_lm_eval"]["seed"] == fixed.get("seed", seed)
+        return [sample["resps"] for sample in results["samples"]["five"]]
+
+    fixed: dict[str, int] = {}
+    lm = make_lm()
+    assert draws(lm, 3) == draws(make_lm(), 3) == draws(lm, 3) != draws(lm, 4)
+    fixed = {"seed": 7}
+    assert draws(make_lm(seed=7), 3) == draws(make_lm(seed=7), 4)
+
+
+# Samples
+
+
+@pytest.mark.parametrize("asked", [[1, 4], [4, 1], [4, 1, 4]])
+def test_documents_are_named_by_their_place_in_the_data(
+    make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path, asked: list[int]
+) -> None:
+    """lm_eval itself names the k-th answer by the k-th id, in whatever order they were given."""
+    lm = make_lm(trace=tmp_path / "trace.jsonl", answers=tmp_path / "answers")
+    results = evaluate(lm, GENERATE, samples={"five": asked})
+    assert [(s["doc_id"], s["doc"]["question"]) for s in results["samples"]["five"]] == [
+        (1, "Question 1"), (4, "Question 4")
+    ]  # fmt: skip
+    _, *traced = map(json.loads, (tmp_path / "trace.jsonl").read_text().splitlines())
+    (answers,) = (tmp_path / "answers").iterdir()
+    stored = [line for line in map(json.loads, answers.read_text().splitlines()) if "key" in line]
+    for lines in (traced, stored):
+        assert {line["document"] for line in lines} == {1, 4}
+    assert {line["document"]: f"Question {line['document']}" in line["prompt"] for line in traced} == {1: True, 4: True}
+
+
+@pytest.mark.parametrize(
+    ("samples", "says"),
+    [
+        ({"fife": [1]}, r"task 'fife', which is not evaluated\. Did you mean 'five'\? Evaluated: five\."),
+        ({"five": []}, r"--samples 'five': \[\]; give document numbers, 0 or more, at least one"),
+        ({"five": [-1]}, r"--samples 'five': \[-1\]; give document numbers"),
+    ],
+)
+def test_samples_that_would_evaluate_something_else_are_refused(
+    make_lm: MakeLM, evaluate: Evaluate, samples: dict[str, list[int]], says: str
+) -> None:
+    lm = make_lm()
+    with pytest.raises(UserError, match=says):
+        evaluate(lm, GENERATE, samples=samples)
+    assert not lm.engine.requests
+
+
+# Template
+
+
+def test_auto_is_the_harness_s_own_template(
+    make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a system instruction, shots and the beginning of an answer: the same prompts as by --apply_chat_template."""
+    shots = "num_fewshot: 1\nfewshot_config: {split: train, sampler: first_n}"
+    manager = tasks_of(
+        tmp_path / "tasks", monkeypatch, plain=GENERATE + EXACT, shots=f"{GENERATE}\n{shots}{EXACT}",
+        prefix=f"{GENERATE}\ngen_prefix: 'The answer is'{EXACT}", described=f"{GENERATE}\ndescription: 'Add.'{EXACT}",
+    )  # fmt: skip
+    settings: dict[str, Any] = {"task_manager": manager, "bootstrap_iters": 0, "limit": 1}
+    for task in ("plain", "shots", "prefix", "described"):
+        prompts = []
+        for flag in ({}, {"apply_chat_template": True}):
+            lm = make_lm()
+            results = lm_eval.simple_evaluate(lm, tasks=[task], system_instruction="You are terse.", **flag, **settings)
+            assert results is not None
+            (prompt,) = sent(lm)
+            assert results["samples"][task][0]["arguments"][0][0] == prompt  # what is logged was sent
+            told = results["config"]["sdar_lm_eval"]["prompts"][task]
+            assert told["chat_template_applied_by"] == ("lm_eval" if flag else "sdar_lm_eval")
+            assert told["example"] == prompt and told["chat_template_sha256"]
+            prompts.append((prompt, told["tokens_sha256"]))
+        assert prompts[0] == prompts[1]
+        assert prompts[0][0].startswith("<|im_start|>system\nYou are terse.")
+        assert prompts[0][0].endswith(TURN.format("Question 0") + "The answer is" * (task == "prefix"))
+    assert caplog.text.count("are put into the checkpoint's chat template, as by --apply_chat_template") == 4
+
+
+def test_plain_text_is_told_apart(make_lm: MakeLM, evaluate: Evaluate) -> None:
+    told = evaluate(make_lm(chat_template="off"), GENERATE)["config"]["sdar_lm_eval"]["prompts"]["five"]
+    assert (told["chat_template_applied_by"], told["chat_template_sha256"]) == (None, None)
+    assert told["example"] == "Question 0"
+    other = evaluate(make_lm(), GENERATE)["config"]["sdar_lm_eval"]["prompts"]["five"]
+    assert other["tokens_sha256"] != told["tokens_sha256"]
+
+
+@pytest.mark.parametrize("apply", [False, True])
+@pytest.mark.parametrize("template", [None, BARE_TEMPLATE])
+def test_tasks_of_several_kinds_are_templated_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, template: str | None, apply: bool
+) -> None:
+    """A template without a fixed opening, generated answers and log-likelihoods in one evaluation."""
+    from test_likelihoods import ScoringEngine, ScoringLM
+
+    from sdar_lm_eval.lm import model
+
+    caplog.set_level(logging.INFO, logger="sdar_lm_eval")
+    monkeypatch.setattr(
+        model, "make_engine", lambda name, checkpoint, **options: ScoringEngine(checkpoint, lambda _: "", options)
+    )
+    choices = (
+        "output_type: multiple_choice\ndoc_to_choice: ['yes', 'no']\ndoc_to_target: 0\nmetric_list: [{metric: acc}]"
+    )
+    texts = (
+        "output_type: loglikelihood_rolling\ndoc_to_target: '{{question}}'\nmetric_list: [{metric: word_perplexity}]"
+    )
+    manager = tasks_of(tmp_path / "tasks", monkeypatch, a=choices, b=GENERATE + EXACT, c=texts)
+    lm = ScoringLM(str(checkpoint_with(tmp_path / "model", template=template)) if template else "demo")
+    user_turn = "{}!" if template else TURN
+    for tasks in (["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]):
+        lm.engine.asked.clear()
+        lm_eval.simple_evaluate(
+            lm, tasks=tasks, task_manager=manager, bootstrap_iters=0, apply_chat_template=apply, limit=1
+        )
+        assert sent(lm) == [user_turn.format("Question 0")]
+        scored = {lm.tokenizer.decode((*r.context_ids, *r.continuation_ids)) for r in lm.engine.asked}
+        plain = {"Question 0 yes", "Question 0 no"}
+        templated = {user_turn.format("Question 0") + choice for choice in ("yes", "no")}
+        assert scored == {"<|endoftext|>Question 0", *(templated if apply else plain)}
+    assert caplog.text.count("Log-likelihoods are of the text as it comes") == (not apply)
+
+
+def test_a_system_turn_that_the_template_refuses_is_one_error(
+    make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    refusing = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
+    )
+    lm = make_lm(checkpoint_with(tmp_path / "model", template=refusing))
+    with pytest.raises(UserError, match=r"refuses a conversation of system, user .*no system.* leave out --system_ins"):
+        evaluate(lm, GENERATE, system_instruction="Be brief.")
+
+
+# Requests that lm_eval stored
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "says"),
+    [
+        ({"gen_kwargs": "max_gen_toks=8"}, {"gen_kwargs": "max_gen_toks=30"}, r"max_gen_toks was 8, is 30"),
+        ({"samples": {"five": [3]}}, {}, "their documents are not this run's"),
+        ({}, {"samples": {"five": [3]}}, "their documents are not this run's"),
+        ({"gen_kwargs": "max_gen_toks=8"}, {"gen_kwargs": "max_gen_toks=8"}, None),
+        ({"gen_kwargs": "max_gen_toks=8", "limit": 2}, {"gen_kwargs": "max_gen_toks=8", "limit": 3}, None),
+    ],
+)
+def test_stored_requests_of_another_run_are_refused(
+    make_lm: MakeLM,
+    evaluate: Evaluate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: dict[str, Any],
+    then: dict[str, Any],
+    says: str | None,
+) -> None:
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "requests"))
+    evaluate(make_lm(), GENERATE, cache_requests=True, **first)
+    if says is None:
+        evaluate(make_lm(), GENERATE, cache_requests=True, **then)
+        return
+    with pytest.raises(UserError, match=rf"stored requests of task 'five' are of another run \({says}.*refresh"):
+        evaluate(make_lm(), GENERATE, cache_requests=True, **then)
+    lm = make_lm()
+    evaluate(lm, GENERATE, cache_requests=True, rewrite_requests_cache=True, **then)
+    assert lm.engine.requests
+
+
+def test_another_template_builds_requests_anew(
+    make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "requests"))
+    folder = checkpoint_with(tmp_path / "model", template=BARE_TEMPLATE)
+    for template in (BARE_TEMPLATE, BARE_TEMPLATE.replace("!", "?")):
+        (folder / "chat_template.jinja").write_text(template)
+        lm = make_lm(folder)
+        evaluate(lm, GENERATE, cache_requests=True, limit=1)
+        assert sent(lm) == [f"Question 0{template.split('}}')[1][0]}"]
+
+
+# Other models, published protocols, Ctrl-C
+
+
+def test_other_models_are_left_alone(make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = tasks_of(tmp_path / "tasks", monkeypatch, five=GENERATE + EXACT)
+    make_lm()
+    dummy = lm_eval.api.registry.get_model("dummy")()
+    results = lm_eval.simple_evaluate(dummy, tasks=["five"], task_manager=manager, bootstrap_iters=0)
+    assert results is not None
+    assert results["samples"]["five"][0]["arguments"][0][0] == "Question 0"
+    assert "sdar_lm_eval" not in results["config"]
+
+
+def test_a_published_protocol_decodes_unless_somebody_says_otherwise(
+    make_lm: MakeLM, evaluate: Evaluate, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = (GENERATE, "metadata: {version: 1, sdar_decoding: {remasking_strategy: low_confidence_static}}")
+    results = evaluate(make_lm(), *lines)
+    info = results["config"]["sdar_lm_eval"]
+    assert info["decoding_of_tasks"]["five"]["remasking_strategy"] == "low_confidence_static"
+    assert info["published_decoding_of_tasks"] == {"five": {"remasking_strategy": "low_confidence_static"}}
+    assert "remasking_strategy" not in results["configs"]["five"]["generation_kwargs"]  # other models' settings
+    assert "five is decoded as published: remasking_strategy=low_confidence_static" in caplog.text
+    said = "five is not decoded as published: remasking_strategy was 'low_confidence_static', is 'sequential'"
+    for model_args, gen_kwargs in (({"remasking_strategy": "sequential"}, None), ({}, "remasking_strategy=sequential")):
+        caplog.clear()
+        info = evaluate(make_lm(**model_args), *lines, gen_kwargs=gen_kwargs)["config"]["sdar_lm_eval"]
+        assert info["decoding_of_tasks"]["five"]["remasking_strategy"] == "sequential"
+        assert said in caplog.text
+
+
+@pytest.mark.parametrize("kept", ["cache", "folder", None])
+def test_ctrl_c_says_what_is_kept(make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path, kept: str | None) -> None:
+    lm = make_lm(answers=tmp_path / "answers" if kept == "folder" else None)
+    lm.engine.answers_before_error, lm.engine.error = 3, KeyboardInterrupt()  # type: ignore[assignment]
+    told = {
+        "cache": r"3 of 5 are kept in --use_cache .*c_rank0\.db; the same command goes on",
+        "folder": r"3 of 5 are kept in answers=.*answers; the same command goes on",
+        None: r"3 of 5 were made and are lost: none were kept \(--use_cache FILE or answers=FOLDER keeps them\)",
+    }[kept]
+    with pytest.raises(Interrupted, match=told):
+        evaluate(lm, GENERATE, use_cache=str(tmp_path / "c") if kept == "cache" else None)
+
+
+def test_a_cache_that_cannot_be_written_costs_no_answer(
+    make_lm: MakeLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its disk is full after two answers; the folder has all."""
+    import sqlite3
+
+    from scripted_lm import requests_of
+
+    lm = make_lm(answers=tmp_path / "answers")
+    wrapped = cached(lm, tmp_path / "c.db")
+    place = lm._store._places[0]
+    put, left = place.put, [2]
+
+    def full(key: str, record: Any) -> None:
+        if not left[0]:
+            raise sqlite3.OperationalError("database or disk is full")
+        left[0] -= 1
+        put(key, record)
+
+    place.put = full  # type: ignore[method-assign]
+    answers = wrapped.generate_until(requests_of(5))
+    assert all(answers)
+    assert caplog.text.count("cannot be written (database or disk is full). What it has is kept;") == 1
+    assert f"are kept in answers={tmp_path / 'answers'}." in caplog.text
+    again = make_lm(answers=tmp_path / "answers")
+    assert again.generate_until(requests_of(5)) == answers and not again.engine.requests
+    again = make_lm()
+    assert cached(again, tmp_path / "c.db").generate_until(requests_of(5)) == answers
+    assert len(again.engine.requests) == 3
+
+
+def test_evaluate_tells_whoever_imported_it(make_lm: MakeLM) -> None:
+    make_lm()
+    assert hasattr(lm_eval.evaluator.evaluate, "tells_watched_models")
+    assert lm_eval.evaluate is lm_eval.evaluator.evaluate
+    assert torch.initial_seed() >= 0
