@@ -31,6 +31,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the closest known name, or "" where none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """Return " Did you mean 'x'?" for the closest known name, or "" where none is close.
+
+    A name that holds the given one, or is held by it, comes before one that is only spelled alike.
+    """
+    names = list(known)
+    nearly = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
+    parts = [each for each in names if len(name) > 2 and (name in each or (len(each) > 2 and each in name))]
+    close = nearly or difflib.get_close_matches(name, parts, n=1, cutoff=0.0)
+    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""

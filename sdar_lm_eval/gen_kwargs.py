@@ -7,6 +7,7 @@ typed or as text. Nothing is popped or changed: the harness hashes the same dict
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,22 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_GEN_TOKS = 512
 MAX_TOKENS_SPELLINGS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 GENERATION_SETTINGS = (*DECODING_SETTINGS, *MAX_TOKENS_SPELLINGS, "until", "do_sample")
+ALIASES = {
+    "strategy": "remasking_strategy",
+    "threshold": "confidence_threshold",
+    "steps": "denoising_steps",
+    "block": "block_length",
+    "block_size": "block_length",
+}
+"""Short name -> setting."""
+STRATEGY_ALIASES = {
+    "dynamic": "low_confidence_dynamic",
+    "static": "low_confidence_static",
+    "entropy": "entropy_bounded",
+}
+"""Short name -> value of remasking_strategy."""
+HINTS = {"seed": "The seed is the model's: --model_args seed=N, or the third of --seed."}
+"""Names that are no settings of a request, and where they belong."""
 # Settings of other engines that harness tasks carry, with the one value that asks for nothing.
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "n": 1}
 IGNORED = ("use_cache",)  # of transformers; it changes no answer
@@ -60,7 +77,7 @@ def read_generation(gen_kwargs: Mapping[str, Any], base: Mapping[str, Any]) -> G
         UserError: an unknown name, or a value out of range.
     """
     check_names(gen_kwargs, "gen_kwargs")
-    given, base = _without_none(gen_kwargs), _without_none(base)
+    given, base = _without_none(canonical(gen_kwargs)), _without_none(canonical(base))
     settings = {name: value for name, value in (base | given).items() if name in DECODING_SETTINGS}
     if to_number("top_k", settings.get("top_k", 0), whole=True) == -1:
         settings["top_k"] = 0  # "off" in vLLM's spelling
@@ -72,6 +89,28 @@ def read_generation(gen_kwargs: Mapping[str, Any], base: Mapping[str, Any]) -> G
         logger.warning("do_sample=true with temperature=0 is greedy; add temperature=1.0 to sample.")
     until = given["until"] if "until" in given else base.get("until")
     return Generation(decoding, _max_tokens(given, base), to_texts(until))
+
+
+def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by their full names; of two spellings the later one holds.
+
+    `--gen_kwargs` is merged into a task's settings by `update`, so what the user says stands behind the task's.
+    """
+    full: dict[str, Any] = {}
+    for name, value in settings.items():
+        setting = ALIASES.get(name, name)
+        if setting == "remasking_strategy":
+            value = STRATEGY_ALIASES.get(value, value) if isinstance(value, str) else value
+        full.pop(setting, None)
+        full[setting] = value
+        _say_alias(f"{name}={settings[name]}", f"{setting}={value}")
+    return full
+
+
+@functools.cache
+def _say_alias(given: str, full: str) -> None:
+    if given != full:
+        logger.info("%s is read as %s.", given, full)
 
 
 def check_names(settings: Mapping[str, Any], source: str, also: tuple[str, ...] = ()) -> None:
@@ -90,8 +129,9 @@ def check_names(settings: Mapping[str, Any], source: str, also: tuple[str, ...] 
                     f"{source}: {name}={value!r} is not supported, only {NEUTRAL[name]}; "
                     f"where a task asks for it, override it: --gen_kwargs {name}={NEUTRAL[name]}."
                 )
-        elif name not in known:
-            raise UserError(f"{source}: {name!r} is unknown.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+        elif name not in known and name not in ALIASES:
+            hint = f" {HINTS[name]}" if name in HINTS else did_you_mean(name, (*known, *ALIASES))
+            raise UserError(f"{source}: {name!r} is unknown.{hint} Known: {', '.join(known)}.")
 
 
 def to_bool(name: str, value: Any) -> bool:

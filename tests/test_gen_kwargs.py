@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.config.task import TaskConfig
 
+from sdar_lm_eval import gen_kwargs as settings
 from sdar_lm_eval.engines.base import STRATEGIES
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.gen_kwargs import MAX_TOKENS_SPELLINGS, read_generation, to_bool, to_texts
@@ -336,3 +337,49 @@ def test_whatever_arrives_is_read_or_refused(arriving: dict[str, Any]) -> None:
         return
     assert read_.max_gen_toks >= 1
     assert all(read_.until) or not read_.until
+
+
+@pytest.mark.parametrize(
+    ("short", "setting", "value"),
+    [
+        ({"strategy": "static"}, "remasking_strategy", "low_confidence_static"),
+        ({"strategy": "dynamic"}, "remasking_strategy", "low_confidence_dynamic"),
+        ({"remasking_strategy": "entropy"}, "remasking_strategy", "entropy_bounded"),
+        ({"strategy": "sequential"}, "remasking_strategy", "sequential"),
+        ({"threshold": "0.5"}, "confidence_threshold", 0.5),
+        ({"steps": 2}, "denoising_steps", 2),
+        ({"block": 8}, "block_length", 8),
+    ],
+)
+def test_short_names(caplog: pytest.LogCaptureFixture, short: dict[str, Any], setting: str, value: Any) -> None:
+    caplog.set_level(logging.INFO)
+    settings._say_alias.cache_clear()
+    for request, base in ((short, {}), ({}, short)):
+        assert getattr(read_generation(request, base).decoding, setting) == value
+    name, text = next(iter(short.items()))
+    if text != "sequential":
+        assert caplog.text.count(f"{name}={text} is read as {setting}={value}.") == 1
+
+
+def test_of_a_short_and_a_full_name_the_later_one_holds() -> None:
+    """`--gen_kwargs threshold=0.5` stands behind what a task says."""
+    task = {"confidence_threshold": 0.9}
+    assert read_generation(task | {"threshold": 0.5}, {}).decoding.confidence_threshold == 0.5
+    assert read_generation({"threshold": 0.5} | task, {}).decoding.confidence_threshold == 0.9
+    assert read_generation({"threshold": 0.5}, task).decoding.confidence_threshold == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("seed", "The seed is the model's: --model_args seed=N, or the third of --seed."),
+        ("remasking", "Did you mean 'remasking_strategy'?"),
+        ("low_confidence_threshold", "Did you mean 'confidence_threshold'?"),
+        ("temprature", "Did you mean 'temperature'?"),
+        ("tresh", "Did you mean 'threshold'?"),
+    ],
+)
+def test_hints(name: str, hint: str) -> None:
+    with pytest.raises(UserError) as raised:
+        read_generation({name: 1}, {})
+    assert f"gen_kwargs: '{name}' is unknown. {hint} Known: block_length" in str(raised.value)

@@ -250,8 +250,8 @@ class Jobs:
         if not self._said_unknown:
             self._said_unknown = True
             logger.warning(
-                "Prompts that come from no evaluation of lm_eval become one user turn each, with all that they hold, such "
-                "as a system instruction. Use lm_eval.simple_evaluate, or apply_chat_template."
+                "Prompts that come from no evaluation of lm_eval become one user turn each, system instruction "
+                "included. Use lm_eval.simple_evaluate, or apply_chat_template."
             )
         return self._prompts.as_user_turn(context)
 

@@ -24,7 +24,7 @@ import sdar_lm_eval
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.base import GenerationRequest, LikelihoodConfig, Scorer, make_engine, to_number
 from sdar_lm_eval.errors import EngineError, Interrupted, UserError
-from sdar_lm_eval.gen_kwargs import MAX_TOKENS_SPELLINGS, check_names, to_bool
+from sdar_lm_eval.gen_kwargs import MAX_TOKENS_SPELLINGS, canonical, check_names, to_bool
 from sdar_lm_eval.lm.answers import AnswerFolder, expanded
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, facts_of_evaluation, watch
 from sdar_lm_eval.lm.jobs import Job, Jobs
@@ -93,7 +93,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         started = time.perf_counter()
         check_names(arguments, "model_args", also=MODEL_ARGUMENTS + self.ENGINE_ARGUMENTS)
-        arguments = {name: value for name, value in arguments.items() if value is not None}
+        arguments = {name: value for name, value in canonical(arguments).items() if value is not None}
         if to_bool("trust_remote_code", arguments.get("trust_remote_code", False)):
             logger.info("trust_remote_code is not needed: no code of a checkpoint is ever run.")
         self._template_mode = _one_of("chat_template", arguments.get("chat_template", "auto"), CHAT_TEMPLATE_MODES)

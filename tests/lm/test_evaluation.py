@@ -86,7 +86,8 @@ def test_an_evaluation_without_a_cache_does_not_use_the_one_before(
 def test_each_task_is_counted_by_itself(make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = tasks_of(tmp_path / "tasks", monkeypatch, one=GENERATE + EXACT, two=f"{GENERATE}\nrepeats: 2{EXACT}")
     lm = make_lm(answers=tmp_path / "answers")
-    settings: dict[str, Any] = {"task_manager": manager, "bootstrap_iters": 0, "gen_kwargs": SAMPLED | {"temperature": 1.0}}
+    settings: dict[str, Any] = {"task_manager": manager, "bootstrap_iters": 0}
+    settings["gen_kwargs"] = SAMPLED | {"temperature": 1.0}
     lm_eval.simple_evaluate(lm, tasks=["one"], limit=3, **settings)
     results = lm_eval.simple_evaluate(lm, tasks=["one", "two"], **settings)
     assert results is not None
