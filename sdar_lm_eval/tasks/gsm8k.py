@@ -68,6 +68,16 @@ def filter_flexible_extract(responses: Iterable[Iterable[str]], docs: Sequence[d
     return [[flexible_extract(r, doc["question"]) for r in rs] for rs, doc in zip(responses, docs, strict=True)]
 
 
+def filter_opencompass(responses: Iterable[Iterable[str]], docs: Sequence[dict[str, str]]) -> list[list[str]]:
+    """Apply the released evaluation's rule to each document's responses (one, or one a repeat)."""
+    return [[_as_released(r, gold(doc)) for r in rs] for rs, doc in zip(responses, docs, strict=True)]
+
+
+def _as_released(response: str, right: str) -> str:
+    """Return the gold number where the released evaluation counts a response as right, else what it reads there."""
+    return best_form(response, right)
+
+
 def verdict(doc: dict[str, str], response: str) -> Verdict:
     """Return what the harness will find in one response, by the filter `flexible-extract`."""
     predicted, right = flexible_extract(response, doc["question"]), gold(doc)

@@ -197,10 +197,16 @@ def test_code(opencompass: Any) -> None:
             assert mbpp.code_of(answer) == evaluator._process_answer(answer), answer
 
 
-def test_math(opencompass: Any) -> None:
+@pytest.fixture
+def math_verify(opencompass: Any) -> Any:
+    """Return OpenCompass's verdict on an answer to MATH500 and its gold answer."""
     names = {"ICL_EVALUATORS": _Registry(), "BaseEvaluator": object}
     evaluator = opencompass("evaluator/math_evaluator.py", "@ICL", "if __name__", **names)["MATHVerifyEvaluator"]()
     evaluator.is_num_equal = lambda *_: None
+    return lambda answer, gold: evaluator.score([answer], [gold])["accuracy"] == 100
+
+
+def test_math(math_verify: Any) -> None:
     formulas = [
         "5",
         "x=5",
@@ -222,5 +228,17 @@ def test_math(opencompass: Any) -> None:
         for formula in formulas:
             for wrapping in wrappings:
                 answer = wrapping.replace("%s", formula)
-                theirs = evaluator.score([answer], [gold])["accuracy"] == 100
-                assert math500.is_equal(answer, gold) == theirs, (answer, gold)
+                assert math500.is_equal(answer, gold) == math_verify(answer, gold), (answer, gold)
+
+
+def test_math_with_chains_of_equations(math_verify: Any) -> None:
+    sides = ["5", "2+3", "6", "x", r"\frac{10}{2}", r"\binom{5}{2}", "10", r"\frac{5 \cdot 4}{2}", r"\sqrt{25}", "f(2)"]
+    marks = ["=", " = ", r" \approx ", r" \neq ", r" \le ", ", y = "]
+    chosen = random.Random(0)
+    wrappings = [r"\boxed{%s}", r"So $\boxed{%s}$.", "The answer is $%s$.", r"\boxed{5} or $\boxed{%s}$"]
+    for _ in range(3_000):
+        chain = chosen.choice(sides)
+        for _ in range(chosen.randint(1, 4)):
+            chain += chosen.choices(marks, [4, 4, 1, 1, 1, 1])[0] + chosen.choice(sides)
+        answer, gold = chosen.choice(wrappings).replace("%s", chain), chosen.choice(["5", "10", "6", "x=5"])
+        assert math500.is_equal(answer, gold) == math_verify(answer, gold), (answer, gold)
