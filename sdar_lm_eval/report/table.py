@@ -56,7 +56,7 @@ class Column:
 
 COLUMNS = (
     Column("MMLU (5-shot)", "mmlu_sdar", "exact_match,first-option", 14042, 5, (62.9, 74.9, 78.6, 82.8)),
-    Column("GSM8K", "gsm8k_sdar_paper", "exact_match,strict-match", 1319, 0, (80.1, 89.9, 91.3, 91.4)),
+    Column("GSM8K", "gsm8k_sdar_paper", "exact_match,opencompass", 1319, 0, (80.1, 89.9, 91.3, 91.4)),
     Column("MATH500", "math500_sdar", "math_verify,none", 500, 0, (63.2, 72.8, 78.6, 77.8)),
     Column("HumanEval", "humaneval_sdar", "pass@1,code-block", 164, 0, (61.6, 72.0, 78.7, 87.2)),
     Column("MBPP (sanitized)", "mbpp_sdar", "pass@1,code-block", 257, 0, (61.1, 65.4, 72.0, 71.6)),

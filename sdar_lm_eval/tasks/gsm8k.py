@@ -15,6 +15,7 @@ from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.live import Verdict
 from sdar_lm_eval.tasks.data import Row, Source, documents, read_jsonl
 from sdar_lm_eval.tasks.extraction import INVALID, flexible_extract, gold_number, strict_match
+from sdar_lm_eval.tasks.opencompass_math import best_form
 
 
 def _complaint(row: Row) -> str | None:
@@ -70,12 +71,7 @@ def filter_flexible_extract(responses: Iterable[Iterable[str]], docs: Sequence[d
 
 def filter_opencompass(responses: Iterable[Iterable[str]], docs: Sequence[dict[str, str]]) -> list[list[str]]:
     """Apply the released evaluation's rule to each document's responses (one, or one a repeat)."""
-    return [[_as_released(r, gold(doc)) for r in rs] for rs, doc in zip(responses, docs, strict=True)]
-
-
-def _as_released(response: str, right: str) -> str:
-    """Return the gold number where the released evaluation counts a response as right, else what it reads there."""
-    return best_form(response, right)
+    return [[best_form(r, gold(doc)) for r in rs] for rs, doc in zip(responses, docs, strict=True)]
 
 
 def verdict(doc: dict[str, str], response: str) -> Verdict:

@@ -7,6 +7,7 @@ Its dataset configurations, template code and postprocessors are run as they are
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
@@ -20,7 +21,9 @@ import miniature
 import pytest
 from scripted import load_task, prompts
 
+from sdar_lm_eval.tasks import gsm8k as tasks
 from sdar_lm_eval.tasks import humaneval, math500, mbpp, mmlu
+from sdar_lm_eval.tasks.opencompass_math import best_form
 
 ROOT = Path(os.environ.get("SDAR_OPENCOMPASS", "")) / "opencompass"
 ANSWERS = 20_000
@@ -204,6 +207,37 @@ def math_verify(opencompass: Any) -> Any:
     evaluator = opencompass("evaluator/math_evaluator.py", "@ICL", "if __name__", **names)["MATHVerifyEvaluator"]()
     evaluator.is_num_equal = lambda *_: None
     return lambda answer, gold: evaluator.score([answer], [gold])["accuracy"] == 100
+
+
+def test_gsm8k(opencompass: Any, gsm8k: Path) -> None:
+    file = "datasets/math.py"
+    names = opencompass(file, "def last_boxed_only_string", "@LOAD_DATASET", re=re)
+    registries = {"TEXT_POSTPROCESSORS": _Registry(), "ICL_EVALUATORS": _Registry(), "BaseEvaluator": object}
+    names |= opencompass(file, "@TEXT_POSTPROCESSORS", "@ICL_EVALUATORS", **names, **registries)
+    end = "@ICL_EVALUATORS.register_module()\nclass MATHAgentEvaluator"
+    evaluator = object.__new__(opencompass(file, "class MATHEvaluator(", end, **names)["MATHEvaluator"])
+    evaluator.version = "v2"
+    gold_of = opencompass("datasets/gsm8k.py", "@TEXT", "@TEXT_POSTPROCESSORS.register_module('gsm8k')", **registries)
+
+    rows = tasks.load(gsm8k_dir=gsm8k)["test"]
+    golds = [tasks.gold(row) for row in rows]
+    assert golds == [gold_of["gsm8k_dataset_postprocess"](row["answer"]) for row in rows]
+    pieces = (
+        "18|-18|1,800|1{,}800|18.0|18.00|0.5|.|. |, |=|/|x=|9+9=|\\n|\r| |  |$|\\$|\\%|%|{|}|{{|}}|\\boxed{|\\boxed{{|"
+        "boxed{|\\fbox{|\\boxed |\\text{|\\text{ dollars}|\\text{m}|\\mbox{|\\textbf{|\\overline{|\\mathbf{|\\mathrm{th}| eggs|"
+        "dollars|ft|a |an |and|The answer is |Answer: |final answer|The final answer is: |answeris|answerjs|"
+        "\\frac|\\dfrac12|\\frac{1}{2}|rac|\\sqrt|inf|infinity|j|i|\\left|\\right|\\!|\\ |\\;|\\\\|\\cdot|\\le|^\\circ|1/2|"
+        "１８|#### 18|x\\in|'|\""
+    )
+    numbers = ["18", "-18", "1800", "5", "1/2", "0"]
+    right = 0
+    for answer in itertools.chain(_answers(pieces), _answers("18|.|\\boxed{|}|\\text{|$| |answer is |eggs|\\mbox{|.0", 1)):
+        taken = names["math_postprocess_v2"](answer)
+        for gold in numbers:
+            theirs = evaluator.is_equiv(taken, gold)
+            assert (best_form(answer, gold) == gold) == theirs, (answer, gold)
+            right += theirs
+    assert right > 1_000
 
 
 def test_math(math_verify: Any) -> None:
