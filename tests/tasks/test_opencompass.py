@@ -7,10 +7,14 @@ Its dataset configurations, template code and postprocessors are run as they are
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
+import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import types
 from collections.abc import Iterator
@@ -20,10 +24,12 @@ from typing import Any
 import miniature
 import pytest
 from scripted import load_task, prompts
+from test_programs import HONEST, WRONG
 
 from sdar_lm_eval.tasks import gsm8k as tasks
 from sdar_lm_eval.tasks import humaneval, math500, mbpp, mmlu
 from sdar_lm_eval.tasks.opencompass_math import best_form
+from sdar_lm_eval.tasks.programs import Job, passes
 
 ROOT = Path(os.environ.get("SDAR_OPENCOMPASS", "")) / "opencompass"
 ANSWERS = 20_000
@@ -207,6 +213,19 @@ def math_verify(opencompass: Any) -> Any:
     evaluator = opencompass("evaluator/math_evaluator.py", "@ICL", "if __name__", **names)["MATHVerifyEvaluator"]()
     evaluator.is_num_equal = lambda *_: None
     return lambda answer, gold: evaluator.score([answer], [gold])["accuracy"] == 100
+
+
+def test_programs(opencompass: Any) -> None:
+    """MBPP's, without those that end the evaluator itself or deceive it."""
+    names = {"contextlib": contextlib, "io": io, "signal": signal, "multiprocessing": multiprocessing.get_context("fork")}
+    file, end = "datasets/mbpp.py", "@ICL_EVALUATORS.register_module()\nclass MBPPEvaluator("
+    names = opencompass(file, "class TimeOutException", end, **names)
+    execution = opencompass(file, "def _execution", "class MBPPPassKEvaluator", **names)["execution"]
+    wrong = ("wrong", "no Python", "swallows the tests", "sys.exit", "input", "reads", "a fileno", "a thread that stays")
+    chosen = {**HONEST, **{name: WRONG[name] for name in wrong}}
+    for name, (program, tests) in chosen.items():
+        theirs = execution(f"{program}\n{tests}", 0, 10)[1] == "pass"
+        assert passes(Job(program, tests, 9.0)) == theirs, name
 
 
 def test_gsm8k(opencompass: Any, gsm8k: Path) -> None:
