@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.results import model_of, results_in
+
+logger = logging.getLogger(__name__)
 
 NAME = "table"
 HELP = "a run's scores beside the published ones"
@@ -142,6 +145,13 @@ def read_runs(paths: Iterable[Path]) -> dict[str, dict[str, Score]]:
                 score = _score(result, column)
                 if score is not None:
                     runs.setdefault(model_of(result) or "?", {})[column.task] = score
+                elif column.task in result["results"]:
+                    logger.warning(
+                        "%s has no %s of %s, which the table shows: evaluate it again.",
+                        file,
+                        column.metric,
+                        column.task,
+                    )
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise UserError(
                     f"{file} is not as lm_eval writes it ({type(error).__name__}: {error}), so {column.task} cannot be "

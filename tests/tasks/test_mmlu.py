@@ -78,13 +78,15 @@ def test_without_a_chat_template_the_text_knows_its_turns(offline: Path) -> None
 
 
 def test_every_prompt_is_the_released_evaluation_s(bench: Path, tmp_path: Path) -> None:
-    """OpenCompass's MMLUDataset (opencompass/datasets/mmlu.py) opens CSV files as text, so `\\r\\n` arrives as `\\n`."""
+    """OpenCompass's MMLUDataset (opencompass/datasets/mmlu.py) opens CSV files as text: `\\r\\n` becomes `\\n`."""
 
     def as_released(subject: str, split: str) -> list[str]:
         file = tmp_path / f"{subject}_{split}.csv"
         lines = (bench / "mmlu" / subject / f"{split}.jsonl").read_text("utf-8").split("\n")
         with file.open("w", encoding="utf-8", newline="") as out:
-            csv.writer(out).writerows([(row := json.loads(line))["question"], *row["choices"]] for line in lines if line)
+            csv.writer(out).writerows(
+                [(row := json.loads(line))["question"], *row["choices"]] for line in lines if line
+            )
         with file.open(encoding="utf-8") as text:
             rows = [dict(zip(["input", *"ABCD"], row, strict=True)) for row in csv.reader(text)]
         hint = (

@@ -217,11 +217,25 @@ def math_verify(opencompass: Any) -> Any:
 
 def test_programs(opencompass: Any) -> None:
     """MBPP's, without those that end the evaluator itself or deceive it."""
-    names = {"contextlib": contextlib, "io": io, "signal": signal, "multiprocessing": multiprocessing.get_context("fork")}
+    names = {
+        "contextlib": contextlib,
+        "io": io,
+        "signal": signal,
+        "multiprocessing": multiprocessing.get_context("fork"),
+    }
     file, end = "datasets/mbpp.py", "@ICL_EVALUATORS.register_module()\nclass MBPPEvaluator("
     names = opencompass(file, "class TimeOutException", end, **names)
     execution = opencompass(file, "def _execution", "class MBPPPassKEvaluator", **names)["execution"]
-    wrong = ("wrong", "no Python", "swallows the tests", "sys.exit", "input", "reads", "a fileno", "a thread that stays")
+    wrong = (
+        "wrong",
+        "no Python",
+        "swallows the tests",
+        "sys.exit",
+        "input",
+        "reads",
+        "a fileno",
+        "a thread that stays",
+    )
     chosen = {**HONEST, **{name: WRONG[name] for name in wrong}}
     for name, (program, tests) in chosen.items():
         theirs = execution(f"{program}\n{tests}", 0, 10)[1] == "pass"
@@ -243,14 +257,16 @@ def test_gsm8k(opencompass: Any, gsm8k: Path) -> None:
     assert golds == [gold_of["gsm8k_dataset_postprocess"](row["answer"]) for row in rows]
     pieces = (
         "18|-18|1,800|1{,}800|18.0|18.00|0.5|.|. |, |=|/|x=|9+9=|\\n|\r| |  |$|\\$|\\%|%|{|}|{{|}}|\\boxed{|\\boxed{{|"
-        "boxed{|\\fbox{|\\boxed |\\text{|\\text{ dollars}|\\text{m}|\\mbox{|\\textbf{|\\overline{|\\mathbf{|\\mathrm{th}| eggs|"
-        "dollars|ft|a |an |and|The answer is |Answer: |final answer|The final answer is: |answeris|answerjs|"
-        "\\frac|\\dfrac12|\\frac{1}{2}|rac|\\sqrt|inf|infinity|j|i|\\left|\\right|\\!|\\ |\\;|\\\\|\\cdot|\\le|^\\circ|1/2|"
-        "１８|#### 18|x\\in|'|\""
+        "boxed{|\\fbox{|\\boxed |\\text{|\\text{ dollars}|\\text{m}|\\mbox{|\\textbf{|\\overline{|\\mathbf{|"
+        "\\mathrm{th}| eggs|dollars|ft|a |an |and|The answer is |Answer: |final answer|The final answer is: |answeris|answerjs|"
+        "\\frac|\\dfrac12|\\frac{1}{2}|rac|\\sqrt|inf|infinity|j|i|\\left|\\right|\\!|\\ |\\;|\\\\|\\cdot|\\le|"
+        "^\\circ|1/2|１８|#### 18|x\\in|'|\""
     )
     numbers = ["18", "-18", "1800", "5", "1/2", "0"]
     right = 0
-    for answer in itertools.chain(_answers(pieces), _answers("18|.|\\boxed{|}|\\text{|$| |answer is |eggs|\\mbox{|.0", 1)):
+    for answer in itertools.chain(
+        _answers(pieces), _answers("18|.|\\boxed{|}|\\text{|$| |answer is |eggs|\\mbox{|.0", 1)
+    ):
         taken = names["math_postprocess_v2"](answer)
         for gold in numbers:
             theirs = evaluator.is_equiv(taken, gold)

