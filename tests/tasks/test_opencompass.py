@@ -28,7 +28,7 @@ from test_programs import HONEST, WRONG
 
 from sdar_lm_eval.tasks import gsm8k as tasks
 from sdar_lm_eval.tasks import humaneval, math500, mbpp, mmlu
-from sdar_lm_eval.tasks.opencompass_math import best_form
+from sdar_lm_eval.tasks.opencompass_math import best_form, normal_form, prediction
 from sdar_lm_eval.tasks.programs import Job, passes
 
 ROOT = Path(os.environ.get("SDAR_OPENCOMPASS", "")) / "opencompass"
@@ -215,8 +215,9 @@ def math_verify(opencompass: Any) -> Any:
     return lambda answer, gold: evaluator.score([answer], [gold])["accuracy"] == 100
 
 
-def test_programs(opencompass: Any) -> None:
+def test_programs(opencompass: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MBPP's, without those that end the evaluator itself or deceive it."""
+    monkeypatch.chdir(tmp_path)  # there it runs programs where it stands
     names = {
         "contextlib": contextlib,
         "io": io,
@@ -258,9 +259,9 @@ def test_gsm8k(opencompass: Any, gsm8k: Path) -> None:
     pieces = (
         "18|-18|1,800|1{,}800|18.0|18.00|0.5|.|. |, |=|/|x=|9+9=|\\n|\r| |  |$|\\$|\\%|%|{|}|{{|}}|\\boxed{|\\boxed{{|"
         "boxed{|\\fbox{|\\boxed |\\text{|\\text{ dollars}|\\text{m}|\\mbox{|\\textbf{|\\overline{|\\mathbf{|"
-        "\\mathrm{th}| eggs|dollars|ft|a |an |and|The answer is |Answer: |final answer|The final answer is: |answeris|answerjs|"
-        "\\frac|\\dfrac12|\\frac{1}{2}|rac|\\sqrt|inf|infinity|j|i|\\left|\\right|\\!|\\ |\\;|\\\\|\\cdot|\\le|"
-        "^\\circ|1/2|１８|#### 18|x\\in|'|\""
+        "\\mathrm{th}| eggs|dollars|ft|a |an |and|The answer is |Answer: |final answer|The final answer is: |"
+        "answeris|answerjs|\\frac|\\dfrac12|\\frac{1}{2}|rac|\\sqrt|inf|infinity|j|i|\\left|\\right|\\!|\\ |\\;|\\\\|"
+        "\\cdot|\\le|^\\circ|1/2|１８|#### 18|x\\in|'|\""
     )
     numbers = ["18", "-18", "1800", "5", "1/2", "0"]
     right = 0
@@ -268,6 +269,8 @@ def test_gsm8k(opencompass: Any, gsm8k: Path) -> None:
         _answers(pieces), _answers("18|.|\\boxed{|}|\\text{|$| |answer is |eggs|\\mbox{|.0", 1)
     ):
         taken = names["math_postprocess_v2"](answer)
+        assert prediction(answer) == taken
+        assert normal_form(answer) == names["normalize_final_answer"](answer), answer
         for gold in numbers:
             theirs = evaluator.is_equiv(taken, gold)
             assert (best_form(answer, gold) == gold) == theirs, (answer, gold)
