@@ -83,7 +83,7 @@ def _say_what_is_missing() -> None:
 
 
 def start(jobs: Iterable[Job]) -> None:
-    """Begin to run programs, as many at a time as there are cores; `passes` waits for them."""
+    """Begin to run programs, as many at a time as this rank has cores; `passes` waits for them."""
     for job in jobs:
         if job not in _started:
             _started[job] = _pool().submit(_run, job)
@@ -107,7 +107,8 @@ _started: dict[Job, Future[bool]] = {}
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadPoolExecutor(max_workers=min(cores, 32), thread_name_prefix="programs")
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # torchrun's: so many processes of this host run programs
+    return ThreadPoolExecutor(max_workers=max(1, min(cores // ranks, 32)), thread_name_prefix="programs")
 
 
 def _run(job: Job) -> bool:

@@ -199,6 +199,14 @@ def test_programs_run_at_the_same_time(tmp_path: Path) -> None:
     assert all(map(passes, jobs))
 
 
+@pytest.mark.parametrize(("ranks", "workers"), [("", 6), ("2", 3), ("4", 1), ("8", 1)])
+def test_ranks_share_the_cores(ranks: str, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More programs than cores would run out of time."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert programs._pool.__wrapped__()._max_workers == workers
+
+
 def test_an_interrupt_drops_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted, waiting = Future[bool](), Future[bool]()
     interrupted.set_exception(KeyboardInterrupt())
