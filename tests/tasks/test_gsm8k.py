@@ -207,6 +207,7 @@ def test_the_demo_says_that_it_reads_no_folder(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("WARNING")
     if variable:
         monkeypatch.setenv(variable, "mine")
     assert len(tasks.load_demo(pretrained="demo", **metadata)["test"]) == 200
@@ -220,6 +221,7 @@ def test_the_demo_says_that_it_reads_no_folder(
 
 
 def test_the_demo_says_nothing_where_no_folder_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING")
     tasks.load_demo(pretrained="demo", gsm8k_dir=None)
     assert not caplog.records
 

@@ -90,6 +90,7 @@ def test_other_draws_are_the_prompt_s_too(offline: Path) -> None:
 
 
 def test_the_real_prompts_load_without_a_word(bench: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     assert len(load()["train"]) == 541
     assert [record for record in caplog.records if record.levelname != "DEBUG"] == []
 

@@ -223,6 +223,7 @@ def test_a_system_that_limits_no_memory_says_so_once(
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "resource" else find_spec(name))
     programs._say_what_is_missing.cache_clear()
+    caplog.set_level("WARNING")
     for guard in (False, True):
         programs.require_runner("MBPP", guard)
     assert [record.getMessage() for record in caplog.records] == [
