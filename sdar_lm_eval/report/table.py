@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.results import model_of, results_in
+
+logger = logging.getLogger(__name__)
 
 NAME = "table"
 HELP = "a run's scores beside the published ones"
@@ -56,7 +59,7 @@ class Column:
 
 COLUMNS = (
     Column("MMLU (5-shot)", "mmlu_sdar", "exact_match,first-option", 14042, 5, (62.9, 74.9, 78.6, 82.8)),
-    Column("GSM8K", "gsm8k_sdar_paper", "exact_match,strict-match", 1319, 0, (80.1, 89.9, 91.3, 91.4)),
+    Column("GSM8K", "gsm8k_sdar_paper", "exact_match,opencompass", 1319, 0, (80.1, 89.9, 91.3, 91.4)),
     Column("MATH500", "math500_sdar", "math_verify,none", 500, 0, (63.2, 72.8, 78.6, 77.8)),
     Column("HumanEval", "humaneval_sdar", "pass@1,code-block", 164, 0, (61.6, 72.0, 78.7, 87.2)),
     Column("MBPP (sanitized)", "mbpp_sdar", "pass@1,code-block", 257, 0, (61.1, 65.4, 72.0, 71.6)),
@@ -142,6 +145,13 @@ def read_runs(paths: Iterable[Path]) -> dict[str, dict[str, Score]]:
                 score = _score(result, column)
                 if score is not None:
                     runs.setdefault(model_of(result) or "?", {})[column.task] = score
+                elif column.task in result["results"]:
+                    logger.warning(
+                        "%s has no %s of %s, which the table shows: evaluate it again.",
+                        file,
+                        column.metric,
+                        column.task,
+                    )
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise UserError(
                     f"{file} is not as lm_eval writes it ({type(error).__name__}: {error}), so {column.task} cannot be "

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 import datasets
 
 from sdar_lm_eval.errors import UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 ROOT_KEY = "sdar_data_dir"
 ROOT_VARIABLE = "SDAR_DATA_DIR"
@@ -86,6 +89,33 @@ def documents(source: Source, split: str, metadata: Mapping[str, Any], config: s
                 hint = did_you_mean(name, [known])
                 raise UserError(f"Unknown metadata {name!r}: the {source.title} tasks know {known!r} only.{hint}")
     config = config or source.config
+    if folder := next(_folders(source, metadata), None):
+        return _read_folder(source, *folder, split, config)
+    return _read_hub(source, split, config)
+
+
+def warn_of_folders(source: Source, metadata: Mapping[str, Any], task: str, instead: str) -> None:
+    """Log a WARNING that a task has its own documents, where a folder of the data set is named.
+
+    Args:
+        source: the data set whose folders the task does not read.
+        metadata: the run's, as `documents` takes it.
+        task: which one asks its own documents.
+        instead: a task that reads the folder.
+    """
+    if folder := next(_folders(source, metadata), None):
+        given, label, _ = folder
+        logger.warning(
+            "%s asks its own problems: %s %r, which it does not read. For the problems there: --tasks %s.",
+            task,
+            label,
+            str(given),
+            instead,
+        )
+
+
+def _folders(source: Source, metadata: Mapping[str, Any]) -> Iterator[tuple[Any, str, str]]:
+    """Yield each folder that is named, the one that counts first: as given, with its label, and the folder below it."""
     for given, label, below in (
         (metadata.get(source.key), f"{source.key} is", ""),
         (os.environ.get(source.variable) or None, f"{source.variable} is", ""),
@@ -93,8 +123,7 @@ def documents(source: Source, split: str, metadata: Mapping[str, Any], config: s
         (os.environ.get(ROOT_VARIABLE) or None, f"{ROOT_VARIABLE}'s folder for {source.title} is", source.folder),
     ):
         if given is not None:
-            return _read_folder(source, given, label, below, split, config)
-    return _read_hub(source, split, config)
+            yield given, label, below
 
 
 def read_jsonl(source: Source, file: Path) -> list[Row]:

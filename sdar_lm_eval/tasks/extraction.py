@@ -26,13 +26,23 @@ INVALID = "[invalid]"
 # A longer number is noise, such as one digit repeated up to the length limit, and no answer.
 MAX_CHARACTERS = 1000
 
-# Thin, narrow and other no-break spaces group digits in print; a plain space separates two numbers.
+# Thin, narrow and other no-break spaces group digits in print, as apostrophes do in Switzerland; a plain space
+# separates two numbers.
 _THIN = "\u2009"
-_GROUP = rf"[,{_THIN}\u00a0\u2007\u202f]"
-_DECIMAL = (
-    rf"(?:(?:[0-9]{{1,3}}(?:{_GROUP}[0-9]{{3}})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9A-Za-z.])\.[0-9]+)"
-    r"(?:[eE][+-]?[0-9]{1,3}(?![0-9A-Za-z]))?"
-)
+_GROUP = rf"[,'’{_THIN}\u00a0\u2007\u202f]"
+_INTEGER = rf"""(?:
+      [0-9]{{1,3}} (?:{_GROUP}[0-9]{{3}})+ (?![0-9])                # 1,234,567
+    | [0-9]{{1,2}} (?:{_GROUP}[0-9]{{2}})+ {_GROUP}[0-9]{{3}} (?![0-9])    # 12,34,567, as in India
+    | [0-9]+
+)"""
+_DECIMAL = rf"""(?:
+    (?:
+        [0-9]{{1,3}} (?:\.[0-9]{{3}}){{2,}} (?![0-9]|\.[0-9])           # 1.234.567: of two points none is a decimal one
+      | {_INTEGER} (?:\.[0-9]+)?
+      | (?<![0-9A-Za-z.]) \.[0-9]+
+    )
+    (?:[eE][+-]?[0-9]{{1,3}}(?![0-9A-Za-z]))?
+)"""
 _NUMBER = rf"""
     (?P<minus>(?<![0-9A-Za-z)\]}}%-])-)?          # in 10-5, x-5 and (2)-5 the sign is an operator
     (?:(?P<whole>[0-9]+)\s(?=[0-9]+/[0-9]))?      # 1 1/2
@@ -64,12 +74,16 @@ _FRACTION = re.compile(rf"\\[dtc]?frac{_PART}{_PART}")
 _SCRIPT = re.compile(r"_\{[^{}]*\}|(?<=[A-Za-z}])\^\s*(?:\{[^{}]*\}|[0-9]+)")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 
-_CURRENCY = re.compile(r"\\?[$€£¥₹]")
-_MINUS_CURRENCY = re.compile(r"(?<=-)\\?[$€£¥₹]\s?(?=[.0-9])")
+_CHARACTERS = list(map(chr, range(0x20000)))
+_CURRENCIES = "".join(sign for sign in _CHARACTERS if unicodedata.category(sign) == "Sc")
+_CURRENCY = re.compile(rf"\\?[{_CURRENCIES}]")
+_MINUS_CURRENCY = re.compile(rf"(?<=-)\\?[{_CURRENCIES}]\s?(?=[.0-9])")
 _VULGAR_FRACTION = re.compile(r"[¼-¾⅐-⅞]")
 _ASCII_FORMS = str.maketrans(
-    {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width signs, letters and digits
-    | dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63"), "-")
+    {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width signs, letters and digits
+    | {digit: str(unicodedata.decimal(digit)) for digit in _CHARACTERS if unicodedata.category(digit) == "Nd"}
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63", "-")
+    | {"\u066c": ",", "\u066b": ".", "\u2044": "/", "\u2215": "/"}  # Arabic separators, fraction and division slash
 )
 
 
@@ -183,11 +197,15 @@ def _canonical(number: re.Match[str]) -> str:
     if len(number[0]) > MAX_CHARACTERS:
         return INVALID
     value, whole, denominator = (
-        Fraction(re.sub(_GROUP, "", number[part] or default))
-        for part, default in (("number", "0"), ("whole", "0"), ("denominator", "1"))
+        _value(number[part] or default) for part, default in (("number", "0"), ("whole", "0"), ("denominator", "1"))
     )
     if denominator == 0:
         return INVALID
     value = whole + value / denominator
     canonical = str(-value if number["minus"] else value)
     return canonical if len(canonical) <= MAX_CHARACTERS else INVALID
+
+
+def _value(decimal: str) -> Fraction:
+    digits = re.sub(_GROUP, "", decimal)
+    return Fraction(digits.replace(".", "") if digits.count(".") > 1 else digits)

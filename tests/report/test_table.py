@@ -159,6 +159,19 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert lines[12] == "" and lines[13].startswith("± is one standard error.")
 
 
+def test_a_run_without_the_column_s_metric_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The published GSM8K column is scored by the released evaluation's rule, which older runs did not apply."""
+    assert GSM8K.metric == "exact_match,opencompass"
+    caplog.set_level("WARNING")
+    older = _results({"gsm8k_sdar_paper": 0.5, "humaneval_sdar": 0.7}, {"gsm8k_sdar_paper": 9, "humaneval_sdar": 9})
+    older["results"]["gsm8k_sdar_paper"] = {"exact_match,strict-match": 0.5}
+    (scores,) = read_runs([_write(tmp_path, older)]).values()
+    assert list(scores) == ["humaneval_sdar"]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "has no exact_match,opencompass of gsm8k_sdar_paper, which the table shows" in record.getMessage()
+
+
 def re_spaced(line: str) -> str:
     return " ".join(line.split())
 

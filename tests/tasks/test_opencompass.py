@@ -7,9 +7,14 @@ Its dataset configurations, template code and postprocessors are run as they are
 
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
+import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import types
 from collections.abc import Iterator
@@ -19,8 +24,12 @@ from typing import Any
 import miniature
 import pytest
 from scripted import load_task, prompts
+from test_programs import HONEST, WRONG
 
+from sdar_lm_eval.tasks import gsm8k as tasks
 from sdar_lm_eval.tasks import humaneval, math500, mbpp, mmlu
+from sdar_lm_eval.tasks.opencompass_math import best_form, normal_form, prediction
+from sdar_lm_eval.tasks.programs import Job, passes
 
 ROOT = Path(os.environ.get("SDAR_OPENCOMPASS", "")) / "opencompass"
 ANSWERS = 20_000
@@ -197,10 +206,79 @@ def test_code(opencompass: Any) -> None:
             assert mbpp.code_of(answer) == evaluator._process_answer(answer), answer
 
 
-def test_math(opencompass: Any) -> None:
+@pytest.fixture
+def math_verify(opencompass: Any) -> Any:
+    """Return OpenCompass's verdict on an answer to MATH500 and its gold answer."""
     names = {"ICL_EVALUATORS": _Registry(), "BaseEvaluator": object}
     evaluator = opencompass("evaluator/math_evaluator.py", "@ICL", "if __name__", **names)["MATHVerifyEvaluator"]()
     evaluator.is_num_equal = lambda *_: None
+    return lambda answer, gold: evaluator.score([answer], [gold])["accuracy"] == 100
+
+
+def test_programs(opencompass: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MBPP's, without those that end the evaluator itself or deceive it."""
+    monkeypatch.chdir(tmp_path)  # there it runs programs where it stands
+    names = {
+        "contextlib": contextlib,
+        "io": io,
+        "signal": signal,
+        "multiprocessing": multiprocessing.get_context("fork"),
+    }
+    file, end = "datasets/mbpp.py", "@ICL_EVALUATORS.register_module()\nclass MBPPEvaluator("
+    names = opencompass(file, "class TimeOutException", end, **names)
+    execution = opencompass(file, "def _execution", "class MBPPPassKEvaluator", **names)["execution"]
+    wrong = (
+        "wrong",
+        "no Python",
+        "swallows the tests",
+        "sys.exit",
+        "input",
+        "reads",
+        "a fileno",
+        "a thread that stays",
+    )
+    chosen = {**HONEST, **{name: WRONG[name] for name in wrong}}
+    for name, (program, tests) in chosen.items():
+        theirs = execution(f"{program}\n{tests}", 0, 10)[1] == "pass"
+        assert passes(Job(program, tests, 9.0)) == theirs, name
+
+
+def test_gsm8k(opencompass: Any, gsm8k: Path) -> None:
+    file = "datasets/math.py"
+    names = opencompass(file, "def last_boxed_only_string", "@LOAD_DATASET", re=re)
+    registries = {"TEXT_POSTPROCESSORS": _Registry(), "ICL_EVALUATORS": _Registry(), "BaseEvaluator": object}
+    names |= opencompass(file, "@TEXT_POSTPROCESSORS", "@ICL_EVALUATORS", **names, **registries)
+    end = "@ICL_EVALUATORS.register_module()\nclass MATHAgentEvaluator"
+    evaluator = object.__new__(opencompass(file, "class MATHEvaluator(", end, **names)["MATHEvaluator"])
+    evaluator.version = "v2"
+    gold_of = opencompass("datasets/gsm8k.py", "@TEXT", "@TEXT_POSTPROCESSORS.register_module('gsm8k')", **registries)
+
+    rows = tasks.load(gsm8k_dir=gsm8k)["test"]
+    golds = [tasks.gold(row) for row in rows]
+    assert golds == [gold_of["gsm8k_dataset_postprocess"](row["answer"]) for row in rows]
+    pieces = (
+        "18|-18|1,800|1{,}800|18.0|18.00|0.5|.|. |, |=|/|x=|9+9=|\\n|\r| |  |$|\\$|\\%|%|{|}|{{|}}|\\boxed{|\\boxed{{|"
+        "boxed{|\\fbox{|\\boxed |\\text{|\\text{ dollars}|\\text{m}|\\mbox{|\\textbf{|\\overline{|\\mathbf{|"
+        "\\mathrm{th}| eggs|dollars|ft|a |an |and|The answer is |Answer: |final answer|The final answer is: |"
+        "answeris|answerjs|\\frac|\\dfrac12|\\frac{1}{2}|rac|\\sqrt|inf|infinity|j|i|\\left|\\right|\\!|\\ |\\;|\\\\|"
+        "\\cdot|\\le|^\\circ|1/2|１８|#### 18|x\\in|'|\""
+    )
+    numbers = ["18", "-18", "1800", "5", "1/2", "0"]
+    right = 0
+    for answer in itertools.chain(
+        _answers(pieces), _answers("18|.|\\boxed{|}|\\text{|$| |answer is |eggs|\\mbox{|.0", 1)
+    ):
+        taken = names["math_postprocess_v2"](answer)
+        assert prediction(answer) == taken
+        assert normal_form(answer) == names["normalize_final_answer"](answer), answer
+        for gold in numbers:
+            theirs = evaluator.is_equiv(taken, gold)
+            assert (best_form(answer, gold) == gold) == theirs, (answer, gold)
+            right += theirs
+    assert right > 1_000
+
+
+def test_math(math_verify: Any) -> None:
     formulas = [
         "5",
         "x=5",
@@ -222,5 +300,17 @@ def test_math(opencompass: Any) -> None:
         for formula in formulas:
             for wrapping in wrappings:
                 answer = wrapping.replace("%s", formula)
-                theirs = evaluator.score([answer], [gold])["accuracy"] == 100
-                assert math500.is_equal(answer, gold) == theirs, (answer, gold)
+                assert math500.is_equal(answer, gold) == math_verify(answer, gold), (answer, gold)
+
+
+def test_math_with_chains_of_equations(math_verify: Any) -> None:
+    sides = ["5", "2+3", "6", "x", r"\frac{10}{2}", r"\binom{5}{2}", "10", r"\frac{5 \cdot 4}{2}", r"\sqrt{25}", "f(2)"]
+    marks = ["=", " = ", r" \approx ", r" \neq ", r" \le ", ", y = "]
+    chosen = random.Random(0)
+    wrappings = [r"\boxed{%s}", r"So $\boxed{%s}$.", "The answer is $%s$.", r"\boxed{5} or $\boxed{%s}$"]
+    for _ in range(3_000):
+        chain = chosen.choice(sides)
+        for _ in range(chosen.randint(1, 4)):
+            chain += chosen.choices(marks, [4, 4, 1, 1, 1, 1])[0] + chosen.choice(sides)
+        answer, gold = chosen.choice(wrappings).replace("%s", chain), chosen.choice(["5", "10", "6", "x=5"])
+        assert math500.is_equal(answer, gold) == math_verify(answer, gold), (answer, gold)

@@ -1,0 +1,202 @@
+r"""The rule by which SDAR's released evaluation scores GSM8K: texts are compared, after both went through normal forms.
+
+    best_form(response, gold)    what the rule finds in a response: `gold` where the rule finds it right
+
+Source: `math_postprocess_v2`, `normalize_final_answer` and `MATHEvaluator(version="v2")` in
+opencompass/datasets/math.py of JetAstra/SDAR at c2041a8, as configs/datasets/gsm8k/gsm8k_0shot_v2_gen_17d799.py chooses
+them. Each step below is one of theirs, and their order decides scores: `18.` and `18 dollars` are 18, `18 eggs` is not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+
+Step = Callable[[str], str]
+
+
+def _replace(*pairs: tuple[str, str]) -> list[Step]:
+    return [partial(_replaced, old=old, new=new) for old, new in pairs]
+
+
+def _replaced(text: str, old: str, new: str) -> str:
+    return text.replace(old, new)
+
+
+def _remove(*words: str) -> list[Step]:
+    return _replace(*((word, "") for word in words))
+
+
+def _sub(pattern: str, new: str) -> Step:
+    return partial(re.compile(pattern).sub, new)
+
+
+def _last(pattern: str) -> Step:
+    """Of the places that a pattern finds, its group in the last one; the text where it finds none."""
+    found = re.compile(pattern).findall
+    return lambda text: (found(text) or [text])[-1]
+
+
+def _through(steps: Iterable[Step], text: str) -> str:
+    for step in steps:
+        text = step(text)
+    return text
+
+
+def prediction(response: str) -> str:
+    r"""Return what a response is taken to answer: the text of its last `\boxed{}`.
+
+    Without one that is closed and not empty: the normal form of the first sentence that says "answer is" or "final
+    answer", else of the first sentence. A sentence ends at any full stop, also a decimal one.
+    """
+    if box := _last_box(response):
+        return box
+    sentences = response.split(".")
+    return normal_form(next((s for s in sentences if re.search("final answer|answer is", s.lower())), sentences[0]))
+
+
+def best_form(response: str, gold: str) -> str:
+    """Return `gold` where the rule finds a response right, else the answer's normal form.
+
+    The rule compares four forms of an answer with the same forms of the gold one, and one match is enough. So no single
+    form can stand for an answer, and the one that matches is chosen.
+    """
+    answer = prediction(response)
+    forms: tuple[Step, ...] = (stripped, lambda text: normal_form(stripped(text)), normal_form, str)
+    for form in forms:
+        try:
+            if form(answer) == form(gold):
+                return gold
+        except ValueError:  # a slash between texts that are no numbers: the rule goes on to the next form
+            continue
+    return normal_form(answer)
+
+
+def _last_box(response: str) -> str | None:
+    start = response.rfind("\\boxed")
+    if start < 0:
+        return None
+    depth = 0
+    for brace in re.finditer("[{}]", response[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if brace[0] == "}" and depth == 0:
+            box = response[start : start + brace.end()]
+            break
+    else:
+        return None
+    if not box.startswith("\\boxed{"):
+        return None
+    inside = box[len("\\boxed{") : -1]
+    doubled = re.match(r"\{(.*)\}$", inside)
+    return doubled[1] if doubled else inside
+
+
+def normal_form(text: str) -> str:
+    """Return theirs of `normalize_final_answer`, which follows Minerva's (arXiv 2206.14858, appendix D.1)."""
+    return _through(_NORMAL_FORM, text)
+
+
+def stripped(text: str) -> str:
+    """Return theirs of `MATHEvaluator._strip_string_v2`.
+
+    Raises:
+        ValueError: one slash, and no whole numbers around it.
+    """
+    text = _through(_STRIPPED, text.strip())
+    if not text:
+        return text
+    if text.startswith("."):
+        text = "0" + text
+    left, equals, right = text.partition("=")
+    if equals and "=" not in right and len(left) <= 2:
+        text = right
+    return _through(_STRIPPED_AT_LAST, text)
+
+
+def _without_unit(text: str) -> str:
+    return re.sub(r"\\text{.*?}$", "", text).strip() or text
+
+
+def _infinity(text: str) -> str:
+    text = text.replace("infinity", "\\infty")
+    return text if "\\infty" in text else text.replace("inf", "\\infty")
+
+
+def _imaginary(text: str) -> str:
+    return text if "i" in text else text.replace("j", "i")
+
+
+def _braced_fractions(text: str) -> str:
+    r"""`\frac12` and `\frac1{72}` with braces around both parts; the text as it is where one has no two parts."""
+    before, *after = text.split("\\frac")
+    if any(len(part) < 2 for part in after if not part.startswith("{")):
+        return text
+    braced = (
+        part
+        if part.startswith("{")
+        else f"{{{part[0]}}}" + (part[1:] if part[1] == "{" else f"{{{part[1]}}}{part[2:]}")
+        for part in after
+    )
+    return "\\frac".join([before, *braced])
+
+
+def _slash(text: str) -> str:
+    if text.count("/") != 1:
+        return text
+    above, below = map(int, text.split("/"))
+    return f"\\frac{{{above}}}{{{below}}}" if text == f"{above}/{below}" else text
+
+
+def _latex_fraction(text: str) -> str:
+    return text if "\\frac" in text else text.replace("rac", "\\frac")
+
+
+def _without_commas(text: str) -> str:
+    digits = text.replace(",", "")
+    return digits if digits.isdigit() else text
+
+
+_NORMAL_FORM: list[Step] = [
+    *_replace(("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), (" ", ""), ("mbox", "text")),
+    *_replace((",\\text{and}", ","), ("\\text{and}", ","), ("\\text{m}", "\\text{}"), ("\\le", "<")),
+    *_remove("square", "ways", "integers", "dollars", "mph", "inches", "ft", "hours", "km", "units", "\\ldots", "sue"),
+    *_remove("points", "feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals"),
+    *_remove("edges", "students", "childrentickets", "multiples", "\\text{s}", "\\text{.}", "\\text{\ns}"),
+    *_remove("\\text{}^2", "\\text{}^3", "\\text{\n}", "\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;"),
+    *_remove(",\\!", "{,}", '"', "\\dots", "\n", "\r", "\f"),
+    _sub(r"\\text\{\((.*?)\)\}", r"\1"),
+    _sub(r"\\text\{(.*?)\}", r"\1"),
+    _sub(r"\\textbf\{(.*?)\}", r"\1"),
+    _sub(r"\\overline\{(.*?)\}", r"\1"),
+    _sub(r"\\boxed\{(.*)\}", r"\1"),
+    _last(r"finalansweris(.*)"),
+    _last(r"answer?is:?(.*)"),
+    _last(r"oxed\{(.*?)\}"),
+    _last(r"\$(.*?)\$"),
+    str.strip,
+    _latex_fraction,
+    _sub(r"frac([^{])(.)", r"frac{\1}{\2}"),
+    _sub(r"sqrt([^{])", r"sqrt{\1}"),
+    *_remove("$"),
+    _without_commas,
+]
+_STRIPPED: list[Step] = [
+    *_remove("\n"),
+    lambda text: text.rstrip("."),
+    *_remove("\\!", "\\ "),
+    *_replace(("\\\\", "\\"), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac")),
+    *_remove("\\left", "\\right"),
+    _without_unit,
+    *_remove("^{\\circ}", "^\\circ", "\\$", "$", "\\text", "x\\in", "\\%", "%"),
+    *_replace((" .", " 0."), ("{.", "{0.")),
+    *_remove("\\cdot"),
+    _infinity,
+    *_replace(("+\\inity", "\\infty")),
+    *_remove("and", "\\mathbf"),
+    _sub(r"\\mbox{.*?}", ""),
+    _imaginary,
+    _sub(r"(\d+)\.0+([^\d])", r"\1\2"),
+    _sub(r"(\d+)\.0+$", r"\1"),
+]
+_STRIPPED_AT_LAST: list[Step] = [_sub(r"\\sqrt(\w+)", r"\\sqrt{\1}"), *_remove(" "), _braced_fractions, _slash]

