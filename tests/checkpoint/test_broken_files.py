@@ -212,7 +212,8 @@ BROKEN: list[tuple[str, str, Builder, str]] = [
     ("60,000 experts", "moe", config(num_experts=60_000),
      "(num_hidden_layers=2 and num_experts=60,000), but its files hold"),
     ("9 layers", "dense", config(num_hidden_layers=9), "do not fit its config.json; missing: model.layers.2."),
-    ("another model", "dense", config(model_type=["sdar"] * 10**6), "has model_type ['sdar', 'sdar', 'sdar', 'sdar', ...]"),
+    ("another model", "dense", config(model_type=["sdar"] * 10**6),
+     "has model_type ['sdar', 'sdar', 'sdar', 'sdar', ...]"),
     # Tokens
     ("a stop id of 2^63", "dense", lambda f: edit_json(f / "generation_config.json", eos_token_id=[5, 2**63]),
      "has eos_token_id=[5, 9223372036854775808]; it must be a token id or a list of them, each below its vocab_size"),
