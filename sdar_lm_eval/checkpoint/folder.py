@@ -32,7 +32,9 @@ def resolve(name: str, revision: str | None) -> Path:
             raise UserError(f"revision={revision!r} was given, but {name!r} is a folder; revisions belong to hub ids.")
         return folder
     if is_there or name.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        why = "not a folder. Give the folder that holds config.json" if is_there else "no such folder. Give a folder"
+        why = "not a folder. Give the folder that holds config.json"
+        if not is_there:
+            why = "no such folder. Give an existing folder"
         raise UserError(f"pretrained={name!r}: {why}, a hub id such as JetLM/SDAR-4B-Chat, or demo.")
     from huggingface_hub import snapshot_download
 
