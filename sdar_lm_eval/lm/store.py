@@ -162,7 +162,7 @@ class CacheFile:
 
     def put(self, key: str, record: Mapping[str, Any]) -> None:
         """Keep a record."""
-        text = json.dumps(record, ensure_ascii=False)
+        text = json.dumps(record)  # escaped: SQLite takes no lone surrogates
         self._file.execute("INSERT OR REPLACE INTO sdar_records VALUES (?, ?, ?)", (self._fingerprint, key, text))
 
     def close(self) -> None:
