@@ -136,6 +136,9 @@ class Watched(Protocol):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation."""
 
+    def check_cache(self, path: str) -> None:
+        """Refuse a file of `--use_cache` that cannot be used."""
+
     def evaluation_begins(self, cached: bool) -> None:
         """An evaluation begins; `cached`: lm_eval keeps its answers (`--use_cache`)."""
 
@@ -157,6 +160,10 @@ def watch(evaluator: ModuleType) -> None:
         model = getattr(lm, "lm", lm)  # --use_cache wraps the model
         if not isinstance(model, Watched):
             return evaluate(*args, **kwargs)
+        if (limit := call.arguments.get("limit")) is not None and limit <= 0:
+            raise UserError(
+                f"--limit {limit:g}: give a number of documents above 0, or a part of them between 0 and 1."
+            )
         tasks = list(_tasks_of(call.arguments["task_dict"]))
         if samples := call.arguments.get("samples"):
             call.arguments["samples"] = _ascending(samples, [task.config.task for task in tasks])
@@ -168,6 +175,22 @@ def watch(evaluator: ModuleType) -> None:
 
     telling.tells_watched_models = True  # type: ignore[attr-defined]
     evaluator.evaluate = telling  # type: ignore[attr-defined]
+    _watch_caches()
+
+
+def _watch_caches() -> None:
+    """Have a watched model look at the file of `--use_cache` first: SQLite's own errors there come from a thread."""
+    from lm_eval.api.model import CachingLM
+
+    init = CachingLM.__init__
+
+    @functools.wraps(init)
+    def checking(self: Any, lm: Any, cache_db: str) -> None:
+        if isinstance(lm, Watched):
+            lm.check_cache(cache_db)
+        init(self, lm, cache_db)
+
+    CachingLM.__init__ = checking
 
 
 def _tasks_of(found: Any) -> Iterator[Any]:

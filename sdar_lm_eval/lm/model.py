@@ -31,7 +31,7 @@ from sdar_lm_eval.lm.jobs import Job, Jobs
 from sdar_lm_eval.lm.likelihoods import Kind, Likelihoods, ScoreJob, record_of, result_of
 from sdar_lm_eval.lm.prompts import CHAT_TEMPLATE_MODES, Prompts
 from sdar_lm_eval.lm.ranks import Ranks
-from sdar_lm_eval.lm.store import CacheFile, Place, Store, bypass
+from sdar_lm_eval.lm.store import CacheFile, Place, Store, bypass, check_cache
 from sdar_lm_eval.report.counts import Counts
 from sdar_lm_eval.report.live import Live
 from sdar_lm_eval.report.run import Progress
@@ -416,6 +416,14 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         )
 
     # Stored answers
+
+    def check_cache(self, path: str) -> None:
+        """Refuse a file of `--use_cache` that cannot be used, before the harness opens it.
+
+        Raises:
+            UserError: says why.
+        """
+        check_cache(path)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Take the harness's cache file; what is read from it and written to it goes by keys of our own.

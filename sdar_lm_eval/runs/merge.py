@@ -82,6 +82,9 @@ class RecordedLM(LM):  # type: ignore[misc]
         """Render a conversation."""
         return self._prompts.render(chat_history, add_generation_prompt)
 
+    def check_cache(self, path: str) -> None:
+        """There is none."""
+
     def evaluation_begins(self, cached: bool) -> None:
         """Nothing was asked yet."""
 
