@@ -184,6 +184,7 @@ def _watch_evaluations(evaluator: ModuleType) -> None:
 
 
 _PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "lm_eval._cli": lambda _: None,  # from its flags on, errors are shortened
     "lm_eval.models": _add_models,
     "lm_eval.tasks": _add_tasks,
     "lm_eval.evaluator": _watch_evaluations,

@@ -39,6 +39,6 @@ def message_of(error: BaseException) -> str | None:
 def _names_our_models() -> bool:
     """Whether the command line has `--model sdar…`."""
     words = sys.argv[1:]
-    given = [following for word, following in zip(words, [*words[1:], ""], strict=True) if word in ("--model", "-M")]
+    given = [words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--model", "-M")]
     given += [word.removeprefix("--model=") for word in words if word.startswith("--model=")]
     return any(name.startswith("sdar") for name in given)

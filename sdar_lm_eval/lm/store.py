@@ -188,7 +188,9 @@ def check_cache(path: str) -> None:
             database.execute("SELECT name FROM sqlite_master").fetchall()
             database.execute("BEGIN IMMEDIATE")  # whether another process has it
     except (OSError, sqlite3.Error) as error:
-        told = getattr(error, "strerror", None) or error
+        told = (
+            error if isinstance(error, sqlite3.Error) or not error.strerror else f"{error.strerror}: {error.filename}"
+        )
         raise UserError(
             f"--use_cache {path} cannot be used ({told}). Delete it, give another path, or end what else uses it."
         ) from error
