@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -126,6 +127,7 @@ def test_patterns_by_hand() -> None:
     assert [(p.masked, p.scored, p.weight) for p in chain_patterns(3)] == [
         ((0, 1, 2), (0,), 1.0), ((1, 2), (1,), 1.0), ((2,), (2,), 1.0)
     ]  # fmt: skip
+    assert [(p.masked, p.scored) for p in all_patterns(2)] == [((0,), (0,)), ((1,), (1,)), ((0, 1), (0, 1))]
     assert [(p.masked, p.weight) for p in all_patterns(2)] == [((0,), 0.5), ((1,), 0.5), ((0, 1), 0.5)]
     weights = {len(p.masked): p.weight for p in all_patterns(4)}
     assert weights == pytest.approx({1: 1 / 4, 2: 1 / 12, 3: 1 / 12, 4: 1 / 4})
@@ -159,8 +161,9 @@ def test_the_answers_of_a_question_meet_the_same_masks() -> None:
 
     def masks(context: tuple[int, ...], continuation: tuple[int, ...], **changed: int) -> list[tuple[int, ...]]:
         settings = LikelihoodConfig("nelbo", **({"mc_samples": 16, "block_length": 8} | changed))
-        rows = plan(ScoreRequest(context, continuation), settings, mask_token_id=99).rows
-        return [tuple(place for place, token in enumerate(row.tokens) if token == 99) for row in rows]
+        blocks = plan(ScoreRequest(context, continuation), settings, mask_token_id=99).blocks
+        rows = [row for block in blocks for row in block.masked(np.arange(len(block.patterns)), 99).tolist()]
+        return [tuple(place for place, token in enumerate(row) if token == 99) for row in rows]
 
     assert masks(context, (1,) * 7) == masks(context, (2,) * 7)
     assert masks(context, (1,) * 7) != masks((*context[:-1], 50), (1,) * 7)
@@ -346,7 +349,7 @@ def test_a_context_is_computed_once_for_all_its_answers(engine: NativeEngine) ->
 def test_a_block_has_as_many_patterns_as_a_batch_is_laid_out_for(length: int, method: str, samples: int) -> None:
     config = LikelihoodConfig(method, samples, length)
     (request,) = requests_of([(length, length)])
-    rows = len(plan(request, config, MASK).rows)
+    rows = plan(request, config, MASK).num_rows
     assert most_patterns(config) - length < rows <= most_patterns(config)
 
 
