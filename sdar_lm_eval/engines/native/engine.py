@@ -349,12 +349,12 @@ class NativeEngine:
         suspects: list[int],
     ) -> list[tuple[int, GenerationResult]]:
         """Take over what a step did; returns what finished. Sequences without numbers leave, and become suspects."""
-        finished = []
+        finished, any_stuck = [], outcome.stuck.any()
         for slot in outcome.took_part.nonzero()[0].tolist():
             sequence, turn = launched[slot]
             if sequence.turn != turn:
                 continue  # it has left the slot since
-            if outcome.stuck[slot]:
+            if any_stuck and outcome.stuck[slot]:
                 suspects.append(sequence.index)
                 self._runner.clear_pages(scheduler.discard(sequence))
                 continue

@@ -329,7 +329,8 @@ class TestLoading:
         assert config.session_len == tiny.max_length
         assert max(sum(batch) for batch in lmdeploy.batches) == lmdeploy.made[-1].most_sessions == 3
 
-    def test_many_sequences_of_long_blocks_fit_a_prefill(self, lmdeploy, tiny):
+    def test_many_sequences_of_long_blocks_fit_a_prefill(self, lmdeploy, tiny, monkeypatch):
+        monkeypatch.setattr(adapter, "warm_up_requests", lambda *_: [])  # takes long here
         decoding = dataclasses.replace(GREEDY, block_length=64, denoising_steps=64, remasking_strategy="sequential")
         engine = of(tiny, max_active=200)
         engine.prepare([GenerationRequest((1, 2), 2, decoding)] * 200)

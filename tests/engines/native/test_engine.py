@@ -475,7 +475,9 @@ class TestErrors:
 
     @pytest.mark.parametrize(("ahead", "kv_pages"), [(False, None), (True, None), (True, 14)])
     @pytest.mark.parametrize("temperature", [0, 1.0])
-    def test_one_request_without_numbers_costs_the_others_nothing(self, tiny, temperature, ahead, kv_pages):
+    def test_one_request_without_numbers_costs_the_others_nothing(
+        self, tiny, monkeypatch, temperature, ahead, kv_pages
+    ):
         """They share its prefill, its batch, its padding, and later its pages; one of them begins as it does."""
         bad, (common,) = 700, prompts(tiny, (16,))
         decoding = DecodingConfig(temperature=temperature)
@@ -496,9 +498,15 @@ class TestErrors:
         engine = open_engine(max_active=6, kv_pages=kv_pages)
         engine._model.model.embed_tokens.weight[bad] = torch.nan
         given = [poisoned[0], *requests[:4], poisoned[1], *requests[4:], poisoned[2]]
+        clear, cleared = engine._runner.clear_pages, []
+        monkeypatch.setattr(engine._runner, "clear_pages", lambda *pages: (cleared.append(pages), clear(*pages)))
         results = {}
         with pytest.raises(EngineError, match=r"^3 of 11 requests have no answer; .*Number 0, 5, 10: the model's log"):
             results.update(engine.generate(given))
+        assert not engine._runner.cache.isnan().any()
+        assert [pages == () for pages in cleared].count(
+            False
+        ) == 2 * 3  # in the batch and alone: nobody else was spoilt
         good = [i for i in range(11) if i not in (0, 5, 10)]
         assert sorted(results) == good
         assert tokens_of(results[i] for i in good) == expected
@@ -525,6 +533,24 @@ class TestErrors:
                 results.append(result)
         assert [index for index, _ in results] == [0, 1, 3, 4, 5]
         assert tokens_of(result for _, result in results) == expected[:2] + expected[3:]
+
+    def test_one_that_its_neighbours_spoilt_is_answered_alone(self, tiny, monkeypatch):
+        """On pages that hold none of what was not a number."""
+        engine = make_engine("native", tiny, device="cpu")
+        decoding = DecodingConfig(temperature=0, remasking_strategy="sequential")
+        requests = [GenerationRequest((1, 2, 3, i), 1, decoding) for i in range(6)]
+        expected = tokens_of(asking.run(engine, requests))
+        collect = engine._runner.collect
+
+        def spoilt():
+            outcome = collect()
+            if outcome.took_part.sum() > 1:
+                outcome.stuck[2] = True
+                engine._runner.cache[:] = torch.nan
+            return outcome
+
+        monkeypatch.setattr(engine._runner, "collect", spoilt)
+        assert tokens_of(asking.run(engine, requests)) == expected
 
     @pytest.mark.parametrize(
         "error",
