@@ -83,7 +83,7 @@ PREFILL_TOKENS = 8192  # LMDeploy's default; longer prompts go in chunks of it
 # What sampling needs for each logit: the weights' dtype, a sorted copy, its indices, probabilities.
 BYTES_PER_LOGIT = 24
 LOGITS_SHARE = 0.1  # of a GPU's memory at most
-# What LMDeploy says of one request (messages.py: ResponseType), and not of itself.
+# What LMDeploy says of one request and not of itself (lmdeploy/messages.py, one folder up: ResponseType).
 OF_ONE_REQUEST = ("INPUT_LENGTH_ERROR", "SESSION_REPEAT", "SESSION_NOT_EXIST", "CANCEL")
 PATIENCE = 60.0  # seconds for requests or an engine to end
 WATCH = 5.0  # seconds between looks at the worker processes, while there is no result
