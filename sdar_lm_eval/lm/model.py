@@ -261,8 +261,9 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         )
         self._prepare([jobs[place].request for place in missing])
         progress = Progress(counts, len(jobs), len(answers), self._rank == 0 and not disable_tqdm, live)
-        with self._round(progress, answers, len(jobs)):
-            for index, result in self._engine.generate([jobs[place].request for place in missing]):
+        run = contextlib.closing(self._engine.generate([jobs[place].request for place in missing]))
+        with self._round(progress, answers, len(jobs)), run as results:
+            for index, result in results:
                 job = jobs[missing[index]]
                 text = job.cut(self.tok_decode(result.token_ids))
                 cost = cost_of(result, prompt_tokens=len(job.request.prompt_ids))
@@ -338,8 +339,9 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         if stored := sum(bool(job.pieces) for job in jobs if job.finished):
             logger.info("%d of %d log-likelihoods are there already, and are not computed again.", stored, len(jobs))
         progress = Progress(counts, len(jobs), len(finished), self._rank == 0 and not disable_tqdm, None)
-        with self._round(progress, finished, len(jobs)):
-            for index, result in scorer.score([job.pieces[place] for job, place in missing], self._likelihood):
+        run = contextlib.closing(scorer.score([job.pieces[place] for job, place in missing], self._likelihood))
+        with self._round(progress, finished, len(jobs)), run as results:
+            for index, result in results:
                 job, place = missing[index]
                 self._store.put(job.keys[place], record_of(result))
                 job.results[place] = result

@@ -169,6 +169,14 @@ class Runner:
         self.cache = self._shape = None
         self._forward_graphs = self._unmask_graphs = None
 
+    def clear_pages(self, pages: SequenceOf[int] | None = None) -> None:
+        """Set the KV of pages to zero, and that of the scratch page; None: of all."""
+        assert self.cache is not None
+        if pages is None:
+            self.cache.zero_()
+        else:
+            self.cache[:, :, self.state.to_device(np.array([SCRATCH_PAGE, *pages]))] = 0
+
     def allocate(self, num_pages: int, max_active: int, sequences: SequenceOf[Sequence]) -> None:
         """Make what is needed on the device for one `generate`; what is there and large enough is kept.
 
