@@ -346,8 +346,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                 job.results[place] = result
                 if job.finished:
                     finished[id(job)] = None
-                    tokens = sum(len(piece.continuation_ids) for piece in job.pieces)
-                    counts.add_score(job.task, job.total(), tokens)
+                    counts.add_score(job.task, job.total(), sum(len(piece.continuation_ids) for piece in job.pieces))
                     self._trace_score(job, stored=False)
                     progress.step()
         if len(finished) < len(jobs):
