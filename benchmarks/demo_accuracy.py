@@ -51,7 +51,7 @@ def main() -> None:
             **settings,
             "accuracy": accuracy,
             "stderr": (accuracy * (1 - accuracy) / (count - 1)) ** 0.5,
-            "tokens_per_forward": model.report.counts.tokens_per_forward,
+            "tokens_per_forward": model.counts.tokens_per_forward,
         }
         rows.append(row)
         name = ", ".join(f"{key}={value}" for key, value in settings.items() if key != "remasking_strategy")

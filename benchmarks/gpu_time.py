@@ -48,10 +48,10 @@ def main() -> None:
         }
 
         def run() -> float:
-            before = lm.report.counts.generation_seconds
+            before = lm.counts.generation_seconds
             wanted = [instance(i, questions[i % len(questions)], args.new_tokens, settings) for i in range(args.active)]
             lm.generate_until(wanted, disable_tqdm=True)
-            return float(lm.report.counts.generation_seconds - before)
+            return float(lm.counts.generation_seconds - before)
 
         run()
         alone = run()

@@ -74,7 +74,7 @@ def main() -> None:
         ranks = lm._ranks
         instances, warm_up = of(args.new_tokens), of(min(WARM_UP, args.new_tokens))
         largest = cycled(instances, max(args.active), 0)
-        lm._engine.prepare([job.request for job in lm._jobs(largest)[1].values()])
+        lm._engine.prepare([job.request for job in lm._jobs.of(largest, {}, 0).jobs.values()])
 
         rows = []
         say = print if ranks.rank == 0 else lambda *_, **__: None
@@ -83,12 +83,12 @@ def main() -> None:
         for active in args.active:
             lm.generate_until(cycled(warm_up, active, 0), disable_tqdm=True)
             ranks.barrier()
-            before = dataclasses.replace(lm.report.counts)
+            before = dataclasses.replace(lm.counts)
             started = time.perf_counter()
             for turn in range(-(-args.prompts // active)):
                 lm.generate_until(cycled(instances, active, turn), disable_tqdm=True)
             seconds = time.perf_counter() - started
-            own = row(active, before, lm.report.counts, seconds, args.new_tokens, floors.get(active))
+            own = row(active, before, lm.counts, seconds, args.new_tokens, floors.get(active))
             of_ranks = ranks.gather_object(own)
             if of_ranks is None:
                 continue

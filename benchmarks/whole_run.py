@@ -244,12 +244,12 @@ def whole_gsm8k(lm: Any, questions: Any, args: argparse.Namespace) -> dict[str, 
         **sampling(args.sample),
     }
     count = min(args.questions or len(questions), len(questions))
-    before = dataclasses.replace(lm.report.counts)
+    before = dataclasses.replace(lm.counts)
     instances = [instance(i, questions[i], args.answer_tokens, settings) for i in range(count)]
     clock = Clock()
     lm.generate_until(instances, disable_tqdm=True)
     seconds = clock.lap()
-    after = lm.report.counts
+    after = lm.counts
     tokens = after.new_tokens - before.new_tokens
     steps = after.denoising_forwards - before.denoising_forwards
     assert tokens == count * args.answer_tokens, "an answer ended early"

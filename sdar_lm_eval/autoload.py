@@ -1,9 +1,10 @@
 """Makes plain `lm_eval` know this package's models and tasks.
 
 lm_eval up to 0.4.13 finds no plug-ins: a model or a task folder has to be named in its own source. So a one-line `.pth`
-file imports this package when Python starts, and `install` below puts a finder on `sys.meta_path` that waits for two
+file imports this package when Python starts, and `install` below puts a finder on `sys.meta_path` that waits for three
 modules: once `lm_eval.models` has run, our models are added to its registry, by name, without importing them; once
-`lm_eval.tasks` has run, `TaskManager` looks into our folder of tasks too. From then on errors of ours are also printed
+`lm_eval.tasks` has run, `TaskManager` looks into our folder of tasks too; once `lm_eval.evaluator` has run, our models
+are told of evaluations (`lm/evaluation.py`). From then on errors of ours are also printed
 without a traceback, on lm_eval's command line only. In a Python that never imports lm_eval nothing happens at all.
 
 `SDAR_LM_EVAL_AUTOLOAD=0` switches it off, except for `python -m sdar_lm_eval`. This module runs whenever Python
@@ -34,7 +35,18 @@ TASKS = os.path.join(os.path.dirname(os.path.realpath(__file__)), "tasks")  # no
 def install_unless_disabled() -> None:
     """What a Python start and `import sdar_lm_eval` do: `install`, unless SDAR_LM_EVAL_AUTOLOAD is 0."""
     if os.environ.get("SDAR_LM_EVAL_AUTOLOAD") != "0":
+        _let_threads_sleep()
         install()
+
+
+def _let_threads_sleep() -> None:
+    """Set OMP_WAIT_POLICY=PASSIVE for a command of our models, before torch reads it.
+
+    Threads that spin while they wait make small models many times slower where the machine is shared.
+    """
+    words = getattr(sys, "orig_argv", [])
+    if any(words[i] == "--model" and words[i + 1].startswith("sdar") for i in range(len(words) - 1)):
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def install() -> None:
@@ -165,7 +177,18 @@ def _add_tasks(tasks: ModuleType) -> None:
     manager.__init__ = init_with_our_tasks
 
 
-_PATCHES: dict[str, Callable[[ModuleType], None]] = {"lm_eval.models": _add_models, "lm_eval.tasks": _add_tasks}
+def _watch_evaluations(evaluator: ModuleType) -> None:
+    from sdar_lm_eval.lm.evaluation import watch
+
+    watch(evaluator)
+
+
+_PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "lm_eval._cli": lambda _: None,  # from its flags on, errors are shortened
+    "lm_eval.models": _add_models,
+    "lm_eval.tasks": _add_tasks,
+    "lm_eval.evaluator": _watch_evaluations,
+}
 
 
 _previous_excepthook: Any = None
@@ -179,12 +202,15 @@ def _shorten_errors() -> None:
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """On lm_eval's command line, an error of ours is a message to its user: print that, and not our call stack."""
-    errors = sys.modules.get("sdar_lm_eval.errors")
-    ours = errors is not None and isinstance(error, errors.SDARError)
-    if ours and _is_command_line() and os.environ.get("SDAR_LM_EVAL_TRACEBACK", "0") in ("", "0"):
-        print(f"sdar_lm_eval: error: {error}", file=sys.stderr)
-    else:
+    message = None
+    if _is_command_line() and os.environ.get("SDAR_LM_EVAL_TRACEBACK", "0") in ("", "0"):
+        from sdar_lm_eval import command_line
+
+        message = command_line.message_of(error)
+    if message is None:
         _previous_excepthook(kind, error, trace)
+    else:
+        print(f"sdar_lm_eval: error: {message}", file=sys.stderr)
 
 
 def _is_command_line() -> bool:

@@ -26,7 +26,8 @@ Blocks with more subsets than `mc_samples` are sampled; the estimate has the sam
 Sources: Block Diffusion, arXiv 2503.09573, section 3; the weights by integrating its continuous-time bound; the orders
 from Autoregressive Diffusion Models, arXiv 2110.02037.
 
-Plain Python: an engine runs the rows of a `Plan` and hands their log-probabilities to `Plan.result`.
+An engine runs the rows of a `Plan` and hands the sums of their log-probabilities to `Plan.result`. A block may have a
+million rows, so they are kept as packed bits, and made into tokens a few at a time.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
 
-# Two draws of one stratum: (position among the patterns or rows, weight of the draw), twice.
-Pair = tuple[tuple[int, float], tuple[int, float]]
+TOGETHER = 1 << 14  # rows that are unpacked at once
 
 
 @dataclass(frozen=True)
@@ -61,68 +64,144 @@ class Pattern:
     weight: float
 
 
-@dataclass(frozen=True)
-class Row:
-    """One block with some of its tokens masked, to be run once.
+@dataclass(frozen=True, eq=False)
+class Patterns(Sequence[Pattern]):
+    """R different patterns of a block with m scored tokens, in ceil(m / 8) + 8 bytes each.
 
     Attributes:
-        start: position of the block's first token.
-        tokens: the block, (L,), with the mask token where it is masked.
-        scored: (place in the block, the true token there), by place.
-        weight: of the sum of the log-probabilities of `scored`.
-        is_suffix: whether all from the first of `scored` on is masked and nothing before: what sequential decoding sees
-            when it decides that token.
+        m: scored tokens of the block.
+        bits: (R, ceil(m / 8)) uint8, one bit a token, the first token's in the lowest bit of the first byte.
+        weights: (R,) float64.
+        whole: of that many patterns, the first ones, all masked tokens are scored; of the others the first masked one.
+    """
+
+    m: int
+    bits: Any
+    weights: Any
+    whole: int
+
+    @classmethod
+    def of(cls, m: int, masked: bytes, weights: Any, whole: int) -> Patterns:
+        """From the bytes of `bits`, row after row."""
+        bits = np.frombuffer(masked, dtype=np.uint8).reshape(-1, _bytes_of(m))
+        return cls(m, bits, np.asarray(weights, dtype=np.float64), whole)
+
+    def __len__(self) -> int:
+        return len(self.bits)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        masked, scored = (tuple(array[0].nonzero()[0].tolist()) for array in self.unpacked(np.array([i])))
+        return Pattern(masked, scored, float(self.weights[i]))
+
+    def unpacked(self, rows: Any) -> tuple[Any, Any]:
+        """Of some patterns (r,): which tokens are masked, and which of those are scored; (r, m) bool each."""
+        masked = np.unpackbits(self.bits[rows], axis=1, count=self.m, bitorder="little").astype(bool)
+        first = np.zeros_like(masked)
+        first[np.arange(len(masked)), masked.argmax(axis=1)] = True
+        return masked, np.where((rows < self.whole)[:, None], masked, first)
+
+    def suffixes(self) -> Any:
+        """Which patterns mask all from a token on and nothing before: what sequential decoding sees; (R,) bool."""
+        parts = [np.zeros(0, dtype=bool)]
+        for start in range(0, len(self), TOGETHER):
+            masked, _ = self.unpacked(np.arange(start, min(start + TOGETHER, len(self))))
+            parts.append(masked.sum(axis=1) == self.m - masked.argmax(axis=1))
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs of draws, each pair from one stratum of the noise level.
+
+    Attributes:
+        rows: (P, 2) int64, whose pattern each draw has.
+        weights: (P, 2) float64, of each draw.
+    """
+
+    rows: Any
+    weights: Any
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A block with scored tokens, to be run once with each of some patterns.
+
+    Attributes:
+        start: position of its first token.
+        tokens: (L,) int64, clean, with the mask token behind the text's end.
+        given: leading tokens that are the context's.
+        patterns: of the tokens behind those.
+        pairs: the draws, where the patterns were sampled.
     """
 
     start: int
-    tokens: tuple[int, ...]
-    scored: tuple[tuple[int, int], ...]
-    weight: float
-    is_suffix: bool
+    tokens: Any
+    given: int
+    patterns: Patterns
+    pairs: Pairs | None = None
+
+    def masked(self, rows: Any, mask_token_id: int) -> Any:
+        """The block with the patterns of some rows (r,) masked: (r, L) int64."""
+        tokens = np.tile(self.tokens, (len(rows), 1))
+        masked, _ = self.patterns.unpacked(rows)
+        tokens[:, self.given : self.given + self.patterns.m][masked] = mask_token_id
+        return tokens
+
+    def scored(self, rows: Any) -> tuple[Any, Any, Any]:
+        """What is asked of some rows (r,), by row and place: (index among `rows`, place in the block, true token)."""
+        _, scored = self.patterns.unpacked(rows)
+        index, place = scored.nonzero()
+        place = place + self.given
+        return index, place, self.tokens[place]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The forwards that one request's score is made of.
 
     Attributes:
         context: the clean tokens of the context's whole blocks.
         clean: the tokens after them up to the last scored block: whole blocks.
-        rows: what is run given the clean tokens before it.
-        pairs: the draws of sampled blocks, by position in `rows`.
+        blocks: what is run given the clean tokens before it.
     """
 
     context: tuple[int, ...]
     clean: tuple[int, ...]
-    rows: tuple[Row, ...]
-    pairs: tuple[Pair, ...] = ()
+    blocks: tuple[Block, ...]
 
-    def result(
-        self,
-        log_probabilities: Sequence[float],
-        is_argmax: Sequence[bool],
-        *,
-        clean_tokens: int,
-        noised_tokens: int,
-    ) -> ScoreResult:
+    @property
+    def num_rows(self) -> int:
+        """Masked blocks to be run."""
+        return sum(len(block.patterns) for block in self.blocks)
+
+    def result(self, sums: Any, is_argmax: Any, *, clean_tokens: int, noised_tokens: int) -> ScoreResult:
         """Put the score together.
 
         Args:
-            log_probabilities: of each row's scored tokens, row after row, in nats.
-            is_argmax: whether each of them is the most probable token there.
+            sums: (rows,) float64, of each row's scored log-probabilities in nats, block after block.
+            is_argmax: (rows,) bool, whether the first scored token of each row is the most probable one there.
             clean_tokens, noised_tokens: see `ScoreResult`.
         """
-        sums, greedy, place = [], True, 0
-        for row in self.rows:
-            sums.append(math.fsum(log_probabilities[place : place + len(row.scored)]))
-            greedy = greedy and (not row.is_suffix or bool(is_argmax[place]))
-            place += len(row.scored)
-        assert place == len(log_probabilities) == len(is_argmax)
-        variance = math.fsum((v * sums[a] - w * sums[b]) ** 2 for (a, v), (b, w) in self.pairs)
+        assert len(sums) == len(is_argmax) == self.num_rows
+        products, squares, greedy, end = [], [], True, 0
+        for block in self.blocks:
+            begin, end = end, end + len(block.patterns)
+            of_block = sums[begin:end]
+            products.append(block.patterns.weights * of_block)
+            greedy = greedy and bool(is_argmax[begin:end][block.patterns.suffixes()].all())
+            if block.pairs is not None:
+                first, second = (block.pairs.weights * of_block[block.pairs.rows]).T
+                squares.append(first - second)
         return ScoreResult(
-            log_likelihood=math.fsum(row.weight * total for row, total in zip(self.rows, sums, strict=True)),
+            log_likelihood=math.fsum(_floats(products)),
             is_greedy=greedy,
-            standard_error=math.sqrt(variance),
+            standard_error=math.sqrt(math.fsum(difference**2 for difference in _floats(squares))),
             clean_tokens=clean_tokens,
             noised_tokens=noised_tokens,
         )
@@ -134,13 +213,12 @@ def plan(request: ScoreRequest, config: LikelihoodConfig, mask_token_id: int) ->
     tokens = request.context_ids + request.continuation_ids
     begin = len(request.context_ids)
     first, last = begin // length * length, (len(tokens) - 1) // length * length
-    rows: list[Row] = []
-    pairs: list[Pair] = []
+    blocks = []
     for start in range(first, last + 1, length):
         block = tokens[start : start + length]
         given = max(begin - start, 0)
         m = len(block) - given
-        of_block: tuple[Pair, ...] = ()
+        pairs: Pairs | None = None
         if config.method == "chain":
             patterns = chain_patterns(m)
         elif 2**m - 1 <= config.mc_samples:
@@ -148,15 +226,10 @@ def plan(request: ScoreRequest, config: LikelihoodConfig, mask_token_id: int) ->
         else:
             # By the context and not the continuation, so that a question's answers meet the same masks.
             seed = _seed_of(config.seed, request.context_ids, start, m)
-            patterns, of_block = sampled_patterns(m, config.mc_samples, random.Random(seed))
-        pairs += (((len(rows) + a, v), (len(rows) + b, w)) for (a, v), (b, w) in of_block)
-        for pattern in patterns:
-            row = list(block) + [mask_token_id] * (length - len(block))
-            for j in pattern.masked:
-                row[given + j] = mask_token_id
-            scored = tuple((given + j, block[given + j]) for j in pattern.scored)
-            rows.append(Row(start, tuple(row), scored, pattern.weight, len(pattern.masked) == m - pattern.masked[0]))
-    return Plan(tokens[:first], tokens[first:last], tuple(rows), tuple(pairs))
+            patterns, pairs = sampled_patterns(m, config.mc_samples, random.Random(seed))
+        padded = np.array([*block, *[mask_token_id] * (length - len(block))], dtype=np.int64)
+        blocks.append(Block(start, padded, given, patterns, pairs))
+    return Plan(tokens[:first], tokens[first:last], tuple(blocks))
 
 
 def most_patterns(config: LikelihoodConfig) -> int:
@@ -168,19 +241,21 @@ def most_patterns(config: LikelihoodConfig) -> int:
 
 
 @functools.cache
-def chain_patterns(m: int) -> tuple[Pattern, ...]:
+def chain_patterns(m: int) -> Patterns:
     """Patterns of `chain`: for each token, itself and all after it masked."""
-    return tuple(Pattern(tuple(range(j, m)), (j,), 1.0) for j in range(m))
+    return Patterns.of(m, b"".join(_packed(range(j, m), m) for j in range(m)), np.ones(m), 0)
 
 
 @functools.lru_cache(maxsize=64)
-def all_patterns(m: int) -> tuple[Pattern, ...]:
+def all_patterns(m: int) -> Patterns:
     """Patterns of `nelbo`, all 2^m - 1 of them."""
     subsets = (s for k in range(1, m + 1) for s in itertools.combinations(range(m), k))
-    return tuple(Pattern(s, s, 1 / (len(s) * math.comb(m, len(s)))) for s in subsets)
+    counts = [math.comb(m, k) for k in range(1, m + 1)]
+    weights = np.repeat([1 / (k * count) for k, count in enumerate(counts, 1)], counts)
+    return Patterns.of(m, b"".join(_packed(s, m) for s in subsets), weights, 2**m - 1)
 
 
-def sampled_patterns(m: int, samples: int, rng: random.Random) -> tuple[tuple[Pattern, ...], tuple[Pair, ...]]:
+def sampled_patterns(m: int, samples: int, rng: random.Random) -> tuple[Patterns, Pairs]:
     """Patterns of `nelbo` drawn by the noise level, and those of `chain` at weight 0, for what is greedy.
 
     The noise level is divided into samples / 2 equal strata with two draws in each: the estimate is unbiased, its
@@ -195,19 +270,53 @@ def sampled_patterns(m: int, samples: int, rng: random.Random) -> tuple[tuple[Pa
     Returns:
         Different patterns with the weights of all their draws; and the pairs of draws, by position in the former.
     """
-    weights: dict[tuple[int, ...], float] = {}
-    draws = []
+    drawn = bytearray()
+    masked = np.zeros(samples, dtype=np.int64)  # how many tokens of each draw
     for i in range(samples):
         level = (i // 2 + rng.random()) / (samples // 2)
-        k = min(int(level * m), m - 1) + 1  # uniform on 1..m
-        masked = tuple(sorted(rng.sample(range(m), k)))
-        weights[masked] = weights.get(masked, 0.0) + m / k / samples
-        draws.append((masked, m / k / samples))
-    position = {masked: i for i, masked in enumerate(weights)}
-    patterns = [Pattern(masked, masked, weight) for masked, weight in weights.items()]
-    patterns += [Pattern(p.masked, p.scored, 0.0) for p in chain_patterns(m) if p.masked not in weights]
-    numbered = [(position[masked], weight) for masked, weight in draws]
-    return tuple(patterns), tuple(zip(numbered[::2], numbered[1::2], strict=True))
+        masked[i] = k = min(int(level * m), m - 1) + 1  # uniform on 1..m
+        drawn += _packed(rng.sample(range(m), k), m)
+    rows = np.frombuffer(drawn, dtype=np.uint8).reshape(samples, -1)
+    # Different draws in order of their first one, and which of them each draw is.
+    _, first, which = np.unique(_as_keys(rows), return_index=True, return_inverse=True)
+    order = first.argsort()
+    number = np.empty_like(order)
+    number[order] = np.arange(len(order))
+    which = number[which.reshape(-1)]
+    of_draw = m / masked / samples
+    weights = np.bincount(which, weights=of_draw, minlength=len(order))
+    unlike = rows[first[order]]
+
+    chain = chain_patterns(m).bits
+    chain = chain[~np.isin(_as_keys(chain), _as_keys(unlike))]
+    patterns = Patterns(
+        m, np.concatenate([unlike, chain]), np.concatenate([weights, np.zeros(len(chain))]), len(unlike)
+    )
+    return patterns, Pairs(which.reshape(-1, 2), of_draw.reshape(-1, 2))
+
+
+def _bytes_of(m: int) -> int:
+    return -(-m // 8)
+
+
+def _packed(masked: Iterable[int], m: int) -> bytes:
+    """One row of `Patterns.bits`."""
+    return sum(1 << j for j in masked).to_bytes(_bytes_of(m), "little")
+
+
+def _as_keys(rows: Any) -> Any:
+    """Rows of bytes (R, W) as R values that numpy sorts and compares."""
+    width = rows.shape[1]
+    keys = np.zeros((len(rows), max(width, 8) if width <= 8 else width), dtype=np.uint8)
+    keys[:, :width] = rows
+    return keys.view(np.uint64 if width <= 8 else np.dtype((np.void, width))).reshape(-1)
+
+
+def _floats(arrays: Iterable[Any]) -> Iterator[float]:
+    """Numbers of arrays as Python's, which take more memory, a few at a time."""
+    for array in arrays:
+        for start in range(0, len(array), TOGETHER):
+            yield from array[start : start + TOGETHER].tolist()
 
 
 def _seed_of(seed: int, context: tuple[int, ...], start: int, m: int) -> int:

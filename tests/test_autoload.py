@@ -478,6 +478,41 @@ def test_errors_of_others_go_to_the_hook_before_ours(sandbox: Sandbox) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, "theirs x\n", "")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ("--model sdarr", "ValueError(\"Attempted to load model 'sdarr', but no model for this name found!\")",
+         "--model sdarr is unknown. Did you mean 'sdar'? This package's: sdar, sdar-jetengine, sdar-lmdeploy."),
+        ("--model sdar --tasks gsm8k_sdr", "ValueError('Tasks not found: gsm8k_sdr')",
+         "--tasks: gsm8k_sdr is unknown. Did you mean 'gsm8k_sdar'? `lm_eval ls tasks` lists all."),
+        ("--model=sdar", "KeyboardInterrupt()", "interrupted before any answer was made."),
+        ("", "__import__('sdar_lm_eval.errors').errors.Interrupted('3 of 5 are kept')", "3 of 5 are kept"),
+    ],
+)  # fmt: skip
+def test_slips_of_the_pen_with_our_models_are_one_line(sandbox: Sandbox, arguments: str, error: str, says: str) -> None:
+    command = commands(sandbox, f"import lm_eval.models\nraise {error}")["lm_eval"]
+    done = sandbox.run(*command, *arguments.split())
+    assert done.returncode != 0
+    assert done.stderr == f"sdar_lm_eval: error: {says}\n"
+
+
+@pytest.mark.parametrize("arguments", ["", "--model hf", "--model"])
+def test_slips_of_the_pen_with_others_models_are_lm_eval_s_business(sandbox: Sandbox, arguments: str) -> None:
+    command = commands(sandbox, "import lm_eval.models\nraise ValueError('Tasks not found: gsm8k_sdr')")["lm_eval"]
+    done = sandbox.run(*command, *arguments.split())
+    assert done.stderr.startswith("Traceback") and done.stderr.endswith("ValueError: Tasks not found: gsm8k_sdr\n")
+
+
+@pytest.mark.parametrize(("arguments", "policy"), [("--model sdar", "PASSIVE"), ("--model hf", "None"), ("", "None")])
+def test_threads_of_a_command_of_our_models_sleep_while_they_wait(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, arguments: str, policy: str
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    command = commands(sandbox, "import os; print(os.environ.get('OMP_WAIT_POLICY'))")["lm_eval"]
+    assert sandbox.run(*command, *arguments.split()).stdout == f"{policy}\n"
+    assert sandbox.run(*command, *arguments.split(), OMP_WAIT_POLICY="ACTIVE").stdout == "ACTIVE\n"
+
+
 def test_the_hook_is_not_there_before_lm_eval_is(sandbox: Sandbox) -> None:
     sandbox.python(
         INSTALL + "assert sys.excepthook is sys.__excepthook__\n"

@@ -7,10 +7,12 @@ import functools
 import itertools
 import math
 import random
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -126,6 +128,7 @@ def test_patterns_by_hand() -> None:
     assert [(p.masked, p.scored, p.weight) for p in chain_patterns(3)] == [
         ((0, 1, 2), (0,), 1.0), ((1, 2), (1,), 1.0), ((2,), (2,), 1.0)
     ]  # fmt: skip
+    assert [(p.masked, p.scored) for p in all_patterns(2)] == [((0,), (0,)), ((1,), (1,)), ((0, 1), (0, 1))]
     assert [(p.masked, p.weight) for p in all_patterns(2)] == [((0,), 0.5), ((1,), 0.5), ((0, 1), 0.5)]
     weights = {len(p.masked): p.weight for p in all_patterns(4)}
     assert weights == pytest.approx({1: 1 / 4, 2: 1 / 12, 3: 1 / 12, 4: 1 / 4})
@@ -154,13 +157,53 @@ def test_sampled_patterns_have_the_mean_of_all() -> None:
         assert mean[pattern.masked] == pytest.approx(pattern.weight, rel=0.25)
 
 
+@pytest.mark.parametrize(("m", "samples"), [(1, 8), (5, 16), (8, 200), (9, 300), (32, 100), (70, 64)])
+def test_sampled_patterns_are_counted_one_by_one(m: int, samples: int) -> None:
+    """Weights to the bit, since sums of them depend on the order."""
+    rng = random.Random(m)
+    weights: dict[tuple[int, ...], float] = {}
+    draws = []
+    for i in range(samples):
+        k = min(int((i // 2 + rng.random()) / (samples // 2) * m), m - 1) + 1
+        masked = tuple(sorted(rng.sample(range(m), k)))
+        weights[masked] = weights.get(masked, 0.0) + m / k / samples
+        draws.append((masked, m / k / samples))
+    numbers = {masked: i for i, masked in enumerate(weights)}
+    patterns, pairs = sampled_patterns(m, samples, random.Random(m))
+    of_chain = [p.masked for p in chain_patterns(m) if p.masked not in weights]
+    assert [(p.masked, p.scored, p.weight) for p in patterns] == [
+        *((masked, masked, weight) for masked, weight in weights.items()), *((p, p[:1], 0.0) for p in of_chain)
+    ]  # fmt: skip
+    assert pairs.rows.flatten().tolist() == [numbers[masked] for masked, _ in draws]
+    assert pairs.weights.flatten().tolist() == [weight for _, weight in draws]
+    assert patterns.suffixes().tolist() == [p.masked == tuple(range(p.masked[0], m)) for p in patterns]
+
+
+def test_many_masks_take_little_memory(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred bytes for each; a million of them as objects took 11.8 GB."""
+    monkeypatch.setattr(
+        Scoring,
+        "_forward",
+        lambda self, s, _: torch.zeros(len(s), max(a.size[1] for a in s), engine._model.config.hidden_size),
+    )
+    (request,) = requests_of([(32, 32)])
+    peaks = []
+    for samples in (2**12, 2**14):
+        tracemalloc.start()
+        score(engine, [request], 32, "nelbo", mc_samples=samples)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / (2**14 - 2**12) < 400
+
+
 def test_the_answers_of_a_question_meet_the_same_masks() -> None:
     context = tuple(range(9))
 
     def masks(context: tuple[int, ...], continuation: tuple[int, ...], **changed: int) -> list[tuple[int, ...]]:
         settings = LikelihoodConfig("nelbo", **({"mc_samples": 16, "block_length": 8} | changed))
-        rows = plan(ScoreRequest(context, continuation), settings, mask_token_id=99).rows
-        return [tuple(place for place, token in enumerate(row.tokens) if token == 99) for row in rows]
+        blocks = plan(ScoreRequest(context, continuation), settings, mask_token_id=99).blocks
+        rows = [row for block in blocks for row in block.masked(np.arange(len(block.patterns)), 99).tolist()]
+        return [tuple(place for place, token in enumerate(row) if token == 99) for row in rows]
 
     assert masks(context, (1,) * 7) == masks(context, (2,) * 7)
     assert masks(context, (1,) * 7) != masks((*context[:-1], 50), (1,) * 7)
@@ -346,7 +389,7 @@ def test_a_context_is_computed_once_for_all_its_answers(engine: NativeEngine) ->
 def test_a_block_has_as_many_patterns_as_a_batch_is_laid_out_for(length: int, method: str, samples: int) -> None:
     config = LikelihoodConfig(method, samples, length)
     (request,) = requests_of([(length, length)])
-    rows = len(plan(request, config, MASK).rows)
+    rows = plan(request, config, MASK).num_rows
     assert most_patterns(config) - length < rows <= most_patterns(config)
 
 
@@ -437,6 +480,51 @@ def test_logits_that_are_not_numbers(folder: Path) -> None:
     engine._model.lm_head.weight[:] = torch.nan
     with pytest.raises(EngineError, match="logits are not finite numbers"):
         score(engine, requests_of([(4, 4)]), 4)
+
+
+@pytest.mark.parametrize("method", ["chain", "nelbo"])
+def test_one_text_without_numbers_costs_the_others_nothing(folder: Path, method: str) -> None:
+    """They share its context, its batch and its forwards; one that shares its bad context fails too."""
+    engine, bad = open_engine(folder), 4
+    rng = random.Random(0)
+    contexts = [some(rng, n, below=bad) for n in (4, 9, 30)]
+    good = [ScoreRequest(c, some(rng, m, below=bad)) for c in contexts for m in (1, 3, 6)]
+    expected = score(engine, good, 4, method)
+    engine._model.model.embed_tokens.weight[bad] = torch.nan
+    tainted = [ScoreRequest(contexts[0], (1, bad, 2, 3)), ScoreRequest((bad, *contexts[1]), (1,))]
+    tainted.append(ScoreRequest((bad, *contexts[1]), (2, 3)))
+    results = {}
+    with pytest.raises(EngineError, match=r"^3 of 12 requests .*Number 0, 4, 11: the model's logits are not finite"):
+        results.update(
+            engine.score([tainted[0], *good[:3], tainted[1], *good[3:], tainted[2]], LikelihoodConfig(method))
+        )
+    order = [1, 2, 3, 5, 6, 7, 8, 9, 10]
+    assert sorted(results) == order
+    for i, wanted in zip(order, expected, strict=True):
+        assert results[i].log_likelihood == pytest.approx(wanted.log_likelihood, rel=1e-5, abs=1e-5)
+        assert results[i].is_greedy == wanted.is_greedy
+    assert [r.log_likelihood for r in score(engine, good, 4, method)] == [r.log_likelihood for r in expected]
+
+
+def test_a_run_inside_another_is_refused(engine: NativeEngine) -> None:
+    requests = requests_of([(4, 4), (5, 3), (40, 40)])
+    generation = [GenerationRequest((1, 2, 3), new, DecodingConfig(4, temperature=0)) for new in (2, 40)]
+    for first in (engine.score(requests, LikelihoodConfig()), engine.generate(generation)):
+        next(first)  # type: ignore[call-overload]
+        for second in (engine.score(requests, LikelihoodConfig()), engine.generate(generation)):
+            with pytest.raises(EngineError, match="in the middle of another run"):
+                next(second)  # type: ignore[call-overload]
+        first.close()  # type: ignore[attr-defined]
+    assert len(score(engine, requests, 4)) == 3
+
+
+def test_the_cpus_own_error_is_out_of_memory_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(Scoring, "_forward", fails)
+    with pytest.raises(EngineError, match="out of memory on cpu while scoring"):
+        score(open_engine(folder), requests_of([(4, 4)]), 4)
 
 
 def test_empty_requests_are_refused() -> None:

@@ -119,7 +119,7 @@ def test_the_command_line_scores_multiple_choice_and_perplexity(data: Path, monk
     choices = 4 * DOCUMENTS + 4 * sum(len(list(path.open())) for path in data.glob("results/*/samples_mmlu*.jsonl"))
     assert info["likelihood"] == "chain"
     assert info["run"]["likelihoods"]["requests"] == choices + 2 * DOCUMENTS
-    trace = [json.loads(line) for line in Path("trace.jsonl").read_text().splitlines()]
+    _, *trace = map(json.loads, Path("trace.jsonl").read_text().splitlines())
     assert len(trace) == choices + 2 * DOCUMENTS
     assert len({(line["task"], line["document"]) for line in trace}) >= 4 * DOCUMENTS
     assert all(line["log_likelihood"] < 0 and line["standard_error"] == 0 for line in trace)

@@ -21,9 +21,9 @@ import bisect
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 
@@ -194,6 +194,36 @@ def check_bool(name: str, value: Any) -> bool:
     return value
 
 
+def not_finite(dtype: str) -> str:
+    """Why a request has no answer whose logits are no numbers, and what to do."""
+    return (
+        f"the model's logits are not finite numbers (dtype {dtype.removeprefix('torch.')}). float16 overflows in some "
+        "models: use dtype=bfloat16 or float32. Else the weights are bad."
+    )
+
+
+def check_rope(checkpoint: Checkpoint) -> None:
+    """Refuse a rotary embedding whose frequencies are chosen by the longest sequence of a batch.
+
+    An answer would depend on what runs beside it. Source: dynamic_rope_update in transformers' modeling_rope_utils.py,
+    which recomputes the frequencies of "dynamic" types and of longrope; those of all other types are constants.
+
+    Raises:
+        UserError: the checkpoint asks for one.
+    """
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = checkpoint.config.get(key)
+        if not isinstance(rope, Mapping):
+            continue
+        kind = str(rope.get("rope_type", rope.get("type", "default")))
+        if "dynamic" in kind or kind == "longrope":
+            raise UserError(
+                f"checkpoint {checkpoint.name!r} has rope_type={kind!r} in its config.json: its rotary frequencies "
+                "depend on the longest sequence of a batch, so answers would depend on what runs beside them. Choose "
+                "a type with constant frequencies (default, linear, yarn, llama3)."
+            )
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """One prompt to be continued.
@@ -280,8 +310,8 @@ def end_of_answer(
             count, reason = place, "stop"
             break
 
-    # A stop string's n characters are at most 4n bytes, so at most 4n earlier tokens matter.
-    window = 4 * max(map(len, request.stop_strings), default=0)
+    # Every token with text has a byte of it or more, so a stop string of n bytes begins at most n tokens earlier.
+    window = max((len(string.encode(errors="surrogatepass")) for string in request.stop_strings), default=0)
     before = list(earlier[-window:]) if window else []
 
     def stopped(length: int) -> bool:
@@ -291,6 +321,11 @@ def end_of_answer(
     if request.stop_strings and stopped(count):
         count, reason = bisect.bisect_left(range(count), True, key=stopped), "stop"
     return count, reason
+
+
+Result = TypeVar("Result")
+Results = Generator[tuple[int, Result], None, None]
+"""(position in the requests, result) as each finishes; closing it ends the run."""
 
 
 class Engine(Protocol):
@@ -307,7 +342,7 @@ class Engine(Protocol):
             UserError, EngineError: as `generate`.
         """
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> Results[GenerationResult]:
         """Run all requests; yield (position in `requests`, result) as each finishes, in any order.
 
         Raises:
@@ -402,7 +437,7 @@ class ScoreResult:
 class Scorer(Protocol):
     """What an engine has that computes log-likelihoods."""
 
-    def score(self, requests: Sequence[ScoreRequest], config: LikelihoodConfig) -> Iterator[tuple[int, ScoreResult]]:
+    def score(self, requests: Sequence[ScoreRequest], config: LikelihoodConfig) -> Results[ScoreResult]:
         """Score all requests; yield (position in `requests`, result) as each finishes, in any order.
 
         Raises:

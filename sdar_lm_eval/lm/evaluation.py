@@ -58,13 +58,16 @@ class SentPrompts:
     Attributes:
         tokens: document -> hashes of its requests' token ids.
         example: the first prompt as text.
+        templated_by: who put the prompts into the chat template.
     """
 
     tokens: dict[int, list[str]] = field(default_factory=dict)
     example: str | None = None
+    templated_by: TemplatedBy | None = None
 
-    def add(self, document: int, prompt: str, token_ids: Sequence[int]) -> None:
+    def add(self, document: int, prompt: str, token_ids: Sequence[int], templated_by: TemplatedBy | None) -> None:
         """Note a request."""
+        self.templated_by = templated_by
         self.tokens.setdefault(document, []).append(hashlib.sha256(json.dumps(token_ids).encode()).hexdigest()[:16])
         self.example = prompt if self.example is None else self.example
 
@@ -107,7 +110,7 @@ def facts_of_evaluation(ranks: Sequence[Evaluation], template_hash: str | None) 
     for name in dict.fromkeys(name for of_rank in ranks for name in of_rank.sent):
         sent = [of_rank.sent[name] for of_rank in ranks if name in of_rank.sent]
         tokens = {document: hashes for of_rank in sent for document, hashes in of_rank.tokens.items()}
-        by = tasks[name].templated_by if name in tasks else None
+        by = sent[0].templated_by
         prompts[name] = {
             "chat_template_applied_by": by,
             "chat_template_sha256": template_hash if by else None,
@@ -136,6 +139,9 @@ class Watched(Protocol):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation."""
 
+    def check_cache(self, path: str) -> None:
+        """Refuse a file of `--use_cache` that cannot be used."""
+
     def evaluation_begins(self, cached: bool) -> None:
         """An evaluation begins; `cached`: lm_eval keeps its answers (`--use_cache`)."""
 
@@ -157,6 +163,10 @@ def watch(evaluator: ModuleType) -> None:
         model = getattr(lm, "lm", lm)  # --use_cache wraps the model
         if not isinstance(model, Watched):
             return evaluate(*args, **kwargs)
+        if (limit := call.arguments.get("limit")) is not None and limit <= 0:
+            raise UserError(
+                f"--limit {limit:g}: give a number of documents above 0, or a part of them between 0 and 1."
+            )
         tasks = list(_tasks_of(call.arguments["task_dict"]))
         if samples := call.arguments.get("samples"):
             call.arguments["samples"] = _ascending(samples, [task.config.task for task in tasks])
@@ -168,6 +178,22 @@ def watch(evaluator: ModuleType) -> None:
 
     telling.tells_watched_models = True  # type: ignore[attr-defined]
     evaluator.evaluate = telling  # type: ignore[attr-defined]
+    _watch_caches()
+
+
+def _watch_caches() -> None:
+    """Have a watched model look at the file of `--use_cache` first: SQLite's own errors there come from a thread."""
+    from lm_eval.api.model import CachingLM
+
+    init = CachingLM.__init__
+
+    @functools.wraps(init)
+    def checking(self: Any, lm: Any, cache_db: str) -> None:
+        if isinstance(lm, Watched):
+            lm.check_cache(cache_db)
+        init(self, lm, cache_db)
+
+    CachingLM.__init__ = checking
 
 
 def _tasks_of(found: Any) -> Iterator[Any]:

@@ -31,7 +31,7 @@ from sdar_lm_eval.lm.jobs import Job, Jobs
 from sdar_lm_eval.lm.likelihoods import Kind, Likelihoods, ScoreJob, record_of, result_of
 from sdar_lm_eval.lm.prompts import CHAT_TEMPLATE_MODES, Prompts
 from sdar_lm_eval.lm.ranks import Ranks
-from sdar_lm_eval.lm.store import CacheFile, Place, Store, bypass
+from sdar_lm_eval.lm.store import CacheFile, Place, Store, bypass, check_cache
 from sdar_lm_eval.report.counts import Counts
 from sdar_lm_eval.report.live import Live
 from sdar_lm_eval.report.run import Progress
@@ -246,7 +246,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         jobs = list(asked.jobs.values())
         live = Live((job.instance for job in jobs), len(jobs), whole=self._world_size == 1)
         for place, job in enumerate(jobs):
-            evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids)
+            evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
             if (record := self._store.get(job.key)) is not None:
                 answers[place] = record["text"]
                 counts.count(job.task, stored_requests=1)
@@ -261,8 +261,9 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         )
         self._prepare([jobs[place].request for place in missing])
         progress = Progress(counts, len(jobs), len(answers), self._rank == 0 and not disable_tqdm, live)
-        with self._round(progress, answers, len(jobs)):
-            for index, result in self._engine.generate([jobs[place].request for place in missing]):
+        run = contextlib.closing(self._engine.generate([jobs[place].request for place in missing]))
+        with self._round(progress, answers, len(jobs)), run as results:
+            for index, result in results:
                 job = jobs[missing[index]]
                 text = job.cut(self.tok_decode(result.token_ids))
                 cost = cost_of(result, prompt_tokens=len(job.request.prompt_ids))
@@ -321,9 +322,8 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         missing = []  # (job, place among its pieces)
         for job in jobs:
             for place, (piece, key) in enumerate(zip(job.pieces, job.keys, strict=True)):
-                evaluation.sent_of(job.task).add(
-                    job.document, str(job.instance.args[0]), (*piece.context_ids, *piece.continuation_ids)
-                )
+                tokens = (*piece.context_ids, *piece.continuation_ids)
+                evaluation.sent_of(job.task).add(job.document, str(job.instance.args[0]), tokens, job.templated_by)
                 if (record := self._store.get(key)) is not None:
                     job.results[place] = result_of(record)
                 else:
@@ -338,15 +338,15 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         if stored := sum(bool(job.pieces) for job in jobs if job.finished):
             logger.info("%d of %d log-likelihoods are there already, and are not computed again.", stored, len(jobs))
         progress = Progress(counts, len(jobs), len(finished), self._rank == 0 and not disable_tqdm, None)
-        with self._round(progress, finished, len(jobs)):
-            for index, result in scorer.score([job.pieces[place] for job, place in missing], self._likelihood):
+        run = contextlib.closing(scorer.score([job.pieces[place] for job, place in missing], self._likelihood))
+        with self._round(progress, finished, len(jobs)), run as results:
+            for index, result in results:
                 job, place = missing[index]
                 self._store.put(job.keys[place], record_of(result))
                 job.results[place] = result
                 if job.finished:
                     finished[id(job)] = None
-                    tokens = sum(len(piece.continuation_ids) for piece in job.pieces)
-                    counts.add_score(job.task, job.total(), tokens)
+                    counts.add_score(job.task, job.total(), sum(len(piece.continuation_ids) for piece in job.pieces))
                     self._trace_score(job, stored=False)
                     progress.step()
         if len(finished) < len(jobs):
@@ -416,6 +416,14 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         )
 
     # Stored answers
+
+    def check_cache(self, path: str) -> None:
+        """Refuse a file of `--use_cache` that cannot be used, before the harness opens it.
+
+        Raises:
+            UserError: says why.
+        """
+        check_cache(path)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Take the harness's cache file; what is read from it and written to it goes by keys of our own.

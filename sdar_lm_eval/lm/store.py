@@ -9,10 +9,12 @@ Records of another fingerprint are left alone, so one place may hold those of se
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
+import os
 import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -162,11 +164,36 @@ class CacheFile:
 
     def put(self, key: str, record: Mapping[str, Any]) -> None:
         """Keep a record."""
-        text = json.dumps(record, ensure_ascii=False)
+        text = json.dumps(record)  # escaped: SQLite takes no lone surrogates
         self._file.execute("INSERT OR REPLACE INTO sdar_records VALUES (?, ?, ?)", (self._fingerprint, key, text))
 
     def close(self) -> None:
         """Nothing: each record is on disk already."""
+
+
+def check_cache(path: str) -> None:
+    """Refuse a file of `--use_cache` that cannot be a cache.
+
+    Raises:
+        UserError: it is no SQLite file, or cannot be made, read or written.
+    """
+    file = Path(path)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and not file.is_file():
+            raise OSError("it is no regular file")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise OSError("it cannot be written")
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("SELECT name FROM sqlite_master").fetchall()
+            database.execute("BEGIN IMMEDIATE")  # whether another process has it
+    except (OSError, sqlite3.Error) as error:
+        told = (
+            error if isinstance(error, sqlite3.Error) or not error.strerror else f"{error.strerror}: {error.filename}"
+        )
+        raise UserError(
+            f"--use_cache {path} cannot be used ({told}). Delete it, give another path, or end what else uses it."
+        ) from error
 
 
 def bypass(harness_cache: Any) -> str:

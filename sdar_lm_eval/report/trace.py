@@ -41,7 +41,10 @@ class Trace:
 
     def _open(self) -> TextIO:
         self._run = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-        names = self._path, self._path.with_name(f"{self._path.stem}-{self._run}{self._path.suffix}")
+        another = f"{self._path.stem}-{self._run}{self._path.suffix}"
+        names = self._path, self._path.parent / another
+        if self._path.is_dir():
+            raise UserError(f"trace={str(self._path)!r} cannot be written: it is a folder. Name a file.")
         for path in names:
             try:
                 file = path.open("x", encoding="utf-8", errors="surrogatepass")

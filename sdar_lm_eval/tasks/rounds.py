@@ -2,21 +2,19 @@
 
 lm-eval puts shots into turns of their own only under `--apply_chat_template --fewshot_as_multiturn true`; else they
 become one text, and a chat model reads them as one turn. A task of this class presents rounds under
-`--apply_chat_template` alone, and without it gives the model a text that knows its turns.
+`--apply_chat_template` alone, and so do the models of this package, which apply it by themselves.
 
 lm-eval opens this file by its path, outside of its package: imports are absolute.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lm_eval.api.task import ConfigurableTask
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.tasks.turns import Turn, TurnsPrompt
 
 
 class RoundsTask(ConfigurableTask):  # type: ignore[misc]
@@ -35,7 +33,7 @@ class RoundsTask(ConfigurableTask):  # type: ignore[misc]
         chat_template: Callable[..., str] | None = None,
         gen_prefix: str | None = None,
     ) -> str:
-        """Return the prompt: what `chat_template` makes of the rounds, or else a `TurnsPrompt`.
+        """Return the prompt: what `chat_template` makes of the rounds, or else one text.
 
         Raises:
             UserError: there are not that many shots.
@@ -46,18 +44,14 @@ class RoundsTask(ConfigurableTask):  # type: ignore[misc]
                 f"{self.config.task} is asked with {num_fewshot} shots, but its {split!r} data has {there}. Complete "
                 f"the data, or run with --num_fewshot {there}."
             )
-        context = functools.partial(
-            super().fewshot_context, doc, num_fewshot, system_instruction=system_instruction, gen_prefix=gen_prefix
+        return str(
+            super().fewshot_context(
+                doc,
+                num_fewshot,
+                system_instruction=system_instruction,
+                apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=apply_chat_template,
+                chat_template=chat_template,
+                gen_prefix=gen_prefix,
+            )
         )
-        in_rounds = functools.partial(context, apply_chat_template=True, fewshot_as_multiturn=True)
-        if apply_chat_template:
-            return str(in_rounds(chat_template=chat_template))
-
-        turns: list[Turn] = []
-
-        def keep(history: list[Turn], **_: Any) -> str:
-            turns.extend(history)
-            return ""
-
-        in_rounds(chat_template=keep)
-        return TurnsPrompt(context(apply_chat_template=False), turns)

@@ -142,6 +142,36 @@ def test_an_answer_may_end_in_the_middle_of_a_block_behind_others():
     assert end_of_answer([5, 7, 4], request, decode, earlier=[1, 2, 3]) == (1, "stop")
 
 
+@given(
+    st.text("ab日本é😀\n", max_size=12),
+    st.lists(st.text("ab日é😀\n", min_size=1, max_size=3), min_size=1, max_size=2),
+    st.integers(1, 8),
+    st.integers(1, 40),
+    st.lists(st.integers(1, 4), min_size=40, max_size=40),
+)
+def test_an_answer_ends_in_the_same_place_in_blocks_and_as_a_whole(text, stops, block, limit, sizes):
+    """Tokens of 1 to 4 bytes, which cut characters anywhere."""
+    data, pieces = text.encode(), []
+    for size in sizes:
+        pieces.append(data[:size])
+        data = data[size:]
+    pieces = [piece for piece in pieces if piece] or [b"a"]
+    request = GenerationRequest((0,), limit, DecodingConfig(), stop_strings=tuple(stops))
+
+    def decode(tokens):
+        return b"".join(pieces[token] for token in tokens).decode(errors="replace")
+
+    tokens = list(range(len(pieces)))
+    ends = [n for n in range(1, min(limit, len(tokens)) + 1) if any(stop in decode(tokens[:n]) for stop in stops)]
+    expected = (ends[0], "stop") if ends else (limit, "length") if limit <= len(tokens) else (len(tokens), "")
+    assert end_of_answer(tokens, request, decode) == expected
+    for begin in range(0, len(tokens), block):
+        count, reason = end_of_answer(tokens[begin : begin + block], request, decode, tokens[:begin])
+        if reason or begin + block >= len(tokens):
+            assert (begin + count, reason) == expected
+            break
+
+
 @pytest.mark.parametrize(
     ("value", "reason"), [(0, "n=0 is out of range: it must be 1 or more"), ("x", "'x' is not a whole")]
 )

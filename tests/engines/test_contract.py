@@ -10,7 +10,7 @@ import asking
 import pytest
 from asking import GREEDY, tokens_of
 
-from sdar_lm_eval import DecodingConfig, GenerationRequest, UserError
+from sdar_lm_eval import DecodingConfig, EngineError, GenerationRequest, UserError
 from sdar_lm_eval.demo import prompts as demo_prompts
 
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential")  # those that all engines have
@@ -76,6 +76,21 @@ def test_an_abandoned_run_leaves_the_engine_usable(open_engine, tiny):
     requests = [GenerationRequest((1, 2, 3, i), 4 + i, GREEDY) for i in range(4)]
     whole = tokens_of(run(engine, requests))
     next(iter(engine.generate(requests)))
+    assert tokens_of(run(engine, requests)) == whole
+
+
+@pytest.mark.parametrize("second", ["generate", "prepare"])
+def test_a_run_inside_another_is_refused(open_engine, tiny, second):
+    engine = open_engine(tiny, max_active=2)
+    requests = [GenerationRequest((1, 2, 3, i), 4 + 4 * i, GREEDY) for i in range(4)]
+    whole = tokens_of(run(engine, requests))
+    first = engine.generate(requests)
+    results = dict([next(first)])
+    for _ in range(2):
+        with pytest.raises(EngineError, match="is in the middle of another run"):
+            list(getattr(engine, second)(requests[:2]) or ())
+    results |= dict(first)
+    assert tokens_of(results[i] for i in range(4)) == whole
     assert tokens_of(run(engine, requests)) == whole
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from asking import ask, rounding_between, run
 from support import random_checkpoint
 
-from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine
+from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, make_engine
 from sdar_lm_eval.demo import golds
 from sdar_lm_eval.engines.base import STRATEGIES
 
@@ -175,3 +177,35 @@ def test_sampled_frequencies_follow_the_softmax(demo, questions, kernels):
     observed = torch.cat([counts[common], counts[~common].sum()[None]])
     wanted_counts = torch.cat([expected[common], expected[~common].sum()[None]])
     assert chisquare(observed, wanted_counts * observed.sum() / wanted_counts.sum()).pvalue > 1e-3
+
+
+def test_kernels_and_graphs_are_there_before_the_first_request(demo, questions):
+    """What compiling takes is part of loading: `prepare` runs short requests, and the first real ones are no slower."""
+    engine = make_engine("native", demo, device="cuda", kernels=True)
+    wanted = requests(demo, questions[:64])
+    engine.prepare(wanted)
+    assert engine._runner._forward_graphs._graphs
+    assert engine._runner._unmask_graphs._graphs
+    assert engine.info["shared_prompt_tokens"] == 0
+    fresh = make_engine("native", demo, device="cuda", kernels=True)
+    assert [r.token_ids for r in run(engine, wanted)] == [r.token_ids for r in run(fresh, wanted)]
+
+
+@KERNELS
+def test_one_request_without_numbers_costs_the_others_nothing(demo, questions, kernels):
+    wanted = requests(demo, questions[:32])
+    expected = tokens(demo, wanted, device="cuda", dtype="float32", kernels=kernels)
+    engine = make_engine("native", demo, device="cuda", dtype="float32", kernels=kernels)
+    bad = next(t for t in range(demo.config["vocab_size"]) if all(t not in r.prompt_ids for r in wanted)
+               and all(t not in answer for answer in expected))  # fmt: skip
+    engine._model.model.embed_tokens.weight = torch.nn.Parameter(
+        engine._model.model.embed_tokens.weight.clone(), requires_grad=False
+    )
+    engine._model.model.embed_tokens.weight[bad] = torch.nan
+    if kernels:
+        engine._runner._decoder._embedding = engine._model.model.embed_tokens.weight
+    poisoned = dataclasses.replace(wanted[0], prompt_ids=(bad, *wanted[0].prompt_ids))
+    results = {}
+    with pytest.raises(EngineError, match=r"1 of 33 requests have no answer.*Number 7: "):
+        results.update(engine.generate([*wanted[:7], poisoned, *wanted[7:]]))
+    assert [results[i].token_ids for i in sorted(results)] == expected

@@ -61,6 +61,12 @@ def prompts(task: Any, **chat: Any) -> list[Any]:
     return [instance.args[0] for instance in task.instances]
 
 
+def conversations(task: Any) -> list[Any]:
+    """The turns that a task asks in under a chat template, document by document."""
+    chat = {"apply_chat_template": True, "chat_template": FixedLM(str).apply_chat_template}
+    return [json.loads(prompt) for prompt in prompts(task, **chat)]
+
+
 def evaluate(answer: Answer, name: str, metadata: dict[str, object] | None = None, **settings: Any) -> Any:
     """Run a task or group, and return its results and what the model was asked."""
     model = FixedLM(answer)

@@ -1,20 +1,16 @@
 from __future__ import annotations
 
-import copy
 import csv
 import json
-import pickle
 from pathlib import Path
 
 import lm_eval
 import miniature
 import pytest
-from scripted import TASKS, evaluate, load_task, manager, prompts
+from scripted import TASKS, conversations, evaluate, load_task, manager, prompts
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.tasks.mmlu import INVALID, answer, filter_first_option, first_option, load, question, score
-from sdar_lm_eval.tasks.turns import TurnsPrompt
 
 # OpenCompass at SDAR c2041a8, opencompass/configs/datasets/mmlu/mmlu_gen_4d595a.py
 ROUND = """There is a single choice question about college biology. Answer the question by replying A, B, C or D.
@@ -65,13 +61,14 @@ def test_more_shots_than_there_are(offline: Path) -> None:
 
 
 def test_other_numbers_of_shots(offline: Path) -> None:
-    _, requests = evaluate(lambda doc: "A", "mmlu_sdar_college_biology", num_fewshot=2, limit=1)
-    assert requests[0][0].turns == _conversation(0)[:4] + _conversation(0)[-1:]
+    _, requests = evaluate(
+        lambda doc: "A", "mmlu_sdar_college_biology", num_fewshot=2, limit=1, apply_chat_template=True
+    )
+    assert json.loads(requests[0][0]) == _conversation(0)[:4] + _conversation(0)[-1:]
 
 
-def test_without_a_chat_template_the_text_knows_its_turns(offline: Path) -> None:
+def test_without_a_chat_template_it_is_one_text(offline: Path) -> None:
     prompt = prompts(load_task("mmlu_sdar_college_biology"))[1]
-    assert prompt.turns == _conversation(1)
     contents = [turn["content"] for turn in _conversation(1)]
     shots = [question + answer for question, answer in zip(contents[:-1:2], contents[1::2], strict=True)]
     assert prompt == "\n".join([*shots, contents[-1]])
@@ -106,10 +103,10 @@ def test_every_prompt_is_the_released_evaluation_s(bench: Path, tmp_path: Path) 
 
     subject = "college_mathematics"  # its fourth shot has such a line break
     shots = as_released(subject, "dev")
-    asked = prompts(load_task(f"mmlu_sdar_{subject}"))
-    users = [[turn["content"] for turn in prompt.turns if turn["role"] == "user"] for prompt in asked]
+    asked = conversations(load_task(f"mmlu_sdar_{subject}"))
+    users = [[turn["content"] for turn in turns if turn["role"] == "user"] for turns in asked]
     assert users == [[*shots, prompt] for prompt in prompts_of[subject]]
-    assert not any("\r" in prompt for prompt in asked)
+    assert not any("\r" in turn["content"] for turns in asked for turn in turns)
 
 
 def test_line_breaks_are_line_feeds(tmp_path: Path) -> None:
@@ -118,14 +115,6 @@ def test_line_breaks_are_line_feeds(tmp_path: Path) -> None:
         miniature.write_jsonl(tmp_path / "virology" / f"{split}.jsonl", [row])
     (found,) = load(subject="virology", mmlu_dir=tmp_path)["test"]
     assert (found["question"], found["choices"]) == ("a\nb\nc\nd", ["1\n", "2", "3", "4\n5"])
-
-
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda prompt: pickle.loads(pickle.dumps(prompt))])
-def test_a_prompt_s_copies_know_their_turns(copied) -> None:
-    prompt = TurnsPrompt("a b", [{"role": "user", "content": "a"}])
-    again = copied(prompt)
-    assert (again, type(again), again.turns) == ("a b", TurnsPrompt, [{"role": "user", "content": "a"}])
-    assert json.dumps([prompt]) == '["a b"]'  # what the harness's cache keys are made from
 
 
 @pytest.mark.parametrize(
@@ -198,19 +187,11 @@ def test_each_subject_counts_once(tmp_path: Path) -> None:
     assert results["n-shot"]["mmlu_sdar_virology"] == 5
 
 
-def test_the_plain_command_asks_in_rounds(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plain_command_asks_in_rounds(offline: Path) -> None:
     """SDAR models put the turns into their own template, so both commands give the model the same text."""
-    encoded: list[str] = []
-    in_template = SDARLM._in_template
-
-    def keep(self: SDARLM, context: str) -> tuple[str, bool]:
-        text, special = in_template(self, context)
-        encoded.append(text)
-        return text, special
-
-    monkeypatch.setattr(SDARLM, "_in_template", keep)
+    turns = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in _conversation(0))
     for chat in (False, True):
-        lm_eval.simple_evaluate(
+        results = lm_eval.simple_evaluate(
             "sdar",
             model_args="pretrained=demo",
             tasks=["mmlu_sdar_college_biology"],
@@ -221,5 +202,6 @@ def test_the_plain_command_asks_in_rounds(offline: Path, monkeypatch: pytest.Mon
             bootstrap_iters=0,
             verbosity="ERROR",
         )
-    turns = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in _conversation(0))
-    assert [text for text in encoded if "choice question" in text] == [f"{turns}<|im_start|>assistant\n"] * 2
+        assert results is not None
+        (told,) = results["config"]["sdar_lm_eval"]["prompts"].values()
+        assert told["example"] == f"{turns}<|im_start|>assistant\n"

@@ -23,7 +23,7 @@ from typing import Any
 
 import miniature
 import pytest
-from scripted import load_task, prompts
+from scripted import conversations, load_task, prompts
 from test_programs import HONEST, WRONG
 
 from sdar_lm_eval.tasks import gsm8k as tasks
@@ -168,7 +168,7 @@ def test_mmlu_prompts(opencompass: Any, conversation: Any, offline: Path) -> Non
         )
         shots = config["infer_cfg"]["retriever"]["fix_id_list"]
         expected = [conversation(config, [dev[i] for i in shots], row) for row in test]
-        assert [prompt.turns for prompt in prompts(load_task(f"mmlu_sdar_{subject}"))] == expected
+        assert conversations(load_task(f"mmlu_sdar_{subject}")) == expected
 
 
 def _answers(pieces: str, seed: int = 0) -> Iterator[str]:

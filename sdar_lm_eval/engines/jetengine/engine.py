@@ -38,6 +38,7 @@ from sdar_lm_eval.engines.base import (
     DecodingConfig,
     GenerationRequest,
     GenerationResult,
+    Results,
     at_least_one,
     check_bool,
     end_of_answer,
@@ -68,6 +69,7 @@ from sdar_lm_eval.engines.jetengine.memory import (
     size_for,
 )
 from sdar_lm_eval.engines.jetengine.versions import INSTALL, find_jetengine
+from sdar_lm_eval.engines.runs import Allowance, Failures, OneRun, is_out_of_memory, warm_up_requests
 from sdar_lm_eval.errors import EngineError, SDARError, UserError
 
 logger = logging.getLogger(__name__)
@@ -143,7 +145,9 @@ class JetEngine:
         self._graphs = not check_bool("enforce_eager", enforce_eager) and self._dialect.graphs
         self._check_checkpoint()
         self._jetengine = _import_jetengine()
+        self._one_run = OneRun("JetEngine")
         self._llm: Any = None
+        self._warm: set[Any] = set()  # groups of settings whose kernels are compiled
         self._workers: list[BaseProcess] = []
         self._size: Size | None = None
         self._splits = True
@@ -260,11 +264,32 @@ class JetEngine:
     # Memory
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        """See `Engine.prepare`: checks the requests and loads the weights, with memory for them."""
-        self._check(requests)
-        if requests:
-            block_length = requests[0].decoding.block_length
-            self._load([request for request in requests if request.decoding.block_length == block_length])
+        """See `Engine.prepare`: checks the requests, loads the weights, with memory for them, and warms up.
+
+        JetEngine compiles at the first steps of a process, which takes up to a minute.
+        """
+        with self._one_run():
+            self._check(requests)
+            if requests:
+                block_length = requests[0].decoding.block_length
+                of_length = [request for request in requests if request.decoding.block_length == block_length]
+                self._load(of_length)
+                groups: dict[Any, list[GenerationRequest]] = {}
+                for request in of_length:
+                    groups.setdefault(_group(request.decoding), []).append(request)
+                for group, alike in groups.items():
+                    if group not in self._warm:
+                        self._warm_up(alike)
+                        self._warm.add(group)
+
+    def _warm_up(self, requests: Sequence[GenerationRequest]) -> None:
+        """Run short requests with the settings of these, and count none of their steps."""
+        assert self._size is not None
+        counted = self._mask_tokens_drawn, self._retries, self._steps, self._eager_steps
+        short = warm_up_requests(requests, min(self._size.max_active, len(requests)))
+        for _ in self._generate_group(short, list(range(len(short))), Failures()):
+            pass
+        self._mask_tokens_drawn, self._retries, self._steps, self._eager_steps = counted
 
     def _load(self, requests: Sequence[GenerationRequest]) -> None:
         """Make JetEngine with room for these requests, which have one block length, unless there is one already.
@@ -287,11 +312,11 @@ class JetEngine:
                 self._llm = self._open(wanted)
         except SDARError:
             raise
-        except torch.OutOfMemoryError as error:
-            raise UserError(self._does_not_fit(wanted, str(error))) from error
         except AssertionError as error:  # its own way to say that no page is left
             raise UserError(self._does_not_fit(wanted, "no memory is left for keys and values")) from error
         except Exception as error:
+            if is_out_of_memory(error):
+                raise UserError(self._does_not_fit(wanted, str(error))) from error
             message = f"JetEngine {self._dialect.version} did not start: {type(error).__name__}: {error}"
             if "address already in use" in message and not self._dialect.several_processes:
                 message += ". One run of it fits a machine at a time, since all take the same port: wait for the other."
@@ -350,6 +375,7 @@ class JetEngine:
             self._llm.exit()
         end_processes(self._workers, PATIENCE)
         self._llm = self._size = None
+        self._warm.clear()
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -422,9 +448,14 @@ class JetEngine:
 
     # Generation
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> Results[GenerationResult]:
         """See `Engine.generate`. Requests are started in the order given, those with like settings together."""
+        with self._one_run():
+            yield from self._generate(requests)
+
+    def _generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
         self._check(requests)
+        failures = Failures()
         for block_length in dict.fromkeys(request.decoding.block_length for request in requests):
             of_length = [i for i, request in enumerate(requests) if request.decoding.block_length == block_length]
             self._load([requests[i] for i in of_length])
@@ -432,7 +463,7 @@ class JetEngine:
             for i in of_length:
                 groups.setdefault(_group(requests[i].decoding), []).append(i)
             for indices in groups.values():
-                yield from self._generate_group(requests, indices)
+                yield from self._generate_group(requests, indices, failures)
         if self._mask_tokens_drawn:
             logger.warning(
                 "JetEngine drew the mask token %d times; answers were made without it.", self._mask_tokens_drawn
@@ -444,12 +475,13 @@ class JetEngine:
                 self._steps,
                 listed(CAPTURED[:5]),
             )
+        failures.raise_if_any(len(requests))
 
     def _generate_group(
-        self, requests: Sequence[GenerationRequest], indices: list[int]
+        self, requests: Sequence[GenerationRequest], indices: list[int], failures: Failures
     ) -> Iterator[tuple[int, GenerationResult]]:
-        """Run requests with like settings; after a standstill, what is left with half as many at a time."""
-        active = self._active([requests[i] for i in indices])
+        """Run requests with like settings; after a standstill with half as many at a time, for a while."""
+        allowance = Allowance(self._active([requests[i] for i in indices]))
         greedy = requests[indices[0]].decoding.greedy
         self._reset_scheduler(greedy)
         seed = _common_seed(requests[i].seed for i in indices)
@@ -459,6 +491,9 @@ class JetEngine:
         running: dict[int, _Started] = {}
         try:
             while waiting or running:
+                active = captured(allowance.now)
+                if waiting and len(running) >= active:
+                    allowance.count_full_step()
                 added = self._admit(requests, waiting, running, active)
                 if self._graphs and not waiting and not added:
                     self._fill_up(len(running), requests[indices[0]])
@@ -471,7 +506,7 @@ class JetEngine:
                         )
                     waiting.extendleft(reversed([started.index for started in running.values()]))
                     running.clear()
-                    active = captured(active // 2)
+                    allowance.cut(active := captured(active // 2))
                     self._retries += 1
                     self._reset_scheduler(greedy)
                     logger.warning(
@@ -480,7 +515,12 @@ class JetEngine:
                     continue
                 for number, tokens in finished:
                     started = running.pop(number)
-                    yield started.index, self._result(requests[started.index], started, tokens)
+                    try:
+                        result = self._result(requests[started.index], started, tokens)
+                    except EngineError as error:
+                        failures.add(started.index, str(error))
+                    else:
+                        yield started.index, result
         finally:
             self._llm.scheduler.consistent_sampling_params = False
 
@@ -540,7 +580,7 @@ class JetEngine:
             with _prints_to_log():
                 finished, progress = self._llm.step()
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) and not self._workers:
+            if is_out_of_memory(error) and not self._workers:
                 torch.cuda.empty_cache()
                 return None
             if self._workers:  # they wait for this process's part of the step
@@ -596,7 +636,7 @@ class JetEngine:
         if self._dialect.returns_prompt:
             length = len(request.prompt_ids)
             if tuple(tokens[:length]) != request.prompt_ids:
-                raise EngineError("JetEngine returned another prompt than it was given. Finished answers are kept.")
+                raise EngineError("JetEngine returned another prompt than it was given.")
             tokens = tokens[length:]
         block_length = request.decoding.block_length
         forwards = self._steps - started.step - (started.prefilled and self._dialect.version == "0.2.0")
@@ -605,8 +645,7 @@ class JetEngine:
         end, reason = end_of_answer(tokens, request, self._checkpoint.decode)
         if not reason:
             raise EngineError(
-                f"JetEngine returned {len(tokens)} of {request.max_new_tokens} tokens, and none that ends the answer. "
-                "Finished answers are kept (--use_cache)."
+                f"JetEngine returned {len(tokens)} of {request.max_new_tokens} tokens, and none that ends the answer."
             )
         answer = tuple(token for token in tokens[:end] if token != mask)
         self._mask_tokens_drawn += end - len(answer)

@@ -42,7 +42,9 @@ from sdar_lm_eval.engines.base import (
     DecodingConfig,
     GenerationRequest,
     GenerationResult,
+    Results,
     at_least_one,
+    check_rope,
     end_of_answer,
     to_number,
 )
@@ -67,6 +69,7 @@ from sdar_lm_eval.engines.lmdeploy.hooks import (
 )
 from sdar_lm_eval.engines.lmdeploy.loop import LoopThread
 from sdar_lm_eval.engines.lmdeploy.requirements import DEVIATIONS, STRATEGIES, executor_for, find_lmdeploy
+from sdar_lm_eval.engines.runs import Failures, OneRun, warm_up_requests
 from sdar_lm_eval.errors import EngineError, UserError
 
 logger = logging.getLogger(__name__)
@@ -81,8 +84,14 @@ PREFILL_TOKENS = 8192  # LMDeploy's default; longer prompts go in chunks of it
 # What sampling needs for each logit: the weights' dtype, a sorted copy, its indices, probabilities.
 BYTES_PER_LOGIT = 24
 LOGITS_SHARE = 0.1  # of a GPU's memory at most
+# What LMDeploy says of one request and not of itself (lmdeploy/messages.py, one folder up: ResponseType).
+OF_ONE_REQUEST = ("INPUT_LENGTH_ERROR", "SESSION_REPEAT", "SESSION_NOT_EXIST", "CANCEL")
 PATIENCE = 60.0  # seconds for requests or an engine to end
 WATCH = 5.0  # seconds between looks at the worker processes, while there is no result
+
+
+class _NoAnswerError(Exception):
+    """One request has no answer; the engine goes on."""
 
 
 class SDARConfig(PretrainedConfig):  # type: ignore[misc]
@@ -157,7 +166,9 @@ class LMDeploy:
                 f"LMDeploy {self._installed.version} cannot be imported: {type(error).__name__}: {error}. Install what "
                 'it lacks, with pip install "sdar-lm-eval[lmdeploy]", or use --model sdar.'
             ) from error
+        self._one_run = OneRun("LMDeploy")
         self._engine: Any = None
+        self._warm: set[Any] = set()  # settings whose kernels are compiled
         self._loop: LoopThread | None = None
         self._workers: list[BaseProcess] = []
         self._fixed: _Fixed | None = None
@@ -236,6 +247,7 @@ class LMDeploy:
         Raises:
             UserError: says what runs it.
         """
+        check_rope(self._checkpoint)
         config = self._checkpoint.config
 
         def refuse(what: str) -> None:
@@ -274,11 +286,24 @@ class LMDeploy:
     # Loading
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        """See `Engine.prepare`: checks the requests and loads the weights, for the first group of settings."""
-        self._check(requests)
-        if requests:
-            groups = self._groups(requests)
-            self._load(next(iter(groups)), requests, len(groups))
+        """See `Engine.prepare`: checks the requests, loads the weights and warms up, for the first settings."""
+        with self._one_run():
+            self._check(requests)
+            if requests:
+                groups = self._groups(requests)
+                fixed, indices = next(iter(groups.items()))
+                self._load(fixed, requests, len(groups))
+                self._check_room(requests)
+                for together in self._together(requests, indices):
+                    key = _draw(requests[together[0]].decoding)
+                    if key not in self._warm:
+                        short = warm_up_requests([requests[i] for i in together], min(self._active, len(together)))
+                        for _ in self._run(short, range(len(short)), Failures()):
+                            pass
+                        self._warm.add(key)
+
+    def _check_room(self, requests: Sequence[GenerationRequest]) -> None:
+        check_lengths(requests, int(self._engine.max_session_len), "LMDeploy has room for")
 
     def _groups(self, requests: Sequence[GenerationRequest]) -> dict[_Fixed, list[int]]:
         """Positions of requests by what the engine is made for; those first that it is made for now."""
@@ -359,6 +384,7 @@ class LMDeploy:
         engine, loop = self._engine, self._loop
         self._engine = self._loop = self._fixed = None
         self._active = 0
+        self._warm.clear()
         if loop is not None:
             try:
                 loop.run(_close(engine), PATIENCE)
@@ -374,18 +400,20 @@ class LMDeploy:
 
     # Running
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> Results[GenerationResult]:
         """See `Engine.generate`.
 
         A request with several stop tokens, or a stop string, is ended by this side as soon as a block completes it.
         """
-        self._check(requests)
-        groups = self._groups(requests)
-        for fixed, indices in groups.items():
-            self._load(fixed, requests, len(groups))
-            check_lengths(requests, int(self._engine.max_session_len), "LMDeploy has room for")
-            for together in self._together(requests, indices):
-                yield from self._run(requests, together)
+        with self._one_run():
+            self._check(requests)
+            groups, failures = self._groups(requests), Failures()
+            for fixed, indices in groups.items():
+                self._load(fixed, requests, len(groups))
+                self._check_room(requests)
+                for together in self._together(requests, indices):
+                    yield from self._run(requests, together, failures)
+            failures.raise_if_any(len(requests))
 
     def _together(self, requests: Sequence[GenerationRequest], indices: Sequence[int]) -> Iterator[list[int]]:
         """Positions of requests that may run at the same time.
@@ -401,13 +429,13 @@ class LMDeploy:
         yield from groups.values()
 
     def _run(
-        self, requests: Sequence[GenerationRequest], indices: Sequence[int]
+        self, requests: Sequence[GenerationRequest], indices: Sequence[int], failures: Failures
     ) -> Iterator[tuple[int, GenerationResult]]:
         """Run requests that may run together; a crash, or a caller who has enough, loses those under way only."""
         results: queue.SimpleQueue[_Result | None] = queue.SimpleQueue()
 
         async def begin() -> asyncio.Task[None]:
-            return asyncio.create_task(self._serve(requests, indices, results.put))
+            return asyncio.create_task(self._serve(requests, indices, results.put, failures))
 
         async def end() -> None:
             task.cancel()
@@ -458,6 +486,7 @@ class LMDeploy:
         requests: Sequence[GenerationRequest],
         indices: Sequence[int],
         put: Callable[[_Result | None], None],
+        failures: Failures,
     ) -> None:
         """Put each result as it is there, None at the end."""
         waiting = deque(indices)
@@ -466,7 +495,10 @@ class LMDeploy:
             instance = self._engine.create_instance()
             while waiting:
                 index = waiting.popleft()
-                put((index, await self._answer(instance, requests[index])))
+                try:
+                    put((index, await self._answer(instance, requests[index])))
+                except _NoAnswerError as error:
+                    failures.add(index, str(error))
 
         workers = [asyncio.create_task(work()) for _ in range(self._at_once([requests[index] for index in indices]))]
         try:
@@ -493,6 +525,8 @@ class LMDeploy:
             async for output in stream:
                 status = output.status.name
                 if status not in ("SUCCESS", "FINISH"):
+                    if status in OF_ONE_REQUEST:
+                        raise _NoAnswerError(f"LMDeploy {self._installed.version} refused it ({status}).")
                     raise EngineError(
                         f"LMDeploy {self._installed.version} stopped ({status}); its log says why. Finished answers "
                         "are kept (--use_cache)."
@@ -507,9 +541,8 @@ class LMDeploy:
             await stream.aclose()
         end, reason = end_of_answer(tokens, request, self._checkpoint.decode)
         if not reason:
-            raise EngineError(
-                f"LMDeploy returned {len(tokens)} of {request.max_new_tokens} tokens, and none that ends the answer. "
-                "Finished answers are kept (--use_cache)."
+            raise _NoAnswerError(
+                f"LMDeploy returned {len(tokens)} of {request.max_new_tokens} tokens, and none that ends the answer."
             )
         forwards = self._forwards.take(session)
         # The pass over a prompt that does not fill a block denoises, and does nothing else.
@@ -529,14 +562,8 @@ class LMDeploy:
         It sees no stop token in the block that begins with the prompt's last tokens (strategies/dllm/sequence.py:
         output_start_pos is where that block ends).
         """
-        if not request.stop_ids.isdisjoint(tokens[-new:]):
-            return True
-        if not request.stop_strings:
-            return False
-        text = self._checkpoint.decode(tokens[-new - max(map(len, request.stop_strings)) :])
-        if not any(string in text for string in request.stop_strings):
-            return False
-        return bool(end_of_answer(tokens, request, self._checkpoint.decode)[1])  # text of all tokens decides
+        before = len(tokens) - new
+        return end_of_answer(tokens[before:], request, self._checkpoint.decode, tokens[:before])[1] == "stop"
 
     def _settings(self, request: GenerationRequest) -> Any:
         """A request's GenerationConfig.

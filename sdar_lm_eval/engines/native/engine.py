@@ -6,8 +6,6 @@ import importlib.util
 import logging
 import os
 import platform
-import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -22,18 +20,22 @@ from sdar_lm_eval.engines.base import (
     GenerationRequest,
     GenerationResult,
     LikelihoodConfig,
+    Results,
     ScoreRequest,
     ScoreResult,
     at_least_one,
     check_bool,
+    check_rope,
     end_of_answer,
+    not_finite,
 )
 from sdar_lm_eval.engines.native import attention
 from sdar_lm_eval.engines.native.pages import PagePool
-from sdar_lm_eval.engines.native.runner import MOST_UNDER_WAY, Runner
+from sdar_lm_eval.engines.native.runner import MOST_UNDER_WAY, Runner, Shape
 from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
 from sdar_lm_eval.engines.native.scoring import Limits, Scoring
 from sdar_lm_eval.engines.native.state import Outcome
+from sdar_lm_eval.engines.runs import Failures, OneRun, is_out_of_memory, peak_of_process, warm_up_requests
 from sdar_lm_eval.errors import EngineError, UserError
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ class NativeEngine:
             comparison.
 
     Raises:
-        UserError: no such device or dtype, or the weights do not fit their config.
+        UserError: no such device or dtype, the weights do not fit their config, or its RoPE depends on the batch.
     """
 
     def __init__(
@@ -79,7 +81,10 @@ class NativeEngine:
         reproducible: bool = False,
         share_prefixes: bool = True,
     ) -> None:
+        check_rope(checkpoint)
         self._checkpoint = checkpoint
+        self._one_run = OneRun("native")
+        self._warm_shape: Shape | None = None  # whose kernels are compiled
         self._device = resolve_device(device)
         self._dtype = _resolve_dtype(dtype, self._device, checkpoint)
         self._max_active = None if max_active is None else at_least_one("max_active", max_active)
@@ -131,19 +136,50 @@ class NativeEngine:
         """See `Engine.peak_memory_bytes`."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+        return peak_of_process()
 
     def prepare(self, requests: SequenceOf[GenerationRequest]) -> None:
-        """See `Engine.prepare`: memory. CUDA graphs are captured as they are needed."""
-        groups = self._groups(requests)
-        if len(groups) == 1:
-            self._allocate(_sequences(requests, groups[0]))
+        """See `Engine.prepare`: memory; on a GPU kernels and the first CUDA graphs, others are captured on the way."""
+        with self._one_run():
+            groups = self._groups(requests)
+            if len(groups) == 1:
+                max_active, _ = self._allocate(_sequences(requests, groups[0]))
+                if self._device.type == "cuda" and self._warm_shape is not self._runner.shape:
+                    self._warm_up(requests, max_active)
+                    self._warm_shape = self._runner.shape
 
-    def generate(self, requests: SequenceOf[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
+    def _warm_up(self, requests: SequenceOf[GenerationRequest], max_active: int) -> None:
+        """Run short requests, so that compiling and capturing does not count as generation."""
+        counted = self._preemptions, self._shared_prompt_tokens
+        short = warm_up_requests(requests, max_active)
+        for _ in self._generate(_sequences(short, list(range(max_active))), []):
+            pass
+        self._preemptions, self._shared_prompt_tokens = counted
+
+    def generate(self, requests: SequenceOf[GenerationRequest]) -> Results[GenerationResult]:
         """See `Engine.generate`. Requests are admitted in the order given."""
-        for together in self._groups(requests):
-            yield from self._generate(_sequences(requests, together))
+        with self._one_run():
+            failures = Failures()
+            for together in self._groups(requests):
+                yield from self._generate_group(requests, together, failures)
+            failures.raise_if_any(len(requests))
+
+    def _generate_group(
+        self, requests: SequenceOf[GenerationRequest], together: list[int], failures: Failures
+    ) -> Iterator[tuple[int, GenerationResult]]:
+        """Run requests together, then those alone whose logits were not numbers: their neighbours' KV may be why.
+
+        What is masked is multiplied by zero, and zero times NaN is NaN: KV that is not numbers spreads by padding, and
+        by pages that had another owner.
+        """
+        suspects: list[int] = []
+        yield from self._generate(_sequences(requests, together), suspects)
+        for index in suspects:
+            self._runner.clear_pages()
+            unanswered: list[int] = []
+            yield from self._generate(_sequences(requests, [index]), unanswered)
+            if unanswered:
+                failures.add(index, not_finite(str(self._dtype)))
 
     def _groups(self, requests: SequenceOf[GenerationRequest]) -> list[list[int]]:
         """Indices of the requests that run together: those of like settings, where results are to be reproducible."""
@@ -152,13 +188,14 @@ class NativeEngine:
             groups.setdefault(request.decoding if self._reproducible else None, []).append(index)
         return list(groups.values())
 
-    def _generate(self, sequences: list[Sequence]) -> Iterator[tuple[int, GenerationResult]]:
+    def _generate(self, sequences: list[Sequence], suspects: list[int]) -> Iterator[tuple[int, GenerationResult]]:
+        """Run sequences; `suspects` gets the indices of those whose logits are not numbers."""
         max_active, pages = self._allocate(sequences)
         pool = PagePool(pages, PAGE_SIZE)
         scheduler = Scheduler(
             sequences, pool, max_active, PREFILL_CHUNK[self._device.type], share_prefixes=self._share_prefixes
         )
-        yield from self._run(scheduler)
+        yield from self._run(scheduler, suspects)
         pool.check_integrity([])
         self._shared_prompt_tokens += scheduler.shared_prompt_tokens
         if scheduler.preemptions:
@@ -185,26 +222,34 @@ class NativeEngine:
         pages = self._pages_for(sequences, max_active)
         try:
             self._runner.allocate(pages, max_active, sequences)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             raise EngineError(self._out_of_memory(pages)) from error
         return max_active, pages
 
-    def score(self, requests: SequenceOf[ScoreRequest], config: LikelihoodConfig) -> Iterator[tuple[int, ScoreResult]]:
+    def score(self, requests: SequenceOf[ScoreRequest], config: LikelihoodConfig) -> Results[ScoreResult]:
         """See `Scorer.score`. `max_active` bounds the requests of a batch, `kv_pages` its clean tokens."""
-        self._runner.release_cache()  # generation and scoring never run at once, and each may need all memory
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # so that what was given back counts as free
-        pages = self._kv_pages or self._pages_in_memory()
-        limits = Limits.on(self._device.type, pages * PAGE_SIZE, self._max_active)
-        try:
-            yield from Scoring(self._model, self._checkpoint.mask_token_id, limits).run(requests, config)
-        except torch.OutOfMemoryError as error:
-            raise EngineError(
-                f"out of memory on {self._device} while scoring. Finished scores are kept (--use_cache); run again "
-                "with max_active (requests at once) or kv_pages, or a smaller max_length."
-            ) from error
+        with self._one_run():
+            self._runner.release_cache()  # generation and scoring never run at once, and each may need all memory
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # so that what was given back counts as free
+            pages = self._kv_pages or self._pages_in_memory()
+            limits = Limits.on(self._device.type, pages * PAGE_SIZE, self._max_active)
+            failures = Failures()
+            try:
+                scoring = Scoring(self._model, self._checkpoint.mask_token_id, limits)
+                yield from scoring.run(requests, config, failures)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise EngineError(
+                    f"out of memory on {self._device} while scoring. Finished scores are kept (--use_cache); run again "
+                    "with max_active (requests at once) or kv_pages, or a smaller max_length."
+                ) from error
+            failures.raise_if_any(len(requests))
 
-    def _run(self, scheduler: Scheduler) -> Iterator[tuple[int, GenerationResult]]:
+    def _run(self, scheduler: Scheduler, suspects: list[int]) -> Iterator[tuple[int, GenerationResult]]:
         """Step after step. On a GPU the next one is launched before the one under way is done.
 
         The device knows by itself which sequences are finished, but for stop strings: those take part in the step that
@@ -219,7 +264,7 @@ class NativeEngine:
             except BaseException as error:
                 yield from finished
                 finished = []
-                if not isinstance(error, torch.OutOfMemoryError):
+                if not is_out_of_memory(error):
                     raise
                 self._make_room(scheduler, error)
                 continue
@@ -233,14 +278,14 @@ class NativeEngine:
                     "happen. Finished answers are kept (--use_cache); run again with a smaller max_active."
                 )
             if under_way and (not launched or len(under_way) == self._most_under_way):
-                finished = self._settle(scheduler, self._runner.collect(), under_way.popleft())
+                finished = self._settle(scheduler, self._runner.collect(), under_way.popleft(), suspects)
                 if self._most_under_way == 1:  # nothing runs meanwhile
                     yield from finished
                     finished = []
         yield from finished
 
     def _make_room(self, scheduler: Scheduler, error: BaseException) -> None:
-        """After an out-of-memory error: go on with half the sequences, and half the prompt tokens a step.
+        """After an out-of-memory error: go on with half the sequences, and half the prompt tokens a step, for a while.
 
         Raises:
             EngineError: there is only one, and hardly a prompt's token a step.
@@ -254,11 +299,13 @@ class NativeEngine:
         try:
             # What a plan asked for may have been done in part.
             self._runner.run_only(scheduler.running)
-        except torch.OutOfMemoryError as again:
+        except Exception as again:
+            if not is_out_of_memory(again):
+                raise
             raise EngineError(self._out_of_memory(self._runner.num_pages)) from again
         logger.warning(
-            "Out of memory on %s with %d sequences at once; %d from now on, and half the prompt tokens a step. "
-            "Answers are the same.",
+            "Out of memory on %s with %d sequences at once; %d go on, with half the prompt tokens a step. More are "
+            "tried again later. Answers are the same.",
             self._device,
             running,
             len(scheduler.running),
@@ -298,23 +345,22 @@ class NativeEngine:
         return {sequence.slot: (sequence, sequence.turn) for sequence in scheduler.running}
 
     def _settle(
-        self, scheduler: Scheduler, outcome: Outcome, launched: dict[int, tuple[Sequence, int]]
+        self,
+        scheduler: Scheduler,
+        outcome: Outcome,
+        launched: dict[int, tuple[Sequence, int]],
+        suspects: list[int],
     ) -> list[tuple[int, GenerationResult]]:
-        """Take over what a step did; returns what finished.
-
-        Raises:
-            EngineError: the model's logits are not finite numbers.
-        """
-        if outcome.stuck.any():
-            raise EngineError(
-                f"the model's logits are not finite numbers (dtype {str(self._dtype).removeprefix('torch.')}). "
-                "float16 overflows in some models: use dtype=bfloat16 or float32. Else the weights are bad."
-            )
-        finished = []
+        """Take over what a step did; returns what finished. Sequences without numbers leave, and become suspects."""
+        finished, any_stuck = [], outcome.stuck.any()
         for slot in outcome.took_part.nonzero()[0].tolist():
             sequence, turn = launched[slot]
             if sequence.turn != turn:
                 continue  # it has left the slot since
+            if any_stuck and outcome.stuck[slot]:
+                suspects.append(sequence.index)
+                self._runner.clear_pages(scheduler.discard(sequence))
+                continue
             sequence.denoising_forwards += 1
             sequence.commit_forwards += int(outcome.committed[slot])
             if not outcome.decided[slot]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from sdar_lm_eval.engines.runs import is_out_of_memory
+
 logger = logging.getLogger(__name__)
 
 # Rows of a matrix product that steps are padded to: of a forward, and of drawing, which has the LM head in it. Few rows
@@ -66,8 +68,8 @@ class Graphs:
             self._run(*key)
             try:
                 self._graphs[key] = self._capture(key)
-            except RuntimeError as error:  # the driver's has no class of its own
-                if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
                     raise
             if key not in self._graphs:
                 # What it was to do is done, and what is unused now may be enough for a graph the next time.

@@ -120,6 +120,11 @@ class PagePool:
         """Whether its holder may write to a page: nobody reads it, or not before it is written."""
         return page in self._unwritten or (self._holders[page] == 1 and page not in self._key_of)
 
+    def forget_idle(self) -> None:
+        """Let nothing be found of what nobody holds."""
+        for key in list(self._idle):  # in this order, a stretch goes before the one it follows
+            self._forget(key)
+
     def _cut(self, prompt: tuple[int, ...], block_length: int) -> Iterator[tuple[int, ...]]:
         """The tokens of a prompt's whole stretches."""
         length = math.lcm(self.page_size, block_length)

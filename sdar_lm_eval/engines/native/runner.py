@@ -160,6 +160,11 @@ class Runner:
         return int(per_token * self._page_size * self._model.dtype.itemsize)
 
     @property
+    def shape(self) -> Shape | None:
+        """What there is room for; another object where memory was made and graphs were dropped."""
+        return self._shape
+
+    @property
     def num_pages(self) -> int:
         """Pages of the KV cache that can be given out."""
         return 0 if self.cache is None else self.cache.shape[2] - 1
@@ -168,6 +173,14 @@ class Runner:
         """Give the memory of the KV cache and of the graphs back; the next `allocate` makes them again."""
         self.cache = self._shape = None
         self._forward_graphs = self._unmask_graphs = None
+
+    def clear_pages(self, pages: SequenceOf[int] | None = None) -> None:
+        """Set the KV of pages to zero, and that of the scratch page; None: of all."""
+        assert self.cache is not None
+        if pages is None:
+            self.cache.zero_()
+        else:
+            self.cache[:, :, self.state.to_device(np.array([SCRATCH_PAGE, *pages]))] = 0
 
     def allocate(self, num_pages: int, max_active: int, sequences: SequenceOf[Sequence]) -> None:
         """Make what is needed on the device for one `generate`; what is there and large enough is kept.

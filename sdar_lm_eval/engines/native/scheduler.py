@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.engines.native.pages import PagePool
+from sdar_lm_eval.engines.runs import Allowance
 
 LEAST_PREFILL = 64  # tokens a step; with fewer it is not the prefill that takes the memory
 
@@ -129,8 +130,8 @@ class Scheduler:
         self.shared_prompt_tokens = 0  # that were not prefilled: their KV was there, or on its way
         self._share_prefixes = share_prefixes
         self._free_slots = list(range(max_active - 1, -1, -1))
-        self._prefill_chunk = prefill_chunk
-        self._most = max_active
+        self._prefill_chunk = Allowance(prefill_chunk)
+        self._most = Allowance(max_active)
         self._left: list[int] = []  # slots for the next plan to name
 
     @property
@@ -139,14 +140,17 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def plan(self) -> Plan:
-        """Choose what happens before the next step."""
+        """Choose what happens before the next step; the one before it went through."""
+        if self.waiting and len(self.running) >= self._most.now:
+            self._most.count_full_step()
+            self._prefill_chunk.count_full_step()
         preempted, paged = self._grow()
         left, self._left = [*self._left, *preempted], []
         paged += self._admit()
         entering = [sequence for sequence in self.running if not sequence.begun]
         ready = list(filter(self._beginning_is_written, entering))
         assert ready[:1] == entering[:1], "the oldest waits, so that nobody is left to write what it waits for"
-        prefill, budget = [], self._prefill_chunk
+        prefill, budget = [], self._prefill_chunk.now
         for sequence in ready:
             if sequence.in_prefill and budget > 0:
                 blocks = max(budget // sequence.block_length, 1)
@@ -174,19 +178,28 @@ class Scheduler:
         self.running.remove(sequence)
         self._vacate(sequence)
 
+    def discard(self, sequence: Sequence) -> list[int]:
+        """Take out a sequence whose KV is not numbers; returns the pages that nobody holds any more."""
+        self._left.append(sequence.slot)
+        self.running.remove(sequence)
+        pages = sequence.pages
+        self._vacate(sequence)
+        self.pool.forget_idle()
+        return [page for page in pages if self.pool.idle([page])]
+
     @property
     def can_shrink(self) -> bool:
         """Whether `shrink` makes a difference."""
-        return len(self.running) > 1 or self._prefill_chunk > LEAST_PREFILL
+        return len(self.running) > 1 or self._prefill_chunk.now > LEAST_PREFILL
 
     def shrink(self) -> None:
-        """Run half as many sequences from now on, with half the prefill a step.
+        """Run half as many sequences, with half the prefill a step; both grow again while memory lasts.
 
         The younger half of the running ones leaves; one stays.
         """
-        self._most = max(len(self.running) // 2, 1)
-        self._prefill_chunk = max(self._prefill_chunk // 2, 1)
-        for sequence in reversed(self.running[self._most :]):
+        self._most.cut(len(self.running) // 2)
+        self._prefill_chunk.cut(self._prefill_chunk.now // 2)
+        for sequence in reversed(self.running[self._most.now :]):
             self._preempt(sequence)
 
     def _grow(self) -> tuple[list[int], list[Sequence]]:
@@ -206,12 +219,12 @@ class Scheduler:
 
     def _admit(self) -> list[Sequence]:
         admitted: list[Sequence] = []
-        if not self.waiting or len(self.running) >= self._most:
+        if not self.waiting or len(self.running) >= self._most.now:
             return admitted
         # One page is left for each running sequence that will need more, so that an admission does not force a
         # preemption at once.
         growing = sum(map(self._grows, self.running))
-        while self.waiting and len(self.running) < self._most:
+        while self.waiting and len(self.running) < self._most.now:
             sequence = self.waiting[0]
             prompt, length = sequence.request.prompt_ids, sequence.block_length
             shared = self.pool.find(prompt, length)

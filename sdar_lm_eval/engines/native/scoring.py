@@ -2,24 +2,28 @@
 
 A batch is a number of questions, each a context with the continuations asked of it. Its clean tokens run first, whole
 blocks under the block-causal mask, and their KV is kept: the contexts, once for all their continuations, then the
-continuations up to their last blocks. Then all masked copies of all blocks run at once, each seeing its clean prefix
-and itself, and only positions that count go through the LM head.
+continuations up to their last blocks. Then all masked copies of all blocks run, each seeing its clean prefix and
+itself, and only positions that count go through the LM head. A copy's tokens are laid out when its forward is due.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from sdar_lm_eval import likelihood
-from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
+from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult, not_finite
 from sdar_lm_eval.engines.native.branches import BranchBatch, sight
-from sdar_lm_eval.errors import EngineError, UserError
+from sdar_lm_eval.engines.runs import Failures
+from sdar_lm_eval.errors import UserError
 
 SCRATCH_PLACE = 0  # of the KV cache: padding is read from and written to here
 LOGITS_BUDGET_BYTES = 1 << 30
@@ -63,14 +67,47 @@ class Trunk:
         prefix: places of the tokens before, in order.
         tokens: own tokens, whole blocks.
         places: of `prefix` and own tokens together.
-        rows: masked blocks to be run once: (start, tokens) -> what is asked of them, (place in the block, token there,
-            number of the answer's slot).
+        copies: masked copies of blocks, in order of their starts.
+        known: those that may be shared, by their tokens: with which number among which copies.
     """
 
     prefix: list[int]
     tokens: tuple[int, ...]
     places: list[int]
-    rows: dict[tuple[int, tuple[int, ...]], list[tuple[int, int, int]]] = field(default_factory=dict)
+    copies: list[Copies] = field(default_factory=list)
+    known: dict[bytes, tuple[Copies, int]] = field(default_factory=dict)
+
+
+@dataclass
+class Copies:
+    """Masked copies of one block that are run, and what is asked of each.
+
+    Attributes:
+        block: the block.
+        rows: (R,) int64, with which of its patterns.
+        asked: those who ask: a block; which of its patterns, (r,) int64; of which copy here, (r,) int64 ascending; the
+            number of the first pattern's answer in the batch.
+    """
+
+    block: likelihood.Block
+    rows: Any
+    asked: list[tuple[likelihood.Block, Any, Any, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a stretch of masked copies is to be found: from `begin` to `end` among all copies of a trunk."""
+
+    trunk: Trunk
+    begin: int
+    end: int
+    stored: int
+    length: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Stored tokens seen, and new tokens."""
+        return self.stored, (self.end - self.begin) * self.length
 
 
 @dataclass
@@ -80,7 +117,7 @@ class Stretch:
     Attributes:
         prefix: (N,) places of stored tokens.
         places: where the new KV goes; None: nowhere.
-        asked: (place in the stretch, token there, number of the answer's slot).
+        asked: (3, A) int64: place in the stretch, token there, number of the answer.
     """
 
     prefix: Any
@@ -90,12 +127,15 @@ class Stretch:
     first: Any
     last: Any
     places: Any = None
-    asked: list[tuple[int, int, int]] = field(default_factory=list)
+    asked: Any = None
 
     @property
     def size(self) -> tuple[int, int]:
         """Stored tokens seen, and new tokens."""
         return len(self.prefix), len(self.tokens)
+
+
+Sized = TypeVar("Sized", Stretch, Place)
 
 
 class Scoring:
@@ -113,8 +153,10 @@ class Scoring:
         self._limits = limits
         self._device = model.device
 
-    def run(self, requests: Sequence[ScoreRequest], config: LikelihoodConfig) -> Iterator[tuple[int, ScoreResult]]:
-        """See `Scorer.score`."""
+    def run(
+        self, requests: Sequence[ScoreRequest], config: LikelihoodConfig, failures: Failures
+    ) -> Iterator[tuple[int, ScoreResult]]:
+        """See `Scorer.score`; `failures` gets the requests whose scores are not numbers."""
         batches = self._batches(requests, config)
         for index, request in enumerate(requests):
             if self._mask_token_id in request.continuation_ids:
@@ -122,7 +164,23 @@ class Scoring:
         cache = self._allocate(max((tokens for _, tokens in batches), default=0))
         for indices, _ in batches:
             plans = [likelihood.plan(requests[index], config, self._mask_token_id) for index in indices]
-            yield from zip(indices, self._run_batch(plans, config.block_length, cache), strict=True)
+            unscored = []
+            results = self._run_batch(plans, config.block_length, cache)
+            for index, single, result in zip(indices, plans, results, strict=True):
+                if result is None:
+                    unscored.append((index, single))
+                else:
+                    yield index, result
+            # Alone once more: numbers that are none spread to what shares a forward, where they are masked (0 * NaN).
+            for index, single in unscored:
+                cache.zero_()
+                (result,) = self._run_batch([single], config.block_length, cache) if len(plans) > 1 else (None,)
+                if result is None:
+                    failures.add(index, not_finite(str(self._model.dtype)))
+                else:
+                    yield index, result
+            if unscored:
+                cache.zero_()
 
     # Batches
 
@@ -175,15 +233,16 @@ class Scoring:
         shape = (config.num_hidden_layers, 2, tokens + 1, config.num_key_value_heads, config.head_dim)
         return torch.zeros(shape, dtype=self._model.dtype, device=self._device)
 
-    def _run_batch(self, plans: list[likelihood.Plan], length: int, cache: torch.Tensor) -> list[ScoreResult]:
-        """Run one batch; results in the order of the plans."""
+    def _run_batch(self, plans: list[likelihood.Plan], length: int, cache: torch.Tensor) -> list[ScoreResult | None]:
+        """Run one batch; results in the order of the plans, None where they are not numbers."""
         contexts: dict[tuple[int, ...], Trunk] = {}
         continuations: list[Trunk] = []
-        slots = clean = 0
+        plans_of = Counter(plan.context for plan in plans)
+        clean = answers = 0
         counts, ranges = [], []
         free = SCRATCH_PLACE + 1
         for plan in plans:
-            before = clean
+            before, begin = clean, answers
             context = contexts.get(plan.context)
             if context is None:
                 places = list(range(free, free + len(plan.context)))
@@ -194,41 +253,57 @@ class Scoring:
             continuations.append(continuation)
             free, clean = free + len(plan.clean), clean + len(plan.clean)
             noised = 0
-            begin = slots
-            for row in plan.rows:
+            for block in plan.blocks:
                 # The first block's copies see the context alone, so that continuations may have them in common.
-                rows = (context if row.start == len(plan.context) else continuation).rows
-                noised += 0 if (row.start, row.tokens) in rows else length
-                asked = rows.setdefault((row.start, row.tokens), [])
-                for place, token in row.scored:
-                    asked.append((place, token, slots))
-                    slots += 1
-            ranges.append((begin, slots))
+                first = block.start == len(plan.context)
+                trunk = context if first else continuation
+                noised += length * self._add(trunk, block, answers, shares=first and plans_of[plan.context] > 1)
+                answers += len(block.patterns)
+            ranges.append((begin, answers))
             counts.append((clean - before, noised))
 
         for trunks in (contexts.values(), continuations):
             self._store([trunk for trunk in trunks if trunk.tokens], length, cache)
-        log_probabilities = np.zeros(slots)
-        is_argmax = np.zeros(slots, dtype=bool)
-        noised_stretches = [
-            stretch for trunk in (*contexts.values(), *continuations) for stretch in self._noised(trunk, length)
-        ]
-        for stretches in self._pack(noised_stretches):
-            self._ask(stretches, self._forward(stretches, cache), log_probabilities, is_argmax)
-        if not np.isfinite(log_probabilities).all():
-            raise EngineError(
-                f"the model's logits are not finite numbers (dtype {str(self._model.dtype).removeprefix('torch.')}). "
-                "float16 overflows in some models: use dtype=bfloat16 or float32. Else the weights are bad."
-            )
+        sums = np.zeros(answers)
+        is_argmax = np.zeros(answers, dtype=bool)
+        copies = [place for trunk in (*contexts.values(), *continuations) for place in self._noised(trunk, length)]
+        for packed in self._pack(copies):
+            stretches = [self._lay_out(place) for place in packed]
+            self._ask(stretches, self._forward(stretches, cache), sums, is_argmax)
         return [
-            plan.result(
-                log_probabilities[begin:end].tolist(),
-                is_argmax[begin:end].tolist(),
-                clean_tokens=clean_tokens,
-                noised_tokens=noised_tokens,
-            )
+            plan.result(sums[begin:end], is_argmax[begin:end], clean_tokens=clean_tokens, noised_tokens=noised_tokens)
+            if np.isfinite(sums[begin:end]).all()
+            else None
             for plan, (begin, end), (clean_tokens, noised_tokens) in zip(plans, ranges, counts, strict=True)
         ]
+
+    def _add(self, trunk: Trunk, block: likelihood.Block, answer: int, *, shares: bool) -> int:
+        """Have a block's masked copies run; those that a trunk has already only get asked more. Returns how many more.
+
+        Args:
+            trunk: what the copies see before themselves.
+            block: with its patterns.
+            answer: the number of the first pattern's answer; those of the others follow.
+            shares: whether the trunk's copies may be asked by several.
+        """
+        rows = np.arange(len(block.patterns))
+        if not shares:
+            trunk.copies.append(Copies(block, rows, [(block, rows, rows, answer)]))
+            return len(rows)
+        tokens = [copy.tobytes() for copy in block.masked(rows, self._mask_token_id)]
+        new = [row for row in rows.tolist() if tokens[row] not in trunk.known]
+        own = Copies(block, np.array(new, dtype=np.int64), [])
+        trunk.known.update((tokens[row], (own, number)) for number, row in enumerate(new))
+        asked: dict[int, tuple[Copies, list[tuple[int, int]]]] = {}
+        for row in rows.tolist():
+            copies, number = trunk.known[tokens[row]]
+            asked.setdefault(id(copies), (copies, []))[1].append((number, row))
+        for copies, pairs in asked.values():
+            numbers, of = np.array(sorted(pairs)).T
+            copies.asked.append((block, of, numbers, answer))
+        if new:
+            trunk.copies.append(own)
+        return len(new)
 
     # Forwards
 
@@ -257,41 +332,60 @@ class Scoring:
             for packed in self._pack(stretches):
                 self._forward(packed, cache)
 
-    def _noised(self, trunk: Trunk, length: int) -> Iterator[Stretch]:
-        """Lay a trunk's masked blocks side by side, as many as a row of a forward takes; near starts together."""
-        ordered = sorted(trunk.rows.items(), key=lambda item: item[0][0])
+    def _noised(self, trunk: Trunk, length: int) -> Iterator[Place]:
+        """Lay a trunk's masked copies side by side, as many as a row of a forward takes; near starts together."""
         step = max(self._limits.row_tokens // length, 1)
-        for place in range(0, len(ordered), step):
-            part = ordered[place : place + step]
-            starts = np.repeat([start for (start, _), _ in part], length)
-            offsets = np.tile(np.arange(length), len(part))
-            first = np.repeat(np.arange(len(part)) * length, length)
-            yield Stretch(
-                prefix=np.array(trunk.places[: part[-1][0][0]], dtype=np.int64),
-                tokens=np.array([tokens for (_, tokens), _ in part], dtype=np.int64).flatten(),
-                positions=starts + offsets,
-                visible=starts,
-                first=first,
-                last=first + length,
-                asked=[
-                    (i * length + at, token, slot) for i, (_, asked) in enumerate(part) for at, token, slot in asked
-                ],
-            )
+        ends = list(itertools.accumulate(len(copies.rows) for copies in trunk.copies))
+        for begin in range(0, ends[-1] if ends else 0, step):
+            end = min(begin + step, ends[-1])
+            last = trunk.copies[bisect.bisect_left(ends, end)]
+            yield Place(trunk, begin, end, last.block.start, length)
 
-    def _pack(self, stretches: Iterable[Stretch]) -> Iterator[list[Stretch]]:
+    def _lay_out(self, place: Place) -> Stretch:
+        """Make the tokens of masked copies, and what is asked of them."""
+        length, trunk = place.length, place.trunk
+        tokens, starts, asked = [], [], []
+        begin = 0  # of the copies of a block among the trunk's
+        for copies in trunk.copies:
+            size = len(copies.rows)
+            some = slice(max(place.begin - begin, 0), min(place.end - begin, size))
+            if some.start < some.stop:
+                rows = copies.rows[some]
+                tokens.append(copies.block.masked(rows, self._mask_token_id).flatten())
+                starts.append(np.full(len(rows) * length, copies.block.start))
+                for block, of, numbers, answer in copies.asked:
+                    low, high = np.searchsorted(numbers, (some.start, some.stop))
+                    index, at, token = block.scored(of[low:high])
+                    copy = begin + numbers[low:high][index] - place.begin  # in the stretch
+                    asked.append(np.array([copy * length + at, token, answer + of[low:high][index]]))
+            begin += size
+        start = np.concatenate(starts)
+        first = np.repeat(np.arange(place.end - place.begin) * length, length)
+        return Stretch(
+            prefix=np.array(trunk.places[: place.stored], dtype=np.int64),
+            tokens=np.concatenate(tokens),
+            positions=start + np.tile(np.arange(length), place.end - place.begin),
+            visible=start,
+            first=first,
+            last=first + length,
+            asked=np.concatenate(asked, axis=1),
+        )
+
+    def _pack(self, stretches: Iterable[Sized]) -> Iterator[list[Sized]]:
         """Put stretches of like size into forwards within the limits; a stretch alone always passes."""
-        packed: list[Stretch] = []
+        packed: list[Sized] = []
         stored = new = 0
         for stretch in sorted(stretches, key=lambda s: s.size, reverse=True):
-            wider = max(new, len(stretch.tokens))
+            prefix, own = stretch.size
+            wider = max(new, own)
             rows = len(packed) + 1
             if packed and (
                 rows * wider > self._limits.forward_tokens or rows * (stored + wider) > self._limits.seen_tokens
             ):
                 yield packed
-                packed, stored, wider = [], 0, len(stretch.tokens)
+                packed, stored, wider = [], 0, own
             packed.append(stretch)
-            stored, new = max(stored, len(stretch.prefix)), wider
+            stored, new = max(stored, prefix), wider
         if packed:
             yield packed
 
@@ -338,15 +432,16 @@ class Scoring:
         return hidden
 
     @torch.no_grad()
-    def _ask(self, stretches: list[Stretch], hidden: torch.Tensor, log_probabilities: Any, is_argmax: Any) -> None:
-        """Read what is asked of a forward into the slots of its answers, arrays over a batch."""
-        at = np.array([(i, place) for i, s in enumerate(stretches) for place, _, _ in s.asked])  # (A, 2)
-        token = np.array([t for s in stretches for _, t, _ in s.asked])
-        slot = np.array([number for s in stretches for _, _, number in s.asked])
+    def _ask(self, stretches: list[Stretch], hidden: torch.Tensor, sums: Any, is_argmax: Any) -> None:
+        """Read what is asked of a forward: each answer's sum, and whether its first token is the most probable one."""
+        of = np.repeat(np.arange(len(stretches)), [s.asked.shape[1] for s in stretches])
+        place, token, number = np.concatenate([s.asked for s in stretches], axis=1)
+        at = np.stack([of, place], axis=1)  # (A, 2)
         at, which = np.unique(at, axis=0, return_inverse=True)  # several answers may ask at one position
         which = which.reshape(-1)
         order = np.argsort(which, kind="stable")
-        token, slot, which = token[order], slot[order], which[order]
+        token, number, which = token[order], number[order], which[order]
+        log_probabilities, hits = np.zeros(len(which)), np.zeros(len(which), dtype=bool)
         chunk = max(1, LOGITS_BUDGET_BYTES // (4 * self._model.config.vocab_size))
         for start in range(0, len(at), chunk):
             row, column = self._to_device(at[start : start + chunk]).unbind(1)
@@ -356,8 +451,15 @@ class Scoring:
             position, asked = self._to_device(which[begin:end] - start), self._to_device(token[begin:end])
             values = logits[position, asked] - logits.logsumexp(dim=-1)[position]
             hit = logits.argmax(dim=-1)[position] == asked
-            log_probabilities[slot[begin:end]] = values.double().cpu().numpy()
-            is_argmax[slot[begin:end]] = hit.cpu().numpy()
+            log_probabilities[begin:end] = values.double().cpu().numpy()
+            hits[begin:end] = hit.cpu().numpy()
+        log_probabilities[~np.isfinite(log_probabilities)] = np.nan  # whose sum is no number, nor an error
+        order = np.argsort(number, kind="stable")  # by answer, then by place
+        numbers, firsts = np.unique(number[order], return_index=True)
+        is_argmax[numbers] = hits[order][firsts]
+        values = log_probabilities[order].tolist()
+        ends = [*firsts[1:].tolist(), len(values)]
+        sums[numbers] = [math.fsum(values[i:j]) for i, j in zip(firsts.tolist(), ends, strict=True)]
 
     def _to_device(self, array: Any) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)

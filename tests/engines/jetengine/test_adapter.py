@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import itertools
 import json
 import logging
 import multiprocessing
@@ -17,6 +18,7 @@ from support import random_checkpoint, read_weights, write_weights
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import prompts as demo_prompts
+from sdar_lm_eval.engines import runs
 from sdar_lm_eval.engines.jetengine import engine as adapter
 from sdar_lm_eval.engines.jetengine import memory
 
@@ -416,6 +418,61 @@ class TestStandstill:
                 answered[index] = result
         assert tokens_of(answered.values()) == native(tiny, requests[:1])
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
+
+    def test_the_batch_grows_again(self, jetengine, tiny, monkeypatch):
+        monkeypatch.setattr(runs, "PATIENCE", 2)
+        requests = [GenerationRequest(p, 8, GREEDY) for p in random_prompts([4] * 40)]
+        jetengine.faults.at_step = {
+            3: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        }
+        engine = of(tiny, max_active=8)
+        assert tokens_of(run(engine, requests)) == native(tiny, requests)
+        assert engine.info["standstills"] == 1
+        sizes = [denoised for _, denoised in jetengine.batches if denoised in (4, 8)]
+        assert [size for size, _ in itertools.groupby(sizes)][:3] == [8, 4, 8]
+
+    def test_one_request_without_an_answer_costs_the_others_nothing(self, jetengine, tiny, monkeypatch):
+        engine = of(tiny)
+        requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((5, 6, 7, 8))]
+        expected = native(tiny, requests)
+        whole = engine._sampling_params
+        monkeypatch.setattr(  # one ends too early
+            engine,
+            "_sampling_params",
+            lambda r: whole(dataclasses.replace(r, max_new_tokens=1) if len(r.prompt_ids) == 6 else r),
+        )
+        results = {}
+        with pytest.raises(EngineError, match=r"^1 of 4 requests have no answer.*Number 1: JetEngine returned \d of 9"):
+            results.update(engine.generate(requests))
+        assert tokens_of(results[i] for i in (0, 2, 3)) == [expected[i] for i in (0, 2, 3)]
+
+
+class TestWarmUp:
+    """JetEngine compiles at its first steps; what they take is loading, not generation."""
+
+    def test_it_runs_before_the_first_request_and_counts_nothing(self, jetengine, tiny):
+        other = dataclasses.replace(GREEDY, remasking_strategy="sequential")
+        requests = [GenerationRequest(p, 30, d) for d in (GREEDY, other) for p in random_prompts((3, 20, 40))]
+        expected = native(tiny, requests)
+        engine = of(tiny)
+        engine.prepare(requests)
+        of_strategy = [params.remasking_strategy for params in jetengine.sampled]
+        assert {"low_confidence_static", "sequential"} == set(of_strategy)
+        assert max(denoised for _, denoised in jetengine.batches) >= 2
+        assert engine.info["steps"] == engine.info["steps_without_graph"] == 0
+        jetengine.batches.clear()
+        engine.prepare(requests)
+        assert not jetengine.batches
+        assert tokens_of(run(engine, requests)) == expected
+
+    def test_draws_are_as_without(self, jetengine, tiny):
+        decoding = DecodingConfig(temperature=2.0, remasking_strategy="sequential")
+        requests = [GenerationRequest((5, 6, 7), 8, decoding, seed=i) for i in range(3)]
+        jetengine.faults.alone = False
+        warm = of(tiny)
+        warm.prepare(requests)
+        drawn = tokens_of(run(warm, requests))
+        assert tokens_of(run(of(tiny), requests)) == drawn
 
 
 class TestTensorParallel:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import logging
 import multiprocessing
 import sys
 import threading
+import types
 from pathlib import Path
 
 import lm_eval
@@ -25,6 +27,7 @@ from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequ
 from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines.lmdeploy import engine as adapter
 from sdar_lm_eval.engines.lmdeploy import requirements
+from sdar_lm_eval.engines.lmdeploy.hooks import Count
 from sdar_lm_eval.lm.model import SDARLMDeployLM
 
 DYNAMIC = DecodingConfig(temperature=0)
@@ -204,10 +207,67 @@ class TestEnds:
         assert result.commit_forwards < 8
         assert not lmdeploy.made[-1].sessions
 
+    @pytest.mark.parametrize("block", [1, 2, 3, 4])
+    def test_a_character_of_several_tokens_at_a_blocks_border(self, lmdeploy, demo, block):
+        """Each of its bytes is a token, and the last one comes with the next block."""
+        before, stop = (demo.tokenizer.encode(text, add_special_tokens=False) for text in ("ab", "日"))
+        assert len(stop) == 3
+        given = [*before, *stop, *before * 20]
+        sent = []
+
+        class Instance:
+            async def async_stream_infer(self, session, prompt, gen_config):
+                for begin in range(0, len(given), block):
+                    sent.append(begin)
+                    yield types.SimpleNamespace(
+                        status=types.SimpleNamespace(name="SUCCESS"), token_ids=given[begin : begin + block]
+                    )
+
+            async def async_cancel(self, session):
+                sent.append("cancelled")
+
+        engine = of(demo)
+        engine._forwards = types.SimpleNamespace(take=lambda _: Count())
+        request = GenerationRequest((1, 2, 3), len(given), GREEDY, stop_strings=("日",))
+        result = asyncio.run(engine._answer(Instance(), request))
+        end = len(before) + 3
+        assert (list(result.token_ids), result.finish_reason) == (given[:end], "stop")
+        assert sent == [*range(0, end, block), "cancelled"]
+
     def test_a_stop_string_of_one_token_is_told_to_lmdeploy(self, lmdeploy, demo, questions):
         (token,) = demo.tokenizer.encode("####", add_special_tokens=False)[:1]
         list(of(demo).generate([GenerationRequest(questions[0], 4, GREEDY, stop_strings=(demo.decode([token]),))]))
         assert lmdeploy.settings[-1].stop_words == [token]
+
+
+class TestFailures:
+    def test_one_request_without_an_answer_costs_the_others_nothing(self, lmdeploy, tiny, monkeypatch):
+        engine = of(tiny, max_active=4)
+        requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((5, 6, 7, 8, 9, 10))]
+        expected = native(tiny, requests)
+        instance = sys.modules["lmdeploy.pytorch.engine"].Instance
+        infer = instance.async_stream_infer
+
+        async def refuses_one(self, session, prompt, **others):
+            if len(prompt) == 6:
+                yield types.SimpleNamespace(status=types.SimpleNamespace(name="INPUT_LENGTH_ERROR"), token_ids=[])
+                return
+            async for output in infer(self, session, prompt, **others):
+                if len(prompt) == 9:  # and nothing more of it
+                    yield types.SimpleNamespace(status=types.SimpleNamespace(name="FINISH"), token_ids=[1])
+                    break
+                yield output
+
+        monkeypatch.setattr(instance, "async_stream_infer", refuses_one)
+        results = {}
+        told = (
+            r"^2 of 6 requests have no answer.*Number 1: LMDeploy 0.18.0 refused it \(INPUT_L.*Number 4: .*1 of 9 tok"
+        )
+        with pytest.raises(EngineError, match=told):
+            results.update(engine.generate(requests))
+        assert sorted(results) == [0, 2, 3, 5]
+        assert tokens_of(results[i] for i in (0, 2, 3, 5)) == [expected[i] for i in (0, 2, 3, 5)]
+        monkeypatch.undo()
 
 
 class TestLoading:
@@ -222,6 +282,21 @@ class TestLoading:
         run(engine, requests)
         run(engine, requests[:1])
         assert engine.info["loads"] == 1
+
+    def test_it_warms_up_once_for_each_way_to_draw(self, lmdeploy, tiny):
+        """What is compiled at the first steps is part of loading."""
+        greedy = dataclasses.replace(SAMPLED, temperature=0.0)
+        requests = [GenerationRequest(p, 30, d) for d in (SAMPLED, greedy) for p in random_prompts((3, 20, 40))]
+        expected = tokens_of(run(of(tiny), requests))
+        engine = of(tiny)
+        lmdeploy.batches.clear()
+        engine.prepare(requests)
+        assert max(map(sum, lmdeploy.batches)) == 3
+        assert {param.max_new_tokens for param in lmdeploy.settings[-3:]} == {4, 8, 12}
+        lmdeploy.batches.clear()
+        engine.prepare(requests)
+        assert not lmdeploy.batches
+        assert tokens_of(run(engine, requests)) == expected
 
     def test_again_for_others_and_those_of_the_loaded_one_first(self, lmdeploy, tiny, caplog):
         caplog.set_level(logging.INFO)
@@ -254,7 +329,8 @@ class TestLoading:
         assert config.session_len == tiny.max_length
         assert max(sum(batch) for batch in lmdeploy.batches) == lmdeploy.made[-1].most_sessions == 3
 
-    def test_many_sequences_of_long_blocks_fit_a_prefill(self, lmdeploy, tiny):
+    def test_many_sequences_of_long_blocks_fit_a_prefill(self, lmdeploy, tiny, monkeypatch):
+        monkeypatch.setattr(adapter, "warm_up_requests", lambda *_: [])  # takes long here
         decoding = dataclasses.replace(GREEDY, block_length=64, denoising_steps=64, remasking_strategy="sequential")
         engine = of(tiny, max_active=200)
         engine.prepare([GenerationRequest((1, 2), 2, decoding)] * 200)

@@ -8,15 +8,18 @@ import itertools
 import random
 
 import asking
+import lmdeploy_standin
 import pytest
 import torch
 from asking import tokens_of
 from oracle import generate as oracle
 from support import random_checkpoint
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import golds
 from sdar_lm_eval.demo import prompts as demo_prompts
+from sdar_lm_eval.engines import runs
 from sdar_lm_eval.engines.native import engine as engine_module
 from sdar_lm_eval.engines.native import forecast
 from sdar_lm_eval.engines.native.graphs import Graphs
@@ -199,17 +202,15 @@ def test_a_place_that_a_stop_string_leaves_empty(tiny):
     assert expected[0][1] == "stop"
 
 
-@pytest.mark.parametrize("closed", [True, False])
-def test_results_that_nobody_waits_for(tiny, closed):
-    """Others are asked for meanwhile, fewer, so that places stay empty."""
+def test_results_that_nobody_waits_for(tiny):
+    """Others are asked for afterwards, fewer, so that places stay empty."""
     requests = [GenerationRequest((1, 2, 3 + i), 10 + 10 * i, DecodingConfig(), seed=i) for i in range(6)]
     expected = tokens_of(run(tiny, requests[:2]))
     engine = make_engine("native", tiny, device="cpu")
     engine._most_under_way = 2
     abandoned = engine.generate(requests)
     next(abandoned)
-    if closed:
-        abandoned.close()
+    abandoned.close()
     assert tokens_of(asking.run(engine, requests[:2])) == expected
 
 
@@ -433,6 +434,42 @@ def test_moe(tmp_path):
     check(checkpoint, plain, requests)
 
 
+class TestWarmUp:
+    def test_it_runs_before_the_first_request_and_counts_nothing(self, tiny, monkeypatch):
+        requests = [
+            GenerationRequest((*common, i), 24, DecodingConfig()) for common in prompts(tiny, (40,)) for i in range(5)
+        ]
+        expected = tokens_of(run(tiny, requests))
+        engine = make_engine("native", tiny, device="cpu", max_active=4, kv_pages=14)
+        launch, active = engine._runner.launch, []
+        monkeypatch.setattr(
+            engine._runner, "launch", lambda c: (active.append(int(engine._runner.state.active.sum())), launch(c))[1]
+        )
+        engine.prepare(requests)
+        assert not active  # nothing to compile on the CPU
+        engine._warm_up(requests, 4)
+        assert {1, 3, 4} <= set(active)
+        assert engine.info["shared_prompt_tokens"] == engine.info["preemptions"] == 0
+        assert tokens_of(asking.run(engine, requests)) == expected
+
+    def test_on_a_gpu_it_is_part_of_loading(self, tiny, monkeypatch):
+        engine = make_engine("native", tiny, device="cpu")
+        allocate = engine._allocate
+        monkeypatch.setattr(engine, "_device", torch.device("cuda"))
+        monkeypatch.setattr(engine, "_allocate", lambda sequences: (allocate(sequences), (3, 10))[1])
+        monkeypatch.setattr(engine, "_max_active", 3)
+        monkeypatch.setattr(engine, "_kv_pages", 10)
+        warmed = []
+        monkeypatch.setattr(engine, "_warm_up", lambda *given: warmed.append(given))
+        requests = [GenerationRequest((1, 2), 4, DecodingConfig())] * 5
+        for _ in range(2):  # once: what is compiled and captured stays
+            engine.prepare(requests)
+        assert warmed == [(requests, 3)]
+        others = [GenerationRequest((1, 2), 4, DecodingConfig(repetition_penalty=2.0))]
+        engine.prepare(others)
+        assert warmed[1:] == [(others, 3)]
+
+
 class TestErrors:
     @pytest.mark.parametrize("strategy", STRATEGIES)
     @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -442,6 +479,112 @@ class TestErrors:
         decoding = DecodingConfig(remasking_strategy=strategy, temperature=temperature)
         with pytest.raises(EngineError, match=r"logits are not finite numbers \(dtype float32\).*use dtype=bfloat16"):
             list(engine.generate([GenerationRequest((1, 2, 3), 8, decoding)]))
+
+    @pytest.mark.parametrize(("ahead", "kv_pages"), [(False, None), (True, None), (True, 14)])
+    @pytest.mark.parametrize("temperature", [0, 1.0])
+    def test_one_request_without_numbers_costs_the_others_nothing(
+        self, tiny, monkeypatch, temperature, ahead, kv_pages
+    ):
+        """They share its prefill, its batch, its padding, and later its pages; one of them begins as it does."""
+        bad, (common,) = 700, prompts(tiny, (16,))
+        decoding = DecodingConfig(temperature=temperature)
+        texts = [common + end for end in prompts(tiny, (3, 7, 18, 0, 5, 9, 2, 11), seed=1)]
+        requests = [
+            GenerationRequest(tuple(t for t in text if t != bad), 20, decoding, seed=i) for i, text in enumerate(texts)
+        ]
+        poisoned = [dataclasses.replace(requests[i], prompt_ids=(bad, *requests[i].prompt_ids)) for i in (0, 1)]
+        poisoned.append(dataclasses.replace(requests[2], prompt_ids=(*requests[2].prompt_ids, bad)))
+
+        def open_engine(**options):
+            engine = make_engine("native", tiny, device="cpu", **options)
+            engine._model.lm_head.weight[bad] = 0  # so that nobody draws it
+            engine._most_under_way = 1 + ahead
+            return engine
+
+        expected = tokens_of(asking.run(open_engine(), requests))
+        engine = open_engine(max_active=6, kv_pages=kv_pages)
+        engine._model.model.embed_tokens.weight[bad] = torch.nan
+        given = [poisoned[0], *requests[:4], poisoned[1], *requests[4:], poisoned[2]]
+        clear, cleared = engine._runner.clear_pages, []
+        monkeypatch.setattr(engine._runner, "clear_pages", lambda *pages: (cleared.append(pages), clear(*pages)))
+        results = {}
+        with pytest.raises(EngineError, match=r"^3 of 11 requests have no answer; .*Number 0, 5, 10: the model's log"):
+            results.update(engine.generate(given))
+        assert not engine._runner.cache.isnan().any()
+        assert [pages == () for pages in cleared].count(
+            False
+        ) == 2 * 3  # in the batch and alone: nobody else was spoilt
+        good = [i for i in range(11) if i not in (0, 5, 10)]
+        assert sorted(results) == good
+        assert tokens_of(results[i] for i in good) == expected
+        assert tokens_of(asking.run(engine, requests)) == expected  # nothing of it is left
+
+    def test_what_finished_in_the_same_step_is_given_out_first(self, tiny, monkeypatch):
+        engine = make_engine("native", tiny, device="cpu")
+        decoding = DecodingConfig(temperature=0, remasking_strategy="sequential")  # each ends in the first step
+        requests = [GenerationRequest((1, 2, 3, i), 1, decoding) for i in range(6)]
+        expected = tokens_of(asking.run(engine, requests))
+        collect, alone = engine._runner.collect, []
+
+        def third_is_stuck():
+            outcome = collect()
+            alone.append(int(outcome.took_part.sum()) == 1)
+            outcome.stuck[2 if not alone[-1] else 0] = True
+            return outcome
+
+        monkeypatch.setattr(engine._runner, "collect", third_is_stuck)
+        results = []
+        with pytest.raises(EngineError, match=r"1 of 6 requests have no answer.*Number 2: "):
+            for result in engine.generate(requests):
+                assert not any(alone)
+                results.append(result)
+        assert [index for index, _ in results] == [0, 1, 3, 4, 5]
+        assert tokens_of(result for _, result in results) == expected[:2] + expected[3:]
+
+    def test_one_that_its_neighbours_spoilt_is_answered_alone(self, tiny, monkeypatch):
+        """On pages that hold none of what was not a number."""
+        engine = make_engine("native", tiny, device="cpu")
+        decoding = DecodingConfig(temperature=0, remasking_strategy="sequential")
+        requests = [GenerationRequest((1, 2, 3, i), 1, decoding) for i in range(6)]
+        expected = tokens_of(asking.run(engine, requests))
+        collect = engine._runner.collect
+
+        def spoilt():
+            outcome = collect()
+            if outcome.took_part.sum() > 1:
+                outcome.stuck[2] = True
+                engine._runner.cache[:] = torch.nan
+            return outcome
+
+        monkeypatch.setattr(engine._runner, "collect", spoilt)
+        assert tokens_of(asking.run(engine, requests)) == expected
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError(),
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        ],
+        ids=["torch's", "the CPU's"],
+    )
+    def test_after_a_shortage_the_batch_grows_again(self, tiny, monkeypatch, error):
+        requests = [GenerationRequest((1, 2, 3, i), 8, DecodingConfig(temperature=1.0), seed=i) for i in range(80)]
+        expected = tokens_of(run(tiny, requests))
+        engine = make_engine("native", tiny, device="cpu", max_active=8)
+        monkeypatch.setattr(runs, "PATIENCE", 3)
+        launch, active = engine._runner.launch, []
+
+        def fails_once(context):
+            active.append(int(engine._runner.state.active.sum()))
+            if len(active) == 3:
+                raise error
+            return launch(context)
+
+        monkeypatch.setattr(engine._runner, "launch", fails_once)
+        assert tokens_of(asking.run(engine, requests)) == expected
+        first = active.index(4)
+        assert max(active[:first]) == 8 and max(active[first : first + 5]) == 4
+        assert [n for n, _ in itertools.groupby(active[first:]) if n >= 4][:5] == [4, 5, 6, 7, 8]
 
     def test_out_of_memory_halves_the_batch_and_changes_no_answer(self, tiny, monkeypatch, caplog):
         requests = [GenerationRequest((1, 2, 3 + i), 12, DecodingConfig(temperature=1.0), seed=i) for i in range(8)]
@@ -461,7 +604,7 @@ class TestErrors:
             assert sorted(results) == list(range(8))
             if at == "launch":
                 assert tokens_of(results[i] for i in range(8)) == tokens_of(expected)
-            assert "Out of memory on cpu with 8 sequences at once; 4 from now on" in caplog.text
+            assert "Out of memory on cpu with 8 sequences at once; 4 go on" in caplog.text
             caplog.clear()
 
     @pytest.fixture(scope="class")
@@ -591,6 +734,39 @@ class TestErrors:
     def test_neither_on_nor_off(self, tiny, name):
         with pytest.raises(UserError, match=f"{name}='maybe' is neither true nor false"):
             make_engine("native", tiny, device="cpu", **{name: "maybe"})
+
+    @pytest.mark.parametrize("kind", sorted({*ROPE_INIT_FUNCTIONS, "default", "dynamic", "longrope"}))
+    def test_rope_that_depends_on_the_batch_is_refused(self, tmp_path, kind):
+        """By transformers' own functions: frequencies of a short batch and of a long one."""
+        settings = {"factor": 4.0, "original_max_position_embeddings": 64}
+        settings |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # llama3
+        settings |= {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16}  # longrope
+        scaling = None if kind == "default" else {"rope_type": kind, **settings}
+        folder = random_checkpoint(tmp_path, head_dim=32, max_position_embeddings=64, rope_scaling=scaling)
+        checkpoint = Checkpoint.open(str(folder))
+        model = checkpoint.load_model(dtype=torch.float32, device="cpu", attention="sdpa")
+        rotary, x = model.model.rotary_emb, torch.zeros(1)
+        short, long = (rotary(x, torch.arange(n)[None])[1][0, :8] for n in (8, 2000))  # of the same 8 positions
+        if torch.equal(short, long):
+            make_engine("native", checkpoint, device="cpu")
+            return
+        assert kind in ("dynamic", "longrope")
+        told = rf"rope_type='{kind}' in its config.json.*longest sequence of a batch.*Choose a type"
+        for name in ("native", "lmdeploy"):
+            with lmdeploy_standin.standin(), pytest.raises(UserError, match=told):
+                make_engine(name, checkpoint, device="auto" if name == "lmdeploy" else "cpu")
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        ],
+        ids=str,
+    )
+    def test_rope_by_its_other_names(self, tmp_path, config):
+        with pytest.raises(UserError, match="rope_type='dynamic'"):
+            make_engine("native", Checkpoint.open(str(random_checkpoint(tmp_path, **config))), device="cpu")
 
     def test_no_pages(self, tiny):
         with pytest.raises(UserError, match="kv_pages=0 is out of range"):

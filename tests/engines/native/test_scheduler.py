@@ -298,3 +298,22 @@ class TestSharedBeginnings:
         finished, _, _, _ = run(sequences, PagePool(pages, 16), max_active, chunk, shrinks=shrinks)
         assert sorted(finished) == list(range(12))
         assert all(s.num_new_tokens == s.request.max_new_tokens for s in sequences)
+
+
+def test_what_a_discarded_sequence_stored_is_not_found_again():
+    """Nor what follows it; what another one holds stays."""
+    pool = PagePool(20, 16)
+    texts = [tuple(range(64)), (*range(32), *range(900, 932)), (*range(16), *range(800, 816))]
+    bad, other, third = (sequence(i, text, 100) for i, text in enumerate(texts))
+    scheduler = Scheduler([bad, other, third], pool, 3, 1024)
+    player = Player(scheduler)
+    player.play(scheduler.plan())
+    player.play(scheduler.plan())
+    assert all(s.begun for s in (bad, other, third))
+    scheduler.finish(other)  # its end is idle, and begins behind pages of the bad one
+    pages, shared = list(bad.pages), list(third.pages[:1])
+    assert scheduler.discard(bad) == pages[1:]
+    assert bad.slot == -1
+    assert pool.find(texts[0], 4) == pool.find(texts[1], 4) == shared
+    pool.check_integrity([third.pages])
+    assert scheduler.plan().left  # the device goes on with it until it is told

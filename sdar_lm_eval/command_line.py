@@ -1,0 +1,44 @@
+"""Errors of lm_eval's command line as one line, where a run is of this package's models.
+
+`autoload.py` asks when a process ends with an exception. Errors of ours are messages already. Of the harness's own
+errors, those that a user of our models meets by a slip of the pen get the line that the harness has no words for.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from pathlib import Path
+
+from sdar_lm_eval.autoload import MODELS, TASKS
+from sdar_lm_eval.errors import Interrupted, SDARError, did_you_mean
+
+
+def message_of(error: BaseException) -> str | None:
+    """Return what to print in the place of a traceback, or None where the traceback is due."""
+    if isinstance(error, (SDARError, Interrupted)):
+        return str(error)
+    if not _names_our_models():
+        return None
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted before any answer was made."
+    text = str(error)
+    if found := re.match(r"Attempted to load model '(.*?)', but no model", text):
+        return f"--model {found[1]} is unknown.{did_you_mean(found[1], MODELS)} This package's: {', '.join(MODELS)}."
+    if found := re.match(r"Tasks not found: (.*)", text):
+        ours = [path.stem for path in Path(TASKS).rglob("*.yaml")]
+        hints = "".join(dict.fromkeys(did_you_mean(name.strip(), ours) for name in found[1].split(",")))
+        return f"--tasks: {found[1]} is unknown.{hints} `lm_eval ls tasks` lists all."
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    if isinstance(error, ValueError) and last and "_cli" in Path(last[0].filename).parts:  # a flag's value
+        return text.splitlines()[0]
+    return None
+
+
+def _names_our_models() -> bool:
+    """Whether the command line has `--model sdar…`."""
+    words = sys.argv[1:]
+    given = [words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--model", "-M")]
+    given += [word.removeprefix("--model=") for word in words if word.startswith("--model=")]
+    return any(name.startswith("sdar") for name in given)

@@ -1,0 +1,169 @@
+"""What the engines share about a run: one at a time, failures of single requests, memory that runs out, warming up.
+
+OneRun              refuses a run that begins inside another
+Failures            requests without an answer, reported after all others are answered
+Allowance           how many run at once: fewer after an out-of-memory error, more again later
+is_out_of_memory    whether an error says that memory ran out, on a GPU or on the CPU
+warm_up_requests    short requests that make an engine compile what the real ones need
+peak_of_process     the most memory that this process has used
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sdar_lm_eval.engines.base import GenerationRequest
+from sdar_lm_eval.errors import EngineError
+
+resource: Any
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+MOST_LISTED = 10  # requests that an error names
+PATIENCE = 32  # full steps before more is tried; doubled by every cut
+
+
+class OneRun:
+    """Lets one run use an engine at a time: a second one would write to the first one's state.
+
+    A run holds the engine from its first result that is asked for until its generator ends or is closed. A generator
+    that nobody refers to any more is closed by Python.
+
+    Args:
+        engine: the engine's name, for the message.
+    """
+
+    def __init__(self, engine: str) -> None:
+        self._engine = engine
+        self._held = threading.Lock()  # a lock that another thread may release: Python closes generators in any
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Hold the engine.
+
+        Raises:
+            EngineError: another run holds it.
+        """
+        if not self._held.acquire(blocking=False):
+            raise EngineError(
+                f"the {self._engine} engine is in the middle of another run. Read the results of that run to the end, "
+                "or close() its generator, before the next one begins; or open a second engine."
+            )
+        try:
+            yield
+        finally:
+            self._held.release()
+
+
+class Failures:
+    """Requests of a run that have no answer. The run goes on without them, and ends with one error that names them."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, list[int]] = {}
+
+    def add(self, index: int, reason: str) -> None:
+        """Note that the request at this position has no answer, and why."""
+        self._reasons.setdefault(reason, []).append(index)
+
+    def raise_if_any(self, total: int) -> None:
+        """End a run of `total` requests.
+
+        Raises:
+            EngineError: some have no answer.
+        """
+        if not self._reasons:
+            return
+        failed = sum(map(len, self._reasons.values()))
+        told = " ".join(f"Number {_listed(indices)}: {reason}" for reason, indices in self._reasons.items())
+        raise EngineError(
+            f"{failed} of {total} requests have no answer; those of the others are kept (--use_cache). {told}"
+        )
+
+
+def _listed(indices: list[int]) -> str:
+    more = f" and {len(indices) - MOST_LISTED} more" if len(indices) > MOST_LISTED else ""
+    return ", ".join(map(str, sorted(indices)[:MOST_LISTED])) + more
+
+
+class Allowance:
+    """How many of something a step may take: cut when memory runs out, raised by a quarter while it does not.
+
+    Every cut doubles the number of full steps that it takes to be raised, so that a limit which memory cannot hold is
+    tried ever less often. Source of the scheme: additive increase and multiplicative decrease, as in TCP (RFC 5681).
+
+    Args:
+        most: never exceeded.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.now = self._most = most
+        self._patience, self._full_steps = PATIENCE, 0
+
+    def cut(self, to: int) -> None:
+        """Take at most so many from now on; one at least."""
+        self.now = max(to, 1)
+        self._patience *= 2
+        self._full_steps = 0
+
+    def count_full_step(self) -> None:
+        """Note a step that took all that it may, without an error."""
+        if self.now == self._most:
+            return
+        self._full_steps += 1
+        if self._full_steps >= self._patience:
+            self._full_steps = 0
+            self.now = min(self.now + max(self.now // 4, 1), self._most)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out.
+
+    On a GPU torch has a class for it, but not for the driver's own error nor cuBLAS's. On the CPU it is a RuntimeError
+    (c10/core/impl/alloc_cpu.cpp: "can't allocate memory", on Windows "not enough memory") or numpy's MemoryError.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    told = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
+
+
+def warm_up_requests(requests: Sequence[GenerationRequest], count: int) -> list[GenerationRequest]:
+    """Short requests with the settings of the first of `requests`: two blocks of its prompt, answers of 1 to 3 blocks.
+
+    Half of them end after a block, and one after three, so that kernels are compiled for batches of several sizes.
+
+    Args:
+        requests: at least one.
+        count: how many to make.
+    """
+    length = requests[0].decoding.block_length
+    prompt = requests[0].prompt_ids[: 2 * length]
+    room = max(request.longest for request in requests) - len(prompt)  # memory was made for these
+    return [
+        dataclasses.replace(
+            requests[0],
+            prompt_ids=prompt,
+            max_new_tokens=min(length * (3 if i == 0 else 1 + i % 2), room),
+            stop_strings=(),
+        )
+        for i in range(count)
+    ]
+
+
+def peak_of_process() -> int:
+    """The most memory that this process has had in RAM, in bytes."""
+    if resource is None:
+        psutil: Any = importlib.import_module("psutil")  # there with accelerate
+        return int(psutil.Process().memory_info().peak_wset)
+    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -1,0 +1,118 @@
+"""Places of finished answers: what is found, what is left alone, what broken files end in."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.lm.store import CacheFile, Store, is_record, key_of
+
+NATIVE = {"engine": "native", "dtype": "float32"}
+
+
+def test_keys_do_not_depend_on_the_order_of_settings() -> None:
+    assert key_of("a", {"x": 1, "y": 2}) == key_of("a", {"y": 2, "x": 1})
+    assert len({key_of("a", {"x": 1}), key_of("b", {"x": 1}), key_of("a", {"x": 2}), key_of("a", {"x": "1"})}) == 4
+
+
+def test_a_record_is_found_by_who_made_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = str(tmp_path / "c.db")
+    CacheFile(path, NATIVE).put("k", {"text": "Zwölf\ud800"})
+    assert CacheFile(path, NATIVE).get("k") == {"text": "Zwölf\ud800"}
+    assert not caplog.text
+    other = CacheFile(path, NATIVE | {"dtype": "bfloat16"})
+    assert other.get("k") is None
+    told = "has answers of other settings, which are left alone (dtype was 'float32', is 'bfloat16')"
+    assert caplog.text.count(told) == 1
+    other.put("k", {"text": "two"})
+    caplog.clear()
+    assert [CacheFile(path, made).get("k") for made in (NATIVE, NATIVE | {"dtype": "bfloat16"})] == [
+        {"text": "Zwölf\ud800"}, {"text": "two"}
+    ]  # fmt: skip
+    assert not caplog.text  # both have answers of their own
+
+
+@pytest.mark.parametrize("content", ['{"text": nul', '{"text": 5}', "[]", '{"log_likelihood": NaN}', '{"token": "x"}'])
+def test_a_damaged_record_is_made_again(tmp_path: Path, content: str) -> None:
+    path = str(tmp_path / "c.db")
+    file = CacheFile(path, NATIVE)
+    file.put("k", {"text": "x"})
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE sdar_records SET record = ?", (content,))
+    assert file.get("k") is None
+    file.put("k", {"text": "y"})
+    assert CacheFile(path, NATIVE).get("k") == {"text": "y"}
+
+
+def test_minus_infinity_is_a_score() -> None:
+    assert is_record({"log_likelihood": float("-inf")}) and is_record({"text": ""})
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 + 9])
+
+
+def _other_columns(path: Path) -> None:
+    with sqlite3.connect(path) as database:
+        database.execute("DROP TABLE sdar_fingerprints")
+        database.execute("CREATE TABLE sdar_fingerprints (a TEXT)")
+
+
+def _broken_fingerprint(path: Path) -> None:
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE sdar_fingerprints SET settings = 'null{'")
+
+
+DAMAGES: Mapping[str, Callable[[Path], Any]] = {
+    "garbage": lambda path: path.write_bytes(os.urandom(9000)),
+    "cut": _cut,
+    "other columns": _other_columns,
+    "a broken fingerprint": _broken_fingerprint,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_is_no_cache_is_one_line(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "c.db"
+    file = CacheFile(str(path), NATIVE)
+    for number in range(50):
+        file.put(str(number), {"text": "x" * 500})
+    DAMAGES[damage](path)
+    with pytest.raises(
+        UserError, match=rf"^--use_cache {path} cannot be used \(.*\)\. Delete it, give another path"
+    ) as raised:
+        CacheFile(str(path), NATIVE | {"dtype": "other"})
+    assert "\n" not in str(raised.value)
+
+
+def test_a_locked_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.db"
+    CacheFile(str(path), NATIVE)
+    holder = sqlite3.connect(path, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kwargs: connect(*args, **kwargs, timeout=0.1))
+    with pytest.raises(UserError, match=r"cannot be used \(database is locked\).* end what else uses it"):
+        CacheFile(str(path), NATIVE)
+    holder.close()
+
+
+def test_what_a_read_only_file_has_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "c.db"
+    CacheFile(str(path), NATIVE).put("k", {"text": "x"})
+    file = CacheFile(str(path), NATIVE)
+    file._file.execute("PRAGMA query_only = ON")  # as for a user who may not write
+    store = Store([file])
+    assert store.get("k") == {"text": "x"}
+    for key in ("a", "b"):
+        store.put(key, {"text": "y"})
+    assert caplog.text.count("cannot be written (attempt to write a readonly database)") == 1
+    assert "answers from here on are kept in memory alone, until the results are written" in caplog.text
+    assert store.kept_in == ""
