@@ -160,6 +160,13 @@ class _Budget:
         return value
 
     @jinja2.pass_context
+    def argument(self, _: Any, value: Any) -> Any:
+        """Check what a filter or function is given, such as a width."""
+        if isinstance(value, int) and value > MOST_CHARACTERS:
+            raise Unbounded(f"asks for a number above {MOST_CHARACTERS:,}")
+        return value
+
+    @jinja2.pass_context
     def kept(self, _: Any, value: Any) -> Any:
         """Check what becomes a variable's value."""
         if isinstance(value, (str, list, tuple)) and len(value) > MOST_CHARACTERS:
@@ -174,15 +181,18 @@ def _compile(source: str, budget: _Budget) -> jinja2.Template:
     # An empty template's environment has the filters, names and extensions that transformers gives to all.
     environment = chat_template_utils._compile_jinja_template("").environment.overlay()
     # Filters are called directly; methods go through the sandbox, which takes as long as the rest of a rendering.
-    environment.filters = environment.filters | {
-        "budget_step": budget.step, "budget_written": budget.written, "budget_kept": budget.kept
-    }  # fmt: skip
+    asked = {f"budget_{name}": getattr(budget, name) for name in ("argument", "kept", "step", "written")}
+    environment.filters = environment.filters | asked
     environment.intercepted_binops = frozenset({"*", "**"})
     environment.call_binop = functools.partial(_bounded, environment.call_binop)
     # lipsum writes as much as it is asked for, without a loop of the template's.
     environment.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
 
     tree = environment.parse(source)
+    for call in list(tree.find_all((nodes.Call, nodes.Filter))):
+        call.args = [_call("argument", value) for value in call.args]
+        for keyword in call.kwargs:
+            keyword.value = _call("argument", keyword.value)
     for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
         node.body.insert(0, nodes.ExprStmt(_call("step", nodes.Const(None))))
     for output in list(tree.find_all(nodes.Output)):

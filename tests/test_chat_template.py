@@ -24,7 +24,16 @@ CONVERSATIONS = [
 ]
 OPEN = [
     [*USER, {"role": "assistant", "content": content}]
-    for content in ("The answer is", "The answer is ", " \n5 \n", "What is 2 + 3?", "<think>\na", "x\ufdd0", "a b  ")
+    for content in (
+        "The answer is",
+        "The answer is ",
+        " \n5",
+        "5 \n",
+        "What is 2 + 3?",
+        "<think>\na",
+        "x\ufdd0",
+        "a b  ",
+    )
 ]
 LOOP = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 SANE = {
@@ -138,7 +147,10 @@ HOSTILE = {
         "{% set y %}{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}{% endset %}",
         "writes more than 10,000,000 characters",
     ),
-    "100 MB at once": ("{{ 'x' | center(20000000) }}", "writes more than 10,000,000 characters"),
+    "100 MB at once": ("{{ ('x' * 5000000) | replace('x', 'yyy') }}", "writes more than 10,000,000 characters"),
+    "100 GB at once": ("{{ 'x' | center(100000000000) }}", "asks for a number above 10,000,000"),
+    "100 GB by a method": ("{{ 'x'.ljust(width) if false else 'x'.ljust(100000000000) }}", "asks for a number above"),
+    "100 GB by name": ("{{ 'x' | indent(width=100000000000, first=true) }}", "asks for a number above 10,000,000"),
     "doubling": (
         "{% set ns = namespace(x='xx') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
         "makes a value of more than 10,000,000 characters",
@@ -148,7 +160,7 @@ HOSTILE = {
         "{% set ns = namespace(x=9) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
         "numbers of more than 10,000 bits",
     ),
-    "a range": ("{% for i in range(10 ** 12) %}{% endfor %}", "fails (OverflowError: "),
+    "a range": ("{% for i in range(10 ** 6) %}{% endfor %}", "fails (OverflowError: "),
     "division": ("{{ 1 / 0 }}", "fails (ZeroDivisionError: division by zero)"),
     "types": ("{{ messages + 1 }}", "fails (TypeError: "),
     "the sandbox": ("{{ messages.__class__.__mro__ }}", "is not safe (SecurityError: "),
