@@ -1,8 +1,9 @@
-"""Renders a checkpoint's chat template, which is a program of somebody else's: bounded in time and length.
+"""Renders a checkpoint's chat template, somebody else's program, within limits of time and length.
 
-transformers compiles chat templates in a sandbox of jinja2's, which keeps them from everything but their own text; what
-a template may still do is to run or write without end. So the template is compiled here a second way, in transformers'
-own sandbox, with a count in each loop, macro and output.
+transformers compiles a chat template in jinja2's sandbox. The sandbox keeps a template from files and from Python's
+internals, but lets it run and write without end. `ChatTemplate` compiles the template in the same sandbox, with a check
+in each loop, macro, assignment, argument and output. A single step of jinja2 between two checks is not bounded, such as
+the format "%10000000000d".
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class ChatTemplate:
         checkpoint: name for messages.
 
     Raises:
-        UserError: the template is no text, several without a default, or not in the language of templates.
+        UserError: the template is no text, several without a default, cannot be compiled, or fails for a user's turn.
     """
 
     def __init__(self, tokenizer: Any, checkpoint: str) -> None:
@@ -76,7 +77,8 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the conversation, fails, or exceeds its limits.
         """
-        roles = ", ".join(message["role"] for message in messages)
+        named = [message["role"] for message in messages]
+        roles = ", ".join(named[:6]) + (" and so on" if len(named) > 6 else "")
         try:
             return self._render(messages, add_generation_prompt)
         except Unbounded as error:
