@@ -21,7 +21,7 @@ import sdar_lm_eval
 from sdar_lm_eval.autoload import MODELS
 from sdar_lm_eval.engines.base import DecodingConfig, to_number
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.gen_kwargs import read_generation
+from sdar_lm_eval.settings import read_generation
 
 ENGINES = {"jetengine": "sdar-jetengine", "native": "sdar", "lmdeploy": "sdar-lmdeploy"}
 """`--engine` -> `lm_eval --model`."""

@@ -11,9 +11,9 @@ import pytest
 from sdar_lm_eval.engines.jetengine import engine as jetengine
 from sdar_lm_eval.engines.lmdeploy import engine as lmdeploy
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.gen_kwargs import read_generation
 from sdar_lm_eval.runs import settings
 from sdar_lm_eval.runs.settings import Run, runs_from_flags
+from sdar_lm_eval.settings import read_generation
 
 DEFAULTS: dict[str, Any] = {
     "model_name": "JetLM/SDAR-4B-Chat",
