@@ -144,7 +144,7 @@ def test_other_tasks_have_a_report_without_examples(tmp_path: Path) -> None:
         answer_shard(run, tmp_path / "run", 1, 1)
         report = publish(run, tmp_path / "run")
     content = json.loads(report.read_text())
-    assert set(content) == {"config", "metrics", "performance"}
+    assert set(content) == {"config", "metrics", "performance", "scored_by"}
     assert set(content["metrics"]) == {"gsm8k_sdar_demo", "gsm8k_sdar_hash"}
     assert content["performance"]["requests"] == 2
     assert len(list(report.parent.rglob("samples_*.jsonl"))) == 2
