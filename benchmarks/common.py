@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import platform
 import shutil
@@ -79,7 +78,7 @@ def make_model(engine: str, pretrained: str, model_args: str = "", max_active: i
     autoload.install()
     settings = [f"pretrained={pretrained}", f"max_active={max_active}" if max_active else "", model_args]
     lm: Any = get_model(MODELS[engine]).create_from_arg_string(",".join(filter(None, settings)))
-    lm.checkpoint = dataclasses.replace(lm.checkpoint, stop_ids=())
+    lm._jobs.stop_ids = ()
     return lm
 
 

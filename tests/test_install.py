@@ -30,9 +30,9 @@ STARTUP_FILES = {"sdar_lm_eval_autoload.pth", "sdar_lm_eval_autoload.start"}
 Done = subprocess.CompletedProcess[str]
 
 needs_model = pytest.mark.skipif(
-    not (ROOT / "sdar_lm_eval/harness.py").exists()
+    not (ROOT / "sdar_lm_eval/lm/model.py").exists()
     or not (ROOT / "sdar_lm_eval/demo/checkpoint/model.safetensors").exists(),
-    reason="needs sdar_lm_eval/harness.py and the demo's checkpoint",
+    reason="needs sdar_lm_eval/lm/model.py and the demo's checkpoint",
 )
 
 # What pip writes for `lm_eval = lm_eval.__main__:cli_evaluate` where it installs lm_eval. In a fresh environment it is

@@ -21,9 +21,9 @@ import bisect
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 
@@ -323,6 +323,11 @@ def end_of_answer(
     return count, reason
 
 
+Result = TypeVar("Result")
+Results = Generator[tuple[int, Result], None, None]
+"""(position in the requests, result) as each finishes; closing it ends the run."""
+
+
 class Engine(Protocol):
     """What the harness needs of an engine."""
 
@@ -337,7 +342,7 @@ class Engine(Protocol):
             UserError, EngineError: as `generate`.
         """
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> Results[GenerationResult]:
         """Run all requests; yield (position in `requests`, result) as each finishes, in any order.
 
         Raises:
@@ -432,7 +437,7 @@ class ScoreResult:
 class Scorer(Protocol):
     """What an engine has that computes log-likelihoods."""
 
-    def score(self, requests: Sequence[ScoreRequest], config: LikelihoodConfig) -> Iterator[tuple[int, ScoreResult]]:
+    def score(self, requests: Sequence[ScoreRequest], config: LikelihoodConfig) -> Results[ScoreResult]:
         """Score all requests; yield (position in `requests`, result) as each finishes, in any order.
 
         Raises:

@@ -58,13 +58,16 @@ class SentPrompts:
     Attributes:
         tokens: document -> hashes of its requests' token ids.
         example: the first prompt as text.
+        templated_by: who put the prompts into the chat template.
     """
 
     tokens: dict[int, list[str]] = field(default_factory=dict)
     example: str | None = None
+    templated_by: TemplatedBy | None = None
 
-    def add(self, document: int, prompt: str, token_ids: Sequence[int]) -> None:
+    def add(self, document: int, prompt: str, token_ids: Sequence[int], templated_by: TemplatedBy | None) -> None:
         """Note a request."""
+        self.templated_by = templated_by
         self.tokens.setdefault(document, []).append(hashlib.sha256(json.dumps(token_ids).encode()).hexdigest()[:16])
         self.example = prompt if self.example is None else self.example
 
@@ -107,7 +110,7 @@ def facts_of_evaluation(ranks: Sequence[Evaluation], template_hash: str | None) 
     for name in dict.fromkeys(name for of_rank in ranks for name in of_rank.sent):
         sent = [of_rank.sent[name] for of_rank in ranks if name in of_rank.sent]
         tokens = {document: hashes for of_rank in sent for document, hashes in of_rank.tokens.items()}
-        by = tasks[name].templated_by if name in tasks else None
+        by = sent[0].templated_by
         prompts[name] = {
             "chat_template_applied_by": by,
             "chat_template_sha256": template_hash if by else None,

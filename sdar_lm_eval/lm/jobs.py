@@ -17,7 +17,7 @@ from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.gen_kwargs import GENERATION_SETTINGS, Generation, read_generation
-from sdar_lm_eval.lm.evaluation import TaskRequests, differences
+from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, differences
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import key_of
 
@@ -36,6 +36,7 @@ class Job:
         document: its place in the data set.
         repeat: from 0; always 0 for an answer without chance.
         prompt: the text that is tokenized.
+        templated_by: who put it into the chat template; None where nobody did.
         request: what the engine gets.
         until: the answer is cut before the earliest of these texts.
         key: what the answer is stored under.
@@ -45,6 +46,7 @@ class Job:
     document: int
     repeat: int
     prompt: str
+    templated_by: TemplatedBy | None
     request: GenerationRequest
     until: tuple[str, ...]
     key: str
@@ -109,6 +111,8 @@ class Jobs:
         self._said_unknown = False
         self._given = {name: value for name, value in model_args.items() if name in GENERATION_SETTINGS}
         self.max_length = max_length
+        self.stop_ids = checkpoint.stop_ids
+        """Tokens that end every answer."""
         self.default = self._read({}, None).generation
         """The settings of a request whose task says nothing."""
 
@@ -148,13 +152,12 @@ class Jobs:
             order.append((id(instance), repeat))
             asked[order[-1]] = instance, settings[name]
 
-        prompts = [self._in_template(instance, tasks) for instance, _ in asked.values()]
-        instances = [instance for instance, _ in asked.values()]
-        rendered = [self._is_rendered(*pair, tasks) for pair in zip(instances, prompts, strict=True)]
-        ids_of = self._prompts.encode_prompts(prompts, rendered, self._alone)
+        in_template = [self._in_template(instance, tasks) for instance, _ in asked.values()]
+        prompts = [prompt for prompt, _ in in_template]
+        ids_of = self._prompts.encode_prompts(prompts, [by is not None for _, by in in_template], self._alone)
         jobs: dict[JobId, Job] = {}
         truncated = 0
-        for (job_id, (instance, own)), prompt, ids in zip(asked.items(), prompts, ids_of, strict=True):
+        for (job_id, (instance, own)), (prompt, by), ids in zip(asked.items(), in_template, ids_of, strict=True):
             generation, repeat = own.generation, job_id[1]
             room = self.room_for_prompt(generation.max_gen_toks)
             truncated += len(ids) > room
@@ -173,6 +176,7 @@ class Jobs:
                 document=int(instance.doc_id or 0) if known is None else known.document(int(instance.doc_id or 0)),
                 repeat=repeat,
                 prompt=prompt,
+                templated_by=by,
                 request=request,
                 until=generation.until,
                 key=_key_of(request, generation),
@@ -223,7 +227,7 @@ class Jobs:
             self.warn_of_block_length(generation.decoding.block_length)
         if protocol and task is not None:
             self._say_protocol(task.name, protocol, generation.decoding.as_dict())
-        stop_ids, stop_strings = set(self._checkpoint.stop_ids), []
+        stop_ids, stop_strings = set(self.stop_ids), []
         for text in generation.until:
             ids = self._prompts.tokenizer.encode(text, add_special_tokens=False)
             # A special token has no text in the answer, so only its id can stop there.
@@ -243,21 +247,22 @@ class Jobs:
             told = ", ".join(f"{name}={value}" for name, value in published.items())
             logger.info("%s is decoded as published: %s. model_args and gen_kwargs override it.", task, told)
 
-    def _in_template(self, instance: Instance, tasks: Mapping[str, TaskRequests]) -> str:
-        context = str(instance.args[0])
-        if not self._prompts.renders or self._is_rendered(instance, context, tasks):
-            return context
+    def _in_template(self, instance: Instance, tasks: Mapping[str, TaskRequests]) -> tuple[str, TemplatedBy | None]:
+        """A request's prompt, and who put it into the chat template."""
+        context, known = str(instance.args[0]), tasks.get(str(instance.task_name))
+        if known is not None and known.templated_by is not None:
+            return context, known.templated_by
+        if self._prompts.is_rendered(context):
+            return context, "lm_eval"
+        if not self._prompts.renders:
+            return context, None
         if not self._said_unknown:
             self._said_unknown = True
             logger.warning(
                 "Prompts that come from no evaluation of lm_eval become one user turn each, system instruction "
                 "included. Use lm_eval.simple_evaluate, or apply_chat_template."
             )
-        return self._prompts.as_user_turn(context)
-
-    def _is_rendered(self, instance: Instance, prompt: str, tasks: Mapping[str, TaskRequests]) -> bool:
-        known = tasks.get(str(instance.task_name))
-        return (known is not None and known.templated_by is not None) or self._prompts.is_rendered(prompt)
+        return self._prompts.as_user_turn(context), "sdar_lm_eval"
 
 
 def _key_of(request: GenerationRequest, generation: Generation) -> str:

@@ -15,7 +15,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.evaluation import TaskRequests
+from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record, key_of
@@ -32,6 +32,7 @@ class ScoreJob:
     Attributes:
         instance: the harness's.
         document: its place in the data set.
+        templated_by: who put the context into the chat template; None where nobody did.
         pieces: what the engine gets.
         keys: what each piece's result is stored under.
         results: of the pieces so far, by their place.
@@ -39,6 +40,7 @@ class ScoreJob:
 
     instance: Instance
     document: int
+    templated_by: TemplatedBy | None
     pieces: list[ScoreRequest]
     keys: list[str]
     results: dict[int, ScoreResult] = field(default_factory=dict)
@@ -109,11 +111,12 @@ class Likelihoods:
             name = instance.task_name, *instance.args
             if name not in jobs:
                 known = tasks.get(str(instance.task_name))
-                rendered = known is not None and known.templated_by is not None
+                by: TemplatedBy | None = None if known is None else known.templated_by
+                if by is None and self._prompts.is_rendered(str(instance.args[0])):
+                    by = "lm_eval"
                 if kind == "loglikelihood":
                     context, continuation = map(str, instance.args[:2])
-                    rendered = rendered or self._prompts.is_rendered(context)
-                    pairs = self._pair(context, continuation, rendered)
+                    pairs = self._pair(context, continuation, rendered=by is not None)
                 else:
                     pairs = self._windows(*instance.args)
                 fitted = [self.fit(*pair) for pair in pairs]
@@ -122,6 +125,7 @@ class Likelihoods:
                 jobs[name] = ScoreJob(
                     instance=instance,
                     document=doc_id if known is None else known.document(doc_id),
+                    templated_by=by,
                     pieces=pieces,
                     keys=[_key_of(piece, config) for piece in pieces],
                 )

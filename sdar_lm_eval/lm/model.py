@@ -246,7 +246,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         jobs = list(asked.jobs.values())
         live = Live((job.instance for job in jobs), len(jobs), whole=self._world_size == 1)
         for place, job in enumerate(jobs):
-            evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids)
+            evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
             if (record := self._store.get(job.key)) is not None:
                 answers[place] = record["text"]
                 counts.count(job.task, stored_requests=1)
@@ -322,9 +322,8 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         missing = []  # (job, place among its pieces)
         for job in jobs:
             for place, (piece, key) in enumerate(zip(job.pieces, job.keys, strict=True)):
-                evaluation.sent_of(job.task).add(
-                    job.document, str(job.instance.args[0]), (*piece.context_ids, *piece.continuation_ids)
-                )
+                tokens = (*piece.context_ids, *piece.continuation_ids)
+                evaluation.sent_of(job.task).add(job.document, str(job.instance.args[0]), tokens, job.templated_by)
                 if (record := self._store.get(key)) is not None:
                     job.results[place] = result_of(record)
                 else:
@@ -347,8 +346,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
                 job.results[place] = result
                 if job.finished:
                     finished[id(job)] = None
-                    tokens = sum(len(piece.continuation_ids) for piece in job.pieces)
-                    counts.add_score(job.task, job.total(), tokens)
+                    counts.add_score(job.task, job.total(), sum(len(piece.continuation_ids) for piece in job.pieces))
                     self._trace_score(job, stored=False)
                     progress.step()
         if len(finished) < len(jobs):

@@ -108,7 +108,7 @@ class RecordedLM(LM):  # type: ignore[misc]
         self._evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
         missing = []
         for job in asked.jobs.values():
-            self._evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids)
+            self._evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
             line = self._answers.get(job.key)
             if line is None:
                 missing.append((job.task, job.document))

@@ -372,6 +372,6 @@ def test_the_bar_can_be_switched_off(make_lm: MakeLM, capsys: pytest.CaptureFixt
 def test_an_engine_that_loses_requests_is_found_out(make_lm: MakeLM, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = make_lm()
     complete = lm.engine.score
-    monkeypatch.setattr(lm.engine, "score", lambda *arguments: list(complete(*arguments))[1:])
+    monkeypatch.setattr(lm.engine, "score", lambda *arguments: (result for result in list(complete(*arguments))[1:]))
     with pytest.raises(EngineError, match="scored 2 of 3 requests"):
         lm.loglikelihood(pairs(3))

@@ -97,7 +97,7 @@ def test_stop_tokens_and_texts_reach_the_engine(make_lm: MakeLM) -> None:
 def test_an_engine_that_loses_requests_is_found_out(make_lm: MakeLM, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = make_lm()
     complete = lm.engine.generate
-    monkeypatch.setattr(lm.engine, "generate", lambda r: list(complete(r))[1:])
+    monkeypatch.setattr(lm.engine, "generate", lambda r: (result for result in list(complete(r))[1:]))
     with pytest.raises(EngineError, match="answered 2 of 3 requests"):
         lm.generate_until(requests_of(3))
 

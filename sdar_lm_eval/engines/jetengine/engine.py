@@ -38,6 +38,7 @@ from sdar_lm_eval.engines.base import (
     DecodingConfig,
     GenerationRequest,
     GenerationResult,
+    Results,
     at_least_one,
     check_bool,
     end_of_answer,
@@ -447,7 +448,7 @@ class JetEngine:
 
     # Generation
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> Results[GenerationResult]:
         """See `Engine.generate`. Requests are started in the order given, those with like settings together."""
         with self._one_run():
             yield from self._generate(requests)

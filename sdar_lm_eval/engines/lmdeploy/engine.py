@@ -42,6 +42,7 @@ from sdar_lm_eval.engines.base import (
     DecodingConfig,
     GenerationRequest,
     GenerationResult,
+    Results,
     at_least_one,
     check_rope,
     end_of_answer,
@@ -399,7 +400,7 @@ class LMDeploy:
 
     # Running
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> Results[GenerationResult]:
         """See `Engine.generate`.
 
         A request with several stop tokens, or a stop string, is ended by this side as soon as a block completes it.

@@ -20,6 +20,7 @@ from sdar_lm_eval.engines.base import (
     GenerationRequest,
     GenerationResult,
     LikelihoodConfig,
+    Results,
     ScoreRequest,
     ScoreResult,
     at_least_one,
@@ -153,7 +154,7 @@ class NativeEngine:
             pass
         self._preemptions, self._shared_prompt_tokens = counted
 
-    def generate(self, requests: SequenceOf[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
+    def generate(self, requests: SequenceOf[GenerationRequest]) -> Results[GenerationResult]:
         """See `Engine.generate`. Requests are admitted in the order given."""
         with self._one_run():
             failures = Failures()
@@ -225,7 +226,7 @@ class NativeEngine:
             raise EngineError(self._out_of_memory(pages)) from error
         return max_active, pages
 
-    def score(self, requests: SequenceOf[ScoreRequest], config: LikelihoodConfig) -> Iterator[tuple[int, ScoreResult]]:
+    def score(self, requests: SequenceOf[ScoreRequest], config: LikelihoodConfig) -> Results[ScoreResult]:
         """See `Scorer.score`. `max_active` bounds the requests of a batch, `kv_pages` its clean tokens."""
         with self._one_run():
             self._runner.release_cache()  # generation and scoring never run at once, and each may need all memory
