@@ -165,8 +165,8 @@ def prepare(run: Run) -> Outcome:
     from sdar_lm_eval.runs.shards import ANSWERS, documents_of
 
     try:
-        documents = documents_of(run.tasks, run.num_samples)
         pretrained = located(run)
+        documents = documents_of(run.tasks, run.num_samples)
         checkpoint = Checkpoint.open(pretrained, run.revision)
         fingerprint = checkpoint.fingerprint  # reads of each weight file, so none is missing
     except SDARError as error:
