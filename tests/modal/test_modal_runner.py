@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from lm_eval.tasks import TaskManager
 from support import ROOT, environment
 
 from sdar_lm_eval.autoload import TASKS
+from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.demo import CHECKPOINT as DEMO_CHECKPOINT
 from sdar_lm_eval.engines.jetengine.versions import PINNED
 from sdar_lm_eval.lm.answers import read_sessions
 from sdar_lm_eval.lm.model import SDARLM
@@ -353,10 +356,11 @@ def test_it_says_how_it_is_run() -> None:
 
 
 def test_what_is_fetched_is_read_without_network_and_left_alone(tmp_path: Path) -> None:
-    """A data set of the volume's, as `datasets` keeps one it has fetched; `datasets` locks files where it reads."""
-    volume = tmp_path / "volume"
+    """A checkpoint and a data set, as the hub's libraries keep what they fetched; `datasets` locks where it reads."""
+    volume, commit = tmp_path / "volume", "0" * 40
+    shutil.copytree(DEMO_CHECKPOINT, volume / "hub" / "models--me--demo" / "snapshots" / commit)
     rows = datasets.Dataset.from_list([{"question": "1 + 1?", "answer": "#### 2"}])
-    kept = volume / "datasets" / "openai___gsm8k" / "main" / "0.0.0" / ("0" * 40)
+    kept = volume / "datasets" / "openai___gsm8k" / "main" / "0.0.0" / commit
     kept.mkdir(parents=True)
     with ArrowWriter(path=str(kept / "gsm8k-test.arrow"), features=rows.features) as writer:
         writer.write(rows[0])
@@ -367,14 +371,16 @@ def test_what_is_fetched_is_read_without_network_and_left_alone(tmp_path: Path) 
     before = sorted(volume.rglob("*"))
     code = (
         "import modal_runner; modal_runner.read_what_is_fetched()\n"
-        "import datasets, huggingface_hub.constants as hub\n"
-        "print(datasets.load_dataset('openai/gsm8k', 'main', split='test')[0]['answer'], hub.HF_HUB_CACHE)"
+        "import datasets\n"
+        "from sdar_lm_eval.checkpoint import Checkpoint\n"
+        "print(datasets.load_dataset('openai/gsm8k', 'main', split='test')[0]['answer'], end=' ')\n"
+        f"print(Checkpoint.open('me/demo', {commit!r}).fingerprint)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment() | {"HF_HOME": str(volume)}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
-    assert done.stdout.strip() == f"#### 2 {volume / 'hub'}", done.stderr
+    assert done.stdout.strip() == f"#### 2 {Checkpoint.open('demo').fingerprint}", done.stderr
     assert sorted(volume.rglob("*")) == before
 
 

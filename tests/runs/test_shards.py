@@ -55,6 +55,16 @@ def test_tasks_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
         documents_of(["gsm8k_sdar_demo"], None, ours)
 
 
+def test_programs_that_the_harness_would_run_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Task:
+        OUTPUT_TYPE = "generate_until"
+        UNSAFE_CODE = True
+
+    monkeypatch.setattr(shards, "get_task_dict", lambda *_: {"humaneval": Task()})
+    with pytest.raises(UserError, match=r"--tasks humaneval: .* Choose humaneval_sdar or mbpp_sdar, whose programs"):
+        documents_of(["gsm8k_sdar_demo"], None)
+
+
 def test_documents_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object) -> None:
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
