@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager, get_task_dict
 from lm_eval.utils import setup_logging
 
 from sdar_lm_eval.autoload import TASKS
-from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.errors import SDARError, UserError
 from sdar_lm_eval.runs.settings import RUN_PROGRAMS, Run
 
 ANSWERS = "answers"
@@ -74,7 +74,7 @@ def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskMan
 
     Raises:
         UserError: no such task, one that asks for log-likelihoods, one of the harness's own that runs programs of the
-            model, or one whose documents cannot be fetched.
+            model, or one that cannot be loaded.
     """
     manager = manager or task_manager(tasks)
     unknown = [task for task in tasks if task not in manager.all_tasks]
@@ -82,11 +82,13 @@ def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskMan
         raise UserError(f"--tasks {', '.join(unknown)}: unknown to the harness. `lm_eval ls tasks` lists all.")
     try:
         found = _leaves(get_task_dict(list(tasks), manager))
-    except OSError as error:  # the hub's and datasets' errors are among these
-        reason = str(error).strip() or type(error).__name__
+    except SDARError:
+        raise
+    except (OSError, ValueError) as error:  # the hub's, datasets', and the harness's metric that runs programs
+        lines = [line.strip() for line in str(error).splitlines() if line.strip("# ")] or [type(error).__name__]
         raise UserError(
-            f"--tasks {', '.join(tasks)}: the documents cannot be fetched ({reason.splitlines()[0]}). "
-            "Check the network and try again; gated data needs HF_TOKEN."
+            f"--tasks {', '.join(tasks)}: cannot be loaded ({lines[0]}). Check the network and try again; gated data "
+            "needs HF_TOKEN."
         ) from error
     scored = [name for name, task in found.items() if task.OUTPUT_TYPE != "generate_until"]
     if scored:

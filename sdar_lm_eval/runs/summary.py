@@ -45,7 +45,9 @@ def result(report: Json) -> str:
             lines.append(f"  {name}: {other['percentage']} ({other['correct']}/{other['total']}){_error(other)}")
     else:
         for task, scores in report["metrics"].items():
-            values = {n: v for n, v in scores.items() if isinstance(v, (int, float)) and "_stderr" not in n}
+            values = {
+                n: v for n, v in scores.items() if "," in n and isinstance(v, (int, float)) and "_stderr" not in n
+            }
             lines.append(f"{task}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
     told = {  # null where nothing was computed
         "Average time a question: {:.2f} s": performance.get("seconds_per_question"),

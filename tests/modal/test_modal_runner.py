@@ -240,7 +240,9 @@ def test_a_sweep(tmp_path: Path) -> None:
     output = tmp_path / "sweep.json"
     words = (*DEMO, "--num-samples", "6", "--temperature", "0.0", "--verbose", "false", "--output-file", str(output))
     with ControlPlane(tmp_path / "modal") as plane:
-        done = _run(plane, *words, "--confidence-threshold", "0.5,0.9", "--gpu", "H200", "--timeout", "900")
+        done = _run(
+            plane, *words, "--threshold", "0.5,0.9", "--strategy", "dynamic", "--gpu", "H200", "--timeout", "900"
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         assert plane.started.count("evaluate") == 2
         assert {v.options.resources.gpu_config.gpu_type for v in plane.variants.values()} == {"H200"}
@@ -371,16 +373,16 @@ def test_what_is_fetched_is_read_without_network_and_left_alone(tmp_path: Path) 
     before = sorted(volume.rglob("*"))
     code = (
         "import modal_runner; modal_runner.read_what_is_fetched()\n"
-        "import datasets\n"
+        "import datasets, huggingface_hub.constants\n"
         "from sdar_lm_eval.checkpoint import Checkpoint\n"
         "print(datasets.load_dataset('openai/gsm8k', 'main', split='test')[0]['answer'], end=' ')\n"
-        f"print(Checkpoint.open('me/demo', {commit!r}).fingerprint)"
+        f"print(Checkpoint.open('me/demo', {commit!r}).fingerprint, huggingface_hub.constants.HF_HUB_OFFLINE)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment() | {"HF_HOME": str(volume)}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
-    assert done.stdout.strip() == f"#### 2 {Checkpoint.open('demo').fingerprint}", done.stderr
+    assert done.stdout.strip() == f"#### 2 {Checkpoint.open('demo').fingerprint} True", done.stderr
     assert sorted(volume.rglob("*")) == before
 
 

@@ -69,7 +69,7 @@ def test_the_end_of_a_run() -> None:
 
 def test_the_end_of_a_run_of_other_tasks() -> None:
     run = {"tokens_per_second": 10.0, "tokens_per_forward": 1.0, "generation_seconds": 5.0}
-    scores = {"alias": "math500_sdar", "math_verify,none": 0.728, "math_verify_stderr,none": 0.02}
+    scores = {"alias": "math500_sdar", "sample_len": 500, "math_verify,none": 0.728, "math_verify_stderr,none": 0.02}
     text = summary.result({"config": {}, "metrics": {"math500_sdar": scores}, "performance": run})
     assert "math500_sdar: math_verify,none 0.728\n" in text and "Total time: 5.0 s" in text
 
