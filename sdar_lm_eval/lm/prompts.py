@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from sdar_lm_eval.chat_template import ChatTemplate
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError
 
@@ -34,7 +35,7 @@ class Prompts:
         mode: chat_template=auto, on or off.
 
     Raises:
-        UserError: mode is on, and the checkpoint has no chat template.
+        UserError: mode is on, and the checkpoint has no chat template; or it has one that cannot be used.
     """
 
     def __init__(self, checkpoint: Checkpoint, mode: str = "auto") -> None:
@@ -47,6 +48,7 @@ class Prompts:
             )
         self.renders = self.has_template and mode != "off"
         """Whether a generating task's prompt is put into the template where lm_eval did not put it."""
+        self._template = ChatTemplate(self.tokenizer, self._name) if self.renders else None
         self._rendered: dict[bytes, tuple[str, ...]] = {}
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         longest_first = sorted(special, key=len, reverse=True)
@@ -64,10 +66,13 @@ class Prompts:
         """Render a conversation; without a generation prompt its last message is left open to be continued.
 
         Raises:
-            UserError: the checkpoint has no chat template, or the template refuses the conversation.
+            UserError: the checkpoint has no chat template, or the template refuses the conversation, fails, or takes
+                too long.
         """
         if not self.has_template:
             raise UserError(f"checkpoint {self._name!r} has no chat template; leave out --apply_chat_template.")
+        if self._template is None:  # chat_template=off, and yet lm_eval applies it
+            self._template = ChatTemplate(self.tokenizer, self._name)
         tokens: list[str] = []  # special tokens that the messages' texts hold
 
         def mark(found: re.Match[str]) -> str:
@@ -75,19 +80,7 @@ class Prompts:
             return MARK.format(len(tokens) - 1)
 
         marked = [{**m, "content": self._special.sub(mark, m["content"])} for m in messages]
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                marked,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        except Exception as error:  # whatever a template raises
-            raise UserError(
-                f"the chat template of checkpoint {self._name!r} refuses a conversation of "
-                f"{', '.join(m['role'] for m in messages)} ({type(error).__name__}: {error}). Where it has no system "
-                "turn, leave out --system_instruction; or use chat_template=off."
-            ) from error
+        text = self._template.render(marked, add_generation_prompt)
         parts = re.split(MARK.format(r"(\d+)"), text)  # text, number, text, number, …, text
         parts[1::2] = [tokens[int(number)] for number in parts[1::2]]
         rendered = "".join(parts)

@@ -21,6 +21,7 @@ from typing import Any
 import datasets
 
 from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.files import require_regular
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ def _read_folder(source: Source, given: Any, label: str, below: str, split: str,
         if not folder.is_dir():
             raise UserError(f"{label} {shown}, and there is no such folder. {remedy}")
         for name in names:
-            if files := sorted(file for file in folder.glob(name) if file.is_file()):
+            if files := sorted(folder.glob(name)):
                 return [row for file in files for row in _read_file(source, file)]
         raise UserError(f"{label} {shown}, which holds no {names[0]} ({_contents(folder)}). {remedy}")
     except (OSError, RuntimeError) as error:  # no permission; a ~user that does not exist
@@ -199,6 +200,7 @@ def _read_folder(source: Source, given: Any, label: str, below: str, split: str,
 
 
 def _read_file(source: Source, file: Path) -> list[Row]:
+    require_regular(file)  # a pipe would be waited for
     if file.suffix != ".parquet":
         return read_jsonl(source, file)
     import pyarrow.parquet

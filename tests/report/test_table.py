@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,25 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "broken.json cannot be read" in error_of(str(tmp_path / "broken.json"))
     with pytest.raises(UserError):
         read_runs([])
+
+
+def test_a_stray_file_blocks_no_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What cannot be read is named and passed over, unless the user named it; what is no file is never opened."""
+    folder = _write(tmp_path, _results({"gsm8k_sdar_paper": 0.5}, {"gsm8k_sdar_paper": 10}))
+    expected = read_runs([folder])
+    for name, content in (("a", b"{"), ("b", b"\xff"), ("c", b"[" * 100_000), ("d", b'{"a": ' + b"9" * 5000 + b"}")):
+        (folder / f"{name}.json").write_bytes(content)
+    (folder / "e.json").write_text(json.dumps(_results({"gsm8k_sdar_paper": 0.1}, {}, date="yesterday")))
+    (folder / "f.json").mkdir()
+    os.mkfifo(folder / "g.json")
+    assert read_runs([folder]) == expected
+    assert [message.split(" cannot be read (")[0] for message in caplog.messages] == [
+        str(folder / f"{name}.json") for name in "abcd"
+    ]
+    assert all(message.endswith("and is passed over.") for message in caplog.messages)
+    for name in "abcd":
+        with pytest.raises(UserError, match=f"{name}.json cannot be read"):
+            read_runs([folder / f"{name}.json"])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import datasets
@@ -104,6 +105,24 @@ def test_folders_that_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     broken = tmp_path / "sanitized" / "test-00000-of-00001.parquet"
     broken.write_bytes(b"<html>")
     assert _refusal(MBPP, {"mbpp_dir": tmp_path}).startswith(f"{broken}: not a parquet file that can be read (")
+
+
+@pytest.mark.parametrize("source", [GSM8K, MATH500, MMLU, MBPP, HUMANEVAL, IFEVAL], ids=lambda source: source.title)
+@pytest.mark.parametrize(("kind", "told"), [("folder", "a folder"), ("pipe", "a pipe"), ("/dev/zero", "a device")])
+def test_what_is_no_file_is_not_waited_for(source: Source, kind: str, told: str, tmp_path: Path) -> None:
+    """In the place of each file that is looked for."""
+    for place, pattern in enumerate(source.files):
+        folder = tmp_path / str(place)
+        file = folder / pattern.format(split="test", config="x").replace("*", "00000-of-00001")
+        file.parent.mkdir(parents=True)
+        if kind == "folder":
+            file.mkdir()
+        elif kind == "pipe":
+            os.mkfifo(file)
+        else:
+            file.symlink_to(kind)
+        refused = _refusal(source, {source.key: folder}, config="x")
+        assert refused == f"{file} is not a regular file, but {told}. Put the file itself there."
 
 
 @pytest.mark.parametrize(

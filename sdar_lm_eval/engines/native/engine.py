@@ -31,7 +31,7 @@ from sdar_lm_eval.engines.base import (
 )
 from sdar_lm_eval.engines.native import attention
 from sdar_lm_eval.engines.native.pages import PagePool
-from sdar_lm_eval.engines.native.runner import MOST_UNDER_WAY, Runner
+from sdar_lm_eval.engines.native.runner import MOST_UNDER_WAY, Runner, Shape
 from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
 from sdar_lm_eval.engines.native.scoring import Limits, Scoring
 from sdar_lm_eval.engines.native.state import Outcome
@@ -84,6 +84,7 @@ class NativeEngine:
         check_rope(checkpoint)
         self._checkpoint = checkpoint
         self._one_run = OneRun("native")
+        self._warm_shape: Shape | None = None  # whose kernels are compiled
         self._device = resolve_device(device)
         self._dtype = _resolve_dtype(dtype, self._device, checkpoint)
         self._max_active = None if max_active is None else at_least_one("max_active", max_active)
@@ -143,8 +144,9 @@ class NativeEngine:
             groups = self._groups(requests)
             if len(groups) == 1:
                 max_active, _ = self._allocate(_sequences(requests, groups[0]))
-                if self._device.type == "cuda":
+                if self._device.type == "cuda" and self._warm_shape is not self._runner.shape:
                     self._warm_up(requests, max_active)
+                    self._warm_shape = self._runner.shape
 
     def _warm_up(self, requests: SequenceOf[GenerationRequest], max_active: int) -> None:
         """Run short requests, so that compiling and capturing does not count as generation."""

@@ -160,6 +160,11 @@ class Runner:
         return int(per_token * self._page_size * self._model.dtype.itemsize)
 
     @property
+    def shape(self) -> Shape | None:
+        """What there is room for; another object where memory was made and graphs were dropped."""
+        return self._shape
+
+    @property
     def num_pages(self) -> int:
         """Pages of the KV cache that can be given out."""
         return 0 if self.cache is None else self.cache.shape[2] - 1

@@ -454,13 +454,20 @@ class TestWarmUp:
 
     def test_on_a_gpu_it_is_part_of_loading(self, tiny, monkeypatch):
         engine = make_engine("native", tiny, device="cpu")
+        allocate = engine._allocate
         monkeypatch.setattr(engine, "_device", torch.device("cuda"))
-        monkeypatch.setattr(engine, "_allocate", lambda _: (3, 10))
+        monkeypatch.setattr(engine, "_allocate", lambda sequences: (allocate(sequences), (3, 10))[1])
+        monkeypatch.setattr(engine, "_max_active", 3)
+        monkeypatch.setattr(engine, "_kv_pages", 10)
         warmed = []
         monkeypatch.setattr(engine, "_warm_up", lambda *given: warmed.append(given))
         requests = [GenerationRequest((1, 2), 4, DecodingConfig())] * 5
-        engine.prepare(requests)
+        for _ in range(2):  # once: what is compiled and captured stays
+            engine.prepare(requests)
         assert warmed == [(requests, 3)]
+        others = [GenerationRequest((1, 2), 4, DecodingConfig(repetition_penalty=2.0))]
+        engine.prepare(others)
+        assert warmed[1:] == [(others, 3)]
 
 
 class TestErrors:

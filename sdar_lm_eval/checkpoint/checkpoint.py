@@ -1,0 +1,218 @@
+"""What a checkpoint says of itself, and what engines get of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdar_lm_eval.checkpoint.config import (
+    MODEL_SETTINGS,
+    block_length_of,
+    check_config,
+    check_mask_token,
+    max_length_of,
+    stop_ids_of,
+    transformers_config,
+    vocabulary_of,
+)
+from sdar_lm_eval.checkpoint.fingerprint import fingerprint
+from sdar_lm_eval.checkpoint.folder import resolve
+from sdar_lm_eval.checkpoint.tokenizer import TOKENIZER_FILES, copy_tokenizer, open_tokenizer
+from sdar_lm_eval.checkpoint.weights import INDEX, check_headers, check_layout, layout, link_weights, load, weight_files
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.files import one_line, read_json
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's folder and what it says of itself.
+
+    Attributes:
+        name: as the user gave it: hub id, folder, or `demo`.
+        folder: where its files are.
+        config: `config.json` as it stands.
+        is_moe: SDAR MoE (Qwen3-MoE layout) rather than dense.
+        mask_token_id: the token that stands for "not yet known".
+        block_length: tokens the model was trained to denoise together: config.json's `block_size`, else what the name
+            says (JetLM's end in -b8, -b16, ... where it is not 4), else 4.
+        stop_ids: tokens that end an answer: `generation_config.json`'s, else config.json's, else the tokenizer's.
+        max_length: most tokens of prompt and answer together (`max_position_embeddings`).
+        revision: of the hub id, as it was asked for.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any] = dataclasses.field(repr=False)
+    is_moe: bool
+    mask_token_id: int
+    block_length: int
+    stop_ids: tuple[int, ...]
+    max_length: int
+    revision: str | None = None
+
+    @classmethod
+    def open(cls, name: str, revision: str | None = None) -> Checkpoint:
+        """Open a checkpoint by hub id, folder or `demo`. Reads of the weights their headers, where they are there.
+
+        Args:
+            name: `demo`, an existing folder, or a hub id (`owner/name`), downloaded to the hub's cache.
+            revision: branch, tag or commit; for hub ids only.
+
+        Raises:
+            UserError: no such folder or id, no `config.json`, another model type, no mask token named, or a value or
+                file that cannot be used.
+        """
+        folder = resolve(name, revision)
+        try:
+            return cls._open(name, folder, revision)
+        except OSError as error:
+            raise UserError(f"checkpoint {name!r} cannot be read: {one_line(error)}") from error
+
+    @classmethod
+    def _open(cls, name: str, folder: Path, revision: str | None) -> Checkpoint:
+        if not (folder / "config.json").exists():
+            raise UserError(f"checkpoint {name!r} has no config.json: {folder} is not a checkpoint's folder.")
+        config = read_json(folder / "config.json")
+        check_config(name, config)
+        check_headers(name, folder, config)
+        vocabulary = vocabulary_of(config)
+        generation_config = folder / "generation_config.json"
+        generation = read_json(generation_config) if generation_config.exists() else {}
+        stop_ids = stop_ids_of(name, generation.get("eos_token_id"), vocabulary)
+        stop_ids = stop_ids or stop_ids_of(name, config.get("eos_token_id"), vocabulary)
+        mask_token_id = config.get("mask_token_id")
+        tokenizer = None
+        if mask_token_id is None or not stop_ids:
+            tokenizer = open_tokenizer(name, folder, vocabulary)
+            mask_token_id = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
+            stop_ids = stop_ids or stop_ids_of(name, tokenizer.eos_token_id, vocabulary)
+        check_mask_token(name, mask_token_id, vocabulary)
+        opened = cls(
+            name=name,
+            folder=folder,
+            config=config,
+            is_moe=config["model_type"] == "sdar_moe",
+            mask_token_id=mask_token_id,
+            block_length=block_length_of(name, folder, config),
+            stop_ids=stop_ids,
+            max_length=max_length_of(config),
+            revision=revision,
+        )
+        if tokenizer is not None:
+            opened.__dict__["tokenizer"] = tokenizer  # read already
+        return opened
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, from a copy of its files that names no code.
+
+        Raises:
+            UserError: the folder has no tokenizer, transformers cannot read it, or it gives tokens that the embedding
+                lacks.
+        """
+        return open_tokenizer(self.name, self.folder, vocabulary_of(self.config))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, special tokens left out, nothing tidied up."""
+        # Of a list transformers looks at every token by itself.
+        ids = np.asarray(token_ids, dtype=np.int64)
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of what answers depend on: other weights, configuration, tokenizer or template, another fingerprint.
+
+        Every byte counts. The weights are read once and remembered, see `fingerprint.py`.
+        """
+        files = [self.folder / name for name in ("generation_config.json", *TOKENIZER_FILES)]
+        return fingerprint(self.config, [path for path in files if path.exists()], self.weight_files())
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files that hold the weights: model.safetensors, else those of its index.
+
+        Raises:
+            UserError: none there, one of the index missing, or one that is another kind of file.
+        """
+        return weight_files(self.name, self.folder)
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each weight that config.json asks for."""
+        return layout(self._transformers_config("eager"), self.is_moe)
+
+    def full_config(self) -> dict[str, Any]:
+        """config.json with the defaults of transformers for what it leaves out, for engines that have others or none.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        config = self._transformers_config("eager")
+        return self.config | {name: getattr(config, name) for name in MODEL_SETTINGS if hasattr(config, name)}
+
+    def check_weights(self) -> None:
+        """Compare the weight files with what config.json asks for.
+
+        Raises:
+            UserError: weights are missing, unexpected, of another shape, or cut short; the message names them.
+        """
+        check_layout(self.name, self._transformers_config("eager"), self.is_moe, self.weight_files())
+
+    def load_model(self, *, dtype: Any, device: Any, attention: str) -> Any:
+        """Load the weights into transformers' Qwen3ForCausalLM or Qwen3MoeForCausalLM.
+
+        They go to the device as they are read.
+
+        Args:
+            dtype: torch dtype of the weights in memory.
+            device: torch device.
+            attention: name of an attention function registered with transformers, "sdpa" or "eager".
+
+        Raises:
+            UserError: weights are missing, unexpected, of another shape, or cut short (the message names them), or do
+                not fit on the device.
+            EngineError: this transformers does not take SDAR's weights for what they are.
+        """
+        import torch
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        assert isinstance(dtype, torch.dtype), dtype
+        assert attention in {"eager", *ALL_ATTENTION_FUNCTIONS.keys()}, attention
+        config, files = self._transformers_config(attention), self.weight_files()
+        check_layout(self.name, config, self.is_moe, files)
+        index, model_type = self.folder / INDEX, self.config["model_type"]
+        return load(self.name, files, index, model_type, config, dtype=dtype, device=device)
+
+    @contextlib.contextmanager
+    def clean_folder(self, config: Mapping[str, Any], tokenizer: Mapping[str, Any] | None = None) -> Iterator[Path]:
+        """A temporary folder for an engine that opens checkpoints by itself: no code in it, and none named.
+
+        Args:
+            config: what its config.json holds.
+            tokenizer: keys to set in its tokenizer_config.json.
+
+        Yields:
+            The folder, with the tokenizer's files and links to the weights.
+
+        Raises:
+            UserError: the weights are not those that the checkpoint's config.json asks for, or no tokenizer is there.
+        """
+        self.check_weights()
+        with tempfile.TemporaryDirectory(prefix="sdar-checkpoint-") as clean:
+            link_weights(self.weight_files(), self.folder / INDEX, Path(clean))
+            copy_tokenizer(self.name, self.folder, Path(clean), tokenizer or {})
+            (Path(clean) / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
+            yield Path(clean)
+
+    def _transformers_config(self, attention: str) -> Any:
+        return transformers_config(self.name, self.config, attention)

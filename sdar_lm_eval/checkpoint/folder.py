@@ -1,0 +1,51 @@
+"""Where a checkpoint's files are: a folder of the user's, the bundled one, or a snapshot from the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sdar_lm_eval.demo import CHECKPOINT as DEMO_CHECKPOINT
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.files import one_line
+
+DOWNLOADED = ("*.json", "*.jinja", "merges.txt", "*.safetensors")
+IGNORED = ("*/*",)  # the hub's patterns match across folders: another copy of the weights may lie in one
+
+
+def resolve(name: str, revision: str | None) -> Path:
+    """Return the folder of `demo`, of a path, or of a hub id, which is downloaded where it is not in the hub's cache.
+
+    Raises:
+        UserError: there is no such folder or id.
+    """
+    try:
+        folder = DEMO_CHECKPOINT if name == "demo" else Path(name).expanduser()
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, a name too long, a ~user that does not exist
+        raise UserError(
+            f"pretrained={name!r} cannot be looked up ({one_line(error)}). Give an existing folder, a hub id such as "
+            "JetLM/SDAR-4B-Chat, or demo."
+        ) from error
+    if is_folder:
+        if revision is not None:
+            raise UserError(f"revision={revision!r} was given, but {name!r} is a folder; revisions belong to hub ids.")
+        return folder
+    if is_there or name.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        why = "not a folder. Give the folder that holds config.json"
+        if not is_there:
+            why = "no such folder. Give an existing folder"
+        raise UserError(f"pretrained={name!r}: {why}, a hub id such as JetLM/SDAR-4B-Chat, or demo.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED), ignore_patterns=list(IGNORED))
+        )
+    except Exception as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise UserError(
+            f"pretrained={name!r}{at} is no folder here and cannot be had from the hub "
+            f"({one_line(Exception(str(error).strip().partition(chr(10))[0] or type(error).__name__))}). "
+            "Check the id and the network, or give a folder that holds the checkpoint, or demo."
+        ) from error

@@ -1,0 +1,289 @@
+"""The weights of a checkpoint: which files, what their headers say, what config.json asks for, and loading them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdar_lm_eval.checkpoint.config import ARCHITECTURES, Config
+from sdar_lm_eval.errors import EngineError, UserError
+from sdar_lm_eval.files import one_line, read_json, require_regular, shown
+
+Shapes = dict[str, tuple[int, ...]]
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LESS_MEMORY = "Choose a smaller dtype, another device or a smaller checkpoint, or end what else runs there."
+# Names in older files that hold nothing: computed from the configuration.
+IGNORED_WEIGHTS = ("rotary_emb.inv_freq",)
+MOST_HEADER_BYTES = 100_000_000  # as in safetensors/src/tensor.rs
+FLOATS = ("F64", "F32", "F16", "BF16")
+# A config that asks for more weights than this, and than twice what the files hold, is not compared name by name.
+COMPARED = 100_000
+
+
+def weight_files(name: str, folder: Path) -> list[Path]:
+    """The safetensors files that hold the weights: model.safetensors, else those of its index.
+
+    Raises:
+        UserError: none there, one of the index missing, or one that is another kind of file.
+    """
+    files = _named_files(name, folder)
+    if missing := [path.name for path in files if not path.exists()]:
+        raise UserError(
+            f"checkpoint {name!r} lacks weights: its index names {_listed(missing)}, which {folder} does not hold. "
+            "Download it again."
+        )
+    for path in files:
+        require_regular(path)
+    return files
+
+
+def _named_files(name: str, folder: Path) -> list[Path]:
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    index = folder / INDEX
+    if not index.exists():
+        raise UserError(
+            f"checkpoint {name!r} has no weights: {folder} holds neither {SINGLE} nor {INDEX}. Only these are read; "
+            "convert others with transformers' save_pretrained."
+        )
+    weight_map = read_json(index).get("weight_map")
+    files: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(file, str) and "\0" not in file and Path(file).name == file for file in files):
+        raise UserError(f"{index} has no weight_map from weights to files beside it. Download it again.")
+    if others := sorted({file for file in files if not file.endswith(".safetensors")}):
+        raise UserError(
+            f"{index} names {_listed(others)}: only safetensors are read, since other files can hold code. Convert "
+            "them with transformers' save_pretrained."
+        )
+    return [folder / file for file in sorted(set(files))]
+
+
+def check_headers(name: str, folder: Path, config: Config) -> None:
+    """Check, where weights are there, that the files are whole and that config.json asks for about as many.
+
+    Reads the files' headers; builds nothing.
+
+    Raises:
+        UserError: a file is missing, no safetensors file or cut short, or config.json asks for far more.
+    """
+    if not ((folder / SINGLE).exists() or (folder / INDEX).exists()):
+        return
+    if not any(path.exists() for path in _named_files(name, folder)):  # a folder for its tokenizer
+        return
+    found = sum(len(read_shapes(path)) for path in weight_files(name, folder))
+    layers, experts = config.get("num_hidden_layers") or 0, config.get("num_experts") or 0
+    asked = 11 * layers
+    if config["model_type"] == "sdar_moe":
+        step, without = config.get("decoder_sparse_step") or 1, set(config.get("mlp_only_layers") or [])
+        asked += 3 * experts * sum((i + 1) % step == 0 and i not in without for i in range(layers))
+    if asked > max(COMPARED, 2 * found):
+        counts = f"num_hidden_layers={layers:,}" + (f" and num_experts={experts:,}" if experts else "")
+        raise UserError(
+            f"config.json of checkpoint {name!r} asks for about {asked:,} weights ({counts}), but its files hold "
+            f"{found:,}. Correct the file, or download the checkpoint again."
+        )
+
+
+def layout(config: Any, is_moe: bool) -> Shapes:
+    """Name and shape of every weight that a file must hold.
+
+    Args:
+        config: transformers', see `config.transformers_config`.
+        is_moe: SDAR MoE rather than dense.
+
+    Source: modeling_sdar.py and modeling_sdar_moe.py of JetLM's checkpoints.
+    """
+    d, size, vocabulary = config.hidden_size, config.head_dim, config.vocab_size
+    heads, kv_heads = config.num_attention_heads * size, config.num_key_value_heads * size
+    projections = {"q_proj": (heads, d), "k_proj": (kv_heads, d), "v_proj": (kv_heads, d), "o_proj": (d, heads)}
+
+    shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, d), "model.norm.weight": (d,)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (vocabulary, d)
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.{norm}_layernorm.weight": (d,) for norm in ("input", "post_attention")}
+        shapes |= {f"{layer}.self_attn.{norm}_norm.weight": (size,) for norm in "qk"}
+        shapes |= {f"{layer}.self_attn.{name}.weight": shape for name, shape in projections.items()}
+        if config.attention_bias:
+            shapes |= {f"{layer}.self_attn.{name}.bias": shape[:1] for name, shape in projections.items()}
+        mlps = {f"{layer}.mlp": config.intermediate_size}
+        if is_moe and i not in config.mlp_only_layers and (i + 1) % config.decoder_sparse_step == 0:
+            shapes[f"{layer}.mlp.gate.weight"] = (config.num_experts, d)
+            mlps = {f"{layer}.mlp.experts.{e}": config.moe_intermediate_size for e in range(config.num_experts)}
+        for mlp, width in mlps.items():
+            shapes |= {f"{mlp}.{name}_proj.weight": (width, d) for name in ("gate", "up")}
+            shapes[f"{mlp}.down_proj.weight"] = (d, width)
+    return shapes
+
+
+def read_shapes(path: Path) -> Shapes:
+    """Names and shapes in a safetensors file, whose length is what its header promises: a download cut short is named.
+
+    Layout: 8 bytes little-endian header length, the header as JSON with `dtype`, `shape` and `data_offsets`, the data.
+
+    Raises:
+        UserError: the file is no whole safetensors file, or holds other than floating-point numbers.
+    """
+    size = require_regular(path).st_size
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            if len(start) < 8 or (length := struct.unpack("<Q", start)[0]) > size - 8:
+                raise ValueError("its header is cut short")
+            if length > MOST_HEADER_BYTES:
+                raise ValueError(f"its header has {length:,} bytes, at most {MOST_HEADER_BYTES:,} are allowed")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size != end:
+            raise ValueError(f"it has {size:,} bytes where its header promises {shown(end)}")
+        if others := {entry["dtype"] for entry in header.values()} - set(FLOATS):
+            raise ValueError(f"it holds weights of type {_listed(sorted(map(shown, others)))}, not {', '.join(FLOATS)}")
+        return {name: tuple(entry["shape"]) for name, entry in header.items()}
+    except RecursionError:
+        raise UserError(
+            f"{path} is not a whole safetensors file: its header is nested too deep. Download it again."
+        ) from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: {one_line(error)}. Download it again.") from error
+
+
+def check_layout(name: str, config: Any, is_moe: bool, files: Sequence[Path]) -> None:
+    """Compare names and shapes of the weights with what the configuration asks for.
+
+    Raises:
+        UserError: weights are missing, unexpected, of another shape, or cut short; the message names them.
+    """
+    found: Shapes = {}
+    for path in files:
+        found |= read_shapes(path)
+    wanted = _layout_of(name, config, is_moe)
+    ignored = (*IGNORED_WEIGHTS, *(["lm_head.weight"] if config.tie_word_embeddings else []))
+    wrong = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(weight for weight in found.keys() - wanted.keys() if not weight.endswith(ignored)),
+        "of another shape": [
+            f"{weight} {shown(list(found[weight]))} in place of {list(shape)}"
+            for weight, shape in sorted(wanted.items())
+            if found.get(weight, shape) != shape
+        ],
+    }
+    if any(wrong.values()):
+        told = "; ".join(f"{what}: {_listed(names)}" for what, names in wrong.items() if names)
+        raise UserError(f"the weights of checkpoint {name!r} do not fit its config.json; {told}.")
+
+
+def _layout_of(name: str, config: Any, is_moe: bool) -> Shapes:
+    try:
+        return layout(config, is_moe)
+    except Exception as error:  # what config.json leaves out may have another type than ours
+        raise UserError(f"config.json of checkpoint {name!r} cannot be used: {one_line(error)}") from error
+
+
+def link_weights(files: Sequence[Path], index: Path, target: Path) -> None:
+    """Link the weight files and their index, where there is one, from another folder."""
+    for path in [*files, index]:
+        if path.exists():
+            (target / path.name).symlink_to(path.resolve())
+
+
+def load(
+    name: str, files: Sequence[Path], index: Path, model_type: str, config: Any, *, dtype: Any, device: Any
+) -> Any:
+    """Load weights that have been checked into transformers' model class; see `Checkpoint.load_model`."""
+    import torch
+    import transformers
+
+    version = tuple(map(int, transformers.__version__.split(".")[:2]))
+    is_moe = model_type == "sdar_moe"
+    _check_memory(name, config, is_moe, dtype, torch.device(device))
+    with tempfile.TemporaryDirectory(prefix="sdar-weights-") as clean, _no_progress_bars():
+        link_weights(files, index, Path(clean))
+        (Path(clean) / "generation_config.json").write_text("{}")  # transformers 5 insists on one
+        try:
+            model, report = getattr(transformers, ARCHITECTURES[model_type][1]).from_pretrained(
+                clean,
+                config=config,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                device_map=torch.device(device),
+                **{"dtype" if version >= (4, 56) else "torch_dtype": dtype},
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the weights of checkpoint {name!r} do not fit on {device}: {error} {LESS_MEMORY}"
+            ) from error
+        except Exception as error:
+            raise UserError(
+                f"the weights of checkpoint {name!r} cannot be loaded: {type(error).__name__}: {one_line(error)}"
+            ) from error
+    left = {str(weight) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for weight in report[what]}
+    if config.tie_word_embeddings:
+        left.discard("lm_head.weight")
+    if left:
+        raise EngineError(
+            f"checkpoint {name!r} is whole, but transformers {transformers.__version__} did not take its "
+            f"{_listed(sorted(left))}. Install another version of transformers."
+        )
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # also where the files hold another head
+    if is_moe and version < (4, 53):
+        _hand_keywords_to_attention(model.model)
+    return model.requires_grad_(False).eval()
+
+
+def _check_memory(name: str, config: Any, is_moe: bool, dtype: Any, device: Any) -> None:
+    """Refuse weights that a GPU has no room for, before they are read."""
+    size = sum(map(math.prod, layout(config, is_moe).values())) * dtype.itemsize
+    free = free_memory(device)
+    if free is not None and size > free:
+        raise UserError(
+            f"the weights of checkpoint {name!r} take {size / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')}, "
+            f"but {device} has {free / 2**30:.1f} GiB free. {LESS_MEMORY}"
+        )
+
+
+def free_memory(device: Any) -> int | None:
+    """Bytes that a GPU has free, for new tensors too; None for other devices."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
+def _hand_keywords_to_attention(model: Any) -> None:
+    """Let the model's keyword arguments reach its attention, which the MoE layers of transformers 4.52 keep back."""
+    given: dict[str, Any] = {}
+    model.register_forward_pre_hook(lambda _, args, keywords: given.update(keywords), with_kwargs=True)
+    model.register_forward_hook(lambda *_: given.clear())
+    for layer in model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda _, args, keywords: (args, given | keywords), with_kwargs=True)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging as bars
+
+    enabled = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            bars.enable_progress_bar()
+
+
+def _listed(names: Sequence[str]) -> str:
+    short = [name if len(name) <= 100 and name.isprintable() else shown(name) for name in names[:5]]
+    return ", ".join(short) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
