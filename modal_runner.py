@@ -161,6 +161,7 @@ Outcome = dict[str, Any]
 )
 def prepare(run: Run) -> Outcome:
     """Fetch a run's checkpoint and documents to the volume, so that no GPU waits for them, and no two do it at once."""
+    os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"]  # weights are hashed once, and not again on a GPU's time
     from sdar_lm_eval.checkpoint import Checkpoint
     from sdar_lm_eval.runs.shards import ANSWERS, documents_of
 
@@ -168,7 +169,7 @@ def prepare(run: Run) -> Outcome:
         pretrained = located(run)
         documents = documents_of(run.tasks, run.num_samples)
         checkpoint = Checkpoint.open(pretrained, run.revision)
-        fingerprint = checkpoint.fingerprint  # reads of each weight file, so none is missing
+        fingerprint = checkpoint.fingerprint
     except SDARError as error:
         return {"error": str(error)}
     models.commit()
@@ -243,11 +244,16 @@ def run_programs(jobs: list[Job]) -> list[bool]:
 
 
 def read_what_is_fetched() -> None:
-    """Have the hub's libraries take all from the models volume, and write elsewhere. To be called before they load."""
+    """Have libraries take what `prepare` left on the models volume, and write elsewhere. To be called before they load.
+
+    Copied are data sets, beside which a reader makes lock files, and the hashes of weights (checkpoint/fingerprint.py).
+    """
     fetched, own = Path(os.environ["HF_HOME"]), Path(tempfile.mkdtemp())
-    if (fetched / "datasets").is_dir():
-        shutil.copytree(fetched / "datasets", own / "datasets")  # reading one makes lock files beside it
-    os.environ |= {"HF_HUB_CACHE": str(fetched / "hub"), "HF_HOME": str(own), "HF_HUB_OFFLINE": "1"}
+    for name in ("datasets", "sdar_lm_eval"):
+        if (fetched / name).is_dir():
+            shutil.copytree(fetched / name, own / name)
+    os.environ |= {"HF_HOME": str(own), "XDG_CACHE_HOME": str(own), "HF_HUB_CACHE": str(fetched / "hub")}
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def located(run: Run) -> str:

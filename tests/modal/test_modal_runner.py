@@ -196,15 +196,19 @@ def _humaneval(folder: Path) -> Path:
 
 def test_programs_of_a_model_run_in_a_container_of_their_own(tmp_path: Path) -> None:
     output = tmp_path / "results.json"
-    words = (*DEMO[:4], "--tasks", "humaneval_sdar", "--confirm-run-unsafe-code", "--max-gen-length", "4")
+    words = (*DEMO[:2], "--model-name", "my-sdar", "--tasks", "humaneval_sdar", "--confirm-run-unsafe-code")
     folder = {"SDAR_HUMANEVAL_DIR": str(_humaneval(tmp_path))}
     with ControlPlane(tmp_path / "modal", variables=folder) as plane:
+        fetched = plane.volume("sdar-models-cache")
+        shutil.copytree(DEMO_CHECKPOINT, fetched / "my-sdar")
         done = plane.modal(
-            "run", "modal_runner.py", *words, "--temperature", "0", "--output-file", str(output), HF_TOKEN="hf_mine"
-        )
+            "run", "modal_runner.py", *words, "--max-gen-length", "4", "--temperature", "0",
+            "--output-file", str(output), HF_TOKEN="hf_mine",
+        )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         assert plane.started == ["prepare", "evaluate", "publish", "run_programs"]
         assert plane.trespasses == []
+        assert "my-sdar" in (fetched / "huggingface" / "sdar_lm_eval" / "sha256.json").read_text()
         holders = [name for name in plane.functions if plane.functions[name].definition.secret_ids]
         assert holders == ["prepare"] and {"HF_TOKEN": "hf_mine"} in plane.secrets.values()
     assert json.loads(output.read_text())["metrics"]["humaneval_sdar"]["pass@1,code-block"] == 0.5
@@ -241,7 +245,18 @@ def test_a_sweep(tmp_path: Path) -> None:
     words = (*DEMO, "--num-samples", "6", "--temperature", "0.0", "--verbose", "false", "--output-file", str(output))
     with ControlPlane(tmp_path / "modal") as plane:
         done = _run(
-            plane, *words, "--threshold", "0.5,0.9", "--strategy", "dynamic", "--gpu", "H200", "--timeout", "900"
+            plane,
+            *words,
+            "--threshold",
+            "0.5,0.9",
+            "--remasking-strategy",
+            "static",
+            "--strategy",
+            "dynamic",
+            "--gpu",
+            "H200",
+            "--timeout",
+            "900",
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert plane.started.count("evaluate") == 2
@@ -370,19 +385,25 @@ def test_what_is_fetched_is_read_without_network_and_left_alone(tmp_path: Path) 
     info = {"builder_name": "parquet", "dataset_name": "gsm8k", "config_name": "main", "version": "0.0.0"}
     splits = {"test": {"name": "test", "num_bytes": size, "num_examples": 1, "dataset_name": "gsm8k"}}
     datasets.DatasetInfo(features=rows.features, splits=splits, **info).write_to_directory(str(kept))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(volume))
+        fingerprint = Checkpoint.open(str(shutil.copytree(DEMO_CHECKPOINT, tmp_path / "weights"))).fingerprint
     before = sorted(volume.rglob("*"))
     code = (
         "import modal_runner; modal_runner.read_what_is_fetched()\n"
         "import datasets, huggingface_hub.constants\n"
-        "from sdar_lm_eval.checkpoint import Checkpoint\n"
-        "print(datasets.load_dataset('openai/gsm8k', 'main', split='test')[0]['answer'], end=' ')\n"
-        f"print(Checkpoint.open('me/demo', {commit!r}).fingerprint, huggingface_hub.constants.HF_HUB_OFFLINE)"
+        "from sdar_lm_eval.checkpoint import Checkpoint, fingerprint\n"
+        "print(huggingface_hub.constants.HF_HUB_OFFLINE)\n"
+        "print(datasets.load_dataset('openai/gsm8k', 'main', split='test')[0]['answer'])\n"
+        f"print(Checkpoint.open('me/demo', {commit!r}).fingerprint)\n"
+        "fingerprint._read_sha256 = None\n"
+        f"print(Checkpoint.open({str(tmp_path / 'weights')!r}).fingerprint)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment() | {"HF_HOME": str(volume)}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
-    assert done.stdout.strip() == f"#### 2 {Checkpoint.open('demo').fingerprint} True", done.stderr
+    assert done.stdout.splitlines() == ["True", "#### 2", fingerprint, fingerprint], done.stderr
     assert sorted(volume.rglob("*")) == before
 
 
