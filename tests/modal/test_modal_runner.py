@@ -244,20 +244,8 @@ def test_a_sweep(tmp_path: Path) -> None:
     output = tmp_path / "sweep.json"
     words = (*DEMO, "--num-samples", "6", "--temperature", "0.0", "--verbose", "false", "--output-file", str(output))
     with ControlPlane(tmp_path / "modal") as plane:
-        done = _run(
-            plane,
-            *words,
-            "--threshold",
-            "0.5,0.9",
-            "--remasking-strategy",
-            "static",
-            "--strategy",
-            "dynamic",
-            "--gpu",
-            "H200",
-            "--timeout",
-            "900",
-        )
+        sweep = ("--threshold", "0.5,0.9", "--remasking-strategy", "static", "--strategy", "dynamic")
+        done = _run(plane, *words, *sweep, "--gpu", "H200", "--timeout", "900")
         assert done.returncode == 0, done.stdout + done.stderr
         assert plane.started.count("evaluate") == 2
         assert {v.options.resources.gpu_config.gpu_type for v in plane.variants.values()} == {"H200"}
