@@ -37,10 +37,10 @@ if __name__ == "__main__":
 
 import modal
 
-from sdar_lm_eval.autoload import MODELS as KNOWN_MODELS
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import SDARError, UserError
 from sdar_lm_eval.runs import summary
-from sdar_lm_eval.runs.settings import DEFAULT_TASK, ENGINES, SWEPT, Run, runs_from_flags, scored_by
+from sdar_lm_eval.runs.settings import DEFAULT_TASK, SWEPT, Run, runs_from_flags, scored_by
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,7 +105,7 @@ def image_of(engine: str) -> modal.Image:
     def install(image: modal.Image, *packages: str, **options: Any) -> modal.Image:
         return image.uv_pip_install(*packages, uv_version=UV, **options)
 
-    if ENGINES.get(engine) not in KNOWN_MODELS:
+    if engine not in ENGINES:
         return modal.Image.debian_slim(PYTHON)  # nothing will run: the entrypoint refuses it
     if engine == "jetengine":
         torch_index = {"extra_index_url": TORCH_INDEX, "extra_options": "--index-strategy unsafe-best-match"}

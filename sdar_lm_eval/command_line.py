@@ -11,7 +11,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from sdar_lm_eval.autoload import MODELS, TASKS
+from sdar_lm_eval.autoload import TASKS
+from sdar_lm_eval.engines.registry import MODELS
 from sdar_lm_eval.errors import Interrupted, SDARError, did_you_mean
 
 

@@ -18,7 +18,8 @@ import sdar_lm_eval.tasks
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.demo import CHECKPOINT, PROBLEMS, make
 from sdar_lm_eval.demo.problems import problems
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, make_engine
+from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest
+from sdar_lm_eval.engines.registry import make_engine
 
 MASK = 710
 
