@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 from safetensors.torch import save_file
 
 from sdar_lm_eval import Checkpoint, UserError, autoload
-from sdar_lm_eval.demo.make import PROMPT
+from sdar_lm_eval.demo import PROMPT
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.tasks import gsm8k
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
 from sdar_lm_eval.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ STRATEGIES = ("low_confidence_dynamic", "low_confidence_static", "sequential", "
 
 LIKELIHOOD_METHODS = ("chain", "nelbo")
 
-DEFAULT_BLOCK_LENGTH = 4
 MAX_BLOCK_LENGTH = 1024
 
 

@@ -66,9 +66,7 @@ def test_an_engine_is_a_file_and_an_entry(tmp_path: Path, monkeypatch: pytest.Mo
     assert results["config"]["sdar_lm_eval"]["engine"] == "toy"
     with pytest.raises(UserError, match="'kv_pages' is unknown"):
         model(pretrained="demo", kv_pages=4)
-    with pytest.raises(
-        UserError, match="engine 'toi' is unknown; known: native, jetengine, lmdeploy, toy. Did you mean"
-    ):
+    with pytest.raises(UserError, match=r"'toi' is unknown; known: native, .*, toy\. Did you mean 'toy'"):
         make_engine("toi", None)  # type: ignore[arg-type]
 
 
