@@ -161,7 +161,7 @@ def test_few_shot_examples_of_a_group(lm: SDARLM, data: Path) -> None:
 
 
 def test_nelbo_per_token_is_the_training_loss() -> None:
-    """On problems that training did not see, with the loss as `tools/make_demo.py` has it: noised and clean halves, weights.
+    """On problems that training did not see, with the loss of `tools/make_demo.py`: noised and clean halves, weights.
 
     After its end of turn a text went on with the end of text, which was learnt up to the end of the block.
     """
