@@ -193,7 +193,7 @@ def _watch_caches() -> None:
             lm.check_cache(cache_db)
         init(self, lm, cache_db)
 
-    CachingLM.__init__ = checking
+    CachingLM.__init__ = checking  # type: ignore[method-assign]
 
 
 def _tasks_of(found: Any) -> Iterator[Any]:
@@ -224,7 +224,7 @@ def _ascending(samples: Mapping[str, Sequence[int]], tasks: Sequence[str]) -> di
 
 @contextlib.contextmanager
 def _told(task: Any, model: Watched) -> Iterator[None]:
-    """Put ours before a task's `build_all_requests` and `doc_iterator`, as attributes of the task, and take them away."""
+    """Put ours before a task's `build_all_requests` and `doc_iterator`, as attributes of the task, for a while."""
     borrowed: list[bool] = []
     own: dict[str, Callable[..., Any]] = {"build_all_requests": _telling_build(task, model, borrowed)}
     if lendable := _lending_iterator(task, borrowed):

@@ -50,7 +50,7 @@ SAME_ON_ALL_RANKS = ("sdar_lm_eval.checkpoint", "sdar_lm_eval.settings", "sdar_l
 """Loggers whose messages rank 0 says for all."""
 
 
-class SDARLM(TemplateLM):  # type: ignore[misc]
+class SDARLM(TemplateLM):
     """`lm_eval --model sdar`: an SDAR checkpoint on the native engine.
 
     Args:
