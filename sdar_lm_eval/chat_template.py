@@ -38,27 +38,32 @@ class ChatTemplate:
     """A tokenizer's chat template.
 
     Args:
-        tokenizer: transformers'; its template may be a text, or several by name, of which `default` is taken.
+        tokenizer: transformers'; its template may be a text, or several by name.
         checkpoint: name for messages.
+        name: which of several; None: `default`.
 
     Raises:
         UserError: the template is no text, several without a default, cannot be compiled, or fails for a user's turn.
     """
 
-    def __init__(self, tokenizer: Any, checkpoint: str) -> None:
+    def __init__(self, tokenizer: Any, checkpoint: str, name: str | None = None) -> None:
         self._title = f"the chat template of checkpoint {checkpoint!r}"
         source = tokenizer.chat_template
         if isinstance(source, Mapping):
-            if "default" not in source:
+            if (name or "default") not in source:
                 raise UserError(
                     f"{self._title} is one of several ({', '.join(map(shown, list(source)[:8]))}), and none of them is "
-                    f"called 'default'. {_REMEDY}"
+                    f"called {name or 'default'!r}. {_REMEDY}"
                 )
-            source = source["default"]
+            source = source[name or "default"]
+        elif name is not None:
+            raise UserError(f"{self._title} has no name; {name!r} was asked for. Give --apply_chat_template alone.")
         if not isinstance(source, str):
             raise UserError(f"{self._title} is {shown(source)}, which is no text. {_REMEDY}")
         if len(source) > MOST_SOURCE:
             raise UserError(f"{self._title} has {len(source):,} characters, at most {MOST_SOURCE:,} do. {_REMEDY}")
+        self.source = source
+        """Jinja2's text."""
         self._names = dict(tokenizer.special_tokens_map)
         self._budget = _Budget()
         try:

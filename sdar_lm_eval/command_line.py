@@ -31,7 +31,7 @@ def message_of(error: BaseException) -> str | None:
         hints = "".join(dict.fromkeys(did_you_mean(name.strip(), ours) for name in found[1].split(",")))
         return f"--tasks: {found[1]} is unknown.{hints} `lm_eval ls tasks` lists all."
     last = traceback.extract_tb(error.__traceback__)[-1:]
-    if isinstance(error, ValueError) and last and "_cli" in Path(last[0].filename).parts:  # a flag's value
+    if isinstance(error, ValueError) and last and {"_cli", "config"} & set(Path(last[0].filename).parts):  # of a flag
         return text.splitlines()[0]
     return None
 

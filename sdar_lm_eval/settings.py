@@ -280,6 +280,23 @@ def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
+KNOBS = {"confidence_threshold": "low_confidence_dynamic", "eb_threshold": "entropy_bounded"}
+"""Setting -> the one strategy that reads it."""
+
+
+def warn_of_idle_knobs(given: Mapping[str, Any], decoding: DecodingConfig, why: str) -> None:
+    """Warn of a setting that the user gave, other than its default, and that the strategy does not read."""
+    for name, strategy in KNOBS.items():
+        value = getattr(decoding, name)
+        if name in given and value != getattr(DecodingConfig, name) and decoding.remasking_strategy != strategy:
+            _say_idle(f"{name}={value}", decoding.remasking_strategy, strategy, why)
+
+
+@functools.cache
+def _say_idle(setting: str, used: str, reader: str, why: str) -> None:
+    logger.warning("%s has no effect: %s%s; strategy=%s reads it.", setting, used, why, reader)
+
+
 @functools.cache
 def _say_alias(given: str, full: str) -> None:
     if given != full:

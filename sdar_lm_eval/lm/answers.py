@@ -19,7 +19,6 @@ import stat
 import tempfile
 import time
 import uuid
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.evaluation import differences
-from sdar_lm_eval.lm.store import Record, is_record
+from sdar_lm_eval.lm.store import Record, decode_line, encode_line, is_record
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +105,9 @@ class AnswerFolder:
         """Write an answer."""
         if self._file is None:
             name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(self._started))}-{uuid.uuid4().hex[:12]}.jsonl"
-            self._file = _Lines(self._folder / name)
-            self._file.write({"settings": self._settings, "model": self._model(), "started": self._started})
+            file = _Lines(self._folder / name)
+            file.write({"settings": self._settings, "model": self._model(), "started": self._started})
+            self._file = file  # once its first line is there: without one, nobody can read the others
         line = {"key": key, "at": round(time.time() - self._started, 3), **record}
         self._file.write(line)
         self._known[key] = line
@@ -137,28 +137,6 @@ class _Lines:
     def close(self) -> None:
         os.fsync(self._descriptor)
         os.close(self._descriptor)
-
-
-CHECKSUM = b', "crc32": "'
-
-
-def encode_line(line: Mapping[str, Any]) -> bytes:
-    """Return a line of a file of answers: JSON, its checksum, the line's end."""
-    body = json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass")[:-1]
-    return body + CHECKSUM + b'%08x"}\n' % zlib.crc32(body)
-
-
-def decode_line(line: bytes) -> Line:
-    """Return a line's content.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    body, found, checksum = line.rpartition(CHECKSUM)
-    if not found or checksum != b'%08x"}' % zlib.crc32(body):
-        raise ValueError("its checksum is wrong")
-    content: Line = json.loads(body + b"}")
-    return content
 
 
 def expanded(path: Path) -> Path:

@@ -14,13 +14,19 @@ import hashlib
 import inspect
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, ClassVar, Literal, Protocol, TypeGuard
 
+from lm_eval.api.instance import Instance
+
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.counts import Counts
+
+logger = logging.getLogger(__name__)
 
 TemplatedBy = Literal["lm_eval", "sdar_lm_eval"]
 
@@ -30,11 +36,11 @@ class TaskRequests:
     """What lm_eval knows of a task's requests beside the requests themselves.
 
     Attributes:
-        name: of the task.
+        name: lm_eval's for the task in this evaluation.
         templated_by: who asked for the chat template: lm_eval's user (`--apply_chat_template`), this package
             (chat_template=auto or on), or None where prompts are plain text.
         documents: the documents that `--samples` chose, ascending; None where all or the first ones are evaluated.
-        scored: it asks for log-likelihoods, not for answers.
+        scored: it asks for log-likelihoods of continuations.
         borrowed: this rank has no document of the task; its only request is a copy of another rank's.
         decoding: the decoding of the task's published protocol (`metadata: {sdar_decoding: …}` of its YAML).
         judge: what says how answers will score (`metadata: {sdar_judge: …}`, see report/live.py).
@@ -80,10 +86,12 @@ class Evaluation:
 
     Attributes:
         seed: of what is sampled.
-        tasks: whose requests lm_eval built.
+        tasks: whose requests lm_eval built, by lm_eval's name for them.
         counts: what was computed.
         decoding: task -> how its answers were made.
         sent: task -> what was sent.
+        template_hash: of the chat template in use.
+        over: it has ended; requests that come now are of no evaluation.
     """
 
     seed: int
@@ -91,18 +99,39 @@ class Evaluation:
     counts: Counts = field(default_factory=Counts)
     decoding: dict[str, dict[str, Any]] = field(default_factory=dict)
     sent: dict[str, SentPrompts] = field(default_factory=dict)
+    template_hash: str | None = None
+    over: bool = False
+    _of_requests: dict[int, tuple[TaskRequests, Instance]] = field(default_factory=dict, repr=False)
+
+    def add(self, task: TaskRequests, requests: Iterable[Instance]) -> None:
+        """Learn of a task and its requests."""
+        self.tasks[task.name] = task
+        self._of_requests |= {id(request): (task, request) for request in requests}  # which keeps the ids theirs
+
+    def task_of(self, request: Instance) -> TaskRequests | None:
+        """The task that a request is of; None where lm_eval built it in no evaluation that was seen."""
+        found = self._of_requests.get(id(request))
+        return None if found is None else found[0]
+
+    def end(self) -> None:
+        """Forget the requests; what was done stays."""
+        self.over = True
+        self._of_requests.clear()
 
     def sent_of(self, task: str) -> SentPrompts:
         """What was sent for a task."""
         return self.sent.setdefault(task, SentPrompts())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What other ranks get to see."""
+        return self.__dict__ | {"_of_requests": {}}
 
-def facts_of_evaluation(ranks: Sequence[Evaluation], template_hash: str | None) -> dict[str, Any]:
+
+def facts_of_evaluation(ranks: Sequence[Evaluation]) -> dict[str, Any]:
     """Return what the results file says of an evaluation that these processes did together.
 
     Args:
         ranks: one a process.
-        template_hash: of the checkpoint's chat template.
     """
     tasks = {name: task for of_rank in ranks for name, task in of_rank.tasks.items()}
     decoding: dict[str, Any] = {}
@@ -115,7 +144,7 @@ def facts_of_evaluation(ranks: Sequence[Evaluation], template_hash: str | None) 
         by = sent[0].templated_by
         prompts[name] = {
             "chat_template_applied_by": by,
-            "chat_template_sha256": template_hash if by else None,
+            "chat_template_sha256": ranks[0].template_hash if by else None,
             "tokens_sha256": hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()[:16],
             "example": sent[0].example,
         }
@@ -146,11 +175,20 @@ class Watched(Protocol):
     def check_cache(self, path: str) -> None:
         """Refuse a file of `--use_cache` that cannot be used."""
 
-    def evaluation_begins(self, cached: bool) -> None:
-        """An evaluation begins; `cached`: lm_eval keeps its answers (`--use_cache`)."""
+    def evaluation_begins(self, *, seed: int | None, cached: bool, template: str | None) -> None:
+        """An evaluation begins.
 
-    def task_begins(self, task: TaskRequests) -> None:
+        Args:
+            seed: lm_eval's for torch; None where it has none.
+            cached: lm_eval keeps its answers (`--use_cache`).
+            template: the name of the chat template that the user chose; None: the default one.
+        """
+
+    def task_begins(self, task: TaskRequests, requests: Sequence[Instance]) -> None:
         """A task's requests are built."""
+
+    def evaluation_ends(self) -> None:
+        """It ended, by an error or without."""
 
 
 def is_watched(lm: Any) -> TypeGuard[Watched]:
@@ -158,14 +196,17 @@ def is_watched(lm: Any) -> TypeGuard[Watched]:
     return getattr(type(lm), "watched", False) is True
 
 
+_seed: ContextVar[int | None] = ContextVar("torch_random_seed", default=None)
+
+
 def watch(evaluator: ModuleType) -> None:
-    """Have `lm_eval.evaluator.evaluate` tell watched models what they evaluate. Calling it again does nothing."""
+    """Have lm_eval's `evaluate` tell watched models what they evaluate. Calling it again does nothing."""
     from lm_eval.api.model import CachingLM
 
-    evaluate = evaluator.evaluate
+    evaluate, simple_evaluate = evaluator.evaluate, evaluator.simple_evaluate
     if hasattr(evaluate, "tells_watched_models"):
         return
-    signature = inspect.signature(evaluate)
+    signature, simple_signature = inspect.signature(evaluate), inspect.signature(simple_evaluate)
 
     @functools.wraps(evaluate)
     def telling(*args: Any, **kwargs: Any) -> Any:
@@ -174,21 +215,34 @@ def watch(evaluator: ModuleType) -> None:
         model = lm.lm if isinstance(lm, CachingLM) else lm  # --use_cache wraps the model
         if not is_watched(model):
             return evaluate(*args, **kwargs)
-        if (limit := call.arguments.get("limit")) is not None and limit <= 0:
-            raise UserError(
-                f"--limit {limit:g}: give a number of documents above 0, or a part of them between 0 and 1."
-            )
-        tasks = list(_tasks_of(call.arguments["task_dict"]))
-        if samples := call.arguments.get("samples"):
-            call.arguments["samples"] = _ascending(samples, [task.config.task for task in tasks])
-        model.evaluation_begins(cached=model is not lm)
-        with contextlib.ExitStack() as stack:
-            for task in tasks:
-                stack.enter_context(_told(task, model))
-            return evaluate(**call.arguments)
+        _check_limit(call.arguments.get("limit"))
+        tasks = _tasks_of(call.arguments["task_dict"])
+        if (samples := call.arguments.get("samples")) is not None:
+            call.arguments["samples"] = _ascending(samples, list(tasks))
+        template = call.arguments.get("apply_chat_template")
+        model.evaluation_begins(
+            seed=_seed.get(), cached=model is not lm, template=template if isinstance(template, str) else None
+        )
+        try:
+            with contextlib.ExitStack() as stack:
+                for task, name in {id(task): (task, name) for name, task in tasks.items()}.values():
+                    stack.enter_context(_told(task, name, model))
+                return evaluate(**call.arguments)
+        finally:
+            model.evaluation_ends()
+
+    @functools.wraps(simple_evaluate)
+    def seeding(*args: Any, **kwargs: Any) -> Any:
+        call = simple_signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        token = _seed.set(call.arguments.get("torch_random_seed"))
+        try:
+            return simple_evaluate(*args, **kwargs)
+        finally:
+            _seed.reset(token)
 
     telling.tells_watched_models = True  # type: ignore[attr-defined]
-    evaluator.evaluate = telling  # type: ignore[attr-defined]
+    evaluator.evaluate, evaluator.simple_evaluate = telling, seeding  # type: ignore[attr-defined]
     _watch_caches()
 
 
@@ -207,52 +261,85 @@ def _watch_caches() -> None:
     CachingLM.__init__ = checking  # type: ignore[method-assign]
 
 
-def _tasks_of(found: Any) -> Iterator[Any]:
-    """The tasks in what `evaluate` takes: nested mappings, in older versions with pairs of group and task."""
+def _tasks_of(found: Any, name: str = "") -> dict[str, Any]:
+    """The tasks in what `evaluate` takes, by name: nested mappings, in older versions with pairs of group and task."""
     if hasattr(found, "build_all_requests"):
-        yield found
-    elif isinstance(found, (Mapping, tuple)):
-        for value in found.values() if isinstance(found, Mapping) else found:
-            yield from _tasks_of(value)
+        return {name or str(found.config.task): found}
+    tasks: dict[str, Any] = {}
+    if isinstance(found, Mapping):
+        for key, value in found.items():
+            tasks |= _tasks_of(value, str(key))
+    elif isinstance(found, tuple):
+        for value in found:
+            tasks |= _tasks_of(value, name)
+    return tasks
 
 
-def _ascending(samples: Mapping[str, Sequence[int]], tasks: Sequence[str]) -> dict[str, list[int]]:
+def _check_limit(limit: Any) -> None:
+    if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
+        raise UserError(f"--limit {limit}: give a number of documents above 0, or a part of them between 0 and 1.")
+
+
+def _ascending(samples: Any, tasks: Sequence[str]) -> dict[str, list[int]]:
     """`--samples` in the order in which lm_eval takes the documents: it names the k-th answer by the k-th id.
 
     Raises:
-        UserError: ids of a task that is not evaluated, none at all (lm_eval would evaluate everything), negative ones.
+        UserError: no mapping from tasks to document numbers, ids of a task that is not evaluated, or none at all, for
+            which lm_eval would evaluate everything.
     """
+    if not isinstance(samples, Mapping):
+        raise UserError(f'--samples {samples}: give document numbers of tasks, such as {{"{tasks[0]}": [0, 3]}}.')
     for name, ids in samples.items():
         if name not in tasks:
             raise UserError(
                 f"--samples names task {name!r}, which is not evaluated.{did_you_mean(name, tasks)} "
                 f"Evaluated: {', '.join(tasks)}."
             )
-        if not ids or min(ids) < 0:
-            raise UserError(f"--samples {name!r}: {list(ids)}; give document numbers, 0 or more, at least one.")
+        if not (isinstance(ids, (list, tuple)) and ids and all(type(i) is int and i >= 0 for i in ids)):
+            raise UserError(f"--samples {name!r}: {ids}; give a list of document numbers, 0 or more, at least one.")
     return {name: sorted(set(ids)) for name, ids in samples.items()}
 
 
 @contextlib.contextmanager
-def _told(task: Any, model: Watched) -> Iterator[None]:
-    """Put ours before a task's `build_all_requests` and `doc_iterator`, as attributes of the task, for a while."""
+def _told(task: Any, name: str, model: Watched) -> Iterator[None]:
+    """Put ours before three methods of a task, as attributes of the task, while an evaluation lasts."""
     borrowed: list[bool] = []
-    own: dict[str, Callable[..., Any]] = {"build_all_requests": _telling_build(task, model, borrowed)}
+    own: dict[str, Callable[..., Any]] = {
+        "build_all_requests": _telling_build(task, name, model, borrowed),
+        "apply_filters": _filtering_own(task),
+    }
     if lendable := _lending_iterator(task, borrowed):
         own["doc_iterator"] = lendable
     task.__dict__.update(own)
     try:
         yield
     finally:
-        for name in own:
-            del task.__dict__[name]
+        for attribute in own:
+            del task.__dict__[attribute]
 
 
-def _telling_build(task: Any, model: Watched, borrowed: Sequence[bool]) -> Callable[..., None]:
+def _filtering_own(task: Any) -> Callable[[], Any]:
+    """Filters without the answers to copies by which lm_eval pads a rank that has fewer documents than another."""
+    apply_filters = task.apply_filters
+
+    def filter_own() -> Any:
+        for instance in task.instances:
+            del instance.resps[max(instance.repeats or 1, 1) :]
+        return apply_filters()
+
+    return filter_own
+
+
+def _telling_build(task: Any, name: str, model: Watched, borrowed: Sequence[bool]) -> Callable[..., None]:
     build = task.build_all_requests
 
     def build_all_requests(**settings: Any) -> None:
+        if settings.get("cache_requests") or settings.get("rewrite_requests_cache"):
+            _say_requests_are_built()
+            settings |= {"cache_requests": False, "rewrite_requests_cache": False}
         templated_by: TemplatedBy | None = "lm_eval" if settings.get("apply_chat_template") else None
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":  # its texts go into no template
+            templated_by = None
         if templated_by is None and model.renders and task.OUTPUT_TYPE == "generate_until":
             templated_by = "sdar_lm_eval"
             settings |= {
@@ -263,19 +350,18 @@ def _telling_build(task: Any, model: Watched, borrowed: Sequence[bool]) -> Calla
             if settings.get("fewshot_as_multiturn", False) is None:  # lm_eval's default under --apply_chat_template
                 settings["fewshot_as_multiturn"] = True
         build(**settings)
-        if settings.get("cache_requests"):
-            _check_stored_requests(task, settings)
         chosen, metadata = settings.get("samples"), task.config.metadata or {}
         model.task_begins(
             TaskRequests(
-                name=task.config.task,
+                name=name,
                 templated_by=templated_by,
                 documents=tuple(chosen) if chosen else None,
-                scored=task.OUTPUT_TYPE != "generate_until",
+                scored=task.OUTPUT_TYPE in ("loglikelihood", "multiple_choice"),
                 borrowed=any(borrowed),
                 decoding=metadata.get("sdar_decoding"),
                 judge=metadata.get("sdar_judge"),
-            )
+            ),
+            task.instances,
         )
 
     return build_all_requests
@@ -304,34 +390,12 @@ def _lending_iterator(task: Any, borrowed: list[bool]) -> Callable[..., Iterator
     return doc_iterator
 
 
-def _check_stored_requests(task: Any, settings: Mapping[str, Any]) -> None:
-    """Refuse requests of another run that lm_eval took from its `--cache_requests` store for this run's.
-
-    lm_eval's key holds neither gen_kwargs nor the documents, so its results would claim settings that were never sent.
-
-    Raises:
-        UserError: says what differs, and what to do.
-    """
-    from lm_eval.api.task import ConfigurableTask
-
-    places = {name: settings[name] for name in ("rank", "limit", "world_size", "samples") if name in settings}
-    documents = dict(task.doc_iterator(**places))
-    stale = ""
-    if any(documents.get(instance.doc_id) != instance.doc for instance in task.instances) or documents.keys() != {
-        instance.doc_id for instance in task.instances
-    }:
-        stale = "their documents are not this run's"
-    elif (
-        task.OUTPUT_TYPE == "generate_until"
-        and type(task).construct_requests is ConfigurableTask.construct_requests
-        and (stored := next((i.args[1] for i in task.instances if i.args[1] != task.config.generation_kwargs), None))
-    ):
-        stale = differences(stored, task.config.generation_kwargs)
-    if stale:
-        raise UserError(
-            f"--cache_requests: the stored requests of task {task.config.task!r} are of another run ({stale}). Build "
-            "them anew with --cache_requests refresh (rewrite_requests_cache=True from Python), or leave it out."
-        )
+@functools.cache
+def _say_requests_are_built() -> None:
+    logger.warning(
+        "--cache_requests is passed over: requests are built anew. lm_eval's store of them knows neither gen_kwargs "
+        "nor documents nor wording, so those of another run would be sent under this run's name."
+    )
 
 
 def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:

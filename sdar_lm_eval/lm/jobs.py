@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,22 @@ from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, differences
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import key_of
-from sdar_lm_eval.settings import Generation, read_generation
+from sdar_lm_eval.settings import Generation, canonical, read_generation, warn_of_idle_knobs
 
 logger = logging.getLogger(__name__)
 
 JobId = tuple[int, int]
 """An Instance's identity, and the repeat."""
+
+
+TaskOf = Callable[[Instance], TaskRequests | None]
+"""What is known of a request's task; None where nothing is."""
+
+
+def name_of(instance: Instance, task_of: TaskOf) -> str:
+    """The name of a request's task: lm_eval's in the evaluation, else the request's own."""
+    known = task_of(instance)
+    return str(instance.task_name) if known is None else known.name
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class Job:
 
     Attributes:
         instance: the harness's.
+        task: the task's name.
         document: its place in the data set.
         repeat: from 0; always 0 for an answer without chance.
         prompt: the text that is tokenized.
@@ -43,6 +54,7 @@ class Job:
     """
 
     instance: Instance
+    task: str
     document: int
     repeat: int
     prompt: str
@@ -50,11 +62,6 @@ class Job:
     request: GenerationRequest
     until: tuple[str, ...]
     key: str
-
-    @property
-    def task(self) -> str:
-        """The task's name."""
-        return str(self.instance.task_name)
 
     @property
     def name(self) -> dict[str, Any]:
@@ -119,7 +126,7 @@ class Jobs:
     def of(
         self,
         requests: Sequence[Instance],
-        tasks: Mapping[str, TaskRequests],
+        task_of: TaskOf,
         seed: int,
         record_steps: bool = False,
     ) -> Round:
@@ -130,7 +137,7 @@ class Jobs:
 
         Args:
             requests: the call's.
-            tasks: what is known of their tasks.
+            task_of: what is known of a request's task.
             seed: of the run.
             record_steps: have the engine report each token's step and confidence.
 
@@ -142,17 +149,16 @@ class Jobs:
         settings: dict[tuple[str, str], _Settings] = {}
         asked: dict[JobId, tuple[Instance, _Settings]] = {}
         for instance in requests:
-            task = str(instance.task_name)
-            name = task, json.dumps(instance.args[1], default=str)
+            name = name_of(instance, task_of), json.dumps(instance.args[1], default=str)
             if name not in settings:
-                settings[name] = self._read(instance.args[1], tasks.get(task))
+                settings[name] = self._read(instance.args[1], task_of(instance))
             drawn = settings[name].generation.is_drawn
             repeat = seen[id(instance)] % max(instance.repeats or 1, 1) if drawn else 0
             seen[id(instance)] += 1
             order.append((id(instance), repeat))
             asked[order[-1]] = instance, settings[name]
 
-        in_template = [self._in_template(instance, tasks) for instance, _ in asked.values()]
+        in_template = [self._in_template(instance, task_of) for instance, _ in asked.values()]
         prompts = [prompt for prompt, _ in in_template]
         ids_of = self._prompts.encode_prompts(prompts, [by is not None for _, by in in_template], self._alone)
         jobs: dict[JobId, Job] = {}
@@ -170,9 +176,10 @@ class Jobs:
                 seed=_seed_of(seed, instance.task_name, instance.args[0], repeat),
                 record_steps=record_steps,
             )
-            known = tasks.get(str(instance.task_name))
+            known = task_of(instance)
             jobs[job_id] = Job(
                 instance=instance,
+                task=name_of(instance, task_of),
                 document=int(instance.doc_id or 0) if known is None else known.document(int(instance.doc_id or 0)),
                 repeat=repeat,
                 prompt=prompt,
@@ -225,6 +232,8 @@ class Jobs:
         generation = read_generation(gen_kwargs, base)
         if gen_kwargs and generation.decoding.block_length != self.default.decoding.block_length:
             self.warn_of_block_length(generation.decoding.block_length)
+        published = "" if task is None or not protocol else f" is what {task.name} was published with"
+        warn_of_idle_knobs(self._given | canonical(gen_kwargs), generation.decoding, published or " decodes")
         if protocol and task is not None:
             self._say_protocol(task.name, protocol, generation.decoding.as_dict())
         stop_ids, stop_strings = set(self.stop_ids), []
@@ -247,9 +256,9 @@ class Jobs:
             told = ", ".join(f"{name}={value}" for name, value in published.items())
             logger.info("%s is decoded as published: %s. model_args and gen_kwargs override it.", task, told)
 
-    def _in_template(self, instance: Instance, tasks: Mapping[str, TaskRequests]) -> tuple[str, TemplatedBy | None]:
+    def _in_template(self, instance: Instance, task_of: TaskOf) -> tuple[str, TemplatedBy | None]:
         """A request's prompt, and who put it into the chat template."""
-        context, known = str(instance.args[0]), tasks.get(str(instance.task_name))
+        context, known = str(instance.args[0]), task_of(instance)
         if known is not None and known.templated_by is not None:
             return context, known.templated_by
         if self._prompts.is_rendered(context):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -15,8 +15,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
-from sdar_lm_eval.lm.jobs import Jobs
+from sdar_lm_eval.lm.evaluation import TemplatedBy
+from sdar_lm_eval.lm.jobs import Jobs, TaskOf, name_of
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record, key_of
 
@@ -31,6 +31,7 @@ class ScoreJob:
 
     Attributes:
         instance: the harness's.
+        task: the task's name.
         document: its place in the data set.
         templated_by: who put the context into the chat template; None where nobody did.
         pieces: what the engine gets.
@@ -39,16 +40,12 @@ class ScoreJob:
     """
 
     instance: Instance
+    task: str
     document: int
     templated_by: TemplatedBy | None
     pieces: list[ScoreRequest]
     keys: list[str]
     results: dict[int, ScoreResult] = field(default_factory=dict)
-
-    @property
-    def task(self) -> str:
-        """The task's name."""
-        return str(self.instance.task_name)
 
     @property
     def finished(self) -> bool:
@@ -97,20 +94,17 @@ class Likelihoods:
     def __init__(self, checkpoint: Checkpoint, prompts: Prompts, jobs: Jobs) -> None:
         self._checkpoint, self._prompts, self._jobs = checkpoint, prompts, jobs
 
-    def of(
-        self, kind: Kind, requests: Sequence[Instance], tasks: Mapping[str, TaskRequests], config: LikelihoodConfig
-    ) -> ScoreRound:
+    def of(self, kind: Kind, requests: Sequence[Instance], task_of: TaskOf, config: LikelihoodConfig) -> ScoreRound:
         """Return the jobs of a call's requests; copies of a request, by which lm_eval pads ranks, share one.
 
         Raises:
             UserError: a continuation is too long.
         """
-        jobs: dict[tuple[Any, ...], ScoreJob] = {}
+        jobs: dict[int, ScoreJob] = {}
         order, truncated = [], 0
         for instance in requests:
-            name = instance.task_name, *instance.args
-            if name not in jobs:
-                known = tasks.get(str(instance.task_name))
+            if id(instance) not in jobs:
+                known = task_of(instance)
                 by: TemplatedBy | None = None if known is None else known.templated_by
                 if by is None and self._prompts.is_rendered(str(instance.args[0])):
                     by = "lm_eval"
@@ -122,15 +116,16 @@ class Likelihoods:
                 fitted = [self.fit(*pair) for pair in pairs]
                 pieces = [piece for piece, _ in fitted]
                 doc_id = int(instance.doc_id or 0)
-                jobs[name] = ScoreJob(
+                jobs[id(instance)] = ScoreJob(
                     instance=instance,
+                    task=name_of(instance, task_of),
                     document=doc_id if known is None else known.document(doc_id),
                     templated_by=by,
                     pieces=pieces,
                     keys=[_key_of(piece, config) for piece in pieces],
                 )
                 truncated += any(cut for _, cut in fitted)
-            order.append(jobs[name])
+            order.append(jobs[id(instance)])
         found = ScoreRound(order, truncated)
         self._warn(found)
         return found

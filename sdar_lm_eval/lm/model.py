@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 logging.getLogger("sdar_lm_eval").parent = logging.getLogger("lm_eval")
 
 DEFAULT_CHECKPOINT = "JetLM/SDAR-4B-Chat"
+DEFAULT_SEED = 1234  # the harness's own for torch
 SAME_ON_ALL_RANKS = ("sdar_lm_eval.checkpoint", "sdar_lm_eval.settings", "sdar_lm_eval.lm.jobs")
 """Loggers whose messages rank 0 says for all."""
 
@@ -112,11 +113,11 @@ class SDARLM(TemplateLM):
             method=settings.likelihood,
             mc_samples=settings.mc_samples or LikelihoodConfig.mc_samples,
             block_length=self._jobs.default.decoding.block_length,
-            seed=settings.seed or 0,
+            seed=DEFAULT_SEED if settings.seed is None else settings.seed,
         )
         self._warn(settings)
 
-        self._evaluation = Evaluation(seed=settings.seed or 0)
+        self._evaluation = Evaluation(seed=DEFAULT_SEED if settings.seed is None else settings.seed)
         self._all_ranks = [self._evaluation]
         trace = None
         if settings.trace is not None:  # refused before anything is loaded
@@ -180,24 +181,39 @@ class SDARLM(TemplateLM):
         """Whether prompts of generating tasks go into the chat template where lm_eval's user did not ask for it."""
         return self._prompts.renders
 
-    def evaluation_begins(self, cached: bool) -> None:
-        """Count from zero, sample by the harness's `--seed` unless model_args have one, trace into another file."""
-        seed = torch.initial_seed() if self._seed is None else self._seed  # lm_eval hands `--seed` to torch
+    def evaluation_begins(self, *, seed: int | None, cached: bool, template: str | None) -> None:
+        """Count from zero, sample by the harness's seed unless model_args have one, trace into another file."""
         load_seconds, first = self._evaluation.counts.load_seconds, not self._evaluation.counts.tasks
-        self._evaluation = Evaluation(seed=seed)
+        self._begin(DEFAULT_SEED if seed is None else seed)
         if first:
             self._evaluation.counts.load_seconds = load_seconds
-        self._all_ranks = [self._evaluation]
-        self._likelihood = dataclasses.replace(self._likelihood, seed=seed)
-        if not cached and self._cache_path is not None:  # an earlier evaluation's
+        self._prompts.choose(template)
+        if not cached:  # the file is an earlier evaluation's
             self._cache_path = None
-            self._open_store()
+        self._open_store()  # which tries again what could not be written
+
+    def _begin(self, seed: int) -> None:
+        self._evaluation = Evaluation(seed=seed if self._seed is None else self._seed)
+        self._all_ranks = [self._evaluation]
+        self._likelihood = dataclasses.replace(self._likelihood, seed=self._evaluation.seed)
         if self._rounds.trace is not None:
             self._rounds.trace.begin_run()
 
-    def task_begins(self, task: TaskRequests) -> None:
+    def evaluation_ends(self) -> None:
+        """What comes now is of no evaluation."""
+        self._evaluation.end()
+        self._prompts.choose(None)
+
+    def _current(self) -> Evaluation:
+        """The evaluation that requests are part of; requests behind an evaluation's end begin their own account."""
+        if self._evaluation.over:
+            self._begin(DEFAULT_SEED)
+        return self._evaluation
+
+    def task_begins(self, task: TaskRequests, requests: Sequence[Instance]) -> None:
         """Learn what lm_eval knows of a task's requests."""
-        self._evaluation.tasks[task.name] = task
+        self._evaluation.add(task, requests)
+        self._evaluation.template_hash = self._prompts.template_hash
         if task.templated_by == "sdar_lm_eval" and not self._said_template and self._rank == 0:
             self._said_template = True
             logger.warning(
@@ -226,7 +242,8 @@ class SDARLM(TemplateLM):
             Interrupted: the user ended the run; finished answers are stored.
         """
         own = [request for request in requests if not self._is_borrowed(request)]
-        answers = iter(self._rounds.generate(own, self._evaluation, self._shows(disable_tqdm)))
+        answers = iter(self._rounds.generate(own, self._current(), self._shows(disable_tqdm)))
+        self._evaluation.template_hash = self._prompts.template_hash
         return ["" if self._is_borrowed(request) else next(answers) for request in requests]
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -259,7 +276,7 @@ class SDARLM(TemplateLM):
     def _score(self, kind: Kind, requests: Sequence[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
         own = [request for request in requests if not self._is_borrowed(request)]
         show = self._shows(disable_tqdm)
-        scores = iter(self._rounds.score(kind, own, self._evaluation, self._likelihood, show))
+        scores = iter(self._rounds.score(kind, own, self._current(), self._likelihood, show))
         return [(0.0, False) if self._is_borrowed(request) else next(scores) for request in requests]
 
     def _shows(self, disable_tqdm: bool) -> bool:
@@ -267,7 +284,7 @@ class SDARLM(TemplateLM):
 
     def _is_borrowed(self, request: Instance) -> bool:
         """Whether nobody reads the answer: the request is for a document of another rank (evaluation.py)."""
-        task = self._evaluation.tasks.get(str(request.task_name))
+        task = self._evaluation.task_of(request)
         return task is not None and task.borrowed
 
     # Stored answers
@@ -341,7 +358,7 @@ class SDARLM(TemplateLM):
             "decoding": self._jobs.default.as_dict(),
             **self._likelihood.as_dict(),
             **self._engine.info,
-            **facts_of_evaluation(self._all_ranks, self._prompts.template_hash),
+            **facts_of_evaluation(self._all_ranks),
         }
 
     def _describe(self) -> str:
@@ -397,6 +414,14 @@ class SDARLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Tokenize; by default special tokens are added, unless the text is rendered or begins with the BOS."""
         return self._prompts.encode(string, add_special_tokens)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The chat template's text: of the name that the user gave, or the default one; None where there is none.
+
+        Raises:
+            UserError: no template of that name.
+        """
+        return self._prompts.template_text(chat_template) if chat_template else None
 
     def tok_decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens without special ones."""

@@ -48,19 +48,47 @@ class Prompts:
             )
         self.renders = self.has_template and mode != "off"
         """Whether a generating task's prompt is put into the template where lm_eval did not put it."""
-        self._template = ChatTemplate(self.tokenizer, self._name) if self.renders else None
+        self._chosen: str | None = None
+        self._templates: dict[str | None, ChatTemplate] = {}
+        if self.renders:
+            self._template()  # which tries it
         self._rendered: dict[bytes, tuple[str, ...]] = {}
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._said_special = False
 
-    @property
-    def template_hash(self) -> str | None:
-        """The first 16 digits of the template's sha256."""
+    def choose(self, name: str | None) -> None:
+        """Take the chat template of this name from now on; None: the default one.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        self._chosen = name
+        if name is not None:
+            self._template()
+
+    def template_text(self, name: bool | str) -> str | None:
+        """The text of the chat template of this name (True: the default one); None where the checkpoint has none.
+
+        Raises:
+            UserError: there is none of that name.
+        """
         if not self.has_template:
             return None
-        return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16]
+        return ChatTemplate(self.tokenizer, self._name, name if isinstance(name, str) else None).source
+
+    def _template(self) -> ChatTemplate:
+        if self._chosen not in self._templates:
+            self._templates[self._chosen] = ChatTemplate(self.tokenizer, self._name, self._chosen)
+        return self._templates[self._chosen]
+
+    @property
+    def template_hash(self) -> str | None:
+        """The first 16 digits of the sha256 of the chat template in use; None where none is."""
+        if not self._templates:
+            return None
+        return hashlib.sha256(self._template().source.encode()).hexdigest()[:16]
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation; without a generation prompt its last message is left open to be continued.
@@ -71,8 +99,6 @@ class Prompts:
         """
         if not self.has_template:
             raise UserError(f"checkpoint {self._name!r} has no chat template; leave out --apply_chat_template.")
-        if self._template is None:  # chat_template=off, and yet lm_eval applies it
-            self._template = ChatTemplate(self.tokenizer, self._name)
         tokens: list[str] = []  # special tokens that the messages' texts hold
 
         def mark(found: re.Match[str]) -> str:
@@ -80,7 +106,7 @@ class Prompts:
             return MARK.format(len(tokens) - 1)
 
         marked = [{**m, "content": self._special.sub(mark, m["content"])} for m in messages]
-        text = self._template.render(marked, add_generation_prompt)
+        text = self._template().render(marked, add_generation_prompt)
         parts = re.split(MARK.format(r"(\d+)"), text)  # text, number, text, number, …, text
         parts[1::2] = [tokens[int(number)] for number in parts[1::2]]
         rendered = "".join(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -73,7 +74,7 @@ class Rounds:
         """
         counts = evaluation.counts
         tracing = self.trace is not None
-        asked = self._jobs.of(requests, evaluation.tasks, evaluation.seed, record_steps=tracing or self._verbose)
+        asked = self._jobs.of(requests, evaluation.task_of, evaluation.seed, record_steps=tracing or self._verbose)
         evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
         if asked.truncated:
             logger.warning(
@@ -82,7 +83,7 @@ class Rounds:
                 len(asked.jobs),
             )
         jobs, answers = asked.jobs, dict[JobId, str]()
-        judges = {job.task: getattr(evaluation.tasks.get(job.task), "judge", None) for job in jobs.values()}
+        judges = {job.task: getattr(evaluation.task_of(job.instance), "judge", None) for job in jobs.values()}
         live = Live(judges, len(jobs), whole=self._alone)
         for job_id, job in jobs.items():
             evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
@@ -90,7 +91,10 @@ class Rounds:
                 answers[job_id] = record["text"]
                 counts.count(job.task, stored_requests=1)
                 live.judge(job.instance, record["text"])
-                self._trace_answer(job, {**record, "stored": True})
+                self._trace_answer(
+                    job,
+                    {**{name: value for name, value in record.items() if name not in ("key", "at")}, "stored": True},
+                )
         if answers:
             logger.info("%d of %d answers are there already, and are not computed again.", len(answers), len(jobs))
         # Longest first: prompts of like length are prefilled together, and no long one is left for the end.
@@ -143,9 +147,10 @@ class Rounds:
             return []
         scorer = self.scorer(f"task {requests[0].task_name!r}")
         counts = evaluation.counts
-        asked = self._likelihoods.of(kind, requests, evaluation.tasks, config)
+        asked = self._likelihoods.of(kind, requests, evaluation.task_of, config)
         jobs = asked.jobs
         missing = []  # (job, place among its pieces)
+        computed_tokens: Counter[int] = Counter()
         for job in jobs:
             for place, (piece, key) in enumerate(zip(job.pieces, job.keys, strict=True)):
                 tokens = (*piece.context_ids, *piece.continuation_ids)
@@ -154,6 +159,7 @@ class Rounds:
                     job.results[place] = result_of(record)
                 else:
                     missing.append((job, place))
+                    computed_tokens[id(job)] += len(piece.continuation_ids)
             if job.finished and job.pieces:
                 counts.count(job.task, stored_scores=1)
             elif job.finished:  # an empty text
@@ -172,7 +178,7 @@ class Rounds:
                 job.results[place] = result
                 if job.finished:
                     finished[id(job)] = None
-                    counts.add_score(job.task, job.total(), sum(len(piece.continuation_ids) for piece in job.pieces))
+                    counts.add_score(job.task, job.total(), tokens=computed_tokens[id(job)])
                     self._trace_score(job, config.method, stored=False)
                     progress.step()
         if len(finished) < len(jobs):
@@ -217,7 +223,8 @@ class Rounds:
 
     def _trace_answer(self, job: Job, line: Mapping[str, Any]) -> None:
         if self.trace is not None:
-            self.trace.write({**job.name, **line, **job.name})  # a stored record may be of another document
+            own = {name: value for name, value in line.items() if name not in ("key", "at")}
+            self.trace.write({**job.name, **own, **job.name})  # a stored record may be of another document
 
     def _trace_score(self, job: ScoreJob, method: str, stored: bool) -> None:
         if self.trace is None:
@@ -227,6 +234,7 @@ class Rounds:
             {
                 "task": job.task,
                 "document": job.document,
+                "request": job.instance.idx,  # of a multiple choice: which one
                 "likelihood": method,
                 "context_tokens": sum(len(piece.context_ids) for piece in job.pieces),
                 "tokens": sum(len(piece.continuation_ids) for piece in job.pieces),

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import sqlite3
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +41,28 @@ def is_record(content: Any) -> bool:
         return False
     score = content.get("log_likelihood")
     return isinstance(content.get("text"), str) or (isinstance(score, float) and not math.isnan(score))
+
+
+CHECKSUM = b', "crc32": "'
+
+
+def encode_line(line: Mapping[str, Any]) -> bytes:
+    """Return a line: JSON, its checksum, the line's end."""
+    body = json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass")[:-1]
+    return body + CHECKSUM + b'%08x"}\n' % zlib.crc32(body)
+
+
+def decode_line(line: bytes) -> Record:
+    """Return a line's content.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    body, found, checksum = line.rpartition(CHECKSUM)
+    if not found or checksum != b'%08x"}' % zlib.crc32(body):
+        raise ValueError("its checksum is wrong")
+    content: Record = json.loads(body + b"}")
+    return content
 
 
 class Place(Protocol):
@@ -140,7 +163,7 @@ class CacheFile:
             tables = {name for (name,) in self._file.execute("SELECT name FROM sqlite_master")}
             if "sdar_records" not in tables:
                 self._file.execute(
-                    "CREATE TABLE sdar_records (made_by TEXT, key TEXT, record TEXT, UNIQUE (made_by, key))"
+                    "CREATE TABLE sdar_records (made_by TEXT, key TEXT, record BLOB, UNIQUE (made_by, key))"
                 )
                 self._file.execute("CREATE TABLE sdar_fingerprints (made_by TEXT UNIQUE, settings TEXT)")
             self._say_others(fingerprint)
@@ -164,16 +187,16 @@ class CacheFile:
         query = "SELECT record FROM sdar_records WHERE made_by = ? AND key = ?"
         try:
             found = self._file.execute(query, (self._fingerprint, key)).fetchone()
-            record = None if found is None else json.loads(found[0])
-        except (sqlite3.Error, ValueError) as error:
+            record = None if found is None else decode_line(found[0])
+        except (sqlite3.Error, ValueError, TypeError, AttributeError) as error:
             logger.warning("%s: a record cannot be read (%s), and is made again.", self.name, error)
             return None
         return record if is_record(record) else None
 
     def put(self, key: str, record: Mapping[str, Any]) -> None:
         """Keep a record."""
-        text = json.dumps(record)  # escaped: SQLite takes no lone surrogates
-        self._file.execute("INSERT OR REPLACE INTO sdar_records VALUES (?, ?, ?)", (self._fingerprint, key, text))
+        line = encode_line(record)[:-1]
+        self._file.execute("INSERT OR REPLACE INTO sdar_records VALUES (?, ?, ?)", (self._fingerprint, key, line))
 
     def begin(self) -> None:
         """Nothing is to be done."""

@@ -85,7 +85,7 @@ def convert(path: Path, task: str | None = None, filter_name: str | None = None)
     return {
         "config": _config(results, task),
         "metrics": scores[filter_name] | {"filter": filter_name, "by_filter": scores},
-        "performance": _performance(results, len(chosen)),
+        "performance": _performance(results, task, len(chosen)),
         "results": [_result(sample, costs.get(sample["doc_id"], {})) for sample in chosen],
     }
 
@@ -170,15 +170,17 @@ def _config(results: Json, task: str) -> Json:
     }
 
 
-def _performance(results: Json, questions: int) -> Json:
+def _performance(results: Json, task: str, questions: int) -> Json:
+    """Time is of all tasks of the run together; tokens and forwards are the task's."""
     run = (results["config"].get("sdar_lm_eval") or {}).get("run") or {}
     seconds, requests = run.get("generation_seconds"), run.get("requests") or questions
+    of_task = (run.get("tasks") or {}).get(task) or run
     return {
         "total_seconds": seconds,
         "seconds_per_question": None if seconds is None else round(seconds / requests, 4),
         "tokens_per_second": run.get("tokens_per_second"),
-        "tokens_per_forward": run.get("tokens_per_forward"),
-        "new_tokens": run.get("new_tokens"),
+        "tokens_per_forward": of_task.get("tokens_per_forward"),
+        "new_tokens": of_task.get("new_tokens"),
     }
 
 

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lm_eval
 import lm_eval.evaluator
@@ -47,6 +47,8 @@ class RecordedLM(LM):
     Raises:
         UserError: no answers at all, answers made with different settings, or a checkpoint that cannot be opened.
     """
+
+    watched: ClassVar[bool] = True
 
     def __init__(self, sessions: Sequence[Session], seed: int, begin: Callable[[], Any] | None = None) -> None:
         super().__init__()
@@ -89,14 +91,18 @@ class RecordedLM(LM):
     def check_cache(self, path: str) -> None:
         """There is none."""
 
-    def evaluation_begins(self, cached: bool) -> None:
-        """Say that the tasks are loaded."""
+    def evaluation_begins(self, *, seed: int | None, cached: bool, template: str | None) -> None:
+        """The tasks are loaded, and nothing was asked yet."""
         if self._begin is not None:
             self._begin()
 
-    def task_begins(self, task: TaskRequests) -> None:
+    def task_begins(self, task: TaskRequests, requests: Sequence[Any]) -> None:
         """Learn what lm_eval knows of a task's requests."""
-        self._evaluation.tasks[task.name] = task
+        self._evaluation.add(task, requests)
+        self._evaluation.template_hash = self._prompts.template_hash
+
+    def evaluation_ends(self) -> None:
+        """What was asked stays known."""
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the recorded answers.
@@ -104,7 +110,7 @@ class RecordedLM(LM):
         Raises:
             UserError: some are missing; says how many and which.
         """
-        asked = self._jobs.of(requests, self._evaluation.tasks, self._evaluation.seed)
+        asked = self._jobs.of(requests, self._evaluation.task_of, self._evaluation.seed)
         self._evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
         missing = []
         for job in asked.jobs.values():
@@ -155,7 +161,7 @@ class RecordedLM(LM):
         # A session that answered more than is used here counts by its share of the tokens.
         tokens = sum(line.get("new_tokens", 0) for session in sessions for line in session.answers.values())
         counts.generation_seconds = busy_seconds(sessions) * (counts.new_tokens / tokens if tokens else 1.0)
-        facts = facts_of_evaluation([self._evaluation], self._prompts.template_hash)
+        facts = facts_of_evaluation([self._evaluation])
         facts["run"]["sessions"] = len(sessions)
         return {"model_dtype": models[-1].get("dtype"), "sdar_lm_eval": models[-1] | facts}
 

@@ -14,8 +14,9 @@ from lm_eval.tasks import TaskManager
 
 from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.answers import AnswerFolder, Session, busy_seconds, decode_line, encode_line, read_sessions, united
+from sdar_lm_eval.lm.answers import AnswerFolder, Session, busy_seconds, read_sessions, united
 from sdar_lm_eval.lm.model import SDARLM
+from sdar_lm_eval.lm.store import decode_line, encode_line
 
 SETTINGS = {"engine": "native", "dtype": "float32"}
 
@@ -105,6 +106,23 @@ def test_a_line_that_a_full_disk_cut_does_not_cost_the_next_one(
     folder.put("c", {"text": "z"})
     again = _folder(tmp_path)
     assert [again.get(key) is not None for key in ("a", "b", "c")] == [True, False, True]
+
+
+def test_a_first_line_that_a_full_disk_cut_costs_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file without it stays behind; the next answer begins another."""
+    folder, write = _folder(tmp_path), os.write
+
+    def full(descriptor: int, content: bytes) -> int:
+        if len(content) < 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, content[:20])
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        folder.put("a", {"text": "a"})
+    monkeypatch.undo()
+    folder.put("b", {"text": "b"})
+    assert _folder(tmp_path).get("b") is not None
 
 
 @pytest.mark.parametrize("head", [b'{"settings"', b"", b'{"settings": null}\n', b"\x00\x01\n", b"[]\n"])

@@ -10,12 +10,14 @@ from typing import Any
 import lm_eval
 import lm_eval.evaluator
 import pytest
-import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from scripted_lm import BARE_TEMPLATE, DATA, SAMPLED, Evaluate, MakeLM, ScriptedLM, cached, checkpoint_with
 
-from sdar_lm_eval.errors import Interrupted, UserError
+from sdar_lm_eval import settings
+from sdar_lm_eval.errors import EngineError, Interrupted, UserError
+from sdar_lm_eval.lm import evaluation
 
 GENERATE = "output_type: generate_until"
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -99,6 +101,128 @@ def test_each_task_is_counted_by_itself(make_lm: MakeLM, tmp_path: Path, monkeyp
     assert run_of(dict(results))["new_tokens"] == sum(of["new_tokens"] for of in tasks.values())
 
 
+def test_what_comes_behind_an_evaluation_is_no_part_of_it(
+    make_lm: MakeLM, evaluate: Evaluate, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its prompts are not taken for rendered ones, nor its documents for the chosen ones, nor counted with it."""
+    lm = make_lm()
+    results = evaluate(lm, GENERATE, samples={"five": [1, 3]})
+    sent(lm)
+    late = Instance("generate_until", {}, ("Question 9", {"max_gen_toks": 8}), 0, ("five", 3, 1))
+    lm.generate_until([late])
+    assert sent(lm) == [TURN.format("Question 9")]
+    assert "come from no evaluation of lm_eval" in caplog.text
+    assert (run_of(results)["requests"], lm.counts.requests) == (2, 1)
+    with pytest.raises(EngineError):  # nor behind one that failed
+        lm.engine.answers_before_error = 0
+        evaluate(lm, GENERATE, samples={"five": [1]})
+    lm.engine.answers_before_error = None
+    lm.generate_until([late])
+    assert sent(lm) == [TURN.format("Question 9")]
+
+
+def test_a_task_goes_by_the_name_that_lm_eval_gives_it(
+    make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tasks of one name under keys of their own, one of them twice."""
+    manager = tasks_of(tmp_path / "tasks", monkeypatch, five=GENERATE + EXACT)
+    a, b = (manager.load_task_or_group("five")["five"] for _ in range(2))
+    b.set_config("generation_kwargs", {"max_gen_toks": 4, "until": []})
+    lm = make_lm(trace=tmp_path / "trace.jsonl")
+    lm_eval.evaluate(lm=lm, task_dict={"a": a, "b": b}, samples={"a": [4, 2]}, bootstrap_iters=0)
+    info = lm.get_model_info()["sdar_lm_eval"]
+    assert {name: of["max_gen_toks"] for name, of in info["decoding_of_tasks"].items()} == {"a": 256, "b": 4}
+    assert {name: of["requests"] for name, of in info["run"]["tasks"].items()} == {"a": 2, "b": 5}
+    _, *lines = map(json.loads, (tmp_path / "trace.jsonl").read_text().splitlines())
+    assert sorted((line["task"], line["document"]) for line in lines) == [
+        ("a", 2),
+        ("a", 4),
+        *(("b", i) for i in range(5)),
+    ]
+    assert lm_eval.evaluate(lm=lm, task_dict={"group": {"a": a}, "a": a}, limit=1, bootstrap_iters=0)
+
+
+def test_copies_by_which_ranks_are_padded_are_not_scored(
+    make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make_lm()
+    manager = tasks_of(tmp_path / "tasks", monkeypatch, five=f"{GENERATE}\nrepeats: 2{EXACT}")
+    generate = lm.generate_until
+
+    def padded(requests: Any) -> list[str]:
+        """As on a rank that has two documents fewer than another."""
+        copies = [requests[-1]] * 4
+        answers = generate([*requests, *copies])
+        requests[-1].resps.extend(answers[-4:])
+        return answers[: len(requests)]
+
+    monkeypatch.setattr(lm, "generate_until", padded)
+    results = lm_eval.simple_evaluate(lm, tasks=["five"], task_manager=manager, bootstrap_iters=0)
+    assert results is not None
+    assert {len(sample["resps"][0]) for sample in results["samples"]["five"]} == {2}
+
+
+@pytest.mark.parametrize("limit", [0, -1, "5", float("nan")])
+def test_limits_that_mean_nothing(make_lm: MakeLM, evaluate: Evaluate, limit: Any) -> None:
+    with pytest.raises(UserError, match=r"--limit .*: give a number of documents above 0"):
+        evaluate(make_lm(), GENERATE, limit=limit)
+
+
+def test_the_template_that_the_user_named(make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path) -> None:
+    folder = checkpoint_with(tmp_path / "several")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    templates = {"default": BARE_TEMPLATE, "terse": BARE_TEMPLATE.replace("!", "?")}
+    settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    lm = make_lm(folder)
+    hashes = []
+    for name, end in (("terse", "?"), (True, "!"), (False, "!"), ("terse", "?")):
+        results = evaluate(lm, GENERATE, apply_chat_template=name, limit=1)
+        assert sent(lm) == [f"Question 0{end}"]
+        hashes.append(results["config"]["sdar_lm_eval"]["prompts"]["five"]["chat_template_sha256"])
+    assert hashes[0] == hashes[3] != hashes[1] == hashes[2]
+    assert lm.chat_template("terse") == templates["terse"] and lm.chat_template(True) == BARE_TEMPLATE
+    with pytest.raises(UserError, match=r"one of several .*, and none of them is called 'long'"):
+        evaluate(lm, GENERATE, apply_chat_template="long")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "metadata", "says"),
+    [
+        (
+            {"threshold": 0.5},
+            True,
+            "confidence_threshold=0.5 has no effect: low_confidence_static is what five was",
+        ),
+        (
+            {"threshold": 0.5, "strategy": "static"},
+            False,
+            "confidence_threshold=0.5 has no effect: low_confidence_static",
+        ),
+        (
+            {"eb_threshold": 0.5},
+            False,
+            "eb_threshold=0.5 has no effect: low_confidence_dynamic decodes; strategy=",
+        ),
+        ({"threshold": 0.5, "strategy": "dynamic"}, True, None),
+        ({"threshold": 0.85}, True, None),  # the default
+    ],
+)
+def test_a_knob_without_effect_is_said(
+    make_lm: MakeLM,
+    evaluate: Evaluate,
+    caplog: pytest.LogCaptureFixture,
+    arguments: Any,
+    metadata: bool,
+    says: str | None,
+) -> None:
+    settings._say_idle.cache_clear()
+    lines = "metadata: {version: 1, sdar_decoding: {remasking_strategy: low_confidence_static}}" if metadata else ""
+    evaluate(make_lm(**arguments), GENERATE, lines, limit=1)
+    assert ("has no effect" in caplog.text) is (says is not None)
+    assert (says or "") in caplog.text
+
+
 def test_the_harness_seed_draws_unless_the_model_has_one(make_lm: MakeLM, evaluate: Evaluate) -> None:
     lines = (GENERATE, f"generation_kwargs: {json.dumps(SAMPLED)}")
 
@@ -139,12 +263,15 @@ def test_documents_are_named_by_their_place_in_the_data(
     ("samples", "says"),
     [
         ({"fife": [1]}, r"task 'fife', which is not evaluated\. Did you mean 'five'\? Evaluated: five\."),
-        ({"five": []}, r"--samples 'five': \[\]; give document numbers, 0 or more, at least one"),
-        ({"five": [-1]}, r"--samples 'five': \[-1\]; give document numbers"),
+        ({"five": []}, r"--samples 'five': \[\]; give a list of document numbers, 0 or more, at least one"),
+        ({"five": [-1]}, r"--samples 'five': \[-1\]; give a list of document numbers"),
+        ({"five": ["1"]}, r"--samples 'five': \['1'\]; give a list of document numbers"),
+        ({"five": 1}, r"--samples 'five': 1; give a list of document numbers"),
+        ([1], r'--samples \[1\]: give document numbers of tasks, such as \{"five": \[0, 3\]\}'),
     ],
 )
 def test_samples_that_would_evaluate_something_else_are_refused(
-    make_lm: MakeLM, evaluate: Evaluate, samples: dict[str, list[int]], says: str
+    make_lm: MakeLM, evaluate: Evaluate, samples: Any, says: str
 ) -> None:
     lm = make_lm()
     with pytest.raises(UserError, match=says):
@@ -238,50 +365,38 @@ def test_a_system_turn_that_the_template_refuses_is_one_error(
         evaluate(lm, GENERATE, system_instruction="Be brief.")
 
 
-# Requests that lm_eval stored
+# Requests that lm_eval stores: its keys hold neither gen_kwargs nor documents, wording, seeds of shots
 
 
 @pytest.mark.parametrize(
-    ("first", "then", "says"),
+    ("first", "then"),
     [
-        ({"gen_kwargs": "max_gen_toks=8"}, {"gen_kwargs": "max_gen_toks=30"}, r"max_gen_toks was 8, is 30"),
-        ({"samples": {"five": [3]}}, {}, "their documents are not this run's"),
-        ({}, {"samples": {"five": [3]}}, "their documents are not this run's"),
-        ({"gen_kwargs": "max_gen_toks=8"}, {"gen_kwargs": "max_gen_toks=8"}, None),
-        ({"gen_kwargs": "max_gen_toks=8", "limit": 2}, {"gen_kwargs": "max_gen_toks=8", "limit": 3}, None),
+        ({"gen_kwargs": "max_gen_toks=8"}, {"gen_kwargs": "max_gen_toks=30"}),
+        ({"samples": {"five": [3]}}, {}),
+        ({}, {"samples": {"five": [3]}}),
+        ({"limit": 2}, {"limit": 3}),
     ],
 )
-def test_stored_requests_of_another_run_are_refused(
+@pytest.mark.parametrize("refresh", [False, True])
+def test_requests_of_another_run_are_never_sent(
     make_lm: MakeLM,
     evaluate: Evaluate,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     first: dict[str, Any],
     then: dict[str, Any],
-    says: str | None,
+    refresh: bool,
 ) -> None:
     monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "requests"))
+    evaluation._say_requests_are_built.cache_clear()
     evaluate(make_lm(), GENERATE, cache_requests=True, **first)
-    if says is None:
-        evaluate(make_lm(), GENERATE, cache_requests=True, **then)
-        return
-    with pytest.raises(UserError, match=rf"stored requests of task 'five' are of another run \({says}.*refresh"):
-        evaluate(make_lm(), GENERATE, cache_requests=True, **then)
-    lm = make_lm()
-    evaluate(lm, GENERATE, cache_requests=True, rewrite_requests_cache=True, **then)
-    assert lm.engine.requests
-
-
-def test_another_template_builds_requests_anew(
-    make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "requests"))
-    folder = checkpoint_with(tmp_path / "model", template=BARE_TEMPLATE)
-    for template in (BARE_TEMPLATE, BARE_TEMPLATE.replace("!", "?")):
-        (folder / "chat_template.jinja").write_text(template)
-        lm = make_lm(folder)
-        evaluate(lm, GENERATE, cache_requests=True, limit=1)
-        assert sent(lm) == [f"Question 0{template.split('}}')[1][0]}"]
+    fresh, again = make_lm(), make_lm()
+    evaluate(fresh, GENERATE, **then)
+    evaluate(again, GENERATE, cache_requests=True, rewrite_requests_cache=refresh, **then)
+    assert again.engine.requests == fresh.engine.requests
+    assert caplog.text.count("--cache_requests is passed over: requests are built anew") == 1
+    assert not (tmp_path / "requests").exists()
 
 
 # Other models, published protocols, Ctrl-C
@@ -374,4 +489,3 @@ def test_evaluate_tells_whoever_imported_it(make_lm: MakeLM) -> None:
     make_lm()
     assert hasattr(lm_eval.evaluator.evaluate, "tells_watched_models")
     assert lm_eval.evaluate is lm_eval.evaluator.evaluate
-    assert torch.initial_seed() >= 0

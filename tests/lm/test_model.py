@@ -382,19 +382,6 @@ def test_a_template_without_constant_text_is_not_applied_twice(
     assert lm.prompt_of("q") == "q!"
 
 
-@pytest.mark.parametrize("template", [None, BARE_TEMPLATE])
-def test_requests_built_by_an_earlier_run_are_not_put_into_the_template_again(
-    make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str | None
-) -> None:
-    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "requests"))
-    checkpoint = checkpoint_with(tmp_path / "bare", template=template) if template else "demo"
-    first, second = make_lm(checkpoint), make_lm(checkpoint)
-    evaluate(first, apply_chat_template=True, cache_requests=True)
-    monkeypatch.delattr(Prompts, "render")  # the second takes the first one's requests
-    evaluate(second, apply_chat_template=True, cache_requests=True)
-    assert [r.prompt_ids for r in second.engine.requests] == [r.prompt_ids for r in first.engine.requests]
-
-
 def test_gen_prefix_is_left_open(make_lm: MakeLM, evaluate: Evaluate) -> None:
     lm = make_lm()
     lines = ("output_type: generate_until", "gen_prefix: 'The answer is'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.store import CacheFile, Store, is_record, key_of
+from sdar_lm_eval.lm.store import CacheFile, Store, encode_line, is_record, key_of
 
 NATIVE = {"engine": "native", "dtype": "float32"}
 
@@ -38,8 +39,14 @@ def test_a_record_is_found_by_who_made_it(tmp_path: Path, caplog: pytest.LogCapt
     assert not caplog.text  # both have answers of their own
 
 
-@pytest.mark.parametrize("content", ['{"text": nul', '{"text": 5}', "[]", '{"log_likelihood": NaN}', '{"token": "x"}'])
-def test_a_damaged_record_is_made_again(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"text": nul', encode_line({"text": 5})[:-1], b"[]", encode_line({"log_likelihood": math.nan})[:-1],
+        encode_line({"token": "x"})[:-1], encode_line({"text": "x"})[:-1].replace(b"x", b"y"), None, "text", 5,
+    ],
+)  # fmt: skip
+def test_a_damaged_record_is_made_again(tmp_path: Path, content: Any) -> None:
     path = str(tmp_path / "c.db")
     file = CacheFile(path, NATIVE)
     file.put("k", {"text": "x"})
