@@ -38,9 +38,10 @@ if __name__ == "__main__":
 import modal
 
 from sdar_lm_eval.autoload import MODELS as KNOWN_MODELS
+from sdar_lm_eval.engines.native.strategies import spellings
 from sdar_lm_eval.errors import SDARError, UserError
 from sdar_lm_eval.runs import summary
-from sdar_lm_eval.runs.settings import DEFAULT_TASK, ENGINES, SWEPT, Run, runs_from_flags, scored_by
+from sdar_lm_eval.runs.settings import DEFAULT_TASK, ENGINES, LIMITS, SWEPT, Run, runs_from_flags, scored_by
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -288,8 +289,8 @@ FLAGS = {
     "block_length": "tokens that are denoised together",
     "denoising_steps": "steps a block is denoised in",
     "temperature": "of sampling; 0.0 is greedy",
-    "remasking_strategy": "which tokens a step keeps: low_confidence_dynamic (or dynamic), low_confidence_static (or "
-    "static), sequential, entropy_bounded (or entropy), random; LMDeploy has the first three",
+    "remasking_strategy": f"which tokens a step keeps: {spellings()}; LMDeploy takes "
+    f"{', '.join(LIMITS['lmdeploy']['remasking_strategy'])}",
     "confidence_threshold": "low_confidence_dynamic keeps what is as certain as this",
     "max_gen_length": "most new tokens; default: the task's",
     "output_file": "JSON with the results, on this machine; an older file is replaced",

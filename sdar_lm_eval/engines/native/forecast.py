@@ -15,6 +15,7 @@ import numpy as np
 
 from sdar_lm_eval.engines.native.scheduler import Sequence
 from sdar_lm_eval.engines.native.state import Outcome
+from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
 # Tokens of a forward that cost about what one does, since the weights have to be read: there is room for all.
 FREE_ROWS = 128
@@ -102,7 +103,7 @@ class _Slots:
         self.left[slot] = self.length[slot] - self.given[slot]
         self.room[slot] = sequence.request.max_new_tokens - sequence.num_new_tokens
         self.quotas[slot] = 1
-        if decoding.remasking_strategy != "entropy_bounded":
+        if STRATEGIES[decoding.remasking_strategy].uses_schedule:
             self.quotas[slot, : len(decoding.quotas)] = decoding.quotas
 
     def counts(self, slots: np.ndarray) -> tuple[int, int]:

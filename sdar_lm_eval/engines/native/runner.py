@@ -28,6 +28,7 @@ from sdar_lm_eval.engines.native.pages import SCRATCH_PAGE
 from sdar_lm_eval.engines.native.random_numbers import DRAW, uniform
 from sdar_lm_eval.engines.native.scheduler import Sequence
 from sdar_lm_eval.engines.native.state import BatchState, Outcome, Segments
+from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
 logger = logging.getLogger(__name__)
 
@@ -240,8 +241,11 @@ class Runner:
             logger.info(
                 "With top_k, top_p or repetition_penalty PyTorch draws the tokens, without a CUDA graph: slower."
             )
+        without = [name for name in sorted(shape.strategies) if not STRATEGIES[name].has_kernel]
+        if self._kernels is not None and without:
+            logger.info("%s: no kernel has this strategy, so PyTorch runs its rule: slower.", ", ".join(without))
         run, unmask = self._run_segments, self._unmask
-        if draws and self._decoder is not None:
+        if draws and self._decoder is not None and not without:
             run, unmask = self._run_laid_out, self._unmask_by_kernels
             self._firsts = torch.arange(0, segments[-1] * shape.block, shape.block, device=device)
         self._draw_some = self._draw_in_one_pass if draws else self._draw_from_float32
@@ -481,7 +485,7 @@ class Runner:
         def draw(some: slice) -> Any:
             return self._kernels.draw(
                 self._logits(self._hidden(drawing.row[some])), drawing.temperature[some], drawing.number[some],
-                drawing.greedy[some], self._mask_token_id, entropies="entropy_bounded" in self.state.strategies,
+                drawing.greedy[some], self._mask_token_id, entropies=self.state.needs_entropy,
             )  # fmt: skip
 
         self._state_kernels.advance(self.state, *self._in_chunks(count, draw), self._packed)
@@ -574,7 +578,7 @@ class Runner:
             self._numbers(place),
             self.state.greedy[slot],
             self._mask_token_id,
-            entropies="entropy_bounded" in self.state.strategies,
+            entropies=self.state.needs_entropy,
         )
         return drawn
 
@@ -592,18 +596,17 @@ class Runner:
         if self._reproducible:
             logits = _aligned(logits)
         nothing = torch.zeros(len(place), device=self._device)
-        needs_entropy = "entropy_bounded" in state.strategies
         results = []
         if shape.greedy:
             token, confidence = unmasking.draw_greedy(logits)
-            entropy = unmasking.entropy(logits.softmax(-1)) if needs_entropy else nothing
+            entropy = unmasking.entropy(logits.softmax(-1)) if state.needs_entropy else nothing
             results.append((token, confidence, entropy))
         if shape.sampled:
             probabilities = unmasking.filtered_probabilities(
                 logits, state.temperature[slot], state.top_k[slot], state.top_p[slot], any_filter=shape.filtered
             )
             token, confidence = unmasking.draw_sampled(probabilities, self._numbers(place))
-            entropy = unmasking.entropy(probabilities) if needs_entropy else nothing
+            entropy = unmasking.entropy(probabilities) if state.needs_entropy else nothing
             results.append((token, confidence, entropy))
         if len(results) == 1:
             return results[0]

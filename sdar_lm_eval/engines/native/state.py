@@ -25,14 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdar_lm_eval.engines.base import STRATEGIES
 from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.random_numbers import ORDER
 from sdar_lm_eval.engines.native.scheduler import Sequence
+from sdar_lm_eval.engines.native.strategies import STRATEGIES, codes
+from sdar_lm_eval.engines.native.strategy import Candidates, Rule, Strategy
 
-DYNAMIC, SEQUENTIAL, ENTROPY, RANDOM = (
-    STRATEGIES.index(name) for name in ("low_confidence_dynamic", "sequential", "entropy_bounded", "random")
-)
 NO_TOKEN = -1
 
 
@@ -98,7 +96,7 @@ class BatchState:
         stops: most stop tokens of a sequence.
         vocabulary: V.
         mask_token_id: stands where nothing is decided.
-        strategies: that a sequence may have.
+        strategies: names of those that a sequence may have.
         penalized: whether a sequence may have a repetition penalty: its table of seen tokens is N x V.
         uniform: `random_numbers.uniform`, or what computes the same.
         device: torch device.
@@ -124,6 +122,9 @@ class BatchState:
         self.slots, self.block = slots, block
         self._vocabulary, self.mask_token_id, self._device = vocabulary, mask_token_id, device
         self.strategies, self._uniform = strategies, uniform
+        self.needs_entropy = any(STRATEGIES[name].needs_entropy for name in strategies)
+        self._orders = self._codes_by_rule(lambda strategy: strategy.order)
+        self._counts = self._codes_by_rule(lambda strategy: strategy.count)
         self.offsets = torch.arange(block, device=device)
         # The block that is being denoised: (N + 1, L)
         self.tokens = torch.full((rows, block), mask_token_id, **whole)
@@ -144,7 +145,8 @@ class BatchState:
         self.room = torch.zeros(rows, **whole)  # new tokens that the answer may still get
         # Settings
         self.length = torch.zeros(rows, **whole)
-        self.strategy = torch.zeros(rows, **whole)
+        self.strategy = torch.zeros(rows, **whole)  # its code
+        self.setting = torch.zeros(rows, **real)  # value of the strategy's setting
         self.quotas = torch.ones(rows, block, **whole)  # of each step
         self.stop_ids = torch.full((rows, max(stops, 1)), NO_TOKEN, **whole)
         self.seed = torch.zeros(rows, **whole)
@@ -153,8 +155,6 @@ class BatchState:
         self.top_p = torch.ones(rows, **real)
         self.temperature = torch.ones(rows, **real)
         self.penalty = torch.ones(rows, **real)
-        self.threshold = torch.zeros(rows, **real)
-        self.entropy_bound = torch.zeros(rows, **real)
         self.seen = torch.zeros(rows, vocabulary, **flag) if penalized else None
 
     # What the host changes
@@ -164,6 +164,7 @@ class BatchState:
         slot = self.to_device(np.array([sequence.slot for sequence in sequences]))
         requests = [sequence.request for sequence in sequences]
         decodings = [request.decoding for request in requests]
+        strategies, code = [STRATEGIES[decoding.remasking_strategy] for decoding in decodings], codes()
         given = np.array([len(sequence.tokens) - sequence.block_start for sequence in sequences])
         length = np.array([decoding.block_length for decoding in decodings])
         masked = (np.arange(self.block) >= given[:, None]) & (np.arange(self.block) < length[:, None])
@@ -180,7 +181,8 @@ class BatchState:
             given=given,
             room=[sequence.request.max_new_tokens - sequence.num_new_tokens for sequence in sequences],
             length=length,
-            strategy=[STRATEGIES.index(decoding.remasking_strategy) for decoding in decodings],
+            strategy=[code[strategy.name] for strategy in strategies],
+            setting=[getattr(d, s.setting) if s.setting else 0.0 for d, s in zip(decodings, strategies, strict=True)],
             quotas=_rows((decoding.quotas for decoding in decodings), self.block, 1),
             stop_ids=_rows((sorted(request.stop_ids) for request in requests), self.stop_ids.shape[1], NO_TOKEN),
             seed=np.array([request.seed & (2**64 - 1) for request in requests], dtype=np.uint64).astype(np.int64),
@@ -189,8 +191,6 @@ class BatchState:
             top_p=[1.0 if decoding.greedy else decoding.top_p for decoding in decodings],
             temperature=[1.0 if decoding.greedy else decoding.temperature for decoding in decodings],
             penalty=[decoding.repetition_penalty for decoding in decodings],
-            threshold=[decoding.confidence_threshold for decoding in decodings],
-            entropy_bound=[decoding.eb_threshold for decoding in decodings],
         )
         if self.seen is not None:
             for sequence in sequences:
@@ -284,7 +284,7 @@ class BatchState:
         self.start += torch.where(goes_on, self.length, 0)
         self.room -= torch.where(goes_on, new, 0)
         self.given.masked_fill_(goes_on, 0)
-        # A quota exists for every step of the longest schedule; entropy_bounded may need as many as there are tokens.
+        # Quotas are padded with 1: a strategy without a schedule may take as many steps as there are tokens.
         self.step.copy_(torch.where(goes_on, 0, (self.step + took_part).clamp(max=self.block - 1)))
         self.tokens.masked_fill_(goes_on[:, None], self.mask_token_id)
         self.masked |= goes_on[:, None] & (self.offsets < self.length[:, None])
@@ -293,22 +293,33 @@ class BatchState:
         return outcome
 
     def _kept(self, masked: torch.Tensor, confidence: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
-        """Which of the masked positions keep their token: (N + 1, L) bool."""
-        strategy, quota = self.strategy, self.quotas.gather(1, self.step[:, None]).squeeze(1)
-        keys, count = unmasking.by_confidence(confidence), quota
-        if "low_confidence_dynamic" in self.strategies:
-            dynamic = unmasking.count_above_threshold(confidence, masked, self.threshold, quota)
-            count = torch.where(strategy == DYNAMIC, dynamic, count)
-        if "sequential" in self.strategies:
-            keys = torch.where((strategy == SEQUENTIAL)[:, None], unmasking.by_position(confidence), keys)
-        if "entropy_bounded" in self.strategies:
-            bounded = unmasking.count_within_entropy(entropies, masked, self.entropy_bound)
-            count = torch.where(strategy == ENTROPY, bounded, count)
-            keys = torch.where((strategy == ENTROPY)[:, None], entropies, keys)
-        if "random" in self.strategies:
-            order = self._uniform(self.seed[:, None], self.start[:, None] + self.offsets, self.step[:, None], ORDER)
-            keys = torch.where((strategy == RANDOM)[:, None], order, keys)
+        """Which of the masked positions keep their token, each row by its own strategy: (N + 1, L) bool."""
+
+        def random() -> torch.Tensor:
+            return self._uniform(self.seed[:, None], self.start[:, None] + self.offsets, self.step[:, None], ORDER)
+
+        quota = self.quotas.gather(1, self.step[:, None]).squeeze(1)
+        candidates = Candidates(masked, confidence, entropies, self.offsets, quota, self.setting, random)
+        keys, count = self._by_strategy(self._orders, candidates), self._by_strategy(self._counts, candidates)
         return unmasking.select_first(keys, count, masked)
+
+    def _codes_by_rule(self, rule_of: Callable[[Strategy], Rule]) -> list[tuple[Rule, list[int]]]:
+        """The rules of the batch's strategies, and the codes of each one's; the rule of most strategies first."""
+        found: dict[Rule, list[int]] = {}
+        for name in sorted(self.strategies):
+            found.setdefault(rule_of(STRATEGIES[name]), []).append(codes()[name])
+        return sorted(found.items(), key=lambda pair: -len(pair[1]))
+
+    def _by_strategy(self, rules: list[tuple[Rule, list[int]]], candidates: Candidates) -> torch.Tensor:
+        """What the rules give, (N + 1, ...), each row by its own strategy's."""
+        (first, _), *others = rules
+        chosen = first(candidates)
+        for rule, of in others:
+            values = rule(candidates)
+            for code in of:
+                here = (self.strategy == code).view(-1, *[1] * (values.dim() - 1))
+                chosen = torch.where(here, values, chosen)
+        return chosen
 
     # To the host
 

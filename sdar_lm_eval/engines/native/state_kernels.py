@@ -1,8 +1,8 @@
 """The three operations of `BatchState` as a Triton kernel each, where plain PyTorch takes some 200 small ones.
 
 A program has one slot, and learns what the slots before it take by adding up all of them: a few hundred numbers.
-`state.py` is the reference: tests/engines/native/test_state_kernels.py steps both through the same batches. A
-repetition penalty is not known here.
+`state.py` is the reference: tests/engines/native/test_state_kernels.py steps both through the same batches. Not
+implemented here: a repetition penalty, and strategies that are not in `IMPLEMENTED`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,16 @@ from sdar_lm_eval.engines.native import state as states
 from sdar_lm_eval.engines.native.kernels import random_number
 from sdar_lm_eval.engines.native.pages import SCRATCH_PAGE
 from sdar_lm_eval.engines.native.random_numbers import DRAW, ORDER
+from sdar_lm_eval.engines.native.strategies import codes
+
+IMPLEMENTED = {
+    "low_confidence_static": None,
+    "low_confidence_dynamic": "DYNAMIC",
+    "sequential": "SEQUENTIAL",
+    "entropy_bounded": "ENTROPY",
+    "random": "RANDOM",
+}
+"""Strategy -> parameter of `_advance` that takes its code, -1 where no sequence has it. None: what no parameter has."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +214,7 @@ def _rank(keys, column, SIZE: tl.constexpr):
 @triton.jit(do_not_specialize=["slots", "stops"])
 def _advance(
     runs, place_of, drawn, drawn_confidence, drawn_entropy, tokens, masked, unmasked_at, confidence, before, active,
-    uncommitted, start, step, given, room, length, strategy, quotas, stop_ids, seed, threshold, entropy_bound, packed,
+    uncommitted, start, step, given, room, length, strategy, quotas, stop_ids, seed, setting, packed,
     slots, stops, mask_token,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, PURPOSE: tl.constexpr, DYNAMIC: tl.constexpr, SEQUENTIAL: tl.constexpr,
     ENTROPY: tl.constexpr, RANDOM: tl.constexpr,
@@ -227,7 +237,7 @@ def _advance(
     kind = tl.load(strategy + slot)
     keys = -sure
     if DYNAMIC >= 0:
-        above = tl.sum((open_ & (sure > tl.load(threshold + slot))).to(tl.int32))
+        above = tl.sum((open_ & (sure > tl.load(setting + slot))).to(tl.int32))
         count = tl.where(kind == DYNAMIC, tl.maximum(above, count), count)
     if SEQUENTIAL >= 0:
         keys = tl.where(kind == SEQUENTIAL, column.to(tl.float32), keys)
@@ -235,7 +245,7 @@ def _advance(
         spread = tl.load(drawn_entropy + place, mask=open_, other=float("inf"))
         _, less = _rank(spread, column, WIDTH)
         sums = spread + tl.sum(tl.where(less, tl.reshape(spread, (WIDTH, 1)), 0.0), axis=0)
-        within = tl.sum((open_ & (sums < tl.load(entropy_bound + slot))).to(tl.int32))
+        within = tl.sum((open_ & (sums < tl.load(setting + slot))).to(tl.int32))
         count = tl.where(kind == ENTROPY, tl.maximum(within, 1), count)
         keys = tl.where(kind == ENTROPY, spread, keys)
     if RANDOM >= 0:
@@ -306,21 +316,16 @@ def advance(
         token, confidence, entropy: (M,), what was drawn.
         packed: the outcome is written to it; `BatchState.unpack` reads it.
     """
-    kinds = [
-        number if name in state.strategies else -1
-        for name, number in (
-            ("low_confidence_dynamic", states.DYNAMIC),
-            ("sequential", states.SEQUENTIAL),
-            ("entropy_bounded", states.ENTROPY),
-            ("random", states.RANDOM),
-        )
-    ]
+    if missing := sorted(state.strategies - IMPLEMENTED.keys()):
+        raise NotImplementedError(f"the kernel does not implement {', '.join(missing)}")
+    code = {name: number if name in state.strategies else -1 for name, number in codes().items()}
+    branches = {branch: code[name] for name, branch in IMPLEMENTED.items() if branch}
     _advance[(state.slots,)](
         state.runs, state.place_of, token, confidence, entropy, state.tokens, state.masked, state.unmasked_at,
         state.confidence, state.before, state.active, state.uncommitted, state.start, state.step, state.given,
-        state.room, state.length, state.strategy, state.quotas, state.stop_ids, state.seed, state.threshold,
-        state.entropy_bound, packed, state.slots, state.stop_ids.shape[1], state.mask_token_id, state.block,
-        _width(state.block), ORDER, *kinds, num_warps=1,
+        state.room, state.length, state.strategy, state.quotas, state.stop_ids, state.seed, state.setting,
+        packed, state.slots, state.stop_ids.shape[1], state.mask_token_id, state.block, _width(state.block), ORDER,
+        **branches, num_warps=1,
     )  # fmt: skip
 
 

@@ -141,7 +141,7 @@ COMPILE = """
             **tensors(INT32, "place_of", "packed"),
             **tensors(INT64, "drawn", "tokens", "unmasked_at", "before", "start", "step", "given", "room", "length"),
             **tensors(INT64, "strategy", "quotas", "stop_ids", "seed"),
-            **tensors(FP32, "drawn_confidence", "drawn_entropy", "confidence", "threshold", "entropy_bound"),
+            **tensors(FP32, "drawn_confidence", "drawn_entropy", "confidence", "setting"),
         },
         {**sizes, "PURPOSE": 1, "DYNAMIC": 0, "SEQUENTIAL": 2, "ENTROPY": 3, "RANDOM": 4},
         num_warps=1,
