@@ -50,16 +50,16 @@ class Forecast:
         self._known.active[slots] = False
 
     def sizes(self) -> tuple[int, int]:
-        """Blocks that the next step runs, and masked positions that it draws for: none where nothing runs."""
-        segments, places = self._next = self._reckoned()
+        """Blocks that the next step runs, and masked positions that it draws for; (0, 0) where nothing runs."""
+        segments, masked = self._next = self._reckoned()
         if segments and self._learned < self._launched:
             active = int(self._known.active.sum())
-            wanted = np.array([segments, places]) + np.ceil(self._slack).astype(int)
+            wanted = np.array([segments, masked]) + np.ceil(self._slack).astype(int)
             # One slot at least has to fit, or nothing would ever move.
             free = np.array([max(FREE_ROWS // self._block, 2), max(FREE_ROWS, self._block)])
             most = active * np.array([2, self._block])
-            segments, places = np.minimum(np.maximum(wanted, free), most).tolist()
-        return segments, places
+            segments, masked = np.minimum(np.maximum(wanted, free), most).tolist()
+        return segments, masked
 
     def launched(self) -> None:
         """A step of `sizes` is under way."""

@@ -47,7 +47,7 @@ def columns(state):
 
 
 def check_equal(ours, reference):
-    scratch = ("wants", "segment_of", "place_of")
+    scratch = ("wants", "segment_of", "draw_of")
     for name, expected in columns(reference).items():
         if name not in scratch:
             torch.testing.assert_close(columns(ours)[name], expected, rtol=0, atol=0, equal_nan=True, msg=name)
@@ -99,10 +99,10 @@ def test_step_after_step(slots, block, strategies, paired):
             got.visible.view(-1, block), torch.where(real, (expected.start + expected.length)[:, None], 0)
         )
         where = table[expected.slot].gather(1, positions // PAGE) * PAGE + positions % PAGE
-        assert torch.equal(got.places.view(-1, block), torch.where(real, where, 0))
+        assert torch.equal(got.kv_slots.view(-1, block), torch.where(real, where, 0))
 
-        place, row = reference.masked_places(places)
-        drawing = state_kernels.masked_places(ours, places)
+        place, row = reference.masked_positions(places)
+        drawing = state_kernels.masked_positions(ours, places)
         there = place // block < slots
         slot = place // block
         assert torch.equal(drawing.row[there], row[there])

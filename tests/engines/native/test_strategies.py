@@ -98,6 +98,34 @@ def test_each_is_steered_by_a_setting_that_requests_have():
     assert all(strategy.source for strategy in STRATEGIES.values())
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=lambda strategy: strategy.name)
+def test_each_declares_what_it_uses(strategy):
+    """Random batches: which of the quota, entropies and random numbers the rules' results depend on."""
+    torch.manual_seed(0)
+    rows, block = 64, 8
+    masked = torch.rand(rows, block) < 0.7
+    masked[:, 0] = True
+    confidence, entropy, number, again = torch.rand(4, rows, block)
+    quota, setting = torch.randint(1, block + 1, (rows,)), torch.rand(rows)
+    drawn = []
+
+    def rules(entropy, number):
+        candidates = Candidates(
+            masked, confidence, entropy, torch.arange(block), quota, setting, lambda: drawn.append(1) or number
+        )
+        return strategy.order(candidates), strategy.count(candidates)
+
+    def differ(one, other):
+        return any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    keys, count = results = rules(entropy, number)
+    assert keys.shape == masked.shape and keys.dtype == torch.float32
+    assert count.shape == quota.shape and count.dtype == torch.int64 and int(count.min()) >= 1
+    assert strategy.is_random == bool(drawn) == differ(results, rules(entropy, again))
+    assert strategy.needs_entropy == differ(results, rules(again, number))
+    assert strategy.uses_schedule == bool((count >= quota).all())
+
+
 def test_the_folder_is_the_list():
     folder = ROOT / "sdar_lm_eval" / "engines" / "native" / "strategies"
     assert {file.stem for file in folder.glob("*.py")} - {"__init__"} == set(STRATEGIES)
