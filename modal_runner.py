@@ -37,11 +37,11 @@ if __name__ == "__main__":
 
 import modal
 
-from sdar_lm_eval.autoload import MODELS as KNOWN_MODELS
 from sdar_lm_eval.engines.native.strategies import spellings
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import SDARError, UserError
 from sdar_lm_eval.runs import summary
-from sdar_lm_eval.runs.settings import DEFAULT_TASK, ENGINES, LIMITS, SWEPT, Run, runs_from_flags, scored_by
+from sdar_lm_eval.runs.settings import DEFAULT_TASK, SWEPT, Run, runs_from_flags, scored_by
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,7 +106,7 @@ def image_of(engine: str) -> modal.Image:
     def install(image: modal.Image, *packages: str, **options: Any) -> modal.Image:
         return image.uv_pip_install(*packages, uv_version=UV, **options)
 
-    if ENGINES.get(engine) not in KNOWN_MODELS:
+    if engine not in ENGINES:
         return modal.Image.debian_slim(PYTHON)  # nothing will run: the entrypoint refuses it
     if engine == "jetengine":
         torch_index = {"extra_index_url": TORCH_INDEX, "extra_options": "--index-strategy unsafe-best-match"}
@@ -290,7 +290,7 @@ FLAGS = {
     "denoising_steps": "steps a block is denoised in",
     "temperature": "of sampling; 0.0 is greedy",
     "remasking_strategy": f"which tokens a step keeps: {spellings()}; LMDeploy takes "
-    f"{', '.join(LIMITS['lmdeploy']['remasking_strategy'])}",
+    f"{', '.join(ENGINES['lmdeploy'].strategies or ())}",
     "confidence_threshold": "low_confidence_dynamic keeps what is as certain as this",
     "max_gen_length": "most new tokens; default: the task's",
     "output_file": "JSON with the results, on this machine; an older file is replaced",

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypedDict, cast, get_args
 
 from sdar_lm_eval.engines.base import DECODING_SETTINGS, DecodingConfig, check_bool, to_number
 from sdar_lm_eval.engines.native.strategies import full_name
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -130,18 +131,18 @@ class ModelSettings:
     engine: Mapping[str, Any]
 
     @classmethod
-    def read(cls, pretrained: str, given: Mapping[str, Any], arguments: type[ModelArguments]) -> ModelSettings:
+    def read(cls, pretrained: str, given: Mapping[str, Any], engine: str) -> ModelSettings:
         """Read model_args.
 
         Args:
             pretrained: as given.
             given: all others.
-            arguments: those that the engine takes.
+            engine: its name in the registry.
 
         Raises:
             UserError: an unknown name, or a value out of range.
         """
-        of_engine = _own_names(arguments)
+        of_engine = _own_names(globals()[ENGINES[engine].arguments])
         check_names(given, "model_args", also=("pretrained", *_names(ModelArguments), *of_engine))
         known = {name: value for name, value in canonical(given).items() if value is not None}
 

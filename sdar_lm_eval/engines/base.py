@@ -19,28 +19,20 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import importlib
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from sdar_lm_eval.checkpoint import Checkpoint
 
-ENGINES = {
-    "native": "sdar_lm_eval.engines.native.engine:NativeEngine",
-    "jetengine": "sdar_lm_eval.engines.jetengine.engine:JetEngine",
-    "lmdeploy": "sdar_lm_eval.engines.lmdeploy.engine:LMDeploy",
-}
-"""Name -> "module:Class", imported when it is asked for."""
-
 LIKELIHOOD_METHODS = ("chain", "nelbo")
 
-DEFAULT_BLOCK_LENGTH = 4
 MAX_BLOCK_LENGTH = 1024
 
 
@@ -443,22 +435,3 @@ class Scorer(Protocol):
             UserError: a request can never run; raised before anything ran, with the numbers.
             EngineError: the engine stopped; what was yielded before stays valid.
         """
-
-
-def make_engine(name: str, checkpoint: Checkpoint, **options: Any) -> Engine:
-    """Open an engine by name; only the one asked for is imported.
-
-    Args:
-        name: one of `ENGINES`.
-        checkpoint: the opened checkpoint.
-        options: what that engine takes.
-
-    Raises:
-        UserError: no engine of that name, or options that it cannot take.
-        EngineError: what the engine needs is not installed.
-    """
-    if name not in ENGINES:
-        raise UserError(f"engine {name!r} is unknown; known: {', '.join(ENGINES)}.")
-    module, _, engine_class = ENGINES[name].partition(":")
-    engine: Engine = getattr(importlib.import_module(module), engine_class)(checkpoint, **options)
-    return engine

@@ -21,7 +21,8 @@ from lm_eval.api.model import TemplateLM
 
 import sdar_lm_eval
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.base import LikelihoodConfig, make_engine
+from sdar_lm_eval.engines.base import LikelihoodConfig
+from sdar_lm_eval.engines.registry import ENGINES, make_engine
 from sdar_lm_eval.lm.answers import AnswerFolder, expanded
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, facts_of_evaluation, watch
 from sdar_lm_eval.lm.jobs import Jobs
@@ -33,16 +34,12 @@ from sdar_lm_eval.lm.store import CacheFile, Place, Store, bypass, check_cache
 from sdar_lm_eval.report.counts import Counts
 from sdar_lm_eval.report.trace import Trace
 from sdar_lm_eval.revision import ANSWER_REVISION
-from sdar_lm_eval.settings import (
-    JetEngineArguments,
-    LMDeployArguments,
-    ModelArguments,
-    ModelSettings,
-    NativeArguments,
-)
+from sdar_lm_eval.settings import ModelSettings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from sdar_lm_eval.settings import NativeArguments
 
 logger = logging.getLogger(__name__)
 # Our messages go where lm_eval's go, at its verbosity.
@@ -53,7 +50,7 @@ SAME_ON_ALL_RANKS = ("sdar_lm_eval.checkpoint", "sdar_lm_eval.settings", "sdar_l
 """Loggers whose messages rank 0 says for all."""
 
 
-class SDARLM(TemplateLM):  # type: ignore[misc]
+class SDARLM(TemplateLM):
     """`lm_eval --model sdar`: an SDAR checkpoint on the native engine.
 
     Args:
@@ -89,12 +86,11 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
     """
 
     ENGINE = "native"
-    ARGUMENTS: type[ModelArguments] = NativeArguments
 
     def __init__(self, pretrained: str = DEFAULT_CHECKPOINT, **arguments: Unpack[NativeArguments]) -> None:
         super().__init__()
         started = time.perf_counter()
-        settings = ModelSettings.read(pretrained, arguments, self.ARGUMENTS)
+        settings = ModelSettings.read(pretrained, arguments, self.ENGINE)
         watch(lm_eval.evaluator)
 
         self._ranks = Ranks()
@@ -462,7 +458,6 @@ class SDARJetEngineLM(SDARLM):
     """
 
     ENGINE = "jetengine"
-    ARGUMENTS = JetEngineArguments
 
 
 class SDARLMDeployLM(SDARLM):
@@ -481,7 +476,14 @@ class SDARLMDeployLM(SDARLM):
     """
 
     ENGINE = "lmdeploy"
-    ARGUMENTS = LMDeployArguments
+
+
+def __getattr__(name: str) -> type[SDARLM]:
+    """The lm_eval model of an engine that the registry names and nobody has written a class for."""
+    for spec in ENGINES.values():
+        if spec.lm == f"{__name__}:{name}":
+            return type(name, (SDARLM,), {"ENGINE": spec.name, "__module__": __name__})
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _speak_for_itself(rank: int) -> None:

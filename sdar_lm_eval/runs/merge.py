@@ -33,7 +33,7 @@ REPORT = "report.json"
 NAMED = 8  # missing documents that a message names
 
 
-class RecordedLM(LM):  # type: ignore[misc]
+class RecordedLM(LM):
     """Answers the harness's requests from what was recorded.
 
     It asks as the machines did: with the checkpoint's tokenizer and chat template, so that a request is found by the

@@ -18,29 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import sdar_lm_eval
-from sdar_lm_eval.autoload import MODELS
 from sdar_lm_eval.engines.base import DecodingConfig, to_number
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.revision import ANSWER_REVISION
 from sdar_lm_eval.settings import canonical, read_generation
-
-ENGINES = {"jetengine": "sdar-jetengine", "native": "sdar", "lmdeploy": "sdar-lmdeploy"}
-"""`--engine` -> `lm_eval --model`."""
 
 DEFAULT_TASK = "gsm8k_sdar"
 
 SWEPT = ("block_length", "denoising_steps", "temperature", "remasking_strategy", "confidence_threshold")
 """Flags that take several values, separated by commas, for a sweep."""
-
-BLOCK_LENGTHS = (1, 2, 4, 8, 16, 32, 64)
-LIMITS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "jetengine": {"block_length": BLOCK_LENGTHS},
-    "lmdeploy": {
-        "block_length": BLOCK_LENGTHS,
-        "remasking_strategy": ("low_confidence_dynamic", "low_confidence_static", "sequential"),
-    },
-}
-"""Engine -> setting -> all values it takes. Engines refuse others themselves, but on a GPU that is paid for by then."""
 
 RUN_PROGRAMS = ("humaneval_sdar", "mbpp_sdar", "sdar_bench")
 """This package's tasks and groups that are scored by running programs that the model wrote."""
@@ -55,7 +42,7 @@ class Run:
     Attributes:
         model_name: hub id, or the name of a folder among the models.
         revision: branch, tag or commit of a hub id.
-        engine: one of `ENGINES`.
+        engine: one of `ENGINES` (engines/registry.py).
         tasks: of the harness.
         num_samples: documents of each task, the first ones; None: all.
         decoding: how to denoise; temperature 0 is greedy.
@@ -116,7 +103,7 @@ class Run:
             **model_args,
         }
         return {
-            "model": ENGINES[self.engine],
+            "model": ENGINES[self.engine].model,
             "model_args": {name: value for name, value in arguments.items() if value is not None},
             "tasks": list(self.tasks),
             "gen_kwargs": self.gen_kwargs,
@@ -187,9 +174,6 @@ def runs_from_flags(
     """
     if engine not in ENGINES:
         raise UserError(f"--engine {engine} is unknown; choose {', '.join(ENGINES)}.{did_you_mean(engine, ENGINES)}")
-    if ENGINES[engine] not in MODELS:
-        here = ", ".join(name for name, model in ENGINES.items() if model in MODELS)
-        raise UserError(f"--engine {engine} needs --model {ENGINES[engine]}, which this version lacks; choose {here}.")
     if not model_name.strip():
         raise UserError("--model-name is empty. Give a hub id such as JetLM/SDAR-4B-Chat, or a folder's name.")
     for flag, number in (("--num-samples", num_samples), ("--max-gen-length", max_gen_length)):
@@ -249,8 +233,10 @@ def runs_from_flags(
 
 
 def _check_limits(engine: str, chosen: Mapping[str, Any]) -> None:
-    for name, allowed in LIMITS.get(engine, {}).items():
-        if chosen[name] not in allowed:
+    """Refuse what an engine does not take. Engines refuse it themselves, but on a GPU that is paid for by then."""
+    spec = ENGINES[engine]
+    for name, allowed in (("block_length", spec.block_lengths), ("remasking_strategy", spec.strategies)):
+        if allowed is not None and chosen[name] not in allowed:
             raise UserError(
                 f"--{name.replace('_', '-')} {chosen[name]} is not for --engine {engine}, which takes "
                 f"{', '.join(map(str, allowed))}. Choose one of these, or --engine native."

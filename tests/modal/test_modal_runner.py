@@ -28,9 +28,9 @@ from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.demo import CHECKPOINT as DEMO_CHECKPOINT
 from sdar_lm_eval.engines.jetengine.versions import PINNED
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.lm.answers import read_sessions
 from sdar_lm_eval.lm.model import SDARLM
-from sdar_lm_eval.runs.settings import ENGINES
 
 DEMO = ("--engine", "native", "--model-name", "demo", "--tasks", "gsm8k_sdar_demo")
 DOCUMENTS = 72

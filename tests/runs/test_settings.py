@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from sdar_lm_eval.autoload import TASKS
-from sdar_lm_eval.engines.jetengine import engine as jetengine
-from sdar_lm_eval.engines.lmdeploy import engine as lmdeploy
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.runs import settings
 from sdar_lm_eval.runs.settings import Run, runs_from_flags, scored_by
@@ -130,20 +129,11 @@ def test_mistakes(flags: dict[str, Any], message: str) -> None:
 
 
 def test_limits_are_the_engines() -> None:
-    assert settings.LIMITS == {
-        "jetengine": {"block_length": jetengine.BLOCK_LENGTHS},
-        "lmdeploy": {"block_length": lmdeploy.BLOCK_LENGTHS, "remasking_strategy": lmdeploy.STRATEGIES},
-    }
+    for spec in ENGINES.values():
+        for name, allowed in (("block_length", spec.block_lengths), ("remasking_strategy", spec.strategies)):
+            for value in allowed or ():
+                assert _runs(**{"engine": spec.name, name: str(value), "denoising_steps": "1"})
     assert _runs(engine="native", block_length="3", denoising_steps="3", remasking_strategy="entropy_bounded")
-
-
-def test_an_engine_that_this_version_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {"sdar": "…", "sdar-jetengine": "…"}
-    monkeypatch.setattr(settings, "MODELS", known)
-    with pytest.raises(UserError, match=r"--engine lmdeploy needs --model sdar-lmdeploy, .* choose jetengine, native"):
-        _runs(engine="lmdeploy")
-    monkeypatch.setattr(settings, "MODELS", known | {"sdar-lmdeploy": "…"})
-    assert _runs(engine="lmdeploy")[0].harness_call()["model"] == "sdar-lmdeploy"
 
 
 def test_the_folder_s_name_is_of_all_that_changes_answers() -> None:

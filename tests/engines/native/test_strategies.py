@@ -16,12 +16,12 @@ from support import random_checkpoint
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.engines.base import DECODING_SETTINGS
 from sdar_lm_eval.engines.jetengine import versions
-from sdar_lm_eval.engines.lmdeploy import requirements
 from sdar_lm_eval.engines.native import engine as engine_module
 from sdar_lm_eval.engines.native import strategies, unmasking
 from sdar_lm_eval.engines.native.state import BatchState
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, codes, full_name
 from sdar_lm_eval.engines.native.strategy import Candidates
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.settings import read_generation
 
 ALL = [True] * 4
@@ -132,7 +132,7 @@ def test_the_folder_is_the_list():
 
 
 def test_other_engines_take_none_but_these():
-    theirs = {*requirements.STRATEGIES, *(name for d in versions.DIALECTS.values() for name in d.strategies)}
+    theirs = {name for known in (*ENGINES.values(), *versions.DIALECTS.values()) for name in known.strategies or ()}
     assert theirs <= set(STRATEGIES)
 
 
