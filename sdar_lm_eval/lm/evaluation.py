@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeGuard
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.counts import Counts
@@ -37,6 +37,7 @@ class TaskRequests:
         scored: it asks for log-likelihoods, not for answers.
         borrowed: this rank has no document of the task; its only request is a copy of another rank's.
         decoding: the decoding of the task's published protocol (`metadata: {sdar_decoding: …}` of its YAML).
+        judge: what says how answers will score (`metadata: {sdar_judge: …}`, see report/live.py).
     """
 
     name: str
@@ -45,6 +46,7 @@ class TaskRequests:
     scored: bool = False
     borrowed: bool = False
     decoding: Mapping[str, Any] | None = None
+    judge: Mapping[str, str] | None = None
 
     def document(self, doc_id: int) -> int:
         """The document's place in the data set; lm_eval counts among the chosen ones."""
@@ -125,9 +127,11 @@ def facts_of_evaluation(ranks: Sequence[Evaluation], template_hash: str | None) 
     }
 
 
-@runtime_checkable
 class Watched(Protocol):
     """A model that is told of its evaluations: those of this package."""
+
+    watched: ClassVar[bool]
+    """True; how the model is told from others, whose properties may raise when they are looked at."""
 
     renders: bool
     """Whether prompts of generating tasks are to be put into the chat template where lm_eval's user did not ask."""
@@ -149,8 +153,15 @@ class Watched(Protocol):
         """A task's requests are built."""
 
 
+def is_watched(lm: Any) -> TypeGuard[Watched]:
+    """Whether an lm_eval model is told of its evaluations."""
+    return getattr(type(lm), "watched", False) is True
+
+
 def watch(evaluator: ModuleType) -> None:
     """Have `lm_eval.evaluator.evaluate` tell watched models what they evaluate. Calling it again does nothing."""
+    from lm_eval.api.model import CachingLM
+
     evaluate = evaluator.evaluate
     if hasattr(evaluate, "tells_watched_models"):
         return
@@ -160,8 +171,8 @@ def watch(evaluator: ModuleType) -> None:
     def telling(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
         lm = call.arguments["lm"]
-        model = getattr(lm, "lm", lm)  # --use_cache wraps the model
-        if not isinstance(model, Watched):
+        model = lm.lm if isinstance(lm, CachingLM) else lm  # --use_cache wraps the model
+        if not is_watched(model):
             return evaluate(*args, **kwargs)
         if (limit := call.arguments.get("limit")) is not None and limit <= 0:
             raise UserError(
@@ -189,7 +200,7 @@ def _watch_caches() -> None:
 
     @functools.wraps(init)
     def checking(self: Any, lm: Any, cache_db: str) -> None:
-        if isinstance(lm, Watched):
+        if is_watched(lm):
             lm.check_cache(cache_db)
         init(self, lm, cache_db)
 
@@ -254,7 +265,7 @@ def _telling_build(task: Any, model: Watched, borrowed: Sequence[bool]) -> Calla
         build(**settings)
         if settings.get("cache_requests"):
             _check_stored_requests(task, settings)
-        chosen = settings.get("samples")
+        chosen, metadata = settings.get("samples"), task.config.metadata or {}
         model.task_begins(
             TaskRequests(
                 name=task.config.task,
@@ -262,7 +273,8 @@ def _telling_build(task: Any, model: Watched, borrowed: Sequence[bool]) -> Calla
                 documents=tuple(chosen) if chosen else None,
                 scored=task.OUTPUT_TYPE != "generate_until",
                 borrowed=any(borrowed),
-                decoding=(task.config.metadata or {}).get("sdar_decoding"),
+                decoding=metadata.get("sdar_decoding"),
+                judge=metadata.get("sdar_judge"),
             )
         )
 

@@ -12,7 +12,7 @@ import time
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lm_eval.evaluator
 import torch
@@ -86,6 +86,7 @@ class SDARLM(TemplateLM):
     """
 
     ENGINE = "native"
+    watched: ClassVar[bool] = True
 
     def __init__(self, pretrained: str = DEFAULT_CHECKPOINT, **arguments: Unpack[NativeArguments]) -> None:
         super().__init__()

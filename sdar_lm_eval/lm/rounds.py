@@ -82,7 +82,8 @@ class Rounds:
                 len(asked.jobs),
             )
         jobs, answers = asked.jobs, dict[JobId, str]()
-        live = Live((job.instance for job in jobs.values()), len(jobs), whole=self._alone)
+        judges = {job.task: getattr(evaluation.tasks.get(job.task), "judge", None) for job in jobs.values()}
+        live = Live(judges, len(jobs), whole=self._alone)
         for job_id, job in jobs.items():
             evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
             if (record := self.store.get(job.key)) is not None:

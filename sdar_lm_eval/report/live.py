@@ -1,8 +1,9 @@
 """What is right and wrong, told while answers come in: live accuracy, and a log of each example.
 
 The harness scores when all answers are there, and its scores are the ones that count. Until then a task's *judge* says
-what it will find: `JUDGES` names a task's, a function (document, answer) -> `Verdict` that applies one of the task's
-own filters and its metric. A task without one has no live accuracy.
+what it will find. A task names its judge in its YAML: `metadata: {sdar_judge: {title: …, verdict: "module:function"}}`,
+a function (document, answer) -> `Verdict` that applies one of the task's own filters and its metric. A task without one
+has no live accuracy.
 """
 
 from __future__ import annotations
@@ -10,22 +11,13 @@ from __future__ import annotations
 import importlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult
 
 logger = logging.getLogger(__name__)
-
-_GSM8K = ("GSM8K", "sdar_lm_eval.tasks.gsm8k:verdict")
-JUDGES = {
-    "gsm8k_sdar": _GSM8K,
-    "gsm8k_sdar_paper": _GSM8K,
-    "gsm8k_sdar_hash": _GSM8K,
-    "gsm8k_sdar_demo": _GSM8K,
-}
-"""Task -> (what its progress bar is called, "module:function")."""
 
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}] "
 
@@ -49,18 +41,17 @@ class Live:
     """Judges the answers of a round as they come in.
 
     Args:
-        instances: the round's, as the harness gives them.
+        tasks: task -> its `sdar_judge`; None for a task without one.
         total: how many answers there will be.
         whole: they are all of the round's, and not one rank's share.
     """
 
-    def __init__(self, instances: Iterable[Any], total: int, whole: bool = True) -> None:
-        tasks = {str(instance.task_name) for instance in instances}
-        known = [JUDGES[task] for task in sorted(tasks & JUDGES.keys())]
-        self._judges = {task: _load(JUDGES[task][1]) for task in tasks & JUDGES.keys()}
+    def __init__(self, tasks: Mapping[str, Mapping[str, str] | None], total: int, whole: bool = True) -> None:
+        known = {task: judge for task, judge in sorted(tasks.items()) if judge is not None}
+        self._judges = {task: _load(judge["verdict"]) for task, judge in known.items()}
         # Of some of a round's answers it would be nobody's accuracy.
         self.knows_accuracy = bool(tasks) and len(known) == len(tasks)
-        self.title = " ".join(dict.fromkeys(title for title, _ in known)) + " Eval"
+        self.title = " ".join(dict.fromkeys(judge["title"] for judge in known.values())) + " Eval"
         self.whole = whole
         self._total = total
         self._answered = 0

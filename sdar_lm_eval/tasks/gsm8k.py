@@ -81,5 +81,12 @@ def verdict(doc: dict[str, str], response: str) -> Verdict:
     return Verdict(predicted, right, predicted == right, "flexible-extract")
 
 
+def paper_verdict(doc: dict[str, str], response: str) -> Verdict:
+    """Return what the harness will find in one response, by the filter `opencompass`."""
+    right = gold(doc)
+    predicted = best_form(response, right)
+    return Verdict(predicted, right, predicted == right, "opencompass")
+
+
 def _split(rows: list[dict[str, str]]) -> datasets.DatasetDict:
     return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})

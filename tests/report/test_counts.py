@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 
@@ -37,7 +36,7 @@ def test_rounds_add_up_and_the_highest_peak_stays(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("time.perf_counter", itertools.count().__next__)  # read at start, step and close
     counts = Counts()
     for peak in (100, 300, 200):
-        progress = Progress(counts, total=1, stored=0, show=False, live=Live([], 1))
+        progress = Progress(counts, total=1, stored=0, show=False, live=Live({}, 1))
         counts.add("a", result(2), prompt_tokens=1)
         progress.step()
         progress.close(peak_memory_bytes=peak)
@@ -101,7 +100,7 @@ def test_the_summary_as_values_and_as_a_line() -> None:
 @pytest.mark.parametrize("show", [True, False])
 def test_the_bar_shows_progress_and_speed(capsys: pytest.CaptureFixture[str], show: bool) -> None:
     counts = Counts()
-    live = Live([SimpleNamespace(task_name="unjudged")], 4)
+    live = Live({"unjudged": None}, 4)
     progress = Progress(counts, total=4, stored=3, show=show, live=live)
     counts.add("unjudged", result(8, denoising=3, commit=1), prompt_tokens=1)
     progress.step()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +14,17 @@ from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult
 from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.report.counts import Counts
-from sdar_lm_eval.report.live import JUDGES, Live, steps_of
+from sdar_lm_eval.report.live import Live, steps_of
 from sdar_lm_eval.report.run import Progress
 
 DOC = {"question": "2 hens lay 9 eggs each. How many?", "answer": "2 * 9 = 18\n#### 18"}
+
+
+JUDGE = {"title": "GSM8K", "verdict": "sdar_lm_eval.tasks.gsm8k:verdict"}
+
+
+def _live(*tasks: str, total: int = 4, whole: bool = True) -> Live:
+    return Live({task: JUDGE if task.startswith("gsm8k") else None for task in tasks or ("gsm8k_sdar",)}, total, whole)
 
 
 def _instance(task: str = "gsm8k_sdar", doc: Any = DOC) -> SimpleNamespace:
@@ -45,7 +54,7 @@ def test_how_blocks_were_denoised() -> None:
 
 
 def test_accuracy_while_answers_come_in() -> None:
-    live = Live([_instance()], total=4)
+    live = _live()
     assert live.knows_accuracy and live.title == "GSM8K Eval"
     verdicts = [live.judge(_instance(), text) for text in (r"It is \boxed{18}.", "18.0 eggs", "19", "none")]
     assert [(v.predicted, v.gold, v.correct) for v in verdicts if v] == [
@@ -60,7 +69,7 @@ def test_accuracy_while_answers_come_in() -> None:
 
 def test_each_task_has_an_accuracy_of_its_own() -> None:
     other = "gsm8k_sdar_hash"
-    live = Live([_instance(), _instance(other)], total=4)
+    live = _live("gsm8k_sdar", other)
     assert live.title == "GSM8K Eval"
     for task, text in (("gsm8k_sdar", "18"), ("gsm8k_sdar", "19"), (other, "18")):
         if task == other:
@@ -75,10 +84,10 @@ def test_each_task_has_an_accuracy_of_its_own() -> None:
 
 
 def test_where_it_cannot_be_known_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    live = Live([_instance(), _instance("humaneval_sdar")], total=2)
+    live = _live("gsm8k_sdar", "humaneval_sdar", total=2)
     assert not live.knows_accuracy
     assert live.judge(_instance("humaneval_sdar"), "x") is None
-    assert Live([], 0).knows_accuracy is False
+    assert Live({}, 0).knows_accuracy is False
     counts = Counts()
     progress = Progress(counts, total=2, stored=0, show=True, live=live)
     counts.add("humaneval_sdar", _result(), prompt_tokens=1)
@@ -89,7 +98,7 @@ def test_where_it_cannot_be_known_there_is_none(capsys: pytest.CaptureFixture[st
 
 
 def test_a_judge_that_cannot_read_a_document_is_not_asked_again(caplog: pytest.LogCaptureFixture) -> None:
-    live = Live([_instance()], total=2)
+    live = _live(total=2)
     with caplog.at_level(logging.WARNING):
         assert live.judge(_instance(doc={"question": "?"}), "18") is None
     assert "Live accuracy is switched off: KeyError: 'answer'" in caplog.text
@@ -99,7 +108,7 @@ def test_a_judge_that_cannot_read_a_document_is_not_asked_again(caplog: pytest.L
 
 def test_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    live = Live([_instance()], total=4)
+    live = _live()
     for text in ("18", "17"):  # an earlier run's
         live.judge(_instance(), text)
     counts = Counts()
@@ -115,7 +124,7 @@ def test_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_rank_s_share_is_no_accuracy_of_the_run(caplog: pytest.LogCaptureFixture, whole: bool) -> None:
-    live = Live([_instance()], total=1, whole=whole)
+    live = _live(total=1, whole=whole)
     progress = Progress(Counts(), total=1, stored=0, show=False, live=live)
     live.judge(_instance(), "18")
     progress.step()
@@ -125,7 +134,7 @@ def test_a_rank_s_share_is_no_accuracy_of_the_run(caplog: pytest.LogCaptureFixtu
 
 
 def test_the_log_of_an_example() -> None:
-    live = Live([_instance()], total=10)
+    live = _live(total=10)
     result = _result(unmasked_at=(0, 1, 0, 2, 0, 0), confidences=(0.9, 0.5, 0.7, 0.25, 1.0, 0.5))
     verdict = live.judge(_instance(), "18")
     assert live.example(_instance(), _request(5), result, "18", verdict).splitlines() == [
@@ -171,6 +180,17 @@ def test_a_local_run_tells_what_the_harness_finds(
     assert "Example" not in capsys.readouterr().out
 
 
-def test_every_judge_is_there() -> None:
-    live = Live([_instance(task) for task in JUDGES], total=1)
-    assert live.knows_accuracy and all(live.judge(_instance(task), "18").correct for task in JUDGES)  # type: ignore[union-attr]
+@pytest.mark.parametrize("task", ["gsm8k_sdar", "gsm8k_sdar_paper", "gsm8k_sdar_hash", "gsm8k_sdar_demo", "mine"])
+def test_every_judge_finds_what_the_harness_finds(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the filter that it names; a user's variant has the judge of the task that it includes."""
+    (tmp_path / "test.jsonl").write_text(json.dumps(DOC) + "\n")
+    (tmp_path / "mine.yaml").write_text(f"include: {TASKS}/gsm8k_sdar.yaml\ntask: mine\n")
+    monkeypatch.setenv("SDAR_GSM8K_DIR", str(tmp_path))
+    manager = TaskManager(include_path=[TASKS, str(tmp_path)], include_defaults=False)
+    found = manager.load_task_or_group(task)[task]
+    live = Live({task: found.config.metadata["sdar_judge"]}, total=1)
+    assert live.knows_accuracy
+    verdict = live.judge(_instance(task), r"It is \boxed{18}.")
+    assert verdict is not None and verdict.correct
+    assert verdict.filter in {ensemble.name for ensemble in found._filters}
+    assert verdict.filter == ("opencompass" if task == "gsm8k_sdar_paper" else "flexible-extract")
