@@ -37,6 +37,7 @@ if __name__ == "__main__":
 
 import modal
 
+from sdar_lm_eval.engines.native.strategies import spellings
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import SDARError, UserError
 from sdar_lm_eval.runs import summary
@@ -288,8 +289,8 @@ FLAGS = {
     "block_length": "tokens that are denoised together",
     "denoising_steps": "steps a block is denoised in",
     "temperature": "of sampling; 0.0 is greedy",
-    "remasking_strategy": "which tokens a step keeps: low_confidence_dynamic (or dynamic), low_confidence_static (or "
-    "static), sequential, entropy_bounded (or entropy), random; LMDeploy has the first three",
+    "remasking_strategy": f"which tokens a step keeps: {spellings()}; LMDeploy takes "
+    f"{', '.join(ENGINES['lmdeploy'].strategies or ())}",
     "confidence_threshold": "low_confidence_dynamic keeps what is as certain as this",
     "max_gen_length": "most new tokens; default: the task's",
     "output_file": "JSON with the results, on this machine; an older file is replaced",

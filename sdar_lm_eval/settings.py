@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
 
 from sdar_lm_eval.engines.base import DECODING_SETTINGS, DecodingConfig, check_bool, to_number
+from sdar_lm_eval.engines.native.strategies import full_name
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
 
@@ -31,12 +32,6 @@ ALIASES = {
     "block_size": "block_length",
 }
 """Short name -> setting."""
-STRATEGY_ALIASES = {
-    "dynamic": "low_confidence_dynamic",
-    "static": "low_confidence_static",
-    "entropy": "entropy_bounded",
-}
-"""Short name -> value of remasking_strategy."""
 HINTS = {"seed": "The seed is the model's: --model_args seed=N, or the third of --seed."}
 """Names that are no settings of a request, and where they belong."""
 # Settings of other engines that harness tasks carry, with the one value that asks for nothing.
@@ -273,7 +268,7 @@ def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         setting = ALIASES.get(name, name)
         if setting == "remasking_strategy":
-            value = STRATEGY_ALIASES.get(value, value) if isinstance(value, str) else value
+            value = full_name(value) if isinstance(value, str) else value
         full.pop(setting, None)
         full[setting] = value
         _say_alias(f"{name}={settings[name]}", f"{setting}={value}")

@@ -25,12 +25,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
+from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from sdar_lm_eval.checkpoint import Checkpoint
-
-STRATEGIES = ("low_confidence_dynamic", "low_confidence_static", "sequential", "entropy_bounded", "random")
 
 LIKELIHOOD_METHODS = ("chain", "nelbo")
 
@@ -44,7 +43,7 @@ class DecodingConfig:
     Args:
         block_length: tokens denoised together.
         denoising_steps: length of the schedule of a block; step s unmasks `quotas[s]` tokens. None: `block_length`.
-        remasking_strategy: one of `STRATEGIES`; which masked tokens a step keeps (`engines/native/unmasking.py`).
+        remasking_strategy: which masked positions a step unmasks; a file each in `engines/native/strategies/`.
         confidence_threshold: low_confidence_dynamic keeps every token whose confidence is above it (strictly).
         eb_threshold: entropy_bounded keeps tokens while the sum of their entropies, in nats, is below it.
         temperature: of the distribution tokens are drawn from; 0 draws the most probable one (greedy). The harness's
@@ -72,7 +71,7 @@ class DecodingConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name == "remasking_strategy":
-                if value not in STRATEGIES:
+                if not isinstance(value, str) or value not in STRATEGIES:
                     raise UserError(
                         f"remasking_strategy={value!r} is unknown; choose one of {', '.join(STRATEGIES)}."
                         + did_you_mean(str(value), STRATEGIES)

@@ -35,6 +35,7 @@ from sdar_lm_eval.engines.native.runner import MOST_UNDER_WAY, Runner, Shape
 from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
 from sdar_lm_eval.engines.native.scoring import Limits, Scoring
 from sdar_lm_eval.engines.native.state import Outcome
+from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.runs import Failures, OneRun, is_out_of_memory, peak_of_process, warm_up_requests
 from sdar_lm_eval.errors import EngineError, UserError
 
@@ -58,7 +59,8 @@ class NativeEngine:
         kv_pages: most pages of 16 tokens for keys and values; None: what the requests need, within 85% of the GPU's
             free memory, or 4 GiB on the CPU.
         kernels: run a dense model with Triton kernels, on a GPU as CUDA graphs, in the place of transformers' modules;
-            None: on GPUs of compute capability 8.0 and later, where triton is installed.
+            None: on GPUs of compute capability 8.0 and later, where triton is installed. True also refuses a remasking
+            strategy that has no kernel; with None PyTorch runs its rule.
         reproducible: a generated answer is the same to the bit whatever runs beside it: matrix products in which a row
             does not depend on the others (in 16 bits on Hopper GPUs) or of a fixed size, padded (elsewhere), and
             requests with unlike settings one after the other. It takes kernels and a dense model.
@@ -91,6 +93,7 @@ class NativeEngine:
         self._kv_pages = None if kv_pages is None else at_least_one("kv_pages", kv_pages)
         self._share_prefixes = check_bool("share_prefixes", share_prefixes)
         self._reproducible = check_bool("reproducible", reproducible)
+        self._kernels_demanded = kernels is True
         self._kernels = _resolve_kernels(kernels, self._device)
         self._most_under_way = MOST_UNDER_WAY if self._device.type == "cuda" else 1
         self._preemptions = self._shared_prompt_tokens = 0
@@ -141,6 +144,7 @@ class NativeEngine:
     def prepare(self, requests: SequenceOf[GenerationRequest]) -> None:
         """See `Engine.prepare`: memory; on a GPU kernels and the first CUDA graphs, others are captured on the way."""
         with self._one_run():
+            self._check_strategies(requests)
             groups = self._groups(requests)
             if len(groups) == 1:
                 max_active, _ = self._allocate(_sequences(requests, groups[0]))
@@ -159,10 +163,25 @@ class NativeEngine:
     def generate(self, requests: SequenceOf[GenerationRequest]) -> Results[GenerationResult]:
         """See `Engine.generate`. Requests are admitted in the order given."""
         with self._one_run():
+            self._check_strategies(requests)
             failures = Failures()
             for together in self._groups(requests):
                 yield from self._generate_group(requests, together, failures)
             failures.raise_if_any(len(requests))
+
+    def _check_strategies(self, requests: SequenceOf[GenerationRequest]) -> None:
+        """Refuse strategies without a kernel, where the user asked for kernels.
+
+        Raises:
+            UserError: there is one.
+        """
+        asked = {request.decoding.remasking_strategy for request in requests} if self._kernels_demanded else set()
+        if without := sorted(name for name in asked if not STRATEGIES[name].has_kernel):
+            implemented = ", ".join(name for name, strategy in STRATEGIES.items() if strategy.has_kernel)
+            raise UserError(
+                f"kernels=true: no kernel has remasking_strategy={' or '.join(without)}. Leave kernels out, so that "
+                f"PyTorch runs its rule, or choose one of {implemented}."
+            )
 
     def _generate_group(
         self, requests: SequenceOf[GenerationRequest], together: list[int], failures: Failures

@@ -15,6 +15,7 @@ import numpy as np
 
 from sdar_lm_eval.engines.native.scheduler import Sequence
 from sdar_lm_eval.engines.native.state import Outcome
+from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
 # Tokens of a forward that cost about what one does, since the weights have to be read: there is room for all.
 FREE_ROWS = 128
@@ -49,16 +50,16 @@ class Forecast:
         self._known.active[slots] = False
 
     def sizes(self) -> tuple[int, int]:
-        """Blocks that the next step runs, and masked positions that it draws for: none where nothing runs."""
-        segments, places = self._next = self._reckoned()
+        """Blocks that the next step runs, and masked positions that it draws for; (0, 0) where nothing runs."""
+        segments, masked = self._next = self._reckoned()
         if segments and self._learned < self._launched:
             active = int(self._known.active.sum())
-            wanted = np.array([segments, places]) + np.ceil(self._slack).astype(int)
+            wanted = np.array([segments, masked]) + np.ceil(self._slack).astype(int)
             # One slot at least has to fit, or nothing would ever move.
             free = np.array([max(FREE_ROWS // self._block, 2), max(FREE_ROWS, self._block)])
             most = active * np.array([2, self._block])
-            segments, places = np.minimum(np.maximum(wanted, free), most).tolist()
-        return segments, places
+            segments, masked = np.minimum(np.maximum(wanted, free), most).tolist()
+        return segments, masked
 
     def launched(self) -> None:
         """A step of `sizes` is under way."""
@@ -102,7 +103,7 @@ class _Slots:
         self.left[slot] = self.length[slot] - self.given[slot]
         self.room[slot] = sequence.request.max_new_tokens - sequence.num_new_tokens
         self.quotas[slot] = 1
-        if decoding.remasking_strategy != "entropy_bounded":
+        if STRATEGIES[decoding.remasking_strategy].uses_schedule:
             self.quotas[slot, : len(decoding.quotas)] = decoding.quotas
 
     def counts(self, slots: np.ndarray) -> tuple[int, int]:

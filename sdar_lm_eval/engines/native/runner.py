@@ -28,6 +28,7 @@ from sdar_lm_eval.engines.native.pages import SCRATCH_PAGE
 from sdar_lm_eval.engines.native.random_numbers import DRAW, uniform
 from sdar_lm_eval.engines.native.scheduler import Sequence
 from sdar_lm_eval.engines.native.state import BatchState, Outcome, Segments
+from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
 logger = logging.getLogger(__name__)
 
@@ -216,13 +217,13 @@ class Runner:
         self._table = torch.from_numpy(self._pages).to(device)
         draws = self._kernels is not None and not shape.filtered and not shape.penalized
         # PyTorch's sums over a row depend on the number of rows, too.
-        self._fixed_places = self._fixed_rows or (self._reproducible and not draws)
-        segments, places = ladder(FORWARD, 2 * shape.slots, shape.block), ladder(DRAWING, shape.slots * shape.block)
+        self._fixed_draws = self._fixed_rows or (self._reproducible and not draws)
+        segments, positions = ladder(FORWARD, 2 * shape.slots, shape.block), ladder(DRAWING, shape.slots * shape.block)
         if self._fixed_rows:
             self._together = max(REPRODUCIBLE_ROWS // shape.block, 1)
             segments = _multiples(self._together, 2 * shape.slots)
-        if self._fixed_places:
-            places = _multiples(REPRODUCIBLE_ROWS, shape.slots * shape.block)
+        if self._fixed_draws:
+            positions = _multiples(REPRODUCIBLE_ROWS, shape.slots * shape.block)
         # What forwards give for each token, from which `_hidden` makes the hidden states that are drawn from.
         sizes = [config.hidden_size]
         if self._decoder is not None:
@@ -242,12 +243,15 @@ class Runner:
             )
         run, unmask = self._run_segments, self._unmask
         if draws and self._decoder is not None:
-            run, unmask = self._run_laid_out, self._unmask_by_kernels
-            self._firsts = torch.arange(0, segments[-1] * shape.block, shape.block, device=device)
+            if without := sorted(name for name in shape.strategies if not STRATEGIES[name].has_kernel):
+                logger.info("%s: no kernel has this strategy, so PyTorch runs its rule: slower.", ", ".join(without))
+            else:
+                run, unmask = self._run_laid_out, self._unmask_by_kernels
+                self._firsts = torch.arange(0, segments[-1] * shape.block, shape.block, device=device)
         self._draw_some = self._draw_in_one_pass if draws else self._draw_from_float32
         graphs = device.type == "cuda"
         self._forward_graphs = Graphs(run, segments, enabled=graphs and self._decoder is not None)
-        self._unmask_graphs = Graphs(unmask, places, enabled=graphs and draws)
+        self._unmask_graphs = Graphs(unmask, positions, enabled=graphs and draws)
         self._shape = shape
 
     def set_pages(self, sequences: Iterable[Sequence]) -> None:
@@ -326,13 +330,13 @@ class Runner:
         token = np.concatenate([sequence.tokens[begin:end] for sequence, begin, end in chunks])
         chunk, offset = _parts(size)
         position = begin[chunk] + offset
-        place = self._pages[slot[chunk], position // page_size] * page_size + position % page_size
+        kv_slot = self._pages[slot[chunk], position // page_size] * page_size + position % page_size
         visible = (position // length[chunk] + 1) * length[chunk]
         # The KV of padding goes to the scratch page, and it sees nothing.
         padding = ((0, 0), (0, max(padding_to - len(token), 0)))
-        columns = np.pad([token, position, place, visible], padding)
-        # Each by itself: how a tensor is aligned decides which of a kernel's variants is compiled and run.
-        tokens, positions, places, all_visible = map(self.state.to_device, columns)
+        columns = np.pad([token, position, kv_slot, visible], padding)
+        # Separate copies: Triton specialises on pointer alignment, and slices of one buffer would compile others.
+        tokens, positions, kv_slots, all_visible = map(self.state.to_device, columns)
 
         of, number = _parts(-(-size // tile_tokens))  # whose each tile is, and which of its tiles
         first = (size.cumsum() - size)[of] + number * tile_tokens
@@ -342,7 +346,7 @@ class Runner:
             firsts, counts, self._table, slots, all_visible, tile_tokens, self._splits(int(end.max())),
             alone=self._reproducible,
         )  # fmt: skip
-        self._decoder(tokens, positions, places, tiles, self.cache)
+        self._decoder(tokens, positions, kv_slots, tiles, self.cache)
 
     @torch.no_grad()
     def launch(self, context: int) -> bool:
@@ -356,7 +360,7 @@ class Runner:
         Returns:
             Whether there is anything to run.
         """
-        segments, places = self._forecast.sizes()
+        segments, masked = self._forecast.sizes()
         if not segments:
             return False
         assert self._forward_graphs is not None
@@ -367,10 +371,10 @@ class Runner:
             # `Graphs` rounds sizes up only where they are captured.
             if self._fixed_rows:
                 segments = _rounded_up(segments, self._together)
-            if self._fixed_places:
-                places = _rounded_up(places, REPRODUCIBLE_ROWS)
+            if self._fixed_draws:
+                masked = _rounded_up(masked, REPRODUCIBLE_ROWS)
             self._forward_graphs(segments, self._rounded(context))
-            self._unmask_graphs(places)
+            self._unmask_graphs(masked)
             arrival = next(self._on_host)
             arrival.copy_(self._packed, non_blocking=True)
             if self._device.type == "cuda":
@@ -403,7 +407,7 @@ class Runner:
     def _run_segments(self, count: int, context: int) -> None:
         """Run the state's segments through the model, `count` with padding."""
         segments, begin = self.state.segments(count), 0
-        # Part after part is right too: the block before stands in front of its own.
+        # Splitting is safe: a block to be committed precedes its successor, so its KV is written first.
         for part in segments.split(self._together if self._fixed_rows else count):
             begin = self._store(begin, self._run_blocks(part, context))
 
@@ -433,14 +437,14 @@ class Runner:
             )
             return [rows.flatten(0, 1)]
         block = self.state.block
-        positions, visible, places = self._stand(
+        positions, visible, kv_slots = self._addresses(
             self._table[segments.slot], segments.start, segments.length, segments.length, self.state.offsets
         )
         first = torch.arange(0, visible.numel(), block, device=self._device)
         counts = segments.following * block if self._paired else segments.length
         tiles = self._tiles(first, counts, segments.slot, visible.flatten(), context)
         outputs: tuple[torch.Tensor, torch.Tensor] = self._decoder(
-            segments.tokens.flatten(), positions.flatten(), places.flatten(), tiles, self.cache
+            segments.tokens.flatten(), positions.flatten(), kv_slots.flatten(), tiles, self.cache
         )
         return outputs
 
@@ -470,24 +474,24 @@ class Runner:
                 self._firsts[:together], blocks.count[segments], blocks.slot[segments], blocks.visible[tokens], context
             )
             outputs = self._decoder(
-                blocks.tokens[tokens], blocks.positions[tokens], blocks.places[tokens], tiles, self.cache
+                blocks.tokens[tokens], blocks.positions[tokens], blocks.kv_slots[tokens], tiles, self.cache
             )
             self._store(begin * block, outputs)
 
     def _unmask_by_kernels(self, count: int) -> None:
         """`_unmask` by kernels."""
-        drawing = self._state_kernels.masked_places(self.state, count)
+        drawing = self._state_kernels.masked_positions(self.state, count)
 
         def draw(some: slice) -> Any:
             return self._kernels.draw(
                 self._logits(self._hidden(drawing.row[some])), drawing.temperature[some], drawing.number[some],
-                drawing.greedy[some], self._mask_token_id, entropies="entropy_bounded" in self.state.strategies,
+                drawing.greedy[some], self._mask_token_id, entropies=self.state.needs_entropy,
             )  # fmt: skip
 
         self._state_kernels.advance(self.state, *self._in_chunks(count, draw), self._packed)
 
     def _in_chunks(self, count: int, draw: Callable[[slice], Any]) -> Any:
-        """Tokens, confidences, entropies of `count` places, (M,) each, from what `draw` gives for some of them."""
+        """Tokens, confidences, entropies of `count` masked positions, (M,) each; `draw` gives those of a slice."""
         begins = range(0, count, self._drawn_together)
         parts = [draw(slice(begin, begin + self._drawn_together)) for begin in begins]
         return parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
@@ -495,7 +499,7 @@ class Runner:
     @property
     def _drawn_together(self) -> int:
         """Rows of logits worked on at once."""
-        if self._fixed_places:
+        if self._fixed_draws:
             return REPRODUCIBLE_ROWS
         return max(1, LOGITS_BUDGET_BYTES // (4 * int(self._vocabulary)))
 
@@ -516,17 +520,17 @@ class Runner:
         assert self.cache is not None
         table = self._table[:, : -(-context // self._page_size)][slot]  # (B, P)
         offsets = torch.arange(tokens.shape[1], device=self._device)
-        positions, visible, places = self._stand(table, start, count, length, offsets)
+        positions, visible, kv_slots = self._addresses(table, start, count, length, offsets)
         hidden: torch.Tensor = self._model.model(
             input_ids=tokens,
             position_ids=positions,
             attention_mask=self._no_mask(tokens),
-            batch=PagedBatch(self.cache, table, places, visible.clamp(min=1)),
+            batch=PagedBatch(self.cache, table, kv_slots, visible.clamp(min=1)),
             use_cache=False,
         ).last_hidden_state
         return hidden
 
-    def _stand(
+    def _addresses(
         self,
         table: torch.Tensor,
         start: torch.Tensor,
@@ -534,7 +538,7 @@ class Runner:
         length: torch.Tensor,
         offsets: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of rows of tokens: their positions, how many tokens they see, where their KV goes; (B, Q) each.
+        """Of rows of tokens: their positions, how many tokens they see, their KV slots; (B, Q) each.
 
         Padding sees nothing.
         """
@@ -542,68 +546,67 @@ class Runner:
         positions = torch.where(real, start[:, None] + offsets, 0)
         visible = torch.where(real, (positions // length[:, None].clamp(min=1) + 1) * length[:, None], 0)
         page = table.gather(1, positions // self._page_size)
-        places = torch.where(real, page * self._page_size + positions % self._page_size, SCRATCH_PAGE)
-        return positions, visible, places
+        kv_slots = torch.where(real, page * self._page_size + positions % self._page_size, SCRATCH_PAGE)
+        return positions, visible, kv_slots
 
     def _no_mask(self, tokens: torch.Tensor) -> torch.Tensor:
         """A four-dimensional mask, which every transformers version hands through untouched; nobody reads it."""
         return torch.empty(len(tokens), 1, 1, 1, dtype=self._model.dtype, device=self._device)
 
     def _unmask(self, count: int) -> None:
-        """Draw at the masked places, `count` with padding, from the hidden states; advance the state."""
-        place, row = self.state.masked_places(count)
+        """Draw tokens for masked positions, `count` with padding, from the hidden states; advance the state."""
+        index, row = self.state.masked_positions(count)
         token, confidence, entropy = self._in_chunks(
-            count, lambda some: self._draw_some(place[some], self._hidden(row[some]))
+            count, lambda some: self._draw_some(index[some], self._hidden(row[some]))
         )
-        self._packed.copy_(self.state.advance(place, token, confidence, entropy))
+        self._packed.copy_(self.state.advance(index, token, confidence, entropy))
 
-    def _numbers(self, place: torch.Tensor) -> torch.Tensor:
-        """The random numbers to draw with at places (M,)."""
+    def _numbers(self, index: torch.Tensor) -> torch.Tensor:
+        """The random numbers to draw with, of masked positions (M,)."""
         state = self.state
-        slot, column = place // state.block, place % state.block
+        slot, column = index // state.block, index % state.block
         return self._uniform(state.seed[slot], state.start[slot] + column, state.step[slot], DRAW)
 
     def _draw_in_one_pass(
-        self, place: torch.Tensor, hidden: torch.Tensor
+        self, index: torch.Tensor, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Draw a token for each place (M,) from its hidden state (M, D): tokens, confidences, entropies (M,)."""
-        slot = place // self.state.block
+        """Tokens, confidences, entropies (M,), drawn for masked positions (M,) from their hidden states (M, D)."""
+        slot = index // self.state.block
         drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self._kernels.draw(
             self._logits(hidden),
             self.state.temperature[slot],
-            self._numbers(place),
+            self._numbers(index),
             self.state.greedy[slot],
             self._mask_token_id,
-            entropies="entropy_bounded" in self.state.strategies,
+            entropies=self.state.needs_entropy,
         )
         return drawn
 
     def _draw_from_float32(
-        self, place: torch.Tensor, hidden: torch.Tensor
+        self, index: torch.Tensor, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The same for every setting, by plain PyTorch."""
         state, shape = self.state, self._shape
         assert shape is not None
-        slot = place // state.block
+        slot = index // state.block
         logits = self._logits(hidden).float()  # (M, V)
         logits[:, self._mask_token_id] = -torch.inf
         if state.seen is not None:
             logits = unmasking.penalize_repetition(logits, state.seen[slot], state.penalty[slot])
         if self._reproducible:
             logits = _aligned(logits)
-        nothing = torch.zeros(len(place), device=self._device)
-        needs_entropy = "entropy_bounded" in state.strategies
+        nothing = torch.zeros(len(index), device=self._device)
         results = []
         if shape.greedy:
             token, confidence = unmasking.draw_greedy(logits)
-            entropy = unmasking.entropy(logits.softmax(-1)) if needs_entropy else nothing
+            entropy = unmasking.entropy(logits.softmax(-1)) if state.needs_entropy else nothing
             results.append((token, confidence, entropy))
         if shape.sampled:
             probabilities = unmasking.filtered_probabilities(
                 logits, state.temperature[slot], state.top_k[slot], state.top_p[slot], any_filter=shape.filtered
             )
-            token, confidence = unmasking.draw_sampled(probabilities, self._numbers(place))
-            entropy = unmasking.entropy(probabilities) if needs_entropy else nothing
+            token, confidence = unmasking.draw_sampled(probabilities, self._numbers(index))
+            entropy = unmasking.entropy(probabilities) if state.needs_entropy else nothing
             results.append((token, confidence, entropy))
         if len(results) == 1:
             return results[0]
@@ -613,10 +616,7 @@ class Runner:
 
 
 def _aligned(logits: torch.Tensor) -> torch.Tensor:
-    """With tokens that are never drawn behind each row (M, V), so that all begin at multiples of 16 bytes.
-
-    PyTorch adds the numbers of a row up in an order that depends on that.
-    """
+    """Pad the vocabulary of (M, V) with -inf: PyTorch's reduction order depends on the alignment of a row."""
     return torch.nn.functional.pad(logits, (0, -logits.shape[1] % 4), value=-torch.inf)
 
 
@@ -659,7 +659,7 @@ def _in_parts(chunks: list[tuple[Sequence, int, int]], tokens: int) -> Iterator[
 
 
 def _parts(counts: Any) -> tuple[Any, Any]:
-    """Of things that have so many parts each, (n,), for every part: whose it is, and the how manieth of it."""
+    """Flatten ragged counts (n,): for every part its owner's index, and its index within that owner."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - (counts.cumsum() - counts)[owner]
 

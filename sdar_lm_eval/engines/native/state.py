@@ -1,11 +1,13 @@
 """The batch on the device: a row ("slot") for each running sequence, and how a step changes it.
 
-A slot holds the block that is being denoised, what of it is masked, and the sequence's settings. One step of the engine
-is: `segments` says which blocks go through the model, `masked_places` which of their positions need a token, and
-`advance` keeps some of the drawn tokens; a block without masked ones is decided, and the next begins. The last one is
-decided when none is left before the answer's end. All of it happens on the device: the host reads an `Outcome`
-afterwards. It chooses how many blocks and masked positions a step has room for, which may be too few (`forecast.py`):
-slots are served in order, and one that does not fit waits for the next step.
+A slot holds the block that is being denoised, which of its positions are masked, and the sequence's settings. A step of
+the engine calls three methods: `segments` chooses the blocks that go through the model, `masked_positions` chooses the
+positions that a token is drawn for, and `advance` keeps some of these tokens by each sequence's strategy. A block
+without masked positions is decided, and the next block begins; an answer's last block is decided once no position
+before the answer's end is masked. All of this happens on the device, and the host reads an `Outcome` afterwards.
+
+The host chooses how many blocks and masked positions a step has room for, which may be too few (`forecast.py`): slots
+are served in order, and a slot that does not fit waits for the next step.
 
 A decided block has to go through the model once more, so that the keys and values of its final tokens are stored (it is
 "committed"). That happens beside the first denoising of the next block, as a segment of its own: attention reads keys
@@ -25,14 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdar_lm_eval.engines.base import STRATEGIES
 from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.random_numbers import ORDER
 from sdar_lm_eval.engines.native.scheduler import Sequence
+from sdar_lm_eval.engines.native.strategies import STRATEGIES, codes
+from sdar_lm_eval.engines.native.strategy import Candidates, Rule, Strategy
 
-DYNAMIC, SEQUENTIAL, ENTROPY, RANDOM = (
-    STRATEGIES.index(name) for name in ("low_confidence_dynamic", "sequential", "entropy_bounded", "random")
-)
 NO_TOKEN = -1
 
 
@@ -50,7 +50,7 @@ class Outcome:
             token, or its limit.
         stuck: (N,) bool, slots in which nothing was unmasked: their logits are no numbers.
         goes_on: (N,) bool, slots that have begun the next block.
-        left: (N,) int32, positions that are masked still, of the block that the step was about; 0 where it is decided.
+        left: (N,) int32, positions of the denoised block that are still masked; 0 where it is decided.
     """
 
     tokens: Any
@@ -70,7 +70,7 @@ class Segments:
 
     Attributes:
         slot: whose block it is; N for padding.
-        start: where it stands in its sequence.
+        start: position of its first token in the sequence.
         length: its tokens; 0 for padding.
         following: blocks of one sequence from here on, itself included: 2 at one to be committed, 1 at one that stands
             alone, 0 at one that follows another, and for padding.
@@ -97,8 +97,8 @@ class BatchState:
         block: L, the longest block length.
         stops: most stop tokens of a sequence.
         vocabulary: V.
-        mask_token_id: stands where nothing is decided.
-        strategies: that a sequence may have.
+        mask_token_id: fills masked positions.
+        strategies: names of those that a sequence may have.
         penalized: whether a sequence may have a repetition penalty: its table of seen tokens is N x V.
         uniform: `random_numbers.uniform`, or what computes the same.
         device: torch device.
@@ -124,6 +124,9 @@ class BatchState:
         self.slots, self.block = slots, block
         self._vocabulary, self.mask_token_id, self._device = vocabulary, mask_token_id, device
         self.strategies, self._uniform = strategies, uniform
+        self.needs_entropy = any(STRATEGIES[name].needs_entropy for name in strategies)
+        self._orders = self._codes_by_rule(lambda strategy: strategy.order)
+        self._counts = self._codes_by_rule(lambda strategy: strategy.count)
         self.offsets = torch.arange(block, device=device)
         # The block that is being denoised: (N + 1, L)
         self.tokens = torch.full((rows, block), mask_token_id, **whole)
@@ -134,9 +137,9 @@ class BatchState:
         # (N + 1,)
         self.active = torch.zeros(rows, **flag)
         self.runs = torch.zeros(rows, **flag)  # whether the step under way has room for it
-        # Between the kernels of a step: masked positions that take part, where a slot's block is among the segments,
-        # and its first masked position among those that are drawn for.
-        self.wants, self.segment_of, self.place_of = torch.zeros(3, slots, dtype=torch.int32, device=device)
+        # Between the kernels of a step: a slot's masked positions that take part, the index of its block among the
+        # segments, and the index of its first masked position among the draws.
+        self.wants, self.segment_of, self.draw_of = torch.zeros(3, slots, dtype=torch.int32, device=device)
         self.uncommitted = torch.zeros(rows, **flag)
         self.start = torch.zeros(rows, **whole)
         self.step = torch.zeros(rows, **whole)
@@ -144,7 +147,8 @@ class BatchState:
         self.room = torch.zeros(rows, **whole)  # new tokens that the answer may still get
         # Settings
         self.length = torch.zeros(rows, **whole)
-        self.strategy = torch.zeros(rows, **whole)
+        self.strategy = torch.zeros(rows, **whole)  # its code
+        self.setting = torch.zeros(rows, **real)  # value of the strategy's setting
         self.quotas = torch.ones(rows, block, **whole)  # of each step
         self.stop_ids = torch.full((rows, max(stops, 1)), NO_TOKEN, **whole)
         self.seed = torch.zeros(rows, **whole)
@@ -153,8 +157,6 @@ class BatchState:
         self.top_p = torch.ones(rows, **real)
         self.temperature = torch.ones(rows, **real)
         self.penalty = torch.ones(rows, **real)
-        self.threshold = torch.zeros(rows, **real)
-        self.entropy_bound = torch.zeros(rows, **real)
         self.seen = torch.zeros(rows, vocabulary, **flag) if penalized else None
 
     # What the host changes
@@ -164,6 +166,7 @@ class BatchState:
         slot = self.to_device(np.array([sequence.slot for sequence in sequences]))
         requests = [sequence.request for sequence in sequences]
         decodings = [request.decoding for request in requests]
+        strategies, code = [STRATEGIES[decoding.remasking_strategy] for decoding in decodings], codes()
         given = np.array([len(sequence.tokens) - sequence.block_start for sequence in sequences])
         length = np.array([decoding.block_length for decoding in decodings])
         masked = (np.arange(self.block) >= given[:, None]) & (np.arange(self.block) < length[:, None])
@@ -180,7 +183,8 @@ class BatchState:
             given=given,
             room=[sequence.request.max_new_tokens - sequence.num_new_tokens for sequence in sequences],
             length=length,
-            strategy=[STRATEGIES.index(decoding.remasking_strategy) for decoding in decodings],
+            strategy=[code[strategy.name] for strategy in strategies],
+            setting=[getattr(d, s.setting) if s.setting else 0.0 for d, s in zip(decodings, strategies, strict=True)],
             quotas=_rows((decoding.quotas for decoding in decodings), self.block, 1),
             stop_ids=_rows((sorted(request.stop_ids) for request in requests), self.stop_ids.shape[1], NO_TOKEN),
             seed=np.array([request.seed & (2**64 - 1) for request in requests], dtype=np.uint64).astype(np.int64),
@@ -189,8 +193,6 @@ class BatchState:
             top_p=[1.0 if decoding.greedy else decoding.top_p for decoding in decodings],
             temperature=[1.0 if decoding.greedy else decoding.temperature for decoding in decodings],
             penalty=[decoding.repetition_penalty for decoding in decodings],
-            threshold=[decoding.confidence_threshold for decoding in decodings],
-            entropy_bound=[decoding.eb_threshold for decoding in decodings],
         )
         if self.seen is not None:
             for sequence in sequences:
@@ -220,39 +222,39 @@ class BatchState:
         tokens = torch.where(commits[:, None], self.before[slot], self.tokens[slot])
         return Segments(slot, start, length, following, tokens)
 
-    def masked_places(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where tokens are to be drawn, M = `count` places; padding is the padding slot's first one.
+    def masked_positions(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The masked positions to draw tokens for, M = `count`; padding is the padding slot's first position.
 
-        What there is no room for is left out, and its slot takes no part in the step.
+        A slot whose masked positions do not all fit takes no part in the step.
 
         Returns:
             (slot * L + position in the block, row of the flattened (S * L) hidden states of `segments`).
         """
         segment = (self._blocks(self.runs).flatten().cumsum(0)[1::2] - 1).clamp(min=0)
         self.runs &= (self.masked & self.runs[:, None]).sum(1).cumsum(0) <= count
-        place = _compact((self.masked & self.runs[:, None]).flatten(), count, padding=self.slots * self.block)
-        return place, segment[place // self.block] * self.block + place % self.block
+        index = _compact((self.masked & self.runs[:, None]).flatten(), count, padding=self.slots * self.block)
+        return index, segment[index // self.block] * self.block + index % self.block
 
     def _blocks(self, slots: torch.Tensor) -> torch.Tensor:
         """(N + 1, 2) bool: of some slots, whether the block before is run, and the block itself."""
         return torch.stack([slots & self.uncommitted, slots], dim=1)
 
     def advance(
-        self, place: torch.Tensor, token: torch.Tensor, confidence: torch.Tensor, entropy: torch.Tensor
+        self, index: torch.Tensor, token: torch.Tensor, confidence: torch.Tensor, entropy: torch.Tensor
     ) -> torch.Tensor:
         """Keep the tokens that each strategy keeps; begin the next block where one is decided and the answer goes on.
 
         Args:
-            place: (M,), as `masked_places` gave it.
-            token, confidence, entropy: (M,), what was drawn there.
+            index: (M,), from `masked_positions`.
+            token, confidence, entropy: (M,), drawn for these positions.
 
         Returns:
             The outcome, packed for its way to the host; `unpack` makes an `Outcome` of it.
         """
         shape = self.tokens.shape
-        drawn = torch.zeros(shape.numel(), dtype=torch.int64, device=self._device).scatter_(0, place, token)
-        sure = torch.zeros(shape.numel(), device=self._device).scatter_(0, place, confidence).view(shape)
-        spread = torch.zeros(shape.numel(), device=self._device).scatter_(0, place, entropy).view(shape)
+        drawn = torch.zeros(shape.numel(), dtype=torch.int64, device=self._device).scatter_(0, index, token)
+        sure = torch.zeros(shape.numel(), device=self._device).scatter_(0, index, confidence).view(shape)
+        spread = torch.zeros(shape.numel(), device=self._device).scatter_(0, index, entropy).view(shape)
         drawn = drawn.view(shape)
         took_part, committed = self.runs, self.runs & self.uncommitted
         masked = self.masked & took_part[:, None]
@@ -268,7 +270,7 @@ class BatchState:
                 where = drawn[:, column : column + 1]
                 self.seen.scatter_(1, where, self.seen.gather(1, where) | kept[:, column : column + 1])
         stuck = masked.any(dim=1) & ~kept.any(dim=1) | (kept & sure.isnan()).any(dim=1)
-        # What stands behind an answer's end need not be decided.
+        # Positions behind the answer's end need no token.
         fresh = (self.offsets >= self.given[:, None]) & (self.offsets < self.length[:, None])  # (N + 1, L)
         stops = (self.tokens[:, :, None] == self.stop_ids[:, None, :]).any(dim=-1) & fresh & ~self.masked
         stop = torch.where(stops, self.offsets, self.block).min(dim=1).values
@@ -284,7 +286,7 @@ class BatchState:
         self.start += torch.where(goes_on, self.length, 0)
         self.room -= torch.where(goes_on, new, 0)
         self.given.masked_fill_(goes_on, 0)
-        # A quota exists for every step of the longest schedule; entropy_bounded may need as many as there are tokens.
+        # Quotas are padded with 1: a strategy without a schedule may take as many steps as there are tokens.
         self.step.copy_(torch.where(goes_on, 0, (self.step + took_part).clamp(max=self.block - 1)))
         self.tokens.masked_fill_(goes_on[:, None], self.mask_token_id)
         self.masked |= goes_on[:, None] & (self.offsets < self.length[:, None])
@@ -293,22 +295,33 @@ class BatchState:
         return outcome
 
     def _kept(self, masked: torch.Tensor, confidence: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
-        """Which of the masked positions keep their token: (N + 1, L) bool."""
-        strategy, quota = self.strategy, self.quotas.gather(1, self.step[:, None]).squeeze(1)
-        keys, count = unmasking.by_confidence(confidence), quota
-        if "low_confidence_dynamic" in self.strategies:
-            dynamic = unmasking.count_above_threshold(confidence, masked, self.threshold, quota)
-            count = torch.where(strategy == DYNAMIC, dynamic, count)
-        if "sequential" in self.strategies:
-            keys = torch.where((strategy == SEQUENTIAL)[:, None], unmasking.by_position(confidence), keys)
-        if "entropy_bounded" in self.strategies:
-            bounded = unmasking.count_within_entropy(entropies, masked, self.entropy_bound)
-            count = torch.where(strategy == ENTROPY, bounded, count)
-            keys = torch.where((strategy == ENTROPY)[:, None], entropies, keys)
-        if "random" in self.strategies:
-            order = self._uniform(self.seed[:, None], self.start[:, None] + self.offsets, self.step[:, None], ORDER)
-            keys = torch.where((strategy == RANDOM)[:, None], order, keys)
+        """Which of the masked positions keep their token, each row by its own strategy: (N + 1, L) bool."""
+
+        def random() -> torch.Tensor:
+            return self._uniform(self.seed[:, None], self.start[:, None] + self.offsets, self.step[:, None], ORDER)
+
+        quota = self.quotas.gather(1, self.step[:, None]).squeeze(1)
+        candidates = Candidates(masked, confidence, entropies, self.offsets, quota, self.setting, random)
+        keys, count = self._by_strategy(self._orders, candidates), self._by_strategy(self._counts, candidates)
         return unmasking.select_first(keys, count, masked)
+
+    def _codes_by_rule(self, rule_of: Callable[[Strategy], Rule]) -> list[tuple[Rule, list[int]]]:
+        """The rules of the batch's strategies, and the codes of each one's; the rule of most strategies first."""
+        found: dict[Rule, list[int]] = {}
+        for name in sorted(self.strategies):
+            found.setdefault(rule_of(STRATEGIES[name]), []).append(codes()[name])
+        return sorted(found.items(), key=lambda pair: -len(pair[1]))
+
+    def _by_strategy(self, rules: list[tuple[Rule, list[int]]], candidates: Candidates) -> torch.Tensor:
+        """What the rules give, (N + 1, ...), each row by its own strategy's."""
+        (first, _), *others = rules
+        chosen = first(candidates)
+        for rule, of in others:
+            values = rule(candidates)
+            for code in of:
+                here = (self.strategy == code).view(-1, *[1] * (values.dim() - 1))
+                chosen = torch.where(here, values, chosen)
+        return chosen
 
     # To the host
 
@@ -324,7 +337,7 @@ class BatchState:
     def unpack(self, packed: torch.Tensor) -> Outcome:
         """What `advance` returned, on the host."""
         blocks = self.slots * self.block
-        array = packed.numpy().copy()  # a later step is brought to the same place
+        array = packed.numpy().copy()  # a later step overwrites the buffer
         tokens, unmasked_at, confidence = array[: 3 * blocks].reshape(3, self.slots, self.block)
         columns = array[3 * blocks :].reshape(6, self.slots)
         took_part, committed, decided, stuck, goes_on = columns[:5].astype(bool)
@@ -353,6 +366,6 @@ def _rows(lists: Iterable[SequenceOf[int]], width: int, padding: int) -> Any:
 
 def _compact(wanted: torch.Tensor, count: int, padding: int) -> torch.Tensor:
     """The indices where `wanted` (K,) is true, in order, then padding: (count,) int64. At most `count` are true."""
-    place = torch.where(wanted, wanted.cumsum(0) - 1, count)
+    target = torch.where(wanted, wanted.cumsum(0) - 1, count)
     indices = torch.full((count + 1,), padding, dtype=torch.int64, device=wanted.device)
-    return indices.scatter_(0, place, torch.arange(len(wanted), device=wanted.device))[:count]
+    return indices.scatter_(0, target, torch.arange(len(wanted), device=wanted.device))[:count]

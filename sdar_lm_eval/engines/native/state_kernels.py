@@ -1,8 +1,8 @@
-"""The three operations of `BatchState` as a Triton kernel each, where plain PyTorch takes some 200 small ones.
+"""The three operations of `BatchState` as a Triton kernel each, where plain PyTorch launches some 200 small ones.
 
-A program has one slot, and learns what the slots before it take by adding up all of them: a few hundred numbers.
-`state.py` is the reference: tests/engines/native/test_state_kernels.py steps both through the same batches. A
-repetition penalty is not known here.
+A program has one slot. It sums over the slots before it to know its offset: a few hundred numbers.
+`state.py` is the reference: tests/engines/native/test_state_kernels.py steps both through the same batches. Not
+implemented here: a repetition penalty, and strategies that are not in `IMPLEMENTED`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,16 @@ from sdar_lm_eval.engines.native import state as states
 from sdar_lm_eval.engines.native.kernels import random_number
 from sdar_lm_eval.engines.native.pages import SCRATCH_PAGE
 from sdar_lm_eval.engines.native.random_numbers import DRAW, ORDER
+from sdar_lm_eval.engines.native.strategies import codes
+
+IMPLEMENTED = {
+    "low_confidence_static": None,
+    "low_confidence_dynamic": "DYNAMIC",
+    "sequential": "SEQUENTIAL",
+    "entropy_bounded": "ENTROPY",
+    "random": "RANDOM",
+}
+"""Strategy -> parameter of `_advance` that takes its code, -1 where no sequence has it. None: what no parameter has."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class Blocks:
         slot: whose each segment is, (S,) int64; N for padding.
         count: tokens of the tile of attention that begins with each segment, (S,) int64.
         tokens, positions: (S * L,) int64.
-        places: where keys and values go, (S * L,) int64 into pages * page size.
+        kv_slots: KV slot of each token, (S * L,) int64: page * page size + offset in the page.
         visible: leading tokens of its sequence that each token sees, (S * L,) int64; 0 for padding.
     """
 
@@ -36,7 +46,7 @@ class Blocks:
     count: torch.Tensor
     tokens: torch.Tensor
     positions: torch.Tensor
-    places: torch.Tensor
+    kv_slots: torch.Tensor
     visible: torch.Tensor
 
 
@@ -53,7 +63,7 @@ class Drawing:
 @triton.jit
 def _write_segment(
     segment, slot, start, length, count, source, table, table_stride,
-    slot_out, count_out, tokens_out, positions_out, places_out, visible_out,
+    slot_out, count_out, tokens_out, positions_out, kv_slots_out, visible_out,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SCRATCH: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, WIDTH)
@@ -65,14 +75,14 @@ def _write_segment(
     tl.store(count_out + segment, count)
     tl.store(tokens_out + at, tl.load(source + slot * BLOCK + column, mask=inside, other=0), mask=inside)
     tl.store(positions_out + at, position, mask=inside)
-    tl.store(places_out + at, tl.where(real, page * PAGE + position % PAGE, SCRATCH), mask=inside)
+    tl.store(kv_slots_out + at, tl.where(real, page * PAGE + position % PAGE, SCRATCH), mask=inside)
     tl.store(visible_out + at, tl.where(real, start + length, 0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["slots", "size"])
 def _lay_out(
     active, uncommitted, masked, start, length, tokens, before, table, table_stride, runs, wants, segment_of,
-    slot_out, count_out, tokens_out, positions_out, places_out, visible_out, slots, size,
+    slot_out, count_out, tokens_out, positions_out, kv_slots_out, visible_out, slots, size,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr, SCRATCH: tl.constexpr,
     PAIRED: tl.constexpr,
 ):  # fmt: skip
@@ -98,13 +108,13 @@ def _lay_out(
                 count = 2 * BLOCK if PAIRED else tokens_here
                 _write_segment(
                     first.to(tl.int64), slot, begin - tokens_here, tokens_here, count, before, table, table_stride,
-                    slot_out, count_out, tokens_out, positions_out, places_out, visible_out,
+                    slot_out, count_out, tokens_out, positions_out, kv_slots_out, visible_out,
                     BLOCK, WIDTH, PAGE, SCRATCH,
                 )  # fmt: skip
             count = (2 - mine) * BLOCK if PAIRED else tokens_here
             _write_segment(
                 (first + mine - 1).to(tl.int64), slot, begin, tokens_here, count, tokens, table, table_stride,
-                slot_out, count_out, tokens_out, positions_out, places_out, visible_out,
+                slot_out, count_out, tokens_out, positions_out, kv_slots_out, visible_out,
                 BLOCK, WIDTH, PAGE, SCRATCH,
             )  # fmt: skip
     else:
@@ -112,13 +122,13 @@ def _lay_out(
         if segment >= tl.sum(tl.where(tl.cumsum(own) <= size, own, 0)):
             _write_segment(
                 segment, slots.to(tl.int64), 0, 0, 0, tokens, table, table_stride,
-                slot_out, count_out, tokens_out, positions_out, places_out, visible_out,
+                slot_out, count_out, tokens_out, positions_out, kv_slots_out, visible_out,
                 BLOCK, WIDTH, PAGE, SCRATCH,
             )  # fmt: skip
 
 
 def lay_out(state: states.BatchState, table: torch.Tensor, page_size: int, size: int, *, paired: bool) -> Blocks:
-    """`BatchState.segments`, with where its tokens stand.
+    """`BatchState.segments`, with positions and KV slots of its tokens.
 
     Args:
         state: of the batch; its `runs`, `wants` and `segment_of` are written.
@@ -129,18 +139,18 @@ def lay_out(state: states.BatchState, table: torch.Tensor, page_size: int, size:
     """
     device, block = table.device, state.block
     slot, count = torch.empty(2, size, dtype=torch.int64, device=device)
-    tokens, positions, places, visible = torch.empty(4, size * block, dtype=torch.int64, device=device)
+    tokens, positions, kv_slots, visible = torch.empty(4, size * block, dtype=torch.int64, device=device)
     _lay_out[(state.slots + size,)](
         state.active, state.uncommitted, state.masked, state.start, state.length, state.tokens, state.before, table,
-        table.stride(0), state.runs, state.wants, state.segment_of, slot, count, tokens, positions, places, visible,
+        table.stride(0), state.runs, state.wants, state.segment_of, slot, count, tokens, positions, kv_slots, visible,
         state.slots, size, block, _width(block), _width(state.slots), page_size, SCRATCH_PAGE, paired, num_warps=1,
     )  # fmt: skip
-    return Blocks(slot, count, tokens, positions, places, visible)
+    return Blocks(slot, count, tokens, positions, kv_slots, visible)
 
 
 @triton.jit(do_not_specialize=["slots", "size"])
-def _masked_places(
-    masked, runs, wants, segment_of, place_of, start, step, seed, temperature, greedy,
+def _masked_positions(
+    masked, runs, wants, segment_of, draw_of, start, step, seed, temperature, greedy,
     row_out, temperature_out, number_out, greedy_out, slots, size,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, PURPOSE: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +163,7 @@ def _masked_places(
         first = tl.sum(tl.where(other < slot, wanted, 0))
         fits = (mine > 0) & (first + mine <= size)
         tl.store(runs + slot, fits)
-        tl.store(place_of + slot, first)
+        tl.store(draw_of + slot, first)
         column = tl.arange(0, WIDTH)
         # A scalar is no mask for the interpreter.
         here = (tl.load(masked + slot * BLOCK + column, mask=column < BLOCK, other=0).to(tl.int32) * fits) > 0
@@ -165,27 +175,27 @@ def _masked_places(
         number = random_number(tl.load(seed + slot), position, tl.load(step + slot), PURPOSE)
         tl.store(number_out + at, number, mask=here)
     else:
-        place = program - slots
-        if place >= tl.sum(tl.where(tl.cumsum(wanted) <= size, wanted, 0)):
-            tl.store(row_out + place, 0)
-            tl.store(temperature_out + place, 1.0)
-            tl.store(greedy_out + place, True)
-            tl.store(number_out + place, 0.0)
+        draw = program - slots
+        if draw >= tl.sum(tl.where(tl.cumsum(wanted) <= size, wanted, 0)):
+            tl.store(row_out + draw, 0)
+            tl.store(temperature_out + draw, 1.0)
+            tl.store(greedy_out + draw, True)
+            tl.store(number_out + draw, 0.0)
 
 
-def masked_places(state: states.BatchState, size: int) -> Drawing:
-    """`BatchState.masked_places`, with what to draw by.
+def masked_positions(state: states.BatchState, size: int) -> Drawing:
+    """`BatchState.masked_positions`, with what to draw by.
 
     Args:
-        state: of the batch, as `lay_out` left it; its `runs` and `place_of` are written.
+        state: of the batch, as `lay_out` left it; its `runs` and `draw_of` are written.
         size: M.
     """
     device = state.tokens.device
     row = torch.empty(size, dtype=torch.int64, device=device)
     temperature, number = torch.empty(2, size, dtype=torch.float32, device=device)
     greedy = torch.empty(size, dtype=torch.bool, device=device)
-    _masked_places[(state.slots + size,)](
-        state.masked, state.runs, state.wants, state.segment_of, state.place_of, state.start, state.step, state.seed,
+    _masked_positions[(state.slots + size,)](
+        state.masked, state.runs, state.wants, state.segment_of, state.draw_of, state.start, state.step, state.seed,
         state.temperature, state.greedy, row, temperature, number, greedy, state.slots, size, state.block,
         _width(state.block), _width(state.slots), DRAW, num_warps=1,
     )  # fmt: skip
@@ -203,8 +213,8 @@ def _rank(keys, column, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["slots", "stops"])
 def _advance(
-    runs, place_of, drawn, drawn_confidence, drawn_entropy, tokens, masked, unmasked_at, confidence, before, active,
-    uncommitted, start, step, given, room, length, strategy, quotas, stop_ids, seed, threshold, entropy_bound, packed,
+    runs, draw_of, drawn, drawn_confidence, drawn_entropy, tokens, masked, unmasked_at, confidence, before, active,
+    uncommitted, start, step, given, room, length, strategy, quotas, stop_ids, seed, setting, packed,
     slots, stops, mask_token,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, PURPOSE: tl.constexpr, DYNAMIC: tl.constexpr, SEQUENTIAL: tl.constexpr,
     ENTROPY: tl.constexpr, RANDOM: tl.constexpr,
@@ -218,24 +228,24 @@ def _advance(
     at_step, begin, tokens_here = tl.load(step + slot), tl.load(start + slot), tl.load(length + slot)
     all_masked = tl.load(masked + at, mask=inside, other=0).to(tl.int32)
     open_ = (all_masked * took_part) > 0
-    place = tl.load(place_of + slot) + tl.cumsum(open_.to(tl.int32)) - 1
-    token = tl.load(drawn + place, mask=open_, other=0)
-    sure = tl.load(drawn_confidence + place, mask=open_, other=0.0)
+    draw = tl.load(draw_of + slot) + tl.cumsum(open_.to(tl.int32)) - 1
+    token = tl.load(drawn + draw, mask=open_, other=0)
+    sure = tl.load(drawn_confidence + draw, mask=open_, other=0.0)
 
     # Which are kept
     count = tl.load(quotas + slot * BLOCK + at_step).to(tl.int32)
     kind = tl.load(strategy + slot)
     keys = -sure
     if DYNAMIC >= 0:
-        above = tl.sum((open_ & (sure > tl.load(threshold + slot))).to(tl.int32))
+        above = tl.sum((open_ & (sure > tl.load(setting + slot))).to(tl.int32))
         count = tl.where(kind == DYNAMIC, tl.maximum(above, count), count)
     if SEQUENTIAL >= 0:
         keys = tl.where(kind == SEQUENTIAL, column.to(tl.float32), keys)
     if ENTROPY >= 0:
-        spread = tl.load(drawn_entropy + place, mask=open_, other=float("inf"))
+        spread = tl.load(drawn_entropy + draw, mask=open_, other=float("inf"))
         _, less = _rank(spread, column, WIDTH)
         sums = spread + tl.sum(tl.where(less, tl.reshape(spread, (WIDTH, 1)), 0.0), axis=0)
-        within = tl.sum((open_ & (sums < tl.load(entropy_bound + slot))).to(tl.int32))
+        within = tl.sum((open_ & (sums < tl.load(setting + slot))).to(tl.int32))
         count = tl.where(kind == ENTROPY, tl.maximum(within, 1), count)
         keys = tl.where(kind == ENTROPY, spread, keys)
     if RANDOM >= 0:
@@ -302,25 +312,20 @@ def advance(
     """`BatchState.advance`.
 
     Args:
-        state: of the batch, as `masked_places` left it.
+        state: of the batch, as `masked_positions` left it.
         token, confidence, entropy: (M,), what was drawn.
         packed: the outcome is written to it; `BatchState.unpack` reads it.
     """
-    kinds = [
-        number if name in state.strategies else -1
-        for name, number in (
-            ("low_confidence_dynamic", states.DYNAMIC),
-            ("sequential", states.SEQUENTIAL),
-            ("entropy_bounded", states.ENTROPY),
-            ("random", states.RANDOM),
-        )
-    ]
+    if missing := sorted(state.strategies - IMPLEMENTED.keys()):
+        raise NotImplementedError(f"the kernel does not implement {', '.join(missing)}")
+    code = {name: number if name in state.strategies else -1 for name, number in codes().items()}
+    branches = {branch: code[name] for name, branch in IMPLEMENTED.items() if branch}
     _advance[(state.slots,)](
-        state.runs, state.place_of, token, confidence, entropy, state.tokens, state.masked, state.unmasked_at,
+        state.runs, state.draw_of, token, confidence, entropy, state.tokens, state.masked, state.unmasked_at,
         state.confidence, state.before, state.active, state.uncommitted, state.start, state.step, state.given,
-        state.room, state.length, state.strategy, state.quotas, state.stop_ids, state.seed, state.threshold,
-        state.entropy_bound, packed, state.slots, state.stop_ids.shape[1], state.mask_token_id, state.block,
-        _width(state.block), ORDER, *kinds, num_warps=1,
+        state.room, state.length, state.strategy, state.quotas, state.stop_ids, state.seed, state.setting,
+        packed, state.slots, state.stop_ids.shape[1], state.mask_token_id, state.block, _width(state.block), ORDER,
+        **branches, num_warps=1,
     )  # fmt: skip
 
 

@@ -1,9 +1,8 @@
-"""Drawing tokens, and choosing which of them a denoising step keeps. Pure functions on tensors.
+"""Drawing tokens, and selecting the positions that keep them. Pure functions on tensors; `strategies/` has the rules.
 
-Semantics follow `generate.py` of JetAstra/SDAR (commit c2041a8), with three differences, each where that file does not
-do what it says: masked positions are state, not "token == mask id", so that a prompt may hold the mask token; a step
-never keeps more tokens than are masked, where generate.py then overwrites the prompt; and entropy_bounded orders by the
-entropy of each position's distribution, where generate.py sums over the block and stops with an error.
+Semantics follow `generate.py` of JetAstra/SDAR (commit c2041a8), with two differences, each where that file does not do
+what it says: masked positions are state, not "token == mask id", so that a prompt may hold the mask token; and a step
+never keeps more tokens than are masked, where generate.py then overwrites the prompt.
 
 Shapes: B sequences, L positions a block, R rows of logits (masked positions only), V tokens.
 """
@@ -88,35 +87,6 @@ def entropy(probabilities: torch.Tensor) -> torch.Tensor:
     return summands.sum(dim=-1)
 
 
-def by_confidence(confidence: torch.Tensor) -> torch.Tensor:
-    """Order of low_confidence_static and _dynamic: the most confident first. (B, L) -> sort keys, lowest first."""
-    return -confidence
-
-
-def by_position(confidence: torch.Tensor) -> torch.Tensor:
-    """Order of sequential: from left to right. (B, L) -> sort keys, lowest first."""
-    return torch.arange(confidence.shape[-1], device=confidence.device, dtype=torch.float32).expand_as(confidence)
-
-
-def count_above_threshold(
-    confidence: torch.Tensor, masked: torch.Tensor, threshold: torch.Tensor, quota: torch.Tensor
-) -> torch.Tensor:
-    """How many low_confidence_dynamic keeps: all above the threshold, or the quota where those are fewer.
-
-    confidence and masked (B, L), threshold and quota (B,); returns (B,) int64.
-    """
-    return torch.maximum((masked & (confidence > threshold[:, None])).sum(dim=-1), quota)
-
-
-def count_within_entropy(entropies: torch.Tensor, masked: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-    """How many entropy_bounded keeps: as many as hold the sum below the bound, lowest entropies first; at least one.
-
-    entropies and masked (B, L), bound (B,); returns (B,) int64.
-    """
-    sums = entropies.masked_fill(~masked, torch.inf).sort(dim=-1).values.cumsum(dim=-1)
-    return (sums < bound[:, None]).sum(dim=-1).clamp(min=1)
-
-
 def select_first(keys: torch.Tensor, count: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """Choose the `count` masked positions with the lowest keys, the left one where two tie.
 
@@ -124,6 +94,6 @@ def select_first(keys: torch.Tensor, count: torch.Tensor, masked: torch.Tensor) 
     """
     keys = keys.masked_fill(~masked, torch.inf)
     this, other = keys[:, :, None], keys[:, None, :]
-    left = torch.ones_like(masked[0]).expand(keys.shape[-1], -1).tril(-1)  # (L, L): other places to the left
+    left = torch.ones_like(masked[0]).expand(keys.shape[-1], -1).tril(-1)  # (L, L): the other position is to the left
     rank = ((other < this) | ((other == this) & left)).sum(dim=-1)
     return (rank < count[:, None]) & masked

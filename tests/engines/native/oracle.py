@@ -118,6 +118,7 @@ def _keep(candidates, request, start, step):
         return sorted(candidates)[:quota]
     if decoding.remasking_strategy == "random":
         return sorted(candidates, key=lambda p: (float(_uniform(request.seed, start + p, step, ORDER)), p))[:quota]
+    assert decoding.remasking_strategy == "entropy_bounded"
     plainest = sorted(candidates, key=lambda place: (candidates[place][2], place))
     kept, total = [], 0.0
     for place in plainest:

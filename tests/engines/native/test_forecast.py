@@ -52,7 +52,7 @@ class Device:
 
     def step(self, segments, places):
         self.state.segments(segments)
-        place, _ = self.state.masked_places(places)
+        place, _ = self.state.masked_positions(places)
         packed = self.state.advance(place, place % 50, torch.rand(len(place)), torch.rand(len(place)))
         return self.state.unpack(packed)
 

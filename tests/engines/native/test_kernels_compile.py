@@ -117,18 +117,18 @@ COMPILE = """
         {
             **tensors(FLAG, "active", "uncommitted", "masked", "runs"),
             **tensors(INT64, "start", "length", "tokens", "before", "table", "slot_out", "count_out"),
-            **tensors(INT64, "tokens_out", "positions_out", "places_out", "visible_out"),
+            **tensors(INT64, "tokens_out", "positions_out", "kv_slots_out", "visible_out"),
             **tensors(INT32, "wants", "segment_of"),
         },
         {**sizes, "SLOTS": 256, "PAGE": 16, "SCRATCH": 0, "PAIRED": True},
         num_warps=1,
     )
     check(
-        state_kernels._masked_places,
+        state_kernels._masked_positions,
         {
             **tensors(FLAG, "masked", "runs", "greedy", "greedy_out"),
             **tensors(INT64, "start", "step", "seed", "row_out"),
-            **tensors(INT32, "wants", "segment_of", "place_of"),
+            **tensors(INT32, "wants", "segment_of", "draw_of"),
             **tensors(FP32, "temperature", "temperature_out", "number_out"),
         },
         {**sizes, "SLOTS": 256, "PURPOSE": 0},
@@ -138,10 +138,10 @@ COMPILE = """
         state_kernels._advance,
         {
             **tensors(FLAG, "runs", "masked", "active", "uncommitted"),
-            **tensors(INT32, "place_of", "packed"),
+            **tensors(INT32, "draw_of", "packed"),
             **tensors(INT64, "drawn", "tokens", "unmasked_at", "before", "start", "step", "given", "room", "length"),
             **tensors(INT64, "strategy", "quotas", "stop_ids", "seed"),
-            **tensors(FP32, "drawn_confidence", "drawn_entropy", "confidence", "threshold", "entropy_bound"),
+            **tensors(FP32, "drawn_confidence", "drawn_entropy", "confidence", "setting"),
         },
         {**sizes, "PURPOSE": 1, "DYNAMIC": 0, "SEQUENTIAL": 2, "ENTROPY": 3, "RANDOM": 4},
         num_warps=1,

@@ -1,0 +1,37 @@
+"""The remasking strategies, one file each: a file in this folder is a strategy, and is listed nowhere else.
+
+Standard library only: settings, Modal's flags and the documentation's tests read names without importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from sdar_lm_eval.engines.native.strategy import Strategy
+
+
+def discover() -> dict[str, Strategy]:
+    """The STRATEGY of each module of this package, by name, in alphabetical order of the modules."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    found = [importlib.import_module(f"{__name__}.{name}").STRATEGY for name in names]
+    return {strategy.name: strategy for strategy in found}
+
+
+STRATEGIES = discover()
+"""Name -> strategy."""
+
+
+def full_name(name: str) -> str:
+    """The name that a short name stands for; any other text as it is."""
+    return next((strategy.name for strategy in STRATEGIES.values() if strategy.short == name), name)
+
+
+def spellings() -> str:
+    """All names, each with its short name."""
+    return ", ".join(f"{s.name} (or {s.short})" if s.short else s.name for s in STRATEGIES.values())
+
+
+def codes() -> dict[str, int]:
+    """Name -> number that stands for the strategy in tensors."""
+    return {name: code for code, name in enumerate(STRATEGIES)}

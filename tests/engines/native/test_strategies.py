@@ -1,0 +1,257 @@
+"""The registry of remasking strategies, and each rule by numbers that can be checked by hand."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from asking import run
+from support import random_checkpoint
+
+from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
+from sdar_lm_eval.engines.base import DECODING_SETTINGS
+from sdar_lm_eval.engines.jetengine import versions
+from sdar_lm_eval.engines.native import engine as engine_module
+from sdar_lm_eval.engines.native import strategies, unmasking
+from sdar_lm_eval.engines.native.state import BatchState
+from sdar_lm_eval.engines.native.strategies import STRATEGIES, codes, full_name
+from sdar_lm_eval.engines.native.strategy import Candidates
+from sdar_lm_eval.engines.registry import ENGINES
+from sdar_lm_eval.settings import read_generation
+
+ALL = [True] * 4
+CONFIDENCE = [0.5, 0.95, 0.2, 0.9]
+ENTROPY = [0.4, 0.1, 1.0, 0.2]  # the sums of the lowest: 0.1, 0.3, 0.7, 1.7
+ROOT = Path(__file__).parents[3]
+
+
+def kept(name, masked=ALL, quota=1, setting=0.0):
+    """The positions whose token a strategy keeps, of one block."""
+    candidates = Candidates(
+        torch.tensor([masked]), torch.tensor([CONFIDENCE]), torch.tensor([ENTROPY]), torch.arange(4),
+        torch.tensor([quota]), torch.tensor([setting]), lambda: torch.tensor([[0.7, 0.6, 0.1, 0.3]]),
+    )  # fmt: skip
+    strategy = STRATEGIES[name]
+    selected = unmasking.select_first(strategy.order(candidates), strategy.count(candidates), candidates.masked)
+    return selected.nonzero()[:, 1].tolist()
+
+
+def test_static_keeps_the_most_confident():
+    assert kept("low_confidence_static", quota=2) == [1, 3]
+
+
+def test_sequential_keeps_the_leftmost():
+    assert kept("sequential", quota=2) == [0, 1]
+    assert kept("sequential", [False, True, False, True], quota=1) == [1]
+
+
+def test_random_keeps_the_lowest_numbers():
+    assert kept("random", quota=2) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "quota", "positions"),
+    [
+        (0.8, 1, [1, 3]),
+        (0.9, 1, [1]),  # 0.9 is not strictly above 0.9
+        (0.9, 2, [1, 3]),  # one above, the quota asks for two
+        (0.99, 1, [1]),  # none above: the quota
+        (0.0, 1, [0, 1, 2, 3]),
+    ],
+)
+def test_dynamic_keeps_what_is_above_or_the_quota(threshold, quota, positions):
+    assert kept("low_confidence_dynamic", quota=quota, setting=threshold) == positions
+
+
+def test_dynamic_does_not_count_what_is_given():
+    assert kept("low_confidence_dynamic", [True, False, True, True], setting=0.8) == [3]
+    assert kept("low_confidence_dynamic", [True, False, True, False], setting=0.8) == [0]
+
+
+@pytest.mark.parametrize(
+    ("bound", "positions"),
+    [(0.0, [1]), (0.05, [1]), (0.31, [1, 3]), (0.30, [1]), (0.8, [0, 1, 3]), (9.0, [0, 1, 2, 3])],
+)
+def test_entropy_bounded_keeps_the_sum_below_the_bound(bound, positions):
+    assert kept("entropy_bounded", setting=bound) == positions
+
+
+def test_entropy_bounded_sums_masked_positions_alone():
+    assert kept("entropy_bounded", [True, False, True, False], setting=1.5) == [0, 2]
+    assert kept("entropy_bounded", [True, False, True, False], setting=1.3) == [0]
+
+
+def test_names_and_codes_are_unique():
+    spellings = [name for s in STRATEGIES.values() for name in (s.name, s.short) if name]
+    assert len(set(spellings)) == len(spellings)
+    assert len(set(codes().values())) == len(STRATEGIES)
+    assert {full_name(s.short) for s in STRATEGIES.values() if s.short} <= set(STRATEGIES)
+
+
+def test_each_is_steered_by_a_setting_that_requests_have():
+    assert {strategy.setting for strategy in STRATEGIES.values()} <= {*DECODING_SETTINGS, None}
+    assert all(strategy.source for strategy in STRATEGIES.values())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=lambda strategy: strategy.name)
+def test_each_declares_what_it_uses(strategy):
+    """Random batches: which of the quota, entropies and random numbers the rules' results depend on."""
+    torch.manual_seed(0)
+    rows, block = 64, 8
+    masked = torch.rand(rows, block) < 0.7
+    masked[:, 0] = True
+    confidence, entropy, number, again = torch.rand(4, rows, block)
+    quota, setting = torch.randint(1, block + 1, (rows,)), torch.rand(rows)
+    drawn = []
+
+    def rules(entropy, number):
+        candidates = Candidates(
+            masked, confidence, entropy, torch.arange(block), quota, setting, lambda: drawn.append(1) or number
+        )
+        return strategy.order(candidates), strategy.count(candidates)
+
+    def differ(one, other):
+        return any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    keys, count = results = rules(entropy, number)
+    assert keys.shape == masked.shape and keys.dtype == torch.float32
+    assert count.shape == quota.shape and count.dtype == torch.int64 and int(count.min()) >= 1
+    assert strategy.is_random == bool(drawn) == differ(results, rules(entropy, again))
+    assert strategy.needs_entropy == differ(results, rules(again, number))
+    assert strategy.uses_schedule == bool((count >= quota).all())
+
+
+def test_the_folder_is_the_list():
+    folder = ROOT / "sdar_lm_eval" / "engines" / "native" / "strategies"
+    assert {file.stem for file in folder.glob("*.py")} - {"__init__"} == set(STRATEGIES)
+
+
+def test_other_engines_take_none_but_these():
+    theirs = {name for known in (*ENGINES.values(), *versions.DIALECTS.values()) for name in known.strategies or ()}
+    assert theirs <= set(STRATEGIES)
+
+
+def test_names_are_read_without_torch():
+    code = "import sys, sdar_lm_eval.engines.native.strategies as s; print(len(s.STRATEGIES), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == [str(len(STRATEGIES)), "False"]
+
+
+def test_the_readme_names_them():
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in STRATEGIES if not re.search(rf"\| `remasking_strategy` .*`{name}`", text)] == []
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """With heads of a size that the fused decoder takes."""
+    return Checkpoint.open(str(random_checkpoint(tmp_path_factory.mktemp("small"), head_dim=64, num_hidden_layers=1)))
+
+
+class TestOneFileMore:
+    """A strategy that is one file in the folder of strategies, and nothing else, decodes by its own rule."""
+
+    NAME = "two_least_confident"
+    FILE = """
+from sdar_lm_eval.engines.native.strategy import Strategy
+
+
+def least_confident_first(candidates):
+    return candidates.confidence
+
+
+def two(candidates):
+    return candidates.quota.new_full(candidates.quota.shape, 2)
+
+
+STRATEGY = Strategy(
+    name="two_least_confident", short="timid", source="this test", order=least_confident_first, count=two,
+    uses_schedule=False,
+)
+"""
+
+    @pytest.fixture(autouse=True)
+    def added(self, monkeypatch, tmp_path):
+        (tmp_path / f"{self.NAME}.py").write_text(self.FILE)
+        monkeypatch.setattr(strategies, "__path__", [*strategies.__path__, str(tmp_path)])
+        found = strategies.discover()
+        monkeypatch.delitem(sys.modules, f"{strategies.__name__}.{self.NAME}")
+        assert found.keys() - STRATEGIES.keys() == {self.NAME}
+        monkeypatch.setitem(STRATEGIES, self.NAME, found[self.NAME])
+
+    def requests(self, names, **settings):
+        """Blocks of 8 with a schedule of 3 tokens a step, so that the schedule's quota shows as well."""
+        decodings = [DecodingConfig(8, 3, n, confidence_threshold=0.01, eb_threshold=9.0, **settings) for n in names]
+        return [
+            GenerationRequest(tuple(range(5, 10 + 3 * i)), 13, decoding, seed=i, record_steps=True)
+            for i, decoding in enumerate(decodings)
+        ]
+
+    def check(self, checkpoint, requests, engine, monkeypatch):
+        keep = oracle._keep
+
+        def keep_two(candidates, request, start, step):
+            if request.decoding.remasking_strategy != self.NAME:
+                return keep(candidates, request, start, step)
+            return sorted(candidates, key=lambda position: (candidates[position][1], position))[:2]
+
+        monkeypatch.setattr(oracle, "_keep", keep_two)
+        model = checkpoint.load_model(dtype=torch.float32, device="cpu", attention="sdpa")
+        for request, result in zip(requests, run(engine, requests), strict=True):
+            tokens, reason, unmasked_at, _, _ = oracle.generate(model, checkpoint.mask_token_id, request)
+            assert (list(result.token_ids), result.finish_reason) == (tokens, reason)
+            assert list(result.unmasked_at) == unmasked_at
+            if request.decoding.remasking_strategy == self.NAME:
+                assert max(unmasked_at) == 3  # two of eight a step: the schedule alone would be over by then
+
+    @pytest.mark.parametrize("temperature", [0, 1.0])
+    @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside all others"])
+    def test_without_kernels(self, checkpoint, monkeypatch, others, temperature):
+        requests = self.requests(STRATEGIES if others else [self.NAME] * 3, temperature=temperature)
+        self.check(checkpoint, requests, make_engine("native", checkpoint, device="cpu"), monkeypatch)
+
+    def test_where_kernels_are_on_pytorch_runs_its_rule(self, checkpoint, monkeypatch, caplog):
+        pytest.importorskip("triton")
+        from sdar_lm_eval.engines.native import state_kernels
+
+        caplog.set_level("INFO")
+        monkeypatch.setattr(engine_module, "_resolve_kernels", lambda kernels, device: True)  # as on a GPU
+        monkeypatch.setattr(state_kernels, "_advance", None)
+        engine = make_engine("native", checkpoint, device="cpu")
+        assert engine._runner.is_fused
+        self.check(checkpoint, self.requests([self.NAME, "sequential"], temperature=0), engine, monkeypatch)
+        assert caplog.text.count(f"{self.NAME}: no kernel has this strategy") == 1
+
+    def test_kernels_that_were_asked_for_refuse_it(self, checkpoint):
+        pytest.importorskip("triton")
+        engine = make_engine("native", checkpoint, device="cpu", kernels=True)
+        refused, allowed = self.requests([self.NAME, "sequential"], temperature=0)
+        for ask in (engine.prepare, lambda requests: next(engine.generate(requests))):
+            with pytest.raises(UserError, match=rf"kernels=true: no kernel has remasking_strategy={self.NAME}\. Leave"):
+                ask([allowed, refused])
+        engine.prepare([allowed])
+
+    def test_a_kernel_never_takes_it_for_another(self):
+        state_kernels = pytest.importorskip("sdar_lm_eval.engines.native.state_kernels", exc_type=ImportError)
+        state = BatchState(
+            1, 4, 0, 9, 8, strategies=frozenset(STRATEGIES), penalized=False, uniform=None, device=torch.device("cpu")
+        )
+        drawn = torch.zeros(3, 4)
+        with pytest.raises(NotImplementedError, match=f"does not implement {self.NAME}"):
+            state_kernels.advance(state, *drawn, state.pack_nothing())
+
+    def test_is_named_where_names_are(self):
+        assert read_generation({"strategy": "timid"}, {}).decoding.remasking_strategy == self.NAME
+        with pytest.raises(UserError, match=r"choose one of .*, two_least_confident\. Did you mean 'two_least_conf"):
+            DecodingConfig(remasking_strategy="two_least_confidant")
+        assert f"{self.NAME} (or timid)" in strategies.spellings()
+
+
+def test_the_kernel_has_those_that_say_so():
+    state_kernels = pytest.importorskip("sdar_lm_eval.engines.native.state_kernels", exc_type=ImportError)
+    assert set(state_kernels.IMPLEMENTED) == {name for name, strategy in STRATEGIES.items() if strategy.has_kernel}
