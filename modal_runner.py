@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from sdar_lm_eval.tasks.programs import Job
 
-Engine = Literal["jetengine", "native", "lmdeploy"]
+Engine = Literal["native", "jetengine", "lmdeploy"]
 GPU = "H100!"  # an H100 and nothing else; plain "H100" may become an H200
 TIMEOUT = 2 * 60 * 60  # seconds, of an attempt
 DAY = 24 * 60 * 60

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
 
 from sdar_lm_eval.engines.base import DECODING_SETTINGS, DecodingConfig, check_bool, to_number
-from sdar_lm_eval.engines.native.strategies import full_name
+from sdar_lm_eval.engines.native.strategies import STRATEGIES, full_name
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
 
@@ -227,7 +227,7 @@ class Generation:
     @property
     def is_drawn(self) -> bool:
         """Whether the seed has a say, so that repeats differ."""
-        return not self.decoding.greedy or self.decoding.remasking_strategy == "random"
+        return not self.decoding.greedy or STRATEGIES[self.decoding.remasking_strategy].is_random
 
     def as_dict(self) -> dict[str, Any]:
         """The settings by name, as plain values."""
@@ -275,13 +275,9 @@ def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
-KNOBS = {"confidence_threshold": "low_confidence_dynamic", "eb_threshold": "entropy_bounded"}
-"""Setting -> the one strategy that reads it."""
-
-
 def warn_of_idle_knobs(given: Mapping[str, Any], decoding: DecodingConfig, why: str) -> None:
     """Warn of a setting that the user gave, other than its default, and that the strategy does not read."""
-    for name, strategy in KNOBS.items():
+    for name, strategy in ((s.setting, s.name) for s in STRATEGIES.values() if s.setting):
         value = getattr(decoding, name)
         if name in given and value != getattr(DecodingConfig, name) and decoding.remasking_strategy != strategy:
             _say_idle(f"{name}={value}", decoding.remasking_strategy, strategy, why)
