@@ -319,7 +319,7 @@ def test_a_missing_model_and_the_image_of_jetengine(tmp_path: Path) -> None:
     ("words", "code", "message"),
     [
         (["--verbose", "maybe"], 2, "'maybe' is not one of 'true', 'false'"),
-        (["--engine", "vllm"], 2, "'vllm' is not one of 'jetengine', 'native', 'lmdeploy'"),
+        (["--engine", "vllm"], 2, "'vllm' is not one of 'native', 'jetengine', 'lmdeploy'"),
         (["--engine", "native", "--remasking-strategy", "low_confidence"], 1, "'low_confidence' is unknown; choose"),
         (["--output-file", ""], 1, "--output-file '' is no name of a file. Give one, such as gsm8k_results.json."),
         (["--output-file", "tests"], 1, "--output-file 'tests' is no name of a file."),
