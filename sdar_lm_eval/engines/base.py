@@ -34,8 +34,8 @@ STRATEGIES = ("low_confidence_dynamic", "low_confidence_static", "sequential", "
 
 ENGINES = {
     "native": "sdar_lm_eval.engines.native.engine:NativeEngine",
-    "jetengine": "sdar_lm_eval.engines.jetengine.engine:JetEngine",
-    "lmdeploy": "sdar_lm_eval.engines.lmdeploy.engine:LMDeploy",
+    "jetengine": "sdar_lm_eval.engines.adapters.jetengine.engine:JetEngine",
+    "lmdeploy": "sdar_lm_eval.engines.adapters.lmdeploy.engine:LMDeploy",
 }
 """Name -> "module:Class", imported when it is asked for."""
 

@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from support import ROOT
 
 from sdar_lm_eval.autoload import TASKS
-from sdar_lm_eval.engines.jetengine.versions import PINNED
+from sdar_lm_eval.engines.adapters.jetengine.versions import PINNED
 from sdar_lm_eval.lm.answers import read_sessions
 from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.runs.settings import ENGINES

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sdar_lm_eval.engines.jetengine import engine as jetengine
-from sdar_lm_eval.engines.lmdeploy import engine as lmdeploy
+from sdar_lm_eval.engines.adapters import common
+from sdar_lm_eval.engines.adapters.lmdeploy import requirements
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.gen_kwargs import read_generation
 from sdar_lm_eval.runs import settings
@@ -129,8 +129,8 @@ def test_mistakes(flags: dict[str, Any], message: str) -> None:
 
 def test_limits_are_the_engines() -> None:
     assert settings.LIMITS == {
-        "jetengine": {"block_length": jetengine.BLOCK_LENGTHS},
-        "lmdeploy": {"block_length": lmdeploy.BLOCK_LENGTHS, "remasking_strategy": lmdeploy.STRATEGIES},
+        "jetengine": {"block_length": common.BLOCK_LENGTHS},
+        "lmdeploy": {"block_length": common.BLOCK_LENGTHS, "remasking_strategy": requirements.STRATEGIES},
     }
     assert _runs(engine="native", block_length="3", denoising_steps="3", remasking_strategy="entropy_bounded")
 

@@ -8,9 +8,7 @@ Neither is on PyPI: the `jetengine` there is a library for MongoDB. Nothing here
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from sdar_lm_eval.engines.adapters.common import check_nothing_is_missing, installed, is_there
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -121,22 +120,17 @@ def find_jetengine() -> tuple[Dialect, str | None]:
         dialect = DIALECTS[version]
         if commit is not None and commit != dialect.commit:
             logger.warning("JetEngine is at commit %s; this was written for %s.", commit[:7], dialect.commit[:7])
-    missing += [name for module, name in dialect.modules.items() if importlib.util.find_spec(module) is None]
+    missing += [name for module, name in dialect.modules.items() if not is_there(module)]
     if not torch.cuda.is_available():
         missing.append("a CUDA GPU")
-    if missing:
-        raise EngineError(f"--model sdar-jetengine lacks {', '.join(missing)}.{note} {INSTALL}")
+    check_nothing_is_missing("sdar-jetengine", missing, INSTALL, note)
     return dialect, commit
 
 
 def _version_of(folder: Path) -> tuple[str, str | None]:
     """Version and commit, from what pip wrote, else from the checkout, else from what differs in it."""
-    try:
-        distribution = importlib.metadata.distribution("jetengine")
-        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
-        return distribution.version, origin.get("vcs_info", {}).get("commit_id")
-    except importlib.metadata.PackageNotFoundError:
-        pass
+    if found := installed("jetengine"):
+        return found.version, found.commit
     project = folder.parent / "pyproject.toml"
     if project.is_file() and (
         match := re.search(r'^name = "jetengine"\nversion = "(.+)"$', project.read_text(), re.MULTILINE)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sdar_lm_eval.engines.jetengine.memory import PAGE_SIZE
+from sdar_lm_eval.engines.adapters.jetengine.memory import PAGE_SIZE
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)

@@ -25,9 +25,9 @@ from support import random_checkpoint, read_weights, write_weights
 import sdar_lm_eval.tasks
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import prompts as demo_prompts
-from sdar_lm_eval.engines.lmdeploy import engine as adapter
-from sdar_lm_eval.engines.lmdeploy import requirements
-from sdar_lm_eval.engines.lmdeploy.hooks import Count
+from sdar_lm_eval.engines.adapters.lmdeploy import engine as adapter
+from sdar_lm_eval.engines.adapters.lmdeploy import requirements
+from sdar_lm_eval.engines.adapters.lmdeploy.hooks import Count
 from sdar_lm_eval.lm.model import SDARLMDeployLM
 
 DYNAMIC = DecodingConfig(temperature=0)
@@ -543,7 +543,7 @@ class TestSeveralGPUs:
     @pytest.mark.parametrize("executor", ["ray", "mp"])
     def test_tensor_parallel(self, lmdeploy, tiny, monkeypatch, executor):
         if executor == "ray":
-            monkeypatch.setattr(requirements, "_is_there", lambda module: True)
+            monkeypatch.setattr(requirements, "is_there", lambda module: True)
             monkeypatch.setitem(sys.modules, "ray", type(sys)("ray"))
         engine = of(tiny, tensor_parallel_size="2")
         requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((3, 8))]
@@ -617,12 +617,12 @@ class TestRequirements:
             of(tiny)
 
     def test_an_old_one(self, lmdeploy, tiny, monkeypatch):
-        monkeypatch.setattr(requirements, "_installed", lambda _: requirements.Installed("0.12.3", None))
+        monkeypatch.setattr(requirements, "_version_in", lambda _: requirements.Installed("0.12.3", None))
         with pytest.raises(EngineError, match=r"LMDeploy 0.12.3 is installed; 0.16 or newer is needed"):
             of(tiny)
 
     def test_a_new_one(self, lmdeploy, tiny, monkeypatch, caplog):
-        monkeypatch.setattr(requirements, "_installed", lambda _: requirements.Installed("0.19.0rc1", None))
+        monkeypatch.setattr(requirements, "_version_in", lambda _: requirements.Installed("0.19.0rc1", None))
         caplog.set_level(logging.WARNING)
         of(tiny)
         assert "LMDeploy 0.19.0rc1 is newer than 0.18" in caplog.text

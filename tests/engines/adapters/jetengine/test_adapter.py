@@ -19,8 +19,8 @@ from support import random_checkpoint, read_weights, write_weights
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines import runs
-from sdar_lm_eval.engines.jetengine import engine as adapter
-from sdar_lm_eval.engines.jetengine import memory
+from sdar_lm_eval.engines.adapters.jetengine import engine as adapter
+from sdar_lm_eval.engines.adapters.jetengine import memory
 
 STRATEGIES = ("low_confidence_static", "sequential", "low_confidence_dynamic")
 

@@ -19,7 +19,6 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
-import gc
 import importlib
 import importlib.metadata
 import itertools
@@ -28,16 +27,51 @@ import platform
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PretrainedConfig
 
 from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.engines.adapters.common import (
+    HEAD_DIMS,
+    BareConfig,
+    Decodes,
+    Draw,
+    NoAnswerError,
+    answer_end,
+    check_lengths,
+    check_mask_token,
+    check_requests,
+    check_tensor_parallel,
+    end_processes,
+    free_memory,
+    gpu_named,
+    grouped,
+    half_precision,
+    listed,
+    plain_config,
+    processes_started,
+    register_configs,
+    rope_theta,
+    stop_ids_of,
+    to_share,
+    version_of,
+    world_size,
+)
+from sdar_lm_eval.engines.adapters.lmdeploy.hooks import (
+    MODEL_TYPES,
+    Forwards,
+    give_seeds,
+    import_lmdeploy,
+    log_kept,
+    register_model_types,
+)
+from sdar_lm_eval.engines.adapters.lmdeploy.loop import LoopThread
+from sdar_lm_eval.engines.adapters.lmdeploy.requirements import DEVIATIONS, STRATEGIES, executor_for, find_lmdeploy
 from sdar_lm_eval.engines.base import (
     DecodingConfig,
     GenerationRequest,
@@ -46,29 +80,7 @@ from sdar_lm_eval.engines.base import (
     at_least_one,
     check_rope,
     end_of_answer,
-    to_number,
 )
-from sdar_lm_eval.engines.gpu import (
-    check_lengths,
-    check_tensor_parallel,
-    end_processes,
-    gpu_named,
-    half_precision,
-    listed,
-    processes_started,
-    version_of,
-    world_size,
-)
-from sdar_lm_eval.engines.lmdeploy.hooks import (
-    MODEL_TYPES,
-    Forwards,
-    give_seeds,
-    import_lmdeploy,
-    log_kept,
-    register_model_types,
-)
-from sdar_lm_eval.engines.lmdeploy.loop import LoopThread
-from sdar_lm_eval.engines.lmdeploy.requirements import DEVIATIONS, STRATEGIES, executor_for, find_lmdeploy
 from sdar_lm_eval.engines.runs import Failures, OneRun, warm_up_requests
 from sdar_lm_eval.errors import EngineError, UserError
 
@@ -76,10 +88,8 @@ logger = logging.getLogger(__name__)
 
 _Result = tuple[int, GenerationResult]  # position of the request, what it got
 
-BLOCK_LENGTHS = (1, 2, 4, 8, 16, 32, 64)  # whole numbers of them fill a page, and a chunk of a long prompt
-HEAD_DIMS = (16, 32, 64, 128, 256)
 MAX_ACTIVE = 256  # unless the user says otherwise
-PAGE_SIZE = 64  # tokens
+PAGE_SIZE = 64  # tokens; whole blocks fill it
 PREFILL_TOKENS = 8192  # LMDeploy's default; longer prompts go in chunks of it
 # What sampling needs for each logit: the weights' dtype, a sorted copy, its indices, probabilities.
 BYTES_PER_LOGIT = 24
@@ -90,12 +100,8 @@ PATIENCE = 60.0  # seconds for requests or an engine to end
 WATCH = 5.0  # seconds between looks at the worker processes, while there is no result
 
 
-class _NoAnswerError(Exception):
-    """One request has no answer; the engine goes on."""
-
-
-class SDARConfig(PretrainedConfig):  # type: ignore[misc]
-    """config.json as LMDeploy reads it: its keys as attributes, with no code of the checkpoint's."""
+class SDARConfig(BareConfig):
+    """SDAR, under a model type that LMDeploy has no rules of its own for."""
 
     model_type = MODEL_TYPES["sdar"]
 
@@ -104,6 +110,16 @@ class SDARMoeConfig(SDARConfig):
     """The same for SDAR MoE."""
 
     model_type = MODEL_TYPES["sdar_moe"]
+
+
+DECODES = Decodes(
+    engine="LMDeploy",
+    strategies=STRATEGIES,
+    block_lengths="with LMDeploy it can be",
+    # strategies/ar/sampling.py: _gather_generated_ids
+    repetition_penalty="LMDeploy counts the answer's tokens alone, not the prompt's, and mixes up the values of "
+    "requests that run together",
+)
 
 
 @dataclass(frozen=True)
@@ -152,9 +168,7 @@ class LMDeploy:
         self._installed = find_lmdeploy()
         self._executor = executor_for(self._tensor_parallel_size)
         self._max_active = None if max_active is None else at_least_one("max_active", max_active)
-        self._cache_share = float(to_number("cache_max_entry_count", cache_max_entry_count, whole=False))
-        if not 0 < self._cache_share < 1:
-            raise UserError(f"cache_max_entry_count={cache_max_entry_count} must be between 0 and 1.")
+        self._cache_share = to_share("cache_max_entry_count", cache_max_entry_count)
         self._device = gpu_named(device, "LMDeploy")
         self._dtype = half_precision(dtype, checkpoint, "LMDeploy")
         self._check_gpus(device, at_least_one("data_parallel_size", data_parallel_size))
@@ -262,26 +276,7 @@ class LMDeploy:
 
     def _check(self, requests: Sequence[GenerationRequest]) -> None:
         """Refuse requests that would be answered wrongly, before any of them runs."""
-        for decoding in {request.decoding for request in requests}:
-            self._check_decoding(decoding)
-        check_lengths(requests, self._checkpoint.max_length, f"checkpoint {self._checkpoint.name!r} has")
-
-    def _check_decoding(self, decoding: DecodingConfig) -> None:
-        if decoding.remasking_strategy not in STRATEGIES:
-            raise UserError(
-                f"remasking_strategy={decoding.remasking_strategy!r} is not in LMDeploy, which has "
-                f"{listed(STRATEGIES)}. Choose one of these, or use --model sdar."
-            )
-        if decoding.repetition_penalty != 1:  # strategies/ar/sampling.py: _gather_generated_ids
-            raise UserError(
-                f"repetition_penalty={decoding.repetition_penalty}: LMDeploy counts the answer's tokens alone, not the "
-                "prompt's, and mixes up the values of requests that run together. Use --model sdar, or leave it out."
-            )
-        if decoding.block_length not in BLOCK_LENGTHS:
-            raise UserError(
-                f"block_length={decoding.block_length}: with LMDeploy it can be {listed(BLOCK_LENGTHS)}. Use --model "
-                "sdar."
-            )
+        check_requests(requests, DECODES, self._checkpoint)
 
     # Loading
 
@@ -295,7 +290,7 @@ class LMDeploy:
                 self._load(fixed, requests, len(groups))
                 self._check_room(requests)
                 for together in self._together(requests, indices):
-                    key = _draw(requests[together[0]].decoding)
+                    key = Draw.of(requests[together[0]].decoding)
                     if key not in self._warm:
                         short = warm_up_requests([requests[i] for i in together], min(self._active, len(together)))
                         for _ in self._run(short, range(len(short)), Failures()):
@@ -307,9 +302,7 @@ class LMDeploy:
 
     def _groups(self, requests: Sequence[GenerationRequest]) -> dict[_Fixed, list[int]]:
         """Positions of requests by what the engine is made for; those first that it is made for now."""
-        groups: dict[_Fixed, list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(_fixed(request.decoding), []).append(index)
+        groups = grouped(range(len(requests)), lambda i: _fixed(requests[i].decoding))
         return dict(sorted(groups.items(), key=lambda group: group[0] != self._fixed))
 
     def _load(self, fixed: _Fixed, requests: Sequence[GenerationRequest], groups: int) -> None:
@@ -332,10 +325,11 @@ class LMDeploy:
                 f"LMDeploy {self._installed.version} did not start: {type(error).__name__}: {error}. If memory is "
                 "short, lower max_active or cache_max_entry_count, or raise tensor_parallel_size."
             ) from error
-        mask = self._engine.model_config.dllm_mask_token
-        if mask != self._checkpoint.mask_token_id:
+        try:
+            check_mask_token("LMDeploy", self._engine.model_config.dllm_mask_token, self._checkpoint)
+        except EngineError:
             self._unload()
-            raise EngineError(f"LMDeploy takes {mask} for the mask token, not {self._checkpoint.mask_token_id}.")
+            raise
         self._fixed, self._active = fixed, active
         self._loads += 1
 
@@ -347,8 +341,7 @@ class LMDeploy:
         return min(most, 1 << (number - 1).bit_length())
 
     def _open(self, fixed: _Fixed, active: int) -> None:
-        for config_class in (SDARConfig, SDARMoeConfig):
-            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        register_configs(SDARConfig, SDARMoeConfig)
         register_model_types()
         engine: Any = importlib.import_module("lmdeploy.pytorch.engine")
         settings = self._lmdeploy.PytorchEngineConfig(
@@ -395,8 +388,7 @@ class LMDeploy:
         end_processes(self._workers, PATIENCE if loop is not None else 0.0)
         self._workers = []
         del engine
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
 
     # Running
 
@@ -415,18 +407,18 @@ class LMDeploy:
                     yield from self._run(requests, together, failures)
             failures.raise_if_any(len(requests))
 
-    def _together(self, requests: Sequence[GenerationRequest], indices: Sequence[int]) -> Iterator[list[int]]:
+    def _together(self, requests: Sequence[GenerationRequest], indices: Sequence[int]) -> Iterable[list[int]]:
         """Positions of requests that may run at the same time.
 
         strategies/dllm/sampling.py gives request i's temperature, top_k and top_p to others of its batch. And where
         requests have different numbers of stop tokens, the shorter lists are filled up with -1, which is also what
         strategies/dllm/model_agent.py (_check_stopwords_dllm) makes of a prompt's tokens: they then end the answer.
         """
-        groups: dict[Any, list[int]] = {}
-        for index in indices:
-            request = requests[index]
-            groups.setdefault((_draw(request.decoding), self._stop_ids(request)), []).append(index)
-        yield from groups.values()
+
+        def alike(index: int) -> tuple[Draw, frozenset[int]]:
+            return Draw.of(requests[index].decoding), stop_ids_of(requests[index], self._checkpoint)
+
+        return grouped(indices, alike).values()
 
     def _run(
         self, requests: Sequence[GenerationRequest], indices: Sequence[int], failures: Failures
@@ -497,7 +489,7 @@ class LMDeploy:
                 index = waiting.popleft()
                 try:
                     put((index, await self._answer(instance, requests[index])))
-                except _NoAnswerError as error:
+                except NoAnswerError as error:
                     failures.add(index, str(error))
 
         workers = [asyncio.create_task(work()) for _ in range(self._at_once([requests[index] for index in indices]))]
@@ -526,7 +518,7 @@ class LMDeploy:
                 status = output.status.name
                 if status not in ("SUCCESS", "FINISH"):
                     if status in OF_ONE_REQUEST:
-                        raise _NoAnswerError(f"LMDeploy {self._installed.version} refused it ({status}).")
+                        raise NoAnswerError(f"LMDeploy {self._installed.version} refused it ({status}).")
                     raise EngineError(
                         f"LMDeploy {self._installed.version} stopped ({status}); its log says why. Finished answers "
                         "are kept (--use_cache)."
@@ -539,11 +531,7 @@ class LMDeploy:
                 await instance.async_cancel(session)
         finally:
             await stream.aclose()
-        end, reason = end_of_answer(tokens, request, self._checkpoint.decode)
-        if not reason:
-            raise _NoAnswerError(
-                f"LMDeploy returned {len(tokens)} of {request.max_new_tokens} tokens, and none that ends the answer."
-            )
+        end, reason = answer_end(tokens, request, self._checkpoint, "LMDeploy")
         forwards = self._forwards.take(session)
         # The pass over a prompt that does not fill a block denoises, and does nothing else.
         prefilled = len(request.prompt_ids) >= request.decoding.block_length
@@ -571,7 +559,7 @@ class LMDeploy:
         Stop tokens are those given alone: this way below the pipeline, LMDeploy adds none. `ignore_eos` would forbid
         them (messages.py: SamplingParam.from_gen_config), not ignore them.
         """
-        greedy, temperature, top_k, top_p = _draw(request.decoding)
+        greedy, temperature, top_k, top_p = Draw.of(request.decoding)
         vocabulary = self._checkpoint.config["vocab_size"]
         settings = self._lmdeploy.GenerationConfig(
             max_new_tokens=request.max_new_tokens,
@@ -579,20 +567,11 @@ class LMDeploy:
             top_k=0 if top_k >= vocabulary else top_k,
             top_p=top_p,
             random_seed=request.seed,
-            stop_token_ids=list(self._stop_ids(request)) or None,
+            stop_token_ids=sorted(stop_ids_of(request, self._checkpoint)) or None,
             bad_token_ids=[self._checkpoint.mask_token_id],
         )
         settings.temperature = temperature  # when it is made, it takes none above 2; the engine takes any
         return settings
-
-    def _stop_ids(self, request: GenerationRequest) -> tuple[int, ...]:
-        """A request's stop tokens, and those that are a stop string by themselves."""
-        ids = set(request.stop_ids)
-        for string in request.stop_strings:
-            encoded = self._checkpoint.tokenizer.encode(string, add_special_tokens=False)
-            if len(encoded) == 1 and string in self._checkpoint.decode(encoded):
-                ids.add(encoded[0])
-        return tuple(sorted(ids))
 
 
 def _fixed(decoding: DecodingConfig) -> _Fixed:
@@ -606,16 +585,6 @@ def _fixed(decoding: DecodingConfig) -> _Fixed:
     )
 
 
-def _draw(decoding: DecodingConfig) -> tuple[bool, float, int, float]:
-    """How tokens are drawn: greedy, temperature, top_k, top_p; all greedy ones alike.
-
-    Greedy is top_k=1 at temperature 1, so that a confidence is a probability at temperature 1.
-    """
-    if decoding.greedy:
-        return True, 1.0, 1, 1.0
-    return False, decoding.temperature, decoding.top_k, decoding.top_p
-
-
 def _config_for_lmdeploy(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     """config.json with all that LMDeploy reads, none of it left to a config class's defaults.
 
@@ -623,10 +592,9 @@ def _config_for_lmdeploy(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     counts whatever `use_sliding_window` says (models/sdar.py).
     """
     config = checkpoint.config
-    left_out = ("auto_map", "rope_theta", "rope_scaling", "dtype", "quantization_config", "attn_implementation")
     own = config.get("rope_parameters") or {}
     rope = {"rope_type": "default", **(config.get("rope_scaling") or {}), **own}
-    rope["rope_theta"] = own.get("rope_theta", config.get("rope_theta", 10000.0))
+    rope["rope_theta"] = rope_theta(config)
     if "type" in rope:  # its older name
         rope["rope_type"] = rope.pop("type")
     return {
@@ -637,7 +605,7 @@ def _config_for_lmdeploy(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
         "mlp_only_layers": [],
         "norm_topk_prob": True,
         "tie_word_embeddings": False,
-        **{key: value for key, value in config.items() if key not in left_out},
+        **plain_config(config, "rope_theta", "attn_implementation"),
         "architectures": ["SDARMoeForCausalLM" if checkpoint.is_moe else "SDARForCausalLM"],
         "head_dim": checkpoint.full_config()["head_dim"],
         "mask_token_id": checkpoint.mask_token_id,

@@ -14,7 +14,6 @@ import atexit
 import contextlib
 import dataclasses
 import functools
-import gc
 import hashlib
 import importlib
 import importlib.metadata
@@ -31,32 +30,35 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PretrainedConfig
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.base import (
-    DecodingConfig,
-    GenerationRequest,
-    GenerationResult,
-    Results,
-    at_least_one,
-    check_bool,
-    end_of_answer,
-    to_number,
-)
-from sdar_lm_eval.engines.gpu import (
-    check_lengths,
+from sdar_lm_eval.engines.adapters.common import (
+    HEAD_DIMS,
+    BareConfig,
+    Decodes,
+    Draw,
+    NoAnswerError,
+    answer_end,
+    check_mask_token,
+    check_requests,
     check_tensor_parallel,
     end_processes,
+    free_memory,
     gpu_named,
+    grouped,
     half_precision,
     listed,
+    plain_config,
     processes_started,
+    register_configs,
+    rope_theta,
+    stop_ids_of,
+    to_share,
     version_of,
     world_size,
 )
-from sdar_lm_eval.engines.jetengine.flash_attention import ensure_right_attention
-from sdar_lm_eval.engines.jetengine.memory import (
+from sdar_lm_eval.engines.adapters.jetengine.flash_attention import ensure_right_attention
+from sdar_lm_eval.engines.adapters.jetengine.memory import (
     CAPTURED,
     MESSAGE_BYTES,
     PAGE_SIZE,
@@ -68,24 +70,27 @@ from sdar_lm_eval.engines.jetengine.memory import (
     pages_of,
     size_for,
 )
-from sdar_lm_eval.engines.jetengine.versions import INSTALL, find_jetengine
+from sdar_lm_eval.engines.adapters.jetengine.versions import INSTALL, find_jetengine
+from sdar_lm_eval.engines.base import (
+    DecodingConfig,
+    GenerationRequest,
+    GenerationResult,
+    Results,
+    at_least_one,
+    check_bool,
+)
 from sdar_lm_eval.engines.runs import Allowance, Failures, OneRun, is_out_of_memory, warm_up_requests
 from sdar_lm_eval.errors import EngineError, SDARError, UserError
 
 logger = logging.getLogger(__name__)
 
-BLOCK_LENGTHS = (1, 2, 4, 8, 16, 32, 64)  # its prefill attention takes no others
-HEAD_DIMS = (16, 32, 64, 128, 256)
 PATIENCE = 60.0  # seconds for 0.1.0's other processes to end
 SPARE_BYTES = 256 << 20  # by which GPUs that share a model may differ in what is free
 IDLE_STEPS = 4  # so many steps without any progress are a standstill; sound ones make progress in every second
 
 
-class SDARConfig(PretrainedConfig):  # type: ignore[misc]
-    """config.json as JetEngine reads it: its keys as attributes, with no code of the checkpoint's and no RoPE scaling.
-
-    transformers' own Qwen3Config says `rope_scaling` in another way from version 5 on, which JetEngine refuses.
-    """
+class SDARConfig(BareConfig):
+    """SDAR. transformers' Qwen3Config says `rope_scaling` in another way from version 5 on, which JetEngine refuses."""
 
     model_type = "sdar"
     rope_scaling = None
@@ -134,15 +139,18 @@ class JetEngine:
         self._device = gpu_named(device, "JetEngine")
         self._dtype = half_precision(dtype, checkpoint, "JetEngine")
         self._tensor_parallel_size = at_least_one("tensor_parallel_size", tensor_parallel_size)
-        self._gpu_memory_utilization = gpu_memory_utilization
-        if gpu_memory_utilization is not None:
-            self._gpu_memory_utilization = float(
-                to_number("gpu_memory_utilization", gpu_memory_utilization, whole=False)
-            )
-            if not 0 < self._gpu_memory_utilization < 1:
-                raise UserError(f"gpu_memory_utilization={gpu_memory_utilization} must be between 0 and 1.")
+        self._gpu_memory_utilization = (
+            None if gpu_memory_utilization is None else to_share("gpu_memory_utilization", gpu_memory_utilization)
+        )
         self._max_active = None if max_active is None else at_least_one("max_active", max_active)
         self._graphs = not check_bool("enforce_eager", enforce_eager) and self._dialect.graphs
+        self._decodes = Decodes(
+            engine=f"JetEngine {self._dialect.version}",
+            strategies=self._dialect.strategies,
+            block_lengths="JetEngine takes",
+            repetition_penalty=f"JetEngine {self._dialect.version} has none, or another (it divides probabilities, "
+            "from half of max_gen_toks on)",
+        )
         self._check_checkpoint()
         self._jetengine = _import_jetengine()
         self._one_run = OneRun("JetEngine")
@@ -234,32 +242,13 @@ class JetEngine:
 
     def _check(self, requests: Sequence[GenerationRequest]) -> None:
         """Refuse requests that would be answered wrongly, before any of them runs."""
-        for decoding in {request.decoding for request in requests}:
-            self._check_decoding(decoding)
-        check_lengths(requests, self._checkpoint.max_length, f"checkpoint {self._checkpoint.name!r} has")
+        check_requests(requests, self._decodes, self._checkpoint)
         for number, request in enumerate(requests):
             if self._checkpoint.mask_token_id in _tail(request):
                 raise UserError(
                     f"prompt {number} of {len(requests)} holds the mask token among its last "
                     f"{len(_tail(request))} tokens; JetEngine would replace it. Use --model sdar for this task."
                 )
-
-    def _check_decoding(self, decoding: DecodingConfig) -> None:
-        version = self._dialect.version
-        if decoding.remasking_strategy not in self._dialect.strategies:
-            raise UserError(
-                f"remasking_strategy={decoding.remasking_strategy!r} is not in JetEngine {version}, which has "
-                f"{listed(self._dialect.strategies)}. Choose one of these, or use --model sdar."
-            )
-        if decoding.repetition_penalty != 1:
-            raise UserError(
-                f"repetition_penalty={decoding.repetition_penalty}: JetEngine {version} has none, or another (it "
-                "divides probabilities, from half of max_gen_toks on). Use --model sdar, or leave it out."
-            )
-        if decoding.block_length not in BLOCK_LENGTHS:
-            raise UserError(
-                f"block_length={decoding.block_length}: JetEngine takes {listed(BLOCK_LENGTHS)}. Use --model sdar."
-            )
 
     # Memory
 
@@ -274,12 +263,9 @@ class JetEngine:
                 block_length = requests[0].decoding.block_length
                 of_length = [request for request in requests if request.decoding.block_length == block_length]
                 self._load(of_length)
-                groups: dict[Any, list[GenerationRequest]] = {}
-                for request in of_length:
-                    groups.setdefault(_group(request.decoding), []).append(request)
-                for group, alike in groups.items():
+                for group, alike in grouped(range(len(of_length)), lambda i: _group(of_length[i].decoding)).items():
                     if group not in self._warm:
-                        self._warm_up(alike)
+                        self._warm_up([of_length[i] for i in alike])
                         self._warm.add(group)
 
     def _warm_up(self, requests: Sequence[GenerationRequest]) -> None:
@@ -329,16 +315,14 @@ class JetEngine:
             difference = max(used) - used[0] + SPARE_BYTES
             pages = -(-difference // bytes_per_page(self._config, self._tensor_parallel_size))
             self._llm.config.num_kvcache_blocks = max(self._llm.config.num_kvcache_blocks - pages, 0)
-        if (mask := self._llm.config.mask_token_id) != self._checkpoint.mask_token_id:
-            raise EngineError(f"JetEngine takes {mask} for the mask token, not {self._checkpoint.mask_token_id}.")
+        check_mask_token("JetEngine", self._llm.config.mask_token_id, self._checkpoint)
         # It drops all of a prompt up to a pad token, and 0.1.0 stops at the end-of-text token, asked to or not. It has
         # no need to know either of them.
         self._llm.tokenizer.pad_token = self._llm.tokenizer.eos_token = None
         self._size = wanted
 
     def _open(self, size: Size) -> Any:
-        for config_class in (SDARConfig, SDARMoeConfig):
-            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        register_configs(SDARConfig, SDARMoeConfig)
         options = {
             "block_length": size.block_length,
             "dtype": self._dtype,
@@ -376,8 +360,7 @@ class JetEngine:
         end_processes(self._workers, PATIENCE)
         self._llm = self._size = None
         self._warm.clear()
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
 
     def _used_bytes(self) -> list[int]:
         """Memory in use on each GPU that is to share the model."""
@@ -456,13 +439,9 @@ class JetEngine:
     def _generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, GenerationResult]]:
         self._check(requests)
         failures = Failures()
-        for block_length in dict.fromkeys(request.decoding.block_length for request in requests):
-            of_length = [i for i, request in enumerate(requests) if request.decoding.block_length == block_length]
+        for of_length in grouped(range(len(requests)), lambda i: requests[i].decoding.block_length).values():
             self._load([requests[i] for i in of_length])
-            groups: dict[Any, list[int]] = {}
-            for i in of_length:
-                groups.setdefault(_group(requests[i].decoding), []).append(i)
-            for indices in groups.values():
+            for indices in grouped(of_length, lambda i: _group(requests[i].decoding)).values():
                 yield from self._generate_group(requests, indices, failures)
         if self._mask_tokens_drawn:
             logger.warning(
@@ -517,7 +496,7 @@ class JetEngine:
                     started = running.pop(number)
                     try:
                         result = self._result(requests[started.index], started, tokens)
-                    except EngineError as error:
+                    except NoAnswerError as error:
                         failures.add(started.index, str(error))
                     else:
                         yield started.index, result
@@ -599,12 +578,12 @@ class JetEngine:
 
     def _sampling_params(self, request: GenerationRequest) -> Any:
         decoding, vocabulary = request.decoding, self._config["vocab_size"]
-        stop_ids = request.stop_ids | self._single_tokens(request.stop_strings)
+        draw, stop_ids = Draw.of(decoding), stop_ids_of(request, self._checkpoint)
         params: dict[str, Any] = {
-            "temperature": 1.0 if decoding.greedy else decoding.temperature,
+            "temperature": draw.temperature,
             # 0, which means "off" in JetEngine's examples, makes 0.2.0 draw the most probable token.
-            "topk": 1 if decoding.greedy else min(decoding.top_k or vocabulary, vocabulary),
-            "topp": 1.0 if decoding.greedy else decoding.top_p,
+            "topk": min(draw.top_k or vocabulary, vocabulary),
+            "topp": draw.top_p,
             "max_tokens": request.max_new_tokens,
             "block_length": decoding.block_length,
             "denoising_steps": decoding.steps,
@@ -622,31 +601,18 @@ class JetEngine:
             params["ignore_eos"] = True
         return self._jetengine.SamplingParams(**params)
 
-    def _single_tokens(self, strings: Sequence[str]) -> set[int]:
-        """Tokens that are a stop string by themselves, so that JetEngine can stop at them."""
-        tokens = set()
-        for string in strings:
-            ids = self._checkpoint.tokenizer.encode(string, add_special_tokens=False)
-            if len(ids) == 1 and string in self._checkpoint.decode(ids):
-                tokens.add(ids[0])
-        return tokens
-
     def _result(self, request: GenerationRequest, started: _Started, tokens: list[int]) -> GenerationResult:
         """Cut what JetEngine returned to the answer."""
         if self._dialect.returns_prompt:
             length = len(request.prompt_ids)
             if tuple(tokens[:length]) != request.prompt_ids:
-                raise EngineError("JetEngine returned another prompt than it was given.")
+                raise NoAnswerError("JetEngine returned another prompt than it was given.")
             tokens = tokens[length:]
         block_length = request.decoding.block_length
         forwards = self._steps - started.step - (started.prefilled and self._dialect.version == "0.2.0")
         commits = -(-(len(request.prompt_ids) % block_length + len(tokens)) // block_length)
         mask = self._checkpoint.mask_token_id
-        end, reason = end_of_answer(tokens, request, self._checkpoint.decode)
-        if not reason:
-            raise EngineError(
-                f"JetEngine returned {len(tokens)} of {request.max_new_tokens} tokens, and none that ends the answer."
-            )
+        end, reason = answer_end(tokens, request, self._checkpoint, "JetEngine")
         answer = tuple(token for token in tokens[:end] if token != mask)
         self._mask_tokens_drawn += end - len(answer)
         return GenerationResult(
@@ -711,12 +677,7 @@ def _give_generator(generator: torch.Generator) -> None:
 
 def _config_for_jetengine(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """config.json with what JetEngine reads, where it looks for it."""
-    rope = config.get("rope_parameters") or {}
-    left_out = ("auto_map", "rope_scaling", "rope_parameters", "dtype", "quantization_config")
-    return {key: value for key, value in config.items() if key not in left_out} | {
-        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-        "torch_dtype": dtype,
-    }
+    return plain_config(config, "rope_parameters") | {"rope_theta": rope_theta(config), "torch_dtype": dtype}
 
 
 def _greedy_weights(logits: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -731,11 +692,7 @@ def _greedy_weights(logits: torch.Tensor, **_: Any) -> torch.Tensor:
 
 def _group(decoding: DecodingConfig) -> tuple[Any, ...]:
     """What must be equal in requests that run together: JetEngine takes these settings from the first of them."""
-    if decoding.greedy:
-        draw: tuple[float, ...] = (0.0,)
-    else:
-        draw = (decoding.temperature, decoding.top_k, decoding.top_p)
-    return (decoding.remasking_strategy, decoding.confidence_threshold, decoding.eb_threshold, *draw)
+    return decoding.remasking_strategy, decoding.confidence_threshold, decoding.eb_threshold, Draw.of(decoding)
 
 
 def _common_seed(seeds: Iterator[int]) -> int:

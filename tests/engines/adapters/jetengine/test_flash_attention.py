@@ -10,7 +10,7 @@ import torch
 from jetengine_standin import standin
 
 from sdar_lm_eval import DecodingConfig, EngineError, GenerationRequest, make_engine
-from sdar_lm_eval.engines.jetengine.flash_attention import ensure_right_attention
+from sdar_lm_eval.engines.adapters.jetengine.flash_attention import ensure_right_attention
 
 SHAPES = [(4, 2, 64, 4), (32, 8, 128, 4), (4, 4, 16, 1), (2, 1, 256, 64), (8, 2, 32, 16)]
 
