@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from sdar_lm_eval.engines.adapters.jetengine import engine
+from sdar_lm_eval.engines.adapters.jetengine import hooks
 
 FOLDER = Path(__file__).parent / "engines" / "adapters" / "jetengine" / "standin"
 VERSIONS = ("0.2.0", "0.1.0")
@@ -85,7 +85,7 @@ def gpu_on_the_cpu(patch: pytest.MonkeyPatch, free: int = 79 * GIB, total: int =
     for name, fact in facts.items():
         patch.setattr(torch.cuda, name, fact)
     patch.setattr(torch, "Generator", GeneratorOnTheCPU)
-    tried = engine.ensure_right_attention
+    tried = hooks.ensure_right_attention
     if getattr(tried, "on_the_cpu", False):
         return
 
@@ -94,4 +94,4 @@ def gpu_on_the_cpu(patch: pytest.MonkeyPatch, free: int = 79 * GIB, total: int =
         return tried(config, block_length, dtype, "cpu")
 
     on_the_cpu.on_the_cpu = True
-    patch.setattr(engine, "ensure_right_attention", on_the_cpu)
+    patch.setattr(hooks, "ensure_right_attention", on_the_cpu)

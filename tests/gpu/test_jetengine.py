@@ -33,8 +33,7 @@ def jetengine(demo):
     engine.prepare([GenerationRequest((1,) * 1500, 500, GREEDY)] * 256)
     print("\n", engine.info)
     yield engine
-    if engine._llm is not None:
-        engine._unload()
+    engine._unload()
 
 
 @pytest.mark.parametrize("strategy", ["low_confidence_static", "sequential", "low_confidence_dynamic"])
@@ -99,28 +98,28 @@ def test_a_standstill_loses_nothing(demo, jetengine, questions, monkeypatch):
     """Eight pages for eight sequences that all come to need a second one."""
     requests = ask(demo, questions, count=12, max_new_tokens=300, stop_ids=frozenset())
     expected = run(jetengine, requests)
-    pages, before = jetengine._llm.config.num_kvcache_blocks, jetengine.info["standstills"]
+    pages, before = jetengine._loaded.llm.config.num_kvcache_blocks, jetengine.info["standstills"]
     monkeypatch.setattr(jetengine, "_active", lambda _: 8)
-    jetengine._llm.config.num_kvcache_blocks = 8
+    jetengine._loaded.llm.config.num_kvcache_blocks = 8
     try:
         results = run(jetengine, requests)
     finally:
-        jetengine._llm.config.num_kvcache_blocks = pages
+        jetengine._loaded.llm.config.num_kvcache_blocks = pages
     assert jetengine.info["standstills"] > before
     assert [len(result.token_ids) for result in results] == [300] * 12
     assert sum(a.token_ids[:8] == b.token_ids[:8] for a, b in zip(expected, results, strict=True)) >= 9
 
 
 def test_a_standstill_with_one_sequence_is_an_error(demo, jetengine, questions, monkeypatch):
-    pages = jetengine._llm.config.num_kvcache_blocks
+    pages = jetengine._loaded.llm.config.num_kvcache_blocks
     monkeypatch.setattr(jetengine, "_active", lambda _: 1)
     monkeypatch.setattr(jetengine, "_check_pages", lambda _: None)
-    jetengine._llm.config.num_kvcache_blocks = 1
+    jetengine._loaded.llm.config.num_kvcache_blocks = 1
     try:
         with pytest.raises(EngineError, match="single sequence"):
             run(jetengine, ask(demo, questions, count=2, max_new_tokens=300, stop_ids=frozenset()))
     finally:
-        jetengine._llm.config.num_kvcache_blocks = pages
+        jetengine._loaded.llm.config.num_kvcache_blocks = pages
     assert len(run(jetengine, ask(demo, questions, count=4))) == 4
 
 
