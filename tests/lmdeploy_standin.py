@@ -44,13 +44,12 @@ def standin() -> Iterator[Any]:
         faults.reset()
         opened: list[Any] = []
         init = engine.LMDeploy.__init__
-        patch.setattr(engine.LMDeploy, "__init__", lambda self, *a, **k: (opened.append(self), init(self, *a, **k))[1])
+        patch.setattr(engine.LMDeploy, "__init__", lambda self, *a, **k: (init(self, *a, **k), opened.append(self))[1])
         try:
             yield faults
         finally:
             for adapter in opened:
-                if getattr(adapter, "_engine", None) is not None:
-                    adapter._unload()
+                adapter._unload()
             for name in list(sys.modules):
                 if name.partition(".")[0] == "lmdeploy":
                     del sys.modules[name]

@@ -439,9 +439,7 @@ class TestStandstill:
             lambda **given: params(**given | {"max_tokens": 1 if given["max_tokens"] == 10 else given["max_tokens"]}),
         )
         results = {}
-        with pytest.raises(
-            EngineError, match=r"^1 of 4 requests have no answer.*Number 1: .* returned \d of 10"
-        ):
+        with pytest.raises(EngineError, match=r"^1 of 4 requests have no answer.*Number 1: .* returned \d of 10"):
             results.update(engine.generate(requests))
         assert tokens_of(results[i] for i in (0, 2, 3)) == [expected[i] for i in (0, 2, 3)]
 

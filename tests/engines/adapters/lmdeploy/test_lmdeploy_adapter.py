@@ -25,8 +25,9 @@ from support import random_checkpoint, read_weights, write_weights
 import sdar_lm_eval.tasks
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import prompts as demo_prompts
+from sdar_lm_eval.engines.adapters.lmdeploy import checks, group, loading, requirements
 from sdar_lm_eval.engines.adapters.lmdeploy import engine as adapter
-from sdar_lm_eval.engines.adapters.lmdeploy import requirements
+from sdar_lm_eval.engines.adapters.lmdeploy.config import config_for_lmdeploy
 from sdar_lm_eval.engines.adapters.lmdeploy.hooks import Count
 from sdar_lm_eval.lm.model import SDARLMDeployLM
 
@@ -227,9 +228,12 @@ class TestEnds:
                 sent.append("cancelled")
 
         engine = of(demo)
-        engine._forwards = types.SimpleNamespace(take=lambda _: Count())
+        loaded = types.SimpleNamespace(
+            setup=engine._setup, lmdeploy=engine._lmdeploy, sessions=iter([1]),
+            forwards=types.SimpleNamespace(take=lambda _: Count()),
+        )  # fmt: skip
         request = GenerationRequest((1, 2, 3), len(given), GREEDY, stop_strings=("日",))
-        result = asyncio.run(engine._answer(Instance(), request))
+        result = asyncio.run(group.Group(loaded, [request], [0]).answer(Instance(), request))
         end = len(before) + 3
         assert (list(result.token_ids), result.finish_reason) == (given[:end], "stop")
         assert sent == [*range(0, end, block), "cancelled"]
@@ -337,7 +341,7 @@ class TestLoading:
         assert lmdeploy.made[-1].engine_config.max_batch_size == 200
 
     def test_logits_bound_the_sequences_at_once(self, lmdeploy, tiny, monkeypatch):
-        gpu_on_the_cpu(monkeypatch, total=8 * tiny.config["vocab_size"] * adapter.BYTES_PER_LOGIT * 4 * 10)
+        gpu_on_the_cpu(monkeypatch, total=8 * tiny.config["vocab_size"] * loading.BYTES_PER_LOGIT * 4 * 10)
         engine = of(tiny)
         engine.prepare([GenerationRequest((1, 2), 2, GREEDY)] * 100)
         assert engine.info["max_active"] == 8
@@ -408,7 +412,7 @@ class TestFolder:
         checkpoint = variant(tmp_path, moe=True)
         written = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in written.items() if k not in names}))
-        config = adapter._config_for_lmdeploy(Checkpoint.open(str(tmp_path)), "bfloat16")
+        config = config_for_lmdeploy(Checkpoint.open(str(tmp_path)), "bfloat16")
         assert (config["mlp_only_layers"], config["decoder_sparse_step"], config["norm_topk_prob"]) == ([], 1, True)
         assert checkpoint.is_moe
 
@@ -430,7 +434,7 @@ class TestFolder:
 
     def test_rope_scaling_in_its_older_spelling(self, tmp_path):
         checkpoint = variant(tmp_path, rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=500.0)
-        rope = adapter._config_for_lmdeploy(checkpoint, "bfloat16")["rope_parameters"]
+        rope = config_for_lmdeploy(checkpoint, "bfloat16")["rope_parameters"]
         assert rope == {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
 
 
@@ -478,7 +482,7 @@ class TestCrashes:
         engine = of(tiny)
         run(engine, [GenerationRequest((1, 2), 4, GREEDY)])
         lmdeploy.made[-1].max_session_len = 5  # it would cut the answer at 3 tokens, and call it finished
-        monkeypatch.setattr(adapter, "check_lengths", lambda *_: None)
+        monkeypatch.setattr(loading, "check_lengths", lambda *_: None)
         with pytest.raises(EngineError, match="3 of 4 tokens, and none that ends the answer"):
             run(engine, [GenerationRequest((1, 2), 4, GREEDY)])
 
@@ -559,7 +563,7 @@ class TestSeveralGPUs:
         assert not any(worker.is_alive() for worker in made.workers)
 
     def test_a_worker_that_dies_is_an_error(self, lmdeploy, tiny, monkeypatch):
-        monkeypatch.setattr(adapter, "WATCH", 0.1)
+        monkeypatch.setattr(group, "WATCH", 0.1)
         engine = of(tiny, tensor_parallel_size=2)
         generation = engine.generate(
             [GenerationRequest(p, n, GREEDY) for p, n in zip(random_prompts((3, 8)), (4, 900), strict=True)]
@@ -594,7 +598,8 @@ class TestSeveralGPUs:
         of(tiny, tensor_parallel_size=4)  # it has 2
 
     def test_processes(self, tiny, monkeypatch):
-        monkeypatch.setattr(adapter, "world_size", lambda: 2)
+        for module in (adapter, checks):
+            monkeypatch.setattr(module, "world_size", lambda: 2)
         assert of(tiny, data_parallel_size=2).info["data_parallel_size"] == 2
         with pytest.raises(UserError, match="data_parallel_size=4, but 2 process"):
             of(tiny, data_parallel_size=4)
