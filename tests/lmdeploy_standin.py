@@ -49,7 +49,7 @@ def standin() -> Iterator[Any]:
             yield faults
         finally:
             for adapter in opened:
-                adapter._unload()
+                adapter.close()
             for name in list(sys.modules):
                 if name.partition(".")[0] == "lmdeploy":
                     del sys.modules[name]

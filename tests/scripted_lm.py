@@ -38,6 +38,7 @@ class ScriptedEngine:
         self.error: Exception = EngineError("out of luck")
         self.info = {"engine": "scripted", "device": "cpu", "dtype": "float32", "max_active": 7}
         self.prepared: list[GenerationRequest] = []
+        self.closed = False
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
         self.prepared = list(requests)
@@ -56,6 +57,9 @@ class ScriptedEngine:
 
     def peak_memory_bytes(self) -> int:
         return 1 << 30
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class ScriptedLM(SDARLM):

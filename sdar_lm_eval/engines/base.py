@@ -324,6 +324,7 @@ def end_of_answer(
 
 
 Result = TypeVar("Result")
+Self = TypeVar("Self")
 Results = Generator[tuple[int, Result], None, None]
 """(position in the requests, result) as each finishes; closing it ends the run."""
 
@@ -352,6 +353,18 @@ class Engine(Protocol):
 
     def peak_memory_bytes(self) -> int:
         """The most memory used so far: the device's on CUDA, else the process's."""
+
+    def close(self) -> None:
+        """Give the model's memory back; a second call does nothing.
+
+        From then on `prepare`, `generate` and `score` raise an EngineError; `info` stays. A run that is in the middle
+        can be read to its end, and the memory is given back then.
+        """
+
+    def __enter__(self: Self) -> Self:
+        """The engine; the end of the `with` block closes it."""
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 @dataclass(frozen=True)

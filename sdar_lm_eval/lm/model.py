@@ -156,6 +156,19 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         if self._rank > 0:
             _speak_for_itself(self._rank)
 
+    def close(self) -> None:
+        """Close the store, the trace file and the engine, which gives its memory back; a second call does nothing."""
+        self._store.close()
+        if self._trace is not None:
+            self._trace.close()
+        self._engine.close()
+
+    def __enter__(self) -> SDARLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     # How the harness makes a model
 
     @classmethod

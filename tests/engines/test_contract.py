@@ -12,6 +12,7 @@ from asking import GREEDY, tokens_of
 
 from sdar_lm_eval import DecodingConfig, EngineError, GenerationRequest, UserError
 from sdar_lm_eval.demo import prompts as demo_prompts
+from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest
 
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential")  # those that all engines have
 
@@ -161,6 +162,30 @@ def test_the_harness_learns_what_it_needs(engine, tiny):
     assert engine.peak_memory_bytes() > 0
     for key in ("engine", "device", "dtype", "max_active", "torch", "transformers", "python"):
         assert engine.info[key], key
+
+
+def test_a_closed_engine_refuses_and_gives_all_back(open_engine, tiny):
+    requests = [GenerationRequest((1, 2, 3, i), 4 + 8 * i, GREEDY) for i in range(3)]
+    with open_engine(tiny, max_active=2) as engine:
+        whole = tokens_of(run(engine, requests))
+        in_the_middle = engine.generate(requests)
+        results = dict([next(in_the_middle)])
+    facts = dict(engine.info)
+    refused = [
+        lambda: engine.prepare(requests),
+        lambda: next(engine.generate(requests)),
+        lambda: next(engine.generate([])),
+    ]
+    if hasattr(engine, "score"):
+        refused.append(lambda: next(engine.score([ScoreRequest((1,), (2,))], LikelihoodConfig())))
+    for again in refused:
+        with pytest.raises(EngineError, match=r"engine is closed\. Open another one"):
+            again()
+    results |= dict(in_the_middle)  # a run that had begun goes on
+    assert tokens_of(results[i] for i in range(3)) == whole
+    engine.close()
+    assert dict(engine.info).keys() == facts.keys()
+    assert engine.peak_memory_bytes() > 0
 
 
 @pytest.mark.parametrize("max_active", [0, -1, "many"])

@@ -33,7 +33,7 @@ def jetengine(demo):
     engine.prepare([GenerationRequest((1,) * 1500, 500, GREEDY)] * 256)
     print("\n", engine.info)
     yield engine
-    engine._unload()
+    engine.close()
 
 
 @pytest.mark.parametrize("strategy", ["low_confidence_static", "sequential", "low_confidence_dynamic"])
@@ -159,5 +159,5 @@ def test_two_block_lengths_in_one_run(demo, jetengine, questions):
 def test_a_mixture_of_experts(demo, jetengine, tmp_path):
     if jetengine.info["engine_version"] != "0.1.0":
         pytest.skip("0.2.0 takes none")
-    jetengine._unload()
+    jetengine.close()
     check_mixture_of_experts(tmp_path, "jetengine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import os
@@ -35,7 +36,14 @@ from sdar_lm_eval.engines.native.runner import MOST_UNDER_WAY, Runner, Shape
 from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
 from sdar_lm_eval.engines.native.scoring import Limits, Scoring
 from sdar_lm_eval.engines.native.state import Outcome
-from sdar_lm_eval.engines.runs import Failures, OneRun, is_out_of_memory, peak_of_process, warm_up_requests
+from sdar_lm_eval.engines.runs import (
+    Closable,
+    Failures,
+    OneRun,
+    is_out_of_memory,
+    peak_of_process,
+    warm_up_requests,
+)
 from sdar_lm_eval.errors import EngineError, UserError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +55,7 @@ MEMORY_FRACTION = 0.85  # of the GPU memory that is free after the weights, for 
 CPU_CACHE_BYTES = 4 << 30
 
 
-class NativeEngine:
+class NativeEngine(Closable):
     """SDAR on torch and transformers, with continuous batching over paged KV.
 
     Args:
@@ -137,6 +145,14 @@ class NativeEngine:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return peak_of_process()
+
+    def _unload(self) -> None:
+        """Free model, KV cache and graphs: nothing else refers to them but they to each other."""
+        del self._model, self._runner
+        self._warm_shape = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def prepare(self, requests: SequenceOf[GenerationRequest]) -> None:
         """See `Engine.prepare`: memory; on a GPU kernels and the first CUDA graphs, others are captured on the way."""

@@ -28,13 +28,13 @@ from sdar_lm_eval.engines.adapters.jetengine.loading import Loaded, Setup, wante
 from sdar_lm_eval.engines.adapters.jetengine.memory import CAPTURED
 from sdar_lm_eval.engines.adapters.jetengine.versions import INSTALL, find_jetengine
 from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, Results, at_least_one, check_bool
-from sdar_lm_eval.engines.runs import Failures, OneRun, warm_up_requests
+from sdar_lm_eval.engines.runs import Closable, Failures, OneRun, warm_up_requests
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
 
-class JetEngine:
+class JetEngine(Closable):
     """SDAR on JetEngine.
 
     The weights are loaded when the first requests are there, since JetEngine takes its memory once and for all.

@@ -41,13 +41,13 @@ from sdar_lm_eval.engines.adapters.lmdeploy.hooks import import_lmdeploy
 from sdar_lm_eval.engines.adapters.lmdeploy.loading import MAX_ACTIVE, Fixed, Loaded, Setup, wanted_active
 from sdar_lm_eval.engines.adapters.lmdeploy.requirements import DEVIATIONS, executor_for, find_lmdeploy
 from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, Results, at_least_one
-from sdar_lm_eval.engines.runs import Failures, OneRun, warm_up_requests
+from sdar_lm_eval.engines.runs import Closable, Failures, OneRun, warm_up_requests
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
 
-class LMDeploy:
+class LMDeploy(Closable):
     """SDAR on LMDeploy.
 
     The weights are loaded when the first requests are there.

@@ -366,6 +366,13 @@ class TestMemory:
         assert not hasattr(first, "model_runner")
         assert taken_back == [first.exit]  # which would fail at the end of the process
 
+    def test_closing_ends_jetengine(self, jetengine, tiny):
+        of(tiny).close()  # nothing is loaded yet
+        with of(tiny) as engine:
+            engine.prepare([GenerationRequest((1,), 4, GREEDY)])
+            assert hasattr(jetengine.made[-1], "model_runner")
+        assert not hasattr(jetengine.made[-1], "model_runner")
+
 
 class TestStandstill:
     """No page is free for any sequence: JetEngine keeps them all, and does nothing."""
@@ -489,7 +496,7 @@ class TestTensorParallel:
         assert tokens_of(run(engine, requests)) == native(even, requests)
         (worker,) = jetengine_010.made[-1].ps
         assert worker.is_alive()
-        engine._unload()
+        engine.close()
         assert not worker.is_alive()
 
     def test_sequences_of_a_step_fit_its_message(self, jetengine_010, even, monkeypatch):
@@ -506,7 +513,7 @@ class TestTensorParallel:
             engine = of(even, tensor_parallel_size=2, gpu_memory_utilization=0.9)
             engine.prepare([GenerationRequest((1,) * 8, 8, GREEDY)])
             found = engine._loaded.llm.config.num_kvcache_blocks
-            engine._unload()
+            engine.close()
             return found
 
         a_page = memory.bytes_per_page(even.full_config(), 2)

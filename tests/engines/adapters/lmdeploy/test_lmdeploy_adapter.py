@@ -346,6 +346,14 @@ class TestLoading:
         engine.prepare([GenerationRequest((1, 2), 2, GREEDY)] * 100)
         assert engine.info["max_active"] == 8
 
+    def test_closing_ends_lmdeploy(self, lmdeploy, tiny):
+        of(tiny).close()  # nothing is loaded yet
+        with of(tiny) as engine:
+            engine.prepare([GenerationRequest((1, 2), 2, GREEDY)])
+            assert not lmdeploy.made[-1].closed
+        assert lmdeploy.made[-1].closed
+        assert not [thread for thread in threading.enumerate() if thread.name == "lmdeploy"]
+
     @pytest.mark.parametrize("error", [RuntimeError("No enough gpu memory for kv cache."), SystemExit(1)])
     def test_it_does_not_start(self, lmdeploy, tiny, error):
         engine = of(tiny)
@@ -559,7 +567,7 @@ class TestSeveralGPUs:
         assert [worker.is_alive() for worker in made.workers] == [True] * (2 if executor == "mp" else 0)
         # Python waits for other threads when it ends, and ends the workers only then.
         assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
-        engine._unload()
+        engine.close()
         assert not any(worker.is_alive() for worker in made.workers)
 
     def test_a_worker_that_dies_is_an_error(self, lmdeploy, tiny, monkeypatch):
