@@ -25,6 +25,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from sdar_lm_eval.engines.types import EngineInfo
 from sdar_lm_eval.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -333,8 +334,8 @@ class Engine(Protocol):
     """What the harness needs of an engine."""
 
     @property
-    def info(self) -> Mapping[str, Any]:
-        """Facts for the results file: engine, versions, device, dtype, capacity, deviations from the semantics."""
+    def info(self) -> EngineInfo:
+        """Facts for the results file, as they are now."""
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
         """Do what has to be done before these requests can run, once: its time is loading, not generation.

@@ -7,19 +7,22 @@ Allowance           how many run at once: fewer after an out-of-memory error, mo
 is_out_of_memory    whether an error says that memory ran out, on a GPU or on the CPU
 warm_up_requests    short requests that make an engine compile what the real ones need
 peak_of_process     the most memory that this process has used
+environment         versions of what an engine runs on
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import platform
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+import transformers
 
 from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.errors import EngineError
@@ -215,3 +218,14 @@ def peak_of_process() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def environment(device: torch.device, libraries: Mapping[str, str | None] | None = None) -> dict[str, str | None]:
+    """Versions of torch, transformers, these other libraries and Python, and the device's name where it is a GPU."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **(libraries or {}),
+        "python": platform.python_version(),
+        **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
+    }

@@ -142,7 +142,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             max_active=max_active,
             **{name: arguments[name] for name in self.ENGINE_ARGUMENTS if name in arguments},
         )
-        self._device: str = self._engine.info["device"]
+        self._device = self._engine.info.device
         if self._device == "cpu":
             self._ranks.share_cpu()
         self._cache_path: str | None = None
@@ -462,9 +462,9 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         return {
             "revision": ANSWER_REVISION,
             "engine": self.ENGINE,
-            "engine_version": self._engine.info.get("engine_version"),
+            "engine_version": self._engine.info.engine_version,
             "checkpoint": self.checkpoint.fingerprint,
-            "dtype": self._engine.info["dtype"],
+            "dtype": self._engine.info.dtype,
         }
 
     # Facts for the results file
@@ -478,7 +478,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         """Facts for `results["config"]`: on the model, and on what the last evaluation did."""
         return {
             "model_revision": self.checkpoint.revision,
-            "model_dtype": self._engine.info["dtype"],
+            "model_dtype": self._engine.info.dtype,
             "sdar_lm_eval": self._facts(),
         }
 
@@ -498,7 +498,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             "ranks": self._world_size,
             "decoding": self._jobs.default.as_dict(),
             **self._likelihood.as_dict(),
-            **self._engine.info,
+            **self._engine.info.as_dict(),
             **facts_of_evaluation(self._all_ranks, self._prompts.template_hash),
         }
 
@@ -506,8 +506,8 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         info = self._engine.info
         settings = ", ".join(f"{name}={value}" for name, value in self._jobs.default.as_dict().items())
         return (
-            f"{self.checkpoint.name} on the {self.ENGINE} engine ({info['device']}, {info['dtype']}, up to "
-            f"{info['max_active']} sequences at once); unless a task says otherwise: {settings}"
+            f"{self.checkpoint.name} on the {self.ENGINE} engine ({info.device}, {info.dtype}, up to "
+            f"{info.max_active} sequences at once); unless a task says otherwise: {settings}"
         )
 
     def _warn_of_untrained(self) -> None:

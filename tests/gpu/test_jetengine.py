@@ -41,7 +41,7 @@ def test_answers_are_the_native_engines(demo, jetengine, native, rounded, questi
     requests = ask(demo, questions, dataclasses.replace(GREEDY, remasking_strategy=strategy))
     theirs, ours = run(jetengine, requests), run(native, requests)
     differing_answers(demo, theirs, run(rounded, requests), f"{strategy}, both in bfloat16: JetEngine")
-    if strategy in jetengine.info["deviations"]:
+    if strategy in jetengine.info.deviations:
         assert len(differing_answers(demo, theirs, ours, f"{strategy}: JetEngine")) <= 30
     else:
         check_agreement(demo, requests, theirs, ours, f"{strategy}: JetEngine")
@@ -88,7 +88,7 @@ def test_twelve_prompts_with_twelve_settings(demo, jetengine, questions):
 def test_draws_have_the_models_frequencies(demo, jetengine, questions, decoding):
     """The first token at the first step: softmax(logits / T), from the weights by transformers."""
     prompt = next(q for q in questions if len(q) % 4 == 0)
-    count = 4096 if jetengine.info["cuda_graphs"] else 1024  # 0.1.0 draws row by row
+    count = 4096 if jetengine.info.extra["cuda_graphs"] else 1024  # 0.1.0 draws row by row
     settings = DecodingConfig(**decoding, remasking_strategy="sequential")
     results = run(jetengine, [GenerationRequest(prompt, 1, settings, seed=i) for i in range(count)])
     check_frequencies(drawn_frequencies(demo, results), first_token_logits(demo, prompt), settings, count)
@@ -98,14 +98,14 @@ def test_a_standstill_loses_nothing(demo, jetengine, questions, monkeypatch):
     """Eight pages for eight sequences that all come to need a second one."""
     requests = ask(demo, questions, count=12, max_new_tokens=300, stop_ids=frozenset())
     expected = run(jetengine, requests)
-    pages, before = jetengine._loaded.llm.config.num_kvcache_blocks, jetengine.info["standstills"]
+    pages, before = jetengine._loaded.llm.config.num_kvcache_blocks, jetengine.info.extra["standstills"]
     monkeypatch.setattr(jetengine, "_active", lambda _: 8)
     jetengine._loaded.llm.config.num_kvcache_blocks = 8
     try:
         results = run(jetengine, requests)
     finally:
         jetengine._loaded.llm.config.num_kvcache_blocks = pages
-    assert jetengine.info["standstills"] > before
+    assert jetengine.info.extra["standstills"] > before
     assert [len(result.token_ids) for result in results] == [300] * 12
     assert sum(a.token_ids[:8] == b.token_ids[:8] for a, b in zip(expected, results, strict=True)) >= 9
 
@@ -157,7 +157,7 @@ def test_two_block_lengths_in_one_run(demo, jetengine, questions):
 
 
 def test_a_mixture_of_experts(demo, jetengine, tmp_path):
-    if jetengine.info["engine_version"] != "0.1.0":
+    if jetengine.info.engine_version != "0.1.0":
         pytest.skip("0.2.0 takes none")
     jetengine.close()
     check_mixture_of_experts(tmp_path, "jetengine")

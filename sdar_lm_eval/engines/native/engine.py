@@ -6,15 +6,13 @@ import gc
 import importlib.util
 import logging
 import os
-import platform
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import torch
-import transformers
 
 from sdar_lm_eval.checkpoint import DTYPES, Checkpoint
 from sdar_lm_eval.engines.base import (
@@ -40,10 +38,12 @@ from sdar_lm_eval.engines.runs import (
     Closable,
     Failures,
     OneRun,
+    environment,
     is_out_of_memory,
     peak_of_process,
     warm_up_requests,
 )
+from sdar_lm_eval.engines.types import EngineInfo
 from sdar_lm_eval.errors import EngineError, UserError
 
 logger = logging.getLogger(__name__)
@@ -121,24 +121,21 @@ class NativeEngine(Closable):
             )
 
     @property
-    def info(self) -> Mapping[str, Any]:
+    def info(self) -> EngineInfo:
         """See `Engine.info`."""
-        info: dict[str, Any] = {
-            "engine": "native",
-            "device": str(self._device),
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "max_active": self._max_active or DEFAULT_ACTIVE[self._device.type],
-            "kernels": self._kernels,
-            "reproducible": self._reproducible,
-            "preemptions": self._preemptions,
-            "shared_prompt_tokens": self._shared_prompt_tokens,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        }
-        if self._device.type == "cuda":
-            info["gpu"] = torch.cuda.get_device_name(self._device)
-        return info
+        return EngineInfo(
+            engine="native",
+            device=str(self._device),
+            dtype=str(self._dtype).removeprefix("torch."),
+            max_active=self._max_active or DEFAULT_ACTIVE[self._device.type],
+            extra={
+                "kernels": self._kernels,
+                "reproducible": self._reproducible,
+                "preemptions": self._preemptions,
+                "shared_prompt_tokens": self._shared_prompt_tokens,
+            },
+            environment=environment(self._device),
+        )
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""

@@ -13,12 +13,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
-import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import transformers
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.adapters.common import gpu_named, grouped, half_precision, listed, to_share, version_of
@@ -28,7 +26,8 @@ from sdar_lm_eval.engines.adapters.jetengine.loading import Loaded, Setup, wante
 from sdar_lm_eval.engines.adapters.jetengine.memory import CAPTURED
 from sdar_lm_eval.engines.adapters.jetengine.versions import INSTALL, find_jetengine
 from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, Results, at_least_one, check_bool
-from sdar_lm_eval.engines.runs import Closable, Failures, OneRun, warm_up_requests
+from sdar_lm_eval.engines.runs import Closable, Failures, OneRun, environment, warm_up_requests
+from sdar_lm_eval.engines.types import EngineInfo
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -91,28 +90,27 @@ class JetEngine(Closable):
     # What it says of itself
 
     @property
-    def info(self) -> Mapping[str, Any]:
+    def info(self) -> EngineInfo:
         """See `Engine.info`."""
         setup = self._setup
-        active = self._loaded.size.max_active if self._loaded else setup.max_active or CAPTURED[-1]
-        return {
-            "engine": "jetengine",
-            "engine_version": setup.dialect.version,
-            "engine_commit": self._commit,
-            "device": str(setup.device),
-            "dtype": setup.dtype,
-            "max_active": active,
-            "tensor_parallel_size": setup.tensor_parallel_size,
-            "cuda_graphs": setup.graphs,
-            **dataclasses.asdict(self._counts),
-            "flash_attn_splits": self._may_split,
-            "deviations": dict(setup.dialect.deviations),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            **{name: version_of(name) for name in ("flashinfer-python", "flash-attn")},
-            "python": platform.python_version(),
-            "gpu": torch.cuda.get_device_name(setup.device),
-        }
+        return EngineInfo(
+            engine="jetengine",
+            engine_version=setup.dialect.version,
+            engine_commit=self._commit,
+            device=str(setup.device),
+            dtype=setup.dtype,
+            max_active=self._loaded.size.max_active if self._loaded else setup.max_active or CAPTURED[-1],
+            deviations=setup.dialect.deviations,
+            extra={
+                "tensor_parallel_size": setup.tensor_parallel_size,
+                "cuda_graphs": setup.graphs,
+                **dataclasses.asdict(self._counts),
+                "flash_attn_splits": self._may_split,
+            },
+            environment=environment(
+                setup.device, {name: version_of(name) for name in ("flashinfer-python", "flash-attn")}
+            ),
+        )
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""

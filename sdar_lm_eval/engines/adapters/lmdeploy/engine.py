@@ -16,12 +16,9 @@ were read.
 from __future__ import annotations
 
 import logging
-import platform
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
-import transformers
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.adapters.common import (
@@ -41,7 +38,8 @@ from sdar_lm_eval.engines.adapters.lmdeploy.hooks import import_lmdeploy
 from sdar_lm_eval.engines.adapters.lmdeploy.loading import MAX_ACTIVE, Fixed, Loaded, Setup, wanted_active
 from sdar_lm_eval.engines.adapters.lmdeploy.requirements import DEVIATIONS, executor_for, find_lmdeploy
 from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, Results, at_least_one
-from sdar_lm_eval.engines.runs import Closable, Failures, OneRun, warm_up_requests
+from sdar_lm_eval.engines.runs import Closable, Failures, OneRun, environment, warm_up_requests
+from sdar_lm_eval.engines.types import EngineInfo
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -107,29 +105,27 @@ class LMDeploy(Closable):
     # What it says of itself
 
     @property
-    def info(self) -> Mapping[str, Any]:
+    def info(self) -> EngineInfo:
         """See `Engine.info`."""
         setup, loaded = self._setup, self._loaded
-        active = loaded.active if loaded is not None and not loaded.closed else setup.max_active or MAX_ACTIVE
-        return {
-            "engine": "lmdeploy",
-            "engine_version": setup.installed.version,
-            "engine_commit": setup.installed.commit,
-            "device": str(setup.device),
-            "dtype": setup.dtype,
-            "max_active": active,
-            "tensor_parallel_size": setup.tensor_parallel_size,
-            "executor": setup.executor,
-            "data_parallel_size": world_size(),
-            "cache_max_entry_count": setup.cache_share,
-            "loads": self._loads,
-            "deviations": dict(DEVIATIONS),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            **{name: version_of(name) for name in ("triton", *(["ray"] if setup.executor == "ray" else []))},
-            "python": platform.python_version(),
-            "gpu": torch.cuda.get_device_name(setup.device),
-        }
+        libraries = ("triton", "ray") if setup.executor == "ray" else ("triton",)
+        return EngineInfo(
+            engine="lmdeploy",
+            engine_version=setup.installed.version,
+            engine_commit=setup.installed.commit,
+            device=str(setup.device),
+            dtype=setup.dtype,
+            max_active=(loaded.active if loaded is not None and not loaded.closed else setup.max_active or MAX_ACTIVE),
+            deviations=DEVIATIONS,
+            extra={
+                "tensor_parallel_size": setup.tensor_parallel_size,
+                "executor": setup.executor,
+                "data_parallel_size": world_size(),
+                "cache_max_entry_count": setup.cache_share,
+                "loads": self._loads,
+            },
+            environment=environment(setup.device, {name: version_of(name) for name in libraries}),
+        )
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`; with several GPUs, what is in use on the first one (others allocate it)."""

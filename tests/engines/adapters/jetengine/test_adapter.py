@@ -47,7 +47,7 @@ class TestAnswers:
         decoding = dataclasses.replace(GREEDY, remasking_strategy=strategy)
         requests = [GenerationRequest(p, 24, decoding, frozenset(demo.stop_ids)) for p in demo_prompts(demo)[:3]]
         engine = of(demo)
-        other_rules = strategy in engine.info["deviations"]
+        other_rules = strategy in engine.info.deviations
         assert other_rules == (jetengine.version == "0.2.0" and strategy == "low_confidence_dynamic")
         assert (tokens_of(run(engine, requests)) != native(demo, requests)) == other_rules
 
@@ -260,7 +260,7 @@ class TestEnds:
             results = run(engine, [GenerationRequest(p, 12, GREEDY) for p in random_prompts((4, 5, 6, 7))])
         assert all(checkpoint.mask_token_id not in result.token_ids for result in results)
         drawn = sum(12 - len(result.token_ids) for result in results)
-        assert engine.info["mask_tokens_drawn"] == drawn > 0
+        assert engine.info.extra["mask_tokens_drawn"] == drawn > 0
         assert f"drew the mask token {drawn} times" in caplog.text
 
 
@@ -288,7 +288,7 @@ class TestMemory:
         assert (config.max_model_len, config.max_num_seqs) == (52, 4)  # whole blocks; a number that has a graph
         assert config.max_num_batched_tokens == 4 * 30  # the longest prompts that can begin together
         assert config.kvcache_block_size == 256
-        assert engine.info["max_active"] == 4
+        assert engine.info.max_active == 4
         assert config.num_kvcache_blocks >= 4
         free = 79 * GIB - config.gpu_memory_utilization * 80 * GIB
         assert free > 70 * GIB  # no more than is needed
@@ -308,7 +308,7 @@ class TestMemory:
         with caplog.at_level(logging.WARNING):
             assert tokens_of(run(engine, requests)) == expected
         assert max(denoised for _, denoised in jetengine.batches) == {"0.2.0": 2, "0.1.0": 1}[jetengine.version]
-        assert engine.info["standstills"] == 0
+        assert engine.info.extra["standstills"] == 0
 
     def test_fewer_at_once_are_told(self, jetengine_020, tiny, caplog):
         jetengine_020.faults.pages = 3
@@ -336,7 +336,7 @@ class TestMemory:
         engine = of(tiny)
         requests = [GenerationRequest(p, 8, GREEDY) for p in random_prompts((40, 24, 30, 8, 9))]
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
-        assert engine.info["standstills"] == 0
+        assert engine.info.extra["standstills"] == 0
         assert max(prefilled for prefilled, _ in jetengine.batches) > 1
 
     def test_no_memory_for_the_weights_or_for_pages(self, jetengine, tiny, monkeypatch):
@@ -390,7 +390,7 @@ class TestStandstill:
         engine = of(tiny)
         with caplog.at_level(logging.WARNING):
             assert tokens_of(run(engine, self.requests())) == expected
-        assert engine.info["standstills"] > 0
+        assert engine.info.extra["standstills"] > 0
         assert "ran out of memory; its sequences run again, 2 at a time" in caplog.text
         assert tokens_of(run(engine, self.requests()[:1])) == expected[:1]  # and the next call is as any
 
@@ -410,7 +410,7 @@ class TestStandstill:
         jetengine.faults.at_step = {step: torch.OutOfMemoryError("all is taken")}
         engine = of(tiny)
         assert tokens_of(run(engine, self.requests())) == native(tiny, self.requests())
-        assert engine.info["standstills"] == 1
+        assert engine.info.extra["standstills"] == 1
 
     def test_another_error_in_a_step_keeps_what_is_finished(self, jetengine, tiny):
         requests = [GenerationRequest((1, 2, 3, 4), new, GREEDY) for new in (4, 40)]
@@ -430,7 +430,7 @@ class TestStandstill:
         }
         engine = of(tiny, max_active=8)
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
-        assert engine.info["standstills"] == 1
+        assert engine.info.extra["standstills"] == 1
         sizes = [denoised for _, denoised in jetengine.batches if denoised in (4, 8)]
         assert [size for size, _ in itertools.groupby(sizes)][:3] == [8, 4, 8]
 
@@ -463,7 +463,7 @@ class TestWarmUp:
         of_strategy = [params.remasking_strategy for params in jetengine.sampled]
         assert {"low_confidence_static", "sequential"} == set(of_strategy)
         assert max(denoised for _, denoised in jetengine.batches) >= 2
-        assert engine.info["steps"] == engine.info["steps_without_graph"] == 0
+        assert engine.info.extra["steps"] == engine.info.extra["steps_without_graph"] == 0
         jetengine.batches.clear()
         engine.prepare(requests)
         assert not jetengine.batches
@@ -541,8 +541,8 @@ class TestGraphs:
         engine = of(tiny)
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
         assert {denoised for _, denoised in jetengine_020.batches} == {0, 4, 2, 1}
-        assert engine.info["steps_without_graph"] == 0
-        assert engine.info["steps"] == len(jetengine_020.batches)
+        assert engine.info.extra["steps_without_graph"] == 0
+        assert engine.info.extra["steps"] == len(jetengine_020.batches)
 
     def test_steps_without_a_graph_are_counted(self, jetengine_020, tiny):
         """While some are waiting, those that begin leave a step to the others."""
@@ -550,7 +550,7 @@ class TestGraphs:
         engine = of(tiny)
         run(engine, requests)
         others = [denoised for _, denoised in jetengine_020.batches if denoised not in (0, 1, 2, 4)]
-        assert engine.info["steps_without_graph"] == len(others) > 0
+        assert engine.info.extra["steps_without_graph"] == len(others) > 0
 
     def test_no_more_run_than_that(self, jetengine, tiny):
         run(of(tiny, max_active=3), [GenerationRequest(p, 5, GREEDY) for p in random_prompts([8] * 5)])
@@ -561,13 +561,13 @@ class TestGraphs:
         run(engine, [GenerationRequest(p, 5 + 4 * i, GREEDY) for i, p in enumerate(random_prompts([8] * 4))])
         assert {denoised for _, denoised in jetengine.batches} == {0, 1, 2, 3, 4}
         assert engine._loaded.llm.config.enforce_eager
-        assert not engine.info["cuda_graphs"]
+        assert not engine.info.extra["cuda_graphs"]
 
     def test_graphs_are_on_where_there_are_any(self, jetengine, tiny):
         engine = of(tiny)
         engine.prepare([GenerationRequest((1,), 4, GREEDY)])
         assert (
-            engine.info["cuda_graphs"]
+            engine.info.extra["cuda_graphs"]
             == (not engine._loaded.llm.config.enforce_eager)
             == (jetengine.version == "0.2.0")
         )
@@ -620,14 +620,14 @@ class TestTheProcess:
         expected = torch.float16 if dtype == "float16" else torch.bfloat16
         config = engine._loaded.llm.config
         assert (config.torch_dtype if jetengine.version == "0.2.0" else config.hf_config.torch_dtype) == expected
-        assert f"torch.{engine.info['dtype']}" == str(expected)
+        assert f"torch.{engine.info.dtype}" == str(expected)
 
     def test_the_checkpoints_own_dtype(self, jetengine, tiny, tmp_path):
-        assert of(variant(tiny, tmp_path / "a", torch_dtype="float16")).info["dtype"] == "float16"
-        assert of(variant(tiny, tmp_path / "b", torch_dtype=None, dtype="float16")).info["dtype"] == "float16"
+        assert of(variant(tiny, tmp_path / "a", torch_dtype="float16")).info.dtype == "float16"
+        assert of(variant(tiny, tmp_path / "b", torch_dtype=None, dtype="float16")).info.dtype == "float16"
 
     def test_facts(self, jetengine, demo):
-        info = of(demo, max_active=9).info
+        info = of(demo, max_active=9).info.as_dict()
         assert (info["engine"], info["engine_version"]) == ("jetengine", jetengine.version)
         assert len(info["engine_commit"]) == 40
         assert (info["device"], info["gpu"], info["max_active"]) == ("cuda:0", "a GPU on the CPU", 9)

@@ -285,7 +285,7 @@ class TestLoading:
         requests = [GenerationRequest((1, 2, 3), 4, decoding) for decoding in settings]
         run(engine, requests)
         run(engine, requests[:1])
-        assert engine.info["loads"] == 1
+        assert engine.info.extra["loads"] == 1
 
     def test_it_warms_up_once_for_each_way_to_draw(self, lmdeploy, tiny):
         """What is compiled at the first steps is part of loading."""
@@ -312,14 +312,14 @@ class TestLoading:
         assert "loaded once more" in caplog.text
         assert "2 kind(s)" in caplog.text
         assert tokens_of(run(engine, requests)) == expected
-        assert engine.info["loads"] == 3
+        assert engine.info.extra["loads"] == 3
         assert [made.closed for made in lmdeploy.made] == [True, True, False]
 
     def test_again_for_more_at_once_but_not_for_fewer(self, lmdeploy, tiny):
         engine = of(tiny)
         for number, loads in ((3, 1), (4, 1), (2, 1), (5, 2)):
             run(engine, [GenerationRequest((1, 2), 2, GREEDY)] * number)
-            assert engine.info["loads"] == loads
+            assert engine.info.extra["loads"] == loads
         assert lmdeploy.made[-1].engine_config.max_batch_size == 8
 
     def test_all_settings_reach_it(self, lmdeploy, tiny):
@@ -344,7 +344,7 @@ class TestLoading:
         gpu_on_the_cpu(monkeypatch, total=8 * tiny.config["vocab_size"] * loading.BYTES_PER_LOGIT * 4 * 10)
         engine = of(tiny)
         engine.prepare([GenerationRequest((1, 2), 2, GREEDY)] * 100)
-        assert engine.info["max_active"] == 8
+        assert engine.info.max_active == 8
 
     def test_closing_ends_lmdeploy(self, lmdeploy, tiny):
         of(tiny).close()  # nothing is loaded yet
@@ -474,7 +474,7 @@ class TestCrashes:
         assert 2 <= len(kept) < 4
         assert all(tokens_of([result])[0] == expected[index] for index, result in kept.items())
         assert tokens_of(run(engine, requests)) == expected  # on an engine made anew
-        assert engine.info["loads"] == 2
+        assert engine.info.extra["loads"] == 2
 
     def test_an_abandoned_run_leaves_nothing_behind(self, lmdeploy, tiny):
         engine = of(tiny, max_active=2)
@@ -484,7 +484,7 @@ class TestCrashes:
         generation.close()
         assert not lmdeploy.made[-1].sessions
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
-        assert engine.info["loads"] == 1
+        assert engine.info.extra["loads"] == 1
 
     def test_an_answer_without_an_end_is_an_error(self, lmdeploy, tiny, monkeypatch):
         engine = of(tiny)
@@ -562,7 +562,7 @@ class TestSeveralGPUs:
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
         made = lmdeploy.made[-1]
         assert (made.engine_config.tp, made.engine_config.distributed_executor_backend) == (2, executor)
-        assert (engine.info["tensor_parallel_size"], engine.info["executor"]) == (2, executor)
+        assert (engine.info.extra["tensor_parallel_size"], engine.info.extra["executor"]) == (2, executor)
         assert engine.peak_memory_bytes() > 0
         assert [worker.is_alive() for worker in made.workers] == [True] * (2 if executor == "mp" else 0)
         # Python waits for other threads when it ends, and ends the workers only then.
@@ -608,7 +608,7 @@ class TestSeveralGPUs:
     def test_processes(self, tiny, monkeypatch):
         for module in (adapter, checks):
             monkeypatch.setattr(module, "world_size", lambda: 2)
-        assert of(tiny, data_parallel_size=2).info["data_parallel_size"] == 2
+        assert of(tiny, data_parallel_size=2).info.extra["data_parallel_size"] == 2
         with pytest.raises(UserError, match="data_parallel_size=4, but 2 process"):
             of(tiny, data_parallel_size=4)
         with pytest.raises(UserError, match="in 2 processes: each would take the same GPUs"):
@@ -646,7 +646,7 @@ class TestRequirements:
             of(tiny)
 
     def test_what_it_says_of_itself(self, lmdeploy, tiny):
-        info = of(tiny).info
+        info = of(tiny).info.as_dict()
         assert info["engine_version"] == "0.18.0"
         assert set(info["deviations"]) == {"low_confidence_dynamic", "denoising_steps", "confidence", "sampling"}
         json.dumps(dict(info))
