@@ -35,6 +35,9 @@ DTYPES = ("bfloat16", "float16")
 BLOCK_LENGTHS = (1, 2, 4, 8, 16, 32, 64)  # what the kernels of both engines take
 HEAD_DIMS = (16, 32, 64, 128, 256)
 
+Config = Mapping[str, Any]
+"""config.json, parsed."""
+
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -173,7 +176,7 @@ def check_lengths(requests: Iterable[GenerationRequest], limit: int, who: str) -
             )
 
 
-def listed(values: Sequence[Any]) -> str:
+def listed(values: Sequence[object]) -> str:
     """Values as a message has them."""
     return ", ".join(map(str, values))
 
@@ -194,15 +197,15 @@ def register_configs(*classes: type[BareConfig]) -> None:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
-def plain_config(config: Mapping[str, Any], *left_out: str) -> dict[str, Any]:
+def plain_config(config: Config, *left_out: str) -> dict[str, object]:
     """config.json without these keys, code, dtype and quantization, nor RoPE scaling as one transformers writes it."""
     left_out += ("auto_map", "dtype", "quantization_config", "rope_scaling")
     return {key: value for key, value in config.items() if key not in left_out}
 
 
-def rope_theta(config: Mapping[str, Any]) -> float:
+def rope_theta(config: Config) -> float:
     """The rotary base, from where transformers 5 writes it, or 4."""
-    own = config.get("rope_parameters") or {}
+    own: Config = config.get("rope_parameters") or {}
     base: float = own.get("rope_theta", config.get("rope_theta", 10000.0))
     return base
 
@@ -314,7 +317,7 @@ def version_of(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        module: Any = sys.modules.get(package.removesuffix("-python").replace("-", "_"))
+        module = sys.modules.get(package.removesuffix("-python").replace("-", "_"))
         return getattr(module, "__version__", None)
 
 

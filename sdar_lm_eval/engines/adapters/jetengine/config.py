@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from sdar_lm_eval.engines.adapters.common import BareConfig, plain_config, rope_theta
+from sdar_lm_eval.engines.adapters.common import BareConfig, Config, plain_config, rope_theta
 
 
 class SDARConfig(BareConfig):
@@ -21,6 +18,6 @@ class SDARMoeConfig(SDARConfig):
     model_type = "sdar_moe"
 
 
-def config_for_jetengine(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def config_for_jetengine(config: Config, dtype: str) -> dict[str, object]:
     """config.json with what JetEngine reads, where it looks for it."""
     return plain_config(config, "rope_parameters") | {"rope_theta": rope_theta(config), "torch_dtype": dtype}

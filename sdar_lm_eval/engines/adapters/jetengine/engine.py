@@ -14,7 +14,7 @@ import dataclasses
 import importlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from types import ModuleType
 
 import torch
 
@@ -201,7 +201,7 @@ class JetEngine(Closable):
         failures.raise_if_any(len(requests))
 
 
-def _import_jetengine() -> Any:
+def _import_jetengine() -> ModuleType:
     try:
         return importlib.import_module("jetengine")
     except Exception as error:

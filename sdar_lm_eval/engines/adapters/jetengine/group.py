@@ -7,9 +7,8 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -76,7 +75,7 @@ class Group:
     def __init__(
         self,
         loaded: Loaded,
-        sampling_params: Any,
+        sampling_params: Callable[..., object],
         generator: torch.Generator,
         requests: Sequence[GenerationRequest],
         indices: Sequence[int],
@@ -174,7 +173,7 @@ class Group:
         params = self._sampling_params(dataclasses.replace(example, max_new_tokens=example.decoding.block_length))
         self._fillers |= {self._add((), params) for _ in range(wanted - now)}
 
-    def _add(self, prompt: Sequence[int], params: Any) -> int:
+    def _add(self, prompt: Sequence[int], params: object) -> int:
         """Hand a prompt over; returns the number that JetEngine gives it."""
         self._llm.add_request(list(prompt), params)
         scheduler = self._llm.scheduler
@@ -208,10 +207,10 @@ class Group:
         self._fillers.difference_update(output[0] for output in finished)
         return results
 
-    def _sampling_params(self, request: GenerationRequest) -> Any:
+    def _sampling_params(self, request: GenerationRequest) -> object:
         decoding, vocabulary = request.decoding, self._setup.config["vocab_size"]
         draw, stop_ids = Draw.of(decoding), stop_ids_of(request, self._setup.checkpoint)
-        params: dict[str, Any] = {
+        params: dict[str, object] = {
             "temperature": draw.temperature,
             # 0, which means "off" in JetEngine's examples, makes 0.2.0 draw the most probable token.
             "topk": min(draw.top_k or vocabulary, vocabulary),

@@ -14,11 +14,12 @@ import functools
 import importlib
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from sdar_lm_eval.engines.adapters.common import Config
 from sdar_lm_eval.engines.adapters.jetengine.flash_attention import ensure_right_attention
 from sdar_lm_eval.engines.base import GenerationRequest
 
@@ -35,7 +36,7 @@ def tail_of(request: GenerationRequest) -> tuple[int, ...]:
 
 
 def make_ready_020(
-    device: torch.device, generator: torch.Generator, config: Mapping[str, Any], block_length: int, dtype: torch.dtype
+    device: torch.device, generator: torch.Generator, config: Config, block_length: int, dtype: torch.dtype
 ) -> bool:
     """Give 0.2.0 its process group, its random numbers and a right flash-attn.
 
@@ -54,7 +55,7 @@ def _give_process_group(device: torch.device) -> None:
     did, it makes groups together with all other processes, at a time when some may have nothing left to do. Each of our
     processes holds the whole model, so a group of its own is all it needs.
     """
-    dist: Any = importlib.import_module("torch.distributed")
+    dist = importlib.import_module("torch.distributed")
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)
@@ -87,10 +88,10 @@ def draw_greedily_020(scheduler: object) -> None:
     """Nothing is to be done: top_k=1 is greedy."""
 
 
-def sampling_params_020(request: GenerationRequest, stop_ids: frozenset[int]) -> dict[str, Any]:
+def sampling_params_020(request: GenerationRequest, stop_ids: frozenset[int]) -> dict[str, object]:
     """entropy_bounded has no schedule in 0.2.0, but stops after so many steps: a block's length is enough of them."""
     decoding = request.decoding
-    params: dict[str, Any] = {"eb_threshold": decoding.eb_threshold}
+    params: dict[str, object] = {"eb_threshold": decoding.eb_threshold}
     if decoding.remasking_strategy == "entropy_bounded":
         params["denoising_steps"] = decoding.block_length
     return params
@@ -100,7 +101,7 @@ def sampling_params_020(request: GenerationRequest, stop_ids: frozenset[int]) ->
 
 
 def make_ready_010(
-    device: torch.device, generator: torch.Generator, config: Mapping[str, Any], block_length: int, dtype: torch.dtype
+    device: torch.device, generator: torch.Generator, config: Config, block_length: int, dtype: torch.dtype
 ) -> bool:
     """Nothing is to be done; returns that flash-attn may split a context, for nothing keeps it from that."""
     return True
@@ -111,7 +112,7 @@ def draw_greedily_010(scheduler: Any) -> None:
     scheduler.sample_pipe = scheduler.sample_pipe_topk0 = _greedy_weights
 
 
-def _greedy_weights(logits: torch.Tensor, **_: Any) -> torch.Tensor:
+def _greedy_weights(logits: torch.Tensor, **_: object) -> torch.Tensor:
     """Weights (N, V) from logits (N, V), all of it on the most probable token, and as much as its probability is.
 
     0.1.0 draws by these weights and takes the drawn one for the confidence, so this is greedy decoding with the
@@ -121,7 +122,7 @@ def _greedy_weights(logits: torch.Tensor, **_: Any) -> torch.Tensor:
     return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, token, probability)
 
 
-def sampling_params_010(request: GenerationRequest, stop_ids: frozenset[int]) -> dict[str, Any]:
+def sampling_params_010(request: GenerationRequest, stop_ids: frozenset[int]) -> dict[str, object]:
     """0.1.0 takes stop tokens at the end of the prompt for the answer's: better it goes on to the limit."""
     return {} if stop_ids.isdisjoint(tail_of(request)) else {"ignore_eos": True}
 

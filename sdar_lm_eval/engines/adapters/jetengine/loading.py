@@ -6,15 +6,17 @@ import atexit
 import dataclasses
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.adapters.common import (
+    Config,
     check_mask_token,
     end_processes,
     free_memory,
@@ -62,7 +64,7 @@ class Setup:
 
     dialect: Dialect
     checkpoint: Checkpoint
-    config: Mapping[str, Any]
+    config: Config
     device: torch.device
     dtype: str
     max_active: int | None
@@ -90,7 +92,7 @@ class Loaded:
         EngineError: JetEngine did not start.
     """
 
-    def __init__(self, setup: Setup, jetengine: Any, generator: torch.Generator, size: Size) -> None:
+    def __init__(self, setup: Setup, jetengine: ModuleType, generator: torch.Generator, size: Size) -> None:
         self.setup, self.size, self.may_split = setup, size, True
         self.llm: Any = None
         self.workers: list[BaseProcess] = []

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sdar_lm_eval.engines.adapters.common import check_nothing_is_missing, installed, is_there
+from sdar_lm_eval.engines.adapters.common import Config, check_nothing_is_missing, installed, is_there
 from sdar_lm_eval.engines.adapters.jetengine import hooks
 from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.errors import EngineError
@@ -33,7 +33,7 @@ class MakeReady(Protocol):
         self,
         device: torch.device,
         generator: torch.Generator,
-        config: Mapping[str, Any],
+        config: Config,
         block_length: int,
         dtype: torch.dtype,
     ) -> bool:
@@ -75,7 +75,7 @@ class Dialect:
     prefills_beside: bool
     make_ready: MakeReady
     draw_greedily: Callable[[Any], None]
-    sampling_params: Callable[[GenerationRequest, frozenset[int]], dict[str, Any]]
+    sampling_params: Callable[[GenerationRequest, frozenset[int]], dict[str, object]]
     deviations: Mapping[str, str]
 
 

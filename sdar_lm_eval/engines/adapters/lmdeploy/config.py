@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.adapters.common import BareConfig, plain_config, rope_theta
 from sdar_lm_eval.engines.adapters.lmdeploy.hooks import MODEL_TYPES
@@ -21,7 +19,7 @@ class SDARMoeConfig(SDARConfig):
     model_type = MODEL_TYPES["sdar_moe"]
 
 
-def config_for_lmdeploy(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
+def config_for_lmdeploy(checkpoint: Checkpoint, dtype: str) -> dict[str, object]:
     """config.json with all that LMDeploy reads, none of it left to a config class's defaults.
 
     `rope_parameters` is read in transformers 4 too (nn/rotary_embedding.py: get_rope_parameters). `sliding_window`

@@ -148,7 +148,7 @@ class Group:
         before = len(tokens) - new
         return end_of_answer(tokens[before:], request, self._checkpoint.decode, tokens[:before])[1] == "stop"
 
-    def _settings(self, request: GenerationRequest) -> Any:
+    def _settings(self, request: GenerationRequest) -> object:
         """A request's GenerationConfig.
 
         Stop tokens are those given alone: this way below the pipeline, LMDeploy adds none. `ignore_eos` would forbid

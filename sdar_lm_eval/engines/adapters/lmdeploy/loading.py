@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ class Loaded:
     engine: Any
     forwards: Forwards
 
-    def __init__(self, setup: Setup, lmdeploy: Any, fixed: Fixed, active: int) -> None:
+    def __init__(self, setup: Setup, lmdeploy: ModuleType, fixed: Fixed, active: int) -> None:
         self.setup, self.lmdeploy, self.fixed, self.active = setup, lmdeploy, fixed, active
         self.engine = None
         self.loop: LoopThread | None = None
@@ -134,7 +135,7 @@ class Loaded:
         setup, fixed = self.setup, self.fixed
         register_configs(SDARConfig, SDARMoeConfig)
         register_model_types()
-        engine: Any = importlib.import_module("lmdeploy.pytorch.engine")
+        engine = importlib.import_module("lmdeploy.pytorch.engine")
         settings = self.lmdeploy.PytorchEngineConfig(
             dtype=setup.dtype,
             tp=setup.tensor_parallel_size,
@@ -228,8 +229,8 @@ def wanted_active(setup: Setup, fixed: Fixed, number: int) -> int:
     return min(most, 1 << (number - 1).bit_length())
 
 
-async def _call(function: Callable[[], Any]) -> Any:
-    return function()
+async def _call(function: Callable[[], object]) -> None:
+    function()
 
 
 async def _close(engine: Any) -> None:
