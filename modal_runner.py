@@ -4,36 +4,56 @@
     modal run modal_runner.py                                  # GSM8K's test set, SDAR-4B-Chat, JetEngine, one H100
     modal run modal_runner.py --num-samples 10
     modal run modal_runner.py --temperature 0.0 --shards 4     # greedy, on four H100s
-    modal run modal_runner.py --confidence-threshold 0.8,0.85,0.9 --remasking-strategy low_confidence_dynamic,sequential
+    modal run modal_runner.py --threshold 0.8,0.85,0.9 --strategy dynamic,sequential
+    modal run modal_runner.py --help                           # what each flag means
 
-    prepare    CPU: the checkpoint is fetched, and its fingerprint and the number of documents are known
-    evaluate   GPU: the harness call that a local user makes, on one shard; answers go to the results volume at once
-    publish    CPU: the harness scores all answers in one pass; before any GPU, where there are answers already
+                                                                                   models  results  network, token
+    prepare        CPU: fetches the checkpoint and the documents                   write   read     both
+    evaluate       GPU: answers a shard of the documents, and does nothing else    read    write    network
+    publish        CPU: scores all answers, in one pass of the harness             read    write    network
+    run_programs   CPU: runs programs that the model wrote, for publish            none    none     none
 
 This is the only file that knows Modal. What a flag means is in sdar_lm_eval/runs.
 """
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 import os
 import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if __name__ == "__main__":
+    sys.exit(
+        "modal_runner: error: Modal's client runs this file: pip install modal && modal setup, once; then "
+        "modal run modal_runner.py (--help: its flags)."
+    )
 
 import modal
 
-from sdar_lm_eval.autoload import MODELS as KNOWN_MODELS
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import SDARError, UserError
 from sdar_lm_eval.runs import summary
-from sdar_lm_eval.runs.settings import DEFAULT_TASK, ENGINES, Run, runs_from_flags
+from sdar_lm_eval.runs.settings import DEFAULT_TASK, SWEPT, Run, runs_from_flags, scored_by
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sdar_lm_eval.tasks.programs import Job
 
 Engine = Literal["jetengine", "native", "lmdeploy"]
 GPU = "H100!"  # an H100 and nothing else; plain "H100" may become an H200
 TIMEOUT = 2 * 60 * 60  # seconds, of an attempt
 DAY = 24 * 60 * 60
 MEMORY = 64 * 1024  # MiB
+CORES = 4  # of a container without a GPU
+PROGRAMS = 2**19  # characters of programs a container gets: inputs above 2 MiB come by a network, which it lacks
 HERE = Path(__file__).parent
 
 # The images. A layer's own changes and those below it rebuild it: what changes often comes last.
@@ -85,7 +105,7 @@ def image_of(engine: str) -> modal.Image:
     def install(image: modal.Image, *packages: str, **options: Any) -> modal.Image:
         return image.uv_pip_install(*packages, uv_version=UV, **options)
 
-    if ENGINES.get(engine) not in KNOWN_MODELS:
+    if engine not in ENGINES:
         return modal.Image.debian_slim(PYTHON)  # nothing will run: the entrypoint refuses it
     if engine == "jetengine":
         torch_index = {"extra_index_url": TORCH_INDEX, "extra_options": "--index-strategy unsafe-best-match"}
@@ -126,27 +146,30 @@ app = modal.App("sdar-lm-eval")
 image = image_of(engine_asked_for(sys.argv))
 models = modal.Volume.from_name("sdar-models-cache", create_if_missing=True)
 results = modal.Volume.from_name("sdar-results", create_if_missing=True)
-place: dict[str, Any] = {
-    "image": image,
-    "volumes": {MODELS: models, RESULTS: results},
-    "env": {"HF_TOKEN": os.environ.get("HF_TOKEN")},  # optional: left out where it is not set
-}
+models_to_read = models.with_mount_options(read_only=True)
+results_to_read = results.with_mount_options(read_only=True)
+on_cpu: dict[str, Any] = {"image": image, "cpu": CORES, "memory": 16 * 1024, "timeout": TIMEOUT}
 
 # An error of ours is handed back as a text, and not raised: raised ones are tried again.
 Outcome = dict[str, Any]
 
 
-@app.function(**place, cpu=4, memory=16 * 1024, timeout=TIMEOUT)
+@app.function(
+    **on_cpu,
+    volumes={MODELS: models, RESULTS: results_to_read},
+    env={"HF_TOKEN": os.environ.get("HF_TOKEN")},  # optional: left out where it is not set
+)
 def prepare(run: Run) -> Outcome:
     """Fetch a run's checkpoint and documents to the volume, so that no GPU waits for them, and no two do it at once."""
+    os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"]  # weights are hashed once, and not again on a GPU's time
     from sdar_lm_eval.checkpoint import Checkpoint
     from sdar_lm_eval.runs.shards import ANSWERS, documents_of
 
     try:
         pretrained = located(run)
-        checkpoint = Checkpoint.open(pretrained, run.revision)
-        fingerprint = checkpoint.fingerprint  # reads of each weight file, so none is missing
         documents = documents_of(run.tasks, run.num_samples)
+        checkpoint = Checkpoint.open(pretrained, run.revision)
+        fingerprint = checkpoint.fingerprint
     except SDARError as error:
         return {"error": str(error)}
     models.commit()
@@ -163,7 +186,8 @@ def prepare(run: Run) -> Outcome:
 
 
 @app.function(
-    **place,
+    image=image,
+    volumes={MODELS: models_to_read, RESULTS: results},
     gpu=GPU,
     memory=MEMORY,
     timeout=TIMEOUT,
@@ -172,6 +196,7 @@ def prepare(run: Run) -> Outcome:
 )
 def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard: int, shards: int) -> Outcome:
     """Answer a shard of a run's documents into its folder on the results volume."""
+    read_what_is_fetched()
     from sdar_lm_eval.runs.shards import answer_shard
 
     try:
@@ -186,21 +211,49 @@ def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard
 
 
 # A container sees the volume as it was when it started: a second call needs its own to see the answers since the first.
-@app.function(**place, cpu=4, memory=16 * 1024, timeout=TIMEOUT, single_use_containers=True)
+@app.function(**on_cpu, volumes={MODELS: models_to_read, RESULTS: results}, single_use_containers=True)
 def publish(runs: list[tuple[Run, str]]) -> list[Outcome]:
     """Score each run's answers, all in one pass of the harness; the report stays on the results volume."""
+    read_what_is_fetched()
     from sdar_lm_eval.runs import merge
+    from sdar_lm_eval.runs.programs import batches
+
+    def run_apart(jobs: Sequence[Job]) -> list[bool]:
+        return [passed for part in run_programs.map(batches(jobs, PROGRAMS)) for passed in part]
 
     outcomes: list[Outcome] = []
     for run, folder in runs:
         try:
-            merge.publish(run, Path(os.environ["SDAR_RESULTS"]) / folder)
+            merge.publish(run, Path(os.environ["SDAR_RESULTS"]) / folder, run_apart)
             outcomes.append({})
         except SDARError as error:
             outcomes.append({"error": str(error)})
         finally:
             results.commit()
     return outcomes
+
+
+# A container can ask Modal for all of its workspace, volumes and secrets too, unless that is restricted.
+@app.function(**on_cpu, block_network=True, restrict_modal_access=True, single_use_containers=True)
+def run_programs(jobs: list[Job]) -> list[bool]:
+    """Run programs that the model wrote: whether each passes its tests."""
+    from sdar_lm_eval.runs.programs import run_here
+
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # so many at a time: they have seconds, by clock
+    return run_here(jobs)
+
+
+def read_what_is_fetched() -> None:
+    """Have libraries take what `prepare` left on the models volume, and write elsewhere. To be called before they load.
+
+    Copied are data sets, beside which a reader makes lock files, and the hashes of weights (checkpoint/fingerprint.py).
+    """
+    fetched, own = Path(os.environ["HF_HOME"]), Path(tempfile.mkdtemp())
+    for name in ("datasets", "sdar_lm_eval"):
+        if (fetched / name).is_dir():
+            shutil.copytree(fetched / name, own / name)
+    os.environ |= {"HF_HOME": str(own), "XDG_CACHE_HOME": str(own), "HF_HUB_CACHE": str(fetched / "hub")}
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def located(run: Run) -> str:
@@ -229,6 +282,35 @@ def located(run: Run) -> str:
 # On the user's machine
 
 
+FLAGS = {
+    "model_name": "a hub id, or a folder on the volume sdar-models-cache",
+    "num_samples": "the first N documents of each task; default: all",
+    "block_length": "tokens that are denoised together",
+    "denoising_steps": "steps a block is denoised in",
+    "temperature": "of sampling; 0.0 is greedy",
+    "remasking_strategy": "which tokens a step keeps: low_confidence_dynamic (or dynamic), low_confidence_static (or "
+    "static), sequential, entropy_bounded (or entropy), random; LMDeploy has the first three",
+    "confidence_threshold": "low_confidence_dynamic keeps what is as certain as this",
+    "max_gen_length": "most new tokens; default: the task's",
+    "output_file": "JSON with the results, on this machine; an older file is replaced",
+    "verbose": "log each example: true or false",
+    "engine": f"{', '.join(ENGINES)}; each has an image of its own",
+    "tasks": "those that generate, separated by commas",
+    "revision": "branch, tag or commit of a hub id; default: the newest",
+    "seed": "of sampling",
+    "shards": "containers with a GPU that share a run's documents",
+    "gpu": f"of a container; {GPU} is an H100 and nothing else",
+    "timeout": "seconds of an attempt, of which there are three",
+    "confirm_run_unsafe_code": "agree that programs of the model are run, in a container without network, token and "
+    "volumes; tasks that are scored by that are refused without",
+    "block": "short for --block-length",
+    "steps": "short for --denoising-steps",
+    "strategy": "short for --remasking-strategy",
+    "threshold": "short for --confidence-threshold",
+}
+"""Flag -> what it means."""
+
+
 @app.local_entrypoint()
 def main(
     model_name: str = "JetLM/SDAR-4B-Chat",
@@ -248,6 +330,11 @@ def main(
     shards: int = 1,
     gpu: str = GPU,
     timeout: int = TIMEOUT,
+    confirm_run_unsafe_code: bool = False,
+    block: str | None = None,
+    steps: str | None = None,
+    strategy: str | None = None,
+    threshold: str | None = None,
 ):
     """Evaluate an SDAR model on a GPU of Modal."""
     try:
@@ -261,7 +348,8 @@ def main(
             model_name=model_name, num_samples=num_samples, block_length=block_length, denoising_steps=denoising_steps,
             temperature=temperature, remasking_strategy=remasking_strategy, confidence_threshold=confidence_threshold,
             max_gen_length=max_gen_length, verbose=verbose == "true", engine=engine, tasks=tasks, revision=revision,
-            seed=seed,
+            seed=seed, confirm_run_unsafe_code=confirm_run_unsafe_code,
+            short={"block": block, "steps": steps, "strategy": strategy, "threshold": threshold},
         )  # fmt: skip
         print(summary.configuration(runs, {"gpu": gpu, "shards": shards, "timeout": f"{timeout} s"}))
         failed = evaluated(runs, output, shards=shards, gpu=gpu, timeout=timeout)
@@ -276,6 +364,23 @@ def main(
         print(f"modal_runner: error: {error}", file=sys.stderr)
     if failed:
         sys.exit(1)
+
+
+def help_text() -> str:
+    """Return what `--help` prints: Modal's client lists an entrypoint's flags without their meaning."""
+    parser = argparse.ArgumentParser(
+        usage="modal run modal_runner.py [--FLAG VALUE] …",
+        description="Evaluate an SDAR model on a GPU of Modal. Defaults stand in parentheses.",
+        epilog="* several values, separated by commas, make a sweep: all combinations.",
+    )
+    for name, parameter in inspect.signature(main.info.raw_f).parameters.items():
+        given, flag = parameter.default, f"--{name.replace('_', '-')}"
+        text = FLAGS[name] + (f" ({given})" if given not in (None, "") else "") + (" *" if name in SWEPT else "")
+        if given is False:
+            parser.add_argument(flag, action="store_true", help=FLAGS[name])
+        else:
+            parser.add_argument(flag, metavar="VALUE", help=text)
+    return parser.format_help()
 
 
 def gpu_of(text: str) -> str:
@@ -367,8 +472,14 @@ def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: 
 
 
 def report_of(run: Run, folder: str) -> dict[str, Any] | None:
-    """Return a run's report from the results volume, or None where there is none yet."""
+    """Return a run's report from the results volume, or None where there is none yet by this version of the package."""
     try:
-        return json.loads(b"".join(results.read_file(f"{folder}/{run.name}/report.json")))
+        report = json.loads(b"".join(results.read_file(f"{folder}/{run.name}/report.json")))
     except FileNotFoundError:
         return None
+    return report if report.get("scored_by") == scored_by() else None
+
+
+if "--help" in sys.argv[1:] and Path(__file__).name in (Path(word.partition("::")[0]).name for word in sys.argv):
+    print(help_text())
+    sys.exit()

@@ -18,10 +18,9 @@ from lm_eval.api.instance import Instance
 from safetensors.torch import save_file
 
 from sdar_lm_eval import Checkpoint, UserError, autoload
-from sdar_lm_eval.demo.make import PROMPT
+from sdar_lm_eval.demo import PROMPT
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.tasks import gsm8k
-
-MODELS = {"native": "sdar", "jetengine": "sdar-jetengine", "lmdeploy": "sdar-lmdeploy"}
 
 
 def positive_int(text: str) -> int:
@@ -77,7 +76,7 @@ def make_model(engine: str, pretrained: str, model_args: str = "", max_active: i
 
     autoload.install()
     settings = [f"pretrained={pretrained}", f"max_active={max_active}" if max_active else "", model_args]
-    lm: Any = get_model(MODELS[engine]).create_from_arg_string(",".join(filter(None, settings)))
+    lm: Any = get_model(ENGINES[engine].model).create_from_arg_string(",".join(filter(None, settings)))
     lm._jobs.stop_ids = ()
     return lm
 

@@ -30,18 +30,19 @@ import time
 from typing import Any
 
 import torch
-from common import MODELS, cpu_name, folder, instance, load_questions, make_model, positive_int, sampling
+from common import cpu_name, folder, instance, load_questions, make_model, positive_int, sampling
 from floor import Floor, tokens_per_second
 from lm_eval.api.instance import Instance
 
 from sdar_lm_eval import Checkpoint
+from sdar_lm_eval.engines.registry import ENGINES
 
 WARM_UP = 32  # new tokens of a row's run that does not count: kernels are compiled in it, and CUDA graphs captured
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", default="native", choices=MODELS)
+    parser.add_argument("--engine", default="native", choices=ENGINES)
     parser.add_argument("--pretrained", default="demo")
     parser.add_argument("--random-weights", action="store_true", help="the folder needs no weights; they are drawn")
     parser.add_argument("--gsm8k", help="folder with GSM8K's test.jsonl; default: the demo problems")

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sdar_lm_eval.checkpoint import Checkpoint
-    from sdar_lm_eval.engines.base import DecodingConfig, Engine, GenerationRequest, GenerationResult, make_engine
+    from sdar_lm_eval.engines.base import DecodingConfig, Engine, GenerationRequest, GenerationResult
+    from sdar_lm_eval.engines.registry import make_engine
     from sdar_lm_eval.errors import EngineError, SDARError, UserError
     from sdar_lm_eval.lm.model import SDARLM
 
@@ -29,7 +30,7 @@ _HOME_OF = {
     "SDARError": "sdar_lm_eval.errors",
     "SDARLM": "sdar_lm_eval.lm.model",
     "UserError": "sdar_lm_eval.errors",
-    "make_engine": "sdar_lm_eval.engines.base",
+    "make_engine": "sdar_lm_eval.engines.registry",
 }
 
 __all__ = [  # noqa: RUF022  (types first, then what makes them)

@@ -22,13 +22,6 @@ if TYPE_CHECKING:
     from types import ModuleType, TracebackType
     from typing import Any
 
-MODELS = {
-    "sdar": "sdar_lm_eval.lm.model:SDARLM",
-    "sdar-jetengine": "sdar_lm_eval.lm.model:SDARJetEngineLM",
-    "sdar-lmdeploy": "sdar_lm_eval.lm.model:SDARLMDeployLM",
-}
-"""Name for `lm_eval --model` -> "module:Class". pyproject.toml declares the same as entry points `lm_eval.models`."""
-
 TASKS = os.path.join(os.path.dirname(os.path.realpath(__file__)), "tasks")  # noqa: PTH118, PTH120  (no pathlib at start)
 
 
@@ -115,6 +108,8 @@ def _patch(module: ModuleType) -> None:
 
 def _add_models(_: ModuleType) -> None:
     from importlib import import_module
+
+    from sdar_lm_eval.engines.registry import MODELS
 
     registry: Any = import_module("lm_eval.api.registry")
     models = getattr(registry, "model_registry", None)

@@ -11,7 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from sdar_lm_eval.autoload import MODELS, TASKS
+from sdar_lm_eval.engines.registry import MODELS
 from sdar_lm_eval.errors import Interrupted, SDARError, did_you_mean
 
 
@@ -27,7 +27,7 @@ def message_of(error: BaseException) -> str | None:
     if found := re.match(r"Attempted to load model '(.*?)', but no model", text):
         return f"--model {found[1]} is unknown.{did_you_mean(found[1], MODELS)} This package's: {', '.join(MODELS)}."
     if found := re.match(r"Tasks not found: (.*)", text):
-        ours = [path.stem for path in Path(TASKS).rglob("*.yaml")]
+        ours = [path.stem for path in Path(__file__).with_name("tasks").rglob("*.yaml")]
         hints = "".join(dict.fromkeys(did_you_mean(name.strip(), ours) for name in found[1].split(",")))
         return f"--tasks: {found[1]} is unknown.{hints} `lm_eval ls tasks` lists all."
     last = traceback.extract_tb(error.__traceback__)[-1:]

@@ -14,6 +14,7 @@ from textwrap import dedent
 import pytest
 
 from sdar_lm_eval import autoload
+from sdar_lm_eval.engines.registry import MODELS
 
 ROOT = Path(autoload.__file__).parents[1]
 
@@ -240,7 +241,7 @@ def test_entry_points_read_afterwards_do_not_collide(sandbox: Sandbox) -> None:
 def test_pyproject_declares_the_same_models() -> None:
     tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
     entry_points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    assert entry_points["lm_eval.models"] == autoload.MODELS
+    assert entry_points["lm_eval.models"] == MODELS
     assert entry_points["lm_eval.tasks"] == {"sdar": "sdar_lm_eval.tasks"}
 
 
@@ -404,7 +405,7 @@ def test_importing_the_package_loads_next_to_nothing_and_installs(sandbox: Sandb
 def test_the_environment_switches_it_off(sandbox: Sandbox) -> None:
     code = "import sdar_lm_eval, lm_eval.models; from lm_eval.api.registry import model_registry; "
     code += "print(sorted(model_registry.keys()))"
-    assert sandbox.python(code) == str(["dummy", *sorted(autoload.MODELS)])
+    assert sandbox.python(code) == str(["dummy", *sorted(MODELS)])
     assert sandbox.python(code, SDAR_LM_EVAL_AUTOLOAD="0") == "['dummy']"
 
 
@@ -416,9 +417,7 @@ def test_running_the_package_is_lm_eval_whatever_the_environment_says(sandbox: S
         "print(sys.argv, sorted(model_registry.keys()))",
     )
     done = sandbox.run("-m", "sdar_lm_eval", "ls", "tasks", SDAR_LM_EVAL_AUTOLOAD=switch)
-    assert done.stdout == f"['python -m sdar_lm_eval', 'ls', 'tasks'] {['dummy', *sorted(autoload.MODELS)]}\n", (
-        done.stderr
-    )
+    assert done.stdout == f"['python -m sdar_lm_eval', 'ls', 'tasks'] {['dummy', *sorted(MODELS)]}\n", done.stderr
 
 
 # Errors on the command line

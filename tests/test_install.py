@@ -150,8 +150,9 @@ KNOWN = """
 import sys, lm_eval.models, lm_eval.tasks
 from lm_eval.api.registry import model_registry
 from sdar_lm_eval import autoload
-known = [name for name in autoload.MODELS if name in model_registry]
-print(known == list(autoload.MODELS), hasattr(lm_eval.tasks.TaskManager.__init__, "adds_sdar_tasks"),
+from sdar_lm_eval.engines.registry import MODELS
+known = [name for name in MODELS if name in model_registry]
+print(known == list(MODELS), hasattr(lm_eval.tasks.TaskManager.__init__, "adds_sdar_tasks"),
       "torch" in sys.modules, autoload.__file__)
 """
 

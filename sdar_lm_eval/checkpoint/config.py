@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdar_lm_eval.engines.base import DEFAULT_BLOCK_LENGTH
+from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import one_line, shown
 

@@ -1,22 +1,27 @@
-"""The bundled checkpoint (`pretrained=demo`), its problems, and how both are made (`make.py`)."""
+"""The bundled checkpoint (`pretrained=demo`) and its problems; `tools/make_demo.py` makes both again."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sdar_lm_eval.checkpoint import Checkpoint
+from typing import Any, Protocol
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 PROBLEMS = Path(__file__).parent / "problems.jsonl"
+PROMPT = '{question}\n\nPlease reason step by step, and end with a line "#### <number>".'
+"""The wording of the task `gsm8k_sdar_hash`, on which the checkpoint is trained."""
 
 
-def prompts(checkpoint: Checkpoint) -> list[tuple[int, ...]]:
+class HasTokenizer(Protocol):
+    """A checkpoint, as far as it is needed here."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """With a chat template."""
+
+
+def prompts(checkpoint: HasTokenizer) -> list[tuple[int, ...]]:
     """The problems as tokens of a checkpoint with a chat template: one user turn, the answer to follow."""
-    from sdar_lm_eval.demo.make import PROMPT
-
     texts = [
         checkpoint.tokenizer.apply_chat_template(
             [{"role": "user", "content": PROMPT.format(**json.loads(line))}], tokenize=False, add_generation_prompt=True

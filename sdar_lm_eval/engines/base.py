@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import importlib
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
 from sdar_lm_eval.engines.types import EngineInfo
 from sdar_lm_eval.errors import UserError, did_you_mean
 
@@ -33,16 +33,8 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("low_confidence_dynamic", "low_confidence_static", "sequential", "entropy_bounded", "random")
 
-ENGINES = {
-    "native": "sdar_lm_eval.engines.native.engine:NativeEngine",
-    "jetengine": "sdar_lm_eval.engines.adapters.jetengine.engine:JetEngine",
-    "lmdeploy": "sdar_lm_eval.engines.adapters.lmdeploy.engine:LMDeploy",
-}
-"""Name -> "module:Class", imported when it is asked for."""
-
 LIKELIHOOD_METHODS = ("chain", "nelbo")
 
-DEFAULT_BLOCK_LENGTH = 4
 MAX_BLOCK_LENGTH = 1024
 
 
@@ -458,22 +450,3 @@ class Scorer(Protocol):
             UserError: a request can never run; raised before anything ran, with the numbers.
             EngineError: the engine stopped; what was yielded before stays valid.
         """
-
-
-def make_engine(name: str, checkpoint: Checkpoint, **options: Any) -> Engine:
-    """Open an engine by name; only the one asked for is imported.
-
-    Args:
-        name: one of `ENGINES`.
-        checkpoint: the opened checkpoint.
-        options: what that engine takes.
-
-    Raises:
-        UserError: no engine of that name, or options that it cannot take.
-        EngineError: what the engine needs is not installed.
-    """
-    if name not in ENGINES:
-        raise UserError(f"engine {name!r} is unknown; known: {', '.join(ENGINES)}.")
-    module, _, engine_class = ENGINES[name].partition(":")
-    engine: Engine = getattr(importlib.import_module(module), engine_class)(checkpoint, **options)
-    return engine

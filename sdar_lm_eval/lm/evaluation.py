@@ -27,7 +27,7 @@ TemplatedBy = Literal["lm_eval", "sdar_lm_eval"]
 
 @dataclass(frozen=True)
 class TaskRequests:
-    """What is known of a task's requests beside the requests themselves.
+    """What lm_eval knows of a task's requests beside the requests themselves.
 
     Attributes:
         name: of the task.
@@ -127,7 +127,7 @@ def facts_of_evaluation(ranks: Sequence[Evaluation], template_hash: str | None) 
 
 @runtime_checkable
 class Watched(Protocol):
-    """A model that wants to know."""
+    """A model that is told of its evaluations: those of this package."""
 
     renders: bool
     """Whether prompts of generating tasks are to be put into the chat template where lm_eval's user did not ask."""
@@ -193,7 +193,7 @@ def _watch_caches() -> None:
             lm.check_cache(cache_db)
         init(self, lm, cache_db)
 
-    CachingLM.__init__ = checking
+    CachingLM.__init__ = checking  # type: ignore[method-assign]
 
 
 def _tasks_of(found: Any) -> Iterator[Any]:
@@ -224,7 +224,7 @@ def _ascending(samples: Mapping[str, Sequence[int]], tasks: Sequence[str]) -> di
 
 @contextlib.contextmanager
 def _told(task: Any, model: Watched) -> Iterator[None]:
-    """Stand before a task's `build_all_requests` and `doc_iterator`, which the instance then has of its own."""
+    """Put ours before a task's `build_all_requests` and `doc_iterator`, as attributes of the task, for a while."""
     borrowed: list[bool] = []
     own: dict[str, Callable[..., Any]] = {"build_all_requests": _telling_build(task, model, borrowed)}
     if lendable := _lending_iterator(task, borrowed):

@@ -16,10 +16,10 @@ from lm_eval.api.instance import Instance
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.gen_kwargs import GENERATION_SETTINGS, Generation, read_generation
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, differences
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import key_of
+from sdar_lm_eval.settings import Generation, read_generation
 
 logger = logging.getLogger(__name__)
 
@@ -98,19 +98,19 @@ class Jobs:
     Args:
         checkpoint: says which tokens end an answer, and its block length.
         prompts: the checkpoint's tokenizer and template.
-        model_args: what the user said; decoding settings among it win over a task's published protocol.
-        max_length: most tokens of prompt and answer.
+        given: decoding settings that the user gave by model_args; they win over a task's published decoding.
+        max_length: most tokens of prompt and answer; None: what the checkpoint allows.
         alone: whether the process has all cores to itself.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, prompts: Prompts, model_args: Mapping[str, Any], max_length: int, alone: bool
+        self, checkpoint: Checkpoint, prompts: Prompts, given: Mapping[str, Any], max_length: int | None, alone: bool
     ) -> None:
         self._checkpoint, self._prompts, self._alone = checkpoint, prompts, alone
         self._said: set[str] = set()
         self._said_unknown = False
-        self._given = {name: value for name, value in model_args.items() if name in GENERATION_SETTINGS}
-        self.max_length = max_length
+        self._given = dict(given)
+        self.max_length = checkpoint.max_length if max_length is None else max_length
         self.stop_ids = checkpoint.stop_ids
         """Tokens that end every answer."""
         self.default = self._read({}, None).generation

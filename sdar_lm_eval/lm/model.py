@@ -6,14 +6,13 @@ and the engine owes it tokens.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import time
 import types
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lm_eval.evaluator
 import torch
@@ -22,36 +21,36 @@ from lm_eval.api.model import TemplateLM
 
 import sdar_lm_eval
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.base import GenerationRequest, LikelihoodConfig, Scorer, make_engine, to_number
-from sdar_lm_eval.errors import EngineError, Interrupted, UserError
-from sdar_lm_eval.gen_kwargs import MAX_TOKENS_SPELLINGS, canonical, check_names, to_bool
+from sdar_lm_eval.engines.base import LikelihoodConfig
+from sdar_lm_eval.engines.registry import ENGINES, make_engine
 from sdar_lm_eval.lm.answers import AnswerFolder, expanded
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, facts_of_evaluation, watch
-from sdar_lm_eval.lm.jobs import Job, Jobs
-from sdar_lm_eval.lm.likelihoods import Kind, Likelihoods, ScoreJob, record_of, result_of
-from sdar_lm_eval.lm.prompts import CHAT_TEMPLATE_MODES, Prompts
+from sdar_lm_eval.lm.jobs import Jobs
+from sdar_lm_eval.lm.likelihoods import Kind, Likelihoods
+from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.ranks import Ranks
+from sdar_lm_eval.lm.rounds import Rounds
 from sdar_lm_eval.lm.store import CacheFile, Place, Store, bypass, check_cache
 from sdar_lm_eval.report.counts import Counts
-from sdar_lm_eval.report.live import Live
-from sdar_lm_eval.report.run import Progress
-from sdar_lm_eval.report.trace import Trace, cost_of, denoising_of
+from sdar_lm_eval.report.trace import Trace
 from sdar_lm_eval.revision import ANSWER_REVISION
+from sdar_lm_eval.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from sdar_lm_eval.settings import NativeArguments
 
 logger = logging.getLogger(__name__)
 # Our messages go where lm_eval's go, at its verbosity.
 logging.getLogger("sdar_lm_eval").parent = logging.getLogger("lm_eval")
 
 DEFAULT_CHECKPOINT = "JetLM/SDAR-4B-Chat"
-MODEL_ARGUMENTS = (
-    "pretrained", "revision", "dtype", "device", "max_length", "max_active", "seed", "chat_template", "trace",
-    "batch_size", "max_batch_size", "trust_remote_code", "likelihood", "mc_samples", "verbose", "answers",
-)  # fmt: skip
-SAME_ON_ALL_RANKS = ("sdar_lm_eval.checkpoint", "sdar_lm_eval.gen_kwargs", "sdar_lm_eval.lm.jobs")
+SAME_ON_ALL_RANKS = ("sdar_lm_eval.checkpoint", "sdar_lm_eval.settings", "sdar_lm_eval.lm.jobs")
 """Loggers whose messages rank 0 says for all."""
 
 
-class SDARLM(TemplateLM):  # type: ignore[misc]
+class SDARLM(TemplateLM):
     """`lm_eval --model sdar`: an SDAR checkpoint on the native engine.
 
     Args:
@@ -87,19 +86,11 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
     """
 
     ENGINE = "native"
-    ENGINE_ARGUMENTS: tuple[str, ...] = ("kv_pages", "kernels", "reproducible", "share_prefixes")
 
-    def __init__(self, pretrained: str = DEFAULT_CHECKPOINT, **arguments: Any) -> None:
+    def __init__(self, pretrained: str = DEFAULT_CHECKPOINT, **arguments: Unpack[NativeArguments]) -> None:
         super().__init__()
         started = time.perf_counter()
-        check_names(arguments, "model_args", also=MODEL_ARGUMENTS + self.ENGINE_ARGUMENTS)
-        arguments = {name: value for name, value in canonical(arguments).items() if value is not None}
-        if to_bool("trust_remote_code", arguments.get("trust_remote_code", False)):
-            logger.info("trust_remote_code is not needed: no code of a checkpoint is ever run.")
-        self._template_mode = _one_of("chat_template", arguments.get("chat_template", "auto"), CHAT_TEMPLATE_MODES)
-        self._seed = None if "seed" not in arguments else int(to_number("seed", arguments["seed"], whole=True))
-        self._verbose = to_bool("verbose", arguments.get("verbose", False))
-        max_active = _max_active(arguments)
+        settings = ModelSettings.read(pretrained, arguments, self.ENGINE)
         watch(lm_eval.evaluator)
 
         self._ranks = Ranks()
@@ -109,46 +100,52 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         if self._rank > 0:
             logging.getLogger("sdar_lm_eval").setLevel(logging.ERROR)  # rank 0 says it for all
 
-        revision = arguments.get("revision")
-        self.checkpoint = Checkpoint.open(str(pretrained), None if revision is None else str(revision))
+        self.checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
         self.tokenizer = self.checkpoint.tokenizer
-        self._prompts = Prompts(self.checkpoint, self._template_mode)
-        max_length = int(to_number("max_length", arguments.get("max_length", self.checkpoint.max_length), whole=True))
-        self._jobs = Jobs(self.checkpoint, self._prompts, arguments, max_length, alone=self._world_size == 1)
+        self._template_mode, self._seed = settings.chat_template, settings.seed
+        self._prompts = Prompts(self.checkpoint, settings.chat_template)
+        alone = self._world_size == 1
+        self._jobs = Jobs(self.checkpoint, self._prompts, settings.decoding, settings.max_length, alone=alone)
         self._likelihoods = Likelihoods(self.checkpoint, self._prompts, self._jobs)
         self._likelihood = LikelihoodConfig(
-            method=str(arguments.get("likelihood", LikelihoodConfig.method)),
-            mc_samples=arguments.get("mc_samples", LikelihoodConfig.mc_samples),
+            method=settings.likelihood,
+            mc_samples=settings.mc_samples or LikelihoodConfig.mc_samples,
             block_length=self._jobs.default.decoding.block_length,
-            seed=self._seed or 0,
+            seed=settings.seed or 0,
         )
-        if "mc_samples" in arguments and self._likelihood.method == "chain":
-            logger.warning("mc_samples=%s has no effect: likelihood=chain samples nothing.", arguments["mc_samples"])
-        if any(name in arguments for name in MAX_TOKENS_SPELLINGS):  # else each task says how long its answers are
-            self._jobs.room_for_prompt(self._jobs.default.max_gen_toks)
-        self._warn_of_untrained()
+        self._warn(settings)
 
-        self._evaluation = Evaluation(seed=self._seed or 0)
+        self._evaluation = Evaluation(seed=settings.seed or 0)
         self._all_ranks = [self._evaluation]
-        self._trace: Trace | None = None
-        if arguments.get("trace") is not None:
-            suffix = f".rank{self._rank}" if self._world_size > 1 else ""
-            self._trace = Trace(expanded(Path(f"{arguments['trace']}{suffix}")), self._facts)
+        trace = None
+        if settings.trace is not None:  # refused before anything is loaded
+            trace = Trace(expanded(Path(f"{settings.trace}{'' if alone else f'.rank{self._rank}'}")), self._facts)
         self._engine = make_engine(
             self.ENGINE,
             self.checkpoint,
-            device=self._device_of_rank(str(arguments.get("device", "auto"))),
-            dtype=str(arguments.get("dtype", "auto")),
-            max_active=max_active,
-            **{name: arguments[name] for name in self.ENGINE_ARGUMENTS if name in arguments},
+            device=self._device_of_rank(settings.device),
+            dtype=settings.dtype,
+            max_active=settings.max_active,
+            **settings.engine,
         )
         self._device = self._engine.info.device
         if self._device == "cpu":
             self._ranks.share_cpu()
+        self._rounds = Rounds(
+            self._engine,
+            self.ENGINE,
+            jobs=self._jobs,
+            likelihoods=self._likelihoods,
+            prompts=self._prompts,
+            decode=self.tok_decode,
+            verbose=settings.verbose,
+            alone=alone,
+        )
+        self._rounds.trace = trace
         self._cache_path: str | None = None
-        self._answers: AnswerFolder | None = None
-        if arguments.get("answers") is not None:
-            self._answers = AnswerFolder(Path(str(arguments["answers"])), self._fingerprint(), self._facts)
+        self._answers = None
+        if settings.answers is not None:
+            self._answers = AnswerFolder(settings.answers, self._fingerprint(), self._facts)
         self._open_store()
         self._said_template = self._said_plain = False
         self._evaluation.counts.load_seconds = time.perf_counter() - started
@@ -158,9 +155,9 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
 
     def close(self) -> None:
         """Close the store, the trace file and the engine, which gives its memory back; a second call does nothing."""
-        self._store.close()
-        if self._trace is not None:
-            self._trace.close()
+        self._rounds.store.close()
+        if self._rounds.trace is not None:
+            self._rounds.trace.close()
         self._engine.close()
 
     def __enter__(self) -> SDARLM:
@@ -207,8 +204,8 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
         if not cached and self._cache_path is not None:  # an earlier evaluation's
             self._cache_path = None
             self._open_store()
-        if self._trace is not None:
-            self._trace.begin_run()
+        if self._rounds.trace is not None:
+            self._rounds.trace.begin_run()
 
     def task_begins(self, task: TaskRequests) -> None:
         """Learn what lm_eval knows of a task's requests."""
@@ -241,59 +238,8 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             Interrupted: the user ended the run; finished answers are stored.
         """
         own = [request for request in requests if not self._is_borrowed(request)]
-        answers = iter(self._generate(own, disable_tqdm))
+        answers = iter(self._rounds.generate(own, self._evaluation, self._shows(disable_tqdm)))
         return ["" if self._is_borrowed(request) else next(answers) for request in requests]
-
-    def _generate(self, requests: Sequence[Instance], disable_tqdm: bool) -> list[str]:
-        evaluation, counts = self._evaluation, self._evaluation.counts
-        tracing = self._trace is not None
-        asked = self._jobs.of(requests, evaluation.tasks, evaluation.seed, record_steps=tracing or self._verbose)
-        evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
-        if asked.truncated:
-            logger.warning(
-                "%d of %d prompts are longer than max_length - max_gen_toks allows; they lost their beginning.",
-                asked.truncated,
-                len(asked.jobs),
-            )
-        answers: dict[int, str] = {}
-        jobs = list(asked.jobs.values())
-        live = Live((job.instance for job in jobs), len(jobs), whole=self._world_size == 1)
-        for place, job in enumerate(jobs):
-            evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
-            if (record := self._store.get(job.key)) is not None:
-                answers[place] = record["text"]
-                counts.count(job.task, stored_requests=1)
-                live.judge(job.instance, record["text"])
-                self._write_trace(job, {**record, "stored": True})
-        if answers:
-            logger.info("%d of %d answers are there already, and are not computed again.", len(answers), len(jobs))
-        # Longest first: prompts of like length are prefilled together, and no long one is left for the end.
-        missing = sorted(
-            (place for place in range(len(jobs)) if place not in answers),
-            key=lambda place: -len(jobs[place].request.prompt_ids),
-        )
-        self._prepare([jobs[place].request for place in missing])
-        progress = Progress(counts, len(jobs), len(answers), self._rank == 0 and not disable_tqdm, live)
-        run = contextlib.closing(self._engine.generate([jobs[place].request for place in missing]))
-        with self._round(progress, answers, len(jobs)), run as results:
-            for index, result in results:
-                job = jobs[missing[index]]
-                text = job.cut(self.tok_decode(result.token_ids))
-                cost = cost_of(result, prompt_tokens=len(job.request.prompt_ids))
-                self._store.put(job.key, {**job.name, "text": text, **cost})
-                answers[missing[index]] = text
-                counts.add(job.task, result, prompt_tokens=len(job.request.prompt_ids))
-                verdict = live.judge(job.instance, text)
-                if self._verbose:
-                    progress.tell(live.example(job.instance, job.request, result, text, verdict))
-                if tracing:
-                    steps = denoising_of(job.prompt, job.request, result, self._prompts.pieces)
-                    self._write_trace(job, {"text": text, **cost, **steps})
-                progress.step()
-        if len(answers) < len(jobs):
-            raise EngineError(f"the {self.ENGINE} engine answered {len(answers)} of {len(jobs)} requests.")
-        place_of = {job_id: place for place, job_id in enumerate(asked.jobs)}
-        return [answers[place_of[job_id]] for job_id in asked.order]
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Score continuations: log-likelihoods in nats, and whether greedy decoding gives the continuation.
@@ -319,114 +265,22 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         """Score ((context, continuation), context ids, continuation ids), without store, trace or summary."""
         pieces = [self._likelihoods.fit(context, continuation)[0] for _, context, continuation in requests]
-        results = dict(self._scorer("a caller").score(pieces, self._likelihood))
+        results = dict(self._rounds.scorer("a caller").score(pieces, self._likelihood))
         return [(results[i].log_likelihood, results[i].is_greedy) for i in range(len(pieces))]
 
     def _score(self, kind: Kind, requests: Sequence[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
         own = [request for request in requests if not self._is_borrowed(request)]
-        scores = iter(self._score_own(kind, own, disable_tqdm) if own else [])
+        show = self._shows(disable_tqdm)
+        scores = iter(self._rounds.score(kind, own, self._evaluation, self._likelihood, show))
         return [(0.0, False) if self._is_borrowed(request) else next(scores) for request in requests]
 
-    def _score_own(self, kind: Kind, requests: Sequence[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
-        scorer = self._scorer(f"task {requests[0].task_name!r}")
-        evaluation, counts = self._evaluation, self._evaluation.counts
-        asked = self._likelihoods.of(kind, requests, evaluation.tasks, self._likelihood)
-        jobs = asked.jobs
-        missing = []  # (job, place among its pieces)
-        for job in jobs:
-            for place, (piece, key) in enumerate(zip(job.pieces, job.keys, strict=True)):
-                tokens = (*piece.context_ids, *piece.continuation_ids)
-                evaluation.sent_of(job.task).add(job.document, str(job.instance.args[0]), tokens, job.templated_by)
-                if (record := self._store.get(key)) is not None:
-                    job.results[place] = result_of(record)
-                else:
-                    missing.append((job, place))
-            if job.finished and job.pieces:
-                counts.count(job.task, stored_scores=1)
-            elif job.finished:  # an empty text
-                counts.add_score(job.task, job.total(), tokens=0)
-            if job.finished:
-                self._trace_score(job, stored=bool(job.pieces))
-        finished = dict.fromkeys(id(job) for job in jobs if job.finished)
-        if stored := sum(bool(job.pieces) for job in jobs if job.finished):
-            logger.info("%d of %d log-likelihoods are there already, and are not computed again.", stored, len(jobs))
-        progress = Progress(counts, len(jobs), len(finished), self._rank == 0 and not disable_tqdm, None)
-        run = contextlib.closing(scorer.score([job.pieces[place] for job, place in missing], self._likelihood))
-        with self._round(progress, finished, len(jobs)), run as results:
-            for index, result in results:
-                job, place = missing[index]
-                self._store.put(job.keys[place], record_of(result))
-                job.results[place] = result
-                if job.finished:
-                    finished[id(job)] = None
-                    counts.add_score(job.task, job.total(), sum(len(piece.continuation_ids) for piece in job.pieces))
-                    self._trace_score(job, stored=False)
-                    progress.step()
-        if len(finished) < len(jobs):
-            raise EngineError(f"the {self.ENGINE} engine scored {len(finished)} of {len(jobs)} requests.")
-        scores = {id(job): job.total() for job in jobs}
-        return [(scores[id(job)].log_likelihood, scores[id(job)].is_greedy) for job in asked.order]
-
-    def _scorer(self, who: str) -> Scorer:
-        if isinstance(self._engine, Scorer):
-            return self._engine
-        raise UserError(
-            f"{who} asks for log-likelihoods, which the {self.ENGINE} engine does not compute. Use --model sdar, or "
-            "a task that generates (output_type generate_until), such as gsm8k_sdar."
-        )
-
-    def _prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        started = time.perf_counter()
-        self._engine.prepare(requests)
-        self._evaluation.counts.load_seconds += time.perf_counter() - started
-
-    @contextlib.contextmanager
-    def _round(self, progress: Progress, finished: Sized, total: int) -> Iterator[None]:
-        """What begins and ends a round of requests, also one that ends with an error."""
-        if self._answers is not None:
-            self._answers.begin()
-        try:
-            yield
-        except KeyboardInterrupt as interrupt:
-            kept = self._store.kept_in
-            told = f"are kept in {kept}; the same command goes on" if kept else "were made and are lost: none were kept"
-            hint = "" if kept else " (--use_cache FILE or answers=FOLDER keeps them)"
-            raise Interrupted(f"{len(finished)} of {total} {told}{hint}.") from interrupt
-        finally:
-            progress.close(self._engine.peak_memory_bytes())
-            self._store.close()
-            if self._world_size == 1:  # else `barrier` says it for all
-                logger.info("%s", self._evaluation.counts)
+    def _shows(self, disable_tqdm: bool) -> bool:
+        return self._rank == 0 and not disable_tqdm
 
     def _is_borrowed(self, request: Instance) -> bool:
         """Whether nobody reads the answer: the request is for a document of another rank (evaluation.py)."""
         task = self._evaluation.tasks.get(str(request.task_name))
         return task is not None and task.borrowed
-
-    # Trace
-
-    def _write_trace(self, job: Job, line: Mapping[str, Any]) -> None:
-        if self._trace is not None:
-            self._trace.write({**job.name, **line, **job.name})  # a stored record may be of another document
-
-    def _trace_score(self, job: ScoreJob, stored: bool) -> None:
-        if self._trace is None:
-            return
-        total = job.total()
-        self._trace.write(
-            {
-                "task": job.task,
-                "document": job.document,
-                "likelihood": self._likelihood.method,
-                "context_tokens": sum(len(piece.context_ids) for piece in job.pieces),
-                "tokens": sum(len(piece.continuation_ids) for piece in job.pieces),
-                "log_likelihood": total.log_likelihood,
-                "is_greedy": total.is_greedy,
-                "standard_error": total.standard_error,
-                "tokens_run": {"clean": total.clean_tokens, "noised": total.noised_tokens},
-                **({"stored": True} if stored else {}),
-            }
-        )
 
     # Stored answers
 
@@ -455,7 +309,7 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             places.append(CacheFile(self._cache_path, self._fingerprint()))
         if self._answers is not None:
             places.append(self._answers)
-        self._store = Store(places)
+        self._rounds.store = Store(places)
 
     def _fingerprint(self) -> dict[str, Any]:
         """All that changes answers beside what their keys hold."""
@@ -510,8 +364,12 @@ class SDARLM(TemplateLM):  # type: ignore[misc]
             f"{info.max_active} sequences at once); unless a task says otherwise: {settings}"
         )
 
-    def _warn_of_untrained(self) -> None:
-        """Warn of settings that go beyond what the checkpoint was trained for."""
+    def _warn(self, settings: ModelSettings) -> None:
+        """Warn of settings without effect, and of those that go beyond what the checkpoint was trained for."""
+        if settings.mc_samples is not None and self._likelihood.method == "chain":
+            logger.warning("mc_samples=%s has no effect: likelihood=chain samples nothing.", settings.mc_samples)
+        if settings.limits_length:  # else each task says how long its answers are
+            self._jobs.room_for_prompt(self._jobs.default.max_gen_toks)
         self._jobs.warn_of_block_length(self._jobs.default.decoding.block_length)
         if self.max_length > self.checkpoint.max_length:
             logger.warning(
@@ -613,7 +471,6 @@ class SDARJetEngineLM(SDARLM):
     """
 
     ENGINE = "jetengine"
-    ENGINE_ARGUMENTS = ("gpu_memory_utilization", "tensor_parallel_size", "enforce_eager")
 
 
 class SDARLMDeployLM(SDARLM):
@@ -632,7 +489,14 @@ class SDARLMDeployLM(SDARLM):
     """
 
     ENGINE = "lmdeploy"
-    ENGINE_ARGUMENTS = ("tensor_parallel_size", "data_parallel_size", "cache_max_entry_count")
+
+
+def __getattr__(name: str) -> type[SDARLM]:
+    """The lm_eval model of an engine that the registry names and nobody has written a class for."""
+    for spec in ENGINES.values():
+        if spec.lm == f"{__name__}:{name}":
+            return type(name, (SDARLM,), {"ENGINE": spec.name, "__module__": __name__})
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _speak_for_itself(rank: int) -> None:
@@ -654,26 +518,3 @@ def _speak_for_itself(rank: int) -> None:
 def _emptied(found: Any) -> Any:
     """A task's samples, or its metrics by name, without any values."""
     return {name: [] for name in found} if isinstance(found, dict) else []
-
-
-def _one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
-    # `on` and `off` may have become booleans on their way.
-    text = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-    if text not in allowed:
-        raise UserError(f"{name}={value!r} is unknown; choose {', '.join(allowed)}.")
-    return str(text)
-
-
-def _max_active(arguments: Mapping[str, Any]) -> int | None:
-    """Sequences at once: max_active, else a batch size that somebody asked for, else up to the engine."""
-    if "max_active" in arguments:
-        return int(to_number("max_active", arguments["max_active"], whole=True))
-    name, value = "batch_size", arguments.get("batch_size", 1)
-    if isinstance(value, str) and value.startswith("auto"):
-        name, value = "max_batch_size", arguments.get("max_batch_size")
-        if value is None:
-            return None
-    number = int(to_number(name, value, whole=True))
-    if number < 1:
-        raise UserError(f"{name}={number} is out of range: it must be 1 or more.")
-    return None if name == "batch_size" and number == 1 else number

@@ -58,6 +58,9 @@ class Place(Protocol):
             OSError, sqlite3.Error: it cannot be written.
         """
 
+    def begin(self) -> None:
+        """Begin a round of records."""
+
     def close(self) -> None:
         """End a round of records; the next begins where this left."""
 
@@ -84,6 +87,11 @@ class Store:
                 place.put(key, record)
             except (OSError, sqlite3.Error) as error:
                 self._give_up(place, error)
+
+    def begin(self) -> None:
+        """Begin a round of records."""
+        for place in self._writable:
+            place.begin()
 
     def close(self) -> None:
         """End a round of records."""
@@ -166,6 +174,9 @@ class CacheFile:
         """Keep a record."""
         text = json.dumps(record)  # escaped: SQLite takes no lone surrogates
         self._file.execute("INSERT OR REPLACE INTO sdar_records VALUES (?, ?, ?)", (self._fingerprint, key, text))
+
+    def begin(self) -> None:
+        """Nothing is to be done."""
 
     def close(self) -> None:
         """Nothing: each record is on disk already."""

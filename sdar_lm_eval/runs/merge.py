@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.report.counts import Counts
 from sdar_lm_eval.report.gsm8k_json import convert, is_gsm8k, read_run
-from sdar_lm_eval.runs.settings import Run
+from sdar_lm_eval.runs.programs import RunPrograms, run_by, run_here
+from sdar_lm_eval.runs.settings import Run, scored_by
 from sdar_lm_eval.runs.shards import ANSWERS, task_manager
 
 REPORT = "report.json"
@@ -31,7 +33,7 @@ REPORT = "report.json"
 NAMED = 8  # missing documents that a message names
 
 
-class RecordedLM(LM):  # type: ignore[misc]
+class RecordedLM(LM):
     """Answers the harness's requests from what was recorded.
 
     It asks as the machines did: with the checkpoint's tokenizer and chat template, so that a request is found by the
@@ -40,13 +42,15 @@ class RecordedLM(LM):  # type: ignore[misc]
     Args:
         sessions: with the same settings.
         seed: of the run.
+        begin: called when the tasks are loaded, before anything is asked.
 
     Raises:
         UserError: no answers at all, answers made with different settings, or a checkpoint that cannot be opened.
     """
 
-    def __init__(self, sessions: Sequence[Session], seed: int) -> None:
+    def __init__(self, sessions: Sequence[Session], seed: int, begin: Callable[[], Any] | None = None) -> None:
         super().__init__()
+        self._begin = begin
         if not sessions:
             raise UserError("There are no answers yet: none of the machines finished one. Run the same command again.")
         for session in sessions:
@@ -86,7 +90,9 @@ class RecordedLM(LM):  # type: ignore[misc]
         """There is none."""
 
     def evaluation_begins(self, cached: bool) -> None:
-        """Nothing was asked yet."""
+        """Say that the tasks are loaded."""
+        if self._begin is not None:
+            self._begin()
 
     def task_begins(self, task: TaskRequests) -> None:
         """Learn what lm_eval knows of a task's requests."""
@@ -159,11 +165,16 @@ def published(folder: Path, run: Run) -> Path:
     return folder / run.name / REPORT
 
 
-def publish(run: Run, folder: Path) -> Path:
+def publish(run: Run, folder: Path, run_programs: RunPrograms = run_here) -> Path:
     """Score all answers of a run in one pass, and write its results; where they are there already, do nothing.
 
     The folder named by the run's tasks gets lm_eval's results and samples files, the answers that were used, and
-    report.json. It appears whole or not at all.
+    report.json. It appears whole or not at all. Results of another version of this package's sources are replaced.
+
+    Args:
+        run: the evaluation.
+        folder: the run's.
+        run_programs: runs programs that the model wrote, where a task is scored by that and the run confirms it.
 
     Returns:
         report.json.
@@ -172,23 +183,26 @@ def publish(run: Run, folder: Path) -> Path:
         UserError: documents without an answer.
     """
     report = published(folder, run)
-    if report.exists():
+    if report.exists() and json.loads(report.read_text("utf-8")).get("scored_by") == scored_by():
         return report
     setup_logging("INFO")
-    lm = RecordedLM(read_sessions(folder / ANSWERS), run.seed)
+    stack = contextlib.ExitStack()
+    # From when the tasks are loaded: they try a program of ours then, whether this machine can run any.
+    lm = RecordedLM(read_sessions(folder / ANSWERS), run.seed, lambda: stack.enter_context(run_by(run_programs)))
     call = run.harness_call()
     partial = report.parent.with_name(report.parent.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     tracker = EvaluationTracker(output_path=str(partial))
-    results = lm_eval.simple_evaluate(
-        lm,
-        tasks=call["tasks"],
-        gen_kwargs=call["gen_kwargs"],
-        limit=call["limit"],
-        evaluation_tracker=tracker,
-        task_manager=task_manager(run.tasks),
-        confirm_run_unsafe_code=True,
-    )
+    with stack:
+        results = lm_eval.simple_evaluate(
+            lm,
+            tasks=call["tasks"],
+            gen_kwargs=call["gen_kwargs"],
+            limit=call["limit"],
+            evaluation_tracker=tracker,
+            task_manager=task_manager(run.tasks),
+            confirm_run_unsafe_code=run.confirm_run_unsafe_code,
+        )
     assert results is not None
     results["config"] |= {name: call[name] for name in ("model", "model_args")}
     tracker.general_config_tracker.log_experiment_args(call["model"], call["model_args"], None, None, True)
@@ -199,6 +213,8 @@ def publish(run: Run, folder: Path) -> Path:
     lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in lm.used]
     (partial / "answers.jsonl").write_text("".join(lines), "utf-8")
     (partial / REPORT).write_text(json.dumps(_report(run, partial), indent=2, ensure_ascii=False), "utf-8")
+    if report.parent.exists():
+        shutil.rmtree(report.parent)
     partial.rename(report.parent)
     return report
 
@@ -215,4 +231,4 @@ def _report(run: Run, folder: Path) -> dict[str, Any]:
         settings = {"tasks": list(run.tasks), "engine": run.engine, "gpu": ours.get("gpu")}
         content = {"config": settings, "metrics": results["results"], "performance": ours["run"]}
     settings |= {"model_name": run.model_name} | run.swept
-    return content
+    return content | {"scored_by": scored_by()}

@@ -18,32 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import sdar_lm_eval
-from sdar_lm_eval.autoload import MODELS
 from sdar_lm_eval.engines.base import DecodingConfig, to_number
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.gen_kwargs import read_generation
-
-ENGINES = {"jetengine": "sdar-jetengine", "native": "sdar", "lmdeploy": "sdar-lmdeploy"}
-"""`--engine` -> `lm_eval --model`."""
+from sdar_lm_eval.revision import ANSWER_REVISION
+from sdar_lm_eval.settings import canonical, read_generation
 
 DEFAULT_TASK = "gsm8k_sdar"
 
 SWEPT = ("block_length", "denoising_steps", "temperature", "remasking_strategy", "confidence_threshold")
 """Flags that take several values, separated by commas, for a sweep."""
 
-BLOCK_LENGTHS = (1, 2, 4, 8, 16, 32, 64)
-LIMITS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "jetengine": {"block_length": BLOCK_LENGTHS},
-    "lmdeploy": {
-        "block_length": BLOCK_LENGTHS,
-        "remasking_strategy": ("low_confidence_dynamic", "low_confidence_static", "sequential"),
-    },
-}
-"""Engine -> setting -> all values it takes. Engines refuse others themselves, but on a GPU that is paid for by then."""
+RUN_PROGRAMS = ("humaneval_sdar", "mbpp_sdar", "sdar_bench")
+"""This package's tasks and groups that are scored by running programs that the model wrote."""
 
-# What answers are made by: another version of these is another results folder. All else only counts and reports.
 _PACKAGE = Path(sdar_lm_eval.__file__).parent
-_SOURCES = ("checkpoint.py", "engines", "gen_kwargs.py", "harness.py", "tasks")
 
 
 @dataclass(frozen=True)
@@ -53,13 +42,14 @@ class Run:
     Attributes:
         model_name: hub id, or the name of a folder among the models.
         revision: branch, tag or commit of a hub id.
-        engine: one of `ENGINES`.
+        engine: one of `ENGINES` (engines/registry.py).
         tasks: of the harness.
         num_samples: documents of each task, the first ones; None: all.
         decoding: how to denoise; temperature 0 is greedy.
         max_gen_length: most new tokens; None: what each task says.
         seed: of what is sampled.
         verbose: log each example.
+        confirm_run_unsafe_code: the user agrees that programs of the model are run.
     """
 
     model_name: str
@@ -71,6 +61,7 @@ class Run:
     max_gen_length: int | None
     seed: int
     verbose: bool
+    confirm_run_unsafe_code: bool = False
 
     @property
     def gen_kwargs(self) -> dict[str, Any]:
@@ -112,7 +103,7 @@ class Run:
             **model_args,
         }
         return {
-            "model": ENGINES[self.engine],
+            "model": ENGINES[self.engine].model,
             "model_args": {name: value for name, value in arguments.items() if value is not None},
             "tasks": list(self.tasks),
             "gen_kwargs": self.gen_kwargs,
@@ -129,21 +120,21 @@ class Run:
         words = ["lm_eval", "run", "--model", call["model"], "--model_args", pairs(call["model_args"])]
         words += ["--tasks", ",".join(self.tasks), "--gen_kwargs", pairs(call["gen_kwargs"])]
         words += [] if self.num_samples is None else ["--limit", str(self.num_samples)]
+        words += ["--confirm_run_unsafe_code"] if self.confirm_run_unsafe_code else []
         return shlex.join(words)
 
     def folder(self, checkpoint: str, machine: Sequence[str]) -> str:
         """Return the name of the folder for its answers: the model's, and a fingerprint of all that changes them.
 
         Which documents are answered is left out, as is on how many machines: a run goes on from the answers of
-        another that asked for fewer.
+        another that asked for fewer. So are prompts, which each answer's own key holds (`lm/store.py`).
 
         Args:
             checkpoint: the checkpoint's fingerprint.
             machine: what the run stands on: the GPU, pinned versions.
         """
         content = {
-            "version": sdar_lm_eval.__version__,
-            "sources": _sources_digest(),
+            "revision": ANSWER_REVISION,
             "checkpoint": checkpoint,
             "engine": self.engine,
             "machine": list(machine),
@@ -169,17 +160,20 @@ def runs_from_flags(
     tasks: str,
     revision: str | None = None,
     seed: int = 0,
+    confirm_run_unsafe_code: bool = False,
+    short: Mapping[str, str | None] | None = None,
 ) -> list[Run]:
     """Return the run that the flags ask for, or those of a sweep: all combinations of values separated by commas.
+
+    Args:
+        short: flags by their short names (`gen_kwargs.ALIASES`); one that is given replaces the flag of the full name.
+        all others: the flags; see `Run`.
 
     Raises:
         UserError: a value is unknown or out of range; says what is allowed.
     """
     if engine not in ENGINES:
         raise UserError(f"--engine {engine} is unknown; choose {', '.join(ENGINES)}.{did_you_mean(engine, ENGINES)}")
-    if ENGINES[engine] not in MODELS:
-        here = ", ".join(name for name, model in ENGINES.items() if model in MODELS)
-        raise UserError(f"--engine {engine} needs --model {ENGINES[engine]}, which this version lacks; choose {here}.")
     if not model_name.strip():
         raise UserError("--model-name is empty. Give a hub id such as JetLM/SDAR-4B-Chat, or a folder's name.")
     for flag, number in (("--num-samples", num_samples), ("--max-gen-length", max_gen_length)):
@@ -187,15 +181,23 @@ def runs_from_flags(
             raise UserError(f"{flag} {number} is out of range: it must be 1 or more.")
     if seed < 0:
         raise UserError(f"--seed {seed} is out of range: it must be 0 or more.")
+    listed_tasks = tuple(dict.fromkeys(_listed("--tasks", tasks)))
+    if not confirm_run_unsafe_code and (programs := [task for task in listed_tasks if task in RUN_PROGRAMS]):
+        raise UserError(
+            f"--tasks {', '.join(programs)}: scored by running programs that the model writes. They run in a container "
+            "without network, token and volumes; say --confirm-run-unsafe-code to agree. Nothing was run."
+        )
     whole = functools.partial(to_number, whole=True)
     real = functools.partial(to_number, whole=False)
     given: dict[str, tuple[str, Callable[[str, str], Any]]] = {
         "block_length": (block_length, whole),
         "denoising_steps": (denoising_steps, whole),
         "temperature": (temperature, real),
-        "remasking_strategy": (remasking_strategy, lambda _, text: text),
+        "remasking_strategy": (remasking_strategy, lambda _, text: _full_name(text)),
         "confidence_threshold": (confidence_threshold, real),
     }
+    for name, text in canonical({name: text for name, text in (short or {}).items() if text is not None}).items():
+        given[name] = (text, given[name][1])
     values = []
     for name, (text, read) in given.items():
         flag = f"--{name.replace('_', '-')}"
@@ -208,12 +210,13 @@ def runs_from_flags(
                 model_name=model_name,
                 revision=revision or None,
                 engine=engine,
-                tasks=tuple(dict.fromkeys(_listed("--tasks", tasks))),
+                tasks=listed_tasks,
                 num_samples=num_samples,
                 decoding=DecodingConfig(**chosen),
                 max_gen_length=max_gen_length,
                 seed=seed,
                 verbose=verbose,
+                confirm_run_unsafe_code=confirm_run_unsafe_code,
             )
             read_generation(run.gen_kwargs, {})  # refuses what the model would
             _check_limits(engine, chosen)
@@ -230,12 +233,18 @@ def runs_from_flags(
 
 
 def _check_limits(engine: str, chosen: Mapping[str, Any]) -> None:
-    for name, allowed in LIMITS.get(engine, {}).items():
-        if chosen[name] not in allowed:
+    """Refuse what an engine does not take. Engines refuse it themselves, but on a GPU that is paid for by then."""
+    spec = ENGINES[engine]
+    for name, allowed in (("block_length", spec.block_lengths), ("remasking_strategy", spec.strategies)):
+        if allowed is not None and chosen[name] not in allowed:
             raise UserError(
                 f"--{name.replace('_', '-')} {chosen[name]} is not for --engine {engine}, which takes "
                 f"{', '.join(map(str, allowed))}. Choose one of these, or --engine native."
             )
+
+
+def _full_name(strategy: str) -> str:
+    return str(canonical({"remasking_strategy": strategy})["remasking_strategy"])
 
 
 def _listed(flag: str, text: str) -> list[str]:
@@ -245,13 +254,14 @@ def _listed(flag: str, text: str) -> list[str]:
     return values
 
 
-def _sources_digest() -> str:
+@functools.cache
+def scored_by() -> str:
+    """Return a hash of this package's sources: a result of others is scored again, which costs no answer.
+
+    A published result is looked for by name, which says nothing of a task's prompts, filters and metrics.
+    """
     digest = hashlib.sha256()
-    for source in _SOURCES:
-        root = _PACKAGE / source
-        files = (
-            [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix == ".py" or "yaml" in p.name)
-        )
-        for file in files:
+    for file in sorted(_PACKAGE.rglob("*")):
+        if file.suffix in (".py", ".jsonl") or "yaml" in file.name:
             digest.update(file.relative_to(_PACKAGE).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]

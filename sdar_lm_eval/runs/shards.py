@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lm_eval
+from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager, get_task_dict
 from lm_eval.utils import setup_logging
 
 from sdar_lm_eval.autoload import TASKS
-from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.runs.settings import Run
+from sdar_lm_eval.errors import SDARError, UserError
+from sdar_lm_eval.runs.settings import RUN_PROGRAMS, Run
 
 ANSWERS = "answers"
 """Name of the folder of answers in a run's folder."""
 
 
+class _AnsweredError(Exception):
+    """Ends an evaluation whose answers are there."""
+
+
 def answer_shard(run: Run, folder: Path, shard: int, shards: int, **model_args: Any) -> None:
     """Answer a share of a run's documents; what is in the folder already is not answered again.
+
+    Nothing is filtered or scored, so no program of the model runs here.
 
     Args:
         run: the evaluation.
@@ -40,8 +48,16 @@ def answer_shard(run: Run, folder: Path, shard: int, shards: int, **model_args: 
         if not share:
             return
         call |= {"samples": share, "limit": None, "tasks": list(share)}
-    # The scores of a part are nobody's. Code that a task runs to score it runs in a container of its own here.
-    lm_eval.simple_evaluate(**call, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=True)
+    lm = get_model(call.pop("model")).create_from_arg_obj(call.pop("model_args"))
+    generate = lm.generate_until
+
+    def answer(*args: Any, **kwargs: Any) -> None:
+        generate(*args, **kwargs)
+        raise _AnsweredError  # the harness filters and scores what it gets
+
+    lm.generate_until = answer
+    with contextlib.suppress(_AnsweredError):
+        lm_eval.simple_evaluate(lm, **call, confirm_run_unsafe_code=True)  # confirmed or not: none is run
 
 
 def task_manager(tasks: Sequence[str]) -> TaskManager:
@@ -57,7 +73,8 @@ def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskMan
     """Return how many documents of each task are evaluated, groups resolved into their tasks.
 
     Raises:
-        UserError: no such task, one that asks for log-likelihoods, or one whose documents cannot be fetched.
+        UserError: no such task, one that asks for log-likelihoods, one of the harness's own that runs programs of the
+            model, or one that cannot be loaded.
     """
     manager = manager or task_manager(tasks)
     unknown = [task for task in tasks if task not in manager.all_tasks]
@@ -65,17 +82,25 @@ def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskMan
         raise UserError(f"--tasks {', '.join(unknown)}: unknown to the harness. `lm_eval ls tasks` lists all.")
     try:
         found = _leaves(get_task_dict(list(tasks), manager))
-    except OSError as error:  # the hub's and datasets' errors are among these
-        reason = str(error).strip() or type(error).__name__
+    except SDARError:
+        raise
+    except (OSError, ValueError) as error:  # the hub's, datasets', and the harness's metric that runs programs
+        lines = [line.strip() for line in str(error).splitlines() if line.strip("# ")] or [type(error).__name__]
         raise UserError(
-            f"--tasks {', '.join(tasks)}: the documents cannot be fetched ({reason.splitlines()[0]}). "
-            "Check the network and try again; gated data needs HF_TOKEN."
+            f"--tasks {', '.join(tasks)}: cannot be loaded ({lines[0]}). Check the network and try again; gated data "
+            "needs HF_TOKEN."
         ) from error
     scored = [name for name, task in found.items() if task.OUTPUT_TYPE != "generate_until"]
     if scored:
         raise UserError(
             f"--tasks {', '.join(scored[:5])}: ask for log-likelihoods, of which no finished ones are kept. Run them "
             "by `lm_eval --model sdar`, or choose tasks that generate, such as gsm8k_sdar."
+        )
+    unsafe = [name for name, task in found.items() if getattr(task, "UNSAFE_CODE", False) and name not in RUN_PROGRAMS]
+    if unsafe:
+        raise UserError(
+            f"--tasks {', '.join(unsafe[:5])}: scored by running the model's programs where all answers are. Choose "
+            f"{' or '.join(RUN_PROGRAMS[:2])}, whose programs run apart, or run it by `lm_eval --model sdar`."
         )
     return {
         name: len(task.eval_docs) if num_samples is None else min(num_samples, len(task.eval_docs))

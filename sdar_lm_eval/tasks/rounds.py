@@ -17,7 +17,7 @@ from lm_eval.api.task import ConfigurableTask
 from sdar_lm_eval.errors import UserError
 
 
-class RoundsTask(ConfigurableTask):  # type: ignore[misc]
+class RoundsTask(ConfigurableTask):
     """lm-eval's task from a YAML file (`class: !function rounds.RoundsTask`), with each shot a round of its own."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -13,9 +13,9 @@ from sdar_lm_eval.engines.base import (
     GenerationRequest,
     at_least_one,
     end_of_answer,
-    make_engine,
     to_number,
 )
+from sdar_lm_eval.engines.registry import make_engine
 from sdar_lm_eval.errors import UserError
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from sdar_lm_eval import DecodingConfig, GenerationRequest, make_engine
-from sdar_lm_eval.demo import PROBLEMS
-from sdar_lm_eval.demo.make import PROMPT
+from sdar_lm_eval.demo import PROBLEMS, PROMPT
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")

@@ -11,6 +11,7 @@ import lm_eval
 import lm_eval.evaluator
 import pytest
 import torch
+from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from scripted_lm import BARE_TEMPLATE, DATA, SAMPLED, Evaluate, MakeLM, ScriptedLM, cached, checkpoint_with
 
@@ -286,11 +287,22 @@ def test_another_template_builds_requests_anew(
 # Other models, published protocols, Ctrl-C
 
 
+class OtherLM(LM):
+    """A model that is none of ours."""
+
+    def generate_until(self, requests: Any) -> list[str]:
+        return ["?"] * len(requests)
+
+    def loglikelihood(self, requests: Any) -> Any:
+        raise NotImplementedError
+
+    loglikelihood_rolling = loglikelihood
+
+
 def test_other_models_are_left_alone(make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = tasks_of(tmp_path / "tasks", monkeypatch, five=GENERATE + EXACT)
     make_lm()
-    dummy = lm_eval.api.registry.get_model("dummy")()
-    results = lm_eval.simple_evaluate(dummy, tasks=["five"], task_manager=manager, bootstrap_iters=0)
+    results = lm_eval.simple_evaluate(OtherLM(), tasks=["five"], task_manager=manager, bootstrap_iters=0)
     assert results is not None
     assert results["samples"]["five"][0]["arguments"][0][0] == "Question 0"
     assert "sdar_lm_eval" not in results["config"]
@@ -337,7 +349,7 @@ def test_a_cache_that_cannot_be_written_costs_no_answer(
 
     lm = make_lm(answers=tmp_path / "answers")
     wrapped = cached(lm, tmp_path / "c.db")
-    place = lm._store._places[0]
+    place = lm._rounds.store._places[0]
     put, left = place.put, [2]
 
     def full(key: str, record: Any) -> None:

@@ -26,7 +26,7 @@ from support import QUICK_START, environment, fork_of
 
 import sdar_lm_eval.tasks
 from sdar_lm_eval.errors import EngineError
-from sdar_lm_eval.lm import ranks
+from sdar_lm_eval.lm import model, ranks
 from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.lm.ranks import Ranks
 
@@ -309,3 +309,27 @@ def test_ranks_share_the_cores(
     several.world_size = world_size
     several.share_cpu()
     assert chosen == ([] if threads is None else [threads])
+
+
+def test_a_rank_above_0_says_what_only_it_knows(caplog: pytest.LogCaptureFixture) -> None:
+    """Truncated prompts, halved batches: by its number. Rank 0 says for all what holds for all."""
+    root, loggers = (
+        logging.getLogger(),
+        [logging.getLogger(name) for name in (*model.SAME_ON_ALL_RANKS, "sdar_lm_eval")],
+    )
+    filters = {handler: list(handler.filters) for handler in root.handlers}
+    try:
+        model._speak_for_itself(3)
+        for name in ("sdar_lm_eval.lm.model", "sdar_lm_eval.engines.native.engine", *model.SAME_ON_ALL_RANKS, "others"):
+            logging.getLogger(name).info("info of %s", name)
+            logging.getLogger(name).warning("warning of %s", name)
+    finally:
+        for handler, before in filters.items():
+            handler.filters = before
+        for logger in loggers:
+            logger.setLevel(logging.NOTSET)
+    assert [record.getMessage() for record in caplog.records] == [
+        "rank 3: warning of sdar_lm_eval.lm.model",
+        "rank 3: warning of sdar_lm_eval.engines.native.engine",
+        "warning of others",
+    ]

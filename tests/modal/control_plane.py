@@ -18,7 +18,8 @@ What is and is not like the real one:
 - Images are not built: their commands are recorded, and containers run in this Python. A package that an image lacks is
   not noticed.
 - A container's files are those that were shipped: a module or a YAML file that is not shipped is missing.
-- Volumes are folders, seen by all containers at once; commits are counted, and not needed.
+- Volumes are folders, seen by all containers at once; commits are counted, and not needed. What a container changes in
+  one that it may only read is listed in `trespasses`. Its network is not blocked.
 - `trouble` has a container interrupted (SIGINT, as Modal preempts) and its input given to a new one, or killed.
 - A method without a function of its name here answers with an empty message, and is listed in `unknown`.
 
@@ -39,7 +40,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ class ControlPlane:
         trouble: called again and again while a container of `troubled` runs, with its process id, until it returns a
             signal for it: SIGINT preempts the container, another one ends its input with a failure.
         troubled: the function's name.
+        variables: more of them for each container.
     """
 
     def __init__(
@@ -104,8 +106,11 @@ class ControlPlane:
         folder: Path,
         trouble: Callable[[int], signal.Signals | None] | None = None,
         troubled: str = "evaluate",
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
+        self.variables = dict(variables or {})
+        self.trespasses: list[tuple[str, str]] = []
         self.functions: dict[str, Function] = {}
         self.variants: dict[str, Function] = {}
         self.images: dict[str, Image] = {}
@@ -239,9 +244,10 @@ class ControlPlane:
         return {file.filename for file in self._shipped(self.functions[function].definition)}
 
     def volumes_of(self, function: str) -> dict[str, str]:
-        """Return mount path -> volume of a function."""
+        """Return mount path -> volume of a function, and whether it may only read there."""
         return {
-            m.mount_path: m.volume_id.removeprefix("vo-") for m in self.functions[function].definition.volume_mounts
+            m.mount_path: m.volume_id.removeprefix("vo-") + (" (read-only)" if m.read_only else "")
+            for m in self.functions[function].definition.volume_mounts
         }
 
     def _client_environment(self) -> dict[str, str]:
@@ -480,6 +486,7 @@ class ControlPlane:
         self._waiting[container] = [call_id, input_id]
         self.started.append(function.name)
         function.calls += 1
+        before = self._read_only(function)
         process = await asyncio.to_thread(
             subprocess.Popen,
             [sys.executable, "-u", "-m", "modal._container_entrypoint"],
@@ -501,8 +508,16 @@ class ControlPlane:
                 os.kill(fork, sent)
         await reader
         self._running.discard(process)
+        changed = {path for path, _ in before ^ self._read_only(function)}
+        self.trespasses += [(function.name, path) for path in sorted(changed)]
         shutil.rmtree(home, ignore_errors=True)
         return "preempted" if preempted else process.returncode
+
+    def _read_only(self, function: Function) -> set[tuple[str, int]]:
+        """Path and time of change of all that is on volumes that a function may only read."""
+        mounts = [mount for mount in function.definition.volume_mounts if mount.read_only]
+        roots = [self.volume(mount.volume_id.removeprefix("vo-")) for mount in mounts]
+        return {(str(path), path.stat().st_mtime_ns) for root in roots for path in root.rglob("*")}
 
     def _forward(self, process: subprocess.Popen[bytes], container: str) -> None:
         assert process.stdout is not None
@@ -530,6 +545,7 @@ class ControlPlane:
         return (
             {name: value for name, value in ours.items() if not name.startswith("MODAL_TOKEN")}
             | declared
+            | self.variables
             | {
                 "MODAL_IS_REMOTE": "1",
                 "MODAL_TASK_ID": container,

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,17 +16,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import datasets
 import lm_eval
 import pytest
 from control_plane import ControlPlane
+from datasets.arrow_writer import ArrowWriter
 from lm_eval.tasks import TaskManager
-from support import ROOT
+from support import ROOT, environment
 
 from sdar_lm_eval.autoload import TASKS
+from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.demo import CHECKPOINT as DEMO_CHECKPOINT
 from sdar_lm_eval.engines.adapters.jetengine.versions import PINNED
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.lm.answers import read_sessions
 from sdar_lm_eval.lm.model import SDARLM
-from sdar_lm_eval.runs.settings import ENGINES
 
 DEMO = ("--engine", "native", "--model-name", "demo", "--tasks", "gsm8k_sdar_demo")
 DOCUMENTS = 72
@@ -152,11 +157,62 @@ def test_what_is_asked_of_modal(sharded: Sharded) -> None:
     (variant,) = [v for v in plane.variants.values() if v.name == "evaluate"]
     assert variant.options.resources.gpu_config.gpu_type == "H100!"
     assert variant.options.timeout_secs == 7200
-    for cheap in ("prepare", "publish"):
+    for cheap in ("prepare", "publish", "run_programs"):
         assert plane.functions[cheap].definition.resources.gpu_config.count == 0
-    for function in plane.functions:
-        assert plane.volumes_of(function) == {"/models": "sdar-models-cache", "/results": "sdar-results"}
+    assert plane.trespasses == []
     assert plane.commits["sdar-results"] > 0 and plane.commits["sdar-models-cache"] > 0
+
+
+def test_each_function_has_what_it_needs_and_no_more(sharded: Sharded) -> None:
+    """The token where the checkpoint is fetched; nothing at all where programs of a model run."""
+    plane, models, results = sharded.plane, "sdar-models-cache", "sdar-results"
+    writes = {"/models": f"{models} (read-only)", "/results": results}
+    assert {name: plane.volumes_of(name) for name in plane.functions} == {
+        "prepare": {"/models": models, "/results": f"{results} (read-only)"},
+        "evaluate": writes,
+        "publish": writes,
+        "run_programs": {},
+    }
+    for name, function in plane.functions.items():
+        apart = name == "run_programs"
+        assert (function.definition.block_network, function.definition.untrusted) == (apart, apart)
+    assert plane.functions["run_programs"].definition.single_use_containers
+
+
+HUMANEVAL = (
+    {"task_id": "HumanEval/0", "entry_point": "one", "test": "def check(one): assert one() == 1"},
+    {"task_id": "HumanEval/1", "entry_point": "one", "test": "def check(one): assert one() == 2"},
+)
+
+
+def _humaneval(folder: Path) -> Path:
+    """Two problems of which the first is solved by any answer of one line; a program that runs leaves a mark."""
+    mark = f"open({str(folder / 'ran')!r}, 'a').write('.')\n"
+    prompt = f"{mark}def one():\n    return 1\n# "
+    lines = (json.dumps(row | {"prompt": prompt}) for row in HUMANEVAL)
+    (folder / "HumanEval.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_programs_of_a_model_run_in_a_container_of_their_own(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    words = (*DEMO[:2], "--model-name", "my-sdar", "--tasks", "humaneval_sdar", "--confirm-run-unsafe-code")
+    folder = {"SDAR_HUMANEVAL_DIR": str(_humaneval(tmp_path))}
+    with ControlPlane(tmp_path / "modal", variables=folder) as plane:
+        fetched = plane.volume("sdar-models-cache")
+        shutil.copytree(DEMO_CHECKPOINT, fetched / "my-sdar")
+        done = plane.modal(
+            "run", "modal_runner.py", *words, "--max-gen-length", "4", "--temperature", "0",
+            "--output-file", str(output), HF_TOKEN="hf_mine",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert plane.started == ["prepare", "evaluate", "publish", "run_programs"]
+        assert plane.trespasses == []
+        assert "my-sdar" in (fetched / "huggingface" / "sdar_lm_eval" / "sha256.json").read_text()
+        holders = [name for name in plane.functions if plane.functions[name].definition.secret_ids]
+        assert holders == ["prepare"] and {"HF_TOKEN": "hf_mine"} in plane.secrets.values()
+    assert json.loads(output.read_text())["metrics"]["humaneval_sdar"]["pass@1,code-block"] == 0.5
+    assert (tmp_path / "ran").read_text() == ".."  # each once: none where answers were made
 
 
 def test_what_is_shipped(sharded: Sharded) -> None:
@@ -188,7 +244,8 @@ def test_a_sweep(tmp_path: Path) -> None:
     output = tmp_path / "sweep.json"
     words = (*DEMO, "--num-samples", "6", "--temperature", "0.0", "--verbose", "false", "--output-file", str(output))
     with ControlPlane(tmp_path / "modal") as plane:
-        done = _run(plane, *words, "--confidence-threshold", "0.5,0.9", "--gpu", "H200", "--timeout", "900")
+        sweep = ("--threshold", "0.5,0.9", "--remasking-strategy", "static", "--strategy", "dynamic")
+        done = _run(plane, *words, *sweep, "--gpu", "H200", "--timeout", "900")
         assert done.returncode == 0, done.stdout + done.stderr
         assert plane.started.count("evaluate") == 2
         assert {v.options.resources.gpu_config.gpu_type for v in plane.variants.values()} == {"H200"}
@@ -267,6 +324,12 @@ def test_a_missing_model_and_the_image_of_jetengine(tmp_path: Path) -> None:
         (["--output-file", ""], 1, "--output-file '' is no name of a file. Give one, such as gsm8k_results.json."),
         (["--output-file", "tests"], 1, "--output-file 'tests' is no name of a file."),
         (["--gpu", ""], 1, "--gpu is empty. Name one: H100! (an H100 and nothing else)"),
+        (
+            ["--tasks", "gsm8k_sdar,humaneval_sdar"],
+            1,
+            "--tasks humaneval_sdar: scored by running programs that the model writes. They run in a container without "
+            "network, token and volumes; say --confirm-run-unsafe-code to agree. Nothing was run.",
+        ),
         (["--gpu", "h100:4"], 1, "--gpu h100:4: a container uses one GPU. Give --gpu H100, and --shards N"),
     ],
 )
@@ -277,6 +340,59 @@ def test_a_wrong_flag(tmp_path: Path, words: list[str], code: int, message: str)
         assert message in re.sub(r"[│\s]+", " ", done.stderr)
         assert plane.started == []
         assert bool(plane.functions) == (code == 1)  # what the client refuses is not built
+
+
+def test_help_says_what_each_flag_means(tmp_path: Path, runner: Any) -> None:
+    flags = inspect.signature(runner.main.info.raw_f).parameters
+    assert runner.FLAGS.keys() == flags.keys()
+    with ControlPlane(tmp_path / "modal") as plane:
+        done = _run(plane, "--help")
+        assert done.returncode == 0 and plane.started == [] and not plane.functions
+    told = " ".join(done.stdout.split())
+    for name, meaning in runner.FLAGS.items():
+        assert re.search(rf"--{name.replace('_', '-')}( VALUE)? {re.escape(' '.join(meaning.split()))}", told), name
+    assert "of sampling (0)" in told and "tokens that are denoised together (4) *" in told
+
+
+def test_it_says_how_it_is_run() -> None:
+    done = subprocess.run([sys.executable, ROOT / "modal_runner.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("modal_runner: error: Modal's client runs this file: ") and "modal run" in done.stderr
+
+
+def test_what_is_fetched_is_read_without_network_and_left_alone(tmp_path: Path) -> None:
+    """A checkpoint and a data set, as the hub's libraries keep what they fetched; `datasets` locks where it reads."""
+    volume, commit = tmp_path / "volume", "0" * 40
+    shutil.copytree(DEMO_CHECKPOINT, volume / "hub" / "models--me--demo" / "snapshots" / commit)
+    rows = datasets.Dataset.from_list([{"question": "1 + 1?", "answer": "#### 2"}])
+    kept = volume / "datasets" / "openai___gsm8k" / "main" / "0.0.0" / commit
+    kept.mkdir(parents=True)
+    with ArrowWriter(path=str(kept / "gsm8k-test.arrow"), features=rows.features) as writer:
+        writer.write(rows[0])
+        _, size = writer.finalize()
+    info = {"builder_name": "parquet", "dataset_name": "gsm8k", "config_name": "main", "version": "0.0.0"}
+    splits = {"test": {"name": "test", "num_bytes": size, "num_examples": 1, "dataset_name": "gsm8k"}}
+    datasets.DatasetInfo(features=rows.features, splits=splits, **info).write_to_directory(str(kept))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(volume))
+        fingerprint = Checkpoint.open(str(shutil.copytree(DEMO_CHECKPOINT, tmp_path / "weights"))).fingerprint
+    before = sorted(volume.rglob("*"))
+    code = (
+        "import modal_runner; modal_runner.read_what_is_fetched()\n"
+        "import datasets, huggingface_hub.constants\n"
+        "from sdar_lm_eval.checkpoint import Checkpoint, fingerprint\n"
+        "print(huggingface_hub.constants.HF_HUB_OFFLINE)\n"
+        "print(datasets.load_dataset('openai/gsm8k', 'main', split='test')[0]['answer'])\n"
+        f"print(Checkpoint.open('me/demo', {commit!r}).fingerprint)\n"
+        "fingerprint._read_sha256 = None\n"
+        f"print(Checkpoint.open({str(tmp_path / 'weights')!r}).fingerprint)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment() | {"HF_HOME": str(volume)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["True", "#### 2", fingerprint, fingerprint], done.stderr
+    assert sorted(volume.rglob("*")) == before
 
 
 @pytest.fixture

@@ -71,6 +71,19 @@ def test_shards_become_one_result(tmp_path: Path) -> None:
     assert _texts(publish(more, alone))[:7] == _texts(report)
 
 
+def test_a_result_of_other_sources_is_scored_again(tmp_path: Path) -> None:
+    run = _run(num_samples=2)
+    answer_shard(run, tmp_path, 1, 1)
+    report = publish(run, tmp_path)
+    first = report.read_text()
+    answers = {path: path.read_bytes() for path in (tmp_path / ANSWERS).iterdir()}
+    report.write_text(json.dumps(json.loads(first) | {"results": [], "scored_by": "sources before"}))
+    publish(run, tmp_path)
+    assert json.loads(report.read_text()) == json.loads(first)
+    assert len(list(report.parent.rglob("samples_*.jsonl"))) == 1
+    assert {path: path.read_bytes() for path in (tmp_path / ANSWERS).iterdir()} == answers
+
+
 def test_a_part_of_a_larger_run_has_its_share_of_the_time(tmp_path: Path) -> None:
     answer_shard(_run(), tmp_path, 1, 1)
     whole, part = (
@@ -144,7 +157,7 @@ def test_other_tasks_have_a_report_without_examples(tmp_path: Path) -> None:
         answer_shard(run, tmp_path / "run", 1, 1)
         report = publish(run, tmp_path / "run")
     content = json.loads(report.read_text())
-    assert set(content) == {"config", "metrics", "performance"}
+    assert set(content) == {"config", "metrics", "performance", "scored_by"}
     assert set(content["metrics"]) == {"gsm8k_sdar_demo", "gsm8k_sdar_hash"}
     assert content["performance"]["requests"] == 2
     assert len(list(report.parent.rglob("samples_*.jsonl"))) == 2

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -8,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from sdar_lm_eval.engines.adapters import common
-from sdar_lm_eval.engines.adapters.lmdeploy import requirements
+from sdar_lm_eval.autoload import TASKS
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.gen_kwargs import read_generation
 from sdar_lm_eval.runs import settings
-from sdar_lm_eval.runs.settings import Run, runs_from_flags
+from sdar_lm_eval.runs.settings import Run, runs_from_flags, scored_by
+from sdar_lm_eval.settings import ALIASES, read_generation
 
 DEFAULTS: dict[str, Any] = {
     "model_name": "JetLM/SDAR-4B-Chat",
@@ -128,23 +129,14 @@ def test_mistakes(flags: dict[str, Any], message: str) -> None:
 
 
 def test_limits_are_the_engines() -> None:
-    assert settings.LIMITS == {
-        "jetengine": {"block_length": common.BLOCK_LENGTHS},
-        "lmdeploy": {"block_length": common.BLOCK_LENGTHS, "remasking_strategy": requirements.STRATEGIES},
-    }
+    for spec in ENGINES.values():
+        for name, allowed in (("block_length", spec.block_lengths), ("remasking_strategy", spec.strategies)):
+            for value in allowed or ():
+                assert _runs(**{"engine": spec.name, name: str(value), "denoising_steps": "1"})
     assert _runs(engine="native", block_length="3", denoising_steps="3", remasking_strategy="entropy_bounded")
 
 
-def test_an_engine_that_this_version_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {"sdar": "…", "sdar-jetengine": "…"}
-    monkeypatch.setattr(settings, "MODELS", known)
-    with pytest.raises(UserError, match=r"--engine lmdeploy needs --model sdar-lmdeploy, .* choose jetengine, native"):
-        _runs(engine="lmdeploy")
-    monkeypatch.setattr(settings, "MODELS", known | {"sdar-lmdeploy": "…"})
-    assert _runs(engine="lmdeploy")[0].harness_call()["model"] == "sdar-lmdeploy"
-
-
-def test_the_folder_s_name_is_of_all_that_changes_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_folder_s_name_is_of_all_that_changes_answers() -> None:
     def folder(checkpoint: str = "abc", machine: tuple[str, ...] = ("H100!",), **flags: Any) -> str:
         return _runs(**flags)[0].folder(checkpoint, machine)
 
@@ -158,12 +150,52 @@ def test_the_folder_s_name_is_of_all_that_changes_answers(monkeypatch: pytest.Mo
         folder(remasking_strategy="sequential"), folder(max_gen_length=256), folder(engine="native"),
     ]  # fmt: skip
     assert len({base, *others}) == 1 + len(others)
-    (tmp_path / "engines").mkdir()
-    (tmp_path / "engines" / "sampler.py").write_text("t = 1\n")
+
+
+def test_a_comment_costs_no_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Sources name no folder of answers, the revision of what decoding can answer does; results are scored again."""
     monkeypatch.setattr(settings, "_PACKAGE", tmp_path)
-    changed = folder()
-    (tmp_path / "engines" / "sampler.py").write_text("t = 2\n")
-    assert len({base, changed, folder()}) == 3
+    source = tmp_path / "engines" / "sampler.py"
+    source.parent.mkdir()
+    named, scorers = [], []
+    for text in ("t = 1\n", "t = 1  # the temperature\n"):
+        source.write_text(text)
+        scored_by.cache_clear()
+        named.append(_runs()[0].folder("abc", ["H100!"]))
+        scorers.append(scored_by())
+    scored_by.cache_clear()
+    assert named[0] == named[1] and scorers[0] != scorers[1]
+    monkeypatch.setattr(settings, "ANSWER_REVISION", settings.ANSWER_REVISION + 1)
+    assert _runs()[0].folder("abc", ["H100!"]) != named[0]
+
+
+def test_short_names_are_those_of_gen_kwargs() -> None:
+    full = _runs(remasking_strategy="low_confidence_static,low_confidence_dynamic,entropy_bounded", engine="native")
+    assert _runs(remasking_strategy="static,dynamic,entropy,low_confidence_static", engine="native") == full
+    short = {"strategy": "static", "threshold": "0.5,0.6", "steps": "2", "block": "8"}
+    assert set(short) < set(ALIASES)
+    assert _runs(short=short | {"strategy": None}) == _runs(
+        confidence_threshold="0.5,0.6", denoising_steps="2", block_length="8"
+    )
+    assert _runs(short=short)[0].decoding.remasking_strategy == "low_confidence_static"
+    with pytest.raises(UserError, match="--confidence-threshold='high' is not a number"):
+        _runs(short={"threshold": "high"})
+
+
+def test_tasks_that_run_programs_are_the_ones_that_say_so() -> None:
+    texts = {path.stem: path.read_text("utf-8") for path in Path(TASKS).rglob("*.yaml")}
+    unsafe = {name for name, text in texts.items() if re.search("^unsafe_code: true", text, re.MULTILINE)}
+    groups = {name for name, text in texts.items() if set(re.findall(r"^  - (\w+)", text, re.MULTILINE)) & unsafe}
+    assert unsafe and groups and set(settings.RUN_PROGRAMS) == unsafe | groups
+
+
+@pytest.mark.parametrize("task", settings.RUN_PROGRAMS)
+def test_programs_of_a_model_are_confirmed_first(task: str) -> None:
+    with pytest.raises(UserError, match=f"--tasks {task}: scored by running .* say --confirm-run-unsafe-code"):
+        _runs(tasks=f"gsm8k_sdar,{task}")
+    (run,) = _runs(tasks=task, confirm_run_unsafe_code=True)
+    assert run.command_line().endswith("--confirm_run_unsafe_code")
+    assert run.folder("abc", []) == _runs()[0].folder("abc", [])
 
 
 def test_a_machine_without_torch_and_lm_eval_can_ask() -> None:

@@ -55,10 +55,35 @@ def test_tasks_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
         documents_of(["gsm8k_sdar_demo"], None, ours)
 
 
-def test_documents_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: object) -> None:
-        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
+def test_programs_that_the_harness_would_run_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Task:
+        OUTPUT_TYPE = "generate_until"
+        UNSAFE_CODE = True
 
-    monkeypatch.setattr(shards, "get_task_dict", offline)
-    with pytest.raises(UserError, match=r"--tasks gsm8k_sdar_demo: .* \(Couldn't reach .* on the Hub\)\. Check"):
+    monkeypatch.setattr(shards, "get_task_dict", lambda *_: {"humaneval": Task()})
+    with pytest.raises(UserError, match=r"--tasks humaneval: .* Choose humaneval_sdar or mbpp_sdar, whose programs"):
+        documents_of(["gsm8k_sdar_demo"], None)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub"),
+            r"\(Couldn't reach 'openai/gsm8k' on the Hub\)\. Check",
+        ),
+        (
+            ValueError("\n#####\n code_eval executes untrusted code.\n#####"),
+            r"\(code_eval executes untrusted code\.\)\.",
+        ),
+        (OSError(), r"\(OSError\)\."),
+        (UserError("gsm8k_dir is 3, which is no path."), "^gsm8k_dir is 3, which is no path"),
+    ],
+)
+def test_tasks_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, error: Exception, told: str) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(shards, "get_task_dict", broken)
+    with pytest.raises(UserError, match=told):
         documents_of(["gsm8k_sdar_demo"], None)

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
+from lm_eval.loggers import EvaluationTracker
 
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.lm.model import SDARLM
+from sdar_lm_eval.report.gsm8k_json import convert
+from sdar_lm_eval.report.table import read_runs
 from sdar_lm_eval.runs import summary
 from sdar_lm_eval.runs.settings import Run, runs_from_flags
+from sdar_lm_eval.runs.shards import task_manager
 
 FLAGS: dict[str, Any] = {
     "model_name": "JetLM/SDAR-4B-Chat", "num_samples": 124, "block_length": "4", "denoising_steps": "4",
@@ -61,7 +69,7 @@ def test_the_end_of_a_run() -> None:
 
 def test_the_end_of_a_run_of_other_tasks() -> None:
     run = {"tokens_per_second": 10.0, "tokens_per_forward": 1.0, "generation_seconds": 5.0}
-    scores = {"alias": "math500_sdar", "math_verify,none": 0.728, "math_verify_stderr,none": 0.02}
+    scores = {"alias": "math500_sdar", "sample_len": 500, "math_verify,none": 0.728, "math_verify_stderr,none": 0.02}
     text = summary.result({"config": {}, "metrics": {"math500_sdar": scores}, "performance": run})
     assert "math500_sdar: math_verify,none 0.728\n" in text and "Total time: 5.0 s" in text
 
@@ -88,11 +96,43 @@ def test_a_sweep_s_table_and_json() -> None:
     json.dumps(content)
 
 
-@pytest.mark.parametrize("seconds", [None, 3.0])
-def test_a_run_whose_time_is_unknown(seconds: float | None) -> None:
-    unknown = dict.fromkeys(PERFORMANCE) | {"total_seconds": None}
-    performance = unknown if seconds is None else PERFORMANCE | {"total_seconds": seconds}
-    assert ("Throughput" in summary.result(REPORT | {"performance": performance})) is (seconds is not None)
+SPEEDS = {"tokens_per_second": "2,345.6", "tokens_per_forward": "1.43"}
+UNKNOWN: dict[str, Any] = dict.fromkeys(PERFORMANCE)
+
+
+@pytest.mark.parametrize("known", [{}, *({name: value} for name, value in PERFORMANCE.items())])
+def test_what_is_unknown_is_left_out(known: dict[str, float]) -> None:
+    """Each figure by itself may be null: where all answers were there already, say."""
+    unknown = REPORT | {"performance": UNKNOWN | known}
+    assert len(summary.result(unknown).splitlines()) == 5 + len(known)
+    row = summary.sweep_table([unknown], _runs()).splitlines()[1].split()
+    speeds = [text for name, text in SPEEDS.items() if name in known]
+    assert row == ["4", "4", "1", "low_confidence_dynamic", "0.85", "75.0", "±", "3.9", *speeds]
+
+
+def test_a_run_whose_answers_were_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As lm_eval writes it and `gsm8k-json` reads it."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+    for folder in ("first", "second"):
+        tracker = EvaluationTracker(output_path=str(tmp_path / folder))
+        results = lm_eval.simple_evaluate(
+            SDARLM("demo", answers=str(tmp_path / "answers")),
+            tasks=["gsm8k_sdar_demo"],
+            task_manager=task_manager(["gsm8k_sdar_demo"]),
+            gen_kwargs="max_gen_toks=8",
+            limit=2,
+        )
+        assert results is not None
+        samples = results.pop("samples")
+        tracker.save_results_aggregated(results=results, samples=samples)
+        tracker.save_results_samples(task_name="gsm8k_sdar_demo", samples=samples["gsm8k_sdar_demo"])
+    first, second = (convert(tmp_path / folder) for folder in ("first", "second"))
+    assert all(value is not None for value in first["performance"].values())
+    assert second["performance"] == dict.fromkeys(first["performance"]) | {"new_tokens": 0}
+    assert second["metrics"] == first["metrics"]
+    assert "Throughput" in summary.result(first) and "Throughput" not in summary.result(second)
+    with pytest.raises(UserError, match="No results of the table's tasks, only of gsm8k_sdar_demo"):
+        read_runs([tmp_path / "second"])
 
 
 def test_what_a_run_of_a_sweep_is_told_by() -> None:

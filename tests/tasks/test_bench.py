@@ -90,5 +90,6 @@ def test_the_demo_model(offline: Path) -> None:
     assert len(decoding) == 6
     for settings in decoding.values():
         assert (settings["temperature"], settings["block_length"], settings["denoising_steps"]) == (0.0, 4, 4)
+        assert settings["remasking_strategy"] == "low_confidence_static"
     for task, samples in results["samples"].items():
         assert samples and all(sample["resps"][0][0] for sample in samples), task  # no stop string leaves it empty

@@ -32,7 +32,6 @@ from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, end_of_
 from sdar_lm_eval.errors import EngineError, UserError
 
 DTYPES = ("bfloat16", "float16")
-BLOCK_LENGTHS = (1, 2, 4, 8, 16, 32, 64)  # what the kernels of both engines take
 HEAD_DIMS = (16, 32, 64, 128, 256)
 
 Config = Mapping[str, Any]
@@ -120,13 +119,15 @@ class Decodes:
     Attributes:
         engine: as messages name it, with its version where versions differ.
         strategies: remasking strategies that it has.
-        block_lengths: what messages put before the block lengths that it takes.
+        block_lengths: that it takes.
+        takes: subject and verb of a message that lists these.
         repetition_penalty: why it is given none.
     """
 
     engine: str
     strategies: Sequence[str]
-    block_lengths: str
+    block_lengths: Sequence[int]
+    takes: str
     repetition_penalty: str
 
     def check(self, decoding: DecodingConfig) -> None:
@@ -145,9 +146,9 @@ class Decodes:
                 f"repetition_penalty={decoding.repetition_penalty}: {self.repetition_penalty}. Use --model sdar, or "
                 "leave it out."
             )
-        if decoding.block_length not in BLOCK_LENGTHS:
+        if decoding.block_length not in self.block_lengths:
             raise UserError(
-                f"block_length={decoding.block_length}: {self.block_lengths} {listed(BLOCK_LENGTHS)}. Use --model sdar."
+                f"block_length={decoding.block_length}: {self.takes} {listed(self.block_lengths)}. Use --model sdar."
             )
 
 

@@ -16,6 +16,7 @@ from sdar_lm_eval.engines.adapters.jetengine.hooks import tail_of
 from sdar_lm_eval.engines.adapters.jetengine.loading import Setup
 from sdar_lm_eval.engines.adapters.jetengine.versions import version_with
 from sdar_lm_eval.engines.base import GenerationRequest
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError
 
 
@@ -77,7 +78,8 @@ def check(requests: Sequence[GenerationRequest], setup: Setup) -> None:
     decodes = Decodes(
         engine=named,
         strategies=setup.dialect.strategies,
-        block_lengths="JetEngine takes",
+        block_lengths=ENGINES["jetengine"].block_lengths or (),
+        takes="JetEngine takes",
         repetition_penalty=f"{named} has none, or another (it divides probabilities, from half of max_gen_toks on)",
     )
     check_requests(requests, decodes, setup.checkpoint)

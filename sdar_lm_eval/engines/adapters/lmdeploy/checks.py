@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.adapters.common import HEAD_DIMS, Decodes, check_tensor_parallel, listed, world_size
-from sdar_lm_eval.engines.adapters.lmdeploy.requirements import STRATEGIES
 from sdar_lm_eval.engines.base import check_rope
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError
 
+SPEC = ENGINES["lmdeploy"]
 DECODES = Decodes(
     engine="LMDeploy",
-    strategies=STRATEGIES,
-    block_lengths="with LMDeploy it can be",
+    strategies=SPEC.strategies or (),
+    block_lengths=SPEC.block_lengths or (),
+    takes="with LMDeploy it can be",
     # strategies/ar/sampling.py: _gather_generated_ids
     repetition_penalty="LMDeploy counts the answer's tokens alone, not the prompt's, and mixes up the values of "
     "requests that run together",

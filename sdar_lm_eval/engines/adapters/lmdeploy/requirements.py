@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 OLDEST, NEWEST = (0, 16), (0, 18)
 INSTALL = 'Install with: pip install "sdar-lm-eval[lmdeploy]". Or use --model sdar, which needs none of this.'
 
-STRATEGIES = ("low_confidence_dynamic", "low_confidence_static", "sequential")  # config.py: UnmaskingStrategy
 DEVIATIONS: Mapping[str, str] = {
     # strategies/dllm/unmasking.py: UnmaskingProcessor.low_confidence_dynamic
     "low_confidence_dynamic": "confidences at the threshold count as above it; fewer of them than the step's quota: "

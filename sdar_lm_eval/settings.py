@@ -1,7 +1,7 @@
-"""Reads a harness request's `gen_kwargs`, on top of the settings given by `--model_args`.
+"""Reads what users write: `--model_args`, and a request's `gen_kwargs` on top of them. Behind it nothing is text.
 
-Precedence: gen_kwargs (a task's YAML, overridden by `--gen_kwargs`) > model_args > checkpoint > default. Values come
-typed or as text. Nothing is popped or changed: the harness hashes the same dict for its cache.
+Precedence: gen_kwargs (a task's YAML, overridden by `--gen_kwargs`) > model_args > a task's published decoding >
+checkpoint > default. Values come typed or as text. Nothing is popped or changed: other models get the same dict.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, TypedDict, cast, get_args
 
 from sdar_lm_eval.engines.base import DECODING_SETTINGS, DecodingConfig, check_bool, to_number
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,177 @@ HINTS = {"seed": "The seed is the model's: --model_args seed=N, or the third of 
 # Settings of other engines that harness tasks carry, with the one value that asks for nothing.
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "n": 1}
 IGNORED = ("use_cache",)  # of transformers; it changes no answer
+
+
+ChatMode = Literal["auto", "on", "off"]
+
+
+class DecodingArguments(TypedDict, total=False):
+    """Decoding settings among model_args and gen_kwargs; see `DecodingConfig`."""
+
+    block_length: int
+    denoising_steps: int
+    remasking_strategy: str
+    confidence_threshold: float
+    eb_threshold: float
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    do_sample: bool
+    max_gen_toks: int
+    until: str | list[str]
+
+
+class ModelArguments(DecodingArguments, total=False):
+    """What `--model_args` takes for each engine; `SDARLM` says what each means."""
+
+    revision: str
+    dtype: str
+    device: str
+    max_length: int
+    max_active: int
+    seed: int
+    chat_template: ChatMode
+    trace: str | Path
+    verbose: bool
+    answers: str | Path
+    likelihood: Literal["chain", "nelbo"]
+    mc_samples: int
+    batch_size: int | str
+    max_batch_size: int
+    trust_remote_code: bool
+
+
+class NativeArguments(ModelArguments, total=False):
+    """What `--model sdar` takes."""
+
+    kv_pages: int
+    kernels: bool
+    reproducible: bool
+    share_prefixes: bool
+
+
+class JetEngineArguments(ModelArguments, total=False):
+    """What `--model sdar-jetengine` takes."""
+
+    gpu_memory_utilization: float
+    tensor_parallel_size: int
+    enforce_eager: bool
+
+
+class LMDeployArguments(ModelArguments, total=False):
+    """What `--model sdar-lmdeploy` takes."""
+
+    tensor_parallel_size: int
+    data_parallel_size: int
+    cache_max_entry_count: float
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """`--model_args`, read.
+
+    Attributes:
+        decoding: decoding settings that the user gave, by their full names; each request's are read on top of them.
+        engine: what the engine alone takes.
+        All others: see `SDARLM`; None where the user said nothing and there is no one default.
+    """
+
+    pretrained: str
+    revision: str | None
+    dtype: str
+    device: str
+    max_length: int | None
+    max_active: int | None
+    seed: int | None
+    chat_template: ChatMode
+    trace: Path | None
+    verbose: bool
+    answers: Path | None
+    likelihood: str
+    mc_samples: int | None
+    decoding: Mapping[str, Any]
+    engine: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, pretrained: str, given: Mapping[str, Any], engine: str) -> ModelSettings:
+        """Read model_args.
+
+        Args:
+            pretrained: as given.
+            given: all others.
+            engine: its name in the registry.
+
+        Raises:
+            UserError: an unknown name, or a value out of range.
+        """
+        of_engine = _own_names(globals()[ENGINES[engine].arguments])
+        check_names(given, "model_args", also=("pretrained", *_names(ModelArguments), *of_engine))
+        known = {name: value for name, value in canonical(given).items() if value is not None}
+
+        def whole(name: str) -> int | None:
+            return int(to_number(name, known[name], whole=True)) if name in known else None
+
+        if to_bool("trust_remote_code", known.get("trust_remote_code", False)):
+            logger.info("trust_remote_code is not needed: no code of a checkpoint is ever run.")
+        return cls(
+            pretrained=str(pretrained),
+            revision=_text(known, "revision"),
+            dtype=_text(known, "dtype") or "auto",
+            device=_text(known, "device") or "auto",
+            max_length=whole("max_length"),
+            max_active=whole("max_active") if "max_active" in known else _batch_size(known),
+            seed=whole("seed"),
+            chat_template=_chat_mode(known.get("chat_template", "auto")),
+            trace=None if "trace" not in known else Path(str(known["trace"])),
+            verbose=to_bool("verbose", known.get("verbose", False)),
+            answers=None if "answers" not in known else Path(str(known["answers"])),
+            likelihood=str(known.get("likelihood", "chain")),
+            mc_samples=whole("mc_samples"),
+            decoding={name: value for name, value in known.items() if name in GENERATION_SETTINGS},
+            engine={name: value for name, value in known.items() if name in of_engine},
+        )
+
+    @property
+    def limits_length(self) -> bool:
+        """Whether the user says how long answers are where a task does not."""
+        return any(name in self.decoding for name in MAX_TOKENS_SPELLINGS)
+
+
+def _names(arguments: type[Any]) -> tuple[str, ...]:
+    """Names of a TypedDict, those of its bases included."""
+    return tuple(arguments.__annotations__)
+
+
+def _own_names(arguments: type[Any]) -> tuple[str, ...]:
+    """What an engine takes beside what all take."""
+    return tuple(name for name in _names(arguments) if name not in _names(ModelArguments))
+
+
+def _text(known: Mapping[str, Any], name: str) -> str | None:
+    return str(known[name]) if name in known else None
+
+
+def _chat_mode(value: Any) -> ChatMode:
+    # `on` and `off` may have become booleans on their way.
+    text = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+    if text not in get_args(ChatMode):
+        raise UserError(f"chat_template={value!r} is unknown; choose {', '.join(get_args(ChatMode))}.")
+    return cast("ChatMode", text)
+
+
+def _batch_size(known: Mapping[str, Any]) -> int | None:
+    """Sequences at once by a batch size that somebody asked for; the harness passes 1 where nobody did."""
+    name, value = "batch_size", known.get("batch_size", 1)
+    if isinstance(value, str) and value.startswith("auto"):
+        name, value = "max_batch_size", known.get("max_batch_size")
+        if value is None:
+            return None
+    number = int(to_number(name, value, whole=True))
+    if number < 1:
+        raise UserError(f"{name}={number} is out of range: it must be 1 or more.")
+    return None if name == "batch_size" and number == 1 else number
 
 
 @dataclass(frozen=True)
@@ -119,7 +292,7 @@ def check_names(settings: Mapping[str, Any], source: str, also: tuple[str, ...] 
     Raises:
         UserError: names one, suggests another, lists the known ones.
     """
-    known = (*also, *GENERATION_SETTINGS)
+    known = tuple(dict.fromkeys((*also, *GENERATION_SETTINGS)))
     for name, value in settings.items():
         if name in IGNORED:
             continue

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.config.task import TaskConfig
 
-from sdar_lm_eval import gen_kwargs as settings
+from sdar_lm_eval import settings
 from sdar_lm_eval.engines.base import STRATEGIES
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.gen_kwargs import MAX_TOKENS_SPELLINGS, read_generation, to_bool, to_texts
+from sdar_lm_eval.settings import MAX_TOKENS_SPELLINGS, read_generation, to_bool, to_texts
 
 
 def read(gen_kwargs: dict[str, Any] | None = None, **base: Any) -> Any:

@@ -1,6 +1,6 @@
 """Make the bundled checkpoint and its problems again, from a seed.
 
-    python -m sdar_lm_eval.demo.make --out FOLDER [--seed 0] [--steps 2000] [--device cuda]
+    python tools/make_demo.py --out FOLDER [--seed 0] [--steps 2000] [--device cuda]
 
 writes `problems.jsonl` (200 held-out word problems) and `checkpoint/`: a 3-million-parameter block-diffusion model in
 SDAR's layout (Qwen3 with block size 4), its tokenizer, chat template and generation config. Problems and tokenizer
@@ -23,7 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sdar_lm_eval.demo.problems import Problem, problems
+from demo_problems import Problem, problems
+
+from sdar_lm_eval.demo import PROMPT
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,6 @@ VOCAB_SIZE = 900
 TEST_PROBLEMS = 200
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>")
 
-# The wording of the task `gsm8k_sdar_hash`, on which the model is trained.
-PROMPT = '{question}\n\nPlease reason step by step, and end with a line "#### <number>".'
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"

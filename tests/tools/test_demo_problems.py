@@ -6,12 +6,12 @@ import json
 import re
 
 import pytest
+from demo_problems import STORIES, Problem, is_held_out, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make_demo import problems_jsonl
 
 from sdar_lm_eval.demo import PROBLEMS
-from sdar_lm_eval.demo.make import problems_jsonl
-from sdar_lm_eval.demo.problems import STORIES, Problem, is_held_out, problems
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 EVENT = re.compile(r"(gives|loses|sells|buys|finds|brings) (\d+)")

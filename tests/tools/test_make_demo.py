@@ -7,8 +7,10 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import make_demo as make
 import pytest
 import torch
+from demo_problems import problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.tasks import TaskManager
@@ -16,9 +18,9 @@ from support import small_config
 
 import sdar_lm_eval.tasks
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.demo import CHECKPOINT, PROBLEMS, make
-from sdar_lm_eval.demo.problems import problems
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, make_engine
+from sdar_lm_eval.demo import CHECKPOINT, PROBLEMS
+from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest
+from sdar_lm_eval.engines.registry import make_engine
 
 MASK = 710
 

@@ -1,0 +1,4 @@
+"""Defaults that more than one layer needs."""
+
+DEFAULT_BLOCK_LENGTH = 4
+"""Tokens that SDAR's first checkpoints denoise together; `generate.py`'s default too."""

@@ -1,0 +1,100 @@
+"""The engines: what each is called, takes and can do.
+
+An engine is a file and an entry here. Everybody else reads this table: the lm_eval models, the hook by which lm_eval
+knows them, settings, Modal, benchmarks. It imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sdar_lm_eval.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from sdar_lm_eval.checkpoint import Checkpoint
+    from sdar_lm_eval.engines.base import Engine
+
+POWERS_TO_64 = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What is known of an engine without importing it.
+
+    Attributes:
+        name: as `make_engine` and `--engine` take it.
+        model: as `lm_eval --model` takes it.
+        lm: the lm_eval model, "module:Class".
+        target: the engine, "module:Class"; imported when it is asked for.
+        arguments: what model_args it takes, a TypedDict of `settings.py`.
+        strategies: remasking strategies that some version of it has; None: all.
+        block_lengths: that it takes; None: any.
+        scores: whether it computes log-likelihoods.
+    """
+
+    name: str
+    model: str
+    lm: str
+    target: str
+    arguments: str
+    strategies: tuple[str, ...] | None = None
+    block_lengths: tuple[int, ...] | None = None
+    scores: bool = False
+
+
+ENGINES = {
+    spec.name: spec
+    for spec in (
+        EngineSpec(
+            name="native",
+            model="sdar",
+            lm="sdar_lm_eval.lm.model:SDARLM",
+            target="sdar_lm_eval.engines.native.engine:NativeEngine",
+            arguments="NativeArguments",
+            scores=True,
+        ),
+        EngineSpec(
+            name="jetengine",
+            model="sdar-jetengine",
+            lm="sdar_lm_eval.lm.model:SDARJetEngineLM",
+            target="sdar_lm_eval.engines.adapters.jetengine.engine:JetEngine",
+            arguments="JetEngineArguments",
+            block_lengths=POWERS_TO_64,  # its prefill attention takes no others
+        ),
+        EngineSpec(
+            name="lmdeploy",
+            model="sdar-lmdeploy",
+            lm="sdar_lm_eval.lm.model:SDARLMDeployLM",
+            target="sdar_lm_eval.engines.adapters.lmdeploy.engine:LMDeploy",
+            arguments="LMDeployArguments",
+            # lmdeploy/pytorch/config.py: UnmaskingStrategy
+            strategies=("low_confidence_dynamic", "low_confidence_static", "sequential"),
+            block_lengths=POWERS_TO_64,  # whole numbers of them fill a page, and a chunk of a long prompt
+        ),
+    )
+}
+"""Name -> engine."""
+
+MODELS = {spec.model: spec.lm for spec in ENGINES.values()}
+"""Name for `lm_eval --model` -> "module:Class"."""
+
+
+def make_engine(name: str, checkpoint: Checkpoint, **options: Any) -> Engine:
+    """Open an engine by name; only the one asked for is imported.
+
+    Args:
+        name: one of `ENGINES`.
+        checkpoint: the opened checkpoint.
+        options: what that engine takes.
+
+    Raises:
+        UserError: no engine of that name, or options that it cannot take.
+        EngineError: what the engine needs is not installed.
+    """
+    if name not in ENGINES:
+        raise UserError(f"engine {name!r} is unknown; known: {', '.join(ENGINES)}.{did_you_mean(name, ENGINES)}")
+    module, _, engine_class = ENGINES[name].target.partition(":")
+    engine: Engine = getattr(importlib.import_module(module), engine_class)(checkpoint, **options)
+    return engine

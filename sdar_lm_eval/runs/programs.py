@@ -1,0 +1,88 @@
+"""Runs programs that the model wrote where the caller says: all that a task's filter has found, in one call.
+
+    with run_by(run_programs):
+        lm_eval.simple_evaluate(…)    filters hand their programs over, scores wait for the verdicts
+
+The tasks run programs by the executor of `tasks/programs.py`; another executor stands there meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
+
+from sdar_lm_eval.tasks import programs
+from sdar_lm_eval.tasks.programs import Job
+
+RunPrograms = Callable[[Sequence[Job]], Sequence[bool]]
+"""Programs -> whether each passes its tests."""
+
+
+def run_here(jobs: Sequence[Job]) -> list[bool]:
+    """Run programs in processes of this machine.
+
+    Raises:
+        UserError: this machine cannot run any.
+    """
+    programs.require_runner("The task", guard=any(job.guard for job in jobs))
+    programs.start(jobs)
+    return [programs.passes(job) for job in jobs]
+
+
+def batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
+    """Divide programs into lists of at most `size` characters, at least one program each."""
+    batch: list[Job] = []
+    filled = 0
+    for job in jobs:
+        length = len(job.program) + len(job.tests)
+        if batch and filled + length > size:
+            yield batch
+            batch, filled = [], 0
+        batch.append(job)
+        filled += length
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def run_by(run_programs: RunPrograms) -> Iterator[None]:
+    """Have the tasks' programs run by `run_programs`, which gets all that wait, each once."""
+    if run_programs is run_here:
+        yield
+        return
+    here, elsewhere = programs.executor, _Elsewhere(run_programs)
+    programs.executor = lambda: elsewhere  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        programs.executor = here
+
+
+class _Elsewhere(Executor):
+    """Collects programs, and has all of them run when a score waits for the first."""
+
+    def __init__(self, run_programs: RunPrograms) -> None:
+        self._run_programs = run_programs
+        self._waiting: dict[Job, Future[bool]] = {}
+
+    def submit(self, _run: Any, /, job: Job) -> Future[bool]:  # type: ignore[override]
+        future = self._waiting[job] = _Verdict(self._run_all)
+        return future
+
+    def _run_all(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for future, passed in zip(waiting.values(), self._run_programs(list(waiting)), strict=True):
+            future.set_result(passed)
+
+
+class _Verdict(Future[bool]):
+    def __init__(self, run_all: Callable[[], None]) -> None:
+        super().__init__()
+        self._run_all = run_all
+
+    def result(self, timeout: float | None = None) -> bool:
+        if not self.done():
+            self._run_all()
+        return super().result(timeout)
