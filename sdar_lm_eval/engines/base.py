@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
-from sdar_lm_eval.engines.types import EngineInfo
+from sdar_lm_eval.engines.types import EngineInfo, Self
 from sdar_lm_eval.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -317,7 +317,6 @@ def end_of_answer(
 
 
 Result = TypeVar("Result")
-Self = TypeVar("Self")
 Results = Generator[tuple[int, Result], None, None]
 """(position in the requests, result) as each finishes; closing it ends the run."""
 
@@ -348,10 +347,9 @@ class Engine(Protocol):
         """The most memory used so far: the device's on CUDA, else the process's."""
 
     def close(self) -> None:
-        """Give the model's memory back; a second call does nothing.
+        """Give the model's memory back, or have a run that is under way do so at its end; a second call does nothing.
 
-        From then on `prepare`, `generate` and `score` raise an EngineError; `info` stays. A run that is in the middle
-        can be read to its end, and the memory is given back then.
+        From then on `prepare`, `generate` and `score` raise an EngineError; `info` stays.
         """
 
     def __enter__(self: Self) -> Self:

@@ -19,12 +19,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
 
 from sdar_lm_eval.engines.base import GenerationRequest
+from sdar_lm_eval.engines.types import Self
 from sdar_lm_eval.errors import EngineError
 
 resource: Any
@@ -35,8 +36,6 @@ except ImportError:  # Windows
 
 MOST_LISTED = 10  # requests that an error names
 PATIENCE = 32  # full steps before more is tried; doubled by every cut
-
-Self = TypeVar("Self")
 
 
 class OneRun:

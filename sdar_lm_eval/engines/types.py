@@ -1,9 +1,12 @@
-"""What an engine says of itself."""
+"""What an engine says of itself; nothing here imports another module of the package."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+Self = TypeVar("Self")
 
 Fact = str | int | float | bool | None
 

@@ -366,6 +366,20 @@ class TestMemory:
         assert not hasattr(first, "model_runner")
         assert taken_back == [first.exit]  # which would fail at the end of the process
 
+    def test_one_that_takes_another_mask_token_is_ended(self, jetengine, tiny, monkeypatch):
+        engine = of(tiny)
+        made = engine._jetengine.LLM
+
+        def of_another_mask(folder, **options):
+            llm = made(folder, **options)
+            llm.config.mask_token_id = 3
+            return llm
+
+        monkeypatch.setattr(engine._jetengine, "LLM", of_another_mask)
+        with pytest.raises(EngineError, match="JetEngine takes 3 for the mask token"):
+            engine.prepare([GenerationRequest((1,), 4, GREEDY)])
+        assert not hasattr(jetengine.made[-1], "model_runner")
+
     def test_closing_ends_jetengine(self, jetengine, tiny):
         of(tiny).close()  # nothing is loaded yet
         with of(tiny) as engine:
