@@ -83,7 +83,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_MININTERVAL": "2",  # a log is no terminal: each refresh is a line of it
 }
-JETENGINE_VERSIONS = HERE / "sdar_lm_eval" / "engines" / "jetengine" / "versions.py"
+JETENGINE_VERSIONS = HERE / "sdar_lm_eval" / "engines" / "adapters" / "jetengine" / "versions.py"
 
 
 def jetengine_requirement() -> str:

@@ -134,9 +134,10 @@ def main() -> None:
                 f"{run:,} | {row['tokens_of_plain']} |",
                 flush=True,
             )
-    settings = {name: value for name, value in vars(args).items() if name not in engine.info} | {"block_length": length}
+    info = engine.info.as_dict()
+    settings = {name: value for name, value in vars(args).items() if name not in info} | {"block_length": length}
     facts = {"peak_memory_bytes": engine.peak_memory_bytes(), "threads": torch.get_num_threads()}
-    print(json.dumps({**engine.info, "cpu": cpu_name(), **facts, **settings, "rows": rows}))
+    print(json.dumps({**info, "cpu": cpu_name(), **facts, **settings, "rows": rows}))
 
 
 if __name__ == "__main__":

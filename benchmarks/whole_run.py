@@ -190,7 +190,7 @@ def contexts(lm: Any, args: argparse.Namespace, device: torch.device) -> Iterato
     length = lm.checkpoint.block_length
     decoding = DecodingConfig(length, length, "low_confidence_static", temperature=float(args.sample))
     rng = random.Random(0)
-    most = min(args.sequences, lm._engine.info["max_active"] - 1)  # one place is the short request's
+    most = min(args.sequences, lm._engine.info.max_active - 1)  # one place is the short request's
     print("| tokens before | sequences | tokens/s | ms a step | seconds |")
     print("| ---: | ---: | ---: | ---: | ---: |")
     for tokens in args.contexts:
@@ -223,12 +223,12 @@ def contexts(lm: Any, args: argparse.Namespace, device: torch.device) -> Iterato
 
 def generation_alone(lm: Any, requests: list[GenerationRequest]) -> tuple[float, int, float]:
     """Seconds, steps and new tokens of each sequence, from the last request's answer to that of the last but one."""
-    preempted = lm._engine.info["preemptions"]
+    preempted = lm._engine.info.extra["preemptions"]
     short, last = len(requests) - 1, len(requests) - 2
     results, times = {}, {}
     for index, result in lm._engine.generate(requests):
         results[index], times[index] = result, time.perf_counter()
-    assert lm._engine.info["preemptions"] == preempted, "KV pages ran out; give a smaller --context-tokens"
+    assert lm._engine.info.extra["preemptions"] == preempted, "KV pages ran out; give a smaller --context-tokens"
     assert next(iter(results)) == short, "a sequence ended before all had begun"
     running = range(last)
     assert all(times[i] >= times[last] - 1e-3 for i in running), "a sequence ended before the time was up"
@@ -255,7 +255,7 @@ def whole_gsm8k(lm: Any, questions: Any, args: argparse.Namespace) -> dict[str, 
     assert tokens == count * args.answer_tokens, "an answer ended early"
     row = {
         "questions": count,
-        "active": min(lm._engine.info["max_active"], count),
+        "active": min(lm._engine.info.max_active, count),
         "new_tokens": tokens,
         "prompt_tokens": after.prompt_tokens - before.prompt_tokens,
         "seconds": round(seconds, 2),

@@ -101,11 +101,8 @@ def check_mixture_of_experts(folder, name, **options):
     write_weights(folder, weights)
     checkpoint = Checkpoint.open(str(folder))
     requests = [GenerationRequest(tuple(range(10, 30 + i)), 32, GREEDY) for i in range(32)]
-    engine = make_engine(name, checkpoint, dtype="bfloat16", **options)
-    try:
+    with make_engine(name, checkpoint, dtype="bfloat16", **options) as engine:
         theirs = run(engine, requests)
-    finally:
-        engine._unload()
     ours = run(make_engine("native", checkpoint, dtype="bfloat16"), requests)
     assert [len(result.token_ids) for result in theirs] == [32] * 32
     same = sum(a.token_ids[:1] == b.token_ids[:1] for a, b in zip(theirs, ours, strict=True))

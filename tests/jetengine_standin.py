@@ -4,7 +4,7 @@
         jetengine.faults.pages = 3
         make_engine("jetengine", Checkpoint.open("demo"))
 
-The stand-in (engines/jetengine/standin) has the public surface of JetEngine and what goes wrong with it.
+The stand-in (engines/adapters/jetengine/standin) has the public surface of JetEngine and what goes wrong with it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from sdar_lm_eval.engines.jetengine import engine
+from sdar_lm_eval.engines.adapters.jetengine import hooks
 
-FOLDER = Path(__file__).parent / "engines" / "jetengine" / "standin"
+FOLDER = Path(__file__).parent / "engines" / "adapters" / "jetengine" / "standin"
 VERSIONS = ("0.2.0", "0.1.0")
 GIB = 1 << 30
 OF_STANDIN = ("jetengine", "jetengine_shared", "flashinfer", "flash_attn", "liger_kernel")
@@ -85,7 +85,7 @@ def gpu_on_the_cpu(patch: pytest.MonkeyPatch, free: int = 79 * GIB, total: int =
     for name, fact in facts.items():
         patch.setattr(torch.cuda, name, fact)
     patch.setattr(torch, "Generator", GeneratorOnTheCPU)
-    tried = engine.ensure_right_attention
+    tried = hooks.ensure_right_attention
     if getattr(tried, "on_the_cpu", False):
         return
 
@@ -94,4 +94,4 @@ def gpu_on_the_cpu(patch: pytest.MonkeyPatch, free: int = 79 * GIB, total: int =
         return tried(config, block_length, dtype, "cpu")
 
     on_the_cpu.on_the_cpu = True
-    patch.setattr(engine, "ensure_right_attention", on_the_cpu)
+    patch.setattr(hooks, "ensure_right_attention", on_the_cpu)

@@ -4,7 +4,7 @@
         faults.pages = 3
         make_engine("lmdeploy", Checkpoint.open("demo"))
 
-The stand-in (engines/lmdeploy/standin) has what the adapter uses of LMDeploy, and what goes wrong with it.
+The stand-in (engines/adapters/lmdeploy/standin) has what the adapter uses of LMDeploy, and what goes wrong with it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from sdar_lm_eval.engines.lmdeploy import engine, requirements
+from sdar_lm_eval.engines.adapters.lmdeploy import engine, requirements
 
-FOLDER = Path(__file__).parent / "engines" / "lmdeploy" / "standin"
+FOLDER = Path(__file__).parent / "engines" / "adapters" / "lmdeploy" / "standin"
 GIB = 1 << 30
 devices: list[tuple[str, str]] = []  # each thread's name, and the GPU that it was given
 
@@ -34,7 +34,7 @@ def standin() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         gpu_on_the_cpu(patch)
-        patch.setattr(requirements, "_is_there", lambda module: module == "triton")
+        patch.setattr(requirements, "is_there", lambda module: module == "triton")
         # transformers forgets the config classes that it is told of meanwhile.
         patch.setattr(CONFIG_MAPPING, "_extra_content", dict(CONFIG_MAPPING._extra_content))
         for name in list(sys.modules):
@@ -44,13 +44,12 @@ def standin() -> Iterator[Any]:
         faults.reset()
         opened: list[Any] = []
         init = engine.LMDeploy.__init__
-        patch.setattr(engine.LMDeploy, "__init__", lambda self, *a, **k: (opened.append(self), init(self, *a, **k))[1])
+        patch.setattr(engine.LMDeploy, "__init__", lambda self, *a, **k: (init(self, *a, **k), opened.append(self))[1])
         try:
             yield faults
         finally:
             for adapter in opened:
-                if getattr(adapter, "_engine", None) is not None:
-                    adapter._unload()
+                adapter.close()
             for name in list(sys.modules):
                 if name.partition(".")[0] == "lmdeploy":
                     del sys.modules[name]

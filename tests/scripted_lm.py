@@ -14,6 +14,7 @@ from lm_eval.api.model import CachingLM
 
 from sdar_lm_eval.demo import CHECKPOINT as DEMO
 from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult
+from sdar_lm_eval.engines.types import EngineInfo
 from sdar_lm_eval.errors import EngineError
 from sdar_lm_eval.lm.model import SDARLM
 
@@ -36,8 +37,9 @@ class ScriptedEngine:
         self.requests: list[GenerationRequest] = []
         self.answers_before_error: int | None = None
         self.error: Exception = EngineError("out of luck")
-        self.info = {"engine": "scripted", "device": "cpu", "dtype": "float32", "max_active": 7}
+        self.info = EngineInfo("scripted", device="cpu", dtype="float32", max_active=7)
         self.prepared: list[GenerationRequest] = []
+        self.closed = False
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
         self.prepared = list(requests)
@@ -56,6 +58,9 @@ class ScriptedEngine:
 
     def peak_memory_bytes(self) -> int:
         return 1 << 30
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class ScriptedLM(SDARLM):

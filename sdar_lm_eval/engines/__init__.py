@@ -1,1 +1,1 @@
-"""The engines, one file or folder each; all they share is `base.py`."""
+"""The engines: `native` is our own, `adapters` drive others; all of them keep to `base.py`, and share `runs.py`."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
+from sdar_lm_eval.engines.types import EngineInfo, Self
 from sdar_lm_eval.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -323,8 +324,8 @@ class Engine(Protocol):
     """What the harness needs of an engine."""
 
     @property
-    def info(self) -> Mapping[str, Any]:
-        """Facts for the results file: engine, versions, device, dtype, capacity, deviations from the semantics."""
+    def info(self) -> EngineInfo:
+        """Facts for the results file, as they are now."""
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
         """Do what has to be done before these requests can run, once: its time is loading, not generation.
@@ -343,6 +344,17 @@ class Engine(Protocol):
 
     def peak_memory_bytes(self) -> int:
         """The most memory used so far: the device's on CUDA, else the process's."""
+
+    def close(self) -> None:
+        """Give the model's memory back, or have a run that is under way do so at its end; a second call does nothing.
+
+        From then on `prepare`, `generate` and `score` raise an EngineError; `info` stays.
+        """
+
+    def __enter__(self: Self) -> Self:
+        """The engine; the end of the `with` block closes it."""
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ ENGINES = {
             name="jetengine",
             model="sdar-jetengine",
             lm="sdar_lm_eval.lm.model:SDARJetEngineLM",
-            target="sdar_lm_eval.engines.jetengine.engine:JetEngine",
+            target="sdar_lm_eval.engines.adapters.jetengine.engine:JetEngine",
             arguments="JetEngineArguments",
             block_lengths=POWERS_TO_64,  # its prefill attention takes no others
         ),
@@ -67,8 +67,9 @@ ENGINES = {
             name="lmdeploy",
             model="sdar-lmdeploy",
             lm="sdar_lm_eval.lm.model:SDARLMDeployLM",
-            target="sdar_lm_eval.engines.lmdeploy.engine:LMDeploy",
+            target="sdar_lm_eval.engines.adapters.lmdeploy.engine:LMDeploy",
             arguments="LMDeployArguments",
+            # lmdeploy/pytorch/config.py: UnmaskingStrategy
             strategies=("low_confidence_dynamic", "low_confidence_static", "sequential"),
             block_lengths=POWERS_TO_64,  # whole numbers of them fill a page, and a chunk of a long prompt
         ),

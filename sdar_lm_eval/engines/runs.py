@@ -1,26 +1,31 @@
 """What the engines share about a run: one at a time, failures of single requests, memory that runs out, warming up.
 
-OneRun              refuses a run that begins inside another
+OneRun              refuses a run that begins inside another, or on an engine that is closed
+Closable            an engine's `close`, and `with`
 Failures            requests without an answer, reported after all others are answered
 Allowance           how many run at once: fewer after an out-of-memory error, more again later
 is_out_of_memory    whether an error says that memory ran out, on a GPU or on the CPU
 warm_up_requests    short requests that make an engine compile what the real ones need
 peak_of_process     the most memory that this process has used
+environment         versions of what an engine runs on
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import platform
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 
 from sdar_lm_eval.engines.base import GenerationRequest
+from sdar_lm_eval.engines.types import Self
 from sdar_lm_eval.errors import EngineError
 
 resource: Any
@@ -34,7 +39,7 @@ PATIENCE = 32  # full steps before more is tried; doubled by every cut
 
 
 class OneRun:
-    """Lets one run use an engine at a time: a second one would write to the first one's state.
+    """Lets one run use an engine at a time, while it is open: a second one would write to the first one's state.
 
     A run holds the engine from its first result that is asked for until its generator ends or is closed. A generator
     that nobody refers to any more is closed by Python.
@@ -46,23 +51,68 @@ class OneRun:
     def __init__(self, engine: str) -> None:
         self._engine = engine
         self._held = threading.Lock()  # a lock that another thread may release: Python closes generators in any
+        self._closed = False
+        self._unload: Callable[[], None] | None = None
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Hold the engine.
 
         Raises:
-            EngineError: another run holds it.
+            EngineError: another run holds it, or it is closed.
         """
+        self._check_open()
         if not self._held.acquire(blocking=False):
             raise EngineError(
                 f"the {self._engine} engine is in the middle of another run. Read the results of that run to the end, "
                 "or close() its generator, before the next one begins; or open a second engine."
             )
         try:
+            self._check_open()  # another thread may have closed it since
             yield
         finally:
             self._held.release()
+            if self._closed:
+                self._unload_once()
+
+    def close(self, unload: Callable[[], None]) -> None:
+        """Let no run begin any more, and unload the engine once: now, or when the run ends that holds it."""
+        if not self._closed:
+            self._unload, self._closed = unload, True
+        self._unload_once()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError(f"the {self._engine} engine is closed. Open another one.")
+
+    def _unload_once(self) -> None:
+        if self._held.acquire(blocking=False):
+            try:
+                unload, self._unload = self._unload, None
+                if unload is not None:
+                    unload()
+            finally:
+                self._held.release()
+
+
+class Closable:
+    """An engine that is open until `close` is called, or until a `with` block ends."""
+
+    _one_run: OneRun
+
+    def _unload(self) -> None:
+        """Give back all memory; called once."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._one_run.close(self._unload)
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Failures:
@@ -167,3 +217,14 @@ def peak_of_process() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def environment(device: torch.device, libraries: Mapping[str, str | None] | None = None) -> dict[str, str | None]:
+    """Versions of torch, transformers, these other libraries and Python, and the device's name where it is a GPU."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **(libraries or {}),
+        "python": platform.python_version(),
+        **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
+    }

@@ -130,7 +130,7 @@ class SDARLM(TemplateLM):
             max_active=settings.max_active,
             **settings.engine,
         )
-        self._device: str = self._engine.info["device"]
+        self._device = self._engine.info.device
         if self._device == "cpu":
             self._ranks.share_cpu()
         self._rounds = Rounds(
@@ -154,6 +154,19 @@ class SDARLM(TemplateLM):
         logger.info("%s", self._describe())
         if self._rank > 0:
             _speak_for_itself(self._rank)
+
+    def close(self) -> None:
+        """Close the store, the trace file and the engine, which gives its memory back; a second call does nothing."""
+        self._rounds.store.close()
+        if self._rounds.trace is not None:
+            self._rounds.trace.close()
+        self._engine.close()
+
+    def __enter__(self) -> SDARLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # How the harness makes a model
 
@@ -321,9 +334,9 @@ class SDARLM(TemplateLM):
         return {
             "revision": ANSWER_REVISION,
             "engine": self.ENGINE,
-            "engine_version": self._engine.info.get("engine_version"),
+            "engine_version": self._engine.info.engine_version,
             "checkpoint": self.checkpoint.fingerprint,
-            "dtype": self._engine.info["dtype"],
+            "dtype": self._engine.info.dtype,
         }
 
     # Facts for the results file
@@ -337,7 +350,7 @@ class SDARLM(TemplateLM):
         """Facts for `results["config"]`: on the model, and on what the last evaluation did."""
         return {
             "model_revision": self.checkpoint.revision,
-            "model_dtype": self._engine.info["dtype"],
+            "model_dtype": self._engine.info.dtype,
             "sdar_lm_eval": self._facts(),
         }
 
@@ -357,7 +370,7 @@ class SDARLM(TemplateLM):
             "ranks": self._world_size,
             "decoding": self._jobs.default.as_dict(),
             **self._likelihood.as_dict(),
-            **self._engine.info,
+            **self._engine.info.as_dict(),
             **facts_of_evaluation(self._all_ranks),
         }
 
@@ -365,8 +378,8 @@ class SDARLM(TemplateLM):
         info = self._engine.info
         settings = ", ".join(f"{name}={value}" for name, value in self._jobs.default.as_dict().items())
         return (
-            f"{self.checkpoint.name} on the {self.ENGINE} engine ({info['device']}, {info['dtype']}, up to "
-            f"{info['max_active']} sequences at once); unless a task says otherwise: {settings}"
+            f"{self.checkpoint.name} on the {self.ENGINE} engine ({info.device}, {info.dtype}, up to "
+            f"{info.max_active} sequences at once); unless a task says otherwise: {settings}"
         )
 
     def _warn(self, settings: ModelSettings) -> None:

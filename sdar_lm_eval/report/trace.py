@@ -67,6 +67,13 @@ class Trace:
                 self._file.close()
             self._file = self._open()
 
+    def close(self) -> None:
+        """Close the file; what is written later is dropped."""
+        self._begun = False
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
     def write(self, line: Mapping[str, Any]) -> None:
         """Write a line: on disk when this returns. A file that cannot be written any more is given up."""
         if self._file is None:

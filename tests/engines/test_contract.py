@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import random
 
 import asking
@@ -12,6 +13,7 @@ from asking import GREEDY, tokens_of
 
 from sdar_lm_eval import DecodingConfig, EngineError, GenerationRequest, UserError
 from sdar_lm_eval.demo import prompts as demo_prompts
+from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest
 
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential")  # those that all engines have
 
@@ -159,8 +161,50 @@ def test_the_harness_learns_what_it_needs(engine, tiny):
     assert result.commit_forwards >= 2
     assert result.seconds > 0
     assert engine.peak_memory_bytes() > 0
-    for key in ("engine", "device", "dtype", "max_active", "torch", "transformers", "python"):
-        assert engine.info[key], key
+
+
+FACTS = {
+    "native": "engine device dtype max_active kernels reproducible preemptions shared_prompt_tokens torch transformers "
+    "python",
+    "jetengine": "engine engine_version engine_commit device dtype max_active tensor_parallel_size cuda_graphs steps "
+    "steps_without_graph standstills mask_tokens_drawn flash_attn_splits deviations torch transformers "
+    "flashinfer-python flash-attn python gpu",
+    "lmdeploy": "engine engine_version engine_commit device dtype max_active tensor_parallel_size executor "
+    "data_parallel_size cache_max_entry_count loads deviations torch transformers triton python gpu",
+}
+"""What the results file has of each engine, in this order: who reads the file relies on these names."""
+
+
+def test_facts_for_the_results_file(engine):
+    info, facts = engine.info, engine.info.as_dict()
+    assert list(facts) == FACTS[info.engine].split()
+    assert (facts["device"], facts["dtype"], facts["max_active"]) == (info.device, info.dtype, info.max_active)
+    assert all(facts[key] for key in ("engine", "device", "dtype", "max_active", "torch", "transformers", "python"))
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_a_closed_engine_refuses_and_gives_all_back(open_engine, tiny):
+    requests = [GenerationRequest((1, 2, 3, i), 4 + 8 * i, GREEDY) for i in range(3)]
+    with open_engine(tiny, max_active=2) as engine:
+        whole = tokens_of(run(engine, requests))
+        in_the_middle = engine.generate(requests)
+        results = dict([next(in_the_middle)])
+    facts = engine.info
+    refused = [
+        lambda: engine.prepare(requests),
+        lambda: next(engine.generate(requests)),
+        lambda: next(engine.generate([])),
+    ]
+    if hasattr(engine, "score"):
+        refused.append(lambda: next(engine.score([ScoreRequest((1,), (2,))], LikelihoodConfig())))
+    for again in refused:
+        with pytest.raises(EngineError, match=r"engine is closed\. Open another one"):
+            again()
+    results |= dict(in_the_middle)  # a run that had begun goes on
+    assert tokens_of(results[i] for i in range(3)) == whole
+    engine.close()
+    assert engine.info.as_dict().keys() == facts.as_dict().keys()
+    assert engine.peak_memory_bytes() > 0
 
 
 @pytest.mark.parametrize("max_active", [0, -1, "many"])

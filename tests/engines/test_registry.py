@@ -20,9 +20,10 @@ from sdar_lm_eval.errors import UserError
 
 TOY = """
 from sdar_lm_eval.engines.base import GenerationResult
+from sdar_lm_eval.engines.types import EngineInfo
 
 class Toy:
-    info = {"engine": "toy", "device": "cpu", "dtype": "none", "max_active": 1}
+    info = EngineInfo("toy", device="cpu", dtype="none", max_active=1)
     def __init__(self, checkpoint, device, dtype, max_active):
         self.answer = tuple(checkpoint.tokenizer.encode("#### 7"))
     def prepare(self, requests): pass
@@ -30,6 +31,7 @@ class Toy:
         for index, request in enumerate(requests):
             yield index, GenerationResult(self.answer, "stop", 1, 1, 1, 0.1)
     def peak_memory_bytes(self): return 0
+    def close(self): pass
 """
 
 

@@ -48,6 +48,29 @@ class TestOneRun:
             thread.join()
         assert list(self.held(one_run)) == [1, 2]
 
+    def test_a_closed_engine_is_unloaded_once_and_refuses_runs(self):
+        one_run, unloaded = OneRun("native"), []
+        for _ in range(2):
+            one_run.close(lambda: unloaded.append(1))
+        assert unloaded == [1]
+        with pytest.raises(EngineError, match=r"^the native engine is closed\. Open another one\.$"):
+            next(self.held(one_run))
+
+    @pytest.mark.parametrize("end", ["read", "close"])
+    def test_closing_in_the_middle_of_a_run_unloads_at_its_end(self, end):
+        one_run, unloaded = OneRun("native"), []
+        first = self.held(one_run)
+        next(first)
+        one_run.close(lambda: unloaded.append(1))
+        with pytest.raises(EngineError, match="is closed"):
+            next(self.held(one_run))
+        assert not unloaded
+        if end == "read":
+            assert list(first) == [2]
+        else:
+            first.close()
+        assert unloaded == [1]
+
     def test_an_error_lets_go(self):
         one_run = OneRun("native")
         with pytest.raises(KeyError), one_run():

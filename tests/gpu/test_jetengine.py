@@ -33,8 +33,7 @@ def jetengine(demo):
     engine.prepare([GenerationRequest((1,) * 1500, 500, GREEDY)] * 256)
     print("\n", engine.info)
     yield engine
-    if engine._llm is not None:
-        engine._unload()
+    engine.close()
 
 
 @pytest.mark.parametrize("strategy", ["low_confidence_static", "sequential", "low_confidence_dynamic"])
@@ -42,7 +41,7 @@ def test_answers_are_the_native_engines(demo, jetengine, native, rounded, questi
     requests = ask(demo, questions, dataclasses.replace(GREEDY, remasking_strategy=strategy))
     theirs, ours = run(jetengine, requests), run(native, requests)
     differing_answers(demo, theirs, run(rounded, requests), f"{strategy}, both in bfloat16: JetEngine")
-    if strategy in jetengine.info["deviations"]:
+    if strategy in jetengine.info.deviations:
         assert len(differing_answers(demo, theirs, ours, f"{strategy}: JetEngine")) <= 30
     else:
         check_agreement(demo, requests, theirs, ours, f"{strategy}: JetEngine")
@@ -89,7 +88,7 @@ def test_twelve_prompts_with_twelve_settings(demo, jetengine, questions):
 def test_draws_have_the_models_frequencies(demo, jetengine, questions, decoding):
     """The first token at the first step: softmax(logits / T), from the weights by transformers."""
     prompt = next(q for q in questions if len(q) % 4 == 0)
-    count = 4096 if jetengine.info["cuda_graphs"] else 1024  # 0.1.0 draws row by row
+    count = 4096 if jetengine.info.extra["cuda_graphs"] else 1024  # 0.1.0 draws row by row
     settings = DecodingConfig(**decoding, remasking_strategy="sequential")
     results = run(jetengine, [GenerationRequest(prompt, 1, settings, seed=i) for i in range(count)])
     check_frequencies(drawn_frequencies(demo, results), first_token_logits(demo, prompt), settings, count)
@@ -99,28 +98,28 @@ def test_a_standstill_loses_nothing(demo, jetengine, questions, monkeypatch):
     """Eight pages for eight sequences that all come to need a second one."""
     requests = ask(demo, questions, count=12, max_new_tokens=300, stop_ids=frozenset())
     expected = run(jetengine, requests)
-    pages, before = jetengine._llm.config.num_kvcache_blocks, jetengine.info["standstills"]
+    pages, before = jetengine._loaded.llm.config.num_kvcache_blocks, jetengine.info.extra["standstills"]
     monkeypatch.setattr(jetengine, "_active", lambda _: 8)
-    jetengine._llm.config.num_kvcache_blocks = 8
+    jetengine._loaded.llm.config.num_kvcache_blocks = 8
     try:
         results = run(jetengine, requests)
     finally:
-        jetengine._llm.config.num_kvcache_blocks = pages
-    assert jetengine.info["standstills"] > before
+        jetengine._loaded.llm.config.num_kvcache_blocks = pages
+    assert jetengine.info.extra["standstills"] > before
     assert [len(result.token_ids) for result in results] == [300] * 12
     assert sum(a.token_ids[:8] == b.token_ids[:8] for a, b in zip(expected, results, strict=True)) >= 9
 
 
 def test_a_standstill_with_one_sequence_is_an_error(demo, jetengine, questions, monkeypatch):
-    pages = jetengine._llm.config.num_kvcache_blocks
+    pages = jetengine._loaded.llm.config.num_kvcache_blocks
     monkeypatch.setattr(jetengine, "_active", lambda _: 1)
     monkeypatch.setattr(jetengine, "_check_pages", lambda _: None)
-    jetengine._llm.config.num_kvcache_blocks = 1
+    jetengine._loaded.llm.config.num_kvcache_blocks = 1
     try:
         with pytest.raises(EngineError, match="single sequence"):
             run(jetengine, ask(demo, questions, count=2, max_new_tokens=300, stop_ids=frozenset()))
     finally:
-        jetengine._llm.config.num_kvcache_blocks = pages
+        jetengine._loaded.llm.config.num_kvcache_blocks = pages
     assert len(run(jetengine, ask(demo, questions, count=4))) == 4
 
 
@@ -158,7 +157,7 @@ def test_two_block_lengths_in_one_run(demo, jetengine, questions):
 
 
 def test_a_mixture_of_experts(demo, jetengine, tmp_path):
-    if jetengine.info["engine_version"] != "0.1.0":
+    if jetengine.info.engine_version != "0.1.0":
         pytest.skip("0.2.0 takes none")
-    jetengine._unload()
+    jetengine.close()
     check_mixture_of_experts(tmp_path, "jetengine")

@@ -36,7 +36,7 @@ def lmdeploy(demo):
     engine.prepare([GenerationRequest((1, 2, 3), 4, GREEDY)] * 256)
     print("\n", engine.info)
     yield engine
-    engine._unload()
+    engine.close()
 
 
 # Of the module's settings, those of the engine as it is made first.
@@ -221,5 +221,5 @@ def test_other_block_lengths(demo, lmdeploy, native, questions, block_length):
 
 
 def test_a_mixture_of_experts(lmdeploy, tmp_path):
-    lmdeploy._unload()  # one engine at a time
+    lmdeploy.close()  # one engine at a time
     check_mixture_of_experts(tmp_path, "lmdeploy", **OPTIONS)

@@ -186,7 +186,7 @@ def test_kernels_and_graphs_are_there_before_the_first_request(demo, questions):
     engine.prepare(wanted)
     assert engine._runner._forward_graphs._graphs
     assert engine._runner._unmask_graphs._graphs
-    assert engine.info["shared_prompt_tokens"] == 0
+    assert engine.info.extra["shared_prompt_tokens"] == 0
     fresh = make_engine("native", demo, device="cuda", kernels=True)
     assert [r.token_ids for r in run(engine, wanted)] == [r.token_ids for r in run(fresh, wanted)]
 

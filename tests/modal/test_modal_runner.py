@@ -27,7 +27,7 @@ from support import ROOT, environment
 from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.demo import CHECKPOINT as DEMO_CHECKPOINT
-from sdar_lm_eval.engines.jetengine.versions import PINNED
+from sdar_lm_eval.engines.adapters.jetengine.versions import PINNED
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.lm.answers import read_sessions
 from sdar_lm_eval.lm.model import SDARLM

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import os
-import platform
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import torch
-import transformers
 
 from sdar_lm_eval.checkpoint import DTYPES, Checkpoint
 from sdar_lm_eval.engines.base import (
@@ -36,7 +35,16 @@ from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
 from sdar_lm_eval.engines.native.scoring import Limits, Scoring
 from sdar_lm_eval.engines.native.state import Outcome
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
-from sdar_lm_eval.engines.runs import Failures, OneRun, is_out_of_memory, peak_of_process, warm_up_requests
+from sdar_lm_eval.engines.runs import (
+    Closable,
+    Failures,
+    OneRun,
+    environment,
+    is_out_of_memory,
+    peak_of_process,
+    warm_up_requests,
+)
+from sdar_lm_eval.engines.types import EngineInfo
 from sdar_lm_eval.errors import EngineError, UserError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +56,7 @@ MEMORY_FRACTION = 0.85  # of the GPU memory that is free after the weights, for 
 CPU_CACHE_BYTES = 4 << 30
 
 
-class NativeEngine:
+class NativeEngine(Closable):
     """SDAR on torch and transformers, with continuous batching over paged KV.
 
     Args:
@@ -116,30 +124,35 @@ class NativeEngine:
             )
 
     @property
-    def info(self) -> Mapping[str, Any]:
+    def info(self) -> EngineInfo:
         """See `Engine.info`."""
-        info: dict[str, Any] = {
-            "engine": "native",
-            "device": str(self._device),
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "max_active": self._max_active or DEFAULT_ACTIVE[self._device.type],
-            "kernels": self._kernels,
-            "reproducible": self._reproducible,
-            "preemptions": self._preemptions,
-            "shared_prompt_tokens": self._shared_prompt_tokens,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        }
-        if self._device.type == "cuda":
-            info["gpu"] = torch.cuda.get_device_name(self._device)
-        return info
+        return EngineInfo(
+            engine="native",
+            device=str(self._device),
+            dtype=str(self._dtype).removeprefix("torch."),
+            max_active=self._max_active or DEFAULT_ACTIVE[self._device.type],
+            extra={
+                "kernels": self._kernels,
+                "reproducible": self._reproducible,
+                "preemptions": self._preemptions,
+                "shared_prompt_tokens": self._shared_prompt_tokens,
+            },
+            environment=environment(self._device),
+        )
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return peak_of_process()
+
+    def _unload(self) -> None:
+        """Free model, KV cache and graphs: nothing else refers to them but they to each other."""
+        del self._model, self._runner
+        self._warm_shape = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def prepare(self, requests: SequenceOf[GenerationRequest]) -> None:
         """See `Engine.prepare`: memory; on a GPU kernels and the first CUDA graphs, others are captured on the way."""

@@ -243,7 +243,7 @@ def test_preempted_sequences_lose_nothing(tiny):
     ]
     engine = make_engine("native", tiny, device="cpu", max_active=8, kv_pages=9)
     results = dict(engine.generate(requests))
-    assert engine.info["preemptions"] > 0
+    assert engine.info.extra["preemptions"] > 0
     alone = run(tiny, requests, max_active=1)
     assert tokens_of(results[i] for i in range(len(requests))) == tokens_of(alone)
     assert [results[i].unmasked_at for i in range(len(requests))] == [r.unmasked_at for r in alone]
@@ -305,8 +305,8 @@ class TestSharedBeginnings:
         results = asking.run(engine, requests)
         assert tokens_of(results) == tokens_of(alone)
         assert [r.unmasked_at for r in results] == [r.unmasked_at for r in alone]
-        assert engine.info["shared_prompt_tokens"] > 0
-        assert (engine.info["preemptions"] > 0) == (kv_pages is not None)
+        assert engine.info.extra["shared_prompt_tokens"] > 0
+        assert (engine.info.extra["preemptions"] > 0) == (kv_pages is not None)
 
     def test_they_are_the_oracles(self, tiny, plain, alike):
         check(tiny, plain, alike[0][:10])
@@ -324,8 +324,10 @@ class TestSharedBeginnings:
         whole = [len(request.prompt_ids) // 4 * 4 for request in requests]
         shared = 320 * (len(requests) - 1) if share else 0
         # Ends may begin alike, too, by a page more.
-        assert engine.info["shared_prompt_tokens"] in range(shared, shared + 16 * len(requests) if share else 1, 16)
-        assert sum(end - start for _, start, end in prefilled) == sum(whole) - engine.info["shared_prompt_tokens"]
+        assert engine.info.extra["shared_prompt_tokens"] in range(
+            shared, shared + 16 * len(requests) if share else 1, 16
+        )
+        assert sum(end - start for _, start, end in prefilled) == sum(whole) - engine.info.extra["shared_prompt_tokens"]
 
     def test_equal_prompts_of_whole_pages_go_through_the_model_once(self, tiny):
         request = GenerationRequest(prompts(tiny, (32,))[0], 8, DecodingConfig(temperature=0))
@@ -341,7 +343,7 @@ class TestSharedBeginnings:
         first = asking.run(engine, requests)
         engine._runner.release_cache()
         assert tokens_of(asking.run(engine, requests)) == tokens_of(first)
-        assert engine.info["shared_prompt_tokens"] == 0
+        assert engine.info.extra["shared_prompt_tokens"] == 0
 
     def test_out_of_memory_while_others_wait(self, tiny, monkeypatch):
         """Prefill fails at first; nobody takes what it was to store as there."""
@@ -449,7 +451,7 @@ class TestWarmUp:
         assert not active  # nothing to compile on the CPU
         engine._warm_up(requests, 4)
         assert {1, 3, 4} <= set(active)
-        assert engine.info["shared_prompt_tokens"] == engine.info["preemptions"] == 0
+        assert engine.info.extra["shared_prompt_tokens"] == engine.info.extra["preemptions"] == 0
         assert tokens_of(asking.run(engine, requests)) == expected
 
     def test_on_a_gpu_it_is_part_of_loading(self, tiny, monkeypatch):

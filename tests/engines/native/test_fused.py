@@ -72,7 +72,7 @@ def test_prompts_that_share_their_beginning(checkpoint, monkeypatch):
     requests = [GenerationRequest((*range(1, 10), *[100 + i] * i), 4, decoding) for i in range(4)]
     engine = engine_with_kernels(checkpoint)
     fast = run(engine, requests)
-    assert engine.info["shared_prompt_tokens"] == 3 * 8
+    assert engine.info.extra["shared_prompt_tokens"] == 3 * 8
     plain = run(make_engine("native", checkpoint, device="cpu", share_prefixes=False), requests)
     assert [r.token_ids for r in fast] == [r.token_ids for r in plain]
 
@@ -144,7 +144,7 @@ def test_reproducible_to_the_bit(checkpoint, monkeypatch, products):
 
     together, _ = answers(requests, share_prefixes=False)
     tight, engine = answers(requests[::-1], kv_pages=6)
-    assert engine.info["preemptions"] > 0
+    assert engine.info.extra["preemptions"] > 0
     alone, _ = answers(requests[1:2])
     assert tight == together
     assert alone == {1: together[1]}

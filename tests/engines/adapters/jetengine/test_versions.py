@@ -12,8 +12,8 @@ import torch
 from jetengine_standin import FOLDER, OF_STANDIN, gpu_on_the_cpu
 
 from sdar_lm_eval import EngineError, make_engine
-from sdar_lm_eval.engines.jetengine import versions
-from sdar_lm_eval.engines.jetengine.versions import DIALECTS, PINNED, find_jetengine
+from sdar_lm_eval.engines.adapters.jetengine import versions
+from sdar_lm_eval.engines.adapters.jetengine.versions import DIALECTS, PINNED, find_jetengine
 
 NEEDS = ("flash_attn", "flashinfer", "liger_kernel", "xxhash", "accelerate")
 

@@ -1,4 +1,4 @@
-"""The two versions of JetEngine that are in use: which one is installed, and where they differ.
+"""The two versions of JetEngine that are in use: which one is installed, and all in which they differ.
 
     0.2.0   the main branch of github.com/Labman42/JetEngine
     0.1.0   the submodule of SDAR's own repository (github.com/JetAstra/SDAR)
@@ -8,45 +8,74 @@ Neither is on PyPI: the `jetengine` there is a library for MongoDB. Nothing here
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
+from sdar_lm_eval.engines.adapters.common import Config, check_nothing_is_missing, installed, is_there
+from sdar_lm_eval.engines.adapters.jetengine import hooks
+from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
 
+class MakeReady(Protocol):
+    """A function of hooks.py."""
+
+    def __call__(
+        self,
+        device: torch.device,
+        generator: torch.Generator,
+        config: Config,
+        block_length: int,
+        dtype: torch.dtype,
+    ) -> bool:
+        """Prepare JetEngine's modules, before its LLM is made; return whether flash-attn may split a context."""
+
+
 @dataclass(frozen=True)
 class Dialect:
-    """A version of JetEngine, as far as it differs from the other.
+    """A version of JetEngine, as far as it differs from the other: a new version is a new row of `DIALECTS`.
 
     Attributes:
         commit: the one this was written for, in Labman42/JetEngine.
+        file: of its package, by which it is told from the versions behind it in the table.
         strategies: remasking strategies it knows.
         modules: what it imports, by the name to install.
-        returns_prompt: outputs begin with the prompt.
+        mixture_of_experts, tensor_parallel: it runs these.
+        any_gpu: it can run on another GPU than the first.
+        several_processes: it can run in several processes of a data parallel run.
         graphs: it has CUDA graphs.
         page_a_step: it takes more KV pages than it needs; see `pages_of`.
-        several_processes: it can run in several processes of a data parallel run.
+        returns_prompt: outputs begin with the prompt.
+        prefills_beside: a step that prefills some sequences denoises the others; else it prefills and denoises in turn.
+        make_ready, draw_greedily, sampling_params: see hooks.py.
         deviations: where its answers follow other rules than `DecodingConfig` says.
     """
 
     version: str
     commit: str
+    file: str
     strategies: tuple[str, ...]
     modules: Mapping[str, str]
-    returns_prompt: bool
+    mixture_of_experts: bool
+    tensor_parallel: bool
+    any_gpu: bool
+    several_processes: bool
     graphs: bool
     page_a_step: bool
-    several_processes: bool
+    returns_prompt: bool
+    prefills_beside: bool
+    make_ready: MakeReady
+    draw_greedily: Callable[[Any], None]
+    sampling_params: Callable[[GenerationRequest, frozenset[int]], dict[str, object]]
     deviations: Mapping[str, str]
 
 
@@ -56,12 +85,20 @@ DIALECTS = {
     "0.2.0": Dialect(
         version="0.2.0",
         commit="11563d141ff7a7d76e64bac6e4143dbc93efb5d5",
+        file="engine/distributed_manager.py",
         strategies=("low_confidence_dynamic", "low_confidence_static", "sequential", "entropy_bounded", "random"),
         modules={**_MODULES, "flash_attn": "flash-attn", "accelerate": "accelerate"},
-        returns_prompt=True,
+        mixture_of_experts=False,
+        tensor_parallel=False,
+        any_gpu=True,
+        several_processes=True,
         graphs=True,
         page_a_step=False,
-        several_processes=True,
+        returns_prompt=True,
+        prefills_beside=True,
+        make_ready=hooks.make_ready_020,
+        draw_greedily=hooks.draw_greedily_020,
+        sampling_params=hooks.sampling_params_020,
         deviations={
             "low_confidence_dynamic": "fewer tokens above the threshold than the step's quota: the leftmost masked "
             "tokens are unmasked, not the most confident ones",
@@ -75,12 +112,20 @@ DIALECTS = {
     "0.1.0": Dialect(
         version="0.1.0",
         commit="0ddc55ad3fb712b6374515b78d656f420e1a7243",
+        file="engine/llm_engine.py",
         strategies=("low_confidence_dynamic", "low_confidence_static", "sequential"),
         modules=_MODULES,
-        returns_prompt=False,
+        mixture_of_experts=True,
+        tensor_parallel=True,
+        any_gpu=False,
+        several_processes=False,
         graphs=False,
         page_a_step=True,
-        several_processes=False,
+        returns_prompt=False,
+        prefills_beside=False,
+        make_ready=hooks.make_ready_010,
+        draw_greedily=hooks.draw_greedily_010,
+        sampling_params=hooks.sampling_params_010,
         deviations={
             "sampling": _SAMPLING,
             "mask_token": "can be drawn; it is left out of the answer and counted as mask_tokens_drawn",
@@ -92,6 +137,11 @@ INSTALL = (
     'Install with: pip install --no-build-isolation "sdar-lm-eval[jetengine]" && pip install --no-deps '
     f'"jetengine @ git+https://github.com/Labman42/JetEngine@{PINNED}". Or use --model sdar, which runs anywhere.'
 )
+
+
+def version_with(ability: str) -> str:
+    """The newest version whose field of this name is true."""
+    return next(version for version, dialect in DIALECTS.items() if getattr(dialect, ability))
 
 
 def find_jetengine() -> tuple[Dialect, str | None]:
@@ -121,25 +171,20 @@ def find_jetengine() -> tuple[Dialect, str | None]:
         dialect = DIALECTS[version]
         if commit is not None and commit != dialect.commit:
             logger.warning("JetEngine is at commit %s; this was written for %s.", commit[:7], dialect.commit[:7])
-    missing += [name for module, name in dialect.modules.items() if importlib.util.find_spec(module) is None]
+    missing += [name for module, name in dialect.modules.items() if not is_there(module)]
     if not torch.cuda.is_available():
         missing.append("a CUDA GPU")
-    if missing:
-        raise EngineError(f"--model sdar-jetengine lacks {', '.join(missing)}.{note} {INSTALL}")
+    check_nothing_is_missing("sdar-jetengine", missing, INSTALL, note)
     return dialect, commit
 
 
 def _version_of(folder: Path) -> tuple[str, str | None]:
     """Version and commit, from what pip wrote, else from the checkout, else from what differs in it."""
-    try:
-        distribution = importlib.metadata.distribution("jetengine")
-        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
-        return distribution.version, origin.get("vcs_info", {}).get("commit_id")
-    except importlib.metadata.PackageNotFoundError:
-        pass
+    if found := installed("jetengine"):
+        return found.version, found.commit
     project = folder.parent / "pyproject.toml"
     if project.is_file() and (
         match := re.search(r'^name = "jetengine"\nversion = "(.+)"$', project.read_text(), re.MULTILINE)
     ):
         return match[1], None
-    return ("0.2.0" if (folder / "engine" / "distributed_manager.py").is_file() else "0.1.0"), None
+    return next(version for version, dialect in DIALECTS.items() if (folder / dialect.file).is_file()), None

@@ -16,6 +16,7 @@ import importlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def log_kept() -> Iterator[None]:
         logging.getLogger("lmdeploy").setLevel(logging.ERROR)
 
 
-def import_lmdeploy() -> Any:
+def import_lmdeploy() -> ModuleType:
     """LMDeploy's package.
 
     It checks its environment in a new process, which runs the script anew that was started (engine/engine_checker.py);
@@ -60,7 +61,7 @@ def register_model_types() -> None:
     base: Any = importlib.import_module("lmdeploy.pytorch.configurations.builder").AutoModelConfigBuilder
     if hasattr(base, "_of_sdar_lm_eval"):
         return
-    default: Any = importlib.import_module("lmdeploy.pytorch.configurations.default").DefaultModelConfigBuilder
+    default = importlib.import_module("lmdeploy.pytorch.configurations.default").DefaultModelConfigBuilder
 
     class Builder(base):  # type: ignore[misc]
         @classmethod

@@ -19,8 +19,7 @@ from support import random_checkpoint, read_weights, write_weights
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines import runs
-from sdar_lm_eval.engines.jetengine import engine as adapter
-from sdar_lm_eval.engines.jetengine import memory
+from sdar_lm_eval.engines.adapters.jetengine import checks, group, loading, memory
 
 STRATEGIES = ("low_confidence_static", "sequential", "low_confidence_dynamic")
 
@@ -48,7 +47,7 @@ class TestAnswers:
         decoding = dataclasses.replace(GREEDY, remasking_strategy=strategy)
         requests = [GenerationRequest(p, 24, decoding, frozenset(demo.stop_ids)) for p in demo_prompts(demo)[:3]]
         engine = of(demo)
-        other_rules = strategy in engine.info["deviations"]
+        other_rules = strategy in engine.info.deviations
         assert other_rules == (jetengine.version == "0.2.0" and strategy == "low_confidence_dynamic")
         assert (tokens_of(run(engine, requests)) != native(demo, requests)) == other_rules
 
@@ -204,8 +203,8 @@ class TestPrompts:
     def test_another_prompt_than_was_given_is_an_error(self, jetengine_020, tiny, monkeypatch):
         engine = of(tiny)
         engine.prepare([GenerationRequest((1, 2, 3, 4), 8, GREEDY)])
-        add = engine._llm.add_request
-        monkeypatch.setattr(engine._llm, "add_request", lambda prompt, params: add([9, *prompt[1:]], params))
+        add = engine._loaded.llm.add_request
+        monkeypatch.setattr(engine._loaded.llm, "add_request", lambda prompt, params: add([9, *prompt[1:]], params))
         with pytest.raises(EngineError, match="returned another prompt than it was given"):
             run(engine, [GenerationRequest((1, 2, 3, 4), 8, GREEDY)])
 
@@ -246,11 +245,8 @@ class TestEnds:
 
     def test_an_answer_without_an_end_is_an_error(self, jetengine, tiny, monkeypatch):
         engine = of(tiny)
-        monkeypatch.setattr(
-            engine,
-            "_sampling_params",
-            lambda _, whole=engine._sampling_params: whole(GenerationRequest((1,), 3, GREEDY)),
-        )
+        params = engine._jetengine.SamplingParams
+        monkeypatch.setattr(engine._jetengine, "SamplingParams", lambda **given: params(**given | {"max_tokens": 3}))
         with pytest.raises(EngineError, match=r"returned \d of 40 tokens, and none that ends the answer"):
             run(engine, [GenerationRequest((1, 2, 3), 40, GREEDY)])
 
@@ -264,7 +260,7 @@ class TestEnds:
             results = run(engine, [GenerationRequest(p, 12, GREEDY) for p in random_prompts((4, 5, 6, 7))])
         assert all(checkpoint.mask_token_id not in result.token_ids for result in results)
         drawn = sum(12 - len(result.token_ids) for result in results)
-        assert engine.info["mask_tokens_drawn"] == drawn > 0
+        assert engine.info.extra["mask_tokens_drawn"] == drawn > 0
         assert f"drew the mask token {drawn} times" in caplog.text
 
 
@@ -288,11 +284,11 @@ class TestMemory:
     def test_what_jetengine_is_made_for(self, jetengine, tiny):
         engine = of(tiny, max_active=5)
         engine.prepare([GenerationRequest((1,) * 30, 13, GREEDY), GenerationRequest((1,) * 9, 40, GREEDY)] * 4)
-        config = engine._llm.config
+        config = engine._loaded.llm.config
         assert (config.max_model_len, config.max_num_seqs) == (52, 4)  # whole blocks; a number that has a graph
         assert config.max_num_batched_tokens == 4 * 30  # the longest prompts that can begin together
         assert config.kvcache_block_size == 256
-        assert engine.info["max_active"] == 4
+        assert engine.info.max_active == 4
         assert config.num_kvcache_blocks >= 4
         free = 79 * GIB - config.gpu_memory_utilization * 80 * GIB
         assert free > 70 * GIB  # no more than is needed
@@ -300,7 +296,7 @@ class TestMemory:
     def test_a_part_of_memory_that_was_asked_for(self, jetengine, tiny):
         engine = of(tiny, gpu_memory_utilization="0.5")
         engine.prepare([GenerationRequest((1,), 4, GREEDY)])
-        assert engine._llm.config.gpu_memory_utilization == 0.5
+        assert engine._loaded.llm.config.gpu_memory_utilization == 0.5
 
     def test_as_many_at_once_as_there_are_pages_for(self, jetengine, tiny, caplog):
         requests = [GenerationRequest(p, 12, GREEDY) for p in random_prompts((250, 5, 250, 6, 251))]
@@ -312,7 +308,7 @@ class TestMemory:
         with caplog.at_level(logging.WARNING):
             assert tokens_of(run(engine, requests)) == expected
         assert max(denoised for _, denoised in jetengine.batches) == {"0.2.0": 2, "0.1.0": 1}[jetengine.version]
-        assert engine.info["standstills"] == 0
+        assert engine.info.extra["standstills"] == 0
 
     def test_fewer_at_once_are_told(self, jetengine_020, tiny, caplog):
         jetengine_020.faults.pages = 3
@@ -335,12 +331,12 @@ class TestMemory:
             of(tiny).prepare(requests)
 
     def test_prompts_that_begin_together_are_no_more_than_the_warm_up(self, jetengine, tiny, monkeypatch):
-        for module in (adapter, memory):
+        for module in (group, memory):
             monkeypatch.setattr(module, "PREFILL_TOKENS", 64)
         engine = of(tiny)
         requests = [GenerationRequest(p, 8, GREEDY) for p in random_prompts((40, 24, 30, 8, 9))]
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
-        assert engine.info["standstills"] == 0
+        assert engine.info.extra["standstills"] == 0
         assert max(prefilled for prefilled, _ in jetengine.batches) > 1
 
     def test_no_memory_for_the_weights_or_for_pages(self, jetengine, tiny, monkeypatch):
@@ -358,7 +354,7 @@ class TestMemory:
         gpu_on_the_cpu(monkeypatch, free=20 * GIB)
         engine = of(tiny)
         engine.prepare([GenerationRequest((1,) * 300, 40, GREEDY)] * 16)
-        assert engine._llm.config.num_kvcache_blocks >= 32
+        assert engine._loaded.llm.config.num_kvcache_blocks >= 32
 
     def test_jetengine_is_left_in_order_when_it_is_made_again(self, jetengine, tiny, monkeypatch):
         taken_back = []
@@ -369,6 +365,27 @@ class TestMemory:
         first, _ = jetengine.made
         assert not hasattr(first, "model_runner")
         assert taken_back == [first.exit]  # which would fail at the end of the process
+
+    def test_one_that_takes_another_mask_token_is_ended(self, jetengine, tiny, monkeypatch):
+        engine = of(tiny)
+        made = engine._jetengine.LLM
+
+        def of_another_mask(folder, **options):
+            llm = made(folder, **options)
+            llm.config.mask_token_id = 3
+            return llm
+
+        monkeypatch.setattr(engine._jetengine, "LLM", of_another_mask)
+        with pytest.raises(EngineError, match="JetEngine takes 3 for the mask token"):
+            engine.prepare([GenerationRequest((1,), 4, GREEDY)])
+        assert not hasattr(jetengine.made[-1], "model_runner")
+
+    def test_closing_ends_jetengine(self, jetengine, tiny):
+        of(tiny).close()  # nothing is loaded yet
+        with of(tiny) as engine:
+            engine.prepare([GenerationRequest((1,), 4, GREEDY)])
+            assert hasattr(jetengine.made[-1], "model_runner")
+        assert not hasattr(jetengine.made[-1], "model_runner")
 
 
 class TestStandstill:
@@ -382,18 +399,18 @@ class TestStandstill:
 
     def test_nothing_is_lost_and_nothing_is_there_twice(self, jetengine, tiny, monkeypatch, caplog):
         expected = native(tiny, self.requests())
-        monkeypatch.setattr(adapter.JetEngine, "_active", lambda self, _: 4)
+        monkeypatch.setattr(loading.Loaded, "active", lambda self, _: 4)
         jetengine.faults.pages = self.pages(jetengine)
         engine = of(tiny)
         with caplog.at_level(logging.WARNING):
             assert tokens_of(run(engine, self.requests())) == expected
-        assert engine.info["standstills"] > 0
+        assert engine.info.extra["standstills"] > 0
         assert "ran out of memory; its sequences run again, 2 at a time" in caplog.text
         assert tokens_of(run(engine, self.requests()[:1])) == expected[:1]  # and the next call is as any
 
     def test_of_a_single_sequence_is_an_error(self, jetengine, tiny, monkeypatch):
-        monkeypatch.setattr(adapter.JetEngine, "_active", lambda self, _: 2)
-        monkeypatch.setattr(adapter.JetEngine, "_check_pages", lambda self, _: None)
+        monkeypatch.setattr(loading.Loaded, "active", lambda self, _: 2)
+        monkeypatch.setattr(loading.Loaded, "check_pages", lambda self, _: None)
         jetengine.faults.pages = 1
         engine, answered = of(tiny), []
         with pytest.raises(EngineError, match=r"single sequence; 4 of 5 requests are unanswered.*are kept"):
@@ -407,7 +424,7 @@ class TestStandstill:
         jetengine.faults.at_step = {step: torch.OutOfMemoryError("all is taken")}
         engine = of(tiny)
         assert tokens_of(run(engine, self.requests())) == native(tiny, self.requests())
-        assert engine.info["standstills"] == 1
+        assert engine.info.extra["standstills"] == 1
 
     def test_another_error_in_a_step_keeps_what_is_finished(self, jetengine, tiny):
         requests = [GenerationRequest((1, 2, 3, 4), new, GREEDY) for new in (4, 40)]
@@ -427,22 +444,23 @@ class TestStandstill:
         }
         engine = of(tiny, max_active=8)
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
-        assert engine.info["standstills"] == 1
+        assert engine.info.extra["standstills"] == 1
         sizes = [denoised for _, denoised in jetengine.batches if denoised in (4, 8)]
         assert [size for size, _ in itertools.groupby(sizes)][:3] == [8, 4, 8]
 
     def test_one_request_without_an_answer_costs_the_others_nothing(self, jetengine, tiny, monkeypatch):
         engine = of(tiny)
-        requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((5, 6, 7, 8))]
+        prompts = random_prompts((5, 6, 7, 8))
+        requests = [GenerationRequest(p, new, GREEDY) for p, new in zip(prompts, (9, 10, 9, 9), strict=True)]
         expected = native(tiny, requests)
-        whole = engine._sampling_params
-        monkeypatch.setattr(  # one ends too early
-            engine,
-            "_sampling_params",
-            lambda r: whole(dataclasses.replace(r, max_new_tokens=1) if len(r.prompt_ids) == 6 else r),
+        params = engine._jetengine.SamplingParams
+        monkeypatch.setattr(  # the one of 10 tokens ends too early
+            engine._jetengine,
+            "SamplingParams",
+            lambda **given: params(**given | {"max_tokens": 1 if given["max_tokens"] == 10 else given["max_tokens"]}),
         )
         results = {}
-        with pytest.raises(EngineError, match=r"^1 of 4 requests have no answer.*Number 1: JetEngine returned \d of 9"):
+        with pytest.raises(EngineError, match=r"^1 of 4 requests have no answer.*Number 1: .* returned \d of 10"):
             results.update(engine.generate(requests))
         assert tokens_of(results[i] for i in (0, 2, 3)) == [expected[i] for i in (0, 2, 3)]
 
@@ -459,7 +477,7 @@ class TestWarmUp:
         of_strategy = [params.remasking_strategy for params in jetengine.sampled]
         assert {"low_confidence_static", "sequential"} == set(of_strategy)
         assert max(denoised for _, denoised in jetengine.batches) >= 2
-        assert engine.info["steps"] == engine.info["steps_without_graph"] == 0
+        assert engine.info.extra["steps"] == engine.info.extra["steps_without_graph"] == 0
         jetengine.batches.clear()
         engine.prepare(requests)
         assert not jetengine.batches
@@ -492,12 +510,12 @@ class TestTensorParallel:
         assert tokens_of(run(engine, requests)) == native(even, requests)
         (worker,) = jetengine_010.made[-1].ps
         assert worker.is_alive()
-        engine._unload()
+        engine.close()
         assert not worker.is_alive()
 
     def test_sequences_of_a_step_fit_its_message(self, jetengine_010, even, monkeypatch):
         requests = [GenerationRequest((700,) * 5, 8, GREEDY, seed=i) for i in range(12)]
-        monkeypatch.setattr(adapter, "MESSAGE_BYTES", 9 * memory.message_bytes(requests[0]))
+        monkeypatch.setattr(loading, "MESSAGE_BYTES", 9 * memory.message_bytes(requests[0]))
         assert len(run(of(even, tensor_parallel_size=2), requests)) == 12
         assert max(denoised for _, denoised in jetengine_010.batches) == 8
 
@@ -508,8 +526,8 @@ class TestTensorParallel:
             )
             engine = of(even, tensor_parallel_size=2, gpu_memory_utilization=0.9)
             engine.prepare([GenerationRequest((1,) * 8, 8, GREEDY)])
-            found = engine._llm.config.num_kvcache_blocks
-            engine._unload()
+            found = engine._loaded.llm.config.num_kvcache_blocks
+            engine.close()
             return found
 
         a_page = memory.bytes_per_page(even.full_config(), 2)
@@ -537,8 +555,8 @@ class TestGraphs:
         engine = of(tiny)
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
         assert {denoised for _, denoised in jetengine_020.batches} == {0, 4, 2, 1}
-        assert engine.info["steps_without_graph"] == 0
-        assert engine.info["steps"] == len(jetengine_020.batches)
+        assert engine.info.extra["steps_without_graph"] == 0
+        assert engine.info.extra["steps"] == len(jetengine_020.batches)
 
     def test_steps_without_a_graph_are_counted(self, jetengine_020, tiny):
         """While some are waiting, those that begin leave a step to the others."""
@@ -546,7 +564,7 @@ class TestGraphs:
         engine = of(tiny)
         run(engine, requests)
         others = [denoised for _, denoised in jetengine_020.batches if denoised not in (0, 1, 2, 4)]
-        assert engine.info["steps_without_graph"] == len(others) > 0
+        assert engine.info.extra["steps_without_graph"] == len(others) > 0
 
     def test_no_more_run_than_that(self, jetengine, tiny):
         run(of(tiny, max_active=3), [GenerationRequest(p, 5, GREEDY) for p in random_prompts([8] * 5)])
@@ -556,13 +574,17 @@ class TestGraphs:
         engine = of(tiny, enforce_eager=True)
         run(engine, [GenerationRequest(p, 5 + 4 * i, GREEDY) for i, p in enumerate(random_prompts([8] * 4))])
         assert {denoised for _, denoised in jetengine.batches} == {0, 1, 2, 3, 4}
-        assert engine._llm.config.enforce_eager
-        assert not engine.info["cuda_graphs"]
+        assert engine._loaded.llm.config.enforce_eager
+        assert not engine.info.extra["cuda_graphs"]
 
     def test_graphs_are_on_where_there_are_any(self, jetengine, tiny):
         engine = of(tiny)
         engine.prepare([GenerationRequest((1,), 4, GREEDY)])
-        assert engine.info["cuda_graphs"] == (not engine._llm.config.enforce_eager) == (jetengine.version == "0.2.0")
+        assert (
+            engine.info.extra["cuda_graphs"]
+            == (not engine._loaded.llm.config.enforce_eager)
+            == (jetengine.version == "0.2.0")
+        )
 
 
 class TestTheProcess:
@@ -570,7 +592,7 @@ class TestTheProcess:
 
     def test_nothing_is_printed(self, jetengine, tiny, capsys, caplog, monkeypatch):
         """0.2.0 prints when it starts, and in each step in which a sequence waits for a page."""
-        monkeypatch.setattr(adapter.JetEngine, "_active", lambda self, _: 2)
+        monkeypatch.setattr(loading.Loaded, "active", lambda self, _: 2)
         jetengine.faults.pages = {"0.2.0": 3, "0.1.0": 7}[jetengine.version]
         with caplog.at_level(logging.DEBUG):
             run(of(tiny), [GenerationRequest(p, 12, GREEDY) for p in random_prompts((250, 251))])
@@ -601,25 +623,25 @@ class TestTheProcess:
         engine = of(tiny)
         results = engine.generate([GenerationRequest((1, 2, 3), new, GREEDY) for new in (4, 40)])
         next(results)
-        assert engine._llm.scheduler.consistent_sampling_params
+        assert engine._loaded.llm.scheduler.consistent_sampling_params
         results.close()
-        assert not engine._llm.scheduler.consistent_sampling_params
+        assert not engine._loaded.llm.scheduler.consistent_sampling_params
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "auto"])
     def test_the_dtype_reaches_jetengine(self, jetengine, tiny, dtype):
         engine = of(tiny, dtype=dtype)  # the checkpoint's own is float32
         engine.prepare([GenerationRequest((1,), 4, GREEDY)])
         expected = torch.float16 if dtype == "float16" else torch.bfloat16
-        config = engine._llm.config
+        config = engine._loaded.llm.config
         assert (config.torch_dtype if jetengine.version == "0.2.0" else config.hf_config.torch_dtype) == expected
-        assert f"torch.{engine.info['dtype']}" == str(expected)
+        assert f"torch.{engine.info.dtype}" == str(expected)
 
     def test_the_checkpoints_own_dtype(self, jetengine, tiny, tmp_path):
-        assert of(variant(tiny, tmp_path / "a", torch_dtype="float16")).info["dtype"] == "float16"
-        assert of(variant(tiny, tmp_path / "b", torch_dtype=None, dtype="float16")).info["dtype"] == "float16"
+        assert of(variant(tiny, tmp_path / "a", torch_dtype="float16")).info.dtype == "float16"
+        assert of(variant(tiny, tmp_path / "b", torch_dtype=None, dtype="float16")).info.dtype == "float16"
 
     def test_facts(self, jetengine, demo):
-        info = of(demo, max_active=9).info
+        info = of(demo, max_active=9).info.as_dict()
         assert (info["engine"], info["engine_version"]) == ("jetengine", jetengine.version)
         assert len(info["engine_commit"]) == 40
         assert (info["device"], info["gpu"], info["max_active"]) == ("cuda:0", "a GPU on the CPU", 9)
@@ -642,7 +664,7 @@ class TestCheckpoints:
         assert tokens_of(run(engine, [request])) == native(tiny, [request])
         assert not (tmp_path / "was_here").exists()
         # Which of a folder's code and a registered class comes first is up to the version of transformers.
-        assert not hasattr(engine._llm.config.hf_config, "auto_map")
+        assert not hasattr(engine._loaded.llm.config.hf_config, "auto_map")
 
     def test_the_folder_that_jetengine_opens(self, jetengine, tiny, monkeypatch):
         engine, seen = of(tiny), {}
@@ -656,7 +678,7 @@ class TestCheckpoints:
         engine.prepare([GenerationRequest((1,), 4, GREEDY)])
         copied = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
         assert seen == {"model.safetensors": True, **dict.fromkeys(copied, False)}
-        assert not Path(engine._llm.config.model).exists()
+        assert not Path(engine._loaded.llm.config.model).exists()
 
     def test_the_mask_token_is_config_jsons(self, jetengine, tiny, tmp_path):
         """0.1.0 takes the tokenizer's."""
@@ -789,7 +811,7 @@ class TestRefusals:
             of(tiny, device="cuda:1")
 
     def test_several_processes(self, jetengine, tiny, monkeypatch):
-        monkeypatch.setattr(adapter, "world_size", lambda: 2)
+        monkeypatch.setattr(checks, "world_size", lambda: 2)
         if jetengine.version == "0.2.0":
             of(tiny)
         else:

@@ -5,17 +5,15 @@ Nothing here imports LMDeploy.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from sdar_lm_eval.engines.adapters.common import Installed, check_nothing_is_missing, installed, is_there
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -25,7 +23,6 @@ logger = logging.getLogger(__name__)
 OLDEST, NEWEST = (0, 16), (0, 18)
 INSTALL = 'Install with: pip install "sdar-lm-eval[lmdeploy]". Or use --model sdar, which needs none of this.'
 
-STRATEGIES = ("low_confidence_dynamic", "low_confidence_static", "sequential")  # config.py: UnmaskingStrategy
 DEVIATIONS: Mapping[str, str] = {
     # strategies/dllm/unmasking.py: UnmaskingProcessor.low_confidence_dynamic
     "low_confidence_dynamic": "confidences at the threshold count as above it; fewer of them than the step's quota: "
@@ -41,14 +38,6 @@ DEVIATIONS: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Installed:
-    """The LMDeploy that is there: its version, and its commit where pip knows it."""
-
-    version: str
-    commit: str | None
-
-
 def find_lmdeploy() -> Installed:
     """Find which LMDeploy is installed, without importing it.
 
@@ -57,29 +46,28 @@ def find_lmdeploy() -> Installed:
     """
     spec = importlib.util.find_spec("lmdeploy")
     folder = next((Path(place) for place in (spec.submodule_search_locations or ())), None) if spec else None
-    installed = None if folder is None else _installed(folder)
-    missing = [] if installed else ["LMDeploy"]
-    if not _is_there("triton"):
+    found = None if folder is None else _version_in(folder)
+    missing = [] if found else ["LMDeploy"]
+    if not is_there("triton"):
         missing.append("triton")
     if torch.version.cuda is None:
         missing.append(f"a torch for CUDA (torch {torch.__version__} is not)")
     elif not torch.cuda.is_available():
         missing.append("a CUDA GPU")
-    if missing:
-        raise EngineError(f"--model sdar-lmdeploy lacks {', '.join(missing)}. {INSTALL}")
-    assert installed is not None
-    numbers = tuple(map(int, re.findall(r"\d+", installed.version)[:2]))
+    check_nothing_is_missing("sdar-lmdeploy", missing, INSTALL)
+    assert found is not None
+    numbers = tuple(map(int, re.findall(r"\d+", found.version)[:2]))
     if numbers < OLDEST:
         raise EngineError(
-            f"LMDeploy {installed.version} is installed; {'.'.join(map(str, OLDEST))} or newer is needed. {INSTALL}"
+            f"LMDeploy {found.version} is installed; {'.'.join(map(str, OLDEST))} or newer is needed. {INSTALL}"
         )
     if numbers > NEWEST:
         logger.warning(
             "LMDeploy %s is newer than %s, the newest that this was written for.",
-            installed.version,
+            found.version,
             ".".join(map(str, NEWEST)),
         )
-    return installed
+    return found
 
 
 def executor_for(tensor_parallel_size: int) -> str:
@@ -90,20 +78,14 @@ def executor_for(tensor_parallel_size: int) -> str:
     """
     if tensor_parallel_size == 1:
         return "uni"
-    return "ray" if _is_there("ray") else "mp"
+    return "ray" if is_there("ray") else "mp"
 
 
-def _is_there(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def _installed(folder: Path) -> Installed | None:
+def _version_in(folder: Path) -> Installed | None:
     """Version and commit, from what pip wrote, else from the package itself (a checkout on the path)."""
     own = folder / "version.py"
     match = re.search(r"""^__version__ = ['\"](.+)['\"]$""", own.read_text(), re.MULTILINE) if own.is_file() else None
-    try:
-        distribution = importlib.metadata.distribution("lmdeploy")
-    except importlib.metadata.PackageNotFoundError:
-        return Installed(match[1], None) if match else None
-    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
-    return Installed(match[1] if match else distribution.version, origin.get("vcs_info", {}).get("commit_id"))
+    pip = installed("lmdeploy")
+    if match is None:
+        return pip
+    return Installed(match[1], pip.commit if pip else None)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdar_lm_eval import DecodingConfig, GenerationRequest
-from sdar_lm_eval.engines.jetengine import memory
-from sdar_lm_eval.engines.jetengine.memory import CAPTURED, captured, message_bytes, pages_of, size_for
+from sdar_lm_eval.engines.adapters.jetengine import memory
+from sdar_lm_eval.engines.adapters.jetengine.memory import CAPTURED, captured, message_bytes, pages_of, size_for
 
 GIB = 1 << 30
 SDAR_4B = {

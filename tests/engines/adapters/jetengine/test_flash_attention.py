@@ -10,7 +10,7 @@ import torch
 from jetengine_standin import standin
 
 from sdar_lm_eval import DecodingConfig, EngineError, GenerationRequest, make_engine
-from sdar_lm_eval.engines.jetengine.flash_attention import ensure_right_attention
+from sdar_lm_eval.engines.adapters.jetengine.flash_attention import ensure_right_attention
 
 SHAPES = [(4, 2, 64, 4), (32, 8, 128, 4), (4, 4, 16, 1), (2, 1, 256, 64), (8, 2, 32, 16)]
 
@@ -55,7 +55,7 @@ def test_the_engine_tries_it_and_says_what_it_found(jetengine_020, tiny):
     engine = make_engine("jetengine", tiny)
     for block_length in (4, 8):  # JetEngine is made twice
         engine.prepare([GenerationRequest((1, 2), 4, DecodingConfig(block_length))])
-        assert not engine.info["flash_attn_splits"]
+        assert not engine.info.extra["flash_attn_splits"]
     attention = importlib.import_module("jetengine.layers.attention").flash_attn_with_kvcache
     assert attention.keywords == {"num_splits": 1}
     jetengine_020.faults.attention = "always"
@@ -67,4 +67,4 @@ def test_the_engine_says_that_a_right_one_may_split(tiny):
     with standin("0.2.0"):
         engine = make_engine("jetengine", tiny)
         engine.prepare([GenerationRequest((1, 2), 4, DecodingConfig())])
-        assert engine.info["flash_attn_splits"]
+        assert engine.info.extra["flash_attn_splits"]

@@ -25,9 +25,10 @@ from support import random_checkpoint, read_weights, write_weights
 import sdar_lm_eval.tasks
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import prompts as demo_prompts
-from sdar_lm_eval.engines.lmdeploy import engine as adapter
-from sdar_lm_eval.engines.lmdeploy import requirements
-from sdar_lm_eval.engines.lmdeploy.hooks import Count
+from sdar_lm_eval.engines.adapters.lmdeploy import checks, group, loading, requirements
+from sdar_lm_eval.engines.adapters.lmdeploy import engine as adapter
+from sdar_lm_eval.engines.adapters.lmdeploy.config import config_for_lmdeploy
+from sdar_lm_eval.engines.adapters.lmdeploy.hooks import Count
 from sdar_lm_eval.lm.model import SDARLMDeployLM
 
 DYNAMIC = DecodingConfig(temperature=0)
@@ -227,9 +228,12 @@ class TestEnds:
                 sent.append("cancelled")
 
         engine = of(demo)
-        engine._forwards = types.SimpleNamespace(take=lambda _: Count())
+        loaded = types.SimpleNamespace(
+            setup=engine._setup, lmdeploy=engine._lmdeploy, sessions=iter([1]),
+            forwards=types.SimpleNamespace(take=lambda _: Count()),
+        )  # fmt: skip
         request = GenerationRequest((1, 2, 3), len(given), GREEDY, stop_strings=("日",))
-        result = asyncio.run(engine._answer(Instance(), request))
+        result = asyncio.run(group.Group(loaded, [request], [0]).answer(Instance(), request))
         end = len(before) + 3
         assert (list(result.token_ids), result.finish_reason) == (given[:end], "stop")
         assert sent == [*range(0, end, block), "cancelled"]
@@ -281,7 +285,7 @@ class TestLoading:
         requests = [GenerationRequest((1, 2, 3), 4, decoding) for decoding in settings]
         run(engine, requests)
         run(engine, requests[:1])
-        assert engine.info["loads"] == 1
+        assert engine.info.extra["loads"] == 1
 
     def test_it_warms_up_once_for_each_way_to_draw(self, lmdeploy, tiny):
         """What is compiled at the first steps is part of loading."""
@@ -308,14 +312,14 @@ class TestLoading:
         assert "loaded once more" in caplog.text
         assert "2 kind(s)" in caplog.text
         assert tokens_of(run(engine, requests)) == expected
-        assert engine.info["loads"] == 3
+        assert engine.info.extra["loads"] == 3
         assert [made.closed for made in lmdeploy.made] == [True, True, False]
 
     def test_again_for_more_at_once_but_not_for_fewer(self, lmdeploy, tiny):
         engine = of(tiny)
         for number, loads in ((3, 1), (4, 1), (2, 1), (5, 2)):
             run(engine, [GenerationRequest((1, 2), 2, GREEDY)] * number)
-            assert engine.info["loads"] == loads
+            assert engine.info.extra["loads"] == loads
         assert lmdeploy.made[-1].engine_config.max_batch_size == 8
 
     def test_all_settings_reach_it(self, lmdeploy, tiny):
@@ -337,10 +341,18 @@ class TestLoading:
         assert lmdeploy.made[-1].engine_config.max_batch_size == 200
 
     def test_logits_bound_the_sequences_at_once(self, lmdeploy, tiny, monkeypatch):
-        gpu_on_the_cpu(monkeypatch, total=8 * tiny.config["vocab_size"] * adapter.BYTES_PER_LOGIT * 4 * 10)
+        gpu_on_the_cpu(monkeypatch, total=8 * tiny.config["vocab_size"] * loading.BYTES_PER_LOGIT * 4 * 10)
         engine = of(tiny)
         engine.prepare([GenerationRequest((1, 2), 2, GREEDY)] * 100)
-        assert engine.info["max_active"] == 8
+        assert engine.info.max_active == 8
+
+    def test_closing_ends_lmdeploy(self, lmdeploy, tiny):
+        of(tiny).close()  # nothing is loaded yet
+        with of(tiny) as engine:
+            engine.prepare([GenerationRequest((1, 2), 2, GREEDY)])
+            assert not lmdeploy.made[-1].closed
+        assert lmdeploy.made[-1].closed
+        assert not [thread for thread in threading.enumerate() if thread.name == "lmdeploy"]
 
     @pytest.mark.parametrize("error", [RuntimeError("No enough gpu memory for kv cache."), SystemExit(1)])
     def test_it_does_not_start(self, lmdeploy, tiny, error):
@@ -408,7 +420,7 @@ class TestFolder:
         checkpoint = variant(tmp_path, moe=True)
         written = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in written.items() if k not in names}))
-        config = adapter._config_for_lmdeploy(Checkpoint.open(str(tmp_path)), "bfloat16")
+        config = config_for_lmdeploy(Checkpoint.open(str(tmp_path)), "bfloat16")
         assert (config["mlp_only_layers"], config["decoder_sparse_step"], config["norm_topk_prob"]) == ([], 1, True)
         assert checkpoint.is_moe
 
@@ -430,7 +442,7 @@ class TestFolder:
 
     def test_rope_scaling_in_its_older_spelling(self, tmp_path):
         checkpoint = variant(tmp_path, rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=500.0)
-        rope = adapter._config_for_lmdeploy(checkpoint, "bfloat16")["rope_parameters"]
+        rope = config_for_lmdeploy(checkpoint, "bfloat16")["rope_parameters"]
         assert rope == {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
 
 
@@ -462,7 +474,7 @@ class TestCrashes:
         assert 2 <= len(kept) < 4
         assert all(tokens_of([result])[0] == expected[index] for index, result in kept.items())
         assert tokens_of(run(engine, requests)) == expected  # on an engine made anew
-        assert engine.info["loads"] == 2
+        assert engine.info.extra["loads"] == 2
 
     def test_an_abandoned_run_leaves_nothing_behind(self, lmdeploy, tiny):
         engine = of(tiny, max_active=2)
@@ -472,13 +484,13 @@ class TestCrashes:
         generation.close()
         assert not lmdeploy.made[-1].sessions
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
-        assert engine.info["loads"] == 1
+        assert engine.info.extra["loads"] == 1
 
     def test_an_answer_without_an_end_is_an_error(self, lmdeploy, tiny, monkeypatch):
         engine = of(tiny)
         run(engine, [GenerationRequest((1, 2), 4, GREEDY)])
         lmdeploy.made[-1].max_session_len = 5  # it would cut the answer at 3 tokens, and call it finished
-        monkeypatch.setattr(adapter, "check_lengths", lambda *_: None)
+        monkeypatch.setattr(loading, "check_lengths", lambda *_: None)
         with pytest.raises(EngineError, match="3 of 4 tokens, and none that ends the answer"):
             run(engine, [GenerationRequest((1, 2), 4, GREEDY)])
 
@@ -543,23 +555,23 @@ class TestSeveralGPUs:
     @pytest.mark.parametrize("executor", ["ray", "mp"])
     def test_tensor_parallel(self, lmdeploy, tiny, monkeypatch, executor):
         if executor == "ray":
-            monkeypatch.setattr(requirements, "_is_there", lambda module: True)
+            monkeypatch.setattr(requirements, "is_there", lambda module: True)
             monkeypatch.setitem(sys.modules, "ray", type(sys)("ray"))
         engine = of(tiny, tensor_parallel_size="2")
         requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((3, 8))]
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
         made = lmdeploy.made[-1]
         assert (made.engine_config.tp, made.engine_config.distributed_executor_backend) == (2, executor)
-        assert (engine.info["tensor_parallel_size"], engine.info["executor"]) == (2, executor)
+        assert (engine.info.extra["tensor_parallel_size"], engine.info.extra["executor"]) == (2, executor)
         assert engine.peak_memory_bytes() > 0
         assert [worker.is_alive() for worker in made.workers] == [True] * (2 if executor == "mp" else 0)
         # Python waits for other threads when it ends, and ends the workers only then.
         assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
-        engine._unload()
+        engine.close()
         assert not any(worker.is_alive() for worker in made.workers)
 
     def test_a_worker_that_dies_is_an_error(self, lmdeploy, tiny, monkeypatch):
-        monkeypatch.setattr(adapter, "WATCH", 0.1)
+        monkeypatch.setattr(group, "WATCH", 0.1)
         engine = of(tiny, tensor_parallel_size=2)
         generation = engine.generate(
             [GenerationRequest(p, n, GREEDY) for p, n in zip(random_prompts((3, 8)), (4, 900), strict=True)]
@@ -594,8 +606,9 @@ class TestSeveralGPUs:
         of(tiny, tensor_parallel_size=4)  # it has 2
 
     def test_processes(self, tiny, monkeypatch):
-        monkeypatch.setattr(adapter, "world_size", lambda: 2)
-        assert of(tiny, data_parallel_size=2).info["data_parallel_size"] == 2
+        for module in (adapter, checks):
+            monkeypatch.setattr(module, "world_size", lambda: 2)
+        assert of(tiny, data_parallel_size=2).info.extra["data_parallel_size"] == 2
         with pytest.raises(UserError, match="data_parallel_size=4, but 2 process"):
             of(tiny, data_parallel_size=4)
         with pytest.raises(UserError, match="in 2 processes: each would take the same GPUs"):
@@ -617,12 +630,12 @@ class TestRequirements:
             of(tiny)
 
     def test_an_old_one(self, lmdeploy, tiny, monkeypatch):
-        monkeypatch.setattr(requirements, "_installed", lambda _: requirements.Installed("0.12.3", None))
+        monkeypatch.setattr(requirements, "_version_in", lambda _: requirements.Installed("0.12.3", None))
         with pytest.raises(EngineError, match=r"LMDeploy 0.12.3 is installed; 0.16 or newer is needed"):
             of(tiny)
 
     def test_a_new_one(self, lmdeploy, tiny, monkeypatch, caplog):
-        monkeypatch.setattr(requirements, "_installed", lambda _: requirements.Installed("0.19.0rc1", None))
+        monkeypatch.setattr(requirements, "_version_in", lambda _: requirements.Installed("0.19.0rc1", None))
         caplog.set_level(logging.WARNING)
         of(tiny)
         assert "LMDeploy 0.19.0rc1 is newer than 0.18" in caplog.text
@@ -633,7 +646,7 @@ class TestRequirements:
             of(tiny)
 
     def test_what_it_says_of_itself(self, lmdeploy, tiny):
-        info = of(tiny).info
+        info = of(tiny).info.as_dict()
         assert info["engine_version"] == "0.18.0"
         assert set(info["deviations"]) == {"low_confidence_dynamic", "denoising_steps", "confidence", "sampling"}
         json.dumps(dict(info))

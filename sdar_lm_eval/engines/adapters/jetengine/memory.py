@@ -6,10 +6,10 @@ logits that it samples from, and its CUDA graphs, come on top.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from sdar_lm_eval.engines.adapters.common import Config
 from sdar_lm_eval.engines.base import GenerationRequest
 
 PAGE_SIZE = 256  # tokens; the smallest that JetEngine takes
@@ -56,7 +56,7 @@ class Size:
 
 def size_for(
     requests: Sequence[GenerationRequest],
-    config: Mapping[str, Any],
+    config: Config,
     *,
     weight_bytes: int,
     free_bytes: int,
@@ -128,7 +128,7 @@ def message_bytes(request: GenerationRequest) -> int:
     return 5 * (request.longest + pages_of(request, page_a_step=True)) + 300
 
 
-def bytes_per_page(config: Mapping[str, Any], tensor_parallel_size: int = 1) -> int:
+def bytes_per_page(config: Config, tensor_parallel_size: int = 1) -> int:
     """Bytes of a page on one GPU: keys and values of all layers, 2 bytes each."""
     heads = int(config["num_key_value_heads"]) // tensor_parallel_size
     return 2 * 2 * int(config["num_hidden_layers"]) * PAGE_SIZE * heads * int(config["head_dim"])

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from sdar_lm_eval.engines.jetengine.memory import PAGE_SIZE
+from sdar_lm_eval.engines.adapters.common import Config
+from sdar_lm_eval.engines.adapters.jetengine.memory import PAGE_SIZE
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 0.03  # for averages of standard normal values in bf16 or fp16; a wrong result is off by 0.3 and more
 
 
-def ensure_right_attention(config: Mapping[str, Any], block_length: int, dtype: torch.dtype, device: Any) -> bool:
+def ensure_right_attention(config: Config, block_length: int, dtype: torch.dtype, device: torch.device | str) -> bool:
     """Try flash-attn on the checkpoint's shapes; where only its splits are wrong, keep JetEngine from them.
 
     Args:
@@ -58,7 +59,11 @@ def ensure_right_attention(config: Mapping[str, Any], block_length: int, dtype: 
 
 @torch.inference_mode()
 def _is_right(
-    attend: Callable[..., torch.Tensor], config: Mapping[str, Any], block_length: int, dtype: torch.dtype, device: Any
+    attend: Callable[..., torch.Tensor],
+    config: Config,
+    block_length: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> bool:
     """Compare one sequence's block, over a page and a half of context, with plain attention."""
     heads, kv_heads, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]

@@ -14,7 +14,7 @@ from jetengine_standin import standin
 from support import random_checkpoint, read_weights
 from transformers import AutoConfig
 
-from sdar_lm_eval.engines.jetengine.engine import SDARConfig
+from sdar_lm_eval.engines.adapters.jetengine.config import SDARConfig
 
 STATIC = {"block_length": 4, "remasking_strategy": "low_confidence_static", "topk": 1}
 

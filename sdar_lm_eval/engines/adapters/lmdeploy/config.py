@@ -1,0 +1,52 @@
+"""config.json as LMDeploy reads it."""
+
+from __future__ import annotations
+
+from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.engines.adapters.common import BareConfig, plain_config, rope_theta
+from sdar_lm_eval.engines.adapters.lmdeploy.hooks import MODEL_TYPES
+
+
+class SDARConfig(BareConfig):
+    """SDAR, under a model type that LMDeploy has no rules of its own for."""
+
+    model_type = MODEL_TYPES["sdar"]
+
+
+class SDARMoeConfig(SDARConfig):
+    """The same for SDAR MoE."""
+
+    model_type = MODEL_TYPES["sdar_moe"]
+
+
+def config_for_lmdeploy(checkpoint: Checkpoint, dtype: str) -> dict[str, object]:
+    """config.json with all that LMDeploy reads, none of it left to a config class's defaults.
+
+    `rope_parameters` is read in transformers 4 too (nn/rotary_embedding.py: get_rope_parameters). `sliding_window`
+    counts whatever `use_sliding_window` says (models/sdar.py).
+    """
+    config = checkpoint.config
+    own = config.get("rope_parameters") or {}
+    rope = {"rope_type": "default", **(config.get("rope_scaling") or {}), **own}
+    rope["rope_theta"] = rope_theta(config)
+    if "type" in rope:  # its older name
+        rope["rope_type"] = rope.pop("type")
+    return {
+        "attention_bias": False,
+        "bos_token_id": None,
+        "decoder_sparse_step": 1,
+        "eos_token_id": None,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+        **plain_config(config, "rope_theta", "attn_implementation"),
+        "architectures": ["SDARMoeForCausalLM" if checkpoint.is_moe else "SDARForCausalLM"],
+        "head_dim": checkpoint.full_config()["head_dim"],
+        "mask_token_id": checkpoint.mask_token_id,
+        "model_type": MODEL_TYPES[config["model_type"]],
+        "pad_token_id": None,
+        "rope_parameters": rope,
+        "sliding_window": None,
+        "torch_dtype": dtype,
+        "use_sliding_window": False,
+    }

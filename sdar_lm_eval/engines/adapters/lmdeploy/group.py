@@ -1,0 +1,169 @@
+"""Requests that may run together on LMDeploy, from this side of its event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from sdar_lm_eval.engines.adapters.common import Draw, NoAnswerError, answer_end, stop_ids_of
+from sdar_lm_eval.engines.adapters.lmdeploy.loading import PATIENCE, Loaded
+from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, end_of_answer
+from sdar_lm_eval.engines.runs import Failures
+from sdar_lm_eval.errors import EngineError
+
+_Result = tuple[int, GenerationResult]  # position of the request, what it got
+
+# What LMDeploy says of one request and not of itself (lmdeploy/messages.py, one folder up: ResponseType).
+OF_ONE_REQUEST = ("INPUT_LENGTH_ERROR", "SESSION_REPEAT", "SESSION_NOT_EXIST", "CANCEL")
+WATCH = 5.0  # seconds between looks at the worker processes, while there is no result
+
+
+class Group:
+    """Runs requests whose draws and stop tokens are alike.
+
+    A request with several stop tokens, or a stop string, is ended by this side as soon as a block completes it.
+
+    Args:
+        loaded: LMDeploy, made for their settings. It is closed where it fails.
+        requests: of the run.
+        indices: of the group's requests.
+    """
+
+    def __init__(self, loaded: Loaded, requests: Sequence[GenerationRequest], indices: Sequence[int]) -> None:
+        self._loaded, self._requests, self._indices = loaded, requests, indices
+        self._checkpoint, self._version = loaded.setup.checkpoint, loaded.setup.installed.version
+
+    def run(self, failures: Failures) -> Iterator[_Result]:
+        """Run them; a crash, or a caller who has enough, loses those under way only.
+
+        Raises:
+            EngineError: LMDeploy stopped.
+        """
+        results: queue.SimpleQueue[_Result | None] = queue.SimpleQueue()
+
+        async def begin() -> asyncio.Task[None]:
+            return asyncio.create_task(self._serve(results.put, failures))
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.wait([task])
+
+        loaded, loop = self._loaded, self._loaded.loop
+        assert loop is not None
+        task = loop.run(begin())
+        try:
+            while True:
+                try:
+                    result = results.get(timeout=WATCH)
+                except queue.Empty:
+                    loaded.check_workers()
+                    continue
+                if result is None:
+                    break
+                yield result
+        finally:
+            if not loaded.closed:  # else the engine ended meanwhile, and its requests with it
+                lost = loaded.lost
+                try:
+                    loop.run(end(), WATCH if lost else PATIENCE)
+                except concurrent.futures.TimeoutError:
+                    if not lost:
+                        raise
+                if lost:
+                    loaded.close()
+        if error := task.exception():
+            loaded.close()
+            raise error
+
+    async def _serve(self, put: Callable[[_Result | None], None], failures: Failures) -> None:
+        """Put each result as it is there, None at the end."""
+        waiting = deque(self._indices)
+
+        async def work() -> None:
+            instance = self._loaded.engine.create_instance()
+            while waiting:
+                index = waiting.popleft()
+                try:
+                    put((index, await self.answer(instance, self._requests[index])))
+                except NoAnswerError as error:
+                    failures.add(index, str(error))
+
+        at_once = self._loaded.at_once([self._requests[index] for index in self._indices])
+        workers = [asyncio.create_task(work()) for _ in range(at_once)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            put(None)
+
+    async def answer(self, instance: Any, request: GenerationRequest) -> GenerationResult:
+        """One request's result, from an instance of LMDeploy's engine."""
+        session, tokens, started = next(self._loaded.sessions), [], time.perf_counter()
+        stream = instance.async_stream_infer(session, list(request.prompt_ids), gen_config=self._settings(request))
+        finished = False
+        try:
+            async for output in stream:
+                status = output.status.name
+                if status not in ("SUCCESS", "FINISH"):
+                    if status in OF_ONE_REQUEST:
+                        raise NoAnswerError(f"LMDeploy {self._version} refused it ({status}).")
+                    raise EngineError(
+                        f"LMDeploy {self._version} stopped ({status}); its log says why. Finished answers "
+                        "are kept (--use_cache)."
+                    )
+                tokens += output.token_ids
+                finished = status == "FINISH"
+                if not finished and self._has_ended(tokens, len(output.token_ids), request):
+                    break
+            if not finished:
+                await instance.async_cancel(session)
+        finally:
+            await stream.aclose()
+        end, reason = answer_end(tokens, request, self._checkpoint, "LMDeploy")
+        forwards = self._loaded.forwards.take(session)
+        # The pass over a prompt that does not fill a block denoises, and does nothing else.
+        prefilled = len(request.prompt_ids) >= request.decoding.block_length
+        return GenerationResult(
+            token_ids=tuple(tokens[:end]),
+            finish_reason=reason,
+            prefill_forwards=forwards.prefill if prefilled else 0,
+            denoising_forwards=forwards.denoising + (0 if prefilled else forwards.prefill),
+            commit_forwards=forwards.commit,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _has_ended(self, tokens: Sequence[int], new: int, request: GenerationRequest) -> bool:
+        """Whether the last tokens hold what ends the answer and LMDeploy does not know or see.
+
+        It sees no stop token in the block that begins with the prompt's last tokens (strategies/dllm/sequence.py:
+        output_start_pos is where that block ends).
+        """
+        before = len(tokens) - new
+        return end_of_answer(tokens[before:], request, self._checkpoint.decode, tokens[:before])[1] == "stop"
+
+    def _settings(self, request: GenerationRequest) -> object:
+        """A request's GenerationConfig.
+
+        Stop tokens are those given alone: this way below the pipeline, LMDeploy adds none. `ignore_eos` would forbid
+        them (messages.py: SamplingParam.from_gen_config), not ignore them.
+        """
+        greedy, temperature, top_k, top_p = Draw.of(request.decoding)
+        vocabulary = self._checkpoint.config["vocab_size"]
+        settings = self._loaded.lmdeploy.GenerationConfig(
+            max_new_tokens=request.max_new_tokens,
+            do_sample=not greedy,
+            top_k=0 if top_k >= vocabulary else top_k,
+            top_p=top_p,
+            random_seed=request.seed,
+            stop_token_ids=sorted(stop_ids_of(request, self._checkpoint)) or None,
+            bad_token_ids=[self._checkpoint.mask_token_id],
+        )
+        settings.temperature = temperature  # when it is made, it takes none above 2; the engine takes any
+        return settings

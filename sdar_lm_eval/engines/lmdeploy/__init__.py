@@ -1,1 +1,0 @@
-"""SDAR on LMDeploy's PyTorch engine; `engine.py` is where to begin."""
