@@ -74,7 +74,10 @@ def copy_of_demo(folder: Path, **config: object) -> Path:
         ("confidence_threshold=high", "confidence_threshold='high' is not a number"),
         ("temperature=-1", "temperature=-1.0 is out of range: it must be 0 (greedy), or from 0.0001 to 10,000"),
         ("top_p=0", "top_p=0.0 is out of range: it must be above 0 and at most 1 (off)"),
-        ("remasking_strategy=low_confidence_statc", "is unknown; choose one of low_confidence_dynamic, "),
+        (
+            "remasking_strategy=low_confidence_statc",
+            "is unknown; choose one of entropy_bounded, low_confidence_dynamic, ",
+        ),
         ("max_gen_toks=0", "max_gen_toks=0 is out of range: it must be 1 or more"),
         (
             "max_length=128,max_gen_toks=128",

@@ -557,6 +557,7 @@ class TestSeveralGPUs:
         if executor == "ray":
             monkeypatch.setattr(requirements, "is_there", lambda module: True)
             monkeypatch.setitem(sys.modules, "ray", type(sys)("ray"))
+        before = set(threading.enumerate())
         engine = of(tiny, tensor_parallel_size="2")
         requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((3, 8))]
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
@@ -566,7 +567,7 @@ class TestSeveralGPUs:
         assert engine.peak_memory_bytes() > 0
         assert [worker.is_alive() for worker in made.workers] == [True] * (2 if executor == "mp" else 0)
         # Python waits for other threads when it ends, and ends the workers only then.
-        assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+        assert all(thread.daemon for thread in set(threading.enumerate()) - before)
         engine.close()
         assert not any(worker.is_alive() for worker in made.workers)
 
