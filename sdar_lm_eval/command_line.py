@@ -1,7 +1,7 @@
 """Errors of lm_eval's command line as one line, where a run is of this package's models.
 
-`autoload.py` asks when a process ends with an exception. Errors of ours are messages already. Of the harness's own
-errors, those that a user of our models meets by a slip of the pen get the line that the harness has no words for.
+`autoload.py` calls `message_of` when a process ends with an exception. This package's errors are messages already.
+Typing errors that the harness answers with a traceback get one line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def message_of(error: BaseException) -> str | None:
     if not _names_our_models():
         return None
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted before any answer was made."
+        return "interrupted while no answers were made."
     text = str(error)
     if found := re.match(r"Attempted to load model '(.*?)', but no model", text):
         return f"--model {found[1]} is unknown.{did_you_mean(found[1], MODELS)} This package's: {', '.join(MODELS)}."

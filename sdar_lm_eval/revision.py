@@ -1,4 +1,4 @@
-"""One number for what decoding can answer."""
+"""The revision of decoding."""
 
 ANSWER_REVISION = 1
 """Stored answers of another revision are not read back (`lm/store.py`, Modal's folders).

@@ -1,4 +1,4 @@
-"""Reads what users write: `--model_args`, and a request's `gen_kwargs` on top of them. Behind it nothing is text.
+"""Reads what users write: `--model_args`, and a request's `gen_kwargs` on top of them. It returns typed settings.
 
 Precedence: gen_kwargs (a task's YAML, overridden by `--gen_kwargs`) > model_args > a task's published decoding >
 checkpoint > default. Values come typed or as text. Nothing is popped or changed: other models get the same dict.
@@ -276,7 +276,7 @@ def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def warn_of_idle_knobs(given: Mapping[str, Any], decoding: DecodingConfig, why: str) -> None:
-    """Warn of a setting that the user gave, other than its default, and that the strategy does not read."""
+    """Warn of a setting other than its default, from user or task, that the strategy does not read."""
     for name, strategy in ((s.setting, s.name) for s in STRATEGIES.values() if s.setting):
         value = getattr(decoding, name)
         if name in given and value != getattr(DecodingConfig, name) and decoding.remasking_strategy != strategy:

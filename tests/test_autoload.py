@@ -484,7 +484,7 @@ def test_errors_of_others_go_to_the_hook_before_ours(sandbox: Sandbox) -> None:
          "--model sdarr is unknown. Did you mean 'sdar'? This package's: sdar, sdar-jetengine, sdar-lmdeploy."),
         ("--model sdar --tasks gsm8k_sdr", "ValueError('Tasks not found: gsm8k_sdr')",
          "--tasks: gsm8k_sdr is unknown. Did you mean 'gsm8k_sdar'? `lm_eval ls tasks` lists all."),
-        ("--model=sdar", "KeyboardInterrupt()", "interrupted before any answer was made."),
+        ("--model=sdar", "KeyboardInterrupt()", "interrupted while no answers were made."),
         ("", "__import__('sdar_lm_eval.errors').errors.Interrupted('3 of 5 are kept')", "3 of 5 are kept"),
     ],
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """The engines: what each is called, takes and can do.
 
-An engine is a file and an entry here. Everybody else reads this table: the lm_eval models, the hook by which lm_eval
-knows them, settings, Modal, benchmarks. It imports the standard library alone.
+An engine is a file or folder, and an entry here. Everybody else reads this table: the lm_eval models, the hook by which
+lm_eval knows them, settings, Modal, benchmarks. This module imports no third-party package.
 """
 
 from __future__ import annotations

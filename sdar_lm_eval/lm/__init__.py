@@ -1,6 +1,7 @@
 """The lm_eval model: what the harness asks for, on top of an engine.
 
-model.py         SDARLM: a request's way, in the harness's order
+model.py         SDARLM: what the harness calls
+rounds.py        a round of requests: finds what is stored, computes the rest
 evaluation.py    what lm_eval keeps from its models: which evaluation, task and document a request belongs to
 prompts.py       text -> tokens: chat template, special tokens, pairs of context and continuation
 jobs.py          harness requests -> engine requests with seeds and keys

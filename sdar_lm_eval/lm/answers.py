@@ -148,13 +148,13 @@ def expanded(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as error:
-        raise UserError(f"{str(path)!r}: {error} Write the folder's whole path.") from error
+        raise UserError(f"{str(path)!r}: {error} Write the whole path.") from error
 
 
 def read_sessions(folder: Path) -> list[Session]:
     """Return what is in a folder, in the order of the files' names.
 
-    Damaged lines are passed over and named, good ones count; so are files without a readable first line.
+    Damaged lines, and files without a readable first line, are skipped and named; good lines count.
 
     Raises:
         UserError: the folder cannot be read.

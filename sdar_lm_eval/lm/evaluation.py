@@ -1,9 +1,9 @@
 """What lm_eval keeps from its models: which evaluation, task and document a request belongs to.
 
 lm_eval hands a model bare requests. It does not say that another evaluation has begun, whether a prompt is in the chat
-template, what its system instruction is, or which documents `--samples` chose. All of that passes through two calls:
-`evaluate(lm, task_dict, …)` and each task's `build_all_requests`. `watch` wraps the first for the models of this
-package, and the wrapper puts itself before the second while that evaluation lasts. Other models' evaluations pass.
+template, what its system instruction is, or which documents `--samples` chose. `watch` wraps lm_eval's
+`evaluate`, `simple_evaluate` (for the seed) and `CachingLM`. While an evaluation of a model of this package lasts,
+`_told` replaces methods of each task. Evaluations of other models are unchanged.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Watched(Protocol):
     """A model that is told of its evaluations: those of this package."""
 
     watched: ClassVar[bool]
-    """True; how the model is told from others, whose properties may raise when they are looked at."""
+    """True. A class attribute, since reading other models' properties may raise."""
 
     renders: bool
     """Whether prompts of generating tasks are to be put into the chat template where lm_eval's user did not ask."""
@@ -281,7 +281,7 @@ def _check_limit(limit: Any) -> None:
 
 
 def _ascending(samples: Any, tasks: Sequence[str]) -> dict[str, list[int]]:
-    """`--samples` in the order in which lm_eval takes the documents: it names the k-th answer by the k-th id.
+    """`--samples`, ascending: lm_eval takes documents in that order, and names the k-th answer by the k-th id.
 
     Raises:
         UserError: no mapping from tasks to document numbers, ids of a task that is not evaluated, or none at all, for
@@ -393,8 +393,8 @@ def _lending_iterator(task: Any, borrowed: list[bool]) -> Callable[..., Iterator
 @functools.cache
 def _say_requests_are_built() -> None:
     logger.warning(
-        "--cache_requests is passed over: requests are built anew. lm_eval's store of them knows neither gen_kwargs "
-        "nor documents nor wording, so those of another run would be sent under this run's name."
+        "--cache_requests is passed over: requests are built anew. lm_eval's key for them holds no gen_kwargs, "
+        "documents or wording, so lm_eval could send another run's requests."
     )
 
 

@@ -1,4 +1,4 @@
-"""Harness requests -> engine requests: each with its settings, seed and key; repeats and copies once."""
+"""Harness requests -> engine requests: each with its settings, seed and key; copies once."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Jobs:
         """Return the jobs of a call's requests.
 
         The harness gives K repeats as the same Instance, K times, and pads a rank that has fewer documents than another
-        with copies of its last one. Copies count as its repeats over again, so each answer is computed once.
+        with copies of its last one. A copy counts as one of its repeats, so each answer is computed once.
 
         Args:
             requests: the call's.
@@ -232,7 +232,8 @@ class Jobs:
         generation = read_generation(gen_kwargs, base)
         if gen_kwargs and generation.decoding.block_length != self.default.decoding.block_length:
             self.warn_of_block_length(generation.decoding.block_length)
-        published = "" if task is None or not protocol else f" is what {task.name} was published with"
+        is_published = generation.decoding.remasking_strategy == protocol.get("remasking_strategy")
+        published = f" is published for {task.name}" if task is not None and is_published else ""
         warn_of_idle_knobs(self._given | canonical(gen_kwargs), generation.decoding, published or " decodes")
         if protocol and task is not None:
             self._say_protocol(task.name, protocol, generation.decoding.as_dict())

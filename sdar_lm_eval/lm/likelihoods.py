@@ -160,7 +160,7 @@ class Likelihoods:
         return [make_disjoint_window(window) for window in windows]
 
     def _behind_prefix(self, text: str) -> tuple[list[int], list[int]]:
-        """The prefix token, and the tokens of a text that nothing stands before; not twice if it begins with it."""
+        """The prefix token, and a text's tokens without a leading prefix token."""
         ids, prefix = self._prompts.encode(text, add_special_tokens=False), self._jobs.prefix_token_id
         return [prefix], ids[1:] if ids[:1] == [prefix] else ids
 

@@ -66,8 +66,7 @@ class SDARLM(TemplateLM):
             asked, leave it to the engine.
         kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
         kernels: run a dense model with Triton kernels and CUDA graphs; default: on GPUs, where triton is installed.
-        reproducible: answers are the same to the bit whatever runs beside them (default: only but for rounding). It
-            takes the kernels.
+        reproducible: answers are the same to the bit in any batch (default: up to rounding); needs the kernels.
         share_prefixes: prompts that begin alike share the KV of that beginning (default; false: for comparison).
         seed: of sampled answers; each draws by (seed, task, prompt, repeat), whatever else is in the batch. Default:
             the third of lm_eval's `--seed`.
@@ -247,12 +246,12 @@ class SDARLM(TemplateLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer requests; returns texts in their order, cut before the earliest `until`.
 
-        Each finished answer is stored at once. See `lm_eval.api.model.LM.generate_until`.
+        Stores each finished answer at once, where a store is given. See `lm_eval.api.model.LM.generate_until`.
 
         Raises:
             UserError: a request's settings are unknown or out of range; raised before anything runs.
-            EngineError: the engine stopped; finished answers are stored.
-            Interrupted: the user ended the run; finished answers are stored.
+            EngineError: the engine stopped; the store, if any, has what finished.
+            Interrupted: the user ended the run; the store, if any, has what finished.
         """
         own = [request for request in requests if not self._is_borrowed(request)]
         answers = iter(self._rounds.generate(own, self._current(), self._shows(disable_tqdm)))
@@ -268,8 +267,8 @@ class SDARLM(TemplateLM):
         Raises:
             UserError: the engine computes no log-likelihoods, or a continuation is too long; raised before anything
                 runs.
-            EngineError: the engine stopped; finished scores are stored.
-            Interrupted: the user ended the run; finished scores are stored.
+            EngineError: the engine stopped; the store, if any, has what finished.
+            Interrupted: the user ended the run; the store, if any, has what finished.
         """
         return self._score("loglikelihood", requests, disable_tqdm)
 
@@ -421,7 +420,7 @@ class SDARLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Name in the harness's cache of built requests, of which another template needs others."""
+        """Key of the tokenizer and the template in lm_eval's cache of built requests."""
         return f"{self.checkpoint.name.replace('/', '__')}-{self._prompts.template_hash}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 CHAT_TEMPLATE_MODES = ("auto", "on", "off")
 TOKENIZED_TOGETHER = 1000  # prompts: what a tokenizer makes of them takes five times the memory of their tokens
 PROCESS = os.getpid()  # a forked one has another
-# Stands for a special token of a message's text while the template is rendered: a character that no text has.
+# Replaces the n-th special token of a message's text while rendering: n between two Unicode noncharacters.
 MARK = "\ufdd0{}\ufdd1"
 
 Message = dict[str, str]
@@ -180,7 +180,7 @@ class Prompts:
             return known, []
         whole = self._encode_parts((*before, stripped + continuation), rendered)
         shared = next((i for i, (a, b) in enumerate(zip(whole, known, strict=False)) if a != b), len(known))
-        shared = min(shared, len(whole) - 1)  # a text that adds no token is not certain for it
+        shared = min(shared, len(whole) - 1)  # a continuation has at least one token
         return whole[:shared], whole[shared:]
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Rounds:
-    """Answers and scores the harness's requests on an engine.
+    """Runs the harness's requests on an engine.
 
     Args:
         engine: computes.
@@ -66,7 +66,7 @@ class Rounds:
 
         Args:
             requests: of one call of the harness.
-            evaluation: they are part of; its counts and facts grow.
+            evaluation: the requests'; gets their counts.
             show: a progress bar.
 
         Raises:
@@ -136,7 +136,7 @@ class Rounds:
         Args:
             kind: of the requests.
             requests: of one call of the harness.
-            evaluation: they are part of; its counts and facts grow.
+            evaluation: the requests'; gets their counts.
             config: the method.
             show: a progress bar.
 
@@ -212,7 +212,9 @@ class Rounds:
             yield
         except KeyboardInterrupt as interrupt:
             kept = self.store.kept_in
-            told = f"are kept in {kept}; the same command goes on" if kept else "were made and are lost: none were kept"
+            told = (
+                f"answers are in {kept}; the same command goes on" if kept else "answers were made; not all were kept"
+            )
             hint = "" if kept else " (--use_cache FILE or answers=FOLDER keeps them)"
             raise Interrupted(f"{len(finished)} of {total} {told}{hint}.") from interrupt
         finally:

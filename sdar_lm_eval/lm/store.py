@@ -75,7 +75,7 @@ class Place(Protocol):
         """Return what is kept under the key."""
 
     def put(self, key: str, record: Mapping[str, Any]) -> None:
-        """Keep a record: on disk when this returns.
+        """Keep a record: safe from a killed process when this returns.
 
         Raises:
             OSError, sqlite3.Error: it cannot be written.
@@ -170,7 +170,7 @@ class CacheFile:
             self._file.execute("INSERT OR IGNORE INTO sdar_fingerprints VALUES (?, ?)", (self._fingerprint, text))
         except (sqlite3.Error, ValueError) as error:
             raise UserError(
-                f"{self.name} cannot be used ({error}). Delete it, give another path, or end what else uses it."
+                f"{self.name} cannot be used ({error}). End what else uses it, give another path, or delete it."
             ) from error
 
     def _say_others(self, fingerprint: Mapping[str, Any]) -> None:
@@ -226,7 +226,7 @@ def check_cache(path: str) -> None:
             error if isinstance(error, sqlite3.Error) or not error.strerror else f"{error.strerror}: {error.filename}"
         )
         raise UserError(
-            f"--use_cache {path} cannot be used ({told}). Delete it, give another path, or end what else uses it."
+            f"--use_cache {path} cannot be used ({told}). End what else uses it, give another path, or delete it."
         ) from error
 
 

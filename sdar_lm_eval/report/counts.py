@@ -13,7 +13,7 @@ _LARGEST = ("load_seconds", "generation_seconds", "peak_memory_bytes", "scoring_
 
 @dataclass
 class Counts:
-    """What one process did in an evaluation; only tokens that were returned count.
+    """What an evaluation did, on one process or on all. `new_tokens` are returned tokens.
 
     Attributes:
         requests: answers computed.

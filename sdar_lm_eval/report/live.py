@@ -1,9 +1,9 @@
 """What is right and wrong, told while answers come in: live accuracy, and a log of each example.
 
-The harness scores when all answers are there, and its scores are the ones that count. Until then a task's *judge* says
-what it will find. A task names its judge in its YAML: `metadata: {sdar_judge: {title: …, verdict: "module:function"}}`,
-a function (document, answer) -> `Verdict` that applies one of the task's own filters and its metric. A task without one
-has no live accuracy.
+The harness scores when all answers are there, and its scores are the ones that count. Until then a task's *judge*
+predicts the harness's score. A task names its judge in its YAML: `metadata: {sdar_judge: {title: …, verdict: …}}`, the
+verdict as "module:function": a function (document, answer) -> `Verdict` that applies one of the task's own filters and
+its metric. A task without one has no live accuracy.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Live:
     def __init__(self, tasks: Mapping[str, Mapping[str, str] | None], total: int, whole: bool = True) -> None:
         known = {task: judge for task, judge in sorted(tasks.items()) if judge is not None}
         self._judges = {task: _load(judge["verdict"]) for task, judge in known.items()}
-        # Of some of a round's answers it would be nobody's accuracy.
+        # An accuracy over only some tasks would mislead.
         self.knows_accuracy = bool(tasks) and len(known) == len(tasks)
         self.title = " ".join(dict.fromkeys(judge["title"] for judge in known.values())) + " Eval"
         self.whole = whole
@@ -138,7 +138,7 @@ class _Tally:
 
 
 def steps_of(request: GenerationRequest, result: GenerationResult) -> list[list[tuple[int, int, float]]] | None:
-    """Return for each block of an answer (masked, transferred, mean confidence) a step; None where it isn't recorded.
+    """Return each block's steps as (masked, transferred, mean confidence); None where steps are not recorded.
 
     Of the returned tokens: what stood behind the end of the answer is not known here, nor are steps that kept none of
     them.

@@ -1,4 +1,4 @@
-"""The trace of a run: what was sent, and how each answer was written. One file a run.
+"""The trace of a run: what was sent, and how each answer was written. A file a run and rank.
 
     {"run": …, "started": …, "model": …}        first line: the run, and facts on model and engine
     {"task": …, "document": …, "repeat": …, …}  a line for each finished request
@@ -75,7 +75,7 @@ class Trace:
             self._file = None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Write a line: on disk when this returns. A file that cannot be written any more is given up."""
+        """Write a line, safe from a killed process. A file that cannot be written any more is given up."""
         if self._file is None:
             return
         try:

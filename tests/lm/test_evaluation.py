@@ -192,7 +192,7 @@ def test_the_template_that_the_user_named(make_lm: MakeLM, evaluate: Evaluate, t
         (
             {"threshold": 0.5},
             True,
-            "confidence_threshold=0.5 has no effect: low_confidence_static is what five was",
+            "confidence_threshold=0.5 has no effect: low_confidence_static is published for five",
         ),
         (
             {"threshold": 0.5, "strategy": "static"},
@@ -446,9 +446,9 @@ def test_ctrl_c_says_what_is_kept(make_lm: MakeLM, evaluate: Evaluate, tmp_path:
     lm = make_lm(answers=tmp_path / "answers" if kept == "folder" else None)
     lm.engine.answers_before_error, lm.engine.error = 3, KeyboardInterrupt()  # type: ignore[assignment]
     told = {
-        "cache": r"3 of 5 are kept in --use_cache .*c_rank0\.db; the same command goes on",
-        "folder": r"3 of 5 are kept in answers=.*answers; the same command goes on",
-        None: r"3 of 5 were made and are lost: none were kept \(--use_cache FILE or answers=FOLDER keeps them\)",
+        "cache": r"3 of 5 answers are in --use_cache .*c_rank0\.db; the same command goes on",
+        "folder": r"3 of 5 answers are in answers=.*answers; the same command goes on",
+        None: r"3 of 5 answers were made; not all were kept \(--use_cache FILE or answers=FOLDER keeps them\)",
     }[kept]
     with pytest.raises(Interrupted, match=told):
         evaluate(lm, GENERATE, use_cache=str(tmp_path / "c") if kept == "cache" else None)

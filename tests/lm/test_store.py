@@ -93,7 +93,7 @@ def test_a_file_that_is_no_cache_is_one_line(tmp_path: Path, damage: str) -> Non
         file.put(str(number), {"text": "x" * 500})
     DAMAGES[damage](path)
     with pytest.raises(
-        UserError, match=rf"^--use_cache {path} cannot be used \(.*\)\. Delete it, give another path"
+        UserError, match=rf"^--use_cache {path} cannot be used \(.*\)\. End what else uses it, give another path"
     ) as raised:
         CacheFile(str(path), NATIVE | {"dtype": "other"})
     assert "\n" not in str(raised.value)
@@ -106,7 +106,7 @@ def test_a_locked_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     holder.execute("BEGIN EXCLUSIVE")
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda *args, **kwargs: connect(*args, **kwargs, timeout=0.1))
-    with pytest.raises(UserError, match=r"cannot be used \(database is locked\).* end what else uses it"):
+    with pytest.raises(UserError, match=r"cannot be used \(database is locked\).* End what else uses it"):
         CacheFile(str(path), NATIVE)
     holder.close()
 
