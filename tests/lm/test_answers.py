@@ -186,7 +186,7 @@ def test_a_folder_that_cannot_be_used_is_refused_at_once(tmp_path: Path) -> None
     for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/answers")):
         with pytest.raises(UserError, match=r"answers=.* cannot be a folder that is written to: "):
             _folder(folder)
-    with pytest.raises(UserError, match=r"'~nobody-of-that-name/x': .* Write the folder's whole path"):
+    with pytest.raises(UserError, match=r"'~nobody-of-that-name/x': .* Write the whole path"):
         _folder(Path("~nobody-of-that-name/x"))
 
 
