@@ -54,8 +54,9 @@ class TaskRequests:
     decoding: Mapping[str, Any] | None = None
     judge: Mapping[str, str] | None = None
 
-    def document(self, doc_id: int) -> int:
+    def document(self, request: Instance) -> int:
         """The document's place in the data set; lm_eval counts among the chosen ones."""
+        doc_id = int(request.doc_id or 0)
         return doc_id if self.documents is None else self.documents[doc_id]
 
 
@@ -108,10 +109,10 @@ class Evaluation:
         self.tasks[task.name] = task
         self._of_requests |= {id(request): (task, request) for request in requests}  # which keeps the ids theirs
 
-    def task_of(self, request: Instance) -> TaskRequests | None:
-        """The task that a request is of; None where lm_eval built it in no evaluation that was seen."""
+    def task_of(self, request: Instance) -> TaskRequests:
+        """The task that a request is of; its name alone where lm_eval built it in no evaluation that was seen."""
         found = self._of_requests.get(id(request))
-        return None if found is None else found[0]
+        return TaskRequests(name=str(request.task_name)) if found is None else found[0]
 
     def end(self) -> None:
         """Forget the requests; what was done stays."""

@@ -27,14 +27,8 @@ JobId = tuple[int, int]
 """An Instance's identity, and the repeat."""
 
 
-TaskOf = Callable[[Instance], TaskRequests | None]
-"""What is known of a request's task; None where nothing is."""
-
-
-def name_of(instance: Instance, task_of: TaskOf) -> str:
-    """The name of a request's task: lm_eval's in the evaluation, else the request's own."""
-    known = task_of(instance)
-    return str(instance.task_name) if known is None else known.name
+TaskOf = Callable[[Instance], TaskRequests]
+"""What is known of a request's task."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +114,7 @@ class Jobs:
         self.max_length = checkpoint.max_length if max_length is None else max_length
         self.stop_ids = checkpoint.stop_ids
         """Tokens that end every answer."""
-        self.default = self._read({}, None).generation
+        self.default = self._read({}, TaskRequests(name="")).generation
         """The settings of a request whose task says nothing."""
 
     def of(
@@ -149,16 +143,17 @@ class Jobs:
         settings: dict[tuple[str, str], _Settings] = {}
         asked: dict[JobId, tuple[Instance, _Settings]] = {}
         for instance in requests:
-            name = name_of(instance, task_of), json.dumps(instance.args[1], default=str)
+            task = task_of(instance)
+            name = task.name, json.dumps(instance.args[1], default=str)
             if name not in settings:
-                settings[name] = self._read(instance.args[1], task_of(instance))
+                settings[name] = self._read(instance.args[1], task)
             drawn = settings[name].generation.is_drawn
             repeat = seen[id(instance)] % max(instance.repeats or 1, 1) if drawn else 0
             seen[id(instance)] += 1
             order.append((id(instance), repeat))
             asked[order[-1]] = instance, settings[name]
 
-        in_template = [self._in_template(instance, task_of) for instance, _ in asked.values()]
+        in_template = [self._in_template(instance, task_of(instance)) for instance, _ in asked.values()]
         prompts = [prompt for prompt, _ in in_template]
         ids_of = self._prompts.encode_prompts(prompts, [by is not None for _, by in in_template], self._alone)
         jobs: dict[JobId, Job] = {}
@@ -176,11 +171,11 @@ class Jobs:
                 seed=_seed_of(seed, instance.task_name, instance.args[0], repeat),
                 record_steps=record_steps,
             )
-            known = task_of(instance)
+            task = task_of(instance)
             jobs[job_id] = Job(
                 instance=instance,
-                task=name_of(instance, task_of),
-                document=int(instance.doc_id or 0) if known is None else known.document(int(instance.doc_id or 0)),
+                task=task.name,
+                document=task.document(instance),
                 repeat=repeat,
                 prompt=prompt,
                 templated_by=by,
@@ -226,16 +221,16 @@ class Jobs:
                 self._checkpoint.block_length,
             )
 
-    def _read(self, gen_kwargs: Mapping[str, Any], task: TaskRequests | None) -> _Settings:
-        protocol = {} if task is None or task.decoding is None else dict(task.decoding)
+    def _read(self, gen_kwargs: Mapping[str, Any], task: TaskRequests) -> _Settings:
+        protocol = dict(task.decoding or {})
         base = {"block_length": self._checkpoint.block_length} | protocol | self._given
         generation = read_generation(gen_kwargs, base)
         if gen_kwargs and generation.decoding.block_length != self.default.decoding.block_length:
             self.warn_of_block_length(generation.decoding.block_length)
         is_published = generation.decoding.remasking_strategy == protocol.get("remasking_strategy")
-        published = f" is published for {task.name}" if task is not None and is_published else ""
+        published = f" is published for {task.name}" if is_published else ""
         warn_of_idle_knobs(self._given | canonical(gen_kwargs), generation.decoding, published or " decodes")
-        if protocol and task is not None:
+        if protocol:
             self._say_protocol(task.name, protocol, generation.decoding.as_dict())
         stop_ids, stop_strings = set(self.stop_ids), []
         for text in generation.until:
@@ -257,11 +252,11 @@ class Jobs:
             told = ", ".join(f"{name}={value}" for name, value in published.items())
             logger.info("%s is decoded as published: %s. model_args and gen_kwargs override it.", task, told)
 
-    def _in_template(self, instance: Instance, task_of: TaskOf) -> tuple[str, TemplatedBy | None]:
+    def _in_template(self, instance: Instance, task: TaskRequests) -> tuple[str, TemplatedBy | None]:
         """A request's prompt, and who put it into the chat template."""
-        context, known = str(instance.args[0]), task_of(instance)
-        if known is not None and known.templated_by is not None:
-            return context, known.templated_by
+        context = str(instance.args[0])
+        if task.templated_by is not None:
+            return context, task.templated_by
         if self._prompts.is_rendered(context):
             return context, "lm_eval"
         if not self._prompts.renders:

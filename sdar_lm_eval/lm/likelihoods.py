@@ -16,7 +16,7 @@ from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.evaluation import TemplatedBy
-from sdar_lm_eval.lm.jobs import Jobs, TaskOf, name_of
+from sdar_lm_eval.lm.jobs import Jobs, TaskOf
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record, key_of
 
@@ -104,8 +104,8 @@ class Likelihoods:
         order, truncated = [], 0
         for instance in requests:
             if id(instance) not in jobs:
-                known = task_of(instance)
-                by: TemplatedBy | None = None if known is None else known.templated_by
+                task = task_of(instance)
+                by = task.templated_by
                 if by is None and self._prompts.is_rendered(str(instance.args[0])):
                     by = "lm_eval"
                 if kind == "loglikelihood":
@@ -115,11 +115,10 @@ class Likelihoods:
                     pairs = self._windows(*instance.args)
                 fitted = [self.fit(*pair) for pair in pairs]
                 pieces = [piece for piece, _ in fitted]
-                doc_id = int(instance.doc_id or 0)
                 jobs[id(instance)] = ScoreJob(
                     instance=instance,
-                    task=name_of(instance, task_of),
-                    document=doc_id if known is None else known.document(doc_id),
+                    task=task.name,
+                    document=task.document(instance),
                     templated_by=by,
                     pieces=pieces,
                     keys=[_key_of(piece, config) for piece in pieces],

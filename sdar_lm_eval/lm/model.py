@@ -296,8 +296,7 @@ class SDARLM(TemplateLM):
 
     def _is_borrowed(self, request: Instance) -> bool:
         """Whether nobody reads the answer: the request is for a document of another rank (evaluation.py)."""
-        task = self._evaluation.task_of(request)
-        return task is not None and task.borrowed
+        return self._evaluation.task_of(request).borrowed
 
     # Stored answers
 

@@ -83,7 +83,7 @@ class Rounds:
                 len(asked.jobs),
             )
         jobs, answers = asked.jobs, dict[JobId, str]()
-        judges = {job.task: getattr(evaluation.task_of(job.instance), "judge", None) for job in jobs.values()}
+        judges = {job.task: evaluation.task_of(job.instance).judge for job in jobs.values()}
         live = Live(judges, len(jobs), whole=self._alone)
         for job_id, job in jobs.items():
             evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
@@ -91,10 +91,7 @@ class Rounds:
                 answers[job_id] = record["text"]
                 counts.count(job.task, stored_requests=1)
                 live.judge(job.instance, record["text"])
-                self._trace_answer(
-                    job,
-                    {**{name: value for name, value in record.items() if name not in ("key", "at")}, "stored": True},
-                )
+                self._trace_answer(job, {**record, "stored": True})
         if answers:
             logger.info("%d of %d answers are there already, and are not computed again.", len(answers), len(jobs))
         # Longest first: prompts of like length are prefilled together, and no long one is left for the end.

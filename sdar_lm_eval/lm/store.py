@@ -169,9 +169,7 @@ class CacheFile:
             self._say_others(fingerprint)
             self._file.execute("INSERT OR IGNORE INTO sdar_fingerprints VALUES (?, ?)", (self._fingerprint, text))
         except (sqlite3.Error, ValueError) as error:
-            raise UserError(
-                f"{self.name} cannot be used ({error}). End what else uses it, give another path, or delete it."
-            ) from error
+            raise _unusable(path, error) from error
 
     def _say_others(self, fingerprint: Mapping[str, Any]) -> None:
         others = self._file.execute(
@@ -222,12 +220,14 @@ def check_cache(path: str) -> None:
             database.execute("SELECT name FROM sqlite_master").fetchall()
             database.execute("BEGIN IMMEDIATE")  # whether another process has it
     except (OSError, sqlite3.Error) as error:
-        told = (
-            error if isinstance(error, sqlite3.Error) or not error.strerror else f"{error.strerror}: {error.filename}"
-        )
-        raise UserError(
-            f"--use_cache {path} cannot be used ({told}). End what else uses it, give another path, or delete it."
-        ) from error
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: str, error: Exception) -> UserError:
+    told = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else error
+    return UserError(
+        f"--use_cache {path} cannot be used ({told}). End what else uses it, give another path, or delete it."
+    )
 
 
 def bypass(harness_cache: Any) -> str:
