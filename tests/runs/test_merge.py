@@ -10,6 +10,7 @@ from lm_eval.api.instance import Instance
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.answers import AnswerFolder, Session, read_sessions
+from sdar_lm_eval.lm.evaluation import Evaluation
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.report.gsm8k_json import convert
@@ -112,7 +113,7 @@ def _instance(number: int, **gen_kwargs: Any) -> Instance:
 
 def _keys(*instances: Instance) -> list[str]:
     demo = Checkpoint.open("demo")
-    asked = Jobs(demo, Prompts(demo), {}, 2048, alone=True).of(instances, lambda _: None, seed=0)
+    asked = Jobs(demo, Prompts(demo), {}, 2048, alone=True).of(instances, Evaluation(seed=0).task_of, seed=0)
     return [asked.jobs[job_id].key for job_id in asked.order]
 
 
