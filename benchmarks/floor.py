@@ -1,7 +1,7 @@
 """How long the matrix products of a model alone take, forward by forward: a yardstick for engines.
 
     python benchmarks/floor.py --pretrained FOLDER --active 1 64 256     # FOLDER needs no weights
-    python benchmarks/floor.py --pretrained FOLDER --rows 256 512 1024   # of one layer as the engine runs it: graphs.py
+    python benchmarks/floor.py --pretrained FOLDER --rows 256 512 1024   # of one layer as the engine runs it: forward/graphs.py
 
 For each number of active sequences: milliseconds of the projections of all layers, and of the LM head, over one block
 of each sequence; and the tokens per second that follow, where a block of L tokens takes L denoising forwards (one token
@@ -74,19 +74,19 @@ class Floor:
 
     def seconds_as_run(self, rows: int) -> tuple[float, float]:
         """Seconds of one layer's products and activation as the engine's kernels do them; of what is run to draw."""
-        from sdar_lm_eval.engines.native import fused
+        from sdar_lm_eval.engines.native.forward import decoder
 
-        on_hopper = fused.runs_on_hopper(self._layers[0][2])
+        on_hopper = decoder.runs_on_hopper(self._layers[0][2])
         inputs = self._inputs(rows)
 
         def behind_attention(o: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-            fused.product(inputs[o.shape[1]], o, splits=fused.SPLITS)
-            active = fused.activated(inputs[gate_up.shape[1]], gate_up, on_hopper=on_hopper)
-            fused.product(active, down, splits=fused.SPLITS)
+            decoder.product(inputs[o.shape[1]], o, splits=decoder.SPLITS)
+            active = decoder.activated(inputs[gate_up.shape[1]], gate_up, on_hopper=on_hopper)
+            decoder.product(active, down, splits=decoder.SPLITS)
 
         def layers() -> None:
             for qkv, *others in self._layers:
-                fused.product(inputs[qkv.shape[1]], qkv)
+                decoder.product(inputs[qkv.shape[1]], qkv)
                 behind_attention(*others)
 
         def draw() -> None:

@@ -75,7 +75,7 @@ def main() -> None:
         ranks = lm._ranks
         instances, warm_up = of(args.new_tokens), of(min(WARM_UP, args.new_tokens))
         largest = cycled(instances, max(args.active), 0)
-        lm._engine.prepare([job.request for job in lm._jobs.of(largest, lambda _: None, 0).jobs.values()])
+        lm._engine.prepare([job.request for job in lm._jobs.of(largest, lm._evaluation.task_of, 0).jobs.values()])
 
         rows = []
         say = print if ranks.rank == 0 else lambda *_, **__: None

@@ -44,7 +44,8 @@ from floor import Floor
 
 from sdar_lm_eval import Checkpoint
 from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest
-from sdar_lm_eval.engines.native.engine import PREFILL_CHUNK, resolve_device
+from sdar_lm_eval.engines.native.engine import PREFILL_CHUNK
+from sdar_lm_eval.engines.native.options import resolve_device
 
 SECTIONS = ("start", "prefill", "contexts", "gsm8k")
 SIZES: dict[str, dict[str, Any]] = {

@@ -10,12 +10,11 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sdar_lm_eval.checkpoint.config import (
-    MODEL_SETTINGS,
     block_length_of,
     check_config,
     check_mask_token,
@@ -27,9 +26,14 @@ from sdar_lm_eval.checkpoint.config import (
 from sdar_lm_eval.checkpoint.fingerprint import fingerprint
 from sdar_lm_eval.checkpoint.folder import resolve
 from sdar_lm_eval.checkpoint.tokenizer import TOKENIZER_FILES, copy_tokenizer, open_tokenizer
-from sdar_lm_eval.checkpoint.weights import INDEX, check_headers, check_layout, layout, link_weights, load, weight_files
+from sdar_lm_eval.checkpoint.weights import INDEX, check_headers, check_layout, link_weights, load, weight_files
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.family import Family
 from sdar_lm_eval.files import one_line, read_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,7 +46,7 @@ class Checkpoint:
         name: as the user gave it: hub id, folder, or `demo`.
         folder: where its files are.
         config: `config.json` as it stands.
-        is_moe: SDAR MoE (Qwen3-MoE layout) rather than dense.
+        family: what `model_type` in config.json means.
         mask_token_id: the token that stands for "not yet known".
         block_length: tokens the model was trained to denoise together: config.json's `block_size`, else what the name
             says (JetLM's end in -b8, -b16, ... where it is not 4), else 4.
@@ -54,7 +58,7 @@ class Checkpoint:
     name: str
     folder: Path
     config: dict[str, Any] = dataclasses.field(repr=False)
-    is_moe: bool
+    family: Family
     mask_token_id: int
     block_length: int
     stop_ids: tuple[int, ...]
@@ -84,9 +88,9 @@ class Checkpoint:
         if not (folder / "config.json").exists():
             raise UserError(f"checkpoint {name!r} has no config.json: {folder} is not a checkpoint's folder.")
         config = read_json(folder / "config.json")
-        check_config(name, config)
-        check_headers(name, folder, config)
-        vocabulary = vocabulary_of(config)
+        family = check_config(name, config)
+        check_headers(name, folder, config, family)
+        vocabulary = vocabulary_of(config, family)
         generation_config = folder / "generation_config.json"
         generation = read_json(generation_config) if generation_config.exists() else {}
         stop_ids = stop_ids_of(name, generation.get("eos_token_id"), vocabulary)
@@ -102,16 +106,21 @@ class Checkpoint:
             name=name,
             folder=folder,
             config=config,
-            is_moe=config["model_type"] == "sdar_moe",
+            family=family,
             mask_token_id=mask_token_id,
             block_length=block_length_of(name, folder, config),
             stop_ids=stop_ids,
-            max_length=max_length_of(config),
+            max_length=max_length_of(config, family),
             revision=revision,
         )
         if tokenizer is not None:
             opened.__dict__["tokenizer"] = tokenizer  # read already
         return opened
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether layers hold experts."""
+        return self.family.is_moe
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -121,7 +130,7 @@ class Checkpoint:
             UserError: the folder has no tokenizer, transformers cannot read it, or it gives tokens that the embedding
                 lacks.
         """
-        return open_tokenizer(self.name, self.folder, vocabulary_of(self.config))
+        return open_tokenizer(self.name, self.folder, vocabulary_of(self.config, self.family))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special tokens left out, nothing tidied up."""
@@ -149,7 +158,7 @@ class Checkpoint:
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each weight that config.json asks for."""
-        return layout(self._transformers_config("eager"), self.is_moe)
+        return self.family.weights(self._transformers_config("eager"))
 
     def full_config(self) -> dict[str, Any]:
         """config.json with the defaults of transformers for what it leaves out, for engines that have others or none.
@@ -158,7 +167,7 @@ class Checkpoint:
             UserError: it cannot be used.
         """
         config = self._transformers_config("eager")
-        return self.config | {name: getattr(config, name) for name in MODEL_SETTINGS if hasattr(config, name)}
+        return self.config | {name: getattr(config, name) for name in self.family.settings if hasattr(config, name)}
 
     def check_weights(self) -> None:
         """Compare the weight files with what config.json asks for.
@@ -166,10 +175,10 @@ class Checkpoint:
         Raises:
             UserError: weights are missing, unexpected, of another shape, or cut short; the message names them.
         """
-        check_layout(self.name, self._transformers_config("eager"), self.is_moe, self.weight_files())
+        check_layout(self.name, self._transformers_config("eager"), self.family, self.weight_files())
 
-    def load_model(self, *, dtype: Any, device: Any, attention: str) -> Any:
-        """Load the weights into transformers' Qwen3ForCausalLM or Qwen3MoeForCausalLM.
+    def load_model(self, *, dtype: torch.dtype, device: torch.device | str, attention: str) -> PreTrainedModel:
+        """Load the weights into the family's model class of transformers.
 
         They go to the device as they are read.
 
@@ -189,9 +198,8 @@ class Checkpoint:
         assert isinstance(dtype, torch.dtype), dtype
         assert attention in {"eager", *ALL_ATTENTION_FUNCTIONS.keys()}, attention
         config, files = self._transformers_config(attention), self.weight_files()
-        check_layout(self.name, config, self.is_moe, files)
-        index, model_type = self.folder / INDEX, self.config["model_type"]
-        return load(self.name, files, index, model_type, config, dtype=dtype, device=device)
+        check_layout(self.name, config, self.family, files)
+        return load(self.name, files, self.folder / INDEX, self.family, config, dtype=dtype, device=device)
 
     @contextlib.contextmanager
     def clean_folder(self, config: Mapping[str, Any], tokenizer: Mapping[str, Any] | None = None) -> Iterator[Path]:
@@ -214,5 +222,5 @@ class Checkpoint:
             (Path(clean) / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
             yield Path(clean)
 
-    def _transformers_config(self, attention: str) -> Any:
-        return transformers_config(self.name, self.config, attention)
+    def _transformers_config(self, attention: str) -> PretrainedConfig:
+        return transformers_config(self.name, self.config, self.family, attention)

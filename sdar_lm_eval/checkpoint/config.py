@@ -7,31 +7,20 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.families import FAMILIES
+from sdar_lm_eval.family import Family
 from sdar_lm_eval.files import one_line, shown
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
 Config = Mapping[str, Any]
-
-# model_type of config.json -> (config class, model class) of transformers.
-ARCHITECTURES = {
-    "sdar": ("Qwen3Config", "Qwen3ForCausalLM"),
-    "sdar_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
-}
-# What SDARConfig takes where config.json is silent.
-DEFAULT_VOCABULARY = 151936
-DEFAULT_MAX_LENGTH = 32768
-# Of config.json, what says how the model computes; but for RoPE, which transformers 4 and 5 say in different ways.
-MODEL_SETTINGS = (
-    "attention_bias", "decoder_sparse_step", "head_dim", "hidden_act", "hidden_size", "intermediate_size",
-    "max_position_embeddings", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob", "num_attention_heads",
-    "num_experts", "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps",
-    "tie_word_embeddings", "vocab_size",
-)  # fmt: skip
 
 # Key -> the largest value that is believed. Larger ones are slips, and would be built before anything fails.
 WHOLE = {
@@ -73,17 +62,21 @@ KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 )
 
 
-def check_config(name: str, config: Config) -> None:
+def check_config(name: str, config: Config) -> Family:
     """Check each value of `config.json` that is read, by itself and beside the others; null counts as left out.
 
+    Returns:
+        The model's family.
+
     Raises:
-        UserError: the model is none of SDAR's, or a value is of another type, out of range, or at odds with another.
+        UserError: no family has this model type, or a value is of another type, out of range, or at odds with another.
     """
     model_type = config.get("model_type")
-    if model_type not in tuple(ARCHITECTURES):
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
         raise UserError(
             f"checkpoint {name!r} has model_type {shown(model_type)}; this package runs "
-            f"{' and '.join(repr(known) for known in ARCHITECTURES)} (the SDAR family). "
+            f"{' and '.join(repr(known) for known in FAMILIES)} (the SDAR family). "
             "Run other models with lm_eval's own, such as --model hf."
         )
     for key, most in WHOLE.items():
@@ -103,10 +96,11 @@ def check_config(name: str, config: Config) -> None:
         raise UserError(f"checkpoint {name!r} has use_sliding_window=true, which is not supported.")
     for part, whole in (("num_key_value_heads", "num_attention_heads"), ("num_experts_per_tok", "num_experts")):
         small, large = config.get(part), config.get(whole)
-        if small is None or large is None or (whole == "num_experts" and model_type != "sdar_moe"):
+        if small is None or large is None or (whole == "num_experts" and not family.is_moe):
             continue
         if small > large or (whole == "num_attention_heads" and large % small):
             raise _wrong(name, config, part, f"fit {whole}={large}")
+    return family
 
 
 def _wrong(name: str, config: Config, key: str, words: str) -> UserError:
@@ -116,14 +110,14 @@ def _wrong(name: str, config: Config, key: str, words: str) -> UserError:
     )
 
 
-def vocabulary_of(config: Config) -> int:
+def vocabulary_of(config: Config, family: Family) -> int:
     """How many rows the embedding has: every token is below."""
-    return config.get("vocab_size") or DEFAULT_VOCABULARY
+    return config.get("vocab_size") or family.defaults["vocab_size"]
 
 
-def max_length_of(config: Config) -> int:
+def max_length_of(config: Config, family: Family) -> int:
     """Most tokens of prompt and answer together."""
-    return config.get("max_position_embeddings") or DEFAULT_MAX_LENGTH
+    return config.get("max_position_embeddings") or family.defaults["max_position_embeddings"]
 
 
 def stop_ids_of(name: str, value: Any, vocabulary: int) -> tuple[int, ...]:
@@ -212,7 +206,7 @@ def _block_length_in(name: str) -> int | None:
     return int(found[-1]) if found else None
 
 
-def transformers_config(name: str, config: Config, attention: str) -> Any:
+def transformers_config(name: str, config: Config, family: Family, attention: str) -> PretrainedConfig:
     """Translate config.json into transformers' config of the same layout.
 
     Of its keys those alone go there that say how the model computes: no other can make transformers build anything.
@@ -223,7 +217,7 @@ def transformers_config(name: str, config: Config, attention: str) -> Any:
     import transformers
     from transformers.activations import ACT2FN
 
-    settings = {key: config[key] for key in (*MODEL_SETTINGS, "rope_theta", "rope_scaling") if key in config}
+    settings = {key: config[key] for key in (*family.settings, "rope_theta", "rope_scaling") if key in config}
     # transformers 5 writes rope_parameters, which 4 does not know: its rope_theta would be 10000. Both read these.
     if rope := dict(config.get("rope_parameters") or {}):
         settings["rope_theta"] = rope.pop("rope_theta", settings.get("rope_theta", 10000.0))
@@ -231,7 +225,7 @@ def transformers_config(name: str, config: Config, attention: str) -> Any:
     if config.get("hidden_act") is not None and config["hidden_act"] not in ACT2FN:
         raise _wrong(name, config, "hidden_act", "an activation of transformers, such as silu")
     try:
-        translated = getattr(transformers, ARCHITECTURES[config["model_type"]][0])(**settings, use_cache=False)
+        translated = getattr(transformers, family.config_class)(**settings, use_cache=False)
         if getattr(translated, "head_dim", None) is None:  # Qwen3MoeConfig has no default of its own
             translated.head_dim = translated.hidden_size // translated.num_attention_heads
     except Exception as error:

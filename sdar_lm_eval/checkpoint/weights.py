@@ -9,13 +9,16 @@ import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sdar_lm_eval.checkpoint.config import ARCHITECTURES, Config
+from sdar_lm_eval.checkpoint.config import Config
 from sdar_lm_eval.errors import EngineError, UserError
+from sdar_lm_eval.family import Family, Shapes
 from sdar_lm_eval.files import one_line, read_json, require_regular, shown
 
-Shapes = dict[str, tuple[int, ...]]
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LESS_MEMORY = "Choose a smaller dtype, another device or a smaller checkpoint, or end what else runs there."
@@ -65,7 +68,7 @@ def _named_files(name: str, folder: Path) -> list[Path]:
     return [folder / file for file in sorted(set(files))]
 
 
-def check_headers(name: str, folder: Path, config: Config) -> None:
+def check_headers(name: str, folder: Path, config: Config, family: Family) -> None:
     """Check, where weights are there, that the files are whole and that config.json asks for about as many.
 
     Reads the files' headers; builds nothing.
@@ -77,51 +80,14 @@ def check_headers(name: str, folder: Path, config: Config) -> None:
         return
     if not any(path.exists() for path in _named_files(name, folder)):  # a folder for its tokenizer
         return
-    found = sum(len(read_shapes(path)) for path in weight_files(name, folder))
-    layers, experts = config.get("num_hidden_layers") or 0, config.get("num_experts") or 0
-    asked = 11 * layers
-    if config["model_type"] == "sdar_moe":
-        step, without = config.get("decoder_sparse_step") or 1, set(config.get("mlp_only_layers") or [])
-        asked += 3 * experts * sum((i + 1) % step == 0 and i not in without for i in range(layers))
+    found, asked = sum(len(read_shapes(path)) for path in weight_files(name, folder)), family.count(config)
     if asked > max(COMPARED, 2 * found):
+        layers, experts = config.get("num_hidden_layers") or 0, config.get("num_experts") or 0
         counts = f"num_hidden_layers={layers:,}" + (f" and num_experts={experts:,}" if experts else "")
         raise UserError(
             f"config.json of checkpoint {name!r} asks for about {asked:,} weights ({counts}), but its files hold "
             f"{found:,}. Correct the file, or download the checkpoint again."
         )
-
-
-def layout(config: Any, is_moe: bool) -> Shapes:
-    """Name and shape of every weight that a file must hold.
-
-    Args:
-        config: transformers', see `config.transformers_config`.
-        is_moe: SDAR MoE rather than dense.
-
-    Source: modeling_sdar.py and modeling_sdar_moe.py of JetLM's checkpoints.
-    """
-    d, size, vocabulary = config.hidden_size, config.head_dim, config.vocab_size
-    heads, kv_heads = config.num_attention_heads * size, config.num_key_value_heads * size
-    projections = {"q_proj": (heads, d), "k_proj": (kv_heads, d), "v_proj": (kv_heads, d), "o_proj": (d, heads)}
-
-    shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, d), "model.norm.weight": (d,)}
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (vocabulary, d)
-    for i in range(config.num_hidden_layers):
-        layer = f"model.layers.{i}"
-        shapes |= {f"{layer}.{norm}_layernorm.weight": (d,) for norm in ("input", "post_attention")}
-        shapes |= {f"{layer}.self_attn.{norm}_norm.weight": (size,) for norm in "qk"}
-        shapes |= {f"{layer}.self_attn.{name}.weight": shape for name, shape in projections.items()}
-        if config.attention_bias:
-            shapes |= {f"{layer}.self_attn.{name}.bias": shape[:1] for name, shape in projections.items()}
-        mlps = {f"{layer}.mlp": config.intermediate_size}
-        if is_moe and i not in config.mlp_only_layers and (i + 1) % config.decoder_sparse_step == 0:
-            shapes[f"{layer}.mlp.gate.weight"] = (config.num_experts, d)
-            mlps = {f"{layer}.mlp.experts.{e}": config.moe_intermediate_size for e in range(config.num_experts)}
-        for mlp, width in mlps.items():
-            shapes |= {f"{mlp}.{name}_proj.weight": (width, d) for name in ("gate", "up")}
-            shapes[f"{mlp}.down_proj.weight"] = (d, width)
-    return shapes
 
 
 def read_shapes(path: Path) -> Shapes:
@@ -156,7 +122,7 @@ def read_shapes(path: Path) -> Shapes:
         raise UserError(f"{path} is not a whole safetensors file: {one_line(error)}. Download it again.") from error
 
 
-def check_layout(name: str, config: Any, is_moe: bool, files: Sequence[Path]) -> None:
+def check_layout(name: str, config: PretrainedConfig, family: Family, files: Sequence[Path]) -> None:
     """Compare names and shapes of the weights with what the configuration asks for.
 
     Raises:
@@ -165,7 +131,7 @@ def check_layout(name: str, config: Any, is_moe: bool, files: Sequence[Path]) ->
     found: Shapes = {}
     for path in files:
         found |= read_shapes(path)
-    wanted = _layout_of(name, config, is_moe)
+    wanted = _layout_of(name, config, family)
     ignored = (*IGNORED_WEIGHTS, *(["lm_head.weight"] if config.tie_word_embeddings else []))
     wrong = {
         "missing": sorted(wanted.keys() - found.keys()),
@@ -181,9 +147,9 @@ def check_layout(name: str, config: Any, is_moe: bool, files: Sequence[Path]) ->
         raise UserError(f"the weights of checkpoint {name!r} do not fit its config.json; {told}.")
 
 
-def _layout_of(name: str, config: Any, is_moe: bool) -> Shapes:
+def _layout_of(name: str, config: PretrainedConfig, family: Family) -> Shapes:
     try:
-        return layout(config, is_moe)
+        return family.weights(config)
     except Exception as error:  # what config.json leaves out may have another type than ours
         raise UserError(f"config.json of checkpoint {name!r} cannot be used: {one_line(error)}") from error
 
@@ -196,20 +162,26 @@ def link_weights(files: Sequence[Path], index: Path, target: Path) -> None:
 
 
 def load(
-    name: str, files: Sequence[Path], index: Path, model_type: str, config: Any, *, dtype: Any, device: Any
-) -> Any:
+    name: str,
+    files: Sequence[Path],
+    index: Path,
+    family: Family,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> PreTrainedModel:
     """Load weights that have been checked into transformers' model class; see `Checkpoint.load_model`."""
     import torch
     import transformers
 
     version = tuple(map(int, transformers.__version__.split(".")[:2]))
-    is_moe = model_type == "sdar_moe"
-    _check_memory(name, config, is_moe, dtype, torch.device(device))
+    _check_memory(name, config, family, dtype, torch.device(device))
     with tempfile.TemporaryDirectory(prefix="sdar-weights-") as clean, _no_progress_bars():
         link_weights(files, index, Path(clean))
         (Path(clean) / "generation_config.json").write_text("{}")  # transformers 5 insists on one
         try:
-            model, report = getattr(transformers, ARCHITECTURES[model_type][1]).from_pretrained(
+            model, report = getattr(transformers, family.model_class).from_pretrained(
                 clean,
                 config=config,
                 use_safetensors=True,
@@ -236,14 +208,15 @@ def load(
         )
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # also where the files hold another head
-    if is_moe and version < (4, 53):
-        _hand_keywords_to_attention(model.model)
+    family.prepare(model)
     return model.requires_grad_(False).eval()
 
 
-def _check_memory(name: str, config: Any, is_moe: bool, dtype: Any, device: Any) -> None:
+def _check_memory(
+    name: str, config: PretrainedConfig, family: Family, dtype: torch.dtype, device: torch.device
+) -> None:
     """Refuse weights that a GPU has no room for, before they are read."""
-    size = sum(map(math.prod, layout(config, is_moe).values())) * dtype.itemsize
+    size = sum(map(math.prod, family.weights(config).values())) * dtype.itemsize
     free = free_memory(device)
     if free is not None and size > free:
         raise UserError(
@@ -252,7 +225,7 @@ def _check_memory(name: str, config: Any, is_moe: bool, dtype: Any, device: Any)
         )
 
 
-def free_memory(device: Any) -> int | None:
+def free_memory(device: torch.device) -> int | None:
     """Bytes that a GPU has free, for new tensors too; None for other devices."""
     import torch
 
@@ -260,15 +233,6 @@ def free_memory(device: Any) -> int | None:
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + unused
-
-
-def _hand_keywords_to_attention(model: Any) -> None:
-    """Let the model's keyword arguments reach its attention, which the MoE layers of transformers 4.52 keep back."""
-    given: dict[str, Any] = {}
-    model.register_forward_pre_hook(lambda _, args, keywords: given.update(keywords), with_kwargs=True)
-    model.register_forward_hook(lambda *_: given.clear())
-    for layer in model.layers:
-        layer.self_attn.register_forward_pre_hook(lambda _, args, keywords: (args, given | keywords), with_kwargs=True)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from support import (
 )
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.checkpoint.weights import layout as layout_of
 
 # The real folder
 
@@ -104,7 +103,7 @@ def test_decoding_leaves_special_tokens_out_and_tidies_nothing(sdar: Checkpoint)
 def test_the_real_index_has_the_layout_we_ask_for(sdar: Checkpoint) -> None:
     config = sdar._transformers_config("sdpa")
     index = json.loads((REAL_FOLDER / "model.safetensors.index.json").read_text())
-    layout = layout_of(config, is_moe=False)
+    layout = sdar.family.weights(config)
     assert layout.keys() == index["weight_map"].keys()
     size = sum(torch.Size(shape).numel() for shape in layout.values()) * 2
     assert size == index["metadata"]["total_size"]

@@ -29,6 +29,7 @@ from sdar_lm_eval.checkpoint import weights as module
 from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest
 from sdar_lm_eval.engines.registry import make_engine
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.families import FAMILIES
 
 # The model
 
@@ -130,7 +131,7 @@ def test_the_layout_is_that_of_transformers(bias: bool, tied: bool) -> None:
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if tied:
         expected.pop("lm_head.weight", None)  # named or not, as the version has it
-    assert module.layout(theirs, is_moe=False) == expected
+    assert FAMILIES["sdar"].weights(theirs) == expected
 
 
 def test_an_unknown_attention_is_our_mistake(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_reproducible_to_the_bit(demo, questions, products, vocabulary, settings
     def answers(order, **options):
         engine = make_engine("native", checkpoint, device="cuda", dtype="bfloat16", **options)
         if options.get("reproducible"):
-            assert engine._runner._decoder.alone == (products != "of fixed size")
+            assert engine.runner.forward.fixed_rows == (products == "of fixed size")
         results = run(engine, order)
         return {request.seed: (r.token_ids, r.confidences) for request, r in zip(order, results, strict=True)}
 
@@ -184,8 +184,8 @@ def test_kernels_and_graphs_are_there_before_the_first_request(demo, questions):
     engine = make_engine("native", demo, device="cuda", kernels=True)
     wanted = requests(demo, questions[:64])
     engine.prepare(wanted)
-    assert engine._runner._forward_graphs._graphs
-    assert engine._runner._unmask_graphs._graphs
+    assert engine.runner._forward_graphs._graphs
+    assert engine.runner._draw_graphs._graphs
     assert engine.info.extra["shared_prompt_tokens"] == 0
     fresh = make_engine("native", demo, device="cuda", kernels=True)
     assert [r.token_ids for r in run(engine, wanted)] == [r.token_ids for r in run(fresh, wanted)]
@@ -203,9 +203,22 @@ def test_one_request_without_numbers_costs_the_others_nothing(demo, questions, k
     )
     engine._model.model.embed_tokens.weight[bad] = torch.nan
     if kernels:
-        engine._runner._decoder._embedding = engine._model.model.embed_tokens.weight
+        engine.runner.forward._decoder._embedding = engine._model.model.embed_tokens.weight
     poisoned = dataclasses.replace(wanted[0], prompt_ids=(bad, *wanted[0].prompt_ids))
     results = {}
     with pytest.raises(EngineError, match=r"1 of 33 requests have no answer.*Number 7: "):
         results.update(engine.generate([*wanted[:7], poisoned, *wanted[7:]]))
     assert [results[i].token_ids for i in sorted(results)] == expected
+
+
+def test_a_rule_that_reads_a_value_on_the_host_is_an_error(demo, questions, monkeypatch):
+    """A CUDA graph would replay what the rule read once."""
+
+    def reads(candidates):
+        return candidates.quota + int(candidates.quota.max())
+
+    strategy = dataclasses.replace(STRATEGIES["sequential"], count=reads)
+    monkeypatch.setitem(STRATEGIES, "sequential", strategy)
+    wanted = requests(demo, questions[:4], remasking_strategy="sequential")
+    with pytest.raises(RuntimeError, match="captur"):
+        tokens(demo, wanted, device="cuda", kernels=True)

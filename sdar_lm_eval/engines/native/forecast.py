@@ -13,8 +13,8 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
+from sdar_lm_eval.engines.native.batch import Outcome
 from sdar_lm_eval.engines.native.scheduler import Sequence
-from sdar_lm_eval.engines.native.state import Outcome
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
 # Tokens of a forward that cost about what one does, since the weights have to be read: there is room for all.
@@ -70,7 +70,7 @@ class Forecast:
         """Take over what the oldest step under way did."""
         known = self._known
         mine = outcome.took_part & known.active & (self._entered <= self._learned)
-        known.advance(mine, outcome.left, outcome.goes_on)
+        known.advance(mine, outcome.masked, outcome.goes_on)
         self._learned += 1
         self._expected.pop(0)
         if self._expected:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.engines.native.pages import PagePool
@@ -86,20 +87,33 @@ class Sequence:
         return min(self.block_start + 2 * self.block_length, self.longest)
 
 
+class Chunk(NamedTuple):
+    """Whole blocks of a prompt: the tokens of a sequence from `start` up to, without, `end`."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Tokens of the chunk."""
+        return self.end - self.start
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the engine does between two steps.
 
     Attributes:
-        left: slots of sequences that the device goes on with, though they had to leave or are finished.
+        vacated: slots whose sequences were preempted or are finished, and that the device still takes for active.
         paged: sequences whose pages changed.
-        prefill: (sequence, start, end) chunks to run, whole blocks.
-        starting: sequences whose prompts are prefilled then: their first block takes part in the next step.
+        prefill: chunks of prompts to run.
+        starting: sequences whose prompts are prefilled after that: their first block takes part in the next step.
     """
 
-    left: list[int]
+    vacated: list[int]
     paged: list[Sequence]
-    prefill: list[tuple[Sequence, int, int]]
+    prefill: list[Chunk]
     starting: list[Sequence]
 
 
@@ -132,7 +146,7 @@ class Scheduler:
         self._free_slots = list(range(max_active - 1, -1, -1))
         self._prefill_chunk = Allowance(prefill_chunk)
         self._most = Allowance(max_active)
-        self._left: list[int] = []  # slots for the next plan to name
+        self._vacated: list[int] = []  # slots for the next plan to name
 
     @property
     def unfinished(self) -> bool:
@@ -145,7 +159,7 @@ class Scheduler:
             self._most.count_full_step()
             self._prefill_chunk.count_full_step()
         preempted, paged = self._grow()
-        left, self._left = [*self._left, *preempted], []
+        vacated, self._vacated = [*self._vacated, *preempted], []
         paged += self._admit()
         entering = [sequence for sequence in self.running if not sequence.begun]
         ready = list(filter(self._beginning_is_written, entering))
@@ -155,7 +169,7 @@ class Scheduler:
             if sequence.in_prefill and budget > 0:
                 blocks = max(budget // sequence.block_length, 1)
                 end = min(sequence.block_start, sequence.cached + blocks * sequence.block_length)
-                prefill.append((sequence, sequence.cached, end))
+                prefill.append(Chunk(sequence, sequence.cached, end))
                 budget -= end - sequence.cached
         ends = {sequence.index: end for sequence, _, end in prefill}
         starting = [s for s in ready if ends.get(s.index, s.cached) >= s.block_start]
@@ -164,7 +178,7 @@ class Scheduler:
         for pages, start, end in written:
             touched = pages[start // self.pool.page_size : self.pool.pages_for(end)]
             assert all(map(self.pool.may_write, touched)), "a page that others read would be written"
-        return Plan(left, paged, prefill, starting)
+        return Plan(vacated, paged, prefill, starting)
 
     def prefilled(self, sequence: Sequence, end: int) -> None:
         """Take note that the KV of a sequence's tokens up to `end` is stored."""
@@ -174,13 +188,13 @@ class Scheduler:
     def finish(self, sequence: Sequence, *, device_knows: bool = True) -> None:
         """Free what a sequence held; its place is taken at the next plan."""
         if not device_knows:
-            self._left.append(sequence.slot)
+            self._vacated.append(sequence.slot)
         self.running.remove(sequence)
         self._vacate(sequence)
 
     def discard(self, sequence: Sequence) -> list[int]:
         """Take out a sequence whose KV is not numbers; returns the pages that nobody holds any more."""
-        self._left.append(sequence.slot)
+        self._vacated.append(sequence.slot)
         self.running.remove(sequence)
         pages = sequence.pages
         self._vacate(sequence)

@@ -54,7 +54,7 @@ def schedule(candidates: Candidates) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A strategy. A GPU captures its rules in a CUDA graph: fixed shapes, no value read on the host.
+    """A strategy. `torch.compile` takes its rules for GPUs: fixed shapes, and no value that is read on the host.
 
     Attributes:
         name: value of `remasking_strategy`.
@@ -67,7 +67,6 @@ class Strategy:
         needs_entropy: whether a rule reads `Candidates.entropy`.
         uses_schedule: whether `count` is never below the quota. Others unmask at least one token a step.
         is_random: whether a rule reads `Candidates.random`: greedy answers then depend on the seed.
-        has_kernel: whether `state_kernels.py` implements it. Else PyTorch runs its rules, on GPUs too.
     """
 
     name: str
@@ -79,4 +78,3 @@ class Strategy:
     needs_entropy: bool = False
     uses_schedule: bool = True
     is_random: bool = False
-    has_kernel: bool = False

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdar_lm_eval.engines.native.attention import PagedBatch, attend, paged_attention
+from sdar_lm_eval.engines.native.forward.attention import PagedBatch, attend, paged_attention
 
 
 def plain(query, keys, values, visible, scaling):

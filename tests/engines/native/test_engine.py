@@ -22,8 +22,8 @@ from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines import runs
 from sdar_lm_eval.engines.native import engine as engine_module
 from sdar_lm_eval.engines.native import forecast
-from sdar_lm_eval.engines.native.graphs import Graphs
-from sdar_lm_eval.engines.native.scheduler import Sequence
+from sdar_lm_eval.engines.native.forward.graphs import Graphs
+from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
 from sdar_lm_eval.errors import EngineError
 
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded", "random")
@@ -180,7 +180,7 @@ def test_a_place_taken_over_while_a_step_runs_ahead_counts_once(tiny, monkeypatc
     expected = tokens_of(run(tiny, requests, max_active=max_active))
     assert sum(reason == "stop" for _, reason in expected) > 3
     engine = make_engine("native", tiny, device="cpu", max_active=max_active)
-    engine._most_under_way = 2
+    engine.steps_in_flight = 2
     monkeypatch.setattr(
         Graphs,
         "__call__",
@@ -197,7 +197,7 @@ def test_a_place_that_a_stop_string_leaves_empty(tiny):
     requests = [dataclasses.replace(short, stop_strings=(stop,)), long]
     expected = tokens_of(run(tiny, requests, max_active=1))
     engine = make_engine("native", tiny, device="cpu")
-    engine._most_under_way = 2
+    engine.steps_in_flight = 2
     assert tokens_of(asking.run(engine, requests)) == expected
     assert expected[0][1] == "stop"
 
@@ -207,7 +207,7 @@ def test_results_that_nobody_waits_for(tiny):
     requests = [GenerationRequest((1, 2, 3 + i), 10 + 10 * i, DecodingConfig(), seed=i) for i in range(6)]
     expected = tokens_of(run(tiny, requests[:2]))
     engine = make_engine("native", tiny, device="cpu")
-    engine._most_under_way = 2
+    engine.steps_in_flight = 2
     abandoned = engine.generate(requests)
     next(abandoned)
     abandoned.close()
@@ -219,17 +219,17 @@ def test_a_step_launched_ahead_of_the_host_changes_nothing(tiny, mixed, monkeypa
     """As on a GPU; without rows for free, some blocks find no room in a step that was expected to be smaller."""
     requests, alone = mixed
     engine = make_engine("native", tiny, device="cpu", max_active=max_active, kv_pages=40)
-    engine._most_under_way = 2
+    engine.steps_in_flight = 2
     monkeypatch.setattr(forecast, "FREE_ROWS", free_rows)
-    launch, waited = engine._runner.launch, []
+    launch, waited = engine.runner.launch, []
 
     def counting(context):
-        state, active = engine._runner.state, int(engine._runner.state.active.sum())
+        state, active = engine.runner.batch, int(engine.runner.batch.active.sum())
         launched = launch(context)
         waited.append(active - int(state.runs.sum()) if launched else 0)
         return launched
 
-    monkeypatch.setattr(engine._runner, "launch", counting)
+    monkeypatch.setattr(engine.runner, "launch", counting)
     assert tokens_of(asking.run(engine, requests)) == alone
     if max_active == 1 or not free_rows:
         assert (sum(waited) > 0) == (max_active > 1)
@@ -301,7 +301,7 @@ class TestSharedBeginnings:
         monkeypatch.setitem(engine_module.PREFILL_CHUNK, "cpu", chunk)
         requests, alone = alike
         engine = make_engine("native", tiny, device="cpu", max_active=max_active, kv_pages=kv_pages)
-        engine._most_under_way = 1 + ahead
+        engine.steps_in_flight = 1 + ahead
         results = asking.run(engine, requests)
         assert tokens_of(results) == tokens_of(alone)
         assert [r.unmasked_at for r in results] == [r.unmasked_at for r in alone]
@@ -318,8 +318,8 @@ class TestSharedBeginnings:
         decoding = DecodingConfig(temperature=0, remasking_strategy="low_confidence_static")
         requests = [GenerationRequest((*common, *end), 8, decoding) for end in own]
         engine = make_engine("native", demo, device="cpu", share_prefixes=share)
-        prefill, prefilled = engine._runner.prefill, []
-        monkeypatch.setattr(engine._runner, "prefill", lambda chunks: (prefilled.extend(chunks), prefill(chunks)))
+        prefill, prefilled = engine.runner.prefill, []
+        monkeypatch.setattr(engine.runner, "prefill", lambda chunks: (prefilled.extend(chunks), prefill(chunks)))
         asking.run(engine, requests)
         whole = [len(request.prompt_ids) // 4 * 4 for request in requests]
         shared = 320 * (len(requests) - 1) if share else 0
@@ -341,7 +341,7 @@ class TestSharedBeginnings:
         engine = make_engine("native", tiny, device="cpu")
         requests = [GenerationRequest(prompts(tiny, (64,))[0], 8, DecodingConfig(temperature=0))]
         first = asking.run(engine, requests)
-        engine._runner.release_cache()
+        engine.runner.release()
         assert tokens_of(asking.run(engine, requests)) == tokens_of(first)
         assert engine.info.extra["shared_prompt_tokens"] == 0
 
@@ -350,7 +350,7 @@ class TestSharedBeginnings:
         (common,) = prompts(tiny, (48,))
         requests = [GenerationRequest((*common, i), 12, DecodingConfig(temperature=0)) for i in range(6)]
         engine = make_engine("native", tiny, device="cpu")
-        prefill, failures = engine._runner.prefill, [1, 1]
+        prefill, failures = engine.runner.prefill, [1, 1]
 
         def fails_twice(chunks):
             if failures:
@@ -358,7 +358,7 @@ class TestSharedBeginnings:
                 raise torch.OutOfMemoryError
             prefill(chunks)
 
-        monkeypatch.setattr(engine._runner, "prefill", fails_twice)
+        monkeypatch.setattr(engine.runner, "prefill", fails_twice)
         results = asking.run(engine, requests)
         assert tokens_of(results) == tokens_of(run(tiny, requests, share_prefixes=False))
 
@@ -443,9 +443,9 @@ class TestWarmUp:
         ]
         expected = tokens_of(run(tiny, requests))
         engine = make_engine("native", tiny, device="cpu", max_active=4, kv_pages=14)
-        launch, active = engine._runner.launch, []
+        launch, active = engine.runner.launch, []
         monkeypatch.setattr(
-            engine._runner, "launch", lambda c: (active.append(int(engine._runner.state.active.sum())), launch(c))[1]
+            engine.runner, "launch", lambda c: (active.append(int(engine.runner.batch.active.sum())), launch(c))[1]
         )
         engine.prepare(requests)
         assert not active  # nothing to compile on the CPU
@@ -477,7 +477,7 @@ class TestErrors:
     @pytest.mark.parametrize("temperature", [0, 1.0])
     def test_logits_that_are_not_numbers(self, tiny, strategy, temperature):
         engine = make_engine("native", tiny, device="cpu")
-        engine._runner._model.lm_head.weight[3] = float("nan")
+        engine._model.lm_head.weight[3] = float("nan")
         decoding = DecodingConfig(remasking_strategy=strategy, temperature=temperature)
         with pytest.raises(EngineError, match=r"logits are not finite numbers \(dtype float32\).*use dtype=bfloat16"):
             list(engine.generate([GenerationRequest((1, 2, 3), 8, decoding)]))
@@ -500,19 +500,19 @@ class TestErrors:
         def open_engine(**options):
             engine = make_engine("native", tiny, device="cpu", **options)
             engine._model.lm_head.weight[bad] = 0  # so that nobody draws it
-            engine._most_under_way = 1 + ahead
+            engine.steps_in_flight = 1 + ahead
             return engine
 
         expected = tokens_of(asking.run(open_engine(), requests))
         engine = open_engine(max_active=6, kv_pages=kv_pages)
         engine._model.model.embed_tokens.weight[bad] = torch.nan
         given = [poisoned[0], *requests[:4], poisoned[1], *requests[4:], poisoned[2]]
-        clear, cleared = engine._runner.clear_pages, []
-        monkeypatch.setattr(engine._runner, "clear_pages", lambda *pages: (cleared.append(pages), clear(*pages)))
+        clear, cleared = engine.runner.cache.clear, []
+        monkeypatch.setattr(engine.runner.cache, "clear", lambda *pages: (cleared.append(pages), clear(*pages)))
         results = {}
         with pytest.raises(EngineError, match=r"^3 of 11 requests have no answer; .*Number 0, 5, 10: the model's log"):
             results.update(engine.generate(given))
-        assert not engine._runner.cache.isnan().any()
+        assert not engine.runner.cache.kv.isnan().any()
         assert [pages == () for pages in cleared].count(
             False
         ) == 2 * 3  # in the batch and alone: nobody else was spoilt
@@ -526,7 +526,7 @@ class TestErrors:
         decoding = DecodingConfig(temperature=0, remasking_strategy="sequential")  # each ends in the first step
         requests = [GenerationRequest((1, 2, 3, i), 1, decoding) for i in range(6)]
         expected = tokens_of(asking.run(engine, requests))
-        collect, alone = engine._runner.collect, []
+        collect, alone = engine.runner.collect, []
 
         def third_is_stuck():
             outcome = collect()
@@ -534,7 +534,7 @@ class TestErrors:
             outcome.stuck[2 if not alone[-1] else 0] = True
             return outcome
 
-        monkeypatch.setattr(engine._runner, "collect", third_is_stuck)
+        monkeypatch.setattr(engine.runner, "collect", third_is_stuck)
         results = []
         with pytest.raises(EngineError, match=r"1 of 6 requests have no answer.*Number 2: "):
             for result in engine.generate(requests):
@@ -549,16 +549,16 @@ class TestErrors:
         decoding = DecodingConfig(temperature=0, remasking_strategy="sequential")
         requests = [GenerationRequest((1, 2, 3, i), 1, decoding) for i in range(6)]
         expected = tokens_of(asking.run(engine, requests))
-        collect = engine._runner.collect
+        collect = engine.runner.collect
 
         def spoilt():
             outcome = collect()
             if outcome.took_part.sum() > 1:
                 outcome.stuck[2] = True
-                engine._runner.cache[:] = torch.nan
+                engine.runner.cache.kv[:] = torch.nan
             return outcome
 
-        monkeypatch.setattr(engine._runner, "collect", spoilt)
+        monkeypatch.setattr(engine.runner, "collect", spoilt)
         assert tokens_of(asking.run(engine, requests)) == expected
 
     @pytest.mark.parametrize(
@@ -574,15 +574,15 @@ class TestErrors:
         expected = tokens_of(run(tiny, requests))
         engine = make_engine("native", tiny, device="cpu", max_active=8)
         monkeypatch.setattr(runs, "PATIENCE", 3)
-        launch, active = engine._runner.launch, []
+        launch, active = engine.runner.launch, []
 
         def fails_once(context):
-            active.append(int(engine._runner.state.active.sum()))
+            active.append(int(engine.runner.batch.active.sum()))
             if len(active) == 3:
                 raise error
             return launch(context)
 
-        monkeypatch.setattr(engine._runner, "launch", fails_once)
+        monkeypatch.setattr(engine.runner, "launch", fails_once)
         assert tokens_of(asking.run(engine, requests)) == expected
         first = active.index(4)
         assert max(active[:first]) == 8 and max(active[first : first + 5]) == 4
@@ -593,14 +593,14 @@ class TestErrors:
         expected = run(tiny, requests)
         for at in ("prefill", "launch"):
             engine = make_engine("native", tiny, device="cpu", max_active=8)
-            work = getattr(engine._runner, at)
+            work = getattr(engine.runner, at)
 
             def fails_for_many(given, engine=engine, work=work):
-                if engine._runner.state.active.sum() > 3 or (isinstance(given, list) and len(given) > 3):
+                if engine.runner.batch.active.sum() > 3 or (isinstance(given, list) and len(given) > 3):
                     raise torch.OutOfMemoryError
                 return work(given)
 
-            monkeypatch.setattr(engine._runner, at, fails_for_many)
+            monkeypatch.setattr(engine.runner, at, fails_for_many)
             longer = [dataclasses.replace(r, prompt_ids=r.prompt_ids * 2) for r in requests]
             results = dict(engine.generate(requests if at == "launch" else longer))
             assert sorted(results) == list(range(8))
@@ -621,15 +621,15 @@ class TestErrors:
         """What a plan asked for is not done, and no later plan asks for it."""
         requests, expected = undisturbed
         engine = make_engine("native", tiny, device="cpu", max_active=8, kv_pages=12)
-        engine._most_under_way = 2
-        work, calls = getattr(engine._runner, at), itertools.count()
+        engine.steps_in_flight = 2
+        work, calls = getattr(engine.runner, at), itertools.count()
 
         def fails_once(given):
             if list(given) and next(calls) == call:
                 raise torch.OutOfMemoryError
             work(given)
 
-        monkeypatch.setattr(engine._runner, at, fails_once)
+        monkeypatch.setattr(engine.runner, at, fails_once)
         assert tokens_of(asking.run(engine, requests)) == expected
         assert next(calls) > call
 
@@ -637,21 +637,20 @@ class TestErrors:
     def test_any_error_comes_after_what_was_finished(self, tiny, monkeypatch, steps):
         """With two steps under way, answers wait for the next launch; it fails."""
         engine = make_engine("native", tiny, device="cpu", max_active=2)
-        engine._most_under_way = steps
-        launch, settle, settled = engine._runner.launch, engine._settle, []
+        engine.steps_in_flight = steps
+        launch, finish, settled = engine.runner.launch, Scheduler.finish, []
 
-        def settles(*given):
-            finished = settle(*given)
-            settled.extend(index for index, _ in finished)
-            return finished
+        def finishes(scheduler, sequence, **options):
+            settled.append(sequence.index)
+            finish(scheduler, sequence, **options)
 
         def fails_later(context):
             if settled:
                 raise RuntimeError("CUDA error: unspecified launch failure")
             return launch(context)
 
-        monkeypatch.setattr(engine, "_settle", settles)
-        monkeypatch.setattr(engine._runner, "launch", fails_later)
+        monkeypatch.setattr(Scheduler, "finish", finishes)
+        monkeypatch.setattr(engine.runner, "launch", fails_later)
         requests = [GenerationRequest((1, 2, 3), new, DecodingConfig(temperature=0)) for new in (1, 40)]
         finished = []
         with pytest.raises(RuntimeError, match="launch failure"):
@@ -661,20 +660,20 @@ class TestErrors:
 
     def test_a_standstill_is_an_error(self, tiny, monkeypatch):
         engine = make_engine("native", tiny, device="cpu")
-        monkeypatch.setattr(engine._runner, "launch", lambda _: False)
+        monkeypatch.setattr(engine.runner, "launch", lambda _: False)
         with pytest.raises(EngineError, match="stands still with 1 unfinished"):
             list(engine.generate([GenerationRequest((1, 2, 3), 8, DecodingConfig())]))
 
     def test_out_of_memory_with_one_sequence_keeps_what_is_finished(self, tiny, monkeypatch):
         engine = make_engine("native", tiny, device="cpu", max_active=2)
-        launch, finished = engine._runner.launch, []
+        launch, finished = engine.runner.launch, []
 
         def fails_later(context):
             if finished:
                 raise torch.OutOfMemoryError
             return launch(context)
 
-        monkeypatch.setattr(engine._runner, "launch", fails_later)
+        monkeypatch.setattr(engine.runner, "launch", fails_later)
         requests = [GenerationRequest((1, 2, 3), new, DecodingConfig(temperature=0)) for new in (1, 40)]
         with pytest.raises(EngineError, match=r"out of memory on cpu.*smaller max_active"):
             for index, _ in engine.generate(requests):
@@ -687,7 +686,7 @@ class TestErrors:
 
     def test_pages_take_what_torch_keeps_unused(self, tiny, monkeypatch):
         engine = make_engine("native", tiny, device="cpu")
-        page = engine._runner.bytes_per_page()
+        page = engine.runner.cache.bytes_per_page
         engine._device, free = torch.device("cuda"), [4 * page]
         monkeypatch.setattr(engine_module, "MEMORY_FRACTION", 0.5)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free[0], free[0]))
@@ -708,14 +707,14 @@ class TestErrors:
         engine = make_engine("native", tiny, device="cpu")
         small, large = (GenerationRequest((1, 2, 3), new, DecodingConfig()) for new in (4, 60))
         engine.prepare([large] * 3)
-        graphs = engine._runner._forward_graphs
+        batch = engine.runner.batch
         asking.run(engine, [small] * 2)
         asking.run(engine, [large] * 3)
-        assert engine._runner._forward_graphs is graphs
+        assert engine.runner.batch is batch
         asking.run(engine, [small] * 4)  # more at once: the longest that was seen still fits
-        graphs = engine._runner._forward_graphs
+        batch = engine.runner.batch
         asking.run(engine, [large])
-        assert engine._runner._forward_graphs is graphs
+        assert engine.runner.batch is batch
 
     @pytest.mark.parametrize("device", ["cuda", "cuda:7"])
     def test_no_gpu(self, tiny, device, monkeypatch):

@@ -11,10 +11,9 @@ import torch
 from sdar_lm_eval import DecodingConfig, GenerationRequest
 from sdar_lm_eval.engines.base import STRATEGIES
 from sdar_lm_eval.engines.native import forecast
+from sdar_lm_eval.engines.native.batch import BatchState, Outcome
 from sdar_lm_eval.engines.native.forecast import Forecast
-from sdar_lm_eval.engines.native.random_numbers import uniform
 from sdar_lm_eval.engines.native.scheduler import Sequence
-from sdar_lm_eval.engines.native.state import BatchState, Outcome
 
 SLOTS, BLOCK = 12, 8
 MASK = 99
@@ -41,9 +40,8 @@ class Device:
 
     def __init__(self):
         self.state = BatchState(
-            SLOTS, BLOCK, 0, 100, MASK, strategies=frozenset(STRATEGIES), penalized=False, uniform=uniform,
-            device=torch.device("cpu"),
-        )  # fmt: skip
+            SLOTS, BLOCK, 0, 100, MASK, strategies=frozenset(STRATEGIES), penalized=False, device=torch.device("cpu")
+        )
 
     def needs(self):
         state = self.state
@@ -52,9 +50,9 @@ class Device:
 
     def step(self, segments, places):
         self.state.segments(segments)
-        place, _ = self.state.masked_positions(places)
-        packed = self.state.advance(place, place % 50, torch.rand(len(place)), torch.rand(len(place)))
-        return self.state.unpack(packed)
+        self.state.masked_positions(places)
+        self.state.advance(torch.arange(places) % 50, torch.rand(places), torch.rand(places))
+        return self.state.unpack(self.state.packed)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

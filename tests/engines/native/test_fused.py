@@ -16,7 +16,9 @@ pytest.importorskip("triton")
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.engines.native import engine as native_engine
-from sdar_lm_eval.engines.native import fused, kernels, runner, unmasking
+from sdar_lm_eval.engines.native import unmasking
+from sdar_lm_eval.engines.native.forward import decoder, fused, graphs
+from sdar_lm_eval.engines.native.kernels import decoder as kernels
 
 REPRODUCIBLE_ROWS = 8
 
@@ -28,14 +30,14 @@ def checkpoint(tmp_path_factory):
 
 def engine_with_kernels(checkpoint, **options):
     engine = make_engine("native", checkpoint, device="cpu", kernels=True, **options)
-    assert engine._runner._decoder is not None
+    assert engine.runner.forward.captures
     return engine
 
 
 def test_the_same_tokens(checkpoint, monkeypatch):
     monkeypatch.setattr(kernels, "SPLIT", 8)  # so that contexts are split
-    monkeypatch.setattr(runner, "PREFILL_TILE", 8)
-    monkeypatch.setattr(fused, "LARGE", 1)  # so that products of few rows have their own kernel
+    monkeypatch.setattr(fused, "PREFILL_TILE", 8)
+    monkeypatch.setattr(decoder, "LARGE", 1)  # so that products of few rows have their own kernel
     settings = [
         {"temperature": 0, "remasking_strategy": "low_confidence_static", "block_length": 2},
         {"temperature": 1.0, "remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.3},
@@ -47,14 +49,14 @@ def test_the_same_tokens(checkpoint, monkeypatch):
     ]
     plain = run(make_engine("native", checkpoint, device="cpu"), requests)
     engine = engine_with_kernels(checkpoint, max_active=3)
-    engine._most_under_way = 2  # as on a GPU
+    engine.steps_in_flight = 2  # as on a GPU
     assert [r.token_ids for r in run(engine, requests)] == [r.token_ids for r in plain]
 
 
 def test_prompts_of_several_tiles(tmp_path, monkeypatch):
     """Of two layers: what attention gave a prompt's tokens shows in the second one's keys and values only."""
     checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, head_dim=64, num_hidden_layers=2)))
-    monkeypatch.setattr(runner, "PREFILL_TILE", 8)
+    monkeypatch.setattr(fused, "PREFILL_TILE", 8)
     decoding = DecodingConfig(temperature=0, remasking_strategy="low_confidence_static")
     requests = [
         GenerationRequest(tuple(range(i, i + length)), 3, decoding, record_steps=True)
@@ -111,10 +113,10 @@ def test_reproducible_to_the_bit(checkpoint, monkeypatch, products):
 
     Row by row is how products come out on Hopper GPUs.
     """
-    monkeypatch.setattr(runner, "REPRODUCIBLE_ROWS", REPRODUCIBLE_ROWS)
+    monkeypatch.setattr(graphs, "REPRODUCIBLE_ROWS", REPRODUCIBLE_ROWS)
     if products == "row by row":
         hopper = types.SimpleNamespace(run_for=lambda *weights: True, product=row_by_row, gated=gated_row_by_row)
-        monkeypatch.setattr(fused, "hopper_kernels", hopper)
+        monkeypatch.setattr(decoder, "hopper", hopper)
     monkeypatch.setattr(native_engine, "PAGE_SIZE", 4)
     settings = [(6, DecodingConfig()), (6, DecodingConfig()), (1, DecodingConfig(top_k=5))]
     requests = [
@@ -132,7 +134,7 @@ def test_reproducible_to_the_bit(checkpoint, monkeypatch, products):
 
     def shape_of(query, keys, values, tiles, scaling):
         rows.add(len(query))
-        tiles_seen.add((tiles.tokens, tiles.alone))
+        tiles_seen.add((tiles.tokens, tiles.batch_invariant))
         return attend(query, keys, values, tiles, scaling)
 
     monkeypatch.setattr(kernels, "attend", shape_of)
@@ -168,7 +170,7 @@ def test_blocks_that_are_too_long_for_the_kernels(checkpoint):
 def test_weights_are_not_there_twice(checkpoint):
     engine = engine_with_kernels(checkpoint)
     attention = engine._model.model.layers[0].self_attn
-    joined = engine._runner._decoder._layers[0].qkv
+    joined = engine.runner.forward.weights.layers[0].qkv
     assert attention.k_proj.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
     assert torch.equal(torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]), joined)
 
@@ -176,7 +178,7 @@ def test_weights_are_not_there_twice(checkpoint):
 def test_moe_runs_with_transformers_modules(tmp_path):
     checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, moe=True, head_dim=64)))
     engine = make_engine("native", checkpoint, device="cpu", kernels=True)
-    assert engine._runner._decoder is None
+    assert not engine.runner.forward.captures
     requests = [GenerationRequest((1, 2, 3, 4, 5), 5, DecodingConfig(temperature=0))]
     plain = run(make_engine("native", checkpoint, device="cpu"), requests)
     assert run(engine, requests)[0].token_ids == plain[0].token_ids

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdar_lm_eval.engines.native.graphs import DRAWING, FORWARD, Graphs, ladder
+from sdar_lm_eval.engines.native.forward.graphs import DRAWING, FORWARD, Graphs, ladder
 
 
 @given(st.sampled_from([FORWARD, DRAWING]), st.integers(1, 5000), st.sampled_from([1, 4, 8, 64]), st.data())

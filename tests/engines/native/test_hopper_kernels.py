@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-hopper = pytest.importorskip("sdar_lm_eval.engines.native.hopper_kernels", exc_type=ImportError)
+hopper = pytest.importorskip("sdar_lm_eval.engines.native.kernels.hopper", exc_type=ImportError)
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not ON_HOPPER, reason="takes a Hopper GPU")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-kernels = pytest.importorskip("sdar_lm_eval.engines.native.kernels", exc_type=ImportError)
+kernels = pytest.importorskip("sdar_lm_eval.engines.native.kernels.decoder", exc_type=ImportError)
 
-from sdar_lm_eval.engines.native import random_numbers, unmasking  # noqa: E402
+from sdar_lm_eval.engines.native import unmasking  # noqa: E402
 
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -151,7 +151,7 @@ def test_attend(dtype, heads, kv_heads, size, block, context, monkeypatch):
     close(got[real], expected[real], dtype)
 
 
-def test_attention_alone_is_set_alike_for_any_number_of_tiles(dtype, monkeypatch):
+def test_batch_invariant_attention_is_set_alike_for_any_number_of_tiles(dtype, monkeypatch):
     """How many columns are taken at once shows in 16 bits' rounding."""
     seen, settings = set(), kernels._attention_settings
 
@@ -162,16 +162,16 @@ def test_attention_alone_is_set_alike_for_any_number_of_tiles(dtype, monkeypatch
     monkeypatch.setattr(kernels, "_attention_settings", keep)
     keys, values = (normal(3, 16, 2, 64, dtype=dtype) for _ in range(2))
 
-    def attend(tiles, *, alone):
+    def attend(tiles, *, batch_invariant):
         number = torch.zeros(tiles, dtype=torch.int64, device=DEVICE)
         pages = torch.ones(1, 1, dtype=torch.int64, device=DEVICE)
-        some = kernels.Tiles(number, number, pages, number, number, tokens=4, splits=1, alone=alone)
+        some = kernels.Tiles(number, number, pages, number, number, tokens=4, splits=1, batch_invariant=batch_invariant)
         kernels.attend(normal(tiles, 4, 64, dtype=dtype), keys, values, some, 1.0)
 
     for tiles in (1, kernels.MANY_PROGRAMS):
-        attend(tiles, alone=True)
+        attend(tiles, batch_invariant=True)
     assert len(seen) == 1
-    attend(1, alone=False)
+    attend(1, batch_invariant=False)
     assert len(seen) == 2
 
 
@@ -190,40 +190,6 @@ def test_attend_over_blocks_of_a_prompt(dtype):
     )
     query = normal(28, heads, size, dtype=dtype)
     close(kernels.attend(query, keys, values, tiles, 0.125), attention(query, keys, values, tiles, 0.125), dtype)
-
-
-@pytest.mark.parametrize("many", [800, 0] if DEVICE != "cpu" else [800])
-def test_attend_over_a_block_and_the_one_before(dtype, many, monkeypatch):
-    """Two blocks of 3 tokens in rows of 4, padding in their middle; the second sees more than the first.
-
-    Beside them a block without the one before, and a tile of padding.
-    """
-    monkeypatch.setattr(kernels, "MANY_PROGRAMS", many)
-    heads, kv_heads, size, page = 8, 2, 64, 16
-    keys, values = (normal(9, page, kv_heads, size, dtype=dtype) for _ in range(2))
-    visible = torch.tensor([33, 33, 33, 0, 36, 36, 36, 0, 21, 21, 21, 0], device=DEVICE)
-    tiles = kernels.Tiles(
-        first=torch.tensor([0, 4, 8], device=DEVICE),
-        count=torch.tensor([8, 0, 4], device=DEVICE),
-        pages=torch.tensor([[3, 1, 5], [2, 6, 4]], device=DEVICE),
-        sequence=torch.tensor([0, 0, 1], device=DEVICE),
-        visible=visible,
-        tokens=8,
-        splits=1,
-    )
-    query = normal(12, heads, size, dtype=dtype)
-    real = visible > 0
-    got = kernels.attend(query, keys, values, tiles, 0.125)
-    close(got[real], attention(query, keys, values, tiles, 0.125)[real], dtype)
-
-
-def test_uniform(dtype):
-    """Seeds of 64 bits, and shapes that broadcast."""
-    seed = torch.tensor([[0], [-1], [2**63 - 1], [123456789012345]], device=DEVICE)
-    position, step = torch.arange(70, device=DEVICE) * 1000003, torch.tensor([[7]], device=DEVICE)
-    got = kernels.uniform(seed, position, step, random_numbers.ORDER)
-    assert torch.equal(got, random_numbers.uniform(seed, position, step, random_numbers.ORDER))
-    assert got.shape == (4, 70)
 
 
 @pytest.mark.parametrize("vocabulary", [5, 711, 9000])

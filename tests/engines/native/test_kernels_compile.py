@@ -16,7 +16,7 @@ COMPILE = """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sdar_lm_eval.engines.native import kernels, state_kernels
+    from sdar_lm_eval.engines.native.kernels import decoder as kernels
 
     BF16, INT64, FP32 = "*bf16", "*i64", "*fp32"
 
@@ -69,11 +69,6 @@ COMPILE = """
         {"HEADS": 32, "KV_HEADS": 8, "SIZE": 128, "GROUP": 8},
         num_warps=4,
     )
-    check(
-        kernels._uniform,
-        {**tensors(INT64, "seed", "position", "step"), "out": FP32},
-        {"PURPOSE": 0, "BLOCK": 128},
-    )
     # Rows of two blocks of 4, few and many, and of a prompt's tile; float32 needs the most shared memory.
     shapes = [(BF16, 32, 16, 1, 1), (BF16, 32, 16, 4, 1000), (BF16, 256, 256, 1, 1000)]
     for type_, rows, fewer, splits, programs in [*shapes, (FP32, 128, 128, 1, 1000)]:
@@ -110,42 +105,6 @@ COMPILE = """
         },
         {"BLOCK": 4096, "CHUNKS": 64, "ENTROPY": True},
     )
-    FLAG, INT32 = "*i1", "*i32"
-    sizes = {"BLOCK": 4, "WIDTH": 4}
-    check(
-        state_kernels._lay_out,
-        {
-            **tensors(FLAG, "active", "uncommitted", "masked", "runs"),
-            **tensors(INT64, "start", "length", "tokens", "before", "table", "slot_out", "count_out"),
-            **tensors(INT64, "tokens_out", "positions_out", "kv_slots_out", "visible_out"),
-            **tensors(INT32, "wants", "segment_of"),
-        },
-        {**sizes, "SLOTS": 256, "PAGE": 16, "SCRATCH": 0, "PAIRED": True},
-        num_warps=1,
-    )
-    check(
-        state_kernels._masked_positions,
-        {
-            **tensors(FLAG, "masked", "runs", "greedy", "greedy_out"),
-            **tensors(INT64, "start", "step", "seed", "row_out"),
-            **tensors(INT32, "wants", "segment_of", "draw_of"),
-            **tensors(FP32, "temperature", "temperature_out", "number_out"),
-        },
-        {**sizes, "SLOTS": 256, "PURPOSE": 0},
-        num_warps=1,
-    )
-    check(
-        state_kernels._advance,
-        {
-            **tensors(FLAG, "runs", "masked", "active", "uncommitted"),
-            **tensors(INT32, "draw_of", "packed"),
-            **tensors(INT64, "drawn", "tokens", "unmasked_at", "before", "start", "step", "given", "room", "length"),
-            **tensors(INT64, "strategy", "quotas", "stop_ids", "seed"),
-            **tensors(FP32, "drawn_confidence", "drawn_entropy", "confidence", "setting"),
-        },
-        {**sizes, "PURPOSE": 1, "DYNAMIC": 0, "SEQUENTIAL": 2, "ENTROPY": 3, "RANDOM": 4},
-        num_warps=1,
-    )
 """
 
 COMPILE_GLUON = """
@@ -154,7 +113,7 @@ COMPILE_GLUON = """
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from sdar_lm_eval.engines.native import hopper_kernels as hopper
+    from sdar_lm_eval.engines.native.kernels import hopper
 
 
     def descriptor(type_, *shape):
@@ -179,7 +138,7 @@ COMPILE_GLUON = """
 @pytest.mark.parametrize("script", [COMPILE, COMPILE_GLUON], ids=["triton", "gluon"])
 def test_for_an_h100(tmp_path, pytestconfig, script):
     if script is COMPILE_GLUON:
-        pytest.importorskip("sdar_lm_eval.engines.native.hopper_kernels", exc_type=ImportError)
+        pytest.importorskip("sdar_lm_eval.engines.native.kernels.hopper", exc_type=ImportError)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # Of what it has compiled before Triton knows the source, its version and the settings.
     cache = getattr(pytestconfig, "cache", None)  # pytest can be told to do without

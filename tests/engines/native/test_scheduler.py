@@ -316,4 +316,4 @@ def test_what_a_discarded_sequence_stored_is_not_found_again():
     assert bad.slot == -1
     assert pool.find(texts[0], 4) == pool.find(texts[1], 4) == shared
     pool.check_integrity([third.pages])
-    assert scheduler.plan().left  # the device goes on with it until it is told
+    assert scheduler.plan().vacated  # the device goes on with it until it is told

@@ -16,9 +16,8 @@ from support import random_checkpoint
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.engines.adapters.jetengine import versions
 from sdar_lm_eval.engines.base import DECODING_SETTINGS
-from sdar_lm_eval.engines.native import engine as engine_module
 from sdar_lm_eval.engines.native import strategies, unmasking
-from sdar_lm_eval.engines.native.state import BatchState
+from sdar_lm_eval.engines.native.runner import Runner
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, codes, full_name
 from sdar_lm_eval.engines.native.strategy import Candidates
 from sdar_lm_eval.engines.registry import ENGINES
@@ -153,6 +152,17 @@ def checkpoint(tmp_path_factory):
     return Checkpoint.open(str(random_checkpoint(tmp_path_factory.mktemp("small"), head_dim=64, num_hidden_layers=1)))
 
 
+def compile_as_a_gpu_does(monkeypatch):
+    """Have an engine on the CPU compile each step's transition, but by PyTorch's own operations."""
+    make = Runner.__init__
+
+    def compiling(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        self.compile(backend="eager")
+
+    monkeypatch.setattr(Runner, "__init__", compiling)
+
+
 class TestOneFileMore:
     """A strategy that is one file in the folder of strategies, and nothing else, decodes by its own rule."""
 
@@ -215,43 +225,22 @@ STRATEGY = Strategy(
         requests = self.requests(STRATEGIES if others else [self.NAME] * 3, temperature=temperature)
         self.check(checkpoint, requests, make_engine("native", checkpoint, device="cpu"), monkeypatch)
 
-    def test_where_kernels_are_on_pytorch_runs_its_rule(self, checkpoint, monkeypatch, caplog):
-        pytest.importorskip("triton")
-        from sdar_lm_eval.engines.native import state_kernels
-
-        caplog.set_level("INFO")
-        monkeypatch.setattr(engine_module, "_resolve_kernels", lambda kernels, device: True)  # as on a GPU
-        monkeypatch.setattr(state_kernels, "_advance", None)
-        engine = make_engine("native", checkpoint, device="cpu")
-        assert engine._runner.is_fused
-        self.check(checkpoint, self.requests([self.NAME, "sequential"], temperature=0), engine, monkeypatch)
-        assert caplog.text.count(f"{self.NAME}: no kernel has this strategy") == 1
-
-    def test_kernels_that_were_asked_for_refuse_it(self, checkpoint):
+    @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside all others"])
+    def test_with_kernels(self, checkpoint, monkeypatch, others):
         pytest.importorskip("triton")
         engine = make_engine("native", checkpoint, device="cpu", kernels=True)
-        refused, allowed = self.requests([self.NAME, "sequential"], temperature=0)
-        for ask in (engine.prepare, lambda requests: next(engine.generate(requests))):
-            with pytest.raises(UserError, match=rf"kernels=true: no kernel has remasking_strategy={self.NAME}\. Leave"):
-                ask([allowed, refused])
-        engine.prepare([allowed])
+        assert engine.runner.forward.captures
+        names = [*STRATEGIES] if others else [self.NAME]
+        self.check(checkpoint, self.requests(names, temperature=0), engine, monkeypatch)
 
-    def test_a_kernel_never_takes_it_for_another(self):
-        state_kernels = pytest.importorskip("sdar_lm_eval.engines.native.state_kernels", exc_type=ImportError)
-        state = BatchState(
-            1, 4, 0, 9, 8, strategies=frozenset(STRATEGIES), penalized=False, uniform=None, device=torch.device("cpu")
-        )
-        drawn = torch.zeros(3, 4)
-        with pytest.raises(NotImplementedError, match=f"does not implement {self.NAME}"):
-            state_kernels.advance(state, *drawn, state.pack_nothing())
+    def test_a_gpu_compiles_its_rule(self, checkpoint, monkeypatch):
+        """Here by the compiler's front end alone, which refuses what a GPU would refuse."""
+        compile_as_a_gpu_does(monkeypatch)
+        requests = self.requests([*STRATEGIES], temperature=1.0)
+        self.check(checkpoint, requests, make_engine("native", checkpoint, device="cpu"), monkeypatch)
 
     def test_is_named_where_names_are(self):
         assert read_generation({"strategy": "timid"}, {}).decoding.remasking_strategy == self.NAME
         with pytest.raises(UserError, match=r"choose one of .*, two_least_confident\. Did you mean 'two_least_conf"):
             DecodingConfig(remasking_strategy="two_least_confidant")
         assert f"{self.NAME} (or timid)" in strategies.spellings()
-
-
-def test_the_kernel_has_those_that_say_so():
-    state_kernels = pytest.importorskip("sdar_lm_eval.engines.native.state_kernels", exc_type=ImportError)
-    assert set(state_kernels.IMPLEMENTED) == {name for name, strategy in STRATEGIES.items() if strategy.has_kernel}

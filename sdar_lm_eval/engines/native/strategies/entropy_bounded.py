@@ -32,5 +32,4 @@ STRATEGY = Strategy(
     count=within_bound,
     needs_entropy=True,
     uses_schedule=False,
-    has_kernel=True,
 )

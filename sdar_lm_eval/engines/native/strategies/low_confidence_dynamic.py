@@ -22,5 +22,4 @@ STRATEGY = Strategy(
     source="JetAstra/SDAR, generate.py (commit c2041a8)",
     setting="confidence_threshold",
     count=above_threshold,
-    has_kernel=True,
 )

@@ -9,5 +9,4 @@ STRATEGY = Strategy(
     short="static",
     source="JetAstra/SDAR, generate.py (commit c2041a8)",
     setting="denoising_steps",
-    has_kernel=True,
 )

@@ -21,5 +21,4 @@ STRATEGY = Strategy(
     setting="denoising_steps",
     order=random_order,
     is_random=True,
-    has_kernel=True,
 )

@@ -20,5 +20,4 @@ STRATEGY = Strategy(
     source="JetAstra/SDAR, generate.py (commit c2041a8)",
     setting="denoising_steps",
     order=leftmost_first,
-    has_kernel=True,
 )

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sdar_lm_eval.engines.native.branches import BranchBatch, branch_attention
+from sdar_lm_eval.engines.native.scoring.branches import BranchBatch, branch_attention
 
 NAME = "sdar_paged"
 

@@ -21,7 +21,7 @@ import torch
 
 from sdar_lm_eval import likelihood
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult, not_finite
-from sdar_lm_eval.engines.native.branches import BranchBatch, sight
+from sdar_lm_eval.engines.native.scoring.branches import BranchBatch, sight
 from sdar_lm_eval.engines.runs import Failures
 from sdar_lm_eval.errors import UserError
 

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdar_lm_eval.engines.native.runner import _in_parts, _of_like_length
+from sdar_lm_eval.engines.native.forward.fused import in_parts
+from sdar_lm_eval.engines.native.forward.modules import of_like_length
+from sdar_lm_eval.engines.native.scheduler import Chunk
 
 
 def lengths(*wanted, most_padding):
-    chunks = [(None, 100, 100 + length) for length in wanted]
-    return [[end - start for _, start, end in group] for group in _of_like_length(chunks, most_padding)]
+    chunks = [Chunk(None, 100, 100 + length) for length in wanted]
+    return [[end - start for _, start, end in group] for group in of_like_length(chunks, most_padding)]
 
 
 def test_short_chunks_are_not_padded_to_long_ones():
@@ -30,8 +32,8 @@ def test_every_chunk_once_and_no_more_padding_than_allowed(wanted, most_padding)
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.sampled_from([1, 3, 4, 8])), min_size=1), st.integers(0, 40))
 def test_parts_are_cut_between_blocks(wanted, most):
-    chunks = [(SimpleNamespace(block_length=length), length, length * (1 + blocks)) for blocks, length in wanted]
-    parts = list(_in_parts(chunks, most))
+    chunks = [Chunk(SimpleNamespace(block_length=length), length, length * (1 + blocks)) for blocks, length in wanted]
+    parts = list(in_parts(chunks, most))
     for part in parts:
         assert part
         assert all((end - start) % s.block_length == 0 and end > start for s, start, end in part)

@@ -6,7 +6,6 @@ import bisect
 import functools
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import torch
 
@@ -27,6 +26,8 @@ DRAWING = (
     1088, 1200, 1264, 1344, 1456, 1536,
 )  # fmt: skip
 MORE = 256  # from there on
+# Rows of every matrix product where results have to be reproducible, and a product's rounding depends on its rows.
+REPRODUCIBLE_ROWS = 512
 
 
 def ladder(rungs: Sequence[int], largest: int, rows: int = 1) -> tuple[int, ...]:
@@ -36,6 +37,16 @@ def ladder(rungs: Sequence[int], largest: int, rows: int = 1) -> tuple[int, ...]
         rungs.append(rungs[-1] + MORE)
     sizes = sorted({-(-rung // rows) for rung in rungs})
     return tuple(sizes[: bisect.bisect_left(sizes, largest) + 1])
+
+
+def multiples(unit: int, largest: int) -> tuple[int, ...]:
+    """Multiples of `unit`, up to the first that is not below `largest`."""
+    return tuple(range(unit, largest + unit, unit))
+
+
+def rounded_up(sizes: Sequence[int], size: int) -> int:
+    """The smallest of these ascending sizes that is not below `size`."""
+    return sizes[bisect.bisect_left(sizes, size)]
 
 
 class Graphs:
@@ -52,8 +63,8 @@ class Graphs:
 
     def __init__(self, run: Callable[..., None], sizes: Sequence[int], *, enabled: bool) -> None:
         self._run, self._sizes, self._enabled = run, sizes, enabled
-        self._graphs: dict[Hashable, Any] = {}
-        self._pool: Any = None
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool: torch.cuda._POOL_HANDLE | None = None
         self._told = False
 
     def __call__(self, size: int, *others: Hashable) -> None:
@@ -61,7 +72,7 @@ class Graphs:
         if not self._enabled:
             self._run(size, *others)
             return
-        key = (self._sizes[bisect.bisect_left(self._sizes, size)], *others)
+        key = (rounded_up(self._sizes, size), *others)
         if key in self._graphs:
             self._graphs[key].replay()
         else:
@@ -78,12 +89,12 @@ class Graphs:
                     logger.warning("No memory is left for CUDA graphs: some steps run without, and take longer.")
                 self._told = True
 
-    def _capture(self, key: tuple[Any, ...]) -> Any:
+    def _capture(self, key: tuple[Hashable, ...]) -> torch.cuda.CUDAGraph:
         # By hand, since torch.cuda.graph waits for the GPU and gives its free memory back first: the GPU goes on with
         # the run before meanwhile.
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(_capture_stream(torch.cuda.current_device())):
-            graph.capture_begin(**({"pool": self._pool} if self._pool else {}))
+            graph.capture_begin(pool=self._pool)
             try:
                 self._run(*key)
             finally:
@@ -93,6 +104,6 @@ class Graphs:
 
 
 @functools.cache
-def _capture_stream(device: int) -> Any:
+def _capture_stream(device: int) -> torch.cuda.Stream:
     """One for a GPU: cuBLAS keeps memory for every stream that it has run in."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

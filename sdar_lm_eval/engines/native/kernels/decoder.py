@@ -228,7 +228,7 @@ class Tiles:
         visible: leading tokens of its sequence that each token sees, (T,) int64; 0 for padding within a tile.
         tokens: most tokens of a tile.
         splits: of the longest context.
-        alone: whether what comes out, of 16 bits, should not depend on the number of tiles.
+        batch_invariant: whether results of 16 bits have to be the same for any number of tiles.
     """
 
     first: torch.Tensor
@@ -238,7 +238,7 @@ class Tiles:
     visible: torch.Tensor
     tokens: int
     splits: int
-    alone: bool = False
+    batch_invariant: bool = False
 
 
 @triton.jit
@@ -357,7 +357,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     assert tiles.pages.is_contiguous()
     rows = max(16, triton.next_power_of_2(tiles.tokens * (heads // kv_heads)))
     fewer = rows // 2 if 16 < rows <= 64 else rows  # of a tile that is half full: a block without the one before it
-    programs = MANY_PROGRAMS + 1 if tiles.alone else len(tiles.first) * kv_heads
+    programs = MANY_PROGRAMS + 1 if tiles.batch_invariant else len(tiles.first) * kv_heads
     columns, warps, stages = _attention_settings(rows, programs, query.dtype.itemsize)
     out = torch.empty_like(query)
     target, sums = out, out
@@ -377,32 +377,6 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
 
 
 # Drawing tokens
-
-
-@triton.jit
-def random_number(seed, position, step, PURPOSE: tl.constexpr):
-    """`random_numbers.uniform` in a kernel: the same numbers. `position` is a block, the others that or scalars."""
-    first = position.to(tl.uint32)
-    zero = first * 0
-    bits, _, _, _ = tl.philox(seed + zero.to(tl.int64), first, step.to(tl.uint32) + zero, zero + PURPOSE, zero)
-    return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
-
-
-@triton.jit
-def _uniform(seed, position, step, out, size, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < size
-    seeds, steps = tl.load(seed + row, mask=inside, other=0), tl.load(step + row, mask=inside, other=0)
-    number = random_number(seeds, tl.load(position + row, mask=inside, other=0), steps, PURPOSE)
-    tl.store(out + row, number, mask=inside)
-
-
-def uniform(seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor, purpose: int) -> torch.Tensor:
-    """`random_numbers.uniform` in one kernel: the same numbers."""
-    seed, position, step = (t.contiguous() for t in torch.broadcast_tensors(seed, position, step))
-    out = torch.empty(seed.shape, dtype=torch.float32, device=seed.device)
-    _uniform[(triton.cdiv(out.numel(), 128),)](seed, position, step, out, out.numel(), purpose, 128)
-    return out
 
 
 @triton.jit

@@ -1,0 +1,63 @@
+"""What a forward is: prompts and blocks through the model, and hidden states and logits back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as SequenceOf
+
+import torch
+
+from sdar_lm_eval.engines.native.batch import Segments
+from sdar_lm_eval.engines.native.forward.cache import Addresses
+from sdar_lm_eval.engines.native.scheduler import Chunk
+
+
+class Forward(ABC):
+    """One way to run the model over a paged KV cache.
+
+    Attributes:
+        longest_block: most tokens of a block.
+        fixed_rows: whether every matrix product has the same number of rows, for results to be reproducible.
+        captures: whether a CUDA graph can capture `run`, `hidden` and `logits`.
+    """
+
+    longest_block: int
+    fixed_rows = False
+    captures = False
+
+    @abstractmethod
+    def sizes(self, slots: int, block: int) -> tuple[int, ...]:
+        """The numbers of segments that CUDA graphs are captured for, ascending, up to what N = `slots` can need.
+
+        Args:
+            slots: N.
+            block: L, tokens of a segment.
+        """
+
+    @abstractmethod
+    def reserve(self, segments: int, block: int, positions: int) -> None:
+        """Have memory for forwards of so many segments of `block` tokens, at positions below `positions`."""
+
+    @abstractmethod
+    def context_key(self, context: int) -> int:
+        """The context as far as a forward's kernels depend on it: `run` takes this in the place of `context`.
+
+        Args:
+            context: most tokens that any token of the forward sees.
+        """
+
+    @abstractmethod
+    def prefill(self, chunks: SequenceOf[Chunk]) -> None:
+        """Store keys and values of chunks."""
+
+    @abstractmethod
+    def run(self, segments: Segments, addresses: Addresses, context: int) -> None:
+        """Run the tokens of S segments, and store their keys and values. `hidden` then reads what came out."""
+
+    @abstractmethod
+    def hidden(self, row: torch.Tensor) -> torch.Tensor:
+        """The last hidden states (M, D) of some tokens of the last `run`, by their rows (M,) among S * L."""
+
+    @abstractmethod
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (M, V) of last hidden states (M, D)."""

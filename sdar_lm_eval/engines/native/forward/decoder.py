@@ -1,0 +1,149 @@
+"""A dense decoder for a GPU: packed tokens, joined projections, and the kernels of `kernels/`.
+
+It computes what transformers' Qwen3Model computes, from the same weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from sdar_lm_eval.engines.native.kernels import decoder as kernels
+from sdar_lm_eval.family import DecoderWeights, LayerWeights
+
+hopper: Any
+try:
+    from sdar_lm_eval.engines.native.kernels import hopper
+except (ImportError, AttributeError):  # Triton is older than 3.6
+    hopper = None
+
+HEAD_DIMS = (64, 128)
+# From so many weights on `kernels.few_rows` takes the place of cuBLAS, where there are few rows: what takes the time is
+# reading the weights, and it reads faster (SDAR-4B's products of a layer on an H100: 79 us in the place of 88).
+LARGE = 1 << 20
+SPLITS = 4  # of the products with an output as narrow as the model's state, which make too few programs otherwise
+
+
+class FusedDecoder:
+    """A dense decoder; its LM head apart (`logits`).
+
+    Args:
+        weights: on their device already.
+        batch_invariant: whether the result of a token should not depend on other tokens, where that is possible.
+
+    Attributes:
+        batch_invariant: whether the result of a token does not: `hopper` runs the products, on a Hopper GPU.
+    """
+
+    def __init__(self, weights: DecoderWeights, *, batch_invariant: bool = False) -> None:
+        self._weights, self._device = weights, weights.norm.device
+        self._half, self._scaling = weights.head_dim // 2, weights.head_dim**-0.5
+        self._cos_sin = torch.empty(0, weights.head_dim, device=self._device)
+        first = weights.layers[0]
+        self._on_hopper = runs_on_hopper(first.gate_up)
+        biased = first.qkv_bias is not None or first.o_bias is not None
+        on_hopper = self._on_hopper and runs_on_hopper(first.qkv, first.o, first.down, weights.head)
+        self.batch_invariant = batch_invariant and on_hopper and not biased
+
+    def reserve(self, length: int) -> None:
+        """Make ready for positions below `length`."""
+        if len(self._cos_sin) < length:
+            cos, sin = self._weights.rotary(torch.arange(length, device=self._device)[None])  # (1, length, size)
+            halves = [cos[0, :, : self._half], sin[0, :, : self._half]]
+            self._cos_sin = torch.cat(halves, dim=-1).contiguous()
+
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        places: torch.Tensor,
+        tiles: kernels.Tiles,
+        cache: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run T packed tokens, and store their keys and values.
+
+        Args:
+            tokens, positions: (T,) int64.
+            places: (T,) int64 into pages * page size, where keys and values go.
+            tiles: what attends to what.
+            cache: (layers, 2, pages, page size, KV heads, head size).
+
+        Returns:
+            What `finish` takes, of the last layer: what attention gives, (T, heads * size), and its input, (T, D).
+        """
+
+        layers = self._weights.layers
+
+        def attention(
+            layer: LayerWeights, kv: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            keys, values = kv
+            normed, added = kernels.add_norm(x, residual, layer.input_norm, self._weights.eps)
+            query = kernels.norm_rope_store(
+                self._product(normed, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, self._cos_sin, positions,
+                places, keys, values, self._weights.eps,
+            )  # fmt: skip
+            return kernels.attend(query, keys, values, tiles, self._scaling).flatten(1), added
+
+        seen, residual = attention(layers[0], cache[0], self._weights.embedding[tokens], None)
+        for before, layer, kv in zip(layers, layers[1:], cache[1:], strict=False):
+            seen, residual = attention(layer, kv, *self._behind_attention(before, seen, residual))
+        return seen, residual
+
+    def finish(self, seen: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The last hidden states (T, D) of the tokens whose logits are wanted; `residual` is written to."""
+        x, residual = self._behind_attention(self._weights.layers[-1], seen, residual)
+        return kernels.add_norm(x, residual, self._weights.norm, self._weights.eps)[0]
+
+    def _behind_attention(
+        self, layer: LayerWeights, seen: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self._product(seen, layer.o, layer.o_bias, splits=SPLITS)
+        normed, residual = kernels.add_norm(x, residual, layer.post_norm, self._weights.eps)
+        if self.batch_invariant:
+            active = hopper.gated(normed, layer.gate_up)
+        else:
+            active = activated(normed, layer.gate_up, on_hopper=self._on_hopper)
+        return self._product(active, layer.down, splits=SPLITS), residual
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of last hidden states, (M, D) -> (M, V)."""
+        return self._product(hidden, self._weights.head) if self.batch_invariant else linear(hidden, self._weights.head)
+
+    def _product(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, splits: int = 1
+    ) -> torch.Tensor:
+        if self.batch_invariant:
+            result: torch.Tensor = hopper.product(x, weight)
+            return result
+        return product(x, weight, bias, splits=splits)
+
+
+def runs_on_hopper(*weights: torch.Tensor) -> bool:
+    """Whether `hopper` multiplies by such weights here: by gate and up, joined, or by several plain ones."""
+    return hopper is not None and hopper.run_for(*weights)
+
+
+def activated(x: torch.Tensor, gate_up: torch.Tensor, *, on_hopper: bool) -> torch.Tensor:
+    """silu(x @ gate.T) * (x @ up.T) of joined weights, by what is quickest for so many rows."""
+    if _is_streamed(x, gate_up):
+        return kernels.few_rows(x, gate_up, gated=True)
+    if on_hopper and len(x) >= hopper.FEWEST_ROWS:
+        result: torch.Tensor = hopper.gated(x, gate_up)
+        return result
+    return kernels.silu_mul(linear(x, gate_up))
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, splits: int = 1
+) -> torch.Tensor:
+    """x @ weight.T + bias, of few rows perhaps in splits, for `kernels.add_norm` to add up."""
+    if bias is None and _is_streamed(x, weight, splits):
+        return kernels.few_rows(x, weight, splits=splits)
+    return linear(x, weight, bias)
+
+
+def _is_streamed(x: torch.Tensor, weight: torch.Tensor, splits: int = 1) -> bool:
+    return len(x) <= kernels.FEW_ROWS and weight.numel() >= LARGE and x.shape[1] % (16 * splits) == 0

@@ -1,0 +1,181 @@
+"""A forward of a dense model by Triton kernels: packed tokens, no padding within a prompt, CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sdar_lm_eval.engines.native.batch import Segments
+from sdar_lm_eval.engines.native.forward import graphs
+from sdar_lm_eval.engines.native.forward.base import Forward
+from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
+from sdar_lm_eval.engines.native.forward.decoder import FusedDecoder
+from sdar_lm_eval.engines.native.kernels import decoder as kernels
+from sdar_lm_eval.engines.native.scheduler import Chunk
+from sdar_lm_eval.engines.native.transfer import to_device
+from sdar_lm_eval.family import DecoderWeights
+
+SPLITS_BUDGET_BYTES = 1 << 30  # of partial results in prefill, where attention splits a context
+QUERY_BYTES = 128 << 10
+PREFILL_TILE = 32  # tokens of a prompt that one program of the attention kernel takes
+
+
+class FusedForward(Forward):
+    """Runs the fused decoder.
+
+    Args:
+        weights: of the model.
+        cache: where keys and values go.
+        reproducible: whether a sequence's results have to be the same to the bit whatever runs beside it.
+    """
+
+    captures = True
+
+    def __init__(self, weights: DecoderWeights, cache: PagedCache, *, reproducible: bool) -> None:
+        self.weights = weights
+        self._decoder = FusedDecoder(weights, batch_invariant=reproducible)
+        self._cache, self._reproducible = cache, reproducible
+        self._device, self._dtype = weights.norm.device, weights.norm.dtype
+        # Without batch-invariant products, rounding depends on their number of rows.
+        self.fixed_rows = reproducible and not self._decoder.batch_invariant
+        outputs = weights.layers[0].o.shape[1]  # heads * size
+        self._sizes = (outputs, len(weights.norm))
+        # The attention kernel holds the queries of a block that share a KV head.
+        self.longest_block = min(QUERY_BYTES // (outputs // cache.kv_heads * self._dtype.itemsize), 128)
+        self._block = 1
+
+    def sizes(self, slots: int, block: int) -> tuple[int, ...]:
+        """See `Forward.sizes`."""
+        if self.fixed_rows:
+            return graphs.multiples(max(graphs.REPRODUCIBLE_ROWS // block, 1), 2 * slots)
+        return graphs.ladder(graphs.FORWARD, 2 * slots, block)
+
+    def reserve(self, segments: int, block: int, positions: int) -> None:
+        """See `Forward.reserve`."""
+        self._block = block
+        # A graph's outputs stay where they are: `run` of any size writes here, and `hidden` reads from here.
+        self._outputs = [
+            torch.zeros(segments * block, size, dtype=self._dtype, device=self._device) for size in self._sizes
+        ]
+        self._first = torch.arange(0, segments * block, block, device=self._device)
+        self._decoder.reserve(positions)
+
+    def context_key(self, context: int) -> int:
+        """See `Forward.context_key`: whole splits, a power of two of them, since each number takes its own kernel."""
+        return self._splits(context) * kernels.SPLIT
+
+    def _splits(self, context: int) -> int:
+        return 1 << (-(-context // kernels.SPLIT) - 1).bit_length()
+
+    # Blocks
+
+    def run(self, segments: Segments, addresses: Addresses, context: int) -> None:
+        """See `Forward.run`."""
+        block, count = self._block, len(segments.slot)
+        # A block and its predecessor can be one tile of attention, which loads their keys and values once.
+        paired = block <= PREFILL_TILE // 2 and not self._reproducible
+        counts = segments.following * block if paired else segments.length
+        tokens = segments.tokens.flatten()
+        positions, visible, kv_slots = (column.flatten() for column in addresses)
+        # Splitting is safe: a block to be committed precedes its successor, so its KV is written first.
+        together = self._together if self.fixed_rows else count
+        for begin in range(0, count, together):
+            some, rows = slice(begin, begin + together), slice(begin * block, (begin + together) * block)
+            tiles = kernels.Tiles(
+                self._first[: len(counts[some])], counts[some], self._cache.table, segments.slot[some], visible[rows],
+                block * (1 + paired), self._splits(context), batch_invariant=self._reproducible,
+            )  # fmt: skip
+            outputs = self._run(tokens[rows], positions[rows], kv_slots[rows], tiles)
+            for stored, output in zip(self._outputs, outputs, strict=True):
+                stored[rows] = output
+
+    @property
+    def _together(self) -> int:
+        """Segments of a product of fixed size."""
+        return max(graphs.REPRODUCIBLE_ROWS // self._block, 1)
+
+    def hidden(self, row: torch.Tensor) -> torch.Tensor:
+        """See `Forward.hidden`."""
+        seen, residual = (stored[row] for stored in self._outputs)
+        return self._decoder.finish(seen, residual)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `Forward.logits`."""
+        return self._decoder.logits(hidden)
+
+    # Prompts
+
+    def prefill(self, chunks: SequenceOf[Chunk]) -> None:
+        """See `Forward.prefill`. All chunks are one row of tokens, or a few where memory is short."""
+        if self.fixed_rows:
+            rows = self._together * self._block
+            for part in in_parts(chunks, rows):
+                self._prefill(part, padded_to=rows)
+            return
+        heads, _ = self._sizes
+        bytes_per_token = 4 * heads * self._splits(max(chunk.end for chunk in chunks))
+        for part in in_parts(chunks, SPLITS_BUDGET_BYTES // bytes_per_token):
+            self._prefill(part, padded_to=0)
+
+    def _prefill(self, chunks: SequenceOf[Chunk], padded_to: int) -> None:
+        slot, length = np.array([(chunk.sequence.slot, chunk.sequence.block_length) for chunk in chunks]).T
+        begin, end = np.array([(chunk.start, chunk.end) for chunk in chunks]).T
+        size = end - begin
+        token = np.concatenate([chunk.sequence.tokens[chunk.start : chunk.end] for chunk in chunks])
+        owner, offset = flattened(size)
+        position = begin[owner] + offset
+        kv_slot = self._cache.kv_slots(slot[owner], position)
+        visible = (position // length[owner] + 1) * length[owner]
+        # The KV of padding goes to the scratch page, and padding sees nothing.
+        padding = ((0, 0), (0, max(padded_to - len(token), 0)))
+        # Separate copies: Triton specialises on pointer alignment, and slices of one buffer would compile others.
+        tokens, positions, kv_slots, all_visible = (
+            to_device(column, self._device) for column in np.pad([token, position, kv_slot, visible], padding)
+        )
+        # The answer of a preempted sequence is prefilled, and has to give what its blocks gave.
+        tile_tokens = self._block if self._reproducible else PREFILL_TILE
+        owner, number = flattened(-(-size // tile_tokens))  # of each tile: its chunk, and its index within the chunk
+        first = (size.cumsum() - size)[owner] + number * tile_tokens
+        count = np.minimum(size[owner] - number * tile_tokens, tile_tokens)
+        firsts, counts, slots = (to_device(column, self._device) for column in (first, count, slot[owner]))
+        tiles = kernels.Tiles(
+            firsts, counts, self._cache.table, slots, all_visible, tile_tokens, self._splits(int(end.max())),
+            batch_invariant=self._reproducible,
+        )  # fmt: skip
+        self._run(tokens, positions, kv_slots, tiles)
+
+    def _run(
+        self, tokens: torch.Tensor, positions: torch.Tensor, kv_slots: torch.Tensor, tiles: kernels.Tiles
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._cache.kv is not None
+        return self._decoder(tokens, positions, kv_slots, tiles, self._cache.kv)
+
+
+def in_parts(chunks: SequenceOf[Chunk], tokens: int) -> Iterator[list[Chunk]]:
+    """Cut chunks between blocks into parts of at most so many tokens together, or of one block."""
+    part: list[Chunk] = []
+    room = tokens
+    for sequence, start, end in chunks:
+        begin, length = start, sequence.block_length
+        while begin < end:
+            blocks = max(room // length, 0 if part else 1)
+            if blocks:
+                stop = min(begin + blocks * length, end)
+                part.append(Chunk(sequence, begin, stop))
+                room -= stop - begin
+                begin = stop
+            if begin < end:
+                yield part
+                part, room = [], tokens
+    if part:
+        yield part
+
+
+def flattened(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Flatten ragged counts (n,): for every part its owner's index, and its index within that owner."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (counts.cumsum() - counts)[owner]

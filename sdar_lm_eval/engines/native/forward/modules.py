@@ -1,0 +1,106 @@
+"""A forward by transformers' modules: any model that transformers holds, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from sdar_lm_eval.engines.base import MAX_BLOCK_LENGTH
+from sdar_lm_eval.engines.native.batch import Segments
+from sdar_lm_eval.engines.native.forward.attention import PagedBatch
+from sdar_lm_eval.engines.native.forward.base import Forward
+from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
+from sdar_lm_eval.engines.native.scheduler import Chunk
+from sdar_lm_eval.engines.native.transfer import to_device
+
+# Padding tokens of a prefill forward, at most: one forward more costs about as much.
+MOST_PADDING = {"cpu": 64, "cuda": 1024}
+
+
+class ModulesForward(Forward):
+    """Runs transformers' modules, whose attention is `attention.paged_attention`.
+
+    Args:
+        model: transformers' model with that attention.
+        cache: where keys and values go.
+    """
+
+    longest_block = MAX_BLOCK_LENGTH
+
+    def __init__(self, model: PreTrainedModel, cache: PagedCache) -> None:
+        self._model, self._cache = model, cache
+        self._device: torch.device = model.device
+        self._hidden = torch.empty(0)
+
+    def sizes(self, slots: int, block: int) -> tuple[int, ...]:
+        """See `Forward.sizes`: nothing is captured."""
+        return (2 * slots,)
+
+    def reserve(self, segments: int, block: int, positions: int) -> None:
+        """See `Forward.reserve`."""
+        # A graph that draws tokens reads from here.
+        size = (segments * block, self._model.config.hidden_size)
+        self._hidden = torch.zeros(size, dtype=self._model.dtype, device=self._device)
+
+    def context_key(self, context: int) -> int:
+        """See `Forward.context_key`: whole pages."""
+        return -(-context // self._cache.page_size) * self._cache.page_size
+
+    def prefill(self, chunks: SequenceOf[Chunk]) -> None:
+        """See `Forward.prefill`. A forward's rows are chunks of like length."""
+        for rows in of_like_length(chunks, MOST_PADDING[self._device.type]):
+            tokens = np.zeros((len(rows), max(chunk.size for chunk in rows)), dtype=np.int64)
+            for row, chunk in enumerate(rows):
+                tokens[row, : chunk.size] = chunk.sequence.tokens[chunk.start : chunk.end]
+            columns = [(c.sequence.slot, c.start, c.size, c.sequence.block_length) for c in rows]
+            slot, start, count, length = to_device(np.array(columns).T, self._device)
+            offsets = torch.arange(tokens.shape[1], device=self._device)
+            addresses = self._cache.addresses(slot, start, count, length, offsets)
+            self._run(slot, to_device(tokens, self._device), addresses, max(chunk.end for chunk in rows))
+
+    def run(self, segments: Segments, addresses: Addresses, context: int) -> None:
+        """See `Forward.run`."""
+        hidden = self._run(segments.slot, segments.tokens, addresses, context).flatten(0, 1)
+        self._hidden[: len(hidden)] = hidden
+
+    def hidden(self, row: torch.Tensor) -> torch.Tensor:
+        """See `Forward.hidden`."""
+        return self._hidden[row]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `Forward.logits`."""
+        logits: torch.Tensor = self._model.lm_head(hidden)
+        return logits
+
+    def _run(self, slot: torch.Tensor, tokens: torch.Tensor, addresses: Addresses, context: int) -> torch.Tensor:
+        """Run B rows of Q tokens, each of one slot's sequence; returns the last hidden states (B, Q, D)."""
+        assert self._cache.kv is not None
+        pages = self._cache.table[:, : -(-context // self._cache.page_size)][slot]  # (B, P)
+        hidden: torch.Tensor = self._model.model(
+            input_ids=tokens,
+            position_ids=addresses.positions,
+            # Every transformers version hands a four-dimensional mask through untouched; nobody reads this one.
+            attention_mask=torch.empty(len(tokens), 1, 1, 1, dtype=self._model.dtype, device=self._device),
+            batch=PagedBatch(self._cache.kv, pages, addresses.kv_slots, addresses.visible.clamp(min=1)),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden
+
+
+def of_like_length(chunks: SequenceOf[Chunk], most_padding: int) -> Iterator[list[Chunk]]:
+    """Group chunks so that padding a group's chunks to its longest takes at most so many tokens."""
+    group: list[Chunk] = []
+    longest = padding = 0
+    for chunk in sorted(chunks, key=lambda chunk: -chunk.size):
+        padding += longest - chunk.size
+        if group and padding > most_padding:
+            yield group
+            group = []
+        if not group:
+            longest, padding = chunk.size, 0
+        group.append(chunk)
+    yield group

@@ -1,0 +1,193 @@
+"""The loop of a run: schedule -> launch -> settle, step after step, until every sequence is finished."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
+
+import torch
+
+from sdar_lm_eval.engines.base import GenerationResult, end_of_answer
+from sdar_lm_eval.engines.native.batch import Outcome
+from sdar_lm_eval.engines.native.runner import Runner
+from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
+from sdar_lm_eval.engines.runs import is_out_of_memory
+from sdar_lm_eval.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+Finished = tuple[int, GenerationResult]
+"""A request's index, and its result."""
+
+
+class Occupant(NamedTuple):
+    """Who was in a slot when a step was launched: another sequence, or another stay, has another turn."""
+
+    sequence: Sequence
+    turn: int
+
+
+class Loop:
+    """Runs sequences to their ends.
+
+    On a GPU the next step is launched before the step in flight is done. The device knows which sequences are finished,
+    except by a stop string: stop strings are found on the host, one step late. Such a sequence runs one more step,
+    whose result is discarded.
+
+    Args:
+        scheduler: says which sequence runs next.
+        runner: runs steps; it has memory for the scheduler's sequences.
+        decode: token ids to text, for stop strings.
+        in_flight: most steps that are launched and not collected.
+
+    Attributes:
+        suspects: indices of sequences whose logits are not numbers; they have no result.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, decode: Callable[[SequenceOf[int]], str], in_flight: int
+    ) -> None:
+        self._scheduler, self._runner, self._decode = scheduler, runner, decode
+        self._most_in_flight = in_flight
+        self._in_flight: deque[dict[int, Occupant]] = deque()  # for each step, who was in which slot
+        self._finished: list[Finished] = []
+        self.suspects: list[int] = []
+
+    def run(self) -> Iterator[Finished]:
+        """Give out each result as its sequence finishes.
+
+        Raises:
+            EngineError: memory does not suffice for one sequence.
+        """
+        while self._scheduler.unfinished:
+            try:
+                scheduled = self._schedule()
+                launched = self._launch()
+            except BaseException as error:
+                yield from self._give_out()
+                if not is_out_of_memory(error):
+                    raise
+                self._make_room(error)
+                continue
+            # While answers are given out, the GPU runs the step that was just launched.
+            yield from self._give_out()
+            if not (scheduled or launched or self._in_flight):
+                raise EngineError(
+                    f"the engine stands still with {len(self._scheduler.running)} unfinished sequences: this should "
+                    "never happen. Finished answers are kept (--use_cache); run again with a smaller max_active."
+                )
+            if self._in_flight and (not launched or len(self._in_flight) == self._most_in_flight):
+                self._settle()
+            if self._most_in_flight == 1:
+                yield from self._give_out()
+        yield from self._give_out()
+
+    def _give_out(self) -> Iterator[Finished]:
+        finished, self._finished = self._finished, []
+        yield from finished
+
+    def _schedule(self) -> bool:
+        """Admit, prefill, and put into the batch what there is room for; returns whether there was anything."""
+        plan = self._scheduler.plan()
+        self._runner.stop(plan.vacated)
+        self._runner.set_pages(plan.paged)
+        if plan.prefill:
+            now = time.perf_counter()
+            self._runner.prefill(plan.prefill)
+            for sequence, _, end in plan.prefill:
+                self._scheduler.prefilled(sequence, end)
+                sequence.prefill_forwards += 1
+                sequence.started = sequence.started or now
+        self._runner.begin(plan.starting)
+        for sequence in plan.starting:
+            sequence.begun = True
+            sequence.started = sequence.started or time.perf_counter()
+        return bool(plan.prefill or plan.starting)
+
+    def _launch(self) -> bool:
+        """Start a step; returns whether anything runs."""
+        running = self._scheduler.running
+        # With another step in flight, a sequence may begin the block after the one that the host knows of.
+        blocks = self._most_in_flight
+        context = max((min(s.block_start + blocks * s.block_length, s.longest) for s in running), default=0)
+        if not running or not self._runner.launch(context):
+            return False
+        self._in_flight.append({sequence.slot: Occupant(sequence, sequence.turn) for sequence in running})
+        return True
+
+    def _settle(self) -> None:
+        """Take over what the oldest step in flight did."""
+        outcome, occupants = self._runner.collect(), self._in_flight.popleft()
+        any_stuck = outcome.stuck.any()
+        for slot in outcome.took_part.nonzero()[0].tolist():
+            sequence, turn = occupants[slot]
+            if sequence.turn != turn:
+                continue  # the sequence has left the slot since
+            if any_stuck and outcome.stuck[slot]:
+                self.suspects.append(sequence.index)
+                self._runner.cache.clear(self._scheduler.discard(sequence))
+                continue
+            sequence.denoising_forwards += 1
+            sequence.commit_forwards += int(outcome.committed[slot])
+            if outcome.decided[slot] and (reason := self._decide(sequence, outcome)):
+                self._scheduler.finish(sequence, device_knows=not sequence.request.stop_strings)
+                self._finished.append((sequence.index, _result(sequence, reason)))
+
+    def _decide(self, sequence: Sequence, outcome: Outcome) -> str:
+        """Take the new tokens of a decided block; returns why the answer ends with it, or ""."""
+        slot, first = sequence.slot, len(sequence.tokens) - sequence.block_start
+        new = outcome.tokens[slot, first : sequence.block_length].tolist()
+        earlier = sequence.tokens[len(sequence.request.prompt_ids) :]
+        count, reason = end_of_answer(new, sequence.request, self._decode, earlier)
+        sequence.decide(new[:count])
+        if sequence.request.record_steps:
+            sequence.unmasked_at += outcome.unmasked_at[slot, first : first + count].tolist()
+            sequence.confidences += outcome.confidence[slot, first : first + count].tolist()
+        return reason
+
+    def _make_room(self, error: BaseException) -> None:
+        """After an out-of-memory error: go on with half the sequences, and half the prompt tokens a step, for a while.
+
+        Raises:
+            EngineError: there is one sequence only, and a step prefills hardly any tokens.
+        """
+        scheduler, runner = self._scheduler, self._runner
+        running = len(scheduler.running)
+        if not scheduler.can_shrink:
+            raise runner.out_of_memory() from error
+        scheduler.shrink()
+        if runner.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            # What a plan asked for may have been done in part.
+            runner.run_only(scheduler.running)
+        except Exception as again:
+            if not is_out_of_memory(again):
+                raise
+            raise runner.out_of_memory() from again
+        logger.warning(
+            "Out of memory on %s with %d sequences at once; %d go on, with half the prompt tokens a step. More are "
+            "tried again later. Answers are the same.",
+            runner.device,
+            running,
+            len(scheduler.running),
+        )
+
+
+def _result(sequence: Sequence, reason: str) -> GenerationResult:
+    assert sequence.started is not None
+    recorded = sequence.request.record_steps
+    return GenerationResult(
+        token_ids=tuple(sequence.tokens[len(sequence.request.prompt_ids) :]),
+        finish_reason=reason,
+        prefill_forwards=sequence.prefill_forwards,
+        denoising_forwards=sequence.denoising_forwards,
+        commit_forwards=sequence.commit_forwards,
+        seconds=time.perf_counter() - sequence.started,
+        unmasked_at=tuple(sequence.unmasked_at) if recorded else None,
+        confidences=tuple(sequence.confidences) if recorded else None,
+    )
