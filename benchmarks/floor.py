@@ -1,7 +1,7 @@
 """How long the matrix products of a model alone take, forward by forward: a yardstick for engines.
 
     python benchmarks/floor.py --pretrained FOLDER --active 1 64 256     # FOLDER needs no weights
-    python benchmarks/floor.py --pretrained FOLDER --rows 256 512 1024   # of one layer as the engine runs it: forward/graphs.py
+    python benchmarks/floor.py --pretrained FOLDER --rows 256 512 1024   # of one layer as the engine runs it
 
 For each number of active sequences: milliseconds of the projections of all layers, and of the LM head, over one block
 of each sequence; and the tokens per second that follow, where a block of L tokens takes L denoising forwards (one token
