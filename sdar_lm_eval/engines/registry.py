@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 
@@ -81,7 +81,7 @@ MODELS = {spec.model: spec.lm for spec in ENGINES.values()}
 """Name for `lm_eval --model` -> "module:Class"."""
 
 
-def make_engine(name: str, checkpoint: Checkpoint, **options: Any) -> Engine:
+def make_engine(name: str, checkpoint: Checkpoint, **options: object) -> Engine:
     """Open an engine by name; only the one asked for is imported.
 
     Args:

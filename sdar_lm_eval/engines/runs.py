@@ -1,13 +1,14 @@
 """What the engines share about a run: one at a time, failures of single requests, memory that runs out, warming up.
 
-OneRun              refuses a run that begins inside another, or on an engine that is closed
+if_given            reads an option that may be left out
+OneRun              refuses a run that begins inside another, or on a closed engine
 Closable            an engine's `close`, and `with`
 Failures            requests without an answer, reported after all others are answered
-Allowance           how many run at once: fewer after an out-of-memory error, more again later
+Allowance           how many sequences run at once: fewer after an out-of-memory error, more again later
 is_out_of_memory    whether an error says that memory ran out, on a GPU or on the CPU
-warm_up_requests    short requests that make an engine compile what the real ones need
+warm_up_requests    short requests, for which an engine compiles what the real ones need
 peak_of_process     the most memory that this process has used
-environment         versions of what an engine runs on
+environment         versions of the libraries that an engine runs on
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
 import torch
 import transformers
@@ -28,14 +29,16 @@ from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.engines.types import Self
 from sdar_lm_eval.errors import EngineError
 
-resource: Any
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+Given = TypeVar("Given")
+Read = TypeVar("Read")
 
 MOST_LISTED = 10  # requests that an error names
-PATIENCE = 32  # full steps before more is tried; doubled by every cut
+PATIENCE = 32  # full steps before the limit is raised; doubled by every cut
+
+
+def if_given(read: Callable[[str, Given], Read], name: str, value: Given | None) -> Read | None:
+    """Read an option, "name" and value, by a function such as `at_least_one`; None stays None."""
+    return None if value is None else read(name, value)
 
 
 class OneRun:
@@ -212,10 +215,12 @@ def warm_up_requests(requests: Sequence[GenerationRequest], count: int) -> list[
 
 def peak_of_process() -> int:
     """The most memory that this process has had in RAM, in bytes."""
-    if resource is None:
-        psutil: Any = importlib.import_module("psutil")  # there with accelerate
+    try:
+        import resource
+    except ImportError:  # Windows
+        psutil = importlib.import_module("psutil")  # a requirement of accelerate
         return int(psutil.Process().memory_info().peak_wset)
-    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 

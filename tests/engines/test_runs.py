@@ -181,6 +181,6 @@ class TestPlatforms:
     def test_peak_memory_without_resource(self, monkeypatch):
         assert peak_of_process() > 1 << 26
         process = types.SimpleNamespace(memory_info=lambda: types.SimpleNamespace(peak_wset=123))
-        monkeypatch.setattr(runs, "resource", None)
+        monkeypatch.setitem(sys.modules, "resource", None)
         monkeypatch.setitem(sys.modules, "psutil", types.SimpleNamespace(Process=lambda: process))
         assert peak_of_process() == 123

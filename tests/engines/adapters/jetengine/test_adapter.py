@@ -399,7 +399,7 @@ class TestStandstill:
 
     def test_nothing_is_lost_and_nothing_is_there_twice(self, jetengine, tiny, monkeypatch, caplog):
         expected = native(tiny, self.requests())
-        monkeypatch.setattr(loading.Loaded, "active", lambda self, _: 4)
+        monkeypatch.setattr(loading.Loaded, "at_once", lambda self, _: 4)
         jetengine.faults.pages = self.pages(jetengine)
         engine = of(tiny)
         with caplog.at_level(logging.WARNING):
@@ -409,8 +409,8 @@ class TestStandstill:
         assert tokens_of(run(engine, self.requests()[:1])) == expected[:1]  # and the next call is as any
 
     def test_of_a_single_sequence_is_an_error(self, jetengine, tiny, monkeypatch):
-        monkeypatch.setattr(loading.Loaded, "active", lambda self, _: 2)
-        monkeypatch.setattr(loading.Loaded, "check_pages", lambda self, _: None)
+        monkeypatch.setattr(loading.Loaded, "at_once", lambda self, _: 2)
+        monkeypatch.setattr(loading.Loaded, "check_room", lambda self, _: None)
         jetengine.faults.pages = 1
         engine, answered = of(tiny), []
         with pytest.raises(EngineError, match=r"single sequence; 4 of 5 requests are unanswered.*are kept"):
@@ -592,7 +592,7 @@ class TestTheProcess:
 
     def test_nothing_is_printed(self, jetengine, tiny, capsys, caplog, monkeypatch):
         """0.2.0 prints when it starts, and in each step in which a sequence waits for a page."""
-        monkeypatch.setattr(loading.Loaded, "active", lambda self, _: 2)
+        monkeypatch.setattr(loading.Loaded, "at_once", lambda self, _: 2)
         jetengine.faults.pages = {"0.2.0": 3, "0.1.0": 7}[jetengine.version]
         with caplog.at_level(logging.DEBUG):
             run(of(tiny), [GenerationRequest(p, 12, GREEDY) for p in random_prompts((250, 251))])

@@ -25,8 +25,8 @@ from support import random_checkpoint, read_weights, write_weights
 import sdar_lm_eval.tasks
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import prompts as demo_prompts
-from sdar_lm_eval.engines.adapters.lmdeploy import checks, group, loading, requirements
-from sdar_lm_eval.engines.adapters.lmdeploy import engine as adapter
+from sdar_lm_eval.engines.adapters import adapter
+from sdar_lm_eval.engines.adapters.lmdeploy import checks, engine, group, loading, requirements
 from sdar_lm_eval.engines.adapters.lmdeploy.config import config_for_lmdeploy
 from sdar_lm_eval.engines.adapters.lmdeploy.hooks import Count
 from sdar_lm_eval.lm.model import SDARLMDeployLM
@@ -607,7 +607,7 @@ class TestSeveralGPUs:
         of(tiny, tensor_parallel_size=4)  # it has 2
 
     def test_processes(self, tiny, monkeypatch):
-        for module in (adapter, checks):
+        for module in (engine, checks):
             monkeypatch.setattr(module, "world_size", lambda: 2)
         assert of(tiny, data_parallel_size=2).info.extra["data_parallel_size"] == 2
         with pytest.raises(UserError, match="data_parallel_size=4, but 2 process"):
