@@ -137,7 +137,7 @@ class ControlPlane:
         self.secrets: dict[str, dict[str, str]] = {}
         self._calls: dict[str, Call] = {}
         self._numbers = itertools.count(1)
-        self._waiting: dict[str, list[Any]] = {}  # container -> its input, until it has fetched it
+        self._waiting: dict[str, list[Any]] = {}  # container -> the input that it has not fetched yet
         self._logs: asyncio.Queue[Any] | None = None
         self._running: set[subprocess.Popen[bytes]] = set()
 
@@ -250,11 +250,11 @@ class ControlPlane:
         return lines
 
     def shipped(self, function: str) -> set[str]:
-        """Return the paths of the files that a function's container has beside its image."""
+        """Return the paths of the files that are shipped into a function's container."""
         return {file.filename for file in self._shipped(self.functions[function].definition)}
 
     def volumes_of(self, function: str) -> dict[str, str]:
-        """Return mount path -> volume of a function, and whether it may only read there."""
+        """Return a function's volumes by mount path, with "(read-only)" after those."""
         return {
             m.mount_path: m.volume_id.removeprefix("vo-") + (" (read-only)" if m.read_only else "")
             for m in self.functions[function].definition.volume_mounts
@@ -316,7 +316,7 @@ class ControlPlane:
 
     def MountPutFile(self, request: Any) -> dict[str, Any]:
         if not request.data and not request.data_blob_id and request.sha256_hex != hashlib.sha256(b"").hexdigest():
-            return {"exists": request.sha256_hex in self._files}  # the client asks before it sends
+            return {"exists": request.sha256_hex in self._files}  # a request without data is a question
         if request.data_blob_id:
             self._files[request.sha256_hex] = self._blobs[request.data_blob_id]
         else:
@@ -329,7 +329,7 @@ class ControlPlane:
     def BlobCreate(self, _: Any) -> dict[str, Any]:
         blob = self._id("bl")
         url = f"{self._http}/blob/{blob}"
-        # As older clients read it, and as newer ones do.
+        # The fields that older clients read, and those that newer ones read.
         return {"blob_id": blob, "upload_url": url, "blob_ids": [blob], "upload_urls": {"items": [url]}}
 
     async def _put_blob(self, request: web.Request) -> web.Response:
@@ -524,7 +524,7 @@ class ControlPlane:
         return "preempted" if preempted else process.returncode
 
     def _read_only(self, function: Function) -> set[tuple[str, int]]:
-        """Path and time of change of all that is on volumes that a function may only read."""
+        """Path and time of change of every file on the function's read-only volumes."""
         mounts = [mount for mount in function.definition.volume_mounts if mount.read_only]
         roots = [self.volume(mount.volume_id.removeprefix("vo-")) for mount in mounts]
         return {(str(path), path.stat().st_mtime_ns) for root in roots for path in root.rglob("*")}
@@ -560,7 +560,7 @@ class ControlPlane:
                 "MODAL_IS_REMOTE": "1",
                 "MODAL_TASK_ID": container,
                 "MODAL_CONTAINER_ARGUMENTS_PATH": str(home / "arguments"),
-                # What was shipped comes first, then this Python's packages; the project's folder is not among them.
+                # Shipped files come first, then this Python's packages; the project's own folder is left out.
                 "PYTHONPATH": os.pathsep.join([str(QUICK_START), str(home / "root"), *installed]),
             }
         )
@@ -606,5 +606,5 @@ class ControlPlane:
 
 
 def _make(kind: Any, **fields: Any) -> Any:
-    """Make a message, of the fields that it has."""
+    """Make a message; fields that its kind does not have are left out."""
     return kind(**{name: value for name, value in fields.items() if name in kind.DESCRIPTOR.fields_by_name})

@@ -24,7 +24,7 @@ from sdar_lm_eval.engines.adapters.lmdeploy import api
 # A checkpoint's model_type -> the model_type that LMDeploy is given.
 MODEL_TYPES = {"sdar": "sdar_lm_eval", "sdar_moe": "sdar_moe_lm_eval"}
 _CACHED = 2  # consts.py: DLLM_CACHED, the state of a token whose keys and values are final
-_ODD = 0x9E3779B1
+_ODD = 0x9E3779B1  # 2**32 / golden ratio: multiples of it are far apart modulo 2**32
 
 
 @contextlib.contextmanager
