@@ -20,7 +20,7 @@ import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult, Results
+from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, Results
 from sdar_lm_eval.engines.runs import Closable, Failures, OneRun, warm_up_requests
 
 logger = logging.getLogger(__name__)
@@ -99,12 +99,10 @@ class Adapter(Closable, abc.ABC, Generic[LoadedEngine, Size]):
         """
 
     @abc.abstractmethod
-    def _together(self, requests: Sequence[GenerationRequest], part: Sequence[int]) -> Iterable[list[int]]:
-        """Positions of the requests of a part that may run at the same time, group after group."""
-
-    @abc.abstractmethod
-    def _compiled_for(self, decoding: DecodingConfig) -> Hashable:
-        """The settings that kernels are compiled for."""
+    def _together(
+        self, requests: Sequence[GenerationRequest], part: Sequence[int]
+    ) -> Iterable[tuple[Hashable, list[int]]]:
+        """Groups of a part: the settings that kernels are compiled for, positions that may run at the same time."""
 
     @abc.abstractmethod
     def _run(
@@ -130,11 +128,10 @@ class Adapter(Closable, abc.ABC, Generic[LoadedEngine, Size]):
             if requests:
                 part = self._parts(requests)[0]
                 loaded = self._load(requests, part)
-                for indices in self._together(requests, part):
-                    kind = self._compiled_for(requests[indices[0]].decoding)
-                    if kind not in self._warm:
+                for settings, indices in self._together(requests, part):
+                    if settings not in self._warm:
                         self._warm_up(loaded, [requests[i] for i in indices])
-                        self._warm.add(kind)
+                        self._warm.add(settings)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> Results[GenerationResult]:
         """See `Engine.generate`. Requests with like settings run together."""
@@ -149,7 +146,7 @@ class Adapter(Closable, abc.ABC, Generic[LoadedEngine, Size]):
     ) -> Iterator[tuple[int, GenerationResult]]:
         for part in self._parts(requests):
             loaded = self._load(requests, part)
-            for indices in self._together(requests, part):
+            for _, indices in self._together(requests, part):
                 yield from self._run(loaded, requests, indices, failures)
 
     def _load(self, requests: Sequence[GenerationRequest], part: Sequence[int]) -> LoadedEngine:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -27,7 +27,7 @@ from sdar_lm_eval.engines.adapters.jetengine.memory import CAPTURED, Size
 from sdar_lm_eval.engines.adapters.jetengine.versions import INSTALL, find_jetengine
 from sdar_lm_eval.engines.adapters.options import gpu_named, half_precision, to_share
 from sdar_lm_eval.engines.adapters.requests import grouped, listed
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult, at_least_one, check_bool
+from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, at_least_one, check_bool
 from sdar_lm_eval.engines.runs import Failures, environment, if_given
 from sdar_lm_eval.engines.types import EngineInfo
 
@@ -133,11 +133,10 @@ class JetEngine(Adapter[Loaded, Size]):
     def _check_room(self, loaded: Loaded, requests: Sequence[GenerationRequest], part: Sequence[int]) -> None:
         loaded.check_room([requests[i] for i in part])
 
-    def _together(self, requests: Sequence[GenerationRequest], part: Sequence[int]) -> list[list[int]]:
-        return list(grouped(part, lambda i: Alike.of(requests[i].decoding)).values())
-
-    def _compiled_for(self, decoding: DecodingConfig) -> Alike:
-        return Alike.of(decoding)
+    def _together(
+        self, requests: Sequence[GenerationRequest], part: Sequence[int]
+    ) -> Iterable[tuple[Alike, list[int]]]:
+        return grouped(part, lambda i: Alike.of(requests[i].decoding)).items()
 
     def _warm_up(self, loaded: Loaded, requests: Sequence[GenerationRequest]) -> None:
         """Warm up, and count none of these steps. JetEngine compiles for up to a minute."""

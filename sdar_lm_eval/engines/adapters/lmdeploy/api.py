@@ -5,20 +5,12 @@ Nothing here imports LMDeploy before a function is called.
 
 from __future__ import annotations
 
+import enum
 import importlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol, cast
 
 import torch
-
-
-class Member(Protocol):
-    """A member of an enumeration."""
-
-    @property
-    def name(self) -> str:
-        """The member's name."""
-
 
 # A request, from outside
 
@@ -32,7 +24,7 @@ class GenerationConfig(Protocol):
 class EngineOutput(Protocol):
     """New tokens of a request (lmdeploy/messages.py, one folder up)."""
 
-    status: Member
+    status: enum.Enum
     token_ids: list[int]
 
 
@@ -61,7 +53,7 @@ class Request(Protocol):
     """A request under way (messages.py: SchedulerSequence)."""
 
     session_id: int
-    status: Member
+    status: enum.Enum
     sampling_param: SamplingParam
     num_valid_ids: int  # tokens of prompt and answer, without masks
 

@@ -13,7 +13,7 @@ Where a rule is LMDeploy's, its file below lmdeploy/pytorch is named; requiremen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -27,7 +27,7 @@ from sdar_lm_eval.engines.adapters.lmdeploy.loading import MAX_ACTIVE, Fixed, Lo
 from sdar_lm_eval.engines.adapters.lmdeploy.requirements import DEVIATIONS, executor_for, find_lmdeploy
 from sdar_lm_eval.engines.adapters.options import gpu_named, half_precision, to_share, world_size
 from sdar_lm_eval.engines.adapters.requests import Draw, check_requests, grouped, stop_ids_of
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult, at_least_one
+from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, at_least_one
 from sdar_lm_eval.engines.runs import Failures, environment, if_given
 from sdar_lm_eval.engines.types import EngineInfo
 
@@ -122,7 +122,7 @@ class LMDeploy(Adapter[Loaded, Size]):
         return [indices for _, indices in sorted(groups.items(), key=lambda group: group[0] != now)]
 
     def _size_for(self, requests: Sequence[GenerationRequest], part: Sequence[int]) -> Size:
-        """With room for as many sequences as the whole run could use, so that later parts can use the engine too."""
+        """The settings of the part, with room for as many sequences as the whole run has."""
         fixed = Fixed.of(requests[part[0]].decoding)
         return Size(fixed, wanted_active(self._setup, fixed, len(requests)))
 
@@ -142,7 +142,7 @@ class LMDeploy(Adapter[Loaded, Size]):
     def _check_room(self, loaded: Loaded, requests: Sequence[GenerationRequest], part: Sequence[int]) -> None:
         loaded.check_room(requests)
 
-    def _together(self, requests: Sequence[GenerationRequest], part: Sequence[int]) -> list[list[int]]:
+    def _together(self, requests: Sequence[GenerationRequest], part: Sequence[int]) -> Iterable[tuple[Draw, list[int]]]:
         """Requests with the same draw and stop tokens.
 
         strategies/dllm/sampling.py gives a request's temperature, top_k and top_p to other requests of its batch.
@@ -154,10 +154,7 @@ class LMDeploy(Adapter[Loaded, Size]):
         def alike(index: int) -> tuple[Draw, frozenset[int]]:
             return Draw.of(requests[index].decoding), stop_ids_of(requests[index], self._setup.checkpoint)
 
-        return list(grouped(part, alike).values())
-
-    def _compiled_for(self, decoding: DecodingConfig) -> Draw:
-        return Draw.of(decoding)
+        return [(draw, indices) for (draw, _), indices in grouped(part, alike).items()]
 
     def _run(
         self, loaded: Loaded, requests: Sequence[GenerationRequest], indices: Sequence[int], failures: Failures
