@@ -1,10 +1,11 @@
-"""JetEngine on the CPU: puts the stand-in of one version on the path, and has torch speak of a GPU that is not there.
+"""JetEngine on the CPU: puts the stand-in for one version on the path, and has torch report a GPU that is not there.
 
-    with standin("0.2.0") as jetengine:                       what jetengine_shared.py of the stand-in holds
+    with standin("0.2.0") as jetengine:                       the stand-in's jetengine_shared.py
         jetengine.faults.pages = 3
         make_engine("jetengine", Checkpoint.open("demo"))
 
-The stand-in (engines/adapters/jetengine/standin) has the public surface of JetEngine and what goes wrong with it.
+The stand-in lies in engines/adapters/jetengine/standin; shared/jetengine_shared.py says how it was compared with
+JetEngine.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ OF_STANDIN = ("jetengine", "jetengine_shared", "flashinfer", "flash_attn", "lige
 
 @contextlib.contextmanager
 def standin(version: str) -> Iterator[Any]:
-    """The stand-in in the place of JetEngine; yields its shared module."""
+    """Put the stand-in in the place of JetEngine; yield its shared module."""
     with pytest.MonkeyPatch.context() as patch:
         for folder in ("shared", version):
             patch.syspath_prepend(str(FOLDER / folder))
         gpu_on_the_cpu(patch)
-        # transformers forgets the config classes that it is told of meanwhile.
+        # Config classes that the adapter registers are forgotten at the end.
         patch.setattr(CONFIG_MAPPING, "_extra_content", dict(CONFIG_MAPPING._extra_content))
         shared = importlib.import_module("jetengine_shared")
         alone = not dist.is_initialized()
@@ -58,7 +59,7 @@ def standin(version: str) -> Iterator[Any]:
 
 
 def forget_modules() -> None:
-    """Have the next import read the stand-in's files again, those of another version perhaps."""
+    """Have the next import read the stand-in's files anew, which may be another version's."""
     for name in list(sys.modules):
         if name.partition(".")[0] in OF_STANDIN:
             del sys.modules[name]
@@ -71,7 +72,7 @@ class GeneratorOnTheCPU(torch.Generator):
 
 
 def gpu_on_the_cpu(patch: pytest.MonkeyPatch, free: int = 79 * GIB, total: int = 80 * GIB, gpus: int = 1) -> None:
-    """Have torch speak of GPUs. No tensor can be on them, so flash-attn is tried with tensors of the CPU."""
+    """Have torch report GPUs. No tensor can be on them, so flash-attn is tried with tensors of the CPU."""
     facts = {
         "is_available": lambda: True,
         "device_count": lambda: gpus,

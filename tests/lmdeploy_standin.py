@@ -1,10 +1,10 @@
-"""LMDeploy on the CPU: puts the stand-in on the path, and has torch speak of a GPU that is not there.
+"""LMDeploy on the CPU: puts the stand-in on the path, and has torch report a GPU that is not there.
 
-    with standin() as faults:                                 pytorch/engine/faults.py of the stand-in
+    with standin() as faults:                                 the stand-in's pytorch/engine/faults.py
         faults.pages = 3
         make_engine("lmdeploy", Checkpoint.open("demo"))
 
-The stand-in (engines/adapters/lmdeploy/standin) has what the adapter uses of LMDeploy, and what goes wrong with it.
+The stand-in lies in engines/adapters/lmdeploy/standin; lmdeploy/__init__.py says how it was compared with LMDeploy.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from sdar_lm_eval.engines.adapters.lmdeploy import engine, requirements
 
 FOLDER = Path(__file__).parent / "engines" / "adapters" / "lmdeploy" / "standin"
 GIB = 1 << 30
-devices: list[tuple[str, str]] = []  # each thread's name, and the GPU that it was given
+devices: list[tuple[str, str]] = []  # every torch.cuda.set_device: the thread's name, the GPU
 
 
 @contextlib.contextmanager
 def standin() -> Iterator[Any]:
-    """The stand-in in the place of LMDeploy; yields its faults."""
+    """Put the stand-in in the place of LMDeploy; yield its module of faults."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         gpu_on_the_cpu(patch)
         patch.setattr(requirements, "is_there", lambda module: module == "triton")
-        # transformers forgets the config classes that it is told of meanwhile.
+        # Config classes that the adapter registers are forgotten at the end.
         patch.setattr(CONFIG_MAPPING, "_extra_content", dict(CONFIG_MAPPING._extra_content))
         for name in list(sys.modules):
             if name.partition(".")[0] == "lmdeploy":
@@ -57,7 +57,7 @@ def standin() -> Iterator[Any]:
 
 
 def gpu_on_the_cpu(patch: pytest.MonkeyPatch, total: int = 80 * GIB, gpus: int = 1) -> None:
-    """Have torch speak of GPUs."""
+    """Have torch report GPUs."""
     facts = {
         "is_available": lambda: gpus > 0,
         "device_count": lambda: gpus,

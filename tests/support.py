@@ -2,6 +2,7 @@
 
     random_checkpoint(folder, moe=True, rope_theta=5e5)    a folder that Checkpoint.open takes; a few 100 kB
     reference_logits(weights, config, ids, sees)           its logits by plain tensor algebra, without transformers
+    reference_forward(…, past)                             the same after tokens whose keys and values are there
     block_causal(length, block_length)                     which token sees which
 
 And what processes need that tests start: environment(QUICK_START).
@@ -21,7 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ QUICK_START = Path(__file__).parent / "quick_start"
 CAN_FORK = sys.platform == "linux" and not torch.cuda.is_available()  # a fork cannot use a GPU that was asked before
 # The real SDAR-4B-Chat folder without weights, where the machine has it beside the checkout.
 REAL_FOLDER = Path(__file__).parents[2] / "shared" / "models" / "sdar-4b-chat"
+KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
 MOE_SETTINGS = {
     "model_type": "sdar_moe",
     "architectures": ["SDARMoeForCausalLM"],
@@ -196,12 +198,33 @@ def block_causal(length: int, block_length: int) -> torch.Tensor:
 
 
 def reference_logits(
-    weights: dict[str, torch.Tensor], config: dict[str, Any], ids: torch.Tensor, sees: torch.Tensor
+    weights: dict[str, torch.Tensor], config: Mapping[str, Any], ids: torch.Tensor, sees: torch.Tensor
 ) -> torch.Tensor:
-    """Logits of Qwen3 or Qwen3-MoE, (N, V), for ids (N,) at positions 0.. under the mask `sees` (N, N).
+    """Logits of Qwen3 or Qwen3-MoE, (N, V), for ids (N,) at positions 0.. under the mask `sees` (N, N)."""
+    return reference_forward(weights, config, ids, sees)[0]
+
+
+def reference_forward(
+    weights: dict[str, torch.Tensor],
+    config: Mapping[str, Any],
+    ids: torch.Tensor,
+    sees: torch.Tensor,
+    past: KeysValues | None = None,
+) -> tuple[torch.Tensor, KeysValues]:
+    """One forward of Qwen3 or Qwen3-MoE, by plain tensor algebra.
 
     Source: modeling_sdar.py and modeling_sdar_moe.py of JetLM's checkpoints, which are transformers 4.52.4's
     modeling_qwen3.py and modeling_qwen3_moe.py but for the mask.
+
+    Args:
+        weights: float32, by the names in SDAR's files.
+        config: config.json.
+        ids: (N,), the tokens at positions P, P + 1, ...
+        sees: (N, P + N) bool, which tokens each of them attends to.
+        past: keys and values of the P tokens before, (P, heads, size) for each layer; None where P is 0.
+
+    Returns:
+        (logits (N, V), keys and values of all P + N tokens for each layer)
     """
     eps, size, n = config["rms_norm_eps"], config["head_dim"], len(ids)
 
@@ -212,27 +235,31 @@ def reference_logits(
         gate, up = x @ weights[f"{name}.gate_proj.weight"].T, x @ weights[f"{name}.up_proj.weight"].T
         return (torch.nn.functional.silu(gate) * up) @ weights[f"{name}.down_proj.weight"].T
 
+    positions = torch.arange(sees.shape[1] - n, sees.shape[1])
     frequencies = config["rope_theta"] ** (-torch.arange(0, size, 2) / size)
-    angles = torch.outer(torch.arange(n).float(), frequencies)  # (N, size / 2)
+    angles = torch.outer(positions.float(), frequencies)  # (N, size / 2)
 
     def rotate(x: torch.Tensor) -> torch.Tensor:  # (N, heads, size)
         a, b = x.chunk(2, dim=-1)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
-    hidden = weights["model.embed_tokens.weight"][ids]  # (N, D)
+    hidden, kept = weights["model.embed_tokens.weight"][ids], []  # (N, D)
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         x = norm(hidden, f"{layer}.input_layernorm")
         q, k, v = ((x @ weights[f"{layer}.self_attn.{name}_proj.weight"].T).view(n, -1, size) for name in "qkv")
         q, k = rotate(norm(q, f"{layer}.self_attn.q_norm")), rotate(norm(k, f"{layer}.self_attn.k_norm"))
+        if past is not None:
+            k, v = torch.cat([past[i][0], k]), torch.cat([past[i][1], v])
+        kept.append((k, v))
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) / size**0.5
         attention = scores.masked_fill(~sees, -torch.inf).softmax(-1)
         out = torch.einsum("hqk,khd->qhd", attention, v).reshape(n, -1)
         hidden = hidden + out @ weights[f"{layer}.self_attn.o_proj.weight"].T
         x = norm(hidden, f"{layer}.post_attention_layernorm")
-        if not _is_sparse(config, i):
+        if f"{layer}.mlp.gate.weight" not in weights:
             hidden = hidden + mlp(x, f"{layer}.mlp")
             continue
         share, chosen = (x @ weights[f"{layer}.mlp.gate.weight"].T).softmax(-1).topk(config["num_experts_per_tok"])
@@ -241,7 +268,7 @@ def reference_logits(
         experts = torch.stack([mlp(x, f"{layer}.mlp.experts.{e}") for e in range(config["num_experts"])], dim=1)
         hidden = hidden + (experts.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])) * share[..., None]).sum(1)
     head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
-    return norm(hidden, "model.norm") @ weights[head].T
+    return norm(hidden, "model.norm") @ weights[head].T, kept
 
 
 def _is_sparse(config: dict[str, Any], layer: int) -> bool:

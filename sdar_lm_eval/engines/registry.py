@@ -1,14 +1,14 @@
-"""The engines: what each is called, takes and can do.
+"""The engines: the name of each, its arguments, and what it can do.
 
-An engine is a file or folder, and an entry here. Everybody else reads this table: the lm_eval models, the hook by which
-lm_eval knows them, settings, Modal, benchmarks. This module imports no third-party package.
+A new engine is a file or folder, and an entry of `ENGINES`. All others read this table: the lm_eval models, the hook
+that registers them, settings, Modal, benchmarks. This module imports no third-party package.
 """
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 
@@ -24,14 +24,14 @@ class EngineSpec:
     """What is known of an engine without importing it.
 
     Attributes:
-        name: as `make_engine` and `--engine` take it.
-        model: as `lm_eval --model` takes it.
+        name: for `make_engine` and `--engine`.
+        model: for `lm_eval --model`.
         lm: the lm_eval model, "module:Class".
-        target: the engine, "module:Class"; imported when it is asked for.
-        arguments: what model_args it takes, a TypedDict of `settings.py`.
-        strategies: remasking strategies that some version of it has; None: all.
-        block_lengths: that it takes; None: any.
-        scores: whether it computes log-likelihoods.
+        target: the engine, "module:Class"; imported when the engine is opened.
+        arguments: the TypedDict of `settings.py` with its model_args.
+        strategies: remasking strategies that some version of the engine has; None: all.
+        block_lengths: block lengths that the engine takes; None: any.
+        scores: whether the engine computes log-likelihoods.
     """
 
     name: str
@@ -81,17 +81,17 @@ MODELS = {spec.model: spec.lm for spec in ENGINES.values()}
 """Name for `lm_eval --model` -> "module:Class"."""
 
 
-def make_engine(name: str, checkpoint: Checkpoint, **options: Any) -> Engine:
-    """Open an engine by name; only the one asked for is imported.
+def make_engine(name: str, checkpoint: Checkpoint, **options: object) -> Engine:
+    """Open an engine by name; no other engine is imported.
 
     Args:
         name: one of `ENGINES`.
         checkpoint: the opened checkpoint.
-        options: what that engine takes.
+        options: the keyword arguments of that engine's class.
 
     Raises:
         UserError: no engine of that name, or options that it cannot take.
-        EngineError: what the engine needs is not installed.
+        EngineError: something that the engine needs is not installed.
     """
     if name not in ENGINES:
         raise UserError(f"engine {name!r} is unknown; known: {', '.join(ENGINES)}.{did_you_mean(name, ENGINES)}")

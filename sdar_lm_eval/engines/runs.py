@@ -1,13 +1,14 @@
 """What the engines share about a run: one at a time, failures of single requests, memory that runs out, warming up.
 
-OneRun              refuses a run that begins inside another, or on an engine that is closed
+if_given            reads an option that may be left out
+OneRun              refuses a run that begins inside another, or on a closed engine
 Closable            an engine's `close`, and `with`
 Failures            requests without an answer, reported after all others are answered
-Allowance           how many run at once: fewer after an out-of-memory error, more again later
+Allowance           how many sequences run at once: fewer after an out-of-memory error, more again later
 is_out_of_memory    whether an error says that memory ran out, on a GPU or on the CPU
-warm_up_requests    short requests that make an engine compile what the real ones need
+warm_up_requests    short requests, for which an engine compiles what the real ones need
 peak_of_process     the most memory that this process has used
-environment         versions of what an engine runs on
+environment         versions of the libraries that an engine runs on
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
 import torch
 import transformers
@@ -28,21 +29,23 @@ from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.engines.types import Self
 from sdar_lm_eval.errors import EngineError
 
-resource: Any
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+Given = TypeVar("Given")
+Read = TypeVar("Read")
 
 MOST_LISTED = 10  # requests that an error names
-PATIENCE = 32  # full steps before more is tried; doubled by every cut
+PATIENCE = 32  # full steps before the limit is raised; doubled by every cut
+
+
+def if_given(read: Callable[[str, Given], Read], name: str, value: Given | None) -> Read | None:
+    """Read an option by a function of its name and value, such as `at_least_one`; None, not given, stays None."""
+    return None if value is None else read(name, value)
 
 
 class OneRun:
-    """Lets one run use an engine at a time, while it is open: a second one would write to the first one's state.
+    """Lets one run at a time use an engine, until the engine is closed: two runs would write to the same state.
 
-    A run holds the engine from its first result that is asked for until its generator ends or is closed. A generator
-    that nobody refers to any more is closed by Python.
+    A run holds the engine from the first `next` on its generator until the generator ends or is closed. Python closes a
+    generator that nothing refers to any more.
 
     Args:
         engine: the engine's name, for the message.
@@ -50,7 +53,7 @@ class OneRun:
 
     def __init__(self, engine: str) -> None:
         self._engine = engine
-        self._held = threading.Lock()  # a lock that another thread may release: Python closes generators in any
+        self._held = threading.Lock()  # no RLock: Python may close a generator, and release this, in any thread
         self._closed = False
         self._unload: Callable[[], None] | None = None
 
@@ -59,7 +62,7 @@ class OneRun:
         """Hold the engine.
 
         Raises:
-            EngineError: another run holds it, or it is closed.
+            EngineError: another run holds the engine, or the engine is closed.
         """
         self._check_open()
         if not self._held.acquire(blocking=False):
@@ -76,7 +79,7 @@ class OneRun:
                 self._unload_once()
 
     def close(self, unload: Callable[[], None]) -> None:
-        """Let no run begin any more, and unload the engine once: now, or when the run ends that holds it."""
+        """Let no run begin any more, and unload the engine once: now, or when the run that holds it ends."""
         if not self._closed:
             self._unload, self._closed = unload, True
         self._unload_once()
@@ -101,7 +104,7 @@ class Closable:
     _one_run: OneRun
 
     def _unload(self) -> None:
-        """Give back all memory; called once."""
+        """Give back all memory; `close` calls this once."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -116,7 +119,7 @@ class Closable:
 
 
 class Failures:
-    """Requests of a run that have no answer. The run goes on without them, and ends with one error that names them."""
+    """Requests of a run that have no answer. The run goes on without them, and one error names them at its end."""
 
     def __init__(self) -> None:
         self._reasons: dict[str, list[int]] = {}
@@ -146,13 +149,13 @@ def _listed(indices: list[int]) -> str:
 
 
 class Allowance:
-    """How many of something a step may take: cut when memory runs out, raised by a quarter while it does not.
+    """A limit on what a step takes: cut when memory runs out, raised by a quarter after enough full steps.
 
-    Every cut doubles the number of full steps that it takes to be raised, so that a limit which memory cannot hold is
-    tried ever less often. Source of the scheme: additive increase and multiplicative decrease, as in TCP (RFC 5681).
+    Every cut doubles the number of full steps before the next raise: a limit that memory cannot hold is tried ever less
+    often. Source of the scheme: additive increase and multiplicative decrease, as in TCP (RFC 5681).
 
     Args:
-        most: never exceeded.
+        most: the limit at first, and the largest there may be.
     """
 
     def __init__(self, most: int) -> None:
@@ -160,13 +163,13 @@ class Allowance:
         self._patience, self._full_steps = PATIENCE, 0
 
     def cut(self, to: int) -> None:
-        """Take at most so many from now on; one at least."""
+        """Lower the limit to this number; to 1 at least."""
         self.now = max(to, 1)
         self._patience *= 2
         self._full_steps = 0
 
     def count_full_step(self) -> None:
-        """Note a step that took all that it may, without an error."""
+        """Count a step that took all that the limit allows, without an error."""
         if self.now == self._most:
             return
         self._full_steps += 1
@@ -178,8 +181,9 @@ class Allowance:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out.
 
-    On a GPU torch has a class for it, but not for the driver's own error nor cuBLAS's. On the CPU it is a RuntimeError
-    (c10/core/impl/alloc_cpu.cpp: "can't allocate memory", on Windows "not enough memory") or numpy's MemoryError.
+    On a GPU, torch raises torch.OutOfMemoryError for its own allocations, and a RuntimeError for the driver's and
+    cuBLAS's. On the CPU, torch raises a RuntimeError (c10/core/impl/alloc_cpu.cpp: "can't allocate memory", on Windows
+    "not enough memory"), and numpy a MemoryError.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
@@ -190,7 +194,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def warm_up_requests(requests: Sequence[GenerationRequest], count: int) -> list[GenerationRequest]:
     """Short requests with the settings of the first of `requests`: two blocks of its prompt, answers of 1 to 3 blocks.
 
-    Half of them end after a block, and one after three, so that kernels are compiled for batches of several sizes.
+    One of them ends after three blocks, and half of the others after one: kernels are compiled for batches of several
+    sizes.
 
     Args:
         requests: at least one.
@@ -198,7 +203,7 @@ def warm_up_requests(requests: Sequence[GenerationRequest], count: int) -> list[
     """
     length = requests[0].decoding.block_length
     prompt = requests[0].prompt_ids[: 2 * length]
-    room = max(request.longest for request in requests) - len(prompt)  # memory was made for these
+    room = max(request.longest for request in requests) - len(prompt)  # the engine has memory for `requests` only
     return [
         dataclasses.replace(
             requests[0],
@@ -211,16 +216,18 @@ def warm_up_requests(requests: Sequence[GenerationRequest], count: int) -> list[
 
 
 def peak_of_process() -> int:
-    """The most memory that this process has had in RAM, in bytes."""
-    if resource is None:
-        psutil: Any = importlib.import_module("psutil")  # there with accelerate
+    """The most RAM that this process has used so far, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        psutil = importlib.import_module("psutil")  # a requirement of accelerate
         return int(psutil.Process().memory_info().peak_wset)
-    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 def environment(device: torch.device, libraries: Mapping[str, str | None] | None = None) -> dict[str, str | None]:
-    """Versions of torch, transformers, these other libraries and Python, and the device's name where it is a GPU."""
+    """Versions of torch, transformers, `libraries` (name -> version) and Python; a GPU's name."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,

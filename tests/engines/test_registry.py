@@ -1,4 +1,4 @@
-"""One table of engines, which everybody reads; and one engine more, in a file of its own."""
+"""The table of engines, which all others read; and one engine more, in a file of its own."""
 
 from __future__ import annotations
 

@@ -12,9 +12,25 @@ import torch
 from asking import GREEDY
 
 import sdar_lm_eval
-from sdar_lm_eval import EngineError, GenerationRequest
+from sdar_lm_eval import EngineError, GenerationRequest, UserError
 from sdar_lm_eval.engines import runs
-from sdar_lm_eval.engines.runs import Allowance, Failures, OneRun, is_out_of_memory, peak_of_process, warm_up_requests
+from sdar_lm_eval.engines.base import at_least_one
+from sdar_lm_eval.engines.runs import (
+    Allowance,
+    Failures,
+    OneRun,
+    if_given,
+    is_out_of_memory,
+    peak_of_process,
+    warm_up_requests,
+)
+
+
+def test_an_option_that_is_not_given_is_not_read():
+    assert if_given(at_least_one, "max_active", None) is None
+    assert if_given(at_least_one, "max_active", "3") == 3
+    with pytest.raises(UserError, match="max_active=0"):
+        if_given(at_least_one, "max_active", 0)
 
 
 class TestOneRun:
@@ -145,7 +161,7 @@ def test_requests_to_warm_up_with_need_no_more_room(prompt, new):
 
 
 class TestPlatforms:
-    """Windows lacks these modules of the standard library, and these names of others."""
+    """Windows lacks these modules of the standard library, and these names of other modules."""
 
     MODULES = frozenset({"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"})
     NAMES = frozenset(
@@ -157,7 +173,7 @@ class TestPlatforms:
     )
 
     def found(self, source):
-        """Modules that are imported when the module is, without a guard; names that nobody asked for before."""
+        """What a module would fail by: unguarded imports at its top level, and names used without `hasattr`."""
         tree = ast.parse(source)
         for node in tree.body:  # imports in functions, in `try` and in `if` are deeper
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -181,6 +197,6 @@ class TestPlatforms:
     def test_peak_memory_without_resource(self, monkeypatch):
         assert peak_of_process() > 1 << 26
         process = types.SimpleNamespace(memory_info=lambda: types.SimpleNamespace(peak_wset=123))
-        monkeypatch.setattr(runs, "resource", None)
+        monkeypatch.setitem(sys.modules, "resource", None)
         monkeypatch.setitem(sys.modules, "psutil", types.SimpleNamespace(Process=lambda: process))
         assert peak_of_process() == 123

@@ -100,7 +100,7 @@ def test_a_standstill_loses_nothing(demo, jetengine, questions, monkeypatch):
     requests = ask(demo, questions, count=12, max_new_tokens=300, stop_ids=frozenset())
     expected = run(jetengine, requests)
     pages, before = jetengine._loaded.llm.config.num_kvcache_blocks, jetengine.info.extra["standstills"]
-    monkeypatch.setattr(loading.Loaded, "active", lambda self, _: 8)
+    monkeypatch.setattr(loading.Loaded, "at_once", lambda self, _: 8)
     jetengine._loaded.llm.config.num_kvcache_blocks = 8
     try:
         results = run(jetengine, requests)
@@ -113,8 +113,8 @@ def test_a_standstill_loses_nothing(demo, jetengine, questions, monkeypatch):
 
 def test_a_standstill_with_one_sequence_is_an_error(demo, jetengine, questions, monkeypatch):
     pages = jetengine._loaded.llm.config.num_kvcache_blocks
-    monkeypatch.setattr(loading.Loaded, "active", lambda self, _: 1)
-    monkeypatch.setattr(loading.Loaded, "check_pages", lambda self, _: None)
+    monkeypatch.setattr(loading.Loaded, "at_once", lambda self, _: 1)
+    monkeypatch.setattr(loading.Loaded, "check_room", lambda self, _: None)
     jetengine._loaded.llm.config.num_kvcache_blocks = 1
     try:
         with pytest.raises(EngineError, match="single sequence"):

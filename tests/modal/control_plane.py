@@ -1,12 +1,12 @@
 """A stand-in for Modal's control plane on 127.0.0.1, so that `modal run` can be tested without an account.
 
-The client is the real one, on both ends. It is told to talk to this server:
+The client is the real one, on both ends. Its settings name this server:
 
     modal run modal_runner.py …                      the user's command: MODAL_SERVER_URL points here
       -> AppCreate, ImageGetOrCreate, MountPutFile, FunctionCreate, FunctionMap, …
-           the server keeps what was asked for, and writes the files that are shipped into a folder
+           the server records the requests, and writes the shipped files into a folder
       -> python -m modal._container_entrypoint       the client's own container program, one process for each input
-           started in that folder, with the environment that the image's ENV lines and the secrets say
+           started in that folder, with the environment variables of the image's ENV lines and of the secrets
       -> FunctionGetInputs, FunctionPutOutputs, VolumeCommit, …
            the function's result travels back to the user's command, its output as the app's log
 
@@ -15,15 +15,25 @@ The client is the real one, on both ends. It is told to talk to this server:
         done.returncode, done.stdout, plane.functions["evaluate"], plane.images, plane.volume("sdar-results")
 
 What is and is not like the real one:
-- Images are not built: their commands are recorded, and containers run in this Python. A package that an image lacks is
-  not noticed.
-- A container's files are those that were shipped: a module or a YAML file that is not shipped is missing.
-- Volumes are folders, seen by all containers at once; commits are counted, and not needed. What a container changes in
-  one that it may only read is listed in `trespasses`. Its network is not blocked.
-- `trouble` has a container interrupted (SIGINT, as Modal preempts) and its input given to a new one, or killed.
-- A method without a function of its name here answers with an empty message, and is listed in `unknown`.
+- Images are not built: the server records their commands, and containers run in this Python. A package that an image
+  lacks is not noticed.
+- A container has the shipped files only: a module or a YAML file that is not shipped is missing.
+- Volumes are folders, which all containers see at once; commits are counted, but have no effect. Changes that a
+  container makes in a read-only volume are listed in `trespasses`. Its network is not blocked.
+- `trouble` interrupts a container (by SIGINT, as Modal preempts) and gives its input to a new one, or kills it.
+- A method of Modal's protocol that has no function here gets an empty answer, and is counted in `unknown`.
 
-Messages are made by `_make`, which leaves out fields that this version of the client does not have.
+`_make` makes the messages, and leaves out fields that the installed client does not have.
+
+Compared with Modal: the client's classes, command line, container program and protocol (`modal_proto`) are Modal's own;
+the tests have run with modal 1.6.4 only (2026-11-24 to 2026-11-29). This server was never compared with Modal's
+service, which takes an account. To try another client, install it, then:
+
+    python -m pytest tests/modal
+
+To compare with the service, with an account (`modal token new`):
+
+    modal run modal_runner.py --engine native --model-name demo --tasks gsm8k_sdar_demo --num-samples 4
 """
 
 from __future__ import annotations
@@ -62,8 +72,8 @@ class Function:
     """A function as the client created it, or a variant of it (`with_options`).
 
     Attributes:
-        definition: what FunctionCreate said.
-        options: what a variant says beside it.
+        definition: the function as FunctionCreate defines it.
+        options: a variant's own settings, as FunctionBindParams gives them.
     """
 
     name: str
@@ -74,7 +84,7 @@ class Function:
 
 @dataclass
 class Image:
-    """A layer: its Dockerfile's lines, and the layer it stands on."""
+    """A layer of an image: its Dockerfile's lines, and the id of the layer below."""
 
     commands: list[str]
     base: str | None
@@ -91,14 +101,14 @@ class Call:
 
 
 class ControlPlane:
-    """The server, from `with` on.
+    """The server; it runs within a `with` block.
 
     Args:
         folder: for shipped files, volumes and containers.
-        trouble: called again and again while a container of `troubled` runs, with its process id, until it returns a
-            signal for it: SIGINT preempts the container, another one ends its input with a failure.
-        troubled: the function's name.
-        variables: more of them for each container.
+        trouble: called with a container's process id, again and again while the container runs, until it returns a
+            signal to send: SIGINT preempts the container, any other signal ends its input with a failure.
+        troubled: the function whose containers `trouble` is called for.
+        variables: environment variables of each container, beside the image's and the secrets'.
     """
 
     def __init__(
@@ -127,7 +137,7 @@ class ControlPlane:
         self.secrets: dict[str, dict[str, str]] = {}
         self._calls: dict[str, Call] = {}
         self._numbers = itertools.count(1)
-        self._waiting: dict[str, list[Any]] = {}  # container -> its input, until it has fetched it
+        self._waiting: dict[str, list[Any]] = {}  # container -> the input that it has not fetched yet
         self._logs: asyncio.Queue[Any] | None = None
         self._running: set[subprocess.Popen[bytes]] = set()
 
@@ -135,7 +145,7 @@ class ControlPlane:
 
     def __enter__(self) -> ControlPlane:
         self.folder.mkdir(parents=True, exist_ok=True)
-        # A shell's background jobs ignore SIGINT, and so would the containers, which could not be preempted.
+        # A background job of a shell ignores SIGINT, and its children inherit that: no container could be preempted.
         self._interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
         ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready)), daemon=True)
@@ -210,7 +220,7 @@ class ControlPlane:
     def _id(self, prefix: str) -> str:
         return f"{prefix}-{next(self._numbers)}"
 
-    # For the test
+    # For tests
 
     def modal(self, *words: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run the client's command line against this server, in the project's folder."""
@@ -231,7 +241,7 @@ class ControlPlane:
         return path
 
     def dockerfile(self, function: str) -> list[str]:
-        """Return all lines of a function's image, from its base on."""
+        """Return all Dockerfile lines of a function's image, the base's first."""
         image: str | None = self.functions[function].definition.image_id
         lines: list[str] = []
         while image is not None:
@@ -240,11 +250,11 @@ class ControlPlane:
         return lines
 
     def shipped(self, function: str) -> set[str]:
-        """Return the paths of the files that a function's container has beside its image."""
+        """Return the paths of the files that are shipped into a function's container."""
         return {file.filename for file in self._shipped(self.functions[function].definition)}
 
     def volumes_of(self, function: str) -> dict[str, str]:
-        """Return mount path -> volume of a function, and whether it may only read there."""
+        """Return a function's volumes by mount path, with "(read-only)" after those."""
         return {
             m.mount_path: m.volume_id.removeprefix("vo-") + (" (read-only)" if m.read_only else "")
             for m in self.functions[function].definition.volume_mounts
@@ -306,7 +316,7 @@ class ControlPlane:
 
     def MountPutFile(self, request: Any) -> dict[str, Any]:
         if not request.data and not request.data_blob_id and request.sha256_hex != hashlib.sha256(b"").hexdigest():
-            return {"exists": request.sha256_hex in self._files}  # the client asks before it sends
+            return {"exists": request.sha256_hex in self._files}  # a request without data is a question
         if request.data_blob_id:
             self._files[request.sha256_hex] = self._blobs[request.data_blob_id]
         else:
@@ -319,7 +329,7 @@ class ControlPlane:
     def BlobCreate(self, _: Any) -> dict[str, Any]:
         blob = self._id("bl")
         url = f"{self._http}/blob/{blob}"
-        # As older clients read it, and as newer ones do.
+        # The fields that older clients read, and those that newer ones read.
         return {"blob_id": blob, "upload_url": url, "blob_ids": [blob], "upload_urls": {"items": [url]}}
 
     async def _put_blob(self, request: web.Request) -> web.Response:
@@ -514,7 +524,7 @@ class ControlPlane:
         return "preempted" if preempted else process.returncode
 
     def _read_only(self, function: Function) -> set[tuple[str, int]]:
-        """Path and time of change of all that is on volumes that a function may only read."""
+        """Path and time of change of every file on the function's read-only volumes."""
         mounts = [mount for mount in function.definition.volume_mounts if mount.read_only]
         roots = [self.volume(mount.volume_id.removeprefix("vo-")) for mount in mounts]
         return {(str(path), path.stat().st_mtime_ns) for root in roots for path in root.rglob("*")}
@@ -550,7 +560,7 @@ class ControlPlane:
                 "MODAL_IS_REMOTE": "1",
                 "MODAL_TASK_ID": container,
                 "MODAL_CONTAINER_ARGUMENTS_PATH": str(home / "arguments"),
-                # What was shipped comes first, then this Python's packages; the project's folder is not among them.
+                # Shipped files come first, then this Python's packages; the project's own folder is left out.
                 "PYTHONPATH": os.pathsep.join([str(QUICK_START), str(home / "root"), *installed]),
             }
         )
@@ -596,5 +606,5 @@ class ControlPlane:
 
 
 def _make(kind: Any, **fields: Any) -> Any:
-    """Make a message, of the fields that it has."""
+    """Make a message; fields that its kind does not have are left out."""
     return kind(**{name: value for name, value in fields.items() if name in kind.DESCRIPTOR.fields_by_name})

@@ -39,7 +39,7 @@ ENOUGH = 4  # answers there when a container is preempted
 
 
 def _answers_of(process: int) -> int:
-    """Lines in the file of answers that a process has open, its heading not counted."""
+    """Lines, without the heading, of the file of answers that a process has open."""
     for descriptor in Path(f"/proc/{process}/fd").glob("*"):
         with contextlib.suppress(OSError):
             path = descriptor.readlink()
@@ -53,7 +53,7 @@ def _run(plane: ControlPlane, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 class Sharded:
-    """Two shards, of which one container is preempted in the middle; then the same command again."""
+    """A run of two shards, one of whose containers is preempted half-way; then the same command again."""
 
     def __init__(self, plane: ControlPlane, output: Path) -> None:
         words = (*DEMO, "--num-samples", str(DOCUMENTS), "--shards", "2", "--output-file", str(output))
@@ -164,7 +164,7 @@ def test_what_is_asked_of_modal(sharded: Sharded) -> None:
 
 
 def test_each_function_has_what_it_needs_and_no_more(sharded: Sharded) -> None:
-    """The token where the checkpoint is fetched; nothing at all where programs of a model run."""
+    """Only `prepare` writes to the models' volume; `run_programs`, which runs a model's programs, has no volume."""
     plane, models, results = sharded.plane, "sdar-models-cache", "sdar-results"
     writes = {"/models": f"{models} (read-only)", "/results": results}
     assert {name: plane.volumes_of(name) for name in plane.functions} == {
@@ -186,7 +186,7 @@ HUMANEVAL = (
 
 
 def _humaneval(folder: Path) -> Path:
-    """Two problems of which the first is solved by any answer of one line; a program that runs leaves a mark."""
+    """Two problems; any answer of one line solves the first alone. A program that runs leaves a mark."""
     mark = f"open({str(folder / 'ran')!r}, 'a').write('.')\n"
     prompt = f"{mark}def one():\n    return 1\n# "
     lines = (json.dumps(row | {"prompt": prompt}) for row in HUMANEVAL)
@@ -361,7 +361,7 @@ def test_it_says_how_it_is_run() -> None:
 
 
 def test_what_is_fetched_is_read_without_network_and_left_alone(tmp_path: Path) -> None:
-    """A checkpoint and a data set, as the hub's libraries keep what they fetched; `datasets` locks where it reads."""
+    """A checkpoint and a data set in the hub's cache layout; `datasets` writes lock files where it reads."""
     volume, commit = tmp_path / "volume", "0" * 40
     shutil.copytree(DEMO_CHECKPOINT, volume / "hub" / "models--me--demo" / "snapshots" / commit)
     rows = datasets.Dataset.from_list([{"question": "1 + 1?", "answer": "#### 2"}])

@@ -1,27 +1,22 @@
-"""What JetEngine is not asked to run, since it would get it wrong or stumble over it."""
+"""What the adapter refuses, because JetEngine would answer wrongly or fail."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdar_lm_eval.engines.adapters.common import (
-    HEAD_DIMS,
-    Decodes,
-    check_requests,
-    check_tensor_parallel,
-    listed,
-    world_size,
-)
+from sdar_lm_eval.engines.adapters.config import HEAD_DIMS
 from sdar_lm_eval.engines.adapters.jetengine.hooks import tail_of
 from sdar_lm_eval.engines.adapters.jetengine.loading import Setup
 from sdar_lm_eval.engines.adapters.jetengine.versions import version_with
+from sdar_lm_eval.engines.adapters.options import check_tensor_parallel, world_size
+from sdar_lm_eval.engines.adapters.requests import Decodes, check_requests, listed
 from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError
 
 
 def check_setup(setup: Setup) -> None:
-    """Refuse a checkpoint, or GPUs.
+    """Refuse a checkpoint or GPUs that this version of JetEngine cannot run on.
 
     Raises:
         UserError: says what runs it.

@@ -1,20 +1,19 @@
 """Whether the installed flash-attn computes what JetEngine 0.2.0 asks of it.
 
-Where few sequences run, flash-attn shares out a context among several thread blocks ("splits") and adds up their
-results. There are builds in which that goes wrong for some head sizes, without any error; answers are then nonsense.
+When few sequences run, flash-attn splits a context among several thread blocks and combines their results. Some builds
+of flash-attn get splits wrong for some head sizes, without an error: answers are then nonsense.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from sdar_lm_eval.engines.adapters.common import Config
+from sdar_lm_eval.engines.adapters.config import Config
+from sdar_lm_eval.engines.adapters.jetengine import api
 from sdar_lm_eval.engines.adapters.jetengine.memory import PAGE_SIZE
 from sdar_lm_eval.errors import EngineError
 
@@ -24,24 +23,24 @@ TOLERANCE = 0.03  # for averages of standard normal values in bf16 or fp16; a wr
 
 
 def ensure_right_attention(config: Config, block_length: int, dtype: torch.dtype, device: torch.device | str) -> bool:
-    """Try flash-attn on the checkpoint's shapes; where only its splits are wrong, keep JetEngine from them.
+    """Try flash-attn on the checkpoint's shapes; if only its splits are wrong, have JetEngine call it without splits.
 
     Args:
         config: config.json.
         block_length: query tokens of a sequence.
-        dtype: of the model.
-        device: torch device.
+        dtype: the model's.
+        device: the GPU to try on.
 
     Returns:
-        Whether flash-attn may split.
+        Whether flash-attn may split a context.
 
     Raises:
-        EngineError: it is wrong even without.
+        EngineError: flash-attn is wrong without splits too.
     """
-    module: Any = importlib.import_module("jetengine.layers.attention")
+    module = api.attention_module()
     attend = module.flash_attn_with_kvcache
     if _is_right(attend, config, block_length, dtype, device):
-        return not isinstance(attend, functools.partial)  # which an earlier call made of it
+        return not isinstance(attend, functools.partial)  # a partial is what an earlier call left here
     unsplit = functools.partial(attend, num_splits=1)
     if not _is_right(unsplit, config, block_length, dtype, device):
         raise EngineError(
@@ -65,7 +64,7 @@ def _is_right(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> bool:
-    """Compare one sequence's block, over a page and a half of context, with plain attention."""
+    """Compare flash-attn with plain attention: one sequence's block over a page and a half of context."""
     heads, kv_heads, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     context = PAGE_SIZE * 3 // 2
     generator = torch.Generator(device).manual_seed(0)
@@ -76,7 +75,7 @@ def _is_right(
     query = normal(1, block_length, heads, size)
     new_keys, new_values = normal(1, block_length, kv_heads, size), normal(1, block_length, kv_heads, size)
     key_pages, value_pages = normal(4, PAGE_SIZE, kv_heads, size), normal(4, PAGE_SIZE, kv_heads, size)
-    # Pages 2 and 1; as in JetEngine's graphs the table is wider than the sequence, and -1 where there is no page.
+    # Pages 2 and 1. As in JetEngine's CUDA graphs, the table is wider than the sequence: -1 stands for no page.
     table = torch.tensor([[2, 1, *[-1] * 8]], dtype=torch.int32, device=device)
 
     def gathered(pages: torch.Tensor, new: torch.Tensor) -> torch.Tensor:  # (heads, context + block, size)

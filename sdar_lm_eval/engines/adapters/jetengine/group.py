@@ -7,27 +7,27 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from sdar_lm_eval.engines.adapters.common import Draw, NoAnswerError, answer_end, stop_ids_of
 from sdar_lm_eval.engines.adapters.jetengine.hooks import prints_to_log, tail_of
 from sdar_lm_eval.engines.adapters.jetengine.loading import Loaded
 from sdar_lm_eval.engines.adapters.jetengine.memory import CAPTURED, PREFILL_TOKENS, captured
+from sdar_lm_eval.engines.adapters.requests import Draw, NoAnswerError, answer_end, stop_ids_of
 from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult
 from sdar_lm_eval.engines.runs import Allowance, Failures, is_out_of_memory
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-IDLE_STEPS = 4  # so many steps without any progress are a standstill; sound ones make progress in every second
+IDLE_STEPS = 4  # steps without progress that are a standstill; else every second step makes progress, or more
 
 
 @dataclass
 class Counts:
-    """What happened in the runs of an engine."""
+    """Counts of what happened in the runs of an engine; they go into the results file."""
 
     steps: int = 0
     steps_without_graph: int = 0
@@ -37,7 +37,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Alike:
-    """What must be equal in requests that run together: JetEngine takes these settings from the first of them."""
+    """Settings that requests which run together must share: JetEngine takes them from the first request."""
 
     strategy: str
     confidence_threshold: float
@@ -46,13 +46,13 @@ class Alike:
 
     @classmethod
     def of(cls, decoding: DecodingConfig) -> Alike:
-        """These settings."""
+        """The settings that decoding with this configuration shares."""
         return cls(decoding.remasking_strategy, decoding.confidence_threshold, decoding.eb_threshold, Draw.of(decoding))
 
 
 @dataclass(frozen=True)
 class _Started:
-    """A request under way: its index, the step it began at, whether its prompt has a full block to prefill."""
+    """A request under way: its position, the step that it began at, whether its prompt has a full block to prefill."""
 
     index: int
     step: int
@@ -64,43 +64,34 @@ class Group:
     """Runs requests of one block length and with like settings (`Alike`).
 
     Args:
-        loaded: JetEngine, with room for each of them.
-        sampling_params: JetEngine's class.
-        generator: that 0.2.0 draws from.
-        requests: of the run.
-        indices: of the group's requests.
-        counts: are counted up.
+        loaded: JetEngine, with room for each of the requests.
+        requests: all requests of the run.
+        indices: positions of the group's requests.
+        counts: what the group adds its steps to.
     """
 
     def __init__(
-        self,
-        loaded: Loaded,
-        sampling_params: Callable[..., object],
-        generator: torch.Generator,
-        requests: Sequence[GenerationRequest],
-        indices: Sequence[int],
-        counts: Counts,
+        self, loaded: Loaded, requests: Sequence[GenerationRequest], indices: Sequence[int], counts: Counts
     ) -> None:
         self._loaded, self._llm, self._setup = loaded, loaded.llm, loaded.setup
-        self._sampling_params_class, self._generator = sampling_params, generator
         self._requests, self._indices, self._counts = requests, indices, counts
         self._waiting = deque(indices)
-        self._running: dict[int, _Started] = {}  # by JetEngine's number
+        self._running: dict[int, _Started] = {}  # by the number that JetEngine gives a sequence
         self._fillers: set[int] = set()
         self._idle = 0
 
     def run(self, failures: Failures) -> Iterator[tuple[int, GenerationResult]]:
-        """Run the requests; after a standstill with half as many at a time, for a while.
+        """Run the requests; after a standstill half as many at a time, then gradually more.
 
         Raises:
             EngineError: JetEngine stopped, or stands still with a single sequence.
         """
         waiting, running = self._waiting, self._running
-        allowance = Allowance(self._loaded.active([self._requests[i] for i in self._indices]))
+        allowance = Allowance(self._loaded.at_once([self._requests[i] for i in self._indices]))
         self._reset_scheduler()
         seed = _common_seed(self._requests[i].seed for i in self._indices)
         torch.manual_seed(seed)
-        self._generator.manual_seed(seed)
+        self._loaded.generator.manual_seed(seed)
         try:
             while waiting or running:
                 active = captured(allowance.now)
@@ -137,7 +128,7 @@ class Group:
             self._llm.scheduler.consistent_sampling_params = False
 
     def _reset_scheduler(self) -> None:
-        """A scheduler that holds no sequences, for requests that all have the same settings."""
+        """Give JetEngine a scheduler without sequences, which takes all requests' settings from the first."""
         scheduler = self._llm.scheduler = type(self._llm.scheduler)(self._llm.config)
         scheduler.consistent_sampling_params = True
         if self._requests[self._indices[0]].decoding.greedy:
@@ -146,7 +137,7 @@ class Group:
         self._idle = 0
 
     def _admit(self, active: int) -> list[_Started]:
-        """Hand over requests until `active` are running or a prefill is full; returns those."""
+        """Hand requests over until `active` are running or a prefill is full; return those that were handed over."""
         added: list[_Started] = []
         prefill = 0
         while self._waiting and len(self._running) < active:
@@ -162,10 +153,10 @@ class Group:
         return added
 
     def _fill_up(self) -> None:
-        """Add sequences of one block, without a prompt, up to a number that has a CUDA graph.
+        """Add fillers, sequences of one block without a prompt, up to a number of sequences that has a CUDA graph.
 
-        At the end of a run, when fewer and fewer are left, a step with a graph takes less time than a smaller one
-        without.
+        At the end of a run, fewer and fewer sequences are left. A step with a CUDA graph takes less time than a step of
+        fewer sequences without one.
         """
         now = len(self._running) + len(self._fillers)
         wanted = next(size for size in CAPTURED if size >= now)
@@ -174,14 +165,13 @@ class Group:
         self._fillers |= {self._add((), params) for _ in range(wanted - now)}
 
     def _add(self, prompt: Sequence[int], params: object) -> int:
-        """Hand a prompt over; returns the number that JetEngine gives it."""
+        """Hand a prompt over; return the number that JetEngine gives its sequence: the largest so far."""
         self._llm.add_request(list(prompt), params)
-        scheduler = self._llm.scheduler
-        queues = (scheduler.running, getattr(scheduler, "waiting_prefill", None))
+        queues = [getattr(self._llm.scheduler, name) for name in self._setup.dialect.queues]
         return int(max(queue[-1].seq_id for queue in queues if queue))
 
     def _step(self, added: list[_Started]) -> list[tuple[int, list[int]]] | None:
-        """One step of JetEngine: (number, tokens) of each request that finished, or None at a standstill."""
+        """Run one step of JetEngine: (number, tokens) of each request that finished, or None at a standstill."""
         prefilled = sum(started.prefilled for started in added)
         blocks = len(self._running) + len(self._fillers) - prefilled
         if self._setup.dialect.prefills_beside or not prefilled:
@@ -212,7 +202,7 @@ class Group:
         draw, stop_ids = Draw.of(decoding), stop_ids_of(request, self._setup.checkpoint)
         params: dict[str, object] = {
             "temperature": draw.temperature,
-            # 0, which means "off" in JetEngine's examples, makes 0.2.0 draw the most probable token.
+            # topk=0 is "off" in JetEngine's examples, but makes 0.2.0 draw the most probable token.
             "topk": min(draw.top_k or vocabulary, vocabulary),
             "topp": draw.top_p,
             "max_tokens": request.max_new_tokens,
@@ -223,10 +213,10 @@ class Group:
             "stop_words": sorted(stop_ids),
             "ignore_eos": False,
         }
-        return self._sampling_params_class(**params | self._setup.dialect.sampling_params(request, stop_ids))
+        return self._loaded.jetengine.SamplingParams(**params | self._setup.dialect.sampling_params(request, stop_ids))
 
     def _result(self, request: GenerationRequest, started: _Started, tokens: list[int]) -> GenerationResult:
-        """Cut what JetEngine returned to the answer."""
+        """Cut the tokens that JetEngine returned to the answer."""
         dialect, checkpoint = self._setup.dialect, self._setup.checkpoint
         if dialect.returns_prompt:
             length = len(request.prompt_ids)

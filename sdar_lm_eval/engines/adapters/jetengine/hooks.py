@@ -1,9 +1,10 @@
-"""What JetEngine has to be told beside its public arguments: by version, and for the process that it runs in.
+"""What JetEngine needs beside its public arguments: for each version, and for the process that it runs in.
 
-make_ready_…            before its LLM is made
-draw_greedily_…         a scheduler whose draws are the most probable tokens
+make_ready_…            prepares JetEngine's modules, before its LLM is made
+draw_greedily_…         makes a scheduler draw the most probable tokens
 sampling_params_…       settings of `SamplingParams` that only this version has, or reads in its own way
-torch_defaults_kept, prints_to_log
+torch_defaults_kept     undoes what JetEngine does to torch's defaults
+prints_to_log           sends what JetEngine prints to the log
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import importlib
 import io
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-from sdar_lm_eval.engines.adapters.common import Config
+from sdar_lm_eval.engines.adapters.config import Config
+from sdar_lm_eval.engines.adapters.jetengine import api
 from sdar_lm_eval.engines.adapters.jetengine.flash_attention import ensure_right_attention
 from sdar_lm_eval.engines.base import GenerationRequest
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def tail_of(request: GenerationRequest) -> tuple[int, ...]:
-    """The prompt's tokens behind its last full block."""
+    """The prompt's tokens after its last full block."""
     length = request.decoding.block_length
     return request.prompt_ids[len(request.prompt_ids) // length * length :]
 
@@ -38,7 +39,7 @@ def tail_of(request: GenerationRequest) -> tuple[int, ...]:
 def make_ready_020(
     device: torch.device, generator: torch.Generator, config: Config, block_length: int, dtype: torch.dtype
 ) -> bool:
-    """Give 0.2.0 its process group, its random numbers and a right flash-attn.
+    """Give 0.2.0 a process group, a random number generator and a flash-attn that is right.
 
     Returns:
         Whether flash-attn may split a context among thread blocks.
@@ -49,11 +50,12 @@ def make_ready_020(
 
 
 def _give_process_group(device: torch.device) -> None:
-    """Have 0.2.0 take this process for the whole of its world.
+    """Have 0.2.0 run in a process group of this process alone.
 
-    Its DistributedManager asks accelerate, which knows of no group where no launcher made one; and where a launcher
-    did, it makes groups together with all other processes, at a time when some may have nothing left to do. Each of our
-    processes holds the whole model, so a group of its own is all it needs.
+    JetEngine's own DistributedManager takes its group from accelerate. Without a launcher, accelerate has no group.
+    With a launcher, DistributedManager makes groups together with all other processes, some of which may have no
+    request left and never join: it would wait for ever. Each process of ours holds the whole model, so its own group is
+    enough.
     """
     dist = importlib.import_module("torch.distributed")
     if not dist.is_initialized():
@@ -69,27 +71,30 @@ def _give_process_group(device: torch.device) -> None:
             self.tp_rank = self.dp_rank = 0
             self.tp_group = self.dp_group = group
 
-    llm_engine: Any = importlib.import_module("jetengine.engine.llm_engine")
-    llm_engine.DistributedManager = OneProcess
+    api.engine_module().DistributedManager = OneProcess
 
 
 def _give_generator(generator: torch.Generator) -> None:
     """Have 0.2.0 draw tokens from this generator.
 
-    flashinfer (0.5.3, sampling.py: get_seed_and_offset) begins a new one at each call where it is given none: at every
-    step a row of the batch would draw by the same random number, whatever the seed.
+    Without a generator, flashinfer makes a new one at each call (0.5.3, sampling.py: get_seed_and_offset): a row of the
+    batch would draw by the same random number at every step, whatever the seed.
     """
-    scheduler: Any = importlib.import_module("jetengine.engine.scheduler")
+    scheduler = api.scheduler_module()
     draw = scheduler.top_k_top_p_sampling_from_probs
     scheduler.top_k_top_p_sampling_from_probs = functools.partial(getattr(draw, "func", draw), generator=generator)
 
 
-def draw_greedily_020(scheduler: object) -> None:
-    """Nothing is to be done: top_k=1 is greedy."""
+def draw_greedily_020(scheduler: api.Scheduler) -> None:
+    """Leave the scheduler as it is: in 0.2.0 top_k=1 is greedy."""
 
 
 def sampling_params_020(request: GenerationRequest, stop_ids: frozenset[int]) -> dict[str, object]:
-    """entropy_bounded has no schedule in 0.2.0, but stops after so many steps: a block's length is enough of them."""
+    """Settings of 0.2.0 alone.
+
+    entropy_bounded has no schedule, but 0.2.0 ends a block after `denoising_steps` steps under it too, with masks left.
+    As many steps as the block has tokens always suffice.
+    """
     decoding = request.decoding
     params: dict[str, object] = {"eb_threshold": decoding.eb_threshold}
     if decoding.remasking_strategy == "entropy_bounded":
@@ -103,27 +108,31 @@ def sampling_params_020(request: GenerationRequest, stop_ids: frozenset[int]) ->
 def make_ready_010(
     device: torch.device, generator: torch.Generator, config: Config, block_length: int, dtype: torch.dtype
 ) -> bool:
-    """Nothing is to be done; returns that flash-attn may split a context, for nothing keeps it from that."""
+    """Leave 0.1.0 as it is; return that flash-attn may split a context, since nothing forbids it."""
     return True
 
 
-def draw_greedily_010(scheduler: Any) -> None:
-    """Replace how 0.1.0 makes weights of logits: its top_k=1 makes every token's confidence 1."""
+def draw_greedily_010(scheduler: api.Scheduler) -> None:
+    """Replace the functions by which 0.1.0 makes weights of logits: its own top_k=1 makes every confidence 1."""
     scheduler.sample_pipe = scheduler.sample_pipe_topk0 = _greedy_weights
 
 
 def _greedy_weights(logits: torch.Tensor, **_: object) -> torch.Tensor:
-    """Weights (N, V) from logits (N, V), all of it on the most probable token, and as much as its probability is.
+    """Weights (N, V) from logits (N, V): the most probable token has its probability, all others have 0.
 
-    0.1.0 draws by these weights and takes the drawn one for the confidence, so this is greedy decoding with the
-    probability at temperature 1.
+    0.1.0 draws by these weights and takes the drawn token's weight for its confidence. So decoding is greedy, and
+    confidences are probabilities at temperature 1.
     """
     probability, token = logits.float().softmax(-1).max(-1, keepdim=True)
     return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, token, probability)
 
 
 def sampling_params_010(request: GenerationRequest, stop_ids: frozenset[int]) -> dict[str, object]:
-    """0.1.0 takes stop tokens at the end of the prompt for the answer's: better it goes on to the limit."""
+    """Settings of 0.1.0 alone.
+
+    0.1.0 looks for stop tokens in the whole first block, the prompt's last tokens included, and would end the answer at
+    once. Where these tokens hold a stop token, the sequence runs to its limit, and the adapter cuts the answer.
+    """
     return {} if stop_ids.isdisjoint(tail_of(request)) else {"ignore_eos": True}
 
 
@@ -132,7 +141,7 @@ def sampling_params_010(request: GenerationRequest, stop_ids: frozenset[int]) ->
 
 @contextlib.contextmanager
 def torch_defaults_kept() -> Iterator[None]:
-    """Undo what JetEngine does to torch's defaults: a default device, even the CPU, slows down every call of torch."""
+    """Undo JetEngine's changes of torch's defaults: a default device, even the CPU, slows every call of torch down."""
     dtype = torch.get_default_dtype()
     try:
         yield
@@ -151,6 +160,6 @@ class _Log(io.TextIOBase):
 
 @contextlib.contextmanager
 def prints_to_log() -> Iterator[None]:
-    """What JetEngine prints goes to the log (level DEBUG): lm_eval's own output stays what it is."""
+    """Send what JetEngine prints to the log, at level DEBUG: lm_eval's own output stays as it is."""
     with contextlib.redirect_stdout(_Log()):
         yield

@@ -1,4 +1,4 @@
-"""JetEngine's LLM in memory: made for the requests to come, with what it is to take, and ended."""
+"""JetEngine's LLM in memory: made with room for the requests to come, and ended."""
 
 from __future__ import annotations
 
@@ -9,20 +9,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
-from types import ModuleType
-from typing import Any
 
 import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.adapters.common import (
-    Config,
-    check_mask_token,
-    end_processes,
-    free_memory,
-    processes_started,
-    register_configs,
-)
+from sdar_lm_eval.engines.adapters.config import Config, check_mask_token, register_configs
+from sdar_lm_eval.engines.adapters.jetengine import api
 from sdar_lm_eval.engines.adapters.jetengine.config import SDARConfig, SDARMoeConfig, config_for_jetengine
 from sdar_lm_eval.engines.adapters.jetengine.hooks import prints_to_log, torch_defaults_kept
 from sdar_lm_eval.engines.adapters.jetengine.memory import (
@@ -36,14 +28,15 @@ from sdar_lm_eval.engines.adapters.jetengine.memory import (
     size_for,
 )
 from sdar_lm_eval.engines.adapters.jetengine.versions import Dialect
+from sdar_lm_eval.engines.adapters.processes import end_processes, free_memory, processes_started
 from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.engines.runs import is_out_of_memory
 from sdar_lm_eval.errors import EngineError, SDARError, UserError
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 60.0  # seconds for 0.1.0's other processes to end
-SPARE_BYTES = 256 << 20  # by which GPUs that share a model may differ in what is free
+PATIENCE = 60.0  # seconds for worker processes to end
+SPARE_BYTES = 256 << 20  # by which free memory may differ among GPUs that share a model
 
 
 @dataclass(frozen=True)
@@ -53,13 +46,13 @@ class Setup:
     Attributes:
         dialect: the installed JetEngine.
         checkpoint: the opened checkpoint.
-        config: its config.json with defaults.
+        config: the checkpoint's config.json with defaults.
         device: a GPU.
         dtype: "bfloat16" or "float16".
-        max_active: most sequences at once, if the user says so.
-        gpu_memory_utilization: the part of the GPU's memory to fill, if the user says so.
+        max_active: most sequences at once; None: the user gave no number.
+        gpu_memory_utilization: the part of the GPU's memory to fill; None: the user gave none.
         tensor_parallel_size: GPUs that share the weights.
-        graphs: whether to run as CUDA graphs.
+        graphs: whether steps run as CUDA graphs.
     """
 
     dialect: Dialect
@@ -74,36 +67,39 @@ class Setup:
 
 
 class Loaded:
-    """JetEngine's LLM with the weights, and the memory that it takes once and for all.
+    """JetEngine's LLM with the weights, and all the memory that it will ever take.
 
     Args:
         setup: what the adapter was opened with.
-        jetengine: its package.
-        generator: 0.2.0 draws tokens from it.
-        size: what there is to be room for.
+        jetengine: the package.
+        generator: what 0.2.0 draws tokens from.
+        size: what JetEngine is made for.
 
     Attributes:
-        llm: JetEngine's.
-        workers: processes of JetEngine's.
+        llm: JetEngine's LLM, until it is closed.
+        closed: whether it has ended.
+        workers: JetEngine's worker processes.
         may_split: whether flash-attn may split a context among thread blocks.
 
     Raises:
         UserError: the memory does not hold it.
-        EngineError: JetEngine did not start.
+        EngineError: JetEngine did not start, or took another mask token.
     """
 
-    def __init__(self, setup: Setup, jetengine: ModuleType, generator: torch.Generator, size: Size) -> None:
-        self.setup, self.size, self.may_split = setup, size, True
-        self.llm: Any = None
+    llm: api.Engine
+
+    def __init__(self, setup: Setup, jetengine: api.Package, generator: torch.Generator, size: Size) -> None:
+        self.setup, self.jetengine, self.generator, self.size = setup, jetengine, generator, size
+        self.closed, self.may_split = True, True
         self.workers: list[BaseProcess] = []
-        self._jetengine, self._generator = jetengine, generator
         used = used_bytes(setup)
         try:
             with processes_started() as self.workers:
                 self.llm = self._open()
+            self.closed = False
         except SDARError:
             raise
-        except AssertionError as error:  # its own way to say that no page is left
+        except AssertionError as error:  # JetEngine asserts that a page is left
             raise UserError(self._does_not_fit("no memory is left for keys and values")) from error
         except Exception as error:
             if is_out_of_memory(error):
@@ -113,10 +109,11 @@ class Loaded:
                 message += ". One run of it fits a machine at a time, since all take the same port: wait for the other."
             raise EngineError(message) from error
         finally:
-            if self.llm is None:
+            if self.closed:
                 end_processes(self.workers, 0.0)
         if setup.tensor_parallel_size > 1:
-            # Each process has as many pages as its own GPU has memory for, and all use the numbers that this one gives.
+            # Each process makes as many pages as its own GPU has room for, but this process hands out page numbers for
+            # all of them: the GPU with the least free memory decides.
             difference = max(used) - used[0] + SPARE_BYTES
             pages = -(-difference // bytes_per_page(setup.config, setup.tensor_parallel_size))
             self.llm.config.num_kvcache_blocks = max(self.pages - pages, 0)
@@ -125,14 +122,19 @@ class Loaded:
         except EngineError:
             self.close()
             raise
-        # It drops all of a prompt up to a pad token, and 0.1.0 stops at the end-of-text token, asked to or not. It has
-        # no need to know either of them.
+        # JetEngine drops all of a prompt up to a pad token (0.2.0), and stops at the end-of-text token unasked (0.1.0),
+        # unless its tokenizer has neither.
         self.llm.tokenizer.pad_token = self.llm.tokenizer.eos_token = None
 
     @property
     def pages(self) -> int:
-        """Pages for keys and values."""
-        return int(self.llm.config.num_kvcache_blocks)
+        """Number of KV pages."""
+        return self.llm.config.num_kvcache_blocks
+
+    @property
+    def max_active(self) -> int:
+        """Most sequences that run at once."""
+        return self.size.max_active
 
     def close(self) -> None:
         """End JetEngine and give its memory back."""
@@ -140,15 +142,16 @@ class Loaded:
         if all(worker.is_alive() for worker in self.workers):
             self.llm.exit()
         end_processes(self.workers, PATIENCE)
-        self.llm = None
+        del self.llm
+        self.closed = True
         free_memory()
 
     def kill_workers(self) -> None:
-        """End processes that wait for this one's part of a step, which failed."""
+        """End the worker processes after this process failed in a step: they would wait for it for ever."""
         atexit.unregister(self.llm.exit)
         end_processes(self.workers, 0.0)
 
-    def _open(self) -> Any:
+    def _open(self) -> api.Engine:
         setup, size = self.setup, self.size
         register_configs(SDARConfig, SDARMoeConfig)
         options = {
@@ -163,7 +166,7 @@ class Loaded:
             "max_num_seqs": size.max_active,
             "tensor_parallel_size": setup.tensor_parallel_size,
         }
-        # 0.1.0 takes the mask token from the tokenizer.
+        # 0.1.0 reads the mask token from the tokenizer, 0.2.0 from the options.
         mask_token = setup.checkpoint.tokenizer.convert_ids_to_tokens(setup.checkpoint.mask_token_id)
         config = config_for_jetengine(setup.config, setup.dtype)
         with (
@@ -173,9 +176,9 @@ class Loaded:
         ):
             torch.cuda.set_device(setup.device)
             self.may_split = setup.dialect.make_ready(
-                setup.device, self._generator, setup.config, size.block_length, getattr(torch, setup.dtype)
+                setup.device, self.generator, setup.config, size.block_length, getattr(torch, setup.dtype)
             )
-            return self._jetengine.LLM(str(folder), **options)
+            return self.jetengine.LLM(str(folder), **options)
 
     def _does_not_fit(self, reason: str) -> str:
         size = self.size
@@ -192,8 +195,8 @@ class Loaded:
     def _pages_of(self, request: GenerationRequest) -> int:
         return pages_of(request, self.setup.dialect.page_a_step)
 
-    def check_pages(self, requests: Sequence[GenerationRequest]) -> None:
-        """Refuse requests that find no room even alone.
+    def check_room(self, requests: Sequence[GenerationRequest]) -> None:
+        """Refuse requests that need more KV pages than there are.
 
         Raises:
             UserError: there is one.
@@ -208,8 +211,8 @@ class Loaded:
                 "or max_length."
             )
 
-    def active(self, requests: Sequence[GenerationRequest]) -> int:
-        """How many of the requests can run at once, the longest ones."""
+    def at_once(self, requests: Sequence[GenerationRequest]) -> int:
+        """How many of the requests can run at once, whichever they are."""
         most = self.size.max_active
         needs = sorted(map(self._pages_of, requests), reverse=True)
         fitting = sum(sum_ <= self.pages for sum_ in itertools.accumulate(needs))
@@ -232,7 +235,7 @@ def used_bytes(setup: Setup) -> list[int]:
 
 
 def wanted_size(setup: Setup, requests: Sequence[GenerationRequest]) -> Size:
-    """What JetEngine is to be made for, to run these requests; they have one block length."""
+    """What JetEngine has to be made for to run these requests, which have one block length."""
     total = torch.cuda.mem_get_info(setup.device)[1]
     size = size_for(
         requests,

@@ -1,7 +1,7 @@
-"""How much memory JetEngine is to take, from the requests that it will run; no tensors.
+"""How much memory JetEngine is to take for the requests that it will run; no tensors.
 
-JetEngine fills a given part of the GPU's memory once: what the weights and a prefill leave of it becomes KV pages. The
-logits that it samples from, and its CUDA graphs, come on top.
+At its start JetEngine fills a given part of the GPU's memory: what the weights and a prefill leave of that part becomes
+KV pages. Logits and CUDA graphs take memory beyond that part.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sdar_lm_eval.engines.adapters.common import Config
+from sdar_lm_eval.engines.adapters.config import Config
 from sdar_lm_eval.engines.base import GenerationRequest
 
 PAGE_SIZE = 256  # tokens; the smallest that JetEngine takes
-CAPTURED: tuple[int, ...] = (1, 2, 4, 8, *range(16, 257, 16))  # sequences at once for which 0.2.0 has a CUDA graph
-LARGEST_GAP = 15  # between two of them
-PREFILL_TOKENS = 32768  # of the prompts that begin in one step, unless a single one is longer
-# What sampling needs for each logit: bf16, then float32 several times over.
+CAPTURED: tuple[int, ...] = (1, 2, 4, 8, *range(16, 257, 16))  # sequences at once for which there is a CUDA graph
+LARGEST_GAP = 15  # between two numbers of CAPTURED
+PREFILL_TOKENS = 32768  # most prompt tokens that begin in one step, unless a single prompt is longer
+# Sampling holds each logit in bf16, and in float32 several times over.
 BYTES_PER_LOGIT = 30
-LOGITS_SHARE = 0.25  # of the GPU's memory at most
+LOGITS_SHARE = 0.25  # most of the GPU's memory that logits may take
 GRAPH_BYTES = 2 << 30
-# Through so much memory 0.1.0 hands its other processes, for tensor parallelism, all sequences of a step.
+# In tensor parallelism, one process sends the others all sequences of a step through shared memory of this size.
 MESSAGE_BYTES = 1 << 20
 SLACK_BYTES = 1 << 30
-NCCL_BYTES = 1 << 30  # its buffers on each of several GPUs; they are there before JetEngine looks at what is left
+NCCL_BYTES = 1 << 30  # NCCL's buffers on each of several GPUs; NCCL takes them before JetEngine counts free memory
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Size:
 
     Attributes:
         block_length: tokens denoised together.
-        max_active: sequences at once.
-        max_tokens: the longest one's tokens, in whole blocks.
+        max_active: most sequences at once.
+        max_tokens: most tokens of a sequence, prompt and answer, in whole blocks.
         prefill_tokens: most prompt tokens that begin in one step.
-        gpu_memory_utilization: the part of the GPU's memory that it fills.
+        gpu_memory_utilization: the part of the GPU's memory that JetEngine fills.
     """
 
     block_length: int
@@ -45,7 +45,7 @@ class Size:
     gpu_memory_utilization: float
 
     def holds(self, other: Size) -> bool:
-        """Whether requests of the other size run here too."""
+        """Whether requests of the other size fit this one too."""
         return (
             self.block_length == other.block_length
             and self.max_active >= other.max_active
@@ -65,14 +65,14 @@ def size_for(
     tensor_parallel_size: int = 1,
     page_a_step: bool = False,
 ) -> Size:
-    """The memory that requests of one block length need, as far as there is any.
+    """The memory that requests of one block length need, or what there is of it.
 
     Args:
         requests: at least one.
         config: config.json with its defaults (`Checkpoint.full_config`).
-        weight_bytes: size of the weights on one GPU, or more.
-        free_bytes: the GPU's memory that nobody uses now.
-        total_bytes: all of it.
+        weight_bytes: at least the size of the weights on one GPU.
+        free_bytes: the GPU's memory that is free now.
+        total_bytes: all of the GPU's memory.
         max_active: most sequences at once; None: up to the largest CUDA graph.
         tensor_parallel_size: GPUs that share weights and pages.
         page_a_step: see `pages_of`.
@@ -106,12 +106,12 @@ def size_for(
 
 
 def pages_of(request: GenerationRequest, page_a_step: bool = False) -> int:
-    """Most KV pages that the request takes.
+    """Most KV pages that a request takes.
 
     Args:
-        request: its tokens count, and its steps.
-        page_a_step: where a block begins with a page, each of its steps takes one more, as in JetEngine 0.1.0
-            (`Sequence.num_new_blocks_needed`), though one is enough.
+        request: the request.
+        page_a_step: whether each step of a block that begins with a page takes another page, though one is enough
+            (JetEngine 0.1.0: `Sequence.num_new_blocks_needed`).
     """
     tokens = request.longest
     pages = -(-tokens // PAGE_SIZE)
@@ -119,12 +119,12 @@ def pages_of(request: GenerationRequest, page_a_step: bool = False) -> int:
         block_length = request.decoding.block_length
         prefilled = len(request.prompt_ids) // block_length * block_length
         beginnings = (tokens - 1) // PAGE_SIZE - (prefilled - 1) // PAGE_SIZE  # pages that begin with a denoised block
-        pages += beginnings * request.decoding.steps  # and one step that commits the block
+        pages += beginnings * request.decoding.steps  # `pages` already has the commit's
     return pages
 
 
 def message_bytes(request: GenerationRequest) -> int:
-    """Most bytes that a sequence takes in 0.1.0's message to its other processes: pickled token ids, pages, counts."""
+    """Most bytes that a sequence takes in a step's message to the other processes: pickled token ids, pages, counts."""
     return 5 * (request.longest + pages_of(request, page_a_step=True)) + 300
 
 
@@ -135,5 +135,5 @@ def bytes_per_page(config: Config, tensor_parallel_size: int = 1) -> int:
 
 
 def captured(number: int) -> int:
-    """The largest number of sequences that has a CUDA graph, up to the given one; at least 1."""
+    """The largest number of sequences, up to the given one, that has a CUDA graph; at least 1."""
     return max(size for size in CAPTURED if size <= max(number, 1))

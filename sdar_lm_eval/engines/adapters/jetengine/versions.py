@@ -1,9 +1,9 @@
-"""The two versions of JetEngine that are in use: which one is installed, and all in which they differ.
+"""The two versions of JetEngine that are in use: which one is installed, and how they differ.
 
     0.2.0   the main branch of github.com/Labman42/JetEngine
     0.1.0   the submodule of SDAR's own repository (github.com/JetAstra/SDAR)
 
-Neither is on PyPI: the `jetengine` there is a library for MongoDB. Nothing here imports JetEngine.
+Neither is on PyPI: `jetengine` on PyPI is a library for MongoDB. Nothing here imports JetEngine.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from sdar_lm_eval.engines.adapters.common import Config, check_nothing_is_missing, installed, is_there
-from sdar_lm_eval.engines.adapters.jetengine import hooks
+from sdar_lm_eval.engines.adapters.config import Config
+from sdar_lm_eval.engines.adapters.installed import check_nothing_is_missing, installed, is_there
+from sdar_lm_eval.engines.adapters.jetengine import api, hooks
 from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.errors import EngineError
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class MakeReady(Protocol):
-    """A function of hooks.py."""
+    """`make_ready_…` of hooks.py."""
 
     def __call__(
         self,
@@ -37,27 +38,30 @@ class MakeReady(Protocol):
         block_length: int,
         dtype: torch.dtype,
     ) -> bool:
-        """Prepare JetEngine's modules, before its LLM is made; return whether flash-attn may split a context."""
+        """Prepare JetEngine's modules before its LLM is made; return whether flash-attn may split a context."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """A version of JetEngine, as far as it differs from the other: a new version is a new row of `DIALECTS`.
+    """All that is particular to a version of JetEngine: a new version is a new row of `DIALECTS`.
 
     Attributes:
-        commit: the one this was written for, in Labman42/JetEngine.
-        file: of its package, by which it is told from the versions behind it in the table.
-        strategies: remasking strategies it knows.
-        modules: what it imports, by the name to install.
-        mixture_of_experts, tensor_parallel: it runs these.
-        any_gpu: it can run on another GPU than the first.
-        several_processes: it can run in several processes of a data parallel run.
-        graphs: it has CUDA graphs.
-        page_a_step: it takes more KV pages than it needs; see `pages_of`.
-        returns_prompt: outputs begin with the prompt.
-        prefills_beside: a step that prefills some sequences denoises the others; else it prefills and denoises in turn.
+        version: as pip records it.
+        commit: of Labman42/JetEngine, for which the row was written.
+        file: of JetEngine's package, missing in the rows below; tells versions apart where nothing records a version.
+        strategies: its remasking strategies.
+        modules: the modules that it imports, each with the name of the package to install.
+        mixture_of_experts: whether it runs SDAR MoE.
+        tensor_parallel: whether several GPUs can share the weights.
+        any_gpu: whether it runs on another GPU than the first.
+        several_processes: whether it runs in several processes of a data parallel run.
+        graphs: whether it has CUDA graphs.
+        page_a_step: whether it takes more KV pages than it needs; see `pages_of`.
+        returns_prompt: whether outputs begin with the prompt.
+        prefills_beside: whether one step prefills some sequences and denoises the others; else a step does either.
+        queues: attributes of the scheduler, to one of which `add_request` appends the new sequence.
         make_ready, draw_greedily, sampling_params: see hooks.py.
-        deviations: where its answers follow other rules than `DecodingConfig` says.
+        deviations: rules that differ from those of `DecodingConfig`, by setting.
     """
 
     version: str
@@ -73,8 +77,9 @@ class Dialect:
     page_a_step: bool
     returns_prompt: bool
     prefills_beside: bool
+    queues: tuple[str, ...]
     make_ready: MakeReady
-    draw_greedily: Callable[[Any], None]
+    draw_greedily: Callable[[api.Scheduler], None]
     sampling_params: Callable[[GenerationRequest, frozenset[int]], dict[str, object]]
     deviations: Mapping[str, str]
 
@@ -96,6 +101,7 @@ DIALECTS = {
         page_a_step=False,
         returns_prompt=True,
         prefills_beside=True,
+        queues=("running", "waiting_prefill"),
         make_ready=hooks.make_ready_020,
         draw_greedily=hooks.draw_greedily_020,
         sampling_params=hooks.sampling_params_020,
@@ -123,6 +129,7 @@ DIALECTS = {
         page_a_step=True,
         returns_prompt=False,
         prefills_beside=False,
+        queues=("running",),
         make_ready=hooks.make_ready_010,
         draw_greedily=hooks.draw_greedily_010,
         sampling_params=hooks.sampling_params_010,
@@ -151,7 +158,8 @@ def find_jetengine() -> tuple[Dialect, str | None]:
         (its dialect, its commit where pip knows it).
 
     Raises:
-        EngineError: it is missing, is another library, has another version, or lacks something that it imports.
+        EngineError: JetEngine is missing, is PyPI's library of that name, has an unknown version, or lacks something
+            that it imports.
     """
     spec = importlib.util.find_spec("jetengine")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
@@ -161,7 +169,7 @@ def find_jetengine() -> tuple[Dialect, str | None]:
     folder = next((folder for folder in folders if (folder / "engine" / "llm_engine.py").is_file()), None)
     if folder is None:
         missing.append("JetEngine")
-        if spec is not None and spec.origin is not None:  # not just a folder of that name
+        if spec is not None and spec.origin is not None:  # a package, not a mere folder
             note = " The installed `jetengine` is PyPI's library for MongoDB: uninstall it."
     else:
         version, commit = _version_of(folder)
@@ -179,7 +187,7 @@ def find_jetengine() -> tuple[Dialect, str | None]:
 
 
 def _version_of(folder: Path) -> tuple[str, str | None]:
-    """Version and commit, from what pip wrote, else from the checkout, else from what differs in it."""
+    """Version and commit: from what pip recorded, else from the checkout's pyproject.toml, else by `Dialect.file`."""
     if found := installed("jetengine"):
         return found.version, found.commit
     project = folder.parent / "pyproject.toml"

@@ -1,11 +1,12 @@
 """SDAR on LMDeploy's PyTorch engine.
 
-engine.py         the adapter: groups requests, has LMDeploy made for their settings, hands results on
-group.py          requests that may run together, each ended where its answer does
+engine.py         the adapter: what LMDeploy needs of `adapters/adapter.py`
+group.py          requests that may run together, each ended where its answer ends
 loading.py        LMDeploy's engine in memory
-loop.py           the event loop where it lives
+loop.py           the event loop that the engine runs in
 checks.py         what is refused
-requirements.py   which LMDeploy is installed, what is missing beside it, where its answers deviate
-hooks.py          what LMDeploy has to be told beside its public arguments
+requirements.py   which LMDeploy is installed, what is missing beside it, and rules that differ from ours
+hooks.py          what LMDeploy needs beside its public arguments
+api.py            all that is used of LMDeploy, as types
 config.py         config.json as LMDeploy reads it
 """

@@ -1,9 +1,11 @@
-"""What LMDeploy is not asked to run, since it would get it wrong or stumble over it."""
+"""What the adapter refuses, because LMDeploy would answer wrongly or fail."""
 
 from __future__ import annotations
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.adapters.common import HEAD_DIMS, Decodes, check_tensor_parallel, listed, world_size
+from sdar_lm_eval.engines.adapters.config import HEAD_DIMS
+from sdar_lm_eval.engines.adapters.options import check_tensor_parallel, world_size
+from sdar_lm_eval.engines.adapters.requests import Decodes, listed
 from sdar_lm_eval.engines.base import check_rope
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError
@@ -21,7 +23,7 @@ DECODES = Decodes(
 
 
 def check_gpus(checkpoint: Checkpoint, device: str, tensor_parallel: int, data_parallel_size: int) -> None:
-    """Refuse a number of GPUs that there is not, or that LMDeploy would share out wrongly.
+    """Refuse more GPUs than there are, and GPUs among which LMDeploy would divide the model wrongly.
 
     Args:
         checkpoint: the opened checkpoint.
@@ -54,7 +56,7 @@ def check_gpus(checkpoint: Checkpoint, device: str, tensor_parallel: int, data_p
     for name in ("num_attention_heads", "num_key_value_heads", "moe_intermediate_size", "intermediate_size"):
         value = checkpoint.config.get(name)
         if name == "num_key_value_heads" and value and tensor_parallel % value == 0:
-            continue  # each GPU has one of them
+            continue  # each GPU has one key-value head, some of them the same one
         if value and value % tensor_parallel:
             raise UserError(
                 f"tensor_parallel_size={tensor_parallel} does not divide {name}={value} of checkpoint "
@@ -63,7 +65,7 @@ def check_gpus(checkpoint: Checkpoint, device: str, tensor_parallel: int, data_p
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> None:
-    """Refuse what LMDeploy would get wrong or stumble over.
+    """Refuse a checkpoint that LMDeploy would run wrongly, or not at all.
 
     Raises:
         UserError: says what runs it.

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.adapters.common import BareConfig, plain_config, rope_theta
+from sdar_lm_eval.engines.adapters.config import BareConfig, plain_config, rope_theta
 from sdar_lm_eval.engines.adapters.lmdeploy.hooks import MODEL_TYPES
 
 
 class SDARConfig(BareConfig):
-    """SDAR, under a model type that LMDeploy has no rules of its own for."""
+    """SDAR, under a model type for which LMDeploy has no rules of its own."""
 
     model_type = MODEL_TYPES["sdar"]
 
 
 class SDARMoeConfig(SDARConfig):
-    """The same for SDAR MoE."""
+    """SDAR MoE, likewise."""
 
     model_type = MODEL_TYPES["sdar_moe"]
 
 
 def config_for_lmdeploy(checkpoint: Checkpoint, dtype: str) -> dict[str, object]:
-    """config.json with all that LMDeploy reads, none of it left to a config class's defaults.
+    """config.json with every key that LMDeploy reads, so that no config class's default counts.
 
-    `rope_parameters` is read in transformers 4 too (nn/rotary_embedding.py: get_rope_parameters). `sliding_window`
-    counts whatever `use_sliding_window` says (models/sdar.py).
+    LMDeploy reads `rope_parameters` under transformers 4 too (nn/rotary_embedding.py: get_rope_parameters), and applies
+    `sliding_window` whatever `use_sliding_window` says (models/sdar.py).
     """
     config = checkpoint.config
     own = config.get("rope_parameters") or {}
     rope = {"rope_type": "default", **(config.get("rope_scaling") or {}), **own}
     rope["rope_theta"] = rope_theta(config)
-    if "type" in rope:  # its older name
+    if "type" in rope:  # the older key of rope_type
         rope["rope_type"] = rope.pop("type")
     return {
         "attention_bias": False,

@@ -1,51 +1,38 @@
 """SDAR through LMDeploy's PyTorch engine (github.com/InternLM/lmdeploy): several GPUs, and mixtures of experts.
 
-LMDeploy's `pipeline` takes text, and adds stop tokens of its own. What lies below it takes and gives tokens; it is what
-LMDeploy's own benchmarks use: `Engine`, an instance of it for each request that is under way, and `async_stream_infer`,
-which yields a block at a time. The engine lives in an event loop of its own (loop.py).
+LMDeploy's `pipeline` takes text, and adds stop tokens of its own. The adapter calls the layer below it, which takes and
+returns tokens, as LMDeploy's own benchmarks do: `Engine`, an instance of it for each request under way, and
+`async_stream_infer`, which yields a block at a time. The engine runs in an event loop of its own (loop.py).
 
-How blocks are denoised is settled when the engine is made. So requests run in groups of like settings; for another
-strategy, threshold, number of steps or block length it is made anew. Within a group, those that run together have the
-same temperature, top_k, top_p and stop tokens: LMDeploy mixes these up among the requests of a batch
-(strategies/dllm/sampling.py and model_agent.py; see `_together`).
+How blocks are denoised is fixed when the engine is made: for another strategy, threshold, number of steps or block
+length, the engine is made anew. Requests that run at the same time also have the same temperature, top_k, top_p and
+stop tokens: LMDeploy mixes these up among the requests of a batch (see `_together`).
 
-Where a rule is LMDeploy's, the file below lmdeploy/pytorch that has it is named; requirements.py says which versions
-were read.
+Where a rule is LMDeploy's, its file below lmdeploy/pytorch is named; requirements.py says in which versions.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.adapters.common import (
-    Draw,
-    check_requests,
-    gpu_named,
-    grouped,
-    half_precision,
-    stop_ids_of,
-    to_share,
-    version_of,
-    world_size,
-)
+from sdar_lm_eval.engines.adapters.adapter import Adapter
+from sdar_lm_eval.engines.adapters.installed import import_errors, version_of
 from sdar_lm_eval.engines.adapters.lmdeploy.checks import DECODES, check_checkpoint, check_gpus
 from sdar_lm_eval.engines.adapters.lmdeploy.group import Group
 from sdar_lm_eval.engines.adapters.lmdeploy.hooks import import_lmdeploy
-from sdar_lm_eval.engines.adapters.lmdeploy.loading import MAX_ACTIVE, Fixed, Loaded, Setup, wanted_active
+from sdar_lm_eval.engines.adapters.lmdeploy.loading import MAX_ACTIVE, Fixed, Loaded, Setup, Size, wanted_active
 from sdar_lm_eval.engines.adapters.lmdeploy.requirements import DEVIATIONS, executor_for, find_lmdeploy
-from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, Results, at_least_one
-from sdar_lm_eval.engines.runs import Closable, Failures, OneRun, environment, warm_up_requests
+from sdar_lm_eval.engines.adapters.options import gpu_named, half_precision, to_share, world_size
+from sdar_lm_eval.engines.adapters.requests import Draw, check_requests, grouped, stop_ids_of
+from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, at_least_one
+from sdar_lm_eval.engines.runs import Failures, environment, if_given
 from sdar_lm_eval.engines.types import EngineInfo
-from sdar_lm_eval.errors import EngineError
-
-logger = logging.getLogger(__name__)
 
 
-class LMDeploy(Closable):
+class LMDeploy(Adapter[Loaded, Size]):
     """SDAR on LMDeploy.
 
     The weights are loaded when the first requests are there.
@@ -53,11 +40,11 @@ class LMDeploy(Closable):
     Args:
         checkpoint: the opened checkpoint.
         device: "cuda", "cuda:1", ... or "auto".
-        dtype: "bfloat16" or "float16"; "auto" is the checkpoint's own where it is one of them, else bfloat16.
-        max_active: sequences running at once; None: as many as fit, up to 256.
+        dtype: "bfloat16" or "float16"; "auto" is the checkpoint's own dtype if it is one of these, else bfloat16.
+        max_active: most sequences at once; None: as many as fit, up to 256.
         tensor_parallel_size: GPUs of this machine that share the weights.
-        data_parallel_size: copies of the model, each with a part of the documents. They are the processes that
-            `accelerate launch` starts, so this can only say how many there are.
+        data_parallel_size: copies of the model, each with a part of the documents. A copy is a process that
+            `accelerate launch` started: any number but 1 must be theirs.
         cache_max_entry_count: the part of the memory that the weights leave, for keys and values.
 
     Raises:
@@ -76,13 +63,14 @@ class LMDeploy(Closable):
         data_parallel_size: int = 1,
         cache_max_entry_count: float = 0.8,
     ) -> None:
+        super().__init__("LMDeploy")
         tensor_parallel_size = at_least_one("tensor_parallel_size", tensor_parallel_size)
         self._setup = Setup(
             installed=find_lmdeploy(),
             executor=executor_for(tensor_parallel_size),
             checkpoint=checkpoint,
             tensor_parallel_size=tensor_parallel_size,
-            max_active=None if max_active is None else at_least_one("max_active", max_active),
+            max_active=if_given(at_least_one, "max_active", max_active),
             cache_share=to_share("cache_max_entry_count", cache_max_entry_count),
             device=gpu_named(device, "LMDeploy"),
             dtype=half_precision(dtype, checkpoint, "LMDeploy"),
@@ -90,24 +78,14 @@ class LMDeploy(Closable):
         data_parallel_size = at_least_one("data_parallel_size", data_parallel_size)
         check_gpus(checkpoint, device, tensor_parallel_size, data_parallel_size)
         check_checkpoint(checkpoint)
-        try:
+        remedy = 'Install what it lacks, with pip install "sdar-lm-eval[lmdeploy]", or use --model sdar.'
+        with import_errors(f"LMDeploy {self._setup.installed.version}", remedy):
             self._lmdeploy = import_lmdeploy()
-        except Exception as error:
-            raise EngineError(
-                f"LMDeploy {self._setup.installed.version} cannot be imported: {type(error).__name__}: {error}. "
-                'Install what it lacks, with pip install "sdar-lm-eval[lmdeploy]", or use --model sdar.'
-            ) from error
-        self._one_run = OneRun("LMDeploy")
-        self._loaded: Loaded | None = None
-        self._warm: set[Draw] = set()  # whose kernels are compiled
-        self._loads = 0
-
-    # What it says of itself
 
     @property
     def info(self) -> EngineInfo:
         """See `Engine.info`."""
-        setup, loaded = self._setup, self._loaded
+        setup, loaded = self._setup, self._in_memory
         libraries = ("triton", "ray") if setup.executor == "ray" else ("triton",)
         return EngineInfo(
             engine="lmdeploy",
@@ -115,7 +93,7 @@ class LMDeploy(Closable):
             engine_commit=setup.installed.commit,
             device=str(setup.device),
             dtype=setup.dtype,
-            max_active=(loaded.active if loaded is not None and not loaded.closed else setup.max_active or MAX_ACTIVE),
+            max_active=loaded.max_active if loaded else setup.max_active or MAX_ACTIVE,
             deviations=DEVIATIONS,
             extra={
                 "tensor_parallel_size": setup.tensor_parallel_size,
@@ -128,83 +106,57 @@ class LMDeploy(Closable):
         )
 
     def peak_memory_bytes(self) -> int:
-        """See `Engine.peak_memory_bytes`; with several GPUs, what is in use on the first one (others allocate it)."""
+        """See `Engine.peak_memory_bytes`; with several GPUs, memory in use now on the first (workers allocate it)."""
         if self._setup.tensor_parallel_size > 1:
             free, total = torch.cuda.mem_get_info(self._setup.device)
             return total - free
         return torch.cuda.max_memory_allocated(self._setup.device)
 
-    # Loading
+    def _check(self, requests: Sequence[GenerationRequest]) -> None:
+        check_requests(requests, DECODES, self._setup.checkpoint)
 
-    def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        """See `Engine.prepare`: checks the requests, loads the weights and warms up, for the first settings."""
-        with self._one_run():
-            check_requests(requests, DECODES, self._setup.checkpoint)
-            if requests:
-                groups = self._groups(requests)
-                fixed, indices = next(iter(groups.items()))
-                loaded = self._load(fixed, requests, len(groups))
-                loaded.check_room(requests)
-                for together in self._together(requests, indices):
-                    draw = Draw.of(requests[together[0]].decoding)
-                    if draw not in self._warm:
-                        short = warm_up_requests([requests[i] for i in together], min(loaded.active, len(together)))
-                        for _ in Group(loaded, short, range(len(short))).run(Failures()):
-                            pass
-                        self._warm.add(draw)
-
-    def _groups(self, requests: Sequence[GenerationRequest]) -> dict[Fixed, list[int]]:
-        """Positions of requests by what the engine is made for; those first that it is made for now."""
+    def _parts(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
+        """The engine is made for one `Fixed`; requests that it is made for now come first."""
         groups = grouped(range(len(requests)), lambda i: Fixed.of(requests[i].decoding))
-        now = self._loaded.fixed if self._loaded is not None and not self._loaded.closed else None
-        return dict(sorted(groups.items(), key=lambda group: group[0] != now))
+        now = self._in_memory.size.fixed if self._in_memory is not None else None
+        return [indices for _, indices in sorted(groups.items(), key=lambda group: group[0] != now)]
 
-    def _load(self, fixed: Fixed, requests: Sequence[GenerationRequest], groups: int) -> Loaded:
-        """The engine for these settings, made unless it is there; `requests` are all of the run."""
-        active = wanted_active(self._setup, fixed, len(requests))
-        loaded = self._loaded
-        if loaded is not None and not loaded.closed:
-            if loaded.fixed == fixed and loaded.active >= active:
-                return loaded
-            why = "more of them run at once" if loaded.fixed == fixed else "they are decoded in another way"
-            logger.info(
-                "LMDeploy is loaded once more for the next requests: %s (%s). Its decoding settings hold for all that "
-                "it runs; requests of this run have %d kind(s) of them.", why, fixed, groups,
-            )  # fmt: skip
-        self._unload()
-        loaded = self._loaded = Loaded(self._setup, self._lmdeploy, fixed, active)
-        self._loads += 1
-        return loaded
+    def _size_for(self, requests: Sequence[GenerationRequest], part: Sequence[int]) -> Size:
+        """The settings of the part, with room for as many sequences as the whole run has."""
+        fixed = Fixed.of(requests[part[0]].decoding)
+        return Size(fixed, wanted_active(self._setup, fixed, len(requests)))
 
-    def _unload(self) -> None:
-        loaded, self._loaded = self._loaded, None
-        if loaded is not None:
-            loaded.close()
-        self._warm.clear()
+    def _why_not(self, loaded: Loaded, size: Size, requests: Sequence[GenerationRequest]) -> str:
+        if loaded.size.fixed == size.fixed and loaded.max_active >= size.max_active:
+            return ""
+        why = "more of them run at once" if loaded.size.fixed == size.fixed else "they are decoded in another way"
+        kinds = len({Fixed.of(request.decoding) for request in requests})
+        return (
+            f"{why} ({size.fixed}). Its decoding settings hold for all that it runs; requests of this run have {kinds} "
+            "kind(s) of them"
+        )
 
-    # Running
+    def _open(self, size: Size) -> Loaded:
+        return Loaded(self._setup, self._lmdeploy, size)
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Results[GenerationResult]:
-        """See `Engine.generate`. Requests with like settings run together."""
-        with self._one_run():
-            check_requests(requests, DECODES, self._setup.checkpoint)
-            groups, failures = self._groups(requests), Failures()
-            for fixed, indices in groups.items():
-                loaded = self._load(fixed, requests, len(groups))
-                loaded.check_room(requests)
-                for together in self._together(requests, indices):
-                    yield from Group(loaded, requests, together).run(failures)
-            failures.raise_if_any(len(requests))
+    def _check_room(self, loaded: Loaded, requests: Sequence[GenerationRequest], part: Sequence[int]) -> None:
+        loaded.check_room(requests)
 
-    def _together(self, requests: Sequence[GenerationRequest], indices: Sequence[int]) -> Iterable[list[int]]:
-        """Positions of requests that may run at the same time.
+    def _together(self, requests: Sequence[GenerationRequest], part: Sequence[int]) -> Iterable[tuple[Draw, list[int]]]:
+        """Requests with the same draw and stop tokens.
 
-        strategies/dllm/sampling.py gives request i's temperature, top_k and top_p to others of its batch. And where
-        requests have different numbers of stop tokens, the shorter lists are filled up with -1, which is also what
-        strategies/dllm/model_agent.py (_check_stopwords_dllm) makes of a prompt's tokens: they then end the answer.
+        strategies/dllm/sampling.py gives a request's temperature, top_k and top_p to other requests of its batch.
+        Where requests have different numbers of stop tokens, LMDeploy pads the shorter lists with -1. It also writes -1
+        over a prompt's tokens before it looks for stop tokens (strategies/dllm/model_agent.py: _check_stopwords_dllm),
+        so that a prompt's tokens would end the answer.
         """
 
         def alike(index: int) -> tuple[Draw, frozenset[int]]:
             return Draw.of(requests[index].decoding), stop_ids_of(requests[index], self._setup.checkpoint)
 
-        return grouped(indices, alike).values()
+        return [(draw, indices) for (draw, _), indices in grouped(part, alike).items()]
+
+    def _run(
+        self, loaded: Loaded, requests: Sequence[GenerationRequest], indices: Sequence[int], failures: Failures
+    ) -> Iterator[tuple[int, GenerationResult]]:
+        return Group(loaded, requests, indices).run(failures)

@@ -1,4 +1,4 @@
-"""Requests that may run together on LMDeploy, from this side of its event loop."""
+"""Requests that may run together on LMDeploy, and the two threads between which their results pass."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-from sdar_lm_eval.engines.adapters.common import Draw, NoAnswerError, answer_end, stop_ids_of
+from sdar_lm_eval.engines.adapters.lmdeploy import api
 from sdar_lm_eval.engines.adapters.lmdeploy.loading import PATIENCE, Loaded
+from sdar_lm_eval.engines.adapters.requests import Draw, NoAnswerError, answer_end, stop_ids_of
 from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, end_of_answer
 from sdar_lm_eval.engines.runs import Failures
 from sdar_lm_eval.errors import EngineError
 
-_Result = tuple[int, GenerationResult]  # position of the request, what it got
+_Result = tuple[int, GenerationResult]  # position of the request, its result
 
-# What LMDeploy says of one request and not of itself (lmdeploy/messages.py, one folder up: ResponseType).
+# Statuses by which one request failed and the engine did not (lmdeploy/messages.py, one folder up: ResponseType).
 OF_ONE_REQUEST = ("INPUT_LENGTH_ERROR", "SESSION_REPEAT", "SESSION_NOT_EXIST", "CANCEL")
-WATCH = 5.0  # seconds between looks at the worker processes, while there is no result
+WATCH = 5.0  # seconds without a result before the worker processes are checked
 
 
 class Group:
     """Runs requests whose draws and stop tokens are alike.
 
-    A request with several stop tokens, or a stop string, is ended by this side as soon as a block completes it.
+    The adapter itself ends a request as soon as a block completes a stop string, or holds a stop token that LMDeploy
+    does not see.
 
     Args:
-        loaded: LMDeploy, made for their settings. It is closed where it fails.
-        requests: of the run.
-        indices: of the group's requests.
+        loaded: LMDeploy, made for the requests' settings; closed if it fails.
+        requests: all requests of the run.
+        indices: positions of the group's requests.
     """
 
     def __init__(self, loaded: Loaded, requests: Sequence[GenerationRequest], indices: Sequence[int]) -> None:
@@ -39,7 +40,7 @@ class Group:
         self._checkpoint, self._version = loaded.setup.checkpoint, loaded.setup.installed.version
 
     def run(self, failures: Failures) -> Iterator[_Result]:
-        """Run them; a crash, or a caller who has enough, loses those under way only.
+        """Run the requests; a crash, or a caller who closes this generator, loses only the requests under way.
 
         Raises:
             EngineError: LMDeploy stopped.
@@ -67,7 +68,7 @@ class Group:
                     break
                 yield result
         finally:
-            if not loaded.closed:  # else the engine ended meanwhile, and its requests with it
+            if not loaded.closed:  # a closed engine has no requests left
                 lost = loaded.lost
                 try:
                     loop.run(end(), WATCH if lost else PATIENCE)
@@ -81,7 +82,7 @@ class Group:
             raise error
 
     async def _serve(self, put: Callable[[_Result | None], None], failures: Failures) -> None:
-        """Put each result as it is there, None at the end."""
+        """Put each result as it is there, and None at the end."""
         waiting = deque(self._indices)
 
         async def work() -> None:
@@ -103,9 +104,10 @@ class Group:
             await asyncio.gather(*workers, return_exceptions=True)
             put(None)
 
-    async def answer(self, instance: Any, request: GenerationRequest) -> GenerationResult:
-        """One request's result, from an instance of LMDeploy's engine."""
-        session, tokens, started = next(self._loaded.sessions), [], time.perf_counter()
+    async def answer(self, instance: api.Instance, request: GenerationRequest) -> GenerationResult:
+        """Run one request on an instance of LMDeploy's engine."""
+        session, started = next(self._loaded.sessions), time.perf_counter()
+        tokens: list[int] = []
         stream = instance.async_stream_infer(session, list(request.prompt_ids), gen_config=self._settings(request))
         finished = False
         try:
@@ -128,7 +130,7 @@ class Group:
             await stream.aclose()
         end, reason = answer_end(tokens, request, self._checkpoint, "LMDeploy")
         forwards = self._loaded.forwards.take(session)
-        # The pass over a prompt that does not fill a block denoises, and does nothing else.
+        # The forward over a prompt shorter than a block denoises, and prefills nothing.
         prefilled = len(request.prompt_ids) >= request.decoding.block_length
         return GenerationResult(
             token_ids=tuple(tokens[:end]),
@@ -140,19 +142,19 @@ class Group:
         )
 
     def _has_ended(self, tokens: Sequence[int], new: int, request: GenerationRequest) -> bool:
-        """Whether the last tokens hold what ends the answer and LMDeploy does not know or see.
+        """Whether the last `new` tokens end the answer by something that LMDeploy does not look for.
 
-        It sees no stop token in the block that begins with the prompt's last tokens (strategies/dllm/sequence.py:
-        output_start_pos is where that block ends).
+        LMDeploy knows no stop strings, and looks for no stop token in the block that begins with the prompt's last
+        tokens (strategies/dllm/sequence.py: output_start_pos is where that block ends).
         """
         before = len(tokens) - new
         return end_of_answer(tokens[before:], request, self._checkpoint.decode, tokens[:before])[1] == "stop"
 
-    def _settings(self, request: GenerationRequest) -> object:
+    def _settings(self, request: GenerationRequest) -> api.GenerationConfig:
         """A request's GenerationConfig.
 
-        Stop tokens are those given alone: this way below the pipeline, LMDeploy adds none. `ignore_eos` would forbid
-        them (messages.py: SamplingParam.from_gen_config), not ignore them.
+        The stop tokens given are all stop tokens: below the pipeline LMDeploy adds none. `ignore_eos` stays off: it
+        would forbid these tokens rather than ignore them (messages.py: SamplingParam.from_gen_config).
         """
         greedy, temperature, top_k, top_p = Draw.of(request.decoding)
         vocabulary = self._checkpoint.config["vocab_size"]
@@ -165,5 +167,5 @@ class Group:
             stop_token_ids=sorted(stop_ids_of(request, self._checkpoint)) or None,
             bad_token_ids=[self._checkpoint.mask_token_id],
         )
-        settings.temperature = temperature  # when it is made, it takes none above 2; the engine takes any
+        settings.temperature = temperature  # set late: its constructor takes none above 2, the engine takes any
         return settings

@@ -1,45 +1,38 @@
-"""LMDeploy's engine in memory: made for settings that hold for all that it runs, and ended."""
+"""LMDeploy's engine in memory: made for decoding settings that hold for all requests that it runs, and ended."""
 
 from __future__ import annotations
 
 import asyncio
 import atexit
 import contextlib
-import importlib
 import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
-from types import ModuleType
-from typing import Any
 
 import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.adapters.common import (
-    Installed,
-    check_lengths,
-    check_mask_token,
-    end_processes,
-    free_memory,
-    processes_started,
-    register_configs,
-)
+from sdar_lm_eval.engines.adapters.config import check_mask_token, register_configs
+from sdar_lm_eval.engines.adapters.installed import Installed
+from sdar_lm_eval.engines.adapters.lmdeploy import api
 from sdar_lm_eval.engines.adapters.lmdeploy.config import SDARConfig, SDARMoeConfig, config_for_lmdeploy
 from sdar_lm_eval.engines.adapters.lmdeploy.hooks import Forwards, give_seeds, log_kept, register_model_types
 from sdar_lm_eval.engines.adapters.lmdeploy.loop import LoopThread
+from sdar_lm_eval.engines.adapters.processes import end_processes, free_memory, processes_started
+from sdar_lm_eval.engines.adapters.requests import check_lengths
 from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-MAX_ACTIVE = 256  # unless the user says otherwise
-PAGE_SIZE = 64  # tokens; whole blocks fill it
-PREFILL_TOKENS = 8192  # LMDeploy's default; longer prompts go in chunks of it
-# What sampling needs for each logit: the weights' dtype, a sorted copy, its indices, probabilities.
+MAX_ACTIVE = 256  # unless the user gives another number
+PAGE_SIZE = 64  # tokens, a multiple of each block length
+PREFILL_TOKENS = 8192  # LMDeploy's default; longer prompts are prefilled in chunks of this size
+# Sampling holds each logit in the weights' dtype, a sorted copy, the copy's indices, and probabilities.
 BYTES_PER_LOGIT = 24
-LOGITS_SHARE = 0.1  # of a GPU's memory at most
+LOGITS_SHARE = 0.1  # most of a GPU's memory that logits may take
 PATIENCE = 60.0  # seconds for an engine to end
 
 
@@ -52,9 +45,9 @@ class Setup:
         checkpoint: the opened checkpoint.
         device: a GPU.
         dtype: "bfloat16" or "float16".
-        max_active: most sequences at once, if the user says so.
+        max_active: most sequences at once; None: the user gave no number.
         tensor_parallel_size: GPUs that share the weights.
-        executor: who runs the model, see `executor_for`.
+        executor: see `executor_for`.
         cache_share: the part of the memory that the weights leave, for keys and values.
     """
 
@@ -70,7 +63,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Fixed:
-    """What is settled when the engine is made; settings without effect do not count."""
+    """Decoding settings that the engine is made for; a setting without effect has a fixed value."""
 
     block_length: int
     strategy: str
@@ -79,7 +72,7 @@ class Fixed:
 
     @classmethod
     def of(cls, decoding: DecodingConfig) -> Fixed:
-        """What the engine has to be made for, to decode so."""
+        """What the engine has to be made for to decode with this configuration."""
         dynamic = decoding.remasking_strategy == "low_confidence_dynamic"
         return cls(
             block_length=decoding.block_length,
@@ -89,37 +82,48 @@ class Fixed:
         )
 
 
+@dataclass(frozen=True)
+class Size:
+    """What the engine is made for.
+
+    Attributes:
+        fixed: the decoding settings of all requests that it runs.
+        max_active: most sequences at once.
+    """
+
+    fixed: Fixed
+    max_active: int
+
+
 class Loaded:
     """LMDeploy's engine with the weights, in an event loop of its own.
 
     Args:
         setup: what the adapter was opened with.
-        lmdeploy: its package.
-        fixed: the settings that it is made for.
-        active: most sequences at once.
+        lmdeploy: the package.
+        size: what the engine is made for.
 
     Attributes:
-        engine: LMDeploy's.
-        loop: where it lives; None once it is closed.
-        forwards: counts of each request's.
+        engine: LMDeploy's, until it is closed.
+        loop: the event loop that the engine runs in; None once it is closed.
+        forwards: counts of each request's forwards.
         sessions: numbers for requests.
 
     Raises:
         EngineError: LMDeploy did not start, or took another mask token.
     """
 
-    engine: Any
+    engine: api.Engine
     forwards: Forwards
 
-    def __init__(self, setup: Setup, lmdeploy: ModuleType, fixed: Fixed, active: int) -> None:
-        self.setup, self.lmdeploy, self.fixed, self.active = setup, lmdeploy, fixed, active
-        self.engine = None
+    def __init__(self, setup: Setup, lmdeploy: api.Package, size: Size) -> None:
+        self.setup, self.lmdeploy, self.size = setup, lmdeploy, size
         self.loop: LoopThread | None = None
         self.sessions = itertools.count(1)
         self._workers: list[BaseProcess] = []
         try:
             self._open()
-        except (Exception, SystemExit) as error:  # it exits where it finds something wrong (check_env/base.py)
+        except (Exception, SystemExit) as error:  # check_env/base.py calls sys.exit
             self.close()
             raise EngineError(
                 f"LMDeploy {setup.installed.version} did not start: {type(error).__name__}: {error}. If memory is "
@@ -132,19 +136,18 @@ class Loaded:
             raise
 
     def _open(self) -> None:
-        setup, fixed = self.setup, self.fixed
+        setup, fixed = self.setup, self.size.fixed
         register_configs(SDARConfig, SDARMoeConfig)
         register_model_types()
-        engine = importlib.import_module("lmdeploy.pytorch.engine")
         settings = self.lmdeploy.PytorchEngineConfig(
             dtype=setup.dtype,
             tp=setup.tensor_parallel_size,
             distributed_executor_backend=setup.executor,
             session_len=setup.checkpoint.max_length,
-            max_batch_size=self.active,
+            max_batch_size=self.max_active,
             cache_max_entry_count=setup.cache_share,
             block_size=PAGE_SIZE,
-            max_prefill_token_num=max(PREFILL_TOKENS, self.active * fixed.block_length),
+            max_prefill_token_num=max(PREFILL_TOKENS, self.max_active * fixed.block_length),
             enable_metrics=False,
             dllm_block_length=fixed.block_length,
             dllm_unmasking_strategy=fixed.strategy,
@@ -157,7 +160,9 @@ class Loaded:
             log_kept(),
             processes_started() as self._workers,
         ):
-            self.engine = engine.Engine.from_pretrained(str(folder), engine_config=settings, trust_remote_code=False)
+            self.engine = api.engine_module().Engine.from_pretrained(
+                str(folder), engine_config=settings, trust_remote_code=False
+            )
         give_seeds(self.engine, fixed.block_length)
         self.forwards = Forwards(self.engine)
         self.loop = loop = LoopThread(setup.device)
@@ -165,40 +170,45 @@ class Loaded:
         atexit.register(self.close)
 
     @property
+    def max_active(self) -> int:
+        """Most sequences that run at once."""
+        return self.size.max_active
+
+    @property
     def closed(self) -> bool:
         """Whether it has ended."""
         return self.loop is None
 
     def close(self) -> None:
-        """End the engine and give its memory back, if that is not done yet."""
+        """End the engine and give its memory back; a second call does nothing."""
         atexit.unregister(self.close)
-        engine, loop = self.engine, self.loop
-        self.engine = self.loop = None
+        loop, self.loop = self.loop, None
         if loop is not None:
             try:
-                loop.run(_close(engine), PATIENCE)
+                loop.run(_close(self.engine), PATIENCE)
             except Exception as error:
                 logger.warning("LMDeploy did not end: %s: %s", type(error).__name__, error)
             loop.close()
-        # An engine ends its workers itself, one that failed to start does not.
+        # An engine ends its worker processes itself; an engine that failed to start does not.
         end_processes(self._workers, PATIENCE if loop is not None else 0.0)
         self._workers = []
-        del engine
+        with contextlib.suppress(AttributeError):  # there is none if the start failed
+            del self.engine
         free_memory()
 
     @property
     def lost(self) -> bool:
-        """Whether a worker process is gone: the engine would wait for its answer without end."""
+        """Whether a worker process has ended: the engine would wait for its answer for ever."""
         return not all(worker.is_alive() for worker in self._workers)
 
     def check_workers(self) -> None:
-        """Look whether the worker processes are there.
+        """Check that all worker processes run.
 
         Raises:
-            EngineError: one is gone.
+            EngineError: one has ended.
         """
         if self.lost:
-            end_processes(self._workers, 0.0)  # the others wait for it
+            end_processes(self._workers, 0.0)  # the other processes wait for the lost one
             raise EngineError(
                 "a worker process of LMDeploy ended; its messages or the system's log may say why. Finished answers "
                 "are kept (--use_cache)."
@@ -210,19 +220,19 @@ class Loaded:
         Raises:
             UserError: there is one.
         """
-        check_lengths(requests, int(self.engine.max_session_len), "LMDeploy has room for")
+        check_lengths(requests, self.engine.max_session_len, "LMDeploy has room for")
 
     def at_once(self, requests: Sequence[GenerationRequest]) -> int:
-        """Sequences that run at once: as many as have pages to their end, so that none is evicted and run again."""
+        """How many of the requests run at once: so many that all have pages to their end, and none is evicted."""
         config = self.engine.cache_config
-        free = int(config.num_gpu_blocks) - 1  # one is LMDeploy's own
-        largest = sorted((-(-request.longest // int(config.block_size)) + 2 for request in requests), reverse=True)
+        free = config.num_gpu_blocks - 1  # LMDeploy keeps one page for itself
+        largest = sorted((-(-request.longest // config.block_size) + 2 for request in requests), reverse=True)
         fit = sum(total <= free for total in itertools.accumulate(largest))
-        return max(1, min(self.active, len(requests), fit))
+        return max(1, min(self.max_active, len(requests), fit))
 
 
 def wanted_active(setup: Setup, fixed: Fixed, number: int) -> int:
-    """Sequences to make room for, of so many: a power of 2, or the most that there may be."""
+    """How many sequences at once to make the engine for, of `number` requests: a power of 2, or the most possible."""
     _, total = torch.cuda.mem_get_info(setup.device)
     logits = fixed.block_length * setup.checkpoint.config["vocab_size"] * BYTES_PER_LOGIT
     most = max(1, min(setup.max_active or MAX_ACTIVE, int(LOGITS_SHARE * total / logits)))
@@ -233,8 +243,8 @@ async def _call(function: Callable[[], object]) -> None:
     function()
 
 
-async def _close(engine: Any) -> None:
-    """End an engine in its own loop, and wait until its memory is free."""
+async def _close(engine: api.Engine) -> None:
+    """End an engine, in its own event loop, and wait until its memory is free."""
     engine.close()
     with contextlib.suppress(asyncio.CancelledError):
         await engine.wait_tasks()

@@ -1,4 +1,4 @@
-"""An asyncio event loop in a thread of its own, where LMDeploy's engine lives."""
+"""An asyncio event loop in a thread of its own, for LMDeploy's engine."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class _DaemonThreads(ThreadPoolExecutor):
-    """A thread for each call, which Python does not wait for when it ends.
+    """Runs each call in a daemon thread, which Python does not wait for when it ends.
 
-    LMDeploy always has one that waits for its worker processes, and Python would wait for a usual executor's before it
-    calls the functions that end them (`atexit`).
+    LMDeploy always has a call that waits for its worker processes. Python waits for the threads of a usual executor
+    before it calls the functions that end these processes (`atexit`), and so would wait for ever.
     """
 
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         future: Future[T] = Future()
 
         def run() -> None:
@@ -36,10 +37,10 @@ class _DaemonThreads(ThreadPoolExecutor):
 
 
 class LoopThread:
-    """Runs coroutines for other threads; the engine goes on working while they are busy with its answers.
+    """Runs coroutines for other threads; the engine works on while these threads are busy with its answers.
 
     Args:
-        device: the thread's current GPU, which torch keeps for each thread.
+        device: the GPU that becomes current in the thread; torch has a current GPU for each thread.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,7 +50,7 @@ class LoopThread:
         self._thread = threading.Thread(target=self._run, name="lmdeploy", daemon=True)
         self._thread.start()
 
-    def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+    def run(self, coroutine: Coroutine[object, object, T], timeout: float | None = None) -> T:
         """Wait for a coroutine's result.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Which LMDeploy is installed, what is missing beside it, and where its answers follow other rules than ours.
+"""Which LMDeploy is installed, what is missing beside it, and where its rules differ from those of `DecodingConfig`.
 
 Nothing here imports LMDeploy.
 """
@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from sdar_lm_eval.engines.adapters.common import Installed, check_nothing_is_missing, installed, is_there
+from sdar_lm_eval.engines.adapters.installed import Installed, check_nothing_is_missing, installed, is_there
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-# Read: 0.16.0 (github.com/InternLM/lmdeploy, commit 1263d5cd889b7ad500e85b8eb20401327a4516ab) and PyPI's 0.18.0. All
-# that is said here of LMDeploy, with a file's name below lmdeploy/pytorch, is so in both.
+# The adapter was written from the sources of 0.16.0 (github.com/InternLM/lmdeploy, commit
+# 1263d5cd889b7ad500e85b8eb20401327a4516ab) and of PyPI's 0.18.0. Where a comment cites a file below lmdeploy/pytorch,
+# what it says holds in both.
 OLDEST, NEWEST = (0, 16), (0, 18)
 INSTALL = 'Install with: pip install "sdar-lm-eval[lmdeploy]". Or use --model sdar, which needs none of this.'
 
@@ -71,10 +72,10 @@ def find_lmdeploy() -> Installed:
 
 
 def executor_for(tensor_parallel_size: int) -> str:
-    """Who runs the model: LMDeploy's own choice, ray for several GPUs, where it can; else processes of its own.
+    """Which executor of LMDeploy's runs the model: "uni" on one GPU; on several "ray" where installed, else "mp".
 
-    It offers both for the GPUs of one machine (messages.py: PytorchEngineConfig.distributed_executor_backend), and
-    calls its own processes, `mp`, deprecated.
+    LMDeploy has both for the GPUs of one machine (messages.py: PytorchEngineConfig.distributed_executor_backend). It
+    prefers ray, and calls "mp", worker processes of its own, deprecated.
     """
     if tensor_parallel_size == 1:
         return "uni"
@@ -82,7 +83,7 @@ def executor_for(tensor_parallel_size: int) -> str:
 
 
 def _version_in(folder: Path) -> Installed | None:
-    """Version and commit, from what pip wrote, else from the package itself (a checkout on the path)."""
+    """Version and commit: the version from the package itself, which may be a checkout; the rest from pip."""
     own = folder / "version.py"
     match = re.search(r"""^__version__ = ['\"](.+)['\"]$""", own.read_text(), re.MULTILINE) if own.is_file() else None
     pip = installed("lmdeploy")

@@ -1,4 +1,4 @@
-"""The adapter over stand-ins that get wrong what JetEngine gets wrong. Right is what the native engine answers."""
+"""The adapter on stand-ins that have JetEngine's faults. The native engine's answers are the right ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def of(checkpoint, **options):
 
 
 def variant(checkpoint, folder, **config):
-    """The checkpoint `tiny` with other keys in its config.json; None leaves one out."""
+    """The checkpoint `tiny` with other values in its config.json; None leaves a key out."""
     folder = random_checkpoint(folder, head_dim=32)
     write_weights(folder, read_weights(checkpoint.folder))
     return with_config(folder, **config)
@@ -56,7 +56,7 @@ class TestAnswers:
         decoding = dataclasses.replace(GREEDY, block_length=block_length, denoising_steps=(block_length + 1) // 2)
         requests = [GenerationRequest(p, 11, decoding) for p in random_prompts((1, 8, 21))]
         engine = of(tiny)
-        engine.prepare([GenerationRequest((1, 2), 500, GREEDY)] * 8)  # JetEngine is there, but for blocks of 4
+        engine.prepare([GenerationRequest((1, 2), 500, GREEDY)] * 8)  # JetEngine is loaded, for blocks of 4
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
 
     def test_of_a_mixture_of_experts(self, jetengine_010, tmp_path):
@@ -65,13 +65,13 @@ class TestAnswers:
         assert tokens_of(run(of(checkpoint), requests)) == native(checkpoint, requests)
 
     def test_a_threshold_is_above_the_probability_at_temperature_1(self, jetengine_010, tiny):
-        """By itself, 0.1.0 gives every token that is drawn greedily a confidence of 1."""
+        """0.1.0 itself gives every token that it draws greedily a confidence of 1."""
         decodings = [DecodingConfig(temperature=0, confidence_threshold=threshold) for threshold in (0.2, 0.6, 0.99)]
         requests = [GenerationRequest(p, 12, decoding) for p in random_prompts((5, 8)) for decoding in decodings]
         assert tokens_of(run(of(tiny), requests)) == native(tiny, requests)
 
     def test_each_request_has_its_own_settings(self, jetengine, tiny):
-        """0.2.0 would take those of the first sequence that runs."""
+        """0.2.0 itself takes the first sequence's settings for all that run with it."""
         decodings = [
             dataclasses.replace(GREEDY, remasking_strategy="sequential"),
             GREEDY,
@@ -86,7 +86,7 @@ class TestAnswers:
         assert steps[4] < steps[2] < steps[1]
 
     def test_sampling_settings_are_not_shared(self, jetengine, tiny):
-        """At a low temperature an answer is the greedy one, whoever else is in the call."""
+        """At a low temperature an answer is the greedy one, whatever the other requests' temperatures."""
         cold, hot = (DecodingConfig(temperature=t, remasking_strategy="sequential") for t in (1e-3, 5.0))
         requests = [GenerationRequest((5, 6, 7), 12, d, seed=i) for i, d in enumerate([hot, cold, hot, cold])]
         results = tokens_of(run(of(tiny), requests))
@@ -99,7 +99,7 @@ class TestAnswers:
         [
             ({"temperature": 0}, (1.0, 1, 1.0)),
             ({"temperature": 0.5, "top_k": 1, "top_p": 0.5}, (1.0, 1, 1.0)),
-            ({"temperature": 0.5}, (0.5, 711, 1.0)),  # off is the vocabulary's size, 0 being another thing
+            ({"temperature": 0.5}, (0.5, 711, 1.0)),  # topk is off at the vocabulary's size; 0 means something else
             ({"temperature": 2.0, "top_k": 10**30, "top_p": 0.5}, (2.0, 711, 0.5)),
             ({"temperature": 2.0, "top_k": 5}, (2.0, 5, 1.0)),
         ],
@@ -116,7 +116,7 @@ class TestAnswers:
         assert max(denoised for _, denoised in jetengine.batches) == 2
 
     def test_each_step_draws_by_other_numbers(self, jetengine, tiny):
-        """By itself, 0.2.0 draws with the same ones at every step: where all tokens are alike, the same token."""
+        """0.2.0 itself draws by the same number at every step: the same token, where all are equally probable."""
         decoding = DecodingConfig(temperature=1e4, remasking_strategy="sequential")
         (result,) = run(of(tiny), [GenerationRequest((5, 6, 7, 8), 40, decoding)])
         assert len(set(result.token_ids)) > 20
@@ -133,12 +133,12 @@ class TestAnswers:
 
     @pytest.mark.parametrize("steps", [1, 4])
     def test_entropy_bounded_ends_when_no_mask_is_left(self, jetengine_020, tiny, steps):
-        """Not after as many steps as another strategy's schedule has."""
+        """0.2.0 itself ends a block after `denoising_steps` steps."""
         decoding = DecodingConfig(4, steps, "entropy_bounded", eb_threshold=0.01, temperature=0)
         requests = [GenerationRequest(p, 8, decoding) for p in random_prompts((4, 7))]
         results = run(of(tiny), requests)
         assert [len(result.token_ids) for result in results] == [8, 8]
-        assert tokens_of(results) == native(tiny, requests)  # where one token a step is unmasked, the plainest one
+        assert tokens_of(results) == native(tiny, requests)  # each step unmasks the token of least entropy
 
     def test_entropy_bounds_are_each_requests_own(self, jetengine_020, tiny):
         decodings = [
@@ -156,14 +156,14 @@ class TestAnswers:
 
 class TestPrompts:
     def test_a_pad_token_inside_a_prompt_stays(self, jetengine, tiny):
-        """0.2.0 drops all of a prompt up to one."""
+        """0.2.0 itself drops the prompt up to a pad token."""
         pad = tiny.tokenizer.pad_token_id
         requests = [GenerationRequest((*p, pad, *p), 8, GREEDY) for p in random_prompts((9, 12))]
         assert tokens_of(run(of(tiny), requests)) == native(tiny, requests)
 
     @pytest.mark.parametrize("length", [5, 6, 7])
     def test_a_stop_token_at_the_end_of_a_prompt_is_not_the_answers(self, jetengine, tiny, length):
-        """0.1.0 takes it for one, behind the prompt's last full block."""
+        """0.1.0 itself ends the answer at a stop token after the prompt's last full block."""
         stop = tiny.stop_ids[0]
         (word,) = tiny.tokenizer.encode("####", add_special_tokens=False)
         (prompt,) = random_prompts((length - 1,))
@@ -176,7 +176,7 @@ class TestPrompts:
         assert tokens_of(run(of(tiny), requests)) == expected
 
     def test_a_mask_token_at_the_end_of_a_prompt_is_refused(self, jetengine, tiny):
-        """JetEngine would put another in its place."""
+        """JetEngine would draw another token for it."""
         mask = tiny.mask_token_id
         whole = GenerationRequest((1, 2, mask, 4, 5), 8, GREEDY)
         assert tokens_of(run(of(tiny), [whole])) == native(tiny, [whole])
@@ -185,7 +185,7 @@ class TestPrompts:
             next(of(tiny).generate([whole, bad]))
 
     def test_one_that_is_too_long_is_refused(self, jetengine, tiny):
-        """JetEngine would cut it, and answer with the beginning of the prompt."""
+        """JetEngine would cut the prompt, and return its beginning as the answer."""
         fits = GenerationRequest((1,) * 2040, 8, GREEDY)
         assert len(run(of(tiny), [fits])[0].token_ids) == 8
         bad = GenerationRequest((1,) * 2040, 9, GREEDY)
@@ -193,7 +193,7 @@ class TestPrompts:
             next(of(tiny).generate([fits, bad]))
 
     def test_longer_ones_after_shorter_ones(self, jetengine, tiny):
-        """JetEngine is made for requests of a length; for longer ones it is made again."""
+        """JetEngine has room for requests up to a length; for longer ones it is loaded once more."""
         engine = of(tiny)
         for length in (5, 300, 40):
             requests = [GenerationRequest(p, 8, GREEDY) for p in random_prompts((length, 6))]
@@ -211,7 +211,7 @@ class TestPrompts:
 
 class TestEnds:
     def test_jetengine_stops_where_the_answer_does(self, jetengine, demo):
-        """At the stop tokens, which are not the tokenizer's own, and at stop strings of one token."""
+        """At the request's stop tokens, beside which the tokenizer's do not count, and at stop strings of one token."""
         prompt = demo_prompts(demo)[SHORT]
         end = demo.tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert end != demo.tokenizer.eos_token_id
@@ -227,7 +227,7 @@ class TestEnds:
             assert result.denoising_forwards <= 4 * blocks
 
     def test_a_stop_string_with_spaces_around_its_token(self, jetengine, demo):
-        """A token that does not hold the whole string must not stop."""
+        """A token that does not hold the whole string ends no answer."""
         prompt = demo_prompts(demo)[SHORT]
         engine = of(demo)
         (whole,) = run(engine, [GenerationRequest(prompt, 24, GREEDY)])
@@ -253,7 +253,9 @@ class TestEnds:
     def test_mask_tokens_that_are_drawn_are_left_out_and_counted(self, jetengine, tiny, tmp_path, caplog):
         checkpoint = variant(tiny, tmp_path / "masks")
         weights = read_weights(checkpoint.folder)
-        weights["lm_head.weight"][checkpoint.mask_token_id] = 3 * weights["lm_head.weight"][6]  # often the first choice
+        weights["lm_head.weight"][checkpoint.mask_token_id] = (
+            3 * weights["lm_head.weight"][6]
+        )  # often the most probable token
         write_weights(checkpoint.folder, weights)
         engine = of(checkpoint)
         with caplog.at_level(logging.WARNING):
@@ -267,7 +269,7 @@ class TestEnds:
 class TestCounts:
     @pytest.mark.parametrize("length", [3, 4, 6])
     def test_forwards_are_those_that_a_request_took_part_in(self, jetengine, tiny, length):
-        """Static, 4 steps a block: all blocks but the prompt's rest are denoised, and each is committed."""
+        """Static, 4 steps a block: a forward for each token of the answer's blocks, and a commit for each block."""
         requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((length, 40))]
         result = run(of(tiny), requests)[0]
         blocks = -(-(length % 4 + 9) // 4)
@@ -285,8 +287,8 @@ class TestMemory:
         engine = of(tiny, max_active=5)
         engine.prepare([GenerationRequest((1,) * 30, 13, GREEDY), GenerationRequest((1,) * 9, 40, GREEDY)] * 4)
         config = engine._loaded.llm.config
-        assert (config.max_model_len, config.max_num_seqs) == (52, 4)  # whole blocks; a number that has a graph
-        assert config.max_num_batched_tokens == 4 * 30  # the longest prompts that can begin together
+        assert (config.max_model_len, config.max_num_seqs) == (52, 4)  # whole blocks; a number that has a CUDA graph
+        assert config.max_num_batched_tokens == 4 * 30  # the longest prompts that can begin in one step
         assert config.kvcache_block_size == 256
         assert engine.info.max_active == 4
         assert config.num_kvcache_blocks >= 4
@@ -325,7 +327,7 @@ class TestMemory:
         ]
         told = r"a request of 304 tokens .* needs 2 KV pages of 256 tokens.* has 1"
         with pytest.raises(UserError, match=told):
-            next(of(tiny).generate(requests))  # not even the first one runs
+            next(of(tiny).generate(requests))  # the first request does not run either
         jetengine.faults.alone = False
         with pytest.raises(UserError, match=told):
             of(tiny).prepare(requests)
@@ -350,7 +352,7 @@ class TestMemory:
             of(tiny).prepare([request])
 
     def test_a_gpu_that_others_use(self, jetengine, tiny, monkeypatch):
-        """What they use counts as used, so there is memory beside it."""
+        """JetEngine fills a part of all memory: what other programs use has to count as filled."""
         gpu_on_the_cpu(monkeypatch, free=20 * GIB)
         engine = of(tiny)
         engine.prepare([GenerationRequest((1,) * 300, 40, GREEDY)] * 16)
@@ -364,7 +366,7 @@ class TestMemory:
         engine.prepare([GenerationRequest((1,), 400, GREEDY)])
         first, _ = jetengine.made
         assert not hasattr(first, "model_runner")
-        assert taken_back == [first.exit]  # which would fail at the end of the process
+        assert taken_back == [first.exit]  # else it would be called at the end of the process, and fail
 
     def test_one_that_takes_another_mask_token_is_ended(self, jetengine, tiny, monkeypatch):
         engine = of(tiny)
@@ -395,22 +397,22 @@ class TestStandstill:
         return [GenerationRequest(p, 12, GREEDY) for p in random_prompts((9, 248, 249, 250, 251))]
 
     def pages(self, jetengine):
-        return {"0.2.0": 4, "0.1.0": 7}[jetengine.version]  # enough for each alone
+        return {"0.2.0": 4, "0.1.0": 7}[jetengine.version]  # enough for each request alone
 
     def test_nothing_is_lost_and_nothing_is_there_twice(self, jetengine, tiny, monkeypatch, caplog):
         expected = native(tiny, self.requests())
-        monkeypatch.setattr(loading.Loaded, "active", lambda self, _: 4)
+        monkeypatch.setattr(loading.Loaded, "at_once", lambda self, _: 4)
         jetengine.faults.pages = self.pages(jetengine)
         engine = of(tiny)
         with caplog.at_level(logging.WARNING):
             assert tokens_of(run(engine, self.requests())) == expected
         assert engine.info.extra["standstills"] > 0
         assert "ran out of memory; its sequences run again, 2 at a time" in caplog.text
-        assert tokens_of(run(engine, self.requests()[:1])) == expected[:1]  # and the next call is as any
+        assert tokens_of(run(engine, self.requests()[:1])) == expected[:1]  # the next run is as any
 
     def test_of_a_single_sequence_is_an_error(self, jetengine, tiny, monkeypatch):
-        monkeypatch.setattr(loading.Loaded, "active", lambda self, _: 2)
-        monkeypatch.setattr(loading.Loaded, "check_pages", lambda self, _: None)
+        monkeypatch.setattr(loading.Loaded, "at_once", lambda self, _: 2)
+        monkeypatch.setattr(loading.Loaded, "check_room", lambda self, _: None)
         jetengine.faults.pages = 1
         engine, answered = of(tiny), []
         with pytest.raises(EngineError, match=r"single sequence; 4 of 5 requests are unanswered.*are kept"):
@@ -454,7 +456,7 @@ class TestStandstill:
         requests = [GenerationRequest(p, new, GREEDY) for p, new in zip(prompts, (9, 10, 9, 9), strict=True)]
         expected = native(tiny, requests)
         params = engine._jetengine.SamplingParams
-        monkeypatch.setattr(  # the one of 10 tokens ends too early
+        monkeypatch.setattr(  # the request for 10 tokens ends too early
             engine._jetengine,
             "SamplingParams",
             lambda **given: params(**given | {"max_tokens": 1 if given["max_tokens"] == 10 else given["max_tokens"]}),
@@ -466,7 +468,7 @@ class TestStandstill:
 
 
 class TestWarmUp:
-    """JetEngine compiles at its first steps; what they take is loading, not generation."""
+    """JetEngine compiles at its first steps: the time for these counts as loading, not as generation."""
 
     def test_it_runs_before_the_first_request_and_counts_nothing(self, jetengine, tiny):
         other = dataclasses.replace(GREEDY, remasking_strategy="sequential")
@@ -494,7 +496,7 @@ class TestWarmUp:
 
 
 class TestTensorParallel:
-    """0.1.0's: processes of its own, one for each further GPU."""
+    """Tensor parallelism of 0.1.0, which starts a process for each GPU but the first."""
 
     @pytest.fixture(autouse=True)
     def two(self, jetengine_010, monkeypatch):
@@ -550,7 +552,7 @@ class TestTensorParallel:
 
 class TestGraphs:
     def test_steps_have_a_number_of_sequences_that_has_a_graph(self, jetengine_020, tiny):
-        """Where fewer are left, others that nobody asked for run with them, and are no answers."""
+        """When fewer are left, fillers run with them, and are not returned."""
         requests = [GenerationRequest(p, 5 + 6 * i, GREEDY) for i, p in enumerate(random_prompts([8] * 4))]
         engine = of(tiny)
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
@@ -559,7 +561,7 @@ class TestGraphs:
         assert engine.info.extra["steps"] == len(jetengine_020.batches)
 
     def test_steps_without_a_graph_are_counted(self, jetengine_020, tiny):
-        """While some are waiting, those that begin leave a step to the others."""
+        """While requests wait, there are no fillers, and sequences that are prefilled are not denoised in that step."""
         requests = [GenerationRequest(p, 5 + 6 * i, GREEDY) for i, p in enumerate(random_prompts([8] * 7))]
         engine = of(tiny)
         run(engine, requests)
@@ -592,7 +594,7 @@ class TestTheProcess:
 
     def test_nothing_is_printed(self, jetengine, tiny, capsys, caplog, monkeypatch):
         """0.2.0 prints when it starts, and in each step in which a sequence waits for a page."""
-        monkeypatch.setattr(loading.Loaded, "active", lambda self, _: 2)
+        monkeypatch.setattr(loading.Loaded, "at_once", lambda self, _: 2)
         jetengine.faults.pages = {"0.2.0": 3, "0.1.0": 7}[jetengine.version]
         with caplog.at_level(logging.DEBUG):
             run(of(tiny), [GenerationRequest(p, 12, GREEDY) for p in random_prompts((250, 251))])
@@ -651,7 +653,7 @@ class TestTheProcess:
 
 class TestCheckpoints:
     def test_no_code_of_a_checkpoint_is_run(self, jetengine, tiny, tmp_path):
-        """JetEngine trusts any code that a folder names."""
+        """JetEngine itself runs the code that a checkpoint's folder names."""
         checkpoint = variant(
             tiny, tmp_path / "evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
         )
@@ -663,7 +665,7 @@ class TestCheckpoints:
         engine = of(checkpoint)
         assert tokens_of(run(engine, [request])) == native(tiny, [request])
         assert not (tmp_path / "was_here").exists()
-        # Which of a folder's code and a registered class comes first is up to the version of transformers.
+        # Versions of transformers differ in which they prefer, the folder's code or a registered class.
         assert not hasattr(engine._loaded.llm.config.hf_config, "auto_map")
 
     def test_the_folder_that_jetengine_opens(self, jetengine, tiny, monkeypatch):
@@ -681,7 +683,7 @@ class TestCheckpoints:
         assert not Path(engine._loaded.llm.config.model).exists()
 
     def test_the_mask_token_is_config_jsons(self, jetengine, tiny, tmp_path):
-        """0.1.0 takes the tokenizer's."""
+        """0.1.0 itself takes the tokenizer's."""
         checkpoint = variant(tiny, tmp_path / "mask")
         settings = json.loads((checkpoint.folder / "tokenizer_config.json").read_text())
         (checkpoint.folder / "tokenizer_config.json").write_text(json.dumps(settings | {"mask_token": "<|im_start|>"}))
@@ -728,7 +730,7 @@ class TestCheckpoints:
         assert tokens_of(run(of(checkpoint), requests)) == native(checkpoint, requests)
 
     def test_keys_that_config_json_may_leave_out(self, jetengine, tiny, tmp_path):
-        """Those that transformers has the right defaults for; JetEngine has others, or none."""
+        """Keys for which transformers has the right defaults, and JetEngine others or none."""
         names = ("hidden_act", "rms_norm_eps", "max_position_embeddings", "attention_bias", "tie_word_embeddings")
         checkpoint = variant(tiny, tmp_path / "short", **dict.fromkeys(names))
         requests = [GenerationRequest(p, 8, GREEDY) for p in random_prompts((8, 9))]
@@ -761,7 +763,7 @@ class TestRefusals:
         "config", [{"norm_topk_prob": False}, {"norm_topk_prob": None}, {"mlp_only_layers": [1]}], ids=str
     )
     def test_other_mixtures_of_experts_on_010(self, jetengine_010, tmp_path, config):
-        """No `norm_topk_prob` is false, as transformers has it."""
+        """Without the key, `norm_topk_prob` is false, as in transformers."""
         checkpoint = with_config(random_checkpoint(tmp_path, moe=True, head_dim=32), **config)
         with pytest.raises(UserError, match="takes all layers for sparse and always normalizes"):
             of(checkpoint)
@@ -827,7 +829,7 @@ class TestRefusals:
         ],
     )
     def test_decoding_settings(self, jetengine, tiny, settings, says):
-        """Before any request runs, also those that could."""
+        """The other requests, which could run, do not run either."""
         requests = [GenerationRequest((1, 2), 4, d) for d in (GREEDY, DecodingConfig(**settings))]
         with pytest.raises(UserError, match=says):
             next(of(tiny).generate(requests))

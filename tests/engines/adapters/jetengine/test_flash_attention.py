@@ -1,4 +1,4 @@
-"""flash-attn that is wrong is found out, and where it can be helped, helped."""
+"""A wrong flash-attn is noticed; where only its splits are wrong, JetEngine calls it without them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_one_that_is_wrong_where_it_splits_is_kept_from_it(jetengine_020, shape,
     with caplog.at_level(logging.WARNING):
         assert not try_it(*shape)
     assert f"wrong where it splits a context among thread blocks, for heads of {shape[2]} dimensions" in caplog.text
-    # What JetEngine calls from now on is right, and is told so again when JetEngine is made again.
+    # JetEngine now calls it without splits; a second try must not take that for a flash-attn that may split.
     jetengine_020.faults.attention = "splits"
     assert not try_it(*shape)
 
@@ -53,7 +53,7 @@ def test_one_that_is_always_wrong_is_an_error(jetengine_020, shape):
 def test_the_engine_tries_it_and_says_what_it_found(jetengine_020, tiny):
     jetengine_020.faults.attention = "splits"
     engine = make_engine("jetengine", tiny)
-    for block_length in (4, 8):  # JetEngine is made twice
+    for block_length in (4, 8):  # JetEngine is loaded twice
         engine.prepare([GenerationRequest((1, 2), 4, DecodingConfig(block_length))])
         assert not engine.info.extra["flash_attn_splits"]
     attention = importlib.import_module("jetengine.layers.attention").flash_attn_with_kvcache

@@ -1,4 +1,4 @@
-"""`--model sdar-jetengine` through lm_eval, against `--model sdar`. This file is its two processes' program too."""
+"""`--model sdar-jetengine` in lm_eval, compared with `--model sdar`. A test runs this file in two processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DOCUMENTS = 4
 
 
 def evaluate(lm: Any, documents: int = DOCUMENTS, **settings: Any) -> Any:
-    """Scores and answers, as far as two engines must agree."""
+    """Scores and answers: what two engines must agree in."""
     manager = TaskManager(include_path=TASKS, include_defaults=False)
     settings = {"gen_kwargs": "max_gen_toks=24", "bootstrap_iters": 0, "log_samples": True} | settings
     results = lm_eval.simple_evaluate(lm, tasks=["gsm8k_sdar_demo"], task_manager=manager, limit=documents, **settings)
@@ -39,13 +39,13 @@ def evaluate(lm: Any, documents: int = DOCUMENTS, **settings: Any) -> Any:
 
 
 def scenarios(folder: Path) -> dict[str, Any]:
-    """Evaluate; then once more where the second process has all of its answers: only the first needs a JetEngine."""
+    """Evaluate twice with a cache. In the second run process 1 finds all of its answers, and loads no JetEngine."""
     found: dict[str, Any] = {}
     with standin("0.2.0") as shared:
         for name in ("first", "again"):
             lm = SDARJetEngineLM(**STATIC)
             found["device"] = lm.device
-            lm._device = "cpu"  # where lm_eval puts the tensors that the processes exchange
+            lm._device = "cpu"  # for the tensors that lm_eval's processes exchange
             made = len(shared.made)
             results = evaluate(lm, 5, use_cache=str(folder / "cache"))
             computed = lm.counts.requests
@@ -115,7 +115,7 @@ def test_after_a_crash_only_what_is_missing_is_computed(jetengine: Any, native: 
 
 
 def test_a_cache_keeps_engines_and_versions_apart(native: Any, tmp_path: Path) -> None:
-    """Each finds what it answered itself, and no other's."""
+    """Each engine and version finds its own answers only."""
     cache = str(tmp_path / "cache")
     for computed in (1, 0):
         for version in VERSIONS:
@@ -138,9 +138,9 @@ def test_what_it_takes_and_does_not(jetengine: Any) -> None:
 
 
 def test_two_processes_give_what_one_gives(native: Any, tmp_path: Path) -> None:
-    """Each with a JetEngine of its own, in a process group of its own: they never wait for each other to begin."""
+    """Each process has a JetEngine in a process group of its own, and loads it without waiting for the other."""
     variables = {name: value for name, value in environment(QUICK_START).items() if name not in ("RANK", "WORLD_SIZE")}
-    variables["TORCH_DIST_INIT_BARRIER"] = "1"  # whoever makes a group together with others waits for them
+    variables["TORCH_DIST_INIT_BARRIER"] = "1"  # making a process group then waits for all of its processes
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launcher, __file__, str(tmp_path)],

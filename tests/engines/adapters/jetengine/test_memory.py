@@ -1,4 +1,4 @@
-"""How much memory JetEngine is to take: pure numbers."""
+"""How much memory JetEngine is to take: numbers alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ REQUESTS = st.lists(st.builds(request, st.integers(1, 5000), st.integers(1, 3000
 
 @given(REQUESTS, st.integers(24, 80), st.floats(0.5, 1), st.sampled_from([None, 1, 3, 64, 400]), st.integers(1, 12))
 def test_never_more_than_there_is(requests, total, free, max_active, times):
-    """What is left holds the logits, which come on top of what JetEngine fills."""
+    """Beside what JetEngine fills, there is room for the logits."""
     made = size(requests * times, free=int(free * total * GIB), total=total * GIB, max_active=max_active)
     logits = made.max_active * made.block_length * SDAR_4B["vocab_size"] * memory.BYTES_PER_LOGIT
     assert made.gpu_memory_utilization * total * GIB + logits <= total * GIB * 1.0001
@@ -48,7 +48,7 @@ def test_never_more_than_there_is(requests, total, free, max_active, times):
     assert made.max_active <= len(requests) * times
     assert made.max_active <= (max_active or 256)
     assert made.max_tokens == max(request.longest for request in requests)
-    # JetEngine insists on the first; with no more than the second it never leaves its warm-up.
+    # JetEngine asserts the first; the second bounds the memory of its warm-up.
     assert made.prefill_tokens >= made.max_tokens
     assert made.prefill_tokens <= max(made.max_tokens, memory.PREFILL_TOKENS)
 
@@ -62,7 +62,7 @@ def test_more_requests_need_no_less(some, others):
 
 @given(REQUESTS)
 def test_the_pages_of_all_that_run_are_in_it(requests):
-    """Beside the weights, the prefill and what others use; or all the memory is taken."""
+    """JetEngine fills room for pages, weights, prefill and what other programs use, unless memory is short."""
     made = size(requests)
     longest = sorted(map(pages_of, requests))[-made.max_active :]
     pages = sum(longest) * memory.bytes_per_page(SDAR_4B)
@@ -78,7 +78,7 @@ def test_a_gpu_that_others_use():
 
 def test_two_gpus_need_room_to_talk():
     one, two = (size([request(4, 4)], tensor_parallel_size=n).gpu_memory_utilization for n in (1, 2))
-    pages = (1 + memory.LARGEST_GAP) * memory.bytes_per_page(SDAR_4B, 2)  # half of them are on the other one
+    pages = (1 + memory.LARGEST_GAP) * memory.bytes_per_page(SDAR_4B, 2)  # the other GPU has half of them
     assert (two - one) * 80 * GIB == pytest.approx(memory.NCCL_BYTES - pages, rel=0.02)
 
 
@@ -109,7 +109,7 @@ def test_tokens_are_counted_in_whole_blocks():
         (250, 12, 2, 2 + 2),
         (256, 4, 4, 2 + 4),
         (250, 4, 4, 1),
-        (3, 4, 4, 1 + 4),  # no full block to prefill, so the first one begins at 0
+        (3, 4, 4, 1 + 4),  # no full block to prefill: the first block begins at 0
         (250, 600, 4, 4 + 3 * 4),
         (600, 100, 4, 3),
     ],
@@ -123,7 +123,7 @@ def test_010_takes_a_page_at_each_step_of_a_block_that_begins_a_page(prompt, new
 @pytest.mark.parametrize(
     "change", [{"block_length": 8}, {"max_active": 17}, {"max_tokens": 101}, {"prefill_tokens": 9}]
 )
-def test_what_runs_in_what_is_there(change):
+def test_which_sizes_fit_another(change):
     there = memory.Size(4, 16, 100, 8, 0.5)
     assert there.holds(there)
     assert there.holds(memory.Size(4, 8, 50, 4, 0.9))
@@ -131,6 +131,6 @@ def test_what_runs_in_what_is_there(change):
 
 
 def test_a_message_holds_what_is_said_of_a_sequence():
-    """The tuple that Sequence.__getstate__ of 0.1.0 makes, its numbers as large as they get."""
+    """The tuple that 0.1.0's Sequence.__getstate__ returns, with the largest numbers that can occur."""
     state = (10**6, "status", [151_000] * 2000, 2000, 2000, 2000, [70_000] * 8, [151_669] * 4, 4)
     assert len(pickle.dumps(state)) < message_bytes(request(1000, 1000))

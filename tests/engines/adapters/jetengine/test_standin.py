@@ -1,4 +1,4 @@
-"""The stand-in gets wrong what JetEngine gets wrong; else tests of the adapter would prove nothing."""
+"""The stand-ins have JetEngine's faults; without them, the adapter's tests would prove nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATIC = {"block_length": 4, "remasking_strategy": "low_confidence_static", "top
 
 
 def opened(folder, **options):
-    """As a careless user opens it; once somebody made a process group, without which 0.2.0 does not start."""
+    """JetEngine's LLM as a careless user opens it; 0.2.0 starts only where there is a process group."""
     jetengine = importlib.import_module("jetengine")
     AutoConfig.register("sdar", SDARConfig, exist_ok=True)
     options = {"mask_token_id": 710, "max_model_len": 600, "max_num_seqs": 8, "nobody_reads_this": 1, **options}
@@ -74,13 +74,13 @@ def test_a_hub_id_is_no_folder(jetengine):
 
 
 def test_whole_blocks_come_back_behind_the_prompt_or_the_answer_alone(llm):
-    """0.2.0: also what follows a stop token in its block. 0.1.0: up to the stop token."""
+    """0.2.0 also returns what follows a stop token in its block; 0.1.0 returns tokens up to the stop token."""
     prompt = [5, 6, 7, 8, 9]
     whole = llm.generate([prompt], llm.params(max_tokens=15))[0]["token_ids"][-15:]
     for limit, stops, answer in [(9, [], 9), (15, [whole[1]], whole.index(whole[1]) + 1)]:
         (output,) = llm.generate([prompt], llm.params(max_tokens=limit, stop_words=stops))
         if llm.version == "0.2.0":
-            in_blocks = -(-(1 + answer) // 4) * 4 - 1  # of the first block, one token is the prompt's
+            in_blocks = -(-(1 + answer) // 4) * 4 - 1  # the prompt has one token of the first block
             assert output["token_ids"] == prompt + whole[:in_blocks]
         else:
             assert output["token_ids"] == whole[:answer]
@@ -95,7 +95,7 @@ def test_results_are_numbered_by_a_counter_of_the_process(llm):
 
 
 def test_no_page_is_free(llm):
-    """It stands still, keeps the sequences, and 0.2.0's next call has them in its way."""
+    """It stands still and keeps the sequences; in 0.2.0 they hold up the next call too."""
     llm.config.num_kvcache_blocks = 2
     llm.scheduler = type(llm.scheduler)(llm.config)
     llm.scheduler.consistent_sampling_params = True
@@ -114,7 +114,7 @@ def test_no_page_is_free(llm):
 
 
 def test_topk_0_and_topk_1(llm):
-    """0.2.0: topk=0 is greedy. 0.1.0: it is off, and topk=1 gives every token a confidence of 1: one step a block."""
+    """0.2.0: topk=0 is greedy. 0.1.0: topk=0 is off, and topk=1 makes confidences 1, so that a block takes one step."""
     prompts = [[5]] * 12
     drawn = llm.generate(prompts, llm.params(topk=0, temperature=3.0, max_tokens=3, remasking_strategy="sequential"))
     different = len({tuple(output["token_ids"]) for output in drawn})
@@ -138,7 +138,7 @@ def test_settings_of_the_first_sequence_or_an_error(jetengine_020, folder):
     with pytest.raises(ValueError, match="batch size mismatch"):
         llm.generate([[5], [5]], [greedy, hot])
     llm.scheduler = type(llm.scheduler)(llm.config)
-    (alone,) = llm.generate([[5]], greedy)  # sets the flag, which stays
+    (alone,) = llm.generate([[5]], greedy)  # sets the scheduler's flag for good
     both = llm.generate([[5], [5]], [greedy, hot])
     assert [output["token_ids"] for output in both] == [alone["token_ids"]] * 2
     with pytest.raises(TypeError):
@@ -156,7 +156,7 @@ def test_a_pad_token_in_a_prompt(llm):
 
 
 def test_stop_tokens_of_010(jetengine_010, folder):
-    """It takes one at the end of the prompt for the answer's, and the end of text also where nobody asked."""
+    """It stops at one among the prompt's last tokens, and at the end-of-text token though it is no stop token."""
     llm, params = opened(folder)
     outputs = llm.generate([[1, 2, 3, 4, 5]], params(**STATIC, stop_words=[5]))
     assert outputs[0]["token_ids"] == []
@@ -203,7 +203,7 @@ def test_it_prints_and_leaves_a_default_device(jetengine_020, folder, capsys):
 
 
 def test_the_model_is_the_checkpoints(tmp_path):
-    """Dense and with experts: logits of all tokens at once, and block by block, against transformers'."""
+    """Dense and with experts: logits of all tokens at once, and block by block, are those of transformers."""
     from sdar_lm_eval import Checkpoint
 
     for moe in (False, True):

@@ -1,4 +1,4 @@
-"""Which JetEngine is there: found without importing it, and one error for whatever is missing."""
+"""Which JetEngine is installed: found without importing it, with one error for all that is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEEDS = ("flash_attn", "flashinfer", "liger_kernel", "xxhash", "accelerate")
 
 @pytest.fixture
 def site(monkeypatch, tmp_path):
-    """A folder to install into, where a GPU and all that JetEngine needs are there, but no JetEngine."""
+    """A folder to install into; a GPU and all that JetEngine needs are there, JetEngine itself is not."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in OF_STANDIN:
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -78,7 +78,7 @@ def test_pypis_library_of_that_name(site):
 
 
 def test_a_folder_of_that_name_is_not_that_library(site):
-    """Such as a checkout, from the folder that it is in."""
+    """Such as a checkout, in the current folder."""
     (site / "jetengine" / "jetengine").mkdir(parents=True)
     said = error()
     assert "lacks JetEngine" in said
@@ -120,7 +120,7 @@ def test_another_version(site, version):
 @pytest.mark.parametrize("version", DIALECTS)
 def test_a_checkout_on_the_path(site, version):
     other = next(known for known in DIALECTS if known != version)
-    jetengine(site, other)  # what its files look like does not matter
+    jetengine(site, other)  # its files do not matter
     (site / "pyproject.toml").write_text(f'[project]\nname = "jetengine"\nversion = "{version}"\nauthors = []\n')
     assert find_jetengine() == (DIALECTS[version], None)
 

@@ -1,4 +1,4 @@
-"""The adapter over a stand-in that gets wrong what LMDeploy gets wrong. Right is what the native engine answers."""
+"""The adapter on a stand-in that has LMDeploy's faults. The native engine's answers are the right ones."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from support import random_checkpoint, read_weights, write_weights
 import sdar_lm_eval.tasks
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import prompts as demo_prompts
-from sdar_lm_eval.engines.adapters.lmdeploy import checks, group, loading, requirements
-from sdar_lm_eval.engines.adapters.lmdeploy import engine as adapter
+from sdar_lm_eval.engines.adapters import adapter
+from sdar_lm_eval.engines.adapters.lmdeploy import checks, engine, group, loading, requirements
 from sdar_lm_eval.engines.adapters.lmdeploy.config import config_for_lmdeploy
 from sdar_lm_eval.engines.adapters.lmdeploy.hooks import Count
 from sdar_lm_eval.lm.model import SDARLMDeployLM
@@ -79,13 +79,13 @@ class TestAnswers:
         assert tokens_of(run(of(checkpoint), requests)) == native(checkpoint, requests)
 
     def test_confidence_is_a_probability_at_temperature_1(self, lmdeploy, tiny):
-        """Greedy by top_k=1, whatever temperature goes with it."""
+        """top_k=1 is greedy, whatever the temperature."""
         decodings = [dataclasses.replace(DYNAMIC, temperature=t, top_k=1, confidence_threshold=0.4) for t in (0.2, 3)]
         requests = [GenerationRequest(p, 12, decoding) for p in random_prompts((5, 8)) for decoding in decodings]
         assert tokens_of(run(of(tiny), requests)) == native(tiny, requests)
 
     def test_stop_tokens_that_are_none_can_be_in_an_answer(self, lmdeploy, demo, questions):
-        """`ignore_eos` would forbid them, and the pipeline would add those of generation_config.json."""
+        """LMDeploy's `ignore_eos` would forbid them; its pipeline would add those of generation_config.json."""
         requests = [GenerationRequest(questions[SHORT], 48, GREEDY)]
         answers = tokens_of(run(of(demo), requests))
         assert answers == native(demo, requests)
@@ -97,7 +97,7 @@ class TestAnswers:
         assert tokens_of(run(of(tiny), requests)) == native(tiny, requests)
 
     def test_forwards_are_counted(self, lmdeploy, tiny):
-        """Two full blocks of prompt: two blocks of answer, each of 4 steps, the first committed."""
+        """The first request has two full blocks of prompt and two blocks of answer, the first of them committed."""
         requests = [
             GenerationRequest(p, new, GREEDY) for p, new in zip(random_prompts((8, 6, 2)), (8, 6, 6), strict=True)
         ]
@@ -105,14 +105,14 @@ class TestAnswers:
             (result.prefill_forwards, result.denoising_forwards, result.commit_forwards)
             for result in run(of(tiny), requests)
         ]
-        # Of 6 tokens, 2 begin the first block, and the pass over the others denoises it for the first time.
+        # A prompt of 6 tokens has 2 in the answer's first block; the prefill is also this block's first denoising.
         assert counts == [(1, 8, 1), (1, 5, 1), (0, 6, 1)]
 
 
 class TestRequestsThatRunTogether:
     def test_one_does_not_get_the_others_settings(self, lmdeploy, tiny):
         hot = dataclasses.replace(SAMPLED, temperature=9.0)
-        cool = dataclasses.replace(SAMPLED, temperature=0.01)  # as good as greedy
+        cool = dataclasses.replace(SAMPLED, temperature=0.01)  # in effect greedy
         few = dataclasses.replace(hot, top_k=1)
         settings = [hot, cool, few, dataclasses.replace(hot, top_p=1e-6), dataclasses.replace(hot, top_k=2)]
         requests = [
@@ -141,13 +141,13 @@ class TestRequestsThatRunTogether:
         assert all(a != b for a, b in zip(together, other, strict=True))
 
     def test_repeats_of_a_prompt_are_drawn_independently(self, lmdeploy, tiny):
-        """LMDeploy would give the same numbers to every (B / block_length)th."""
+        """LMDeploy itself gives the same random numbers to every (B / block_length)th of B requests."""
         hot = dataclasses.replace(SAMPLED, temperature=9.0)
         answers = tokens_of(run(of(tiny), [GenerationRequest((5, 6, 7, 8), 4, hot, seed=i) for i in range(64)]))
         assert len(set(answers)) == 64
 
-    def test_the_places_of_a_block_are_drawn_independently(self, lmdeploy, tiny):
-        """At a temperature that makes all tokens alike, the same number for all places gives each the same rank."""
+    def test_the_positions_of_a_block_are_drawn_independently(self, lmdeploy, tiny):
+        """LMDeploy itself draws all positions by one number: where all tokens are alike, tokens of the same rank."""
         hot = dataclasses.replace(SAMPLED, temperature=1e4, denoising_steps=1)
         answers = tokens_of(run(of(tiny), [GenerationRequest((5, 6, 7, 8), 4, hot, seed=i) for i in range(100)]))
         model = tiny.load_model(dtype=torch.float32, device="cpu", attention="sdpa")
@@ -163,7 +163,7 @@ class TestRequestsThatRunTogether:
         results = run(of(tiny), [GenerationRequest((5, 6), 18, hot, seed=i) for i in range(90)])
         drawn = {token for result in results for token in result.token_ids}
         assert tiny.mask_token_id not in drawn
-        assert len(drawn) > 500  # and top_k=0 is all of the others
+        assert len(drawn) > 500  # top_k=0 allows all other tokens
 
     def test_a_temperature_that_its_own_settings_refuse(self, lmdeploy, tiny):
         run(of(tiny), [GenerationRequest((5,), 4, dataclasses.replace(SAMPLED, temperature=9.0))])
@@ -178,7 +178,7 @@ class TestRequestsThatRunTogether:
 
 class TestEnds:
     def test_a_stop_token_in_the_prompts_own_block(self, lmdeploy, tiny):
-        """LMDeploy goes on to the length: nothing of that is in the answer, nor waited for."""
+        """LMDeploy itself goes on to the limit; the adapter neither returns nor waits for what follows."""
         (prompt,) = random_prompts([6])
         engine = of(tiny)
         (whole,) = run(engine, [GenerationRequest(prompt, 2, GREEDY)])
@@ -210,7 +210,7 @@ class TestEnds:
 
     @pytest.mark.parametrize("block", [1, 2, 3, 4])
     def test_a_character_of_several_tokens_at_a_blocks_border(self, lmdeploy, demo, block):
-        """Each of its bytes is a token, and the last one comes with the next block."""
+        """Each byte of the character is a token, and the last byte comes with the next block."""
         before, stop = (demo.tokenizer.encode(text, add_special_tokens=False) for text in ("ab", "日"))
         assert len(stop) == 3
         given = [*before, *stop, *before * 20]
@@ -257,7 +257,7 @@ class TestFailures:
                 yield types.SimpleNamespace(status=types.SimpleNamespace(name="INPUT_LENGTH_ERROR"), token_ids=[])
                 return
             async for output in infer(self, session, prompt, **others):
-                if len(prompt) == 9:  # and nothing more of it
+                if len(prompt) == 9:  # a finish too early, after one token
                     yield types.SimpleNamespace(status=types.SimpleNamespace(name="FINISH"), token_ids=[1])
                     break
                 yield output
@@ -288,7 +288,7 @@ class TestLoading:
         assert engine.info.extra["loads"] == 1
 
     def test_it_warms_up_once_for_each_way_to_draw(self, lmdeploy, tiny):
-        """What is compiled at the first steps is part of loading."""
+        """Kernels that are compiled at the first steps are part of loading."""
         greedy = dataclasses.replace(SAMPLED, temperature=0.0)
         requests = [GenerationRequest(p, 30, d) for d in (SAMPLED, greedy) for p in random_prompts((3, 20, 40))]
         expected = tokens_of(run(of(tiny), requests))
@@ -334,7 +334,7 @@ class TestLoading:
         assert max(sum(batch) for batch in lmdeploy.batches) == lmdeploy.made[-1].most_sessions == 3
 
     def test_many_sequences_of_long_blocks_fit_a_prefill(self, lmdeploy, tiny, monkeypatch):
-        monkeypatch.setattr(adapter, "warm_up_requests", lambda *_: [])  # takes long here
+        monkeypatch.setattr(adapter, "warm_up_requests", lambda *_: [])  # a long run on the CPU
         decoding = dataclasses.replace(GREEDY, block_length=64, denoising_steps=64, remasking_strategy="sequential")
         engine = of(tiny, max_active=200)
         engine.prepare([GenerationRequest((1, 2), 2, decoding)] * 200)
@@ -373,7 +373,7 @@ class TestLoading:
 
     def test_the_log_of_others_stays_as_it_is(self, lmdeploy, tiny, monkeypatch):
         for name in [name for name in sys.modules if name.partition(".")[0] == "lmdeploy"]:
-            monkeypatch.delitem(sys.modules, name)  # what it does to the log, it does when it is imported
+            monkeypatch.delitem(sys.modules, name)  # LMDeploy changes the log when it is imported
         handler = logging.StreamHandler()
         handler.setLevel(logging.INFO)
         logging.getLogger().addHandler(handler)
@@ -473,7 +473,7 @@ class TestCrashes:
                 kept[index] = result
         assert 2 <= len(kept) < 4
         assert all(tokens_of([result])[0] == expected[index] for index, result in kept.items())
-        assert tokens_of(run(engine, requests)) == expected  # on an engine made anew
+        assert tokens_of(run(engine, requests)) == expected  # on a new engine
         assert engine.info.extra["loads"] == 2
 
     def test_an_abandoned_run_leaves_nothing_behind(self, lmdeploy, tiny):
@@ -489,7 +489,7 @@ class TestCrashes:
     def test_an_answer_without_an_end_is_an_error(self, lmdeploy, tiny, monkeypatch):
         engine = of(tiny)
         run(engine, [GenerationRequest((1, 2), 4, GREEDY)])
-        lmdeploy.made[-1].max_session_len = 5  # it would cut the answer at 3 tokens, and call it finished
+        lmdeploy.made[-1].max_session_len = 5  # LMDeploy cuts the answer at 3 tokens, and calls it finished
         monkeypatch.setattr(loading, "check_lengths", lambda *_: None)
         with pytest.raises(EngineError, match="3 of 4 tokens, and none that ends the answer"):
             run(engine, [GenerationRequest((1, 2), 4, GREEDY)])
@@ -566,7 +566,7 @@ class TestSeveralGPUs:
         assert (engine.info.extra["tensor_parallel_size"], engine.info.extra["executor"]) == (2, executor)
         assert engine.peak_memory_bytes() > 0
         assert [worker.is_alive() for worker in made.workers] == [True] * (2 if executor == "mp" else 0)
-        # Python waits for other threads when it ends, and ends the workers only then.
+        # At its end, Python first waits for threads that are no daemons, then ends the workers.
         assert all(thread.daemon for thread in set(threading.enumerate()) - before)
         engine.close()
         assert not any(worker.is_alive() for worker in made.workers)
@@ -583,7 +583,7 @@ class TestSeveralGPUs:
         with pytest.raises(EngineError, match=r"a worker process of LMDeploy ended.*Finished answers are kept"):
             list(generation)
         assert not any(worker.is_alive() for worker in workers)
-        assert len(run(engine, [GenerationRequest((1, 2), 4, GREEDY)])) == 1  # with new ones
+        assert len(run(engine, [GenerationRequest((1, 2), 4, GREEDY)])) == 1  # with new workers
 
     def test_no_worker_stays_of_an_engine_that_did_not_start(self, lmdeploy, tiny):
         lmdeploy.at_start = RuntimeError("no memory")
@@ -604,10 +604,10 @@ class TestSeveralGPUs:
             of(tiny, **options)
 
     def test_key_value_heads_can_be_fewer_than_gpus(self, tiny):
-        of(tiny, tensor_parallel_size=4)  # it has 2
+        of(tiny, tensor_parallel_size=4)  # of 2 key-value heads
 
     def test_processes(self, tiny, monkeypatch):
-        for module in (adapter, checks):
+        for module in (engine, checks):
             monkeypatch.setattr(module, "world_size", lambda: 2)
         assert of(tiny, data_parallel_size=2).info.extra["data_parallel_size"] == 2
         with pytest.raises(UserError, match="data_parallel_size=4, but 2 process"):
@@ -687,7 +687,7 @@ class TestThroughTheHarness:
 
 
 class TestDeviations:
-    """That the stand-in's rules are these, and the native engine's are not, is why they are in `info`."""
+    """Rules in which LMDeploy differs from the native engine: those that `info` names."""
 
     def test_the_quota_of_dynamic(self, lmdeploy, tiny):
         decoding = dataclasses.replace(DYNAMIC, denoising_steps=1, confidence_threshold=1.0)

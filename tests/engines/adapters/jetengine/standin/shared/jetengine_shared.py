@@ -1,8 +1,28 @@
-"""What both versions of the stand-in for JetEngine are made of.
+"""What the stand-ins for JetEngine 0.2.0 and 0.1.0 share. They run on the CPU, in float32.
 
-The model is real: Qwen3 and Qwen3-MoE in float32 on the CPU, from the folder's safetensors, so that answers can be
-compared with the native engine's. So is the bookkeeping that an adapter has to look after, with JetEngine's faults.
-Attention over pages is only there to be asked for its results.
+The stand-ins have JetEngine's public surface, its scheduling, its unmasking rules, and its faults. The model is real,
+read from the folder's safetensors, so that answers can be compared with the native engine's. Attention over pages is
+not part of the model: the adapter asks it for its results.
+
+Compared with JetEngine itself:
+
+    0.2.0 (commit 11563d1)   The stand-in does what 0.2.0 was seen to do on an H100 (torch 2.11, transformers 4.52.4,
+                             flash-attn 2.8.3.post2, flashinfer 0.5.3), and what its source says where nothing was run.
+                             On an H100 the adapter's answers to the demo's 200 problems end in the native engine's
+                             numbers for 196 (static) and 199 (sequential) of them (README.md, "Measured"). On
+                             2026-11-28 and 2026-11-29 tests/gpu/test_jetengine.py ran on an H200 (torch 2.11,
+                             transformers 5.17): its first part only, because of a time limit.
+    0.1.0 (commit 0ddc55a)   The stand-in does what 0.1.0's source says. On an H100 the adapter's answers end in the
+                             native engine's numbers for 196 (static), 199 (sequential) and 196 (dynamic) of 200
+                             problems (README.md, "Measured", on 2026-11-24). No run of tests/gpu with 0.1.0 is recorded
+                             since.
+
+To compare again, on a GPU, where the version in question is installed (README.md says how):
+
+    python -m pytest tests/gpu/test_jetengine.py -s
+
+That asks the real engine most of what tests/engines/adapters/jetengine/test_adapter.py asks the stand-ins.
+tests/engines/adapters/jetengine/test_standin.py lists the faults, each as a test.
 """
 
 from __future__ import annotations
@@ -14,21 +34,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from support import KeysValues, block_causal, read_weights, reference_forward
 from transformers import AutoConfig
 
 PAGE = 256
 
 
 class Faults:
-    """What a test can have go wrong beside what always does.
+    """Faults that a test can add to JetEngine's own.
 
     Attributes:
         attention: flash-attn's results are wrong "always", where it "splits", or never ("").
-        pages: the KV pages that there are, in the place of what memory allows.
-        at_step: step (from 0, of all that the process runs) -> what it raises.
-        at_start: what LLM() raises once the weights are loaded.
-        alone: 0.1.0 can be there once in a process only, as is true of it.
+        pages: number of KV pages; None: as many as memory allows.
+        at_step: number of a step, from 0 on over the whole process -> the error that the step raises.
+        at_start: the error that LLM() raises once the weights are loaded.
+        alone: whether a process can have one LLM only, which is so in 0.1.0.
     """
 
     def __init__(self) -> None:
@@ -41,22 +61,22 @@ class Faults:
 
 faults = Faults()
 made: list[Any] = []  # every LLM
-sampled: list[Any] = []  # settings that requests came with
-batches: list[tuple[int, int]] = []  # of every step that ran: sequences prefilled, sequences denoised
+sampled: list[Any] = []  # every request's SamplingParams
+batches: list[tuple[int, int]] = []  # every step that ran: sequences prefilled, sequences denoised
 
 
 idle_steps = itertools.count()
 
 
 def stand_still() -> tuple[list[Any], int]:
-    """What a step with nothing to run returns. Who asks for ever is stopped, so that a test of it ends."""
+    """What a step with nothing to run returns. The 1,000th such step fails: a caller that never stops ends its test."""
     assert next(idle_steps) < 1000
     return [], 0
 
 
 @dataclasses.dataclass
 class SamplingParams:
-    """0.1.0's; 0.2.0 has more."""
+    """As in 0.1.0; 0.2.0 has more settings."""
 
     temperature: float = 1.0
     max_tokens: int = 64
@@ -72,7 +92,7 @@ class SamplingParams:
 
 @dataclasses.dataclass
 class Config:
-    """0.1.0's; 0.2.0 has more, and other defaults."""
+    """As in 0.1.0; 0.2.0 has more settings, and other defaults."""
 
     model: str
     max_num_batched_tokens: int = 16384
@@ -97,97 +117,50 @@ class Config:
 
     @classmethod
     def of(cls, model: str, options: dict[str, Any]) -> Any:
-        """From what LLM was given; what has no such name vanishes."""
+        """From LLM's keyword arguments; unknown ones vanish, as in JetEngine."""
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(model, **{name: value for name, value in options.items() if name in names})
 
 
 def start_step() -> None:
-    """Count a step that runs, and stop at the one that is to fail."""
+    """Raise the error of a step that is to fail; such a step counts as a batch of nothing."""
     if error := faults.at_step.pop(len(batches), None):
         batches.append((0, 0))
         raise error
 
 
 class Model:
-    """Qwen3, dense or with experts. `forward` takes a sequence's next tokens, with keys and values of those before.
+    """SDAR, dense or with experts, in float32.
 
-    `config` has the attributes that JetEngine reads, under these names.
+    Args:
+        folder: the checkpoint's.
+        config: has the attributes that JetEngine reads, under these names.
     """
 
     def __init__(self, folder: str, config: Any) -> None:
-        self.weights = {}
-        for path in sorted(Path(folder).glob("*.safetensors")):
-            self.weights |= {name: weight.float() for name, weight in load_file(path, device="cpu").items()}
-        self.bytes = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-        self.config = config
         assert getattr(config, "rope_scaling", None) is None
         assert config.hidden_act == "silu"
-        self.head_dim = config.head_dim
-        self.theta = getattr(config, "rope_theta", 1000000)
-        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        self.head = self.weights[head]
+        assert not getattr(config, "attention_bias", False)
+        self.weights = {name: weight.float() for name, weight in read_weights(Path(folder)).items()}
+        self.bytes = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        names = ("head_dim", "num_hidden_layers", "rms_norm_eps", "tie_word_embeddings")
+        if "model.layers.0.mlp.gate.weight" in self.weights:
+            names += ("num_experts", "num_experts_per_tok")
+        self.config = {name: getattr(config, name) for name in names}
+        self.config |= {"norm_topk_prob": True, "rope_theta": getattr(config, "rope_theta", 1000000)}
 
     @torch.inference_mode()
-    def forward(self, ids: list[int], past: list[Any] | None, block_length: int) -> tuple[torch.Tensor, list[Any]]:
-        """Logits (N, V) of tokens that see their own block and all before; keys and values with theirs behind them."""
-        config, device = self.config, "cpu"
-        n, before = len(ids), past[0][0].shape[1] if past else 0
-        frequencies = self.theta ** (-torch.arange(0, self.head_dim, 2, device=device) / self.head_dim)
-        angles = torch.outer(torch.arange(before, before + n, device=device).float(), frequencies)
-        cos, sin = angles.cos(), angles.sin()  # (N, size / 2)
-        block = torch.arange(before + n, device=device) // block_length
-        sees = block[before:, None] >= block
-
-        def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-            return (
-                x * torch.rsqrt((x * x).mean(-1, keepdim=True) + config.rms_norm_eps) * self.weights[f"{name}.weight"]
-            )
-
-        def project(x: torch.Tensor, name: str) -> torch.Tensor:
-            bias = self.weights.get(f"{name}.bias") if getattr(config, "attention_bias", False) else None
-            return torch.nn.functional.linear(x, self.weights[f"{name}.weight"], bias)
-
-        def mlp(x: torch.Tensor, name: str) -> torch.Tensor:
-            gate, up = project(x, f"{name}.gate_proj"), project(x, f"{name}.up_proj")
-            return project(torch.nn.functional.silu(gate) * up, f"{name}.down_proj")
-
-        def rotate(x: torch.Tensor) -> torch.Tensor:  # (heads, N, size)
-            a, b = x.chunk(2, dim=-1)
-            return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-        hidden, kept = self.weights["model.embed_tokens.weight"][torch.tensor(ids, device=device)], []
-        for i in range(config.num_hidden_layers):
-            layer = f"model.layers.{i}"
-            x = norm(hidden, f"{layer}.input_layernorm")
-            q, k, v = (
-                project(x, f"{layer}.self_attn.{name}_proj").view(n, -1, self.head_dim).transpose(0, 1)
-                for name in "qkv"
-            )
-            q, k = (rotate(norm(t, f"{layer}.self_attn.{name}_norm")) for t, name in ((q, "q"), (k, "k")))
-            if past:
-                k, v = torch.cat([past[i][0], k], dim=1), torch.cat([past[i][1], v], dim=1)
-            kept.append((k, v))
-            groups = q.shape[0] // k.shape[0]
-            out = torch.nn.functional.scaled_dot_product_attention(
-                q, k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0), attn_mask=sees
-            )
-            hidden = hidden + project(out.transpose(0, 1).reshape(n, -1), f"{layer}.self_attn.o_proj")
-            x = norm(hidden, f"{layer}.post_attention_layernorm")
-            if f"{layer}.mlp.gate.weight" not in self.weights:
-                hidden = hidden + mlp(x, f"{layer}.mlp")
-                continue
-            share, chosen = project(x, f"{layer}.mlp.gate").softmax(-1).topk(config.num_experts_per_tok)
-            experts = torch.stack([mlp(x, f"{layer}.mlp.experts.{e}") for e in range(config.num_experts)], dim=1)
-            used = experts.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))
-            hidden = hidden + (used * (share / share.sum(-1, keepdim=True))[..., None]).sum(1)
-        return torch.nn.functional.linear(norm(hidden, "model.norm"), self.head), kept
+    def forward(self, ids: list[int], past: KeysValues | None, block_length: int) -> tuple[torch.Tensor, KeysValues]:
+        """Logits (N, V) of a sequence's next tokens, and the keys and values of `past` with theirs behind them."""
+        before = len(past[0][0]) if past else 0
+        sees = block_causal(before + len(ids), block_length)[before:]
+        return reference_forward(self.weights, self.config, torch.tensor(ids), sees, past)
 
 
 def pages_in_memory(config: Any, hf_config: Any, dtype: torch.dtype, weight_bytes: int) -> int:
-    """KV pages in the part of the GPU's memory that the weights and a warm-up leave.
+    """Number of KV pages that fit what the weights and the warm-up leave of the part of the GPU's memory to fill.
 
-    The warm-up uses up numbers of sequences, which is why the first request's is not 0.
+    The warm-up's sequences take the first numbers: the first request's number is not 0.
     """
     sequences = min(config.max_num_batched_tokens // config.max_model_len, config.max_num_seqs)
     for _ in range(sequences):
@@ -204,9 +177,9 @@ def pages_in_memory(config: Any, hf_config: Any, dtype: torch.dtype, weight_byte
 
 
 class Sequence:
-    """A prompt under way: whole blocks of tokens, and the block that is being denoised."""
+    """A request under way: whole blocks of tokens, and the block that is being denoised."""
 
-    counter = itertools.count()  # of the process, never set back
+    counter = itertools.count()  # one for the process; never reset
 
     def __init__(self, prompt: list[int], mask: int, params: Any) -> None:
         self.seq_id = next(Sequence.counter)
@@ -221,12 +194,12 @@ class Sequence:
         base, more = divmod(length, params.denoising_steps)
         self.quotas = [base + (step < more) for step in range(params.denoising_steps)]
         self.step = self.transferred = self.pages = 0
-        self.past: list[Any] | None = None
+        self.past: KeysValues | None = None
         sampled.append(params)
 
     @property
     def num_completion_tokens(self) -> int:
-        """Below 0 while the end of the prompt is not among the whole blocks."""
+        """Below 0 until the block with the prompt's last tokens is whole."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
@@ -238,11 +211,11 @@ class Sequence:
         return self.status == "finished"
 
     def masked(self) -> list[int]:
-        """Places of the block that hold the mask token, wherever it comes from."""
+        """Positions in the block that hold the mask token, which may have been drawn or stood in the prompt."""
         return [place for place, token in enumerate(self.block) if token == self.mask]
 
     def unmask(self, places: Iterable[int], tokens: list[int]) -> None:
-        """Set these places; the block is done when no mask is left, or the schedule is at its end."""
+        """Set the tokens at these positions; the block is done when no mask, or no step of the schedule, is left."""
         places = list(places)
         for place in places:
             self.block[place] = tokens[place]
@@ -257,7 +230,7 @@ class Sequence:
 
 
 class Pages:
-    """How many KV pages are free."""
+    """Counts the free KV pages."""
 
     def __init__(self, number: int) -> None:
         assert number > 0
@@ -280,13 +253,13 @@ def pages_for(tokens: int) -> int:
 
 
 def most_probable(probabilities: torch.Tensor, k: int) -> torch.Tensor:
-    """(N, V) with the k most probable tokens of each row only."""
+    """(N, V): each row keeps its k most probable tokens, and has 0 elsewhere."""
     values, tokens = probabilities.topk(min(k, probabilities.shape[-1]))
     return torch.zeros_like(probabilities).scatter_(-1, tokens, values)
 
 
 def nucleus(probabilities: torch.Tensor, p: float) -> torch.Tensor:
-    """(N, V) with the smallest set of tokens of each row that holds p of it."""
+    """(N, V): each row keeps the smallest set of tokens whose probability reaches p, and has 0 elsewhere."""
     values, tokens = probabilities.sort(descending=True)
     values = values / values.sum(-1, keepdim=True)
     values[values.cumsum(-1) - values >= p] = 0
@@ -309,7 +282,7 @@ def attend_over_pages(
     causal: bool = False,
     num_splits: int = 0,
 ) -> torch.Tensor:
-    """flash_attn_with_kvcache: new keys and values go into their pages; all queries see all tokens."""
+    """flash_attn_with_kvcache: writes new keys and values into their pages; all queries attend to all tokens."""
     assert not causal
     out = torch.empty_like(q)
     for i, length in enumerate(cache_seqlens.tolist()):

@@ -1,4 +1,4 @@
-"""A stand-in for JetEngine 0.2.0 (github.com/Labman42/JetEngine, commit 11563d1), on the CPU."""
+"""A stand-in for JetEngine 0.2.0 (github.com/Labman42/JetEngine, commit 11563d1); see jetengine_shared.py."""
 
 from jetengine.engine.llm_engine import LLM, SamplingParams
 

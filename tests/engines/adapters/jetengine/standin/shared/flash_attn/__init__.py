@@ -1,1 +1,1 @@
-"""Only there to be found."""
+"""Empty: the adapter only looks whether this package is installed."""

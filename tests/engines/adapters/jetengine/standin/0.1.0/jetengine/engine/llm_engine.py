@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 
 def scaled(logits: torch.Tensor, *, temperature: float, top_k: int | None = None, top_p: float) -> torch.Tensor:
-    """What tokens are drawn by, (N, V), from logits."""
+    """Weights (N, V) that tokens are drawn by, from logits (N, V)."""
     shared.check_temperature(temperature)
     probabilities = (logits / temperature).softmax(-1)
     if top_k is not None:
@@ -38,7 +38,7 @@ class Scheduler:
         return not self.running
 
     def schedule(self) -> tuple[list[Sequence], bool]:
-        """Sequences to prefill, True; or, where there are none, those to denoise, False."""
+        """(sequences to prefill, True), or, if there are none, (sequences to denoise, False)."""
         batch = []
         for sequence in self.running:
             if (
@@ -60,7 +60,7 @@ class Scheduler:
 
 
 def new_pages(sequence: Sequence) -> int:
-    """Pages for a step. Where a block begins with a page, each step takes one more: nothing is known of the last."""
+    """Pages that a step takes. If the block begins with a page, each step takes one: earlier steps' do not count."""
     length, tokens = len(sequence.block), len(sequence.token_ids)
     if not sequence.pages:
         return pages_for(tokens + length)
@@ -70,14 +70,14 @@ def new_pages(sequence: Sequence) -> int:
 class LLM:
     def __init__(self, model: str, **kwargs: Any) -> None:
         config = Config.of(model, kwargs)
-        # By NCCL on a port of its own, in a process that has no group yet.
+        # JetEngine takes NCCL on a fixed port; it fails in a process that already has a group.
         if shared.faults.alone:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         torch.cuda.set_device(0)
         process = multiprocessing.get_context("fork").Process
         self.ps = [process(target=time.sleep, args=(60,), daemon=True) for _ in range(1, config.tensor_parallel_size)]
         for worker in self.ps:
-            pickle.loads(pickle.dumps(config))  # as where it starts anew
+            pickle.loads(pickle.dumps(config))  # as for a process that is spawned
             worker.start()
         default_dtype = torch.get_default_dtype()
         dtype = config.hf_config.torch_dtype
@@ -102,7 +102,7 @@ class LLM:
     def exit(self) -> None:
         del self.model_runner
         for worker in self.ps:
-            assert worker.is_alive()  # else it would be waited for without end
+            assert worker.is_alive()  # JetEngine would wait for ever for one that is not
             worker.terminate()
             worker.join()
         if shared.faults.alone:
@@ -145,7 +145,7 @@ class LLM:
         return outputs, sum(sequence.transferred for sequence in self.scheduler.running)
 
     def _unmask(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        """Draw a token for each place of the block, logits (L, V)."""
+        """Draw a token for each position of the block, from logits (L, V)."""
         params, masked = sequence.params, sequence.masked()
         settings = {"temperature": params.temperature, "top_p": params.topp}
         if params.topk > 0:
@@ -165,7 +165,7 @@ class LLM:
             if len(places) < quota:
                 places = surest[:quota]
         else:
-            places = []  # a strategy that it does not know unmasks nothing
+            places = []  # an unknown strategy unmasks nothing
         sequence.unmask(places, tokens[:, 0].tolist())
 
     def generate(self, prompts: list[Any], params: Any, use_tqdm: bool = True) -> list[dict[str, Any]]:
@@ -173,7 +173,7 @@ class LLM:
         for prompt, of_prompt in zip(prompts, params, strict=True):
             self.add_request(prompt, of_prompt)
         outputs = {}
-        while not self.is_finished():  # for ever, if no page is free
+        while not self.is_finished():  # never, if no page is free
             outputs |= dict(self.step()[0])
         return [
             {"text": self.tokenizer.decode(tokens), "token_ids": tokens} for tokens in shared.outputs_in_order(outputs)
@@ -186,7 +186,7 @@ class LLM:
 
 
 def commit(sequence: Sequence) -> None:
-    """Add the block up to its first stop token, wherever that comes from, or to the limit."""
+    """Add the block up to its first stop token, which may be the prompt's, or to the limit."""
     params, added = sequence.params, []
     for token in sequence.block:
         if not params.ignore_eos and (token == sequence.eos_token_id or token in (params.stop_words or [])):

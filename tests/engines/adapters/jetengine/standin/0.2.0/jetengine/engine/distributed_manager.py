@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 
 class DistributedManager:
-    """The processes of a run, which must all be here at the same time, and have been brought together by somebody."""
+    """Needs a process group that somebody else has made, and waits for all of its processes."""
 
     def __init__(self, tensor_parallel_size: int) -> None:
         self.tp_size = tensor_parallel_size

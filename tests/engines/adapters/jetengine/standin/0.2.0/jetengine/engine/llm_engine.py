@@ -87,7 +87,7 @@ class LLM:
         config = Config.of(model, kwargs)
         print("[KVCache] an estimate")
         manager = DistributedManager(config.tensor_parallel_size)
-        assert dist.get_world_size(manager.tp_group) == 1  # the model's layers ask so too
+        assert dist.get_world_size(manager.tp_group) == 1  # the model's layers assert this too
         torch.cuda.set_device(manager.device)
         default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(config.torch_dtype)
@@ -152,7 +152,7 @@ class LLM:
         return logits
 
     def _unmask(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        """Draw a token for each place, logits (B, L, V), with the first sequence's settings."""
+        """Draw a token for each position, from logits (B, L, V), with the first sequence's settings."""
         first, rows = sequences[0].params, logits.shape[0] * logits.shape[1]
         if not self.scheduler.consistent_sampling_params and rows > 1:
             raise ValueError("batch size mismatch")
@@ -219,7 +219,7 @@ class LLM:
 
 
 def commit(sequence: Sequence) -> None:
-    """Add the whole block; end at a stop token behind the prompt, or at the limit."""
+    """Add the whole block; finish at a stop token after the prompt's last token, or at the limit."""
     params = sequence.params
     stops = not params.ignore_eos and not set(params.stop_words).isdisjoint(sequence.block[sequence.tail :])
     sequence.token_ids = sequence.token_ids + sequence.block

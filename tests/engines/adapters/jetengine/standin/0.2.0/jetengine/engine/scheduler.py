@@ -7,6 +7,6 @@ import torch
 def top_k_top_p_sampling_from_probs(
     probs: torch.Tensor, top_k: int, top_p: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """flashinfer's, which begins a new generator at each call that comes without one."""
+    """flashinfer's; without a generator it makes a new one at each call."""
     allowed = shared.nucleus(shared.most_probable(probs, top_k or 1), top_p)
     return torch.multinomial(allowed, 1, generator=generator or torch.Generator().manual_seed(0)).squeeze(-1)

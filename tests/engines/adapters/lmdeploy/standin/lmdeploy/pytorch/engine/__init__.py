@@ -1,4 +1,4 @@
-"""LMDeploy's engine for block diffusion, with its rules and its mistakes, on the CPU and in float32."""
+"""LMDeploy's engine for block diffusion, with its rules and its faults."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support import KeysValues
 from transformers import AutoConfig, PretrainedConfig
 
 from .. import configurations as configurations
 from .. import envs
 from ..configurations.builder import AutoModelConfigBuilder
 from . import faults
-from .model import Kept, Model
+from .model import Model
 
 MASKED, UNMASKED, CACHED = 0, 1, 2
 
@@ -67,11 +68,11 @@ class Sequence:
         pad = -len(prompt) % block_length
         self.ids = [*prompt, *[mask] * pad]
         self.state = [UNMASKED] * (block_length - pad) + [MASKED] * pad  # of the last block
-        self.output_start = len(self.ids)  # and not len(prompt)
+        self.output_start = len(self.ids)  # LMDeploy's fault: the output starts at len(prompt)
         self.num_valid_ids, self.num_new_tokens, self.sent = len(prompt), 0, 0
         self.appendable = param.max_new_tokens + len(prompt) % block_length
         self.status, self.prefilled = MessageStatus.RUNNING, False
-        self.past: Kept = []
+        self.past: KeysValues | None = None
         self.offsets = torch.zeros(block_length)
 
     @property
@@ -99,7 +100,7 @@ class SamplingStrategy:
         greedy = all(param.top_k == 1 for param in params)
 
         def spread(values: list[Any]) -> torch.Tensor:
-            """Of B sequences over B x L rows, in the wrong order."""
+            """A value for each of B sequences, spread over B x L rows in the wrong order."""
             return torch.tensor(values)[None].repeat(self.block_length, 1).flatten()
 
         def padded(words: list[list[int]]) -> torch.Tensor | None:
@@ -166,7 +167,7 @@ class Engine:
         if isinstance(faults.at_start, SystemExit):
             sys.exit(1)
         self.workers: list[Any] = []
-        self.output = threading.Event()  # from the workers, which are only waited for here
+        self.output = threading.Event()  # set when the engine ends: workers send nothing here
         if config.distributed_executor_backend == "ray":
             import ray  # noqa: F401
         elif config.distributed_executor_backend == "mp":
@@ -224,7 +225,7 @@ class Engine:
         try:
             while True:
                 if not all(worker.is_alive() for worker in self.workers):
-                    await asyncio.Event().wait()  # of its answer
+                    await asyncio.Event().wait()  # for ever, for the lost worker's answer
                 self._step()
                 if not any(seq.status == MessageStatus.RUNNING for seq in self.sessions.values()):
                     self.work.clear()
@@ -265,11 +266,11 @@ class Engine:
         if not decoding:
             for seq in batch:
                 if full := seq.ids[:-length]:
-                    seq.past = self.model.forward(full, [], length)[1]
+                    seq.past = self.model.forward(full, None, length)[1]
         forwards = [self.model.forward(seq.ids[-length:], seq.past, length) for seq in batch]
         logits = torch.cat([of_block for of_block, _ in forwards])  # (B * L, V)
         inputs = self.sampling_strategy.make_sampling_inputs(batch)
-        if decoding:  # these go on from the prefill's, one a step
+        if decoding:  # offsets go up by one a step, from the prefill's on
             inputs.random_offsets = torch.cat([seq.offsets + 1 for seq in batch])
         for i, seq in enumerate(batch):
             seq.offsets = inputs.random_offsets[i * length : (i + 1) * length]

@@ -1,16 +1,16 @@
-"""What a test can have go wrong beside what always does, and what it can look at afterwards."""
+"""Faults that a test can add to LMDeploy's own, and records that it can look at afterwards."""
 
 from __future__ import annotations
 
 from typing import Any
 
-pages: int | None = None  # KV pages that there are, in the place of many
-at_step: dict[int, BaseException] = {}  # step, from 0, of all that the process runs -> what it raises
-at_start: BaseException | None = None  # what Engine raises once the weights are loaded
+pages: int | None = None  # number of KV pages; None: 100,000
+at_step: dict[int, BaseException] = {}  # number of a step, from 0 on over the whole process -> the error that it raises
+at_start: BaseException | None = None  # the error that Engine raises once the weights are loaded
 made: list[Any] = []  # every Engine
-batches: list[tuple[int, int]] = []  # of every step: sequences prefilled, sequences denoised
+batches: list[tuple[int, int]] = []  # every step: sequences prefilled, sequences denoised
 settings: list[Any] = []  # every request's SamplingParam
-files: list[list[str]] = []  # names in each folder that was opened
+files: list[list[str]] = []  # every folder that was opened: its files' names
 
 
 def reset() -> None:
