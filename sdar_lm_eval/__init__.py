@@ -12,8 +12,6 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # importing `typing` would slow down each start of Python: autoload.py says why that counts here
 if TYPE_CHECKING:
-    from typing import Any
-
     from sdar_lm_eval.checkpoint import Checkpoint
     from sdar_lm_eval.engines.base import DecodingConfig, Engine, GenerationRequest, GenerationResult
     from sdar_lm_eval.engines.registry import make_engine
@@ -48,7 +46,7 @@ __all__ = [  # noqa: RUF022  (types first, then what makes them)
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOME_OF:
         from importlib import import_module
 

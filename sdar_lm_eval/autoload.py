@@ -18,9 +18,14 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
     from types import ModuleType, TracebackType
-    from typing import Any
+
+    from lm_eval.tasks import TaskManager
+else:
+    Loader = object
 
 TASKS = os.path.join(os.path.dirname(os.path.realpath(__file__)), "tasks")  # noqa: PTH118, PTH120  (no pathlib at start)
 
@@ -58,17 +63,19 @@ class _Finder:
     def __init__(self) -> None:
         self._searching: set[str] = set()
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         # A finder like this one asks us in return: answer None, or the two would ask each other forever.
         if name not in _PATCHES or name in self._searching:
             return None
         self._searching.add(name)
         try:
             for finder in sys.meta_path:
-                find_spec = getattr(finder, "find_spec", None)
-                spec = find_spec(name, path, target) if find_spec and finder is not self else None
+                find_spec = None if finder is self else getattr(finder, "find_spec", None)
+                spec: ModuleSpec | None = find_spec(name, path, target) if find_spec else None
                 if spec is not None:
-                    if hasattr(spec.loader, "exec_module"):
+                    if spec.loader is not None and hasattr(spec.loader, "exec_module"):
                         spec.loader = _PatchingLoader(spec.loader)
                     return spec
             return None
@@ -76,16 +83,17 @@ class _Finder:
             self._searching.discard(name)
 
 
-class _PatchingLoader:
+class _PatchingLoader(Loader):
     """A module's own loader, followed by our patch. It puts the own loader back, so the module shows no trace of it."""
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
 
-    def exec_module(self, module: Any) -> None:
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         _patch(module)
@@ -107,11 +115,10 @@ def _patch(module: ModuleType) -> None:
 
 
 def _add_models(_: ModuleType) -> None:
-    from importlib import import_module
+    from lm_eval.api import registry
 
     from sdar_lm_eval.engines.registry import MODELS
 
-    registry: Any = import_module("lm_eval.api.registry")
     models = getattr(registry, "model_registry", None)
     if models is None:
         models = registry.MODEL_REGISTRY = _LazyRegistry(registry.MODEL_REGISTRY)
@@ -145,7 +152,7 @@ def _add_tasks(tasks: ModuleType) -> None:
     import functools
     import inspect
 
-    manager: Any = tasks.TaskManager  # its home is lm_eval.tasks.manager since 0.4.12
+    manager = tasks.TaskManager  # its home is lm_eval.tasks.manager since 0.4.12
     init = manager.__init__
     if hasattr(init, "adds_sdar_tasks"):
         return
@@ -157,7 +164,7 @@ def _add_tasks(tasks: ModuleType) -> None:
         raise TypeError("TaskManager takes no include_path")
 
     @functools.wraps(init)
-    def init_with_our_tasks(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init_with_our_tasks(self: TaskManager, *args: object, **kwargs: object) -> None:
         call = signature.bind(self, *args, **kwargs)
         given = call.arguments.get("include_path")
         users = list(given) if isinstance(given, (list, tuple)) else [given] if given else []
@@ -186,7 +193,7 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
-_previous_excepthook: Any = None
+_previous_excepthook: Callable[[type[BaseException], BaseException, TracebackType | None], object] | None = None
 
 
 def _shorten_errors() -> None:
@@ -203,7 +210,7 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Tracebac
 
         message = command_line.message_of(error)
     if message is None:
-        _previous_excepthook(kind, error, trace)
+        (_previous_excepthook or sys.__excepthook__)(kind, error, trace)
     else:
         print(f"sdar_lm_eval: error: {message}", file=sys.stderr)
 

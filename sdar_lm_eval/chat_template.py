@@ -11,10 +11,11 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Protocol, TypeVar
 
 import jinja2
 from jinja2 import nodes
+from jinja2.runtime import Context
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import one_line, shown
@@ -28,6 +29,14 @@ MOST_SOURCE = 200_000  # characters; the longest templates have some 20,000
 END = "\ufdd2 "
 
 Message = Mapping[str, str]
+Value = TypeVar("Value")
+
+
+class Tokenizer(Protocol):
+    """What is read of a transformers tokenizer."""
+
+    chat_template: str | Mapping[str, str] | None
+    special_tokens_map: Mapping[str, object]
 
 
 class Unbounded(Exception):  # noqa: N818
@@ -46,7 +55,7 @@ class ChatTemplate:
         UserError: the template is no text, several without a default, cannot be compiled, or fails for a user's turn.
     """
 
-    def __init__(self, tokenizer: Any, checkpoint: str, name: str | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, checkpoint: str, name: str | None = None) -> None:
         self._title = f"the chat template of checkpoint {checkpoint!r}"
         source = tokenizer.chat_template
         if isinstance(source, Mapping):
@@ -152,13 +161,13 @@ class _Budget:
         self._left = MOST_CHARACTERS
 
     @jinja2.pass_context
-    def step(self, _: Any, value: Any) -> None:
+    def step(self, _: Context, value: object) -> None:
         """One turn of a loop, or call of a macro."""
         if time.monotonic() > self._deadline:
             raise Unbounded(f"takes more than {MOST_SECONDS:g} seconds")
 
     @jinja2.pass_context
-    def written(self, _: Any, value: Any) -> Any:
+    def written(self, _: Context, value: Value) -> Value:
         """Count what is written, to the prompt or into a block that is kept."""
         if isinstance(value, str):
             self._left -= len(value)
@@ -167,14 +176,14 @@ class _Budget:
         return value
 
     @jinja2.pass_context
-    def argument(self, _: Any, value: Any) -> Any:
+    def argument(self, _: Context, value: Value) -> Value:
         """Check what a filter or function is given, such as a width."""
         if isinstance(value, int) and value > MOST_CHARACTERS:
             raise Unbounded(f"asks for a number above {MOST_CHARACTERS:,}")
         return value
 
     @jinja2.pass_context
-    def kept(self, _: Any, value: Any) -> Any:
+    def kept(self, _: Context, value: Value) -> Value:
         """Check what becomes a variable's value."""
         if isinstance(value, (str, list, tuple)) and len(value) > MOST_CHARACTERS:
             raise Unbounded(f"makes a value of more than {MOST_CHARACTERS:,} characters or parts")
@@ -215,7 +224,13 @@ def _call(name: str, value: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(value, f"budget_{name}", [], [], None, None)
 
 
-def _bounded(compute: Callable[..., Any], context: Any, operator: str, left: Any, right: Any) -> Any:
+def _bounded(
+    compute: Callable[[Context, str, object, object], object],
+    context: Context,
+    operator: str,
+    left: object,
+    right: object,
+) -> object:
     """Multiply or raise to a power, but not to what takes minutes or all memory."""
     if isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() * max(right, 0) if operator == "**" else left.bit_length() + right.bit_length()

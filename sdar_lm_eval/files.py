@@ -72,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """The value as messages show it: its repr, long ones shortened."""
     return _SHORT.repr(value)
 

@@ -40,9 +40,10 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
 
@@ -76,34 +77,38 @@ class Patterns(Sequence[Pattern]):
     """
 
     m: int
-    bits: Any
-    weights: Any
+    bits: NDArray[np.uint8]
+    weights: NDArray[np.float64]
     whole: int
 
     @classmethod
-    def of(cls, m: int, masked: bytes, weights: Any, whole: int) -> Patterns:
+    def of(cls, m: int, masked: bytes, weights: NDArray[np.float64], whole: int) -> Patterns:
         """From the bytes of `bits`, row after row."""
         bits = np.frombuffer(masked, dtype=np.uint8).reshape(-1, _bytes_of(m))
-        return cls(m, bits, np.asarray(weights, dtype=np.float64), whole)
+        return cls(m, bits, weights, whole)
 
     def __len__(self) -> int:
         return len(self.bits)
 
-    def __getitem__(self, i: Any) -> Any:
+    @overload
+    def __getitem__(self, i: int) -> Pattern: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Pattern]: ...
+    def __getitem__(self, i: int | slice) -> Pattern | list[Pattern]:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         i = range(len(self))[i]
         masked, scored = (tuple(array[0].nonzero()[0].tolist()) for array in self.unpacked(np.array([i])))
         return Pattern(masked, scored, float(self.weights[i]))
 
-    def unpacked(self, rows: Any) -> tuple[Any, Any]:
+    def unpacked(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Of some patterns (r,): which tokens are masked, and which of those are scored; (r, m) bool each."""
         masked = np.unpackbits(self.bits[rows], axis=1, count=self.m, bitorder="little").astype(bool)
         first = np.zeros_like(masked)
         first[np.arange(len(masked)), masked.argmax(axis=1)] = True
         return masked, np.where((rows < self.whole)[:, None], masked, first)
 
-    def suffixes(self) -> Any:
+    def suffixes(self) -> NDArray[np.bool_]:
         """Which patterns mask all from a token on and nothing before: what sequential decoding sees; (R,) bool."""
         parts = [np.zeros(0, dtype=bool)]
         for start in range(0, len(self), TOGETHER):
@@ -121,8 +126,8 @@ class Pairs:
         weights: (P, 2) float64, of each draw.
     """
 
-    rows: Any
-    weights: Any
+    rows: NDArray[np.int64]
+    weights: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -141,19 +146,19 @@ class Block:
     """
 
     start: int
-    tokens: Any
+    tokens: NDArray[np.int64]
     given: int
     patterns: Patterns
     pairs: Pairs | None = None
 
-    def masked(self, rows: Any, mask_token_id: int) -> Any:
+    def masked(self, rows: NDArray[np.int64], mask_token_id: int) -> NDArray[np.int64]:
         """The block with the patterns of some rows (r,) masked: (r, L) int64."""
         tokens = np.tile(self.tokens, (len(rows), 1))
         masked, _ = self.patterns.unpacked(rows)
         tokens[:, self.given : self.given + self.patterns.m][masked] = mask_token_id
         return tokens
 
-    def scored(self, rows: Any) -> tuple[Any, Any, Any]:
+    def scored(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """What is asked of some rows (r,), by row and place: (index among `rows`, place in the block, true token)."""
         _, scored = self.patterns.unpacked(rows)
         index, place = scored.nonzero()
@@ -180,7 +185,9 @@ class Plan:
         """Masked blocks to be run."""
         return sum(len(block.patterns) for block in self.blocks)
 
-    def result(self, sums: Any, is_argmax: Any, *, clean_tokens: int, noised_tokens: int) -> ScoreResult:
+    def result(
+        self, sums: NDArray[np.float64], is_argmax: NDArray[np.bool_], *, clean_tokens: int, noised_tokens: int
+    ) -> ScoreResult:
         """Put the score together.
 
         Args:
@@ -304,7 +311,7 @@ def _packed(masked: Iterable[int], m: int) -> bytes:
     return sum(1 << j for j in masked).to_bytes(_bytes_of(m), "little")
 
 
-def _as_keys(rows: Any) -> Any:
+def _as_keys(rows: NDArray[np.uint8]) -> NDArray[np.generic]:
     """Rows of bytes (R, W) as R values that numpy sorts and compares."""
     width = rows.shape[1]
     keys = np.zeros((len(rows), max(width, 8) if width <= 8 else width), dtype=np.uint8)
@@ -312,7 +319,7 @@ def _as_keys(rows: Any) -> Any:
     return keys.view(np.uint64 if width <= 8 else np.dtype((np.void, width))).reshape(-1)
 
 
-def _floats(arrays: Iterable[Any]) -> Iterator[float]:
+def _floats(arrays: Iterable[NDArray[np.float64]]) -> Iterator[float]:
     """Numbers of arrays as Python's, which take more memory, a few at a time."""
     for array in arrays:
         for start in range(0, len(array), TOGETHER):

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast, get_args
+from typing import Any, Literal, TypedDict, get_args, overload
 
 from sdar_lm_eval.engines.base import DECODING_SETTINGS, DecodingConfig, check_bool, to_number
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, full_name
@@ -127,11 +127,11 @@ class ModelSettings:
     answers: Path | None
     likelihood: str
     mc_samples: int | None
-    decoding: Mapping[str, Any]
-    engine: Mapping[str, Any]
+    decoding: Mapping[str, object]
+    engine: Mapping[str, object]
 
     @classmethod
-    def read(cls, pretrained: str, given: Mapping[str, Any], engine: str) -> ModelSettings:
+    def read(cls, pretrained: str, given: Mapping[str, object], engine: str) -> ModelSettings:
         """Read model_args.
 
         Args:
@@ -175,29 +175,31 @@ class ModelSettings:
         return any(name in self.decoding for name in MAX_TOKENS_SPELLINGS)
 
 
-def _names(arguments: type[Any]) -> tuple[str, ...]:
+def _names(arguments: type[object]) -> tuple[str, ...]:
     """Names of a TypedDict, those of its bases included."""
     return tuple(arguments.__annotations__)
 
 
-def _own_names(arguments: type[Any]) -> tuple[str, ...]:
+def _own_names(arguments: type[object]) -> tuple[str, ...]:
     """What an engine takes beside what all take."""
     return tuple(name for name in _names(arguments) if name not in _names(ModelArguments))
 
 
-def _text(known: Mapping[str, Any], name: str) -> str | None:
+def _text(known: Mapping[str, object], name: str) -> str | None:
     return str(known[name]) if name in known else None
 
 
-def _chat_mode(value: Any) -> ChatMode:
+def _chat_mode(value: object) -> ChatMode:
     # `on` and `off` may have become booleans on their way.
     text = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-    if text not in get_args(ChatMode):
-        raise UserError(f"chat_template={value!r} is unknown; choose {', '.join(get_args(ChatMode))}.")
-    return cast("ChatMode", text)
+    modes: tuple[ChatMode, ...] = get_args(ChatMode)
+    for mode in modes:
+        if text == mode:
+            return mode
+    raise UserError(f"chat_template={value!r} is unknown; choose {', '.join(modes)}.")
 
 
-def _batch_size(known: Mapping[str, Any]) -> int | None:
+def _batch_size(known: Mapping[str, object]) -> int | None:
     """Sequences at once by a batch size that somebody asked for; the harness passes 1 where nobody did."""
     name, value = "batch_size", known.get("batch_size", 1)
     if isinstance(value, str) and value.startswith("auto"):
@@ -229,12 +231,12 @@ class Generation:
         """Whether the seed has a say, so that repeats differ."""
         return not self.decoding.greedy or STRATEGIES[self.decoding.remasking_strategy].is_random
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The settings by name, as plain values."""
         return self.decoding.as_dict() | {"max_gen_toks": self.max_gen_toks, "until": list(self.until)}
 
 
-def read_generation(gen_kwargs: Mapping[str, Any], base: Mapping[str, Any]) -> Generation:
+def read_generation(gen_kwargs: Mapping[str, object], base: Mapping[str, object]) -> Generation:
     """Merge a request's settings with the model's and validate them.
 
     Args:
@@ -246,7 +248,8 @@ def read_generation(gen_kwargs: Mapping[str, Any], base: Mapping[str, Any]) -> G
     """
     check_names(gen_kwargs, "gen_kwargs")
     given, base = _without_none(canonical(gen_kwargs)), _without_none(canonical(base))
-    settings = {name: value for name, value in (base | given).items() if name in DECODING_SETTINGS}
+    # DecodingConfig checks the values' types.
+    settings: dict[str, Any] = {name: value for name, value in (base | given).items() if name in DECODING_SETTINGS}
     if to_number("top_k", settings.get("top_k", 0), whole=True) == -1:
         settings["top_k"] = 0  # "off" in vLLM's spelling
     decoding = DecodingConfig(**settings)
@@ -259,12 +262,16 @@ def read_generation(gen_kwargs: Mapping[str, Any], base: Mapping[str, Any]) -> G
     return Generation(decoding, _max_tokens(given, base), to_texts(until))
 
 
-def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
+@overload
+def canonical(settings: Mapping[str, str]) -> Mapping[str, str]: ...
+@overload
+def canonical(settings: Mapping[str, object]) -> Mapping[str, object]: ...
+def canonical(settings: Mapping[str, object]) -> Mapping[str, object]:
     """Return settings by their full names; of two spellings the later one holds.
 
     `--gen_kwargs` is merged into a task's settings by `update`, so what the user says stands behind the task's.
     """
-    full: dict[str, Any] = {}
+    full: dict[str, object] = {}
     for name, value in settings.items():
         setting = ALIASES.get(name, name)
         if setting == "remasking_strategy":
@@ -275,7 +282,7 @@ def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
-def warn_of_idle_knobs(given: Mapping[str, Any], decoding: DecodingConfig, why: str) -> None:
+def warn_of_idle_knobs(given: Mapping[str, object], decoding: DecodingConfig, why: str) -> None:
     """Warn of a setting other than its default, from user or task, that the strategy does not read."""
     for name, strategy in ((s.setting, s.name) for s in STRATEGIES.values() if s.setting):
         value = getattr(decoding, name)
@@ -294,7 +301,7 @@ def _say_alias(given: str, full: str) -> None:
         logger.info("%s is read as %s.", given, full)
 
 
-def check_names(settings: Mapping[str, Any], source: str, also: tuple[str, ...] = ()) -> None:
+def check_names(settings: Mapping[str, object], source: str, also: tuple[str, ...] = ()) -> None:
     """Refuse unknown names.
 
     Raises:
@@ -315,7 +322,7 @@ def check_names(settings: Mapping[str, Any], source: str, also: tuple[str, ...] 
             raise UserError(f"{source}: {name!r} is unknown.{hint} Known: {', '.join(known)}.")
 
 
-def to_bool(name: str, value: Any) -> bool:
+def to_bool(name: str, value: object) -> bool:
     """Read true or false, given as a value or as text.
 
     Raises:
@@ -328,7 +335,7 @@ def to_bool(name: str, value: Any) -> bool:
     return check_bool(name, value)
 
 
-def to_texts(value: Any) -> tuple[str, ...]:
+def to_texts(value: object) -> tuple[str, ...]:
     """Read `until`: a text, several, or none; empty ones end nothing and are left out.
 
     Raises:
@@ -340,11 +347,11 @@ def to_texts(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
-def _without_none(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _without_none(settings: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _is_sampled(given: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+def _is_sampled(given: Mapping[str, object], base: Mapping[str, object]) -> bool:
     """The harness's rule: `do_sample` decides; where it is not given, a temperature above 0 samples; else greedy."""
     for source in (given, base):
         if "do_sample" in source:
@@ -354,7 +361,7 @@ def _is_sampled(given: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
     return False
 
 
-def _warn_of_unused_temperature(given: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+def _warn_of_unused_temperature(given: Mapping[str, object], base: Mapping[str, object]) -> None:
     if to_number("temperature", given.get("temperature", 0), whole=False) > 0:
         logger.warning("do_sample=false: greedy; temperature=%s has no effect.", given["temperature"])
     elif given and _is_sampled({}, base):
@@ -364,7 +371,7 @@ def _warn_of_unused_temperature(given: Mapping[str, Any], base: Mapping[str, Any
         )
 
 
-def _max_tokens(given: Mapping[str, Any], base: Mapping[str, Any]) -> int:
+def _max_tokens(given: Mapping[str, object], base: Mapping[str, object]) -> int:
     """Reconcile the spellings: in gen_kwargs the last one given holds.
 
     `--gen_kwargs` is merged into a task's dict by `update`, so a new spelling from there stands behind the task's own.

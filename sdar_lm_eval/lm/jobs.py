@@ -229,7 +229,7 @@ class Jobs:
             self.warn_of_block_length(generation.decoding.block_length)
         is_published = generation.decoding.remasking_strategy == protocol.get("remasking_strategy")
         published = f" is published for {task.name}" if is_published else ""
-        warn_of_idle_knobs(self._given | canonical(gen_kwargs), generation.decoding, published or " decodes")
+        warn_of_idle_knobs({**self._given, **canonical(gen_kwargs)}, generation.decoding, published or " decodes")
         if protocol:
             self._say_protocol(task.name, protocol, generation.decoding.as_dict())
         stop_ids, stop_strings = set(self.stop_ids), []
