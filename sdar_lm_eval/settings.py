@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args, overload
 
-from sdar_lm_eval.engines.base import DECODING_SETTINGS, DecodingConfig, LikelihoodConfig, check_bool, to_number
+from sdar_lm_eval.engines.base import (
+    DECODING_SETTINGS,
+    DecodingConfig,
+    LikelihoodConfig,
+    at_least_one,
+    check_bool,
+    to_number,
+)
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, full_name
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
@@ -270,9 +277,7 @@ def _batch_size(known: Mapping[str, object]) -> int | None:
         name, value = "max_batch_size", known.get("max_batch_size")
         if value is None:
             return None
-    number = int(to_number(name, value, whole=True))
-    if number < 1:
-        raise UserError(f"{name}={number} is out of range: it must be 1 or more.")
+    number = at_least_one(name, value)
     return None if name == "batch_size" and number == 1 else number
 
 
@@ -452,8 +457,5 @@ def _max_tokens(given: Mapping[str, object], base: Mapping[str, object]) -> int:
         *unused, name = names
         if any(source[other] != source[name] for other in unused):
             logger.info("%s=%s holds, not %s.", name, source[name], ", ".join(f"{n}={source[n]}" for n in unused))
-        number = int(to_number(name, source[name], whole=True))
-        if number < 1:
-            raise UserError(f"{name}={number} is out of range: it must be 1 or more.")
-        return number
+        return at_least_one(name, source[name])
     return DEFAULT_MAX_GEN_TOKS

@@ -280,8 +280,7 @@ def watch(evaluator: ModuleType) -> None:
             _seed.reset(token)
 
     evaluate_and_tell.tells_watched_models = True  # type: ignore[attr-defined]
-    evaluator.evaluate = evaluate_and_tell  # type: ignore[attr-defined]
-    evaluator.simple_evaluate = simple_evaluate_with_seed  # type: ignore[attr-defined]
+    vars(evaluator).update(evaluate=evaluate_and_tell, simple_evaluate=simple_evaluate_with_seed)
     _check_caches_first()
 
 

@@ -110,6 +110,8 @@ class Jobs:
         self._warned_of_user_turns = False
         self._given = dict(given)
         self.max_length = checkpoint.max_length if max_length is None else max_length
+        self.stop_ids = checkpoint.stop_ids
+        """Tokens that end every answer."""
         self.default = self._settings_of({}, TaskRequests(name="")).generation
         """The settings of a request whose task has none."""
 
@@ -237,7 +239,7 @@ class Jobs:
         warn_of_idle_knobs({**self._given, **canonical(gen_kwargs)}, generation.decoding, published or " decodes")
         if protocol:
             self._tell_of_protocol(task.name, protocol, generation.decoding.as_dict())
-        stop_ids, stop_strings = set(self._checkpoint.stop_ids), []
+        stop_ids, stop_strings = set(self.stop_ids), []
         for text in generation.until:
             ids = self._prompts.tokenizer.encode(text, add_special_tokens=False)
             # Decoding leaves special tokens out, so a special token ends an answer by its id alone.

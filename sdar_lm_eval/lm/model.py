@@ -1,7 +1,7 @@
 """The lm_eval model: a request's way from the harness to an engine and back.
 
 One class serves every engine. It keeps the harness's contract (order, stored answers, truncation, chat template,
-ranks); the engine computes tokens.
+ranks); the engine computes tokens. Its methods are in the order in which lm_eval calls them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class SDARLM(TemplateLM):
     """
 
     ENGINE = "native"
-    watched: ClassVar[bool] = True  # evaluation.py tells it of evaluations
+    watched: ClassVar[bool] = True  # see `evaluation.Watched`
 
     def __init__(self, pretrained: str = DEFAULT_CHECKPOINT, **arguments: Unpack[NativeArguments]) -> None:
         super().__init__()
@@ -118,17 +118,6 @@ class SDARLM(TemplateLM):
         logger.info("%s", described(self.ENGINE, self._engine.info, self.checkpoint, self._jobs.default))
         self._ranks.log_own_warnings()
 
-    def close(self) -> None:
-        """Close the store, the trace file and the engine, which gives its memory back; a second call does nothing."""
-        self._rounds.close()
-        self._engine.close()
-
-    def __enter__(self) -> SDARLM:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     # How the harness makes a model
 
     @classmethod
@@ -149,7 +138,28 @@ class SDARLM(TemplateLM):
 
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
-    # What it is told of an evaluation (evaluation.py)
+    # Stored answers
+
+    check_cache = staticmethod(check_cache_file)
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Take the harness's cache file; what is read from it and written to it goes by this package's keys.
+
+        Raises:
+            UserError: the file cannot be used.
+        """
+        super().set_cache_hook(cache_hook)
+        if cache_hook.dbdict is not None:
+            self._cache = CacheFile(bypass(cache_hook.dbdict), self._fingerprint())
+            self._open_store()
+
+    def _open_store(self) -> None:
+        self._rounds.store = Store([place for place in (self._cache, self._answers) if place is not None])
+
+    def _fingerprint(self) -> dict[str, str | int | None]:
+        return fingerprint_of(self.ENGINE, self._engine.info, self.checkpoint)
+
+    # Evaluations and tasks (evaluation.py)
 
     def evaluation_begins(self, *, seed: int | None, cached: bool, template: str | None) -> None:
         """Count from zero, sample by lm_eval's seed unless model_args have one, and trace into another file."""
@@ -175,108 +185,6 @@ class SDARLM(TemplateLM):
         """Forget the evaluation's requests and its chat template; later requests belong to no evaluation."""
         self._evaluation.end()
         self._prompts.choose(None)
-
-    # What the harness asks for
-
-    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answer requests; returns texts in their order, cut before the earliest `until`.
-
-        Stores each finished answer at once, where a store is given. See `lm_eval.api.model.LM.generate_until`.
-
-        Raises:
-            UserError: a request's settings are unknown or out of range; raised before anything runs.
-            EngineError: the engine stopped; the store, if any, has what finished.
-            Interrupted: the user ended the run; the store, if any, has what finished.
-        """
-        evaluation, show = self._current(), self._rank == 0 and not disable_tqdm
-        return evaluation.answer_own(requests, lambda own: self._rounds.generate(own, evaluation, show), "")
-
-    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Score continuations: log-likelihoods in nats, and whether greedy decoding gives the continuation.
-
-        Contexts are taken as they come, in no chat template unless the harness applied it. Each finished score is
-        stored at once. See `lm_eval.api.model.LM.loglikelihood`, and `sdar_lm_eval/likelihood.py`.
-
-        Raises:
-            UserError: the engine computes no log-likelihoods, or a continuation is too long; raised before anything
-                runs.
-            EngineError: the engine stopped; the store, if any, has what finished.
-            Interrupted: the user ended the run; the store, if any, has what finished.
-        """
-        return self._score("loglikelihood", requests, disable_tqdm)
-
-    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Score whole texts, in nats, by the harness's rolling windows; errors as for `loglikelihood`.
-
-        A window's context and scored tokens together are at most `max_length`.
-        """
-        return [log_likelihood for log_likelihood, _ in self._score("loglikelihood_rolling", requests, disable_tqdm)]
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: object
-    ) -> list[tuple[float, bool]]:
-        """Score ((context, continuation), context ids, continuation ids), without store, trace or summary."""
-        pairs = [(context_ids, continuation_ids) for _, context_ids, continuation_ids in requests]
-        return self._rounds.score_tokens(pairs, self._evaluation.seed)
-
-    def _score(self, kind: Kind, requests: Sequence[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
-        evaluation, show = self._current(), self._rank == 0 and not disable_tqdm
-        return evaluation.answer_own(
-            requests, lambda own: self._rounds.score(kind, own, evaluation, show), (0.0, False)
-        )
-
-    def _current(self) -> Evaluation:
-        """The evaluation that requests belong to; requests after an evaluation's end have counts of their own."""
-        if self._evaluation.over:
-            self._begin(DEFAULT_SEED)
-        return self._evaluation
-
-    # Stored answers
-
-    check_cache = staticmethod(check_cache_file)
-
-    def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Take the harness's cache file; what is read from it and written to it goes by this package's keys.
-
-        Raises:
-            UserError: the file cannot be used.
-        """
-        super().set_cache_hook(cache_hook)
-        if cache_hook.dbdict is not None:
-            self._cache = CacheFile(bypass(cache_hook.dbdict), self._fingerprint())
-            self._open_store()
-
-    def _open_store(self) -> None:
-        self._rounds.store = Store([place for place in (self._cache, self._answers) if place is not None])
-
-    def _fingerprint(self) -> dict[str, str | int | None]:
-        return fingerprint_of(self.ENGINE, self._engine.info, self.checkpoint)
-
-    # Facts for the results file
-
-    @property
-    def counts(self) -> Counts:
-        """What this process computed in the current evaluation."""
-        return self._evaluation.counts
-
-    def get_model_info(self) -> dict[str, object]:
-        """Facts for `results["config"]`: on the model, and on what the last evaluation did."""
-        return {
-            "model_revision": self.checkpoint.revision,
-            "model_dtype": self._engine.info.dtype,
-            "sdar_lm_eval": self._facts(),
-        }
-
-    def _facts(self) -> dict[str, object]:
-        return facts_of_model(
-            self.checkpoint,
-            self._jobs,
-            self._likelihoods.config(self._evaluation.seed),
-            self._engine.info,
-            chat_template=self._settings.chat_template,
-            world_size=self._world_size,
-            evaluations=self._evaluation_of_ranks,
-        )
 
     # Text and tokens
 
@@ -319,6 +227,60 @@ class SDARLM(TemplateLM):
         """
         return self._prompts.render(chat_history, add_generation_prompt)
 
+    # Requests
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answer requests; returns texts in their order, cut before the earliest `until`.
+
+        Stores each finished answer at once, where a store is given. See `lm_eval.api.model.LM.generate_until`.
+
+        Raises:
+            UserError: a request's settings are unknown or out of range; raised before anything runs.
+            EngineError: the engine stopped; the store, if any, has what finished.
+            Interrupted: the user ended the run; the store, if any, has what finished.
+        """
+        evaluation, show = self._current(), self._rank == 0 and not disable_tqdm
+        return evaluation.answer_own(requests, lambda own: self._rounds.generate(own, evaluation, show), "")
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Score continuations: log-likelihoods in nats, and whether greedy decoding gives the continuation.
+
+        Contexts are taken as they come, in no chat template unless the harness applied it. Each finished score is
+        stored at once. See `lm_eval.api.model.LM.loglikelihood`, and `sdar_lm_eval/likelihood.py`.
+
+        Raises:
+            UserError: the engine computes no log-likelihoods, or a continuation is too long; raised before anything
+                runs.
+            EngineError, Interrupted: as `generate_until`.
+        """
+        return self._score("loglikelihood", requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Score whole texts, in nats, by the harness's rolling windows; errors as for `loglikelihood`.
+
+        A window's context and scored tokens together are at most `max_length`.
+        """
+        return [log_likelihood for log_likelihood, _ in self._score("loglikelihood_rolling", requests, disable_tqdm)]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: object
+    ) -> list[tuple[float, bool]]:
+        """Score ((context, continuation), context ids, continuation ids), without store, trace or summary."""
+        pairs = [(context_ids, continuation_ids) for _, context_ids, continuation_ids in requests]
+        return self._rounds.score_tokens(pairs, self._evaluation.seed)
+
+    def _score(self, kind: Kind, requests: Sequence[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
+        evaluation, show = self._current(), self._rank == 0 and not disable_tqdm
+        return evaluation.answer_own(
+            requests, lambda own: self._rounds.score(kind, own, evaluation, show), (0.0, False)
+        )
+
+    def _current(self) -> Evaluation:
+        """The evaluation that requests belong to; requests after an evaluation's end have counts of their own."""
+        if self._evaluation.over:
+            self._begin(DEFAULT_SEED)
+        return self._evaluation
+
     # Ranks
 
     @property
@@ -342,6 +304,45 @@ class SDARLM(TemplateLM):
             counts = Counts.of_ranks([evaluation.counts for evaluation in evaluations])
             logger.info("%d ranks: %s", self._world_size, counts)
         self._ranks.barrier()
+
+    # Facts for the results file
+
+    @property
+    def counts(self) -> Counts:
+        """What this process computed in the current evaluation."""
+        return self._evaluation.counts
+
+    def get_model_info(self) -> dict[str, object]:
+        """Facts for `results["config"]`: on the model, and on what the last evaluation did."""
+        return {
+            "model_revision": self.checkpoint.revision,
+            "model_dtype": self._engine.info.dtype,
+            "sdar_lm_eval": self._facts(),
+        }
+
+    def _facts(self) -> dict[str, object]:
+        return facts_of_model(
+            self.checkpoint,
+            self._jobs,
+            self._likelihoods.config(self._evaluation.seed),
+            self._engine.info,
+            chat_template=self._settings.chat_template,
+            world_size=self._world_size,
+            evaluations=self._evaluation_of_ranks,
+        )
+
+    # Closing
+
+    def close(self) -> None:
+        """Close the store, the trace file and the engine, which gives its memory back; a second call does nothing."""
+        self._rounds.close()
+        self._engine.close()
+
+    def __enter__(self) -> SDARLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class SDARJetEngineLM(SDARLM):

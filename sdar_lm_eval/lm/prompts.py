@@ -54,6 +54,7 @@ class Prompts:
         if self.renders:
             self._template()  # renders a message, so that a broken template is refused now
         self._rendered: dict[bytes, tuple[str, ...]] = {}
+        """Hash of a rendered text -> its parts, every second of which spells a special token; () where none does."""
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -147,7 +148,7 @@ class Prompts:
         parts = re.split(MARK.format(r"(\d+)"), text)  # text, number, text, number, …, text
         parts[1::2] = [tokens[int(number)] for number in parts[1::2]]
         rendered = "".join(parts)
-        self._rendered[_digest(rendered)] = tuple(parts)[1:] and tuple(parts)
+        self._rendered[_digest(rendered)] = tuple(parts) if len(parts) > 1 else ()
         return rendered
 
     def is_rendered(self, text: str) -> bool:
