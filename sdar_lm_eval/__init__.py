@@ -1,7 +1,7 @@
 """Evaluate SDAR block-diffusion language models with EleutherAI's lm-evaluation-harness.
 
-Importing this package is cheap: it loads neither torch nor lm_eval. The names below load on first use. It also makes
-the models and tasks known to lm_eval (see autoload.py).
+Importing this package loads neither torch nor lm_eval; the names below load on first use. The import also makes the
+package's models and tasks known to lm_eval (see autoload.py).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from sdar_lm_eval import autoload
 
 __version__ = "0.1.0"
 
-TYPE_CHECKING = False  # importing `typing` would slow down each start of Python: autoload.py says why that counts here
+TYPE_CHECKING = (
+    False  # importing `typing` would slow down each start of Python, which imports this package (autoload.py)
+)
 if TYPE_CHECKING:
-    from typing import Any
-
     from sdar_lm_eval.checkpoint import Checkpoint
     from sdar_lm_eval.engines.base import DecodingConfig, Engine, GenerationRequest, GenerationResult
     from sdar_lm_eval.engines.registry import make_engine
@@ -48,7 +48,7 @@ __all__ = [  # noqa: RUF022  (types first, then what makes them)
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOME_OF:
         from importlib import import_module
 

@@ -1,9 +1,9 @@
-"""Renders a checkpoint's chat template, somebody else's program, within limits of time and length.
+"""Renders a checkpoint's chat template, an untrusted program, within limits of time and length.
 
 transformers compiles a chat template in jinja2's sandbox. The sandbox keeps a template from files and from Python's
-internals, but lets it run and write without end. `ChatTemplate` compiles the template in the same sandbox, with a check
-in each loop, macro, assignment, argument and output. A single step of jinja2 between two checks is not bounded, such as
-the format "%10000000000d".
+internals, but does not limit its time and memory. `ChatTemplate` compiles the template in the same sandbox, with a
+check in each loop, macro, assignment, argument and output. A single step of jinja2 between two checks, such as the
+format "%10000000000d", is not limited.
 """
 
 from __future__ import annotations
@@ -11,23 +11,32 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Protocol, TypeVar
 
 import jinja2
 from jinja2 import nodes
+from jinja2.runtime import Context
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import one_line, shown
 
 MOST_SECONDS = 5.0  # a conversation takes about 0.0001
-MOST_CHARACTERS = 10_000_000  # written, or held by a variable
-MOST_BITS = 10_000  # of a number
+MOST_CHARACTERS = 10_000_000  # in the output, or in a variable's value
+MOST_BITS = 10_000  # in a number
 MOST_SOURCE = 200_000  # characters; the longest templates have some 20,000
-# Stands at the end of a message that is to be continued: a character that no text has, and a space, which a template
-# that strips messages takes away.
+# Marks the end of a message that is to be continued: a Unicode noncharacter, and a space. A template that strips
+# messages removes the space.
 END = "\ufdd2 "
 
 Message = Mapping[str, str]
+Value = TypeVar("Value")
+
+
+class Tokenizer(Protocol):
+    """What is read of a transformers tokenizer."""
+
+    chat_template: str | Mapping[str, str] | None
+    special_tokens_map: Mapping[str, object]
 
 
 class Unbounded(Exception):  # noqa: N818
@@ -38,15 +47,16 @@ class ChatTemplate:
     """A tokenizer's chat template.
 
     Args:
-        tokenizer: transformers'; its template may be a text, or several by name.
-        checkpoint: name for messages.
-        name: which of several; None: `default`.
+        tokenizer: transformers' tokenizer; it has one template, or several by name.
+        checkpoint: the checkpoint's name, for messages.
+        name: the template's name where there are several; None: `default`.
 
     Raises:
-        UserError: the template is no text, several without a default, cannot be compiled, or fails for a user's turn.
+        UserError: there is no template of that name, or the template is no text, cannot be compiled, or fails for a
+            user's turn.
     """
 
-    def __init__(self, tokenizer: Any, checkpoint: str, name: str | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, checkpoint: str, name: str | None = None) -> None:
         self._title = f"the chat template of checkpoint {checkpoint!r}"
         source = tokenizer.chat_template
         if isinstance(source, Mapping):
@@ -68,29 +78,30 @@ class ChatTemplate:
         self._budget = _Budget()
         try:
             self._template = _compile(source, self._budget)
-        except Exception as error:  # of jinja2, and of Python's own compiler
-            raise UserError(f"{self._title} cannot be compiled ({_told(error)}). {_REMEDY}") from error
-        self._try()
+        except Exception as error:  # jinja2's, and those of Python's own compiler
+            raise UserError(f"{self._title} cannot be compiled ({_line(error)}). {_REMEDY}") from error
+        self._render_one_turn()
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """Render a conversation, as `tokenizer.apply_chat_template(tokenize=False)` does.
 
         Args:
             messages: the conversation.
-            add_generation_prompt: open the assistant's turn; else the last message is left open to be continued.
+            add_generation_prompt: whether the assistant's turn is opened; else the last message is left open to be
+                continued.
 
         Raises:
             UserError: the template refuses the conversation, fails, or exceeds its limits.
         """
-        named = [message["role"] for message in messages]
-        roles = ", ".join(named[:6]) + (" and so on" if len(named) > 6 else "")
+        all_roles = [message["role"] for message in messages]
+        roles = ", ".join(all_roles[:6]) + (" and so on" if len(all_roles) > 6 else "")
         try:
             return self._render(messages, add_generation_prompt)
         except Unbounded as error:
             raise UserError(f"{self._title} {error} for a conversation of {roles}. {_REMEDY}") from error
-        except Exception as error:  # whatever a template raises
+        except Exception as error:  # a template can raise any exception
             raise UserError(
-                f"{self._title} refuses a conversation of {roles} ({_told(error)}). Where it has no system turn, leave "
+                f"{self._title} refuses a conversation of {roles} ({_line(error)}). Where it has no system turn, leave "
                 "out --system_instruction; or use chat_template=off."
             ) from error
 
@@ -115,8 +126,8 @@ class ChatTemplate:
             )
         return before if after.startswith(END[1:]) else before.rstrip()
 
-    def _try(self) -> None:
-        """Find what fails for every conversation before a model is loaded; what a template refuses is its own affair.
+    def _render_one_turn(self) -> None:
+        """Render a user's turn, so that a broken template fails before a model is loaded. It may refuse that turn.
 
         Raises:
             UserError: the template fails for a user's turn.
@@ -126,40 +137,40 @@ class ChatTemplate:
         except Unbounded as error:
             raise UserError(f"{self._title} {error}. {_REMEDY}") from error
         except jinja2.exceptions.SecurityError as error:
-            raise UserError(f"{self._title} is not safe ({_told(error)}). {_REMEDY}") from error
+            raise UserError(f"{self._title} is not safe ({_line(error)}). {_REMEDY}") from error
         except jinja2.TemplateError:  # it may want a system turn
             pass
         except Exception as error:
-            raise UserError(f"{self._title} fails ({_told(error)}). {_REMEDY}") from error
+            raise UserError(f"{self._title} fails ({_line(error)}). {_REMEDY}") from error
 
 
 _REMEDY = "Correct chat_template.jinja or tokenizer_config.json, or use chat_template=off."
 
 
-def _told(error: Exception) -> str:
+def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error, most=200)}"
 
 
 class _Budget:
-    """What one rendering may use; the compiled template asks it.
+    """What is left of a rendering's limits. The compiled template calls the methods as filters.
 
-    Its methods take jinja2's context, since jinja2 calls other filters of a constant once, when it compiles.
+    The methods take jinja2's context: jinja2 evaluates filters of constants at compile time, unless they take it.
     """
 
     def begin(self) -> None:
-        """A rendering begins."""
+        """Begin a rendering."""
         self._deadline = time.monotonic() + MOST_SECONDS
         self._left = MOST_CHARACTERS
 
     @jinja2.pass_context
-    def step(self, _: Any, value: Any) -> None:
-        """One turn of a loop, or call of a macro."""
+    def step(self, _: Context, value: object) -> None:
+        """Check the time at an iteration of a loop or a call of a macro."""
         if time.monotonic() > self._deadline:
             raise Unbounded(f"takes more than {MOST_SECONDS:g} seconds")
 
     @jinja2.pass_context
-    def written(self, _: Any, value: Any) -> Any:
-        """Count what is written, to the prompt or into a block that is kept."""
+    def written(self, _: Context, value: Value) -> Value:
+        """Count the characters of an output."""
         if isinstance(value, str):
             self._left -= len(value)
             if self._left < 0:
@@ -167,15 +178,15 @@ class _Budget:
         return value
 
     @jinja2.pass_context
-    def argument(self, _: Any, value: Any) -> Any:
-        """Check what a filter or function is given, such as a width."""
+    def argument(self, _: Context, value: Value) -> Value:
+        """Check an argument of a filter or function, such as a width."""
         if isinstance(value, int) and value > MOST_CHARACTERS:
             raise Unbounded(f"asks for a number above {MOST_CHARACTERS:,}")
         return value
 
     @jinja2.pass_context
-    def kept(self, _: Any, value: Any) -> Any:
-        """Check what becomes a variable's value."""
+    def kept(self, _: Context, value: Value) -> Value:
+        """Check a value that is assigned to a variable."""
         if isinstance(value, (str, list, tuple)) and len(value) > MOST_CHARACTERS:
             raise Unbounded(f"makes a value of more than {MOST_CHARACTERS:,} characters or parts")
         return value
@@ -187,12 +198,12 @@ def _compile(source: str, budget: _Budget) -> jinja2.Template:
 
     # An empty template's environment has the filters, names and extensions that transformers gives to all.
     environment = chat_template_utils._compile_jinja_template("").environment.overlay()
-    # Filters are called directly; methods go through the sandbox, which takes as long as the rest of a rendering.
-    asked = {f"budget_{name}": getattr(budget, name) for name in ("argument", "kept", "step", "written")}
-    environment.filters = environment.filters | asked
+    # As filters, the methods are called directly; the sandbox's call of a method would double a rendering's time.
+    checks = {f"budget_{name}": getattr(budget, name) for name in ("argument", "kept", "step", "written")}
+    environment.filters = environment.filters | checks
     environment.intercepted_binops = frozenset({"*", "**"})
     environment.call_binop = functools.partial(_bounded, environment.call_binop)
-    # lipsum writes as much as it is asked for, without a loop of the template's.
+    # jinja2's lipsum writes any number of paragraphs without a loop in the template.
     environment.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
 
     tree = environment.parse(source)
@@ -215,8 +226,14 @@ def _call(name: str, value: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(value, f"budget_{name}", [], [], None, None)
 
 
-def _bounded(compute: Callable[..., Any], context: Any, operator: str, left: Any, right: Any) -> Any:
-    """Multiply or raise to a power, but not to what takes minutes or all memory."""
+def _bounded(
+    compute: Callable[[Context, str, object, object], object],
+    context: Context,
+    operator: str,
+    left: object,
+    right: object,
+) -> object:
+    """Multiply, or raise to a power, unless the result would exceed the limits."""
     if isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() * max(right, 0) if operator == "**" else left.bit_length() + right.bit_length()
         if bits > MOST_BITS:

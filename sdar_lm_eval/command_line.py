@@ -1,7 +1,7 @@
-"""Errors of lm_eval's command line as one line, where a run is of this package's models.
+"""One-line messages for errors on lm_eval's command line, in runs of this package's models.
 
 `autoload.py` calls `message_of` when a process ends with an exception. This package's errors are messages already.
-Typing errors that the harness answers with a traceback get one line.
+The harness answers a mistyped model, task or flag with a traceback; such an error becomes one line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sdar_lm_eval.errors import Interrupted, SDARError, did_you_mean
 
 
 def message_of(error: BaseException) -> str | None:
-    """Return what to print in the place of a traceback, or None where the traceback is due."""
+    """Return what to print in the place of a traceback, or None where the traceback is to be printed."""
     if isinstance(error, (SDARError, Interrupted)):
         return str(error)
     if not _names_our_models():
@@ -31,7 +31,9 @@ def message_of(error: BaseException) -> str | None:
         hints = "".join(dict.fromkeys(did_you_mean(name.strip(), ours) for name in found[1].split(",")))
         return f"--tasks: {found[1]} is unknown.{hints} `lm_eval ls tasks` lists all."
     last = traceback.extract_tb(error.__traceback__)[-1:]
-    if isinstance(error, ValueError) and last and {"_cli", "config"} & set(Path(last[0].filename).parts):  # of a flag
+    if (
+        isinstance(error, ValueError) and last and {"_cli", "config"} & set(Path(last[0].filename).parts)
+    ):  # a flag's value
         return text.splitlines()[0]
     return None
 

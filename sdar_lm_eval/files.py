@@ -1,4 +1,4 @@
-"""Reads files that somebody else made: regular ones alone, of a size that fits in memory; what is wrong is one line."""
+"""Reads files that others made: regular files only, of a size that fits in memory, with errors of one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from sdar_lm_eval.errors import UserError
 
 MOST_BYTES = 200_000_000
-"""Largest file that is read as a whole; the largest tokenizers have 40 MB."""
+"""Bytes of the largest file that is read as a whole; the largest tokenizers have 40 MB."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -26,12 +26,24 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong = 2, 80, 40
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 4
 
 
+def expanded(path: Path) -> Path:
+    """Return a path with `~` replaced.
+
+    Raises:
+        UserError: the path names a user without a home folder.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{str(path)!r}: {error} Write the whole path.") from error
+
+
 def require_regular(path: Path) -> os.stat_result:
-    """Return what the system knows of a file; a pipe or a device would be read without end.
+    """Return a file's status. Reading a pipe or a device might never end, so only regular files pass.
 
     Raises:
         UserError: the path is not a regular file, nor a link to one.
-        OSError: nothing is there, or it cannot be looked at.
+        OSError: the path does not exist, or its status cannot be read.
     """
     facts = path.stat()
     if not stat.S_ISREG(facts.st_mode):
@@ -57,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object that a file holds.
 
     Raises:
-        UserError: the file is not there, cannot be read, or holds no JSON object.
+        UserError: the file does not exist, cannot be read, or holds no JSON object.
     """
     try:
         content = json.loads(read_bytes(path).decode("utf-8"))
@@ -72,12 +84,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def shown(value: Any) -> str:
-    """The value as messages show it: its repr, long ones shortened."""
+def shown(value: object) -> str:
+    """The value's repr for a message, shortened where it is long."""
     return _SHORT.repr(value)
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """What an exception says, on one line of at most `most` characters."""
+    """An exception's message, on one line of at most `most` characters."""
     text = " ".join(str(error)[: 10 * most].split()) or type(error).__name__
     return text if len(text) <= most else f"{text[: most - 1]}…"

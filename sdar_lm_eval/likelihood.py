@@ -1,9 +1,9 @@
-"""Log-likelihoods of a block-diffusion model: which forwards a text's score is made of, and how it is made of them.
+"""Log-likelihoods of a block-diffusion model: the forwards that a text's score needs, and the score made of them.
 
-The text is context + continuation. Blocks of L tokens are counted from the context's first token, as in generation, so
-the continuation may begin inside a block, whose context tokens are then given, and may end inside one, whose positions
-after the end are masked in every forward: nothing is known of them, as when `sequential` decoding decides a block from
-the left. A block's m continuation tokens x_1..x_m are scored given the whole text before the block:
+The text is context + continuation. Blocks of L tokens are counted from the context's first token, as in generation. So
+the continuation may begin inside a block: that block's context tokens are given. It may also end inside a block: the
+positions after the end are masked in every forward, as positions to the right are when `sequential` decodes a block. A
+block's m continuation tokens x_1..x_m are scored given the whole text before the block:
 
     chain  log p = sum over j of log p(x_j | x_1..x_{j-1} clean, the rest masked)
 
@@ -16,47 +16,48 @@ Every p is the softmax at temperature 1 over the vocabulary without the mask tok
 (denoising_steps = L), begins its answer with the continuation. The probabilities of all continuations of one length
 sum to 1.
 
-`nelbo` is the negated evidence lower bound of masked diffusion, with noise level t ~ U(0, 1) and weight 1 / t: w(k) is
-the integral of t^(k-1) (1-t)^(m-k), so no noise level is sampled. It equals the mean of the `chain` log-likelihood over
-all m! orders of the m tokens. By Jensen's inequality it is never above the log of the mean probability over those
-orders, that is, of the probability that decoding in a random order (the positions after the end last), one token a
-step, yields the text. It need not be below `chain`, which is the log-probability for one of the orders.
-Blocks with more subsets than `mc_samples` are sampled; the estimate has the same mean, and a standard error.
+`nelbo` is the evidence lower bound of masked diffusion (the NELBO with its sign turned), with noise level t ~ U(0, 1)
+and weight 1 / t. The integral of t^(k-1) (1-t)^(m-k) is w(k), so no noise level is sampled. The bound equals the mean
+of the `chain` log-likelihood over all m! orders of the m tokens. By Jensen's inequality the bound is never above the
+log of the mean probability over those orders, that is, of the probability that decoding in a random order (the
+positions after the end last), one token a step, yields the text. The bound may be above `chain`, the log-probability
+for one of the orders. Of a block with more subsets than `mc_samples`, subsets are sampled; the estimate has the same
+mean, and a standard error.
 
 Sources: Block Diffusion, arXiv 2503.09573, section 3; the weights by integrating its continuous-time bound; the orders
 from Autoregressive Diffusion Models, arXiv 2110.02037.
 
 An engine runs the rows of a `Plan` and hands the sums of their log-probabilities to `Plan.result`. A block may have a
-million rows, so they are kept as packed bits, and made into tokens a few at a time.
+million rows, so rows are stored as packed bits and expanded to tokens a few at a time.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
+from sdar_lm_eval.hashing import seed_from
 
-TOGETHER = 1 << 14  # rows that are unpacked at once
+ROWS_AT_ONCE = 1 << 14  # unpacked together
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Some of a block's m scored tokens masked.
+    """A choice of a block's m scored tokens to mask.
 
     Attributes:
-        masked: which of 0..m-1, ascending.
+        masked: indices of the masked tokens among 0..m-1, ascending.
         scored: those of `masked` whose log-probabilities count.
-        weight: of their sum.
+        weight: factor of the sum of their log-probabilities.
     """
 
     masked: tuple[int, ...]
@@ -71,43 +72,47 @@ class Patterns(Sequence[Pattern]):
     Attributes:
         m: scored tokens of the block.
         bits: (R, ceil(m / 8)) uint8, one bit a token, the first token's in the lowest bit of the first byte.
-        weights: (R,) float64.
-        whole: of that many patterns, the first ones, all masked tokens are scored; of the others the first masked one.
+        weights: (R,) float64, each pattern's `Pattern.weight`.
+        whole: the first `whole` patterns score all masked tokens; the others score the first masked token.
     """
 
     m: int
-    bits: Any
-    weights: Any
+    bits: NDArray[np.uint8]
+    weights: NDArray[np.float64]
     whole: int
 
     @classmethod
-    def of(cls, m: int, masked: bytes, weights: Any, whole: int) -> Patterns:
-        """From the bytes of `bits`, row after row."""
+    def of(cls, m: int, masked: bytes, weights: NDArray[np.float64], whole: int) -> Patterns:
+        """Make patterns from the bytes of `bits`, row after row."""
         bits = np.frombuffer(masked, dtype=np.uint8).reshape(-1, _bytes_of(m))
-        return cls(m, bits, np.asarray(weights, dtype=np.float64), whole)
+        return cls(m, bits, weights, whole)
 
     def __len__(self) -> int:
         return len(self.bits)
 
-    def __getitem__(self, i: Any) -> Any:
+    @overload
+    def __getitem__(self, i: int) -> Pattern: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Pattern]: ...
+    def __getitem__(self, i: int | slice) -> Pattern | list[Pattern]:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         i = range(len(self))[i]
         masked, scored = (tuple(array[0].nonzero()[0].tolist()) for array in self.unpacked(np.array([i])))
         return Pattern(masked, scored, float(self.weights[i]))
 
-    def unpacked(self, rows: Any) -> tuple[Any, Any]:
-        """Of some patterns (r,): which tokens are masked, and which of those are scored; (r, m) bool each."""
+    def unpacked(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """For the patterns of these rows (r,): which tokens are masked, and which are scored; (r, m) bool each."""
         masked = np.unpackbits(self.bits[rows], axis=1, count=self.m, bitorder="little").astype(bool)
         first = np.zeros_like(masked)
         first[np.arange(len(masked)), masked.argmax(axis=1)] = True
         return masked, np.where((rows < self.whole)[:, None], masked, first)
 
-    def suffixes(self) -> Any:
-        """Which patterns mask all from a token on and nothing before: what sequential decoding sees; (R,) bool."""
+    def suffixes(self) -> NDArray[np.bool_]:
+        """Which patterns mask a token and all after it, and nothing before, as sequential decoding does; (R,) bool."""
         parts = [np.zeros(0, dtype=bool)]
-        for start in range(0, len(self), TOGETHER):
-            masked, _ = self.unpacked(np.arange(start, min(start + TOGETHER, len(self))))
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            masked, _ = self.unpacked(np.arange(start, min(start + ROWS_AT_ONCE, len(self))))
             parts.append(masked.sum(axis=1) == self.m - masked.argmax(axis=1))
         return np.concatenate(parts)
 
@@ -117,12 +122,12 @@ class Pairs:
     """Pairs of draws, each pair from one stratum of the noise level.
 
     Attributes:
-        rows: (P, 2) int64, whose pattern each draw has.
-        weights: (P, 2) float64, of each draw.
+        rows: (P, 2) int64, each draw's row in the patterns.
+        weights: (P, 2) float64, each draw's weight.
     """
 
-    rows: Any
-    weights: Any
+    rows: NDArray[np.int64]
+    weights: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -130,45 +135,45 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A block with scored tokens, to be run once with each of some patterns.
+    """A block with scored tokens, to be run once with each pattern.
 
     Attributes:
-        start: position of its first token.
-        tokens: (L,) int64, clean, with the mask token behind the text's end.
-        given: leading tokens that are the context's.
-        patterns: of the tokens behind those.
+        start: position of the block's first token in the text.
+        tokens: (L,) int64, the clean tokens; mask tokens after the text's end.
+        given: how many leading tokens belong to the context.
+        patterns: masks of the continuation's tokens.
         pairs: the draws, where the patterns were sampled.
     """
 
     start: int
-    tokens: Any
+    tokens: NDArray[np.int64]
     given: int
     patterns: Patterns
     pairs: Pairs | None = None
 
-    def masked(self, rows: Any, mask_token_id: int) -> Any:
-        """The block with the patterns of some rows (r,) masked: (r, L) int64."""
+    def masked(self, rows: NDArray[np.int64], mask_token_id: int) -> NDArray[np.int64]:
+        """The block's tokens with the patterns of these rows (r,) masked: (r, L) int64."""
         tokens = np.tile(self.tokens, (len(rows), 1))
         masked, _ = self.patterns.unpacked(rows)
         tokens[:, self.given : self.given + self.patterns.m][masked] = mask_token_id
         return tokens
 
-    def scored(self, rows: Any) -> tuple[Any, Any, Any]:
-        """What is asked of some rows (r,), by row and place: (index among `rows`, place in the block, true token)."""
+    def scored(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The scored tokens of these rows (r,): (index into `rows`, position in the block, true token), (s,) each."""
         _, scored = self.patterns.unpacked(rows)
-        index, place = scored.nonzero()
-        place = place + self.given
-        return index, place, self.tokens[place]
+        index, position = scored.nonzero()
+        position = position + self.given
+        return index, position, self.tokens[position]
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The forwards that one request's score is made of.
+    """The forwards that one request's score needs.
 
     Attributes:
         context: the clean tokens of the context's whole blocks.
-        clean: the tokens after them up to the last scored block: whole blocks.
-        blocks: what is run given the clean tokens before it.
+        clean: the clean tokens after `context` and before the last scored block: whole blocks.
+        blocks: the scored blocks, each run given all clean tokens before it.
     """
 
     context: tuple[int, ...]
@@ -177,15 +182,17 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
-        """Masked blocks to be run."""
+        """How many masked blocks are run."""
         return sum(len(block.patterns) for block in self.blocks)
 
-    def result(self, sums: Any, is_argmax: Any, *, clean_tokens: int, noised_tokens: int) -> ScoreResult:
-        """Put the score together.
+    def result(
+        self, sums: NDArray[np.float64], is_argmax: NDArray[np.bool_], *, clean_tokens: int, noised_tokens: int
+    ) -> ScoreResult:
+        """Compute the score.
 
         Args:
-            sums: (rows,) float64, of each row's scored log-probabilities in nats, block after block.
-            is_argmax: (rows,) bool, whether the first scored token of each row is the most probable one there.
+            sums: (rows,) float64, the sum of each row's scored log-probabilities in nats, block after block.
+            is_argmax: (rows,) bool, whether each row's first scored token is the most probable one at its position.
             clean_tokens, noised_tokens: see `ScoreResult`.
         """
         assert len(sums) == len(is_argmax) == self.num_rows
@@ -208,7 +215,7 @@ class Plan:
 
 
 def plan(request: ScoreRequest, config: LikelihoodConfig, mask_token_id: int) -> Plan:
-    """Lay out the forwards that score a request."""
+    """Return the forwards that score a request."""
     length = config.block_length
     tokens = request.context_ids + request.continuation_ids
     begin = len(request.context_ids)
@@ -224,8 +231,8 @@ def plan(request: ScoreRequest, config: LikelihoodConfig, mask_token_id: int) ->
         elif 2**m - 1 <= config.mc_samples:
             patterns = all_patterns(m)
         else:
-            # By the context and not the continuation, so that a question's answers meet the same masks.
-            seed = _seed_of(config.seed, request.context_ids, start, m)
+            # The seed is of the context alone, so that all continuations of a question get the same masks.
+            seed = seed_from([config.seed, request.context_ids, start, m])
             patterns, pairs = sampled_patterns(m, config.mc_samples, random.Random(seed))
         padded = np.array([*block, *[mask_token_id] * (length - len(block))], dtype=np.int64)
         blocks.append(Block(start, padded, given, patterns, pairs))
@@ -233,7 +240,7 @@ def plan(request: ScoreRequest, config: LikelihoodConfig, mask_token_id: int) ->
 
 
 def most_patterns(config: LikelihoodConfig) -> int:
-    """How many patterns a block has at most: times a block's tokens, what it costs."""
+    """Return how many patterns a block has at most: a block's cost in forwards of one block."""
     length, samples = config.block_length, config.mc_samples
     if config.method == "chain":
         return length
@@ -242,13 +249,13 @@ def most_patterns(config: LikelihoodConfig) -> int:
 
 @functools.cache
 def chain_patterns(m: int) -> Patterns:
-    """Patterns of `chain`: for each token, itself and all after it masked."""
+    """Return the m patterns of `chain`: the j-th masks the j-th token and all after it."""
     return Patterns.of(m, b"".join(_packed(range(j, m), m) for j in range(m)), np.ones(m), 0)
 
 
 @functools.lru_cache(maxsize=64)
 def all_patterns(m: int) -> Patterns:
-    """Patterns of `nelbo`, all 2^m - 1 of them."""
+    """Return the 2^m - 1 patterns of `nelbo`."""
     subsets = (s for k in range(1, m + 1) for s in itertools.combinations(range(m), k))
     counts = [math.comb(m, k) for k in range(1, m + 1)]
     weights = np.repeat([1 / (k * count) for k, count in enumerate(counts, 1)], counts)
@@ -256,28 +263,28 @@ def all_patterns(m: int) -> Patterns:
 
 
 def sampled_patterns(m: int, samples: int, rng: random.Random) -> tuple[Patterns, Pairs]:
-    """Patterns of `nelbo` drawn by the noise level, and those of `chain` at weight 0, for what is greedy.
+    """Return sampled patterns of `nelbo`, and those of `chain` at weight 0, which tell whether the text is greedy.
 
-    The noise level is divided into samples / 2 equal strata with two draws in each: the estimate is unbiased, its
-    variance is at most that of independent draws, and the differences within the strata estimate it, also where there
-    are fewer samples than noise levels.
+    The noise level is divided into samples / 2 equal strata with two draws in each. The estimate is unbiased, and its
+    variance is at most that of independent draws. The differences within the strata estimate the variance, also where
+    there are fewer samples than noise levels.
 
     Args:
         m: scored tokens of the block.
         samples: an even number.
-        rng: drawn from.
+        rng: source of the draws.
 
     Returns:
-        Different patterns with the weights of all their draws; and the pairs of draws, by position in the former.
+        Different patterns, each with the summed weights of its draws; and the pairs of draws, as rows of the patterns.
     """
     drawn = bytearray()
-    masked = np.zeros(samples, dtype=np.int64)  # how many tokens of each draw
+    masked = np.zeros(samples, dtype=np.int64)  # how many tokens each draw masks
     for i in range(samples):
         level = (i // 2 + rng.random()) / (samples // 2)
         masked[i] = k = min(int(level * m), m - 1) + 1  # uniform on 1..m
         drawn += _packed(rng.sample(range(m), k), m)
     rows = np.frombuffer(drawn, dtype=np.uint8).reshape(samples, -1)
-    # Different draws in order of their first one, and which of them each draw is.
+    # The different draws, in the order of their first occurrence, and each draw's index among them.
     _, first, which = np.unique(_as_keys(rows), return_index=True, return_inverse=True)
     order = first.argsort()
     number = np.empty_like(order)
@@ -304,20 +311,16 @@ def _packed(masked: Iterable[int], m: int) -> bytes:
     return sum(1 << j for j in masked).to_bytes(_bytes_of(m), "little")
 
 
-def _as_keys(rows: Any) -> Any:
-    """Rows of bytes (R, W) as R values that numpy sorts and compares."""
+def _as_keys(rows: NDArray[np.uint8]) -> NDArray[np.generic]:
+    """Rows of bytes (R, W) as R values that numpy can sort and compare."""
     width = rows.shape[1]
     keys = np.zeros((len(rows), max(width, 8) if width <= 8 else width), dtype=np.uint8)
     keys[:, :width] = rows
     return keys.view(np.uint64 if width <= 8 else np.dtype((np.void, width))).reshape(-1)
 
 
-def _floats(arrays: Iterable[Any]) -> Iterator[float]:
-    """Numbers of arrays as Python's, which take more memory, a few at a time."""
+def _floats(arrays: Iterable[NDArray[np.float64]]) -> Iterator[float]:
+    """The arrays' numbers as Python floats, converted a few at a time: floats take more memory than arrays."""
     for array in arrays:
-        for start in range(0, len(array), TOGETHER):
-            yield from array[start : start + TOGETHER].tolist()
-
-
-def _seed_of(seed: int, context: tuple[int, ...], start: int, m: int) -> int:
-    return int.from_bytes(hashlib.sha256(json.dumps([seed, context, start, m]).encode()).digest()[:8], "little")
+        for start in range(0, len(array), ROWS_AT_ONCE):
+            yield from array[start : start + ROWS_AT_ONCE].tolist()

@@ -1,7 +1,8 @@
-"""Reads what users write: `--model_args`, and a request's `gen_kwargs` on top of them. It returns typed settings.
+"""Reads what users write, `--model_args` and a request's `gen_kwargs`, into typed settings.
 
 Precedence: gen_kwargs (a task's YAML, overridden by `--gen_kwargs`) > model_args > a task's published decoding >
-checkpoint > default. Values come typed or as text. Nothing is popped or changed: other models get the same dict.
+checkpoint > default. Values come typed or as text. The given mappings are never changed: lm_eval hands the same ones to
+other models.
 """
 
 from __future__ import annotations
@@ -12,12 +13,20 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast, get_args
+from typing import Any, Literal, TypedDict, get_args, overload
 
-from sdar_lm_eval.engines.base import DECODING_SETTINGS, DecodingConfig, check_bool, to_number
+from sdar_lm_eval.engines.base import (
+    DECODING_SETTINGS,
+    DecodingConfig,
+    LikelihoodConfig,
+    at_least_one,
+    check_bool,
+    to_number,
+)
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, full_name
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.files import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +42,24 @@ ALIASES = {
 }
 """Short name -> setting."""
 HINTS = {"seed": "The seed is the model's: --model_args seed=N, or the third of --seed."}
-"""Names that are no settings of a request, and where they belong."""
-# Settings of other engines that harness tasks carry, with the one value that asks for nothing.
+"""Name that is no setting of a request -> where it belongs."""
+# Settings of other engines that stock tasks have, with the one value that has no effect.
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "n": 1}
-IGNORED = ("use_cache",)  # of transformers; it changes no answer
+IGNORED = ("use_cache",)  # a setting of transformers that changes no answer
 
 
 ChatMode = Literal["auto", "on", "off"]
 
 
 class DecodingArguments(TypedDict, total=False):
-    """Decoding settings among model_args and gen_kwargs; see `DecodingConfig`."""
+    """Decoding settings, in model_args or in a request's gen_kwargs, which override those in model_args.
+
+    Attributes:
+        do_sample: whether tokens are drawn; false is greedy, whatever the temperature.
+        max_gen_toks: most new tokens.
+        until: texts that end the answer.
+        All others: see `DecodingConfig`.
+    """
 
     block_length: int
     denoising_steps: int
@@ -60,7 +76,30 @@ class DecodingArguments(TypedDict, total=False):
 
 
 class ModelArguments(DecodingArguments, total=False):
-    """What `--model_args` takes for each engine; `SDARLM` says what each means."""
+    """What `--model_args` takes for every engine, beside `pretrained`.
+
+    Attributes:
+        revision: branch, tag or commit of a hub id.
+        dtype: float32, bfloat16, float16, or auto: float32 on the CPU, the checkpoint's own on a GPU.
+        device: cpu, cuda, cuda:N, or auto: a GPU if there is one. `--device cuda:0` is lm_eval's default, so it counts
+            as auto.
+        max_length: most tokens of prompt and answer; longer prompts lose their beginning. Default: the checkpoint's.
+        max_active: sequences that run at once; default: 32 on the CPU, 256 on a GPU, or as many as fit.
+        seed: seed of sampled answers; each draws by (seed, task, prompt, repeat), whatever else is in the batch.
+            Default: the third of lm_eval's `--seed`.
+        chat_template: auto (prompts of generating tasks go into the checkpoint's chat template, where it has one, as by
+            `--apply_chat_template`), on (the same, and an error where there is none), off. Log-likelihoods are of the
+            text as it comes, unless `--apply_chat_template` is given.
+        trace: file that gets a JSON line for each finished request (report/trace.py); each run and rank has its own.
+        verbose: log each example when its answer is there, right or wrong where the task has a judge (report/live.py).
+        answers: folder that keeps finished answers, for this run to go on from; several processes may share it.
+        likelihood: chain (exact) or nelbo (the diffusion bound), see `sdar_lm_eval/likelihood.py`; at temperature 1,
+            whatever the decoding settings.
+        mc_samples: masks a block under nelbo; blocks with no more masks than that are computed without sampling.
+        batch_size: `--batch_size N` with N > 1 sets max_active; 1, lm_eval's default, and auto leave it to the engine.
+        max_batch_size: sets max_active under `--batch_size auto`.
+        trust_remote_code: has no effect: no code of a checkpoint is ever run.
+    """
 
     revision: str
     dtype: str
@@ -80,7 +119,14 @@ class ModelArguments(DecodingArguments, total=False):
 
 
 class NativeArguments(ModelArguments, total=False):
-    """What `--model sdar` takes."""
+    """What `--model sdar` takes.
+
+    Attributes:
+        kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
+        kernels: run a dense model with Triton kernels and CUDA graphs; default: on GPUs, where triton is installed.
+        reproducible: answers are the same to the bit in any batch (default: up to rounding); needs the kernels.
+        share_prefixes: prompts that begin alike share the KV of that beginning (default; false: for comparison).
+    """
 
     kv_pages: int
     kernels: bool
@@ -89,7 +135,13 @@ class NativeArguments(ModelArguments, total=False):
 
 
 class JetEngineArguments(ModelArguments, total=False):
-    """What `--model sdar-jetengine` takes."""
+    """What `--model sdar-jetengine` takes.
+
+    Attributes:
+        gpu_memory_utilization: the part of the GPU's memory that JetEngine may fill; default: what the requests need.
+        tensor_parallel_size: GPUs that share the weights (JetEngine 0.1.0 only).
+        enforce_eager: go without CUDA graphs.
+    """
 
     gpu_memory_utilization: float
     tensor_parallel_size: int
@@ -97,7 +149,14 @@ class JetEngineArguments(ModelArguments, total=False):
 
 
 class LMDeployArguments(ModelArguments, total=False):
-    """What `--model sdar-lmdeploy` takes."""
+    """What `--model sdar-lmdeploy` takes.
+
+    Attributes:
+        tensor_parallel_size: GPUs that share the weights.
+        data_parallel_size: how many processes `accelerate launch` started, each with its copy of the weights; need not
+            be given.
+        cache_max_entry_count: the part of the memory that the weights leave, for keys and values; default 0.8.
+    """
 
     tensor_parallel_size: int
     data_parallel_size: int
@@ -109,9 +168,9 @@ class ModelSettings:
     """`--model_args`, read.
 
     Attributes:
-        decoding: decoding settings that the user gave, by their full names; each request's are read on top of them.
-        engine: what the engine alone takes.
-        All others: see `SDARLM`; None where the user said nothing and there is no one default.
+        decoding: decoding settings that the user gave, by their full names; a request's override them.
+        engine: options that only this engine takes.
+        All others: see `ModelArguments`; None where the user gave none and there is no one default.
     """
 
     pretrained: str
@@ -127,17 +186,17 @@ class ModelSettings:
     answers: Path | None
     likelihood: str
     mc_samples: int | None
-    decoding: Mapping[str, Any]
-    engine: Mapping[str, Any]
+    decoding: Mapping[str, object]
+    engine: Mapping[str, object]
 
     @classmethod
-    def read(cls, pretrained: str, given: Mapping[str, Any], engine: str) -> ModelSettings:
+    def read(cls, pretrained: str, given: Mapping[str, object], engine: str) -> ModelSettings:
         """Read model_args.
 
         Args:
-            pretrained: as given.
-            given: all others.
-            engine: its name in the registry.
+            pretrained: the checkpoint, as the user gave it.
+            given: all other arguments.
+            engine: the engine's name in the registry.
 
         Raises:
             UserError: an unknown name, or a value out of range.
@@ -146,7 +205,7 @@ class ModelSettings:
         check_names(given, "model_args", also=("pretrained", *_names(ModelArguments), *of_engine))
         known = {name: value for name, value in canonical(given).items() if value is not None}
 
-        def whole(name: str) -> int | None:
+        def whole_number(name: str) -> int | None:
             return int(to_number(name, known[name], whole=True)) if name in known else None
 
         if to_bool("trust_remote_code", known.get("trust_remote_code", False)):
@@ -156,66 +215,78 @@ class ModelSettings:
             revision=_text(known, "revision"),
             dtype=_text(known, "dtype") or "auto",
             device=_text(known, "device") or "auto",
-            max_length=whole("max_length"),
-            max_active=whole("max_active") if "max_active" in known else _batch_size(known),
-            seed=whole("seed"),
+            max_length=whole_number("max_length"),
+            max_active=whole_number("max_active") if "max_active" in known else _batch_size(known),
+            seed=whole_number("seed"),
             chat_template=_chat_mode(known.get("chat_template", "auto")),
-            trace=None if "trace" not in known else Path(str(known["trace"])),
+            trace=None if "trace" not in known else expanded(Path(str(known["trace"]))),
             verbose=to_bool("verbose", known.get("verbose", False)),
             answers=None if "answers" not in known else Path(str(known["answers"])),
             likelihood=str(known.get("likelihood", "chain")),
-            mc_samples=whole("mc_samples"),
+            mc_samples=whole_number("mc_samples"),
             decoding={name: value for name, value in known.items() if name in GENERATION_SETTINGS},
             engine={name: value for name, value in known.items() if name in of_engine},
         )
 
     @property
     def limits_length(self) -> bool:
-        """Whether the user says how long answers are where a task does not."""
+        """Whether the user gave a length of answers for tasks that have none."""
         return any(name in self.decoding for name in MAX_TOKENS_SPELLINGS)
 
+    def likelihood_config(self, block_length: int) -> LikelihoodConfig:
+        """How log-likelihoods are computed, in blocks of this length; warns of a setting without effect.
 
-def _names(arguments: type[Any]) -> tuple[str, ...]:
-    """Names of a TypedDict, those of its bases included."""
+        Raises:
+            UserError: a value is out of range.
+        """
+        samples = LikelihoodConfig.mc_samples if self.mc_samples is None else self.mc_samples
+        config = LikelihoodConfig(method=self.likelihood, mc_samples=samples, block_length=block_length)
+        if self.mc_samples is not None and config.method == "chain":
+            logger.warning("mc_samples=%s has no effect: likelihood=chain samples nothing.", self.mc_samples)
+        return config
+
+
+def _names(arguments: type[object]) -> tuple[str, ...]:
+    """The keys of a TypedDict and of its bases."""
     return tuple(arguments.__annotations__)
 
 
-def _own_names(arguments: type[Any]) -> tuple[str, ...]:
-    """What an engine takes beside what all take."""
+def _own_names(arguments: type[object]) -> tuple[str, ...]:
+    """The keys of an engine's TypedDict that other engines lack."""
     return tuple(name for name in _names(arguments) if name not in _names(ModelArguments))
 
 
-def _text(known: Mapping[str, Any], name: str) -> str | None:
+def _text(known: Mapping[str, object], name: str) -> str | None:
     return str(known[name]) if name in known else None
 
 
-def _chat_mode(value: Any) -> ChatMode:
-    # `on` and `off` may have become booleans on their way.
+def _chat_mode(value: object) -> ChatMode:
+    # YAML and lm_eval's parser read `on` and `off` as booleans.
     text = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-    if text not in get_args(ChatMode):
-        raise UserError(f"chat_template={value!r} is unknown; choose {', '.join(get_args(ChatMode))}.")
-    return cast("ChatMode", text)
+    modes: tuple[ChatMode, ...] = get_args(ChatMode)
+    for mode in modes:
+        if text == mode:
+            return mode
+    raise UserError(f"chat_template={value!r} is unknown; choose {', '.join(modes)}.")
 
 
-def _batch_size(known: Mapping[str, Any]) -> int | None:
-    """Sequences at once by a batch size that somebody asked for; the harness passes 1 where nobody did."""
+def _batch_size(known: Mapping[str, object]) -> int | None:
+    """How many sequences run at once by the batch size; None for 1, which lm_eval passes by default."""
     name, value = "batch_size", known.get("batch_size", 1)
     if isinstance(value, str) and value.startswith("auto"):
         name, value = "max_batch_size", known.get("max_batch_size")
         if value is None:
             return None
-    number = int(to_number(name, value, whole=True))
-    if number < 1:
-        raise UserError(f"{name}={number} is out of range: it must be 1 or more.")
+    number = at_least_one(name, value)
     return None if name == "batch_size" and number == 1 else number
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one request asks for.
+    """The settings of one request.
 
     Attributes:
-        decoding: how to denoise; temperature 0 where the answer is to be greedy.
+        decoding: how to denoise; the temperature is 0 where the answer is greedy.
         max_gen_toks: most new tokens.
         until: texts that end the answer, none of them empty.
     """
@@ -226,27 +297,28 @@ class Generation:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether the seed has a say, so that repeats differ."""
+        """Whether the answer depends on the seed, so that repeats differ."""
         return not self.decoding.greedy or STRATEGIES[self.decoding.remasking_strategy].is_random
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The settings by name, as plain values."""
         return self.decoding.as_dict() | {"max_gen_toks": self.max_gen_toks, "until": list(self.until)}
 
 
-def read_generation(gen_kwargs: Mapping[str, Any], base: Mapping[str, Any]) -> Generation:
+def read_generation(gen_kwargs: Mapping[str, object], base: Mapping[str, object]) -> Generation:
     """Merge a request's settings with the model's and validate them.
 
     Args:
-        gen_kwargs: as they arrive with the request.
-        base: settings of model_args and the checkpoint, by the same names.
+        gen_kwargs: the request's settings, as lm_eval hands them over.
+        base: settings of the checkpoint, the task's published decoding and model_args, by the same names.
 
     Raises:
         UserError: an unknown name, or a value out of range.
     """
     check_names(gen_kwargs, "gen_kwargs")
     given, base = _without_none(canonical(gen_kwargs)), _without_none(canonical(base))
-    settings = {name: value for name, value in (base | given).items() if name in DECODING_SETTINGS}
+    # DecodingConfig checks the values' types.
+    settings: dict[str, Any] = {name: value for name, value in (base | given).items() if name in DECODING_SETTINGS}
     if to_number("top_k", settings.get("top_k", 0), whole=True) == -1:
         settings["top_k"] = 0  # "off" in vLLM's spelling
     decoding = DecodingConfig(**settings)
@@ -259,46 +331,58 @@ def read_generation(gen_kwargs: Mapping[str, Any], base: Mapping[str, Any]) -> G
     return Generation(decoding, _max_tokens(given, base), to_texts(until))
 
 
-def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings by their full names; of two spellings the later one holds.
+@overload
+def canonical(settings: Mapping[str, str]) -> Mapping[str, str]: ...
+@overload
+def canonical(settings: Mapping[str, object]) -> Mapping[str, object]: ...
+def canonical(settings: Mapping[str, object]) -> Mapping[str, object]:
+    """Return settings by their full names; of two spellings of a setting the later one counts.
 
-    `--gen_kwargs` is merged into a task's settings by `update`, so what the user says stands behind the task's.
+    lm_eval merges `--gen_kwargs` into a task's settings by `dict.update`, so a user's spelling comes after the task's.
     """
-    full: dict[str, Any] = {}
+    full: dict[str, object] = {}
     for name, value in settings.items():
         setting = ALIASES.get(name, name)
         if setting == "remasking_strategy":
             value = full_name(value) if isinstance(value, str) else value
         full.pop(setting, None)
         full[setting] = value
-        _say_alias(f"{name}={settings[name]}", f"{setting}={value}")
+        log_alias_once(f"{name}={settings[name]}", f"{setting}={value}")
     return full
 
 
-def warn_of_idle_knobs(given: Mapping[str, Any], decoding: DecodingConfig, why: str) -> None:
-    """Warn of a setting other than its default, from user or task, that the strategy does not read."""
+def warn_of_idle_knobs(given: Mapping[str, object], decoding: DecodingConfig, why: str) -> None:
+    """Warn of a given setting, other than its default, that the strategy does not read.
+
+    Args:
+        given: the settings of user and task.
+        decoding: the request's settings.
+        why: the end of the message's clause on the strategy.
+    """
     for name, strategy in ((s.setting, s.name) for s in STRATEGIES.values() if s.setting):
         value = getattr(decoding, name)
         if name in given and value != getattr(DecodingConfig, name) and decoding.remasking_strategy != strategy:
-            _say_idle(f"{name}={value}", decoding.remasking_strategy, strategy, why)
+            warn_once_of_idle_knob(f"{name}={value}", decoding.remasking_strategy, strategy, why)
 
 
 @functools.cache
-def _say_idle(setting: str, used: str, reader: str, why: str) -> None:
+def warn_once_of_idle_knob(setting: str, used: str, reader: str, why: str) -> None:
+    """Warn, the first time, of a setting that the strategy `used` does not read, but `reader` does."""
     logger.warning("%s has no effect: %s%s; strategy=%s reads it.", setting, used, why, reader)
 
 
 @functools.cache
-def _say_alias(given: str, full: str) -> None:
+def log_alias_once(given: str, full: str) -> None:
+    """Log, the first time, what a setting in a short form is read as."""
     if given != full:
         logger.info("%s is read as %s.", given, full)
 
 
-def check_names(settings: Mapping[str, Any], source: str, also: tuple[str, ...] = ()) -> None:
+def check_names(settings: Mapping[str, object], source: str, also: tuple[str, ...] = ()) -> None:
     """Refuse unknown names.
 
     Raises:
-        UserError: names one, suggests another, lists the known ones.
+        UserError: a name is unknown; the message suggests a close one and lists all known ones.
     """
     known = tuple(dict.fromkeys((*also, *GENERATION_SETTINGS)))
     for name, value in settings.items():
@@ -315,11 +399,11 @@ def check_names(settings: Mapping[str, Any], source: str, also: tuple[str, ...] 
             raise UserError(f"{source}: {name!r} is unknown.{hint} Known: {', '.join(known)}.")
 
 
-def to_bool(name: str, value: Any) -> bool:
+def to_bool(name: str, value: object) -> bool:
     """Read true or false, given as a value or as text.
 
     Raises:
-        UserError: neither.
+        UserError: the value is neither.
     """
     if isinstance(value, (bool, int)) and value in (0, 1):
         return bool(value)
@@ -328,11 +412,11 @@ def to_bool(name: str, value: Any) -> bool:
     return check_bool(name, value)
 
 
-def to_texts(value: Any) -> tuple[str, ...]:
-    """Read `until`: a text, several, or none; empty ones end nothing and are left out.
+def to_texts(value: object) -> tuple[str, ...]:
+    """Read `until`: a text, a list of texts, or None. Empty texts end nothing and are left out.
 
     Raises:
-        UserError: something other than text.
+        UserError: the value is something else.
     """
     texts = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
@@ -340,12 +424,12 @@ def to_texts(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
-def _without_none(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _without_none(settings: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _is_sampled(given: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
-    """The harness's rule: `do_sample` decides; where it is not given, a temperature above 0 samples; else greedy."""
+def _is_sampled(given: Mapping[str, object], base: Mapping[str, object]) -> bool:
+    """The harness's rule: `do_sample` decides; without it, a temperature above 0 samples; without both, greedy."""
     for source in (given, base):
         if "do_sample" in source:
             return to_bool("do_sample", source["do_sample"])
@@ -354,7 +438,7 @@ def _is_sampled(given: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
     return False
 
 
-def _warn_of_unused_temperature(given: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+def _warn_of_unused_temperature(given: Mapping[str, object], base: Mapping[str, object]) -> None:
     if to_number("temperature", given.get("temperature", 0), whole=False) > 0:
         logger.warning("do_sample=false: greedy; temperature=%s has no effect.", given["temperature"])
     elif given and _is_sampled({}, base):
@@ -364,11 +448,8 @@ def _warn_of_unused_temperature(given: Mapping[str, Any], base: Mapping[str, Any
         )
 
 
-def _max_tokens(given: Mapping[str, Any], base: Mapping[str, Any]) -> int:
-    """Reconcile the spellings: in gen_kwargs the last one given holds.
-
-    `--gen_kwargs` is merged into a task's dict by `update`, so a new spelling from there stands behind the task's own.
-    """
+def _max_tokens(given: Mapping[str, object], base: Mapping[str, object]) -> int:
+    """Most new tokens: by the last spelling in gen_kwargs (see `canonical`), else in model_args, else the default."""
     for source in (given, base):
         names = [name for name in source if name in MAX_TOKENS_SPELLINGS]
         if not names:
@@ -376,8 +457,5 @@ def _max_tokens(given: Mapping[str, Any], base: Mapping[str, Any]) -> int:
         *unused, name = names
         if any(source[other] != source[name] for other in unused):
             logger.info("%s=%s holds, not %s.", name, source[name], ", ".join(f"{n}={source[n]}" for n in unused))
-        number = int(to_number(name, source[name], whole=True))
-        if number < 1:
-            raise UserError(f"{name}={number} is out of range: it must be 1 or more.")
-        return number
+        return at_least_one(name, source[name])
     return DEFAULT_MAX_GEN_TOKS

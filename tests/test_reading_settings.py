@@ -353,7 +353,7 @@ def test_whatever_arrives_is_read_or_refused(arriving: dict[str, Any]) -> None:
 )
 def test_short_names(caplog: pytest.LogCaptureFixture, short: dict[str, Any], setting: str, value: Any) -> None:
     caplog.set_level(logging.INFO)
-    settings._say_alias.cache_clear()
+    settings.log_alias_once.cache_clear()
     for request, base in ((short, {}), ({}, short)):
         assert getattr(read_generation(request, base).decoding, setting) == value
     name, text = next(iter(short.items()))

@@ -1,13 +1,13 @@
 """Finished answers in a folder: one JSON line each, on disk at once, so that a run goes on where another one stopped.
 
-    <time>-<random>.jsonl     what one process answered; a process begins a new file, so each has one writer
+    <time>-<random>.jsonl     what one process answered; each process begins a file of its own
         {"settings": …, "model": …, "started": …}     the fingerprint, facts on the engine, when the process began
         {"key": …, "task": …, "text": …, …}           an answer, or a score
         {"model": …}                                  the facts again, at the end
 
-Each line ends with a checksum of what stands before it, as its last field `crc32`. Any number of processes may share a
-folder, one after another or side by side, on one machine or several. An answer is found by its key (`store.py`), so
-neither its place in a run, nor how the documents are divided among processes, makes a difference.
+Each line ends with a checksum of what precedes it, its last field `crc32`. Several processes may share a folder, one
+after another or side by side, on one machine or several. An answer is found by its key (`store.py`): its position in a
+run does not matter, nor how the documents are divided among processes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.files import expanded
 from sdar_lm_eval.lm.evaluation import differences
 from sdar_lm_eval.lm.store import Record, decode_line, encode_line, is_record
 
 logger = logging.getLogger(__name__)
-
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,37 +37,38 @@ class Session:
     """What one process left behind.
 
     Attributes:
-        settings: the fingerprint: all that changes answers beside what is in their keys.
-        model: facts on the model and the engine, for the results file.
-        started: when it began to answer, in seconds since 1970.
-        answers: key -> line, in the order they were finished.
+        path: the process's file.
+        settings: the fingerprint: all that answers depend on beside what is in their keys.
+        model: facts on the model and the engine, for the results file; JSON that may be of another version.
+        started: when the process began to answer, in seconds since 1970.
+        answers: key -> record, in the order they were finished.
     """
 
     path: Path
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     model: Mapping[str, Any]
     started: float
-    answers: Mapping[str, Line]
+    answers: Mapping[str, Record]
 
     @property
     def ended(self) -> float:
-        """When its last answer was finished."""
+        """When the last answer was finished, in seconds since 1970."""
         return self.started + max((line["at"] for line in self.answers.values()), default=0.0)
 
 
 class AnswerFolder:
-    """The answers a run can go on from, and the file that gets its own.
+    """The answers that a run can go on from, and the file that gets the run's own.
 
     Args:
-        folder: made if it is not there.
+        folder: made where it does not exist.
         settings: the fingerprint; answers made with others are left alone.
-        model: called for the facts on model and engine when the first answer is there, and at the end.
+        model: called for the facts on model and engine, before the first answer is written and at the end.
 
     Raises:
         UserError: the folder cannot be made, read or written.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], model: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, object], model: Callable[[], Mapping[str, object]]) -> None:
         self.name = f"answers={folder}"
         self._folder = expanded(folder)
         try:
@@ -77,7 +77,7 @@ class AnswerFolder:
                 pass
         except OSError as error:
             raise UserError(f"{self.name} cannot be a folder that is written to: {error.strerror}.") from error
-        self._settings: Mapping[str, Any] = json.loads(json.dumps(settings))
+        self._settings: Mapping[str, object] = json.loads(json.dumps(settings))
         self._model = model
         sessions = read_sessions(self._folder)
         others = [session for session in sessions if session.settings != self._settings]
@@ -89,7 +89,7 @@ class AnswerFolder:
                 differences(others[-1].settings, self._settings),
             )
         self._known = united(session for session in sessions if session.settings == self._settings)
-        self._file: _Lines | None = None
+        self._file: _LineFile | None = None
         self._started = time.time()
 
     def begin(self) -> None:
@@ -98,36 +98,37 @@ class AnswerFolder:
             self._started = time.time()
 
     def get(self, key: str) -> Record | None:
-        """Return the answer that is there already, this process's own included, or None."""
+        """Return the answer under the key, this process's own answers included, or None."""
         return self._known.get(key)
 
-    def put(self, key: str, record: Mapping[str, Any]) -> None:
+    def put(self, key: str, record: Mapping[str, object]) -> None:
         """Write an answer."""
         if self._file is None:
             name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(self._started))}-{uuid.uuid4().hex[:12]}.jsonl"
-            file = _Lines(self._folder / name)
+            file = _LineFile(self._folder / name)
             file.write({"settings": self._settings, "model": self._model(), "started": self._started})
-            self._file = file  # once its first line is there: without one, nobody can read the others
+            self._file = file  # only once its first line is written: readers skip a file without it
         line = {"key": key, "at": round(time.time() - self._started, 3), **record}
         self._file.write(line)
-        self._known[key] = line
+        if is_record(line):
+            self._known[key] = line
 
     def close(self) -> None:
-        """Write down what is known of model and engine now, and close the file; later answers begin another one."""
+        """Write the facts on model and engine as they are now, and close the file; later answers begin another file."""
         if self._file is not None:
             file, self._file = self._file, None
             file.write({"model": self._model()})
             file.close()
 
 
-class _Lines:
-    """A new file that gets whole lines: what a full disk cut short is ended before the next line begins."""
+class _LineFile:
+    """A new file of lines. A line that a full disk cut short is ended before the next line begins."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
         self._cut = False
 
-    def write(self, line: Mapping[str, Any]) -> None:
+    def write(self, line: Mapping[str, object]) -> None:
         content = b"\n" * self._cut + encode_line(line)
         self._cut = True
         while content:
@@ -139,22 +140,10 @@ class _Lines:
         os.close(self._descriptor)
 
 
-def expanded(path: Path) -> Path:
-    """Return a path with `~` replaced.
-
-    Raises:
-        UserError: it names a user without a home folder.
-    """
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{str(path)!r}: {error} Write the whole path.") from error
-
-
 def read_sessions(folder: Path) -> list[Session]:
     """Return what is in a folder, in the order of the files' names.
 
-    Damaged lines, and files without a readable first line, are skipped and named; good lines count.
+    Damaged lines, and files without a readable first line, are skipped with a warning; good lines count.
 
     Raises:
         UserError: the folder cannot be read.
@@ -165,12 +154,12 @@ def read_sessions(folder: Path) -> list[Session]:
         return []
     except OSError as error:
         raise UserError(f"the folder of answers {folder} cannot be read: {error.strerror}.") from error
-    return [session for name in names if (session := _read(folder / name)) is not None]
+    return [session for name in names if (session := read_session(folder / name)) is not None]
 
 
-def united(sessions: Iterable[Session]) -> dict[str, Line]:
-    """Return key -> line; where several processes answered the same, the first file's answer."""
-    answers: dict[str, Line] = {}
+def united(sessions: Iterable[Session]) -> dict[str, Record]:
+    """Return key -> record; where several processes answered the same request, the first file's answer."""
+    answers: dict[str, Record] = {}
     for session in sessions:
         for key, line in session.answers.items():
             answers.setdefault(key, line)
@@ -178,7 +167,7 @@ def united(sessions: Iterable[Session]) -> dict[str, Line]:
 
 
 def busy_seconds(sessions: Iterable[Session]) -> float:
-    """Return how long at least one of the sessions was answering: those side by side count once, pauses do not."""
+    """Return for how many seconds at least one of the sessions was answering."""
     total, reached = 0.0, 0.0
     for session in sorted(sessions, key=lambda session: session.started):
         total += max(0.0, session.ended - max(reached, session.started))
@@ -186,9 +175,10 @@ def busy_seconds(sessions: Iterable[Session]) -> float:
     return total
 
 
-def _read(path: Path) -> Session | None:
+def read_session(path: Path) -> Session | None:
+    """Return what is in a file; None, with a warning, where its first line cannot be read."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for its writer
             logger.warning("%s is no regular file, and is passed over.", path)
             return None
         # Not splitlines(): a JSON string may hold U+2028 and its like.
@@ -196,7 +186,8 @@ def _read(path: Path) -> Session | None:
     except OSError as error:
         logger.warning("%s cannot be read (%s), and is passed over.", path, error.strerror)
         return None
-    lines, damaged = [], []
+    lines: list[tuple[int, dict[str, object]]] = []
+    damaged: list[int] = []
     for number, line in enumerate(raw, 1):
         try:
             if line:
@@ -204,16 +195,18 @@ def _read(path: Path) -> Session | None:
         except ValueError:
             damaged.append(number)
     head = lines[0][1] if lines else {}
-    if not (isinstance(head.get("settings"), dict) and isinstance(head.get("model"), dict) and "started" in head):
+    settings, model, started = head.get("settings"), head.get("model"), head.get("started")
+    if not (isinstance(settings, dict) and isinstance(model, dict) and isinstance(started, (int, float))):
         if any(raw):
             logger.warning("%s begins with no readable settings, and is passed over.", path)
         return None
-    answers, model = {}, head["model"]
+    answers: dict[str, Record] = {}
     for number, content in lines[1:]:
-        if isinstance(content.get("model"), dict):
-            model = content["model"]
-        elif isinstance(content.get("key"), str) and isinstance(content.get("at"), (int, float)) and is_record(content):
-            answers[content["key"]] = content
+        key, later_model = content.get("key"), content.get("model")
+        if isinstance(later_model, dict):
+            model = later_model
+        elif isinstance(key, str) and isinstance(content.get("at"), (int, float)) and is_record(content):
+            answers[key] = content
         else:
             damaged.append(number)
     if damaged:
@@ -224,4 +217,4 @@ def _read(path: Path) -> Session | None:
             ", ".join(map(str, sorted(damaged)[:5])) + (", …" if len(damaged) > 5 else ""),
             len(answers),
         )
-    return Session(path, head["settings"], model, float(head["started"]), answers)
+    return Session(path, settings, model, float(started), answers)

@@ -1,34 +1,36 @@
-"""What lm_eval keeps from its models: which evaluation, task and document a request belongs to.
+"""What lm_eval does not tell its models: which evaluation, task and document a request belongs to.
 
 lm_eval hands a model bare requests. It does not say that another evaluation has begun, whether a prompt is in the chat
-template, what its system instruction is, or which documents `--samples` chose. `watch` wraps lm_eval's
-`evaluate`, `simple_evaluate` (for the seed) and `CachingLM`. While an evaluation of a model of this package lasts,
-`_told` replaces methods of each task. Evaluations of other models are unchanged.
+template, or which documents `--samples` chose. `watch` wraps lm_eval's `evaluate`, `simple_evaluate` (for the seed) and
+`CachingLM`. While an evaluation of a model of this package lasts, `_methods_replaced` replaces methods of each task.
+Evaluations of other models are unchanged.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import inspect
 import itertools
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, ClassVar, Literal, Protocol, TypeGuard
+from typing import ClassVar, Literal, Protocol, TypedDict, TypeGuard, TypeVar
 
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM, CachingLM
+from lm_eval.api.task import Task
 
 from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.hashing import hex_digest
 from sdar_lm_eval.report.counts import Counts
 
 logger = logging.getLogger(__name__)
 
 TemplatedBy = Literal["lm_eval", "sdar_lm_eval"]
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,15 @@ class TaskRequests:
     """What lm_eval knows of a task's requests beside the requests themselves.
 
     Attributes:
-        name: lm_eval's for the task in this evaluation.
+        name: lm_eval's name of the task in this evaluation.
         templated_by: who asked for the chat template: lm_eval's user (`--apply_chat_template`), this package
             (chat_template=auto or on), or None where prompts are plain text.
         documents: the documents that `--samples` chose, ascending; None where all or the first ones are evaluated.
-        scored: it asks for log-likelihoods of continuations.
-        borrowed: this rank has no document of the task; its only request is a copy of another rank's.
+        scored: whether the task asks for log-likelihoods of continuations.
+        borrowed: whether this rank has no document of the task; the task's only request here is a copy of another
+            rank's.
         decoding: the decoding of the task's published protocol (`metadata: {sdar_decoding: …}` of its YAML).
-        judge: what says how answers will score (`metadata: {sdar_judge: …}`, see report/live.py).
+        judge: the function that predicts how answers will score (`metadata: {sdar_judge: …}`, see report/live.py).
     """
 
     name: str
@@ -51,11 +54,11 @@ class TaskRequests:
     documents: tuple[int, ...] | None = None
     scored: bool = False
     borrowed: bool = False
-    decoding: Mapping[str, Any] | None = None
+    decoding: Mapping[str, object] | None = None
     judge: Mapping[str, str] | None = None
 
     def document(self, request: Instance) -> int:
-        """The document's place in the data set; lm_eval counts among the chosen ones."""
+        """The document's index in the data set; lm_eval's `doc_id` is an index into the chosen documents."""
         doc_id = int(request.doc_id or 0)
         return doc_id if self.documents is None else self.documents[doc_id]
 
@@ -77,7 +80,7 @@ class SentPrompts:
     def add(self, document: int, prompt: str, token_ids: Sequence[int], templated_by: TemplatedBy | None) -> None:
         """Note a request."""
         self.templated_by = templated_by
-        self.tokens.setdefault(document, []).append(hashlib.sha256(json.dumps(token_ids).encode()).hexdigest()[:16])
+        self.tokens.setdefault(document, []).append(hex_digest(token_ids))
         self.example = prompt if self.example is None else self.example
 
 
@@ -86,36 +89,44 @@ class Evaluation:
     """What is known of an evaluation, and what was done in it.
 
     Attributes:
-        seed: of what is sampled.
-        tasks: whose requests lm_eval built, by lm_eval's name for them.
+        seed: seed of sampled answers and masks.
+        tasks: name -> the tasks whose requests lm_eval built.
         counts: what was computed.
-        decoding: task -> how its answers were made.
+        decoding: task -> the settings that its answers were made with.
         sent: task -> what was sent.
-        template_hash: of the chat template in use.
-        over: it has ended; requests that come now are of no evaluation.
+        template_hash: hash of the chat template in use.
+        over: whether the evaluation has ended; requests that come now belong to no evaluation.
     """
 
     seed: int
     tasks: dict[str, TaskRequests] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
-    decoding: dict[str, dict[str, Any]] = field(default_factory=dict)
+    decoding: dict[str, dict[str, object]] = field(default_factory=dict)
     sent: dict[str, SentPrompts] = field(default_factory=dict)
     template_hash: str | None = None
     over: bool = False
     _of_requests: dict[int, tuple[TaskRequests, Instance]] = field(default_factory=dict, repr=False)
 
     def add(self, task: TaskRequests, requests: Iterable[Instance]) -> None:
-        """Learn of a task and its requests."""
+        """Note a task and its requests."""
         self.tasks[task.name] = task
-        self._of_requests |= {id(request): (task, request) for request in requests}  # which keeps the ids theirs
+        # The request is kept too: Python may give its id to another object once the request is gone.
+        self._of_requests |= {id(request): (task, request) for request in requests}
 
     def task_of(self, request: Instance) -> TaskRequests:
-        """The task that a request is of; its name alone where lm_eval built it in no evaluation that was seen."""
+        """The task of a request; only the task's name is known where lm_eval built the request in no evaluation."""
         found = self._of_requests.get(id(request))
         return TaskRequests(name=str(request.task_name)) if found is None else found[0]
 
+    def next(self, seed: int) -> Evaluation:
+        """The evaluation after this one. The time of loading goes to the first evaluation that has counts."""
+        following = Evaluation(seed)
+        if not self.counts.tasks:
+            following.counts.load_seconds = self.counts.load_seconds
+        return following
+
     def end(self) -> None:
-        """Forget the requests; what was done stays."""
+        """Forget the requests; counts and settings stay."""
         self.over = True
         self._of_requests.clear()
 
@@ -123,20 +134,48 @@ class Evaluation:
         """What was sent for a task."""
         return self.sent.setdefault(task, SentPrompts())
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What other ranks get to see."""
+    def answer_own(
+        self, requests: Sequence[Instance], answer: Callable[[Sequence[Instance]], Sequence[Answer]], blank: Answer
+    ) -> list[Answer]:
+        """Answer the requests of this rank's documents. Nobody reads a borrowed document's answer, so it is blank."""
+        answers = iter(answer([request for request in requests if not self.task_of(request).borrowed]))
+        return [blank if self.task_of(request).borrowed else next(answers) for request in requests]
+
+    def without_borrowed(self, of_tasks: object) -> object:
+        """lm_eval's samples or metrics by task, without those of borrowed documents; other objects as they are."""
+        if not isinstance(of_tasks, dict):
+            return of_tasks
+        borrowed = {task.name for task in self.tasks.values() if task.borrowed}
+        return {task: _emptied(found) if task in borrowed else found for task, found in of_tasks.items()}
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the requests out where an evaluation is sent to another rank."""
         return self.__dict__ | {"_of_requests": {}}
 
 
-def facts_of_evaluation(ranks: Sequence[Evaluation]) -> dict[str, Any]:
-    """Return what the results file says of an evaluation that these processes did together.
+def _emptied(found: object) -> dict[object, list[object]] | list[object]:
+    """A task's metrics by name (a mapping) or its samples (a list), without any values."""
+    return {name: [] for name in found} if isinstance(found, dict) else []
+
+
+class EvaluationFacts(TypedDict):
+    """What the results file says of an evaluation."""
+
+    decoding_of_tasks: dict[str, dict[str, object]]
+    published_decoding_of_tasks: dict[str, dict[str, object]]
+    prompts: dict[str, dict[str, object]]
+    run: dict[str, object]
+
+
+def facts_of_evaluation(ranks: Sequence[Evaluation]) -> EvaluationFacts:
+    """Return what the results file says of an evaluation that some processes did together.
 
     Args:
-        ranks: one a process.
+        ranks: each process's account of the evaluation.
     """
     tasks = {name: task for of_rank in ranks for name, task in of_rank.tasks.items()}
-    decoding: dict[str, Any] = {}
-    prompts: dict[str, Any] = {}
+    decoding: dict[str, dict[str, object]] = {}
+    prompts: dict[str, dict[str, object]] = {}
     for of_rank in ranks:
         decoding |= of_rank.decoding
     for name in dict.fromkeys(name for of_rank in ranks for name in of_rank.sent):
@@ -146,7 +185,7 @@ def facts_of_evaluation(ranks: Sequence[Evaluation]) -> dict[str, Any]:
         prompts[name] = {
             "chat_template_applied_by": by,
             "chat_template_sha256": ranks[0].template_hash if by else None,
-            "tokens_sha256": hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()[:16],
+            "tokens_sha256": hex_digest(sorted(tokens.items())),
             "example": sent[0].example,
         }
     return {
@@ -158,17 +197,17 @@ def facts_of_evaluation(ranks: Sequence[Evaluation]) -> dict[str, Any]:
 
 
 class Watched(Protocol):
-    """A model that is told of its evaluations: those of this package."""
+    """A model that is told of its evaluations: the models of this package."""
 
     watched: ClassVar[bool]
     """True. A class attribute, since reading other models' properties may raise."""
 
     renders: bool
-    """Whether prompts of generating tasks are to be put into the chat template where lm_eval's user did not ask."""
+    """Whether prompts of generating tasks go into the chat template where lm_eval's user did not ask for it."""
 
     @property
     def tokenizer_name(self) -> str:
-        """Stands for tokenizer and template in lm_eval's cache of built requests."""
+        """Key of tokenizer and template in lm_eval's cache of built requests."""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation."""
@@ -180,19 +219,19 @@ class Watched(Protocol):
         """An evaluation begins.
 
         Args:
-            seed: lm_eval's for torch; None where it has none.
-            cached: lm_eval keeps its answers (`--use_cache`).
+            seed: lm_eval's seed for torch; None where it has none.
+            cached: whether lm_eval keeps the answers (`--use_cache`).
             template: the name of the chat template that the user chose; None: the default one.
         """
 
     def task_begins(self, task: TaskRequests, requests: Sequence[Instance]) -> None:
-        """A task's requests are built."""
+        """lm_eval has built a task's requests."""
 
     def evaluation_ends(self) -> None:
-        """It ended, by an error or without."""
+        """The evaluation ended, with or without an error."""
 
 
-def is_watched(lm: Any) -> TypeGuard[Watched]:
+def is_watched(lm: object) -> TypeGuard[Watched]:
     """Whether an lm_eval model is told of its evaluations."""
     return getattr(type(lm), "watched", False) is True
 
@@ -201,16 +240,14 @@ _seed: ContextVar[int | None] = ContextVar("torch_random_seed", default=None)
 
 
 def watch(evaluator: ModuleType) -> None:
-    """Have lm_eval's `evaluate` tell watched models what they evaluate. Calling it again does nothing."""
-    from lm_eval.api.model import CachingLM
-
+    """Have lm_eval's `evaluate` tell watched models what they evaluate. A second call does nothing."""
     evaluate, simple_evaluate = evaluator.evaluate, evaluator.simple_evaluate
     if hasattr(evaluate, "tells_watched_models"):
         return
     signature, simple_signature = inspect.signature(evaluate), inspect.signature(simple_evaluate)
 
     @functools.wraps(evaluate)
-    def telling(*args: Any, **kwargs: Any) -> Any:
+    def evaluate_and_tell(*args: object, **kwargs: object) -> object:
         call = signature.bind(*args, **kwargs)
         lm = call.arguments["lm"]
         model = lm.lm if isinstance(lm, CachingLM) else lm  # --use_cache wraps the model
@@ -227,13 +264,13 @@ def watch(evaluator: ModuleType) -> None:
         try:
             with contextlib.ExitStack() as stack:
                 for task, name in {id(task): (task, name) for name, task in tasks.items()}.values():
-                    stack.enter_context(_told(task, name, model))
+                    stack.enter_context(_methods_replaced(task, name, model))
                 return evaluate(**call.arguments)
         finally:
             model.evaluation_ends()
 
     @functools.wraps(simple_evaluate)
-    def seeding(*args: Any, **kwargs: Any) -> Any:
+    def simple_evaluate_with_seed(*args: object, **kwargs: object) -> object:
         call = simple_signature.bind(*args, **kwargs)
         call.apply_defaults()
         token = _seed.set(call.arguments.get("torch_random_seed"))
@@ -242,51 +279,49 @@ def watch(evaluator: ModuleType) -> None:
         finally:
             _seed.reset(token)
 
-    telling.tells_watched_models = True  # type: ignore[attr-defined]
-    evaluator.evaluate, evaluator.simple_evaluate = telling, seeding  # type: ignore[attr-defined]
-    _watch_caches()
+    evaluate_and_tell.tells_watched_models = True  # type: ignore[attr-defined]
+    vars(evaluator).update(evaluate=evaluate_and_tell, simple_evaluate=simple_evaluate_with_seed)
+    _check_caches_first()
 
 
-def _watch_caches() -> None:
-    """Have a watched model look at the file of `--use_cache` first: SQLite's own errors there come from a thread."""
-    from lm_eval.api.model import CachingLM
-
+def _check_caches_first() -> None:
+    """Have a watched model check `--use_cache`'s file first: lm_eval opens it in a thread, whose errors are lost."""
     init = CachingLM.__init__
 
     @functools.wraps(init)
-    def checking(self: Any, lm: Any, cache_db: str) -> None:
+    def check_and_init(self: CachingLM, lm: LM, cache_db: str) -> None:
         if is_watched(lm):
             lm.check_cache(cache_db)
         init(self, lm, cache_db)
 
-    CachingLM.__init__ = checking  # type: ignore[method-assign]
+    CachingLM.__init__ = check_and_init  # type: ignore[method-assign]
 
 
-def _tasks_of(found: Any, name: str = "") -> dict[str, Any]:
-    """The tasks in what `evaluate` takes, by name: nested mappings, in older versions with pairs of group and task."""
-    if hasattr(found, "build_all_requests"):
-        return {name or str(found.config.task): found}
-    tasks: dict[str, Any] = {}
-    if isinstance(found, Mapping):
-        for key, value in found.items():
+def _tasks_of(task_dict: object, name: str = "") -> dict[str, Task]:
+    """The tasks in `evaluate`'s task_dict, by name: nested mappings, in older versions with pairs of group and task."""
+    if isinstance(task_dict, Task):
+        return {name or str(task_dict.config.task): task_dict}
+    tasks: dict[str, Task] = {}
+    if isinstance(task_dict, Mapping):
+        for key, value in task_dict.items():
             tasks |= _tasks_of(value, str(key))
-    elif isinstance(found, tuple):
-        for value in found:
+    elif isinstance(task_dict, tuple):
+        for value in task_dict:
             tasks |= _tasks_of(value, name)
     return tasks
 
 
-def _check_limit(limit: Any) -> None:
+def _check_limit(limit: object) -> None:
     if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
         raise UserError(f"--limit {limit}: give a number of documents above 0, or a part of them between 0 and 1.")
 
 
-def _ascending(samples: Any, tasks: Sequence[str]) -> dict[str, list[int]]:
-    """`--samples`, ascending: lm_eval takes documents in that order, and names the k-th answer by the k-th id.
+def _ascending(samples: object, tasks: Sequence[str]) -> dict[str, list[int]]:
+    """`--samples` with ascending ids: lm_eval evaluates documents in that order, but names the k-th by the k-th id.
 
     Raises:
-        UserError: no mapping from tasks to document numbers, ids of a task that is not evaluated, or none at all, for
-            which lm_eval would evaluate everything.
+        UserError: `samples` is no mapping from tasks to document numbers, has ids of a task that is not evaluated, or
+            has no ids of a task, for which lm_eval would evaluate everything.
     """
     if not isinstance(samples, Mapping):
         raise UserError(f'--samples {samples}: give document numbers of tasks, such as {{"{tasks[0]}": [0, 3]}}.')
@@ -302,28 +337,29 @@ def _ascending(samples: Any, tasks: Sequence[str]) -> dict[str, list[int]]:
 
 
 @contextlib.contextmanager
-def _told(task: Any, name: str, model: Watched) -> Iterator[None]:
-    """Put ours before three methods of a task, as attributes of the task, while an evaluation lasts."""
+def _methods_replaced(task: Task, name: str, model: Watched) -> Iterator[None]:
+    """Replace methods of a task by attributes of the same names while an evaluation lasts."""
     borrowed: list[bool] = []
-    own: dict[str, Callable[..., Any]] = {
-        "build_all_requests": _telling_build(task, name, model, borrowed),
-        "apply_filters": _filtering_own(task),
+    replacements: dict[str, Callable[..., object]] = {
+        "build_all_requests": _build_and_tell(task, name, model, borrowed),
+        "apply_filters": _filter_without_padding(task),
     }
-    if lendable := _lending_iterator(task, borrowed):
-        own["doc_iterator"] = lendable
-    task.__dict__.update(own)
+    # Without `LM.gather_object`, lm_eval collects samples itself: a borrowed document could not be left out of them.
+    if hasattr(LM, "gather_object"):
+        replacements["doc_iterator"] = _iterate_or_borrow(task, borrowed)
+    task.__dict__.update(replacements)
     try:
         yield
     finally:
-        for attribute in own:
+        for attribute in replacements:
             del task.__dict__[attribute]
 
 
-def _filtering_own(task: Any) -> Callable[[], Any]:
-    """Filters without the answers to copies by which lm_eval pads a rank that has fewer documents than another."""
+def _filter_without_padding(task: Task) -> Callable[[], object]:
+    """Return an `apply_filters` that drops the answers to copies: lm_eval pads a rank that has fewer documents."""
     apply_filters = task.apply_filters
 
-    def filter_own() -> Any:
+    def filter_own() -> object:
         for instance in task.instances:
             del instance.resps[max(instance.repeats or 1, 1) :]
         return apply_filters()
@@ -331,15 +367,16 @@ def _filtering_own(task: Any) -> Callable[[], Any]:
     return filter_own
 
 
-def _telling_build(task: Any, name: str, model: Watched, borrowed: Sequence[bool]) -> Callable[..., None]:
+def _build_and_tell(task: Task, name: str, model: Watched, borrowed: Sequence[bool]) -> Callable[..., None]:
+    """Return a `build_all_requests` that asks for the chat template, and tells the model of the task's requests."""
     build = task.build_all_requests
 
-    def build_all_requests(**settings: Any) -> None:
+    def build_all_requests(**settings: object) -> None:
         if settings.get("cache_requests") or settings.get("rewrite_requests_cache"):
-            _say_requests_are_built()
+            warn_of_cached_requests()
             settings |= {"cache_requests": False, "rewrite_requests_cache": False}
         templated_by: TemplatedBy | None = "lm_eval" if settings.get("apply_chat_template") else None
-        if task.OUTPUT_TYPE == "loglikelihood_rolling":  # its texts go into no template
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":  # lm_eval puts its texts into no template
             templated_by = None
         if templated_by is None and model.renders and task.OUTPUT_TYPE == "generate_until":
             templated_by = "sdar_lm_eval"
@@ -351,12 +388,12 @@ def _telling_build(task: Any, name: str, model: Watched, borrowed: Sequence[bool
             if settings.get("fewshot_as_multiturn", False) is None:  # lm_eval's default under --apply_chat_template
                 settings["fewshot_as_multiturn"] = True
         build(**settings)
-        chosen, metadata = settings.get("samples"), task.config.metadata or {}
+        samples, metadata = settings.get("samples"), task.config.metadata or {}
         model.task_begins(
             TaskRequests(
                 name=name,
                 templated_by=templated_by,
-                documents=tuple(chosen) if chosen else None,
+                documents=tuple(samples) if isinstance(samples, Sequence) and samples else None,
                 scored=task.OUTPUT_TYPE in ("loglikelihood", "multiple_choice"),
                 borrowed=any(borrowed),
                 decoding=metadata.get("sdar_decoding"),
@@ -368,19 +405,19 @@ def _telling_build(task: Any, name: str, model: Watched, borrowed: Sequence[bool
     return build_all_requests
 
 
-def _lending_iterator(task: Any, borrowed: list[bool]) -> Callable[..., Iterator[tuple[int, Any]]] | None:
-    """A `doc_iterator` by which a rank without documents borrows the first one: lm_eval refuses a rank without any.
+def _iterate_or_borrow(task: Task, borrowed: list[bool]) -> Callable[..., Iterator[tuple[int, object]]]:
+    """Return a `doc_iterator` by which a rank without documents borrows the first one: lm_eval refuses such a rank.
 
-    The rank then takes part in all that the ranks exchange; the model leaves the borrowed document out of scores and
-    samples. Versions without `LM.gather_object` collect these themselves, so there nothing is lent.
+    The rank then takes part in all exchanges between ranks. The model leaves the borrowed document out of scores and
+    samples.
+
+    Args:
+        task: the task.
+        borrowed: gets whether the document is a borrowed one, as its only element.
     """
-    from lm_eval.api.model import LM
-
-    if not hasattr(LM, "gather_object"):
-        return None
     documents_of = task.doc_iterator
 
-    def doc_iterator(*, rank: int = 0, **settings: Any) -> Iterator[tuple[int, Any]]:
+    def doc_iterator(*, rank: int = 0, **settings: object) -> Iterator[tuple[int, object]]:
         documents = documents_of(rank=rank, **settings)
         first = list(itertools.islice(documents, 1))
         borrowed[:] = [not first and rank > 0]
@@ -392,14 +429,15 @@ def _lending_iterator(task: Any, borrowed: list[bool]) -> Callable[..., Iterator
 
 
 @functools.cache
-def _say_requests_are_built() -> None:
+def warn_of_cached_requests() -> None:
+    """Say once that lm_eval's cache of built requests is not used."""
     logger.warning(
         "--cache_requests is passed over: requests are built anew. lm_eval's key for them holds no gen_kwargs, "
         "documents or wording, so lm_eval could send another run's requests."
     )
 
 
-def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+def differences(theirs: Mapping[str, object], mine: Mapping[str, object]) -> str:
     """Return in words where two settings differ."""
     return "; ".join(
         f"{name} was {theirs.get(name)!r}, is {mine.get(name)!r}"

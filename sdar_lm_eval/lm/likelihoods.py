@@ -1,4 +1,4 @@
-"""Harness requests -> score requests, and the sums of their results."""
+"""Harness requests for log-likelihoods -> score requests, and the sums of their results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.evaluation import TemplatedBy
-from sdar_lm_eval.lm.jobs import Jobs, TaskOf
+from sdar_lm_eval.lm.jobs import TaskOf
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record, key_of
 
@@ -27,16 +27,16 @@ Kind = Literal["loglikelihood", "loglikelihood_rolling"]
 
 @dataclass
 class ScoreJob:
-    """One log-likelihood to be computed: the sum over its pieces, which is one but for rolling windows.
+    """One log-likelihood to be computed: the sum over its pieces, the windows of a rolling one, else a single piece.
 
     Attributes:
-        instance: the harness's.
+        instance: the harness's request.
         task: the task's name.
-        document: its place in the data set.
+        document: the document's index in the data set.
         templated_by: who put the context into the chat template; None where nobody did.
         pieces: what the engine gets.
         keys: what each piece's result is stored under.
-        results: of the pieces so far, by their place.
+        results: index of a piece -> its result, for the pieces that are finished.
     """
 
     instance: Instance
@@ -49,12 +49,12 @@ class ScoreJob:
 
     @property
     def finished(self) -> bool:
-        """Whether all pieces are there."""
+        """Whether all pieces have their result."""
         return len(self.results) == len(self.pieces)
 
     def total(self) -> ScoreResult:
         """The sum over the pieces, in their order."""
-        results = [self.results[place] for place in sorted(self.results)]
+        results = [self.results[index] for index in sorted(self.results)]
         return ScoreResult(
             log_likelihood=math.fsum(result.log_likelihood for result in results),
             is_greedy=all(result.is_greedy for result in results),
@@ -71,14 +71,16 @@ class ScoreRound:
     Attributes:
         order: for each request of the call, its job.
         truncated: how many contexts lost their beginning.
+        config: how the engine computes them.
     """
 
     order: list[ScoreJob]
     truncated: int
+    config: LikelihoodConfig
 
     @property
     def jobs(self) -> list[ScoreJob]:
-        """Each once."""
+        """Each job once."""
         return list({id(job): job for job in self.order}.values())
 
 
@@ -86,34 +88,44 @@ class Likelihoods:
     """Makes score requests of the harness's requests.
 
     Args:
-        checkpoint: names the mask token.
-        prompts: the checkpoint's tokenizer.
-        jobs: knows lengths and the prefix token.
+        checkpoint: has the mask token.
+        prompts: makes the texts' tokens.
+        max_length: most tokens of context and continuation.
+        config: the method.
     """
 
-    def __init__(self, checkpoint: Checkpoint, prompts: Prompts, jobs: Jobs) -> None:
-        self._checkpoint, self._prompts, self._jobs = checkpoint, prompts, jobs
+    def __init__(self, checkpoint: Checkpoint, prompts: Prompts, max_length: int, config: LikelihoodConfig) -> None:
+        self._checkpoint, self._prompts, self._max_length, self._config = checkpoint, prompts, max_length, config
 
-    def of(self, kind: Kind, requests: Sequence[Instance], task_of: TaskOf, config: LikelihoodConfig) -> ScoreRound:
-        """Return the jobs of a call's requests; copies of a request, by which lm_eval pads ranks, share one.
+    def config(self, seed: int) -> LikelihoodConfig:
+        """The method, with the seed of the masks that it samples."""
+        return dataclasses.replace(self._config, seed=seed)
+
+    def of(self, kind: Kind, requests: Sequence[Instance], task_of: TaskOf, seed: int) -> ScoreRound:
+        """Return the jobs of a call's requests. Copies of a request, by which lm_eval pads ranks, share one job.
+
+        Args:
+            kind: the requests' type.
+            requests: one call's requests.
+            task_of: returns a request's task.
+            seed: the evaluation's seed.
 
         Raises:
             UserError: a continuation is too long.
         """
+        config = self.config(seed)
         jobs: dict[int, ScoreJob] = {}
         order, truncated = [], 0
         for instance in requests:
             if id(instance) not in jobs:
                 task = task_of(instance)
-                by = task.templated_by
-                if by is None and self._prompts.is_rendered(str(instance.args[0])):
-                    by = "lm_eval"
+                by = self._prompts.templated_by(task, str(instance.args[0]))
                 if kind == "loglikelihood":
                     context, continuation = map(str, instance.args[:2])
                     pairs = self._pair(context, continuation, rendered=by is not None)
                 else:
                     pairs = self._windows(*instance.args)
-                fitted = [self.fit(*pair) for pair in pairs]
+                fitted = [self.truncated(*pair) for pair in pairs]
                 pieces = [piece for piece, _ in fitted]
                 jobs[id(instance)] = ScoreJob(
                     instance=instance,
@@ -125,21 +137,21 @@ class Likelihoods:
                 )
                 truncated += any(cut for _, cut in fitted)
             order.append(jobs[id(instance)])
-        found = ScoreRound(order, truncated)
-        self._warn(found)
-        return found
+        asked = ScoreRound(order, truncated, config)
+        self._warn_of_texts(asked)
+        return asked
 
-    def fit(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[ScoreRequest, bool]:
-        """Return a score request, and whether its context had to lose its beginning.
+    def truncated(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[ScoreRequest, bool]:
+        """Return a score request of at most `max_length` tokens, and whether its context lost its beginning.
 
         Raises:
             UserError: the continuation leaves no room for a token of context.
         """
-        room = self._jobs.max_length - len(continuation)
+        room = self._max_length - len(continuation)
         if room < 1:
             raise UserError(
                 f"a continuation of {len(continuation):,} tokens and one of context are more than "
-                f"max_length={self._jobs.max_length}. Raise max_length (the checkpoint allows "
+                f"max_length={self._max_length}. Raise max_length (the checkpoint allows "
                 f"{self._checkpoint.max_length})."
             )
         return ScoreRequest(tuple(context[-room:]), tuple(continuation)), len(context) > room
@@ -150,27 +162,29 @@ class Likelihoods:
             context_ids, continuation_ids = self._prompts.encode_pair(context, continuation, rendered)
         else:
             context_ids, continuation_ids = self._behind_prefix(continuation)
-        return [(context_ids or [self._jobs.prefix_token_id], continuation_ids)] if continuation_ids else []
+        return [(context_ids or [self._prompts.prefix_token_id], continuation_ids)] if continuation_ids else []
 
     def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        """Tokens of the contexts and continuations that a text's rolling windows have."""
         prefix, ids = self._behind_prefix(text)
-        length = max(self._jobs.max_length - 1, 1)
+        length = max(self._max_length - 1, 1)
         windows = get_rolling_token_windows(ids, prefix[0], max_seq_len=length, context_len=1)
         return [make_disjoint_window(window) for window in windows]
 
     def _behind_prefix(self, text: str) -> tuple[list[int], list[int]]:
         """The prefix token, and a text's tokens without a leading prefix token."""
-        ids, prefix = self._prompts.encode(text, add_special_tokens=False), self._jobs.prefix_token_id
+        ids, prefix = self._prompts.encode(text, add_special_tokens=False), self._prompts.prefix_token_id
         return [prefix], ids[1:] if ids[:1] == [prefix] else ids
 
-    def _warn(self, found: ScoreRound) -> None:
-        jobs = found.jobs
-        if found.truncated:
+    def _warn_of_texts(self, asked: ScoreRound) -> None:
+        """Warn of contexts that were truncated, of empty texts, and of texts with the mask token."""
+        jobs = asked.jobs
+        if asked.truncated:
             logger.warning(
                 "%d of %d contexts are longer than max_length=%d leaves room for; they lost their beginning.",
-                found.truncated,
+                asked.truncated,
                 len(jobs),
-                self._jobs.max_length,
+                self._max_length,
             )
         if empty := sum(not job.pieces for job in jobs):
             logger.warning("%d of %d texts to be scored are empty; their log-likelihood is 0.", empty, len(jobs))
@@ -195,14 +209,12 @@ def record_of(result: ScoreResult) -> Record:
 
 
 def result_of(record: Record) -> ScoreResult:
-    """Return a stored result; nothing was run for it."""
-    return ScoreResult(
-        float(record["log_likelihood"]), bool(record.get("is_greedy")), float(record.get("standard_error", 0.0))
-    )
+    """Return a stored result. Its token counts are 0, since nothing was run for it."""
+    return ScoreResult(record["log_likelihood"], bool(record.get("is_greedy")), record.get("standard_error", 0.0))
 
 
 def _key_of(piece: ScoreRequest, config: LikelihoodConfig) -> str:
-    """All that the score depends on beside checkpoint and engine."""
+    """A hash of all that the score depends on beside checkpoint and engine."""
     content = dataclasses.asdict(piece) | config.as_dict() | {"block_length": config.block_length}
     if config.method == "nelbo":  # masks may be drawn
         content["seed"] = config.seed

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from sdar_lm_eval.chat_template import ChatTemplate
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
+from sdar_lm_eval.settings import ChatMode
 
 logger = logging.getLogger(__name__)
 
-CHAT_TEMPLATE_MODES = ("auto", "on", "off")
-TOKENIZED_TOGETHER = 1000  # prompts: what a tokenizer makes of them takes five times the memory of their tokens
-PROCESS = os.getpid()  # a forked one has another
+TOKENIZED_TOGETHER = 1000  # prompts; the tokenizer's result takes five times the memory of the token ids
+PROCESS = os.getpid()  # a forked process has another id
 # Replaces the n-th special token of a message's text while rendering: n between two Unicode noncharacters.
 MARK = "\ufdd0{}\ufdd1"
 
@@ -26,43 +27,80 @@ Message = dict[str, str]
 
 
 class Prompts:
-    """A checkpoint's tokenizer and chat template, as prompts need them.
+    """Makes prompts' tokens by a checkpoint's tokenizer and chat template.
 
-    Special tokens in a message's text are text: only those that the template writes are tokens.
+    A special token in a message's text is encoded as plain text; only those that the template writes are special.
 
     Args:
-        checkpoint: its tokenizer and template.
-        mode: chat_template=auto, on or off.
+        checkpoint: has the tokenizer and the template.
+        mode: the setting chat_template.
 
     Raises:
-        UserError: mode is on, and the checkpoint has no chat template; or it has one that cannot be used.
+        UserError: mode is on, and the checkpoint has no chat template; or the chat template cannot be used.
     """
 
-    def __init__(self, checkpoint: Checkpoint, mode: str = "auto") -> None:
+    def __init__(self, checkpoint: Checkpoint, mode: ChatMode = "auto") -> None:
         self.tokenizer = checkpoint.tokenizer
-        self._name = checkpoint.name
+        self._name, self._stop_ids, self._mode = checkpoint.name, checkpoint.stop_ids, mode
         self.has_template = bool(getattr(self.tokenizer, "chat_template", None))
         if mode == "on" and not self.has_template:
             raise UserError(
                 f"chat_template=on, but checkpoint {self._name!r} has no chat template; use chat_template=off."
             )
         self.renders = self.has_template and mode != "off"
-        """Whether a generating task's prompt is put into the template where lm_eval did not put it."""
+        """Whether a generating task's prompt goes into the template where lm_eval did not put it there."""
         self._chosen: str | None = None
         self._templates: dict[str | None, ChatTemplate] = {}
         if self.renders:
-            self._template()  # which tries it
+            self._template()  # renders a message, so that a broken template is refused now
         self._rendered: dict[bytes, tuple[str, ...]] = {}
+        """Hash of a rendered text -> its parts, every second of which spells a special token; () where none does."""
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._said_special = False
+        self._warned: set[str] = set()
+
+    @property
+    def eot_token_id(self) -> int:
+        """The tokenizer's end-of-text token; where it has none, the first token that ends answers."""
+        eos = self.tokenizer.eos_token_id
+        return int(self._stop_ids[0] if eos is None else eos)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands for an empty prompt: the tokenizer's BOS; where it has none, its end of text."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    def templated_by(self, task: TaskRequests, context: str) -> TemplatedBy | None:
+        """Who put a request's context into the chat template: as the task says, or lm_eval by calling `render`."""
+        return "lm_eval" if task.templated_by is None and self.is_rendered(context) else task.templated_by
+
+    def warn_of_template(self, task: TaskRequests) -> None:
+        """Warn once of prompts that go into the template unasked, and once of log-likelihoods that are in none."""
+        if task.templated_by == "sdar_lm_eval":
+            self._warn_once(
+                "Prompts are put into the checkpoint's chat template, as by --apply_chat_template "
+                "(chat_template=%s; chat_template=off leaves them as they are).",
+                self._mode,
+            )
+        if task.templated_by is None and task.scored and self.renders:
+            self._warn_once(
+                "Log-likelihoods are of the text as it comes, in no chat template (chat_template=%s is for generated "
+                "answers); --apply_chat_template lets the harness apply it.",
+                self._mode,
+            )
+
+    def _warn_once(self, message: str, *arguments: object) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message, *arguments)
 
     def choose(self, name: str | None) -> None:
-        """Take the chat template of this name from now on; None: the default one.
+        """Use the chat template of this name from now on; None: the default one.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: the checkpoint has no chat template of that name.
         """
         self._chosen = name
         if name is not None:
@@ -72,7 +110,7 @@ class Prompts:
         """The text of the chat template of this name (True: the default one); None where the checkpoint has none.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: the checkpoint has no chat template of that name.
         """
         if not self.has_template:
             return None
@@ -85,7 +123,7 @@ class Prompts:
 
     @property
     def template_hash(self) -> str | None:
-        """The first 16 digits of the sha256 of the chat template in use; None where none is."""
+        """The first 16 hexadecimal digits of the SHA-256 of the template in use; None where none was used."""
         if not self._templates:
             return None
         return hashlib.sha256(self._template().source.encode()).hexdigest()[:16]
@@ -99,7 +137,7 @@ class Prompts:
         """
         if not self.has_template:
             raise UserError(f"checkpoint {self._name!r} has no chat template; leave out --apply_chat_template.")
-        tokens: list[str] = []  # special tokens that the messages' texts hold
+        tokens: list[str] = []  # special tokens in the messages' texts
 
         def mark(found: re.Match[str]) -> str:
             tokens.append(found[0])
@@ -110,7 +148,7 @@ class Prompts:
         parts = re.split(MARK.format(r"(\d+)"), text)  # text, number, text, number, …, text
         parts[1::2] = [tokens[int(number)] for number in parts[1::2]]
         rendered = "".join(parts)
-        self._rendered[_digest(rendered)] = tuple(parts)[1:] and tuple(parts)
+        self._rendered[_digest(rendered)] = tuple(parts) if len(parts) > 1 else ()
         return rendered
 
     def is_rendered(self, text: str) -> bool:
@@ -118,7 +156,7 @@ class Prompts:
         return _digest(text) in self._rendered
 
     def as_user_turn(self, text: str) -> str:
-        """A prompt of which only the text is known, in the template."""
+        """Render a text as a conversation of one user turn."""
         return self.render([{"role": "user", "content": text}])
 
     def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
@@ -131,23 +169,23 @@ class Prompts:
         return ids
 
     def encode_prompts(self, texts: Sequence[str], rendered: Sequence[bool], alone: bool) -> list[list[int]]:
-        """Tokenize prompts together, which is quicker; an empty one becomes [].
+        """Tokenize prompts together, which is faster than one by one; an empty prompt becomes [].
 
         Args:
             texts: the prompts.
-            rendered: for each, whether it is in the chat template.
+            rendered: whether each prompt is in the chat template.
             alone: whether the process has all cores to itself.
         """
         prompts: list[list[int]] = [[] for _ in texts]
         in_parts = {i for i, text in enumerate(texts) if self._rendered.get(_digest(text))}
-        if in_parts and not self._said_special:
-            self._said_special = True
-            logger.warning(
+        if in_parts:
+            special_token = self._rendered[_digest(texts[min(in_parts)])][1]
+            self._warn_once(
                 "%d of %d prompts hold special tokens in their text, such as %r, which are read as text. If the task "
                 "writes the chat template itself, use chat_template=off.",
                 len(in_parts),
                 len(texts),
-                self._special.search(self._rendered[_digest(texts[min(in_parts)])][1])[0],  # type: ignore[index]
+                special_token,
             )
         for i in in_parts:
             prompts[i] = self._encode_parts(self._rendered[_digest(texts[i])])
@@ -168,8 +206,8 @@ class Prompts:
     def encode_pair(self, context: str, continuation: str, rendered: bool) -> tuple[list[int], list[int]]:
         """Tokens of a context, and those that its continuation adds; none where the continuation is empty.
 
-        Trailing spaces of the context belong to the continuation, as in lm_eval's own models. Where the tokenizer joins
-        the two, the joined token counts for the continuation, which the context's own tokens do not hold.
+        Trailing spaces of the context belong to the continuation, as in lm_eval's own models. A token that spans both
+        texts counts for the continuation.
         """
         parts = self._rendered.get(_digest(context)) or (context,)
         *before, last = parts
@@ -184,7 +222,7 @@ class Prompts:
         return whole[:shared], whole[shared:]
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        """The text of each token; of tokens that are one character together, the last has it."""
+        """The text of each token. Of several tokens that encode one character, the last one has the character."""
         texts: list[str] = []
         begin = 0
         for end in range(1, len(token_ids) + 1):
@@ -195,19 +233,19 @@ class Prompts:
         return texts
 
     def _encode_parts(self, parts: Sequence[str], rendered: bool = True) -> list[int]:
-        """Tokens of a prompt in parts, of which every second is text that looks like a special token."""
+        """Tokens of a prompt's parts. Every second part spells a special token, and is encoded as plain text."""
         if len(parts) == 1:
             special = self._wants_special_tokens(parts[0], rendered)
             return list(self.tokenizer.encode(parts[0], add_special_tokens=special))
         ids: list[int] = []
         for number, part in enumerate(parts):
-            as_text = bool(number % 2)
-            ids += self.tokenizer(part, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]
+            as_plain_text = bool(number % 2)
+            ids += self.tokenizer(part, add_special_tokens=False, split_special_tokens=as_plain_text)["input_ids"]
         return ids
 
     def _wants_special_tokens(self, text: str, rendered: bool) -> bool:
         bos = self.tokenizer.bos_token
-        return not rendered and not (bos and text.startswith(bos))  # a template writes the BOS where there is to be one
+        return not rendered and not (bos and text.startswith(bos))  # a template writes the BOS itself, if at all
 
 
 def _digest(text: str) -> bytes:
@@ -216,11 +254,10 @@ def _digest(text: str) -> bytes:
 
 @contextlib.contextmanager
 def _parallel_tokenizing(*, alone: bool) -> Iterator[None]:
-    """Tokenize many texts by all cores, if the process has them to itself; lm_eval switches that off.
+    """Have the tokenizer use all cores if the process has them to itself; lm_eval switches that off.
 
-    Tokenizers that have run in parallel warn in every process forked afterwards, unless the variable says what to do
-    there: it says to do without, once this is over. A forked process always does without, since the threads stay
-    behind.
+    Afterwards the variable is set to false where it was not set: without a value, a tokenizer that has run in parallel
+    warns in every forked process. A forked process never tokenizes in parallel, since fork copies no threads.
     """
     if not alone or os.getpid() != PROCESS:
         yield

@@ -1,7 +1,6 @@
 """Data parallel runs: one process a GPU, started by `accelerate launch` or `torchrun`; lm_eval splits the documents.
 
-The processes exchange only counts and finished answers, so they talk over gloo on the host, whatever the engine's
-device is.
+The processes exchange only counts and finished answers, so they use gloo on the host, whatever the engine's device is.
 """
 
 from __future__ import annotations
@@ -10,20 +9,29 @@ import atexit
 import datetime
 import logging
 import os
-from typing import Any
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
 
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-# All ranks must be there within the first; after that a rank waits for the slowest one, however uneven the documents
-# are. A rank that dies is the launcher's business.
+SAME_ON_ALL_RANKS = ("sdar_lm_eval.checkpoint", "sdar_lm_eval.settings", "sdar_lm_eval.lm.jobs")
+"""Loggers whose messages are the same on all ranks, so that rank 0 alone logs them."""
+
+# All ranks must connect within the first. After that a rank waits for the slowest one, however uneven the documents
+# are; where a rank dies, the launcher ends the others.
 PATIENCE_AT_START = datetime.timedelta(minutes=10)
 PATIENCE = datetime.timedelta(days=7)
 
+T = TypeVar("T")
+
 
 class Ranks:
-    """This process among those of the run; alone where no launcher started several.
+    """This process among the processes of the run; the only one where no launcher started several.
 
     Raises:
         EngineError: the other processes cannot be reached.
@@ -40,8 +48,6 @@ class Ranks:
                     "For N on the CPU, add --multi_gpu in the place of --cpu, or use `torchrun --nproc_per_node N`."
                 )
             return
-        import torch.distributed as dist
-
         if not dist.is_initialized():
             try:
                 dist.init_process_group("gloo", timeout=PATIENCE_AT_START)
@@ -53,47 +59,70 @@ class Ranks:
             atexit.register(dist.destroy_process_group)
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
-    def share_cpu(self) -> None:
-        """Divide the CPU's cores among the ranks of this machine, unless OMP_NUM_THREADS says more than 1.
+    def log_errors_only(self) -> None:
+        """Have a rank above 0 log errors only, while the model opens as it does on rank 0."""
+        if self.rank > 0:
+            logging.getLogger("sdar_lm_eval").setLevel(logging.ERROR)
 
-        torchrun sets it to 1 where the user did not; without it, each rank would take all cores.
+    def log_own_warnings(self) -> None:
+        """Have a rank above 0 log warnings of what is not the same on all ranks, with the rank's number."""
+        if self.rank == 0:
+            return
+        logging.getLogger("sdar_lm_eval").setLevel(logging.WARNING)
+        for name in SAME_ON_ALL_RANKS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+        def add_number(record: logging.LogRecord) -> bool:
+            if record.name.startswith("sdar_lm_eval") and not hasattr(record, "rank"):
+                record.rank = self.rank
+                record.msg = f"rank {self.rank}: {record.msg}"
+            return True
+
+        for handler in (*logging.getLogger("lm_eval").handlers, *logging.getLogger().handlers):
+            handler.addFilter(add_number)
+
+    def device_of_rank(self, device: str) -> str:
+        """Return the device that the user named; where the user named no GPU, one for each rank of a machine."""
+        if self.world_size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        return device
+
+    def path_of_rank(self, path: Path) -> Path:
+        """Return the path of a file that each rank writes: with the rank's number where there are several."""
+        return path if self.world_size == 1 else Path(f"{path}.rank{self.rank}")
+
+    def share_cpu(self) -> None:
+        """Divide the CPU's cores among the ranks of this machine, unless the user set OMP_NUM_THREADS above 1.
+
+        torchrun sets OMP_NUM_THREADS to 1 where the user did not. Undivided, each rank would use all cores.
         """
         if self.world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-            import torch
-
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-            torch.set_num_threads(max(1, _cores() // ranks_here))
+            torch.set_num_threads(max(1, usable_cores() // ranks_here))
 
-    def all_gather(self, tensor: Any) -> Any:
-        """Concatenate each rank's tensor, on the device it came from; a scalar counts as one element."""
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Concatenate each rank's tensor, on the tensor's device; a scalar counts as one element."""
         if self.world_size == 1:
             return tensor
-        import torch
-        import torch.distributed as dist
-
         own = tensor.reshape(-1).cpu()
         parts = [torch.empty_like(own) for _ in range(self.world_size)]
         dist.all_gather(parts, own, group=self._group)
         return torch.cat(parts).to(tensor.device)
 
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Collect one object a rank on rank `dst`; None elsewhere."""
+    def gather_object(self, obj: T, dst: int = 0) -> list[T] | None:
+        """Collect each rank's object on rank `dst`; None on the others."""
         if self.world_size == 1:
             return [obj]
-        import torch.distributed as dist
-
-        collected = [None] * self.world_size if self.rank == dst else None
+        collected = [obj] * self.world_size if self.rank == dst else None  # gather_object replaces each
         dist.gather_object(obj, collected, dst=dst, group=self._group)
         return collected
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
-            import torch.distributed as dist
-
             dist.barrier(group=self._group)
 
 
-def _cores() -> int:
-    """Those this process may use; macOS and Windows tell only how many there are."""
+def usable_cores() -> int:
+    """Return how many cores this process may use; macOS and Windows tell only how many the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

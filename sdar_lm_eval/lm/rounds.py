@@ -1,4 +1,4 @@
-"""A round of requests: what is stored is found, the rest is computed, and each result is stored, counted and traced."""
+"""A round of requests: stored results are found, the others computed; each result is stored, counted and traced."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from typing import Any
 
 from lm_eval.api.instance import Instance
 
-from sdar_lm_eval.engines.base import Engine, GenerationRequest, LikelihoodConfig, Scorer
+from sdar_lm_eval.engines.base import Engine, GenerationRequest, Scorer
 from sdar_lm_eval.errors import EngineError, Interrupted, UserError
 from sdar_lm_eval.lm.evaluation import Evaluation
 from sdar_lm_eval.lm.jobs import Job, JobId, Jobs
-from sdar_lm_eval.lm.likelihoods import Kind, Likelihoods, ScoreJob, record_of, result_of
+from sdar_lm_eval.lm.likelihoods import Kind, Likelihoods, ScoreJob, ScoreRound, record_of, result_of
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Store
 from sdar_lm_eval.report.counts import Counts
@@ -30,17 +29,17 @@ class Rounds:
     """Runs the harness's requests on an engine.
 
     Args:
-        engine: computes.
-        name: of the engine, for messages.
+        engine: computes answers and scores.
+        name: the engine's name, for messages.
         jobs, likelihoods: make the engine's requests.
-        prompts: makes text of tokens, for traces.
-        decode: makes an answer's text.
-        verbose: log each example.
-        alone: this process has all of the run's documents.
+        prompts: makes the text of each token, for traces.
+        decode: makes an answer's text of its tokens.
+        trace: gets a line for each finished request; None for no trace.
+        verbose: whether each example is logged.
+        alone: whether this process has all of the run's documents.
 
     Attributes:
         store: where finished answers and scores are kept.
-        trace: gets a line for each; None for no trace.
     """
 
     def __init__(
@@ -52,53 +51,57 @@ class Rounds:
         likelihoods: Likelihoods,
         prompts: Prompts,
         decode: Callable[[Sequence[int]], str],
+        trace: Trace | None,
         verbose: bool,
         alone: bool,
     ) -> None:
         self._engine, self._name = engine, name
         self._jobs, self._likelihoods, self._prompts, self._decode = jobs, likelihoods, prompts, decode
-        self._verbose, self._alone = verbose, alone
+        self._trace, self._verbose, self._alone = trace, verbose, alone
         self.store = Store([])
-        self.trace: Trace | None = None
+
+    def begin_run(self) -> None:
+        """Begin another trace file, where the trace has lines of an earlier run."""
+        if self._trace is not None:
+            self._trace.begin_run()
+
+    def close(self) -> None:
+        """Close the store and the trace."""
+        self.store.close()
+        if self._trace is not None:
+            self._trace.close()
 
     def generate(self, requests: Sequence[Instance], evaluation: Evaluation, show: bool) -> list[str]:
         """Answer requests; returns texts in their order.
 
         Args:
-            requests: of one call of the harness.
-            evaluation: the requests'; gets their counts.
-            show: a progress bar.
+            requests: one call's requests.
+            evaluation: the evaluation that the requests belong to; gets their counts.
+            show: whether there is a progress bar.
 
         Raises:
             UserError, EngineError, Interrupted: as `SDARLM.generate_until`.
         """
         counts = evaluation.counts
-        tracing = self.trace is not None
+        tracing = self._trace is not None
         asked = self._jobs.of(requests, evaluation.task_of, evaluation.seed, record_steps=tracing or self._verbose)
         evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
+        evaluation.template_hash = self._prompts.template_hash
         if asked.truncated:
             logger.warning(
                 "%d of %d prompts are longer than max_length - max_gen_toks allows; they lost their beginning.",
                 asked.truncated,
                 len(asked.jobs),
             )
-        jobs, answers = asked.jobs, dict[JobId, str]()
+        jobs = asked.jobs
         judges = {job.task: evaluation.task_of(job.instance).judge for job in jobs.values()}
         live = Live(judges, len(jobs), whole=self._alone)
-        for job_id, job in jobs.items():
-            evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
-            if (record := self.store.get(job.key)) is not None:
-                answers[job_id] = record["text"]
-                counts.count(job.task, stored_requests=1)
-                live.judge(job.instance, record["text"])
-                self._trace_answer(job, {**record, "stored": True})
-        if answers:
-            logger.info("%d of %d answers are there already, and are not computed again.", len(answers), len(jobs))
-        # Longest first: prompts of like length are prefilled together, and no long one is left for the end.
+        answers = self._stored_answers(jobs, evaluation, live)
+        # Longest first: prompts of similar length are prefilled together, and a long one does not run alone at the end.
         missing = [job_id for job_id in jobs if job_id not in answers]
         missing.sort(key=lambda job_id: -len(jobs[job_id].request.prompt_ids))
         to_run = [jobs[job_id].request for job_id in missing]
-        self._prepare(to_run, counts)
+        self._prepare_engine(to_run, counts)
         progress = Progress(counts, len(jobs), len(answers), show, live)
         run = contextlib.closing(self._engine.generate(to_run))
         with self._round(progress, evaluation, answers, len(jobs)), run as results:
@@ -120,59 +123,52 @@ class Rounds:
             raise EngineError(f"the {self._name} engine answered {len(answers)} of {len(jobs)} requests.")
         return [answers[job_id] for job_id in asked.order]
 
+    def _stored_answers(self, jobs: Mapping[JobId, Job], evaluation: Evaluation, live: Live) -> dict[JobId, str]:
+        """Note what is sent, and return the answers that the store has; these are counted, judged and traced."""
+        answers: dict[JobId, str] = {}
+        for job_id, job in jobs.items():
+            evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
+            if (record := self.store.get(job.key)) is not None:
+                answers[job_id] = record["text"]
+                evaluation.counts.count(job.task, stored_requests=1)
+                live.judge(job.instance, record["text"])
+                self._trace_answer(job, {**record, "stored": True})
+        if answers:
+            logger.info("%d of %d answers are there already, and are not computed again.", len(answers), len(jobs))
+        return answers
+
     def score(
-        self,
-        kind: Kind,
-        requests: Sequence[Instance],
-        evaluation: Evaluation,
-        config: LikelihoodConfig,
-        show: bool,
+        self, kind: Kind, requests: Sequence[Instance], evaluation: Evaluation, show: bool
     ) -> list[tuple[float, bool]]:
         """Score requests; returns log-likelihoods in nats, and whether greedy decoding gives the text, in their order.
 
         Args:
-            kind: of the requests.
-            requests: of one call of the harness.
-            evaluation: the requests'; gets their counts.
-            config: the method.
-            show: a progress bar.
+            kind: the requests' type.
+            requests: one call's requests.
+            evaluation: the evaluation that the requests belong to; gets their counts.
+            show: whether there is a progress bar.
 
         Raises:
             UserError, EngineError, Interrupted: as `SDARLM.loglikelihood`.
         """
         if not requests:
             return []
-        scorer = self.scorer(f"task {requests[0].task_name!r}")
+        scorer = self._scorer(f"task {requests[0].task_name!r}")
         counts = evaluation.counts
-        asked = self._likelihoods.of(kind, requests, evaluation.task_of, config)
-        jobs = asked.jobs
-        missing = []  # (job, place among its pieces)
+        asked = self._likelihoods.of(kind, requests, evaluation.task_of, evaluation.seed)
+        jobs, config = asked.jobs, asked.config
+        missing = self._missing_pieces(asked, evaluation)
         computed_tokens: Counter[int] = Counter()
-        for job in jobs:
-            for place, (piece, key) in enumerate(zip(job.pieces, job.keys, strict=True)):
-                tokens = (*piece.context_ids, *piece.continuation_ids)
-                evaluation.sent_of(job.task).add(job.document, str(job.instance.args[0]), tokens, job.templated_by)
-                if (record := self.store.get(key)) is not None:
-                    job.results[place] = result_of(record)
-                else:
-                    missing.append((job, place))
-                    computed_tokens[id(job)] += len(piece.continuation_ids)
-            if job.finished and job.pieces:
-                counts.count(job.task, stored_scores=1)
-            elif job.finished:  # an empty text
-                counts.add_score(job.task, job.total(), tokens=0)
-            if job.finished:
-                self._trace_score(job, config.method, stored=bool(job.pieces))
+        for job, part in missing:
+            computed_tokens[id(job)] += len(job.pieces[part].continuation_ids)
         finished = dict.fromkeys(id(job) for job in jobs if job.finished)
-        if stored := sum(bool(job.pieces) for job in jobs if job.finished):
-            logger.info("%d of %d log-likelihoods are there already, and are not computed again.", stored, len(jobs))
         progress = Progress(counts, len(jobs), len(finished), show, None)
-        run = contextlib.closing(scorer.score([job.pieces[place] for job, place in missing], config))
+        run = contextlib.closing(scorer.score([job.pieces[part] for job, part in missing], config))
         with self._round(progress, evaluation, finished, len(jobs)), run as results:
             for index, result in results:
-                job, place = missing[index]
-                self.store.put(job.keys[place], record_of(result))
-                job.results[place] = result
+                job, part = missing[index]
+                self.store.put(job.keys[part], record_of(result))
+                job.results[part] = result
                 if job.finished:
                     finished[id(job)] = None
                     counts.add_score(job.task, job.total(), tokens=computed_tokens[id(job)])
@@ -183,11 +179,43 @@ class Rounds:
         scores = {id(job): job.total() for job in jobs}
         return [(scores[id(job)].log_likelihood, scores[id(job)].is_greedy) for job in asked.order]
 
-    def scorer(self, who: str) -> Scorer:
-        """Return the engine as one that scores.
+    def _missing_pieces(self, asked: ScoreRound, evaluation: Evaluation) -> list[tuple[ScoreJob, int]]:
+        """Note what is sent, take results from the store, and return (job, index of its piece) for each piece without.
+
+        Jobs that are finished thereby are counted and traced.
+        """
+        missing = []
+        for job in asked.jobs:
+            for part, (piece, key) in enumerate(zip(job.pieces, job.keys, strict=True)):
+                tokens = (*piece.context_ids, *piece.continuation_ids)
+                evaluation.sent_of(job.task).add(job.document, str(job.instance.args[0]), tokens, job.templated_by)
+                if (record := self.store.get(key)) is not None:
+                    job.results[part] = result_of(record)
+                else:
+                    missing.append((job, part))
+            if job.finished:
+                if job.pieces:
+                    evaluation.counts.count(job.task, stored_scores=1)
+                else:  # an empty text
+                    evaluation.counts.add_score(job.task, job.total(), tokens=0)
+                self._trace_score(job, asked.config.method, stored=bool(job.pieces))
+        if stored := sum(bool(job.pieces) for job in asked.jobs if job.finished):
+            logger.info(
+                "%d of %d log-likelihoods are there already, and are not computed again.", stored, len(asked.jobs)
+            )
+        return missing
+
+    def score_tokens(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], seed: int) -> list[tuple[float, bool]]:
+        """Score (context ids, continuation ids), as `score` returns it, without store, counts and trace."""
+        requests = [self._likelihoods.truncated(context, continuation)[0] for context, continuation in pairs]
+        results = dict(self._scorer("a caller").score(requests, self._likelihoods.config(seed)))
+        return [(results[i].log_likelihood, results[i].is_greedy) for i in range(len(requests))]
+
+    def _scorer(self, who: str) -> Scorer:
+        """The engine as one that scores.
 
         Raises:
-            UserError: it does not; `who` asks.
+            UserError: the engine does not score; the message names `who` asks.
         """
         if isinstance(self._engine, Scorer):
             return self._engine
@@ -196,44 +224,45 @@ class Rounds:
             "a task that generates (output_type generate_until), such as gsm8k_sdar."
         )
 
-    def _prepare(self, requests: Sequence[GenerationRequest], counts: Counts) -> None:
+    def _prepare_engine(self, requests: Sequence[GenerationRequest], counts: Counts) -> None:
         started = time.perf_counter()
         self._engine.prepare(requests)
         counts.load_seconds += time.perf_counter() - started
 
     @contextlib.contextmanager
     def _round(self, progress: Progress, evaluation: Evaluation, finished: Sized, total: int) -> Iterator[None]:
-        """What begins and ends a round of requests, also one that ends with an error."""
+        """Begin a round of requests, and end it whether or not an error ends it."""
         self.store.begin()
         try:
             yield
         except KeyboardInterrupt as interrupt:
             kept = self.store.kept_in
-            told = (
-                f"answers are in {kept}; the same command goes on" if kept else "answers were made; not all were kept"
+            outcome = (
+                f"are in {kept}; the same command goes on"
+                if kept
+                else "were made; not all were kept (--use_cache FILE or answers=FOLDER keeps them)"
             )
-            hint = "" if kept else " (--use_cache FILE or answers=FOLDER keeps them)"
-            raise Interrupted(f"{len(finished)} of {total} {told}{hint}.") from interrupt
+            raise Interrupted(f"{len(finished)} of {total} answers {outcome}.") from interrupt
         finally:
             progress.close(self._engine.peak_memory_bytes())
             self.store.close()
-            if self._alone:  # else `barrier` says it for all
+            if self._alone:  # else rank 0 logs the counts of all ranks
                 logger.info("%s", evaluation.counts)
 
-    def _trace_answer(self, job: Job, line: Mapping[str, Any]) -> None:
-        if self.trace is not None:
-            own = {name: value for name, value in line.items() if name not in ("key", "at")}
-            self.trace.write({**job.name, **own, **job.name})  # a stored record may be of another document
+    def _trace_answer(self, job: Job, line: Mapping[str, object]) -> None:
+        if self._trace is not None:
+            values = {name: value for name, value in line.items() if name not in ("key", "at")}
+            self._trace.write({**job.name, **values, **job.name})  # a stored record may name another document
 
     def _trace_score(self, job: ScoreJob, method: str, stored: bool) -> None:
-        if self.trace is None:
+        if self._trace is None:
             return
         total = job.total()
-        self.trace.write(
+        self._trace.write(
             {
                 "task": job.task,
                 "document": job.document,
-                "request": job.instance.idx,  # of a multiple choice: which one
+                "request": job.instance.idx,  # the index of a multiple choice's answer
                 "likelihood": method,
                 "context_tokens": sum(len(piece.context_ids) for piece in job.pieces),
                 "tokens": sum(len(piece.continuation_ids) for piece in job.pieces),

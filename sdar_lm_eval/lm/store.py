@@ -1,16 +1,15 @@
 """Finished answers and scores: one key, kept in the harness's cache file, in a folder, or in both.
 
-    key          what is answered: tokens, settings, the seed where chance has a say
+    key          what is answered: tokens, settings, and the seed of a sampled answer
     fingerprint  what answers: engine, weights, tokenizer, precision, the revision of this package's decoding
     record       {"text": …} or {"log_likelihood": …, "is_greedy": …}, and how it was made
 
-Records of another fingerprint are left alone, so one place may hold those of several models.
+Records of another fingerprint are left alone, so one place may hold the records of several models.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -19,24 +18,53 @@ import sqlite3
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypedDict, TypeGuard
 
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.hashing import hex_digest
 from sdar_lm_eval.lm.evaluation import differences
 
 logger = logging.getLogger(__name__)
 
-Record = dict[str, Any]
+
+class Forwards(TypedDict):
+    """How often an answer's prompt, or a block of the answer, went through the model."""
+
+    prefill: int
+    denoising: int
+    commit: int
 
 
-def key_of(kind: str, content: Any) -> str:
+class Record(TypedDict, total=False):
+    """A finished answer (it has `text`) or score (it has `log_likelihood`), as a place returns it.
+
+    Places write whatever mapping they are given; these are the names that are read back. `key` and `at`, the seconds
+    since answering began, are the folder's.
+    """
+
+    key: str
+    at: float
+    task: str
+    document: int
+    repeat: int
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    forwards: Forwards
+    seconds: float
+    finish_reason: str
+    log_likelihood: float
+    is_greedy: bool
+    standard_error: float
+
+
+def key_of(kind: str, content: object) -> str:
     """Return a hash of what is answered: the kind of request, and its content as JSON."""
-    text = json.dumps([kind, content], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hex_digest([kind, content], digits=32)
 
 
-def is_record(content: Any) -> bool:
-    """Whether this is a finished answer or score, and no damaged one."""
+def is_record(content: object) -> TypeGuard[Record]:
+    """Whether content is a finished answer or score, and not a damaged one."""
     if not isinstance(content, dict):
         return False
     score = content.get("log_likelihood")
@@ -46,22 +74,22 @@ def is_record(content: Any) -> bool:
 CHECKSUM = b', "crc32": "'
 
 
-def encode_line(line: Mapping[str, Any]) -> bytes:
+def encode_line(line: Mapping[str, object]) -> bytes:
     """Return a line: JSON, its checksum, the line's end."""
     body = json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass")[:-1]
     return body + CHECKSUM + b'%08x"}\n' % zlib.crc32(body)
 
 
-def decode_line(line: bytes) -> Record:
+def decode_line(line: bytes) -> dict[str, object]:
     """Return a line's content.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the line is damaged.
     """
     body, found, checksum = line.rpartition(CHECKSUM)
     if not found or checksum != b'%08x"}' % zlib.crc32(body):
         raise ValueError("its checksum is wrong")
-    content: Record = json.loads(body + b"}")
+    content: dict[str, object] = json.loads(body + b"}")
     return content
 
 
@@ -69,23 +97,23 @@ class Place(Protocol):
     """Where records are kept."""
 
     name: str
-    """As messages call it."""
+    """The place's name in messages."""
 
     def get(self, key: str) -> Record | None:
         """Return what is kept under the key."""
 
-    def put(self, key: str, record: Mapping[str, Any]) -> None:
-        """Keep a record: safe from a killed process when this returns.
+    def put(self, key: str, record: Mapping[str, object]) -> None:
+        """Keep a record. A process that is killed after this returns does not lose it.
 
         Raises:
-            OSError, sqlite3.Error: it cannot be written.
+            OSError, sqlite3.Error: the record cannot be written.
         """
 
     def begin(self) -> None:
         """Begin a round of records."""
 
     def close(self) -> None:
-        """End a round of records; the next begins where this left."""
+        """End a round of records; another may begin."""
 
 
 class Store:
@@ -103,8 +131,8 @@ class Store:
         """Return what is kept under the key, or None."""
         return next((record for place in self._places if (record := place.get(key)) is not None), None)
 
-    def put(self, key: str, record: Mapping[str, Any]) -> None:
-        """Keep a record wherever it can be kept."""
+    def put(self, key: str, record: Mapping[str, object]) -> None:
+        """Keep a record in each place that can be written."""
         for place in list(self._writable):
             try:
                 place.put(key, record)
@@ -126,7 +154,7 @@ class Store:
 
     @property
     def kept_in(self) -> str:
-        """The places that have all records of the run, in words; "" where there are none."""
+        """The names of the places that have all records of the run; "" where there are none."""
         return " and ".join(place.name for place in self._writable)
 
     def _give_up(self, place: Place, error: Exception) -> None:
@@ -140,23 +168,23 @@ class Store:
 
 
 class CacheFile:
-    """A table of our own in the file of `--use_cache`.
+    """A table of this package's own in the file of `--use_cache`.
 
-    The harness's own table is keyed by prompt and gen_kwargs. Those hold neither the model nor a task, seed or repeat,
-    and blanks of borrowed documents go there too, so the harness's reads and writes are bypassed (`bypass`).
+    The harness's table is keyed by prompt and gen_kwargs. Its keys hold neither model, task, seed nor repeat, and empty
+    answers of borrowed documents go there too, so the harness's reads and writes are bypassed (`bypass`).
 
     Args:
         path: the file.
-        fingerprint: all that changes answers beside what is in their keys.
+        fingerprint: all that answers depend on beside what is in their keys.
 
     Raises:
         UserError: the file cannot be read.
     """
 
-    def __init__(self, path: str, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, path: str, fingerprint: Mapping[str, object]) -> None:
         self.name = f"--use_cache {path}"
         text = json.dumps(fingerprint, sort_keys=True)
-        self._fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._fingerprint = hex_digest(fingerprint)
         try:
             self._file = sqlite3.connect(path, isolation_level=None)
             self._file.execute("PRAGMA synchronous = OFF")  # a killed process loses nothing; a power cut may
@@ -166,12 +194,13 @@ class CacheFile:
                     "CREATE TABLE sdar_records (made_by TEXT, key TEXT, record BLOB, UNIQUE (made_by, key))"
                 )
                 self._file.execute("CREATE TABLE sdar_fingerprints (made_by TEXT UNIQUE, settings TEXT)")
-            self._say_others(fingerprint)
+            self._warn_of_others(fingerprint)
             self._file.execute("INSERT OR IGNORE INTO sdar_fingerprints VALUES (?, ?)", (self._fingerprint, text))
         except (sqlite3.Error, ValueError) as error:
             raise _unusable(path, error) from error
 
-    def _say_others(self, fingerprint: Mapping[str, Any]) -> None:
+    def _warn_of_others(self, fingerprint: Mapping[str, object]) -> None:
+        """Warn where the file has only records of other fingerprints."""
         others = self._file.execute(
             "SELECT settings FROM sdar_fingerprints WHERE made_by != ? ORDER BY rowid", (self._fingerprint,)
         ).fetchall()
@@ -191,23 +220,23 @@ class CacheFile:
             return None
         return record if is_record(record) else None
 
-    def put(self, key: str, record: Mapping[str, Any]) -> None:
+    def put(self, key: str, record: Mapping[str, object]) -> None:
         """Keep a record."""
         line = encode_line(record)[:-1]
         self._file.execute("INSERT OR REPLACE INTO sdar_records VALUES (?, ?, ?)", (self._fingerprint, key, line))
 
     def begin(self) -> None:
-        """Nothing is to be done."""
+        """Do nothing: the file is open."""
 
     def close(self) -> None:
-        """Nothing: each record is on disk already."""
+        """Do nothing: each record is on disk already."""
 
 
-def check_cache(path: str) -> None:
-    """Refuse a file of `--use_cache` that cannot be a cache.
+def check_cache_file(path: str) -> None:
+    """Refuse a file of `--use_cache` that cannot be used, before the harness opens it.
 
     Raises:
-        UserError: it is no SQLite file, or cannot be made, read or written.
+        UserError: the file is no SQLite file, or cannot be made, read or written.
     """
     file = Path(path)
     try:
@@ -218,22 +247,28 @@ def check_cache(path: str) -> None:
             raise OSError("it cannot be written")
         with contextlib.closing(sqlite3.connect(path)) as database:
             database.execute("SELECT name FROM sqlite_master").fetchall()
-            database.execute("BEGIN IMMEDIATE")  # whether another process has it
+            database.execute("BEGIN IMMEDIATE")  # fails where another process has locked the file
     except (OSError, sqlite3.Error) as error:
         raise _unusable(path, error) from error
 
 
 def _unusable(path: str, error: Exception) -> UserError:
-    told = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else error
+    reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else error
     return UserError(
-        f"--use_cache {path} cannot be used ({told}). End what else uses it, give another path, or delete it."
+        f"--use_cache {path} cannot be used ({reason}). End what else uses it, give another path, or delete it."
     )
 
 
-def bypass(harness_cache: Any) -> str:
+class HarnessCache(Protocol):
+    """What is used of lm_eval's `SqliteDict`."""
+
+    filename: str
+
+
+def bypass(harness_cache: HarnessCache) -> str:
     """Have the harness's cache find nothing and keep nothing; return its file."""
     kind = type(harness_cache)
     if not hasattr(kind, "bypassed"):
-        own = {"bypassed": True, "__contains__": lambda *_: False, "__setitem__": lambda *_: None}
-        harness_cache.__class__ = type("BypassedCache", (kind,), own)
+        methods = {"bypassed": True, "__contains__": lambda *_: False, "__setitem__": lambda *_: None}
+        harness_cache.__class__ = type("BypassedCache", (kind,), methods)
     return str(Path(harness_cache.filename).absolute())

@@ -131,8 +131,10 @@ def test_a_file_without_settings_is_passed_over(tmp_path: Path, caplog: pytest.L
     assert read_sessions(tmp_path) == []
     assert ("begins with no readable settings, and is passed over" in caplog.text) is bool(head)
     nulls = {"settings": None, "model": None, "started": None}
-    (tmp_path / "broken.jsonl").write_bytes(encode_line(nulls))
-    assert read_sessions(tmp_path) == []
+    undated = {"settings": SETTINGS, "model": {}, "started": "now"}
+    for first_line in (nulls, undated):
+        (tmp_path / "broken.jsonl").write_bytes(encode_line(first_line))
+        assert read_sessions(tmp_path) == []
 
 
 def test_what_is_no_regular_file_is_passed_over_and_not_waited_for(

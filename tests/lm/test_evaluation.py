@@ -216,7 +216,7 @@ def test_a_knob_without_effect_is_said(
     metadata: bool,
     says: str | None,
 ) -> None:
-    settings._say_idle.cache_clear()
+    settings.warn_once_of_idle_knob.cache_clear()
     lines = "metadata: {version: 1, sdar_decoding: {remasking_strategy: low_confidence_static}}" if metadata else ""
     evaluate(make_lm(**arguments), GENERATE, lines, limit=1)
     assert ("has no effect" in caplog.text) is (says is not None)
@@ -389,7 +389,7 @@ def test_requests_of_another_run_are_never_sent(
     refresh: bool,
 ) -> None:
     monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "requests"))
-    evaluation._say_requests_are_built.cache_clear()
+    evaluation.warn_of_cached_requests.cache_clear()
     evaluate(make_lm(), GENERATE, cache_requests=True, **first)
     fresh, again = make_lm(), make_lm()
     evaluate(fresh, GENERATE, **then)

@@ -254,6 +254,17 @@ def test_rolling_sums_equal_those_of_its_windows_alone(make_lm: MakeLM) -> None:
     assert lm.counts.scored_requests == 5
 
 
+def test_mc_samples_are_checked_and_have_no_effect_under_chain(
+    make_lm: MakeLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UserError, match="mc_samples=0 is out of range"):
+        make_lm(likelihood="nelbo", mc_samples=0)
+    make_lm(likelihood="nelbo", mc_samples=8)
+    assert "has no effect" not in caplog.text
+    make_lm(mc_samples=8)
+    assert "mc_samples=8 has no effect: likelihood=chain samples nothing." in caplog.text
+
+
 # Cache
 
 

@@ -8,7 +8,6 @@ import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
@@ -36,6 +35,7 @@ from sdar_lm_eval.errors import EngineError, UserError
 from sdar_lm_eval.lm import model as harness
 from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.lm.prompts import Prompts
+from sdar_lm_eval.lm.ranks import Ranks
 
 # Order, length, text
 
@@ -684,7 +684,9 @@ def test_each_rank_takes_a_gpu_of_its_own(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     shared = []
-    ranks = SimpleNamespace(rank=0, local_rank=rank, world_size=4, share_cpu=lambda: shared.append(True))
+    ranks = Ranks()
+    ranks.local_rank, ranks.world_size = rank, 4
+    monkeypatch.setattr(ranks, "share_cpu", lambda: shared.append(True))
     monkeypatch.setattr(harness, "Ranks", lambda: ranks)
     assert make_lm(device=device).engine.options["device"] == expected
     assert shared  # the scripted engine is on the CPU

@@ -26,9 +26,9 @@ from support import QUICK_START, environment, fork_of
 
 import sdar_lm_eval.tasks
 from sdar_lm_eval.errors import EngineError
-from sdar_lm_eval.lm import model, ranks
+from sdar_lm_eval.lm import ranks
 from sdar_lm_eval.lm.model import SDARLM
-from sdar_lm_eval.lm.ranks import Ranks
+from sdar_lm_eval.lm.ranks import SAME_ON_ALL_RANKS, Ranks
 
 TASKS = str(Path(sdar_lm_eval.tasks.__file__).parent)
 REPEATED = """
@@ -193,7 +193,7 @@ def check_ranks(of_ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     # The document of the run before was rank 0's there, and another rank's cache file has no blank for it.
     assert sum(computed("one, cached")) == 1
     assert sum(computed("with the one")) == 6 - (5 % len(of_ranks) == 0)
-    assert {of_rank["threads"] for of_rank in of_ranks} == {max(1, ranks._cores() // len(of_ranks))}
+    assert {of_rank["threads"] for of_rank in of_ranks} == {max(1, ranks.usable_cores() // len(of_ranks))}
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a rank by /proc")
@@ -302,7 +302,7 @@ def test_ranks_share_the_cores(
 ) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(ranks, "_cores", lambda: 8)
+    monkeypatch.setattr(ranks, "usable_cores", lambda: 8)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     several = Ranks()
@@ -315,12 +315,14 @@ def test_a_rank_above_0_says_what_only_it_knows(caplog: pytest.LogCaptureFixture
     """Truncated prompts, halved batches: by its number. Rank 0 says for all what holds for all."""
     root, loggers = (
         logging.getLogger(),
-        [logging.getLogger(name) for name in (*model.SAME_ON_ALL_RANKS, "sdar_lm_eval")],
+        [logging.getLogger(name) for name in (*SAME_ON_ALL_RANKS, "sdar_lm_eval")],
     )
     filters = {handler: list(handler.filters) for handler in root.handlers}
+    several = Ranks()
+    several.rank = 3
     try:
-        model._speak_for_itself(3)
-        for name in ("sdar_lm_eval.lm.model", "sdar_lm_eval.engines.native.engine", *model.SAME_ON_ALL_RANKS, "others"):
+        several.log_own_warnings()
+        for name in ("sdar_lm_eval.lm.model", "sdar_lm_eval.engines.native.engine", *SAME_ON_ALL_RANKS, "others"):
             logging.getLogger(name).info("info of %s", name)
             logging.getLogger(name).warning("warning of %s", name)
     finally:

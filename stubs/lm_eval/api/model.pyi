@@ -4,9 +4,11 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 
+class SqliteDict:  # of the package sqlitedict
+    filename: str
+
 class CacheHook:
-    dbdict: Any
-    def add_partial(self, attr: str, req: Any, res: Any) -> None: ...
+    dbdict: SqliteDict | None
 
 class LM(ABC):
     cache_hook: CacheHook
@@ -29,9 +31,7 @@ class LM(ABC):
 
 class TemplateLM(LM):
     tokenizer: Any
-    backend: str
 
 class CachingLM:
     lm: LM
-    dbdict: Any
     def __init__(self, lm: LM, cache_db: str) -> None: ...

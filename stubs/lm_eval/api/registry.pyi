@@ -1,4 +1,6 @@
 from typing import Any
 
+MODEL_REGISTRY: dict[str, object]  # in 0.4.9; later ones have model_registry
+
 def get_model(model_name: str) -> Any: ...
 def __getattr__(name: str) -> Any: ...

@@ -3,6 +3,7 @@ from typing import Any
 
 class TaskManager:
     all_tasks: list[str]
+    include_path: str | list[str] | None
     def __init__(
         self,
         verbosity: str | None = None,

@@ -1,0 +1,75 @@
+"""What log, results file, trace and stored answers say of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sdar_lm_eval
+from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.engines.base import LikelihoodConfig
+from sdar_lm_eval.engines.types import EngineInfo
+from sdar_lm_eval.lm.evaluation import Evaluation, facts_of_evaluation
+from sdar_lm_eval.lm.jobs import Jobs
+from sdar_lm_eval.revision import ANSWER_REVISION
+from sdar_lm_eval.settings import Generation
+
+
+def fingerprint_of(engine: str, info: EngineInfo, checkpoint: Checkpoint) -> dict[str, str | int | None]:
+    """Return all that answers depend on beside what their keys hold (`store.py`)."""
+    return {
+        "revision": ANSWER_REVISION,
+        "engine": engine,
+        "engine_version": info.engine_version,
+        "checkpoint": checkpoint.fingerprint,
+        "dtype": info.dtype,
+    }
+
+
+def facts_of_model(
+    checkpoint: Checkpoint,
+    jobs: Jobs,
+    likelihood: LikelihoodConfig,
+    info: EngineInfo,
+    *,
+    chat_template: str,
+    world_size: int,
+    evaluations: Sequence[Evaluation],
+) -> dict[str, object]:
+    """Return what `results["config"]["sdar_lm_eval"]` has.
+
+    Args:
+        checkpoint: the model's checkpoint.
+        jobs: has max_length and the decoding settings that hold where a task has none.
+        likelihood: how log-likelihoods are computed.
+        info: the engine's facts.
+        chat_template: the setting of that name.
+        world_size: the number of ranks.
+        evaluations: each rank's account of the last evaluation; on ranks above 0, the rank's own alone.
+    """
+    return {
+        "version": sdar_lm_eval.__version__,
+        "answer_revision": ANSWER_REVISION,
+        "pretrained": checkpoint.name,
+        "revision": checkpoint.revision,
+        "checkpoint_fingerprint": checkpoint.fingerprint,
+        "mask_token_id": checkpoint.mask_token_id,
+        "block_size": checkpoint.block_length,
+        "stop_ids": list(checkpoint.stop_ids),
+        "max_length": jobs.max_length,
+        "seed": evaluations[0].seed,
+        "chat_template": chat_template,
+        "ranks": world_size,
+        "decoding": jobs.default.as_dict(),
+        **likelihood.as_dict(),
+        **info.as_dict(),
+        **facts_of_evaluation(evaluations),
+    }
+
+
+def described(engine: str, info: EngineInfo, checkpoint: Checkpoint, default: Generation) -> str:
+    """Return the line that is logged once a model is open."""
+    settings = ", ".join(f"{name}={value}" for name, value in default.as_dict().items())
+    return (
+        f"{checkpoint.name} on the {engine} engine ({info.device}, {info.dtype}, up to "
+        f"{info.max_active} sequences at once); unless a task says otherwise: {settings}"
+    )
