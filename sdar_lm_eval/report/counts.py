@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from sdar_lm_eval.engines.base import GenerationResult, ScoreResult
 
@@ -100,7 +99,7 @@ class Counts:
         made = self.denoising_forwards + self.commit_forwards
         return self.new_tokens / made if made else None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The summary for the results file; null where nothing was computed."""
         return {
             **self._work(),
@@ -112,7 +111,7 @@ class Counts:
             "tasks": {task: counts._of_task() for task, counts in self.tasks.items()},
         }
 
-    def _work(self) -> dict[str, Any]:
+    def _work(self) -> dict[str, object]:
         return {
             "requests": self.requests,
             "stored_requests": self.stored_requests,
@@ -126,12 +125,12 @@ class Counts:
             },
         }
 
-    def _of_task(self) -> dict[str, Any]:
+    def _of_task(self) -> dict[str, object]:
         scored = bool(self.scored_requests or self.stored_scores)
         generated = self._work() if self.requests or self.stored_requests else {}
         return generated | ({"likelihoods": self._scores()} if scored else {})
 
-    def _scores(self) -> dict[str, Any]:
+    def _scores(self) -> dict[str, object]:
         mean = self.standard_errors / self.scored_requests if self.scored_requests else None
         largest = self.largest_standard_error if self.scored_requests else None
         return {
@@ -142,7 +141,7 @@ class Counts:
             "standard_error": {"mean": _rounded(mean, 6), "largest": _rounded(largest, 6)},
         }
 
-    def _likelihoods(self) -> dict[str, Any]:
+    def _likelihoods(self) -> dict[str, object]:
         return self._scores() | {"seconds": round(self.scoring_seconds, 2) if self.scored_requests else None}
 
     def __str__(self) -> str:

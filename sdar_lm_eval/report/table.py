@@ -6,13 +6,13 @@ import argparse
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.report.results import model_of, results_in
+from sdar_lm_eval.report.results import Results, results_in
+from sdar_lm_eval.report.text_table import aligned
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Score:
     stderr: float | None
     questions: int
     shots: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,28 +137,22 @@ def read_runs(paths: Iterable[Path]) -> dict[str, dict[str, Score]]:
     Raises:
         UserError: a path does not exist, holds no results of these tasks, or holds some that cannot be read.
     """
-    found = sorted((run for path in paths for run in results_in(path)), key=lambda run: run[1]["date"])
+    found = sorted((run for path in paths for run in results_in(path)), key=lambda run: run.date)
     runs: dict[str, dict[str, Score]] = {}
-    for file, result in found:
+    for results in found:
         for column in COLUMNS:
-            try:
-                score = _score(result, column)
-                if score is not None:
-                    runs.setdefault(model_of(result) or "?", {})[column.task] = score
-                elif column.task in result["results"]:
-                    logger.warning(
-                        "%s has no %s of %s, which the table shows: evaluate it again.",
-                        file,
-                        column.metric,
-                        column.task,
-                    )
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{file} is not as lm_eval writes it ({type(error).__name__}: {error}), so {column.task} cannot be "
-                    "read. Evaluate again, or name the folders of other runs."
-                ) from error
+            score = _score(results, column)
+            if score is not None:
+                runs.setdefault(results.model or "?", {})[column.task] = score
+            elif column.task in results.scores.content:
+                logger.warning(
+                    "%s has no %s of %s, which the table shows: evaluate it again.",
+                    results.file,
+                    column.metric,
+                    column.task,
+                )
     if not runs:
-        tasks = sorted({task for _, result in found for task in result["results"]})
+        tasks = sorted({task for results in found for task in results.scores.content})
         raise UserError(
             f"No results of the table's tasks, only of {', '.join(tasks[:8])}. Run --tasks sdar_bench, or some of "
             f"{', '.join(column.task for column in COLUMNS)}."
@@ -208,25 +202,36 @@ def render(model: str, scores: Mapping[str, Score], published: str | None) -> st
     else:
         title = f"{model} beside SDAR-{published}-Chat as published (arXiv 2510.06303, table 1)"
         head += ["published, %", "difference", ""]
-    return "\n".join([title, "", *_aligned([head, *rows]), *([""] if notes else []), *notes])
+    return "\n".join([title, "", *aligned([head, *rows], left={0, 1, 6}), *([""] if notes else []), *notes])
 
 
-def _score(result: Mapping[str, Any], column: Column) -> Score | None:
+def _score(results: Results, column: Column) -> Score | None:
     """The column's score in a results file; a group's is the mean of its tasks, each counted once."""
-    tasks = result.get("group_subtasks", {}).get(column.task) or [column.task]
-    values = [result["results"].get(task, {}).get(column.metric) for task in tasks]
-    if any(value is None for value in values):
-        return None
-    questions = [result["n-samples"][task]["effective"] for task in tasks]
+    groups = results.content.part_or_empty("group_subtasks").content
+    subtasks = groups.get(column.task)
+    tasks = list(map(str, subtasks)) if isinstance(subtasks, list) and subtasks else [column.task]
+    values, questions = [], []
+    for task in tasks:
+        metrics = results.scores.part_or_empty(task)
+        value = metrics.number(column.metric)
+        if value is None:
+            return None
+        if not 0 <= value <= 1:
+            raise metrics.malformed(column.metric, "a share from 0 to 1")
+        numbers = results.content.part("n-samples").part(task)
+        answered = numbers.whole("effective")
+        if answered is None:
+            raise numbers.malformed("effective", "a whole number")
+        values.append(value)
+        questions.append(answered)
     errors = [_stderr(value, number) for value, number in zip(values, questions, strict=True)]
     known = [error for error in errors if error is not None]
-    settings = (result["config"].get("sdar_lm_eval") or {}).get("decoding_of_tasks", {})
     return Score(
         value=sum(values) / len(values),
         stderr=math.hypot(*known) / len(tasks) if len(known) == len(tasks) else None,
         questions=sum(questions),
-        shots=result.get("n-shot", {}).get(tasks[0]),
-        settings=settings.get(tasks[0], {}),
+        shots=results.content.part_or_empty("n-shot").whole(tasks[0]),
+        settings=results.decoding_of(tasks[0]).content,
     )
 
 
@@ -251,18 +256,3 @@ def _notes(column: Column, score: Score) -> list[str]:
 
 def _with_error(value: float, stderr: float | None, scale: float = 1.0, sign: str = "") -> str:
     return f"{value:{sign}.1f}" + ("" if stderr is None else f" ± {scale * stderr:.1f}")
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    width = max(map(len, rows))
-    filled = [[*row, *[""] * (width - len(row))] for row in rows]
-    widths = [max(map(len, cells)) for cells in zip(*filled, strict=True)]
-    # Names to the left, numbers to the right, the verdict to the left.
-    left = {0, 1, 6}
-    return [
-        "  ".join(
-            cell.ljust(size) if place in left else cell.rjust(size)
-            for place, (cell, size) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in filled
-    ]

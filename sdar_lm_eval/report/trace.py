@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult
 from sdar_lm_eval.errors import UserError
@@ -34,7 +34,7 @@ class Trace:
         UserError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, model: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, path: Path, model: Callable[[], Mapping[str, object]]) -> None:
         self._path, self._model = path, model
         self._begun = False
         self._file: TextIO | None = self._open()
@@ -74,7 +74,7 @@ class Trace:
             self._file.close()
             self._file = None
 
-    def write(self, line: Mapping[str, Any]) -> None:
+    def write(self, line: Mapping[str, object]) -> None:
         """Write a line, safe from a killed process. A file that cannot be written any more is given up."""
         if self._file is None:
             return
@@ -87,13 +87,13 @@ class Trace:
             logger.error("trace=%s cannot be written (%s); the run goes on without it.", self._path, error.strerror)
             self._file = None
 
-    def _write(self, line: Mapping[str, Any]) -> None:
+    def _write(self, line: Mapping[str, object]) -> None:
         assert self._file is not None
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
 
 
-def cost_of(result: GenerationResult, prompt_tokens: int) -> dict[str, Any]:
+def cost_of(result: GenerationResult, prompt_tokens: int) -> dict[str, object]:
     """Return what an answer took, as trace files and stored answers have it."""
     return {
         "prompt_tokens": prompt_tokens,
@@ -110,7 +110,7 @@ def cost_of(result: GenerationResult, prompt_tokens: int) -> dict[str, Any]:
 
 def denoising_of(
     prompt: str, request: GenerationRequest, result: GenerationResult, pieces: Callable[[Sequence[int]], list[str]]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return what was sent, and for each new token its id, text, step and confidence.
 
     Args:

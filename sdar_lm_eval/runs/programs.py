@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from typing import Any
 
 from sdar_lm_eval.tasks import programs
 from sdar_lm_eval.tasks.programs import Job
@@ -67,7 +66,7 @@ class _Elsewhere(Executor):
         self._run_programs = run_programs
         self._waiting: dict[Job, Future[bool]] = {}
 
-    def submit(self, _run: Any, /, job: Job) -> Future[bool]:  # type: ignore[override]
+    def submit(self, _run: object, /, job: Job) -> Future[bool]:  # type: ignore[override]
         future = self._waiting[job] = _Verdict(self._run_all)
         return future
 

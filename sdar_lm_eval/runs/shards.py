@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import lm_eval
+from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager, get_task_dict
 from lm_eval.utils import setup_logging
 
@@ -20,11 +21,15 @@ ANSWERS = "answers"
 """Name of the folder of answers in a run's folder."""
 
 
+TaskTree = Mapping[object, "Task | TaskTree"]
+"""Tasks by name, and by the names of their groups."""
+
+
 class _AnsweredError(Exception):
     """Ends an evaluation whose answers are there."""
 
 
-def answer_shard(run: Run, folder: Path, shard: int, shards: int, **model_args: Any) -> None:
+def answer_shard(run: Run, folder: Path, shard: int, shards: int, **model_args: str | None) -> None:
     """Answer a share of a run's documents; what is in the folder already is not answered again.
 
     Nothing is filtered or scored, so no program of the model runs here.
@@ -42,22 +47,30 @@ def answer_shard(run: Run, folder: Path, shard: int, shards: int, **model_args: 
     """
     setup_logging("INFO")
     manager = task_manager(run.tasks)
-    call = run.harness_call(**model_args, answers=str(folder / ANSWERS)) | {"task_manager": manager}
+    call = run.harness_call(**model_args, answers=str(folder / ANSWERS))
+    share: dict[str, list[int]] | None = None
     if shards > 1:
         share = share_of(documents_of(run.tasks, run.num_samples, manager), shard, shards)
         if not share:
             return
-        call |= {"samples": share, "limit": None, "tasks": list(share)}
-    lm = get_model(call.pop("model")).create_from_arg_obj(call.pop("model_args"))
+    lm = get_model(call["model"]).create_from_arg_obj(call["model_args"])
     generate = lm.generate_until
 
-    def answer(*args: Any, **kwargs: Any) -> None:
-        generate(*args, **kwargs)
+    def answer(requests: Sequence[Instance], **settings: bool) -> None:
+        generate(requests, **settings)
         raise _AnsweredError  # the harness filters and scores what it gets
 
     lm.generate_until = answer
     with contextlib.suppress(_AnsweredError):
-        lm_eval.simple_evaluate(lm, **call, confirm_run_unsafe_code=True)  # confirmed or not: none is run
+        lm_eval.simple_evaluate(
+            lm,
+            tasks=call["tasks"] if share is None else list(share),
+            samples=share,
+            limit=call["limit"] if share is None else None,
+            gen_kwargs=call["gen_kwargs"],
+            task_manager=manager,
+            confirm_run_unsafe_code=True,  # confirmed or not: none is run
+        )
 
 
 def task_manager(tasks: Sequence[str]) -> TaskManager:
@@ -122,8 +135,9 @@ def share_of(documents: Mapping[str, int], shard: int, shards: int) -> dict[str,
     return shares
 
 
-def _leaves(found: Mapping[Any, Any]) -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
+def _leaves(found: TaskTree) -> dict[str, Task]:
+    """Return the tasks of nested groups by name."""
+    leaves: dict[str, Task] = {}
     for name, value in found.items():
         if isinstance(value, Mapping):
             leaves |= _leaves(value)
