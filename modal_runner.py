@@ -27,7 +27,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict, final
 
 if __name__ == "__main__":
     sys.exit(
@@ -44,7 +44,7 @@ from sdar_lm_eval.runs import summary
 from sdar_lm_eval.runs.settings import DEFAULT_TASK, SWEPT, Run, runs_from_flags, scored_by
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sdar_lm_eval.tasks.programs import Job
 
@@ -103,8 +103,12 @@ def pins(engine: str) -> tuple[str, ...]:
 def image_of(engine: str) -> modal.Image:
     """Return an image with just what an engine needs, and this package last."""
 
-    def install(image: modal.Image, *packages: str, **options: Any) -> modal.Image:
-        return image.uv_pip_install(*packages, uv_version=UV, **options)
+    def install(
+        image: modal.Image, *packages: str, extra_index_url: str | None = None, extra_options: str = ""
+    ) -> modal.Image:
+        return image.uv_pip_install(
+            *packages, uv_version=UV, extra_index_url=extra_index_url, extra_options=extra_options
+        )
 
     if engine not in ENGINES:
         return modal.Image.debian_slim(PYTHON)  # nothing will run: the entrypoint refuses it
@@ -122,17 +126,17 @@ def image_of(engine: str) -> modal.Image:
     else:
         # Triton compiles its kernels' launchers where they are first run.
         image = install(modal.Image.debian_slim(PYTHON).apt_install("gcc", "libc6-dev"), *pins(engine))
-    # Started with the container, built into no layer: a change of ours is there in seconds. A folder rather than a
-    # Python source, which would leave the tasks' YAML files out.
+    # Mounted when a container starts, not built into a layer: a change of this package rebuilds no image. A folder,
+    # since a Python source would lack the tasks' YAML files.
     return image.env(ENVIRONMENT).add_local_dir(
         HERE / "sdar_lm_eval", "/root/sdar_lm_eval", ignore=["**/__pycache__", "**/*.pyc"]
     )
 
 
 def engine_asked_for(words: list[str]) -> str:
-    """Return `--engine` of a command line: images are built before the entrypoint below is called with its flags.
+    """Return `--engine` of a command line. Modal builds images before it parses the flags of `main`.
 
-    A container gets what was built, so there it makes no difference.
+    In a container, whose image is built, the value makes no difference.
     """
     engine = "jetengine"
     for word, following in zip(words, [*words[1:], ""], strict=True):
@@ -149,10 +153,44 @@ models = modal.Volume.from_name("sdar-models-cache", create_if_missing=True)
 results = modal.Volume.from_name("sdar-results", create_if_missing=True)
 models_to_read = models.with_mount_options(read_only=True)
 results_to_read = results.with_mount_options(read_only=True)
-on_cpu: dict[str, Any] = {"image": image, "cpu": CORES, "memory": 16 * 1024, "timeout": TIMEOUT}
 
-# An error of ours is handed back as a text, and not raised: raised ones are tried again.
-Outcome = dict[str, Any]
+
+class Machine(TypedDict):
+    """What a container without a GPU has; `memory` in MiB, `timeout` in seconds."""
+
+    image: modal.Image
+    cpu: float
+    memory: int
+    timeout: int
+
+
+on_cpu: Machine = {"image": image, "cpu": CORES, "memory": 16 * 1024, "timeout": TIMEOUT}
+
+
+@final
+class Failure(TypedDict):
+    """An error of this package. It is returned, since Modal would run a function that raises again."""
+
+    error: str
+
+
+@final
+class Prepared(TypedDict):
+    """What the containers need to know of a run.
+
+    Keys:
+        pretrained: a folder on the models volume, or a hub id.
+        revision: of a hub id: the commit.
+        fingerprint: the checkpoint's.
+        documents: task -> how many are evaluated.
+        begun: folders on the results volume that have answers.
+    """
+
+    pretrained: str
+    revision: str | None
+    fingerprint: str
+    documents: dict[str, int]
+    begun: list[str]
 
 
 @app.function(
@@ -160,9 +198,9 @@ Outcome = dict[str, Any]
     volumes={MODELS: models, RESULTS: results_to_read},
     env={"HF_TOKEN": os.environ.get("HF_TOKEN")},  # optional: left out where it is not set
 )
-def prepare(run: Run) -> Outcome:
-    """Fetch a run's checkpoint and documents to the volume, so that no GPU waits for them, and no two do it at once."""
-    os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"]  # weights are hashed once, and not again on a GPU's time
+def prepare(run: Run) -> Prepared | Failure:
+    """Fetch a run's checkpoint and documents to the volume: once, and before a GPU is paid for."""
+    os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"]  # the hashes of weights stay there, so no GPU waits for them
     from sdar_lm_eval.checkpoint import Checkpoint
     from sdar_lm_eval.runs.shards import ANSWERS, documents_of
 
@@ -175,7 +213,7 @@ def prepare(run: Run) -> Outcome:
         return {"error": str(error)}
     models.commit()
     begun = [path.parent.name for path in Path(os.environ["SDAR_RESULTS"]).glob(f"*/{ANSWERS}")]
-    # The commit that the hub's cache has it under, so that all containers run the same one.
+    # The commit under which the hub's cache has the model, so that all containers run the same one.
     of_hub = checkpoint.folder.parent.name == "snapshots"
     return {
         "pretrained": pretrained,
@@ -195,7 +233,7 @@ def prepare(run: Run) -> Outcome:
     retries=modal.Retries(max_retries=2, initial_delay=1.0, backoff_coefficient=1.0),  # each goes on from its answers
     single_use_containers=True,  # an engine keeps the GPU's memory until its process ends
 )
-def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard: int, shards: int) -> Outcome:
+def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard: int, shards: int) -> Failure | None:
     """Answer a shard of a run's documents into its folder on the results volume."""
     read_what_is_fetched()
     from sdar_lm_eval.runs.shards import answer_shard
@@ -208,12 +246,12 @@ def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard
         return {"error": str(error)}
     finally:
         results.commit()
-    return {}
+    return None
 
 
 # A container sees the volume as it was when it started: a second call needs its own to see the answers since the first.
 @app.function(**on_cpu, volumes={MODELS: models_to_read, RESULTS: results}, single_use_containers=True)
-def publish(runs: list[tuple[Run, str]]) -> list[Outcome]:
+def publish(runs: list[tuple[Run, str]]) -> list[Failure | None]:
     """Score each run's answers, all in one pass of the harness; the report stays on the results volume."""
     read_what_is_fetched()
     from sdar_lm_eval.runs import merge
@@ -222,11 +260,11 @@ def publish(runs: list[tuple[Run, str]]) -> list[Outcome]:
     def run_apart(jobs: Sequence[Job]) -> list[bool]:
         return [passed for part in run_programs.map(batches(jobs, PROGRAMS)) for passed in part]
 
-    outcomes: list[Outcome] = []
+    outcomes: list[Failure | None] = []
     for run, folder in runs:
         try:
             merge.publish(run, Path(os.environ["SDAR_RESULTS"]) / folder, run_apart)
-            outcomes.append({})
+            outcomes.append(None)
         except SDARError as error:
             outcomes.append({"error": str(error)})
         finally:
@@ -245,9 +283,9 @@ def run_programs(jobs: list[Job]) -> list[bool]:
 
 
 def read_what_is_fetched() -> None:
-    """Have libraries take what `prepare` left on the models volume, and write elsewhere. To be called before they load.
+    """Have libraries read what `prepare` left on the models volume, and write elsewhere. Call it before they load.
 
-    Copied are data sets, beside which a reader makes lock files, and the hashes of weights (checkpoint/fingerprint.py).
+    Data sets, beside which a reader makes lock files, and the hashes of weights (checkpoint/fingerprint.py) are copied.
     """
     fetched, own = Path(os.environ["HF_HOME"]), Path(tempfile.mkdtemp())
     for name in ("datasets", "sdar_lm_eval"):
@@ -265,7 +303,7 @@ def located(run: Run) -> str:
     """
     volume = Path(os.environ["SDAR_MODELS"])
     name = run.model_name
-    # The original benchmark kept hub models there under this name.
+    # The original benchmark named a hub model's folder like this.
     for folder in (volume / name, volume / name.replace("/", "_")):
         if run.revision is None and (folder / "config.json").is_file():
             print(f"{name}: {folder} on the models volume")
@@ -336,7 +374,7 @@ def main(
     steps: str | None = None,
     strategy: str | None = None,
     threshold: str | None = None,
-):
+) -> None:
     """Evaluate an SDAR model on a GPU of Modal."""
     try:
         if not 1 <= timeout <= DAY:
@@ -361,8 +399,8 @@ def main(
             f"Modal: {type(error).__name__}: {str(error).rstrip('.')}. Finished answers are kept on the volume "
             "sdar-results: the same command goes on from them."
         ]
-    for error in failed:
-        print(f"modal_runner: error: {error}", file=sys.stderr)
+    for message in failed:
+        print(f"modal_runner: error: {message}", file=sys.stderr)
     if failed:
         sys.exit(1)
 
@@ -374,7 +412,9 @@ def help_text() -> str:
         description="Evaluate an SDAR model on a GPU of Modal. Defaults stand in parentheses.",
         epilog="* several values, separated by commas, make a sweep: all combinations.",
     )
-    for name, parameter in inspect.signature(main.info.raw_f).parameters.items():
+    entrypoint = main.info.raw_f
+    assert entrypoint is not None
+    for name, parameter in inspect.signature(entrypoint).parameters.items():
         given, flag = parameter.default, f"--{name.replace('_', '-')}"
         text = FLAGS[name] + (f" ({given})" if given not in (None, "") else "") + (" *" if name in SWEPT else "")
         if given is False:
@@ -388,7 +428,7 @@ def gpu_of(text: str) -> str:
     """Return the name of a GPU, spelled as Modal does.
 
     Raises:
-        UserError: none, or several: no engine here would use them. Which ones there are, Modal knows.
+        UserError: none is named, or several, of which an engine would use one. Modal checks the name itself.
     """
     name, _, count = text.strip().upper().partition(":")
     if not name:
@@ -399,10 +439,10 @@ def gpu_of(text: str) -> str:
 
 
 def output_of(text: str) -> Path:
-    """Return where the JSON file is to be written.
+    """Return the path of the JSON file.
 
     Raises:
-        UserError: it cannot be; better known before anything is paid for.
+        UserError: the file cannot be written there; it is checked before anything is paid for.
     """
     output = Path(text).expanduser()
     folder = output.absolute().parent
@@ -416,7 +456,7 @@ def output_of(text: str) -> Path:
 
 
 def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: int) -> list[str]:
-    """Evaluate what has no result yet, print and write what there is, and return what went wrong."""
+    """Evaluate the runs without a result, print and write all results, and return the errors."""
     ready = prepare.remote(runs[0])
     if "error" in ready:
         return [ready["error"]]
@@ -428,9 +468,9 @@ def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: 
         told = summary.told_apart(run, runs) + (", there already: nothing is computed" if done else "")
         print(f"Results: sdar-results/{folder}/{run.name}{told}")
     begun = [pair for pair in todo if pair[1] in ready["begun"]]
-    if begun:  # perhaps by a larger run, or nothing but the scores is missing: it takes no GPU to find out
+    if begun:  # all answers may be there, say of a larger run: scoring finds out, without a GPU
         for pair, outcome in zip(begun, publish.remote(begun), strict=True):
-            if "error" not in outcome:
+            if outcome is None:
                 todo.remove(pair)
                 print(f"{pair[1]}: all answers are there already, so no GPU is needed")
     if todo:
@@ -444,21 +484,21 @@ def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: 
         ]
         on_gpu = evaluate.with_options(gpu=gpu, timeout=timeout, max_containers=len(parts))
         for part, outcome in zip(parts, on_gpu.starmap(parts, return_exceptions=True), strict=True):
-            raised = isinstance(outcome, BaseException)
-            error = f"{type(outcome).__name__}: {outcome}" if raised else outcome.get("error")
-            if error:
+            if outcome is not None:
+                raised = isinstance(outcome, BaseException)
+                error = f"{type(outcome).__name__}: {outcome}" if raised else outcome["error"]
                 failed.append(f"{part[1]}{summary.told_apart(part[0], runs)}, shard {part[4]} of {shards}: {error}")
-        # Also where a shard failed: the others' answers are there, and it says which documents are not.
+        # Even where a shard failed: `publish` names the documents that the other shards' answers do not cover.
         failed += [
             f"{folder}{summary.told_apart(run, runs)}: {outcome['error']}"
             for (run, folder), outcome in zip(todo, publish.remote(todo), strict=True)
-            if "error" in outcome
+            if outcome
         ]
     reports = [report_of(run, folder) for run, folder in zip(runs, folders, strict=True)]
     if len(runs) == 1:
-        content = reports[0]
-        if content is not None:
-            print(summary.result(content))
+        content: Mapping[str, object] | None = reports[0]
+        if reports[0] is not None:
+            print(summary.result(reports[0]))
     else:
         content = summary.sweep_json(reports, runs, folders)
         print(summary.sweep_table(reports, runs))
@@ -472,10 +512,10 @@ def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: 
     return failed
 
 
-def report_of(run: Run, folder: str) -> dict[str, Any] | None:
+def report_of(run: Run, folder: str) -> summary.Report | None:
     """Return a run's report from the results volume, or None where there is none yet by this version of the package."""
     try:
-        report = json.loads(b"".join(results.read_file(f"{folder}/{run.name}/report.json")))
+        report: summary.Report = json.loads(b"".join(results.read_file(f"{folder}/{run.name}/report.json")))
     except FileNotFoundError:
         return None
     return report if report.get("scored_by") == scored_by() else None
