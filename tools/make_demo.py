@@ -202,6 +202,7 @@ def train(
     model = Qwen3ForCausalLM._from_config(Qwen3Config(**known), attn_implementation="sdpa").float().to(device)
     logger.info("%s parameters", f"{sum(p.numel() for p in model.parameters()):,}")
     mask_id = tokenizer.token_to_id("<|MASK|>")
+    assert mask_id is not None
     started = time.time()
     texts, learnt = training_texts(tokenizer, seed, min(steps * batch, 600_000))
     logger.info("%d training texts in %.0f s", len(texts), time.time() - started)

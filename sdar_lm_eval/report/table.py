@@ -33,7 +33,7 @@ PROTOCOL = {
 """Decoding settings of the published runs (JetAstra/SDAR at c2041a8, evaluation/opencompass/configs)."""
 
 STANDARD_ERRORS = 1.96
-"""A difference of more standard errors than this is larger than chance: one in twenty is, by chance alone."""
+"""A difference of more standard errors than this is called larger than chance. Chance alone exceeds it 1 time in 20."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Column:
 
     Attributes:
         title: as the table has it.
-        task: ours that reproduces it.
-        metric: that task's, with its filter, as results files spell it.
+        task: this package's task that reproduces the column; one of `tasks/sdar_bench.yaml`.
+        metric: the task's metric and filter, as results files spell them.
         questions: how many the benchmark has.
-        shots: how many solved questions stand before each.
-        published: per cent, for each of `MODELS`.
+        shots: how many solved questions stand before each question.
+        published: the score of each of `MODELS`, in per cent.
     """
 
     title: str
@@ -73,10 +73,10 @@ class Score:
 
     Attributes:
         value: mean, 0 to 1.
-        stderr: its standard error; None where a single question leaves it unknown.
+        stderr: the mean's standard error; None for a single question.
         questions: how many were answered.
-        shots: how many solved questions stood before each; None where the file does not say.
-        settings: decoding settings of the run, where the model is ours.
+        shots: how many solved questions stood before each question; None where the file does not say.
+        settings: the run's decoding settings; empty for a model of another package.
     """
 
     value: float
@@ -92,7 +92,7 @@ class Difference:
 
     Attributes:
         points: per cent points.
-        stderr: its standard error; None where the score's is unknown.
+        stderr: the difference's standard error; None where the score's is unknown.
     """
 
     points: float
@@ -100,7 +100,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Whether it is larger than chance."""
+        """Whether the difference is larger than chance."""
         if self.stderr is None:
             return "unknown"
         return "LARGER than chance" if abs(self.points) > STANDARD_ERRORS * self.stderr else "within chance"
@@ -125,17 +125,21 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 _LEGEND = (
-    f"± is one standard error. A difference is larger than chance if it exceeds {STANDARD_ERRORS} standard errors of\n"
-    "two runs on different questions. These answered the same ones, which makes chance smaller: a marked difference\n"
-    "is hardly chance, and an unmarked one may be real."
+    f"± is one standard error. A difference is called larger than chance if it exceeds {STANDARD_ERRORS} standard\n"
+    "errors of two runs on different questions. Both runs here answered the same questions, so chance plays a smaller\n"
+    "part: a difference marked LARGER is hardly chance, and one within chance may be real."
 )
 
 
 def read_runs(paths: Iterable[Path]) -> dict[str, dict[str, Score]]:
-    """Return model -> task -> score, of the newest run of each, from lm_eval's results files in folders or named.
+    """Return model -> task -> score in the newest run of the task.
+
+    Args:
+        paths: results files of lm_eval, or folders that hold some.
 
     Raises:
-        UserError: a path does not exist, holds no results of these tasks, or holds some that cannot be read.
+        UserError: a path does not exist, there are no results of the table's tasks, or a file is not as lm_eval writes
+            it.
     """
     found = sorted((run for path in paths for run in results_in(path)), key=lambda run: run.date)
     runs: dict[str, dict[str, Score]] = {}
@@ -170,8 +174,8 @@ def published_as(model: str) -> str | None:
 def difference(score: Score, column: Column, model: str) -> Difference:
     """Return how far a score is from that of a published model, one of `MODELS`.
 
-    A few answers may be all right or all wrong by chance, and then tell nothing of their spread: it counts as no
-    smaller than the published model's on as many questions.
+    A few answers may all be right, or all wrong, by chance, and their standard error is then 0. So the score's standard
+    error counts as at least that of the published score on as many questions.
     """
     published = column.published[MODELS.index(model)]
     stderr = None
@@ -198,7 +202,7 @@ def render(model: str, scores: Mapping[str, Score], published: str | None) -> st
                 row += [_with_error(found.points, found.stderr, sign="+"), found.verdict]
         rows.append(row)
     if published is None:
-        title = f"{model}: which published model it is, its name does not say (--published {'|'.join(MODELS)})"
+        title = f"{model}: the name is that of no published model (--published {'|'.join(MODELS)} compares with one)"
     else:
         title = f"{model} beside SDAR-{published}-Chat as published (arXiv 2510.06303, table 1)"
         head += ["published, %", "difference", ""]
@@ -206,7 +210,7 @@ def render(model: str, scores: Mapping[str, Score], published: str | None) -> st
 
 
 def _score(results: Results, column: Column) -> Score | None:
-    """The column's score in a results file; a group's is the mean of its tasks, each counted once."""
+    """The column's score in a results file, None where the file has none. A group's score is the mean of its tasks'."""
     groups = results.content.part_or_empty("group_subtasks").content
     subtasks = groups.get(column.task)
     tasks = list(map(str, subtasks)) if isinstance(subtasks, list) and subtasks else [column.task]
@@ -241,7 +245,7 @@ def _stderr(value: float, questions: int) -> float | None:
 
 
 def _notes(column: Column, score: Score) -> list[str]:
-    """What else, besides chance, may explain a difference."""
+    """What else than chance may explain a difference."""
     found = [
         f"{name}={score.settings[name]} (published: {value})"
         for name, value in PROTOCOL.items()

@@ -1,9 +1,9 @@
-"""Runs programs that the model wrote where the caller says: all that a task's filter has found, in one call.
+"""Runs programs that the model wrote where the caller chooses, all programs of a task in one call.
 
     with run_by(run_programs):
-        lm_eval.simple_evaluate(…)    filters hand their programs over, scores wait for the verdicts
+        lm_eval.simple_evaluate(…)    filters submit their programs, scores wait for the verdicts
 
-The tasks run programs by the executor of `tasks/programs.py`; another executor stands there meanwhile.
+`run_by` replaces the executor of `tasks/programs.py`, by which tasks run programs.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from sdar_lm_eval.tasks import programs
 from sdar_lm_eval.tasks.programs import Job
 
 RunPrograms = Callable[[Sequence[Job]], Sequence[bool]]
-"""Programs -> whether each passes its tests."""
+"""A function: programs -> whether each passes its tests."""
 
 
 def run_here(jobs: Sequence[Job]) -> list[bool]:
     """Run programs in processes of this machine.
 
     Raises:
-        UserError: this machine cannot run any.
+        UserError: this machine cannot run programs.
     """
     programs.require_runner("The task", guard=any(job.guard for job in jobs))
     programs.start(jobs)
@@ -31,7 +31,7 @@ def run_here(jobs: Sequence[Job]) -> list[bool]:
 
 
 def batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
-    """Divide programs into lists of at most `size` characters, at least one program each."""
+    """Divide programs into lists of at most `size` characters; a larger program is a list of its own."""
     batch: list[Job] = []
     filled = 0
     for job in jobs:
@@ -47,7 +47,7 @@ def batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
 
 @contextlib.contextmanager
 def run_by(run_programs: RunPrograms) -> Iterator[None]:
-    """Have the tasks' programs run by `run_programs`, which gets all that wait, each once."""
+    """Have `run_programs` run the tasks' programs; a call gets all programs that wait, each program once."""
     if run_programs is run_here:
         yield
         return
@@ -60,7 +60,7 @@ def run_by(run_programs: RunPrograms) -> Iterator[None]:
 
 
 class _Elsewhere(Executor):
-    """Collects programs, and has all of them run when a score waits for the first."""
+    """Collects programs; runs all of them when a score waits for one."""
 
     def __init__(self, run_programs: RunPrograms) -> None:
         self._run_programs = run_programs
