@@ -205,7 +205,7 @@ def prepare(run: Run) -> Prepared | Failure:
     from sdar_lm_eval.runs.shards import ANSWERS, documents_of
 
     try:
-        pretrained = located(run)
+        pretrained = pretrained_of(run)
         documents = documents_of(run.tasks, run.num_samples)
         checkpoint = Checkpoint.open(pretrained, run.revision)
         fingerprint = checkpoint.fingerprint
@@ -235,7 +235,7 @@ def prepare(run: Run) -> Prepared | Failure:
 )
 def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard: int, shards: int) -> Failure | None:
     """Answer a shard of a run's documents into its folder on the results volume."""
-    read_what_is_fetched()
+    use_prepared_files()
     from sdar_lm_eval.runs.shards import answer_shard
 
     try:
@@ -253,7 +253,7 @@ def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard
 @app.function(**on_cpu, volumes={MODELS: models_to_read, RESULTS: results}, single_use_containers=True)
 def publish(runs: list[tuple[Run, str]]) -> list[Failure | None]:
     """Score each run's answers, all in one pass of the harness; the report stays on the results volume."""
-    read_what_is_fetched()
+    use_prepared_files()
     from sdar_lm_eval.runs import merge
     from sdar_lm_eval.runs.programs import batches
 
@@ -282,7 +282,7 @@ def run_programs(jobs: list[Job]) -> list[bool]:
     return run_here(jobs)
 
 
-def read_what_is_fetched() -> None:
+def use_prepared_files() -> None:
     """Have libraries read what `prepare` left on the models volume, and write elsewhere. Call it before they load.
 
     Data sets, beside which a reader makes lock files, and the hashes of weights (checkpoint/fingerprint.py) are copied.
@@ -295,7 +295,7 @@ def read_what_is_fetched() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def located(run: Run) -> str:
+def pretrained_of(run: Run) -> str:
     """Return where a run's model is: a folder on the models volume, else its name.
 
     Raises:
@@ -391,7 +391,7 @@ def main(
             short={"block": block, "steps": steps, "strategy": strategy, "threshold": threshold},
         )  # fmt: skip
         print(summary.configuration(runs, {"gpu": gpu, "shards": shards, "timeout": f"{timeout} s"}))
-        failed = evaluated(runs, output, shards=shards, gpu=gpu, timeout=timeout)
+        failed = evaluate_all(runs, output, shards=shards, gpu=gpu, timeout=timeout)
     except SDARError as error:
         failed = [str(error)]
     except modal.Error as error:
@@ -455,7 +455,7 @@ def output_of(text: str) -> Path:
     return output
 
 
-def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: int) -> list[str]:
+def evaluate_all(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: int) -> list[str]:
     """Evaluate the runs without a result, print and write all results, and return the errors."""
     ready = prepare.remote(runs[0])
     if "error" in ready:
@@ -465,7 +465,7 @@ def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: 
     todo = [(run, folder) for run, folder in zip(runs, folders, strict=True) if report_of(run, folder) is None]
     for run, folder in zip(runs, folders, strict=True):
         done = (run, folder) not in todo
-        told = summary.told_apart(run, runs) + (", there already: nothing is computed" if done else "")
+        told = summary.sweep_label(run, runs) + (", there already: nothing is computed" if done else "")
         print(f"Results: sdar-results/{folder}/{run.name}{told}")
     begun = [pair for pair in todo if pair[1] in ready["begun"]]
     if begun:  # all answers may be there, say of a larger run: scoring finds out, without a GPU
@@ -487,10 +487,10 @@ def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: 
             if outcome is not None:
                 raised = isinstance(outcome, BaseException)
                 error = f"{type(outcome).__name__}: {outcome}" if raised else outcome["error"]
-                failed.append(f"{part[1]}{summary.told_apart(part[0], runs)}, shard {part[4]} of {shards}: {error}")
+                failed.append(f"{part[1]}{summary.sweep_label(part[0], runs)}, shard {part[4]} of {shards}: {error}")
         # Even where a shard failed: `publish` names the documents that the other shards' answers do not cover.
         failed += [
-            f"{folder}{summary.told_apart(run, runs)}: {outcome['error']}"
+            f"{folder}{summary.sweep_label(run, runs)}: {outcome['error']}"
             for (run, folder), outcome in zip(todo, publish.remote(todo), strict=True)
             if outcome
         ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.results import Results, results_in
-from sdar_lm_eval.report.text_table import aligned
+from sdar_lm_eval.report.text_table import aligned, with_error
 
 logger = logging.getLogger(__name__)
 
@@ -193,13 +193,13 @@ def render(model: str, scores: Mapping[str, Score], published: str | None) -> st
         score = scores.get(column.task)
         row = [column.title, column.task, "", "not run"]
         if score is not None:
-            row[2:] = [f"{score.questions:,}", _with_error(100 * score.value, score.stderr, 100)]
+            row[2:] = [f"{score.questions:,}", with_error(score.value, score.stderr, 100)]
             notes += _notes(column, score)
         if published is not None:
             row.append(f"{column.published[MODELS.index(published)]:.1f}")
             if score is not None:
                 found = difference(score, column, published)
-                row += [_with_error(found.points, found.stderr, sign="+"), found.verdict]
+                row += [with_error(found.points, found.stderr, sign="+"), found.verdict]
         rows.append(row)
     if published is None:
         title = f"{model}: the name is that of no published model (--published {'|'.join(MODELS)} compares with one)"
@@ -256,7 +256,3 @@ def _notes(column: Column, score: Score) -> list[str]:
     if score.questions < column.questions:
         found.insert(0, f"{score.questions:,} of {column.questions:,} questions")
     return [f"{column.task}: {'; '.join(found)}"] if found else []
-
-
-def _with_error(value: float, stderr: float | None, scale: float = 1.0, sign: str = "") -> str:
-    return f"{value:{sign}.1f}" + ("" if stderr is None else f" ± {scale * stderr:.1f}")

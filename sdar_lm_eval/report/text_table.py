@@ -22,3 +22,15 @@ def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[s
         ).rstrip()
         for row in filled
     ]
+
+
+def with_error(value: float, stderr: float | None, scale: float = 1.0, sign: str = "") -> str:
+    """Return a value, and its standard error where that is known, as "85.0 ± 1.0".
+
+    Args:
+        value: multiplied by `scale`, as is its error.
+        stderr: the value's standard error.
+        scale: 100 for per cent of a share.
+        sign: "+" for a sign before positive values too.
+    """
+    return f"{scale * value:{sign}.1f}" + ("" if stderr is None else f" ± {scale * stderr:.1f}")

@@ -33,7 +33,7 @@ from sdar_lm_eval.runs.summary import Report
 REPORT = "report.json"
 """Name of the file in a published result's folder that the user gets."""
 
-NAMED = 8  # missing documents that a message names at most
+MOST_NAMED = 8  # missing documents in a message
 
 
 class RecordedLM(LM):
@@ -125,8 +125,8 @@ class RecordedLM(LM):
                 self.used.append({**line, **job.name})
         if missing:
             documents = list(dict.fromkeys(missing))
-            named = ", ".join(f"{task} {document}" for task, document in documents[:NAMED])
-            more = f" and {len(documents) - NAMED:,} more" if len(documents) > NAMED else ""
+            named = ", ".join(f"{task} {document}" for task, document in documents[:MOST_NAMED])
+            more = f" and {len(documents) - MOST_NAMED:,} more" if len(documents) > MOST_NAMED else ""
             raise UserError(
                 f"{len(documents):,} of {len({id(r) for r in requests}):,} documents have no answer yet: "
                 f"{named}{more}. Nothing is published. Run the same command again: it answers what is missing."
@@ -169,11 +169,6 @@ class RecordedLM(LM):
         return {"model_dtype": models[-1].get("dtype"), "sdar_lm_eval": models[-1] | facts}
 
 
-def published(folder: Path, run: Run) -> Path:
-    """Return where a run's result is, or will be."""
-    return folder / run.name / REPORT
-
-
 def publish(run: Run, folder: Path, run_programs: RunPrograms = run_here) -> Path:
     """Score all answers of a run in one pass, and write the results; do nothing where these are there already.
 
@@ -191,7 +186,7 @@ def publish(run: Run, folder: Path, run_programs: RunPrograms = run_here) -> Pat
     Raises:
         UserError: a document has no answer.
     """
-    report = published(folder, run)
+    report = folder / run.name / REPORT
     if report.exists() and json.loads(report.read_text("utf-8")).get("scored_by") == scored_by():
         return report
     setup_logging("INFO")

@@ -51,15 +51,15 @@ def run_by(run_programs: RunPrograms) -> Iterator[None]:
     if run_programs is run_here:
         yield
         return
-    here, elsewhere = programs.executor, _Elsewhere(run_programs)
-    programs.executor = lambda: elsewhere  # type: ignore[assignment]
+    before, collecting = programs.executor, _CollectingExecutor(run_programs)
+    programs.executor = lambda: collecting  # type: ignore[assignment]
     try:
         yield
     finally:
-        programs.executor = here
+        programs.executor = before
 
 
-class _Elsewhere(Executor):
+class _CollectingExecutor(Executor):
     """Collects programs; runs all of them when a score waits for one."""
 
     def __init__(self, run_programs: RunPrograms) -> None:
@@ -67,7 +67,7 @@ class _Elsewhere(Executor):
         self._waiting: dict[Job, Future[bool]] = {}
 
     def submit(self, _run: object, /, job: Job) -> Future[bool]:  # type: ignore[override]
-        future = self._waiting[job] = _Verdict(self._run_all)
+        future = self._waiting[job] = _PendingVerdict(self._run_all)
         return future
 
     def _run_all(self) -> None:
@@ -76,7 +76,7 @@ class _Elsewhere(Executor):
             future.set_result(passed)
 
 
-class _Verdict(Future[bool]):
+class _PendingVerdict(Future[bool]):
     def __init__(self, run_all: Callable[[], None]) -> None:
         super().__init__()
         self._run_all = run_all

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict, final
 
 from sdar_lm_eval.report.gsm8k_json import Benchmark, FilterMetrics
-from sdar_lm_eval.report.text_table import aligned
+from sdar_lm_eval.report.text_table import aligned, with_error
 from sdar_lm_eval.runs.settings import SWEPT, Run, Setting
 
 
@@ -96,7 +96,7 @@ def sweep_table(reports: Sequence[Report | None], runs: Sequence[Run]) -> str:
     return "\n".join(aligned(rows))
 
 
-def told_apart(run: Run, runs: Sequence[Run]) -> str:
+def sweep_label(run: Run, runs: Sequence[Run]) -> str:
     """Return the settings in which a run differs from others of its sweep: " (temperature 0, …)"; "" for a lone run."""
     told = ", ".join(f"{name} {_value(run.swept[name])}" for name in _varied(runs))
     return f" ({told})" if told else ""
@@ -122,9 +122,7 @@ def _varied(runs: Sequence[Run]) -> list[str]:
 def _accuracy(report: Report) -> str:
     if "results" not in report:
         return "see JSON"
-    metrics = report["metrics"]
-    stderr = metrics["stderr"]
-    return f"{100 * metrics['accuracy']:.1f}" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
+    return with_error(report["metrics"]["accuracy"], report["metrics"]["stderr"], 100)
 
 
 def _error(metrics: FilterMetrics) -> str:

@@ -75,11 +75,11 @@ def require_runner(title: str, guard: bool) -> None:
             f"{title} is scored by running programs, and {sys.executable} cannot run one in a process of its own here: "
             "check that processes can be started, and that the temporary folder can be written."
         )
-    _say_what_is_missing()
+    _warn_of_unlimited_memory()
 
 
 @functools.cache
-def _say_what_is_missing() -> None:
+def _warn_of_unlimited_memory() -> None:
     if importlib.util.find_spec("resource") is None:
         logger.warning("This system cannot limit the memory of programs: they run without a limit.")
 

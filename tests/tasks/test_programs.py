@@ -222,14 +222,14 @@ def test_a_system_that_limits_no_memory_says_so_once(
 ) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "resource" else find_spec(name))
-    programs._say_what_is_missing.cache_clear()
+    programs._warn_of_unlimited_memory.cache_clear()
     caplog.set_level("WARNING")
     for guard in (False, True):
         programs.require_runner("MBPP", guard)
     assert [record.getMessage() for record in caplog.records] == [
         "This system cannot limit the memory of programs: they run without a limit."
     ]
-    programs._say_what_is_missing.cache_clear()
+    programs._warn_of_unlimited_memory.cache_clear()
 
 
 def test_where_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
