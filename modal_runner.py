@@ -13,7 +13,7 @@
     publish        CPU: scores all answers, in one pass of the harness             read    write    network
     run_programs   CPU: runs programs that the model wrote, for publish            none    none     none
 
-This is the only file that knows Modal. What a flag means is in sdar_lm_eval/runs.
+No other file knows Modal. sdar_lm_eval/runs gives the flags their meaning.
 """
 
 from __future__ import annotations
@@ -94,14 +94,14 @@ def jetengine_requirement() -> str:
 
 
 def pins(engine: str) -> tuple[str, ...]:
-    """Return what an engine's image is made of, as far as answers may depend on it."""
+    """Return the requirements of an engine's image on which answers may depend."""
     if engine == "jetengine":
         return (*TORCH, *TRANSFORMERS, *HARNESS, *JETENGINE_NEEDS, FLASH_ATTN, jetengine_requirement())
     return (*(LMDEPLOY if engine == "lmdeploy" else NATIVE), *HARNESS)
 
 
 def image_of(engine: str) -> modal.Image:
-    """Return an image with just what an engine needs, and this package last."""
+    """Return an image with what an engine needs and nothing else, and this package last."""
 
     def install(
         image: modal.Image, *packages: str, extra_index_url: str | None = None, extra_options: str = ""
@@ -124,7 +124,7 @@ def image_of(engine: str) -> modal.Image:
         image = image.run_commands("python -c 'import torch, flash_attn; print(torch.__version__, torch.version.cuda)'")
         image = install(image, *TORCH, *TRANSFORMERS, *HARNESS, **torch_index)
     else:
-        # Triton compiles its kernels' launchers where they are first run.
+        # Triton compiles its kernels' launchers with gcc when they first run.
         image = install(modal.Image.debian_slim(PYTHON).apt_install("gcc", "libc6-dev"), *pins(engine))
     # Mounted when a container starts, not built into a layer: a change of this package rebuilds no image. A folder,
     # since a Python source would lack the tasks' YAML files.
@@ -230,7 +230,9 @@ def prepare(run: Run) -> Prepared | Failure:
     gpu=GPU,
     memory=MEMORY,
     timeout=TIMEOUT,
-    retries=modal.Retries(max_retries=2, initial_delay=1.0, backoff_coefficient=1.0),  # each goes on from its answers
+    retries=modal.Retries(
+        max_retries=2, initial_delay=1.0, backoff_coefficient=1.0
+    ),  # a retry goes on from the answers so far
     single_use_containers=True,  # an engine keeps the GPU's memory until its process ends
 )
 def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard: int, shards: int) -> Failure | None:
@@ -249,7 +251,8 @@ def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard
     return None
 
 
-# A container sees the volume as it was when it started: a second call needs its own to see the answers since the first.
+# A container sees a volume as it was when the container started. So each call has a container of its own: the second
+# call must see the answers that were written since the first.
 @app.function(**on_cpu, volumes={MODELS: models_to_read, RESULTS: results}, single_use_containers=True)
 def publish(runs: list[tuple[Run, str]]) -> list[Failure | None]:
     """Score each run's answers, all in one pass of the harness; the report stays on the results volume."""
@@ -272,13 +275,15 @@ def publish(runs: list[tuple[Run, str]]) -> list[Failure | None]:
     return outcomes
 
 
-# A container can ask Modal for all of its workspace, volumes and secrets too, unless that is restricted.
+# Unless restricted, a container can ask Modal for everything in its workspace, volumes and secrets too.
 @app.function(**on_cpu, block_network=True, restrict_modal_access=True, single_use_containers=True)
 def run_programs(jobs: list[Job]) -> list[bool]:
     """Run programs that the model wrote: whether each passes its tests."""
     from sdar_lm_eval.runs.programs import run_here
 
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # so many at a time: they have seconds, by clock
+    os.sched_setaffinity(
+        0, sorted(os.sched_getaffinity(0))[:CORES]
+    )  # `run_here` runs one a core; their time limits are wall time
     return run_here(jobs)
 
 
@@ -296,10 +301,10 @@ def use_prepared_files() -> None:
 
 
 def pretrained_of(run: Run) -> str:
-    """Return where a run's model is: a folder on the models volume, else its name.
+    """Return the folder of a run's model on the models volume, or the model's name where there is none.
 
     Raises:
-        UserError: a name that is no hub id, and no folder there.
+        UserError: the volume has no such folder, and the name is no hub id.
     """
     volume = Path(os.environ["SDAR_MODELS"])
     name = run.model_name
@@ -326,22 +331,22 @@ FLAGS = {
     "num_samples": "the first N documents of each task; default: all",
     "block_length": "tokens that are denoised together",
     "denoising_steps": "steps a block is denoised in",
-    "temperature": "of sampling; 0.0 is greedy",
+    "temperature": "of the distribution that tokens are drawn from; 0.0 is greedy",
     "remasking_strategy": f"which tokens a step keeps: {spellings()}; LMDeploy takes "
     f"{', '.join(ENGINES['lmdeploy'].strategies or ())}",
-    "confidence_threshold": "low_confidence_dynamic keeps what is as certain as this",
+    "confidence_threshold": "low_confidence_dynamic keeps all tokens above this confidence",
     "max_gen_length": "most new tokens; default: the task's",
     "output_file": "JSON with the results, on this machine; an older file is replaced",
     "verbose": "log each example: true or false",
     "engine": f"{', '.join(ENGINES)}; each has an image of its own",
-    "tasks": "those that generate, separated by commas",
+    "tasks": "tasks that generate, separated by commas",
     "revision": "branch, tag or commit of a hub id; default: the newest",
-    "seed": "of sampling",
+    "seed": "seed of sampling",
     "shards": "containers with a GPU that share a run's documents",
-    "gpu": f"of a container; {GPU} is an H100 and nothing else",
-    "timeout": "seconds of an attempt, of which there are three",
+    "gpu": f"GPU of a container; {GPU} is an H100 and nothing else",
+    "timeout": "seconds of an attempt; there are three attempts",
     "confirm_run_unsafe_code": "agree that programs of the model are run, in a container without network, token and "
-    "volumes; tasks that are scored by that are refused without",
+    "volumes; without this flag, tasks that are scored so are refused",
     "block": "short for --block-length",
     "steps": "short for --denoising-steps",
     "strategy": "short for --remasking-strategy",

@@ -1,4 +1,4 @@
-"""The flags of a benchmark run: checked, and made the call of the harness that they mean.
+"""Checks the flags of a benchmark run, and translates them into a call of the harness.
 
 The defaults are those of the original GSM8K benchmark, which differ from the harness's on purpose: temperature 1.0
 samples (0.0 is greedy), at most 512 new tokens for GSM8K.
@@ -33,7 +33,6 @@ RUN_PROGRAMS = ("humaneval_sdar", "mbpp_sdar", "sdar_bench")
 """This package's tasks and groups that are scored by running programs that the model wrote."""
 
 _PACKAGE = Path(sdar_lm_eval.__file__).parent
-
 
 Setting = bool | int | float | str
 """A value of model_args or gen_kwargs."""
