@@ -21,6 +21,9 @@ PARTS = {"results", "config", "date"}
 class Fields:
     """A JSON object of a results file or a samples file. Every value is checked when it is read.
 
+    `text`, `number` and `whole` return None where the key is missing or its value is null. A value of another type
+    raises `UserError`.
+
     Attributes:
         content: key -> value, unchecked.
         file: the file that holds the object, for messages.
@@ -32,52 +35,32 @@ class Fields:
     place: str = ""
 
     def part(self, key: str) -> Fields:
-        """Return the object under a key.
-
-        Raises:
-            UserError: the key is missing, or its value is no object.
-        """
+        """Return the object under a key, which must be there."""
         value = self.content.get(key)
         if not isinstance(value, dict):
             raise self.malformed(key, "an object")
         return Fields(value, self.file, f"{self.place}{key}.")
 
     def part_or_empty(self, key: str) -> Fields:
-        """Return the object under a key; an empty one where the key is missing or its value is null or empty.
-
-        Raises:
-            UserError: the value is anything else.
-        """
+        """Return the object under a key; an empty one where the key is missing or its value is null or empty."""
         return self.part(key) if self.content.get(key) else Fields({}, self.file, f"{self.place}{key}.")
 
     def text(self, key: str) -> str | None:
-        """Return the string under a key, or None where the key is missing or its value is null.
-
-        Raises:
-            UserError: the value is anything else.
-        """
+        """Return the string under a key."""
         value = self.content.get(key)
         if value is not None and not isinstance(value, str):
             raise self.malformed(key, "a string")
         return value
 
     def number(self, key: str) -> float | None:
-        """Return the number under a key, or None where the key is missing or its value is null.
-
-        Raises:
-            UserError: the value is anything else.
-        """
+        """Return the number under a key."""
         value = self.content.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
             raise self.malformed(key, "a number")
         return value
 
     def whole(self, key: str) -> int | None:
-        """Return the whole number under a key, or None where the key is missing or its value is null.
-
-        Raises:
-            UserError: the value is anything else.
-        """
+        """Return the whole number under a key."""
         value = self.content.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, type(None))):
             raise self.malformed(key, "a whole number")

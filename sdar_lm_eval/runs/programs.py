@@ -3,14 +3,14 @@
     with run_by(run_programs):
         lm_eval.simple_evaluate(…)    filters submit their programs, scores wait for the verdicts
 
-`run_by` replaces the executor of `tasks/programs.py`, by which tasks run programs.
+`run_by` replaces the runner of `tasks/programs.py`, by which tasks run programs.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 
 from sdar_lm_eval.tasks import programs
 from sdar_lm_eval.tasks.programs import Job
@@ -51,22 +51,22 @@ def run_by(run_programs: RunPrograms) -> Iterator[None]:
     if run_programs is run_here:
         yield
         return
-    before, collecting = programs.executor, _CollectingExecutor(run_programs)
-    programs.executor = lambda: collecting  # type: ignore[assignment]
+    before, collecting = programs.runner, _CollectingRunner(run_programs)
+    programs.runner = lambda: collecting
     try:
         yield
     finally:
-        programs.executor = before
+        programs.runner = before
 
 
-class _CollectingExecutor(Executor):
+class _CollectingRunner:
     """Collects programs; runs all of them when a score waits for one."""
 
     def __init__(self, run_programs: RunPrograms) -> None:
         self._run_programs = run_programs
         self._waiting: dict[Job, Future[bool]] = {}
 
-    def submit(self, _run: object, /, job: Job) -> Future[bool]:  # type: ignore[override]
+    def submit(self, _run: object, job: Job, /) -> Future[bool]:
         future = self._waiting[job] = _PendingVerdict(self._run_all)
         return future
 

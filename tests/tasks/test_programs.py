@@ -204,7 +204,7 @@ def test_ranks_share_the_cores(ranks: str, workers: int, monkeypatch: pytest.Mon
     """More programs than cores would run out of time."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    assert programs.executor.__wrapped__()._max_workers == workers
+    assert programs.runner.__wrapped__()._max_workers == workers
 
 
 def test_an_interrupt_drops_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
