@@ -13,7 +13,6 @@ import pytest
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.gsm8k_json import convert
 from sdar_lm_eval.report.results import Fields, read_lines
-from sdar_lm_eval.report.text_table import aligned
 
 SAMPLE = {
     "doc_id": 0, "doc": {"question": "1 + 1?", "answer": "#### 2"}, "target": "2", "resps": [["It is 2."]],
@@ -87,11 +86,3 @@ def test_damaged_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     for damaged in (file, tmp_path / "pipe.jsonl"):
         assert not list(read_lines(damaged, whole=False))
     assert [message.split(" ")[0] for message in caplog.messages] == [str(file), str(tmp_path / "pipe.jsonl")]
-
-
-def test_columns_are_aligned() -> None:
-    assert aligned([["task", "score", ""], ["gsm8k", "9.5", "good"], ["a", "10.0"]], left={0, 2}) == [
-        "task   score",
-        "gsm8k    9.5  good",
-        "a       10.0",
-    ]
