@@ -13,7 +13,7 @@
     publish        CPU: scores all answers, in one pass of the harness             read    write    network
     run_programs   CPU: runs programs that the model wrote, for publish            none    none     none
 
-This is the only file that knows Modal. What a flag means is in sdar_lm_eval/runs.
+No other file knows Modal. sdar_lm_eval/runs gives the flags their meaning.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict, final
 
 if __name__ == "__main__":
     sys.exit(
@@ -44,7 +44,7 @@ from sdar_lm_eval.runs import summary
 from sdar_lm_eval.runs.settings import DEFAULT_TASK, SWEPT, Run, runs_from_flags, scored_by
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sdar_lm_eval.tasks.programs import Job
 
@@ -94,17 +94,21 @@ def jetengine_requirement() -> str:
 
 
 def pins(engine: str) -> tuple[str, ...]:
-    """Return what an engine's image is made of, as far as answers may depend on it."""
+    """Return the requirements of an engine's image on which answers may depend."""
     if engine == "jetengine":
         return (*TORCH, *TRANSFORMERS, *HARNESS, *JETENGINE_NEEDS, FLASH_ATTN, jetengine_requirement())
     return (*(LMDEPLOY if engine == "lmdeploy" else NATIVE), *HARNESS)
 
 
 def image_of(engine: str) -> modal.Image:
-    """Return an image with just what an engine needs, and this package last."""
+    """Return an image with what an engine needs and nothing else, and this package last."""
 
-    def install(image: modal.Image, *packages: str, **options: Any) -> modal.Image:
-        return image.uv_pip_install(*packages, uv_version=UV, **options)
+    def install(
+        image: modal.Image, *packages: str, extra_index_url: str | None = None, extra_options: str = ""
+    ) -> modal.Image:
+        return image.uv_pip_install(
+            *packages, uv_version=UV, extra_index_url=extra_index_url, extra_options=extra_options
+        )
 
     if engine not in ENGINES:
         return modal.Image.debian_slim(PYTHON)  # nothing will run: the entrypoint refuses it
@@ -120,19 +124,19 @@ def image_of(engine: str) -> modal.Image:
         image = image.run_commands("python -c 'import torch, flash_attn; print(torch.__version__, torch.version.cuda)'")
         image = install(image, *TORCH, *TRANSFORMERS, *HARNESS, **torch_index)
     else:
-        # Triton compiles its kernels' launchers where they are first run.
+        # Triton compiles its kernels' launchers with gcc when they first run.
         image = install(modal.Image.debian_slim(PYTHON).apt_install("gcc", "libc6-dev"), *pins(engine))
-    # Started with the container, built into no layer: a change of ours is there in seconds. A folder rather than a
-    # Python source, which would leave the tasks' YAML files out.
+    # Mounted when a container starts, not built into a layer: a change of this package rebuilds no image. A folder,
+    # since a Python source would lack the tasks' YAML files.
     return image.env(ENVIRONMENT).add_local_dir(
         HERE / "sdar_lm_eval", "/root/sdar_lm_eval", ignore=["**/__pycache__", "**/*.pyc"]
     )
 
 
 def engine_asked_for(words: list[str]) -> str:
-    """Return `--engine` of a command line: images are built before the entrypoint below is called with its flags.
+    """Return `--engine` of a command line. Modal builds images before it parses the flags of `main`.
 
-    A container gets what was built, so there it makes no difference.
+    In a container, whose image is built, the value makes no difference.
     """
     engine = "jetengine"
     for word, following in zip(words, [*words[1:], ""], strict=True):
@@ -149,10 +153,44 @@ models = modal.Volume.from_name("sdar-models-cache", create_if_missing=True)
 results = modal.Volume.from_name("sdar-results", create_if_missing=True)
 models_to_read = models.with_mount_options(read_only=True)
 results_to_read = results.with_mount_options(read_only=True)
-on_cpu: dict[str, Any] = {"image": image, "cpu": CORES, "memory": 16 * 1024, "timeout": TIMEOUT}
 
-# An error of ours is handed back as a text, and not raised: raised ones are tried again.
-Outcome = dict[str, Any]
+
+class Machine(TypedDict):
+    """What a container without a GPU has; `memory` in MiB, `timeout` in seconds."""
+
+    image: modal.Image
+    cpu: float
+    memory: int
+    timeout: int
+
+
+on_cpu: Machine = {"image": image, "cpu": CORES, "memory": 16 * 1024, "timeout": TIMEOUT}
+
+
+@final
+class Failure(TypedDict):
+    """An error of this package. It is returned, since Modal would run a function that raises again."""
+
+    error: str
+
+
+@final
+class Prepared(TypedDict):
+    """What the containers need to know of a run.
+
+    Keys:
+        pretrained: a folder on the models volume, or a hub id.
+        revision: of a hub id: the commit.
+        fingerprint: the checkpoint's.
+        documents: task -> how many are evaluated.
+        begun: folders on the results volume that have answers.
+    """
+
+    pretrained: str
+    revision: str | None
+    fingerprint: str
+    documents: dict[str, int]
+    begun: list[str]
 
 
 @app.function(
@@ -160,14 +198,14 @@ Outcome = dict[str, Any]
     volumes={MODELS: models, RESULTS: results_to_read},
     env={"HF_TOKEN": os.environ.get("HF_TOKEN")},  # optional: left out where it is not set
 )
-def prepare(run: Run) -> Outcome:
-    """Fetch a run's checkpoint and documents to the volume, so that no GPU waits for them, and no two do it at once."""
-    os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"]  # weights are hashed once, and not again on a GPU's time
+def prepare(run: Run) -> Prepared | Failure:
+    """Fetch a run's checkpoint and documents to the volume: once, and before a GPU is paid for."""
+    os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"]  # the hashes of weights stay there, so no GPU waits for them
     from sdar_lm_eval.checkpoint import Checkpoint
     from sdar_lm_eval.runs.shards import ANSWERS, documents_of
 
     try:
-        pretrained = located(run)
+        pretrained = pretrained_of(run)
         documents = documents_of(run.tasks, run.num_samples)
         checkpoint = Checkpoint.open(pretrained, run.revision)
         fingerprint = checkpoint.fingerprint
@@ -175,7 +213,7 @@ def prepare(run: Run) -> Outcome:
         return {"error": str(error)}
     models.commit()
     begun = [path.parent.name for path in Path(os.environ["SDAR_RESULTS"]).glob(f"*/{ANSWERS}")]
-    # The commit that the hub's cache has it under, so that all containers run the same one.
+    # The commit under which the hub's cache has the model, so that all containers run the same one.
     of_hub = checkpoint.folder.parent.name == "snapshots"
     return {
         "pretrained": pretrained,
@@ -192,12 +230,14 @@ def prepare(run: Run) -> Outcome:
     gpu=GPU,
     memory=MEMORY,
     timeout=TIMEOUT,
-    retries=modal.Retries(max_retries=2, initial_delay=1.0, backoff_coefficient=1.0),  # each goes on from its answers
+    retries=modal.Retries(
+        max_retries=2, initial_delay=1.0, backoff_coefficient=1.0
+    ),  # a retry goes on from the answers so far
     single_use_containers=True,  # an engine keeps the GPU's memory until its process ends
 )
-def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard: int, shards: int) -> Outcome:
+def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard: int, shards: int) -> Failure | None:
     """Answer a shard of a run's documents into its folder on the results volume."""
-    read_what_is_fetched()
+    use_prepared_files()
     from sdar_lm_eval.runs.shards import answer_shard
 
     try:
@@ -208,25 +248,26 @@ def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard
         return {"error": str(error)}
     finally:
         results.commit()
-    return {}
+    return None
 
 
-# A container sees the volume as it was when it started: a second call needs its own to see the answers since the first.
+# A container sees a volume as it was when the container started. So each call has a container of its own: the second
+# call must see the answers that were written since the first.
 @app.function(**on_cpu, volumes={MODELS: models_to_read, RESULTS: results}, single_use_containers=True)
-def publish(runs: list[tuple[Run, str]]) -> list[Outcome]:
+def publish(runs: list[tuple[Run, str]]) -> list[Failure | None]:
     """Score each run's answers, all in one pass of the harness; the report stays on the results volume."""
-    read_what_is_fetched()
+    use_prepared_files()
     from sdar_lm_eval.runs import merge
     from sdar_lm_eval.runs.programs import batches
 
     def run_apart(jobs: Sequence[Job]) -> list[bool]:
         return [passed for part in run_programs.map(batches(jobs, PROGRAMS)) for passed in part]
 
-    outcomes: list[Outcome] = []
+    outcomes: list[Failure | None] = []
     for run, folder in runs:
         try:
             merge.publish(run, Path(os.environ["SDAR_RESULTS"]) / folder, run_apart)
-            outcomes.append({})
+            outcomes.append(None)
         except SDARError as error:
             outcomes.append({"error": str(error)})
         finally:
@@ -234,20 +275,22 @@ def publish(runs: list[tuple[Run, str]]) -> list[Outcome]:
     return outcomes
 
 
-# A container can ask Modal for all of its workspace, volumes and secrets too, unless that is restricted.
+# Unless restricted, a container can ask Modal for everything in its workspace, volumes and secrets too.
 @app.function(**on_cpu, block_network=True, restrict_modal_access=True, single_use_containers=True)
 def run_programs(jobs: list[Job]) -> list[bool]:
     """Run programs that the model wrote: whether each passes its tests."""
     from sdar_lm_eval.runs.programs import run_here
 
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # so many at a time: they have seconds, by clock
+    os.sched_setaffinity(
+        0, sorted(os.sched_getaffinity(0))[:CORES]
+    )  # `run_here` runs one a core; their time limits are wall time
     return run_here(jobs)
 
 
-def read_what_is_fetched() -> None:
-    """Have libraries take what `prepare` left on the models volume, and write elsewhere. To be called before they load.
+def use_prepared_files() -> None:
+    """Have libraries read what `prepare` left on the models volume, and write elsewhere. Call it before they load.
 
-    Copied are data sets, beside which a reader makes lock files, and the hashes of weights (checkpoint/fingerprint.py).
+    Data sets, beside which a reader makes lock files, and the hashes of weights (checkpoint/fingerprint.py) are copied.
     """
     fetched, own = Path(os.environ["HF_HOME"]), Path(tempfile.mkdtemp())
     for name in ("datasets", "sdar_lm_eval"):
@@ -257,15 +300,15 @@ def read_what_is_fetched() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def located(run: Run) -> str:
-    """Return where a run's model is: a folder on the models volume, else its name.
+def pretrained_of(run: Run) -> str:
+    """Return the folder of a run's model on the models volume, or the model's name where there is none.
 
     Raises:
-        UserError: a name that is no hub id, and no folder there.
+        UserError: the volume has no such folder, and the name is no hub id.
     """
     volume = Path(os.environ["SDAR_MODELS"])
     name = run.model_name
-    # The original benchmark kept hub models there under this name.
+    # The original benchmark named a hub model's folder like this.
     for folder in (volume / name, volume / name.replace("/", "_")):
         if run.revision is None and (folder / "config.json").is_file():
             print(f"{name}: {folder} on the models volume")
@@ -288,22 +331,22 @@ FLAGS = {
     "num_samples": "the first N documents of each task; default: all",
     "block_length": "tokens that are denoised together",
     "denoising_steps": "steps a block is denoised in",
-    "temperature": "of sampling; 0.0 is greedy",
+    "temperature": "of the distribution that tokens are drawn from; 0.0 is greedy",
     "remasking_strategy": f"which tokens a step keeps: {spellings()}; LMDeploy takes "
     f"{', '.join(ENGINES['lmdeploy'].strategies or ())}",
-    "confidence_threshold": "low_confidence_dynamic keeps what is as certain as this",
+    "confidence_threshold": "low_confidence_dynamic keeps all tokens above this confidence",
     "max_gen_length": "most new tokens; default: the task's",
     "output_file": "JSON with the results, on this machine; an older file is replaced",
     "verbose": "log each example: true or false",
     "engine": f"{', '.join(ENGINES)}; each has an image of its own",
-    "tasks": "those that generate, separated by commas",
+    "tasks": "tasks that generate, separated by commas",
     "revision": "branch, tag or commit of a hub id; default: the newest",
-    "seed": "of sampling",
+    "seed": "seed of sampling",
     "shards": "containers with a GPU that share a run's documents",
-    "gpu": f"of a container; {GPU} is an H100 and nothing else",
-    "timeout": "seconds of an attempt, of which there are three",
+    "gpu": f"GPU of a container; {GPU} is an H100 and nothing else",
+    "timeout": "seconds of an attempt; there are three attempts",
     "confirm_run_unsafe_code": "agree that programs of the model are run, in a container without network, token and "
-    "volumes; tasks that are scored by that are refused without",
+    "volumes; without this flag, tasks that are scored so are refused",
     "block": "short for --block-length",
     "steps": "short for --denoising-steps",
     "strategy": "short for --remasking-strategy",
@@ -336,7 +379,7 @@ def main(
     steps: str | None = None,
     strategy: str | None = None,
     threshold: str | None = None,
-):
+) -> None:
     """Evaluate an SDAR model on a GPU of Modal."""
     try:
         if not 1 <= timeout <= DAY:
@@ -353,7 +396,7 @@ def main(
             short={"block": block, "steps": steps, "strategy": strategy, "threshold": threshold},
         )  # fmt: skip
         print(summary.configuration(runs, {"gpu": gpu, "shards": shards, "timeout": f"{timeout} s"}))
-        failed = evaluated(runs, output, shards=shards, gpu=gpu, timeout=timeout)
+        failed = evaluate_all(runs, output, shards=shards, gpu=gpu, timeout=timeout)
     except SDARError as error:
         failed = [str(error)]
     except modal.Error as error:
@@ -361,8 +404,8 @@ def main(
             f"Modal: {type(error).__name__}: {str(error).rstrip('.')}. Finished answers are kept on the volume "
             "sdar-results: the same command goes on from them."
         ]
-    for error in failed:
-        print(f"modal_runner: error: {error}", file=sys.stderr)
+    for message in failed:
+        print(f"modal_runner: error: {message}", file=sys.stderr)
     if failed:
         sys.exit(1)
 
@@ -374,7 +417,9 @@ def help_text() -> str:
         description="Evaluate an SDAR model on a GPU of Modal. Defaults stand in parentheses.",
         epilog="* several values, separated by commas, make a sweep: all combinations.",
     )
-    for name, parameter in inspect.signature(main.info.raw_f).parameters.items():
+    entrypoint = main.info.raw_f
+    assert entrypoint is not None
+    for name, parameter in inspect.signature(entrypoint).parameters.items():
         given, flag = parameter.default, f"--{name.replace('_', '-')}"
         text = FLAGS[name] + (f" ({given})" if given not in (None, "") else "") + (" *" if name in SWEPT else "")
         if given is False:
@@ -388,7 +433,7 @@ def gpu_of(text: str) -> str:
     """Return the name of a GPU, spelled as Modal does.
 
     Raises:
-        UserError: none, or several: no engine here would use them. Which ones there are, Modal knows.
+        UserError: none is named, or several, of which an engine would use one. Modal checks the name itself.
     """
     name, _, count = text.strip().upper().partition(":")
     if not name:
@@ -399,10 +444,10 @@ def gpu_of(text: str) -> str:
 
 
 def output_of(text: str) -> Path:
-    """Return where the JSON file is to be written.
+    """Return the path of the JSON file.
 
     Raises:
-        UserError: it cannot be; better known before anything is paid for.
+        UserError: the file cannot be written there; it is checked before anything is paid for.
     """
     output = Path(text).expanduser()
     folder = output.absolute().parent
@@ -415,8 +460,8 @@ def output_of(text: str) -> Path:
     return output
 
 
-def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: int) -> list[str]:
-    """Evaluate what has no result yet, print and write what there is, and return what went wrong."""
+def evaluate_all(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: int) -> list[str]:
+    """Evaluate the runs without a result, print and write all results, and return the errors."""
     ready = prepare.remote(runs[0])
     if "error" in ready:
         return [ready["error"]]
@@ -425,12 +470,12 @@ def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: 
     todo = [(run, folder) for run, folder in zip(runs, folders, strict=True) if report_of(run, folder) is None]
     for run, folder in zip(runs, folders, strict=True):
         done = (run, folder) not in todo
-        told = summary.told_apart(run, runs) + (", there already: nothing is computed" if done else "")
+        told = summary.sweep_label(run, runs) + (", there already: nothing is computed" if done else "")
         print(f"Results: sdar-results/{folder}/{run.name}{told}")
     begun = [pair for pair in todo if pair[1] in ready["begun"]]
-    if begun:  # perhaps by a larger run, or nothing but the scores is missing: it takes no GPU to find out
+    if begun:  # all answers may be there, say of a larger run: scoring finds out, without a GPU
         for pair, outcome in zip(begun, publish.remote(begun), strict=True):
-            if "error" not in outcome:
+            if outcome is None:
                 todo.remove(pair)
                 print(f"{pair[1]}: all answers are there already, so no GPU is needed")
     if todo:
@@ -444,21 +489,21 @@ def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: 
         ]
         on_gpu = evaluate.with_options(gpu=gpu, timeout=timeout, max_containers=len(parts))
         for part, outcome in zip(parts, on_gpu.starmap(parts, return_exceptions=True), strict=True):
-            raised = isinstance(outcome, BaseException)
-            error = f"{type(outcome).__name__}: {outcome}" if raised else outcome.get("error")
-            if error:
-                failed.append(f"{part[1]}{summary.told_apart(part[0], runs)}, shard {part[4]} of {shards}: {error}")
-        # Also where a shard failed: the others' answers are there, and it says which documents are not.
+            if outcome is not None:
+                raised = isinstance(outcome, BaseException)
+                error = f"{type(outcome).__name__}: {outcome}" if raised else outcome["error"]
+                failed.append(f"{part[1]}{summary.sweep_label(part[0], runs)}, shard {part[4]} of {shards}: {error}")
+        # Even where a shard failed: `publish` names the documents that the other shards' answers do not cover.
         failed += [
-            f"{folder}{summary.told_apart(run, runs)}: {outcome['error']}"
+            f"{folder}{summary.sweep_label(run, runs)}: {outcome['error']}"
             for (run, folder), outcome in zip(todo, publish.remote(todo), strict=True)
-            if "error" in outcome
+            if outcome
         ]
     reports = [report_of(run, folder) for run, folder in zip(runs, folders, strict=True)]
     if len(runs) == 1:
-        content = reports[0]
-        if content is not None:
-            print(summary.result(content))
+        content: Mapping[str, object] | None = reports[0]
+        if reports[0] is not None:
+            print(summary.result(reports[0]))
     else:
         content = summary.sweep_json(reports, runs, folders)
         print(summary.sweep_table(reports, runs))
@@ -472,10 +517,10 @@ def evaluated(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: 
     return failed
 
 
-def report_of(run: Run, folder: str) -> dict[str, Any] | None:
+def report_of(run: Run, folder: str) -> summary.Report | None:
     """Return a run's report from the results volume, or None where there is none yet by this version of the package."""
     try:
-        report = json.loads(b"".join(results.read_file(f"{folder}/{run.name}/report.json")))
+        report: summary.Report = json.loads(b"".join(results.read_file(f"{folder}/{run.name}/report.json")))
     except FileNotFoundError:
         return None
     return report if report.get("scored_by") == scored_by() else None

@@ -35,8 +35,13 @@ Value = TypeVar("Value")
 class Tokenizer(Protocol):
     """What is read of a transformers tokenizer."""
 
-    chat_template: str | Mapping[str, str] | None
-    special_tokens_map: Mapping[str, object]
+    @property
+    def chat_template(self) -> object:
+        """A text, several by name, or None; unchecked."""
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, object]:
+        """Role -> token, such as `eos_token`."""
 
 
 class Unbounded(Exception):  # noqa: N818

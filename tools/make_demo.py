@@ -2,9 +2,10 @@
 
     python tools/make_demo.py --out FOLDER [--seed 0] [--steps 2000] [--device cuda]
 
-writes `problems.jsonl` (200 held-out word problems) and `checkpoint/`: a 3-million-parameter block-diffusion model in
-SDAR's layout (Qwen3 with block size 4), its tokenizer, chat template and generation config. Problems and tokenizer
-are the same bytes for the same seed; weights are the same up to the GPU's rounding. About two minutes on one H100.
+This writes `problems.jsonl` (200 held-out word problems) and `checkpoint/`: a 3-million-parameter block-diffusion model
+in SDAR's layout (Qwen3 with block size 4), its tokenizer, chat template and generation config. The same seed gives the
+same bytes of problems and tokenizer, and the same weights up to the GPU's rounding. It takes about two minutes on one
+H100.
 
 The training objective is SDAR's (arXiv 2510.06303), which is that of block diffusion (arXiv 2503.09573): a noised copy
 of the text stands before the clean one; a noised block sees itself and the clean blocks before it; the masked tokens
@@ -21,13 +22,22 @@ import logging
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from demo_problems import Problem, problems
 
 from sdar_lm_eval.demo import PROMPT
 
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from tokenizers import Tokenizer
+    from transformers import Qwen3ForCausalLM
+
 logger = logging.getLogger(__name__)
+
+Config: TypeAlias = "dict[str, bool | int | float | str | list[str] | None]"
 
 BLOCK_SIZE = 4
 MAX_TOKENS = 160  # longest training text; longer ones are left out
@@ -60,8 +70,8 @@ def problems_jsonl(seed: int) -> str:
     return "".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in test)
 
 
-def make_tokenizer(seed: int) -> Any:
-    """Train a byte-level BPE tokenizer on 20,000 problems; returns a `tokenizers.Tokenizer`."""
+def make_tokenizer(seed: int) -> Tokenizer:
+    """Return a byte-level BPE tokenizer trained on 20,000 problems."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -86,8 +96,8 @@ def make_tokenizer(seed: int) -> Any:
     return tokenizer
 
 
-def make_config(tokenizer: Any) -> dict[str, Any]:
-    """`config.json` of the demo model: SDAR's keys, Qwen3's meaning."""
+def make_config(tokenizer: Tokenizer) -> Config:
+    """Return `config.json` of the demo model: SDAR's keys, with Qwen3's meaning."""
     end, mask = tokenizer.token_to_id("<|endoftext|>"), tokenizer.token_to_id("<|MASK|>")
     return {
         "architectures": ["SDARForCausalLM"],
@@ -120,8 +130,8 @@ def make_config(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def block_diffusion_mask(length: int, block_size: int) -> Any:
-    """The attention mask of [noised; clean] halves: bool (2 * length, 2 * length), True = attends.
+def block_diffusion_mask(length: int, block_size: int) -> torch.Tensor:
+    """Return the attention mask of [noised; clean] halves: bool (2 * length, 2 * length), True = attends.
 
     Source: Block Diffusion, arXiv 2503.09573, section 3 (block diagonal, offset block causal, block causal).
     """
@@ -134,10 +144,11 @@ def block_diffusion_mask(length: int, block_size: int) -> Any:
     return torch.cat([noised, clean])
 
 
-def training_texts(tokenizer: Any, seed: int, count: int) -> tuple[Any, Any]:
-    """Tokenize training problems: int16 ids (n, MAX_TOKENS) and bool is_answer, which holds the end of the last block.
+def training_texts(tokenizer: Tokenizer, seed: int, count: int) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
+    """Tokenize training problems: ids (n, MAX_TOKENS), and is_answer (n, MAX_TOKENS) for the tokens that are learnt.
 
-    After its end of turn a text goes on with <|endoftext|>, learnt up to the end of that block.
+    A text is padded with <|endoftext|> behind its end of turn. The answer is learnt, and the padding up to the end of
+    the answer's last block.
     """
     import numpy as np
 
@@ -158,7 +169,9 @@ def training_texts(tokenizer: Any, seed: int, count: int) -> tuple[Any, Any]:
     return np.stack(ids), np.stack(is_answer)
 
 
-def add_noise(ids: Any, is_answer: Any, mask_id: int) -> tuple[Any, Any, Any]:
+def add_noise(
+    ids: torch.Tensor, is_answer: torch.Tensor, mask_id: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mask k ~ U{1..m} of the m answer tokens of every block.
 
     ids and is_answer are (B, N); returns noised ids (B, N), masked (B, N) bool and weights m / k (B, N).
@@ -176,8 +189,10 @@ def add_noise(ids: Any, is_answer: Any, mask_id: int) -> tuple[Any, Any, Any]:
     return torch.where(masked, mask_id, ids), masked, weights
 
 
-def train(config: dict[str, Any], tokenizer: Any, *, seed: int, steps: int, batch: int, lr: float, device: str) -> Any:
-    """Train the demo model; returns a transformers Qwen3ForCausalLM in float32."""
+def train(
+    config: Config, tokenizer: Tokenizer, *, seed: int, steps: int, batch: int, lr: float, device: str
+) -> Qwen3ForCausalLM:
+    """Return the trained demo model, in float32."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -186,10 +201,12 @@ def train(config: dict[str, Any], tokenizer: Any, *, seed: int, steps: int, batc
     known = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "torch_dtype")}
     model = Qwen3ForCausalLM._from_config(Qwen3Config(**known), attn_implementation="sdpa").float().to(device)
     logger.info("%s parameters", f"{sum(p.numel() for p in model.parameters()):,}")
+    mask_id = tokenizer.token_to_id("<|MASK|>")
+    assert mask_id is not None
     started = time.time()
-    ids, is_answer = training_texts(tokenizer, seed, min(steps * batch, 600_000))
-    logger.info("%d training texts in %.0f s", len(ids), time.time() - started)
-    ids, is_answer = torch.from_numpy(ids).to(device), torch.from_numpy(is_answer).to(device)
+    texts, learnt = training_texts(tokenizer, seed, min(steps * batch, 600_000))
+    logger.info("%d training texts in %.0f s", len(texts), time.time() - started)
+    ids, is_answer = torch.from_numpy(texts).to(device), torch.from_numpy(learnt).to(device)
 
     attention = block_diffusion_mask(MAX_TOKENS, BLOCK_SIZE).to(device)[None, None]  # (1, 1, 2N, 2N)
     positions = torch.arange(MAX_TOKENS, device=device).repeat(2)[None]  # (1, 2N)
@@ -205,7 +222,7 @@ def train(config: dict[str, Any], tokenizer: Any, *, seed: int, steps: int, batc
     for step in range(steps):
         rows = torch.randint(len(ids), (batch,), device=device)
         clean, answer = ids[rows].long(), is_answer[rows]
-        noised, masked, weights = add_noise(clean, answer, config["mask_token_id"])
+        noised, masked, weights = add_noise(clean, answer, mask_id)
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind != "cpu"):
             hidden = model.model(
                 input_ids=torch.cat([noised, clean], dim=1), attention_mask=attention, position_ids=positions
@@ -223,7 +240,7 @@ def train(config: dict[str, Any], tokenizer: Any, *, seed: int, steps: int, batc
     return model
 
 
-def write_checkpoint(folder: Path, model: Any, config: dict[str, Any], tokenizer: Any) -> None:
+def write_checkpoint(folder: Path, model: Qwen3ForCausalLM, config: Config, tokenizer: Tokenizer) -> None:
     """Write the folder as SDAR publishes its own: config, generation config, tokenizer, chat template, weights."""
     import torch
     from safetensors.torch import save_file

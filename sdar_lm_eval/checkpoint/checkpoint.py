@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sdar_lm_eval.checkpoint.config import (
+    Config,
     block_length_of,
     check_config,
     check_mask_token,
@@ -25,7 +26,7 @@ from sdar_lm_eval.checkpoint.config import (
 )
 from sdar_lm_eval.checkpoint.fingerprint import fingerprint
 from sdar_lm_eval.checkpoint.folder import resolve
-from sdar_lm_eval.checkpoint.tokenizer import TOKENIZER_FILES, copy_tokenizer, open_tokenizer
+from sdar_lm_eval.checkpoint.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, open_tokenizer
 from sdar_lm_eval.checkpoint.weights import INDEX, check_headers, check_layout, link_weights, load, weight_files
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.family import Family
@@ -44,20 +45,20 @@ class Checkpoint:
 
     Attributes:
         name: as the user gave it: hub id, folder, or `demo`.
-        folder: where its files are.
+        folder: where the files are.
         config: `config.json` as it stands.
         family: what `model_type` in config.json means.
-        mask_token_id: the token that stands for "not yet known".
+        mask_token_id: the token at masked positions.
         block_length: tokens the model was trained to denoise together: config.json's `block_size`, else what the name
             says (JetLM's end in -b8, -b16, ... where it is not 4), else 4.
         stop_ids: tokens that end an answer: `generation_config.json`'s, else config.json's, else the tokenizer's.
         max_length: most tokens of prompt and answer together (`max_position_embeddings`).
-        revision: of the hub id, as it was asked for.
+        revision: branch, tag or commit of the hub id, as the user gave it.
     """
 
     name: str
     folder: Path
-    config: dict[str, Any] = dataclasses.field(repr=False)
+    config: Config = dataclasses.field(repr=False)
     family: Family
     mask_token_id: int
     block_length: int
@@ -67,7 +68,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, name: str, revision: str | None = None) -> Checkpoint:
-        """Open a checkpoint by hub id, folder or `demo`. Reads of the weights their headers, where they are there.
+        """Open a checkpoint by hub id, folder or `demo`. Of weight files that exist, the headers are read.
 
         Args:
             name: `demo`, an existing folder, or a hub id (`owner/name`), downloaded to the hub's cache.
@@ -102,6 +103,7 @@ class Checkpoint:
             mask_token_id = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
             stop_ids = stop_ids or stop_ids_of(name, tokenizer.eos_token_id, vocabulary)
         check_mask_token(name, mask_token_id, vocabulary)
+        assert isinstance(mask_token_id, int)
         opened = cls(
             name=name,
             folder=folder,
@@ -123,7 +125,7 @@ class Checkpoint:
         return self.family.is_moe
 
     @functools.cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, from a copy of its files that names no code.
 
         Raises:
@@ -133,41 +135,43 @@ class Checkpoint:
         return open_tokenizer(self.name, self.folder, vocabulary_of(self.config, self.family))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of tokens, special tokens left out, nothing tidied up."""
-        # Of a list transformers looks at every token by itself.
+        """Return the text of tokens, without special tokens, white space as it stands."""
+        # An array, since transformers visits each token of a list in Python.
         ids = np.asarray(token_ids, dtype=np.int64)
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of what answers depend on: other weights, configuration, tokenizer or template, another fingerprint.
+        """A hash of every byte that answers depend on: weights, configuration, tokenizer and chat template.
 
-        Every byte counts. The weights are read once and remembered, see `fingerprint.py`.
+        Weight files are hashed once, and their hashes remembered (`fingerprint.py`).
         """
         files = [self.folder / name for name in ("generation_config.json", *TOKENIZER_FILES)]
         return fingerprint(self.config, [path for path in files if path.exists()], self.weight_files())
 
     def weight_files(self) -> list[Path]:
-        """The safetensors files that hold the weights: model.safetensors, else those of its index.
+        """Return the safetensors files that hold the weights: model.safetensors, else those that its index names.
 
         Raises:
-            UserError: none there, one of the index missing, or one that is another kind of file.
+            UserError: there are none, one that the index names is missing, or one is no regular file.
         """
         return weight_files(self.name, self.folder)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of each weight that config.json asks for."""
+        """Return the name and shape of each weight that config.json asks for."""
         return self.family.weights(self._transformers_config("eager"))
 
-    def full_config(self) -> dict[str, Any]:
-        """config.json with the defaults of transformers for what it leaves out, for engines that have others or none.
+    def full_config(self) -> Config:
+        """Return config.json, completed with transformers' defaults. Engines have other defaults, or none.
 
         Raises:
-            UserError: it cannot be used.
+            UserError: transformers cannot use the config.
         """
         config = self._transformers_config("eager")
-        return self.config | {name: getattr(config, name) for name in self.family.settings if hasattr(config, name)}
+        return {
+            **self.config,
+            **{name: getattr(config, name) for name in self.family.settings if hasattr(config, name)},
+        }
 
     def check_weights(self) -> None:
         """Compare the weight files with what config.json asks for.
@@ -190,7 +194,7 @@ class Checkpoint:
         Raises:
             UserError: weights are missing, unexpected, of another shape, or cut short (the message names them), or do
                 not fit on the device.
-            EngineError: this transformers does not take SDAR's weights for what they are.
+            EngineError: the installed transformers loads SDAR's weights wrongly.
         """
         import torch
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -202,18 +206,20 @@ class Checkpoint:
         return load(self.name, files, self.folder / INDEX, self.family, config, dtype=dtype, device=device)
 
     @contextlib.contextmanager
-    def clean_folder(self, config: Mapping[str, Any], tokenizer: Mapping[str, Any] | None = None) -> Iterator[Path]:
-        """A temporary folder for an engine that opens checkpoints by itself: no code in it, and none named.
+    def clean_folder(
+        self, config: Mapping[str, object], tokenizer: Mapping[str, object] | None = None
+    ) -> Iterator[Path]:
+        """Make a temporary folder for an engine that opens checkpoints by itself. It holds and names no code.
 
         Args:
-            config: what its config.json holds.
-            tokenizer: keys to set in its tokenizer_config.json.
+            config: the content of the folder's config.json.
+            tokenizer: keys to set in the folder's tokenizer_config.json.
 
         Yields:
             The folder, with the tokenizer's files and links to the weights.
 
         Raises:
-            UserError: the weights are not those that the checkpoint's config.json asks for, or no tokenizer is there.
+            UserError: the weights are not those that the checkpoint's config.json asks for, or there is no tokenizer.
         """
         self.check_weights()
         with tempfile.TemporaryDirectory(prefix="sdar-checkpoint-") as clean:

@@ -1,7 +1,7 @@
 """A hash of what a checkpoint's answers depend on: every byte of its weights, configuration, tokenizer and template.
 
-A weight file is read once. Its sha256 is remembered, by path, size, times and inode, in `sha256.json` in the user's
-cache folder; a file of the hub's cache has its sha256 for a name.
+A weight file is read once. `sha256.json` in the user's cache folder remembers its sha256 by path, size, times and
+inode. The hub's cache names a file by its sha256, so such a file is not read at all.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from sdar_lm_eval.files import read_bytes, read_json, require_regular
 
 logger = logging.getLogger(__name__)
 
 REMEMBERED = 1000  # files
-SETTLED_S = 5  # a file that changed later than so many seconds ago may change again within one tick of its clock
-LARGE = 2_000_000_000  # bytes, of which the user is told
+SETTLED_S = 5  # a file that changed less than so many seconds ago may change again in the same tick of its clock
+LARGE = 2_000_000_000  # bytes; from this size on the user is told
+
+Facts = tuple[int, int, int, int]
+"""A file's size, mtime, ctime (ns) and inode: one of them is another when the file was written."""
 
 
-def fingerprint(config: Mapping[str, Any], files: Sequence[Path], weights: Sequence[Path]) -> str:
-    """Return 16 hexadecimal digits that are others wherever config, a file's name or one of its bytes is another.
+def fingerprint(config: Mapping[str, object], files: Sequence[Path], weights: Sequence[Path]) -> str:
+    """Return 16 hexadecimal digits, which differ where the config, a file's name or one of its bytes differs.
 
     Args:
         config: `config.json`.
-        files: small ones, which are read each time.
-        weights: large ones, which are read once.
+        files: small files, read each time.
+        weights: large files, read once.
 
     Raises:
-        UserError: a file is no regular file.
+        UserError: a path is not a regular file.
     """
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in files:
@@ -55,8 +57,8 @@ def _sha256_of(paths: Sequence[Path]) -> list[str]:
         remembered = _remembered()
         for path, fact in facts.items():
             entry = remembered.get(str(path.resolve()))
-            if entry is not None and entry[:-1] == fact:
-                known[path] = entry[-1]
+            if entry is not None and entry[0] == fact:
+                known[path] = entry[1]
     unread = [path for path in paths if path not in known]
     if unread:
         if (size := sum(facts[path][0] for path in unread)) > LARGE:
@@ -66,7 +68,7 @@ def _sha256_of(paths: Sequence[Path]) -> list[str]:
             known |= zip(unread, threads.map(_read_sha256, unread), strict=True)
         _remember(
             {
-                str(path.resolve()): [*facts[path], known[path]]
+                str(path.resolve()): (facts[path], known[path])
                 for path in unread
                 if _facts(path) == facts[path] and facts[path][1] / 1e9 < begun - SETTLED_S
             }
@@ -75,16 +77,15 @@ def _sha256_of(paths: Sequence[Path]) -> list[str]:
 
 
 def _name_at_hub(path: Path) -> str | None:
-    """The sha256 that the hub's cache names a file by: snapshots link to `blobs/…`, of which git's have 40 digits."""
+    """The sha256 by which the hub's cache names a file. Snapshots link to `blobs/…`; names of 40 digits are git's."""
     blob = path.resolve()
     is_named = path.is_symlink() and blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
     return blob.name if is_named else None
 
 
-def _facts(path: Path) -> list[int]:
-    """What is another when a file was written: its size, mtime, ctime and inode."""
+def _facts(path: Path) -> Facts:
     found = require_regular(path)
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def _read_sha256(path: Path) -> str:
@@ -97,7 +98,7 @@ def _read_sha256(path: Path) -> str:
         return digest.hexdigest()
 
 
-# What is remembered never matters but for time: whatever is wrong with the file, the weights are read instead.
+# sha256.json only saves time: whatever is wrong with it, the weights are read instead.
 
 
 def _cache_file() -> Path:
@@ -106,21 +107,25 @@ def _cache_file() -> Path:
     return folder / "sdar_lm_eval" / "sha256.json"
 
 
-def _remembered() -> dict[str, list[Any]]:
+def _remembered() -> dict[str, tuple[Facts, str]]:
     """Path -> its facts and its sha256."""
     try:
         entries = read_json(_cache_file())
     except (OSError, RuntimeError, ValueError):
         return {}
-    return {path: entry for path, entry in entries.items() if _is_entry(entry)}
+    return {path: known for path, entry in entries.items() if (known := _entry(entry)) is not None}
 
 
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, list) and len(entry) == 5 and bool(re.fullmatch(r"[0-9a-f]{64}", str(entry[-1])))
+def _entry(value: object) -> tuple[Facts, str] | None:
+    """An entry as the file has it: [size, mtime, ctime, inode, sha256]. None: a damaged one."""
+    match value:
+        case [int(size), int(mtime), int(ctime), int(inode), str(sha256)] if re.fullmatch(r"[0-9a-f]{64}", sha256):
+            return (size, mtime, ctime, inode), sha256
+    return None
 
 
-def _remember(new: Mapping[str, list[Any]]) -> None:
-    """Add entries, the oldest leaving; another process may do so at the same time, and then one of the two counts."""
+def _remember(new: Mapping[str, tuple[Facts, str]]) -> None:
+    """Add entries, and drop the oldest beyond `REMEMBERED`. Of two processes at once, the later one's file stays."""
     if not new:
         return
     with contextlib.suppress(OSError, RuntimeError, ValueError):
@@ -128,7 +133,8 @@ def _remember(new: Mapping[str, list[Any]]) -> None:
         entries = {path: entry for path, entry in _remembered().items() if path not in new} | dict(new)
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix="sha256-", delete=False) as written:
-            written.write(json.dumps(dict(list(entries.items())[-REMEMBERED:])))
+            kept = list(entries.items())[-REMEMBERED:]
+            written.write(json.dumps({path: [*facts, sha256] for path, (facts, sha256) in kept}))
         try:
             Path(written.name).replace(file)
         except OSError:

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a folder of the user's, the bundled one, or a snapshot from the hub."""
+"""Finds a checkpoint's folder: the user's, the bundled one, or a snapshot from the hub."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import one_line
 
 DOWNLOADED = ("*.json", "*.jinja", "merges.txt", "*.safetensors")
-IGNORED = ("*/*",)  # the hub's patterns match across folders: another copy of the weights may lie in one
+IGNORED = ("*/*",)  # subfolders may hold other copies of the weights, and `*` in the hub's patterns matches `/` too
 
 
 def resolve(name: str, revision: str | None) -> Path:
-    """Return the folder of `demo`, of a path, or of a hub id, which is downloaded where it is not in the hub's cache.
+    """Return the folder of `demo`, of a path, or of a hub id. What the hub's cache lacks of a hub id is downloaded.
 
     Raises:
         UserError: there is no such folder or id.

@@ -10,10 +10,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, overload
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import one_line, read_bytes, read_json, shown
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -24,11 +28,77 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-# Texts on which a pattern with nested repetitions runs out of its matcher's steps.
+# A pattern with nested repetitions exceeds the regular expression engine's limit of steps on one of these texts.
 PROBES = tuple(f"{part * 500}{end}" for part in ("a", "aB ", " ", "1", "-", "\n", "é", "字") for end in ("!", "x"))
 
 
-def open_tokenizer(name: str, folder: Path, vocabulary: int) -> Any:
+class AddedToken(Protocol):
+    """A token beside the tokenizer's own vocabulary."""
+
+    @property
+    def content(self) -> str:
+        """The token's text."""
+
+    @property
+    def special(self) -> bool:
+        """Whether decoding may leave the token out."""
+
+
+class Tokenizer(Protocol):
+    """What this package uses of transformers' `PreTrainedTokenizerBase`."""
+
+    name_or_path: str
+    chat_template: object
+    """A text, several by name, or None; unchecked (`chat_template.py`)."""
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    mask_token_id: int | None
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The special tokens."""
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, AddedToken]:
+        """Id -> token, of those beside the tokenizer's own vocabulary."""
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, str | list[str]]:
+        """Role -> token, such as `eos_token`."""
+
+    @overload
+    def __call__(
+        self, text: str, *, add_special_tokens: bool, split_special_tokens: bool = ...
+    ) -> Mapping[str, list[int]]: ...
+    @overload
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the tokens of a text."""
+
+    def decode(
+        self,
+        token_ids: list[int] | NDArray[np.int64],
+        *,
+        skip_special_tokens: bool = ...,
+        clean_up_tokenization_spaces: bool,
+    ) -> str:
+        """Return the text of tokens."""
+
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        """Return a token as the vocabulary spells it."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return token -> id."""
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        """Render a conversation."""
+
+
+def open_tokenizer(name: str, folder: Path, vocabulary: int) -> Tokenizer:
     """Open a checkpoint's tokenizer.
 
     Args:
@@ -45,7 +115,7 @@ def open_tokenizer(name: str, folder: Path, vocabulary: int) -> Any:
         copy_tokenizer(name, folder, Path(clean))
         try:
             with _panics_as_errors(name):
-                tokenizer = AutoTokenizer.from_pretrained(clean, trust_remote_code=False)
+                tokenizer: Tokenizer = AutoTokenizer.from_pretrained(clean, trust_remote_code=False)
         except UserError:
             raise
         except Exception as error:
@@ -59,8 +129,8 @@ def open_tokenizer(name: str, folder: Path, vocabulary: int) -> Any:
     return tokenizer
 
 
-def copy_tokenizer(name: str, folder: Path, target: Path, changes: Mapping[str, Any] | None = None) -> None:
-    """Copy a tokenizer's files; its settings name no code, and `changes` replace theirs.
+def copy_tokenizer(name: str, folder: Path, target: Path, changes: Mapping[str, object] | None = None) -> None:
+    """Copy a tokenizer's files. The copied tokenizer_config.json names no code, and has `changes` in it.
 
     Raises:
         UserError: there is no tokenizer, or one of its files cannot be read.
@@ -73,7 +143,10 @@ def copy_tokenizer(name: str, folder: Path, target: Path, changes: Mapping[str, 
         )
     settings = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in has else {}
     settings.pop("auto_map", None)
-    if settings.get("tokenizer_class") in (None, "TokenizersBackend"):  # not named, or as only transformers 5 names it
+    if settings.get("tokenizer_class") in (
+        None,
+        "TokenizersBackend",
+    ):  # unnamed, or a name that only transformers 5 knows
         settings["tokenizer_class"] = "PreTrainedTokenizerFast" if "tokenizer.json" in has else "Qwen2Tokenizer"
     if not _is_template(settings.get("chat_template")):
         raise UserError(
@@ -90,7 +163,7 @@ def copy_tokenizer(name: str, folder: Path, target: Path, changes: Mapping[str, 
     (target / "tokenizer_config.json").write_text(json.dumps(settings | dict(changes or {})), encoding="utf-8")
 
 
-def _is_template(value: Any) -> bool:
+def _is_template(value: object) -> bool:
     if isinstance(value, list):
         return all(isinstance(v, dict) and isinstance(v.get("name"), str) and _is_text(v, "template") for v in value)
     if isinstance(value, dict):
@@ -98,12 +171,12 @@ def _is_template(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
-def _is_text(values: Mapping[str, Any], key: str) -> bool:
+def _is_text(values: Mapping[str, object], key: str) -> bool:
     return isinstance(values.get(key), str)
 
 
-def _check_ids(name: str, tokenizer: Any, vocabulary: int) -> None:
-    """Refuse tokens that the embedding has no row for: an IndexError in the middle of a run, or on GPUs an abort."""
+def _check_ids(name: str, tokenizer: Tokenizer, vocabulary: int) -> None:
+    """Refuse tokens that the embedding has no row for: in the middle of a run they would end the process on a GPU."""
     remedy = f"Its config.json has vocab_size={vocabulary}. Take the tokenizer that belongs to the weights."
     token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", 0))
     if last >= vocabulary:
@@ -113,16 +186,16 @@ def _check_ids(name: str, tokenizer: Any, vocabulary: int) -> None:
         raise UserError(f"the tokenizer of checkpoint {name!r} adds a token {framed} to each text. {remedy}")
 
 
-def _guard(tokenizer: Any, name: str) -> None:
-    """Let a panic of the tokenizer's Rust, while it tokenizes, be an error that names the tokenizer."""
+def _guard(tokenizer: Tokenizer, name: str) -> None:
+    """Make a panic of the tokenizer's Rust code an error that names the checkpoint."""
     kind = type(tokenizer)
 
     class Guarded(kind):  # type: ignore[misc, valid-type]
-        def __call__(self, *args: Any, **keywords: Any) -> Any:
+        def __call__(self, *args: object, **keywords: object) -> object:
             with _panics_as_errors(name):
                 return super().__call__(*args, **keywords)
 
-        def encode(self, *args: Any, **keywords: Any) -> Any:
+        def encode(self, *args: object, **keywords: object) -> object:
             with _panics_as_errors(name):
                 return super().encode(*args, **keywords)
 
@@ -146,7 +219,7 @@ def _panics_as_errors(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_standard_error() -> Iterator[None]:
-    """Silence what other than Python writes there."""
+    """Silence the process's standard error, for code beside Python too."""
     try:
         kept = os.dup(2)
     except OSError:  # it is closed

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
+
+if TYPE_CHECKING:
+    from sdar_lm_eval.checkpoint.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 PROBLEMS = Path(__file__).parent / "problems.jsonl"
@@ -12,26 +15,39 @@ PROMPT = '{question}\n\nPlease reason step by step, and end with a line "#### <n
 """The wording of the task `gsm8k_sdar_hash`, on which the checkpoint is trained."""
 
 
+class Problem(TypedDict):
+    """A line of `problems.jsonl`; the answer ends in `#### 18`."""
+
+    question: str
+    answer: str
+
+
 class HasTokenizer(Protocol):
-    """A checkpoint, as far as it is needed here."""
+    """The part of a checkpoint that `prompts` needs."""
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """With a chat template."""
 
 
 def prompts(checkpoint: HasTokenizer) -> list[tuple[int, ...]]:
-    """The problems as tokens of a checkpoint with a chat template: one user turn, the answer to follow."""
+    """Return the problems as a checkpoint's tokens, each as a user turn in the chat template."""
+    tokenizer = checkpoint.tokenizer
     texts = [
-        checkpoint.tokenizer.apply_chat_template(
-            [{"role": "user", "content": PROMPT.format(**json.loads(line))}], tokenize=False, add_generation_prompt=True
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": PROMPT.format(question=problem["question"])}],
+            tokenize=False,
+            add_generation_prompt=True,
         )
-        for line in PROBLEMS.read_text(encoding="utf-8").splitlines()
+        for problem in _problems()
     ]
-    return [tuple(checkpoint.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    return [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
 
 
 def golds() -> list[str]:
-    """The problems' right answers, numbers as they stand behind `####`."""
-    lines = PROBLEMS.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["answer"].split("#### ")[1] for line in lines]
+    """Return the problems' right answers, the numbers behind `####`."""
+    return [problem["answer"].split("#### ")[1] for problem in _problems()]
+
+
+def _problems() -> list[Problem]:
+    return [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()]

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         print(arguments.run(arguments), flush=True)
-    except BrokenPipeError:  # the reader, say `head`, has seen enough; Python would write the rest again at its end
+    except BrokenPipeError:  # the reader, say `head`, ended; Python would flush the rest at exit, and fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except SDARError as error:
         print(f"sdar_lm_eval: error: {error}", file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from sdar_lm_eval.engines.base import GenerationResult, ScoreResult
 
@@ -13,18 +12,22 @@ _LARGEST = ("load_seconds", "generation_seconds", "peak_memory_bytes", "scoring_
 
 @dataclass
 class Counts:
-    """What an evaluation did, on one process or on all. `new_tokens` are returned tokens.
+    """What an evaluation computed, on one process or on all.
 
     Attributes:
         requests: answers computed.
-        stored_requests: answers that were there already.
+        new_tokens: tokens of these answers, as far as they are returned.
+        stored_requests: answers found in a store.
         generation_seconds: time of generation, prefill included.
         peak_memory_bytes: of the device on CUDA, else of the process.
-        scored_requests, scored_tokens: log-likelihoods computed, and the tokens they are of.
-        stored_scores: log-likelihoods that were there already.
-        clean_tokens, noised_tokens: run through the model for them: text without masks, and blocks with masks.
-        standard_errors: sum of the log-likelihoods' standard errors, in nats; largest_standard_error of one.
-        tasks: the same of each task; times and memory are of all tasks together.
+        scored_requests: log-likelihoods computed.
+        scored_tokens: tokens of these log-likelihoods.
+        stored_scores: log-likelihoods found in a store.
+        clean_tokens: tokens of unmasked text that scoring ran through the model.
+        noised_tokens: tokens of masked blocks that scoring ran through the model.
+        standard_errors: sum of the log-likelihoods' standard errors, in nats.
+        largest_standard_error: the largest of these standard errors, in nats.
+        tasks: task -> its counts, without times and memory, which are known of all tasks together only.
     """
 
     requests: int = 0
@@ -49,7 +52,7 @@ class Counts:
 
     @classmethod
     def of_ranks(cls, ranks: Sequence[Counts]) -> Counts:
-        """Those of processes that ran side by side: work adds up; of times and memory the largest counts."""
+        """Unite the counts of processes that ran side by side: sums of work, maxima of times and memory."""
         names = [each.name for each in fields(cls) if each.name != "tasks"]
         united = cls(
             **{name: (max if name in _LARGEST else sum)(getattr(counts, name) for counts in ranks) for name in names}
@@ -71,7 +74,7 @@ class Counts:
         )
 
     def add_score(self, task: str, result: ScoreResult, tokens: int) -> None:
-        """Count a computed log-likelihood of so many tokens."""
+        """Count a computed log-likelihood of `tokens` tokens."""
         self.count(
             task,
             scored_requests=1,
@@ -84,7 +87,7 @@ class Counts:
             counts.largest_standard_error = max(counts.largest_standard_error, result.standard_error)
 
     def count(self, task: str, **amounts: float) -> None:
-        """Add amounts to a task's counts and to all."""
+        """Add amounts to a task's counts and to those of all tasks."""
         for counts in (self, self.tasks.setdefault(task, Counts())):
             for name, amount in amounts.items():
                 setattr(counts, name, getattr(counts, name) + amount)
@@ -96,11 +99,11 @@ class Counts:
 
     @property
     def tokens_per_forward(self) -> float | None:
-        """Returned tokens over the forwards that made them: denoising and commit, counted for each sequence."""
+        """Returned tokens over denoising and commit forwards, which count for each sequence; None without forwards."""
         made = self.denoising_forwards + self.commit_forwards
         return self.new_tokens / made if made else None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The summary for the results file; null where nothing was computed."""
         return {
             **self._work(),
@@ -112,7 +115,7 @@ class Counts:
             "tasks": {task: counts._of_task() for task, counts in self.tasks.items()},
         }
 
-    def _work(self) -> dict[str, Any]:
+    def _work(self) -> dict[str, object]:
         return {
             "requests": self.requests,
             "stored_requests": self.stored_requests,
@@ -126,12 +129,12 @@ class Counts:
             },
         }
 
-    def _of_task(self) -> dict[str, Any]:
+    def _of_task(self) -> dict[str, object]:
         scored = bool(self.scored_requests or self.stored_scores)
         generated = self._work() if self.requests or self.stored_requests else {}
         return generated | ({"likelihoods": self._scores()} if scored else {})
 
-    def _scores(self) -> dict[str, Any]:
+    def _scores(self) -> dict[str, object]:
         mean = self.standard_errors / self.scored_requests if self.scored_requests else None
         largest = self.largest_standard_error if self.scored_requests else None
         return {
@@ -142,7 +145,7 @@ class Counts:
             "standard_error": {"mean": _rounded(mean, 6), "largest": _rounded(largest, 6)},
         }
 
-    def _likelihoods(self) -> dict[str, Any]:
+    def _likelihoods(self) -> dict[str, object]:
         return self._scores() | {"seconds": round(self.scoring_seconds, 2) if self.scored_requests else None}
 
     def __str__(self) -> str:

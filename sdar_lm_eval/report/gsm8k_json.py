@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.report.results import Json, model_of, results_in
+from sdar_lm_eval.report.results import Results, Sample, read_lines, results_in
 
 NAME = "gsm8k-json"
 HELP = "a run of GSM8K as the benchmark's JSON file"
@@ -22,6 +23,64 @@ _DECODING = ("block_length", "denoising_steps", "temperature", "remasking_strate
 _VERSIONS = (
     "torch", "transformers", "engine_version", "engine_commit", "flash-attn", "flashinfer-python", "lmdeploy", "python",
 )  # fmt: skip
+
+
+class FilterMetrics(TypedDict):
+    """The score by one filter; `stderr` is null where lm_eval computed none."""
+
+    accuracy: float
+    correct: int
+    total: int
+    percentage: str
+    stderr: float | None
+
+
+class Metrics(FilterMetrics):
+    """The score by the filter that counts, and by every filter."""
+
+    filter: str
+    by_filter: dict[str, FilterMetrics]
+
+
+class Performance(TypedDict):
+    """Speed, null where it is unknown. Times are of all the run's tasks together, tokens and forwards of this one."""
+
+    total_seconds: float | None
+    seconds_per_question: float | None
+    tokens_per_second: float | None
+    tokens_per_forward: float | None
+    new_tokens: int | None
+
+
+class Result(TypedDict):
+    """A question and its answer; the last two are null where they are unknown."""
+
+    idx: int
+    question: str
+    ground_truth: str
+    generated_text: str
+    predicted_answer: str
+    correct: bool
+    generation_time: float | None
+    tokens_per_second: float | None
+
+
+class Benchmark(TypedDict):
+    """The file. `config` has null for settings that a model does not say."""
+
+    config: dict[str, object]
+    metrics: Metrics
+    performance: Performance
+    results: list[Result]
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What an answer took, as a trace or a folder of answers has it."""
+
+    text: str | None
+    seconds: float
+    new_tokens: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,11 +105,11 @@ def run(arguments: argparse.Namespace) -> str:
     return f"{arguments.output}: {metrics['percentage']} ({metrics['correct']}/{metrics['total']})"
 
 
-def convert(path: Path, task: str | None = None, filter_name: str | None = None) -> Json:
+def convert(path: Path, task: str | None = None, filter_name: str | None = None) -> Benchmark:
     """Return the benchmark's JSON of the newest run in a folder.
 
-    An answer's `generation_time` and `tokens_per_second` are in the folder if the run had `trace=` or `answers=` name a
-    file there; they are None where they are unknown, as are settings of models that do not say.
+    An answer's `generation_time` and `tokens_per_second` are known where the run's `trace=` or `answers=` named a place
+    in the folder.
 
     Args:
         path: what `--output_path` named, or a results file.
@@ -58,83 +117,75 @@ def convert(path: Path, task: str | None = None, filter_name: str | None = None)
         filter_name: whose answers count.
 
     Raises:
-        UserError: no such run, task or filter, or samples were not logged.
+        UserError: there is no such run, task or filter, samples were not logged, or a file is not as lm_eval writes it.
     """
-    results, samples_of = read_run(path)
-    known = [name for name in results["configs"] if is_gsm8k(samples_of(name))]
+    results = results_in(path, "configs")[-1]
+    samples_of = {name: results.samples(name) for name in results.configs.content}
+    known = [name for name, samples in samples_of.items() if is_gsm8k(samples)]
     if not known:
-        missing = [name for name in results["configs"] if not samples_of(name)]
-        what = "samples (--log_samples)" if missing else "GSM8K's questions and answers, scored by exact_match"
-        raise UserError(f"{str(path)!r} has no {what}: the run was of {', '.join(results['configs'])}.")
+        what = "GSM8K's questions and answers, scored by exact_match"
+        if not all(samples_of.values()):
+            what = "samples (--log_samples)"
+        raise UserError(f"{str(path)!r} has no {what}: the run was of {', '.join(samples_of)}.")
     if task is None and len(known) == 1:
         task = known[0]
     if task is None or task not in known:
         given = "several tasks of GSM8K" if task is None else f"no task {task!r} of GSM8K"
         hint = did_you_mean(task or "", known)
         raise UserError(f"{str(path)!r} has {given}; give --task {' or '.join(known)}.{hint}")
-    samples = samples_of(task)
-    filters = list(dict.fromkeys(str(sample["filter"]) for sample in samples))
+    samples = samples_of[task]
+    filters = list(dict.fromkeys(sample.filter for sample in samples))
     if filter_name is None:
         filter_name = PREFERRED_FILTER if PREFERRED_FILTER in filters else filters[0]
     if filter_name not in filters:
         hint = did_you_mean(filter_name, filters)
         raise UserError(f"--filter {filter_name} is unknown to {task}; choose {', '.join(filters)}.{hint}")
-    chosen = sorted((s for s in samples if s["filter"] == filter_name), key=lambda sample: sample["doc_id"])
+    chosen = sorted((s for s in samples if s.filter == filter_name), key=lambda sample: sample.document)
     costs = _costs(path if path.is_dir() else path.parent, task)
     scores = {name: _metrics(results, task, name, samples) for name in filters}
     return {
         "config": _config(results, task),
-        "metrics": scores[filter_name] | {"filter": filter_name, "by_filter": scores},
+        "metrics": {**scores[filter_name], "filter": filter_name, "by_filter": scores},
         "performance": _performance(results, task, len(chosen)),
-        "results": [_result(sample, costs.get(sample["doc_id"], {})) for sample in chosen],
+        "results": [_result(sample, costs.get(sample.document)) for sample in chosen],
     }
 
 
-def read_run(path: Path) -> tuple[Json, Callable[[str], list[Json]]]:
-    """Return the newest results file in a folder (or the file named), and a function for its samples of a task.
-
-    Raises:
-        UserError: there is none.
-    """
-    file, results = results_in(path, "configs")[-1]
-    # results_<date>.json, or what --output_path named with _<date>; the samples are beside it, with the same date.
-    date = file.stem.rpartition("_")[2]
-
-    def samples_of(task: str) -> list[Json]:
-        samples = file.with_name(f"samples_{task}_{date}.jsonl")
-        return list(_lines(samples)) if samples.exists() else []
-
-    return results, samples_of
-
-
-def is_gsm8k(samples: Sequence[Mapping[str, Any]]) -> bool:
+def is_gsm8k(samples: Sequence[Sample]) -> bool:
     """Whether a task's samples are GSM8K's: a question, a worked answer, and exact_match between numbers."""
     if not samples:
         return False
-    doc = samples[0].get("doc", {})
-    return _METRIC in samples[0] and {"question", "answer"} <= doc.keys() and "####" in str(doc["answer"])
+    doc = samples[0].doc
+    return _METRIC in samples[0].line.content and "question" in doc and "####" in str(doc.get("answer"))
 
 
-def _result(sample: Mapping[str, Any], cost: Mapping[str, Any]) -> Json:
-    text, predicted = _first(sample["resps"]), _first(sample["filtered_resps"])
-    seconds = cost.get("seconds") if cost.get("text") == text else None
-    speed = round(cost["new_tokens"] / seconds, 1) if seconds else None
+def _result(sample: Sample, cost: _Cost | None) -> Result:
+    # The folder may hold the costs of another run's answer to the same question.
+    known = cost if cost is not None and cost.text == sample.response else None
     return {
-        "idx": sample["doc_id"],
-        "question": sample["doc"]["question"],
-        "ground_truth": str(sample["target"]),
-        "generated_text": text,
-        "predicted_answer": predicted,
-        "correct": bool(sample[_METRIC]),
-        "generation_time": seconds,
-        "tokens_per_second": speed,
+        "idx": sample.document,
+        "question": str(sample.doc["question"]),
+        "ground_truth": sample.target,
+        "generated_text": sample.response,
+        "predicted_answer": sample.filtered,
+        "correct": _is_right(sample),
+        "generation_time": None if known is None else known.seconds,
+        "tokens_per_second": round(known.new_tokens / known.seconds, 1) if known and known.seconds else None,
     }
 
 
-def _metrics(results: Json, task: str, filter_name: str, samples: Sequence[Mapping[str, Any]]) -> Json:
-    of_filter = [bool(sample[_METRIC]) for sample in samples if sample["filter"] == filter_name]
+def _is_right(sample: Sample) -> bool:
+    value = sample.line.content.get(_METRIC)
+    if not isinstance(value, (int, float)):
+        raise sample.line.malformed(_METRIC, "0 or 1")
+    return bool(value)
+
+
+def _metrics(results: Results, task: str, filter_name: str, samples: Sequence[Sample]) -> FilterMetrics:
+    of_filter = [_is_right(sample) for sample in samples if sample.filter == filter_name]
     correct, total = sum(of_filter), len(of_filter)
-    stderr = results["results"][task].get(f"{_METRIC}_stderr,{filter_name}")
+    # A string, "N/A", where lm_eval computed none.
+    stderr = results.scores.part(task).content.get(f"{_METRIC}_stderr,{filter_name}")
     return {
         "accuracy": correct / total,
         "correct": correct,
@@ -144,75 +195,57 @@ def _metrics(results: Json, task: str, filter_name: str, samples: Sequence[Mappi
     }
 
 
-def _config(results: Json, task: str) -> Json:
-    config = results["config"]
-    ours = config.get("sdar_lm_eval") or {}
-    decoding = (ours.get("decoding_of_tasks") or {}).get(task) or {}
-    generation = results["configs"][task].get("generation_kwargs") or {}
-    length = decoding.get("max_gen_toks", generation.get("max_gen_toks"))
+def _config(results: Results, task: str) -> dict[str, object]:
+    ours, decoding = results.ours, results.decoding_of(task).content
+    generation = results.configs.part(task).part_or_empty("generation_kwargs").content
     settings = {name: decoding.get(name) for name in _DECODING}
     if not decoding:
         settings["temperature"] = generation.get("temperature") if generation.get("do_sample") else 0.0
-    versions = {"sdar_lm_eval": ours.get("version"), "lm_eval": results.get("lm_eval_version")}
-    versions |= {name: ours[name] for name in _VERSIONS if ours.get(name)}
-    versions.setdefault("transformers", results.get("transformers_version"))
+    versions: dict[str, object] = {
+        "sdar_lm_eval": ours.text("version"),
+        "lm_eval": results.content.text("lm_eval_version"),
+    }
+    versions |= {name: ours.content[name] for name in _VERSIONS if ours.content.get(name)}
+    versions.setdefault("transformers", results.content.text("transformers_version"))
     return {
-        "model_name": model_of(results),
+        "model_name": results.model,
         **settings,
-        "max_gen_length": length,
-        "engine": ours.get("engine") or config.get("model"),
+        "max_gen_length": decoding.get("max_gen_toks", generation.get("max_gen_toks")),
+        "engine": ours.text("engine") or results.config.content.get("model"),
         "versions": versions,
-        "gpu": ours.get("gpu"),
+        "gpu": ours.text("gpu"),
         "task": task,
-        "seed": ours.get("seed"),
-        "dtype": ours.get("dtype"),
-        "checkpoint_fingerprint": ours.get("checkpoint_fingerprint"),
+        "seed": ours.whole("seed"),
+        "dtype": ours.text("dtype"),
+        "checkpoint_fingerprint": ours.text("checkpoint_fingerprint"),
     }
 
 
-def _performance(results: Json, task: str, questions: int) -> Json:
-    """Time is of all tasks of the run together; tokens and forwards are the task's."""
-    run = (results["config"].get("sdar_lm_eval") or {}).get("run") or {}
-    seconds, requests = run.get("generation_seconds"), run.get("requests") or questions
-    of_task = (run.get("tasks") or {}).get(task) or run
+def _performance(results: Results, task: str, questions: int) -> Performance:
+    run = results.ours.part_or_empty("run")
+    of_task = run.part_or_empty("tasks").part_or_empty(task)
+    if not of_task.content:
+        of_task = run
+    seconds = run.number("generation_seconds")
     return {
         "total_seconds": seconds,
-        "seconds_per_question": None if seconds is None else round(seconds / requests, 4),
-        "tokens_per_second": run.get("tokens_per_second"),
-        "tokens_per_forward": of_task.get("tokens_per_forward"),
-        "new_tokens": of_task.get("new_tokens"),
+        "seconds_per_question": None if seconds is None else round(seconds / (run.whole("requests") or questions), 4),
+        "tokens_per_second": run.number("tokens_per_second"),
+        "tokens_per_forward": of_task.number("tokens_per_forward"),
+        "new_tokens": of_task.whole("new_tokens"),
     }
 
 
-def _costs(folder: Path, task: str) -> dict[int, Json]:
-    """What is known of how each document's first answer was made; the newest line counts."""
+def _costs(folder: Path, task: str) -> Mapping[int, _Cost]:
+    """What each document's first answer took, from traces and stored answers in the folder; the newest line counts."""
     costs = {}
     for file in sorted(folder.rglob("*.jsonl*")):
         if file.name.startswith("samples_"):
             continue
-        for line in _lines(file, whole=False):
-            if line.get("task") == task and line.get("repeat") == 0 and "seconds" in line:
-                costs[line["document"]] = line
-    return costs
-
-
-def _lines(file: Path, whole: bool = True) -> Iterable[Json]:
-    """A JSONL file's objects; where it need not be `whole`, without lines that a killed process left unfinished."""
-    # Not splitlines(): a JSON string may hold U+2028 and its like.
-    for number, line in enumerate(file.read_text("utf-8").split("\n"), 1):
-        if not line:
-            continue
-        try:
-            content = json.loads(line)
-        except ValueError as error:
-            if not whole:
+        for line in read_lines(file, whole=False):
+            if line.content.get("task") != task or line.content.get("repeat") != 0:
                 continue
-            raise UserError(f"{file}, line {number}: not JSON ({error}).") from error
-        if isinstance(content, dict):
-            yield content
-
-
-def _first(nested: Any) -> str:
-    while isinstance(nested, list):
-        nested = nested[0] if nested else ""
-    return str(nested)
+            document, seconds, tokens = line.whole("document"), line.number("seconds"), line.whole("new_tokens")
+            if document is not None and seconds is not None and tokens is not None:
+                costs[document] = _Cost(line.text("text"), seconds, tokens)
+    return costs

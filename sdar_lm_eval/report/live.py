@@ -1,9 +1,15 @@
-"""What is right and wrong, told while answers come in: live accuracy, and a log of each example.
+"""Live accuracy, and a log of each example, while answers come in.
 
 The harness scores when all answers are there, and its scores are the ones that count. Until then a task's *judge*
-predicts the harness's score. A task names its judge in its YAML: `metadata: {sdar_judge: {title: …, verdict: …}}`, the
-verdict as "module:function": a function (document, answer) -> `Verdict` that applies one of the task's own filters and
-its metric. A task without one has no live accuracy.
+predicts the harness's score. A judge is a function (document, answer) -> `Verdict`, which applies one of the task's own
+filters and its metric. The task's YAML names the judge:
+
+    metadata:
+      sdar_judge:
+        title: GSM8K                                  what the progress bar says
+        verdict: sdar_lm_eval.tasks.gsm8k:verdict     module:function
+
+A task without a judge has no live accuracy.
 """
 
 from __future__ import annotations
@@ -13,9 +19,13 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult
+from sdar_lm_eval.errors import UserError
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +37,10 @@ class Verdict:
     """What the harness will find in an answer.
 
     Attributes:
-        predicted, gold: as the task's filter and its `doc_to_target` have them.
-        filter: the one that was applied.
+        predicted: what the filter makes of the answer.
+        gold: the task's `doc_to_target` of the document.
+        correct: whether the metric counts the answer as right.
+        filter: the name of the filter that was applied.
     """
 
     predicted: str
@@ -37,18 +49,24 @@ class Verdict:
     filter: str
 
 
+Judge = Callable[[Mapping[str, object], str], Verdict]
+
+
 class Live:
     """Judges the answers of a round as they come in.
 
     Args:
         tasks: task -> its `sdar_judge`; None for a task without one.
-        total: how many answers there will be.
-        whole: they are all of the round's, and not one rank's share.
+        total: the number of answers to come.
+        whole: whether these are all answers of the round; False: one rank's share.
+
+    Raises:
+        UserError: a task's `sdar_judge` is incomplete, or names a function that cannot be imported.
     """
 
     def __init__(self, tasks: Mapping[str, Mapping[str, str] | None], total: int, whole: bool = True) -> None:
         known = {task: judge for task, judge in sorted(tasks.items()) if judge is not None}
-        self._judges = {task: _load(judge["verdict"]) for task, judge in known.items()}
+        self._judges = {task: _load(task, judge) for task, judge in known.items()}
         # An accuracy over only some tasks would mislead.
         self.knows_accuracy = bool(tasks) and len(known) == len(tasks)
         self.title = " ".join(dict.fromkeys(judge["title"] for judge in known.values())) + " Eval"
@@ -57,8 +75,8 @@ class Live:
         self._answered = 0
         self._tallies = {task: _Tally() for task in sorted(tasks)}
 
-    def judge(self, instance: Any, text: str) -> Verdict | None:
-        """Count an answer, and return what it is worth where that can be known."""
+    def judge(self, instance: Instance, text: str) -> Verdict | None:
+        """Count an answer, and return its verdict; None for a task without a judge."""
         self._answered += 1
         judge = self._judges.get(str(instance.task_name))
         if judge is None:
@@ -77,7 +95,7 @@ class Live:
         return verdict
 
     def bar(self, seconds: float, computed: int) -> str:
-        """Return the progress bar's format after `computed` answers in so many seconds."""
+        """Return the progress bar's format, `computed` answers having taken so many seconds."""
         if not self.knows_accuracy:
             return BAR
         pace = f" | {seconds / computed:.1f}s/q" if computed else ""
@@ -88,7 +106,12 @@ class Live:
         return f"{BAR}Acc: {told}{pace}"
 
     def example(
-        self, instance: Any, request: GenerationRequest, result: GenerationResult, text: str, verdict: Verdict | None
+        self,
+        instance: Instance,
+        request: GenerationRequest,
+        result: GenerationResult,
+        text: str,
+        verdict: Verdict | None,
     ) -> str:
         """Return the log of one example."""
         length = request.decoding.block_length
@@ -112,7 +135,7 @@ class Live:
         return "\n".join(lines)
 
     def summary(self, seconds: float, computed: int, tokens: int) -> list[str]:
-        """Return the lines at the end, of `computed` answers with so many tokens in so many seconds; one a task."""
+        """Return the lines that end a round: a task each, and the speed of `computed` answers with so many tokens."""
         accuracies = [
             f"accuracy {tally.accuracy:.1%} ({tally.correct}/{tally.judged}, {tally.filter})"
             for tally in self._tallies.values()
@@ -126,7 +149,7 @@ class Live:
 
 @dataclass
 class _Tally:
-    """Of one task's answers so far."""
+    """How many of a task's answers were judged so far, and how many are right."""
 
     judged: int = 0
     correct: int = 0
@@ -140,8 +163,8 @@ class _Tally:
 def steps_of(request: GenerationRequest, result: GenerationResult) -> list[list[tuple[int, int, float]]] | None:
     """Return each block's steps as (masked, transferred, mean confidence); None where steps are not recorded.
 
-    Of the returned tokens: what stood behind the end of the answer is not known here, nor are steps that kept none of
-    them.
+    Only returned tokens count. Tokens behind the end of the answer are not recorded, so a step that unmasked nothing
+    but these is left out.
     """
     if result.unmasked_at is None or result.confidences is None:
         return None
@@ -172,13 +195,21 @@ def _denoised(request: GenerationRequest, result: GenerationResult) -> list[str]
     ]
 
 
-def _question(instance: Any) -> str:
+def _question(instance: Instance) -> str:
     doc = instance.doc
     question = doc.get("question") if isinstance(doc, Mapping) else None
     return str(question if isinstance(question, str) else instance.args[0])
 
 
-def _load(target: str) -> Callable[[Any, str], Verdict]:
-    module, _, name = target.partition(":")
-    judge: Callable[[Any, str], Verdict] = getattr(importlib.import_module(module), name)
-    return judge
+def _load(task: str, judge: Mapping[str, str]) -> Judge:
+    if missing := [key for key in ("title", "verdict") if key not in judge]:
+        raise UserError(f"task {task!r}: metadata: sdar_judge: of its YAML has no {' and no '.join(missing)}.")
+    module, _, name = judge["verdict"].partition(":")
+    try:
+        function: Judge = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"task {task!r}: its judge {judge['verdict']!r} cannot be imported ({error}). Name it as module:function "
+            "under metadata: sdar_judge: of the task's YAML; PYTHONPATH must hold the module's folder."
+        ) from error
+    return function

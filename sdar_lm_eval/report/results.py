@@ -1,16 +1,15 @@
-"""Reads what lm_eval wrote: its results files."""
+"""Reads what lm_eval wrote: results files, and the samples files beside them."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sdar_lm_eval.errors import UserError
-
-Json = dict[str, Any]
+from sdar_lm_eval.files import require_regular, shown
 
 logger = logging.getLogger(__name__)
 
@@ -18,8 +17,147 @@ PARTS = {"results", "config", "date"}
 """Keys by which a results file is told from other JSON."""
 
 
-def results_in(path: Path, *parts: str) -> list[tuple[Path, Json]]:
-    """Return the results files in a folder, or the one that is named, with their content; the oldest run first.
+@dataclass(frozen=True)
+class Fields:
+    """A JSON object of a results file or a samples file. Every value is checked when it is read.
+
+    `text`, `number` and `whole` return None where the key is missing or its value is null. A value of another type
+    raises `UserError`.
+
+    Attributes:
+        content: key -> value, unchecked.
+        file: the file that holds the object, for messages.
+        place: the keys that lead to the object, each with a dot behind it, for messages.
+    """
+
+    content: Mapping[str, object]
+    file: Path
+    place: str = ""
+
+    def part(self, key: str) -> Fields:
+        """Return the object under a key, which must be there."""
+        value = self.content.get(key)
+        if not isinstance(value, dict):
+            raise self.malformed(key, "an object")
+        return Fields(value, self.file, f"{self.place}{key}.")
+
+    def part_or_empty(self, key: str) -> Fields:
+        """Return the object under a key; an empty one where the key is missing or its value is null or empty."""
+        return self.part(key) if self.content.get(key) else Fields({}, self.file, f"{self.place}{key}.")
+
+    def text(self, key: str) -> str | None:
+        """Return the string under a key."""
+        value = self.content.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.malformed(key, "a string")
+        return value
+
+    def number(self, key: str) -> float | None:
+        """Return the number under a key."""
+        value = self.content.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+            raise self.malformed(key, "a number")
+        return value
+
+    def whole(self, key: str) -> int | None:
+        """Return the whole number under a key."""
+        value = self.content.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, type(None))):
+            raise self.malformed(key, "a whole number")
+        return value
+
+    def malformed(self, key: str, expected: str) -> UserError:
+        """Return the error for a key whose value is not what was expected."""
+        found = f"is {shown(self.content[key])}, not {expected}" if key in self.content else "is missing"
+        return UserError(
+            f"{self.file} is not as lm_eval writes it ({self.place}{key} {found}). Evaluate again, or name the folders "
+            "of other runs."
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A line of a samples file: the answer to a document, as one of the task's filters found it.
+
+    Attributes:
+        document: the document's place in the data set.
+        filter: the filter's name.
+        doc: the document; empty where the task's documents are no objects.
+        target: the gold answer.
+        response: the first answer.
+        filtered: what the filter made of the first answer.
+        line: the whole line, which has a value under the name of each metric.
+    """
+
+    document: int
+    filter: str
+    doc: Mapping[str, object]
+    target: str
+    response: str
+    filtered: str
+    line: Fields
+
+
+class Results:
+    """A results file.
+
+    Attributes:
+        file: the file.
+        date: when the run began, in seconds since 1970.
+        content: the whole file.
+    """
+
+    def __init__(self, file: Path, date: float, content: Mapping[str, object]) -> None:
+        self.file, self.date, self.content = file, date, Fields(content, file)
+
+    @property
+    def scores(self) -> Fields:
+        """Task or group -> its metrics, each named `metric,filter`."""
+        return self.content.part("results")
+
+    @property
+    def configs(self) -> Fields:
+        """Task -> its YAML, as lm_eval read it."""
+        return self.content.part("configs")
+
+    @property
+    def config(self) -> Fields:
+        """What lm_eval was called with."""
+        return self.content.part("config")
+
+    @property
+    def ours(self) -> Fields:
+        """What a model of this package says of itself and of the run; empty for other models."""
+        return self.config.part_or_empty("sdar_lm_eval")
+
+    def decoding_of(self, task: str) -> Fields:
+        """Return a task's decoding settings, as a model of this package says them; empty for other models."""
+        return self.ours.part_or_empty("decoding_of_tasks").part_or_empty(task)
+
+    @property
+    def model(self) -> str | None:
+        """The checkpoint, as the user named it; None where the file does not say."""
+        given = self.config.content.get("model_args")
+        if isinstance(given, str):
+            arguments: Mapping[str, object] = dict(part.split("=", 1) for part in given.split(",") if "=" in part)
+            given_fields = Fields(arguments, self.file, "config.model_args.")
+        else:
+            given_fields = self.config.part_or_empty("model_args")
+        return self.ours.text("pretrained") or given_fields.text("pretrained") or self.content.text("model_name")
+
+    def samples(self, task: str) -> list[Sample]:
+        """Return the samples of a task; none where the run did not log any.
+
+        Raises:
+            UserError: the samples file cannot be read, or is not as lm_eval writes it.
+        """
+        # results_<date>.json, or what --output_path named with _<date>; the samples are beside it, with the same date.
+        file = self.file.with_name(f"samples_{task}_{self.file.stem.rpartition('_')[2]}.jsonl")
+        return [_sample(line) for line in read_lines(file)] if file.exists() else []
+
+
+def results_in(path: Path, *parts: str) -> list[Results]:
+    """Return the results files in a folder, or the one that is named; the oldest run first.
 
     A WARNING names a file of the folder that cannot be read.
 
@@ -42,22 +180,67 @@ def results_in(path: Path, *parts: str) -> list[tuple[Path, Json]]:
                 raise UserError(f"{file} cannot be read ({error}). Give the folder of a run of lm_eval.") from error
             logger.warning("%s cannot be read (%s), and is passed over.", file, error)
             continue
-        if (
-            isinstance(content, dict)
-            and content.keys() >= {*PARTS, *parts}
-            and isinstance(content["date"], (int, float))
-        ):
-            found.append((file, content))
+        if isinstance(content, dict) and content.keys() >= {*PARTS, *parts}:
+            date = content["date"]
+            if isinstance(date, (int, float)):
+                found.append(Results(file, date, content))
     if not found:
         raise UserError(f"{str(path)!r} holds no results file of lm_eval. Give what --output_path named.")
-    return sorted(found, key=lambda run: (run[1]["date"], str(run[0])))
+    return sorted(found, key=lambda results: (results.date, str(results.file)))
 
 
-def model_of(results: Mapping[str, Any]) -> str | None:
-    """Return the checkpoint that a run was of, as the user named it, or None where the file does not say."""
-    config = results["config"]
-    ours = config.get("sdar_lm_eval") or {}
-    given = config.get("model_args")
-    if isinstance(given, str):
-        given = dict(part.split("=", 1) for part in given.split(",") if "=" in part)
-    return ours.get("pretrained") or (given or {}).get("pretrained") or results.get("model_name")
+def read_lines(file: Path, whole: bool = True) -> Iterator[Fields]:
+    """Yield the objects of a JSONL file.
+
+    Args:
+        file: the file.
+        whole: whether the file must be intact; False: a file that cannot be read is passed over with a WARNING, and a
+            line that a killed process left unfinished without one.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not JSON.
+    """
+    try:
+        require_regular(file)  # a pipe would be waited for
+        text = file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        if whole:
+            raise UserError(f"{file} cannot be read ({error}). Evaluate again with --log_samples.") from error
+        logger.warning("%s cannot be read (%s), and is passed over.", file, error)
+        return
+    # Not splitlines(): a JSON string may hold U+2028 and its like.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line:
+            continue
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if not whole:
+                continue
+            raise UserError(f"{file}, line {number}: not JSON ({error}).") from error
+        if isinstance(content, dict):
+            yield Fields(content, file, f"line {number}: ")
+
+
+def _sample(line: Fields) -> Sample:
+    document, filter_name, doc = line.whole("doc_id"), line.text("filter"), line.content.get("doc")
+    if document is None:
+        raise line.malformed("doc_id", "a whole number")
+    if filter_name is None:
+        raise line.malformed("filter", "a string")
+    return Sample(
+        document=document,
+        filter=filter_name,
+        doc=doc if isinstance(doc, dict) else {},
+        target=str(line.content.get("target")),
+        response=_first(line.content.get("resps")),
+        filtered=_first(line.content.get("filtered_resps")),
+        line=line,
+    )
+
+
+def _first(nested: object) -> str:
+    """Return the first of the answers in lists of any depth."""
+    while isinstance(nested, list):
+        nested = nested[0] if nested else ""
+    return str(nested)

@@ -17,11 +17,11 @@ class Progress:
     """Shows a round of requests.
 
     Args:
-        counts: of the evaluation; the round's time is added to them.
+        counts: the evaluation's; the round's time is added to them.
         total: requests of the round.
-        stored: of them, those that were there already.
+        stored: how many of these requests have answers from a store.
         show: whether there is a bar.
-        live: what the answers are worth as they come in; None for a round of log-likelihoods.
+        live: judges the answers; None for a round of log-likelihoods.
     """
 
     def __init__(self, counts: Counts, total: int, stored: int, show: bool, live: Live | None) -> None:
@@ -38,11 +38,11 @@ class Progress:
 
     @property
     def computed(self) -> int:
-        """Answers of the round that were computed so far."""
+        """How many answers of the round were computed so far."""
         return self._counts.requests - self._requests_before
 
     def step(self) -> None:
-        """Show one request more, once it is counted."""
+        """Advance the bar by one request, which `counts` has already."""
         seconds = time.perf_counter() - self._started
         if self._live is not None and self._live.knows_accuracy:
             self._bar.bar_format = self._live.bar(seconds, self.computed)

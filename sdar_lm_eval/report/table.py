@@ -6,13 +6,13 @@ import argparse
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.report.results import model_of, results_in
+from sdar_lm_eval.report.results import Results, results_in
+from sdar_lm_eval.report.text_table import aligned, with_error
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ PROTOCOL = {
 """Decoding settings of the published runs (JetAstra/SDAR at c2041a8, evaluation/opencompass/configs)."""
 
 STANDARD_ERRORS = 1.96
-"""A difference of more standard errors than this is larger than chance: one in twenty is, by chance alone."""
+"""A difference of more standard errors than this is called larger than chance. Chance alone exceeds it 1 time in 20."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Column:
 
     Attributes:
         title: as the table has it.
-        task: ours that reproduces it.
-        metric: that task's, with its filter, as results files spell it.
+        task: this package's task that reproduces the column; one of `tasks/sdar_bench.yaml`.
+        metric: the task's metric and filter, as results files spell them.
         questions: how many the benchmark has.
-        shots: how many solved questions stand before each.
-        published: per cent, for each of `MODELS`.
+        shots: how many solved questions stand before each question.
+        published: the score of each of `MODELS`, in per cent.
     """
 
     title: str
@@ -73,17 +73,17 @@ class Score:
 
     Attributes:
         value: mean, 0 to 1.
-        stderr: its standard error; None where a single question leaves it unknown.
+        stderr: the mean's standard error; None for a single question.
         questions: how many were answered.
-        shots: how many solved questions stood before each; None where the file does not say.
-        settings: decoding settings of the run, where the model is ours.
+        shots: how many solved questions stood before each question; None where the file does not say.
+        settings: the run's decoding settings; empty for a model of another package.
     """
 
     value: float
     stderr: float | None
     questions: int
     shots: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Difference:
 
     Attributes:
         points: per cent points.
-        stderr: its standard error; None where the score's is unknown.
+        stderr: the difference's standard error; None where the score's is unknown.
     """
 
     points: float
@@ -100,7 +100,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Whether it is larger than chance."""
+        """Whether the difference is larger than chance."""
         if self.stderr is None:
             return "unknown"
         return "LARGER than chance" if abs(self.points) > STANDARD_ERRORS * self.stderr else "within chance"
@@ -125,40 +125,38 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 _LEGEND = (
-    f"± is one standard error. A difference is larger than chance if it exceeds {STANDARD_ERRORS} standard errors of\n"
-    "two runs on different questions. These answered the same ones, which makes chance smaller: a marked difference\n"
-    "is hardly chance, and an unmarked one may be real."
+    f"± is one standard error. A difference is called larger than chance if it exceeds {STANDARD_ERRORS} standard\n"
+    "errors of two runs on different questions. Both runs here answered the same questions, so chance plays a smaller\n"
+    "part: a difference marked LARGER is hardly chance, and one within chance may be real."
 )
 
 
 def read_runs(paths: Iterable[Path]) -> dict[str, dict[str, Score]]:
-    """Return model -> task -> score, of the newest run of each, from lm_eval's results files in folders or named.
+    """Return model -> task -> score in the newest run of the task.
+
+    Args:
+        paths: results files of lm_eval, or folders that hold some.
 
     Raises:
-        UserError: a path does not exist, holds no results of these tasks, or holds some that cannot be read.
+        UserError: a path does not exist, there are no results of the table's tasks, or a file is not as lm_eval writes
+            it.
     """
-    found = sorted((run for path in paths for run in results_in(path)), key=lambda run: run[1]["date"])
+    found = sorted((run for path in paths for run in results_in(path)), key=lambda run: run.date)
     runs: dict[str, dict[str, Score]] = {}
-    for file, result in found:
+    for results in found:
         for column in COLUMNS:
-            try:
-                score = _score(result, column)
-                if score is not None:
-                    runs.setdefault(model_of(result) or "?", {})[column.task] = score
-                elif column.task in result["results"]:
-                    logger.warning(
-                        "%s has no %s of %s, which the table shows: evaluate it again.",
-                        file,
-                        column.metric,
-                        column.task,
-                    )
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{file} is not as lm_eval writes it ({type(error).__name__}: {error}), so {column.task} cannot be "
-                    "read. Evaluate again, or name the folders of other runs."
-                ) from error
+            score = _score(results, column)
+            if score is not None:
+                runs.setdefault(results.model or "?", {})[column.task] = score
+            elif column.task in results.scores.content:
+                logger.warning(
+                    "%s has no %s of %s, which the table shows: evaluate it again.",
+                    results.file,
+                    column.metric,
+                    column.task,
+                )
     if not runs:
-        tasks = sorted({task for _, result in found for task in result["results"]})
+        tasks = sorted({task for results in found for task in results.scores.content})
         raise UserError(
             f"No results of the table's tasks, only of {', '.join(tasks[:8])}. Run --tasks sdar_bench, or some of "
             f"{', '.join(column.task for column in COLUMNS)}."
@@ -176,8 +174,8 @@ def published_as(model: str) -> str | None:
 def difference(score: Score, column: Column, model: str) -> Difference:
     """Return how far a score is from that of a published model, one of `MODELS`.
 
-    A few answers may be all right or all wrong by chance, and then tell nothing of their spread: it counts as no
-    smaller than the published model's on as many questions.
+    A few answers may all be right, or all wrong, by chance, and their standard error is then 0. So the score's standard
+    error counts as at least that of the published score on as many questions.
     """
     published = column.published[MODELS.index(model)]
     stderr = None
@@ -195,38 +193,49 @@ def render(model: str, scores: Mapping[str, Score], published: str | None) -> st
         score = scores.get(column.task)
         row = [column.title, column.task, "", "not run"]
         if score is not None:
-            row[2:] = [f"{score.questions:,}", _with_error(100 * score.value, score.stderr, 100)]
+            row[2:] = [f"{score.questions:,}", with_error(score.value, score.stderr, 100)]
             notes += _notes(column, score)
         if published is not None:
             row.append(f"{column.published[MODELS.index(published)]:.1f}")
             if score is not None:
                 found = difference(score, column, published)
-                row += [_with_error(found.points, found.stderr, sign="+"), found.verdict]
+                row += [with_error(found.points, found.stderr, sign="+"), found.verdict]
         rows.append(row)
     if published is None:
-        title = f"{model}: which published model it is, its name does not say (--published {'|'.join(MODELS)})"
+        title = f"{model}: the name is that of no published model (--published {'|'.join(MODELS)} compares with one)"
     else:
         title = f"{model} beside SDAR-{published}-Chat as published (arXiv 2510.06303, table 1)"
         head += ["published, %", "difference", ""]
-    return "\n".join([title, "", *_aligned([head, *rows]), *([""] if notes else []), *notes])
+    return "\n".join([title, "", *aligned([head, *rows], left={0, 1, 6}), *([""] if notes else []), *notes])
 
 
-def _score(result: Mapping[str, Any], column: Column) -> Score | None:
-    """The column's score in a results file; a group's is the mean of its tasks, each counted once."""
-    tasks = result.get("group_subtasks", {}).get(column.task) or [column.task]
-    values = [result["results"].get(task, {}).get(column.metric) for task in tasks]
-    if any(value is None for value in values):
-        return None
-    questions = [result["n-samples"][task]["effective"] for task in tasks]
+def _score(results: Results, column: Column) -> Score | None:
+    """The column's score in a results file, None where the file has none. A group's score is the mean of its tasks'."""
+    groups = results.content.part_or_empty("group_subtasks").content
+    subtasks = groups.get(column.task)
+    tasks = list(map(str, subtasks)) if isinstance(subtasks, list) and subtasks else [column.task]
+    values, questions = [], []
+    for task in tasks:
+        metrics = results.scores.part_or_empty(task)
+        value = metrics.number(column.metric)
+        if value is None:
+            return None
+        if not 0 <= value <= 1:
+            raise metrics.malformed(column.metric, "a share from 0 to 1")
+        numbers = results.content.part("n-samples").part(task)
+        answered = numbers.whole("effective")
+        if answered is None:
+            raise numbers.malformed("effective", "a whole number")
+        values.append(value)
+        questions.append(answered)
     errors = [_stderr(value, number) for value, number in zip(values, questions, strict=True)]
     known = [error for error in errors if error is not None]
-    settings = (result["config"].get("sdar_lm_eval") or {}).get("decoding_of_tasks", {})
     return Score(
         value=sum(values) / len(values),
         stderr=math.hypot(*known) / len(tasks) if len(known) == len(tasks) else None,
         questions=sum(questions),
-        shots=result.get("n-shot", {}).get(tasks[0]),
-        settings=settings.get(tasks[0], {}),
+        shots=results.content.part_or_empty("n-shot").whole(tasks[0]),
+        settings=results.decoding_of(tasks[0]).content,
     )
 
 
@@ -236,7 +245,7 @@ def _stderr(value: float, questions: int) -> float | None:
 
 
 def _notes(column: Column, score: Score) -> list[str]:
-    """What else, besides chance, may explain a difference."""
+    """What else than chance may explain a difference."""
     found = [
         f"{name}={score.settings[name]} (published: {value})"
         for name, value in PROTOCOL.items()
@@ -247,22 +256,3 @@ def _notes(column: Column, score: Score) -> list[str]:
     if score.questions < column.questions:
         found.insert(0, f"{score.questions:,} of {column.questions:,} questions")
     return [f"{column.task}: {'; '.join(found)}"] if found else []
-
-
-def _with_error(value: float, stderr: float | None, scale: float = 1.0, sign: str = "") -> str:
-    return f"{value:{sign}.1f}" + ("" if stderr is None else f" ± {scale * stderr:.1f}")
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    width = max(map(len, rows))
-    filled = [[*row, *[""] * (width - len(row))] for row in rows]
-    widths = [max(map(len, cells)) for cells in zip(*filled, strict=True)]
-    # Names to the left, numbers to the right, the verdict to the left.
-    left = {0, 1, 6}
-    return [
-        "  ".join(
-            cell.ljust(size) if place in left else cell.rjust(size)
-            for place, (cell, size) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in filled
-    ]

@@ -1,10 +1,10 @@
-"""The trace of a run: what was sent, and how each answer was written. A file a run and rank.
+"""The trace of a run: what was sent, and how each answer was written. Each run and rank has a file of its own.
 
     {"run": …, "started": …, "model": …}        first line: the run, and facts on model and engine
     {"task": …, "document": …, "repeat": …, …}  a line for each finished request
 
-A generated answer's line has its prompt (text and token ids), its settings, and for each new token its id, text, step
-and confidence. Answers that were there already say so ("stored": true) and have what is known of them.
+A generated answer's line has the prompt (text and token ids), the settings, and for each new token its id, text, step
+and confidence. The line of an answer from a store has "stored": true, and what the store knows of the answer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult
 from sdar_lm_eval.errors import UserError
@@ -24,17 +24,18 @@ logger = logging.getLogger(__name__)
 
 
 class Trace:
-    """The trace files of a model: a new one for each run.
+    """The trace files of a model, one for each run.
 
     Args:
-        path: the first run's file. Where it exists, and for later runs, the run's name is added to the file's.
-        model: called for facts on model and engine when a run's first line is written.
+        path: the first run's file. A later run's file has the run's name added to its own, as has the first run's where
+            `path` exists already.
+        model: returns facts on model and engine; called when a run's first line is written.
 
     Raises:
         UserError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, model: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, path: Path, model: Callable[[], Mapping[str, object]]) -> None:
         self._path, self._model = path, model
         self._begun = False
         self._file: TextIO | None = self._open()
@@ -60,7 +61,7 @@ class Trace:
         raise UserError(f"trace={str(self._path)!r} and {str(names[1])!r} are there already. Name another file.")
 
     def begin_run(self) -> None:
-        """Begin another file, if this one has lines of an earlier run."""
+        """Begin another file if this one has lines of an earlier run."""
         if self._begun:
             self._begun = False
             if self._file is not None:
@@ -68,14 +69,14 @@ class Trace:
             self._file = self._open()
 
     def close(self) -> None:
-        """Close the file; what is written later is dropped."""
+        """Close the file. Lines written later are dropped."""
         self._begun = False
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Write a line, safe from a killed process. A file that cannot be written any more is given up."""
+    def write(self, line: Mapping[str, object]) -> None:
+        """Write a line through to the file at once. After a write error the trace ends, and the run goes on."""
         if self._file is None:
             return
         try:
@@ -87,14 +88,14 @@ class Trace:
             logger.error("trace=%s cannot be written (%s); the run goes on without it.", self._path, error.strerror)
             self._file = None
 
-    def _write(self, line: Mapping[str, Any]) -> None:
+    def _write(self, line: Mapping[str, object]) -> None:
         assert self._file is not None
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
 
 
-def cost_of(result: GenerationResult, prompt_tokens: int) -> dict[str, Any]:
-    """Return what an answer took, as trace files and stored answers have it."""
+def cost_of(result: GenerationResult, prompt_tokens: int) -> dict[str, object]:
+    """Return an answer's tokens, forwards and seconds, as trace files and stored answers have them."""
     return {
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(result.token_ids),
@@ -110,14 +111,14 @@ def cost_of(result: GenerationResult, prompt_tokens: int) -> dict[str, Any]:
 
 def denoising_of(
     prompt: str, request: GenerationRequest, result: GenerationResult, pieces: Callable[[Sequence[int]], list[str]]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return what was sent, and for each new token its id, text, step and confidence.
 
     Args:
-        prompt: the text that `request.prompt_ids` are of.
-        request: the engine's.
-        result: with steps recorded.
-        pieces: makes token ids the text of each.
+        prompt: the text of `request.prompt_ids`.
+        request: the request as the engine got it.
+        result: the engine's, with steps recorded.
+        pieces: returns the text of each token.
     """
     return {
         "prompt": prompt,

@@ -1,4 +1,4 @@
-"""All answers of a run, scored by the harness in one pass: a model that says again what was recorded."""
+"""Scores all answers of a run in one pass of the harness, by a model that repeats recorded answers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import lm_eval
 import lm_eval.evaluator
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import setup_logging
@@ -21,28 +22,31 @@ from sdar_lm_eval.lm.answers import Session, busy_seconds, read_sessions, united
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, differences, facts_of_evaluation, watch
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
+from sdar_lm_eval.lm.store import Record
 from sdar_lm_eval.report.counts import Counts
-from sdar_lm_eval.report.gsm8k_json import convert, is_gsm8k, read_run
+from sdar_lm_eval.report.gsm8k_json import convert, is_gsm8k
+from sdar_lm_eval.report.results import results_in
 from sdar_lm_eval.runs.programs import RunPrograms, run_by, run_here
 from sdar_lm_eval.runs.settings import Run, scored_by
 from sdar_lm_eval.runs.shards import ANSWERS, task_manager
+from sdar_lm_eval.runs.summary import Report
 
 REPORT = "report.json"
-"""Name of the file that a published result has: what the user gets."""
+"""Name of the file in a published result's folder that the user gets."""
 
-NAMED = 8  # missing documents that a message names
+MOST_NAMED = 8  # missing documents in a message
 
 
 class RecordedLM(LM):
-    """Answers the harness's requests from what was recorded.
+    """Answers the harness's requests with recorded answers.
 
-    It asks as the machines did: with the checkpoint's tokenizer and chat template, so that a request is found by the
-    tokens that were sent.
+    The key of an answer holds the tokens that were sent. So requests go through the checkpoint's tokenizer and chat
+    template, as on the machines that answered.
 
     Args:
-        sessions: with the same settings.
-        seed: of the run.
-        begin: called when the tasks are loaded, before anything is asked.
+        sessions: what the machines recorded, all with the same settings.
+        seed: the run's.
+        begin: called once the tasks are loaded, before the first request.
 
     Raises:
         UserError: no answers at all, answers made with different settings, or a checkpoint that cannot be opened.
@@ -50,7 +54,7 @@ class RecordedLM(LM):
 
     watched: ClassVar[bool] = True
 
-    def __init__(self, sessions: Sequence[Session], seed: int, begin: Callable[[], Any] | None = None) -> None:
+    def __init__(self, sessions: Sequence[Session], seed: int, begin: Callable[[], object] | None = None) -> None:
         super().__init__()
         self._begin = begin
         if not sessions:
@@ -69,7 +73,7 @@ class RecordedLM(LM):
         self._prompts = Prompts(checkpoint, model["chat_template"])
         self._jobs = Jobs(checkpoint, self._prompts, {}, model["max_length"], alone=True)
         self._evaluation = Evaluation(seed)
-        self.used: list[dict[str, Any]] = []
+        self.used: list[Record] = []
         watch(lm_eval.evaluator)
 
     # What evaluation.py tells it
@@ -81,7 +85,7 @@ class RecordedLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Name in the harness's cache of built requests, which is not used here."""
+        """The tokenizer's name in the harness's cache of built requests, which `publish` leaves off."""
         return ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -89,26 +93,26 @@ class RecordedLM(LM):
         return self._prompts.render(chat_history, add_generation_prompt)
 
     def check_cache(self, path: str) -> None:
-        """There is none."""
+        """Do nothing: `publish` uses no cache."""
 
     def evaluation_begins(self, *, seed: int | None, cached: bool, template: str | None) -> None:
-        """The tasks are loaded, and nothing was asked yet."""
+        """Call `begin`."""
         if self._begin is not None:
             self._begin()
 
-    def task_begins(self, task: TaskRequests, requests: Sequence[Any]) -> None:
-        """Learn what lm_eval knows of a task's requests."""
+    def task_begins(self, task: TaskRequests, requests: Sequence[Instance]) -> None:
+        """Note what lm_eval knows of a task's requests."""
         self._evaluation.add(task, requests)
         self._evaluation.template_hash = self._prompts.template_hash
 
     def evaluation_ends(self) -> None:
-        """What was asked stays known."""
+        """Do nothing: `get_model_info` still needs what was noted."""
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the recorded answers.
 
         Raises:
-            UserError: some are missing; says how many and which.
+            UserError: answers are missing; says how many and of which documents.
         """
         asked = self._jobs.of(requests, self._evaluation.task_of, self._evaluation.seed)
         self._evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
@@ -119,27 +123,29 @@ class RecordedLM(LM):
             if line is None:
                 missing.append((job.task, job.document))
             else:
-                self.used.append({**line, **job.name})
+                used = line.copy()
+                used["task"], used["document"], used["repeat"] = job.task, job.document, job.repeat
+                self.used.append(used)
         if missing:
             documents = list(dict.fromkeys(missing))
-            named = ", ".join(f"{task} {document}" for task, document in documents[:NAMED])
-            more = f" and {len(documents) - NAMED:,} more" if len(documents) > NAMED else ""
+            named = ", ".join(f"{task} {document}" for task, document in documents[:MOST_NAMED])
+            more = f" and {len(documents) - MOST_NAMED:,} more" if len(documents) > MOST_NAMED else ""
             raise UserError(
                 f"{len(documents):,} of {len({id(r) for r in requests}):,} documents have no answer yet: "
                 f"{named}{more}. Nothing is published. Run the same command again: it answers what is missing."
             )
         return [str(self._answers[asked.jobs[job_id].key]["text"]) for job_id in asked.order]
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Refuse: only generated answers are recorded."""
         raise UserError(f"task {requests[0].task_name!r} asks for log-likelihoods, which are not recorded.")
 
-    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
         """Refuse: only generated answers are recorded."""
         raise UserError(f"task {requests[0].task_name!r} asks for log-likelihoods, which are not recorded.")
 
-    def get_model_info(self) -> dict[str, Any]:
-        """Facts for `results["config"]`: those of the machines that answered, and what all of them did together."""
+    def get_model_info(self) -> dict[str, object]:
+        """Return facts for `results["config"]`: the model's on the machines that answered, and their work in sum."""
         models = [dict(session.model) for session in self._sessions]
         runs = [model.pop("run", {}) for model in models]
         mine = {line["key"] for line in self.used}
@@ -166,34 +172,29 @@ class RecordedLM(LM):
         return {"model_dtype": models[-1].get("dtype"), "sdar_lm_eval": models[-1] | facts}
 
 
-def published(folder: Path, run: Run) -> Path:
-    """Return where a run's result is, or will be."""
-    return folder / run.name / REPORT
-
-
 def publish(run: Run, folder: Path, run_programs: RunPrograms = run_here) -> Path:
-    """Score all answers of a run in one pass, and write its results; where they are there already, do nothing.
+    """Score all answers of a run in one pass, and write the results; do nothing where these are there already.
 
     The folder named by the run's tasks gets lm_eval's results and samples files, the answers that were used, and
-    report.json. It appears whole or not at all. Results of another version of this package's sources are replaced.
+    report.json. The folder appears whole or not at all. Results of other sources of this package are replaced.
 
     Args:
         run: the evaluation.
         folder: the run's.
-        run_programs: runs programs that the model wrote, where a task is scored by that and the run confirms it.
+        run_programs: runs programs that the model wrote, for tasks that are scored by that.
 
     Returns:
-        report.json.
+        The path of report.json.
 
     Raises:
-        UserError: documents without an answer.
+        UserError: a document has no answer.
     """
-    report = published(folder, run)
+    report = folder / run.name / REPORT
     if report.exists() and json.loads(report.read_text("utf-8")).get("scored_by") == scored_by():
         return report
     setup_logging("INFO")
     stack = contextlib.ExitStack()
-    # From when the tasks are loaded: they try a program of ours then, whether this machine can run any.
+    # `run_programs` begins once the tasks are loaded: while they load, they try whether this machine runs programs.
     lm = RecordedLM(read_sessions(folder / ANSWERS), run.seed, lambda: stack.enter_context(run_by(run_programs)))
     call = run.harness_call()
     partial = report.parent.with_name(report.parent.name + ".partial")
@@ -225,16 +226,17 @@ def publish(run: Run, folder: Path, run_programs: RunPrograms = run_here) -> Pat
     return report
 
 
-def _report(run: Run, folder: Path) -> dict[str, Any]:
-    """The benchmark's JSON for one task of GSM8K, else the same without results: these are in the samples files."""
-    results, samples = read_run(folder)
-    tasks = [task for task in results["configs"] if is_gsm8k(samples(task))]
-    if len(tasks) == len(results["configs"]) == 1:
+def _report(run: Run, folder: Path) -> Report:
+    """Return the benchmark's JSON for one task of GSM8K, else the scores: the samples files have the rest."""
+    results = results_in(folder, "configs")[-1]
+    tasks = list(results.configs.content)
+    asked = {"model_name": run.model_name, **run.swept}
+    if len(tasks) == 1 and is_gsm8k(results.samples(tasks[0])):
         content = convert(folder)
-        settings = content["config"]
-    else:
-        ours = results["config"]["sdar_lm_eval"]
-        settings = {"tasks": list(run.tasks), "engine": run.engine, "gpu": ours.get("gpu")}
-        content = {"config": settings, "metrics": results["results"], "performance": ours["run"]}
-    settings |= {"model_name": run.model_name} | run.swept
-    return content | {"scored_by": scored_by()}
+        return {**content, "config": content["config"] | asked, "scored_by": scored_by()}
+    return {
+        "config": {"tasks": list(run.tasks), "engine": run.engine, "gpu": results.ours.text("gpu"), **asked},
+        "metrics": {task: results.scores.part(task).content for task in results.scores.content},
+        "performance": results.ours.part("run").content,
+        "scored_by": scored_by(),
+    }

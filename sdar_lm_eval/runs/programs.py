@@ -1,30 +1,29 @@
-"""Runs programs that the model wrote where the caller says: all that a task's filter has found, in one call.
+"""Runs programs that the model wrote where the caller chooses, all programs of a task in one call.
 
     with run_by(run_programs):
-        lm_eval.simple_evaluate(…)    filters hand their programs over, scores wait for the verdicts
+        lm_eval.simple_evaluate(…)    filters submit their programs, scores wait for the verdicts
 
-The tasks run programs by the executor of `tasks/programs.py`; another executor stands there meanwhile.
+`run_by` replaces the runner of `tasks/programs.py`, by which tasks run programs.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
-from typing import Any
+from concurrent.futures import Future
 
 from sdar_lm_eval.tasks import programs
 from sdar_lm_eval.tasks.programs import Job
 
 RunPrograms = Callable[[Sequence[Job]], Sequence[bool]]
-"""Programs -> whether each passes its tests."""
+"""A function: programs -> whether each passes its tests."""
 
 
 def run_here(jobs: Sequence[Job]) -> list[bool]:
     """Run programs in processes of this machine.
 
     Raises:
-        UserError: this machine cannot run any.
+        UserError: this machine cannot run programs.
     """
     programs.require_runner("The task", guard=any(job.guard for job in jobs))
     programs.start(jobs)
@@ -32,7 +31,7 @@ def run_here(jobs: Sequence[Job]) -> list[bool]:
 
 
 def batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
-    """Divide programs into lists of at most `size` characters, at least one program each."""
+    """Divide programs into lists of at most `size` characters; a larger program is a list of its own."""
     batch: list[Job] = []
     filled = 0
     for job in jobs:
@@ -48,27 +47,27 @@ def batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
 
 @contextlib.contextmanager
 def run_by(run_programs: RunPrograms) -> Iterator[None]:
-    """Have the tasks' programs run by `run_programs`, which gets all that wait, each once."""
+    """Have `run_programs` run the tasks' programs; a call gets all programs that wait, each program once."""
     if run_programs is run_here:
         yield
         return
-    here, elsewhere = programs.executor, _Elsewhere(run_programs)
-    programs.executor = lambda: elsewhere  # type: ignore[assignment]
+    before, collecting = programs.runner, _CollectingRunner(run_programs)
+    programs.runner = lambda: collecting
     try:
         yield
     finally:
-        programs.executor = here
+        programs.runner = before
 
 
-class _Elsewhere(Executor):
-    """Collects programs, and has all of them run when a score waits for the first."""
+class _CollectingRunner:
+    """Collects programs; runs all of them when a score waits for one."""
 
     def __init__(self, run_programs: RunPrograms) -> None:
         self._run_programs = run_programs
         self._waiting: dict[Job, Future[bool]] = {}
 
-    def submit(self, _run: Any, /, job: Job) -> Future[bool]:  # type: ignore[override]
-        future = self._waiting[job] = _Verdict(self._run_all)
+    def submit(self, _run: object, job: Job, /) -> Future[bool]:
+        future = self._waiting[job] = _PendingVerdict(self._run_all)
         return future
 
     def _run_all(self) -> None:
@@ -77,7 +76,7 @@ class _Elsewhere(Executor):
             future.set_result(passed)
 
 
-class _Verdict(Future[bool]):
+class _PendingVerdict(Future[bool]):
     def __init__(self, run_all: Callable[[], None]) -> None:
         super().__init__()
         self._run_all = run_all

@@ -1,4 +1,4 @@
-"""What a benchmark run is asked to be: the flags of the command line, checked, and the harness call that they mean.
+"""Checks the flags of a benchmark run, and translates them into a call of the harness.
 
 The defaults are those of the original GSM8K benchmark, which differ from the harness's on purpose: temperature 1.0
 samples (0.0 is greedy), at most 512 new tokens for GSM8K.
@@ -12,10 +12,10 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeVar
 
 import sdar_lm_eval
 from sdar_lm_eval.engines.base import DecodingConfig, to_number
@@ -27,12 +27,27 @@ from sdar_lm_eval.settings import canonical, read_generation
 DEFAULT_TASK = "gsm8k_sdar"
 
 SWEPT = ("block_length", "denoising_steps", "temperature", "remasking_strategy", "confidence_threshold")
-"""Flags that take several values, separated by commas, for a sweep."""
+"""Flags that take several values, separated by commas, for a sweep; a sweep varies the last one fastest."""
 
 RUN_PROGRAMS = ("humaneval_sdar", "mbpp_sdar", "sdar_bench")
 """This package's tasks and groups that are scored by running programs that the model wrote."""
 
 _PACKAGE = Path(sdar_lm_eval.__file__).parent
+
+Setting = bool | int | float | str
+"""A value of model_args or gen_kwargs."""
+
+_Value = TypeVar("_Value", int, float, str)
+
+
+class HarnessCall(TypedDict):
+    """Arguments of `lm_eval.simple_evaluate`."""
+
+    model: str
+    model_args: dict[str, Setting]
+    tasks: list[str]
+    gen_kwargs: dict[str, Setting]
+    limit: int | None
 
 
 @dataclass(frozen=True)
@@ -64,10 +79,10 @@ class Run:
     confirm_run_unsafe_code: bool = False
 
     @property
-    def gen_kwargs(self) -> dict[str, Any]:
-        """What is asked of every answer."""
+    def gen_kwargs(self) -> dict[str, Setting]:
+        """The generation arguments of every request."""
         decoding = self.decoding
-        settings = {
+        settings: dict[str, Setting] = {
             "do_sample": decoding.temperature > 0,
             "temperature": decoding.temperature,
             "block_length": decoding.block_length,
@@ -84,18 +99,18 @@ class Run:
         return tasks if self.num_samples is None else f"{tasks}-first-{self.num_samples}"
 
     @property
-    def swept(self) -> dict[str, Any]:
+    def swept(self) -> dict[str, Setting]:
         """The settings that a sweep may vary."""
         return {name: getattr(self.decoding, "steps" if name == "denoising_steps" else name) for name in SWEPT}
 
-    def harness_call(self, pretrained: str | None = None, **model_args: Any) -> dict[str, Any]:
-        """Return the arguments of `lm_eval.simple_evaluate` that this run is.
+    def harness_call(self, pretrained: str | None = None, **model_args: Setting | None) -> HarnessCall:
+        """Return this run as arguments of `lm_eval.simple_evaluate`.
 
         Args:
             pretrained: where the model is; default: its name.
-            model_args: others of the model's.
+            model_args: further model_args; None leaves one out.
         """
-        arguments = {
+        arguments: dict[str, Setting | None] = {
             "pretrained": pretrained or self.model_name,
             "revision": self.revision,
             "seed": self.seed,
@@ -114,7 +129,7 @@ class Run:
         """Return the command by which a local user makes the same call."""
         call = self.harness_call()
 
-        def pairs(settings: dict[str, Any]) -> str:
+        def pairs(settings: Mapping[str, Setting]) -> str:
             return ",".join(f"{name}={json.dumps(v) if isinstance(v, bool) else v}" for name, v in settings.items())
 
         words = ["lm_eval", "run", "--model", call["model"], "--model_args", pairs(call["model_args"])]
@@ -124,14 +139,14 @@ class Run:
         return shlex.join(words)
 
     def folder(self, checkpoint: str, machine: Sequence[str]) -> str:
-        """Return the name of the folder for its answers: the model's, and a fingerprint of all that changes them.
+        """Return the name of the folder for the run's answers: the model's name, and a hash of what changes answers.
 
-        Which documents are answered is left out, as is on how many machines: a run goes on from the answers of
-        another that asked for fewer. So are prompts, which each answer's own key holds (`lm/store.py`).
+        The hash leaves out which documents are answered, and on how many machines: a run goes on from the answers of
+        another that asked for fewer. It leaves out prompts too, which each answer's own key holds (`lm/store.py`).
 
         Args:
             checkpoint: the checkpoint's fingerprint.
-            machine: what the run stands on: the GPU, pinned versions.
+            machine: the GPU and the pinned versions.
         """
         content = {
             "revision": ANSWER_REVISION,
@@ -166,7 +181,7 @@ def runs_from_flags(
     """Return the run that the flags ask for, or those of a sweep: all combinations of values separated by commas.
 
     Args:
-        short: flags by their short names (`gen_kwargs.ALIASES`); one that is given replaces the flag of the full name.
+        short: flags by their short names (`ALIASES` in settings.py); they replace the flag of the full name.
         all others: the flags; see `Run`.
 
     Raises:
@@ -187,24 +202,23 @@ def runs_from_flags(
             f"--tasks {', '.join(programs)}: scored by running programs that the model writes. They run in a container "
             "without network, token and volumes; say --confirm-run-unsafe-code to agree. Nothing was run."
         )
-    whole = functools.partial(to_number, whole=True)
-    real = functools.partial(to_number, whole=False)
-    given: dict[str, tuple[str, Callable[[str, str], Any]]] = {
-        "block_length": (block_length, whole),
-        "denoising_steps": (denoising_steps, whole),
-        "temperature": (temperature, real),
-        "remasking_strategy": (remasking_strategy, lambda _, text: _full_name(text)),
-        "confidence_threshold": (confidence_threshold, real),
+    texts = {
+        "block_length": block_length,
+        "denoising_steps": denoising_steps,
+        "temperature": temperature,
+        "remasking_strategy": remasking_strategy,
+        "confidence_threshold": confidence_threshold,
     }
-    for name, text in canonical({name: text for name, text in (short or {}).items() if text is not None}).items():
-        given[name] = (text, given[name][1])
-    values = []
-    for name, (text, read) in given.items():
-        flag = f"--{name.replace('_', '-')}"
-        values.append(list(dict.fromkeys(read(flag, value) for value in _listed(flag, text))))
+    texts |= canonical({name: text for name, text in (short or {}).items() if text is not None})
+    lengths = _values("block_length", texts, _whole)
+    steps = _values("denoising_steps", texts, _whole)
+    temperatures = _values("temperature", texts, _real)
+    strategies = _values("remasking_strategy", texts, _full_name)
+    thresholds = _values("confidence_threshold", texts, _real)
+    grid: tuple[Sized, ...] = (lengths, steps, temperatures, strategies, thresholds)
+    several = {name for name, values in zip(SWEPT, grid, strict=True) if len(values) > 1}
     runs = []
-    for combination in itertools.product(*values):
-        chosen = dict(zip(given, combination, strict=True))
+    for combination in itertools.product(lengths, steps, temperatures, strategies, thresholds):
         try:
             run = Run(
                 model_name=model_name,
@@ -212,16 +226,22 @@ def runs_from_flags(
                 engine=engine,
                 tasks=listed_tasks,
                 num_samples=num_samples,
-                decoding=DecodingConfig(**chosen),
+                decoding=DecodingConfig(
+                    block_length=combination[0],
+                    denoising_steps=combination[1],
+                    temperature=combination[2],
+                    remasking_strategy=combination[3],
+                    confidence_threshold=combination[4],
+                ),
                 max_gen_length=max_gen_length,
                 seed=seed,
                 verbose=verbose,
                 confirm_run_unsafe_code=confirm_run_unsafe_code,
             )
             read_generation(run.gen_kwargs, {})  # refuses what the model would
-            _check_limits(engine, chosen)
+            _check_limits(engine, run.decoding)
         except UserError as error:
-            varied = [f"{name}={chosen[name]}" for name, of in zip(given, values, strict=True) if len(of) > 1]
+            varied = [f"{name}={value}" for name, value in zip(SWEPT, combination, strict=True) if name in several]
             if not varied:
                 raise
             raise UserError(
@@ -232,19 +252,36 @@ def runs_from_flags(
     return runs
 
 
-def _check_limits(engine: str, chosen: Mapping[str, Any]) -> None:
+def _values(name: str, texts: Mapping[str, str], read: Callable[[str, str], _Value]) -> list[_Value]:
+    """Return the values of a flag that may have several, each once."""
+    flag = f"--{name.replace('_', '-')}"
+    return list(dict.fromkeys(read(flag, value) for value in _listed(flag, texts[name])))
+
+
+def _whole(flag: str, text: str) -> int:
+    return int(to_number(flag, text, whole=True))
+
+
+def _real(flag: str, text: str) -> float:
+    return float(to_number(flag, text, whole=False))
+
+
+def _full_name(flag: str, strategy: str) -> str:
+    return str(canonical({"remasking_strategy": strategy})["remasking_strategy"])
+
+
+def _check_limits(engine: str, decoding: DecodingConfig) -> None:
     """Refuse what an engine does not take. Engines refuse it themselves, but on a GPU that is paid for by then."""
     spec = ENGINES[engine]
-    for name, allowed in (("block_length", spec.block_lengths), ("remasking_strategy", spec.strategies)):
-        if allowed is not None and chosen[name] not in allowed:
+    for name, value, allowed in (
+        ("block-length", decoding.block_length, spec.block_lengths),
+        ("remasking-strategy", decoding.remasking_strategy, spec.strategies),
+    ):
+        if allowed is not None and value not in allowed:
             raise UserError(
-                f"--{name.replace('_', '-')} {chosen[name]} is not for --engine {engine}, which takes "
-                f"{', '.join(map(str, allowed))}. Choose one of these, or --engine native."
+                f"--{name} {value} is not for --engine {engine}, which takes {', '.join(map(str, allowed))}. "
+                "Choose one of these, or --engine native."
             )
-
-
-def _full_name(strategy: str) -> str:
-    return str(canonical({"remasking_strategy": strategy})["remasking_strategy"])
 
 
 def _listed(flag: str, text: str) -> list[str]:
@@ -256,9 +293,10 @@ def _listed(flag: str, text: str) -> list[str]:
 
 @functools.cache
 def scored_by() -> str:
-    """Return a hash of this package's sources: a result of others is scored again, which costs no answer.
+    """Return a hash of this package's sources.
 
-    A published result is looked for by name, which says nothing of a task's prompts, filters and metrics.
+    A published result of other sources is scored again, since a task's filters or metrics may have changed. Its answers
+    are kept.
     """
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*")):

@@ -1,14 +1,15 @@
-"""A machine's part of a run: its share of the documents, answered into the run's folder of answers."""
+"""Answers a machine's share of a run's documents, into the run's folder of answers."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import lm_eval
+from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager, get_task_dict
 from lm_eval.utils import setup_logging
 
@@ -20,21 +21,25 @@ ANSWERS = "answers"
 """Name of the folder of answers in a run's folder."""
 
 
+TaskTree = Mapping[object, "Task | TaskTree"]
+"""Tasks by name, and by the names of their groups."""
+
+
 class _AnsweredError(Exception):
     """Ends an evaluation whose answers are there."""
 
 
-def answer_shard(run: Run, folder: Path, shard: int, shards: int, **model_args: Any) -> None:
-    """Answer a share of a run's documents; what is in the folder already is not answered again.
+def answer_shard(run: Run, folder: Path, shard: int, shards: int, **model_args: str | None) -> None:
+    """Answer a share of a run's documents, except those whose answers are in the folder already.
 
     Nothing is filtered or scored, so no program of the model runs here.
 
     Args:
         run: the evaluation.
-        folder: the run's; its `answers` gets a file of this process's.
-        shard: 1 to `shards`.
+        folder: the run's; this process adds a file to its `answers`.
+        shard: this machine's number, 1 to `shards`.
         shards: how many machines share the documents.
-        model_args: others of the model's.
+        model_args: further model_args.
 
     Raises:
         UserError: the run asks for something that the model or the task refuses.
@@ -42,28 +47,36 @@ def answer_shard(run: Run, folder: Path, shard: int, shards: int, **model_args: 
     """
     setup_logging("INFO")
     manager = task_manager(run.tasks)
-    call = run.harness_call(**model_args, answers=str(folder / ANSWERS)) | {"task_manager": manager}
+    call = run.harness_call(**model_args, answers=str(folder / ANSWERS))
+    share: dict[str, list[int]] | None = None
     if shards > 1:
         share = share_of(documents_of(run.tasks, run.num_samples, manager), shard, shards)
         if not share:
             return
-        call |= {"samples": share, "limit": None, "tasks": list(share)}
-    lm = get_model(call.pop("model")).create_from_arg_obj(call.pop("model_args"))
+    lm = get_model(call["model"]).create_from_arg_obj(call["model_args"])
     generate = lm.generate_until
 
-    def answer(*args: Any, **kwargs: Any) -> None:
-        generate(*args, **kwargs)
-        raise _AnsweredError  # the harness filters and scores what it gets
+    def answer(requests: Sequence[Instance], **settings: bool) -> None:
+        generate(requests, **settings)
+        raise _AnsweredError  # the harness would filter and score returned answers
 
     lm.generate_until = answer
     with contextlib.suppress(_AnsweredError):
-        lm_eval.simple_evaluate(lm, **call, confirm_run_unsafe_code=True)  # confirmed or not: none is run
+        lm_eval.simple_evaluate(
+            lm,
+            tasks=call["tasks"] if share is None else list(share),
+            samples=share,
+            limit=call["limit"] if share is None else None,
+            gen_kwargs=call["gen_kwargs"],
+            task_manager=manager,
+            confirm_run_unsafe_code=True,  # lm_eval asks for it, though no program runs here
+        )
 
 
 def task_manager(tasks: Sequence[str]) -> TaskManager:
     """Return a manager that knows these tasks.
 
-    Where they are ours it knows no others: to read the names of the harness's thousands takes seconds, of a GPU's time.
+    Where all are this package's it knows no others: reading the harness's thousands takes seconds of a GPU's time.
     """
     ours = TaskManager(include_path=TASKS, include_defaults=False)
     return ours if all(task in ours.all_tasks for task in tasks) else TaskManager()
@@ -73,8 +86,8 @@ def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskMan
     """Return how many documents of each task are evaluated, groups resolved into their tasks.
 
     Raises:
-        UserError: no such task, one that asks for log-likelihoods, one of the harness's own that runs programs of the
-            model, or one that cannot be loaded.
+        UserError: a task is unknown, asks for log-likelihoods, cannot be loaded, or is one of the harness's own that
+            runs programs of the model.
     """
     manager = manager or task_manager(tasks)
     unknown = [task for task in tasks if task not in manager.all_tasks]
@@ -84,7 +97,7 @@ def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskMan
         found = _leaves(get_task_dict(list(tasks), manager))
     except SDARError:
         raise
-    except (OSError, ValueError) as error:  # the hub's, datasets', and the harness's metric that runs programs
+    except (OSError, ValueError) as error:  # of the hub, of datasets, of the harness's metric that runs programs
         lines = [line.strip() for line in str(error).splitlines() if line.strip("# ")] or [type(error).__name__]
         raise UserError(
             f"--tasks {', '.join(tasks)}: cannot be loaded ({lines[0]}). Check the network and try again; gated data "
@@ -109,21 +122,22 @@ def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskMan
 
 
 def share_of(documents: Mapping[str, int], shard: int, shards: int) -> dict[str, list[int]]:
-    """Return the documents of one shard, as `samples` has them; tasks that it has none of are left out.
+    """Return task -> numbers of the documents of one shard. A task without a document in the shard is left out.
 
-    All tasks' documents are dealt out in turn, so shards differ by one at most.
+    The shards take all tasks' documents in turn, so their sizes differ by one at most.
     """
     shares, before = {}, 0
     for task, number in documents.items():
         share = [place for place in range(number) if (before + place) % shards == shard - 1]
-        if share:  # the harness takes an empty list for all
+        if share:  # lm_eval evaluates all documents where the list is empty
             shares[task] = share
         before += number
     return shares
 
 
-def _leaves(found: Mapping[Any, Any]) -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
+def _leaves(found: TaskTree) -> dict[str, Task]:
+    """Return the tasks of nested groups by name."""
+    leaves: dict[str, Task] = {}
     for name, value in found.items():
         if isinstance(value, Mapping):
             leaves |= _leaves(value)

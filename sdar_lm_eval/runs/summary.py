@@ -1,18 +1,41 @@
-"""What a run of the benchmark prints: its configuration at the start, its result at the end, a sweep's table."""
+"""What a benchmark run prints: the configuration at the start, the result at the end, a sweep's table."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict, final
 
-from sdar_lm_eval.runs.settings import SWEPT, Run
+from sdar_lm_eval.report.gsm8k_json import Benchmark, FilterMetrics
+from sdar_lm_eval.report.text_table import aligned, with_error
+from sdar_lm_eval.runs.settings import SWEPT, Run, Setting
 
-Json = Mapping[str, Any]
+
+@final
+class BenchmarkReport(Benchmark):
+    """report.json of a run of one task of GSM8K."""
+
+    scored_by: str
 
 
-def configuration(runs: Sequence[Run], machine: Mapping[str, Any]) -> str:
-    """Return the summary of what is about to run; `machine` names where."""
+@final
+class TasksReport(TypedDict):
+    """report.json of other runs; their examples are in lm_eval's samples files.
+
+    `metrics` are lm_eval's by task, `performance` is what the run counted (`report/counts.py`).
+    """
+
+    config: dict[str, object]
+    metrics: dict[str, Mapping[str, object]]
+    performance: Mapping[str, object]
+    scored_by: str
+
+
+Report = BenchmarkReport | TasksReport
+
+
+def configuration(runs: Sequence[Run], machine: Mapping[str, object]) -> str:
+    """Return what is printed before runs begin; `machine` has further rows, on where they run."""
     run = runs[0]
     varied = {name: list(dict.fromkeys(_value(run.swept[name]) for run in runs)) for name in SWEPT}
     varied["temperature"] = ["0 (greedy)" if value == "0" else value for value in varied["temperature"]]
@@ -28,14 +51,13 @@ def configuration(runs: Sequence[Run], machine: Mapping[str, Any]) -> str:
         **({"programs": "run, as confirmed"} if run.confirm_run_unsafe_code else {}),
         **machine,
     }
-    width = max(map(len, rows))
-    lines = [f"  {name.ljust(width)}  {value}" for name, value in rows.items()]
+    lines = [f"  {line}" for line in aligned([(name, str(value)) for name, value in rows.items()], left={0, 1})]
     title = "Configuration" if len(runs) == 1 else f"Configuration: a sweep of {len(runs)} runs"
     return "\n".join([title, *lines, f"Each run is: {run.command_line()}" if len(runs) == 1 else ""]).rstrip()
 
 
-def result(report: Json) -> str:
-    """Return the end of a run, from its report.json."""
+def result(report: Report) -> str:
+    """Return what is printed at the end of a run."""
     performance = report["performance"]
     lines = ["=" * 80, "FINAL RESULTS", "=" * 80]
     if "results" in report:
@@ -59,56 +81,54 @@ def result(report: Json) -> str:
     return "\n".join(lines)
 
 
-def sweep_table(reports: Sequence[Json | None], runs: Sequence[Run]) -> str:
-    """Return a sweep's table; a run that has no report is `failed`."""
+def sweep_table(reports: Sequence[Report | None], runs: Sequence[Run]) -> str:
+    """Return a sweep's table; a run without a report is `failed`."""
     varied = _varied(runs) or list(SWEPT)
     rows = [[*varied, "accuracy, %", "tokens/s", "tokens/forward"]]
     for run, report in zip(runs, reports, strict=True):
         row = [_value(run.swept[name]) for name in varied]
         if report is None:
-            rows.append([*row, "failed", "", ""])
+            rows.append([*row, "failed"])
             continue
         performance = report["performance"]
         speeds = (performance["tokens_per_second"], ",.1f"), (performance["tokens_per_forward"], ".2f")
         rows.append([*row, _accuracy(report), *("" if speed is None else f"{speed:{form}}" for speed, form in speeds)])
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(aligned(rows))
 
 
-def told_apart(run: Run, runs: Sequence[Run]) -> str:
-    """Return what a run of a sweep is told by, as " (temperature 0, …)"; "" where there is one run."""
+def sweep_label(run: Run, runs: Sequence[Run]) -> str:
+    """Return the settings in which a run differs from others of its sweep: " (temperature 0, …)"; "" for a lone run."""
     told = ", ".join(f"{name} {_value(run.swept[name])}" for name in _varied(runs))
     return f" ({told})" if told else ""
 
 
-def sweep_json(reports: Sequence[Json | None], runs: Sequence[Run], folders: Sequence[str]) -> dict[str, Any]:
-    """Return a sweep's one JSON: each run's settings, metrics and speed; its examples stay in its own folder."""
-    return {
-        "runs": [
-            run.swept
-            | {"folder": folder, "failed": report is None}
-            | ({} if report is None else {name: report[name] for name in ("config", "metrics", "performance")})
-            for run, report, folder in zip(runs, reports, folders, strict=True)
-        ]
-    }
+def sweep_json(
+    reports: Sequence[Report | None], runs: Sequence[Run], folders: Sequence[str]
+) -> dict[str, list[dict[str, object]]]:
+    """Return a sweep's JSON: each run's settings, metrics and speed. The examples stay in the runs' own folders."""
+    listed: list[dict[str, object]] = []
+    for run, report, folder in zip(runs, reports, folders, strict=True):
+        entry: dict[str, object] = {**run.swept, "folder": folder, "failed": report is None}
+        if report is not None:
+            entry |= {name: report[name] for name in ("config", "metrics", "performance")}
+        listed.append(entry)
+    return {"runs": listed}
 
 
 def _varied(runs: Sequence[Run]) -> list[str]:
     return [name for name in SWEPT if len({run.swept[name] for run in runs}) > 1]
 
 
-def _accuracy(report: Json) -> str:
+def _accuracy(report: Report) -> str:
     if "results" not in report:
         return "see JSON"
-    metrics = report["metrics"]
-    stderr = metrics["stderr"]
-    return f"{100 * metrics['accuracy']:.1f}" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
+    return with_error(report["metrics"]["accuracy"], report["metrics"]["stderr"], 100)
 
 
-def _error(metrics: Json) -> str:
+def _error(metrics: FilterMetrics) -> str:
     stderr = metrics["stderr"]
     return "" if stderr is None or math.isnan(stderr) else f" ± {100 * stderr:.2f} points"
 
 
-def _value(value: Any) -> str:
+def _value(value: Setting) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,10 +1,10 @@
 """Where the tasks' documents come from: a folder of the user's, else the Hugging Face Hub.
 
-    documents(GSM8K, "test", metadata)    the rows of a split, checked; a list of dicts
+    documents(GSM8K, "test", metadata)    the rows of a split, each checked by its data set's `parse`
 
-A folder is named by metadata, which wins, or by environment: for each data set its own (`gsm8k_dir`, `SDAR_GSM8K_DIR`),
-or one folder for all (`sdar_data_dir`, `SDAR_DATA_DIR`) with a folder for each in it (`gsm8k`, `mmlu`, …). It holds the
-rows as the hub has them: one JSON object a line, or the hub's own parquet files in their places.
+Metadata names a folder, or else an environment variable does: a data set's own folder (`gsm8k_dir`, `SDAR_GSM8K_DIR`),
+or one for all (`sdar_data_dir`, `SDAR_DATA_DIR`), which holds a folder for each data set (`gsm8k`, `mmlu`, …). A data
+set's folder holds the rows as the hub has them: one JSON object a line, or the hub's own parquet files in their places.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
 import datasets
 
@@ -28,26 +28,71 @@ logger = logging.getLogger(__name__)
 ROOT_KEY = "sdar_data_dir"
 ROOT_VARIABLE = "SDAR_DATA_DIR"
 
-Row = dict[str, Any]
-Complaint = Callable[[Row], str | None]
+RowT = TypeVar("RowT", bound=Mapping[str, object])
+RowT_co = TypeVar("RowT_co", bound=Mapping[str, object], covariant=True)
+
+
+class RowError(Exception):
+    """A row of a data set cannot be used; says what is wrong, as a sentence."""
+
+
+class Columns:
+    """A row as it was read. Its methods raise `RowError` where a column is missing, empty or of another type.
+
+    Args:
+        row: column -> value.
+        example: a row as messages show it.
+    """
+
+    def __init__(self, row: Mapping[str, object], example: str) -> None:
+        self._row, self._example = row, example
+
+    def text(self, column: str) -> str:
+        """Return a column's string, which is not blank."""
+        value = self._value(column)
+        if not isinstance(value, str):
+            raise RowError(f"{column!r} is a {type(value).__name__}, not a string.")
+        if not value.strip():
+            raise RowError(f"{column!r} is empty.")
+        return value
+
+    def whole(self, column: str) -> int:
+        """Return a column's whole number."""
+        value = self._value(column)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise RowError(f"{column!r} is a {type(value).__name__}, not a whole number.")
+        return value
+
+    def items(self, column: str) -> list[object]:
+        """Return a column's list, which is not empty."""
+        value = self._value(column)
+        if not isinstance(value, list):
+            raise RowError(f"{column!r} is a {type(value).__name__}, not a list.")
+        if not value:
+            raise RowError(f"{column!r} is empty.")
+        return value
+
+    def _value(self, column: str) -> object:
+        if column not in self._row:
+            raise RowError(f"no {column!r}, only {sorted(self._row)}. Each line must be one {self._example}.")
+        return self._row[column]
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(Generic[RowT_co]):
     """A data set.
 
     Attributes:
         title: what messages call it.
-        folder: its name below the folder for all; the metadata key is this and `_dir`, the environment variable
-            `SDAR_…_DIR`.
+        folder: the data set's name in the folder for all, in the metadata key (`…_dir`) and in the environment
+            variable (`SDAR_…_DIR`).
         hub: dataset id on the Hugging Face Hub.
-        config: the hub's configuration; None for its only one.
-        files: where a folder may hold a split, as glob patterns with `{split}` and `{config}`; the first that is found
+        config: the hub's configuration; None where the data set has one only.
+        files: where a folder may hold a split, as glob patterns with `{split}` and `{config}`; the first that matches
             is read.
         where: what to put into a folder when the hub cannot be reached.
-        columns: the columns that are used, and their types. Texts must not be blank.
         row: a row as messages show it.
-        complaint: what else is wrong with a row, as a sentence, or None.
+        parse: makes a row of its columns, or raises `RowError`.
     """
 
     title: str
@@ -56,9 +101,8 @@ class Source:
     config: str | None
     files: tuple[str, ...]
     where: str
-    columns: Mapping[str, type]
     row: str
-    complaint: Complaint | None = None
+    parse: Callable[[Columns], RowT_co]
 
     @property
     def key(self) -> str:
@@ -71,15 +115,22 @@ class Source:
         return f"SDAR_{self.folder.upper()}_DIR"
 
 
-def documents(source: Source, split: str, metadata: Mapping[str, Any], config: str | None = None) -> list[Row]:
-    """Return the rows of a split, with the columns of `source.columns`.
+def dataset(**splits: Sequence[Mapping[str, object]]) -> datasets.DatasetDict:
+    """Return what lm-eval takes from a task's `custom_dataset`: split -> rows."""
+    return datasets.DatasetDict({split: datasets.Dataset.from_list(list(rows)) for split, rows in splits.items()})
+
+
+def documents(
+    source: Source[RowT], split: str, metadata: Mapping[str, object], config: str | None = None
+) -> list[RowT]:
+    """Return the rows of a split, as `source.parse` makes them.
 
     Args:
         source: the data set.
         split: as the hub calls it.
-        metadata: the run's metadata and model arguments, as lm-eval hands them to a task; what is not this data set's
-            is somebody else's.
-        config: the hub's configuration, where the data set has several that are used.
+        metadata: the run's metadata and model arguments, as lm-eval hands them to a task. Entries of other tasks and
+            of the model are among them.
+        config: the hub's configuration, where the tasks use several.
 
     Raises:
         UserError: the folder, its file or a row cannot be used, or the hub cannot be reached.
@@ -95,13 +146,13 @@ def documents(source: Source, split: str, metadata: Mapping[str, Any], config: s
     return _read_hub(source, split, config)
 
 
-def warn_of_folders(source: Source, metadata: Mapping[str, Any], task: str, instead: str) -> None:
-    """Log a WARNING that a task has its own documents, where a folder of the data set is named.
+def warn_of_folders(source: Source[RowT], metadata: Mapping[str, object], task: str, instead: str) -> None:
+    """Log a WARNING where the user names a folder of a data set, but the task has its own documents.
 
     Args:
-        source: the data set whose folders the task does not read.
+        source: the data set.
         metadata: the run's, as `documents` takes it.
-        task: which one asks its own documents.
+        task: the task that has its own documents.
         instead: a task that reads the folder.
     """
     if folder := next(_folders(source, metadata), None):
@@ -115,8 +166,8 @@ def warn_of_folders(source: Source, metadata: Mapping[str, Any], task: str, inst
         )
 
 
-def _folders(source: Source, metadata: Mapping[str, Any]) -> Iterator[tuple[Any, str, str]]:
-    """Yield each folder that is named, the one that counts first: as given, with its label, and the folder below it."""
+def _folders(source: Source[RowT], metadata: Mapping[str, object]) -> Iterator[tuple[object, str, str]]:
+    """Yield (folder as given, its name in messages, subfolder) for each folder that is named; the first one counts."""
     for given, label, below in (
         (metadata.get(source.key), f"{source.key} is", ""),
         (os.environ.get(source.variable) or None, f"{source.variable} is", ""),
@@ -127,8 +178,8 @@ def _folders(source: Source, metadata: Mapping[str, Any]) -> Iterator[tuple[Any,
             yield given, label, below
 
 
-def read_jsonl(source: Source, file: Path) -> list[Row]:
-    """Return the rows of a file that has one JSON object a line.
+def read_jsonl(source: Source[RowT], file: Path) -> list[RowT]:
+    """Return the rows of a file with one JSON object a line.
 
     Raises:
         UserError: the file or a row cannot be used.
@@ -150,7 +201,7 @@ def read_jsonl(source: Source, file: Path) -> list[Row]:
 
 
 def require(title: str, *modules: str) -> None:
-    """Check that optional modules are installed, before a model spends hours on answers that cannot be scored.
+    """Check that the modules which score a task are installed, before a model spends hours on its answers.
 
     Raises:
         UserError: one is missing; says how to install all that the tasks need.
@@ -163,7 +214,7 @@ def require(title: str, *modules: str) -> None:
         )
 
 
-def _read_hub(source: Source, split: str, config: str | None) -> list[Row]:
+def _read_hub(source: Source[RowT], split: str, config: str | None) -> list[RowT]:
     try:
         rows = datasets.load_dataset(source.hub, config, split=split)
     except Exception as error:  # whatever the network, the hub's client or a cache can raise
@@ -176,7 +227,9 @@ def _read_hub(source: Source, split: str, config: str | None) -> list[Row]:
     return [_checked(source, row, f"{source.hub}, row {number}") for number, row in enumerate(rows)]
 
 
-def _read_folder(source: Source, given: Any, label: str, below: str, split: str, config: str | None) -> list[Row]:
+def _read_folder(
+    source: Source[RowT], given: object, label: str, below: str, split: str, config: str | None
+) -> list[RowT]:
     names = [pattern.format(split=split, config=config) for pattern in source.files]
     remedy = (
         f"Give a folder that holds {source.title}'s {names[0]}, or leave it out to load {source.hub} from the Hugging "
@@ -199,7 +252,7 @@ def _read_folder(source: Source, given: Any, label: str, below: str, split: str,
         raise UserError(f"{label} {shown}, which cannot be read ({error}). {remedy}") from error
 
 
-def _read_file(source: Source, file: Path) -> list[Row]:
+def _read_file(source: Source[RowT], file: Path) -> list[RowT]:
     require_regular(file)  # a pipe would be waited for
     if file.suffix != ".parquet":
         return read_jsonl(source, file)
@@ -219,34 +272,24 @@ def _contents(folder: Path) -> str:
     return f"it holds {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _parsed(source: Source, line: str, where: str) -> Any:
+def _parsed(source: Source[RowT], line: str, where: str) -> object:
     try:
-        row = json.loads(line)
+        row: object = json.loads(line)
         json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is valid JSON, but no text
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}). Each line must be one {source.row}.") from error
     return row
 
 
-def _checked(source: Source, row: Any, where: str) -> Row:
-    """Return the row's columns that are used.
+def _checked(source: Source[RowT], row: object, where: str) -> RowT:
+    """Return a row as `source.parse` makes it.
 
     Raises:
-        UserError: they are not there, or not usable.
+        UserError: the row cannot be used.
     """
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: a {type(row).__name__}, not an object. Each line must be one {source.row}.")
-    for column, kind in source.columns.items():
-        if column not in row:
-            raise UserError(f"{where}: no {column!r}, only {sorted(row)}. Each line must be one {source.row}.")
-        value = row[column]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{where}: {column!r} is a {type(value).__name__}, not {_NAMES[kind]}.")
-        if value == [] or (isinstance(value, str) and not value.strip()):
-            raise UserError(f"{where}: {column!r} is empty.")
-    if source.complaint and (complaint := source.complaint(dict(row))):
-        raise UserError(f"{where}: {complaint}")
-    return {column: row[column] for column in source.columns}
-
-
-_NAMES = {str: "a string", int: "a whole number", list: "a list"}
+    try:
+        return source.parse(Columns(row, source.row))
+    except RowError as error:
+        raise UserError(f"{where}: {error}") from error

@@ -1,8 +1,7 @@
-r"""Finds the number that a response gives as its answer, and writes it in one form.
+r"""Finds the number that a response gives as its answer, and writes the number in a canonical form.
 
-Every public function returns a canonical number: `str` of a `fractions.Fraction` (`1000`, `-5`, `1/2`), so that two
-strings are equal exactly where the numbers are; or `INVALID` where there is no answer. None of them raises, whatever
-the text.
+The canonical form is `str` of a `fractions.Fraction` (`1000`, `-5`, `1/2`), so two strings are equal exactly where the
+numbers are. Every public function returns a canonical number, or `INVALID` where there is no answer, and never raises.
 
 Two marks announce an answer, `\boxed{…}` and `#### …`. The last one that holds a number counts:
 
@@ -11,7 +10,7 @@ Two marks announce an answer, `\boxed{…}` and `#### …`. The last one that ho
 - `####` is followed by the answer, and whatever comes after that is comment: `#### 18 (9 eggs)` is 18. Markdown uses
   the same four signs for headings: `#### Step 3` and `#### 3. Total` are not answers.
 
-A verbatim copy of the question is no part of the answer and goes first.
+A verbatim copy of the question is no part of the answer: it is removed first.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from fractions import Fraction
 
 INVALID = "[invalid]"
 
-# A longer number is noise, such as one digit repeated up to the length limit, and no answer.
+# A longer number is no answer but noise, such as one digit repeated up to the length limit.
 MAX_CHARACTERS = 1000
 
 # Thin, narrow and other no-break spaces group digits in print, as apostrophes do in Switzerland; a plain space
@@ -50,7 +49,7 @@ _NUMBER = rf"""
     (?:\s?/\s?(?P<denominator>{_DECIMAL}))?
 """
 _ONE_NUMBER = re.compile(_NUMBER, re.VERBOSE)
-# A name takes its digits with it: the 2 of x2, CO2 or H2O is not a number.
+# Digits behind a letter belong to a name: the 2 of x2, CO2 or H2O is not a number.
 _NUMBER_OR_NAME = re.compile(rf"[A-Za-z][0-9A-Za-z_]*|{_NUMBER}", re.VERBOSE)
 
 # The backslash is optional: it is lost where a response went through an escaping step.
@@ -115,14 +114,14 @@ def _marked_number(text: str) -> str:
 
 
 def _boxes(text: str) -> Iterator[tuple[int, str]]:
-    """Yield where each box starts, and what it holds.
+    """Yield each box's start and content.
 
-    It ends with its brace, or where another box starts inside it; one that is never closed (the response was cut) ends
-    with its line.
+    A box ends at its closing brace, or where another box starts inside it. A box that is never closed, since the
+    response was cut, ends with its line.
     """
     starts = list(_BOX.finditer(text))
     limits = [*(start.start() for start in starts[1:]), len(text)]
-    for start, limit in zip(starts, limits, strict=False):  # no box: no start, one limit
+    for start, limit in zip(starts, limits, strict=False):  # limits are one more where there is no box
         inside = text[start.end() : limit]
         depth = 1
         for brace in _BRACE.finditer(inside):
@@ -185,7 +184,7 @@ def _without_latex(text: str) -> str:
 
 
 def _after_digit(match: re.Match[str]) -> str:
-    """Return the space that sets a fraction off from the whole number of `1½`."""
+    """Return a space where a fraction follows a digit, as in `1½`, else ""."""
     return " " if match.string[match.start() - 1 : match.start()].isdigit() else ""
 
 

@@ -1,6 +1,6 @@
 """What the IFEval task file names: the data and the score, which is lm-eval's own.
 
-lm-eval opens this file by its path, outside of its package: imports are absolute.
+Imports are absolute, since lm-eval opens this file by its path, outside of the package.
 """
 
 from __future__ import annotations
@@ -8,19 +8,33 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TypedDict
 
 import datasets
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.tasks.data import Row, Source, documents, require
+from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents, require
 
 
-def _complaint(row: Row) -> str | None:
-    instructions, kwargs = row["instruction_id_list"], row["kwargs"]
-    if len(instructions) == len(kwargs):
-        return None
-    return f"{len(instructions)} instructions, but {len(kwargs)} kwargs."
+class Prompt(TypedDict):
+    """A document: a prompt, the instructions it holds, and the arguments of each."""
+
+    key: int
+    prompt: str
+    instruction_id_list: list[object]
+    kwargs: list[object]
+
+
+def _prompt(row: Columns) -> Prompt:
+    prompt = Prompt(
+        key=row.whole("key"),
+        prompt=row.text("prompt"),
+        instruction_id_list=row.items("instruction_id_list"),
+        kwargs=row.items("kwargs"),
+    )
+    if len(prompt["instruction_id_list"]) != len(prompt["kwargs"]):
+        raise RowError(f"{len(prompt['instruction_id_list'])} instructions, but {len(prompt['kwargs'])} kwargs.")
+    return prompt
 
 
 IFEVAL = Source(
@@ -30,13 +44,12 @@ IFEVAL = Source(
     config=None,
     files=("{split}.jsonl", "ifeval_input_data.jsonl", "input_data.jsonl"),
     where="https://huggingface.co/datasets/google/IFEval/resolve/main/ifeval_input_data.jsonl",
-    columns={"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list},
     row='{"key": 1000, "prompt": "…", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}',
-    complaint=_complaint,
+    parse=_prompt,
 )
 
 
-def load(**metadata: Any) -> datasets.DatasetDict:
+def load(**metadata: object) -> datasets.DatasetDict:
     """Return the 541 prompts, whose split the hub calls `train`.
 
     Raises:
@@ -46,7 +59,7 @@ def load(**metadata: Any) -> datasets.DatasetDict:
     rows = documents(IFEVAL, "train", metadata)
     _require_punkt()
     _require_scorable(rows)
-    return datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
+    return dataset(train=rows)
 
 
 def _require_punkt() -> None:
@@ -63,7 +76,7 @@ def _require_punkt() -> None:
             ) from None
 
 
-def _require_scorable(rows: Iterable[Row]) -> None:
+def _require_scorable(rows: Iterable[Prompt]) -> None:
     """Score an answer to each prompt, before a model answers them all for a row that ends the scoring."""
     for row in rows:
         try:
@@ -76,7 +89,7 @@ def _require_scorable(rows: Iterable[Row]) -> None:
             ) from error
 
 
-def score(doc: Row, results: Sequence[str]) -> dict[str, Any]:
+def score(doc: Prompt, results: Sequence[str]) -> dict[str, bool | list[bool]]:
     """Return lm-eval's four scores: by prompt or instruction, strict or loose.
 
     What a prompt leaves open, lm-eval's code draws each time it scores: keys 1122 and 1129 ask for the signs `#` and

@@ -1,6 +1,6 @@
 """What the MATH500 task file names: the data and the score.
 
-lm-eval opens this file by its path, outside of its package: imports are absolute.
+Imports are absolute, since lm-eval opens this file by its path, outside of the package.
 """
 
 from __future__ import annotations
@@ -8,11 +8,23 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypedDict
 
 import datasets
 
-from sdar_lm_eval.tasks.data import Row, Source, documents, require
+from sdar_lm_eval.tasks.data import Columns, Source, dataset, documents, require
+
+
+class Problem(TypedDict):
+    """A document; the answer is LaTeX."""
+
+    problem: str
+    answer: str
+
+
+def _problem(row: Columns) -> Problem:
+    return Problem(problem=row.text("problem"), answer=row.text("answer"))
+
 
 MATH500 = Source(
     title="MATH500",
@@ -21,22 +33,22 @@ MATH500 = Source(
     config=None,
     files=("{split}.jsonl", "{split}-*.parquet", "data/{split}-*.parquet"),
     where="https://huggingface.co/datasets/HuggingFaceH4/MATH-500/resolve/main/test.jsonl",
-    columns={"problem": str, "answer": str},
     row='{"problem": "…", "answer": "\\\\frac{1}{2}"}',
+    parse=_problem,
 )
 
 
-def load(**metadata: Any) -> datasets.DatasetDict:
+def load(**metadata: object) -> datasets.DatasetDict:
     """Return the 500 problems of PRM800K's test split.
 
     Raises:
         UserError: the data cannot be used, or math_verify is not installed.
     """
     require(MATH500.title, "math_verify")
-    return datasets.DatasetDict({"test": datasets.Dataset.from_list(documents(MATH500, "test", metadata))})
+    return dataset(test=documents(MATH500, "test", metadata))
 
 
-def score(doc: Row, results: Sequence[str]) -> dict[str, float]:
+def score(doc: Problem, results: Sequence[str]) -> dict[str, float]:
     """Return whether an answer's formula equals the gold one, 0.0 or 1.0, by the paper's rule and by math_verify's."""
     answer, gold = results[0], doc["answer"]
     return {
@@ -48,10 +60,10 @@ def score(doc: Row, results: Sequence[str]) -> dict[str, float]:
 def is_equal(answer: str, gold: str) -> bool:
     r"""Whether math_verify finds an answer and the gold answer equal, with the released evaluation's settings.
 
-    The answer's formula is the last `\boxed{}` (bare ones in a line are taken together, as a set), else the formula
-    after "the answer is"; a number in plain text is none. Of a chain of two or more equations the last side counts.
-    The settings, and the places of the two in the comparison, are those of OpenCompass's `MATHVerifyEvaluator`
-    (opencompass/evaluator/math_evaluator.py, in JetAstra/SDAR at c2041a8).
+    The answer's formula is the last `\boxed{}`, else the formula after "the answer is". Boxes with at most "and"
+    between them are one set. A number in plain text is no formula. Of a chain of two or more equations the last side
+    counts. The settings, and the order of the two formulas in the comparison, are those of OpenCompass's
+    `MATHVerifyEvaluator` (opencompass/evaluator/math_evaluator.py, in JetAstra/SDAR at c2041a8).
     """
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -82,7 +94,7 @@ def is_equal(answer: str, gold: str) -> bool:
 def is_equal_by_default(answer: str, gold: str) -> bool:
     r"""Whether math_verify finds an answer and the gold answer equal, with its own default settings.
 
-    They take what LaTeX forgives, such as `\frac12` and `11\sqrt2`, and look for the answer in plain text, too.
+    They accept what LaTeX does, such as `\frac12` and `11\sqrt2`, and find answers in plain text too.
     """
     from math_verify import parse, verify
 
@@ -91,7 +103,7 @@ def is_equal_by_default(answer: str, gold: str) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop the WARNING by which each use of `equations=True` is called deprecated: the parser does not replace it."""
+    """Drop the WARNING that `equations=True` is deprecated: nothing replaces it, and every answer would log it."""
     logger = logging.getLogger("latex2sympy2_extended.math_normalization")
 
     def other(record: logging.LogRecord) -> bool:

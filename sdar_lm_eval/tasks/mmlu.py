@@ -1,28 +1,45 @@
 """What the MMLU task files name: the data, the prompt, the filter, the score.
 
-lm-eval opens this file by its path, outside of its package: imports are absolute.
+Imports are absolute, since lm-eval opens this file by its path, outside of the package.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TypedDict
 
 import datasets
 
-from sdar_lm_eval.tasks.data import Row, Source, documents
+from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents
 
 INVALID = "[invalid]"
 LETTERS = "ABCD"
 _LINE_BREAK = re.compile(r"\r\n?")
 
 
-def _complaint(row: Row) -> str | None:
-    choices, answer = row["choices"], row["answer"]
-    if len(choices) != len(LETTERS) or not all(isinstance(choice, str) for choice in choices):
-        return f"'choices' is {choices!r}, not {len(LETTERS)} strings."
-    return None if 0 <= answer < len(LETTERS) else f"'answer' is {answer}, not 0 to {len(LETTERS) - 1}."
+class Row(TypedDict):
+    """A row of the data set; `answer` is the right choice, from 0."""
+
+    question: str
+    choices: list[str]
+    answer: int
+
+
+class Question(Row):
+    """A document: a row and its subject."""
+
+    subject: str
+
+
+def _row(row: Columns) -> Row:
+    question, given, answer = row.text("question"), row.items("choices"), row.whole("answer")
+    choices = [choice for choice in given if isinstance(choice, str)]
+    if not len(given) == len(choices) == len(LETTERS):
+        raise RowError(f"'choices' is {given!r}, not {len(LETTERS)} strings.")
+    if not 0 <= answer < len(LETTERS):
+        raise RowError(f"'answer' is {answer}, not 0 to {len(LETTERS) - 1}.")
+    return Row(question=question, choices=choices, answer=answer)
 
 
 MMLU = Source(
@@ -32,38 +49,34 @@ MMLU = Source(
     config=None,
     files=("{config}/{split}.jsonl", "{config}/{split}-*.parquet"),
     where="the files of https://huggingface.co/datasets/cais/mmlu",
-    columns={"question": str, "choices": list, "answer": int},
     row='{"question": "…", "choices": ["…", "…", "…", "…"], "answer": 0}',
-    complaint=_complaint,
+    parse=_row,
 )
 
 
-def load(*, subject: str, **metadata: Any) -> datasets.DatasetDict:
+def load(*, subject: str, **metadata: object) -> datasets.DatasetDict:
     """Return a subject's test split, and its dev split, which has the five shots.
 
     Raises:
         UserError: the data cannot be used, or the hub cannot be reached.
     """
-    return datasets.DatasetDict(
-        {
-            split: datasets.Dataset.from_list(
-                [_line_feeds(row) | {"subject": subject} for row in documents(MMLU, split, metadata, config=subject)]
-            )
-            for split in ("dev", "test")
-        }
-    )
+
+    def questions(split: str) -> list[Question]:
+        return [_question(row, subject) for row in documents(MMLU, split, metadata, config=subject)]
+
+    return dataset(dev=questions("dev"), test=questions("test"))
 
 
-def _line_feeds(row: Row) -> Row:
-    """Return the row with `\\n` for each line break, as the released evaluation reads its CSV files.
+def _question(row: Row, subject: str) -> Question:
+    """Return a document, with `\\n` for each line break, as the released evaluation reads its CSV files.
 
-    The hub has `\\r\\n` in places: one of them is a shot of college_mathematics, so in each of its prompts.
+    The hub has `\\r\\n` in places. A shot of college_mathematics is one of them, so each prompt of that subject had it.
     """
     question, *choices = (_LINE_BREAK.sub("\n", text) for text in (row["question"], *row["choices"]))
-    return row | {"question": question, "choices": choices}
+    return Question(question=question, choices=choices, answer=row["answer"], subject=subject)
 
 
-def question(doc: Row) -> str:
+def question(doc: Question) -> str:
     """Return the user's turn (OpenCompass, mmlu_gen_4d595a.py), with the line break its chat models get."""
     options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, doc["choices"], strict=True))
     return (
@@ -72,22 +85,22 @@ def question(doc: Row) -> str:
     )
 
 
-def answer(doc: Row) -> str:
+def answer(doc: Question) -> str:
     """Return the assistant's turn of a shot."""
     return f"{gold(doc)}\n"
 
 
-def gold(doc: Row) -> str:
+def gold(doc: Question) -> str:
     """Return the letter of the right choice."""
     return LETTERS[doc["answer"]]
 
 
-def score(doc: Row, results: Sequence[str]) -> dict[str, float]:
-    """Return whether the letter that was found is the right one, 0.0 or 1.0."""
+def score(doc: Question, results: Sequence[str]) -> dict[str, float]:
+    """Return 1.0 where the filter found the right letter, else 0.0."""
     return {"exact_match": float(results[0] == gold(doc))}
 
 
-def filter_first_option(responses: Iterable[Iterable[str]], docs: Sequence[Row]) -> list[list[str]]:
+def filter_first_option(responses: Iterable[Iterable[str]], docs: Sequence[Question]) -> list[list[str]]:
     """Apply `first_option` to each document's responses (one, or one a repeat)."""
     return [[first_option(response) for response in rs] for rs in responses]
 

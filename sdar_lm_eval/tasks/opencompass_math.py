@@ -1,10 +1,11 @@
-r"""The rule by which SDAR's released evaluation scores GSM8K: texts are compared, after both went through normal forms.
+r"""The rule by which SDAR's released evaluation scores GSM8K: it compares normal forms of the answer and the gold one.
 
-    best_form(response, gold)    what the rule finds in a response: `gold` where the rule finds it right
+    best_form(response, gold)    `gold` where the rule finds a response right, else the answer's normal form
 
 Source: `math_postprocess_v2`, `normalize_final_answer` and `MATHEvaluator(version="v2")` in
 opencompass/datasets/math.py of JetAstra/SDAR at c2041a8, as configs/datasets/gsm8k/gsm8k_0shot_v2_gen_17d799.py chooses
-them. Each step below is one of theirs, and their order decides scores: `18.` and `18 dollars` are 18, `18 eggs` is not.
+them. Each step below is a step there, and the order of the steps decides scores: `18.` and `18 dollars` are 18, but
+`18 eggs` is not.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _sub(pattern: str, new: str) -> Step:
 
 
 def _last(pattern: str) -> Step:
-    """Of the places that a pattern finds, its group in the last one; the text where it finds none."""
+    """Reduce a text to the group of the pattern's last match; a text without a match stays."""
     found = re.compile(pattern).findall
     return lambda text: (found(text) or [text])[-1]
 
@@ -45,10 +46,10 @@ def _through(steps: Iterable[Step], text: str) -> str:
 
 
 def prediction(response: str) -> str:
-    r"""Return what a response is taken to answer: the text of its last `\boxed{}`.
+    r"""Return the answer that a response gives: the text of its last `\boxed{}`.
 
-    Without one that is closed and not empty: the normal form of the first sentence that says "answer is" or "final
-    answer", else of the first sentence. A sentence ends at any full stop, also a decimal one.
+    Where that box is not closed, or empty, or there is none: the normal form of the first sentence with "answer is" or
+    "final answer", else of the first sentence. A sentence ends at any full stop, even a decimal point.
     """
     if box := _last_box(response):
         return box
@@ -59,8 +60,8 @@ def prediction(response: str) -> str:
 def best_form(response: str, gold: str) -> str:
     """Return `gold` where the rule finds a response right, else the answer's normal form.
 
-    The rule compares four forms of an answer with the same forms of the gold one, and one match is enough. So no single
-    form can stand for an answer, and the one that matches is chosen.
+    The rule compares four forms of an answer with the same forms of the gold one, and one match is enough. So no fixed
+    form represents an answer in the harness's comparison of texts; `gold` stands for the form that matches.
     """
     answer = prediction(response)
     forms: tuple[Step, ...] = (stripped, lambda text: normal_form(stripped(text)), normal_form, str)
@@ -68,7 +69,7 @@ def best_form(response: str, gold: str) -> str:
         try:
             if form(answer) == form(gold):
                 return gold
-        except ValueError:  # a slash between texts that are no numbers: the rule goes on to the next form
+        except ValueError:  # a slash between texts that are no numbers; the rule tries the next form
             continue
     return normal_form(answer)
 
@@ -93,15 +94,15 @@ def _last_box(response: str) -> str | None:
 
 
 def normal_form(text: str) -> str:
-    """Return theirs of `normalize_final_answer`, which follows Minerva's (arXiv 2206.14858, appendix D.1)."""
+    """Return a text in the form of `normalize_final_answer`, after Minerva's (arXiv 2206.14858, appendix D.1)."""
     return _through(_NORMAL_FORM, text)
 
 
 def stripped(text: str) -> str:
-    """Return theirs of `MATHEvaluator._strip_string_v2`.
+    """Return a text in the form of `MATHEvaluator._strip_string_v2`.
 
     Raises:
-        ValueError: one slash, and no whole numbers around it.
+        ValueError: the text has one slash, and no whole numbers on both sides of it.
     """
     text = _through(_STRIPPED, text.strip())
     if not text:
@@ -128,7 +129,7 @@ def _imaginary(text: str) -> str:
 
 
 def _braced_fractions(text: str) -> str:
-    r"""`\frac12` and `\frac1{72}` with braces around both parts; the text as it is where one has no two parts."""
+    r"""Put braces around both parts of `\frac12` and `\frac1{72}`; a text with a fraction of one part stays."""
     before, *after = text.split("\\frac")
     if any(len(part) < 2 for part in after if not part.startswith("{")):
         return text

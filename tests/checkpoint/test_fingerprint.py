@@ -166,7 +166,7 @@ def test_a_cache_that_cannot_be_written_or_read_never_matters(
 
 def test_processes_that_write_at_the_same_time(demo: Path, cache: Path) -> None:
     """The file is whole at any time, whoever comes last."""
-    entry = [1, 2, 3, 4, "0" * 64]
+    entry = (1, 2, 3, 4), "0" * 64
 
     def remember(number: int) -> int:
         module._remember({f"/{number}": entry})
@@ -178,7 +178,7 @@ def test_processes_that_write_at_the_same_time(demo: Path, cache: Path) -> None:
 
 
 def test_the_cache_does_not_grow_without_end(cache: Path) -> None:
-    module._remember({str(number): [1, 2, 3, 4, "0" * 64] for number in range(module.REMEMBERED + 5)})
+    module._remember({str(number): ((1, 2, 3, 4), "0" * 64) for number in range(module.REMEMBERED + 5)})
     assert len(json.loads(cache.read_bytes())) == module.REMEMBERED
 
 

@@ -378,7 +378,7 @@ def test_what_is_fetched_is_read_without_network_and_left_alone(tmp_path: Path) 
         fingerprint = Checkpoint.open(str(shutil.copytree(DEMO_CHECKPOINT, tmp_path / "weights"))).fingerprint
     before = sorted(volume.rglob("*"))
     code = (
-        "import modal_runner; modal_runner.read_what_is_fetched()\n"
+        "import modal_runner; modal_runner.use_prepared_files()\n"
         "import datasets, huggingface_hub.constants\n"
         "from sdar_lm_eval.checkpoint import Checkpoint, fingerprint\n"
         "print(huggingface_hub.constants.HF_HUB_OFFLINE)\n"

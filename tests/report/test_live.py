@@ -12,6 +12,7 @@ from lm_eval.tasks import TaskManager
 
 from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult
+from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.report.counts import Counts
 from sdar_lm_eval.report.live import Live, steps_of
@@ -194,3 +195,21 @@ def test_every_judge_finds_what_the_harness_finds(task: str, tmp_path: Path, mon
     assert verdict is not None and verdict.correct
     assert verdict.filter in {ensemble.name for ensemble in found._filters}
     assert verdict.filter == ("opencompass" if task == "gsm8k_sdar_paper" else "flexible-extract")
+
+
+@pytest.mark.parametrize(
+    ("judge", "told"),
+    [
+        ({"title": "Toy"}, "task 'toy': metadata: sdar_judge: of its YAML has no verdict."),
+        (
+            {"title": "Toy", "verdict": "no_such_module:verdict"},
+            "cannot be imported (No module named 'no_such_module')",
+        ),
+        ({"title": "Toy", "verdict": "sdar_lm_eval.tasks.gsm8k:verdicts"}, "has no attribute 'verdicts'"),
+        ({"title": "Toy", "verdict": ""}, "its judge '' cannot be imported (Empty module name)"),
+    ],
+)
+def test_a_judge_that_is_not_there(judge: dict[str, str], told: str) -> None:
+    with pytest.raises(UserError) as raised:
+        Live({"toy": judge}, total=1)
+    assert told in str(raised.value)

@@ -184,7 +184,7 @@ def test_a_model_that_is_not_published(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["table", folder]) == 0
     out = capsys.readouterr().out
     assert out.startswith(
-        "/models/mine: which published model it is, its name does not say (--published 1.7B|4B|8B|30B-A3B)"
+        "/models/mine: the name is that of no published model (--published 1.7B|4B|8B|30B-A3B compares with one)"
     )
     assert "85.0 ± 1.0" in out and "89.9" not in out
     assert main(["table", folder, "--published", "8B"]) == 0

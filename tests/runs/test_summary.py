@@ -136,6 +136,6 @@ def test_a_run_whose_answers_were_there_already(tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_a_run_of_a_sweep_is_told_by() -> None:
-    assert summary.told_apart(_runs()[0], _runs()) == ""
+    assert summary.sweep_label(_runs()[0], _runs()) == ""
     runs = _runs(temperature="0,0.5", block_length="4,8")
-    assert summary.told_apart(runs[1], runs) == " (block_length 4, temperature 0.5)"
+    assert summary.sweep_label(runs[1], runs) == " (block_length 4, temperature 0.5)"

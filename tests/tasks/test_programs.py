@@ -204,7 +204,7 @@ def test_ranks_share_the_cores(ranks: str, workers: int, monkeypatch: pytest.Mon
     """More programs than cores would run out of time."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    assert programs.executor.__wrapped__()._max_workers == workers
+    assert programs.runner.__wrapped__()._max_workers == workers
 
 
 def test_an_interrupt_drops_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,14 +222,14 @@ def test_a_system_that_limits_no_memory_says_so_once(
 ) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "resource" else find_spec(name))
-    programs._say_what_is_missing.cache_clear()
+    programs._warn_of_unlimited_memory.cache_clear()
     caplog.set_level("WARNING")
     for guard in (False, True):
         programs.require_runner("MBPP", guard)
     assert [record.getMessage() for record in caplog.records] == [
         "This system cannot limit the memory of programs: they run without a limit."
     ]
-    programs._say_what_is_missing.cache_clear()
+    programs._warn_of_unlimited_memory.cache_clear()
 
 
 def test_where_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,36 @@
+"""Tables as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
+    """Return a line for each row, its cells in columns two spaces apart.
+
+    Args:
+        rows: the first is the head; rows may have fewer cells than others.
+        left: columns whose cells begin at the left; the others end at the right.
+    """
+    width = max(map(len, rows))
+    filled = [[*row, *[""] * (width - len(row))] for row in rows]
+    sizes = [max(map(len, cells)) for cells in zip(*filled, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(size) if column in left else cell.rjust(size)
+            for column, (cell, size) in enumerate(zip(row, sizes, strict=True))
+        ).rstrip()
+        for row in filled
+    ]
+
+
+def with_error(value: float, stderr: float | None, scale: float = 1.0, sign: str = "") -> str:
+    """Return a value, and its standard error where that is known, as "85.0 ± 1.0".
+
+    Args:
+        value: multiplied by `scale`, as is its error.
+        stderr: the value's standard error.
+        scale: 100 for per cent of a share.
+        sign: "+" for a sign before positive values too.
+    """
+    return f"{scale * value:{sign}.1f}" + ("" if stderr is None else f" ± {scale * stderr:.1f}")
