@@ -22,7 +22,8 @@ from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserErro
 from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
 from sdar_lm_eval.engines.native import engine as native_engine
 from sdar_lm_eval.engines.native.engine import NativeEngine
-from sdar_lm_eval.engines.native.scoring import Limits, Scoring
+from sdar_lm_eval.engines.native.scoring.batches import Limits
+from sdar_lm_eval.engines.native.scoring.scoring import Scoring
 from sdar_lm_eval.errors import EngineError
 from sdar_lm_eval.likelihood import all_patterns, chain_patterns, most_patterns, plan, sampled_patterns
 

@@ -30,12 +30,14 @@ from sdar_lm_eval.engines.native.options import resolve_device, resolve_dtype, r
 from sdar_lm_eval.engines.native.pages import PagePool
 from sdar_lm_eval.engines.native.runner import MOST_IN_FLIGHT, Runner, Shape
 from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
-from sdar_lm_eval.engines.native.scoring import Limits, Scoring
+from sdar_lm_eval.engines.native.scoring.batches import Limits
+from sdar_lm_eval.engines.native.scoring.scoring import Scoring
 from sdar_lm_eval.engines.runs import (
     Closable,
     Failures,
     OneRun,
     environment,
+    if_given,
     is_out_of_memory,
     peak_of_process,
     warm_up_requests,
@@ -92,8 +94,8 @@ class NativeEngine(Closable):
         self._warm_shape: Shape | None = None  # whose kernels are compiled
         self._device = resolve_device(device)
         self._dtype = resolve_dtype(dtype, self._device, checkpoint)
-        self._max_active = None if max_active is None else at_least_one("max_active", max_active)
-        self._kv_pages = None if kv_pages is None else at_least_one("kv_pages", kv_pages)
+        self._max_active = if_given(at_least_one, "max_active", max_active)
+        self._kv_pages = if_given(at_least_one, "kv_pages", kv_pages)
         self._share_prefixes = check_bool("share_prefixes", share_prefixes)
         self._reproducible = check_bool("reproducible", reproducible)
         self._kernels = resolve_kernels(kernels, self._device)
@@ -144,6 +146,7 @@ class NativeEngine(Closable):
         """Free model, KV cache and graphs: nothing else refers to them but they to each other."""
         del self._model, self.runner
         self._warm_shape = None
+        gc.unfreeze()  # else what warming up froze is never collected
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -164,6 +167,10 @@ class NativeEngine(Closable):
         short = warm_up_requests(requests, max_active)
         deque(self._generate(_sequences(short, list(range(max_active))), []), maxlen=0)
         self._preemptions, self._shared_prompt_tokens = counted
+        # Compiling leaves some hundred thousand objects; a full collection that visits them halts a run for half a
+        # second, several times.
+        gc.collect()
+        gc.freeze()
 
     def generate(self, requests: SequenceOf[GenerationRequest]) -> Results[GenerationResult]:
         """See `Engine.generate`. Requests are admitted in the order given."""

@@ -1,72 +1,92 @@
 """Attention over paged KV: one function, called by transformers' Qwen3 layers in the place of their own.
 
-A forward's batch is B rows of Q query tokens, each row a stretch of one sequence. New keys and values are first written
-to their pages; then every query sees the leading `visible` tokens of its sequence, which is all that "causal over
-blocks, full inside a block" means: a token of block b sees (b + 1) * block_length tokens.
+A forward's batch is B rows of Q query tokens, each row consecutive tokens of one sequence. New keys and values are
+written to their pages first. Then every query sees the leading `visible` tokens of its sequence. That is all that
+"causal over blocks, full inside a block" means: a token of block b sees (b + 1) * block_length tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sdar_lm_eval.engines.native.scoring.branches import BranchBatch, branch_attention
-
 NAME = "sdar_paged"
+
+
+class AttentionBatch(Protocol):
+    """Where the tokens of one forward stand, and how they attend."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Attend to cached and new tokens, and store the new KV.
+
+        Args:
+            layer: the cache's layer.
+            query: (B, query heads, Q, head size).
+            key, value: (B, KV heads, Q, head size) of the new tokens.
+            scaling: factor on the scores.
+
+        Returns:
+            (B, Q, query heads, head size).
+        """
+
+
+class AttentionLayer(Protocol):
+    """What is read of transformers' attention layers."""
+
+    layer_idx: int
 
 
 @dataclass(frozen=True)
 class PagedBatch:
-    """Where the tokens of one forward stand.
+    """Tokens of sequences whose KV lies in pages.
 
     Attributes:
         cache: keys and values of all layers, (layers, 2, pages, page_size, KV heads, head size).
         pages: the pages of each row's sequence, (B, P) int64; P covers the longest `visible`.
-        places: where each new token's KV goes, (B, Q) int64 into pages * page_size; padding goes to the scratch page.
+        kv_slots: where the KV of each new token goes, (B, Q) int64 into pages * page_size; padding goes to the scratch
+            page.
         visible: leading tokens of its sequence that each query sees, (B, Q) int64, at least 1.
     """
 
     cache: torch.Tensor
     pages: torch.Tensor
-    places: torch.Tensor
+    kv_slots: torch.Tensor
     visible: torch.Tensor
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """See `AttentionBatch.attend`."""
+        keys, values = self.cache[layer]  # (pages, page_size, KV heads, head size) each
+        kv_slots = self.kv_slots.flatten()
+        keys.flatten(0, 1)[kv_slots] = key.transpose(1, 2).flatten(0, 1)
+        values.flatten(0, 1)[kv_slots] = value.transpose(1, 2).flatten(0, 1)
+        return attend(query, keys, values, self.pages, self.visible, scaling)
 
 
 def paged_attention(
-    module: Any,
+    module: AttentionLayer,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
     *,
-    batch: PagedBatch | BranchBatch,
-    **_: Any,
+    batch: AttentionBatch,
+    **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Write the new KV, then attend. The signature is that of transformers' attention interface.
-
-    Args:
-        module: the attention layer; its `layer_idx` names the cache's layer.
-        query: (B, query heads, Q, head size).
-        key, value: (B, KV heads, Q, head size) of the new tokens.
-        attention_mask: unused; `batch.visible` says it all.
-        scaling: factor on the scores.
-        batch: where the tokens stand; a `BranchBatch` when texts are scored (`branches.py`).
+    """Transformers' attention interface; the mask is unused, since the batch knows what each token sees.
 
     Returns:
         (B, Q, query heads, head size), and None for attention weights.
     """
-    if isinstance(batch, BranchBatch):
-        return branch_attention(module, query, key, value, scaling, batch), None
-    keys, values = batch.cache[module.layer_idx]  # (pages, page_size, KV heads, head size) each
-    places = batch.places.flatten()
-    keys.flatten(0, 1)[places] = key.transpose(1, 2).flatten(0, 1)
-    values.flatten(0, 1)[places] = value.transpose(1, 2).flatten(0, 1)
-    return attend(query, keys, values, batch.pages, batch.visible, scaling), None
+    return batch.attend(module.layer_idx, query, key, value, scaling), None
 
 
 def attend(

@@ -58,7 +58,7 @@ class FusedDecoder:
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        places: torch.Tensor,
+        kv_slots: torch.Tensor,
         tiles: kernels.Tiles,
         cache: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +66,7 @@ class FusedDecoder:
 
         Args:
             tokens, positions: (T,) int64.
-            places: (T,) int64 into pages * page size, where keys and values go.
+            kv_slots: (T,) int64 into pages * page size, where keys and values go.
             tiles: what attends to what.
             cache: (layers, 2, pages, page size, KV heads, head size).
 
@@ -83,7 +83,7 @@ class FusedDecoder:
             normed, added = kernels.add_norm(x, residual, layer.input_norm, self._weights.eps)
             query = kernels.norm_rope_store(
                 self._product(normed, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, self._cos_sin, positions,
-                places, keys, values, self._weights.eps,
+                kv_slots, keys, values, self._weights.eps,
             )  # fmt: skip
             return kernels.attend(query, keys, values, tiles, self._scaling).flatten(1), added
 

@@ -1,5 +1,1 @@
-"""Log-likelihoods on the device."""
-
-from sdar_lm_eval.engines.native.scoring.scoring import Limits, Scoring
-
-__all__ = ["Limits", "Scoring"]
+"""Log-likelihoods on the device: `scoring.py` runs batches (`batches.py`) as rows of forwards (`rows.py`)."""

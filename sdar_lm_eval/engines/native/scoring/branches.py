@@ -9,7 +9,6 @@ blocks side by side, whose KV nobody needs afterwards. The prefix is gathered on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -21,19 +20,37 @@ class BranchBatch:
 
     Attributes:
         cache: keys and values of all layers, (layers, 2, T, KV heads, head size).
-        prefix: places in the cache of each row's stored tokens in order, (B, N) int64.
+        prefix: KV slots of each row's stored tokens in order, (B, N) int64.
         bias: `sight`'s, (B, 1, group * Q, N + Q) in the model's dtype; made once for all layers.
-        places: where each new token's KV goes, (B, Q) int64 into T; None: nowhere.
+        kv_slots: where the KV of each new token goes, (B, Q) int64 into T; None: nowhere.
     """
 
     cache: torch.Tensor
     prefix: torch.Tensor
     bias: torch.Tensor
-    places: torch.Tensor | None
+    kv_slots: torch.Tensor | None
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """See `AttentionBatch.attend`. A token sees its part of the prefix, and the new tokens in sight."""
+        keys, values = self.cache[layer]  # (T, KV heads, head size) each
+        b, heads, q, size = query.shape
+        kv_heads = key.shape[1]
+        k = torch.cat([keys[self.prefix].transpose(1, 2), key], dim=2)  # (B, KV heads, N + Q, head size)
+        v = torch.cat([values[self.prefix].transpose(1, 2), value], dim=2)
+        # One attention a KV head with its whole group of query heads.
+        grouped = query.reshape(b, kv_heads, (heads // kv_heads) * q, size)
+        out = scaled_dot_product_attention(grouped, k, v, attn_mask=self.bias, scale=scaling)
+        if self.kv_slots is not None:
+            kv_slots = self.kv_slots.flatten()
+            keys[kv_slots] = key.transpose(1, 2).flatten(0, 1)
+            values[kv_slots] = value.transpose(1, 2).flatten(0, 1)
+        return out.reshape(b, heads, q, size).transpose(1, 2)
 
 
 def sight(
-    visible: torch.Tensor, first: torch.Tensor, last: torch.Tensor, stored: int, group: int, dtype: torch.dtype
+    visible: torch.Tensor, first: torch.Tensor, last: torch.Tensor, *, stored: int, group: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """What is added to attention scores: 0 for what a token sees, -inf for what it does not.
 
@@ -55,33 +72,3 @@ def sight(
     hidden = ~torch.cat([prefix, own], dim=-1)
     bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
     return bias.repeat(1, group, 1)[:, None]
-
-
-def branch_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, batch: BranchBatch
-) -> torch.Tensor:
-    """Attend to the visible prefix and to the new tokens in sight; keep the new KV where asked to.
-
-    Args:
-        module: the attention layer; its `layer_idx` names the cache's layer.
-        query: (B, query heads, Q, head size).
-        key, value: (B, KV heads, Q, head size) of the new tokens.
-        scaling: factor on the scores.
-        batch: what they see.
-
-    Returns:
-        (B, Q, query heads, head size).
-    """
-    keys, values = batch.cache[module.layer_idx]  # (T, KV heads, head size) each
-    b, heads, q, size = query.shape
-    kv_heads = key.shape[1]
-    k = torch.cat([keys[batch.prefix].transpose(1, 2), key], dim=2)  # (B, KV heads, N + Q, head size)
-    v = torch.cat([values[batch.prefix].transpose(1, 2), value], dim=2)
-    # One attention a KV head with its whole group of query heads.
-    grouped = query.reshape(b, kv_heads, (heads // kv_heads) * q, size)
-    out = scaled_dot_product_attention(grouped, k, v, attn_mask=batch.bias, scale=scaling)
-    if batch.places is not None:
-        places = batch.places.flatten()
-        keys[places] = key.transpose(1, 2).flatten(0, 1)
-        values[places] = value.transpose(1, 2).flatten(0, 1)
-    return out.reshape(b, heads, q, size).transpose(1, 2)

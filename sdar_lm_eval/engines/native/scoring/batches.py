@@ -1,0 +1,95 @@
+"""Requests into batches: what shares a context runs together, within the limits of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sdar_lm_eval import likelihood
+from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest
+from sdar_lm_eval.errors import UserError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds a batch and a forward.
+
+    Attributes:
+        room: most clean tokens of a batch, whose KV is kept: what memory holds.
+        clean_tokens: of a batch of several requests.
+        noised_tokens: of a batch of several requests, about: bounds what the host lays out, and what a crash loses.
+        requests: of a batch; None: no bound.
+        forward_tokens: of a forward, padding included.
+        seen_tokens: prefixes and new tokens of a forward's rows together: bounds the gathered KV.
+        row_tokens: new tokens of one row of a forward; or one block, where that is longer.
+    """
+
+    room: int
+    clean_tokens: int
+    noised_tokens: int
+    requests: int | None
+    forward_tokens: int
+    seen_tokens: int
+    row_tokens: int
+
+    @classmethod
+    def on(cls, device: str, room: int, requests: int | None) -> Limits:
+        """Those of a "cpu" or "cuda" device, where a forward is large enough to keep it busy."""
+        if device == "cpu":
+            return cls(room, min(room, 8192), 1 << 17, requests, forward_tokens=1024, seen_tokens=8192, row_tokens=256)
+        return cls(room, min(room, 65536), 1 << 21, requests, forward_tokens=16384, seen_tokens=65536, row_tokens=1024)
+
+
+class Batch(NamedTuple):
+    """Requests that are scored together, by their indices; `clean_tokens` of them need KV cache."""
+
+    requests: list[int]
+    clean_tokens: int
+
+
+def divide(
+    requests: Sequence[ScoreRequest], config: LikelihoodConfig, mask_token_id: int, limits: Limits
+) -> list[Batch]:
+    """Divide requests into batches, the longest requests first.
+
+    Requests that share a context's whole blocks stay together. Requests of one length stay in order, so that the
+    windows of a long text finish one after the other. Requests whose continuations hold the mask token are left out.
+
+    Raises:
+        UserError: a request alone is too long.
+    """
+    length = config.block_length
+    groups: dict[tuple[int, ...] | int, list[int]] = {}  # by shared context, or by index
+    shared, own, whole = {}, {}, {}
+    for index, request in enumerate(requests):
+        if mask_token_id in request.continuation_ids:
+            continue
+        whole[index] = len(request.context_ids) + len(request.continuation_ids)
+        shared[index] = len(request.context_ids) // length * length
+        own[index] = (whole[index] - 1) // length * length - shared[index]
+        if shared[index] + own[index] > limits.room:
+            raise UserError(
+                f"a request of {whole[index]:,} tokens (context and continuation) needs "
+                f"{shared[index] + own[index]:,} tokens of KV cache; there is room for {limits.room:,}. Lower "
+                "max_length, or give a larger kv_pages where there is memory for it."
+            )
+        groups.setdefault(request.context_ids[: shared[index]] or index, []).append(index)
+    batches: list[Batch] = []
+    indices: list[int] = []
+    total = noised = 0
+    for group in sorted(groups.values(), key=lambda group: -max(whole[index] for index in group)):
+        counted = False
+        for index in group:
+            needed = own[index] + (0 if counted else shared[index])
+            copies = len(requests[index].continuation_ids) * likelihood.most_patterns(config)
+            if indices and (
+                len(indices) == limits.requests
+                or total + needed > limits.clean_tokens
+                or noised + copies > limits.noised_tokens
+            ):
+                batches.append(Batch(indices, total))
+                indices, total, noised, needed = [], 0, 0, own[index] + shared[index]
+            indices.append(index)
+            total, noised, counted = total + needed, noised + copies, True
+    return [*batches, Batch(indices, total)] if indices else batches
