@@ -23,8 +23,8 @@ import torch
 from common import cpu_name, folder
 
 from sdar_lm_eval import Checkpoint, make_engine
-from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest
 from sdar_lm_eval.engines.native.scoring.batches import Limits
+from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
 
 
 def requests_of(kind: str, checkpoint: Checkpoint, args: argparse.Namespace) -> list[ScoreRequest]:

@@ -43,9 +43,10 @@ from common import cpu_name, folder, instance, load_questions, make_model, posit
 from floor import Floor
 
 from sdar_lm_eval import Checkpoint
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest
+from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.native.engine import PREFILL_CHUNK
 from sdar_lm_eval.engines.native.options import resolve_device
+from sdar_lm_eval.engines.types import GenerationRequest
 
 SECTIONS = ("start", "prefill", "contexts", "gsm8k")
 SIZES: dict[str, dict[str, Any]] = {

@@ -15,18 +15,19 @@ TYPE_CHECKING = (
 )
 if TYPE_CHECKING:
     from sdar_lm_eval.checkpoint import Checkpoint
-    from sdar_lm_eval.engines.base import DecodingConfig, Engine, GenerationRequest, GenerationResult
+    from sdar_lm_eval.decoding import DecodingConfig
     from sdar_lm_eval.engines.registry import make_engine
+    from sdar_lm_eval.engines.types import Engine, GenerationRequest, GenerationResult
     from sdar_lm_eval.errors import EngineError, SDARError, UserError
     from sdar_lm_eval.lm.model import SDARLM
 
 _HOME_OF = {
     "Checkpoint": "sdar_lm_eval.checkpoint",
-    "DecodingConfig": "sdar_lm_eval.engines.base",
-    "Engine": "sdar_lm_eval.engines.base",
+    "DecodingConfig": "sdar_lm_eval.decoding",
+    "Engine": "sdar_lm_eval.engines.types",
     "EngineError": "sdar_lm_eval.errors",
-    "GenerationRequest": "sdar_lm_eval.engines.base",
-    "GenerationResult": "sdar_lm_eval.engines.base",
+    "GenerationRequest": "sdar_lm_eval.engines.types",
+    "GenerationResult": "sdar_lm_eval.engines.types",
     "SDARError": "sdar_lm_eval.errors",
     "SDARLM": "sdar_lm_eval.lm.model",
     "UserError": "sdar_lm_eval.errors",

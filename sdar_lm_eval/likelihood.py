@@ -44,7 +44,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
+from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest, ScoreResult
 from sdar_lm_eval.hashing import seed_from
 
 ROWS_AT_ONCE = 1 << 14  # unpacked together

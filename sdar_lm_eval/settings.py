@@ -7,24 +7,20 @@ other models.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args, overload
+from typing import Any, Literal, TypedDict, get_args, get_type_hints, overload
 
-from sdar_lm_eval.engines.base import (
-    DECODING_SETTINGS,
-    DecodingConfig,
-    LikelihoodConfig,
-    at_least_one,
-    check_bool,
-    to_number,
-)
+from sdar_lm_eval.checks import at_least_one, check_bool, check_number
+from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, full_name
 from sdar_lm_eval.engines.registry import ENGINES
+from sdar_lm_eval.engines.types import LikelihoodConfig
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.files import expanded
 
@@ -201,12 +197,13 @@ class ModelSettings:
         Raises:
             UserError: an unknown name, or a value out of range.
         """
-        of_engine = _own_names(globals()[ENGINES[engine].arguments])
+        arguments = globals()[ENGINES[engine].arguments]
+        of_engine = _own_names(arguments)
         check_names(given, "model_args", also=("pretrained", *_names(ModelArguments), *of_engine))
-        known = {name: value for name, value in canonical(given).items() if value is not None}
+        known = _without_none(canonical(given))
 
         def whole_number(name: str) -> int | None:
-            return int(to_number(name, known[name], whole=True)) if name in known else None
+            return to_whole(name, known[name]) if name in known else None
 
         if to_bool("trust_remote_code", known.get("trust_remote_code", False)):
             logger.info("trust_remote_code is not needed: no code of a checkpoint is ever run.")
@@ -224,8 +221,8 @@ class ModelSettings:
             answers=None if "answers" not in known else Path(str(known["answers"])),
             likelihood=str(known.get("likelihood", "chain")),
             mc_samples=whole_number("mc_samples"),
-            decoding={name: value for name, value in known.items() if name in GENERATION_SETTINGS},
-            engine={name: value for name, value in known.items() if name in of_engine},
+            decoding=typed({name: known[name] for name in known if name in GENERATION_SETTINGS}, DecodingArguments),
+            engine=typed({name: known[name] for name in known if name in of_engine}, arguments),
         )
 
     @property
@@ -277,7 +274,7 @@ def _batch_size(known: Mapping[str, object]) -> int | None:
         name, value = "max_batch_size", known.get("max_batch_size")
         if value is None:
             return None
-    number = at_least_one(name, value)
+    number = at_least_one(name, to_whole(name, value))
     return None if name == "batch_size" and number == 1 else number
 
 
@@ -316,10 +313,11 @@ def read_generation(gen_kwargs: Mapping[str, object], base: Mapping[str, object]
         UserError: an unknown name, or a value out of range.
     """
     check_names(gen_kwargs, "gen_kwargs")
-    given, base = _without_none(canonical(gen_kwargs)), _without_none(canonical(base))
+    given = typed(_without_none(canonical(gen_kwargs)), DecodingArguments)
+    base = _without_none(canonical(base))
     # DecodingConfig checks the values' types.
     settings: dict[str, Any] = {name: value for name, value in (base | given).items() if name in DECODING_SETTINGS}
-    if to_number("top_k", settings.get("top_k", 0), whole=True) == -1:
+    if settings.get("top_k") == -1:
         settings["top_k"] = 0  # "off" in vLLM's spelling
     decoding = DecodingConfig(**settings)
     if not _is_sampled(given, base):
@@ -399,6 +397,32 @@ def check_names(settings: Mapping[str, object], source: str, also: tuple[str, ..
             raise UserError(f"{source}: {name!r} is unknown.{hint} Known: {', '.join(known)}.")
 
 
+def to_number(name: str, value: object) -> float:
+    """Read a number, given as a value or as text.
+
+    Raises:
+        UserError: the value is not a finite number.
+    """
+    return check_number(name, _number_in(value), whole=False)
+
+
+def to_whole(name: str, value: object) -> int:
+    """Read a whole number, given as a value or as text.
+
+    Raises:
+        UserError: the value is not a whole number.
+    """
+    return int(check_number(name, _number_in(value), whole=True))
+
+
+def _number_in(value: object) -> object:
+    """The number that a text says; any other value, and other texts, as they are."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value) if isinstance(value, str) else value
+    return value
+
+
 def to_bool(name: str, value: object) -> bool:
     """Read true or false, given as a value or as text.
 
@@ -424,6 +448,17 @@ def to_texts(value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
+def typed(settings: Mapping[str, object], arguments: type[object]) -> dict[str, object]:
+    """Read values that may be text, by the types that a TypedDict gives to their names.
+
+    Raises:
+        UserError: a value is of another type.
+    """
+    readers: dict[object, Callable[[str, object], object]] = {int: to_whole, float: to_number, bool: to_bool}
+    read = {name: readers[kind] for name, kind in get_type_hints(arguments).items() if kind in readers}
+    return {name: read[name](name, value) if name in read else value for name, value in settings.items()}
+
+
 def _without_none(settings: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in settings.items() if value is not None}
 
@@ -434,13 +469,13 @@ def _is_sampled(given: Mapping[str, object], base: Mapping[str, object]) -> bool
         if "do_sample" in source:
             return to_bool("do_sample", source["do_sample"])
         if "temperature" in source:
-            return to_number("temperature", source["temperature"], whole=False) > 0
+            return to_number("temperature", source["temperature"]) > 0
     return False
 
 
 def _warn_of_unused_temperature(given: Mapping[str, object], base: Mapping[str, object]) -> None:
-    if to_number("temperature", given.get("temperature", 0), whole=False) > 0:
-        logger.warning("do_sample=false: greedy; temperature=%s has no effect.", given["temperature"])
+    if to_number("temperature", given.get("temperature", 0)) > 0:
+        logger.warning("do_sample=false: greedy; temperature=%g has no effect.", given["temperature"])
     elif given and _is_sampled({}, base):
         logger.warning(
             "The task asks for greedy decoding, so the sampling in model_args has no effect; "
@@ -457,5 +492,5 @@ def _max_tokens(given: Mapping[str, object], base: Mapping[str, object]) -> int:
         *unused, name = names
         if any(source[other] != source[name] for other in unused):
             logger.info("%s=%s holds, not %s.", name, source[name], ", ".join(f"{n}={source[n]}" for n in unused))
-        return at_least_one(name, source[name])
+        return at_least_one(name, to_whole(name, source[name]))
     return DEFAULT_MAX_GEN_TOKS

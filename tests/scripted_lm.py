@@ -13,8 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
 from sdar_lm_eval.demo import CHECKPOINT as DEMO
-from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult
-from sdar_lm_eval.engines.types import EngineInfo
+from sdar_lm_eval.engines.types import EngineInfo, GenerationRequest, GenerationResult
 from sdar_lm_eval.errors import EngineError
 from sdar_lm_eval.lm.model import SDARLM
 

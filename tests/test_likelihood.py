@@ -19,11 +19,11 @@ from scipy.stats import chisquare
 from support import block_causal, random_checkpoint, read_weights, reference_logits
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
-from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
 from sdar_lm_eval.engines.native import engine as native_engine
 from sdar_lm_eval.engines.native.engine import NativeEngine
 from sdar_lm_eval.engines.native.scoring.batches import Limits
 from sdar_lm_eval.engines.native.scoring.scoring import Scoring
+from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest, ScoreResult
 from sdar_lm_eval.errors import EngineError
 from sdar_lm_eval.likelihood import all_patterns, chain_patterns, most_patterns, plan, sampled_patterns
 

@@ -16,9 +16,9 @@ from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.config.task import TaskConfig
 
 from sdar_lm_eval import settings
-from sdar_lm_eval.engines.base import STRATEGIES
+from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.settings import MAX_TOKENS_SPELLINGS, read_generation, to_bool, to_texts
+from sdar_lm_eval.settings import MAX_TOKENS_SPELLINGS, ModelSettings, read_generation, to_bool, to_texts
 
 
 def read(gen_kwargs: dict[str, Any] | None = None, **base: Any) -> Any:
@@ -168,7 +168,10 @@ def test_text_means_what_the_value_means() -> None:
         "do_sample": True,
     }
     texts = {name: str(value) for name, value in values.items()}
-    assert read(values) == read(texts) == read({}, **texts) == read(cli(",".join(f"{n}={v}" for n, v in texts.items())))
+    assert read(values) == read(texts) == read(cli(",".join(f"{n}={v}" for n, v in texts.items())))
+    model_args = ModelSettings.read("demo", texts, "native").decoding
+    assert read(values) == read({}, **model_args)
+    assert {name: type(value) for name, value in model_args.items()} == {n: type(v) for n, v in values.items()}
 
 
 def test_gen_kwargs_beat_model_args_beat_the_default() -> None:
@@ -354,7 +357,8 @@ def test_whatever_arrives_is_read_or_refused(arriving: dict[str, Any]) -> None:
 def test_short_names(caplog: pytest.LogCaptureFixture, short: dict[str, Any], setting: str, value: Any) -> None:
     caplog.set_level(logging.INFO)
     settings.log_alias_once.cache_clear()
-    for request, base in ((short, {}), ({}, short)):
+    model_args = ModelSettings.read("demo", short, "native").decoding
+    for request, base in ((short, {}), ({}, model_args)):
         assert getattr(read_generation(request, base).decoding, setting) == value
     name, text = next(iter(short.items()))
     if text != "sequential":

@@ -1,1 +1,1 @@
-"""The engines: `native` is our own, `adapters` drive others; all of them keep to `base.py`, and share `runs.py`."""
+"""The engines: `native` is our own, `adapters` drive others. All keep to the protocol of `types.py`."""

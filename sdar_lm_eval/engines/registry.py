@@ -14,7 +14,7 @@ from sdar_lm_eval.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from sdar_lm_eval.checkpoint import Checkpoint
-    from sdar_lm_eval.engines.base import Engine
+    from sdar_lm_eval.engines.types import Engine
 
 POWERS_TO_64 = (1, 2, 4, 8, 16, 32, 64)
 

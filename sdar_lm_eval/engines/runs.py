@@ -1,6 +1,5 @@
 """What the engines share about a run: one at a time, failures of single requests, memory that runs out, warming up.
 
-if_given            reads an option that may be left out
 OneRun              refuses a run that begins inside another, or on a closed engine
 Closable            an engine's `close`, and `with`
 Failures            requests without an answer, reported after all others are answered
@@ -8,6 +7,8 @@ Allowance           how many sequences run at once: fewer after an out-of-memory
 is_out_of_memory    whether an error says that memory ran out, on a GPU or on the CPU
 warm_up_requests    short requests, for which an engine compiles what the real ones need
 peak_of_process     the most memory that this process has used
+check_rope          refuses rotary frequencies that depend on the batch
+not_finite          why a request without numbers has no answer
 environment         versions of the libraries that an engine runs on
 """
 
@@ -20,25 +21,19 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
 
-from sdar_lm_eval.engines.base import GenerationRequest
-from sdar_lm_eval.engines.types import Self
-from sdar_lm_eval.errors import EngineError
+from sdar_lm_eval.engines.types import GenerationRequest, Self
+from sdar_lm_eval.errors import EngineError, UserError
 
-Given = TypeVar("Given")
-Read = TypeVar("Read")
+if TYPE_CHECKING:
+    from sdar_lm_eval.checkpoint import Checkpoint
 
 MOST_LISTED = 10  # requests that an error names
 PATIENCE = 32  # full steps before the limit is raised; doubled by every cut
-
-
-def if_given(read: Callable[[str, Given], Read], name: str, value: Given | None) -> Read | None:
-    """Read an option by a function of its name and value, such as `at_least_one`; None, not given, stays None."""
-    return None if value is None else read(name, value)
 
 
 class OneRun:
@@ -235,3 +230,33 @@ def environment(device: torch.device, libraries: Mapping[str, str | None] | None
         "python": platform.python_version(),
         **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
     }
+
+
+def not_finite(dtype: str) -> str:
+    """Why a request has no answer whose logits are no numbers, and what to do."""
+    return (
+        f"the model's logits are not finite numbers (dtype {dtype.removeprefix('torch.')}). float16 overflows in some "
+        "models: use dtype=bfloat16 or float32. Else the weights are bad."
+    )
+
+
+def check_rope(checkpoint: Checkpoint) -> None:
+    """Refuse a rotary embedding whose frequencies are chosen by the longest sequence of a batch.
+
+    An answer would depend on what runs beside it. Source: dynamic_rope_update in transformers' modeling_rope_utils.py,
+    which recomputes the frequencies of "dynamic" types and of longrope; those of all other types are constants.
+
+    Raises:
+        UserError: the checkpoint asks for one.
+    """
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = checkpoint.config.get(key)
+        if not isinstance(rope, Mapping):
+            continue
+        kind = str(rope.get("rope_type", rope.get("type", "default")))
+        if "dynamic" in kind or kind == "longrope":
+            raise UserError(
+                f"checkpoint {checkpoint.name!r} has rope_type={kind!r} in its config.json: its rotary frequencies "
+                "depend on the longest sequence of a batch, so answers would depend on what runs beside them. Choose "
+                "a type with constant frequencies (default, linear, yarn, llama3)."
+            )

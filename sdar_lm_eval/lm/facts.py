@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import sdar_lm_eval
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.base import LikelihoodConfig
-from sdar_lm_eval.engines.types import EngineInfo
+from sdar_lm_eval.engines.types import EngineInfo, LikelihoodConfig
 from sdar_lm_eval.lm.evaluation import Evaluation, facts_of_evaluation
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.revision import ANSWER_REVISION

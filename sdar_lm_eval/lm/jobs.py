@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lm_eval.api.instance import Instance
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.base import GenerationRequest
+from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.hashing import seed_from
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, differences

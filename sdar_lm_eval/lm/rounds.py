@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 
 from lm_eval.api.instance import Instance
 
-from sdar_lm_eval.engines.base import Engine, GenerationRequest, Scorer
+from sdar_lm_eval.engines.types import Engine, GenerationRequest, Scorer
 from sdar_lm_eval.errors import EngineError, Interrupted, UserError
 from sdar_lm_eval.lm.evaluation import Evaluation
 from sdar_lm_eval.lm.jobs import Job, JobId, Jobs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-from sdar_lm_eval.engines.base import GenerationResult, ScoreResult
+from sdar_lm_eval.engines.types import GenerationResult, ScoreResult
 
 _LARGEST = ("load_seconds", "generation_seconds", "peak_memory_bytes", "scoring_seconds", "largest_standard_error")
 

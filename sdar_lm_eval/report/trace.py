@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult
+from sdar_lm_eval.engines.types import GenerationRequest, GenerationResult
 from sdar_lm_eval.errors import UserError
 
 logger = logging.getLogger(__name__)

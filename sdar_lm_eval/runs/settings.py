@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TypedDict, TypeVar
 
 import sdar_lm_eval
-from sdar_lm_eval.engines.base import DecodingConfig, to_number
+from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.revision import ANSWER_REVISION
-from sdar_lm_eval.settings import canonical, read_generation
+from sdar_lm_eval.settings import canonical, read_generation, to_number, to_whole
 
 DEFAULT_TASK = "gsm8k_sdar"
 
@@ -259,11 +259,11 @@ def _values(name: str, texts: Mapping[str, str], read: Callable[[str, str], _Val
 
 
 def _whole(flag: str, text: str) -> int:
-    return int(to_number(flag, text, whole=True))
+    return to_whole(flag, text)
 
 
 def _real(flag: str, text: str) -> float:
-    return float(to_number(flag, text, whole=False))
+    return to_number(flag, text)
 
 
 def _full_name(flag: str, strategy: str) -> str:

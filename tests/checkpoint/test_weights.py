@@ -26,8 +26,9 @@ from support import (
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.checkpoint import weights as module
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest
+from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.registry import make_engine
+from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.families import FAMILIES
 

@@ -13,7 +13,7 @@ from asking import GREEDY, tokens_of
 
 from sdar_lm_eval import DecodingConfig, EngineError, GenerationRequest, UserError
 from sdar_lm_eval.demo import prompts as demo_prompts
-from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest
+from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
 
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential")  # those that all engines have
 

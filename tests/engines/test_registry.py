@@ -14,12 +14,13 @@ from lm_eval.tasks import TaskManager
 from sdar_lm_eval import settings
 from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.engines import registry
-from sdar_lm_eval.engines.base import STRATEGIES, Scorer
+from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.registry import ENGINES, EngineSpec, make_engine
+from sdar_lm_eval.engines.types import Scorer
 from sdar_lm_eval.errors import UserError
 
 TOY = """
-from sdar_lm_eval.engines.base import GenerationResult
+from sdar_lm_eval.engines.types import GenerationResult
 from sdar_lm_eval.engines.types import EngineInfo
 
 class Toy:

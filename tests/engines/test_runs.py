@@ -13,22 +13,14 @@ from asking import GREEDY
 
 import sdar_lm_eval
 from sdar_lm_eval import EngineError, GenerationRequest, UserError
+from sdar_lm_eval.checks import at_least_one, if_given
 from sdar_lm_eval.engines import runs
-from sdar_lm_eval.engines.base import at_least_one
-from sdar_lm_eval.engines.runs import (
-    Allowance,
-    Failures,
-    OneRun,
-    if_given,
-    is_out_of_memory,
-    peak_of_process,
-    warm_up_requests,
-)
+from sdar_lm_eval.engines.runs import Allowance, Failures, OneRun, is_out_of_memory, peak_of_process, warm_up_requests
 
 
 def test_an_option_that_is_not_given_is_not_read():
     assert if_given(at_least_one, "max_active", None) is None
-    assert if_given(at_least_one, "max_active", "3") == 3
+    assert if_given(at_least_one, "max_active", 3) == 3
     with pytest.raises(UserError, match="max_active=0"):
         if_given(at_least_one, "max_active", 0)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine
 from sdar_lm_eval.demo import prompts
-from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest
+from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
 
 STORED = Path(__file__).with_name("answers.json")
 

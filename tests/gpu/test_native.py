@@ -11,7 +11,7 @@ from support import random_checkpoint
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, make_engine
 from sdar_lm_eval.demo import golds
-from sdar_lm_eval.engines.base import STRATEGIES
+from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 

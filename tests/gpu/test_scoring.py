@@ -9,7 +9,7 @@ import torch
 
 from sdar_lm_eval import DecodingConfig, GenerationRequest, make_engine
 from sdar_lm_eval.demo import PROBLEMS, PROMPT
-from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest
+from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 

@@ -15,7 +15,7 @@ from lm_eval.api.model import CachingLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from scripted_lm import BOS_TEMPLATE, ScriptedEngine, ScriptedLM, checkpoint_with
 
-from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult
+from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest, ScoreResult
 from sdar_lm_eval.errors import EngineError, UserError
 from sdar_lm_eval.lm import model as harness
 

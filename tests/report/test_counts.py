@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from sdar_lm_eval.engines.base import GenerationResult, ScoreResult
+from sdar_lm_eval.engines.types import GenerationResult, ScoreResult
 from sdar_lm_eval.report.counts import Counts
 from sdar_lm_eval.report.live import Live
 from sdar_lm_eval.report.run import Progress

@@ -11,7 +11,8 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from sdar_lm_eval.autoload import TASKS
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult
+from sdar_lm_eval.decoding import DecodingConfig
+from sdar_lm_eval.engines.types import GenerationRequest, GenerationResult
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.report.counts import Counts

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult
+from sdar_lm_eval.decoding import DecodingConfig
+from sdar_lm_eval.engines.types import GenerationRequest, GenerationResult
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.trace import Trace, cost_of, denoising_of
 

@@ -18,9 +18,10 @@ from support import small_config
 
 import sdar_lm_eval.tasks
 from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.demo import CHECKPOINT, PROBLEMS
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest
 from sdar_lm_eval.engines.registry import make_engine
+from sdar_lm_eval.engines.types import GenerationRequest
 
 MASK = 710
 

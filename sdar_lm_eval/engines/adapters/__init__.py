@@ -1,4 +1,4 @@
-"""Engines of other packages behind the protocol of `engines/base.py`.
+"""Engines of other packages behind the protocol of `engines/types.py`.
 
 jetengine/, lmdeploy/   an adapter each; its engine.py drives the other package
 adapter.py              what every adapter does with the requests of a run

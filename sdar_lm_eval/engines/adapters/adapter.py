@@ -20,8 +20,8 @@ import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, Results
 from sdar_lm_eval.engines.runs import Closable, Failures, OneRun, warm_up_requests
+from sdar_lm_eval.engines.types import GenerationRequest, GenerationResult, Results
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.checks import check_number
 from sdar_lm_eval.engines.adapters.requests import listed
-from sdar_lm_eval.engines.base import to_number
 from sdar_lm_eval.errors import UserError
 
 DTYPES = ("bfloat16", "float16")
@@ -36,7 +36,7 @@ def to_share(name: str, value: float) -> float:
     Raises:
         UserError: it is not between 0 and 1, both excluded.
     """
-    share = float(to_number(name, value, whole=False))
+    share = check_number(name, value, whole=False)
     if not 0 < share < 1:
         raise UserError(f"{name}={value} must be between 0 and 1.")
     return share

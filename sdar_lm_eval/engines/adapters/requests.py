@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, end_of_answer
+from sdar_lm_eval.decoding import DecodingConfig, end_of_answer
+from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import UserError
 
 Key = TypeVar("Key", bound=Hashable)

@@ -11,19 +11,8 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.base import (
-    DecodingConfig,
-    GenerationRequest,
-    GenerationResult,
-    LikelihoodConfig,
-    Results,
-    ScoreRequest,
-    ScoreResult,
-    at_least_one,
-    check_bool,
-    check_rope,
-    not_finite,
-)
+from sdar_lm_eval.checks import at_least_one, check_bool, if_given
+from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.native.forward import attention
 from sdar_lm_eval.engines.native.loop import Finished, Loop
 from sdar_lm_eval.engines.native.options import resolve_device, resolve_dtype, resolve_kernels
@@ -36,13 +25,22 @@ from sdar_lm_eval.engines.runs import (
     Closable,
     Failures,
     OneRun,
+    check_rope,
     environment,
-    if_given,
     is_out_of_memory,
+    not_finite,
     peak_of_process,
     warm_up_requests,
 )
-from sdar_lm_eval.engines.types import EngineInfo
+from sdar_lm_eval.engines.types import (
+    EngineInfo,
+    GenerationRequest,
+    GenerationResult,
+    LikelihoodConfig,
+    Results,
+    ScoreRequest,
+    ScoreResult,
+)
 from sdar_lm_eval.errors import EngineError, UserError
 
 logger = logging.getLogger(__name__)

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from sdar_lm_eval.engines.base import GenerationResult, end_of_answer
+from sdar_lm_eval.decoding import end_of_answer
 from sdar_lm_eval.engines.native.batch import Outcome
 from sdar_lm_eval.engines.native.runner import Runner
 from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
 from sdar_lm_eval.engines.runs import is_out_of_memory
+from sdar_lm_eval.engines.types import GenerationResult
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import os
 import torch
 
 from sdar_lm_eval.checkpoint import DTYPES, Checkpoint
-from sdar_lm_eval.engines.base import check_bool
+from sdar_lm_eval.checks import check_bool
 from sdar_lm_eval.errors import UserError
 
 DEVICE_TYPES = ("cpu", "cuda")

@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.engines.native.pages import PagePool
 from sdar_lm_eval.engines.runs import Allowance
+from sdar_lm_eval.engines.types import GenerationRequest
 
 LEAST_PREFILL = 64  # tokens a step; with fewer it is not the prefill that takes the memory
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.engines.native.random_numbers import DRAW, ORDER, uniform
+from sdar_lm_eval.engines.types import GenerationRequest
 
 
 def block_causal_mask(length: int, block: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from asking import run
 from support import random_checkpoint, random_weights, small_config, write_weights
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, families, make_engine
-from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest
+from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
 from sdar_lm_eval.families import FAMILIES
 
 # Qwen2: biases at queries, keys and values, and no norms of heads.

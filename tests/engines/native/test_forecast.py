@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from sdar_lm_eval import DecodingConfig, GenerationRequest
-from sdar_lm_eval.engines.base import STRATEGIES
 from sdar_lm_eval.engines.native import forecast
 from sdar_lm_eval.engines.native.batch import BatchState, Outcome
 from sdar_lm_eval.engines.native.forecast import Forecast
 from sdar_lm_eval.engines.native.scheduler import Sequence
+from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
 SLOTS, BLOCK = 12, 8
 MASK = 99

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest
+from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.native.pages import PagePool
 from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
+from sdar_lm_eval.engines.types import GenerationRequest
 
 
 def sequence(index, prompt, new, block=4):

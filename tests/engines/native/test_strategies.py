@@ -14,8 +14,8 @@ from asking import run
 from support import random_checkpoint
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
+from sdar_lm_eval.decoding import DECODING_SETTINGS
 from sdar_lm_eval.engines.adapters.jetengine import versions
-from sdar_lm_eval.engines.base import DECODING_SETTINGS
 from sdar_lm_eval.engines.native import strategies, unmasking
 from sdar_lm_eval.engines.native.runner import Runner
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, codes, full_name

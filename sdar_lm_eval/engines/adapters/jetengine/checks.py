@@ -10,8 +10,8 @@ from sdar_lm_eval.engines.adapters.jetengine.loading import Setup
 from sdar_lm_eval.engines.adapters.jetengine.versions import version_with
 from sdar_lm_eval.engines.adapters.options import check_tensor_parallel, world_size
 from sdar_lm_eval.engines.adapters.requests import Decodes, check_requests, listed
-from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.engines.registry import ENGINES
+from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import UserError
 
 

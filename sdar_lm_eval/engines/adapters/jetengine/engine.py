@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.checks import at_least_one, check_bool, if_given
 from sdar_lm_eval.engines.adapters.adapter import Adapter
 from sdar_lm_eval.engines.adapters.installed import import_errors, version_of
 from sdar_lm_eval.engines.adapters.jetengine import api
@@ -27,9 +28,8 @@ from sdar_lm_eval.engines.adapters.jetengine.memory import CAPTURED, Size
 from sdar_lm_eval.engines.adapters.jetengine.versions import INSTALL, find_jetengine
 from sdar_lm_eval.engines.adapters.options import gpu_named, half_precision, to_share
 from sdar_lm_eval.engines.adapters.requests import grouped, listed
-from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, at_least_one, check_bool
-from sdar_lm_eval.engines.runs import Failures, environment, if_given
-from sdar_lm_eval.engines.types import EngineInfo
+from sdar_lm_eval.engines.runs import Failures, environment
+from sdar_lm_eval.engines.types import EngineInfo, GenerationRequest, GenerationResult
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.adapters.jetengine.hooks import prints_to_log, tail_of
 from sdar_lm_eval.engines.adapters.jetengine.loading import Loaded
 from sdar_lm_eval.engines.adapters.jetengine.memory import CAPTURED, PREFILL_TOKENS, captured
 from sdar_lm_eval.engines.adapters.requests import Draw, NoAnswerError, answer_end, stop_ids_of
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest, GenerationResult
 from sdar_lm_eval.engines.runs import Allowance, Failures, is_out_of_memory
+from sdar_lm_eval.engines.types import GenerationRequest, GenerationResult
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)

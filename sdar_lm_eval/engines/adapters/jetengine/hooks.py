@@ -22,7 +22,7 @@ import torch
 from sdar_lm_eval.engines.adapters.config import Config
 from sdar_lm_eval.engines.adapters.jetengine import api
 from sdar_lm_eval.engines.adapters.jetengine.flash_attention import ensure_right_attention
-from sdar_lm_eval.engines.base import GenerationRequest
+from sdar_lm_eval.engines.types import GenerationRequest
 
 logger = logging.getLogger(__name__)
 

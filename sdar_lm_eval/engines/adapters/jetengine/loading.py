@@ -29,8 +29,8 @@ from sdar_lm_eval.engines.adapters.jetengine.memory import (
 )
 from sdar_lm_eval.engines.adapters.jetengine.versions import Dialect
 from sdar_lm_eval.engines.adapters.processes import end_processes, free_memory, processes_started
-from sdar_lm_eval.engines.base import GenerationRequest
 from sdar_lm_eval.engines.runs import is_out_of_memory
+from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import EngineError, SDARError, UserError
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.checks import at_least_one, if_given
 from sdar_lm_eval.engines.adapters.adapter import Adapter
 from sdar_lm_eval.engines.adapters.installed import import_errors, version_of
 from sdar_lm_eval.engines.adapters.lmdeploy.checks import DECODES, check_checkpoint, check_gpus
@@ -27,9 +28,8 @@ from sdar_lm_eval.engines.adapters.lmdeploy.loading import MAX_ACTIVE, Fixed, Lo
 from sdar_lm_eval.engines.adapters.lmdeploy.requirements import DEVIATIONS, executor_for, find_lmdeploy
 from sdar_lm_eval.engines.adapters.options import gpu_named, half_precision, to_share, world_size
 from sdar_lm_eval.engines.adapters.requests import Draw, check_requests, grouped, stop_ids_of
-from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, at_least_one
-from sdar_lm_eval.engines.runs import Failures, environment, if_given
-from sdar_lm_eval.engines.types import EngineInfo
+from sdar_lm_eval.engines.runs import Failures, environment
+from sdar_lm_eval.engines.types import EngineInfo, GenerationRequest, GenerationResult
 
 
 class LMDeploy(Adapter[Loaded, Size]):

@@ -9,11 +9,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+from sdar_lm_eval.decoding import end_of_answer
 from sdar_lm_eval.engines.adapters.lmdeploy import api
 from sdar_lm_eval.engines.adapters.lmdeploy.loading import PATIENCE, Loaded
 from sdar_lm_eval.engines.adapters.requests import Draw, NoAnswerError, answer_end, stop_ids_of
-from sdar_lm_eval.engines.base import GenerationRequest, GenerationResult, end_of_answer
 from sdar_lm_eval.engines.runs import Failures
+from sdar_lm_eval.engines.types import GenerationRequest, GenerationResult
 from sdar_lm_eval.errors import EngineError
 
 _Result = tuple[int, GenerationResult]  # position of the request, its result

@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.adapters.config import check_mask_token, register_configs
 from sdar_lm_eval.engines.adapters.installed import Installed
 from sdar_lm_eval.engines.adapters.lmdeploy import api
@@ -22,7 +23,7 @@ from sdar_lm_eval.engines.adapters.lmdeploy.hooks import Forwards, give_seeds, l
 from sdar_lm_eval.engines.adapters.lmdeploy.loop import LoopThread
 from sdar_lm_eval.engines.adapters.processes import end_processes, free_memory, processes_started
 from sdar_lm_eval.engines.adapters.requests import check_lengths
-from sdar_lm_eval.engines.base import DecodingConfig, GenerationRequest
+from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sdar_lm_eval.engines.base import MAX_BLOCK_LENGTH
+from sdar_lm_eval.decoding import MAX_BLOCK_LENGTH
 from sdar_lm_eval.engines.native.batch import Segments
 from sdar_lm_eval.engines.native.forward.attention import PagedBatch
 from sdar_lm_eval.engines.native.forward.base import Forward

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sdar_lm_eval import likelihood
-from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest
+from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
 from sdar_lm_eval.errors import UserError
 
 

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from sdar_lm_eval import likelihood
-from sdar_lm_eval.engines.base import LikelihoodConfig, ScoreRequest, ScoreResult, not_finite
 from sdar_lm_eval.engines.native.scoring.batches import Limits, divide
 from sdar_lm_eval.engines.native.scoring.branches import BranchBatch, sight
 from sdar_lm_eval.engines.native.scoring.rows import Integers, Row, Trunk, clean_rows, laid_out, packed, spans
 from sdar_lm_eval.engines.native.transfer import to_device
-from sdar_lm_eval.engines.runs import Failures
+from sdar_lm_eval.engines.runs import Failures, not_finite
+from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest, ScoreResult
 
 SCRATCH_SLOT = 0  # of the KV cache: padding is read from and written to here
 LOGITS_BUDGET_BYTES = 1 << 30

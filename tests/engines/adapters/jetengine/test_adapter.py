@@ -296,7 +296,7 @@ class TestMemory:
         assert free > 70 * GIB  # no more than is needed
 
     def test_a_part_of_memory_that_was_asked_for(self, jetengine, tiny):
-        engine = of(tiny, gpu_memory_utilization="0.5")
+        engine = of(tiny, gpu_memory_utilization=0.5)
         engine.prepare([GenerationRequest((1,), 4, GREEDY)])
         assert engine._loaded.llm.config.gpu_memory_utilization == 0.5
 

@@ -558,7 +558,7 @@ class TestSeveralGPUs:
             monkeypatch.setattr(requirements, "is_there", lambda module: True)
             monkeypatch.setitem(sys.modules, "ray", type(sys)("ray"))
         before = set(threading.enumerate())
-        engine = of(tiny, tensor_parallel_size="2")
+        engine = of(tiny, tensor_parallel_size=2)
         requests = [GenerationRequest(p, 9, GREEDY) for p in random_prompts((3, 8))]
         assert tokens_of(run(engine, requests)) == native(tiny, requests)
         made = lmdeploy.made[-1]

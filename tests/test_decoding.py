@@ -2,21 +2,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdar_lm_eval.engines.base import (
-    STRATEGIES,
-    DecodingConfig,
-    GenerationRequest,
-    at_least_one,
-    end_of_answer,
-    to_number,
-)
+from sdar_lm_eval.checks import at_least_one, check_number
+from sdar_lm_eval.decoding import DecodingConfig, end_of_answer
+from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.registry import make_engine
+from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.settings import to_whole
 
 
 def test_defaults_are_generate_pys():
@@ -49,17 +48,24 @@ def test_steps_default_to_the_block_length():
     assert DecodingConfig(block_length=16).steps == 16
 
 
-def test_text_becomes_numbers():
-    config = DecodingConfig(
-        block_length="8", denoising_steps="2", confidence_threshold="0.5", top_k=5.0, temperature="1e-1"
-    )
-    assert config == DecodingConfig(8, 2, confidence_threshold=0.5, top_k=5, temperature=0.1)
-    assert type(config.top_k) is int
+def test_numbers_of_another_type_become_the_setting_s():
+    config = DecodingConfig(block_length=np.int64(8), top_k=5.0, temperature=1, top_p=np.float32(0.5))
+    assert config == DecodingConfig(8, top_k=5, temperature=1.0, top_p=0.5)
+    assert [type(value) for value in (config.block_length, config.top_k, config.temperature, config.top_p)] == [
+        int, int, float, float,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["8", True, 2.5, math.inf, [8]])
+def test_text_is_no_number_here(value):
+    with pytest.raises(UserError, match=rf"block_length={re.escape(repr(value))} is not a whole number"):
+        DecodingConfig(block_length=value)
 
 
 def test_large_whole_numbers_keep_every_digit():
-    assert to_number("seed", 2**53 + 1, whole=True) == 2**53 + 1
-    assert to_number("seed", "12", whole=True) == 12
+    assert check_number("seed", 2**53 + 1, whole=True) == to_whole("seed", f"{2**53 + 1}") == 2**53 + 1
+    with pytest.raises(UserError, match="is not a number"):
+        check_number("top_p", 10**400, whole=False)
 
 
 def test_it_is_frozen_and_hashable():
@@ -176,6 +182,6 @@ def test_an_answer_ends_in_the_same_place_in_blocks_and_as_a_whole(text, stops, 
     ("value", "reason"), [(0, "n=0 is out of range: it must be 1 or more"), ("x", "'x' is not a whole")]
 )
 def test_at_least_one(value, reason):
-    assert at_least_one("n", "3") == 3
+    assert at_least_one("n", 3) == 3
     with pytest.raises(UserError, match=reason):
         at_least_one("n", value)

@@ -1,0 +1,177 @@
+"""How a request is denoised: the settings, and where an answer ends.
+
+Nothing here holds a tensor or imports torch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sdar_lm_eval.checks import check_number, check_range
+from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
+from sdar_lm_eval.engines.native.strategies import STRATEGIES
+from sdar_lm_eval.errors import UserError, did_you_mean
+
+MAX_BLOCK_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How one request is denoised. Names follow `generate.py` of JetAstra/SDAR.
+
+    Args:
+        block_length: tokens denoised together.
+        denoising_steps: length of the schedule of a block; step s unmasks `quotas[s]` tokens. None: `block_length`.
+        remasking_strategy: which masked positions a step unmasks; a file each in `engines/native/strategies/`.
+        confidence_threshold: low_confidence_dynamic keeps every token whose confidence is above it (strictly).
+        eb_threshold: entropy_bounded keeps tokens while the sum of their entropies, in nats, is below it.
+        temperature: of the distribution tokens are drawn from; 0 draws the most probable one (greedy). The harness's
+            tasks are greedy unless they or the user ask for sampling; this class by itself samples.
+        top_k: draw from the k most probable tokens only; 0 is off.
+        top_p: draw from the smallest set of tokens whose probability exceeds p; 1 is off.
+        repetition_penalty: as in transformers: the logits of tokens already in the prompt or answer are divided
+            (positive ones) or multiplied (negative ones) by it; 1 is off.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    block_length: int = DEFAULT_BLOCK_LENGTH
+    denoising_steps: int | None = None
+    remasking_strategy: str = "low_confidence_dynamic"
+    confidence_threshold: float = 0.85
+    eb_threshold: float = 0.35
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "remasking_strategy":
+                if not isinstance(value, str) or value not in STRATEGIES:
+                    raise UserError(
+                        f"remasking_strategy={value!r} is unknown; choose one of {', '.join(STRATEGIES)}."
+                        + did_you_mean(str(value), STRATEGIES)
+                    )
+            elif not (field.name == "denoising_steps" and value is None):
+                whole = field.name in ("block_length", "denoising_steps", "top_k")
+                object.__setattr__(self, field.name, check_number(field.name, value, whole=whole))
+        if self.denoising_steps is None:
+            object.__setattr__(self, "denoising_steps", self.block_length)
+        steps = self.steps
+        check_range(
+            f"block_length={self.block_length}",
+            1 <= self.block_length <= MAX_BLOCK_LENGTH,
+            f"a whole number from 1 to {MAX_BLOCK_LENGTH}",
+        )
+        check_range(
+            f"denoising_steps={steps}",
+            1 <= steps <= self.block_length,
+            f"a whole number from 1 to block_length ({self.block_length})",
+        )
+        check_range(
+            f"confidence_threshold={self.confidence_threshold}",
+            0 <= self.confidence_threshold <= 1,
+            "a probability from 0 to 1",
+        )
+        check_range(
+            f"eb_threshold={self.eb_threshold}",
+            0 <= self.eb_threshold <= 1e6,
+            "an entropy in nats, from 0 to 1,000,000",
+        )
+        # Engines compute in float32: these bounds keep logits finite there.
+        check_range(
+            f"temperature={self.temperature}",
+            self.temperature == 0 or 1e-4 <= self.temperature <= 1e4,
+            "0 (greedy), or from 0.0001 to 10,000",
+        )
+        check_range(f"top_k={self.top_k}", self.top_k >= 0, "0 (off) or more")
+        check_range(f"top_p={self.top_p}", 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
+        check_range(
+            f"repetition_penalty={self.repetition_penalty}",
+            0.01 <= self.repetition_penalty <= 100,
+            "from 0.01 to 100 (1 is off)",
+        )
+
+    @property
+    def steps(self) -> int:
+        """The length of the schedule, with the default resolved."""
+        return self.block_length if self.denoising_steps is None else self.denoising_steps
+
+    @property
+    def quotas(self) -> tuple[int, ...]:
+        """Tokens to unmask at each step: block_length // steps, one more in the first block_length % steps."""
+        base, extra = divmod(self.block_length, self.steps)
+        return tuple(base + (step < extra) for step in range(self.steps))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every draw is the most probable token."""
+        return self.temperature == 0 or self.top_k == 1
+
+    def as_dict(self) -> dict[str, str | int | float]:
+        """The settings by name, as plain values."""
+        return dataclasses.asdict(self)
+
+
+DECODING_SETTINGS = tuple(field.name for field in dataclasses.fields(DecodingConfig))
+
+
+class Ends(Protocol):
+    """What ends an answer; `GenerationRequest` is one."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens of the answer."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end the answer."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts that end the answer."""
+
+
+def end_of_answer(
+    tokens: Sequence[int],
+    request: Ends,
+    decode: Callable[[Sequence[int]], str],
+    earlier: Sequence[int] = (),
+) -> tuple[int, str]:
+    """Where an answer ends in some of its tokens, behind which an engine may have made more.
+
+    Args:
+        tokens: new tokens, with all that was made after the answer's end.
+        request: its limit, stop tokens and stop strings count.
+        decode: makes text of tokens.
+        earlier: the answer's tokens before, in which it has not ended.
+
+    Returns:
+        (tokens of the answer, "stop" or "length"); (len(tokens), "") where the answer has no end in them. A stop token
+        is not part of the answer; of a stop string, the token that completes it is.
+    """
+    room = request.max_new_tokens - len(earlier)
+    count, reason = (room, "length") if room <= len(tokens) else (len(tokens), "")
+    for place, token in enumerate(tokens[:count]):
+        if token in request.stop_ids:
+            count, reason = place, "stop"
+            break
+
+    # Every token with text has a byte of it or more, so a stop string of n bytes begins at most n tokens earlier.
+    window = max((len(string.encode(errors="surrogatepass")) for string in request.stop_strings), default=0)
+    before = list(earlier[-window:]) if window else []
+
+    def stopped(length: int) -> bool:
+        text = decode([*before, *tokens[:length]])
+        return any(string in text for string in request.stop_strings)
+
+    if request.stop_strings and stopped(count):
+        count, reason = bisect.bisect_left(range(count), True, key=stopped), "stop"
+    return count, reason
