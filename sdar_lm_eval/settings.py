@@ -14,8 +14,10 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args, get_type_hints, overload
+from typing import Any, get_args, get_type_hints, overload
 
+from sdar_lm_eval import arguments
+from sdar_lm_eval.arguments import ChatMode, DecodingArguments, ModelArguments
 from sdar_lm_eval.checks import at_least_one, check_bool, check_number
 from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, full_name
@@ -42,121 +44,6 @@ HINTS = {"seed": "The seed is the model's: --model_args seed=N, or the third of 
 # Settings of other engines that stock tasks have, with the one value that has no effect.
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "n": 1}
 IGNORED = ("use_cache",)  # a setting of transformers that changes no answer
-
-
-ChatMode = Literal["auto", "on", "off"]
-
-
-class DecodingArguments(TypedDict, total=False):
-    """Decoding settings, in model_args or in a request's gen_kwargs, which override those in model_args.
-
-    Attributes:
-        do_sample: whether tokens are drawn; false is greedy, whatever the temperature.
-        max_gen_toks: most new tokens.
-        until: texts that end the answer.
-        All others: see `DecodingConfig`.
-    """
-
-    block_length: int
-    denoising_steps: int
-    remasking_strategy: str
-    confidence_threshold: float
-    eb_threshold: float
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
-    do_sample: bool
-    max_gen_toks: int
-    until: str | list[str]
-
-
-class ModelArguments(DecodingArguments, total=False):
-    """What `--model_args` takes for every engine, beside `pretrained`.
-
-    Attributes:
-        revision: branch, tag or commit of a hub id.
-        dtype: float32, bfloat16, float16, or auto: float32 on the CPU, the checkpoint's own on a GPU.
-        device: cpu, cuda, cuda:N, or auto: a GPU if there is one. `--device cuda:0` is lm_eval's default, so it counts
-            as auto.
-        max_length: most tokens of prompt and answer; longer prompts lose their beginning. Default: the checkpoint's.
-        max_active: sequences that run at once; default: 32 on the CPU, 256 on a GPU, or as many as fit.
-        seed: seed of sampled answers; each draws by (seed, task, prompt, repeat), whatever else is in the batch.
-            Default: the third of lm_eval's `--seed`.
-        chat_template: auto (prompts of generating tasks go into the checkpoint's chat template, where it has one, as by
-            `--apply_chat_template`), on (the same, and an error where there is none), off. Log-likelihoods are of the
-            text as it comes, unless `--apply_chat_template` is given.
-        trace: file that gets a JSON line for each finished request (report/trace.py); each run and rank has its own.
-        verbose: log each example when its answer is there, right or wrong where the task has a judge (report/live.py).
-        answers: folder that keeps finished answers, for this run to go on from; several processes may share it.
-        likelihood: chain (exact) or nelbo (the diffusion bound), see `sdar_lm_eval/likelihood.py`; at temperature 1,
-            whatever the decoding settings.
-        mc_samples: masks a block under nelbo; blocks with no more masks than that are computed without sampling.
-        batch_size: `--batch_size N` with N > 1 sets max_active; 1, lm_eval's default, and auto leave it to the engine.
-        max_batch_size: sets max_active under `--batch_size auto`.
-        trust_remote_code: has no effect: no code of a checkpoint is ever run.
-    """
-
-    revision: str
-    dtype: str
-    device: str
-    max_length: int
-    max_active: int
-    seed: int
-    chat_template: ChatMode
-    trace: str | Path
-    verbose: bool
-    answers: str | Path
-    likelihood: Literal["chain", "nelbo"]
-    mc_samples: int
-    batch_size: int | str
-    max_batch_size: int
-    trust_remote_code: bool
-
-
-class NativeArguments(ModelArguments, total=False):
-    """What `--model sdar` takes.
-
-    Attributes:
-        kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
-        kernels: run a dense model with Triton kernels and CUDA graphs; default: on GPUs, where triton is installed.
-        reproducible: answers are the same to the bit in any batch (default: up to rounding); needs the kernels.
-        share_prefixes: prompts that begin alike share the KV of that beginning (default; false: for comparison).
-    """
-
-    kv_pages: int
-    kernels: bool
-    reproducible: bool
-    share_prefixes: bool
-
-
-class JetEngineArguments(ModelArguments, total=False):
-    """What `--model sdar-jetengine` takes.
-
-    Attributes:
-        gpu_memory_utilization: the part of the GPU's memory that JetEngine may fill; default: what the requests need.
-        tensor_parallel_size: GPUs that share the weights (JetEngine 0.1.0 only).
-        enforce_eager: go without CUDA graphs.
-    """
-
-    gpu_memory_utilization: float
-    tensor_parallel_size: int
-    enforce_eager: bool
-
-
-class LMDeployArguments(ModelArguments, total=False):
-    """What `--model sdar-lmdeploy` takes.
-
-    Attributes:
-        tensor_parallel_size: GPUs that share the weights.
-        data_parallel_size: how many processes `accelerate launch` started, each with its copy of the weights; need not
-            be given.
-        cache_max_entry_count: the part of the memory that the weights leave, for keys and values; default 0.8.
-    """
-
-    tensor_parallel_size: int
-    data_parallel_size: int
-    cache_max_entry_count: float
 
 
 @dataclass(frozen=True)
@@ -197,8 +84,8 @@ class ModelSettings:
         Raises:
             UserError: an unknown name, or a value out of range.
         """
-        arguments = globals()[ENGINES[engine].arguments]
-        of_engine = _own_names(arguments)
+        taken = getattr(arguments, ENGINES[engine].arguments)
+        of_engine = _own_names(taken)
         check_names(given, "model_args", also=("pretrained", *_names(ModelArguments), *of_engine))
         known = _without_none(canonical(given))
 
@@ -222,7 +109,7 @@ class ModelSettings:
             likelihood=str(known.get("likelihood", "chain")),
             mc_samples=whole_number("mc_samples"),
             decoding=typed({name: known[name] for name in known if name in GENERATION_SETTINGS}, DecodingArguments),
-            engine=typed({name: known[name] for name in known if name in of_engine}, arguments),
+            engine=typed({name: known[name] for name in known if name in of_engine}, taken),
         )
 
     @property
@@ -243,14 +130,14 @@ class ModelSettings:
         return config
 
 
-def _names(arguments: type[object]) -> tuple[str, ...]:
+def _names(of: type[object]) -> tuple[str, ...]:
     """The keys of a TypedDict and of its bases."""
-    return tuple(arguments.__annotations__)
+    return tuple(of.__annotations__)
 
 
-def _own_names(arguments: type[object]) -> tuple[str, ...]:
+def _own_names(of: type[object]) -> tuple[str, ...]:
     """The keys of an engine's TypedDict that other engines lack."""
-    return tuple(name for name in _names(arguments) if name not in _names(ModelArguments))
+    return tuple(name for name in _names(of) if name not in _names(ModelArguments))
 
 
 def _text(known: Mapping[str, object], name: str) -> str | None:
@@ -448,14 +335,14 @@ def to_texts(value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
-def typed(settings: Mapping[str, object], arguments: type[object]) -> dict[str, object]:
+def typed(settings: Mapping[str, object], names: type[object]) -> dict[str, object]:
     """Read values that may be text, by the types that a TypedDict gives to their names.
 
     Raises:
         UserError: a value is of another type.
     """
     readers: dict[object, Callable[[str, object], object]] = {int: to_whole, float: to_number, bool: to_bool}
-    read = {name: readers[kind] for name, kind in get_type_hints(arguments).items() if kind in readers}
+    read = {name: readers[kind] for name, kind in get_type_hints(names).items() if kind in readers}
     return {name: read[name](name, value) if name in read else value for name, value in settings.items()}
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import logging
+import pydoc
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import lm_eval.tasks
 import pytest
@@ -15,8 +19,9 @@ from hypothesis import strategies as st
 from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.config.task import TaskConfig
 
-from sdar_lm_eval import settings
+from sdar_lm_eval import arguments, settings
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
+from sdar_lm_eval.engines.registry import ENGINES, EngineSpec
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.settings import MAX_TOKENS_SPELLINGS, ModelSettings, read_generation, to_bool, to_texts
 
@@ -387,3 +392,13 @@ def test_hints(name: str, hint: str) -> None:
     with pytest.raises(UserError) as raised:
         read_generation({name: 1}, {})
     assert f"gen_kwargs: '{name}' is unknown. {hint} Known: block_length" in str(raised.value)
+
+
+@pytest.mark.parametrize("spec", ENGINES.values(), ids=lambda spec: spec.name)
+def test_help_shows_each_argument_with_its_type(spec: EngineSpec) -> None:
+    module, _, name = spec.lm.partition(":")
+    text = pydoc.plain(pydoc.render_doc(getattr(importlib.import_module(module), name)))
+    for argument, kind in get_type_hints(getattr(arguments, spec.arguments)).items():
+        described = rf"{argument} \({re.escape(inspect.formatannotation(kind))}\): \S+"
+        assert re.search(described, text), argument
+        assert re.search(rf"[(,]\s*{argument}: ", text), argument  # in the signature, too

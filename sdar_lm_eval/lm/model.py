@@ -17,6 +17,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
 
+from sdar_lm_eval.arguments import JetEngineArguments, LMDeployArguments, NativeArguments, takes
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.registry import ENGINES, make_engine
 from sdar_lm_eval.lm.answers import AnswerFolder
@@ -35,7 +36,6 @@ from sdar_lm_eval.settings import ModelSettings
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from sdar_lm_eval.settings import NativeArguments
 
 logger = logging.getLogger(__name__)
 # This package's messages go where lm_eval's go, at its verbosity.
@@ -45,12 +45,13 @@ DEFAULT_CHECKPOINT = "JetLM/SDAR-4B-Chat"
 DEFAULT_SEED = 1234  # lm_eval's default for torch
 
 
+@takes(NativeArguments, DEFAULT_CHECKPOINT)
 class SDARLM(TemplateLM):
     """`lm_eval --model sdar`: an SDAR checkpoint on the native engine.
 
     Args:
         pretrained: hub id, folder, or `demo` (the bundled small checkpoint).
-        arguments: see `NativeArguments` and `ModelArguments` (settings.py), which document each.
+        arguments: see below, and `NativeArguments`.
 
     Raises:
         UserError: an unknown argument, a value out of range, or a checkpoint that cannot be run.
@@ -345,12 +346,13 @@ class SDARLM(TemplateLM):
         self.close()
 
 
+@takes(JetEngineArguments, DEFAULT_CHECKPOINT)
 class SDARJetEngineLM(SDARLM):
     """`lm_eval --model sdar-jetengine`: an SDAR checkpoint on JetEngine.
 
     Args:
         pretrained: as for `SDARLM`.
-        arguments: see `JetEngineArguments` and `ModelArguments` (settings.py).
+        arguments: see below, and `JetEngineArguments`.
 
     Raises:
         UserError: as `SDARLM`, and for what JetEngine cannot do.
@@ -360,12 +362,13 @@ class SDARJetEngineLM(SDARLM):
     ENGINE = "jetengine"
 
 
+@takes(LMDeployArguments, DEFAULT_CHECKPOINT)
 class SDARLMDeployLM(SDARLM):
     """`lm_eval --model sdar-lmdeploy`: an SDAR checkpoint on LMDeploy's PyTorch engine.
 
     Args:
         pretrained: as for `SDARLM`.
-        arguments: see `LMDeployArguments` and `ModelArguments` (settings.py).
+        arguments: see below, and `LMDeployArguments`.
 
     Raises:
         UserError: as `SDARLM`, and for what LMDeploy cannot do.

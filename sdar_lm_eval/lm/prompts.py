@@ -9,11 +9,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from sdar_lm_eval.arguments import ChatMode
 from sdar_lm_eval.chat_template import ChatTemplate
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
-from sdar_lm_eval.settings import ChatMode
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,159 @@
+"""What users may write: the names of model_args and gen_kwargs, with the types of their values."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, TypedDict, TypeVar, get_type_hints
+
+from sdar_lm_eval.decoding import DecodingConfig
+
+KEYWORD_ONLY, POSITIONAL_OR_KEYWORD = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+ChatMode = Literal["auto", "on", "off"]
+
+
+class DecodingArguments(TypedDict, total=False):
+    """Decoding settings, in model_args or in a request's gen_kwargs, which override those in model_args.
+
+    Attributes:
+        do_sample: whether tokens are drawn; false is greedy, whatever the temperature.
+        max_gen_toks: most new tokens.
+        until: texts that end the answer.
+        All others: see `DecodingConfig`.
+    """
+
+    block_length: int
+    denoising_steps: int
+    remasking_strategy: str
+    confidence_threshold: float
+    eb_threshold: float
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    do_sample: bool
+    max_gen_toks: int
+    until: str | list[str]
+
+
+class ModelArguments(DecodingArguments, total=False):
+    """What `--model_args` takes for every engine, beside `pretrained`.
+
+    Attributes:
+        revision: branch, tag or commit of a hub id.
+        dtype: float32, bfloat16, float16, or auto: float32 on the CPU, the checkpoint's own on a GPU.
+        device: cpu, cuda, cuda:N, or auto: a GPU if there is one. `--device cuda:0` is lm_eval's default, so it counts
+            as auto.
+        max_length: most tokens of prompt and answer; longer prompts lose their beginning. Default: the checkpoint's.
+        max_active: sequences that run at once; default: 32 on the CPU, 256 on a GPU, or as many as fit.
+        seed: seed of sampled answers; each draws by (seed, task, prompt, repeat), whatever else is in the batch.
+            Default: the third of lm_eval's `--seed`.
+        chat_template: auto (prompts of generating tasks go into the checkpoint's chat template, where it has one, as by
+            `--apply_chat_template`), on (the same, and an error where there is none), off. Log-likelihoods are of the
+            text as it comes, unless `--apply_chat_template` is given.
+        trace: file that gets a JSON line for each finished request (report/trace.py); each run and rank has its own.
+        verbose: log each example when its answer is there, right or wrong where the task has a judge (report/live.py).
+        answers: folder that keeps finished answers, for this run to go on from; several processes may share it.
+        likelihood: chain (exact) or nelbo (the diffusion bound), see `sdar_lm_eval/likelihood.py`; at temperature 1,
+            whatever the decoding settings.
+        mc_samples: masks a block under nelbo; blocks with no more masks than that are computed without sampling.
+        batch_size: `--batch_size N` with N > 1 sets max_active; 1, lm_eval's default, and auto leave it to the engine.
+        max_batch_size: sets max_active under `--batch_size auto`.
+        trust_remote_code: has no effect: no code of a checkpoint is ever run.
+    """
+
+    revision: str
+    dtype: str
+    device: str
+    max_length: int
+    max_active: int
+    seed: int
+    chat_template: ChatMode
+    trace: str | Path
+    verbose: bool
+    answers: str | Path
+    likelihood: Literal["chain", "nelbo"]
+    mc_samples: int
+    batch_size: int | str
+    max_batch_size: int
+    trust_remote_code: bool
+
+
+class NativeArguments(ModelArguments, total=False):
+    """What `--model sdar` takes.
+
+    Attributes:
+        kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
+        kernels: run a dense model with Triton kernels and CUDA graphs; default: on GPUs, where triton is installed.
+        reproducible: answers are the same to the bit in any batch (default: up to rounding); needs the kernels.
+        share_prefixes: prompts that begin alike share the KV of that beginning (default; false: for comparison).
+    """
+
+    kv_pages: int
+    kernels: bool
+    reproducible: bool
+    share_prefixes: bool
+
+
+class JetEngineArguments(ModelArguments, total=False):
+    """What `--model sdar-jetengine` takes.
+
+    Attributes:
+        gpu_memory_utilization: the part of the GPU's memory that JetEngine may fill; default: what the requests need.
+        tensor_parallel_size: GPUs that share the weights (JetEngine 0.1.0 only).
+        enforce_eager: go without CUDA graphs.
+    """
+
+    gpu_memory_utilization: float
+    tensor_parallel_size: int
+    enforce_eager: bool
+
+
+class LMDeployArguments(ModelArguments, total=False):
+    """What `--model sdar-lmdeploy` takes.
+
+    Attributes:
+        tensor_parallel_size: GPUs that share the weights.
+        data_parallel_size: how many processes `accelerate launch` started, each with its copy of the weights; need not
+            be given.
+        cache_max_entry_count: the part of the memory that the weights leave, for keys and values; default 0.8.
+    """
+
+    tensor_parallel_size: int
+    data_parallel_size: int
+    cache_max_entry_count: float
+
+
+Class = TypeVar("Class", bound=type)
+
+
+def takes(arguments: type[object], pretrained: str) -> Callable[[Class], Class]:
+    """Let `help` and IDEs show each argument of an lm_eval model, with its type and what it is for.
+
+    Args:
+        arguments: the TypedDict of the class's keyword arguments.
+        pretrained: default of the checkpoint.
+    """
+
+    types, described = get_type_hints(arguments), dict[str, str]()
+    for documented in (DecodingConfig, DecodingArguments, ModelArguments, arguments):
+        described |= descriptions(documented)
+    options = [inspect.Parameter(name, KEYWORD_ONLY, default=None, annotation=kind) for name, kind in types.items()]
+    checkpoint = inspect.Parameter("pretrained", POSITIONAL_OR_KEYWORD, default=pretrained, annotation=str)
+    lines = [f"    {name} ({inspect.formatannotation(kind)}): {described[name]}" for name, kind in types.items()]
+
+    def document(of: Class) -> Class:
+        of.__signature__ = inspect.Signature([checkpoint, *options])  # type: ignore[attr-defined]
+        of.__doc__ = "\n".join([inspect.cleandoc(of.__doc__ or ""), "", "Options:", *lines])
+        return of
+
+    return document
+
+
+def descriptions(of: type[object]) -> dict[str, str]:
+    """Name -> description, in one line, of the arguments or attributes that a class's docstring lists."""
+    listed = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", inspect.cleandoc(of.__doc__ or ""), flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in listed}
