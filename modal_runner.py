@@ -18,8 +18,6 @@ No other file knows Modal. sdar_lm_eval/runs gives the flags their meaning.
 
 from __future__ import annotations
 
-import argparse
-import inspect
 import json
 import os
 import re
@@ -37,11 +35,11 @@ if __name__ == "__main__":
 
 import modal
 
-from sdar_lm_eval.engines.native.strategies import spellings
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import SDARError, UserError
 from sdar_lm_eval.runs import summary
-from sdar_lm_eval.runs.settings import DEFAULT_TASK, SWEPT, Run, runs_from_flags, scored_by
+from sdar_lm_eval.runs.flags import GPU, gpu_of, help_text, output_of
+from sdar_lm_eval.runs.settings import DEFAULT_TASK, Run, runs_from_flags, scored_by
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,7 +47,6 @@ if TYPE_CHECKING:
     from sdar_lm_eval.tasks.programs import Job
 
 Engine = Literal["native", "jetengine", "lmdeploy"]
-GPU = "H100!"  # an H100 and nothing else; plain "H100" may become an H200
 TIMEOUT = 2 * 60 * 60  # seconds, of an attempt
 DAY = 24 * 60 * 60
 MEMORY = 64 * 1024  # MiB
@@ -326,35 +323,6 @@ def pretrained_of(run: Run) -> str:
 # On the user's machine
 
 
-FLAGS = {
-    "model_name": "a hub id, or a folder on the volume sdar-models-cache",
-    "num_samples": "the first N documents of each task; default: all",
-    "block_length": "tokens that are denoised together",
-    "denoising_steps": "steps a block is denoised in",
-    "temperature": "of the distribution that tokens are drawn from; 0.0 is greedy",
-    "remasking_strategy": f"which tokens a step keeps: {spellings()}; LMDeploy takes "
-    f"{', '.join(ENGINES['lmdeploy'].strategies or ())}",
-    "confidence_threshold": "low_confidence_dynamic keeps all tokens above this confidence",
-    "max_gen_length": "most new tokens; default: the task's",
-    "output_file": "JSON with the results, on this machine; an older file is replaced",
-    "verbose": "log each example: true or false",
-    "engine": f"{', '.join(ENGINES)}; each has an image of its own",
-    "tasks": "tasks that generate, separated by commas",
-    "revision": "branch, tag or commit of a hub id; default: the newest",
-    "seed": "seed of sampling",
-    "shards": "containers with a GPU that share a run's documents",
-    "gpu": f"GPU of a container; {GPU} is an H100 and nothing else",
-    "timeout": "seconds of an attempt; there are three attempts",
-    "confirm_run_unsafe_code": "agree that programs of the model are run, in a container without network, token and "
-    "volumes; without this flag, tasks that are scored so are refused",
-    "block": "short for --block-length",
-    "steps": "short for --denoising-steps",
-    "strategy": "short for --remasking-strategy",
-    "threshold": "short for --confidence-threshold",
-}
-"""Flag -> what it means."""
-
-
 @app.local_entrypoint()
 def main(
     model_name: str = "JetLM/SDAR-4B-Chat",
@@ -408,56 +376,6 @@ def main(
         print(f"modal_runner: error: {message}", file=sys.stderr)
     if failed:
         sys.exit(1)
-
-
-def help_text() -> str:
-    """Return what `--help` prints: Modal's client lists an entrypoint's flags without their meaning."""
-    parser = argparse.ArgumentParser(
-        usage="modal run modal_runner.py [--FLAG VALUE] …",
-        description="Evaluate an SDAR model on a GPU of Modal. Defaults stand in parentheses.",
-        epilog="* several values, separated by commas, make a sweep: all combinations.",
-    )
-    entrypoint = main.info.raw_f
-    assert entrypoint is not None
-    for name, parameter in inspect.signature(entrypoint).parameters.items():
-        given, flag = parameter.default, f"--{name.replace('_', '-')}"
-        text = FLAGS[name] + (f" ({given})" if given not in (None, "") else "") + (" *" if name in SWEPT else "")
-        if given is False:
-            parser.add_argument(flag, action="store_true", help=FLAGS[name])
-        else:
-            parser.add_argument(flag, metavar="VALUE", help=text)
-    return parser.format_help()
-
-
-def gpu_of(text: str) -> str:
-    """Return the name of a GPU, spelled as Modal does.
-
-    Raises:
-        UserError: none is named, or several, of which an engine would use one. Modal checks the name itself.
-    """
-    name, _, count = text.strip().upper().partition(":")
-    if not name:
-        raise UserError(f"--gpu is empty. Name one: {GPU} (an H100 and nothing else), H100, H200, A100-80GB, …")
-    if count not in ("", "1"):
-        raise UserError(f"--gpu {text}: a container uses one GPU. Give --gpu {name}, and --shards N for N of them.")
-    return name
-
-
-def output_of(text: str) -> Path:
-    """Return the path of the JSON file.
-
-    Raises:
-        UserError: the file cannot be written there; it is checked before anything is paid for.
-    """
-    output = Path(text).expanduser()
-    folder = output.absolute().parent
-    if not text.strip() or output.is_dir():
-        raise UserError(f"--output-file {text!r} is no name of a file. Give one, such as gsm8k_results.json.")
-    if not folder.is_dir():
-        raise UserError(f"--output-file {text}: {folder} is no folder. Make it first.")
-    if not os.access(output if output.exists() else folder, os.W_OK):
-        raise UserError(f"--output-file {text} cannot be written: no permission. Name a file elsewhere.")
-    return output
 
 
 def evaluate_all(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: int) -> list[str]:
@@ -527,5 +445,6 @@ def report_of(run: Run, folder: str) -> summary.Report | None:
 
 
 if "--help" in sys.argv[1:] and Path(__file__).name in (Path(word.partition("::")[0]).name for word in sys.argv):
-    print(help_text())
+    assert main.info.raw_f is not None
+    print(help_text(main.info.raw_f))
     sys.exit()

@@ -344,12 +344,12 @@ def test_a_wrong_flag(tmp_path: Path, words: list[str], code: int, message: str)
 
 def test_help_says_what_each_flag_means(tmp_path: Path, runner: Any) -> None:
     flags = inspect.signature(runner.main.info.raw_f).parameters
-    assert runner.FLAGS.keys() == flags.keys()
+    assert FLAGS.keys() == flags.keys()
     with ControlPlane(tmp_path / "modal") as plane:
         done = _run(plane, "--help")
         assert done.returncode == 0 and plane.started == [] and not plane.functions
     told = " ".join(done.stdout.split())
-    for name, meaning in runner.FLAGS.items():
+    for name, meaning in FLAGS.items():
         assert re.search(rf"--{name.replace('_', '-')}( VALUE)? {re.escape(' '.join(meaning.split()))}", told), name
     assert "of sampling (0)" in told and "tokens that are denoised together (4) *" in told
 
