@@ -31,6 +31,7 @@ from sdar_lm_eval.engines.adapters.jetengine.versions import PINNED
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.lm.answers import read_sessions
 from sdar_lm_eval.lm.model import SDARLM
+from sdar_lm_eval.runs.flags import FLAGS
 
 DEMO = ("--engine", "native", "--model-name", "demo", "--tasks", "gsm8k_sdar_demo")
 DOCUMENTS = 72
