@@ -77,7 +77,7 @@ def make_model(engine: str, pretrained: str, model_args: str = "", max_active: i
     autoload.install()
     settings = [f"pretrained={pretrained}", f"max_active={max_active}" if max_active else "", model_args]
     lm: Any = get_model(ENGINES[engine].model).create_from_arg_string(",".join(filter(None, settings)))
-    lm._jobs.stop_ids = ()
+    lm.jobs.stop_ids = ()
     return lm
 
 

@@ -72,10 +72,10 @@ def main() -> None:
             made = [instance(i, doc, new_tokens, settings, front) for i, doc in enumerate(questions)]
             return made[ranks.rank :: ranks.world_size]
 
-        ranks = lm._ranks
+        ranks = lm.ranks
         instances, warm_up = of(args.new_tokens), of(min(WARM_UP, args.new_tokens))
         largest = cycled(instances, max(args.active), 0)
-        lm._engine.prepare([job.request for job in lm._jobs.of(largest, lm._evaluation.task_of, 0).jobs.values()])
+        lm.engine.prepare([job.request for job in lm.jobs.of(largest, lm.evaluation.task_of, 0).jobs.values()])
 
         rows = []
         say = print if ranks.rank == 0 else lambda *_, **__: None

@@ -124,7 +124,7 @@ def main() -> None:
             "triton": version("triton"),
             "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
-            "peak_memory_bytes": lm._engine.peak_memory_bytes(),
+            "peak_memory_bytes": lm.engine.peak_memory_bytes(),
         }
         info = lm.get_model_info()["sdar_lm_eval"]
         asked = {name: value for name, value in vars(args).items() if name not in info}
@@ -174,7 +174,7 @@ def prefill(
         for _ in range(2):
             requests = [GenerationRequest(random_tokens(lm, size, rng), 1, decoding) for _ in range(count)]
             clock = Clock()
-            for _ in lm._engine.generate(requests):
+            for _ in lm.engine.generate(requests):
                 pass
             seconds = clock.lap()
         speed = count * size / seconds
@@ -192,7 +192,7 @@ def contexts(lm: Any, args: argparse.Namespace, device: torch.device) -> Iterato
     length = lm.checkpoint.block_length
     decoding = DecodingConfig(length, length, "low_confidence_static", temperature=float(args.sample))
     rng = random.Random(0)
-    most = min(args.sequences, lm._engine.info.max_active - 1)  # one place is the short request's
+    most = min(args.sequences, lm.engine.info.max_active - 1)  # one place is the short request's
     print("| tokens before | sequences | tokens/s | ms a step | seconds |")
     print("| ---: | ---: | ---: | ---: | ---: |")
     for tokens in args.contexts:
@@ -225,12 +225,12 @@ def contexts(lm: Any, args: argparse.Namespace, device: torch.device) -> Iterato
 
 def generation_alone(lm: Any, requests: list[GenerationRequest]) -> tuple[float, int, float]:
     """Seconds, steps and new tokens of each sequence, from the last request's answer to that of the last but one."""
-    preempted = lm._engine.info.extra["preemptions"]
+    preempted = lm.engine.info.extra["preemptions"]
     short, last = len(requests) - 1, len(requests) - 2
     results, times = {}, {}
-    for index, result in lm._engine.generate(requests):
+    for index, result in lm.engine.generate(requests):
         results[index], times[index] = result, time.perf_counter()
-    assert lm._engine.info.extra["preemptions"] == preempted, "KV pages ran out; give a smaller --context-tokens"
+    assert lm.engine.info.extra["preemptions"] == preempted, "KV pages ran out; give a smaller --context-tokens"
     assert next(iter(results)) == short, "a sequence ended before all had begun"
     running = range(last)
     assert all(times[i] >= times[last] - 1e-3 for i in running), "a sequence ended before the time was up"
@@ -257,7 +257,7 @@ def whole_gsm8k(lm: Any, questions: Any, args: argparse.Namespace) -> dict[str, 
     assert tokens == count * args.answer_tokens, "an answer ended early"
     row = {
         "questions": count,
-        "active": min(lm._engine.info.max_active, count),
+        "active": min(lm.engine.info.max_active, count),
         "new_tokens": tokens,
         "prompt_tokens": after.prompt_tokens - before.prompt_tokens,
         "seconds": round(seconds, 2),

@@ -66,43 +66,43 @@ class SDARLM(TemplateLM):
         self._settings = settings = ModelSettings.read(pretrained, arguments, self.ENGINE)
         watch(lm_eval.evaluator)
 
-        self._ranks = Ranks()
-        self._rank, self._world_size = self._ranks.rank, self._ranks.world_size
+        self.ranks = Ranks()
+        self._rank, self._world_size = self.ranks.rank, self.ranks.world_size
         # lm_eval up to 0.4.12 calls these in the place of `all_gather` and `barrier`.
         self.accelerator = types.SimpleNamespace(gather=self.all_gather, wait_for_everyone=self.barrier)
-        self._ranks.log_errors_only()
+        self.ranks.log_errors_only()
 
         self.checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
         self.tokenizer = self.checkpoint.tokenizer
         self._prompts = Prompts(self.checkpoint, settings.chat_template)
         self.renders = self._prompts.renders
         alone = self._world_size == 1
-        self._jobs = Jobs(self.checkpoint, self._prompts, settings.decoding, settings.max_length, alone=alone)
-        self.max_length, self.max_gen_toks = self._jobs.max_length, self._jobs.default.max_gen_toks
-        self._jobs.check_limits(answers_limited=settings.limits_length)
-        likelihood = settings.likelihood_config(self._jobs.default.decoding.block_length)
+        self.jobs = Jobs(self.checkpoint, self._prompts, settings.decoding, settings.max_length, alone=alone)
+        self.max_length, self.max_gen_toks = self.jobs.max_length, self.jobs.default.max_gen_toks
+        self.jobs.check_limits(answers_limited=settings.limits_length)
+        likelihood = settings.likelihood_config(self.jobs.default.decoding.block_length)
         self._likelihoods = Likelihoods(self.checkpoint, self._prompts, self.max_length, likelihood)
 
-        self._evaluation = Evaluation(DEFAULT_SEED if settings.seed is None else settings.seed)
-        self._evaluation_of_ranks = [self._evaluation]
+        self.evaluation = Evaluation(DEFAULT_SEED if settings.seed is None else settings.seed)
+        self._evaluation_of_ranks = [self.evaluation]
         trace = None
         if settings.trace is not None:  # before the engine is loaded: a file that cannot be written is refused at once
-            trace = Trace(self._ranks.path_of_rank(settings.trace), self._facts)
-        self._engine = make_engine(
+            trace = Trace(self.ranks.path_of_rank(settings.trace), self._facts)
+        self.engine = make_engine(
             self.ENGINE,
             self.checkpoint,
-            device=self._ranks.device_of_rank(settings.device),
+            device=self.ranks.device_of_rank(settings.device),
             dtype=settings.dtype,
             max_active=settings.max_active,
             **settings.engine,
         )
-        self._device = self._engine.info.device
+        self._device = self.engine.info.device
         if self._device == "cpu":
-            self._ranks.share_cpu()
-        self._rounds = Rounds(
-            self._engine,
+            self.ranks.share_cpu()
+        self.rounds = Rounds(
+            self.engine,
             self.ENGINE,
-            jobs=self._jobs,
+            jobs=self.jobs,
             likelihoods=self._likelihoods,
             prompts=self._prompts,
             decode=self.tok_decode,
@@ -115,9 +115,9 @@ class SDARLM(TemplateLM):
         if settings.answers is not None:
             self._answers = AnswerFolder(settings.answers, self._fingerprint(), self._facts)
         self._open_store()
-        self._evaluation.counts.load_seconds = time.perf_counter() - started
-        logger.info("%s", described(self.ENGINE, self._engine.info, self.checkpoint, self._jobs.default))
-        self._ranks.log_own_warnings()
+        self.evaluation.counts.load_seconds = time.perf_counter() - started
+        logger.info("%s", described(self.ENGINE, self.engine.info, self.checkpoint, self.jobs.default))
+        self.ranks.log_own_warnings()
 
     # How the harness makes a model
 
@@ -155,10 +155,10 @@ class SDARLM(TemplateLM):
             self._open_store()
 
     def _open_store(self) -> None:
-        self._rounds.store = Store([place for place in (self._cache, self._answers) if place is not None])
+        self.rounds.store = Store([place for place in (self._cache, self._answers) if place is not None])
 
     def _fingerprint(self) -> dict[str, str | int | None]:
-        return fingerprint_of(self.ENGINE, self._engine.info, self.checkpoint)
+        return fingerprint_of(self.ENGINE, self.engine.info, self.checkpoint)
 
     # Evaluations and tasks (evaluation.py)
 
@@ -171,20 +171,20 @@ class SDARLM(TemplateLM):
         self._open_store()  # a new store tries again places that could not be written
 
     def _begin(self, seed: int) -> None:
-        self._evaluation = self._evaluation.next(seed if self._settings.seed is None else self._settings.seed)
-        self._evaluation_of_ranks = [self._evaluation]
-        self._rounds.begin_run()
+        self.evaluation = self.evaluation.next(seed if self._settings.seed is None else self._settings.seed)
+        self._evaluation_of_ranks = [self.evaluation]
+        self.rounds.begin_run()
 
     def task_begins(self, task: TaskRequests, requests: Sequence[Instance]) -> None:
         """Note what lm_eval knows of a task's requests."""
-        self._evaluation.add(task, requests)
-        self._evaluation.template_hash = self._prompts.template_hash
+        self.evaluation.add(task, requests)
+        self.evaluation.template_hash = self._prompts.template_hash
         if self._rank == 0:
             self._prompts.warn_of_template(task)
 
     def evaluation_ends(self) -> None:
         """Forget the evaluation's requests and its chat template; later requests belong to no evaluation."""
-        self._evaluation.end()
+        self.evaluation.end()
         self._prompts.choose(None)
 
     # Text and tokens
@@ -241,7 +241,7 @@ class SDARLM(TemplateLM):
             Interrupted: the user ended the run; the store, if any, has what finished.
         """
         evaluation, show = self._current(), self._rank == 0 and not disable_tqdm
-        return evaluation.answer_own(requests, lambda own: self._rounds.generate(own, evaluation, show), "")
+        return evaluation.answer_own(requests, lambda own: self.rounds.generate(own, evaluation, show), "")
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Score continuations: log-likelihoods in nats, and whether greedy decoding gives the continuation.
@@ -268,19 +268,17 @@ class SDARLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Score ((context, continuation), context ids, continuation ids), without store, trace or summary."""
         pairs = [(context_ids, continuation_ids) for _, context_ids, continuation_ids in requests]
-        return self._rounds.score_tokens(pairs, self._evaluation.seed)
+        return self.rounds.score_tokens(pairs, self.evaluation.seed)
 
     def _score(self, kind: Kind, requests: Sequence[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
         evaluation, show = self._current(), self._rank == 0 and not disable_tqdm
-        return evaluation.answer_own(
-            requests, lambda own: self._rounds.score(kind, own, evaluation, show), (0.0, False)
-        )
+        return evaluation.answer_own(requests, lambda own: self.rounds.score(kind, own, evaluation, show), (0.0, False))
 
     def _current(self) -> Evaluation:
         """The evaluation that requests belong to; requests after an evaluation's end have counts of their own."""
-        if self._evaluation.over:
+        if self.evaluation.over:
             self._begin(DEFAULT_SEED)
-        return self._evaluation
+        return self.evaluation
 
     # Ranks
 
@@ -291,42 +289,42 @@ class SDARLM(TemplateLM):
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Concatenate each rank's tensor."""
-        return self._ranks.all_gather(tensor)
+        return self.ranks.all_gather(tensor)
 
     def gather_object(self, obj: object, dst: int = 0) -> list[object] | None:
         """Collect each rank's samples or metrics on rank `dst`, without those of borrowed documents."""
-        return self._ranks.gather_object(self._evaluation.without_borrowed(obj), dst)
+        return self.ranks.gather_object(self.evaluation.without_borrowed(obj), dst)
 
     def barrier(self) -> None:
         """Wait for all ranks, and collect their counts on rank 0. lm_eval calls it after each kind of request."""
-        evaluations = self._ranks.gather_object(self._evaluation)
+        evaluations = self.ranks.gather_object(self.evaluation)
         if evaluations is not None:
             self._evaluation_of_ranks = evaluations
             counts = Counts.of_ranks([evaluation.counts for evaluation in evaluations])
             logger.info("%d ranks: %s", self._world_size, counts)
-        self._ranks.barrier()
+        self.ranks.barrier()
 
     # Facts for the results file
 
     @property
     def counts(self) -> Counts:
         """What this process computed in the current evaluation."""
-        return self._evaluation.counts
+        return self.evaluation.counts
 
     def get_model_info(self) -> dict[str, object]:
         """Facts for `results["config"]`: on the model, and on what the last evaluation did."""
         return {
             "model_revision": self.checkpoint.revision,
-            "model_dtype": self._engine.info.dtype,
+            "model_dtype": self.engine.info.dtype,
             "sdar_lm_eval": self._facts(),
         }
 
     def _facts(self) -> dict[str, object]:
         return facts_of_model(
             self.checkpoint,
-            self._jobs,
-            self._likelihoods.config(self._evaluation.seed),
-            self._engine.info,
+            self.jobs,
+            self._likelihoods.config(self.evaluation.seed),
+            self.engine.info,
             chat_template=self._settings.chat_template,
             world_size=self._world_size,
             evaluations=self._evaluation_of_ranks,
@@ -336,8 +334,8 @@ class SDARLM(TemplateLM):
 
     def close(self) -> None:
         """Close the store, the trace file and the engine, which gives its memory back; a second call does nothing."""
-        self._rounds.close()
-        self._engine.close()
+        self.rounds.close()
+        self.engine.close()
 
     def __enter__(self) -> SDARLM:
         return self

@@ -99,28 +99,28 @@ def test_a_standstill_loses_nothing(demo, jetengine, questions, monkeypatch):
     """Eight pages for eight sequences that all come to need a second one."""
     requests = ask(demo, questions, count=12, max_new_tokens=300, stop_ids=frozenset())
     expected = run(jetengine, requests)
-    pages, before = jetengine._loaded.llm.config.num_kvcache_blocks, jetengine.info.extra["standstills"]
+    pages, before = jetengine.loaded.llm.config.num_kvcache_blocks, jetengine.info.extra["standstills"]
     monkeypatch.setattr(loading.Loaded, "at_once", lambda self, _: 8)
-    jetengine._loaded.llm.config.num_kvcache_blocks = 8
+    jetengine.loaded.llm.config.num_kvcache_blocks = 8
     try:
         results = run(jetengine, requests)
     finally:
-        jetengine._loaded.llm.config.num_kvcache_blocks = pages
+        jetengine.loaded.llm.config.num_kvcache_blocks = pages
     assert jetengine.info.extra["standstills"] > before
     assert [len(result.token_ids) for result in results] == [300] * 12
     assert sum(a.token_ids[:8] == b.token_ids[:8] for a, b in zip(expected, results, strict=True)) >= 9
 
 
 def test_a_standstill_with_one_sequence_is_an_error(demo, jetengine, questions, monkeypatch):
-    pages = jetengine._loaded.llm.config.num_kvcache_blocks
+    pages = jetengine.loaded.llm.config.num_kvcache_blocks
     monkeypatch.setattr(loading.Loaded, "at_once", lambda self, _: 1)
     monkeypatch.setattr(loading.Loaded, "check_room", lambda self, _: None)
-    jetengine._loaded.llm.config.num_kvcache_blocks = 1
+    jetengine.loaded.llm.config.num_kvcache_blocks = 1
     try:
         with pytest.raises(EngineError, match="single sequence"):
             run(jetengine, ask(demo, questions, count=2, max_new_tokens=300, stop_ids=frozenset()))
     finally:
-        jetengine._loaded.llm.config.num_kvcache_blocks = pages
+        jetengine.loaded.llm.config.num_kvcache_blocks = pages
     assert len(run(jetengine, ask(demo, questions, count=4))) == 4
 
 

@@ -464,7 +464,7 @@ def test_a_cache_that_cannot_be_written_costs_no_answer(
 
     lm = make_lm(answers=tmp_path / "answers")
     wrapped = cached(lm, tmp_path / "c.db")
-    place = lm._rounds.store._places[0]
+    place = lm.rounds.store._places[0]
     put, left = place.put, [2]
 
     def full(key: str, record: Any) -> None:

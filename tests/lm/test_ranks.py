@@ -74,11 +74,11 @@ def scenarios(folder: Path) -> dict[str, Any]:
     evaluate("fewer", "gsm8k_sdar_demo", limit=3)
     evaluate("one", "gsm8k_sdar_demo", limit=1)
     if lm.rank == 1:
-        generate = lm._engine.generate
-        lm._engine.generate = lambda requests: (time.sleep(SLOW), generate(requests))[1]  # type: ignore[method-assign]
+        generate = lm.engine.generate
+        lm.engine.generate = lambda requests: (time.sleep(SLOW), generate(requests))[1]  # type: ignore[method-assign]
     evaluate("slow rank", "gsm8k_sdar_demo", limit=2)
     if lm.rank == 1:
-        lm._engine.generate = generate  # type: ignore[method-assign]
+        lm.engine.generate = generate  # type: ignore[method-assign]
     evaluate("chosen", "gsm8k_sdar_demo", samples={"gsm8k_sdar_demo": [5, 2, 9]})
     evaluate("repeated", "demo_repeated", limit=3)
     evaluate("cached", "gsm8k_sdar_demo", limit=4, use_cache=cache)  # each rank has a cache of its own

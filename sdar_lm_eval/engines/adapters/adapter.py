@@ -55,7 +55,7 @@ class Adapter(Closable, abc.ABC, Generic[LoadedEngine, Size]):
     def __init__(self, name: str) -> None:
         self._name = name
         self._one_run = OneRun(name)
-        self._loaded: LoadedEngine | None = None
+        self.loaded: LoadedEngine | None = None
         self._loads = 0
         self._warm: set[Hashable] = set()  # settings whose kernels are compiled
 
@@ -119,7 +119,7 @@ class Adapter(Closable, abc.ABC, Generic[LoadedEngine, Size]):
     @property
     def _in_memory(self) -> LoadedEngine | None:
         """The loaded engine, unless it has ended."""
-        return None if self._loaded is None or self._loaded.closed else self._loaded
+        return None if self.loaded is None or self.loaded.closed else self.loaded
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
         """See `Engine.prepare`: checks the requests, then loads and warms up the engine for the first part of them."""
@@ -158,7 +158,7 @@ class Adapter(Closable, abc.ABC, Generic[LoadedEngine, Size]):
             logger.info("%s is loaded once more for the next requests: %s.", self._name, why)
         if loaded is None or why:
             self._unload()
-            loaded = self._loaded = self._open(size)
+            loaded = self.loaded = self._open(size)
             self._loads += 1
         self._check_room(loaded, requests, part)
         return loaded
@@ -170,7 +170,7 @@ class Adapter(Closable, abc.ABC, Generic[LoadedEngine, Size]):
             pass
 
     def _unload(self) -> None:
-        loaded, self._loaded = self._loaded, None
+        loaded, self.loaded = self._in_memory, None
         if loaded is not None:
             loaded.close()
         self._warm.clear()

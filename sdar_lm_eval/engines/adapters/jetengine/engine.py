@@ -67,7 +67,7 @@ class JetEngine(Adapter[Loaded, Size]):
     ) -> None:
         super().__init__("JetEngine")
         dialect, self._commit = find_jetengine()
-        self._setup = Setup(
+        self.setup = Setup(
             dialect=dialect,
             checkpoint=checkpoint,
             config=checkpoint.full_config(),
@@ -78,17 +78,17 @@ class JetEngine(Adapter[Loaded, Size]):
             max_active=if_given(at_least_one, "max_active", max_active),
             graphs=not check_bool("enforce_eager", enforce_eager) and dialect.graphs,
         )
-        check_setup(self._setup)
+        check_setup(self.setup)
         with import_errors("JetEngine", INSTALL):
-            self._jetengine = api.package()
+            self.jetengine = api.package()
         self._may_split = True
-        self._generator = torch.Generator(self._setup.device)
+        self._generator = torch.Generator(self.setup.device)
         self._counts = Counts()
 
     @property
     def info(self) -> EngineInfo:
         """See `Engine.info`."""
-        setup, loaded = self._setup, self._in_memory
+        setup, loaded = self.setup, self._in_memory
         return EngineInfo(
             engine="jetengine",
             engine_version=setup.dialect.version,
@@ -110,23 +110,23 @@ class JetEngine(Adapter[Loaded, Size]):
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""
-        return torch.cuda.max_memory_allocated(self._setup.device)
+        return torch.cuda.max_memory_allocated(self.setup.device)
 
     def _check(self, requests: Sequence[GenerationRequest]) -> None:
-        check(requests, self._setup)
+        check(requests, self.setup)
 
     def _parts(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
         """JetEngine is made for one block length."""
         return list(grouped(range(len(requests)), lambda i: requests[i].decoding.block_length).values())
 
     def _size_for(self, requests: Sequence[GenerationRequest], part: Sequence[int]) -> Size:
-        return wanted_size(self._setup, [requests[i] for i in part])
+        return wanted_size(self.setup, [requests[i] for i in part])
 
     def _why_not(self, loaded: Loaded, size: Size, requests: Sequence[GenerationRequest]) -> str:
         return "" if loaded.size.holds(size) else "they have another block length, or need more room"
 
     def _open(self, size: Size) -> Loaded:
-        loaded = Loaded(self._setup, self._jetengine, self._generator, size)
+        loaded = Loaded(self.setup, self.jetengine, self._generator, size)
         self._may_split = loaded.may_split
         return loaded
 
@@ -160,7 +160,7 @@ class JetEngine(Adapter[Loaded, Size]):
             logger.warning(
                 "JetEngine drew the mask token %d times; answers were made without it.", counts.mask_tokens_drawn
             )
-        if self._setup.graphs and counts.steps_without_graph:
+        if self.setup.graphs and counts.steps_without_graph:
             logger.info(
                 "%d of %d steps ran without a CUDA graph: JetEngine has them for %s, 32, 48, ... sequences.",
                 counts.steps_without_graph,

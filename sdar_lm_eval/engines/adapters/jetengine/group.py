@@ -186,7 +186,7 @@ class Group:
                 torch.cuda.empty_cache()
                 return None
             if self._loaded.workers:
-                self._loaded.kill_workers()
+                self._loaded.kill()
             raise EngineError(
                 f"JetEngine {self._setup.dialect.version} stopped: {type(error).__name__}: {error}. Finished answers "
                 "are kept (--use_cache)."

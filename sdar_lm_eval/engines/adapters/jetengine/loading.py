@@ -146,10 +146,10 @@ class Loaded:
         self.closed = True
         free_memory()
 
-    def kill_workers(self) -> None:
-        """End the worker processes after this process failed in a step: they would wait for it for ever."""
-        atexit.unregister(self.llm.exit)
+    def kill(self) -> None:
+        """End JetEngine after this process failed in a step: its worker processes wait for this process for ever."""
         end_processes(self.workers, 0.0)
+        self.close()
 
     def _open(self) -> api.Engine:
         setup, size = self.setup, self.size

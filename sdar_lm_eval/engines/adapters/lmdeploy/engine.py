@@ -65,7 +65,7 @@ class LMDeploy(Adapter[Loaded, Size]):
     ) -> None:
         super().__init__("LMDeploy")
         tensor_parallel_size = at_least_one("tensor_parallel_size", tensor_parallel_size)
-        self._setup = Setup(
+        self.setup = Setup(
             installed=find_lmdeploy(),
             executor=executor_for(tensor_parallel_size),
             checkpoint=checkpoint,
@@ -79,13 +79,13 @@ class LMDeploy(Adapter[Loaded, Size]):
         check_gpus(checkpoint, device, tensor_parallel_size, data_parallel_size)
         check_checkpoint(checkpoint)
         remedy = 'Install what it lacks, with pip install "sdar-lm-eval[lmdeploy]", or use --model sdar.'
-        with import_errors(f"LMDeploy {self._setup.installed.version}", remedy):
-            self._lmdeploy = import_lmdeploy()
+        with import_errors(f"LMDeploy {self.setup.installed.version}", remedy):
+            self.lmdeploy = import_lmdeploy()
 
     @property
     def info(self) -> EngineInfo:
         """See `Engine.info`."""
-        setup, loaded = self._setup, self._in_memory
+        setup, loaded = self.setup, self._in_memory
         libraries = ("triton", "ray") if setup.executor == "ray" else ("triton",)
         return EngineInfo(
             engine="lmdeploy",
@@ -107,13 +107,13 @@ class LMDeploy(Adapter[Loaded, Size]):
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`; with several GPUs, memory in use now on the first (workers allocate it)."""
-        if self._setup.tensor_parallel_size > 1:
-            free, total = torch.cuda.mem_get_info(self._setup.device)
+        if self.setup.tensor_parallel_size > 1:
+            free, total = torch.cuda.mem_get_info(self.setup.device)
             return total - free
-        return torch.cuda.max_memory_allocated(self._setup.device)
+        return torch.cuda.max_memory_allocated(self.setup.device)
 
     def _check(self, requests: Sequence[GenerationRequest]) -> None:
-        check_requests(requests, DECODES, self._setup.checkpoint)
+        check_requests(requests, DECODES, self.setup.checkpoint)
 
     def _parts(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
         """The engine is made for one `Fixed`; requests that it is made for now come first."""
@@ -124,7 +124,7 @@ class LMDeploy(Adapter[Loaded, Size]):
     def _size_for(self, requests: Sequence[GenerationRequest], part: Sequence[int]) -> Size:
         """The settings of the part, with room for as many sequences as the whole run has."""
         fixed = Fixed.of(requests[part[0]].decoding)
-        return Size(fixed, wanted_active(self._setup, fixed, len(requests)))
+        return Size(fixed, wanted_active(self.setup, fixed, len(requests)))
 
     def _why_not(self, loaded: Loaded, size: Size, requests: Sequence[GenerationRequest]) -> str:
         if loaded.size.fixed == size.fixed and loaded.max_active >= size.max_active:
@@ -137,7 +137,7 @@ class LMDeploy(Adapter[Loaded, Size]):
         )
 
     def _open(self, size: Size) -> Loaded:
-        return Loaded(self._setup, self._lmdeploy, size)
+        return Loaded(self.setup, self.lmdeploy, size)
 
     def _check_room(self, loaded: Loaded, requests: Sequence[GenerationRequest], part: Sequence[int]) -> None:
         loaded.check_room(requests)
@@ -152,7 +152,7 @@ class LMDeploy(Adapter[Loaded, Size]):
         """
 
         def alike(index: int) -> tuple[Draw, frozenset[int]]:
-            return Draw.of(requests[index].decoding), stop_ids_of(requests[index], self._setup.checkpoint)
+            return Draw.of(requests[index].decoding), stop_ids_of(requests[index], self.setup.checkpoint)
 
         return [(draw, indices) for (draw, _), indices in grouped(part, alike).items()]
 

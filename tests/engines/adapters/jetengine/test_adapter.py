@@ -203,8 +203,8 @@ class TestPrompts:
     def test_another_prompt_than_was_given_is_an_error(self, jetengine_020, tiny, monkeypatch):
         engine = of(tiny)
         engine.prepare([GenerationRequest((1, 2, 3, 4), 8, GREEDY)])
-        add = engine._loaded.llm.add_request
-        monkeypatch.setattr(engine._loaded.llm, "add_request", lambda prompt, params: add([9, *prompt[1:]], params))
+        add = engine.loaded.llm.add_request
+        monkeypatch.setattr(engine.loaded.llm, "add_request", lambda prompt, params: add([9, *prompt[1:]], params))
         with pytest.raises(EngineError, match="returned another prompt than it was given"):
             run(engine, [GenerationRequest((1, 2, 3, 4), 8, GREEDY)])
 
@@ -245,8 +245,8 @@ class TestEnds:
 
     def test_an_answer_without_an_end_is_an_error(self, jetengine, tiny, monkeypatch):
         engine = of(tiny)
-        params = engine._jetengine.SamplingParams
-        monkeypatch.setattr(engine._jetengine, "SamplingParams", lambda **given: params(**given | {"max_tokens": 3}))
+        params = engine.jetengine.SamplingParams
+        monkeypatch.setattr(engine.jetengine, "SamplingParams", lambda **given: params(**given | {"max_tokens": 3}))
         with pytest.raises(EngineError, match=r"returned \d of 40 tokens, and none that ends the answer"):
             run(engine, [GenerationRequest((1, 2, 3), 40, GREEDY)])
 
@@ -286,7 +286,7 @@ class TestMemory:
     def test_what_jetengine_is_made_for(self, jetengine, tiny):
         engine = of(tiny, max_active=5)
         engine.prepare([GenerationRequest((1,) * 30, 13, GREEDY), GenerationRequest((1,) * 9, 40, GREEDY)] * 4)
-        config = engine._loaded.llm.config
+        config = engine.loaded.llm.config
         assert (config.max_model_len, config.max_num_seqs) == (52, 4)  # whole blocks; a number that has a CUDA graph
         assert config.max_num_batched_tokens == 4 * 30  # the longest prompts that can begin in one step
         assert config.kvcache_block_size == 256
@@ -298,7 +298,7 @@ class TestMemory:
     def test_a_part_of_memory_that_was_asked_for(self, jetengine, tiny):
         engine = of(tiny, gpu_memory_utilization=0.5)
         engine.prepare([GenerationRequest((1,), 4, GREEDY)])
-        assert engine._loaded.llm.config.gpu_memory_utilization == 0.5
+        assert engine.loaded.llm.config.gpu_memory_utilization == 0.5
 
     def test_as_many_at_once_as_there_are_pages_for(self, jetengine, tiny, caplog):
         requests = [GenerationRequest(p, 12, GREEDY) for p in random_prompts((250, 5, 250, 6, 251))]
@@ -356,7 +356,7 @@ class TestMemory:
         gpu_on_the_cpu(monkeypatch, free=20 * GIB)
         engine = of(tiny)
         engine.prepare([GenerationRequest((1,) * 300, 40, GREEDY)] * 16)
-        assert engine._loaded.llm.config.num_kvcache_blocks >= 32
+        assert engine.loaded.llm.config.num_kvcache_blocks >= 32
 
     def test_jetengine_is_left_in_order_when_it_is_made_again(self, jetengine, tiny, monkeypatch):
         taken_back = []
@@ -370,14 +370,14 @@ class TestMemory:
 
     def test_one_that_takes_another_mask_token_is_ended(self, jetengine, tiny, monkeypatch):
         engine = of(tiny)
-        made = engine._jetengine.LLM
+        made = engine.jetengine.LLM
 
         def of_another_mask(folder, **options):
             llm = made(folder, **options)
             llm.config.mask_token_id = 3
             return llm
 
-        monkeypatch.setattr(engine._jetengine, "LLM", of_another_mask)
+        monkeypatch.setattr(engine.jetengine, "LLM", of_another_mask)
         with pytest.raises(EngineError, match="JetEngine takes 3 for the mask token"):
             engine.prepare([GenerationRequest((1,), 4, GREEDY)])
         assert not hasattr(jetengine.made[-1], "model_runner")
@@ -455,9 +455,9 @@ class TestStandstill:
         prompts = random_prompts((5, 6, 7, 8))
         requests = [GenerationRequest(p, new, GREEDY) for p, new in zip(prompts, (9, 10, 9, 9), strict=True)]
         expected = native(tiny, requests)
-        params = engine._jetengine.SamplingParams
+        params = engine.jetengine.SamplingParams
         monkeypatch.setattr(  # the request for 10 tokens ends too early
-            engine._jetengine,
+            engine.jetengine,
             "SamplingParams",
             lambda **given: params(**given | {"max_tokens": 1 if given["max_tokens"] == 10 else given["max_tokens"]}),
         )
@@ -528,7 +528,7 @@ class TestTensorParallel:
             )
             engine = of(even, tensor_parallel_size=2, gpu_memory_utilization=0.9)
             engine.prepare([GenerationRequest((1,) * 8, 8, GREEDY)])
-            found = engine._loaded.llm.config.num_kvcache_blocks
+            found = engine.loaded.llm.config.num_kvcache_blocks
             engine.close()
             return found
 
@@ -542,6 +542,9 @@ class TestTensorParallel:
         with pytest.raises(EngineError, match=r"JetEngine 0\.1\.0 stopped"):
             run(engine, [GenerationRequest((1, 2), 8, GREEDY)])
         assert not any(worker.is_alive() for worker in jetengine_010.made[-1].ps)
+        jetengine_010.faults.alone = False
+        assert len(run(engine, [GenerationRequest((1, 2), 8, GREEDY)])) == 1  # by a JetEngine loaded anew
+        assert len(jetengine_010.made) == 2
 
     def test_no_process_stays_of_a_failed_start(self, jetengine_010, even):
         jetengine_010.faults.at_start = RuntimeError("the port is taken")
@@ -576,7 +579,7 @@ class TestGraphs:
         engine = of(tiny, enforce_eager=True)
         run(engine, [GenerationRequest(p, 5 + 4 * i, GREEDY) for i, p in enumerate(random_prompts([8] * 4))])
         assert {denoised for _, denoised in jetengine.batches} == {0, 1, 2, 3, 4}
-        assert engine._loaded.llm.config.enforce_eager
+        assert engine.loaded.llm.config.enforce_eager
         assert not engine.info.extra["cuda_graphs"]
 
     def test_graphs_are_on_where_there_are_any(self, jetengine, tiny):
@@ -584,7 +587,7 @@ class TestGraphs:
         engine.prepare([GenerationRequest((1,), 4, GREEDY)])
         assert (
             engine.info.extra["cuda_graphs"]
-            == (not engine._loaded.llm.config.enforce_eager)
+            == (not engine.loaded.llm.config.enforce_eager)
             == (jetengine.version == "0.2.0")
         )
 
@@ -625,16 +628,16 @@ class TestTheProcess:
         engine = of(tiny)
         results = engine.generate([GenerationRequest((1, 2, 3), new, GREEDY) for new in (4, 40)])
         next(results)
-        assert engine._loaded.llm.scheduler.consistent_sampling_params
+        assert engine.loaded.llm.scheduler.consistent_sampling_params
         results.close()
-        assert not engine._loaded.llm.scheduler.consistent_sampling_params
+        assert not engine.loaded.llm.scheduler.consistent_sampling_params
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "auto"])
     def test_the_dtype_reaches_jetengine(self, jetengine, tiny, dtype):
         engine = of(tiny, dtype=dtype)  # the checkpoint's own is float32
         engine.prepare([GenerationRequest((1,), 4, GREEDY)])
         expected = torch.float16 if dtype == "float16" else torch.bfloat16
-        config = engine._loaded.llm.config
+        config = engine.loaded.llm.config
         assert (config.torch_dtype if jetengine.version == "0.2.0" else config.hf_config.torch_dtype) == expected
         assert f"torch.{engine.info.dtype}" == str(expected)
 
@@ -666,7 +669,7 @@ class TestCheckpoints:
         assert tokens_of(run(engine, [request])) == native(tiny, [request])
         assert not (tmp_path / "was_here").exists()
         # Versions of transformers differ in which they prefer, the folder's code or a registered class.
-        assert not hasattr(engine._loaded.llm.config.hf_config, "auto_map")
+        assert not hasattr(engine.loaded.llm.config.hf_config, "auto_map")
 
     def test_the_folder_that_jetengine_opens(self, jetengine, tiny, monkeypatch):
         engine, seen = of(tiny), {}
@@ -675,12 +678,12 @@ class TestCheckpoints:
             seen.update({path.name: path.is_symlink() for path in Path(folder).iterdir()})
             return made(folder, **options)
 
-        made = engine._jetengine.LLM
-        monkeypatch.setattr(engine._jetengine, "LLM", look)
+        made = engine.jetengine.LLM
+        monkeypatch.setattr(engine.jetengine, "LLM", look)
         engine.prepare([GenerationRequest((1,), 4, GREEDY)])
         copied = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
         assert seen == {"model.safetensors": True, **dict.fromkeys(copied, False)}
-        assert not Path(engine._loaded.llm.config.model).exists()
+        assert not Path(engine.loaded.llm.config.model).exists()
 
     def test_the_mask_token_is_config_jsons(self, jetengine, tiny, tmp_path):
         """0.1.0 itself takes the tokenizer's."""

@@ -229,7 +229,7 @@ class TestEnds:
 
         engine = of(demo)
         loaded = types.SimpleNamespace(
-            setup=engine._setup, lmdeploy=engine._lmdeploy, sessions=iter([1]),
+            setup=engine.setup, lmdeploy=engine.lmdeploy, sessions=iter([1]),
             forwards=types.SimpleNamespace(take=lambda _: Count()),
         )  # fmt: skip
         request = GenerationRequest((1, 2, 3), len(given), GREEDY, stop_strings=("日",))
