@@ -65,11 +65,7 @@ class ScriptedEngine:
 class ScriptedLM(SDARLM):
     """An SDARLM over a ScriptedEngine, with short-cuts for tests."""
 
-    @property
-    def engine(self) -> ScriptedEngine:
-        engine = self._engine
-        assert isinstance(engine, ScriptedEngine)
-        return engine
+    engine: ScriptedEngine
 
     def prompt_of(self, context: str, **gen_kwargs: Any) -> str:
         """Return what reaches the engine for a context, special tokens included."""

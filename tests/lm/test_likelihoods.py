@@ -45,11 +45,7 @@ def value_of(request: ScoreRequest) -> float:
 
 
 class ScoringLM(ScriptedLM):
-    @property
-    def engine(self) -> ScoringEngine:
-        engine = self._engine
-        assert isinstance(engine, ScoringEngine)
-        return engine
+    engine: ScoringEngine
 
     def asked(self, context: str, continuation: str) -> tuple[str, str]:
         """Return what reaches the engine for a pair, as text with special tokens."""
