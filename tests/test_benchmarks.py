@@ -30,6 +30,25 @@ def test_all_sections_of_a_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert report["engine"] == "native" and report["transformers"] and "triton" in report
 
 
+@pytest.mark.parametrize(
+    ("arguments", "column"),
+    [
+        ("throughput --active 1 2 --prompts 2 --new-tokens 4 --shared-prefix 20 --floor", "of_the_floor"),
+        ("likelihood --texts 4 --length 40 --kinds endings letters", "seconds"),
+        ("floor --active 1 --device cpu", "layers_ms"),
+    ],
+)
+def test_each_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str, column: str
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script, *words = arguments.split()
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+    importlib.import_module(script).main()
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["rows"] and all(row[column] > 0 for row in report["rows"])
+
+
 @pytest.mark.parametrize("script", ["throughput", "whole_run", "likelihood"])
 def test_a_missing_folder_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str
