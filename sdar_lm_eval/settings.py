@@ -244,16 +244,22 @@ def warn_of_idle_knobs(given: Mapping[str, object], decoding: DecodingConfig, wh
         decoding: the request's settings.
         why: the end of the message's clause on the strategy.
     """
-    for name, strategy in ((s.setting, s.name) for s in STRATEGIES.values() if s.setting):
+    default = DecodingConfig(block_length=decoding.block_length)
+    readers: dict[str, list[str]] = {}
+    for strategy in STRATEGIES.values():
+        for name in (strategy.setting, "denoising_steps" if strategy.uses_schedule else None):
+            if name is not None:
+                readers.setdefault(name, []).append(strategy.name)
+    for name, strategies in readers.items():
         value = getattr(decoding, name)
-        if name in given and value != getattr(DecodingConfig, name) and decoding.remasking_strategy != strategy:
-            warn_once_of_idle_knob(f"{name}={value}", decoding.remasking_strategy, strategy, why)
+        if name in given and value != getattr(default, name) and decoding.remasking_strategy not in strategies:
+            warn_once_of_idle_knob(f"{name}={value}", decoding.remasking_strategy, " or ".join(strategies), why)
 
 
 @functools.cache
-def warn_once_of_idle_knob(setting: str, used: str, reader: str, why: str) -> None:
-    """Warn, the first time, of a setting that the strategy `used` does not read, but `reader` does."""
-    logger.warning("%s has no effect: %s%s; strategy=%s reads it.", setting, used, why, reader)
+def warn_once_of_idle_knob(setting: str, used: str, readers: str, why: str) -> None:
+    """Warn, the first time, of a setting that the strategy `used` does not read, but `readers` do."""
+    logger.warning("%s has no effect: %s%s; strategy=%s reads it.", setting, used, why, readers)
 
 
 @functools.cache

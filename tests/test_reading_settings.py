@@ -402,3 +402,40 @@ def test_help_shows_each_argument_with_its_type(spec: EngineSpec) -> None:
         described = rf"{argument} \({re.escape(inspect.formatannotation(kind))}\): \S+"
         assert re.search(described, text), argument
         assert re.search(rf"[(,]\s*{argument}: ", text), argument  # in the signature, too
+
+
+# What each strategy reads of the settings that not all of them read. Source: generate.py of JetAstra/SDAR, where every
+# strategy but entropy_bounded takes the schedule; and `random` of LLaDA's, which takes it too.
+READ = {
+    "low_confidence_static": {"denoising_steps"},
+    "low_confidence_dynamic": {"denoising_steps", "confidence_threshold"},
+    "sequential": {"denoising_steps"},
+    "random": {"denoising_steps"},
+    "entropy_bounded": {"eb_threshold"},
+}
+
+
+@pytest.mark.parametrize(
+    "value", [{"denoising_steps": 2}, {"confidence_threshold": 0.5}, {"eb_threshold": 0.7}], ids=str
+)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_setting_without_effect_is_told_once(
+    caplog: pytest.LogCaptureFixture, strategy: str, value: dict[str, float]
+) -> None:
+    settings.warn_once_of_idle_knob.cache_clear()
+    ((name, given_value),) = value.items()
+    given = {"remasking_strategy": strategy, **value}
+    for _ in range(2):
+        settings.warn_of_idle_knobs(given, read_generation(given, {}).decoding, " decodes")
+    told = f"{name}={given_value} has no effect: {strategy} decodes; strategy="
+    assert caplog.text.count("has no effect") == caplog.text.count(told) == int(name not in READ[strategy])
+    readers = " or ".join(reader for reader in STRATEGIES if name in READ[reader])
+    assert (f"{told}{readers} reads it." in caplog.text) == (name not in READ[strategy])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_default_that_is_given_is_no_mistake(caplog: pytest.LogCaptureFixture, strategy: str) -> None:
+    settings.warn_once_of_idle_knob.cache_clear()
+    given = {"remasking_strategy": strategy, "block_length": 8, "denoising_steps": 8, "confidence_threshold": 0.85}
+    settings.warn_of_idle_knobs(given, read_generation(given, {}).decoding, " decodes")
+    assert "has no effect" not in caplog.text

@@ -8,5 +8,4 @@ STRATEGY = Strategy(
     name="low_confidence_static",
     short="static",
     source="JetAstra/SDAR, generate.py (commit c2041a8)",
-    setting="denoising_steps",
 )

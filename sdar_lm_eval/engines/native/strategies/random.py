@@ -18,7 +18,6 @@ def random_order(candidates: Candidates) -> torch.Tensor:
 STRATEGY = Strategy(
     name="random",
     source="ML-GSAI/LLaDA, generate.py: remasking='random'",
-    setting="denoising_steps",
     order=random_order,
     is_random=True,
 )

@@ -18,6 +18,5 @@ def leftmost_first(candidates: Candidates) -> torch.Tensor:
 STRATEGY = Strategy(
     name="sequential",
     source="JetAstra/SDAR, generate.py (commit c2041a8)",
-    setting="denoising_steps",
     order=leftmost_first,
 )
