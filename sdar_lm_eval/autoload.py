@@ -184,7 +184,7 @@ def _add_tasks(tasks: ModuleType) -> None:
 
 
 def _watch_evaluations(evaluator: ModuleType) -> None:
-    from sdar_lm_eval.lm.evaluation import watch
+    from sdar_lm_eval.lm.hooks import watch
 
     watch(evaluator)
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from sdar_lm_eval.checks import check_number, check_range
 from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
-from sdar_lm_eval.engines.native.strategies import STRATEGIES
+from sdar_lm_eval.engines.native.strategies import STRATEGIES, spellings
 from sdar_lm_eval.errors import UserError, did_you_mean
 
 MAX_BLOCK_LENGTH = 1024
@@ -56,8 +56,8 @@ class DecodingConfig:
             if field.name == "remasking_strategy":
                 if not isinstance(value, str) or value not in STRATEGIES:
                     raise UserError(
-                        f"remasking_strategy={value!r} is unknown; choose one of {', '.join(STRATEGIES)}."
-                        + did_you_mean(str(value), STRATEGIES)
+                        f"remasking_strategy={value!r} is unknown; choose one of {spellings()}."
+                        + did_you_mean(str(value), [*STRATEGIES, *filter(None, (s.short for s in STRATEGIES.values()))])
                     )
             elif not (field.name == "denoising_steps" and value is None):
                 whole = field.name in ("block_length", "denoising_steps", "top_k")

@@ -76,7 +76,7 @@ def copy_of_demo(folder: Path, **config: object) -> Path:
         ("top_p=0", "top_p=0.0 is out of range: it must be above 0 and at most 1 (off)"),
         (
             "remasking_strategy=low_confidence_statc",
-            "is unknown; choose one of entropy_bounded, low_confidence_dynamic, ",
+            "is unknown; choose one of entropy_bounded (or entropy), low_confidence_dynamic (or dynamic), ",
         ),
         ("max_gen_toks=0", "max_gen_toks=0 is out of range: it must be 1 or more"),
         (

@@ -21,8 +21,9 @@ from sdar_lm_eval.arguments import JetEngineArguments, LMDeployArguments, Native
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.registry import ENGINES, make_engine
 from sdar_lm_eval.lm.answers import AnswerFolder
-from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, watch
+from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests
 from sdar_lm_eval.lm.facts import described, facts_of_model, fingerprint_of
+from sdar_lm_eval.lm.hooks import watch
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.likelihoods import Kind, Likelihoods
 from sdar_lm_eval.lm.prompts import Prompts
@@ -58,7 +59,7 @@ class SDARLM(TemplateLM):
     """
 
     ENGINE = "native"
-    watched: ClassVar[bool] = True  # see `evaluation.Watched`
+    watched: ClassVar[bool] = True  # see `hooks.Watched`
 
     def __init__(self, pretrained: str = DEFAULT_CHECKPOINT, **arguments: Unpack[NativeArguments]) -> None:
         super().__init__()

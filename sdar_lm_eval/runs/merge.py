@@ -19,7 +19,8 @@ from lm_eval.utils import setup_logging
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.answers import Session, busy_seconds, read_sessions, united
-from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, differences, facts_of_evaluation, watch
+from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, differences, facts_of_evaluation
+from sdar_lm_eval.lm.hooks import watch
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record

@@ -21,7 +21,7 @@ from support import QUICK_START, environment, read_weights
 from sdar_lm_eval import EngineError
 from sdar_lm_eval.demo import CHECKPOINT
 from sdar_lm_eval.engines.adapters.jetengine.versions import find_jetengine
-from sdar_lm_eval.engines.adapters.lmdeploy.requirements import find_lmdeploy
+from sdar_lm_eval.engines.adapters.lmdeploy.versions import find_lmdeploy
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here")
 

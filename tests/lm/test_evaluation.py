@@ -17,7 +17,7 @@ from scripted_lm import BARE_TEMPLATE, DATA, SAMPLED, Evaluate, MakeLM, Scripted
 
 from sdar_lm_eval import settings
 from sdar_lm_eval.errors import EngineError, Interrupted, UserError
-from sdar_lm_eval.lm import evaluation
+from sdar_lm_eval.lm import hooks
 
 GENERATE = "output_type: generate_until"
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -389,7 +389,7 @@ def test_requests_of_another_run_are_never_sent(
     refresh: bool,
 ) -> None:
     monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "requests"))
-    evaluation.warn_of_cached_requests.cache_clear()
+    hooks.warn_of_cached_requests.cache_clear()
     evaluate(make_lm(), GENERATE, cache_requests=True, **first)
     fresh, again = make_lm(), make_lm()
     evaluate(fresh, GENERATE, **then)

@@ -241,6 +241,8 @@ STRATEGY = Strategy(
 
     def test_is_named_where_names_are(self):
         assert read_generation({"strategy": "timid"}, {}).decoding.remasking_strategy == self.NAME
-        with pytest.raises(UserError, match=r"choose one of .*, two_least_confident\. Did you mean 'two_least_conf"):
+        with pytest.raises(
+            UserError, match=r"choose one of .*, two_least_confident \(or timid\)\. Did you mean 'two_least_conf"
+        ):
             DecodingConfig(remasking_strategy="two_least_confidant")
         assert f"{self.NAME} (or timid)" in strategies.spellings()

@@ -5,7 +5,7 @@ group.py          requests that may run together, each ended where its answer en
 loading.py        LMDeploy's engine in memory
 loop.py           the event loop that the engine runs in
 checks.py         what is refused
-requirements.py   which LMDeploy is installed, what is missing beside it, and rules that differ from ours
+versions.py       which LMDeploy is installed, what is missing beside it, and rules that differ from ours
 hooks.py          what LMDeploy needs beside its public arguments
 api.py            all that is used of LMDeploy, as types
 config.py         config.json as LMDeploy reads it

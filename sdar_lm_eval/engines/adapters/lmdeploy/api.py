@@ -1,4 +1,4 @@
-"""All that the adapter uses of LMDeploy, as types; files are named as in requirements.py.
+"""All that the adapter uses of LMDeploy, as types; files are named as in versions.py.
 
 Nothing here imports LMDeploy before a function is called.
 """

@@ -8,7 +8,7 @@ How blocks are denoised is fixed when the engine is made: for another strategy, 
 length, the engine is made anew. Requests that run at the same time also have the same temperature, top_k, top_p and
 stop tokens: LMDeploy mixes these up among the requests of a batch (see `_together`).
 
-Where a rule is LMDeploy's, its file below lmdeploy/pytorch is named; requirements.py says in which versions.
+Where a rule is LMDeploy's, its file below lmdeploy/pytorch is named; versions.py says in which versions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sdar_lm_eval.engines.adapters.lmdeploy.checks import DECODES, check_checkpo
 from sdar_lm_eval.engines.adapters.lmdeploy.group import Group
 from sdar_lm_eval.engines.adapters.lmdeploy.hooks import import_lmdeploy
 from sdar_lm_eval.engines.adapters.lmdeploy.loading import MAX_ACTIVE, Fixed, Loaded, Setup, Size, wanted_active
-from sdar_lm_eval.engines.adapters.lmdeploy.requirements import DEVIATIONS, executor_for, find_lmdeploy
+from sdar_lm_eval.engines.adapters.lmdeploy.versions import DEVIATIONS, executor_for, find_lmdeploy
 from sdar_lm_eval.engines.adapters.options import gpu_named, half_precision, to_share, world_size
 from sdar_lm_eval.engines.adapters.requests import Draw, check_requests, grouped, stop_ids_of
 from sdar_lm_eval.engines.runs import Failures, environment

@@ -1,4 +1,4 @@
-"""What LMDeploy needs beside its public arguments; files are named as in requirements.py.
+"""What LMDeploy needs beside its public arguments; files are named as in versions.py.
 
     import_lmdeploy()          imports it without a second process of the user's script, and leaves lm_eval's log alone
     register_model_types()     has it take a checkpoint's own mask token
@@ -43,7 +43,7 @@ def import_lmdeploy() -> api.Package:
     """Import LMDeploy, without its check of the environment.
 
     That check runs in a new process, which would run the user's script a second time (engine/engine_checker.py).
-    requirements.py has checked the environment by now.
+    versions.py has checked the environment by now.
     """
     with log_kept():
         lmdeploy = api.package()

@@ -26,7 +26,7 @@ import sdar_lm_eval.tasks
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines.adapters import adapter
-from sdar_lm_eval.engines.adapters.lmdeploy import checks, engine, group, loading, requirements
+from sdar_lm_eval.engines.adapters.lmdeploy import checks, engine, group, loading, versions
 from sdar_lm_eval.engines.adapters.lmdeploy.config import config_for_lmdeploy
 from sdar_lm_eval.engines.adapters.lmdeploy.hooks import Count
 from sdar_lm_eval.lm.model import SDARLMDeployLM
@@ -555,7 +555,7 @@ class TestSeveralGPUs:
     @pytest.mark.parametrize("executor", ["ray", "mp"])
     def test_tensor_parallel(self, lmdeploy, tiny, monkeypatch, executor):
         if executor == "ray":
-            monkeypatch.setattr(requirements, "is_there", lambda module: True)
+            monkeypatch.setattr(versions, "is_there", lambda module: True)
             monkeypatch.setitem(sys.modules, "ray", type(sys)("ray"))
         before = set(threading.enumerate())
         engine = of(tiny, tensor_parallel_size=2)
@@ -619,9 +619,9 @@ class TestSeveralGPUs:
 class TestRequirements:
     def test_all_that_is_missing_is_said_at_once(self, monkeypatch):
         gpu_on_the_cpu(monkeypatch, gpus=0)
-        monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(versions.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(EngineError) as error:
-            requirements.find_lmdeploy()
+            versions.find_lmdeploy()
         for part in ("LMDeploy, triton, a CUDA GPU", "sdar-lm-eval[lmdeploy]", "--model sdar"):
             assert part in str(error.value)
 
@@ -631,12 +631,12 @@ class TestRequirements:
             of(tiny)
 
     def test_an_old_one(self, lmdeploy, tiny, monkeypatch):
-        monkeypatch.setattr(requirements, "_version_in", lambda _: requirements.Installed("0.12.3", None))
+        monkeypatch.setattr(versions, "_version_in", lambda _: versions.Installed("0.12.3", None))
         with pytest.raises(EngineError, match=r"LMDeploy 0.12.3 is installed; 0.16 or newer is needed"):
             of(tiny)
 
     def test_a_new_one(self, lmdeploy, tiny, monkeypatch, caplog):
-        monkeypatch.setattr(requirements, "_version_in", lambda _: requirements.Installed("0.19.0rc1", None))
+        monkeypatch.setattr(versions, "_version_in", lambda _: versions.Installed("0.19.0rc1", None))
         caplog.set_level(logging.WARNING)
         of(tiny)
         assert "LMDeploy 0.19.0rc1 is newer than 0.18" in caplog.text

@@ -1,0 +1,269 @@
+"""How lm_eval tells a model which evaluation, task and document a request belongs to, and who asks for the template.
+
+lm_eval does not say that another evaluation has begun, whether a prompt is in the chat template, or which documents
+`--samples` chose. `watch` wraps lm_eval's `evaluate`, `simple_evaluate` (for the seed) and `CachingLM`. While an
+evaluation of a model of this package lasts, `_methods_replaced` replaces methods of each task. Evaluations of other
+models are unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from types import ModuleType
+from typing import ClassVar, Protocol, TypeGuard
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM, CachingLM
+from lm_eval.api.task import Task
+
+from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
+
+logger = logging.getLogger(__name__)
+
+
+class Watched(Protocol):
+    """A model that is told of its evaluations: the models of this package."""
+
+    watched: ClassVar[bool]
+    """True. A class attribute, since reading other models' properties may raise."""
+
+    renders: bool
+    """Whether prompts of generating tasks go into the chat template where lm_eval's user did not ask for it."""
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Key of tokenizer and template in lm_eval's cache of built requests."""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Render a conversation."""
+
+    def check_cache(self, path: str) -> None:
+        """Refuse a file of `--use_cache` that cannot be used."""
+
+    def evaluation_begins(self, *, seed: int | None, cached: bool, template: str | None) -> None:
+        """An evaluation begins.
+
+        Args:
+            seed: lm_eval's seed for torch; None where it has none.
+            cached: whether lm_eval keeps the answers (`--use_cache`).
+            template: the name of the chat template that the user chose; None: the default one.
+        """
+
+    def task_begins(self, task: TaskRequests, requests: Sequence[Instance]) -> None:
+        """lm_eval has built a task's requests."""
+
+    def evaluation_ends(self) -> None:
+        """The evaluation ended, with or without an error."""
+
+
+def is_watched(lm: object) -> TypeGuard[Watched]:
+    """Whether an lm_eval model is told of its evaluations."""
+    return getattr(type(lm), "watched", False) is True
+
+
+_seed: ContextVar[int | None] = ContextVar("torch_random_seed", default=None)
+
+
+def watch(evaluator: ModuleType) -> None:
+    """Have lm_eval's `evaluate` tell watched models what they evaluate. A second call does nothing."""
+    evaluate, simple_evaluate = evaluator.evaluate, evaluator.simple_evaluate
+    if hasattr(evaluate, "tells_watched_models"):
+        return
+    signature, simple_signature = inspect.signature(evaluate), inspect.signature(simple_evaluate)
+
+    @functools.wraps(evaluate)
+    def evaluate_and_tell(*args: object, **kwargs: object) -> object:
+        call = signature.bind(*args, **kwargs)
+        lm = call.arguments["lm"]
+        model = lm.lm if isinstance(lm, CachingLM) else lm  # --use_cache wraps the model
+        if not is_watched(model):
+            return evaluate(*args, **kwargs)
+        _check_limit(call.arguments.get("limit"))
+        tasks = _tasks_of(call.arguments["task_dict"])
+        if (samples := call.arguments.get("samples")) is not None:
+            call.arguments["samples"] = _ascending(samples, list(tasks))
+        template = call.arguments.get("apply_chat_template")
+        model.evaluation_begins(
+            seed=_seed.get(), cached=model is not lm, template=template if isinstance(template, str) else None
+        )
+        try:
+            with contextlib.ExitStack() as stack:
+                for task, name in {id(task): (task, name) for name, task in tasks.items()}.values():
+                    stack.enter_context(_methods_replaced(task, name, model))
+                return evaluate(**call.arguments)
+        finally:
+            model.evaluation_ends()
+
+    @functools.wraps(simple_evaluate)
+    def simple_evaluate_with_seed(*args: object, **kwargs: object) -> object:
+        call = simple_signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        token = _seed.set(call.arguments.get("torch_random_seed"))
+        try:
+            return simple_evaluate(*args, **kwargs)
+        finally:
+            _seed.reset(token)
+
+    evaluate_and_tell.tells_watched_models = True  # type: ignore[attr-defined]
+    vars(evaluator).update(evaluate=evaluate_and_tell, simple_evaluate=simple_evaluate_with_seed)
+    _check_caches_first()
+
+
+def _check_caches_first() -> None:
+    """Have a watched model check `--use_cache`'s file first: lm_eval opens it in a thread, whose errors are lost."""
+    init = CachingLM.__init__
+
+    @functools.wraps(init)
+    def check_and_init(self: CachingLM, lm: LM, cache_db: str) -> None:
+        if is_watched(lm):
+            lm.check_cache(cache_db)
+        init(self, lm, cache_db)
+
+    CachingLM.__init__ = check_and_init  # type: ignore[method-assign]
+
+
+def _tasks_of(task_dict: object, name: str = "") -> dict[str, Task]:
+    """The tasks in `evaluate`'s task_dict, by name: nested mappings, in older versions with pairs of group and task."""
+    if isinstance(task_dict, Task):
+        return {name or str(task_dict.config.task): task_dict}
+    tasks: dict[str, Task] = {}
+    if isinstance(task_dict, Mapping):
+        for key, value in task_dict.items():
+            tasks |= _tasks_of(value, str(key))
+    elif isinstance(task_dict, tuple):
+        for value in task_dict:
+            tasks |= _tasks_of(value, name)
+    return tasks
+
+
+def _check_limit(limit: object) -> None:
+    if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
+        raise UserError(f"--limit {limit}: give a number of documents above 0, or a part of them between 0 and 1.")
+
+
+def _ascending(samples: object, tasks: Sequence[str]) -> dict[str, list[int]]:
+    """`--samples` with ascending ids: lm_eval evaluates documents in that order, but names the k-th by the k-th id.
+
+    Raises:
+        UserError: `samples` is no mapping from tasks to document numbers, has ids of a task that is not evaluated, or
+            has no ids of a task, for which lm_eval would evaluate everything.
+    """
+    if not isinstance(samples, Mapping):
+        raise UserError(f'--samples {samples}: give document numbers of tasks, such as {{"{tasks[0]}": [0, 3]}}.')
+    for name, ids in samples.items():
+        if name not in tasks:
+            raise UserError(
+                f"--samples names task {name!r}, which is not evaluated.{did_you_mean(name, tasks)} "
+                f"Evaluated: {', '.join(tasks)}."
+            )
+        if not (isinstance(ids, (list, tuple)) and ids and all(type(i) is int and i >= 0 for i in ids)):
+            raise UserError(f"--samples {name!r}: {ids}; give a list of document numbers, 0 or more, at least one.")
+    return {name: sorted(set(ids)) for name, ids in samples.items()}
+
+
+@contextlib.contextmanager
+def _methods_replaced(task: Task, name: str, model: Watched) -> Iterator[None]:
+    """Replace methods of a task by attributes of the same names while an evaluation lasts."""
+    borrowed: list[bool] = []
+    replacements: dict[str, Callable[..., object]] = {
+        "build_all_requests": _build_in_template(task, name, model, borrowed),
+        "apply_filters": _filter_without_padding(task),
+    }
+    # Without `LM.gather_object`, lm_eval collects samples itself: a borrowed document could not be left out of them.
+    if hasattr(LM, "gather_object"):
+        replacements["doc_iterator"] = _iterate_or_borrow(task, borrowed)
+    task.__dict__.update(replacements)
+    try:
+        yield
+    finally:
+        for attribute in replacements:
+            del task.__dict__[attribute]
+
+
+def _filter_without_padding(task: Task) -> Callable[[], object]:
+    """Return an `apply_filters` that drops the answers to copies: lm_eval pads a rank that has fewer documents."""
+    apply_filters = task.apply_filters
+
+    def filter_own() -> object:
+        for instance in task.instances:
+            del instance.resps[max(instance.repeats or 1, 1) :]
+        return apply_filters()
+
+    return filter_own
+
+
+def _build_in_template(task: Task, name: str, model: Watched, borrowed: Sequence[bool]) -> Callable[..., None]:
+    """Return a `build_all_requests` that asks for the chat template, and tells the model of the task's requests."""
+    build = task.build_all_requests
+
+    def build_all_requests(**settings: object) -> None:
+        if settings.get("cache_requests") or settings.get("rewrite_requests_cache"):
+            warn_of_cached_requests()
+            settings |= {"cache_requests": False, "rewrite_requests_cache": False}
+        templated_by: TemplatedBy | None = "lm_eval" if settings.get("apply_chat_template") else None
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":  # lm_eval puts its texts into no template
+            templated_by = None
+        if templated_by is None and model.renders and task.OUTPUT_TYPE == "generate_until":
+            templated_by = "sdar_lm_eval"
+            settings |= {
+                "apply_chat_template": True,
+                "chat_template": model.apply_chat_template,
+                "tokenizer_name": model.tokenizer_name,
+            }
+            if settings.get("fewshot_as_multiturn", False) is None:  # lm_eval's default under --apply_chat_template
+                settings["fewshot_as_multiturn"] = True
+        build(**settings)
+        samples, metadata = settings.get("samples"), task.config.metadata or {}
+        model.task_begins(
+            TaskRequests(
+                name=name,
+                templated_by=templated_by,
+                documents=tuple(samples) if isinstance(samples, Sequence) and samples else None,
+                scored=task.OUTPUT_TYPE in ("loglikelihood", "multiple_choice"),
+                borrowed=any(borrowed),
+                decoding=metadata.get("sdar_decoding"),
+                judge=metadata.get("sdar_judge"),
+            ),
+            task.instances,
+        )
+
+    return build_all_requests
+
+
+def _iterate_or_borrow(task: Task, borrowed: list[bool]) -> Callable[..., Iterator[tuple[int, object]]]:
+    """Return a `doc_iterator` by which a rank without documents borrows the first one: lm_eval refuses such a rank.
+
+    The rank then takes part in all exchanges between ranks. The model leaves the borrowed document out of scores and
+    samples.
+
+    Args:
+        task: the task.
+        borrowed: gets whether the document is a borrowed one, as its only element.
+    """
+    documents_of = task.doc_iterator
+
+    def doc_iterator(*, rank: int = 0, **settings: object) -> Iterator[tuple[int, object]]:
+        documents = documents_of(rank=rank, **settings)
+        first = list(itertools.islice(documents, 1))
+        borrowed[:] = [not first and rank > 0]
+        if any(borrowed):
+            return itertools.islice(documents_of(rank=0, **settings), 1)
+        return itertools.chain(first, documents)
+
+    return doc_iterator
+
+
+@functools.cache
+def warn_of_cached_requests() -> None:
+    """Say once that lm_eval's cache of built requests is not used."""
+    logger.warning(
+        "--cache_requests is passed over: requests are built anew. lm_eval's key for them holds no gen_kwargs, "
+        "documents or wording, so lm_eval could send another run's requests."
+    )
