@@ -21,7 +21,7 @@ import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from sdar_lm_eval.engines.adapters.lmdeploy import engine, requirements
+from sdar_lm_eval.engines.adapters.lmdeploy import engine, versions
 
 FOLDER = Path(__file__).parent / "engines" / "adapters" / "lmdeploy" / "standin"
 GIB = 1 << 30
@@ -34,7 +34,7 @@ def standin() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         gpu_on_the_cpu(patch)
-        patch.setattr(requirements, "is_there", lambda module: module == "triton")
+        patch.setattr(versions, "is_there", lambda module: module == "triton")
         # Config classes that the adapter registers are forgotten at the end.
         patch.setattr(CONFIG_MAPPING, "_extra_content", dict(CONFIG_MAPPING._extra_content))
         for name in list(sys.modules):
