@@ -107,7 +107,7 @@ def test_greedy(settings, greedy):
         ("top_p", 1.1, "top_p=1.1"),
         ("repetition_penalty", 0, "repetition_penalty=0.0"),
         ("remasking_strategy", "sequental", "Did you mean 'sequential'?"),
-        ("remasking_strategy", 3, "choose one of entropy_bounded, low_confidence_dynamic"),
+        ("remasking_strategy", 3, "choose one of entropy_bounded (or entropy), low_confidence_dynamic"),
     ],
 )
 def test_what_is_out_of_range_is_named(name, value, message):
