@@ -25,8 +25,7 @@ Shapes: N slots and one more for padding, L positions of a block, S segments, M 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,7 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.random_numbers import DRAW, ORDER, uniform
-from sdar_lm_eval.engines.native.scheduler import Sequence
+from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, codes
 from sdar_lm_eval.engines.native.strategy import Candidates, Rule, Strategy
 from sdar_lm_eval.engines.native.transfer import to_device
@@ -186,7 +185,7 @@ class BatchState:
 
     # What the host changes
 
-    def begin(self, sequences: SequenceOf[Sequence]) -> None:
+    def begin(self, sequences: Sequence[SequenceState]) -> None:
         """Write sequences to their slots, each at the block after its last full one."""
         slot = to_device(np.array([sequence.slot for sequence in sequences]), self._device)
         requests = [sequence.request for sequence in sequences]
@@ -228,7 +227,7 @@ class BatchState:
                 self.seen[sequence.slot] = False
                 self.seen[sequence.slot, to_device(np.array(sequence.tokens), self._device)] = True
 
-    def stop(self, slots: SequenceOf[int]) -> None:
+    def stop(self, slots: Sequence[int]) -> None:
         """Take slots out of the batch."""
         if slots:
             self.active[to_device(np.array(slots), self._device)] = False
@@ -372,7 +371,7 @@ def _codes_by_rule(strategies: frozenset[str], rule_of: Callable[[Strategy], Rul
     return sorted(found.items(), key=lambda pair: -len(pair[1]))
 
 
-def _rows(lists: Iterable[SequenceOf[int]], width: int, padding: int) -> NDArray[np.int64]:
+def _rows(lists: Iterable[Sequence[int]], width: int, padding: int) -> NDArray[np.int64]:
     """Lists of different lengths as one array (count, width)."""
     lists = list(lists)
     rows = np.full((len(lists), width), padding, dtype=np.int64)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import deque
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -18,7 +17,7 @@ from sdar_lm_eval.engines.native.loop import Finished, Loop
 from sdar_lm_eval.engines.native.options import resolve_device, resolve_dtype, resolve_kernels
 from sdar_lm_eval.engines.native.pages import PagePool
 from sdar_lm_eval.engines.native.runner import MOST_IN_FLIGHT, Runner, Shape
-from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
+from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.engines.native.scoring.batches import Limits
 from sdar_lm_eval.engines.native.scoring.scoring import Scoring
 from sdar_lm_eval.engines.runs import (
@@ -149,7 +148,7 @@ class NativeEngine(Closable):
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def prepare(self, requests: SequenceOf[GenerationRequest]) -> None:
+    def prepare(self, requests: Sequence[GenerationRequest]) -> None:
         """See `Engine.prepare`: memory; on a GPU kernels and the first CUDA graphs, others are captured on the way."""
         with self._one_run():
             groups = self._groups(requests)
@@ -159,7 +158,7 @@ class NativeEngine(Closable):
                     self._warm_up(requests, max_active)
                     self._warm_shape = self.runner.shape
 
-    def _warm_up(self, requests: SequenceOf[GenerationRequest], max_active: int) -> None:
+    def _warm_up(self, requests: Sequence[GenerationRequest], max_active: int) -> None:
         """Run short requests, so that compiling and capturing does not count as generation."""
         counted = self._preemptions, self._shared_prompt_tokens
         short = warm_up_requests(requests, max_active)
@@ -170,7 +169,7 @@ class NativeEngine(Closable):
         gc.collect()
         gc.freeze()
 
-    def generate(self, requests: SequenceOf[GenerationRequest]) -> Results[GenerationResult]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> Results[GenerationResult]:
         """See `Engine.generate`. Requests are admitted in the order given."""
         with self._one_run():
             failures = Failures()
@@ -179,7 +178,7 @@ class NativeEngine(Closable):
             failures.raise_if_any(len(requests))
 
     def _generate_group(
-        self, requests: SequenceOf[GenerationRequest], together: list[int], failures: Failures
+        self, requests: Sequence[GenerationRequest], together: list[int], failures: Failures
     ) -> Iterator[Finished]:
         """Run requests together, then those alone whose logits were not numbers: their neighbours' KV may be why.
 
@@ -195,14 +194,14 @@ class NativeEngine(Closable):
             if unanswered:
                 failures.add(index, not_finite(str(self._dtype)))
 
-    def _groups(self, requests: SequenceOf[GenerationRequest]) -> list[list[int]]:
+    def _groups(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
         """Indices of the requests that run together: those of like settings, where results are to be reproducible."""
         groups: dict[DecodingConfig | None, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(request.decoding if self._reproducible else None, []).append(index)
         return list(groups.values())
 
-    def _generate(self, sequences: list[Sequence], suspects: list[int]) -> Iterator[Finished]:
+    def _generate(self, sequences: list[SequenceState], suspects: list[int]) -> Iterator[Finished]:
         """Run sequences; `suspects` gets the indices of those whose logits are not numbers."""
         max_active, pages = self._allocate(sequences)
         pool = PagePool(pages, PAGE_SIZE)
@@ -222,7 +221,7 @@ class NativeEngine(Closable):
                 scheduler.preemptions,
             )
 
-    def _allocate(self, sequences: list[Sequence]) -> tuple[int, int]:
+    def _allocate(self, sequences: list[SequenceState]) -> tuple[int, int]:
         """Have memory for these; returns how many run at once, and the number of KV pages.
 
         Raises:
@@ -244,7 +243,7 @@ class NativeEngine(Closable):
             raise self.runner.out_of_memory(pages) from error
         return max_active, pages
 
-    def score(self, requests: SequenceOf[ScoreRequest], config: LikelihoodConfig) -> Results[ScoreResult]:
+    def score(self, requests: Sequence[ScoreRequest], config: LikelihoodConfig) -> Results[ScoreResult]:
         """See `Scorer.score`. `max_active` bounds the requests of a batch, `kv_pages` its clean tokens."""
         with self._one_run():
             self.runner.release()  # generation and scoring never run at once, and each may need all memory
@@ -265,7 +264,7 @@ class NativeEngine(Closable):
                 ) from error
             failures.raise_if_any(len(requests))
 
-    def _pages_for(self, sequences: list[Sequence], max_active: int) -> int:
+    def _pages_for(self, sequences: list[SequenceState], max_active: int) -> int:
         """How many KV pages to hold: those of the `max_active` longest requests, as far as memory allows."""
         needs = sorted((-(-sequence.longest // PAGE_SIZE) for sequence in sequences), reverse=True)
         wanted = sum(needs[:max_active])
@@ -291,5 +290,5 @@ class NativeEngine(Closable):
         return memory // self.runner.cache.bytes_per_page
 
 
-def _sequences(requests: SequenceOf[GenerationRequest], together: list[int]) -> list[Sequence]:
-    return [Sequence(i, requests[i], list(requests[i].prompt_ids)) for i in together]
+def _sequences(requests: Sequence[GenerationRequest], together: list[int]) -> list[SequenceState]:
+    return [SequenceState(i, requests[i], list(requests[i].prompt_ids)) for i in together]

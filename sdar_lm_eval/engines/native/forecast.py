@@ -9,12 +9,12 @@ waits for the next step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 
 import numpy as np
 
 from sdar_lm_eval.engines.native.batch import Outcome
-from sdar_lm_eval.engines.native.scheduler import Sequence
+from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
 # Tokens of a forward that cost about what one does, since the weights have to be read: there is room for all.
@@ -39,13 +39,13 @@ class Forecast:
         self._next = (0, 0)
         self._slack = np.zeros(2)
 
-    def begin(self, sequences: SequenceOf[Sequence]) -> None:
+    def begin(self, sequences: Sequence[SequenceState]) -> None:
         """Sequences enter, each at the block after its last full one."""
         for sequence in sequences:
             self._entered[sequence.slot] = self._launched
             self._known.begin(sequence)
 
-    def stop(self, slots: SequenceOf[int]) -> None:
+    def stop(self, slots: Sequence[int]) -> None:
         """Sequences leave."""
         self._known.active[slots] = False
 
@@ -95,7 +95,7 @@ class _Slots:
         self.left, self.length, self.given, self.room, self.step = np.zeros((5, slots), dtype=np.int64)
         self.quotas = np.ones((slots, block), dtype=np.int64)
 
-    def begin(self, sequence: Sequence) -> None:
+    def begin(self, sequence: SequenceState) -> None:
         slot, decoding = sequence.slot, sequence.request.decoding
         self.active[slot], self.uncommitted[slot], self.step[slot] = True, False, 0
         self.length[slot] = decoding.block_length

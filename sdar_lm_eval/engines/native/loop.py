@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from sdar_lm_eval.decoding import end_of_answer
 from sdar_lm_eval.engines.native.batch import Outcome
 from sdar_lm_eval.engines.native.runner import Runner
-from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
+from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.engines.runs import is_out_of_memory
 from sdar_lm_eval.engines.types import GenerationResult
 from sdar_lm_eval.errors import EngineError
@@ -28,7 +27,7 @@ Finished = tuple[int, GenerationResult]
 class Occupant(NamedTuple):
     """Who was in a slot when a step was launched: another sequence, or another stay, has another turn."""
 
-    sequence: Sequence
+    sequence: SequenceState
     turn: int
 
 
@@ -50,7 +49,7 @@ class Loop:
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, decode: Callable[[SequenceOf[int]], str], in_flight: int
+        self, scheduler: Scheduler, runner: Runner, decode: Callable[[Sequence[int]], str], in_flight: int
     ) -> None:
         self._scheduler, self._runner, self._decode = scheduler, runner, decode
         self._most_in_flight = in_flight
@@ -138,7 +137,7 @@ class Loop:
                 self._scheduler.finish(sequence, device_knows=not sequence.request.stop_strings)
                 self._finished.append((sequence.index, _result(sequence, reason)))
 
-    def _decide(self, sequence: Sequence, outcome: Outcome) -> str:
+    def _decide(self, sequence: SequenceState, outcome: Outcome) -> str:
         """Take the new tokens of a decided block; returns why the answer ends with it, or ""."""
         slot, first = sequence.slot, len(sequence.tokens) - sequence.block_start
         new = outcome.tokens[slot, first : sequence.block_length].tolist()
@@ -179,7 +178,7 @@ class Loop:
         )
 
 
-def _result(sequence: Sequence, reason: str) -> GenerationResult:
+def _result(sequence: SequenceState, reason: str) -> GenerationResult:
     assert sequence.started is not None
     recorded = sequence.request.record_steps
     return GenerationResult(

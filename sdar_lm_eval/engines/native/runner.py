@@ -6,8 +6,7 @@ import dataclasses
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
 from sdar_lm_eval.engines.native.forward.graphs import Graphs, rounded_up
 from sdar_lm_eval.engines.native.forward.modules import ModulesForward
-from sdar_lm_eval.engines.native.scheduler import Chunk, Sequence
+from sdar_lm_eval.engines.native.scheduler import Chunk, SequenceState
 from sdar_lm_eval.errors import EngineError
 from sdar_lm_eval.family import Family
 
@@ -58,7 +57,7 @@ class Shape:
     filtered: bool
 
     @classmethod
-    def of(cls, sequences: SequenceOf[Sequence], pages: int, slots: int, page_size: int) -> Shape:
+    def of(cls, sequences: Sequence[SequenceState], pages: int, slots: int, page_size: int) -> Shape:
         """What these sequences need."""
         decodings = {sequence.request.decoding for sequence in sequences}
         return cls(
@@ -138,7 +137,7 @@ class Runner:
 
     # Memory
 
-    def allocate(self, pages: int, slots: int, sequences: SequenceOf[Sequence]) -> None:
+    def allocate(self, pages: int, slots: int, sequences: Sequence[SequenceState]) -> None:
         """Make what one `generate` needs on the device; what is there and large enough is kept.
 
         Args:
@@ -201,29 +200,29 @@ class Runner:
 
     # Sequences come and go
 
-    def set_pages(self, sequences: Iterable[Sequence]) -> None:
+    def set_pages(self, sequences: Iterable[SequenceState]) -> None:
         """Write the pages of sequences that got new ones, or a slot."""
         self.cache.set_pages(sequences)
 
-    def begin(self, sequences: SequenceOf[Sequence]) -> None:
+    def begin(self, sequences: Sequence[SequenceState]) -> None:
         """Put sequences whose prompts are prefilled into the batch."""
         if sequences:
             self.batch.begin(sequences)
             self._forecast.begin(sequences)
 
-    def run_only(self, sequences: SequenceOf[Sequence]) -> None:
+    def run_only(self, sequences: Sequence[SequenceState]) -> None:
         """Take all but these out of the batch, and write their pages once more."""
         stay = {sequence.slot for sequence in sequences if sequence.begun}
         self.stop([slot for slot in range(self.batch.slots) if slot not in stay])
         self.set_pages(sequences)
 
-    def stop(self, slots: SequenceOf[int]) -> None:
+    def stop(self, slots: Sequence[int]) -> None:
         """Take slots out of the batch that the device does not know to be finished."""
         self.batch.stop(slots)
         self._forecast.stop(slots)
 
     @torch.no_grad()
-    def prefill(self, chunks: SequenceOf[Chunk]) -> None:
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
         """Store keys and values of whole prompt blocks."""
         with self._on_device:
             self.forward.prefill(chunks)

@@ -24,7 +24,7 @@ LEAST_PREFILL = 64  # tokens a step; with fewer it is not the prefill that takes
 
 
 @dataclass(eq=False)
-class Sequence:
+class SequenceState:
     """A request on its way.
 
     Attributes:
@@ -90,7 +90,7 @@ class Sequence:
 class Chunk(NamedTuple):
     """Whole blocks of a prompt: the tokens of a sequence from `start` up to, without, `end`."""
 
-    sequence: Sequence
+    sequence: SequenceState
     start: int
     end: int
 
@@ -112,9 +112,9 @@ class Plan:
     """
 
     vacated: list[int]
-    paged: list[Sequence]
+    paged: list[SequenceState]
     prefill: list[Chunk]
-    starting: list[Sequence]
+    starting: list[SequenceState]
 
 
 class Scheduler:
@@ -130,7 +130,7 @@ class Scheduler:
 
     def __init__(
         self,
-        sequences: Iterable[Sequence],
+        sequences: Iterable[SequenceState],
         pool: PagePool,
         max_active: int,
         prefill_chunk: int,
@@ -139,7 +139,7 @@ class Scheduler:
     ) -> None:
         self.pool = pool
         self.waiting = deque(sequences)
-        self.running: list[Sequence] = []  # in order of admission
+        self.running: list[SequenceState] = []  # in order of admission
         self.preemptions = 0
         self.shared_prompt_tokens = 0  # that were not prefilled: their KV was there, or on its way
         self._share_prefixes = share_prefixes
@@ -180,19 +180,19 @@ class Scheduler:
             assert all(map(self.pool.may_write, touched)), "a page that others read would be written"
         return Plan(vacated, paged, prefill, starting)
 
-    def prefilled(self, sequence: Sequence, end: int) -> None:
+    def prefilled(self, sequence: SequenceState, end: int) -> None:
         """Take note that the KV of a sequence's tokens up to `end` is stored."""
         sequence.cached = end
         self.pool.written(sequence.pages[: end // self.pool.page_size])
 
-    def finish(self, sequence: Sequence, *, device_knows: bool = True) -> None:
+    def finish(self, sequence: SequenceState, *, device_knows: bool = True) -> None:
         """Free what a sequence held; its place is taken at the next plan."""
         if not device_knows:
             self._vacated.append(sequence.slot)
         self.running.remove(sequence)
         self._vacate(sequence)
 
-    def discard(self, sequence: Sequence) -> list[int]:
+    def discard(self, sequence: SequenceState) -> list[int]:
         """Take out a sequence whose KV is not numbers; returns the pages that nobody holds any more."""
         self._vacated.append(sequence.slot)
         self.running.remove(sequence)
@@ -216,7 +216,7 @@ class Scheduler:
         for sequence in reversed(self.running[self._most.now :]):
             self._preempt(sequence)
 
-    def _grow(self) -> tuple[list[int], list[Sequence]]:
+    def _grow(self) -> tuple[list[int], list[SequenceState]]:
         """Give every running sequence the pages it lacks, the oldest first; returns who left, and who got some."""
         preempted, grown = [], []
         for sequence in list(self.running):
@@ -231,8 +231,8 @@ class Scheduler:
                 grown.append(sequence)
         return preempted, [sequence for sequence in grown if sequence.slot >= 0]
 
-    def _admit(self) -> list[Sequence]:
-        admitted: list[Sequence] = []
+    def _admit(self) -> list[SequenceState]:
+        admitted: list[SequenceState] = []
         if not self.waiting or len(self.running) >= self._most.now:
             return admitted
         # One page is left for each running sequence that will need more, so that an admission does not force a
@@ -259,23 +259,23 @@ class Scheduler:
             admitted.append(sequence)
         return admitted
 
-    def _beginning_is_written(self, sequence: Sequence) -> bool:
+    def _beginning_is_written(self, sequence: SequenceState) -> bool:
         """Whether nobody else still has to store KV that a sequence shares. It is stored in order: the last tells."""
         whole = sequence.cached // self.pool.page_size
         return whole == 0 or self.pool.is_written(sequence.pages[whole - 1])
 
-    def _grows(self, sequence: Sequence) -> bool:
+    def _grows(self, sequence: SequenceState) -> bool:
         """Whether a sequence will need more pages than it has."""
         return len(sequence.pages) < self.pool.pages_for(sequence.longest)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: SequenceState) -> None:
         self.running.remove(sequence)
         self._vacate(sequence)
         sequence.cached = 0
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
-    def _vacate(self, sequence: Sequence) -> None:
+    def _vacate(self, sequence: SequenceState) -> None:
         self.pool.release(sequence.pages)
         self._free_slots.append(sequence.slot)
         sequence.pages, sequence.slot, sequence.begun = [], -1, False

@@ -16,7 +16,7 @@ from sdar_lm_eval import DecodingConfig, GenerationRequest
 from sdar_lm_eval.engines.native.batch import BatchState
 from sdar_lm_eval.engines.native.compiling import compiled
 from sdar_lm_eval.engines.native.random_numbers import DRAW, uniform
-from sdar_lm_eval.engines.native.scheduler import Sequence
+from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,7 +39,7 @@ def random_sequence(rng, number, slot, block):
     prompt = tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 3 * block)))
     stops = frozenset(rng.sample([*range(VOCABULARY), *[MASK] * 22], rng.randint(0, 3)))
     request = GenerationRequest(prompt, rng.randint(1, 5 * block), decoding, stops, seed=rng.getrandbits(64))
-    return Sequence(number, request, list(prompt), slot=slot)
+    return SequenceState(number, request, list(prompt), slot=slot)
 
 
 def make(slots, block):

@@ -23,7 +23,7 @@ from sdar_lm_eval.engines import runs
 from sdar_lm_eval.engines.native import engine as engine_module
 from sdar_lm_eval.engines.native import forecast
 from sdar_lm_eval.engines.native.forward.graphs import Graphs
-from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
+from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.errors import EngineError
 
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded", "random")
@@ -691,7 +691,7 @@ class TestErrors:
         monkeypatch.setattr(engine_module, "MEMORY_FRACTION", 0.5)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free[0], free[0]))
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(free.pop() + 6 * page))
-        sequences = [Sequence(i, GenerationRequest((1,) * 20, 12, DecodingConfig()), [1] * 20) for i in range(4)]
+        sequences = [SequenceState(i, GenerationRequest((1,) * 20, 12, DecodingConfig()), [1] * 20) for i in range(4)]
         assert engine._pages_for(sequences[:1], 1) == 2  # there are as many
         assert free == [4 * page]
         assert engine._pages_for(sequences, 4) == 5  # of 8

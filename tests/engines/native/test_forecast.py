@@ -12,7 +12,7 @@ from sdar_lm_eval import DecodingConfig, GenerationRequest
 from sdar_lm_eval.engines.native import forecast
 from sdar_lm_eval.engines.native.batch import BatchState, Outcome
 from sdar_lm_eval.engines.native.forecast import Forecast
-from sdar_lm_eval.engines.native.scheduler import Sequence
+from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
 SLOTS, BLOCK = 12, 8
@@ -31,7 +31,7 @@ def sequences(rng, strategy, *, whole_blocks=False):
         prompt = tuple(range(rng.randint(1, 20)))
         new = rng.randint(1, 40)
         new += -(len(prompt) + new) % length if whole_blocks else 0
-        made.append(Sequence(slot, GenerationRequest(prompt, new, decoding), list(prompt), slot=slot))
+        made.append(SequenceState(slot, GenerationRequest(prompt, new, decoding), list(prompt), slot=slot))
     return made
 
 
@@ -110,7 +110,8 @@ def test_what_was_not_foreseen_is_made_room_for_later(monkeypatch):
     monkeypatch.setattr(forecast, "FREE_ROWS", 0)
     known = Forecast(4, 4)
     decoding = DecodingConfig(block_length=4)
-    known.begin([Sequence(i, GenerationRequest((1, 2, 3, 4), 4000, decoding), [1, 2, 3, 4], slot=i) for i in range(4)])
+    request = GenerationRequest((1, 2, 3, 4), 4000, decoding)
+    known.begin([SequenceState(i, request, [1, 2, 3, 4], slot=i) for i in range(4)])
     everywhere = np.ones(4, dtype=bool)
     decided = Outcome(None, None, None, everywhere, None, everywhere, ~everywhere, everywhere, np.zeros(4, dtype=int))
     known.sizes()
@@ -126,9 +127,8 @@ def test_what_was_not_foreseen_is_made_room_for_later(monkeypatch):
 
 def test_a_slot_that_is_taken_over_is_not_told_of_its_former_owner():
     known = Forecast(1, 4)
-    first, second = (
-        Sequence(i, GenerationRequest((1, 2, 3), 40, DecodingConfig(block_length=4)), [1, 2, 3], slot=0) for i in (0, 1)
-    )
+    request = GenerationRequest((1, 2, 3), 40, DecodingConfig(block_length=4))
+    first, second = (SequenceState(i, request, [1, 2, 3], slot=0) for i in (0, 1))
     known.begin([first])
     known.launched()
     known.stop([0])

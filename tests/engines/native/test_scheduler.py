@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.native.pages import PagePool
-from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
+from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.engines.types import GenerationRequest
 
 
@@ -16,7 +16,7 @@ def sequence(index, prompt, new, block=4):
     """One with so many prompt tokens, which no other one has, or with just these prompt tokens."""
     prompt = tuple(range(1000 * index, 1000 * index + prompt)) if isinstance(prompt, int) else prompt
     request = GenerationRequest(prompt, new, DecodingConfig(block_length=block))
-    return Sequence(index, request, list(request.prompt_ids))
+    return SequenceState(index, request, list(request.prompt_ids))
 
 
 class Player:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 
 import torch
 
@@ -47,7 +47,7 @@ class Forward(ABC):
         """
 
     @abstractmethod
-    def prefill(self, chunks: SequenceOf[Chunk]) -> None:
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
         """Store keys and values of chunks."""
 
     @abstractmethod

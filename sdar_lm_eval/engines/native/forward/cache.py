@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from sdar_lm_eval.engines.native.pages import SCRATCH_PAGE
-from sdar_lm_eval.engines.native.scheduler import Sequence
+from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.transfer import to_device
 
 
@@ -76,7 +75,7 @@ class PagedCache:
         """Give the memory of keys and values back."""
         self.kv = None
 
-    def clear(self, pages: SequenceOf[int] | None = None) -> None:
+    def clear(self, pages: Sequence[int] | None = None) -> None:
         """Set the keys and values of pages to zero, and those of the scratch page; None: of all pages."""
         assert self.kv is not None
         if pages is None:
@@ -84,7 +83,7 @@ class PagedCache:
         else:
             self.kv[:, :, to_device(np.array([SCRATCH_PAGE, *pages]), self._device)] = 0
 
-    def set_pages(self, sequences: Iterable[Sequence]) -> None:
+    def set_pages(self, sequences: Iterable[SequenceState]) -> None:
         """Write the pages of sequences to their slots' rows of the table."""
         slots = []
         for sequence in sequences:

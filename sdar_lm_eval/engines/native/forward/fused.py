@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -109,7 +108,7 @@ class FusedForward(Forward):
 
     # Prompts
 
-    def prefill(self, chunks: SequenceOf[Chunk]) -> None:
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
         """See `Forward.prefill`. All chunks are one row of tokens, or a few where memory is short."""
         if self.fixed_rows:
             rows = self._together * self._block
@@ -121,7 +120,7 @@ class FusedForward(Forward):
         for part in in_parts(chunks, SPLITS_BUDGET_BYTES // bytes_per_token):
             self._prefill(part, padded_to=0)
 
-    def _prefill(self, chunks: SequenceOf[Chunk], padded_to: int) -> None:
+    def _prefill(self, chunks: Sequence[Chunk], padded_to: int) -> None:
         slot, length = np.array([(chunk.sequence.slot, chunk.sequence.block_length) for chunk in chunks]).T
         begin, end = np.array([(chunk.start, chunk.end) for chunk in chunks]).T
         size = end - begin
@@ -155,7 +154,7 @@ class FusedForward(Forward):
         return self._decoder(tokens, positions, kv_slots, tiles, self._cache.kv)
 
 
-def in_parts(chunks: SequenceOf[Chunk], tokens: int) -> Iterator[list[Chunk]]:
+def in_parts(chunks: Sequence[Chunk], tokens: int) -> Iterator[list[Chunk]]:
     """Cut chunks between blocks into parts of at most so many tokens together, or of one block."""
     part: list[Chunk] = []
     room = tokens

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -50,7 +49,7 @@ class ModulesForward(Forward):
         """See `Forward.context_key`: whole pages."""
         return -(-context // self._cache.page_size) * self._cache.page_size
 
-    def prefill(self, chunks: SequenceOf[Chunk]) -> None:
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
         """See `Forward.prefill`. A forward's rows are chunks of like length."""
         for rows in of_like_length(chunks, MOST_PADDING[self._device.type]):
             tokens = np.zeros((len(rows), max(chunk.size for chunk in rows)), dtype=np.int64)
@@ -91,7 +90,7 @@ class ModulesForward(Forward):
         return hidden
 
 
-def of_like_length(chunks: SequenceOf[Chunk], most_padding: int) -> Iterator[list[Chunk]]:
+def of_like_length(chunks: Sequence[Chunk], most_padding: int) -> Iterator[list[Chunk]]:
     """Group chunks so that padding a group's chunks to its longest takes at most so many tokens."""
     group: list[Chunk] = []
     longest = padding = 0
