@@ -88,7 +88,10 @@ def test_who_finds_room_in_a_step(slots, block):
             length, start = int(before["length"][slot]), int(before["start"][slot])
             own = [(slot, start, length, 1, before["tokens"][slot].tolist())]
             if before["uncommitted"][slot]:
-                own = [(slot, start - length, length, 2, before["before"][slot].tolist()), (*own[0][:3], 0, own[0][4])]
+                own = [
+                    (slot, start - length, length, 2, before["previous"][slot].tolist()),
+                    (*own[0][:3], 0, own[0][4]),
+                ]
             full = full or len(expected) + len(own) > segments
             if not full:
                 expected += own
@@ -112,7 +115,7 @@ def test_who_finds_room_in_a_step(slots, block):
             place = (before["seed"][slot], before["start"][slot] + column, before["step"][slot])
             assert float(positions.number[index]) == float(uniform(*place, DRAW))
             assert float(positions.temperature[index]) == float(before["temperature"][slot])
-        assert state.runs.nonzero()[:, 0].tolist() == took_part
+        assert state.fits.nonzero()[:, 0].tolist() == took_part
         waited += int(before["active"].sum()) - len(took_part)
         state.advance(*drawn(draws, step))
     assert waited > 0 or slots == 1

@@ -477,7 +477,7 @@ class TestErrors:
     @pytest.mark.parametrize("temperature", [0, 1.0])
     def test_logits_that_are_not_numbers(self, tiny, strategy, temperature):
         engine = make_engine("native", tiny, device="cpu")
-        engine._model.lm_head.weight[3] = float("nan")
+        engine.model.lm_head.weight[3] = float("nan")
         decoding = DecodingConfig(remasking_strategy=strategy, temperature=temperature)
         with pytest.raises(EngineError, match=r"logits are not finite numbers \(dtype float32\).*use dtype=bfloat16"):
             list(engine.generate([GenerationRequest((1, 2, 3), 8, decoding)]))
@@ -499,13 +499,13 @@ class TestErrors:
 
         def open_engine(**options):
             engine = make_engine("native", tiny, device="cpu", **options)
-            engine._model.lm_head.weight[bad] = 0  # so that nobody draws it
+            engine.model.lm_head.weight[bad] = 0  # so that nobody draws it
             engine.steps_in_flight = 1 + ahead
             return engine
 
         expected = tokens_of(asking.run(open_engine(), requests))
         engine = open_engine(max_active=6, kv_pages=kv_pages)
-        engine._model.model.embed_tokens.weight[bad] = torch.nan
+        engine.model.model.embed_tokens.weight[bad] = torch.nan
         given = [poisoned[0], *requests[:4], poisoned[1], *requests[4:], poisoned[2]]
         clear, cleared = engine.runner.cache.clear, []
         monkeypatch.setattr(engine.runner.cache, "clear", lambda *pages: (cleared.append(pages), clear(*pages)))

@@ -169,7 +169,7 @@ def test_blocks_that_are_too_long_for_the_kernels(checkpoint):
 
 def test_weights_are_not_there_twice(checkpoint):
     engine = engine_with_kernels(checkpoint)
-    attention = engine._model.model.layers[0].self_attn
+    attention = engine.model.model.layers[0].self_attn
     joined = engine.runner.forward.weights.layers[0].qkv
     assert attention.k_proj.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
     assert torch.equal(torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]), joined)

@@ -1,8 +1,8 @@
-"""Attention over paged KV: one function, called by transformers' Qwen3 layers in the place of their own.
+"""Attention over paged KV: one function that transformers' Qwen3 layers call in the place of their own.
 
-A forward's batch is B rows of Q query tokens, each row consecutive tokens of one sequence. New keys and values are
-written to their pages first. Then every query sees the leading `visible` tokens of its sequence. That is all that
-"causal over blocks, full inside a block" means: a token of block b sees (b + 1) * block_length tokens.
+A forward's batch is B rows of Q query tokens; a row holds consecutive tokens of one sequence. New keys and values are
+written to their pages first. Then every query sees the leading `visible` tokens of its sequence. This implements the
+block-causal mask: a token of block b sees (b + 1) * block_length tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAME = "sdar_paged"
 
 
 class AttentionBatch(Protocol):
-    """Where the tokens of one forward stand, and how they attend."""
+    """The batch of one forward: holds the cache and the addresses of the tokens, and attends."""
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
@@ -26,7 +26,7 @@ class AttentionBatch(Protocol):
         """Attend to cached and new tokens, and store the new KV.
 
         Args:
-            layer: the cache's layer.
+            layer: index of the layer in the cache.
             query: (B, query heads, Q, head size).
             key, value: (B, KV heads, Q, head size) of the new tokens.
             scaling: factor on the scores.
@@ -37,20 +37,19 @@ class AttentionBatch(Protocol):
 
 
 class AttentionLayer(Protocol):
-    """What is read of transformers' attention layers."""
+    """The attribute of transformers' attention layers that is read here."""
 
     layer_idx: int
 
 
 @dataclass(frozen=True)
 class PagedBatch:
-    """Tokens of sequences whose KV lies in pages.
+    """A batch of sequences whose KV is paged.
 
     Attributes:
         cache: keys and values of all layers, (layers, 2, pages, page_size, KV heads, head size).
         pages: the pages of each row's sequence, (B, P) int64; P covers the longest `visible`.
-        kv_slots: where the KV of each new token goes, (B, Q) int64 into pages * page_size; padding goes to the scratch
-            page.
+        kv_slots: the KV slot of each new token, (B, Q) int64 into pages * page_size. Padding goes to the scratch page.
         visible: leading tokens of its sequence that each query sees, (B, Q) int64, at least 1.
     """
 
@@ -97,7 +96,7 @@ def attend(
     visible: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """The PyTorch body: gather the pages, one masked attention a KV head with its whole group of query heads.
+    """Attention in PyTorch: gather the pages, then one masked attention a KV head with its group of query heads.
 
     Args:
         query: (B, query heads, Q, head size).
