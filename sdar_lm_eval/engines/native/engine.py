@@ -61,7 +61,7 @@ class NativeEngine(Closable):
         max_active: most sequences that run at once; None: 32 on the CPU, 256 on a GPU.
         kv_pages: most pages of 16 tokens for keys and values; None: what the requests need, within 85% of the GPU's
             free memory, or 4 GiB on the CPU.
-        kernels: whether to run a dense model with Triton kernels, on a GPU as CUDA graphs, in the place of transformers'
+        kernels: whether to run a dense model with Triton kernels, on a GPU as CUDA graphs, instead of transformers'
             modules; None: on GPUs of compute capability 8.0 and later, where triton is installed.
         reproducible: whether a generated answer is the same to the bit whatever else is in the batch. Products are
             batch-invariant (in 16 bits on Hopper GPUs), or padded to a fixed size (elsewhere). Requests with

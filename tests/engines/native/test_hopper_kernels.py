@@ -33,15 +33,15 @@ def test_every_tile_is_worked_on_once(strips, columns, programs):
     ("rows", "turns"),
     [(640, 3), (1280, 6), (1344, 6.5), (1408, 6.5), (1536, 7)],  # of pairs of strips, one of 1/2
 )
-def test_processors_are_busy(rows, turns):
+def test_the_last_turn_is_short(rows, turns):
     """SDAR-4B on an H100: tiles of the last turn are halved where that makes it shorter."""
     own = hopper.schedule(rows // hopper.STRIP, 76, 132)
     assert max(sum(count for _, count, _ in tiles) for tiles in own) == 2 * turns
 
 
 def test_work_for_the_kernel(monkeypatch):
-    monkeypatch.setattr(hopper, "_processors", lambda device: 4)
-    work = hopper._work(3, 2, 128, torch.device("cpu"))
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 4)
+    work = hopper.work_table(3, 2, 128, torch.device("cpu"))
     assert work.tolist() == [
         [[0, 2, 0, 0], [128, 2, 0, 0], [0, 2, 128, 0], [128, 2, 128, 0]],
         [[0, 0, 0, 0]] * 4,

@@ -153,13 +153,13 @@ def test_attend(dtype, heads, kv_heads, size, block, context, monkeypatch):
 
 def test_batch_invariant_attention_is_set_alike_for_any_number_of_tiles(dtype, monkeypatch):
     """How many columns are taken at once shows in 16 bits' rounding."""
-    seen, settings = set(), kernels._attention_settings
+    seen, settings = set(), kernels.attention_settings
 
     def keep(rows, programs, itemsize):
         seen.add(settings(rows, programs, 2))
         return settings(rows, programs, itemsize)
 
-    monkeypatch.setattr(kernels, "_attention_settings", keep)
+    monkeypatch.setattr(kernels, "attention_settings", keep)
     keys, values = (normal(3, 16, 2, 64, dtype=dtype) for _ in range(2))
 
     def attend(tiles, *, batch_invariant):

@@ -37,7 +37,7 @@ class Forward(ABC):
 
     @abstractmethod
     def reserve(self, segments: int, block: int, positions: int) -> None:
-        """Allocate memory for forwards of up to `segments` segments of `block` tokens, at positions below `positions`."""
+        """Allocate memory for forwards of up to `segments` blocks of `block` tokens, at positions below `positions`."""
 
     @abstractmethod
     def context_key(self, context: int) -> int:

@@ -20,8 +20,8 @@ except (ImportError, AttributeError):  # Triton is older than 3.6
     hopper = None
 
 HEAD_DIMS = (64, 128)
-# For few rows, reading the weights takes the time. `kernels.few_rows` reads matrices of this many weights or more faster
-# than cuBLAS (SDAR-4B's products of a layer on an H100: 79 us instead of 88).
+# For few rows, reading the weights takes the time. `kernels.few_rows` reads matrices of at least this many weights
+# faster than cuBLAS (SDAR-4B's products of a layer on an H100: 79 us instead of 88).
 LARGE = 1 << 20
 SPLITS = (
     4  # splits of K in products whose output is as narrow as the hidden state: without splits, programs are too few
@@ -73,7 +73,7 @@ class FusedDecoder:
             cache: (layers, 2, pages, page size, KV heads, head size).
 
         Returns:
-            The input of `finish`: the output of the last layer's attention, (T, heads * size), and the residual, (T, D).
+            The input of `finish`: the output of the last layer's attention, (T, heads * size), and the residual (T, D).
         """
         layers = self._weights.layers
 

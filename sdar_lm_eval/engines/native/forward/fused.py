@@ -126,7 +126,7 @@ class FusedForward(Forward):
         visible = (position // length[owner] + 1) * length[owner]
         # Padding with zeros: the KV slot is in the scratch page, and a padding token sees no token.
         padding = ((0, 0), (0, max(padded_to - len(token), 0)))
-        # Separate copies: Triton specialises on pointer alignment, and slices of one buffer would compile extra variants.
+        # Separate copies: Triton specialises on pointer alignment, and slices of one buffer would compile variants.
         tokens, positions, kv_slots, all_visible = (
             to_device(column, self._device) for column in np.pad([token, position, kv_slot, visible], padding)
         )
