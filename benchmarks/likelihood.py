@@ -100,7 +100,7 @@ def main() -> None:
     model = engine.model
     attention = model.config._attn_implementation
     length = args.block_length or checkpoint.block_length
-    tokens_a_forward = Limits.on(model.device.type, room=1, requests=None).forward_tokens
+    tokens_a_forward = Limits.on(model.device.type, cache_tokens=1, requests=None).forward_tokens
     rows: list[dict[str, Any]] = []
     print("| requests | method | scored tokens/s | seconds | of plain | tokens run | of plain |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")

@@ -397,7 +397,7 @@ def test_a_block_has_as_many_patterns_as_a_batch_is_laid_out_for(length: int, me
 def test_batches_are_bounded_by_what_they_lay_out(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen rows of four for each request."""
     monkeypatch.setattr(
-        native_engine.Limits, "on", lambda device, room, requests: Limits(room, room, 150, requests, 1024, 8192, 256)
+        native_engine.Limits, "on", lambda device, cache, requests: Limits(cache, cache, 150, requests, 1024, 8192, 256)
     )
     sizes, run_batch = [], Scoring._run_batch
 
