@@ -26,8 +26,8 @@ LESS_MEMORY = "Choose a smaller dtype, another device or a smaller checkpoint, o
 IGNORED_WEIGHTS = ("rotary_emb.inv_freq",)
 MOST_HEADER_BYTES = 100_000_000  # as in safetensors/src/tensor.rs
 FLOATS = ("F64", "F32", "F16", "BF16")
-# A comparison by name takes long for many weights. A config.json that asks for more weights than this, and for more than
-# twice as many as the files hold, is refused before it.
+# A comparison by name takes long for many weights: a config.json that asks for more than this, and for more than twice
+# as many as the files hold, is refused before the comparison.
 COMPARED = 100_000
 
 

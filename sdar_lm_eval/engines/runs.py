@@ -247,7 +247,8 @@ def check_rope(checkpoint: Checkpoint) -> None:
     """Refuse a rotary embedding whose frequencies depend on the longest sequence of a batch.
 
     With it, an answer would depend on the rest of the batch. Source: dynamic_rope_update in transformers'
-    modeling_rope_utils.py, which recomputes the frequencies of "dynamic" types and of longrope; all other types have constant frequencies.
+    modeling_rope_utils.py, which recomputes the frequencies of "dynamic" types and of longrope. All other types have
+    constant frequencies.
 
     Raises:
         UserError: the checkpoint has such a rotary embedding.

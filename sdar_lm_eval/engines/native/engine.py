@@ -70,6 +70,7 @@ class NativeEngine(Closable):
             for comparison.
 
     Attributes:
+        device: the device that the engine computes on.
         model: transformers' model.
         runner: runs the steps.
         steps_in_flight: most steps that are launched before the oldest one's outcome is collected.
@@ -94,16 +95,16 @@ class NativeEngine(Closable):
         self._checkpoint = checkpoint
         self._one_run = OneRun("native")
         self._warm_shape: Shape | None = None  # the shape that kernels are compiled for
-        self._device = resolve_device(device)
-        self._dtype = resolve_dtype(dtype, self._device, checkpoint)
+        self.device = resolve_device(device)
+        self._dtype = resolve_dtype(dtype, self.device, checkpoint)
         self._max_active = if_given(at_least_one, "max_active", max_active)
         self._kv_pages = if_given(at_least_one, "kv_pages", kv_pages)
         self._share_prefixes = check_bool("share_prefixes", share_prefixes)
         self._reproducible = check_bool("reproducible", reproducible)
-        self._kernels = resolve_kernels(kernels, self._device)
-        self.steps_in_flight = MOST_IN_FLIGHT if self._device.type == "cuda" else 1
+        self._kernels = resolve_kernels(kernels, self.device)
+        self.steps_in_flight = MOST_IN_FLIGHT if self.device.type == "cuda" else 1
         self._preemptions = self._shared_prompt_tokens = 0
-        self.model = checkpoint.load_model(dtype=self._dtype, device=self._device, attention=attention.NAME)
+        self.model = checkpoint.load_model(dtype=self._dtype, device=self.device, attention=attention.NAME)
         self.runner = Runner(
             self.model, checkpoint.family, checkpoint.mask_token_id, PAGE_SIZE, kernels=self._kernels,
             reproducible=self._reproducible,
@@ -111,7 +112,7 @@ class NativeEngine(Closable):
         if self._reproducible and not self.runner.forward.captures:
             raise UserError(
                 "reproducible=true needs the kernels, which run dense models on GPUs: this is "
-                f"{type(self.model).__name__} on {self._device} with kernels={str(self._kernels).lower()}."
+                f"{type(self.model).__name__} on {self.device} with kernels={str(self._kernels).lower()}."
             )
         if self._reproducible:
             logger.info(
@@ -126,22 +127,22 @@ class NativeEngine(Closable):
         """See `Engine.info`."""
         return EngineInfo(
             engine="native",
-            device=str(self._device),
+            device=str(self.device),
             dtype=str(self._dtype).removeprefix("torch."),
-            max_active=self._max_active or DEFAULT_ACTIVE[self._device.type],
+            max_active=self._max_active or DEFAULT_ACTIVE[self.device.type],
             extra={
                 "kernels": self._kernels,
                 "reproducible": self._reproducible,
                 "preemptions": self._preemptions,
                 "shared_prompt_tokens": self._shared_prompt_tokens,
             },
-            environment=environment(self._device),
+            environment=environment(self.device),
         )
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
         return peak_of_process()
 
     def _unload(self) -> None:
@@ -150,7 +151,7 @@ class NativeEngine(Closable):
         self._warm_shape = None
         gc.unfreeze()  # the collector never frees what `_warm_up` froze
         gc.collect()
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
@@ -162,7 +163,7 @@ class NativeEngine(Closable):
             groups = self._groups(requests)
             if len(groups) == 1:
                 max_active, _ = self._allocate(_sequences(requests, groups[0]))
-                if self._device.type == "cuda" and self._warm_shape is not self.runner.shape:
+                if self.device.type == "cuda" and self._warm_shape is not self.runner.shape:
                     self._warm_up(requests, max_active)
                     self._warm_shape = self.runner.shape
 
@@ -214,7 +215,7 @@ class NativeEngine(Closable):
         max_active, pages = self._allocate(sequences)
         pool = PagePool(pages, PAGE_SIZE)
         scheduler = Scheduler(
-            sequences, pool, max_active, PREFILL_CHUNK[self._device.type], share_prefixes=self._share_prefixes
+            sequences, pool, max_active, PREFILL_CHUNK[self.device.type], share_prefixes=self._share_prefixes
         )
         loop = Loop(scheduler, self.runner, self._checkpoint.decode, self.steps_in_flight)
         yield from loop.run()
@@ -241,7 +242,7 @@ class NativeEngine(Closable):
                 f"block_length={longest}: the kernels take blocks of up to {most} tokens in "
                 f"{str(self._dtype).removeprefix('torch.')}; run longer ones with kernels=false."
             )
-        max_active = min(self._max_active or DEFAULT_ACTIVE[self._device.type], len(sequences))
+        max_active = min(self._max_active or DEFAULT_ACTIVE[self.device.type], len(sequences))
         pages = self._pages_for(sequences, max_active)
         try:
             self.runner.allocate(pages, max_active, sequences)
@@ -255,10 +256,10 @@ class NativeEngine(Closable):
         """See `Scorer.score`. `max_active` bounds the requests of a batch, `kv_pages` its clean tokens."""
         with self._one_run():
             self.runner.release()  # scoring may need all memory, and generation does not run meanwhile
-            if self._device.type == "cuda":
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # so that the released memory counts as free
             pages = self._kv_pages or self._pages_in_memory()
-            limits = Limits.on(self._device.type, pages * PAGE_SIZE, self._max_active)
+            limits = Limits.on(self.device.type, pages * PAGE_SIZE, self._max_active)
             failures = Failures()
             try:
                 scoring = Scoring(self.model, self._checkpoint.mask_token_id, limits)
@@ -267,7 +268,7 @@ class NativeEngine(Closable):
                 if not is_out_of_memory(error):
                     raise
                 raise EngineError(
-                    f"out of memory on {self._device} while scoring. Finished scores are kept (--use_cache); run again "
+                    f"out of memory on {self.device} while scoring. Finished scores are kept (--use_cache); run again "
                     "with max_active (requests at once) or kv_pages, or a smaller max_length."
                 ) from error
             failures.raise_if_any(len(requests))
@@ -277,7 +278,7 @@ class NativeEngine(Closable):
         needs = sorted((-(-sequence.longest // PAGE_SIZE) for sequence in sequences), reverse=True)
         wanted = sum(needs[:max_active])
         pages = min(wanted, self._kv_pages or self._pages_in_memory())
-        if pages < wanted and self._kv_pages is None and self._device.type == "cuda":
+        if pages < wanted and self._kv_pages is None and self.device.type == "cuda":
             torch.cuda.empty_cache()  # so that torch's unused memory counts as free
             pages = min(wanted, self._pages_in_memory())
         if needs[0] > pages:
@@ -291,8 +292,8 @@ class NativeEngine(Closable):
 
     def _pages_in_memory(self) -> int:
         memory = CPU_CACHE_BYTES
-        if self._device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self._device)
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
             held = self.runner.cache.kv
             memory = int(free * MEMORY_FRACTION) + (held.nbytes if held is not None else 0)
         return memory // self.runner.cache.bytes_per_page

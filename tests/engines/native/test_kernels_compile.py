@@ -1,4 +1,4 @@
-"""The kernels compile for an H100, which takes no GPU: Triton brings NVIDIA's assembler."""
+"""The kernels compile for an H100. That needs no GPU: Triton brings NVIDIA's assembler."""
 
 from __future__ import annotations
 
@@ -145,8 +145,8 @@ def test_for_an_h100(tmp_path, pytestconfig, script):
     if script is COMPILE_GLUON:
         pytest.importorskip("sdar_lm_eval.engines.native.kernels.hopper", exc_type=ImportError)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # Of what it has compiled before Triton knows the source, its version and the settings.
-    cache = getattr(pytestconfig, "cache", None)  # pytest can be told to do without
+    # Triton's cache has kernels by source, version and settings, so unchanged kernels are not compiled again.
+    cache = getattr(pytestconfig, "cache", None)  # None if pytest runs without its cache
     environment["TRITON_CACHE_DIR"] = str(cache.mkdir("kernels") if cache else tmp_path)
     file = tmp_path / "compile.py"
     file.write_text(dedent(script))

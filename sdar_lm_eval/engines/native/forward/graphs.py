@@ -63,7 +63,7 @@ class Graphs:
     """
 
     def __init__(self, run: Callable[..., None], sizes: Sequence[int], *, enabled: bool) -> None:
-        self._run, self._sizes, self._enabled = run, sizes, enabled
+        self.run, self.sizes, self._enabled = run, sizes, enabled
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: torch.cuda._POOL_HANDLE | None = None
         self._warned = False
@@ -71,15 +71,15 @@ class Graphs:
     def __call__(self, size: int, *others: Hashable) -> None:
         """Run the function for `size`, padded to the next size on the ladder."""
         if not self._enabled:
-            self._run(size, *others)
+            self.run(size, *others)
             return
-        key = (rounded_up(self._sizes, size), *others)
+        key = (rounded_up(self.sizes, size), *others)
         if key in self._graphs:
             self._graphs[key].replay()
         else:
-            self._run(*key)
+            self.run(*key)
             try:
-                self._graphs[key] = self._capture(key)
+                self._graphs[key] = self.capture(key)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -90,14 +90,15 @@ class Graphs:
                     logger.warning("No memory is left for CUDA graphs: some steps run without, and take longer.")
                 self._warned = True
 
-    def _capture(self, key: tuple[Hashable, ...]) -> torch.cuda.CUDAGraph:
+    def capture(self, key: tuple[Hashable, ...]) -> torch.cuda.CUDAGraph:
+        """Capture a graph of the function for a size and its other arguments."""
         # torch.cuda.graph would wait for the GPU and empty torch's cache first. Without it, the GPU keeps running the
         # earlier launches during the capture.
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(_capture_stream(torch.cuda.current_device())):
             graph.capture_begin(pool=self._pool)
             try:
-                self._run(*key)
+                self.run(*key)
             finally:
                 graph.capture_end()
         self._pool = self._pool or graph.pool()

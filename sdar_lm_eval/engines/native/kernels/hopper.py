@@ -208,7 +208,7 @@ def run_for(*weights: torch.Tensor) -> bool:
     """
     run, parts = (gated, 2) if len(weights) == 1 else (product, 1)
     first, device = weights[0], weights[0].device
-    if not _is_hopper(device):
+    if not is_hopper(device):
         return False
     if any(w.dtype.itemsize != 2 or len(w) % (8 * parts) or w.shape[1] % 8 for w in weights):
         return False
@@ -252,17 +252,19 @@ def work_table(strips: int, tiles: int, columns: int, device: torch.device) -> t
         columns: columns of a tile.
         device: device of the table.
     """
-    own = schedule(strips, tiles, _multiprocessors(device))
+    own = schedule(strips, tiles, multiprocessors(device))
     work = np.zeros((max(map(len, own)) + 1, len(own), 4), np.int32)
     for program, program_tiles in enumerate(own):
         work[: len(program_tiles), program, :3] = np.array(program_tiles).reshape(-1, 3) * [STRIP, 1, columns]
     return torch.from_numpy(work).to(device)
 
 
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is a Hopper GPU."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """The number of a GPU's streaming multiprocessors."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
