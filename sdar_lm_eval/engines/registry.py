@@ -71,7 +71,7 @@ ENGINES = {
             arguments="LMDeployArguments",
             # lmdeploy/pytorch/config.py: UnmaskingStrategy
             strategies=("low_confidence_dynamic", "low_confidence_static", "sequential"),
-            block_lengths=POWERS_TO_64,  # whole numbers of them fill a page, and a chunk of a long prompt
+            block_lengths=POWERS_TO_64,  # a page and a prefill chunk hold a whole number of such blocks
         ),
     )
 }

@@ -146,7 +146,7 @@ class NativeEngine(Closable):
         return peak_of_process()
 
     def _unload(self) -> None:
-        """Free model, KV cache and graphs. Only they refer to each other, in cycles, so a collection frees them."""
+        """Free model, KV cache and graphs. These refer to each other in cycles, so the collector has to run."""
         del self.model, self.runner
         self._warm_shape = None
         gc.unfreeze()  # the collector never frees what `_warm_up` froze

@@ -56,7 +56,7 @@ class Forecast:
         if segments and self._learned < self._launched:
             active = int(self._known.active.sum())
             wanted = np.array([segments, masked]) + np.ceil(self._slack).astype(int)
-            # If not even one slot fitted, the batch would never advance.
+            # At least one slot has to fit, otherwise the batch would never advance.
             free = np.array([max(FREE_ROWS // self._block, 2), max(FREE_ROWS, self._block)])
             most = active * np.array([2, self._block])
             segments, masked = np.minimum(np.maximum(wanted, free), most).tolist()

@@ -119,7 +119,7 @@ class PagePool:
         return page not in self._unwritten
 
     def may_write(self, page: int) -> bool:
-        """Whether the holder of a page may write to it: no other sequence reads the page before it is written."""
+        """Whether a held page may be written: its KV is still to be stored, or only one sequence uses the page."""
         return page in self._unwritten or (self._holders[page] == 1 and page not in self._key_of_page)
 
     def evict_idle(self) -> None:

@@ -83,7 +83,7 @@ class SequenceState:
 
     @property
     def longest(self) -> int:
-        """Tokens of the sequence at its length limit, with the last block whole."""
+        """Tokens of the sequence at its length limit, rounded up to whole blocks."""
         return self.request.longest
 
     @property
@@ -163,7 +163,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def plan(self) -> Plan:
-        """Plan what happens before the next step. A call says that the plan before it was carried out."""
+        """Plan what happens before the next step. Calling it means that the plan before was carried out."""
         if self.waiting and len(self.running) >= self._active_limit.now:
             self._active_limit.count_full_step()
             self._prefill_limit.count_full_step()

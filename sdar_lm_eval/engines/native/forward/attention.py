@@ -1,8 +1,8 @@
 """Attention over paged KV: one function that transformers' Qwen3 layers call in the place of their own.
 
 A forward's batch is B rows of Q query tokens; a row holds consecutive tokens of one sequence. New keys and values are
-written to their pages first. Then every query sees the leading `visible` tokens of its sequence. This implements the
-block-causal mask: a token of block b sees (b + 1) * block_length tokens.
+written to their pages first. Then every query sees the leading `visible` tokens of its sequence. This visibility is
+the block-causal mask: a token of block b sees (b + 1) * block_length tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "sdar_paged"
@@ -108,15 +109,54 @@ def attend(
     Returns:
         (B, Q, query heads, head size).
     """
-    b, heads, q, size = query.shape
-    kv_heads = keys.shape[2]
+    group = query.shape[1] // keys.shape[2]
     k = keys[pages].flatten(1, 2).transpose(1, 2)  # (B, KV heads, context, head size)
     v = values[pages].flatten(1, 2).transpose(1, 2)
     context = torch.arange(k.shape[2], device=query.device)
-    sees = (context < visible[..., None]).repeat(1, heads // kv_heads, 1)[:, None]  # (B, 1, group * Q, context)
+    sees = (context < visible[..., None]).repeat(1, group, 1)[:, None]  # (B, 1, group * Q, context)
+    return grouped_attention(query, k, v, sees, scaling)
+
+
+def grouped_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """One attention a KV head, with its group of query heads.
+
+    Args:
+        query: (B, query heads, Q, head size).
+        key, value: (B, KV heads, K, head size).
+        mask: (B, 1, group * Q, K), bool or added to the scores.
+        scaling: factor on the scores.
+
+    Returns:
+        (B, Q, query heads, head size).
+    """
+    b, heads, q, size = query.shape
+    kv_heads = key.shape[1]
     grouped = query.reshape(b, kv_heads, (heads // kv_heads) * q, size)
-    out = scaled_dot_product_attention(grouped, k, v, attn_mask=sees, scale=scaling)
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(b, heads, q, size).transpose(1, 2)
+
+
+def hidden_states(
+    model: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch
+) -> torch.Tensor:
+    """Run tokens through transformers' modules, with a batch that attends.
+
+    Args:
+        model: transformers' model with the attention of this module.
+        tokens, positions: (B, Q) int64.
+        batch: the tokens' batch.
+
+    Returns:
+        The last hidden states, (B, Q, hidden size).
+    """
+    # A mask stops transformers from building one. All versions pass a 4-d mask on, and no attention reads it.
+    mask = torch.empty(len(tokens), 1, 1, 1, dtype=model.dtype, device=tokens.device)
+    hidden: torch.Tensor = model.model(
+        input_ids=tokens, position_ids=positions, attention_mask=mask, batch=batch, use_cache=False
+    ).last_hidden_state
+    return hidden
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, paged_attention)

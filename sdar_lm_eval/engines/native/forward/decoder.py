@@ -94,7 +94,7 @@ class FusedDecoder:
         return attended, residual
 
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The last hidden states (T, D) of tokens, from their rows of what a call returned; overwrites `residual`."""
+        """The last hidden states (T, D) of tokens, from their rows of a call's results. Overwrites `residual`."""
         x, residual = self._after_attention(self._weights.layers[-1], attended, residual)
         return kernels.add_norm(x, residual, self._weights.norm, self._weights.eps)[0]
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from sdar_lm_eval.decoding import MAX_BLOCK_LENGTH
 from sdar_lm_eval.engines.native.batch import Segments
-from sdar_lm_eval.engines.native.forward.attention import PagedBatch
+from sdar_lm_eval.engines.native.forward.attention import PagedBatch, hidden_states
 from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
 from sdar_lm_eval.engines.native.scheduler import Chunk
@@ -36,7 +36,7 @@ class ModulesForward(Forward):
         self._hidden = torch.empty(0)
 
     def sizes(self, slots: int, block: int) -> tuple[int, ...]:
-        """See `Forward.sizes`: nothing is captured."""
+        """See `Forward.sizes`. No graph is captured, so one size is enough."""
         return (2 * slots,)
 
     def reserve(self, segments: int, block: int, positions: int) -> None:
@@ -46,7 +46,7 @@ class ModulesForward(Forward):
         self._hidden = torch.zeros(size, dtype=self._model.dtype, device=self._device)
 
     def context_key(self, context: int) -> int:
-        """See `Forward.context_key`: whole pages."""
+        """See `Forward.context_key`. The length is a whole number of pages."""
         return -(-context // self._cache.page_size) * self._cache.page_size
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
@@ -79,15 +79,8 @@ class ModulesForward(Forward):
         """Run B rows of Q tokens, a row of one slot's sequence each; return the last hidden states (B, Q, D)."""
         assert self._cache.kv is not None
         pages = self._cache.table[:, : -(-context // self._cache.page_size)][slot]  # (B, P)
-        hidden: torch.Tensor = self._model.model(
-            input_ids=tokens,
-            position_ids=addresses.positions,
-            # A mask stops transformers from building one. All versions pass a 4-d mask on, and no attention reads it.
-            attention_mask=torch.empty(len(tokens), 1, 1, 1, dtype=self._model.dtype, device=self._device),
-            batch=PagedBatch(self._cache.kv, pages, addresses.kv_slots, addresses.visible.clamp(min=1)),
-            use_cache=False,
-        ).last_hidden_state
-        return hidden
+        batch = PagedBatch(self._cache.kv, pages, addresses.kv_slots, addresses.visible.clamp(min=1))
+        return hidden_states(self._model, tokens, addresses.positions, batch)
 
 
 def of_similar_length(chunks: Sequence[Chunk], most_padding: int) -> Iterator[list[Chunk]]:

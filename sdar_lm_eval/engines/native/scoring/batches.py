@@ -68,16 +68,16 @@ def divide(
     """
     length = config.block_length
     groups: dict[tuple[int, ...] | int, list[int]] = {}  # shared context, or index where there is none -> indices
-    shared, own, whole = {}, {}, {}  # index -> clean tokens of the context, other clean tokens, all tokens
+    shared, own, length_of = {}, {}, {}  # index -> clean tokens of the context, other clean tokens, all tokens
     for index, request in enumerate(requests):
         if mask_token_id in request.continuation_ids:
             continue
-        whole[index] = len(request.context_ids) + len(request.continuation_ids)
+        length_of[index] = len(request.context_ids) + len(request.continuation_ids)
         shared[index] = len(request.context_ids) // length * length
-        own[index] = (whole[index] - 1) // length * length - shared[index]
+        own[index] = (length_of[index] - 1) // length * length - shared[index]
         if shared[index] + own[index] > limits.cache_tokens:
             raise UserError(
-                f"a request of {whole[index]:,} tokens (context and continuation) needs "
+                f"a request of {length_of[index]:,} tokens (context and continuation) needs "
                 f"{shared[index] + own[index]:,} tokens of KV cache; there is room for {limits.cache_tokens:,}. Lower "
                 "max_length, or give a larger kv_pages where there is memory for it."
             )
@@ -85,7 +85,7 @@ def divide(
     batches: list[Batch] = []
     indices: list[int] = []
     total = noised = 0
-    for group in sorted(groups.values(), key=lambda group: -max(whole[index] for index in group)):
+    for group in sorted(groups.values(), key=lambda group: -max(length_of[index] for index in group)):
         counted = False
         for index in group:
             needed = own[index] + (0 if counted else shared[index])

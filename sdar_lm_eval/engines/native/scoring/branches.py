@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+
+from sdar_lm_eval.engines.native.forward.attention import grouped_attention
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,14 @@ class BranchBatch:
     ) -> torch.Tensor:
         """See `AttentionBatch.attend`. `bias` masks the stored and the new tokens that a token does not see."""
         keys, values = self.cache[layer]  # (T, KV heads, head size) each
-        b, heads, q, size = query.shape
-        kv_heads = key.shape[1]
         k = torch.cat([keys[self.prefix].transpose(1, 2), key], dim=2)  # (B, KV heads, N + Q, head size)
         v = torch.cat([values[self.prefix].transpose(1, 2), value], dim=2)
-        # One attention a KV head, with its group of query heads.
-        grouped = query.reshape(b, kv_heads, (heads // kv_heads) * q, size)
-        out = scaled_dot_product_attention(grouped, k, v, attn_mask=self.bias, scale=scaling)
+        out = grouped_attention(query, k, v, self.bias, scaling)
         if self.kv_slots is not None:
             kv_slots = self.kv_slots.flatten()
             keys[kv_slots] = key.transpose(1, 2).flatten(0, 1)
             values[kv_slots] = value.transpose(1, 2).flatten(0, 1)
-        return out.reshape(b, heads, q, size).transpose(1, 2)
+        return out
 
 
 def attention_bias(

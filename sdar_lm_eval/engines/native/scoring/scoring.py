@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from sdar_lm_eval import likelihood
+from sdar_lm_eval.engines.native.forward.attention import hidden_states
 from sdar_lm_eval.engines.native.scoring.batches import Limits, divide
 from sdar_lm_eval.engines.native.scoring.branches import BranchBatch, attention_bias
 from sdar_lm_eval.engines.native.scoring.rows import Integers, Row, Trunk, clean_rows, laid_out, packed, spans
@@ -148,20 +149,13 @@ class Scoring:
         group = config.num_attention_heads // config.num_key_value_heads
         sees = (self._to_device(array) for array in (visible, first, last))
         bias = attention_bias(*sees, stored=stored, group=group, dtype=self._model.dtype)
-        hidden: torch.Tensor = self._model.model(
-            input_ids=self._to_device(tokens),
-            position_ids=self._to_device(positions),
-            # A mask stops transformers from building one. All versions pass a 4-d mask on, and no attention reads it.
-            attention_mask=torch.empty(b, 1, 1, 1, dtype=self._model.dtype, device=self._device),
-            batch=BranchBatch(
-                cache,
-                prefix=self._to_device(prefix),
-                bias=bias,
-                kv_slots=None if rows[0].kv_slots is None else self._to_device(kv_slots),
-            ),
-            use_cache=False,
-        ).last_hidden_state
-        return hidden
+        batch = BranchBatch(
+            cache,
+            prefix=self._to_device(prefix),
+            bias=bias,
+            kv_slots=None if rows[0].kv_slots is None else self._to_device(kv_slots),
+        )
+        return hidden_states(self._model, self._to_device(tokens), self._to_device(positions), batch)
 
     @torch.no_grad()
     def _read_log_probabilities(
