@@ -282,7 +282,7 @@ def _attend_rows(
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     query_row = (first + token) * HEADS + head  # index of each row among T * HEADS
     column = begin + tl.arange(0, COLUMNS)
-    # These loads do not depend on `sees`, so that they do not wait for it.
+    # The load of `page`, and with one split that of `q`, does not depend on `sees`, so it does not wait for `sees`.
     page = tl.load(own_pages + column // PAGE, mask=column // PAGE < width, other=0)
     sees = tl.load(visible + first + token, mask=token < count, other=0)
     if SPLITS == 1:
