@@ -97,10 +97,10 @@ def main() -> None:
     with folder(parser, args) as pretrained:
         checkpoint = Checkpoint.open(pretrained)
         engine: Any = make_engine("native", checkpoint, device=args.device, dtype=args.dtype)
-    model = engine._model
+    model = engine.model
     attention = model.config._attn_implementation
     length = args.block_length or checkpoint.block_length
-    tokens_a_forward = Limits.on(model.device.type, room=1, requests=None).forward_tokens
+    tokens_a_forward = Limits.on(model.device.type, cache_tokens=1, requests=None).forward_tokens
     rows: list[dict[str, Any]] = []
     print("| requests | method | scored tokens/s | seconds | of plain | tokens run | of plain |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")

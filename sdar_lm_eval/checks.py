@@ -1,4 +1,4 @@
-"""Checks of values that are typed already: one clear error, or the value. `settings.py` reads text."""
+"""Checks of typed values. A check returns the value, or raises one clear error. `settings.py` reads text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Taken = TypeVar("Taken")
 
 
 def check_range(given: str, allowed: bool, what: str) -> None:
-    """Refuse a value that is not allowed; `given` ("top_k=-1") and `what` ("0 or more") make the message.
+    """Raise unless a value is allowed. The message says what was `given` ("top_k=-1") and `what` is ("0 or more").
 
     Raises:
         UserError: the value is out of range.
@@ -25,13 +25,13 @@ def check_range(given: str, allowed: bool, what: str) -> None:
 
 
 def check_number(name: str, value: object, *, whole: bool) -> int | float:
-    """Take a finite number, or a whole one: an int where `whole`, else a float.
+    """Return a number: an int if `whole`, else a finite float.
 
     Raises:
-        UserError: the value is something else.
+        UserError: the value is no such number.
     """
     if whole and isinstance(value, SupportsIndex) and not isinstance(value, bool):
-        return operator.index(value)  # not by way of float, which has no room for large ones
+        return operator.index(value)  # float would round large ints
     number = math.nan
     if isinstance(value, SupportsFloat) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):
@@ -42,10 +42,10 @@ def check_number(name: str, value: object, *, whole: bool) -> int | float:
 
 
 def at_least_one(name: str, value: object) -> int:
-    """Take a whole number above 0.
+    """Return a whole number of 1 or more.
 
     Raises:
-        UserError: the value is something else.
+        UserError: the value is no such number.
     """
     number = int(check_number(name, value, whole=True))
     check_range(f"{name}={number}", number >= 1, "1 or more")
@@ -53,10 +53,10 @@ def at_least_one(name: str, value: object) -> int:
 
 
 def check_bool(name: str, value: object) -> bool:
-    """Take true or false, and nothing that stands for them.
+    """Return a bool. No other type is converted.
 
     Raises:
-        UserError: it is neither.
+        UserError: the value is no bool.
     """
     if not isinstance(value, bool):
         raise UserError(f"{name}={value!r} is neither true nor false. Give one of them.")
@@ -64,5 +64,5 @@ def check_bool(name: str, value: object) -> bool:
 
 
 def if_given(check: Callable[[str, Given], Taken], name: str, value: Given | None) -> Taken | None:
-    """Check an option by a function of its name and value, such as `at_least_one`; None, not given, stays None."""
+    """Check an option with a function such as `at_least_one`; None, an option that is not given, stays None."""
     return None if value is None else check(name, value)

@@ -1,6 +1,6 @@
-"""How a request is denoised: the settings, and where an answer ends.
+"""Decoding settings of a request, and where its answer ends.
 
-Nothing here holds a tensor or imports torch.
+This module holds no tensor and does not import torch.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ MAX_BLOCK_LENGTH = 1024
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """How one request is denoised. Names follow `generate.py` of JetAstra/SDAR.
+    """The decoding settings of one request. Names follow `generate.py` of JetAstra/SDAR.
 
     Args:
         block_length: tokens denoised together.
-        denoising_steps: length of the schedule of a block; step s unmasks `quotas[s]` tokens. None: `block_length`.
-        remasking_strategy: which masked positions a step unmasks; a file each in `engines/native/strategies/`.
-        confidence_threshold: low_confidence_dynamic keeps every token whose confidence is above it (strictly).
-        eb_threshold: entropy_bounded keeps tokens while the sum of their entropies, in nats, is below it.
-        temperature: of the distribution tokens are drawn from; 0 draws the most probable one (greedy). The harness's
-            tasks are greedy unless they or the user ask for sampling; this class by itself samples.
-        top_k: draw from the k most probable tokens only; 0 is off.
-        top_p: draw from the smallest set of tokens whose probability exceeds p; 1 is off.
-        repetition_penalty: as in transformers: the logits of tokens already in the prompt or answer are divided
-            (positive ones) or multiplied (negative ones) by it; 1 is off.
+        denoising_steps: number of steps in a block's schedule; step s unmasks `quotas[s]` tokens. None: `block_length`.
+        remasking_strategy: the rule by which a step unmasks positions; `engines/native/strategies/` has one file each.
+        confidence_threshold: low_confidence_dynamic keeps every token whose confidence is strictly above this value.
+        eb_threshold: entropy_bounded keeps tokens while the sum of their entropies, in nats, is below this value.
+        temperature: of the distribution that tokens are drawn from; 0 draws the most probable token (greedy). The
+            default samples. The harness is greedy unless a task or the user asks for sampling.
+        top_k: draw only from the k most probable tokens; 0 is off.
+        top_p: draw only from the smallest set of tokens whose probability exceeds p; 1 is off.
+        repetition_penalty: as in transformers: positive logits of tokens in the prompt or the answer are divided by
+            this value, negative logits are multiplied by it; 1 is off.
 
     Raises:
         UserError: a value is out of range.
@@ -85,7 +85,7 @@ class DecodingConfig:
             0 <= self.eb_threshold <= 1e6,
             "an entropy in nats, from 0 to 1,000,000",
         )
-        # Engines compute in float32: these bounds keep logits finite there.
+        # Engines divide and multiply logits in float32: the bounds of these settings keep logits finite.
         check_range(
             f"temperature={self.temperature}",
             self.temperature == 0 or 1e-4 <= self.temperature <= 1e4,
@@ -101,18 +101,18 @@ class DecodingConfig:
 
     @property
     def steps(self) -> int:
-        """The length of the schedule, with the default resolved."""
+        """The number of steps in the schedule: `denoising_steps` with its default resolved."""
         return self.block_length if self.denoising_steps is None else self.denoising_steps
 
     @property
     def quotas(self) -> tuple[int, ...]:
-        """Tokens to unmask at each step: block_length // steps, one more in the first block_length % steps."""
+        """Tokens to unmask in each step: block_length // steps, and one more in the first block_length % steps."""
         base, extra = divmod(self.block_length, self.steps)
         return tuple(base + (step < extra) for step in range(self.steps))
 
     @property
     def greedy(self) -> bool:
-        """Whether every draw is the most probable token."""
+        """Whether each draw takes the most probable token."""
         return self.temperature == 0 or self.top_k == 1
 
     def as_dict(self) -> dict[str, str | int | float]:
@@ -124,7 +124,7 @@ DECODING_SETTINGS = tuple(field.name for field in dataclasses.fields(DecodingCon
 
 
 class Ends(Protocol):
-    """What ends an answer; `GenerationRequest` is one."""
+    """The fields of a request that end an answer; `GenerationRequest` has them."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -145,26 +145,26 @@ def end_of_answer(
     decode: Callable[[Sequence[int]], str],
     earlier: Sequence[int] = (),
 ) -> tuple[int, str]:
-    """Where an answer ends in some of its tokens, behind which an engine may have made more.
+    """Find the end of an answer in new tokens; an engine may have generated tokens after the end.
 
     Args:
-        tokens: new tokens, with all that was made after the answer's end.
-        request: its limit, stop tokens and stop strings count.
-        decode: makes text of tokens.
-        earlier: the answer's tokens before, in which it has not ended.
+        tokens: new tokens, which may go on after the answer's end.
+        request: has the answer's limit, stop tokens and stop strings.
+        decode: token ids -> text.
+        earlier: the answer's tokens before the new ones. The answer does not end in these.
 
     Returns:
-        (tokens of the answer, "stop" or "length"); (len(tokens), "") where the answer has no end in them. A stop token
-        is not part of the answer; of a stop string, the token that completes it is.
+        (number of new tokens that belong to the answer, "stop" or "length"); (len(tokens), "") if the answer does not
+        end in the new tokens. The answer excludes a stop token, and includes the token that completes a stop string.
     """
-    room = request.max_new_tokens - len(earlier)
-    count, reason = (room, "length") if room <= len(tokens) else (len(tokens), "")
-    for place, token in enumerate(tokens[:count]):
+    remaining = request.max_new_tokens - len(earlier)
+    count, reason = (remaining, "length") if remaining <= len(tokens) else (len(tokens), "")
+    for index, token in enumerate(tokens[:count]):
         if token in request.stop_ids:
-            count, reason = place, "stop"
+            count, reason = index, "stop"
             break
 
-    # Every token with text has a byte of it or more, so a stop string of n bytes begins at most n tokens earlier.
+    # A token with text has at least one byte, so a stop string of n bytes begins at most n tokens earlier.
     window = max((len(string.encode(errors="surrogatepass")) for string in request.stop_strings), default=0)
     before = list(earlier[-window:]) if window else []
 

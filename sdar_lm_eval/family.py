@@ -1,4 +1,4 @@
-"""What a model family is: how a checkpoint's config.json and weights become a model. `families/` has one file each."""
+"""A model family: how config.json and the weights become a model. `families/` has one file for each family."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ Shapes = dict[str, tuple[int, ...]]
 """Name of a weight -> its shape."""
 
 Config = Mapping[str, object]
-"""config.json, parsed and checked."""
+"""The content of config.json, parsed and checked."""
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Weights of a dense decoder layer, for the fused decoder; matrices as torch.nn.Linear has them.
+    """Weights of a dense decoder layer, for the fused decoder. Matrices are laid out as in torch.nn.Linear.
 
     Attributes:
-        input_norm, post_norm: (D,), the RMSNorms in front of attention and MLP.
-        qkv: ((heads + 2 KV heads) * size, D), the projections of queries, keys and values, joined.
-        qkv_bias: of `qkv`, or None.
+        input_norm, post_norm: (D,), the RMSNorms before attention and before the MLP.
+        qkv: ((heads + 2 KV heads) * size, D), the joined projections of queries, keys and values.
+        qkv_bias: ((heads + 2 KV heads) * size,), or None.
         q_norm, k_norm: (size,), the RMSNorms of each head's queries and keys.
-        o, o_bias: (D, heads * size), attention's output projection, and its bias or None.
-        gate_up: (2 * width, D), the MLP's gate and up projections, joined.
-        down: (D, width).
+        o: (D, heads * size), attention's output projection.
+        o_bias: (D,), or None.
+        gate_up: (2 * width, D), the MLP's joined gate and up projections.
+        down: (D, width), the MLP's down projection.
     """
 
     input_norm: torch.Tensor
@@ -45,15 +46,15 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """What the fused decoder runs: RMSNorm, attention with rotary positions over whole heads, MLP with SiLU gate.
+    """Weights of the fused decoder: RMSNorm, attention with RoPE over whole heads, MLP with SiLU gate.
 
     Attributes:
-        embedding, head: (V, D).
+        embedding, head: (V, D), the token embedding and the LM head.
         norm: (D,), the last RMSNorm.
         layers: the decoder layers.
-        rotary: positions (1, T) -> cosines and sines (1, T, size), both halves of a head alike.
+        rotary: positions (1, T) -> cosines and sines (1, T, size), equal for both halves of a head.
         head_dim: size of a head.
-        eps: of the RMSNorms.
+        eps: epsilon of the RMSNorms.
     """
 
     embedding: torch.Tensor
@@ -66,12 +67,12 @@ class DecoderWeights:
 
 
 def no_weights(model: PreTrainedModel) -> DecoderWeights | None:
-    """Of a family without a fused decoder: transformers' modules run it."""
+    """The `fused` of a family that transformers' modules run."""
     return None
 
 
 def leave(model: PreTrainedModel) -> None:
-    """Of a family whose model runs as transformers loads it."""
+    """The `prepare` of a family whose model runs as transformers loads it."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,17 @@ class Family:
     """A model family.
 
     Attributes:
-        model_type: what config.json says.
+        model_type: value of `model_type` in config.json.
         config_class, model_class: names of transformers' classes.
-        settings: keys of config.json that say how the model computes, RoPE apart. No other key reaches transformers.
-        defaults: key -> value where config.json is silent, of vocab_size and max_position_embeddings.
-        is_moe: whether layers hold experts.
+        settings: keys of config.json that the computation depends on, except those of RoPE. No other key is passed to
+            transformers.
+        defaults: defaults of vocab_size and max_position_embeddings, for a config.json without these keys.
+        is_moe: whether layers have experts.
         weights: transformers' config -> name and shape of every weight that the files must hold.
-        count: config.json -> about how many weights it asks for, without building anything.
+        count: config.json -> about the number of weights that it asks for, without building anything.
         fused: the loaded model -> weights for the fused decoder, or None where transformers' modules run the model.
-            Joined weights take the place of the model's own, which become views of them.
-        prepare: changes a model that was just loaded, so that keyword arguments reach its attention.
+            The model's own weights become views of the joined weights.
+        prepare: changes a loaded model so that keyword arguments reach its attention.
     """
 
     model_type: str

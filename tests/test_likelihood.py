@@ -185,7 +185,7 @@ def test_many_masks_take_little_memory(engine: NativeEngine, monkeypatch: pytest
     monkeypatch.setattr(
         Scoring,
         "_forward",
-        lambda self, s, _: torch.zeros(len(s), max(a.size[1] for a in s), engine._model.config.hidden_size),
+        lambda self, s, _: torch.zeros(len(s), max(a.size[1] for a in s), engine.model.config.hidden_size),
     )
     (request,) = requests_of([(32, 32)])
     peaks = []
@@ -397,7 +397,7 @@ def test_a_block_has_as_many_patterns_as_a_batch_is_laid_out_for(length: int, me
 def test_batches_are_bounded_by_what_they_lay_out(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen rows of four for each request."""
     monkeypatch.setattr(
-        native_engine.Limits, "on", lambda device, room, requests: Limits(room, room, 150, requests, 1024, 8192, 256)
+        native_engine.Limits, "on", lambda device, cache, requests: Limits(cache, cache, 150, requests, 1024, 8192, 256)
     )
     sizes, run_batch = [], Scoring._run_batch
 
@@ -478,7 +478,7 @@ def test_out_of_memory_keeps_what_is_finished(folder: Path, monkeypatch: pytest.
 
 def test_logits_that_are_not_numbers(folder: Path) -> None:
     engine = open_engine(folder)
-    engine._model.lm_head.weight[:] = torch.nan
+    engine.model.lm_head.weight[:] = torch.nan
     with pytest.raises(EngineError, match="logits are not finite numbers"):
         score(engine, requests_of([(4, 4)]), 4)
 
@@ -491,7 +491,7 @@ def test_one_text_without_numbers_costs_the_others_nothing(folder: Path, method:
     contexts = [some(rng, n, below=bad) for n in (4, 9, 30)]
     good = [ScoreRequest(c, some(rng, m, below=bad)) for c in contexts for m in (1, 3, 6)]
     expected = score(engine, good, 4, method)
-    engine._model.model.embed_tokens.weight[bad] = torch.nan
+    engine.model.model.embed_tokens.weight[bad] = torch.nan
     tainted = [ScoreRequest(contexts[0], (1, bad, 2, 3)), ScoreRequest((bad, *contexts[1]), (1,))]
     tainted.append(ScoreRequest((bad, *contexts[1]), (2, 3)))
     results = {}

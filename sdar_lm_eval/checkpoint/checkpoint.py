@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and what engines get of it."""
+"""A checkpoint: its config, mask token, block length and stop tokens, its tokenizer and its weights."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's folder and what it says of itself.
+    """An opened checkpoint.
 
     Attributes:
-        name: as the user gave it: hub id, folder, or `demo`.
-        folder: where the files are.
-        config: `config.json` as it stands.
-        family: what `model_type` in config.json means.
+        name: the name that the user gave: hub id, folder, or `demo`.
+        folder: the folder of the files.
+        config: the content of config.json, unchanged.
+        family: the family of `model_type` in config.json.
         mask_token_id: the token at masked positions.
-        block_length: tokens the model was trained to denoise together: config.json's `block_size`, else what the name
-            says (JetLM's end in -b8, -b16, ... where it is not 4), else 4.
-        stop_ids: tokens that end an answer: `generation_config.json`'s, else config.json's, else the tokenizer's.
+        block_length: tokens that the model was trained to denoise together: config.json's `block_size`, else the
+            number in the name (JetLM's names end in -b8, -b16, ... where it is not 4), else 4.
+        stop_ids: tokens that end an answer: generation_config.json's, else config.json's, else the tokenizer's.
         max_length: most tokens of prompt and answer together (`max_position_embeddings`).
         revision: branch, tag or commit of the hub id, as the user gave it.
     """
@@ -68,15 +68,15 @@ class Checkpoint:
 
     @classmethod
     def open(cls, name: str, revision: str | None = None) -> Checkpoint:
-        """Open a checkpoint by hub id, folder or `demo`. Of weight files that exist, the headers are read.
+        """Open a checkpoint by hub id, folder or `demo`. Reads the headers of existing weight files.
 
         Args:
             name: `demo`, an existing folder, or a hub id (`owner/name`), downloaded to the hub's cache.
             revision: branch, tag or commit; for hub ids only.
 
         Raises:
-            UserError: no such folder or id, no `config.json`, another model type, no mask token named, or a value or
-                file that cannot be used.
+            UserError: the folder or the id does not exist, there is no config.json, no family has the model type, no
+                mask token is named, or a value or a file cannot be used.
         """
         folder = resolve(name, revision)
         try:
@@ -116,35 +116,35 @@ class Checkpoint:
             revision=revision,
         )
         if tokenizer is not None:
-            opened.__dict__["tokenizer"] = tokenizer  # read already
+            opened.__dict__["tokenizer"] = tokenizer  # so that `tokenizer` does not read it again
         return opened
 
     @property
     def is_moe(self) -> bool:
-        """Whether layers hold experts."""
+        """Whether layers have experts."""
         return self.family.is_moe
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer, from a copy of its files that names no code.
+        """The checkpoint's tokenizer, opened from a copy of its files without references to code.
 
         Raises:
-            UserError: the folder has no tokenizer, transformers cannot read it, or it gives tokens that the embedding
+            UserError: the folder has no tokenizer, transformers cannot read it, or it has tokens that the embedding
                 lacks.
         """
         return open_tokenizer(self.name, self.folder, vocabulary_of(self.config, self.family))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of tokens, without special tokens, white space as it stands."""
-        # An array, since transformers visits each token of a list in Python.
+        """Return the text of tokens without special tokens; white space is unchanged."""
+        # transformers visits each token of a list in Python, so it gets an array.
         ids = np.asarray(token_ids, dtype=np.int64)
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of every byte that answers depend on: weights, configuration, tokenizer and chat template.
+        """A hash of every byte that answers depend on: weights, config, tokenizer and chat template.
 
-        Weight files are hashed once, and their hashes remembered (`fingerprint.py`).
+        Weight files are hashed once; their hashes are stored (`fingerprint.py`).
         """
         files = [self.folder / name for name in ("generation_config.json", *TOKENIZER_FILES)]
         return fingerprint(self.config, [path for path in files if path.exists()], self.weight_files())
@@ -162,7 +162,7 @@ class Checkpoint:
         return self.family.weights(self._transformers_config("eager"))
 
     def full_config(self) -> Config:
-        """Return config.json, completed with transformers' defaults. Engines have other defaults, or none.
+        """Return config.json completed with transformers' defaults, for engines that have other defaults or none.
 
         Raises:
             UserError: transformers cannot use the config.
@@ -174,7 +174,7 @@ class Checkpoint:
         }
 
     def check_weights(self) -> None:
-        """Compare the weight files with what config.json asks for.
+        """Compare the weight files with the weights that config.json asks for.
 
         Raises:
             UserError: weights are missing, unexpected, of another shape, or cut short; the message names them.
@@ -184,7 +184,7 @@ class Checkpoint:
     def load_model(self, *, dtype: torch.dtype, device: torch.device | str, attention: str) -> PreTrainedModel:
         """Load the weights into the family's model class of transformers.
 
-        They go to the device as they are read.
+        Each weight is copied to the device as it is read.
 
         Args:
             dtype: torch dtype of the weights in memory.
@@ -194,7 +194,7 @@ class Checkpoint:
         Raises:
             UserError: weights are missing, unexpected, of another shape, or cut short (the message names them), or do
                 not fit on the device.
-            EngineError: the installed transformers loads SDAR's weights wrongly.
+            EngineError: the installed transformers does not load all weights.
         """
         import torch
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -209,7 +209,7 @@ class Checkpoint:
     def clean_folder(
         self, config: Mapping[str, object], tokenizer: Mapping[str, object] | None = None
     ) -> Iterator[Path]:
-        """Make a temporary folder for an engine that opens checkpoints by itself. It holds and names no code.
+        """Make a temporary folder, without code or references to code, for an engine that opens checkpoints itself.
 
         Args:
             config: the content of the folder's config.json.
@@ -219,7 +219,7 @@ class Checkpoint:
             The folder, with the tokenizer's files and links to the weights.
 
         Raises:
-            UserError: the weights are not those that the checkpoint's config.json asks for, or there is no tokenizer.
+            UserError: the weights do not fit the checkpoint's config.json, or there is no tokenizer.
         """
         self.check_weights()
         with tempfile.TemporaryDirectory(prefix="sdar-checkpoint-") as clean:

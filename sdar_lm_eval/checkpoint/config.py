@@ -1,4 +1,4 @@
-"""`config.json` of a checkpoint: checks its values, and translates them into transformers' config of that layout."""
+"""Checks the values of a checkpoint's config.json, and translates config.json to transformers' config."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 Config = Mapping[str, Any]
 
-# Key -> the largest value that is believed. Larger ones are slips, and would be built before anything fails.
+# Key -> the largest plausible value. A larger value is a mistake, and transformers would build a model of this size.
 WHOLE = {
     "block_length": 2**16, "block_size": 2**16, "decoder_sparse_step": 10**4, "head_dim": 2**16, "hidden_size": 2**20,
     "intermediate_size": 2**24, "max_position_embeddings": 2**40, "moe_intermediate_size": 2**24,
@@ -43,7 +43,7 @@ def _all(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(map(check, value))
 
 
-# Keys, what their values must be, and that in words.
+# Keys, a check of their values, and what the check requires, in words.
 KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         ("attention_bias", "norm_topk_prob", "tie_word_embeddings", "use_sliding_window"),
@@ -63,13 +63,13 @@ KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 
 
 def check_config(name: str, config: Config) -> Family:
-    """Check each value of `config.json` that is read, by itself and beside the others; null counts as left out.
+    """Check each value of config.json that is read, and that the values fit together. null means not given.
 
     Returns:
         The model's family.
 
     Raises:
-        UserError: no family has this model type, or a value is of another type, out of range, or at odds with another.
+        UserError: no family has this model type, or a value has a wrong type, is out of range, or does not fit another.
     """
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
@@ -111,7 +111,7 @@ def _wrong(name: str, config: Config, key: str, words: str) -> UserError:
 
 
 def vocabulary_of(config: Config, family: Family) -> int:
-    """How many rows the embedding has: every token is below."""
+    """The number of rows of the embedding: every token id is below it."""
     return config.get("vocab_size") or family.defaults["vocab_size"]
 
 
@@ -121,10 +121,10 @@ def max_length_of(config: Config, family: Family) -> int:
 
 
 def stop_ids_of(name: str, value: Any, vocabulary: int) -> tuple[int, ...]:
-    """One token id, several, or none, as `eos_token_id` has it.
+    """Read `eos_token_id`: one token id, a list of ids, or None.
 
     Raises:
-        UserError: one of them is no token.
+        UserError: an id is no token of the vocabulary.
     """
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if not all(_is_whole(token, 0, vocabulary - 1) for token in ids):
@@ -136,10 +136,10 @@ def stop_ids_of(name: str, value: Any, vocabulary: int) -> tuple[int, ...]:
 
 
 def check_mask_token(name: str, mask_token_id: Any, vocabulary: int) -> None:
-    """Check the token that stands for "not yet known".
+    """Check the mask token.
 
     Raises:
-        UserError: none is named, or it is no token.
+        UserError: the checkpoint names no mask token, or the id is no token of the vocabulary.
     """
     if mask_token_id is None:
         raise UserError(
@@ -154,12 +154,12 @@ def check_mask_token(name: str, mask_token_id: Any, vocabulary: int) -> None:
 
 
 def block_length_of(name: str, folder: Path, config: Config) -> int:
-    """Tokens that the model was trained to denoise together: config.json's, else the name's, else 4.
+    """The block length that the model was trained with: from config.json, else from the name, else 4.
 
     Args:
-        name: as the user gave it.
-        folder: where the checkpoint's files are.
-        config: its config.json.
+        name: the checkpoint's name as the user gave it.
+        folder: the folder of the checkpoint's files.
+        config: the content of config.json.
     """
     said = config.get("block_size") or config.get("block_length")
     named = next(filter(None, map(_block_length_in, _model_names(name, folder))), None)
@@ -182,9 +182,10 @@ def block_length_of(name: str, folder: Path, config: Config) -> int:
 
 
 def _model_names(name: str, folder: Path) -> list[str]:
-    """What the model may be called, best first: the hub's name for it, or its own folder's, but no folder above.
+    """Names that the model may have, best first: its name on the hub, or the name of its folder.
 
-    Of a trainer's `checkpoint-500` and of a hub's `models--owner--name/snapshots/commit` the model's folder is above.
+    In two layouts an outer folder has the model's name: a trainer's `name/checkpoint-500`, and the hub cache's
+    `models--owner--name/snapshots/commit`.
     """
     if not Path(name).expanduser().is_dir():  # a hub id
         return [name.rpartition("/")[2]]
@@ -201,24 +202,25 @@ def _model_names(name: str, folder: Path) -> list[str]:
 
 
 def _block_length_in(name: str) -> int | None:
-    """N of the last `b…N` that stands by itself in a name: JetLM's end in -b8, others go on behind it."""
+    """N of the last separate part `bN` of a name. JetLM's names end in it (-b8); others have parts after it."""
     found = re.findall(r"(?<![^-_.])b([1-9]\d{0,3})(?![^-_.])", name)
     return int(found[-1]) if found else None
 
 
 def transformers_config(name: str, config: Config, family: Family, attention: str) -> PretrainedConfig:
-    """Translate config.json into transformers' config of the same layout.
+    """Translate config.json to transformers' config of the family.
 
-    Of its keys those alone go there that say how the model computes: no other can make transformers build anything.
+    Only the family's settings and RoPE are passed on, so that no other key can make transformers build anything.
 
     Raises:
-        UserError: transformers cannot use it.
+        UserError: transformers cannot use the config.
     """
     import transformers
     from transformers.activations import ACT2FN
 
     settings = {key: config[key] for key in (*family.settings, "rope_theta", "rope_scaling") if key in config}
-    # transformers 5 writes rope_parameters, which 4 does not know: its rope_theta would be 10000. Both read these.
+    # transformers 5 writes rope_parameters. transformers 4 would ignore this key and use rope_theta=10000, so it is
+    # translated to rope_theta and rope_scaling, which both versions read.
     if rope := dict(config.get("rope_parameters") or {}):
         settings["rope_theta"] = rope.pop("rope_theta", settings.get("rope_theta", 10000.0))
         settings["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
@@ -226,7 +228,7 @@ def transformers_config(name: str, config: Config, family: Family, attention: st
         raise _wrong(name, config, "hidden_act", "an activation of transformers, such as silu")
     try:
         translated = getattr(transformers, family.config_class)(**settings, use_cache=False)
-        if getattr(translated, "head_dim", None) is None:  # Qwen3MoeConfig has no default of its own
+        if getattr(translated, "head_dim", None) is None:  # Qwen3MoeConfig has no default for it
             translated.head_dim = translated.hidden_size // translated.num_attention_heads
     except Exception as error:
         raise UserError(f"config.json of checkpoint {name!r} cannot be used: {one_line(error)}") from error

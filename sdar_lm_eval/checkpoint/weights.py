@@ -1,4 +1,4 @@
-"""The weights of a checkpoint: which files, what their headers say, what config.json asks for, and loading them."""
+"""The weights of a checkpoint: finds their files, compares them with config.json, and loads them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LESS_MEMORY = "Choose a smaller dtype, another device or a smaller checkpoint, or end what else runs there."
-# Names in older files that hold nothing: computed from the configuration.
+# Weights of older files that are ignored: they are computed from the config.
 IGNORED_WEIGHTS = ("rotary_emb.inv_freq",)
 MOST_HEADER_BYTES = 100_000_000  # as in safetensors/src/tensor.rs
 FLOATS = ("F64", "F32", "F16", "BF16")
-# A config that asks for more weights than this, and than twice what the files hold, is not compared name by name.
+# A comparison by name takes long for many weights: a config.json that asks for more than this, and for more than twice
+# as many as the files hold, is refused before the comparison.
 COMPARED = 100_000
 
 
@@ -34,7 +35,7 @@ def weight_files(name: str, folder: Path) -> list[Path]:
     """The safetensors files that hold the weights: model.safetensors, else those of its index.
 
     Raises:
-        UserError: none there, one of the index missing, or one that is another kind of file.
+        UserError: there are none, one that the index names is missing, or one is no regular file.
     """
     files = _named_files(name, folder)
     if missing := [path.name for path in files if not path.exists()]:
@@ -69,16 +70,16 @@ def _named_files(name: str, folder: Path) -> list[Path]:
 
 
 def check_headers(name: str, folder: Path, config: Config, family: Family) -> None:
-    """Check, where weights are there, that the files are whole and that config.json asks for about as many.
+    """Check that existing weight files are whole, and that config.json does not ask for far more weights.
 
-    Reads the files' headers; builds nothing.
+    Reads only the files' headers, and builds nothing. A folder without weight files passes.
 
     Raises:
-        UserError: a file is missing, no safetensors file or cut short, or config.json asks for far more.
+        UserError: a file is missing, no safetensors file, or cut short, or config.json asks for far more weights.
     """
     if not ((folder / SINGLE).exists() or (folder / INDEX).exists()):
         return
-    if not any(path.exists() for path in _named_files(name, folder)):  # a folder for its tokenizer
+    if not any(path.exists() for path in _named_files(name, folder)):  # the folder is used for its tokenizer only
         return
     found, asked = sum(len(read_shapes(path)) for path in weight_files(name, folder)), family.count(config)
     if asked > max(COMPARED, 2 * found):
@@ -91,12 +92,12 @@ def check_headers(name: str, folder: Path, config: Config, family: Family) -> No
 
 
 def read_shapes(path: Path) -> Shapes:
-    """Names and shapes in a safetensors file, whose length is what its header promises: a download cut short is named.
+    """Read the names and shapes in a safetensors file. A file shorter than its header promises is refused.
 
     Layout: 8 bytes little-endian header length, the header as JSON with `dtype`, `shape` and `data_offsets`, the data.
 
     Raises:
-        UserError: the file is no whole safetensors file, or holds other than floating-point numbers.
+        UserError: the file is no safetensors file, is cut short, or holds other types than floating-point numbers.
     """
     size = require_regular(path).st_size
     try:
@@ -123,7 +124,7 @@ def read_shapes(path: Path) -> Shapes:
 
 
 def check_layout(name: str, config: PretrainedConfig, family: Family, files: Sequence[Path]) -> None:
-    """Compare names and shapes of the weights with what the configuration asks for.
+    """Compare names and shapes of the weights with those that the config asks for.
 
     Raises:
         UserError: weights are missing, unexpected, of another shape, or cut short; the message names them.
@@ -150,12 +151,12 @@ def check_layout(name: str, config: PretrainedConfig, family: Family, files: Seq
 def _layout_of(name: str, config: PretrainedConfig, family: Family) -> Shapes:
     try:
         return family.weights(config)
-    except Exception as error:  # what config.json leaves out may have another type than ours
+    except Exception as error:  # transformers' default of a key may have a type that `weights` does not expect
         raise UserError(f"config.json of checkpoint {name!r} cannot be used: {one_line(error)}") from error
 
 
 def link_weights(files: Sequence[Path], index: Path, target: Path) -> None:
-    """Link the weight files and their index, where there is one, from another folder."""
+    """Link the weight files and their index, if there is one, into another folder."""
     for path in [*files, index]:
         if path.exists():
             (target / path.name).symlink_to(path.resolve())
@@ -171,7 +172,7 @@ def load(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> PreTrainedModel:
-    """Load weights that have been checked into transformers' model class; see `Checkpoint.load_model`."""
+    """Load checked weights into transformers' model class; see `Checkpoint.load_model`."""
     import torch
     import transformers
 
@@ -179,7 +180,7 @@ def load(
     _check_memory(name, config, family, dtype, torch.device(device))
     with tempfile.TemporaryDirectory(prefix="sdar-weights-") as clean, _no_progress_bars():
         link_weights(files, index, Path(clean))
-        (Path(clean) / "generation_config.json").write_text("{}")  # transformers 5 insists on one
+        (Path(clean) / "generation_config.json").write_text("{}")  # transformers 5 requires one
         try:
             model, report = getattr(transformers, family.model_class).from_pretrained(
                 clean,
@@ -198,16 +199,18 @@ def load(
             raise UserError(
                 f"the weights of checkpoint {name!r} cannot be loaded: {type(error).__name__}: {one_line(error)}"
             ) from error
-    left = {str(weight) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for weight in report[what]}
+    not_taken = {
+        str(weight) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for weight in report[what]
+    }
     if config.tie_word_embeddings:
-        left.discard("lm_head.weight")
-    if left:
+        not_taken.discard("lm_head.weight")
+    if not_taken:
         raise EngineError(
             f"checkpoint {name!r} is whole, but transformers {transformers.__version__} did not take its "
-            f"{_listed(sorted(left))}. Install another version of transformers."
+            f"{_listed(sorted(not_taken))}. Install another version of transformers."
         )
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight  # also where the files hold another head
+        model.lm_head.weight = model.model.embed_tokens.weight  # even if the files hold a different head
     family.prepare(model)
     return model.requires_grad_(False).eval()
 
@@ -215,7 +218,7 @@ def load(
 def _check_memory(
     name: str, config: PretrainedConfig, family: Family, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Refuse weights that a GPU has no room for, before they are read."""
+    """Refuse weights that do not fit into a GPU's memory, before they are read."""
     size = sum(map(math.prod, family.weights(config).values())) * dtype.itemsize
     free = free_memory(device)
     if free is not None and size > free:
@@ -226,7 +229,7 @@ def _check_memory(
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a GPU has free, for new tensors too; None for other devices."""
+    """Bytes that new tensors can use on a GPU: free memory, and torch's unused memory. None for other devices."""
     import torch
 
     if device.type != "cuda":

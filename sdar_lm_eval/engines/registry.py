@@ -1,7 +1,7 @@
-"""The engines: the name of each, its arguments, and what it can do.
+"""The registry of engines: names, arguments and capabilities.
 
-A new engine is a file or folder, and an entry of `ENGINES`. All others read this table: the lm_eval models, the hook
-that registers them, settings, Modal, benchmarks. This module imports no third-party package.
+A new engine is a file or folder, and an entry of `ENGINES`. The lm_eval models, the hook that registers them, settings,
+Modal and benchmarks read this table. This module imports no third-party package.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ POWERS_TO_64 = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What is known of an engine without importing it.
+    """Facts about an engine that need no import of the engine.
 
     Attributes:
-        name: for `make_engine` and `--engine`.
-        model: for `lm_eval --model`.
+        name: the engine's name for `make_engine` and `--engine`.
+        model: the lm_eval model's name for `lm_eval --model`.
         lm: the lm_eval model, "module:Class".
         target: the engine, "module:Class"; imported when the engine is opened.
-        arguments: the TypedDict of `settings.py` with its model_args.
-        strategies: remasking strategies that some version of the engine has; None: all.
-        block_lengths: block lengths that the engine takes; None: any.
+        arguments: name of the TypedDict in `settings.py` that has the engine's model_args.
+        strategies: remasking strategies that any version of the engine has; None: all.
+        block_lengths: block lengths that the engine supports; None: any.
         scores: whether the engine computes log-likelihoods.
     """
 
@@ -61,7 +61,7 @@ ENGINES = {
             lm="sdar_lm_eval.lm.model:SDARJetEngineLM",
             target="sdar_lm_eval.engines.adapters.jetengine.engine:JetEngine",
             arguments="JetEngineArguments",
-            block_lengths=POWERS_TO_64,  # its prefill attention takes no others
+            block_lengths=POWERS_TO_64,  # its prefill attention supports no others
         ),
         EngineSpec(
             name="lmdeploy",
@@ -71,7 +71,7 @@ ENGINES = {
             arguments="LMDeployArguments",
             # lmdeploy/pytorch/config.py: UnmaskingStrategy
             strategies=("low_confidence_dynamic", "low_confidence_static", "sequential"),
-            block_lengths=POWERS_TO_64,  # whole numbers of them fill a page, and a chunk of a long prompt
+            block_lengths=POWERS_TO_64,  # a page and a prefill chunk hold a whole number of such blocks
         ),
     )
 }
@@ -82,16 +82,16 @@ MODELS = {spec.model: spec.lm for spec in ENGINES.values()}
 
 
 def make_engine(name: str, checkpoint: Checkpoint, **options: object) -> Engine:
-    """Open an engine by name; no other engine is imported.
+    """Open an engine by name. Imports no other engine.
 
     Args:
         name: one of `ENGINES`.
         checkpoint: the opened checkpoint.
-        options: the keyword arguments of that engine's class.
+        options: keyword arguments of the engine's class.
 
     Raises:
-        UserError: no engine of that name, or options that it cannot take.
-        EngineError: something that the engine needs is not installed.
+        UserError: no engine has this name, or an option is out of range.
+        EngineError: a package that the engine needs is not installed.
     """
     if name not in ENGINES:
         raise UserError(f"engine {name!r} is unknown; known: {', '.join(ENGINES)}.{did_you_mean(name, ENGINES)}")

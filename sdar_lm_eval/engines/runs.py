@@ -1,15 +1,15 @@
-"""What the engines share about a run: one at a time, failures of single requests, memory that runs out, warming up.
+"""Parts of a run that all engines share.
 
-OneRun              refuses a run that begins inside another, or on a closed engine
-Closable            an engine's `close`, and `with`
-Failures            requests without an answer, reported after all others are answered
-Allowance           how many sequences run at once: fewer after an out-of-memory error, more again later
+OneRun              refuses a run that begins during another, or on a closed engine
+Closable            an engine's `close` and `with`
+Failures            collects requests without an answer, for one error at the end of the run
+Allowance           a limit that is lowered after an out-of-memory error, and raised again later
 is_out_of_memory    whether an error says that memory ran out, on a GPU or on the CPU
-warm_up_requests    short requests, for which an engine compiles what the real ones need
+warm_up_requests    short requests for which an engine compiles the kernels of the real requests
 peak_of_process     the most memory that this process has used
 check_rope          refuses rotary frequencies that depend on the batch
-not_finite          why a request without numbers has no answer
-environment         versions of the libraries that an engine runs on
+not_finite          why a request whose logits are not finite has no answer
+environment         versions of the libraries that an engine uses
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ PATIENCE = 32  # full steps before the limit is raised; doubled by every cut
 
 
 class OneRun:
-    """Lets one run at a time use an engine, until the engine is closed: two runs would write to the same state.
+    """Lets only one run at a time use an engine: two runs would write to the same state.
 
     A run holds the engine from the first `next` on its generator until the generator ends or is closed. Python closes a
-    generator that nothing refers to any more.
+    generator that has no references left.
 
     Args:
         engine: the engine's name, for the message.
@@ -48,7 +48,7 @@ class OneRun:
 
     def __init__(self, engine: str) -> None:
         self._engine = engine
-        self._held = threading.Lock()  # no RLock: Python may close a generator, and release this, in any thread
+        self._held = threading.Lock()  # no RLock: Python may close a generator, which releases the lock, in any thread
         self._closed = False
         self._unload: Callable[[], None] | None = None
 
@@ -66,7 +66,7 @@ class OneRun:
                 "or close() its generator, before the next one begins; or open a second engine."
             )
         try:
-            self._check_open()  # another thread may have closed it since
+            self._check_open()  # another thread may have closed the engine meanwhile
             yield
         finally:
             self._held.release()
@@ -74,7 +74,7 @@ class OneRun:
                 self._unload_once()
 
     def close(self, unload: Callable[[], None]) -> None:
-        """Let no run begin any more, and unload the engine once: now, or when the run that holds it ends."""
+        """Refuse further runs, and unload the engine once: now, or when the run that holds the engine ends."""
         if not self._closed:
             self._unload, self._closed = unload, True
         self._unload_once()
@@ -99,7 +99,7 @@ class Closable:
     _one_run: OneRun
 
     def _unload(self) -> None:
-        """Give back all memory; `close` calls this once."""
+        """Free all memory; `close` calls this once."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -114,20 +114,20 @@ class Closable:
 
 
 class Failures:
-    """Requests of a run that have no answer. The run goes on without them, and one error names them at its end."""
+    """Requests of a run that have no answer. The run answers all others; then one error names these requests."""
 
     def __init__(self) -> None:
         self._reasons: dict[str, list[int]] = {}
 
     def add(self, index: int, reason: str) -> None:
-        """Note that the request at this position has no answer, and why."""
+        """Add the request at this position, with the reason why it has no answer."""
         self._reasons.setdefault(reason, []).append(index)
 
     def raise_if_any(self, total: int) -> None:
-        """End a run of `total` requests.
+        """Raise if any of the run's `total` requests has no answer.
 
         Raises:
-            EngineError: some have no answer.
+            EngineError: some requests have no answer.
         """
         if not self._reasons:
             return
@@ -144,13 +144,16 @@ def _listed(indices: list[int]) -> str:
 
 
 class Allowance:
-    """A limit on what a step takes: cut when memory runs out, raised by a quarter after enough full steps.
+    """A limit on the size of a step: cut when memory runs out, raised by a quarter after enough full steps.
 
-    Every cut doubles the number of full steps before the next raise: a limit that memory cannot hold is tried ever less
-    often. Source of the scheme: additive increase and multiplicative decrease, as in TCP (RFC 5681).
+    Each cut doubles the number of full steps before the next raise, so a limit that memory cannot hold is tried less
+    and less often. The scheme follows congestion control in TCP (RFC 5681).
 
     Args:
-        most: the limit at first, and the largest there may be.
+        most: the initial limit, which is also the largest.
+
+    Attributes:
+        now: the current limit.
     """
 
     def __init__(self, most: int) -> None:
@@ -158,13 +161,13 @@ class Allowance:
         self._patience, self._full_steps = PATIENCE, 0
 
     def cut(self, to: int) -> None:
-        """Lower the limit to this number; to 1 at least."""
+        """Lower the limit to this number, but not below 1."""
         self.now = max(to, 1)
         self._patience *= 2
         self._full_steps = 0
 
     def count_full_step(self) -> None:
-        """Count a step that took all that the limit allows, without an error."""
+        """Count a step that used the whole limit without an error."""
         if self.now == self._most:
             return
         self._full_steps += 1
@@ -174,7 +177,7 @@ class Allowance:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out.
+    """Whether an error means that memory ran out.
 
     On a GPU, torch raises torch.OutOfMemoryError for its own allocations, and a RuntimeError for the driver's and
     cuBLAS's. On the CPU, torch raises a RuntimeError (c10/core/impl/alloc_cpu.cpp: "can't allocate memory", on Windows
@@ -187,23 +190,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def warm_up_requests(requests: Sequence[GenerationRequest], count: int) -> list[GenerationRequest]:
-    """Short requests with the settings of the first of `requests`: two blocks of its prompt, answers of 1 to 3 blocks.
+    """Short requests with the settings of the first of `requests`: prompts of two blocks, answers of 1 to 3 blocks.
 
-    One of them ends after three blocks, and half of the others after one: kernels are compiled for batches of several
-    sizes.
+    The first answer has three blocks, and of the others half have one and half have two. So the batch shrinks in steps,
+    and kernels are compiled for several batch sizes.
 
     Args:
         requests: at least one.
-        count: how many to make.
+        count: number of requests to make.
     """
     length = requests[0].decoding.block_length
     prompt = requests[0].prompt_ids[: 2 * length]
-    room = max(request.longest for request in requests) - len(prompt)  # the engine has memory for `requests` only
+    most_new = max(request.longest for request in requests) - len(prompt)  # the engine has memory for `requests` only
     return [
         dataclasses.replace(
             requests[0],
             prompt_ids=prompt,
-            max_new_tokens=min(length * (3 if i == 0 else 1 + i % 2), room),
+            max_new_tokens=min(length * (3 if i == 0 else 1 + i % 2), most_new),
             stop_strings=(),
         )
         for i in range(count)
@@ -211,7 +214,7 @@ def warm_up_requests(requests: Sequence[GenerationRequest], count: int) -> list[
 
 
 def peak_of_process() -> int:
-    """The most RAM that this process has used so far, in bytes."""
+    """Most RAM that this process has used so far, in bytes."""
     try:
         import resource
     except ImportError:  # Windows
@@ -222,7 +225,7 @@ def peak_of_process() -> int:
 
 
 def environment(device: torch.device, libraries: Mapping[str, str | None] | None = None) -> dict[str, str | None]:
-    """Versions of torch, transformers, `libraries` (name -> version) and Python; a GPU's name."""
+    """Versions of torch, transformers, `libraries` (name -> version) and Python; on CUDA the GPU's name."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -233,7 +236,7 @@ def environment(device: torch.device, libraries: Mapping[str, str | None] | None
 
 
 def not_finite(dtype: str) -> str:
-    """Why a request has no answer whose logits are no numbers, and what to do."""
+    """The reason why a request whose logits are not finite has no answer, and what to do."""
     return (
         f"the model's logits are not finite numbers (dtype {dtype.removeprefix('torch.')}). float16 overflows in some "
         "models: use dtype=bfloat16 or float32. Else the weights are bad."
@@ -241,13 +244,14 @@ def not_finite(dtype: str) -> str:
 
 
 def check_rope(checkpoint: Checkpoint) -> None:
-    """Refuse a rotary embedding whose frequencies are chosen by the longest sequence of a batch.
+    """Refuse a rotary embedding whose frequencies depend on the longest sequence of a batch.
 
-    An answer would depend on what runs beside it. Source: dynamic_rope_update in transformers' modeling_rope_utils.py,
-    which recomputes the frequencies of "dynamic" types and of longrope; those of all other types are constants.
+    With it, an answer would depend on the rest of the batch. Source: dynamic_rope_update in transformers'
+    modeling_rope_utils.py, which recomputes the frequencies of "dynamic" types and of longrope. All other types have
+    constant frequencies.
 
     Raises:
-        UserError: the checkpoint asks for one.
+        UserError: the checkpoint has such a rotary embedding.
     """
     for key in ("rope_parameters", "rope_scaling"):
         rope = checkpoint.config.get(key)

@@ -1,18 +1,18 @@
-"""What goes into an engine and what comes out: requests, results, and the protocol.
+"""The interface of engines: requests, results, and protocols.
 
-    GenerationRequest   prompt tokens, how to denoise (`DecodingConfig`), and what ends the answer
-    GenerationResult    the new tokens, why they ended, what they cost
-    Engine              generate(requests) yields (index, GenerationResult) as each finishes
-    EngineInfo          what an engine says of itself
+    GenerationRequest   prompt tokens, decoding settings (`DecodingConfig`), and what ends the answer
+    GenerationResult    the new tokens, why they end, and the forwards they took
+    Engine              generate(requests) yields (index, GenerationResult) as each request finishes
+    EngineInfo          facts about an engine
 
-and for log-likelihoods, which an engine may leave out:
+For log-likelihoods, which an engine may not support:
 
-    LikelihoodConfig    by which method
+    LikelihoodConfig    the method and its settings
     ScoreRequest        context tokens and continuation tokens
     ScoreResult         the continuation's log-likelihood
     Scorer              an Engine with score(requests, config)
 
-Nothing here holds a tensor or imports torch.
+This module holds no tensor and does not import torch.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ Fact = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """Facts on an engine: what the results file has of it.
+    """Facts about an engine, for the results file.
 
     Attributes:
         engine: the engine's name.
-        device: where it computes.
-        dtype: of weights and activations, without "torch.".
-        max_active: most sequences at once.
-        engine_version, engine_commit: of the engine's package; None for the engine of this package, and for a commit
-            that pip does not know.
-        deviations: rules that differ from those of `DecodingConfig`, by setting; None where there are none.
+        device: the device that the engine computes on.
+        dtype: dtype of weights and activations, without "torch.".
+        max_active: most sequences that run at once.
+        engine_version, engine_commit: version and commit of the engine's package; None for this package's own engine,
+            and for a commit that pip does not know.
+        deviations: setting -> how the engine's rule differs from that of `DecodingConfig`; None: no rule differs.
         extra: options and counts that only this engine has.
-        environment: versions of libraries, Python, the GPU's name.
+        environment: versions of libraries and Python, the GPU's name.
     """
 
     engine: str
@@ -60,7 +60,7 @@ class EngineInfo:
     environment: Mapping[str, str | None] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Fact | dict[str, str]]:
-        """All facts by name in one mapping, as the results file has them."""
+        """All facts by name in one mapping, as the results file holds them."""
         package = {"engine_version": self.engine_version, "engine_commit": self.engine_commit}
         return {
             "engine": self.engine,
@@ -80,13 +80,13 @@ class GenerationRequest:
 
     Args:
         prompt_ids: the prompt's tokens; at least one.
-        max_new_tokens: the answer is never longer.
-        decoding: how to denoise.
-        stop_ids: tokens that end the answer; the token itself is not part of it.
-        stop_strings: texts that end the answer. The tokens up to the one that completes the text are returned (whoever
-            makes text of them cuts it exactly).
-        seed: of this request's draws; the same seed gives the same draws whatever else is in the batch.
-        record_steps: report when and how surely each token was unmasked (GenerationResult.unmasked_at, .confidences).
+        max_new_tokens: most tokens of the answer.
+        decoding: the decoding settings.
+        stop_ids: tokens that end the answer; the answer does not include the stop token.
+        stop_strings: texts that end the answer. The answer includes the token that completes a stop string: the caller
+            cuts the decoded text at the stop string.
+        seed: seed of this request's draws. The draws do not depend on the other requests.
+        record_steps: whether to report each token's step and confidence (GenerationResult.unmasked_at, .confidences).
     """
 
     prompt_ids: tuple[int, ...]
@@ -105,24 +105,24 @@ class GenerationRequest:
 
     @property
     def longest(self) -> int:
-        """Most tokens of prompt and answer, the last block whole."""
+        """Most tokens of prompt and answer, rounded up to whole blocks."""
         length = self.decoding.block_length
         return -(-(len(self.prompt_ids) + self.max_new_tokens) // length) * length
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What an engine made of one request: token ids, no text.
+    """The answer to one request: token ids, no text.
 
     Attributes:
-        token_ids: the new tokens, without the stop token that ended them.
+        token_ids: the new tokens, without a stop token.
         finish_reason: "stop" (a stop token or string) or "length".
-        prefill_forwards, denoising_forwards, commit_forwards: how often its prompt, or a block of it, went through the
-            model. In the native engine a commit shares its forward with the next block's first denoising. A request
-            that was preempted and run again counts all of them.
-        seconds: from its first forward to its end.
-        unmasked_at: for each new token, the denoising step of its block that unmasked it (from 0), if recorded.
-        confidences: for each new token, its probability when it was drawn, if recorded.
+        prefill_forwards, denoising_forwards, commit_forwards: number of forwards of each kind that ran for the request,
+            also those before a preemption. In the native engine, a commit shares its forward with the next block's
+            first denoising step.
+        seconds: time from the request's first forward to its end.
+        unmasked_at: for each new token, the denoising step of its block that unmasked it (from 0); None: not recorded.
+        confidences: for each new token, its probability when it was drawn; None: not recorded.
     """
 
     token_ids: tuple[int, ...]
@@ -137,18 +137,18 @@ class GenerationResult:
 
 Result = TypeVar("Result")
 Results = Generator[tuple[int, Result], None, None]
-"""(position in the requests, result) as each finishes; closing it ends the run."""
+"""Yields (position in the requests, result) as each request finishes; closing the generator ends the run."""
 
 
 class Engine(Protocol):
-    """What the harness needs of an engine."""
+    """The interface that the harness needs."""
 
     @property
     def info(self) -> EngineInfo:
-        """Facts for the results file, as they are now."""
+        """The current facts for the results file."""
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        """Do what has to be done before these requests can run, once: its time is loading, not generation.
+        """Allocate and compile what these requests need. Its time counts as loading, not as generation.
 
         Raises:
             UserError, EngineError: as `generate`.
@@ -158,21 +158,21 @@ class Engine(Protocol):
         """Run all requests; yield (position in `requests`, result) as each finishes, in any order.
 
         Raises:
-            UserError: a request can never run; raised before anything ran, with the numbers.
-            EngineError: the engine stopped; what was yielded before stays valid.
+            UserError: a request can never run. The error has the numbers, and is raised before any request runs.
+            EngineError: the engine stopped; results that were yielded before stay valid.
         """
 
     def peak_memory_bytes(self) -> int:
-        """The most memory used so far: the device's on CUDA, else the process's."""
+        """Most memory used so far in bytes: of the device on CUDA, else of the process."""
 
     def close(self) -> None:
-        """Give the model's memory back, or have a run that is under way do so at its end; a second call does nothing.
+        """Free the model's memory: at once, or at the end of a run in progress. A second call does nothing.
 
-        From then on `prepare`, `generate` and `score` raise an EngineError; `info` stays.
+        After it, `prepare`, `generate` and `score` raise an EngineError. `info` stays.
         """
 
     def __enter__(self: Self) -> Self:
-        """The engine; the end of the `with` block closes it."""
+        """Return the engine; the end of the `with` block closes the engine."""
 
     def __exit__(self, *_: object) -> None: ...
 
@@ -182,11 +182,11 @@ class LikelihoodConfig:
     """How log-likelihoods are computed; `sdar_lm_eval/likelihood.py` defines the methods.
 
     Args:
-        method: "chain", exact, as many forwards of a block as it has scored tokens; or "nelbo", the diffusion bound.
-        mc_samples: of nelbo: masks a block. Blocks with no more possible masks than that have all of them computed,
-            without sampling noise (2^m - 1 for m scored tokens: 256 is enough for blocks of 8).
+        method: "chain", exact, one forward of a block for each of its scored tokens; or "nelbo", the diffusion bound.
+        mc_samples: sampled masks of a block (nelbo). A block of m scored tokens has 2^m - 1 possible masks. If that is
+            at most mc_samples, all masks are computed, without sampling noise: 256 is enough for blocks of 8.
         block_length: tokens denoised together.
-        seed: of the masks that are sampled.
+        seed: seed of the sampled masks.
 
     Raises:
         UserError: a value is out of range.
@@ -211,16 +211,16 @@ class LikelihoodConfig:
         )
 
     def as_dict(self) -> dict[str, str | int]:
-        """The settings by name, without those that have no say."""
+        """The settings by name, without those that the method does not use."""
         return {"likelihood": self.method} | ({"mc_samples": self.mc_samples} if self.method == "nelbo" else {})
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """A continuation whose log-likelihood is asked for.
+    """A continuation to compute the log-likelihood of.
 
     Args:
-        context_ids: the tokens before it; at least one (the tokenizer's prefix token where there is no text).
+        context_ids: the tokens before the continuation; at least one (the tokenizer's prefix token for empty text).
         continuation_ids: at least one.
     """
 
@@ -240,13 +240,13 @@ class ScoreResult:
     """A continuation's score.
 
     Attributes:
-        log_likelihood: in nats; under nelbo the bound, with its sign turned. -inf where the continuation holds the mask
+        log_likelihood: in nats. Under nelbo, the negative of the bound. -inf where the continuation holds the mask
             token, which is never generated.
-        is_greedy: whether greedy decoding by `sequential`, one token a step, gives this continuation; the same under
-            both methods.
-        standard_error: of log_likelihood, in nats, from sampled masks; 0 where nothing was sampled.
-        clean_tokens, noised_tokens: run through the model for this request: text without masks, and blocks with masks.
-            What several requests share counts for the first of them.
+        is_greedy: whether greedy decoding by `sequential`, one token a step, generates this continuation. Both methods
+            agree.
+        standard_error: standard error of log_likelihood in nats, from sampled masks; 0 where no masks were sampled.
+        clean_tokens, noised_tokens: tokens that ran through the model for this request, in unmasked text and in masked
+            blocks. Tokens that several requests share count for the first of these.
     """
 
     log_likelihood: float
@@ -258,12 +258,12 @@ class ScoreResult:
 
 @runtime_checkable
 class Scorer(Protocol):
-    """What an engine has that computes log-likelihoods."""
+    """The interface of an engine that computes log-likelihoods."""
 
     def score(self, requests: Sequence[ScoreRequest], config: LikelihoodConfig) -> Results[ScoreResult]:
         """Score all requests; yield (position in `requests`, result) as each finishes, in any order.
 
         Raises:
-            UserError: a request can never run; raised before anything ran, with the numbers.
-            EngineError: the engine stopped; what was yielded before stays valid.
+            UserError: a request can never run. The error has the numbers, and is raised before any request runs.
+            EngineError: the engine stopped; results that were yielded before stay valid.
         """

@@ -1,6 +1,6 @@
-"""The model families, one file each: a file in this folder is a family, and is listed nowhere else.
+"""The model families, one file each. A file in this folder is a family; no other list names it.
 
-torch and transformers are not imported: a checkpoint says what it is without them.
+No file imports torch or transformers at its top: a checkpoint is described without these packages.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from sdar_lm_eval.family import Family
 
 
 def discover() -> dict[str, Family]:
-    """The FAMILIES of each module of this package, by the `model_type` of config.json."""
+    """Import the FAMILIES of each module of this package; model_type of config.json -> family."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     found = [importlib.import_module(f"{__name__}.{name}").FAMILIES for name in names]
     return {family.model_type: family for families in found for family in families}

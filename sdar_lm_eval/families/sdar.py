@@ -1,25 +1,25 @@
-"""SDAR: Qwen3, dense or with experts, under a block-causal mask.
+"""SDAR: Qwen3, dense or with experts (MoE), under a block-causal mask.
 
-A token sees all tokens of its own block and of those before, which is a matter of attention and not of the model. So
-transformers' Qwen3 classes hold SDAR's weights under SDAR's own names, and nothing of a checkpoint's code is run.
+A token sees all tokens of its own block and of earlier blocks. The engine's attention implements this mask, so the
+model is Qwen3: transformers' Qwen3 classes load SDAR's weights by SDAR's own names, and no code of a checkpoint runs.
 Source: modeling_sdar.py, modeling_sdar_moe.py and configuration_sdar.py of JetLM's checkpoints.
 
-What other families would have to say in a file like this one, and what would have to change beside it:
+What a file for another family needs, and what has to change in other files:
 
 LLaDA2-MoE (`llada2_moe`)
     settings    the router's groups (`n_group`, `topk_group`), shared experts, `partial_rotary_factor`
     weights     joined `query_key_value`, experts with a router bias, shared experts, a first dense layer
     fused       none: the fused decoder rotates whole heads and has no experts; transformers' modules run it
-    beside      a `torch.nn.Module` in the file, where transformers has no class for it. Blocks of 32 and the mask
-                token 156895 come from the checkpoint, as SDAR's do.
+    other       a `torch.nn.Module`, if transformers has no class for the model. Block length 32 and mask token 156895
+                come from the checkpoint, as SDAR's do.
 
 Fast-dLLM v2 (`Fast_dLLM_Qwen`)
     settings    Qwen2's; `bd_size` for the block length
-    weights     Qwen2's: biases at queries, keys and values, no norms of heads
-    fused       needs `q_norm` and `k_norm` to be optional in `LayerWeights` and its kernel
-    beside      logits belong to the next position, so a block's first token comes from the commit forward of the block
-                before; and a block is decoded in parts of 8. Both are decoding, not weights: `engines/native/batch.py`
-                would have to draw one position to the right.
+    weights     Qwen2's: biases of queries, keys and values, no norms of heads
+    fused       needs optional `q_norm` and `k_norm` in `LayerWeights` and its kernel
+    other       logits belong to the next position, so a block's first token comes from the commit forward of the block
+                before: `engines/native/batch.py` would have to draw one position to the right. Blocks are decoded in
+                parts of 8.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ SETTINGS = (
     "num_experts", "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps",
     "tie_word_embeddings", "vocab_size",
 )  # fmt: skip
-# What SDARConfig takes where config.json is silent.
+# Defaults of SDARConfig.
 DEFAULTS = {"vocab_size": 151936, "max_position_embeddings": 32768}
 WEIGHTS_OF_A_LAYER = 11
 
 
 def dense_weights(config: PretrainedConfig) -> Shapes:
-    """Every weight of the dense model."""
+    """Name and shape of every weight of the dense model."""
     return _weights(config, range(0))
 
 
 def moe_weights(config: PretrainedConfig) -> Shapes:
-    """Every weight of the model with experts."""
+    """Name and shape of every weight of the MoE model."""
     without, step = config.mlp_only_layers, config.decoder_sparse_step
     return _weights(config, [i for i in range(config.num_hidden_layers) if i not in without and (i + 1) % step == 0])
 
@@ -81,12 +81,12 @@ def _weights(config: PretrainedConfig, layers_with_experts: range | list[int]) -
 
 
 def count_dense(config: Config) -> int:
-    """About how many weights a dense config.json asks for."""
+    """About the number of weights that a dense model's config.json asks for."""
     return WEIGHTS_OF_A_LAYER * _whole(config, "num_hidden_layers")
 
 
 def count_moe(config: Config) -> int:
-    """About how many weights a config.json with experts asks for."""
+    """About the number of weights that an MoE model's config.json asks for."""
     layers, step = _whole(config, "num_hidden_layers"), _whole(config, "decoder_sparse_step") or 1
     dense = config.get("mlp_only_layers")
     without = dense if isinstance(dense, list) else []
@@ -100,13 +100,13 @@ def _whole(config: Config, key: str) -> int:
 
 
 def fused(model: PreTrainedModel) -> DecoderWeights | None:
-    """Weights of transformers' Qwen3ForCausalLM for the fused decoder, whose activation is SiLU."""
+    """Weights of transformers' Qwen3ForCausalLM for the fused decoder; None if its activation is not SiLU."""
     import torch
 
     config, decoder = model.config, model.model
     if config.hidden_act != "silu":
         return None
-    like = torch.zeros(1, device=model.device)  # says of which device and dtype the result is to be
+    like = torch.zeros(1, device=model.device)  # rotary_emb's result has its device and dtype
 
     def rotary(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = decoder.rotary_emb(like, positions)
@@ -141,7 +141,7 @@ def _layer(layer: Qwen3DecoderLayer) -> LayerWeights:
 
 
 def _joined(name: str, *projections: torch.nn.Linear) -> torch.Tensor:
-    """One tensor of several projections' parameters, which become views of it."""
+    """Join a parameter of several projections. The projections' own parameters become views of the joined tensor."""
     import torch
 
     joined = torch.cat([getattr(projection, name).data for projection in projections])
@@ -152,7 +152,7 @@ def _joined(name: str, *projections: torch.nn.Linear) -> torch.Tensor:
 
 
 def hand_keywords_to_attention(model: PreTrainedModel) -> None:
-    """Let keyword arguments reach attention, which the MoE layers of transformers 4.52 keep back."""
+    """Pass keyword arguments on to attention: the MoE layers of transformers before 4.53 drop them."""
     import transformers
 
     if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 53):

@@ -1,1 +1,1 @@
-"""The native engine: SDAR on torch and transformers alone, CPU and CUDA. `engine.py` is where a request enters."""
+"""The native engine: needs only torch and transformers, on the CPU or on CUDA. Requests enter in `engine.py`."""

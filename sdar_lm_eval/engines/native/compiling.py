@@ -1,4 +1,4 @@
-"""`torch.compile` for what a step does to the batch's state: some 200 operations become a few kernels."""
+"""`torch.compile` for the transitions of the batch's state: some 200 operations become a few kernels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Compiled versions of a function: one for each layout of the batch that its code depends on. torch's own limit is 8.
+# Most compiled versions of a function. torch compiles one for each layout of the batch; its own limit of 8 is too low.
 MOST_VERSIONS = 64
 
 
 def compiled(function: Callable[P, R], backend: str = "inductor") -> Callable[P, R]:
-    """The function, compiled as a whole for any size. A function that cannot be is an error, not a slower function."""
+    """Compile a function as a whole, for any size. If torch cannot compile it, the call raises torch's error."""
     fast = torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,4 +1,4 @@
-"""From hidden states to drawn tokens: by one kernel, or by PyTorch in float32 for every setting."""
+"""Draws tokens from hidden states: by one kernel, or for the other settings by PyTorch in float32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdar_lm_eval.engines.native.batch import BatchState, Draws
 from sdar_lm_eval.engines.native.forward import graphs
 from sdar_lm_eval.engines.native.forward.base import Forward
 
-LOGITS_BUDGET_BYTES = 1 << 30  # of float32 logits at once: bounds their memory at large vocabularies
+LOGITS_BUDGET_BYTES = 1 << 30  # most memory of the float32 logits that are in memory at once
 
 Drawn = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Tokens, their probabilities, and the entropies of their distributions in nats, (M,) each."""
@@ -21,16 +21,17 @@ class Drawing:
     """Draws a token for each masked position, never the mask token.
 
     Args:
-        forward: gives hidden states and logits.
-        batch: the settings of each slot.
+        forward: computes hidden states and logits.
+        batch: holds the settings of each slot.
         vocabulary: V.
-        greedy, sampled, filtered: whether there are requests that are greedy, drawn, or drawn with top-k or top-p.
-        kernels: whether Triton is there.
-        reproducible: whether results have to be the same to the bit whatever else is drawn.
+        greedy, sampled, filtered: whether there are requests of this kind; `filtered`: sampled with top-k or top-p.
+        kernels: whether to use Triton kernels.
+        reproducible: whether results have to be batch-invariant: the same to the bit for any other rows.
 
     Attributes:
-        by_kernel: whether one kernel draws, which no filter and no penalty allows. A CUDA graph captures it alone.
-        fixed_rows: whether every draw has the same number of rows.
+        by_kernel: whether one kernel draws. The kernel has neither filters nor a penalty. CUDA graphs capture only the
+            kernel, never PyTorch's operations.
+        fixed_rows: whether the logits of every draw are computed for the same number of rows.
     """
 
     def __init__(
@@ -49,26 +50,26 @@ class Drawing:
         self._greedy, self._sampled, self._filtered = greedy, sampled, filtered
         self._reproducible = reproducible
         self.by_kernel = kernels and not filtered and batch.seen is None
-        # PyTorch's sums over a row depend on the number of rows, too.
+        # PyTorch's sum over a row depends on the number of rows.
         self.fixed_rows = forward.fixed_rows or (reproducible and not self.by_kernel)
-        self._together = max(1, LOGITS_BUDGET_BYTES // (4 * vocabulary))
+        self._rows_at_once = max(1, LOGITS_BUDGET_BYTES // (4 * vocabulary))
         if self.fixed_rows:
-            self._together = graphs.REPRODUCIBLE_ROWS
+            self._rows_at_once = graphs.REPRODUCIBLE_ROWS
         self._draw: Callable[[Draws, torch.Tensor], Drawn] = self._by_kernel if self.by_kernel else self._by_pytorch
 
     def sizes(self) -> tuple[int, ...]:
-        """The numbers of draws that CUDA graphs are captured for, ascending, up to what all slots can need."""
+        """The sizes M that CUDA graphs are captured for, ascending, up to the most draws that all slots can need."""
         most = self._batch.slots * self._batch.block
         if self.fixed_rows:
             return graphs.multiples(graphs.REPRODUCIBLE_ROWS, most)
         return graphs.ladder(graphs.DRAWING, most)
 
     def __call__(self, draws: Draws) -> Drawn:
-        """Draw for M positions, some of them at a time where their logits are large."""
+        """Draw for M positions, in parts where the logits of all would take too much memory."""
         parts = []
-        for begin in range(0, len(draws.row), self._together):
-            some = Draws(*(column[begin : begin + self._together] for column in draws))
-            parts.append(self._draw(some, self._forward.logits(self._forward.hidden(some.row))))
+        for begin in range(0, len(draws.row), self._rows_at_once):
+            part = Draws(*(column[begin : begin + self._rows_at_once] for column in draws))
+            parts.append(self._draw(part, self._forward.logits(self._forward.hidden(part.row))))
         if len(parts) == 1:
             return parts[0]
         token, confidence, entropy = (torch.cat(column) for column in zip(*parts, strict=True))

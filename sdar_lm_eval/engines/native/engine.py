@@ -1,12 +1,11 @@
-"""The native engine: options, memory, requests in and results out. `loop.py` runs the steps, `scoring/` the scores."""
+"""The native engine: options, memory, requests and results. `loop.py` runs the steps, `scoring/` computes scores."""
 
 from __future__ import annotations
 
 import gc
 import logging
 from collections import deque
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -18,7 +17,7 @@ from sdar_lm_eval.engines.native.loop import Finished, Loop
 from sdar_lm_eval.engines.native.options import resolve_device, resolve_dtype, resolve_kernels
 from sdar_lm_eval.engines.native.pages import PagePool
 from sdar_lm_eval.engines.native.runner import MOST_IN_FLIGHT, Runner, Shape
-from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
+from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.engines.native.scoring.batches import Limits
 from sdar_lm_eval.engines.native.scoring.scoring import Scoring
 from sdar_lm_eval.engines.runs import (
@@ -48,7 +47,7 @@ logger = logging.getLogger(__name__)
 PAGE_SIZE = 16
 DEFAULT_ACTIVE = {"cpu": 32, "cuda": 256}
 PREFILL_CHUNK = {"cpu": 1024, "cuda": 16384}
-MEMORY_FRACTION = 0.85  # of the GPU memory that is free after the weights, for KV pages
+MEMORY_FRACTION = 0.85  # share of the GPU memory that is free after loading the weights: for KV pages
 CPU_CACHE_BYTES = 4 << 30
 
 
@@ -56,19 +55,25 @@ class NativeEngine(Closable):
     """SDAR on torch and transformers, with continuous batching over paged KV.
 
     Args:
-        checkpoint: the opened checkpoint; its weights are loaded here.
+        checkpoint: the opened checkpoint; this class loads its weights.
         device: "cpu", "cuda", "cuda:1", ...; "auto" is the first GPU if there is one.
         dtype: "float32", "bfloat16" or "float16"; "auto" is float32 on the CPU and the checkpoint's own on a GPU.
-        max_active: sequences running at once; None: 32 on the CPU, 256 on a GPU.
+        max_active: most sequences that run at once; None: 32 on the CPU, 256 on a GPU.
         kv_pages: most pages of 16 tokens for keys and values; None: what the requests need, within 85% of the GPU's
             free memory, or 4 GiB on the CPU.
-        kernels: run a dense model with Triton kernels, on a GPU as CUDA graphs, in the place of transformers' modules;
-            None: on GPUs of compute capability 8.0 and later, where triton is installed.
-        reproducible: a generated answer is the same to the bit whatever runs beside it: matrix products in which a row
-            does not depend on the others (in 16 bits on Hopper GPUs) or of a fixed size, padded (elsewhere), and
-            requests with unlike settings one after the other. It takes kernels and a dense model.
-        share_prefixes: prompts that begin alike share the KV of that beginning, which is computed once. Off: for
-            comparison.
+        kernels: whether to run a dense model with Triton kernels, on a GPU as CUDA graphs, instead of transformers'
+            modules; None: on GPUs of compute capability 8.0 and later, where triton is installed.
+        reproducible: whether a generated answer is the same to the bit whatever else is in the batch. Products are
+            batch-invariant (in 16 bits on Hopper GPUs), or padded to a fixed size (elsewhere). Requests with
+            different settings run one after the other. Needs kernels and a dense model.
+        share_prefixes: whether prompts with a common prefix share the prefix's KV, which is computed once. False is
+            for comparison.
+
+    Attributes:
+        device: the device that the engine computes on.
+        model: transformers' model.
+        runner: runs the steps.
+        steps_in_flight: most steps that are launched before the oldest one's outcome is collected.
 
     Raises:
         UserError: no such device or dtype, the weights do not fit their config, or its RoPE depends on the batch.
@@ -89,25 +94,25 @@ class NativeEngine(Closable):
         check_rope(checkpoint)
         self._checkpoint = checkpoint
         self._one_run = OneRun("native")
-        self._warm_shape: Shape | None = None  # whose kernels are compiled
-        self._device = resolve_device(device)
-        self._dtype = resolve_dtype(dtype, self._device, checkpoint)
+        self._warm_shape: Shape | None = None  # the shape that kernels are compiled for
+        self.device = resolve_device(device)
+        self._dtype = resolve_dtype(dtype, self.device, checkpoint)
         self._max_active = if_given(at_least_one, "max_active", max_active)
         self._kv_pages = if_given(at_least_one, "kv_pages", kv_pages)
         self._share_prefixes = check_bool("share_prefixes", share_prefixes)
         self._reproducible = check_bool("reproducible", reproducible)
-        self._kernels = resolve_kernels(kernels, self._device)
-        self.steps_in_flight = MOST_IN_FLIGHT if self._device.type == "cuda" else 1
+        self._kernels = resolve_kernels(kernels, self.device)
+        self.steps_in_flight = MOST_IN_FLIGHT if self.device.type == "cuda" else 1
         self._preemptions = self._shared_prompt_tokens = 0
-        self._model = checkpoint.load_model(dtype=self._dtype, device=self._device, attention=attention.NAME)
+        self.model = checkpoint.load_model(dtype=self._dtype, device=self.device, attention=attention.NAME)
         self.runner = Runner(
-            self._model, checkpoint.family, checkpoint.mask_token_id, PAGE_SIZE, kernels=self._kernels,
+            self.model, checkpoint.family, checkpoint.mask_token_id, PAGE_SIZE, kernels=self._kernels,
             reproducible=self._reproducible,
         )  # fmt: skip
         if self._reproducible and not self.runner.forward.captures:
             raise UserError(
                 "reproducible=true needs the kernels, which run dense models on GPUs: this is "
-                f"{type(self._model).__name__} on {self._device} with kernels={str(self._kernels).lower()}."
+                f"{type(self.model).__name__} on {self.device} with kernels={str(self._kernels).lower()}."
             )
         if self._reproducible:
             logger.info(
@@ -122,55 +127,58 @@ class NativeEngine(Closable):
         """See `Engine.info`."""
         return EngineInfo(
             engine="native",
-            device=str(self._device),
+            device=str(self.device),
             dtype=str(self._dtype).removeprefix("torch."),
-            max_active=self._max_active or DEFAULT_ACTIVE[self._device.type],
+            max_active=self._max_active or DEFAULT_ACTIVE[self.device.type],
             extra={
                 "kernels": self._kernels,
                 "reproducible": self._reproducible,
                 "preemptions": self._preemptions,
                 "shared_prompt_tokens": self._shared_prompt_tokens,
             },
-            environment=environment(self._device),
+            environment=environment(self.device),
         )
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
         return peak_of_process()
 
     def _unload(self) -> None:
-        """Free model, KV cache and graphs: nothing else refers to them but they to each other."""
-        del self._model, self.runner
+        """Free model, KV cache and graphs. These refer to each other in cycles, so the collector has to run."""
+        del self.model, self.runner
         self._warm_shape = None
-        gc.unfreeze()  # else what warming up froze is never collected
+        gc.unfreeze()  # the collector never frees what `_warm_up` froze
         gc.collect()
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def prepare(self, requests: SequenceOf[GenerationRequest]) -> None:
-        """See `Engine.prepare`: memory; on a GPU kernels and the first CUDA graphs, others are captured on the way."""
+    def prepare(self, requests: Sequence[GenerationRequest]) -> None:
+        """See `Engine.prepare`: allocates memory; on a GPU compiles kernels and captures the first CUDA graphs.
+
+        CUDA graphs of further sizes are captured when these sizes first occur.
+        """
         with self._one_run():
             groups = self._groups(requests)
             if len(groups) == 1:
                 max_active, _ = self._allocate(_sequences(requests, groups[0]))
-                if self._device.type == "cuda" and self._warm_shape is not self.runner.shape:
+                if self.device.type == "cuda" and self._warm_shape is not self.runner.shape:
                     self._warm_up(requests, max_active)
                     self._warm_shape = self.runner.shape
 
-    def _warm_up(self, requests: SequenceOf[GenerationRequest], max_active: int) -> None:
-        """Run short requests, so that compiling and capturing does not count as generation."""
+    def _warm_up(self, requests: Sequence[GenerationRequest], max_active: int) -> None:
+        """Run short requests, so that compiling and capturing does not count as generation time."""
         counted = self._preemptions, self._shared_prompt_tokens
         short = warm_up_requests(requests, max_active)
         deque(self._generate(_sequences(short, list(range(max_active))), []), maxlen=0)
         self._preemptions, self._shared_prompt_tokens = counted
-        # Compiling leaves some hundred thousand objects; a full collection that visits them halts a run for half a
-        # second, several times.
+        # Compiling leaves some hundred thousand objects. A full collection that visits them halts a run for half a
+        # second, several times; the collector does not visit frozen objects.
         gc.collect()
         gc.freeze()
 
-    def generate(self, requests: SequenceOf[GenerationRequest]) -> Results[GenerationResult]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> Results[GenerationResult]:
         """See `Engine.generate`. Requests are admitted in the order given."""
         with self._one_run():
             failures = Failures()
@@ -179,12 +187,12 @@ class NativeEngine(Closable):
             failures.raise_if_any(len(requests))
 
     def _generate_group(
-        self, requests: SequenceOf[GenerationRequest], together: list[int], failures: Failures
+        self, requests: Sequence[GenerationRequest], together: list[int], failures: Failures
     ) -> Iterator[Finished]:
-        """Run requests together, then those alone whose logits were not numbers: their neighbours' KV may be why.
+        """Run requests together. Run each request whose logits are not finite once more, without the others.
 
-        What is masked is multiplied by zero, and zero times NaN is NaN: KV that is not numbers spreads by padding, and
-        by pages that had another owner.
+        Another sequence's KV may be the reason: masked KV is multiplied by zero, and zero times NaN is NaN. So NaN
+        spreads through padding, and through pages that another sequence held before.
         """
         suspects: list[int] = []
         yield from self._generate(_sequences(requests, together), suspects)
@@ -195,19 +203,19 @@ class NativeEngine(Closable):
             if unanswered:
                 failures.add(index, not_finite(str(self._dtype)))
 
-    def _groups(self, requests: SequenceOf[GenerationRequest]) -> list[list[int]]:
-        """Indices of the requests that run together: those of like settings, where results are to be reproducible."""
+    def _groups(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
+        """Indices of the requests that run together: all of them, or those of equal settings where `reproducible`."""
         groups: dict[DecodingConfig | None, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(request.decoding if self._reproducible else None, []).append(index)
         return list(groups.values())
 
-    def _generate(self, sequences: list[Sequence], suspects: list[int]) -> Iterator[Finished]:
-        """Run sequences; `suspects` gets the indices of those whose logits are not numbers."""
+    def _generate(self, sequences: list[SequenceState], suspects: list[int]) -> Iterator[Finished]:
+        """Run sequences; `suspects` gets the indices of those whose logits are not finite."""
         max_active, pages = self._allocate(sequences)
         pool = PagePool(pages, PAGE_SIZE)
         scheduler = Scheduler(
-            sequences, pool, max_active, PREFILL_CHUNK[self._device.type], share_prefixes=self._share_prefixes
+            sequences, pool, max_active, PREFILL_CHUNK[self.device.type], share_prefixes=self._share_prefixes
         )
         loop = Loop(scheduler, self.runner, self._checkpoint.decode, self.steps_in_flight)
         yield from loop.run()
@@ -222,11 +230,11 @@ class NativeEngine(Closable):
                 scheduler.preemptions,
             )
 
-    def _allocate(self, sequences: list[Sequence]) -> tuple[int, int]:
-        """Have memory for these; returns how many run at once, and the number of KV pages.
+    def _allocate(self, sequences: list[SequenceState]) -> tuple[int, int]:
+        """Allocate memory for sequences; return how many run at once, and the number of KV pages.
 
         Raises:
-            UserError: a block is too long for the kernels, or a request for the memory.
+            UserError: a block is too long for the kernels, or a request is too long for the memory.
         """
         longest = max(sequence.block_length for sequence in sequences)
         if longest > (most := self.runner.forward.longest_block):
@@ -234,7 +242,7 @@ class NativeEngine(Closable):
                 f"block_length={longest}: the kernels take blocks of up to {most} tokens in "
                 f"{str(self._dtype).removeprefix('torch.')}; run longer ones with kernels=false."
             )
-        max_active = min(self._max_active or DEFAULT_ACTIVE[self._device.type], len(sequences))
+        max_active = min(self._max_active or DEFAULT_ACTIVE[self.device.type], len(sequences))
         pages = self._pages_for(sequences, max_active)
         try:
             self.runner.allocate(pages, max_active, sequences)
@@ -244,34 +252,34 @@ class NativeEngine(Closable):
             raise self.runner.out_of_memory(pages) from error
         return max_active, pages
 
-    def score(self, requests: SequenceOf[ScoreRequest], config: LikelihoodConfig) -> Results[ScoreResult]:
+    def score(self, requests: Sequence[ScoreRequest], config: LikelihoodConfig) -> Results[ScoreResult]:
         """See `Scorer.score`. `max_active` bounds the requests of a batch, `kv_pages` its clean tokens."""
         with self._one_run():
-            self.runner.release()  # generation and scoring never run at once, and each may need all memory
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()  # so that what was given back counts as free
+            self.runner.release()  # scoring may need all memory, and generation does not run meanwhile
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # so that the released memory counts as free
             pages = self._kv_pages or self._pages_in_memory()
-            limits = Limits.on(self._device.type, pages * PAGE_SIZE, self._max_active)
+            limits = Limits.on(self.device.type, pages * PAGE_SIZE, self._max_active)
             failures = Failures()
             try:
-                scoring = Scoring(self._model, self._checkpoint.mask_token_id, limits)
+                scoring = Scoring(self.model, self._checkpoint.mask_token_id, limits)
                 yield from scoring.run(requests, config, failures)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 raise EngineError(
-                    f"out of memory on {self._device} while scoring. Finished scores are kept (--use_cache); run again "
+                    f"out of memory on {self.device} while scoring. Finished scores are kept (--use_cache); run again "
                     "with max_active (requests at once) or kv_pages, or a smaller max_length."
                 ) from error
             failures.raise_if_any(len(requests))
 
-    def _pages_for(self, sequences: list[Sequence], max_active: int) -> int:
-        """How many KV pages to hold: those of the `max_active` longest requests, as far as memory allows."""
+    def _pages_for(self, sequences: list[SequenceState], max_active: int) -> int:
+        """How many KV pages to allocate: those of the `max_active` longest requests, as far as memory allows."""
         needs = sorted((-(-sequence.longest // PAGE_SIZE) for sequence in sequences), reverse=True)
         wanted = sum(needs[:max_active])
         pages = min(wanted, self._kv_pages or self._pages_in_memory())
-        if pages < wanted and self._kv_pages is None and self._device.type == "cuda":
-            torch.cuda.empty_cache()  # what torch keeps, unused
+        if pages < wanted and self._kv_pages is None and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # so that torch's unused memory counts as free
             pages = min(wanted, self._pages_in_memory())
         if needs[0] > pages:
             mib = self.runner.cache.bytes_per_page / 2**20
@@ -284,12 +292,12 @@ class NativeEngine(Closable):
 
     def _pages_in_memory(self) -> int:
         memory = CPU_CACHE_BYTES
-        if self._device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self._device)
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
             held = self.runner.cache.kv
             memory = int(free * MEMORY_FRACTION) + (held.nbytes if held is not None else 0)
         return memory // self.runner.cache.bytes_per_page
 
 
-def _sequences(requests: SequenceOf[GenerationRequest], together: list[int]) -> list[Sequence]:
-    return [Sequence(i, requests[i], list(requests[i].prompt_ids)) for i in together]
+def _sequences(requests: Sequence[GenerationRequest], together: list[int]) -> list[SequenceState]:
+    return [SequenceState(i, requests[i], list(requests[i].prompt_ids)) for i in together]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from sdar_lm_eval.decoding import end_of_answer
 from sdar_lm_eval.engines.native.batch import Outcome
 from sdar_lm_eval.engines.native.runner import Runner
-from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
+from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.engines.runs import is_out_of_memory
 from sdar_lm_eval.engines.types import GenerationResult
 from sdar_lm_eval.errors import EngineError
@@ -26,40 +25,40 @@ Finished = tuple[int, GenerationResult]
 
 
 class Occupant(NamedTuple):
-    """Who was in a slot when a step was launched: another sequence, or another stay, has another turn."""
+    """The sequence that a slot held when a step was launched, and the sequence's epoch then."""
 
-    sequence: Sequence
-    turn: int
+    sequence: SequenceState
+    epoch: int
 
 
 class Loop:
-    """Runs sequences to their ends.
+    """Runs sequences until they are finished.
 
     On a GPU the next step is launched before the step in flight is done. The device knows which sequences are finished,
-    except by a stop string: stop strings are found on the host, one step late. Such a sequence runs one more step,
-    whose result is discarded.
+    except by a stop string: the host finds stop strings one step late. A sequence that a stop string ends runs one more
+    step, whose result is discarded.
 
     Args:
-        scheduler: says which sequence runs next.
-        runner: runs steps; it has memory for the scheduler's sequences.
+        scheduler: plans the steps.
+        runner: runs the steps; it has memory for the scheduler's sequences.
         decode: token ids to text, for stop strings.
         in_flight: most steps that are launched and not collected.
 
     Attributes:
-        suspects: indices of sequences whose logits are not numbers; they have no result.
+        suspects: indices of sequences whose logits are not finite; they have no result.
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, decode: Callable[[SequenceOf[int]], str], in_flight: int
+        self, scheduler: Scheduler, runner: Runner, decode: Callable[[Sequence[int]], str], in_flight: int
     ) -> None:
         self._scheduler, self._runner, self._decode = scheduler, runner, decode
         self._most_in_flight = in_flight
-        self._in_flight: deque[dict[int, Occupant]] = deque()  # for each step, who was in which slot
+        self._in_flight: deque[dict[int, Occupant]] = deque()  # for each step: slot -> occupant
         self._finished: list[Finished] = []
         self.suspects: list[int] = []
 
     def run(self) -> Iterator[Finished]:
-        """Give out each result as its sequence finishes.
+        """Yield each result once its sequence is finished.
 
         Raises:
             EngineError: memory does not suffice for one sequence.
@@ -69,13 +68,13 @@ class Loop:
                 scheduled = self._schedule()
                 launched = self._launch()
             except BaseException as error:
-                yield from self._give_out()
+                yield from self._yield_finished()
                 if not is_out_of_memory(error):
                     raise
                 self._make_room(error)
                 continue
-            # While answers are given out, the GPU runs the step that was just launched.
-            yield from self._give_out()
+            # The GPU runs the step that was just launched while the caller handles these results.
+            yield from self._yield_finished()
             if not (scheduled or launched or self._in_flight):
                 raise EngineError(
                     f"the engine stands still with {len(self._scheduler.running)} unfinished sequences: this should "
@@ -84,15 +83,15 @@ class Loop:
             if self._in_flight and (not launched or len(self._in_flight) == self._most_in_flight):
                 self._settle()
             if self._most_in_flight == 1:
-                yield from self._give_out()
-        yield from self._give_out()
+                yield from self._yield_finished()
+        yield from self._yield_finished()
 
-    def _give_out(self) -> Iterator[Finished]:
+    def _yield_finished(self) -> Iterator[Finished]:
         finished, self._finished = self._finished, []
         yield from finished
 
     def _schedule(self) -> bool:
-        """Admit, prefill, and put into the batch what there is room for; returns whether there was anything."""
+        """Carry out one plan of the scheduler; return whether it prefilled or started a sequence."""
         plan = self._scheduler.plan()
         self._runner.stop(plan.vacated)
         self._runner.set_pages(plan.paged)
@@ -102,31 +101,31 @@ class Loop:
             for sequence, _, end in plan.prefill:
                 self._scheduler.prefilled(sequence, end)
                 sequence.prefill_forwards += 1
-                sequence.started = sequence.started or now
+                sequence.started_at = sequence.started_at or now
         self._runner.begin(plan.starting)
         for sequence in plan.starting:
-            sequence.begun = True
-            sequence.started = sequence.started or time.perf_counter()
+            sequence.in_batch = True
+            sequence.started_at = sequence.started_at or time.perf_counter()
         return bool(plan.prefill or plan.starting)
 
     def _launch(self) -> bool:
-        """Start a step; returns whether anything runs."""
+        """Launch a step; return whether there was anything to run."""
         running = self._scheduler.running
-        # With another step in flight, a sequence may begin the block after the one that the host knows of.
+        # With a step in flight, the device may have begun the block after the one that the host knows of.
         blocks = self._most_in_flight
         context = max((min(s.block_start + blocks * s.block_length, s.longest) for s in running), default=0)
         if not running or not self._runner.launch(context):
             return False
-        self._in_flight.append({sequence.slot: Occupant(sequence, sequence.turn) for sequence in running})
+        self._in_flight.append({sequence.slot: Occupant(sequence, sequence.epoch) for sequence in running})
         return True
 
     def _settle(self) -> None:
-        """Take over what the oldest step in flight did."""
+        """Collect the oldest step in flight, and update its sequences."""
         outcome, occupants = self._runner.collect(), self._in_flight.popleft()
         any_stuck = outcome.stuck.any()
         for slot in outcome.took_part.nonzero()[0].tolist():
-            sequence, turn = occupants[slot]
-            if sequence.turn != turn:
+            sequence, epoch = occupants[slot]
+            if sequence.epoch != epoch:
                 continue  # the sequence has left the slot since
             if any_stuck and outcome.stuck[slot]:
                 self.suspects.append(sequence.index)
@@ -138,8 +137,8 @@ class Loop:
                 self._scheduler.finish(sequence, device_knows=not sequence.request.stop_strings)
                 self._finished.append((sequence.index, _result(sequence, reason)))
 
-    def _decide(self, sequence: Sequence, outcome: Outcome) -> str:
-        """Take the new tokens of a decided block; returns why the answer ends with it, or ""."""
+    def _decide(self, sequence: SequenceState, outcome: Outcome) -> str:
+        """Append the new tokens of a decided block; return why the answer ends in this block, or ""."""
         slot, first = sequence.slot, len(sequence.tokens) - sequence.block_start
         new = outcome.tokens[slot, first : sequence.block_length].tolist()
         earlier = sequence.tokens[len(sequence.request.prompt_ids) :]
@@ -151,10 +150,10 @@ class Loop:
         return reason
 
     def _make_room(self, error: BaseException) -> None:
-        """After an out-of-memory error: go on with half the sequences, and half the prompt tokens a step, for a while.
+        """After an out-of-memory error, halve the running sequences and the prefill of a step for a while.
 
         Raises:
-            EngineError: there is one sequence only, and a step prefills hardly any tokens.
+            EngineError: both limits are at their minimum already.
         """
         scheduler, runner = self._scheduler, self._runner
         running = len(scheduler.running)
@@ -164,7 +163,7 @@ class Loop:
         if runner.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
-            # What a plan asked for may have been done in part.
+            # The failed plan may have been carried out in part.
             runner.run_only(scheduler.running)
         except Exception as again:
             if not is_out_of_memory(again):
@@ -179,8 +178,8 @@ class Loop:
         )
 
 
-def _result(sequence: Sequence, reason: str) -> GenerationResult:
-    assert sequence.started is not None
+def _result(sequence: SequenceState, reason: str) -> GenerationResult:
+    assert sequence.started_at is not None
     recorded = sequence.request.record_steps
     return GenerationResult(
         token_ids=tuple(sequence.tokens[len(sequence.request.prompt_ids) :]),
@@ -188,7 +187,7 @@ def _result(sequence: Sequence, reason: str) -> GenerationResult:
         prefill_forwards=sequence.prefill_forwards,
         denoising_forwards=sequence.denoising_forwards,
         commit_forwards=sequence.commit_forwards,
-        seconds=time.perf_counter() - sequence.started,
+        seconds=time.perf_counter() - sequence.started_at,
         unmasked_at=tuple(sequence.unmasked_at) if recorded else None,
         confidences=tuple(sequence.confidences) if recorded else None,
     )

@@ -1,4 +1,4 @@
-"""The native engine's options, from what a user wrote to what torch takes."""
+"""Resolves the native engine's options: names of devices and dtypes to torch's objects."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ DEVICE_TYPES = ("cpu", "cuda")
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turn a device's name into a torch device that is there.
+    """Turn a device's name into a torch device of this machine.
 
     Raises:
-        UserError: not a device's name, or a GPU that this machine does not have.
+        UserError: the name is unknown, or this machine has no such GPU.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,7 +40,7 @@ def resolve_kernels(kernels: bool | None, device: torch.device) -> bool:
     """Whether to use Triton kernels; None: on GPUs of compute capability 8.0 and later, where triton is installed.
 
     Raises:
-        UserError: they are asked for, and triton or a GPU is missing.
+        UserError: `kernels` is true, and triton or a GPU is missing.
     """
     installed = importlib.util.find_spec("triton") is not None
     if kernels is None:
@@ -57,7 +57,7 @@ def resolve_dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> t
     """Turn a dtype's name into the dtype; "auto" is float32 on the CPU and the checkpoint's own on a GPU.
 
     Raises:
-        UserError: not one of `DTYPES`.
+        UserError: the dtype is not one of `DTYPES`.
     """
     if dtype == "auto":
         own = checkpoint.config.get("torch_dtype") or checkpoint.config.get("dtype") or "bfloat16"

@@ -1,6 +1,6 @@
-"""Random numbers that depend on nothing but their request's seed and their place: Philox 4x32-10 on tensors.
+"""Counter-based random numbers: Philox 4x32-10 on tensors.
 
-A counter-based generator needs no state: the number for (seed, position, step) is the same in any batch, after a
+A counter-based generator has no state. The number for (seed, position, step) is the same in any batch, after a
 preemption, and on any device.
 
 Source: Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011), section 3.3.
@@ -14,7 +14,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
-# What a number is for, so that two uses at one place are independent.
+# Purposes of a number: two numbers for one (seed, position, step) are independent if their purposes differ.
 DRAW, ORDER = 0, 1
 
 
@@ -31,7 +31,7 @@ def philox(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key.unbind(-1)
     for _ in range(10):
-        # The low 64 bits of a product are right even where int64 overflows; the mask drops the sign's copies.
+        # int64 overflows, but the low 64 bits of the product are right. The mask drops the sign bits that >> copies.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((p1 >> 32) & _WORD) ^ c1 ^ k0,
@@ -47,7 +47,7 @@ def uniform(seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor, purp
     """Draw float32 numbers in [0, 1) with 24 random bits each.
 
     Args:
-        seed: int64 (...), the request's.
+        seed: int64 (...), of the request.
         position: int64 (...), of the token in its sequence.
         step: int64 (...), denoising step in the block.
         purpose: DRAW or ORDER.

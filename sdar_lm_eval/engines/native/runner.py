@@ -1,4 +1,4 @@
-"""Steps on the device: prompts in, blocks denoised, outcomes back. Owns the batch's state and the steps in flight."""
+"""Runs prefill and steps on the device. Owns the state of the batch, the CUDA graphs and the steps in flight."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import dataclasses
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
 from sdar_lm_eval.engines.native.forward.graphs import Graphs, rounded_up
 from sdar_lm_eval.engines.native.forward.modules import ModulesForward
-from sdar_lm_eval.engines.native.scheduler import Chunk, Sequence
+from sdar_lm_eval.engines.native.scheduler import Chunk, SequenceState
 from sdar_lm_eval.errors import EngineError
 from sdar_lm_eval.family import Family
 
@@ -33,17 +32,18 @@ MOST_IN_FLIGHT = 2  # steps that are launched and not collected
 
 @dataclass(frozen=True)
 class Shape:
-    """What the tensors on the device are made for.
+    """The sizes of the tensors on the device, and the settings that their kernels support.
 
     Attributes:
-        pages: of the KV cache, without the scratch page.
+        pages: pages of the KV cache, without the scratch page.
         width: pages of the longest sequence.
-        slots: sequences at once.
+        slots: most sequences that run at once.
         block: the longest block length.
         stops: most stop tokens of a sequence.
-        strategies: of the requests.
-        penalized, greedy, sampled, filtered: whether there are requests with a repetition penalty, that are greedy,
-            drawn, or drawn with top-k or top-p.
+        strategies: names of the requests' strategies.
+        penalized: whether there are requests with a repetition penalty.
+        greedy, sampled: whether there are greedy requests, and sampled ones.
+        filtered: whether there are sampled requests with top-k or top-p.
     """
 
     pages: int
@@ -58,8 +58,8 @@ class Shape:
     filtered: bool
 
     @classmethod
-    def of(cls, sequences: SequenceOf[Sequence], pages: int, slots: int, page_size: int) -> Shape:
-        """What these sequences need."""
+    def of(cls, sequences: Sequence[SequenceState], pages: int, slots: int, page_size: int) -> Shape:
+        """The shape that these sequences need."""
         decodings = {sequence.request.decoding for sequence in sequences}
         return cls(
             pages=pages,
@@ -75,7 +75,7 @@ class Shape:
         )
 
     def grown_to(self, other: Shape) -> Shape:
-        """The other shape, with sizes no smaller than this one's. The block stays the other's: it is a layout."""
+        """The other shape with sizes at least as large as this one's. The block is a layout: it stays the other's."""
         sizes = {name: max(getattr(self, name), getattr(other, name)) for name in ("pages", "width", "slots", "stops")}
         return dataclasses.replace(other, **sizes)
 
@@ -85,13 +85,16 @@ class Runner:
 
     Args:
         model: transformers' model with the paged attention.
-        family: the model's; says which weights the fused forward takes.
-        mask_token_id: never drawn.
+        family: the model's family; returns the weights of the fused forward.
+        mask_token_id: the token that is never drawn.
         page_size: tokens a page.
         kernels: whether to use Triton: the fused forward where the model is dense, drawing by one kernel, and
             `torch.compile` for the batch's state.
-        reproducible: whether a sequence's results have to be the same to the bit whatever runs beside it. The fused
-            forward can do so, for sequences that all have the same settings.
+        reproducible: whether results have to be batch-invariant: the same to the bit whatever else is in the batch.
+            Needs the fused forward, and sequences that all have the same settings.
+
+    Attributes:
+        shape: the shape that memory is allocated for; None: no memory is. Another object where graphs were dropped.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class Runner:
         self._vocabulary, self._mask_token_id = int(model.config.vocab_size), mask_token_id
         self.device: torch.device = model.device
         on_gpu = self.device.type == "cuda"
-        # Triton launches on the current device, whatever device its tensors are on.
+        # Triton launches on the current device, even if its tensors are on another one.
         self._on_device: AbstractContextManager[object] = nullcontext()
         if on_gpu:
             self._on_device = torch.cuda.device(self.device)
@@ -116,10 +119,10 @@ class Runner:
         if kernels and on_gpu:
             self.compile()
         self.cache = PagedCache(model, page_size)
-        self.forward = self._make_forward(model, family)
-        self.shape: Shape | None = None  # what there is room for; another object where graphs were dropped
+        self.forward = self._forward_of(model, family)
+        self.shape: Shape | None = None
 
-    def _make_forward(self, model: PreTrainedModel, family: Family) -> Forward:
+    def _forward_of(self, model: PreTrainedModel, family: Family) -> Forward:
         if self._kernels:
             from sdar_lm_eval.engines.native.forward.decoder import HEAD_DIMS
             from sdar_lm_eval.engines.native.forward.fused import FusedForward
@@ -131,32 +134,32 @@ class Runner:
         return ModulesForward(model, self.cache)
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile what a step does beside the model: see `compiling.py`."""
+        """Compile the transitions of the batch's state: see `compiling.py`."""
         self._lay_out = compiled(lay_out, backend)
         self._masked_positions = compiled(BatchState.masked_positions, backend)
         self._advance = compiled(BatchState.advance, backend)
 
     # Memory
 
-    def allocate(self, pages: int, slots: int, sequences: SequenceOf[Sequence]) -> None:
-        """Make what one `generate` needs on the device; what is there and large enough is kept.
+    def allocate(self, pages: int, slots: int, sequences: Sequence[SequenceState]) -> None:
+        """Allocate what one `generate` needs on the device. Tensors and graphs that are large enough are kept.
 
         Args:
-            pages: that can be given out; the scratch page comes on top.
+            pages: pages that the pool can allocate; the scratch page comes on top.
             slots: N.
-            sequences: all that will run.
+            sequences: all sequences that will run.
         """
         shape = Shape.of(sequences, pages, slots, self.cache.page_size)
         if self.shape is not None:
             shape = self.shape.grown_to(shape)
         if shape != self.shape:
-            self._make(shape)
+            self._reserve(shape)
         self.batch.active.fill_(False)
         self._forecast = Forecast(self.batch.slots, self.batch.block)
-        # Of the steps in flight: what they did, on the host, and the event after which it is there.
-        self._arrivals: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+        # For each step in flight: the host buffer of its outcome, and the event after which the copy is complete.
+        self._in_flight: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
 
-    def _make(self, shape: Shape) -> None:
+    def _reserve(self, shape: Shape) -> None:
         self.shape = None
         self._forward_graphs = self._draw_graphs = None
         self.cache.reserve(shape.pages, shape.slots, shape.width)
@@ -172,21 +175,21 @@ class Runner:
             logger.info(
                 "With top_k, top_p or repetition_penalty PyTorch draws the tokens, without a CUDA graph: slower."
             )
-        self._segments = self.forward.sizes(shape.slots, shape.block)
-        self._draws = self._drawing.sizes()
-        self.forward.reserve(self._segments[-1], shape.block, shape.width * self.cache.page_size)
+        self._segment_sizes = self.forward.sizes(shape.slots, shape.block)
+        self._draw_sizes = self._drawing.sizes()
+        self.forward.reserve(self._segment_sizes[-1], shape.block, shape.width * self.cache.page_size)
         on_gpu = self.device.type == "cuda"
-        self._forward_graphs = Graphs(self._forward, self._segments, enabled=on_gpu and self.forward.captures)
-        self._draw_graphs = Graphs(self._draw, self._draws, enabled=on_gpu and self._drawing.by_kernel)
+        self._forward_graphs = Graphs(self._forward, self._segment_sizes, enabled=on_gpu and self.forward.captures)
+        self._draw_graphs = Graphs(self._draw, self._draw_sizes, enabled=on_gpu and self._drawing.by_kernel)
         packed = self.batch.packed
-        # One for each step that can be in flight.
-        self._on_host = itertools.cycle(
+        # One buffer for each step that can be in flight.
+        self._host_buffers = itertools.cycle(
             [torch.empty_like(packed, device="cpu", pin_memory=on_gpu) for _ in range(MOST_IN_FLIGHT)]
         )
         self.shape = shape
 
     def out_of_memory(self, pages: int | None = None) -> EngineError:
-        """The error of a run that memory does not suffice for; `pages` were asked for, or are there."""
+        """The error of a run that memory does not suffice for. `pages` were asked for; None: the allocated ones."""
         pages = self.cache.num_pages if pages is None else pages
         return EngineError(
             f"out of memory on {self.device}, with {pages:,} KV pages of {self.cache.page_size} tokens. Finished "
@@ -194,37 +197,37 @@ class Runner:
         )
 
     def release(self) -> None:
-        """Give the memory of the KV cache and of the graphs back; the next `allocate` makes them again."""
+        """Free the KV cache and the graphs; the next `allocate` makes them again."""
         self.cache.release()
         self.shape = None
         self._forward_graphs = self._draw_graphs = None
 
-    # Sequences come and go
+    # Sequences enter and leave
 
-    def set_pages(self, sequences: Iterable[Sequence]) -> None:
-        """Write the pages of sequences that got new ones, or a slot."""
+    def set_pages(self, sequences: Iterable[SequenceState]) -> None:
+        """Write the page table's rows of sequences that got new pages, or a slot."""
         self.cache.set_pages(sequences)
 
-    def begin(self, sequences: SequenceOf[Sequence]) -> None:
-        """Put sequences whose prompts are prefilled into the batch."""
+    def begin(self, sequences: Sequence[SequenceState]) -> None:
+        """Put sequences into the batch; their prompts are prefilled."""
         if sequences:
             self.batch.begin(sequences)
             self._forecast.begin(sequences)
 
-    def run_only(self, sequences: SequenceOf[Sequence]) -> None:
-        """Take all but these out of the batch, and write their pages once more."""
-        stay = {sequence.slot for sequence in sequences if sequence.begun}
+    def run_only(self, sequences: Sequence[SequenceState]) -> None:
+        """Deactivate the slots of all other sequences, and write the pages of these once more."""
+        stay = {sequence.slot for sequence in sequences if sequence.in_batch}
         self.stop([slot for slot in range(self.batch.slots) if slot not in stay])
         self.set_pages(sequences)
 
-    def stop(self, slots: SequenceOf[int]) -> None:
-        """Take slots out of the batch that the device does not know to be finished."""
+    def stop(self, slots: Sequence[int]) -> None:
+        """Deactivate slots that the device still takes for active."""
         self.batch.stop(slots)
         self._forecast.stop(slots)
 
     @torch.no_grad()
-    def prefill(self, chunks: SequenceOf[Chunk]) -> None:
-        """Store keys and values of whole prompt blocks."""
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
+        """Store keys and values of chunks."""
         with self._on_device:
             self.forward.prefill(chunks)
 
@@ -232,46 +235,46 @@ class Runner:
 
     @torch.no_grad()
     def launch(self, context: int) -> bool:
-        """Start a step: the batch's blocks go through the model once, and are unmasked. Does not wait for the step.
+        """Launch a step: the current blocks go through the model once, and are unmasked. Does not wait for the step.
 
-        With another step in flight, the step has room for what the other one is expected to leave.
+        With another step in flight, the sizes of the step are a forecast.
 
         Args:
-            context: most tokens that any block of it sees, its own included.
+            context: most tokens that any block of the step sees, its own included.
 
         Returns:
-            Whether there is anything to run.
+            Whether there was anything to run.
         """
         segments, draws = self._forecast.sizes()
         if not segments:
             return False
         assert self._forward_graphs is not None
         assert self._draw_graphs is not None
-        assert len(self._arrivals) < MOST_IN_FLIGHT
+        assert len(self._in_flight) < MOST_IN_FLIGHT
         event = None
         with self._on_device:
-            # `Graphs` rounds sizes up only where they are captured.
+            # `Graphs` rounds a size up only where graphs are captured; fixed rows need it everywhere.
             if self.forward.fixed_rows:
-                segments = rounded_up(self._segments, segments)
+                segments = rounded_up(self._segment_sizes, segments)
             if self._drawing.fixed_rows:
-                draws = rounded_up(self._draws, draws)
+                draws = rounded_up(self._draw_sizes, draws)
             self._forward_graphs(segments, self.forward.context_key(context))
             self._draw_graphs(draws)
-            arrival = next(self._on_host)
-            arrival.copy_(self.batch.packed, non_blocking=True)
+            buffer = next(self._host_buffers)
+            buffer.copy_(self.batch.packed, non_blocking=True)
             if self.device.type == "cuda":
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record()
-        self._arrivals.append((arrival, event))
+        self._in_flight.append((buffer, event))
         self._forecast.launched()
         return True
 
     def collect(self) -> Outcome:
-        """Wait for the oldest step in flight, and return what it did."""
-        arrival, event = self._arrivals.popleft()
+        """Wait for the oldest step in flight, and return its outcome."""
+        buffer, event = self._in_flight.popleft()
         if event is not None:
             event.synchronize()
-        outcome = self.batch.unpack(arrival)
+        outcome = self.batch.unpack(buffer)
         self._forecast.learn(outcome)
         return outcome
 
@@ -287,7 +290,7 @@ class Runner:
 
 
 def lay_out(batch: BatchState, cache: PagedCache, count: int) -> tuple[Segments, Addresses]:
-    """The blocks of a step, and where their tokens stand."""
+    """The segments of a step, and the addresses of their tokens."""
     segments = batch.segments(count)
     addresses = cache.addresses(segments.slot, segments.start, segments.length, segments.length, batch.offsets)
     return segments, addresses

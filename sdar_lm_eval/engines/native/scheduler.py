@@ -1,12 +1,13 @@
-"""Who runs next: admission, prefill in chunks, growth block by block, preemption. No tensors.
+"""The scheduler: admission, chunked prefill, page allocation block by block, preemption. No tensors.
 
-A sequence waits, is admitted (it gets a slot, and pages for its prompt and its first blocks), is prefilled up to its
-last full block, and is then denoised block by block, with pages for its current block and the next. When pages run out
-the youngest running sequence gives all of its own back and waits again, at the front; its decided tokens are kept and
-prefilled again, so that nothing but time is lost.
+A sequence waits until it is admitted: it gets a slot, and pages for its prompt and its first blocks. Its prompt is
+prefilled up to the last full block. Its blocks are then denoised one after the other, with pages for the current block
+and the next one. When the pages run out, the youngest running sequence is preempted: it releases its pages and waits at
+the front of the queue. A preempted sequence keeps its decided tokens and prefills them again, so only time is lost.
 
-A prompt that begins as another one did shares the pages of that beginning (`pages.py`) and is prefilled from there on,
-as soon as the other one has prefilled it. The other one is older, so that it never leaves before it has.
+A prompt whose prefix is cached shares the pages of this prefix (`pages.py`), and is prefilled from the prefix's end on.
+If an older sequence is still prefilling the prefix, the younger one waits for it. The wait ends: only the youngest
+sequence is preempted, so the older one stays until it has stored the prefix.
 """
 
 from __future__ import annotations
@@ -20,20 +21,24 @@ from sdar_lm_eval.engines.native.pages import PagePool
 from sdar_lm_eval.engines.runs import Allowance
 from sdar_lm_eval.engines.types import GenerationRequest
 
-LEAST_PREFILL = 64  # tokens a step; with fewer it is not the prefill that takes the memory
+LEAST_PREFILL = 64  # tokens a step; a smaller prefill takes too little memory for a cut to help
 
 
 @dataclass(eq=False)
-class Sequence:
-    """A request on its way.
+class SequenceState:
+    """The state of a request's sequence on the host.
 
     Attributes:
+        index: position of the request among all requests.
         tokens: the prompt and the decided part of the answer.
-        cached: leading tokens whose KV is in the pages, or will be after the next forward, or is stored by the sequence
-            whose pages these are; whole blocks.
+        cached: leading tokens that this sequence does not have to prefill: their KV is stored, or is stored by the next
+            forward or by an older sequence that shares the pages. Whole blocks.
         slot: row of the batch state on the device; -1 while waiting.
-        begun: whether it takes part in the steps; before that, its prompt is prefilled.
-        turn: goes up when the sequence leaves its slot, so that what the device still does there is known to be old.
+        in_batch: whether the batch on the device holds the sequence; before that, its prompt is prefilled.
+        epoch: how often the sequence has left a slot. The result of a step that was launched in an earlier epoch is
+            discarded.
+        pages: KV pages that the sequence holds, in order.
+        started_at: `time.perf_counter()` at the first forward; None before it.
     """
 
     index: int
@@ -41,13 +46,13 @@ class Sequence:
     tokens: list[int]
     cached: int = 0
     slot: int = -1
-    begun: bool = False
-    turn: int = 0
+    in_batch: bool = False
+    epoch: int = 0
     pages: list[int] = field(default_factory=list)
     prefill_forwards: int = 0
     denoising_forwards: int = 0
     commit_forwards: int = 0
-    started: float | None = None
+    started_at: float | None = None
     unmasked_at: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
 
@@ -58,7 +63,7 @@ class Sequence:
 
     @property
     def block_start(self) -> int:
-        """Where the block stands that is denoised next (or now): after the last full block of `tokens`."""
+        """Position of the current block: after the last full block of `tokens`."""
         return len(self.tokens) // self.block_length * self.block_length
 
     @property
@@ -67,30 +72,30 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt_ids)
 
     def decide(self, new: list[int]) -> None:
-        """Take the new tokens of a block, the last of them ending it; its KV is stored by the next forward."""
+        """Append the new tokens of a decided block, up to the block's end. The next forward stores the block's KV."""
         self.tokens += new
         self.cached = len(self.tokens)
 
     @property
     def in_prefill(self) -> bool:
-        """Whether tokens before the current block still have no KV."""
+        """Whether tokens before the current block still have to be prefilled."""
         return self.cached < self.block_start
 
     @property
     def longest(self) -> int:
-        """Tokens of the sequence if it runs to its limit, its last block whole."""
+        """Tokens of the sequence at its length limit, rounded up to whole blocks."""
         return self.request.longest
 
     @property
-    def reach(self) -> int:
-        """Tokens that must have pages: up to the block after the current one, which the device may begin by itself."""
+    def lookahead_end(self) -> int:
+        """Position up to which the sequence needs pages: the end of the next block, which the device may begin."""
         return min(self.block_start + 2 * self.block_length, self.longest)
 
 
 class Chunk(NamedTuple):
-    """Whole blocks of a prompt: the tokens of a sequence from `start` up to, without, `end`."""
+    """Whole blocks to prefill: the tokens of a sequence at positions start <= position < end."""
 
-    sequence: Sequence
+    sequence: SequenceState
     start: int
     end: int
 
@@ -102,35 +107,39 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What the engine does between two steps.
+    """What the engine does between two steps, in this order.
 
     Attributes:
-        vacated: slots whose sequences were preempted or are finished, and that the device still takes for active.
+        vacated: slots without a sequence that the device still takes for active.
         paged: sequences whose pages changed.
-        prefill: chunks of prompts to run.
-        starting: sequences whose prompts are prefilled after that: their first block takes part in the next step.
+        prefill: chunks to run.
+        starting: sequences to put into the batch: their prefill is complete once these chunks have run.
     """
 
     vacated: list[int]
-    paged: list[Sequence]
+    paged: list[SequenceState]
     prefill: list[Chunk]
-    starting: list[Sequence]
+    starting: list[SequenceState]
 
 
 class Scheduler:
     """Plans each step over `max_active` slots and a pool of pages.
 
     Args:
-        sequences: all there is to do, in order of admission.
-        pool: the pages.
-        max_active: slots, that is sequences running at once.
-        prefill_chunk: about how many prompt tokens a step prefills: whole blocks, less than one block more.
-        share_prefixes: whether prompts that begin alike share pages.
+        sequences: the sequences to run, in order of admission.
+        pool: the KV pages.
+        max_active: number of slots: most sequences that run at once.
+        prefill_chunk: prompt tokens that a step prefills, rounded to whole blocks: less than one block more.
+        share_prefixes: whether prompts with a common prefix share pages.
+
+    Attributes:
+        preemptions: how often a sequence was preempted.
+        shared_prompt_tokens: prompt tokens that were not prefilled, since an older sequence stores their KV.
     """
 
     def __init__(
         self,
-        sequences: Iterable[Sequence],
+        sequences: Iterable[SequenceState],
         pool: PagePool,
         max_active: int,
         prefill_chunk: int,
@@ -139,14 +148,14 @@ class Scheduler:
     ) -> None:
         self.pool = pool
         self.waiting = deque(sequences)
-        self.running: list[Sequence] = []  # in order of admission
+        self.running: list[SequenceState] = []  # in order of admission
         self.preemptions = 0
-        self.shared_prompt_tokens = 0  # that were not prefilled: their KV was there, or on its way
+        self.shared_prompt_tokens = 0
         self._share_prefixes = share_prefixes
         self._free_slots = list(range(max_active - 1, -1, -1))
-        self._prefill_chunk = Allowance(prefill_chunk)
-        self._most = Allowance(max_active)
-        self._vacated: list[int] = []  # slots for the next plan to name
+        self._prefill_limit = Allowance(prefill_chunk)
+        self._active_limit = Allowance(max_active)
+        self._vacated: list[int] = []  # slots that the next plan reports
 
     @property
     def unfinished(self) -> bool:
@@ -154,17 +163,17 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def plan(self) -> Plan:
-        """Choose what happens before the next step; the one before it went through."""
-        if self.waiting and len(self.running) >= self._most.now:
-            self._most.count_full_step()
-            self._prefill_chunk.count_full_step()
+        """Plan what happens before the next step. Calling it means that the plan before was carried out."""
+        if self.waiting and len(self.running) >= self._active_limit.now:
+            self._active_limit.count_full_step()
+            self._prefill_limit.count_full_step()
         preempted, paged = self._grow()
         vacated, self._vacated = [*self._vacated, *preempted], []
         paged += self._admit()
-        entering = [sequence for sequence in self.running if not sequence.begun]
-        ready = list(filter(self._beginning_is_written, entering))
-        assert ready[:1] == entering[:1], "the oldest waits, so that nobody is left to write what it waits for"
-        prefill, budget = [], self._prefill_chunk.now
+        entering = [sequence for sequence in self.running if not sequence.in_batch]
+        ready = list(filter(self._shared_prefix_is_written, entering))
+        assert ready[:1] == entering[:1], "the oldest sequence waits, and no other is left to write what it waits for"
+        prefill, budget = [], self._prefill_limit.now
         for sequence in ready:
             if sequence.in_prefill and budget > 0:
                 blocks = max(budget // sequence.block_length, 1)
@@ -174,109 +183,122 @@ class Scheduler:
         ends = {sequence.index: end for sequence, _, end in prefill}
         starting = [s for s in ready if ends.get(s.index, s.cached) >= s.block_start]
         written = [(s.pages, start, end) for s, start, end in prefill]
-        written += [(s.pages, s.block_start, s.reach) for s in starting]
+        written += [(s.pages, s.block_start, s.lookahead_end) for s in starting]
         for pages, start, end in written:
             touched = pages[start // self.pool.page_size : self.pool.pages_for(end)]
-            assert all(map(self.pool.may_write, touched)), "a page that others read would be written"
+            assert all(map(self.pool.may_write, touched)), "a page that other sequences read would be written"
         return Plan(vacated, paged, prefill, starting)
 
-    def prefilled(self, sequence: Sequence, end: int) -> None:
+    def prefilled(self, sequence: SequenceState, end: int) -> None:
         """Take note that the KV of a sequence's tokens up to `end` is stored."""
         sequence.cached = end
         self.pool.written(sequence.pages[: end // self.pool.page_size])
 
-    def finish(self, sequence: Sequence, *, device_knows: bool = True) -> None:
-        """Free what a sequence held; its place is taken at the next plan."""
+    def finish(self, sequence: SequenceState, *, device_knows: bool = True) -> None:
+        """Free the slot and the pages of a finished sequence. The next plan may give them to others.
+
+        Args:
+            sequence: a running sequence.
+            device_knows: whether the device ended the sequence by itself.
+        """
         if not device_knows:
             self._vacated.append(sequence.slot)
         self.running.remove(sequence)
-        self._vacate(sequence)
+        self._free(sequence)
 
-    def discard(self, sequence: Sequence) -> list[int]:
-        """Take out a sequence whose KV is not numbers; returns the pages that nobody holds any more."""
+    def discard(self, sequence: SequenceState) -> list[int]:
+        """Remove a sequence whose KV is not finite; return the pages that no sequence holds any more.
+
+        All idle nodes of the prefix cache are evicted: some of them may hold KV that is not finite.
+        """
         self._vacated.append(sequence.slot)
         self.running.remove(sequence)
         pages = sequence.pages
-        self._vacate(sequence)
-        self.pool.forget_idle()
+        self._free(sequence)
+        self.pool.evict_idle()
         return [page for page in pages if self.pool.idle([page])]
 
     @property
     def can_shrink(self) -> bool:
-        """Whether `shrink` makes a difference."""
-        return len(self.running) > 1 or self._prefill_chunk.now > LEAST_PREFILL
+        """Whether `shrink` would lower a limit."""
+        return len(self.running) > 1 or self._prefill_limit.now > LEAST_PREFILL
 
     def shrink(self) -> None:
-        """Run half as many sequences, with half the prefill a step; both grow again while memory lasts.
+        """Halve the number of running sequences and the prefill of a step; both limits grow again later.
 
-        The younger half of the running ones leaves; one stays.
+        The younger half of the running sequences is preempted; at least one sequence stays.
         """
-        self._most.cut(len(self.running) // 2)
-        self._prefill_chunk.cut(self._prefill_chunk.now // 2)
-        for sequence in reversed(self.running[self._most.now :]):
-            self._preempt(sequence)
+        self._active_limit.cut(len(self.running) // 2)
+        self._prefill_limit.cut(self._prefill_limit.now // 2)
+        for sequence in reversed(self.running[self._active_limit.now :]):
+            self.preempt(sequence)
 
-    def _grow(self) -> tuple[list[int], list[Sequence]]:
-        """Give every running sequence the pages it lacks, the oldest first; returns who left, and who got some."""
+    def _grow(self) -> tuple[list[int], list[SequenceState]]:
+        """Give each running sequence the pages it lacks, the oldest first.
+
+        Returns:
+            The slots of preempted sequences, and the sequences that got pages.
+        """
         preempted, grown = [], []
         for sequence in list(self.running):
             if sequence.slot < 0:
                 continue  # preempted in this loop
-            missing = self.pool.pages_for(sequence.reach) - len(sequence.pages)
+            missing = self.pool.pages_for(sequence.lookahead_end) - len(sequence.pages)
             while missing > self.pool.free_pages and sequence.slot >= 0:
                 preempted.append(self.running[-1].slot)
-                self._preempt(self.running[-1])
+                self.preempt(self.running[-1])
             if sequence.slot >= 0 and missing > 0:
                 sequence.pages += self.pool.allocate(missing)
                 grown.append(sequence)
         return preempted, [sequence for sequence in grown if sequence.slot >= 0]
 
-    def _admit(self) -> list[Sequence]:
-        admitted: list[Sequence] = []
-        if not self.waiting or len(self.running) >= self._most.now:
+    def _admit(self) -> list[SequenceState]:
+        admitted: list[SequenceState] = []
+        if not self.waiting or len(self.running) >= self._active_limit.now:
             return admitted
-        # One page is left for each running sequence that will need more, so that an admission does not force a
-        # preemption at once.
-        growing = sum(map(self._grows, self.running))
-        while self.waiting and len(self.running) < self._most.now:
+        # An admission that takes the last pages would force a preemption soon: one page stays free for each running
+        # sequence that will need more.
+        growing = sum(map(self._will_grow, self.running))
+        while self.waiting and len(self.running) < self._active_limit.now:
             sequence = self.waiting[0]
             prompt, length = sequence.request.prompt_ids, sequence.block_length
-            shared = self.pool.find(prompt, length)
-            own = self.pool.pages_for(sequence.reach) - len(shared)
-            needed = own + self.pool.idle(shared)
+            shared = self.pool.match_prefix(prompt, length)
+            unshared = self.pool.pages_for(sequence.lookahead_end) - len(shared)
+            needed = unshared + self.pool.idle(shared)
             if self.pool.free_pages < needed + growing and (self.running or self.pool.free_pages < needed):
                 break
             self.waiting.popleft()
             sequence.slot = self._free_slots.pop()
             self.pool.hold(shared)
-            sequence.pages = shared + self.pool.allocate(own)
+            sequence.pages = shared + self.pool.allocate(unshared)
             sequence.cached = len(shared) * self.pool.page_size
             self.shared_prompt_tokens += sequence.cached
             if self._share_prefixes:
-                self.pool.announce(prompt, length, sequence.pages)
-            growing += self._grows(sequence)
+                self.pool.insert_prefix(prompt, length, sequence.pages)
+            growing += self._will_grow(sequence)
             self.running.append(sequence)
             admitted.append(sequence)
         return admitted
 
-    def _beginning_is_written(self, sequence: Sequence) -> bool:
-        """Whether nobody else still has to store KV that a sequence shares. It is stored in order: the last tells."""
-        whole = sequence.cached // self.pool.page_size
-        return whole == 0 or self.pool.is_written(sequence.pages[whole - 1])
+    def _shared_prefix_is_written(self, sequence: SequenceState) -> bool:
+        """Whether all KV that a sequence shares is stored. KV is stored in order, so the last page decides."""
+        count = sequence.cached // self.pool.page_size
+        return count == 0 or self.pool.is_written(sequence.pages[count - 1])
 
-    def _grows(self, sequence: Sequence) -> bool:
-        """Whether a sequence will need more pages than it has."""
+    def _will_grow(self, sequence: SequenceState) -> bool:
+        """Whether a sequence may need more pages than it has."""
         return len(sequence.pages) < self.pool.pages_for(sequence.longest)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: SequenceState) -> None:
+        """Take a running sequence's slot and pages; the sequence waits at the front, with its decided tokens."""
         self.running.remove(sequence)
-        self._vacate(sequence)
+        self._free(sequence)
         sequence.cached = 0
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
-    def _vacate(self, sequence: Sequence) -> None:
+    def _free(self, sequence: SequenceState) -> None:
         self.pool.release(sequence.pages)
         self._free_slots.append(sequence.slot)
-        sequence.pages, sequence.slot, sequence.begun = [], -1, False
-        sequence.turn += 1
+        sequence.pages, sequence.slot, sequence.in_batch = [], -1, False
+        sequence.epoch += 1

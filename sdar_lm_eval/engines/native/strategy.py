@@ -1,9 +1,9 @@
-"""What a remasking strategy is: the rule by which a denoising step chooses the masked positions that keep their token.
+"""A remasking strategy: the rule by which a denoising step chooses the masked positions that keep their token.
 
-Each step draws a token for every masked position of a block. A strategy orders these positions and says how many of
-them, from the first on, keep their token; the others stay masked. Each strategy is one file in `strategies/`.
+Each step draws a token for every masked position of a block. A strategy orders these positions and chooses a number n.
+The first n positions keep their token; the others stay masked. Each strategy is one file in `strategies/`.
 
-Names and settings are read where torch is not imported, so rules use methods of tensors only.
+Settings and documentation read the strategies' names without importing torch. So rules only call methods of tensors.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a step drew, and what a strategy may choose by. B sequences, L positions of a block.
+    """What a step drew: the input of a strategy's rules. B sequences, L positions of a block.
 
     Attributes:
-        masked: (B, L) bool, positions to choose from; the values of other positions mean nothing.
+        masked: (B, L) bool, positions to choose from. The values of other positions are undefined.
         confidence: (B, L) float32, probability of the drawn token.
         entropy: (B, L) float32, of the distribution, in nats; 0 unless the strategy needs entropies.
         offsets: (L,) int64, 0 to L - 1.
         quota: (B,) int64, tokens that the schedule unmasks in this step (`DecodingConfig.quotas`).
         setting: (B,) float32, value of the strategy's setting.
-        random: gives (B, L) float32 in [0, 1), which depend on seed, position and step alone.
+        random: returns (B, L) float32 in [0, 1) that depend on seed, position and step only.
     """
 
     masked: torch.Tensor
@@ -43,7 +43,7 @@ Rule = Callable[[Candidates], "torch.Tensor"]
 
 
 def most_confident_first(candidates: Candidates) -> torch.Tensor:
-    """Sort keys (B, L): the highest confidence is the lowest key."""
+    """Sort keys (B, L): the highest confidence has the lowest key."""
     return -candidates.confidence
 
 
@@ -54,19 +54,22 @@ def schedule(candidates: Candidates) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A strategy. `torch.compile` takes its rules for GPUs: fixed shapes, and no value that is read on the host.
+    """A remasking strategy.
+
+    `torch.compile` compiles the rules for GPUs, so a rule has fixed shapes and reads no value on the host.
 
     Attributes:
         name: value of `remasking_strategy`.
         source: where the algorithm is from.
         short: another spelling of the name.
-        setting: the field of `DecodingConfig` that steers it.
-        order: gives sort keys (B, L) float32; the lowest keys keep their tokens, the left one where two tie.
-        count: gives how many positions keep their token, (B,) int64. At least 1, so that each step unmasks something;
-            where it exceeds the masked positions, all of them keep their token.
+        setting: the field of `DecodingConfig` that the strategy's rules read.
+        order: returns sort keys (B, L) float32. The positions of the lowest keys keep their tokens; of two equal keys,
+            the left one comes first.
+        count: returns how many positions keep their token, (B,) int64. At least 1, so that each step unmasks some
+            position. A count above the number of masked positions means all of them.
         needs_entropy: whether a rule reads `Candidates.entropy`.
-        uses_schedule: whether `count` is never below the quota. Others unmask at least one token a step.
-        is_random: whether a rule reads `Candidates.random`: greedy answers then depend on the seed.
+        uses_schedule: whether `count` is never below the quota.
+        is_random: whether a rule reads `Candidates.random`. Greedy answers of such a strategy depend on the seed.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Arrays of the host on the device."""
+"""Copies arrays from the host to the device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 def to_device(array: NDArray[Scalar], device: torch.device) -> torch.Tensor:
-    """Copy an array to the device; a GPU copies it while the host goes on."""
+    """Copy an array to the device. A copy to a GPU is asynchronous: the host does not wait for it."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -1,8 +1,8 @@
-"""Drawing tokens, and selecting the positions that keep them. Pure functions on tensors; `strategies/` has the rules.
+"""Draws tokens, and selects the positions that keep them. Pure functions on tensors; `strategies/` has the rules.
 
-Semantics follow `generate.py` of JetAstra/SDAR (commit c2041a8), with two differences, each where that file does not do
-what it says: masked positions are state, not "token == mask id", so that a prompt may hold the mask token; and a step
-never keeps more tokens than are masked, where generate.py then overwrites the prompt.
+Semantics follow `generate.py` of JetAstra/SDAR (commit c2041a8), with two differences. Masked positions are state here,
+not "token == mask id", so a prompt may hold the mask token. A step never keeps more tokens than positions are masked;
+generate.py overwrites tokens of the prompt in this case.
 
 Shapes: B sequences, L positions a block, R rows of logits (masked positions only), V tokens.
 """
@@ -22,7 +22,7 @@ def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: torch
 
 
 def draw_greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The most probable token and its softmax probability at temperature 1; the lower id where two tie.
+    """The most probable token and its softmax probability at temperature 1. Of two equal tokens, the lower id is drawn.
 
     logits (R, V) float32; returns tokens (R,) int64 and confidences (R,) float32.
     """
@@ -38,17 +38,17 @@ def filtered_probabilities(
     *,
     any_filter: bool = True,
 ) -> torch.Tensor:
-    """The distribution that is drawn from: softmax(logits / T), top-k, then top-p of what top-k left.
+    """The distribution that tokens are drawn from: softmax(logits / T), filtered by top-k and then by top-p.
 
-    top-p keeps a token while the tokens before it, most probable first, hold at most p; tokens that tie with the k-th
-    are kept. Source: generate.py, top_k_logits and top_p_logits.
+    top-k keeps every token that ties with the k-th one. top-p keeps a token if all more probable tokens together have a
+    probability of at most p, renormalized after top-k. Source: generate.py, top_k_logits and top_p_logits.
 
     Args:
         logits: (R, V) float32.
         temperature: (R,), above 0.
         top_k: (R,) int64; 0 is off.
         top_p: (R,); 1 is off.
-        any_filter: whether top-k or top-p is on in any row, where it is known: to sort the vocabulary takes long.
+        any_filter: whether top-k or top-p may be on in any row. False skips the slow sort of the vocabulary.
 
     Returns:
         (R, V) float32, rows sum to 1.
@@ -73,10 +73,10 @@ def draw_sampled(probabilities: torch.Tensor, uniform: torch.Tensor) -> tuple[to
     """
     cumulative = probabilities.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    # Strictly below the total, so that the first cumulative value above it belongs to a token of positive probability.
+    # The target is strictly below the total: the first cumulative value above it has a token of positive probability.
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    # Rows that are not numbers find no token at all, and get the first; their confidence shows it.
+    # A row of NaN yields an index past the vocabulary. Such a row gets token 0, and its confidence is NaN.
     tokens = tokens.masked_fill(tokens == probabilities.shape[-1], 0)
     return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1)
 
@@ -88,9 +88,9 @@ def entropy(probabilities: torch.Tensor) -> torch.Tensor:
 
 
 def select_first(keys: torch.Tensor, count: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Choose the `count` masked positions with the lowest keys, the left one where two tie.
+    """Choose the `count` masked positions with the lowest keys. Of two equal keys, the left one comes first.
 
-    keys and masked (B, L), count (B,); returns (B, L) bool, never more than are masked.
+    keys and masked (B, L), count (B,); returns (B, L) bool, a subset of `masked`.
     """
     keys = keys.masked_fill(~masked, torch.inf)
     this, other = keys[:, :, None], keys[:, None, :]

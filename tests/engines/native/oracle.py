@@ -1,7 +1,7 @@
-"""Block diffusion decoding written as plainly as it can be: no cache, no batch, no pages.
+"""The reference of block diffusion decoding in plain Python: no cache, no batch, no pages.
 
-At every step the whole sequence is run through the model under the block-causal mask, and one token at a time is
-decided in Python. It is slow and shares nothing with the engine but the random numbers; the engine must equal it.
+Every step runs the whole sequence through the model under the block-causal mask, and Python decides one token at a
+time. The oracle is slow. It shares only the random numbers with the engine; the engine must return the same results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def generate(model, mask_id: int, request: GenerationRequest, decode=None):
     while True:
         start = len(tokens) // block * block
         current = tokens[start:] + [mask_id] * (start + block - len(tokens))
-        masked = [place >= len(tokens) - start for place in range(block)]
+        masked = [offset >= len(tokens) - start for offset in range(block)]
         given = block - sum(masked)
         when, how_sure = [-1] * block, [1.0] * block
         step = 0
@@ -38,22 +38,22 @@ def generate(model, mask_id: int, request: GenerationRequest, decode=None):
             logits = _logits(model, tokens[:start] + current, block)[start:]
             forwards += 1
             seen = set(tokens) | {t for t, m in zip(current, masked, strict=True) if not m}
-            for place in range(block):
-                if masked[place]:
-                    candidates[place] = _draw(logits[place], mask_id, request, start + place, step, seen)
-            for place in _keep(candidates, request, start, step):
-                token, confidence, _ = candidates[place]
-                current[place], masked[place] = token, False
-                when[place], how_sure[place] = step, confidence
+            for offset in range(block):
+                if masked[offset]:
+                    candidates[offset] = _draw(logits[offset], mask_id, request, start + offset, step, seen)
+            for offset in keep(candidates, request, start, step):
+                token, confidence, _ = candidates[offset]
+                current[offset], masked[offset] = token, False
+                when[offset], how_sure[offset] = step, confidence
             step += 1
-        for place in range(given, block):
-            token = current[place]
+        for offset in range(given, block):
+            token = current[offset]
             new = len(tokens) - len(prompt)
             if token in request.stop_ids:
                 return tokens[len(prompt) :], "stop", unmasked_at, confidences, forwards
             tokens.append(token)
-            unmasked_at.append(when[place])
-            confidences.append(how_sure[place])
+            unmasked_at.append(when[offset])
+            confidences.append(how_sure[offset])
             text = decode(tokens[len(prompt) :]) if request.stop_strings else ""
             if any(stop in text for stop in request.stop_strings):
                 return tokens[len(prompt) :], "stop", unmasked_at, confidences, forwards
@@ -104,28 +104,28 @@ def _draw(logits, mask_id, request, position, step, seen):
     return token, of[token] / total, _entropy(probabilities[sorted(ranked)] / total)
 
 
-def _keep(candidates, request, start, step):
-    """The places whose tokens this step keeps."""
+def keep(candidates, request, start, step):
+    """The offsets in the block whose tokens this step keeps."""
     decoding = request.decoding
     quota = min(decoding.quotas[step] if step < decoding.steps else 1, len(candidates))
-    surest = sorted(candidates, key=lambda place: (-candidates[place][1], place))
+    surest = sorted(candidates, key=lambda offset: (-candidates[offset][1], offset))
     if decoding.remasking_strategy == "low_confidence_static":
         return surest[:quota]
     if decoding.remasking_strategy == "low_confidence_dynamic":
-        sure = [place for place in surest if candidates[place][1] > decoding.confidence_threshold]
+        sure = [offset for offset in surest if candidates[offset][1] > decoding.confidence_threshold]
         return sure if len(sure) >= quota else surest[:quota]
     if decoding.remasking_strategy == "sequential":
         return sorted(candidates)[:quota]
     if decoding.remasking_strategy == "random":
         return sorted(candidates, key=lambda p: (float(_uniform(request.seed, start + p, step, ORDER)), p))[:quota]
     assert decoding.remasking_strategy == "entropy_bounded"
-    plainest = sorted(candidates, key=lambda place: (candidates[place][2], place))
+    plainest = sorted(candidates, key=lambda offset: (candidates[offset][2], offset))
     kept, total = [], 0.0
-    for place in plainest:
-        total += candidates[place][2]
+    for offset in plainest:
+        total += candidates[offset][2]
         if kept and total >= decoding.eb_threshold:
             break
-        kept.append(place)
+        kept.append(offset)
     return kept
 
 

@@ -10,7 +10,7 @@ from sdar_lm_eval.engines.native.forward.attention import PagedBatch, attend, pa
 
 
 def plain(query, keys, values, visible, scaling):
-    """One query at a time: query (heads, size), keys and values (context, KV heads, size)."""
+    """The reference: one query (heads, size), keys and values (context, KV heads, size)."""
     group = query.shape[0] // keys.shape[1]
     out = torch.empty_like(query)
     for head in range(query.shape[0]):
@@ -32,7 +32,7 @@ def test_attend_equals_attention_written_out(rows, queries, group, kv_heads, pag
     torch.manual_seed(seed)
     width, size = 3, 8
     keys, values = torch.randn(2, rows * width + 1, page_size, kv_heads, size)
-    keys[0] = values[0] = torch.nan  # the scratch page: whoever reads it shows
+    keys[0] = values[0] = torch.nan  # the scratch page: a result that reads it is NaN
     pages = (torch.randperm(rows * width) + 1).view(rows, width)
     visible = torch.randint(1, width * page_size + 1, (rows, queries))
     query = torch.randn(rows, kv_heads * group, queries, size)
@@ -49,7 +49,7 @@ def test_new_tokens_are_written_before_they_are_seen():
     key, value = torch.randn(2, 1, 1, 2, 4)
     batch = PagedBatch(cache, torch.tensor([[2, 1]]), torch.tensor([[5, 2]]), torch.tensor([[3, 3]]))
     out, _ = paged_attention(SimpleNamespace(layer_idx=0), torch.randn(1, 1, 2, 4), key, value, None, 1.0, batch=batch)
-    assert torch.equal(cache[0, 0, 2, 1, 0], key[0, 0, 0])  # place 5 = page 2, offset 1
-    assert torch.equal(cache[0, 1, 1, 0, 0], value[0, 0, 1])  # place 2 = page 1, offset 0
+    assert torch.equal(cache[0, 0, 2, 1, 0], key[0, 0, 0])  # KV slot 5 = page 2, offset 1
+    assert torch.equal(cache[0, 1, 1, 0, 0], value[0, 0, 1])  # KV slot 2 = page 1, offset 0
     assert cache[0, :, 0].eq(0).all()
     assert out.shape == (1, 2, 1, 4)

@@ -1,6 +1,6 @@
-"""`BatchState` beside one that serves its slots one after the other, in plain Python; and compiled beside itself.
+"""`BatchState` compared with plain Python that serves one slot after the other, and with its compiled methods.
 
-On a GPU `torch.compile` makes kernels of it; on the CPU its front end alone runs, which sees what cannot be compiled.
+On a GPU `torch.compile` compiles kernels. On the CPU only its front end runs, which refuses what cannot be compiled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sdar_lm_eval import DecodingConfig, GenerationRequest
 from sdar_lm_eval.engines.native.batch import BatchState
 from sdar_lm_eval.engines.native.compiling import compiled
 from sdar_lm_eval.engines.native.random_numbers import DRAW, uniform
-from sdar_lm_eval.engines.native.scheduler import Sequence
+from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,7 +39,7 @@ def random_sequence(rng, number, slot, block):
     prompt = tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 3 * block)))
     stops = frozenset(rng.sample([*range(VOCABULARY), *[MASK] * 22], rng.randint(0, 3)))
     request = GenerationRequest(prompt, rng.randint(1, 5 * block), decoding, stops, seed=rng.getrandbits(64))
-    return Sequence(number, request, list(prompt), slot=slot)
+    return SequenceState(number, request, list(prompt), slot=slot)
 
 
 def make(slots, block):
@@ -58,7 +58,7 @@ def drawn(count, step):
     if step % 10 == 7:
         confidence[0] = torch.nan
     if step % 3 == 0:
-        confidence = (4 * confidence).round() / 4  # many that are equal
+        confidence = (4 * confidence).round() / 4  # many equal values
     return torch.randint(0, VOCABULARY - 1, (count,), device=DEVICE), confidence, entropy
 
 
@@ -68,8 +68,8 @@ def tensors(state):
 
 @pytest.mark.parametrize("slots", [1, 7, 33])
 @pytest.mark.parametrize("block", [4, 8])
-def test_who_finds_room_in_a_step(slots, block):
-    """Segments and draws, slot by slot: each that fits, in order, and none behind the first that does not."""
+def test_which_slots_fit_into_a_step(slots, block):
+    """Segments and draws belong to the slots before the first slot that does not fit."""
     rng = random.Random(slots)
     torch.manual_seed(slots)
     state = make(slots, block)
@@ -81,24 +81,27 @@ def test_who_finds_room_in_a_step(slots, block):
         segments, draws = rng.randint(2, 2 * slots + 2), rng.randint(block, slots * block + 3)
         found, positions = state.segments(segments), state.masked_positions(draws)
 
-        expected, runs, full = [], [], False
+        expected, fitting, full = [], [], False
         for slot in range(slots):
             if not before["active"][slot]:
                 continue
             length, start = int(before["length"][slot]), int(before["start"][slot])
             own = [(slot, start, length, 1, before["tokens"][slot].tolist())]
             if before["uncommitted"][slot]:
-                own = [(slot, start - length, length, 2, before["before"][slot].tolist()), (*own[0][:3], 0, own[0][4])]
+                own = [
+                    (slot, start - length, length, 2, before["previous"][slot].tolist()),
+                    (*own[0][:3], 0, own[0][4]),
+                ]
             full = full or len(expected) + len(own) > segments
             if not full:
                 expected += own
-                runs.append((slot, len(expected) - 1))
+                fitting.append((slot, len(expected) - 1))
         got = [tuple(column[i].tolist() for column in found) for i in range(segments)]
         assert got[: len(expected)] == expected
         assert all((slot, length, following) == (slots, 0, 0) for slot, _, length, following, _ in got[len(expected) :])
 
         wanted, took_part, full = [], [], False
-        for slot, segment in runs:
+        for slot, segment in fitting:
             columns = before["masked"][slot].nonzero()[:, 0].tolist()
             full = full or len(wanted) + len(columns) > draws
             if not full:
@@ -109,10 +112,10 @@ def test_who_finds_room_in_a_step(slots, block):
         assert set(positions.slot.tolist()[len(wanted) :]) <= {slots}
         assert int(positions.row.min()) >= 0 and int(positions.row.max()) < segments * block
         for index, (slot, column, _) in enumerate(wanted):
-            place = (before["seed"][slot], before["start"][slot] + column, before["step"][slot])
-            assert float(positions.number[index]) == float(uniform(*place, DRAW))
+            counter = (before["seed"][slot], before["start"][slot] + column, before["step"][slot])
+            assert float(positions.number[index]) == float(uniform(*counter, DRAW))
             assert float(positions.temperature[index]) == float(before["temperature"][slot])
-        assert state.runs.nonzero()[:, 0].tolist() == took_part
+        assert state.fits.nonzero()[:, 0].tolist() == took_part
         waited += int(before["active"].sum()) - len(took_part)
         state.advance(*drawn(draws, step))
     assert waited > 0 or slots == 1
@@ -149,7 +152,7 @@ def test_compiled_it_is_the_same(slots, block):
 
 
 def test_sizes_do_not_compile_anew():
-    """Each size a step may have runs the same code, but for 1, which compilers take for a constant."""
+    """All sizes of a step run the same code, except 1, which compilers take for a constant."""
     state, versions = make(5, 4), []
 
     def counting(graph, inputs):

@@ -1,8 +1,7 @@
-"""The engine against the oracle, token for token, in float32 on the CPU."""
+"""The engine compared with the oracle, token by token, in float32 on the CPU."""
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import itertools
 import random
@@ -22,8 +21,8 @@ from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines import runs
 from sdar_lm_eval.engines.native import engine as engine_module
 from sdar_lm_eval.engines.native import forecast
-from sdar_lm_eval.engines.native.forward.graphs import Graphs
-from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
+from sdar_lm_eval.engines.native.forward.graphs import Graphs, rounded_up
+from sdar_lm_eval.engines.native.scheduler import Scheduler
 from sdar_lm_eval.errors import EngineError
 
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded", "random")
@@ -31,13 +30,13 @@ STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """As elsewhere, but with heads of a size that not every engine takes, and the mask token as likely as any."""
+    """A checkpoint whose head size not every engine supports, and whose mask token is as likely as any other token."""
     return Checkpoint.open(str(random_checkpoint(tmp_path_factory.mktemp("tiny"))))
 
 
 @pytest.fixture(scope="module")
 def plain(tiny, demo):
-    """The same weights in transformers' class with a dense mask, for the oracle."""
+    """The same weights in transformers' model class, for the oracle."""
     return {c.name: c.load_model(dtype=torch.float32, device="cpu", attention="sdpa") for c in (tiny, demo)}
 
 
@@ -56,7 +55,7 @@ def run(checkpoint, requests, **options):
 
 
 def check(checkpoint, plain, requests, **options):
-    """Engine = oracle: tokens, reason, and for each token the step and the confidence it was unmasked with."""
+    """Assert that the engine returns the oracle's tokens, finish reasons, steps and confidences."""
     results = run(checkpoint, requests, **options)
     for request, result in zip(requests, results, strict=True):
         tokens, reason, unmasked_at, confidences, _ = oracle(
@@ -76,7 +75,7 @@ def test_greedy_with_prompts_of_lengths_modulo_the_block(tiny, plain, strategy, 
     steps = {1: (1,), 4: (4, 3), 8: (8, 2), 16: (16, 5)}[block_length]
     lengths = range(block_length, 2 * block_length) if block_length > 1 else range(1, 4)
     if block_length > 4:
-        lengths = lengths[:: block_length // 3]  # the oracle runs whole prompts at every step
+        lengths = lengths[:: block_length // 3]  # the oracle is slow: it runs the whole prompt in every step
     requests = [
         GenerationRequest(
             prompt,
@@ -126,7 +125,7 @@ def test_sampling_and_penalties(tiny, plain, settings):
 
 
 def mixed_requests(checkpoint, count=16):
-    """Requests that share no setting."""
+    """Requests with random settings, which differ from request to request."""
     rng = random.Random(1)
     requests = []
     for i, prompt in enumerate(prompts(checkpoint, [rng.randint(1, 40) for _ in range(count)])):
@@ -158,17 +157,17 @@ def test_mixed_settings_in_one_batch_equal_the_oracle(tiny, plain, mixed):
 
 
 @pytest.mark.parametrize("max_active", [3, 16])
-def test_a_request_does_not_depend_on_what_runs_beside_it(tiny, mixed, max_active):
-    requests, alone = mixed
-    assert tokens_of(run(tiny, requests, max_active=max_active)) == alone
+def test_an_answer_does_not_depend_on_the_batch(tiny, mixed, max_active):
+    requests, expected = mixed
+    assert tokens_of(run(tiny, requests, max_active=max_active)) == expected
     order = random.Random(2).sample(range(len(requests)), len(requests))
     shuffled = run(tiny, [requests[i] for i in order], max_active=max_active)
-    assert tokens_of(shuffled) == [alone[i] for i in order]
+    assert tokens_of(shuffled) == [expected[i] for i in order]
 
 
 @pytest.mark.parametrize("max_active", [1, 2])
-def test_a_place_taken_over_while_a_step_runs_ahead_counts_once(tiny, monkeypatch, max_active):
-    """A stop string ends an answer that the device goes on with; steps are padded as graphs pad them."""
+def test_a_slot_reused_while_a_step_is_in_flight_counts_once(tiny, monkeypatch, max_active):
+    """The device goes on with an answer that a stop string has ended. Steps are padded as CUDA graphs pad them."""
     settings = DecodingConfig(remasking_strategy="low_confidence_static", denoising_steps=1)  # a block a step
     whole = [GenerationRequest((1, 2, 3 + i), 24 + 5 * i, settings, seed=i) for i in range(6)]
     stops = [
@@ -184,13 +183,13 @@ def test_a_place_taken_over_while_a_step_runs_ahead_counts_once(tiny, monkeypatc
     monkeypatch.setattr(
         Graphs,
         "__call__",
-        lambda self, size, *others: self._run(self._sizes[bisect.bisect_left(self._sizes, size)], *others),
+        lambda self, size, *others: self.run(rounded_up(self.sizes, size), *others),
     )
     assert tokens_of(asking.run(engine, requests)) == expected
 
 
-def test_a_place_that_a_stop_string_leaves_empty(tiny):
-    """The device would go on with it, beside the one that still runs."""
+def test_a_slot_that_a_stop_string_empties(tiny):
+    """The device would go on with the ended answer beside the running one."""
     settings = DecodingConfig(denoising_steps=1)
     short, long = (GenerationRequest((1, 2, i), 60, settings, seed=i) for i in (3, 4))
     stop = tiny.decode(run(tiny, [short])[0].token_ids[5:7])
@@ -202,8 +201,8 @@ def test_a_place_that_a_stop_string_leaves_empty(tiny):
     assert expected[0][1] == "stop"
 
 
-def test_results_that_nobody_waits_for(tiny):
-    """Others are asked for afterwards, fewer, so that places stay empty."""
+def test_a_run_that_is_abandoned(tiny):
+    """The next run has fewer requests, so some slots stay empty."""
     requests = [GenerationRequest((1, 2, 3 + i), 10 + 10 * i, DecodingConfig(), seed=i) for i in range(6)]
     expected = tokens_of(run(tiny, requests[:2]))
     engine = make_engine("native", tiny, device="cpu")
@@ -216,8 +215,8 @@ def test_results_that_nobody_waits_for(tiny):
 
 @pytest.mark.parametrize(("max_active", "free_rows"), [(1, 0), (5, 0), (16, 0), (16, forecast.FREE_ROWS)])
 def test_a_step_launched_ahead_of_the_host_changes_nothing(tiny, mixed, monkeypatch, max_active, free_rows):
-    """As on a GPU; without rows for free, some blocks find no room in a step that was expected to be smaller."""
-    requests, alone = mixed
+    """Two steps in flight, as on a GPU. With FREE_ROWS = 0, some blocks do not fit and wait for the next step."""
+    requests, expected = mixed
     engine = make_engine("native", tiny, device="cpu", max_active=max_active, kv_pages=40)
     engine.steps_in_flight = 2
     monkeypatch.setattr(forecast, "FREE_ROWS", free_rows)
@@ -226,11 +225,11 @@ def test_a_step_launched_ahead_of_the_host_changes_nothing(tiny, mixed, monkeypa
     def counting(context):
         state, active = engine.runner.batch, int(engine.runner.batch.active.sum())
         launched = launch(context)
-        waited.append(active - int(state.runs.sum()) if launched else 0)
+        waited.append(active - int(state.fits.sum()) if launched else 0)
         return launched
 
     monkeypatch.setattr(engine.runner, "launch", counting)
-    assert tokens_of(asking.run(engine, requests)) == alone
+    assert tokens_of(asking.run(engine, requests)) == expected
     if max_active == 1 or not free_rows:
         assert (sum(waited) > 0) == (max_active > 1)
 
@@ -244,10 +243,10 @@ def test_preempted_sequences_lose_nothing(tiny):
     engine = make_engine("native", tiny, device="cpu", max_active=8, kv_pages=9)
     results = dict(engine.generate(requests))
     assert engine.info.extra["preemptions"] > 0
-    alone = run(tiny, requests, max_active=1)
-    assert tokens_of(results[i] for i in range(len(requests))) == tokens_of(alone)
-    assert [results[i].unmasked_at for i in range(len(requests))] == [r.unmasked_at for r in alone]
-    assert sum(r.prefill_forwards for r in results.values()) > sum(r.prefill_forwards for r in alone)
+    expected = run(tiny, requests, max_active=1)
+    assert tokens_of(results[i] for i in range(len(requests))) == tokens_of(expected)
+    assert [results[i].unmasked_at for i in range(len(requests))] == [r.unmasked_at for r in expected]
+    assert sum(r.prefill_forwards for r in results.values()) > sum(r.prefill_forwards for r in expected)
 
 
 def test_prefill_in_chunks(tiny, plain, monkeypatch):
@@ -259,14 +258,14 @@ def test_prefill_in_chunks(tiny, plain, monkeypatch):
 
 
 def alike_requests(checkpoint, count=20):
-    """Of random settings; prompts are beginnings of one text, with or without an end of their own."""
+    """Requests with random settings. Prompts share prefixes of one text; some have tokens of their own after it."""
     rng = random.Random(3)
     (text,) = prompts(checkpoint, (96,), seed=4)
     cuts = [15, 16, 17, 31, 32, 33, 48, 64, 80, 96]
     requests = []
     for i, end in enumerate(prompts(checkpoint, [rng.choice([0, 0, 1, 5, 20]) for _ in range(count)], seed=5)):
         prompt = list(text[: rng.choice(cuts)])
-        if i % 5 == 0:  # nothing but the last token of a page is another one
+        if i % 5 == 0:  # only the last token of a page differs
             prompt[(len(prompt) - 1) // 16 * 16 - 1] = (prompt[(len(prompt) - 1) // 16 * 16 - 1] + 1) % 5
         block = rng.choice([1, 4, 4, 4, 8, 24])
         decoding = DecodingConfig(
@@ -280,7 +279,7 @@ def alike_requests(checkpoint, count=20):
     return requests
 
 
-class TestSharedBeginnings:
+class TestSharedPrefixes:
     @pytest.fixture(scope="class")
     def alike(self, tiny):
         requests = alike_requests(tiny)
@@ -297,22 +296,22 @@ class TestSharedBeginnings:
         ],
     )
     def test_answers_are_the_same(self, tiny, alike, monkeypatch, max_active, kv_pages, ahead, chunk):
-        """Few pages: what nobody holds is evicted, and sequences that share are preempted."""
+        """With few pages, idle nodes are evicted, and sequences with shared pages are preempted."""
         monkeypatch.setitem(engine_module.PREFILL_CHUNK, "cpu", chunk)
-        requests, alone = alike
+        requests, expected = alike
         engine = make_engine("native", tiny, device="cpu", max_active=max_active, kv_pages=kv_pages)
         engine.steps_in_flight = 1 + ahead
         results = asking.run(engine, requests)
-        assert tokens_of(results) == tokens_of(alone)
-        assert [r.unmasked_at for r in results] == [r.unmasked_at for r in alone]
+        assert tokens_of(results) == tokens_of(expected)
+        assert [r.unmasked_at for r in results] == [r.unmasked_at for r in expected]
         assert engine.info.extra["shared_prompt_tokens"] > 0
         assert (engine.info.extra["preemptions"] > 0) == (kv_pages is not None)
 
-    def test_they_are_the_oracles(self, tiny, plain, alike):
+    def test_answers_equal_the_oracles(self, tiny, plain, alike):
         check(tiny, plain, alike[0][:10])
 
     @pytest.mark.parametrize("share", [True, False])
-    def test_a_beginning_is_prefilled_once(self, demo, monkeypatch, share):
+    def test_a_prefix_is_prefilled_once(self, demo, monkeypatch, share):
         common, *own = questions(demo, 7)
         common = (common * 10)[:320]
         decoding = DecodingConfig(temperature=0, remasking_strategy="low_confidence_static")
@@ -323,7 +322,7 @@ class TestSharedBeginnings:
         asking.run(engine, requests)
         whole = [len(request.prompt_ids) // 4 * 4 for request in requests]
         shared = 320 * (len(requests) - 1) if share else 0
-        # Ends may begin alike, too, by a page more.
+        # The prompts' own tokens may share a page more.
         assert engine.info.extra["shared_prompt_tokens"] in range(
             shared, shared + 16 * len(requests) if share else 1, 16
         )
@@ -336,8 +335,8 @@ class TestSharedBeginnings:
         assert len(set(tokens_of(results))) == 1
         assert all(result.seconds > 0 for result in results)
 
-    def test_what_one_call_stored_is_not_taken_for_the_next_ones(self, tiny):
-        """The pages are there still, but scoring may have thrown them away meanwhile."""
+    def test_a_run_shares_no_pages_with_an_earlier_run(self, tiny):
+        """Scoring may have freed the cache between the two runs."""
         engine = make_engine("native", tiny, device="cpu")
         requests = [GenerationRequest(prompts(tiny, (64,))[0], 8, DecodingConfig(temperature=0))]
         first = asking.run(engine, requests)
@@ -345,8 +344,8 @@ class TestSharedBeginnings:
         assert tokens_of(asking.run(engine, requests)) == tokens_of(first)
         assert engine.info.extra["shared_prompt_tokens"] == 0
 
-    def test_out_of_memory_while_others_wait(self, tiny, monkeypatch):
-        """Prefill fails at first; nobody takes what it was to store as there."""
+    def test_out_of_memory_while_sequences_wait_for_a_prefix(self, tiny, monkeypatch):
+        """Prefill fails at first, and no sequence uses the pages that it did not write."""
         (common,) = prompts(tiny, (48,))
         requests = [GenerationRequest((*common, i), 12, DecodingConfig(temperature=0)) for i in range(6)]
         engine = make_engine("native", tiny, device="cpu")
@@ -379,7 +378,7 @@ def test_forwards_are_counted(demo):
 
 
 def test_an_answer_is_done_when_all_before_its_end_is_decided(tiny):
-    """What stands behind a stop token or the limit in its block is not waited for, and changes nothing."""
+    """Masked positions after a stop token or the limit delay no answer, and change none."""
     prompt = (1, 2, 3, 4)
 
     def answers(strategy, limits, stops=()):
@@ -404,7 +403,7 @@ def test_an_answer_is_done_when_all_before_its_end_is_decided(tiny):
 
 
 def test_a_mask_token_among_the_stop_tokens_stops_nothing(tiny):
-    """Undecided places hold it; it is never drawn."""
+    """Masked positions hold the mask token; it is never drawn."""
     decoding = DecodingConfig(remasking_strategy="low_confidence_static", temperature=0)
     plain, masked = (
         run(tiny, [GenerationRequest((1, 2, 3), 9, decoding, frozenset(stops))])[0]
@@ -448,28 +447,31 @@ class TestWarmUp:
             engine.runner, "launch", lambda c: (active.append(int(engine.runner.batch.active.sum())), launch(c))[1]
         )
         engine.prepare(requests)
-        assert not active  # nothing to compile on the CPU
-        engine._warm_up(requests, 4)
+        assert not active  # the CPU has nothing to compile
+        with monkeypatch.context() as on_gpu:
+            on_gpu.setattr(engine, "device", torch.device("cuda"))
+            engine.prepare(requests)
         assert {1, 3, 4} <= set(active)
         assert engine.info.extra["shared_prompt_tokens"] == engine.info.extra["preemptions"] == 0
         assert tokens_of(asking.run(engine, requests)) == expected
 
     def test_on_a_gpu_it_is_part_of_loading(self, tiny, monkeypatch):
-        engine = make_engine("native", tiny, device="cpu")
-        allocate = engine._allocate
-        monkeypatch.setattr(engine, "_device", torch.device("cuda"))
-        monkeypatch.setattr(engine, "_allocate", lambda sequences: (allocate(sequences), (3, 10))[1])
-        monkeypatch.setattr(engine, "_max_active", 3)
-        monkeypatch.setattr(engine, "_kv_pages", 10)
+        engine = make_engine("native", tiny, device="cpu", max_active=3, kv_pages=10)
+        monkeypatch.setattr(engine, "device", torch.device("cuda"))
         warmed = []
-        monkeypatch.setattr(engine, "_warm_up", lambda *given: warmed.append(given))
+
+        def warm_up_requests(requests, count):
+            warmed.append((requests, count))
+            return runs.warm_up_requests(requests, count)
+
+        monkeypatch.setattr(engine_module, "warm_up_requests", warm_up_requests)
         requests = [GenerationRequest((1, 2), 4, DecodingConfig())] * 5
-        for _ in range(2):  # once: what is compiled and captured stays
+        for _ in range(2):  # the second call finds everything compiled and captured
             engine.prepare(requests)
         assert warmed == [(requests, 3)]
         others = [GenerationRequest((1, 2), 4, DecodingConfig(repetition_penalty=2.0))]
         engine.prepare(others)
-        assert warmed[1:] == [(others, 3)]
+        assert warmed[1:] == [(others, 1)]
 
 
 class TestErrors:
@@ -477,7 +479,7 @@ class TestErrors:
     @pytest.mark.parametrize("temperature", [0, 1.0])
     def test_logits_that_are_not_numbers(self, tiny, strategy, temperature):
         engine = make_engine("native", tiny, device="cpu")
-        engine._model.lm_head.weight[3] = float("nan")
+        engine.model.lm_head.weight[3] = float("nan")
         decoding = DecodingConfig(remasking_strategy=strategy, temperature=temperature)
         with pytest.raises(EngineError, match=r"logits are not finite numbers \(dtype float32\).*use dtype=bfloat16"):
             list(engine.generate([GenerationRequest((1, 2, 3), 8, decoding)]))
@@ -487,7 +489,7 @@ class TestErrors:
     def test_one_request_without_numbers_costs_the_others_nothing(
         self, tiny, monkeypatch, temperature, ahead, kv_pages
     ):
-        """They share its prefill, its batch, its padding, and later its pages; one of them begins as it does."""
+        """The others share its prefill, its batch, its padding and later its pages; one shares its prefix."""
         bad, (common,) = 700, prompts(tiny, (16,))
         decoding = DecodingConfig(temperature=temperature)
         texts = [common + end for end in prompts(tiny, (3, 7, 18, 0, 5, 9, 2, 11), seed=1)]
@@ -499,13 +501,13 @@ class TestErrors:
 
         def open_engine(**options):
             engine = make_engine("native", tiny, device="cpu", **options)
-            engine._model.lm_head.weight[bad] = 0  # so that nobody draws it
+            engine.model.lm_head.weight[bad] = 0  # so that the token is never drawn
             engine.steps_in_flight = 1 + ahead
             return engine
 
         expected = tokens_of(asking.run(open_engine(), requests))
         engine = open_engine(max_active=6, kv_pages=kv_pages)
-        engine._model.model.embed_tokens.weight[bad] = torch.nan
+        engine.model.model.embed_tokens.weight[bad] = torch.nan
         given = [poisoned[0], *requests[:4], poisoned[1], *requests[4:], poisoned[2]]
         clear, cleared = engine.runner.cache.clear, []
         monkeypatch.setattr(engine.runner.cache, "clear", lambda *pages: (cleared.append(pages), clear(*pages)))
@@ -513,38 +515,37 @@ class TestErrors:
         with pytest.raises(EngineError, match=r"^3 of 11 requests have no answer; .*Number 0, 5, 10: the model's log"):
             results.update(engine.generate(given))
         assert not engine.runner.cache.kv.isnan().any()
-        assert [pages == () for pages in cleared].count(
-            False
-        ) == 2 * 3  # in the batch and alone: nobody else was spoilt
+        # Each of the three requests fails in the batch and without the others; no other request fails.
+        assert [pages == () for pages in cleared].count(False) == 2 * 3
         good = [i for i in range(11) if i not in (0, 5, 10)]
         assert sorted(results) == good
         assert tokens_of(results[i] for i in good) == expected
-        assert tokens_of(asking.run(engine, requests)) == expected  # nothing of it is left
+        assert tokens_of(asking.run(engine, requests)) == expected  # no NaN is left
 
     def test_what_finished_in_the_same_step_is_given_out_first(self, tiny, monkeypatch):
         engine = make_engine("native", tiny, device="cpu")
-        decoding = DecodingConfig(temperature=0, remasking_strategy="sequential")  # each ends in the first step
+        decoding = DecodingConfig(temperature=0, remasking_strategy="sequential")  # each answer ends in its first step
         requests = [GenerationRequest((1, 2, 3, i), 1, decoding) for i in range(6)]
         expected = tokens_of(asking.run(engine, requests))
-        collect, alone = engine.runner.collect, []
+        collect, single = engine.runner.collect, []
 
         def third_is_stuck():
             outcome = collect()
-            alone.append(int(outcome.took_part.sum()) == 1)
-            outcome.stuck[2 if not alone[-1] else 0] = True
+            single.append(int(outcome.took_part.sum()) == 1)
+            outcome.stuck[2 if not single[-1] else 0] = True
             return outcome
 
         monkeypatch.setattr(engine.runner, "collect", third_is_stuck)
         results = []
         with pytest.raises(EngineError, match=r"1 of 6 requests have no answer.*Number 2: "):
             for result in engine.generate(requests):
-                assert not any(alone)
+                assert not any(single)
                 results.append(result)
         assert [index for index, _ in results] == [0, 1, 3, 4, 5]
         assert tokens_of(result for _, result in results) == expected[:2] + expected[3:]
 
-    def test_one_that_its_neighbours_spoilt_is_answered_alone(self, tiny, monkeypatch):
-        """On pages that hold none of what was not a number."""
+    def test_a_request_that_another_ones_kv_spoilt_is_answered_without_the_others(self, tiny, monkeypatch):
+        """The second run of the request has pages without NaN."""
         engine = make_engine("native", tiny, device="cpu")
         decoding = DecodingConfig(temperature=0, remasking_strategy="sequential")
         requests = [GenerationRequest((1, 2, 3, i), 1, decoding) for i in range(6)]
@@ -618,7 +619,7 @@ class TestErrors:
         ("at", "call"), [("set_pages", 0), ("set_pages", 2), ("set_pages", 5), ("stop", 0), ("begin", 0), ("begin", 1)]
     )
     def test_out_of_memory_between_two_steps_loses_nothing(self, tiny, undisturbed, monkeypatch, at, call):
-        """What a plan asked for is not done, and no later plan asks for it."""
+        """A plan is carried out in part, and no later plan repeats the rest."""
         requests, expected = undisturbed
         engine = make_engine("native", tiny, device="cpu", max_active=8, kv_pages=12)
         engine.steps_in_flight = 2
@@ -635,7 +636,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("steps", [1, 2])
     def test_any_error_comes_after_what_was_finished(self, tiny, monkeypatch, steps):
-        """With two steps under way, answers wait for the next launch; it fails."""
+        """With two steps in flight, finished answers wait for the next launch, which fails."""
         engine = make_engine("native", tiny, device="cpu", max_active=2)
         engine.steps_in_flight = steps
         launch, finish, settled = engine.runner.launch, Scheduler.finish, []
@@ -680,21 +681,25 @@ class TestErrors:
                 finished.append(index)
         assert finished == [0]
 
-    def test_pages_nobody_needs_are_not_made(self, tiny):
+    def test_pages_that_no_request_needs_are_not_allocated(self, tiny):
         (result,) = run(tiny, [GenerationRequest((1, 2, 3), 8, DecodingConfig())], kv_pages=10**12)
         assert len(result.token_ids) == 8
 
-    def test_pages_take_what_torch_keeps_unused(self, tiny, monkeypatch):
+    @pytest.mark.parametrize(("count", "pages", "emptied"), [(1, 2, False), (4, 5, True)])
+    def test_torchs_unused_memory_is_used_for_pages(self, tiny, monkeypatch, count, pages, emptied):
+        """A request needs 2 pages. 2 pages are in the free memory, and 3 more in torch's unused memory."""
         engine = make_engine("native", tiny, device="cpu")
         page = engine.runner.cache.bytes_per_page
-        engine._device, free = torch.device("cuda"), [4 * page]
+        free = [4 * page]
+        monkeypatch.setattr(engine, "device", torch.device("cuda"))
         monkeypatch.setattr(engine_module, "MEMORY_FRACTION", 0.5)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free[0], free[0]))
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(free.pop() + 6 * page))
-        sequences = [Sequence(i, GenerationRequest((1,) * 20, 12, DecodingConfig()), [1] * 20) for i in range(4)]
-        assert engine._pages_for(sequences[:1], 1) == 2  # there are as many
-        assert free == [4 * page]
-        assert engine._pages_for(sequences, 4) == 5  # of 8
+        allocate, allocated = engine.runner.allocate, []
+        monkeypatch.setattr(engine.runner, "allocate", lambda n, *rest: (allocated.append(n), allocate(n, *rest)))
+        engine.prepare([GenerationRequest((1,) * 20, 12, DecodingConfig())] * count)
+        assert allocated[0] == pages
+        assert (free[0] > 4 * page) == emptied
 
     @pytest.mark.parametrize("ask", ["prepare", "generate"])
     def test_a_request_that_no_pool_holds(self, tiny, ask):
@@ -703,7 +708,7 @@ class TestErrors:
             list(getattr(engine, ask)([GenerationRequest((1,) * 12, 30, DecodingConfig())]))
 
     def test_what_is_there_is_kept_for_smaller_requests(self, tiny):
-        """Not made anew: on a GPU, graphs would have to be captured again."""
+        """New tensors would need new CUDA graphs."""
         engine = make_engine("native", tiny, device="cpu")
         small, large = (GenerationRequest((1, 2, 3), new, DecodingConfig()) for new in (4, 60))
         engine.prepare([large] * 3)
@@ -711,7 +716,7 @@ class TestErrors:
         asking.run(engine, [small] * 2)
         asking.run(engine, [large] * 3)
         assert engine.runner.batch is batch
-        asking.run(engine, [small] * 4)  # more at once: the longest that was seen still fits
+        asking.run(engine, [small] * 4)  # more sequences at once; the longest earlier one still fits
         batch = engine.runner.batch
         asking.run(engine, [large])
         assert engine.runner.batch is batch
@@ -738,7 +743,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("kind", sorted({*ROPE_INIT_FUNCTIONS, "default", "dynamic", "longrope"}))
     def test_rope_that_depends_on_the_batch_is_refused(self, tmp_path, kind):
-        """By transformers' own functions: frequencies of a short batch and of a long one."""
+        """The test compares transformers' frequencies for a short batch and for a long one."""
         settings = {"factor": 4.0, "original_max_position_embeddings": 64}
         settings |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # llama3
         settings |= {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16}  # longrope
@@ -747,7 +752,9 @@ class TestErrors:
         checkpoint = Checkpoint.open(str(folder))
         model = checkpoint.load_model(dtype=torch.float32, device="cpu", attention="sdpa")
         rotary, x = model.model.rotary_emb, torch.zeros(1)
-        short, long = (rotary(x, torch.arange(n)[None])[1][0, :8] for n in (8, 2000))  # of the same 8 positions
+        short, long = (
+            rotary(x, torch.arange(n)[None])[1][0, :8] for n in (8, 2000)
+        )  # frequencies of the same 8 positions
         if torch.equal(short, long):
             make_engine("native", checkpoint, device="cpu")
             return

@@ -1,4 +1,4 @@
-"""A model family that is one file in the folder of families, and nothing else: opened, checked, decoded and scored."""
+"""A model family that consists of one file in the folder of families is opened, checked, decoded and scored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserErro
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
 from sdar_lm_eval.families import FAMILIES
 
-# Qwen2: biases at queries, keys and values, and no norms of heads.
+# Qwen2 has biases of queries, keys and values, and no norms of heads.
 FILE = """
 from sdar_lm_eval.family import Family
 
@@ -83,7 +83,7 @@ def checkpoint(added: None, tmp_path: Path) -> Checkpoint:
 
 @pytest.mark.parametrize("kernels", [False, True], ids=["modules", "kernels"])
 def test_its_answers(checkpoint: Checkpoint, kernels: bool) -> None:
-    """Kernels draw the tokens; the fused decoder is not offered its weights."""
+    """Kernels draw the tokens; the family has no weights for the fused decoder."""
     if kernels:
         pytest.importorskip("triton")
     assert (checkpoint.block_length, checkpoint.is_moe) == (8, False)
@@ -97,7 +97,7 @@ def test_its_answers(checkpoint: Checkpoint, kernels: bool) -> None:
 
 
 def test_its_log_likelihoods(checkpoint: Checkpoint) -> None:
-    """One token behind a context: the softmax of the position where the mask stands."""
+    """The score of one token after a context is the log-softmax at the masked position."""
     engine = make_engine("native", checkpoint, device="cpu")
     context, token = tuple(range(5, 14)), 17
     ((_, score),) = engine.score([ScoreRequest(context, (token,))], LikelihoodConfig(block_length=8))

@@ -1,4 +1,4 @@
-"""Forecasts beside what the device does: the state of the batch, stepped with any tokens."""
+"""Forecasts compared with `BatchState`, which is stepped with random tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdar_lm_eval import DecodingConfig, GenerationRequest
 from sdar_lm_eval.engines.native import forecast
 from sdar_lm_eval.engines.native.batch import BatchState, Outcome
 from sdar_lm_eval.engines.native.forecast import Forecast
-from sdar_lm_eval.engines.native.scheduler import Sequence
+from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
 SLOTS, BLOCK = 12, 8
@@ -20,7 +20,7 @@ MASK = 99
 
 
 def sequences(rng, strategy, *, whole_blocks=False):
-    """Some in need of few tokens, some of many; with whole blocks, no answer ends in the middle of one."""
+    """Sequences of random lengths. With `whole_blocks`, every answer's length limit is the end of a block."""
     made = []
     for slot in range(SLOTS):
         length = rng.choice([1, 4, 8])
@@ -31,12 +31,12 @@ def sequences(rng, strategy, *, whole_blocks=False):
         prompt = tuple(range(rng.randint(1, 20)))
         new = rng.randint(1, 40)
         new += -(len(prompt) + new) % length if whole_blocks else 0
-        made.append(Sequence(slot, GenerationRequest(prompt, new, decoding), list(prompt), slot=slot))
+        made.append(SequenceState(slot, GenerationRequest(prompt, new, decoding), list(prompt), slot=slot))
     return made
 
 
 class Device:
-    """The state of a batch, with random tokens for a model."""
+    """The state of a batch; random tokens take the place of a model."""
 
     def __init__(self):
         self.state = BatchState(
@@ -48,16 +48,16 @@ class Device:
         segments = int((state.active * (1 + state.uncommitted.long())).sum())
         return segments, int((state.masked & state.active[:, None]).sum())
 
-    def step(self, segments, places):
+    def step(self, segments, draws):
         self.state.segments(segments)
-        self.state.masked_positions(places)
-        self.state.advance(torch.arange(places) % 50, torch.rand(places), torch.rand(places))
+        self.state.masked_positions(draws)
+        self.state.advance(torch.arange(draws) % 50, torch.rand(draws), torch.rand(draws))
         return self.state.unpack(self.state.packed)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("seed", range(3))
-def test_with_nothing_under_way_it_is_what_the_step_needs(strategy, seed):
+def test_without_a_step_in_flight_sizes_are_exact(strategy, seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     device, known = Device(), Forecast(SLOTS, BLOCK)
@@ -78,9 +78,11 @@ def test_with_nothing_under_way_it_is_what_the_step_needs(strategy, seed):
 
 @pytest.mark.parametrize("strategy", ["low_confidence_static", "sequential", "random"])
 @pytest.mark.parametrize("whole_blocks", [True, False], ids=["whole blocks", "any limit"])
-def test_what_follows_a_schedule_is_foreseen(strategy, whole_blocks, monkeypatch):
-    """With a step under way: the one after it has room for exactly what it needs, or more where an answer's limit is in
-    the middle of a block, which may be reached before the block is decided."""
+def test_steps_that_follow_a_schedule_are_predicted(strategy, whole_blocks, monkeypatch):
+    """With a step in flight, the sizes of the next step are exact where every limit is the end of a block.
+
+    A limit in the middle of a block may be reached before the block is decided: there, the sizes may be too large.
+    """
     monkeypatch.setattr(forecast, "FREE_ROWS", 0)
     device, known = Device(), Forecast(SLOTS, BLOCK)
     entering = sequences(random.Random(1), strategy, whole_blocks=whole_blocks)
@@ -105,12 +107,13 @@ def test_what_follows_a_schedule_is_foreseen(strategy, whole_blocks, monkeypatch
     assert not device.state.active.any()
 
 
-def test_what_was_not_foreseen_is_made_room_for_later(monkeypatch):
-    """All is above the threshold, where a token a step was expected."""
+def test_slack_grows_where_forecasts_are_too_low(monkeypatch):
+    """A step decides each block, where the forecast expected one token a step."""
     monkeypatch.setattr(forecast, "FREE_ROWS", 0)
     known = Forecast(4, 4)
     decoding = DecodingConfig(block_length=4)
-    known.begin([Sequence(i, GenerationRequest((1, 2, 3, 4), 4000, decoding), [1, 2, 3, 4], slot=i) for i in range(4)])
+    request = GenerationRequest((1, 2, 3, 4), 4000, decoding)
+    known.begin([SequenceState(i, request, [1, 2, 3, 4], slot=i) for i in range(4)])
     everywhere = np.ones(4, dtype=bool)
     decided = Outcome(None, None, None, everywhere, None, everywhere, ~everywhere, everywhere, np.zeros(4, dtype=int))
     known.sizes()
@@ -120,15 +123,14 @@ def test_what_was_not_foreseen_is_made_room_for_later(monkeypatch):
         wanted.append(known.sizes())
         known.launched()
         known.learn(decided)
-    assert wanted[0] == (4, 12)  # in their first blocks, a token less masked
+    assert wanted[0] == (4, 12)  # the step in flight is predicted to unmask one token a slot
     assert wanted[-1] == (8, 16)
 
 
-def test_a_slot_that_is_taken_over_is_not_told_of_its_former_owner():
+def test_an_outcome_of_a_slots_former_sequence_is_ignored():
     known = Forecast(1, 4)
-    first, second = (
-        Sequence(i, GenerationRequest((1, 2, 3), 40, DecodingConfig(block_length=4)), [1, 2, 3], slot=0) for i in (0, 1)
-    )
+    request = GenerationRequest((1, 2, 3), 40, DecodingConfig(block_length=4))
+    first, second = (SequenceState(i, request, [1, 2, 3], slot=0) for i in (0, 1))
     known.begin([first])
     known.launched()
     known.stop([0])

@@ -1,6 +1,6 @@
-"""The engine with the fused decoder and the Triton kernels, beside the one with transformers' modules.
+"""The engine with the fused decoder and the Triton kernels, compared with transformers' modules.
 
-On the CPU through Triton's interpreter, in float32.
+The kernels run on the CPU through Triton's interpreter, in float32.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def test_the_same_tokens(checkpoint, monkeypatch):
 
 
 def test_prompts_of_several_tiles(tmp_path, monkeypatch):
-    """Of two layers: what attention gave a prompt's tokens shows in the second one's keys and values only."""
+    """The model has two layers: a prompt's attention affects only the keys and values of the second layer."""
     checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, head_dim=64, num_hidden_layers=2)))
     monkeypatch.setattr(fused, "PREFILL_TILE", 8)
     decoding = DecodingConfig(temperature=0, remasking_strategy="low_confidence_static")
@@ -109,9 +109,9 @@ def gated_row_by_row(x, weight):
 
 @pytest.mark.parametrize("products", ["of fixed size", "row by row"])
 def test_reproducible_to_the_bit(checkpoint, monkeypatch, products):
-    """Alone, in any batch and order, preempted, with a shared beginning: the same confidences, not only tokens.
+    """Confidences are equal to the bit in any batch and order, after a preemption, and with a shared prefix.
 
-    Row by row is how products come out on Hopper GPUs.
+    Products row by row are batch-invariant, as they are on Hopper GPUs.
     """
     monkeypatch.setattr(graphs, "REPRODUCIBLE_ROWS", REPRODUCIBLE_ROWS)
     if products == "row by row":
@@ -147,11 +147,11 @@ def test_reproducible_to_the_bit(checkpoint, monkeypatch, products):
     together, _ = answers(requests, share_prefixes=False)
     tight, engine = answers(requests[::-1], kv_pages=6)
     assert engine.info.extra["preemptions"] > 0
-    alone, _ = answers(requests[1:2])
+    single, _ = answers(requests[1:2])
     assert tight == together
-    assert alone == {1: together[1]}
-    assert tiles_seen == {(4, True)}  # on which settings and rounding depend
-    # For the request with top_k; 711 tokens and one, so that rows begin at multiples of 16 bytes.
+    assert single == {1: together[1]}
+    assert tiles_seen == {(4, True)}  # kernel settings and rounding depend on it
+    # For the request with top_k: 711 tokens and one of padding, so that rows begin at multiples of 16 bytes.
     assert drawn_from == {(REPRODUCIBLE_ROWS, 712)}
     assert (rows == {REPRODUCIBLE_ROWS}) == (products == "of fixed size")
 
@@ -169,7 +169,7 @@ def test_blocks_that_are_too_long_for_the_kernels(checkpoint):
 
 def test_weights_are_not_there_twice(checkpoint):
     engine = engine_with_kernels(checkpoint)
-    attention = engine._model.model.layers[0].self_attn
+    attention = engine.model.model.layers[0].self_attn
     joined = engine.runner.forward.weights.layers[0].qkv
     assert attention.k_proj.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
     assert torch.equal(torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]), joined)

@@ -1,8 +1,8 @@
-"""The engine beside SDAR's own generate.py, where a copy of it is at hand: SDAR_GENERATE_PY=…/SDAR/generate.py.
+"""The engine compared with SDAR's own generate.py; needs a copy of it: SDAR_GENERATE_PY=…/SDAR/generate.py.
 
-Its functions are imported and run as they are, on transformers' Qwen3 behind a shim for its `store_kv` argument. Three
-of its strategies run (entropy_bounded stops with an error there). Sampling is replaced by greedy draws, since it draws
-from torch's global generator.
+The functions of generate.py run unchanged, on transformers' Qwen3 with a shim for the `store_kv` argument. Three of its
+strategies run; entropy_bounded stops with an error. Greedy draws replace sampling, since generate.py samples from
+torch's global generator.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not Path(SOURCE).is_file(), reason="SDAR_GENERAT
 
 
 class StoreKV(torch.nn.Module):
-    """Qwen3 with SDAR's `store_kv`: whether this forward's keys and values stay in the cache."""
+    """Qwen3 with SDAR's argument `store_kv`: whether the forward's keys and values stay in the cache."""
 
     def __init__(self, model):
         super().__init__()
@@ -71,8 +71,8 @@ def test_the_same_tokens(sdar, strategy, steps, monkeypatch):
     requests = [GenerationRequest(p, 80, decoding, frozenset(checkpoint.stop_ids)) for p in prompts]
     ours = dict(engine.generate(requests))
     if steps < 4:
-        # Where fewer tokens are masked than a step's quota asks for, generate.py's topk goes on to places that are not
-        # masked and overwrites them. Keeping it to masked places is the one change to its rules.
+        # Where a step's quota exceeds the number of masked positions, generate.py's topk also takes positions that are
+        # not masked, and overwrites their tokens. Limiting topk to masked positions is the only change to its rules.
         topk = torch.topk
         monkeypatch.setattr(torch, "topk", lambda values, k: _above_minus_infinity(*topk(values, k)))
     differing = []

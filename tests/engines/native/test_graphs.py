@@ -12,7 +12,7 @@ from sdar_lm_eval.engines.native.forward.graphs import DRAWING, FORWARD, Graphs,
 
 @given(st.sampled_from([FORWARD, DRAWING]), st.integers(1, 5000), st.sampled_from([1, 4, 8, 64]), st.data())
 def test_a_size_is_padded_little(rungs, largest, rows, data):
-    """Below 64 rows that costs nothing; where products are long, it is a sixth at most, or a block."""
+    """Padding costs nothing below 64 rows. Above, it is at most a sixth, or one block."""
     sizes = ladder(rungs, largest, rows)
     assert list(sizes) == sorted(set(sizes))
     assert sizes[-1] >= largest and (len(sizes) == 1 or sizes[-2] < largest)
@@ -31,15 +31,15 @@ def test_without_graphs_a_size_is_what_it_is(size):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory")], ids=repr)
-def test_a_graph_that_no_memory_is_left_for_is_done_without(monkeypatch, caplog, error):
-    """What ran before its capture is not run again."""
+def test_a_size_runs_without_a_graph_where_memory_is_short(monkeypatch, caplog, error):
+    """The function runs once, before the capture, and not again after it."""
     seen = []
 
     def no_memory(*_):
         raise error
 
     emptied = []
-    monkeypatch.setattr(Graphs, "_capture", no_memory)
+    monkeypatch.setattr(Graphs, "capture", no_memory)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     graphs = Graphs(lambda *key: seen.append(key), ladder(FORWARD, 100), enabled=True)
     graphs(100)
@@ -53,6 +53,6 @@ def test_another_error_of_a_capture_ends_the_run(monkeypatch):
     def broken(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(Graphs, "_capture", broken)
+    monkeypatch.setattr(Graphs, "capture", broken)
     with pytest.raises(RuntimeError, match="illegal"):
         Graphs(lambda *_: None, ladder(FORWARD, 100), enabled=True)(100)

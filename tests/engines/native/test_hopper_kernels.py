@@ -1,4 +1,4 @@
-"""The kernel for Hopper GPUs: who works on what, everywhere; its results beside PyTorch's, on such a GPU only."""
+"""The kernel for Hopper GPUs: the distribution of tiles on any machine, and its results on a Hopper GPU."""
 
 from __future__ import annotations
 
@@ -22,26 +22,32 @@ def test_every_tile_is_worked_on_once(strips, columns, programs):
     done = Counter((first + i, column) for tiles in own for first, count, column in tiles for i in range(count))
     assert set(done.values()) == {1}
     wanted = {(strip, column) for strip in range(strips) for column in range(columns)}
-    # There may be nothing in a pair's second strip.
+    # The second strip of a pair may be empty.
     assert wanted <= set(done) <= wanted | {(strips + strips % 2 - 1, column) for column in range(columns)}
-    assert all(first < strips for tiles in own for first, _, _ in tiles)  # a half with nothing in it is left out
+    assert all(first < strips for tiles in own for first, _, _ in tiles)  # an empty half is left out
     times = [sum(count for _, count, _ in tiles) for tiles in own]
     assert max(times) - min(times) <= 2
 
 
 @pytest.mark.parametrize(
     ("rows", "turns"),
-    [(640, 3), (1280, 6), (1344, 6.5), (1408, 6.5), (1536, 7)],  # of pairs of strips, one of 1/2
+    [
+        (640, 3),
+        (1280, 6),
+        (1344, 6.5),
+        (1408, 6.5),
+        (1536, 7),
+    ],  # in tiles of two strips; half a turn is a tile of one strip
 )
-def test_processors_are_busy(rows, turns):
-    """SDAR-4B on an H100: tiles of the last turn are halved where that makes it shorter."""
+def test_the_last_turn_is_short(rows, turns):
+    """SDAR-4B on an H100: tiles of the last turn are halved where that shortens the turn."""
     own = hopper.schedule(rows // hopper.STRIP, 76, 132)
     assert max(sum(count for _, count, _ in tiles) for tiles in own) == 2 * turns
 
 
 def test_work_for_the_kernel(monkeypatch):
-    monkeypatch.setattr(hopper, "_processors", lambda device: 4)
-    work = hopper._work(3, 2, 128, torch.device("cpu"))
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 4)
+    work = hopper.work_table(3, 2, 128, torch.device("cpu"))
     assert work.tolist() == [
         [[0, 2, 0, 0], [128, 2, 0, 0], [0, 2, 128, 0], [128, 2, 128, 0]],
         [[0, 0, 0, 0]] * 4,
@@ -57,7 +63,7 @@ def test_what_does_not_run_is_said(monkeypatch, caplog):
         raise AttributeError("'tma' has no 'load'")
 
     monkeypatch.setattr(hopper, "gated", gated)
-    monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
     good = torch.zeros(64, 64, dtype=torch.bfloat16)
     with caplog.at_level(logging.WARNING):
         assert not hopper.run_for(good)
@@ -84,7 +90,7 @@ def test_products(dtype, rows, inputs, size):
     tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-3
     expected = torch.nn.functional.silu(gate) * up
     for run, wanted in [(hopper.gated, expected), (hopper.product, plain)]:
-        torch.full_like(wanted, torch.nan, dtype=dtype)  # freed at once: what the result's memory holds
+        torch.full_like(wanted, torch.nan, dtype=dtype)  # freed at once, so that the result's memory holds NaN
         torch.testing.assert_close(run(x, weight).float(), wanted, rtol=tolerance, atol=tolerance)
 
 

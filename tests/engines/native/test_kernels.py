@@ -1,6 +1,6 @@
-"""The Triton kernels beside plain PyTorch: on the CPU through Triton's interpreter, on a GPU as they are.
+"""The Triton kernels compared with PyTorch: on the CPU through Triton's interpreter, on a GPU compiled.
 
-Outputs are poisoned first where a kernel fills what it is given, and memory is as `torch.empty` leaves it elsewhere.
+Outputs that a kernel is given are filled with NaN first. Outputs that a kernel allocates start as `torch.empty`.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def test_norm_rope_store(dtype, heads, kv_heads, size):
 
 
 def attention(query, keys, values, tiles, scaling):
-    """One token after the other."""
+    """The reference: attention of one token after the other."""
     out = torch.full(query.shape, torch.nan, device=query.device)
     group = query.shape[1] // keys.shape[2]
     for tile in range(len(tiles.first)):
@@ -152,14 +152,14 @@ def test_attend(dtype, heads, kv_heads, size, block, context, monkeypatch):
 
 
 def test_batch_invariant_attention_is_set_alike_for_any_number_of_tiles(dtype, monkeypatch):
-    """How many columns are taken at once shows in 16 bits' rounding."""
-    seen, settings = set(), kernels._attention_settings
+    """The column block affects the rounding in 16 bits."""
+    seen, settings = set(), kernels.attention_settings
 
     def keep(rows, programs, itemsize):
         seen.add(settings(rows, programs, 2))
         return settings(rows, programs, itemsize)
 
-    monkeypatch.setattr(kernels, "_attention_settings", keep)
+    monkeypatch.setattr(kernels, "attention_settings", keep)
     keys, values = (normal(3, 16, 2, 64, dtype=dtype) for _ in range(2))
 
     def attend(tiles, *, batch_invariant):
@@ -176,7 +176,7 @@ def test_batch_invariant_attention_is_set_alike_for_any_number_of_tiles(dtype, m
 
 
 def test_attend_over_blocks_of_a_prompt(dtype):
-    """A tile of several blocks, each of which sees itself and those before."""
+    """A tile holds several blocks; each sees itself and the blocks before."""
     heads, kv_heads, size, page, block = 4, 2, 64, 16, 4
     keys, values = (normal(9, page, kv_heads, size, dtype=dtype) for _ in range(2))
     tiles = kernels.Tiles(

@@ -1,4 +1,4 @@
-"""The kernels compile for an H100, which takes no GPU: Triton brings NVIDIA's assembler."""
+"""The kernels compile for an H100. That needs no GPU: Triton brings NVIDIA's assembler."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ COMPILE = """
 
 
     check(
-        kernels._add_norm,
+        kernels.add_norm_kernel,
         {**tensors(BF16, "x", "residual", "weight", "out"), "eps": "fp32"},
         {"SPLITS": 1, "ADD": True, "BLOCK": 4096},
     )
     check(
-        kernels._add_norm,
+        kernels.add_norm_kernel,
         {"x": FP32, **tensors(BF16, "residual", "weight", "out"), "eps": "fp32"},
         {"SPLITS": 4, "ADD": True, "BLOCK": 4096},
         num_warps=16,
@@ -48,7 +48,7 @@ COMPILE = """
     products = [(BF16, BF16, False, 5), (BF16, BF16, True, 3), (BF16, FP32, False, 3), (FP32, FP32, False, 5)]
     for type_, out, gated, stages in [*products, (FP32, FP32, True, 3)]:
         check(
-            kernels._few_rows,
+            kernels.few_rows_kernel,
             {**tensors(type_, "x", "weight"), "out": out},
             {
                 "ROWS": 16, "COLUMNS": 32, "INPUTS": 128, "GATED": gated,
@@ -57,12 +57,12 @@ COMPILE = """
             num_warps=4,
             num_stages=stages,
         )
-    check(kernels._silu_mul, tensors(BF16, "x", "out"), {"BLOCK": 1024})
+    check(kernels.silu_mul_kernel, tensors(BF16, "x", "out"), {"BLOCK": 1024})
     check(
-        kernels._norm_rope_store,
+        kernels.norm_rope_store_kernel,
         {
             **tensors(BF16, "qkv", "q_weight", "k_weight", "q_out", "keys", "values"),
-            **tensors(INT64, "positions", "places"),
+            **tensors(INT64, "positions", "kv_slots"),
             "cos_sin": FP32,
             "eps": "fp32",
         },
@@ -72,31 +72,36 @@ COMPILE = """
     # Rows of two blocks of 4, few and many, and of a prompt's tile; float32 needs the most shared memory.
     shapes = [(BF16, 32, 16, 1, 1), (BF16, 32, 16, 4, 1000), (BF16, 256, 256, 1, 1000)]
     for type_, rows, fewer, splits, programs in [*shapes, (FP32, 128, 128, 1, 1000)]:
-        columns, warps, stages = kernels._attention_settings(rows, programs, 2 if type_ == BF16 else 4)
+        columns, warps, stages = kernels.attention_settings(rows, programs, 2 if type_ == BF16 else 4)
         check(
-            kernels._attend,
+            kernels.attend_kernel,
             {
                 **tensors(type_, "query", "keys", "values"),
-                **tensors(INT64, "first_", "count_", "pages", "sequence", "visible"),
+                **tensors(INT64, "firsts", "counts", "pages", "sequence", "visible"),
                 "out": type_ if splits == 1 else FP32,
                 "sums": FP32,
                 "scale": "fp32",
             },
             {
                 "HEADS": 32, "KV_HEADS": 8, "SIZE": 128, "PAGE": 16, "ROWS": rows, "FEWER": fewer, "COLUMNS": columns,
-                "SPLIT_": 512, "SPLITS": splits, "PRECISION": "ieee" if type_ == FP32 else "tf32",
+                "SPLIT_SIZE": 512, "SPLITS": splits, "PRECISION": "ieee" if type_ == FP32 else "tf32",
             },
             num_warps=warps,
             num_stages=stages,
         )
     check(
-        kernels._combine, {**tensors(FP32, "parts", "sums"), "out": BF16}, {"SIZE": 128, "SPLITS": 4}, num_warps=1
+        kernels.combine_splits_kernel,
+        {**tensors(FP32, "parts", "sums"), "out": BF16},
+        {"SIZE": 128, "SPLITS": 4},
+        num_warps=1,
     )
     check(
-        kernels._summarize, {"logits": BF16, **tensors(FP32, "temperature", "parts")}, {"BLOCK": 4096, "ENTROPY": True}
+        kernels.summarize_logits_kernel,
+        {"logits": BF16, **tensors(FP32, "temperature", "parts")},
+        {"BLOCK": 4096, "ENTROPY": True},
     )
     check(
-        kernels._choose,
+        kernels.choose_token_kernel,
         {
             "logits": BF16,
             "greedy": "*i1",
@@ -127,7 +132,7 @@ COMPILE_GLUON = """
             "out": descriptor(type_, hopper.STRIP, hopper.COLUMNS // 2),
             "work": "*i32", "turns": "i32", "inputs": "i32", "STAGES": "constexpr",
         }
-        source = GluonASTSource(fn=hopper._product, signature=signature, constexprs={(6,): hopper.STAGES})
+        source = GluonASTSource(fn=hopper.product_kernel, signature=signature, constexprs={(6,): hopper.STAGES})
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": 168})
         assert compiled.metadata.shared <= 227 * 1024
         assert "wgmma.mma_async" in compiled.asm["ptx"]
@@ -140,8 +145,8 @@ def test_for_an_h100(tmp_path, pytestconfig, script):
     if script is COMPILE_GLUON:
         pytest.importorskip("sdar_lm_eval.engines.native.kernels.hopper", exc_type=ImportError)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # Of what it has compiled before Triton knows the source, its version and the settings.
-    cache = getattr(pytestconfig, "cache", None)  # pytest can be told to do without
+    # Triton's cache has kernels by source, version and settings, so unchanged kernels are not compiled again.
+    cache = getattr(pytestconfig, "cache", None)  # None if pytest runs without its cache
     environment["TRITON_CACHE_DIR"] = str(cache.mkdir("kernels") if cache else tmp_path)
     file = tmp_path / "compile.py"
     file.write_text(dedent(script))

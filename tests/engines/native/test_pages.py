@@ -11,16 +11,16 @@ from sdar_lm_eval.engines.native.pages import SCRATCH_PAGE, PagePool
 
 
 def admit(pool, prompt, block_length=4, more=0):
-    """The pages of a prompt, and `more`; those that it shares first."""
-    pages = pool.find(prompt, block_length)
+    """Allocate the pages of a prompt and `more` pages; return the shared pages first."""
+    pages = pool.match_prefix(prompt, block_length)
     pool.hold(pages)
     pages = pages + pool.allocate(pool.pages_for(len(prompt)) + more - len(pages))
-    pool.announce(prompt, block_length, pages)
+    pool.insert_prefix(prompt, block_length, pages)
     return pages
 
 
 def store(pool, prompt, block_length=4):
-    """Have a prompt written and finished: its pages are idle."""
+    """Store a prompt and release its pages, which are idle from then on."""
     pages = admit(pool, prompt, block_length)
     pool.written(pages)
     pool.release(pages)
@@ -44,29 +44,32 @@ def test_integrity_notices_a_lost_a_doubled_and_a_miscounted_page():
     for holders in ([mine[:1]], [mine, mine], []):
         with pytest.raises(AssertionError, match="held more or less often than the books say"):
             pool.check_integrity(holders)
-    pool._free.append(mine[0])
-    with pytest.raises(AssertionError, match="free and taken at once"):
+    pool.num_pages += 1  # a page that is neither free nor held
+    with pytest.raises(AssertionError, match="a KV page is lost, or free and taken at once"):
         pool.check_integrity([mine])
 
 
-def test_integrity_notices_stretches_out_of_order():
+def test_integrity_notices_a_node_that_no_sequence_writes():
+    pool = PagePool(4, 4)
+    pool.insert_prefix((1,) * 8, 4, [1, 2])  # no sequence holds these pages
+    with pytest.raises(AssertionError, match="no sequence is going to write"):
+        pool.check_integrity([])
+
+
+def test_integrity_notices_a_child_without_its_parent():
     pool, prompt = PagePool(4, 4), (1,) * 8
-    first, last = store(pool, prompt)
-    pool._unwritten.add(last)
-    with pytest.raises(AssertionError, match="nobody is going to write"):
+    parent, child = store(pool, prompt)
+    pool.hold([child])
+    with pytest.raises(AssertionError, match="a node is held without its parent"):
+        pool.check_integrity([[child]])
+    pool.release([child])
+    pool.hold([parent, child])
+    pool.release([child, parent])
+    with pytest.raises(AssertionError, match="a node would be evicted too late"):
         pool.check_integrity([])
-    pool.written([last])
-    pool.hold([last])
-    with pytest.raises(AssertionError, match="held without what it follows"):
-        pool.check_integrity([[last]])
-    pool.release([last])
-    with pytest.raises(AssertionError, match="forgotten too late"):
-        pool.hold([first, last])
-        pool.release([last, first])
-        pool.check_integrity([])
-    pool._forget(pool._key_of[first])
-    with pytest.raises(AssertionError, match="forgotten before it"):
-        pool.check_integrity([])
+    pages = pool.allocate(3)  # one more than are free: the parent is evicted
+    with pytest.raises(AssertionError, match="a node was evicted before its child"):
+        pool.check_integrity([pages])
 
 
 @given(st.lists(st.integers(0, 4), max_size=30))
@@ -87,19 +90,21 @@ def test_books_balance_whatever_comes_and_goes(asks):
 def test_what_is_shared_is_whole_pages_and_whole_blocks(block_length, shared):
     pool, prompt = PagePool(20, 16), tuple(range(120))
     pages = store(pool, prompt, block_length)
-    assert pool.find(prompt, block_length) == pages[: shared // 16]
+    assert pool.match_prefix(prompt, block_length) == pages[: shared // 16]
     assert shared % block_length == 0
 
 
-def test_a_beginning_is_found_by_its_tokens_and_its_block_length():
+def test_a_prefix_is_matched_by_its_tokens_and_its_block_length():
     pool, prompt = PagePool(20, 4), tuple(range(16))
     pages = store(pool, prompt)
-    assert pool.find(prompt, 4) == pages
-    assert pool.find(prompt[:9], 4) == pages[:2]
-    assert pool.find((*prompt, 7, 7, 7, 7), 4) == pages
-    assert pool.find((*prompt[:7], 99, *prompt[8:]), 4) == pages[:1]  # the same page behind another one is another
-    assert pool.find((99, *prompt[1:]), 4) == []
-    assert pool.find(prompt, 2) == []
+    assert pool.match_prefix(prompt, 4) == pages
+    assert pool.match_prefix(prompt[:9], 4) == pages[:2]
+    assert pool.match_prefix((*prompt, 7, 7, 7, 7), 4) == pages
+    assert (
+        pool.match_prefix((*prompt[:7], 99, *prompt[8:]), 4) == pages[:1]
+    )  # equal tokens behind another prefix are another node
+    assert pool.match_prefix((99, *prompt[1:]), 4) == []
+    assert pool.match_prefix(prompt, 2) == []
 
 
 def test_tokens_of_equal_hash_are_not_mixed_up():
@@ -107,20 +112,20 @@ def test_tokens_of_equal_hash_are_not_mixed_up():
     pool = PagePool(20, 4)
     first, second = store(pool, (-1,) * 4), store(pool, (-2,) * 4)
     assert first != second
-    assert pool.find((-1,) * 4, 4) == first
+    assert pool.match_prefix((-1,) * 4, 4) == first
 
 
-def test_idle_pages_count_as_free_and_the_longest_unused_go_first():
+def test_idle_pages_count_as_free_and_the_least_recently_used_are_evicted_first():
     pool = PagePool(4, 4)
     a, b = store(pool, (1,) * 8), store(pool, (2,) * 8)
     assert pool.free_pages == 4
     pool.hold(a)
     pool.release(a)
-    assert pool.allocate(1) == b[1:]  # the end of what was unused the longest
-    assert pool.find((1,) * 8, 4) == a
-    assert pool.find((2,) * 8, 4) == b[:1]
+    assert pool.allocate(1) == b[1:]  # the leaf of the least recently used prefix
+    assert pool.match_prefix((1,) * 8, 4) == a
+    assert pool.match_prefix((2,) * 8, 4) == b[:1]
     pool.allocate(3)
-    assert pool.find((1,) * 8, 4) == []
+    assert pool.match_prefix((1,) * 8, 4) == []
 
 
 def test_what_is_held_is_kept_whoever_else_lets_go():
@@ -137,13 +142,13 @@ def test_what_is_held_is_kept_whoever_else_lets_go():
     assert pool.idle(pages) == 2
 
 
-def test_a_stretch_that_was_never_wholly_written_is_forgotten():
+def test_a_node_that_was_never_wholly_written_is_evicted():
     pool, prompt = PagePool(8, 4), tuple(range(16))
-    pages = admit(pool, prompt, block_length=8)  # stretches of two pages
+    pages = admit(pool, prompt, block_length=8)  # nodes of two pages
     pool.written(pages[:3])
     assert [pool.is_written(page) for page in pages] == [True, True, True, False]
     pool.release(pages)
-    assert pool.find(prompt, 8) == pages[:2]
+    assert pool.match_prefix(prompt, 8) == pages[:2]
     pool.check_integrity([])
 
 
@@ -159,9 +164,10 @@ def test_only_pages_that_nobody_reads_may_be_written():
 
 
 class Books(RuleBasedStateMachine):
-    """Sequences come, write, finish, are preempted; the pages of a beginning that is found always hold its KV.
+    """Sequences are admitted, write, finish, and are preempted. The pages of a matched prefix always hold its KV.
 
-    Blocks and pages of 4 tokens and others, prompts of two tokens, few pages: most of it is shared, and evicted.
+    Prompts are made of two token ids and there are few pages, so most pages are shared, and most nodes are evicted.
+    Some block lengths are equal to the page size, others are not.
     """
 
     PAGE, PAGES = 4, 12
@@ -170,10 +176,10 @@ class Books(RuleBasedStateMachine):
         super().__init__()
         self.pool = PagePool(self.PAGES, self.PAGE)
         self.running = []  # [prompt, block length, pages, tokens stored or shared]
-        self.content = {}  # what a page's KV follows from
+        self.content = {}  # page -> what its KV depends on
 
     def source(self, prompt, block_length, page):
-        """What the KV of a prompt's page follows from: its place, and all that its last token sees."""
+        """What the KV of a prompt's page depends on: the page's index, and all tokens that its last token sees."""
         return block_length, page, prompt[: math.ceil((page + 1) * self.PAGE / block_length) * block_length]
 
     def is_right(self, prompt, block_length, page, number):
@@ -190,7 +196,7 @@ class Books(RuleBasedStateMachine):
     )
     def admit(self, prompt, block_length, more):
         pool = self.pool
-        shared = pool.find(prompt, block_length)
+        shared = pool.match_prefix(prompt, block_length)
         own = pool.pages_for(len(prompt)) + more - len(shared)
         if pool.free_pages < own + pool.idle(shared):
             return
@@ -216,7 +222,7 @@ class Books(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def write(self, data):
-        """A block or more of one that does not wait; then what follows the prompt, too, is written as in denoising."""
+        """Store blocks of a sequence that does not wait, and write to the pages behind its prompt as denoising does."""
         ready = [s for s in self.running if s[3] < self.PAGE or self.pool.is_written(s[2][s[3] // self.PAGE - 1])]
         sequence = data.draw(st.sampled_from(ready))
         prompt, length, pages, stored = sequence

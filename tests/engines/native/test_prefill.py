@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdar_lm_eval.engines.native.forward.fused import in_parts
-from sdar_lm_eval.engines.native.forward.modules import of_like_length
+from sdar_lm_eval.engines.native.forward.modules import of_similar_length
 from sdar_lm_eval.engines.native.scheduler import Chunk
 
 
 def lengths(*wanted, most_padding):
     chunks = [Chunk(None, 100, 100 + length) for length in wanted]
-    return [[end - start for _, start, end in group] for group in of_like_length(chunks, most_padding)]
+    return [[end - start for _, start, end in group] for group in of_similar_length(chunks, most_padding)]
 
 
 def test_short_chunks_are_not_padded_to_long_ones():

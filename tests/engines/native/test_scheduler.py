@@ -8,46 +8,46 @@ from hypothesis import strategies as st
 
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.native.pages import PagePool
-from sdar_lm_eval.engines.native.scheduler import Scheduler, Sequence
+from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.engines.types import GenerationRequest
 
 
 def sequence(index, prompt, new, block=4):
-    """One with so many prompt tokens, which no other one has, or with just these prompt tokens."""
+    """Make a sequence; `prompt` is its prompt tokens, or their number: then no other index has these tokens."""
     prompt = tuple(range(1000 * index, 1000 * index + prompt)) if isinstance(prompt, int) else prompt
     request = GenerationRequest(prompt, new, DecodingConfig(block_length=block))
-    return Sequence(index, request, list(request.prompt_ids))
+    return SequenceState(index, request, list(request.prompt_ids))
 
 
 class Player:
-    """Plays the engine: prefill happens, and a block takes two steps.
+    """Plays the engine: runs the planned prefill, and denoises each block in two steps.
 
     Attributes:
-        memory: what is in the KV pages: in the place of each token's KV, all that it follows from.
+        memory: KV slot -> all that the KV stored there depends on.
     """
 
     def __init__(self, scheduler):
         self.scheduler, self.memory, self.step = scheduler, {}, 0
 
     def play(self, plan):
-        """Do as planned; returns the indices of the sequences that finished."""
+        """Carry a plan out; return the indices of the sequences that finished."""
         finished = []
         for s, start, end in plan.prefill:
             self.check(s, start)
             self.store(s, start, end)
             self.scheduler.prefilled(s, end)
         for s in plan.starting:
-            s.begun = True
-        for s in [s for s in self.scheduler.running if s.begun]:
+            s.in_batch = True
+        for s in [s for s in self.scheduler.running if s.in_batch]:
             start = s.block_start
             self.check(s, start)
             self.store(s, start, start + s.block_length, denoising=True)
             if self.step % 2:
                 new = start + s.block_length - len(s.tokens)
-                room = s.request.max_new_tokens - s.num_new_tokens
-                s.decide([99] * min(new, room))
+                remaining = s.request.max_new_tokens - s.num_new_tokens
+                s.decide([99] * min(new, remaining))
                 self.store(s, start, s.block_start)
-                if room <= new:
+                if remaining <= new:
                     self.scheduler.finish(s)
                     finished.append(s.index)
         self.step += 1
@@ -55,14 +55,14 @@ class Player:
 
     def store(self, s, start, end, denoising=False):
         for position in range(start, end):
-            self.memory[self.place(s, position)] = None if denoising else self.source(s, position)
+            self.memory[self.kv_slot(s, position)] = None if denoising else self.source(s, position)
 
     def check(self, s, end):
-        """Whatever a block at `end` sees before itself is what its own sequence would have stored."""
+        """Assert that a block at `end` sees the KV that its own sequence would have stored before the block."""
         for position in range(end):
-            assert self.memory.get(self.place(s, position)) == self.source(s, position)
+            assert self.memory.get(self.kv_slot(s, position)) == self.source(s, position)
 
-    def place(self, s, position):
+    def kv_slot(self, s, position):
         return s.pages[position // self.scheduler.pool.page_size], position % self.scheduler.pool.page_size
 
     @staticmethod
@@ -71,16 +71,17 @@ class Player:
 
 
 def run(sequences, pool, max_active, chunk=64, shrinks=(), **options):
-    """Play until all are finished; memory runs out once more in each step of `shrinks`.
+    """Play until all sequences are finished; memory runs out in each step of `shrinks`.
 
-    Returns who finished, in order; the most at once; (sequence, start, end) that were prefilled; the scheduler.
+    Returns the indices of the finished sequences in order, the most sequences at once, the prefilled chunks, and the
+    scheduler.
     """
     scheduler = Scheduler(sequences, pool, max_active, chunk, **options)
     player = Player(scheduler)
     finished, most, prefilled = [], 0, []
     while scheduler.unfinished:
         plan = scheduler.plan()
-        assert plan.prefill or plan.starting or any(s.begun for s in scheduler.running)
+        assert plan.prefill or plan.starting or any(s.in_batch for s in scheduler.running)
         assert sum(end - start for _, start, end in plan.prefill) < chunk + max(s.block_length for s in sequences)
         for s, start, end in plan.prefill:
             assert start == s.cached
@@ -146,8 +147,8 @@ def test_preemption_takes_the_youngest_and_keeps_what_was_decided():
     assert young.pages == []
     assert young.cached == 0
     assert scheduler.waiting[0] is young
-    assert len(young.tokens) > 16  # its answer so far
-    assert not young.begun
+    assert len(young.tokens) > 16  # the answer's tokens so far
+    assert not young.in_batch
     assert old in scheduler.running
 
 
@@ -188,7 +189,7 @@ class TestSharedBeginnings:
     def test_many_prompts_prefill_it_once_and_store_it_once(self):
         common = tuple(range(160))
         sequences = [sequence(i, (*common, *[1000 + i] * 6), 8) for i in range(20)]
-        pool = PagePool(10 + 20, 16)  # of the beginning, and one for each own end and answer
+        pool = PagePool(10 + 20, 16)  # one of the prefix, and one for each sequence's own tokens
         finished, most, prefilled, scheduler = run(sequences, pool, 20)
         assert most == len(finished) == 20
         assert scheduler.preemptions == 0
@@ -203,7 +204,7 @@ class TestSharedBeginnings:
         assert scheduler.shared_prompt_tokens == 0
 
     def test_nobody_reads_what_another_has_not_prefilled(self):
-        """The second and third wait while the first is prefilled in chunks; the fourth has no part in it."""
+        """The second and third wait while the first is prefilled in chunks; the fourth shares nothing."""
         common = tuple(range(48))
         sequences = [sequence(0, common, 4), sequence(1, common, 4), sequence(2, (*common, *common), 4)]
         sequences.append(sequence(3, 8, 4))
@@ -217,7 +218,7 @@ class TestSharedBeginnings:
             ([(0, 0, 20)], []),
             ([(0, 20, 40)], []),
             ([(0, 40, 48), (3, 0, 8)], [0, 3]),
-            ([(2, 48, 68)], [1]),  # of the second nothing is left to be prefilled
+            ([(2, 48, 68)], [1]),  # the second has nothing to prefill
         ]
 
     def test_a_preempted_sequence_finds_its_own_again(self):
@@ -228,24 +229,24 @@ class TestSharedBeginnings:
         assert [start for s, start, _ in prefilled if s is young] == [0, 32]
         assert scheduler.shared_prompt_tokens == 32
 
-    def test_one_that_is_preempted_in_its_prefill_leaves_nothing_behind_that_is_not_there(self):
+    def test_a_sequence_preempted_in_its_prefill_leaves_no_unwritten_node(self):
         sequences = [sequence(i, tuple(range(64)), 4) for i in range(4)]
         scheduler = Scheduler(sequences, PagePool(50, 16), 4, prefill_chunk=20)
         player = Player(scheduler)
         player.play(scheduler.plan())
-        for left in (2, 1):
+        for remaining in (2, 1):
             scheduler.shrink()
-            assert len(scheduler.running) == left
+            assert len(scheduler.running) == remaining
             scheduler.pool.check_integrity(s.pages for s in scheduler.running)
-        scheduler._preempt(scheduler.running[0])  # 20 of its 64 tokens are stored
+        scheduler.preempt(scheduler.running[0])  # 20 of its 64 tokens are stored
         scheduler.pool.check_integrity([])
-        assert len(scheduler.pool.find(tuple(range(64)), 4)) == 1
+        assert len(scheduler.pool.match_prefix(tuple(range(64)), 4)) == 1
         while scheduler.unfinished:
             player.play(scheduler.plan())
         assert sum(s.num_new_tokens for s in sequences) == 16
 
-    def test_pages_of_others_that_are_needed_again_do_not_count_as_free(self):
-        """Two pages are free, both of them what the second begins with: they are not there for its other page too."""
+    def test_idle_pages_of_a_matched_prefix_do_not_count_as_free(self):
+        """Both free pages hold the second prompt's prefix, so no free page remains for its other tokens."""
         first, second, third = (sequence(i, tuple(range(32)), 4) for i in range(3))
         third.tokens = list(range(500, 516))
         third.request = GenerationRequest(tuple(third.tokens), 4, DecodingConfig(block_length=4))
@@ -258,23 +259,23 @@ class TestSharedBeginnings:
         scheduler.plan()
         assert scheduler.running == [third]
         assert pool.free_pages == 2
-        assert pool.idle(pool.find(second.request.prompt_ids, 4)) == 2
+        assert pool.idle(pool.match_prefix(second.request.prompt_ids, 4)) == 2
 
     def test_a_wait_that_has_no_end_is_noticed(self):
         sequences = [sequence(i, tuple(range(32)), 4) for i in range(2)]
         scheduler = Scheduler(sequences, PagePool(50, 16), 2, 16)
         Player(scheduler).play(scheduler.plan())
-        scheduler._preempt(sequences[0])  # never the older one before the younger
+        scheduler.preempt(sequences[0])  # the scheduler itself never preempts the older one first
         scheduler.waiting.clear()
-        with pytest.raises(AssertionError, match="nobody is left to write what it waits for"):
+        with pytest.raises(AssertionError, match="no other is left to write what it waits for"):
             scheduler.plan()
 
     def test_a_write_to_what_others_read_is_noticed(self):
         sequences = [sequence(i, tuple(range(32)), 4) for i in range(2)]
         scheduler = Scheduler(sequences, PagePool(50, 16), 2, 64)
         Player(scheduler).play(scheduler.plan())
-        sequences[1].cached = 16  # as if what it shares ended in the middle
-        with pytest.raises(AssertionError, match="a page that others read would be written"):
+        sequences[1].cached = 16  # as if its shared prefix ended in the middle
+        with pytest.raises(AssertionError, match="a page that other sequences read would be written"):
             scheduler.plan()
 
     @settings(max_examples=50)
@@ -302,7 +303,7 @@ class TestSharedBeginnings:
 
 
 def test_what_a_discarded_sequence_stored_is_not_found_again():
-    """Nor what follows it; what another one holds stays."""
+    """The nodes below its own are evicted too; nodes that another sequence holds stay."""
     pool = PagePool(20, 16)
     texts = [tuple(range(64)), (*range(32), *range(900, 932)), (*range(16), *range(800, 816))]
     bad, other, third = (sequence(i, text, 100) for i, text in enumerate(texts))
@@ -310,11 +311,11 @@ def test_what_a_discarded_sequence_stored_is_not_found_again():
     player = Player(scheduler)
     player.play(scheduler.plan())
     player.play(scheduler.plan())
-    assert all(s.begun for s in (bad, other, third))
-    scheduler.finish(other)  # its end is idle, and begins behind pages of the bad one
+    assert all(s.in_batch for s in (bad, other, third))
+    scheduler.finish(other)  # its own node is idle, and its parent belongs to the bad sequence
     pages, shared = list(bad.pages), list(third.pages[:1])
     assert scheduler.discard(bad) == pages[1:]
     assert bad.slot == -1
-    assert pool.find(texts[0], 4) == pool.find(texts[1], 4) == shared
+    assert pool.match_prefix(texts[0], 4) == pool.match_prefix(texts[1], 4) == shared
     pool.check_integrity([third.pages])
-    assert scheduler.plan().vacated  # the device goes on with it until it is told
+    assert scheduler.plan().vacated  # the device runs the sequence until its slot is stopped

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def kept(name, masked=ALL, quota=1, setting=0.0):
-    """The positions whose token a strategy keeps, of one block."""
+    """The positions of one block whose token a strategy keeps."""
     candidates = Candidates(
         torch.tensor([masked]), torch.tensor([CONFIDENCE]), torch.tensor([ENTROPY]), torch.arange(4),
         torch.tensor([quota]), torch.tensor([setting]), lambda: torch.tensor([[0.7, 0.6, 0.1, 0.3]]),
@@ -99,7 +99,7 @@ def test_each_is_steered_by_a_setting_that_requests_have():
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=lambda strategy: strategy.name)
 def test_each_declares_what_it_uses(strategy):
-    """Random batches: which of the quota, entropies and random numbers the rules' results depend on."""
+    """On random batches, the rules' results depend on the declared inputs only."""
     torch.manual_seed(0)
     rows, block = 64, 8
     masked = torch.rand(rows, block) < 0.7
@@ -148,12 +148,12 @@ def test_the_readme_names_them():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """With heads of a size that the fused decoder takes."""
+    """A checkpoint with a head size that the fused decoder supports."""
     return Checkpoint.open(str(random_checkpoint(tmp_path_factory.mktemp("small"), head_dim=64, num_hidden_layers=1)))
 
 
 def compile_as_a_gpu_does(monkeypatch):
-    """Have an engine on the CPU compile each step's transition, but by PyTorch's own operations."""
+    """Make engines on the CPU compile the transitions of a step, with the backend that runs PyTorch's operations."""
     make = Runner.__init__
 
     def compiling(self, *args, **kwargs):
@@ -164,7 +164,7 @@ def compile_as_a_gpu_does(monkeypatch):
 
 
 class TestOneFileMore:
-    """A strategy that is one file in the folder of strategies, and nothing else, decodes by its own rule."""
+    """A strategy that consists of one file in the folder of strategies decodes by its own rule."""
 
     NAME = "two_least_confident"
     FILE = """
@@ -195,7 +195,7 @@ STRATEGY = Strategy(
         monkeypatch.setitem(STRATEGIES, self.NAME, found[self.NAME])
 
     def requests(self, names, **settings):
-        """Blocks of 8 with a schedule of 3 tokens a step, so that the schedule's quota shows as well."""
+        """Requests with blocks of 8 and a schedule of 3 steps, so that results show whether the schedule is used."""
         decodings = [DecodingConfig(8, 3, n, confidence_threshold=0.01, eb_threshold=9.0, **settings) for n in names]
         return [
             GenerationRequest(tuple(range(5, 10 + 3 * i)), 13, decoding, seed=i, record_steps=True)
@@ -203,21 +203,21 @@ STRATEGY = Strategy(
         ]
 
     def check(self, checkpoint, requests, engine, monkeypatch):
-        keep = oracle._keep
+        keep = oracle.keep
 
         def keep_two(candidates, request, start, step):
             if request.decoding.remasking_strategy != self.NAME:
                 return keep(candidates, request, start, step)
             return sorted(candidates, key=lambda position: (candidates[position][1], position))[:2]
 
-        monkeypatch.setattr(oracle, "_keep", keep_two)
+        monkeypatch.setattr(oracle, "keep", keep_two)
         model = checkpoint.load_model(dtype=torch.float32, device="cpu", attention="sdpa")
         for request, result in zip(requests, run(engine, requests), strict=True):
             tokens, reason, unmasked_at, _, _ = oracle.generate(model, checkpoint.mask_token_id, request)
             assert (list(result.token_ids), result.finish_reason) == (tokens, reason)
             assert list(result.unmasked_at) == unmasked_at
             if request.decoding.remasking_strategy == self.NAME:
-                assert max(unmasked_at) == 3  # two of eight a step: the schedule alone would be over by then
+                assert max(unmasked_at) == 3  # two of eight tokens a step; the schedule would need only 3 steps
 
     @pytest.mark.parametrize("temperature", [0, 1.0])
     @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside all others"])
@@ -234,7 +234,7 @@ STRATEGY = Strategy(
         self.check(checkpoint, self.requests(names, temperature=0), engine, monkeypatch)
 
     def test_a_gpu_compiles_its_rule(self, checkpoint, monkeypatch):
-        """Here by the compiler's front end alone, which refuses what a GPU would refuse."""
+        """Only the compiler's front end runs here; it refuses the same rules as on a GPU."""
         compile_as_a_gpu_does(monkeypatch)
         requests = self.requests([*STRATEGIES], temperature=1.0)
         self.check(checkpoint, requests, make_engine("native", checkpoint, device="cpu"), monkeypatch)

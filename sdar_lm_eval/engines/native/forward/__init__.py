@@ -1,1 +1,1 @@
-"""Tokens through the model. `base.py` says what a forward is; `modules.py` and `fused.py` are the two ways."""
+"""Forwards of the model. `base.py` is the interface; `modules.py` and `fused.py` are its two implementations."""

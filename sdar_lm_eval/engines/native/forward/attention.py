@@ -1,8 +1,8 @@
-"""Attention over paged KV: one function, called by transformers' Qwen3 layers in the place of their own.
+"""Attention over paged KV: one function that transformers' Qwen3 layers call in the place of their own.
 
-A forward's batch is B rows of Q query tokens, each row consecutive tokens of one sequence. New keys and values are
-written to their pages first. Then every query sees the leading `visible` tokens of its sequence. That is all that
-"causal over blocks, full inside a block" means: a token of block b sees (b + 1) * block_length tokens.
+A forward's batch is B rows of Q query tokens; a row holds consecutive tokens of one sequence. New keys and values are
+written to their pages first. Then every query sees the leading `visible` tokens of its sequence. This visibility is
+the block-causal mask: a token of block b sees (b + 1) * block_length tokens.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "sdar_paged"
 
 
 class AttentionBatch(Protocol):
-    """Where the tokens of one forward stand, and how they attend."""
+    """The batch of one forward: holds the cache and the addresses of the tokens, and attends."""
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
@@ -26,7 +27,7 @@ class AttentionBatch(Protocol):
         """Attend to cached and new tokens, and store the new KV.
 
         Args:
-            layer: the cache's layer.
+            layer: index of the layer in the cache.
             query: (B, query heads, Q, head size).
             key, value: (B, KV heads, Q, head size) of the new tokens.
             scaling: factor on the scores.
@@ -37,20 +38,19 @@ class AttentionBatch(Protocol):
 
 
 class AttentionLayer(Protocol):
-    """What is read of transformers' attention layers."""
+    """The attribute of transformers' attention layers that is read here."""
 
     layer_idx: int
 
 
 @dataclass(frozen=True)
 class PagedBatch:
-    """Tokens of sequences whose KV lies in pages.
+    """A batch of sequences whose KV is paged.
 
     Attributes:
         cache: keys and values of all layers, (layers, 2, pages, page_size, KV heads, head size).
         pages: the pages of each row's sequence, (B, P) int64; P covers the longest `visible`.
-        kv_slots: where the KV of each new token goes, (B, Q) int64 into pages * page_size; padding goes to the scratch
-            page.
+        kv_slots: the KV slot of each new token, (B, Q) int64 into pages * page_size. Padding goes to the scratch page.
         visible: leading tokens of its sequence that each query sees, (B, Q) int64, at least 1.
     """
 
@@ -97,7 +97,7 @@ def attend(
     visible: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """The PyTorch body: gather the pages, one masked attention a KV head with its whole group of query heads.
+    """Attention in PyTorch: gather the pages, then one masked attention a KV head with its group of query heads.
 
     Args:
         query: (B, query heads, Q, head size).
@@ -109,15 +109,54 @@ def attend(
     Returns:
         (B, Q, query heads, head size).
     """
-    b, heads, q, size = query.shape
-    kv_heads = keys.shape[2]
+    group = query.shape[1] // keys.shape[2]
     k = keys[pages].flatten(1, 2).transpose(1, 2)  # (B, KV heads, context, head size)
     v = values[pages].flatten(1, 2).transpose(1, 2)
     context = torch.arange(k.shape[2], device=query.device)
-    sees = (context < visible[..., None]).repeat(1, heads // kv_heads, 1)[:, None]  # (B, 1, group * Q, context)
+    sees = (context < visible[..., None]).repeat(1, group, 1)[:, None]  # (B, 1, group * Q, context)
+    return grouped_attention(query, k, v, sees, scaling)
+
+
+def grouped_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """One attention a KV head, with its group of query heads.
+
+    Args:
+        query: (B, query heads, Q, head size).
+        key, value: (B, KV heads, K, head size).
+        mask: (B, 1, group * Q, K), bool or added to the scores.
+        scaling: factor on the scores.
+
+    Returns:
+        (B, Q, query heads, head size).
+    """
+    b, heads, q, size = query.shape
+    kv_heads = key.shape[1]
     grouped = query.reshape(b, kv_heads, (heads // kv_heads) * q, size)
-    out = scaled_dot_product_attention(grouped, k, v, attn_mask=sees, scale=scaling)
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(b, heads, q, size).transpose(1, 2)
+
+
+def hidden_states(
+    model: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch
+) -> torch.Tensor:
+    """Run tokens through transformers' modules, with a batch that attends.
+
+    Args:
+        model: transformers' model with the attention of this module.
+        tokens, positions: (B, Q) int64.
+        batch: the tokens' batch.
+
+    Returns:
+        The last hidden states, (B, Q, hidden size).
+    """
+    # A mask stops transformers from building one. All versions pass a 4-d mask on, and no attention reads it.
+    mask = torch.empty(len(tokens), 1, 1, 1, dtype=model.dtype, device=tokens.device)
+    hidden: torch.Tensor = model.model(
+        input_ids=tokens, position_ids=positions, attention_mask=mask, batch=batch, use_cache=False
+    ).last_hidden_state
+    return hidden
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, paged_attention)

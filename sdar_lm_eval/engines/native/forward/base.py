@@ -1,9 +1,9 @@
-"""What a forward is: prompts and blocks through the model, and hidden states and logits back."""
+"""The interface of a forward: runs chunks and segments through the model, and returns hidden states and logits."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 
 import torch
 
@@ -17,7 +17,8 @@ class Forward(ABC):
 
     Attributes:
         longest_block: most tokens of a block.
-        fixed_rows: whether every matrix product has the same number of rows, for results to be reproducible.
+        fixed_rows: whether every matrix product has the same number of rows. Where products are not batch-invariant,
+            reproducible results need it.
         captures: whether a CUDA graph can capture `run`, `hidden` and `logits`.
     """
 
@@ -27,7 +28,7 @@ class Forward(ABC):
 
     @abstractmethod
     def sizes(self, slots: int, block: int) -> tuple[int, ...]:
-        """The numbers of segments that CUDA graphs are captured for, ascending, up to what N = `slots` can need.
+        """The numbers of segments that CUDA graphs are captured for, ascending, up to the most for N slots.
 
         Args:
             slots: N.
@@ -36,27 +37,27 @@ class Forward(ABC):
 
     @abstractmethod
     def reserve(self, segments: int, block: int, positions: int) -> None:
-        """Have memory for forwards of so many segments of `block` tokens, at positions below `positions`."""
+        """Allocate memory for forwards of up to `segments` blocks of `block` tokens, at positions below `positions`."""
 
     @abstractmethod
     def context_key(self, context: int) -> int:
-        """The context as far as a forward's kernels depend on it: `run` takes this in the place of `context`.
+        """Round a context up to one of the few lengths that a forward's kernels exist for. `run` takes this length.
 
         Args:
             context: most tokens that any token of the forward sees.
         """
 
     @abstractmethod
-    def prefill(self, chunks: SequenceOf[Chunk]) -> None:
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
         """Store keys and values of chunks."""
 
     @abstractmethod
     def run(self, segments: Segments, addresses: Addresses, context: int) -> None:
-        """Run the tokens of S segments, and store their keys and values. `hidden` then reads what came out."""
+        """Run the tokens of S segments, and store their keys and values. `hidden` then reads the results."""
 
     @abstractmethod
     def hidden(self, row: torch.Tensor) -> torch.Tensor:
-        """The last hidden states (M, D) of some tokens of the last `run`, by their rows (M,) among S * L."""
+        """The last hidden states (M, D) of tokens of the last `run`, by their rows (M,) among S * L."""
 
     @abstractmethod
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,18 +11,17 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from sdar_lm_eval.engines.native.pages import SCRATCH_PAGE
-from sdar_lm_eval.engines.native.scheduler import Sequence
+from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.transfer import to_device
 
 
 class Addresses(NamedTuple):
-    """Where tokens stand, and what they see; all of one shape, int64.
+    """Positions, KV slots and visible contexts of tokens; all of one shape, int64.
 
     Attributes:
-        positions: of the tokens in their sequences.
+        positions: positions of the tokens in their sequences.
         visible: leading tokens of its sequence that each token sees; 0 for padding.
-        kv_slots: where keys and values of each token go, page * page size + offset in the page; padding goes to the
-            scratch page.
+        kv_slots: the KV slot of each token: page * page size + offset in the page. Padding goes to the scratch page.
     """
 
     positions: torch.Tensor
@@ -32,15 +30,15 @@ class Addresses(NamedTuple):
 
 
 class PagedCache:
-    """Keys and values in pages; a slot's row of the page table names the pages of its sequence.
+    """Keys and values in pages, and the page table: a slot's row lists the pages of its sequence.
 
     Args:
-        model: transformers' model; its config says how large keys and values are.
+        model: transformers' model; its config has the sizes of keys and values.
         page_size: tokens a page.
 
     Attributes:
-        kv: (layers, 2, pages + 1, page size, KV heads, head size); page 0 is scratch. None: no memory is held.
-        table: (N + 1, P) int64, the pages of each slot's sequence, and of padding.
+        kv: (layers, 2, pages + 1, page size, KV heads, head size); page 0 is scratch. None: no memory is allocated.
+        table: (N + 1, P) int64, the page table. The last row is for padding.
     """
 
     def __init__(self, model: PreTrainedModel, page_size: int) -> None:
@@ -50,54 +48,54 @@ class PagedCache:
         self._dtype: torch.dtype = model.dtype
         self._device: torch.device = model.device
         self.kv: torch.Tensor | None = None
-        self._pages: NDArray[np.int64] = np.zeros((1, 1), dtype=np.int64)  # the table, on the host
-        self.table = torch.from_numpy(self._pages)
+        self._table: NDArray[np.int64] = np.zeros((1, 1), dtype=np.int64)  # the page table on the host
+        self.table = torch.from_numpy(self._table)
 
     @property
     def bytes_per_page(self) -> int:
-        """Memory of one page over all layers."""
+        """Bytes of one page over all layers."""
         return 2 * int(self._layers * np.prod(self._page) * self._dtype.itemsize)
 
     @property
     def num_pages(self) -> int:
-        """Pages that can be given out."""
+        """Pages that the pool can allocate."""
         return 0 if self.kv is None else self.kv.shape[2] - 1
 
     def reserve(self, pages: int, slots: int, width: int) -> None:
-        """Have memory for so many pages, and an empty table of N slots with P = `width` pages each."""
+        """Allocate memory for `pages` pages, and an empty page table of N = `slots` rows of P = `width` pages."""
         if self.kv is None or self.num_pages < pages:
-            self.kv = None  # freed before the new one is made
+            self.kv = None  # the old tensor is freed before the new one is allocated
             size = (self._layers, 2, pages + 1, *self._page)
             self.kv = torch.zeros(size, dtype=self._dtype, device=self._device)
-        self._pages = np.full((slots + 1, width), SCRATCH_PAGE)
-        self.table = torch.from_numpy(self._pages).to(self._device)
+        self._table = np.full((slots + 1, width), SCRATCH_PAGE)
+        self.table = torch.from_numpy(self._table).to(self._device)
 
     def release(self) -> None:
-        """Give the memory of keys and values back."""
+        """Free the keys and values."""
         self.kv = None
 
-    def clear(self, pages: SequenceOf[int] | None = None) -> None:
-        """Set the keys and values of pages to zero, and those of the scratch page; None: of all pages."""
+    def clear(self, pages: Sequence[int] | None = None) -> None:
+        """Set the keys and values of pages and of the scratch page to zero; None: of all pages."""
         assert self.kv is not None
         if pages is None:
             self.kv.zero_()
         else:
             self.kv[:, :, to_device(np.array([SCRATCH_PAGE, *pages]), self._device)] = 0
 
-    def set_pages(self, sequences: Iterable[Sequence]) -> None:
-        """Write the pages of sequences to their slots' rows of the table."""
+    def set_pages(self, sequences: Iterable[SequenceState]) -> None:
+        """Write the pages of sequences to their slots' rows of the page table."""
         slots = []
         for sequence in sequences:
-            self._pages[sequence.slot, : len(sequence.pages)] = sequence.pages
-            self._pages[sequence.slot, len(sequence.pages) :] = SCRATCH_PAGE
+            self._table[sequence.slot, : len(sequence.pages)] = sequence.pages
+            self._table[sequence.slot, len(sequence.pages) :] = SCRATCH_PAGE
             slots.append(sequence.slot)
         if slots:
             index = np.array(slots)
-            self.table[to_device(index, self._device)] = to_device(self._pages[index], self._device)
+            self.table[to_device(index, self._device)] = to_device(self._table[index], self._device)
 
     def kv_slots(self, slot: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where keys and values go of tokens at these positions of these slots' sequences, on the host."""
-        return self._pages[slot, position // self.page_size] * self.page_size + position % self.page_size
+        """The KV slots of tokens, by slot and position, on the host."""
+        return self._table[slot, position // self.page_size] * self.page_size + position % self.page_size
 
     def addresses(
         self, slot: torch.Tensor, start: torch.Tensor, count: torch.Tensor, length: torch.Tensor, offsets: torch.Tensor
@@ -105,7 +103,9 @@ class PagedCache:
         """Addresses (B, Q) of B rows of consecutive tokens; the first `count` tokens of a row are real.
 
         Args:
-            slot, start, count: (B,), whose tokens these are, where the first one stands, and how many are real.
+            slot: (B,), the slot of each row's sequence.
+            start: (B,), position of each row's first token.
+            count: (B,), number of real tokens of each row.
             length: (B,), block lengths.
             offsets: (Q,), 0 to Q - 1.
         """

@@ -1,6 +1,6 @@
-"""A dense decoder for a GPU: packed tokens, joined projections, and the kernels of `kernels/`.
+"""The fused decoder for dense models: packed tokens, joined projections, and the kernels of `kernels/`.
 
-It computes what transformers' Qwen3Model computes, from the same weights.
+The decoder computes what transformers' Qwen3Model computes, from the same weights.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ except (ImportError, AttributeError):  # Triton is older than 3.6
     hopper = None
 
 HEAD_DIMS = (64, 128)
-# From so many weights on `kernels.few_rows` takes the place of cuBLAS, where there are few rows: what takes the time is
-# reading the weights, and it reads faster (SDAR-4B's products of a layer on an H100: 79 us in the place of 88).
+# For few rows, reading the weights takes the time. `kernels.few_rows` reads matrices of at least this many weights
+# faster than cuBLAS (SDAR-4B's products of a layer on an H100: 79 us instead of 88).
 LARGE = 1 << 20
-SPLITS = 4  # of the products with an output as narrow as the model's state, which make too few programs otherwise
+SPLITS = (
+    4  # splits of K in products whose output is as narrow as the hidden state: without splits, programs are too few
+)
 
 
 class FusedDecoder:
-    """A dense decoder; its LM head apart (`logits`).
+    """A dense decoder and its LM head.
 
     Args:
-        weights: on their device already.
-        batch_invariant: whether the result of a token should not depend on other tokens, where that is possible.
+        weights: the weights, on their device.
+        batch_invariant: whether products should be batch-invariant: a row's result does not depend on other rows.
 
     Attributes:
-        batch_invariant: whether the result of a token does not: `hopper` runs the products, on a Hopper GPU.
+        batch_invariant: whether products are batch-invariant: asked for, and `hopper` runs them, on a Hopper GPU.
     """
 
     def __init__(self, weights: DecoderWeights, *, batch_invariant: bool = False) -> None:
@@ -48,7 +50,7 @@ class FusedDecoder:
         self.batch_invariant = batch_invariant and on_hopper and not biased
 
     def reserve(self, length: int) -> None:
-        """Make ready for positions below `length`."""
+        """Prepare rotary cosines and sines for positions below `length`."""
         if len(self._cos_sin) < length:
             cos, sin = self._weights.rotary(torch.arange(length, device=self._device)[None])  # (1, length, size)
             halves = [cos[0, :, : self._half], sin[0, :, : self._half]]
@@ -66,14 +68,13 @@ class FusedDecoder:
 
         Args:
             tokens, positions: (T,) int64.
-            kv_slots: (T,) int64 into pages * page size, where keys and values go.
-            tiles: what attends to what.
+            kv_slots: (T,) int64 into pages * page size.
+            tiles: the tiles of attention, and what their tokens see.
             cache: (layers, 2, pages, page size, KV heads, head size).
 
         Returns:
-            What `finish` takes, of the last layer: what attention gives, (T, heads * size), and its input, (T, D).
+            The input of `finish`: the output of the last layer's attention, (T, heads * size), and the residual (T, D).
         """
-
         layers = self._weights.layers
 
         def attention(
@@ -87,20 +88,21 @@ class FusedDecoder:
             )  # fmt: skip
             return kernels.attend(query, keys, values, tiles, self._scaling).flatten(1), added
 
-        seen, residual = attention(layers[0], cache[0], self._weights.embedding[tokens], None)
+        attended, residual = attention(layers[0], cache[0], self._weights.embedding[tokens], None)
         for before, layer, kv in zip(layers, layers[1:], cache[1:], strict=False):
-            seen, residual = attention(layer, kv, *self._behind_attention(before, seen, residual))
-        return seen, residual
+            attended, residual = attention(layer, kv, *self._after_attention(before, attended, residual))
+        return attended, residual
 
-    def finish(self, seen: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The last hidden states (T, D) of the tokens whose logits are wanted; `residual` is written to."""
-        x, residual = self._behind_attention(self._weights.layers[-1], seen, residual)
+    def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The last hidden states (T, D) of tokens, from their rows of a call's results. Overwrites `residual`."""
+        x, residual = self._after_attention(self._weights.layers[-1], attended, residual)
         return kernels.add_norm(x, residual, self._weights.norm, self._weights.eps)[0]
 
-    def _behind_attention(
-        self, layer: LayerWeights, seen: torch.Tensor, residual: torch.Tensor
+    def _after_attention(
+        self, layer: LayerWeights, attended: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = self._product(seen, layer.o, layer.o_bias, splits=SPLITS)
+        """A layer's output projection and MLP."""
+        x = self._product(attended, layer.o, layer.o_bias, splits=SPLITS)
         normed, residual = kernels.add_norm(x, residual, layer.post_norm, self._weights.eps)
         if self.batch_invariant:
             active = hopper.gated(normed, layer.gate_up)
@@ -109,7 +111,7 @@ class FusedDecoder:
         return self._product(active, layer.down, splits=SPLITS), residual
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Of last hidden states, (M, D) -> (M, V)."""
+        """Logits of last hidden states, (M, D) -> (M, V)."""
         return self._product(hidden, self._weights.head) if self.batch_invariant else linear(hidden, self._weights.head)
 
     def _product(
@@ -122,12 +124,12 @@ class FusedDecoder:
 
 
 def runs_on_hopper(*weights: torch.Tensor) -> bool:
-    """Whether `hopper` multiplies by such weights here: by gate and up, joined, or by several plain ones."""
+    """Whether `hopper` runs products with these weights here; see `hopper.run_for`."""
     return hopper is not None and hopper.run_for(*weights)
 
 
 def activated(x: torch.Tensor, gate_up: torch.Tensor, *, on_hopper: bool) -> torch.Tensor:
-    """silu(x @ gate.T) * (x @ up.T) of joined weights, by what is quickest for so many rows."""
+    """silu(x @ gate.T) * (x @ up.T) of joined weights, by the fastest kernel for the number of rows."""
     if _is_streamed(x, gate_up):
         return kernels.few_rows(x, gate_up, gated=True)
     if on_hopper and len(x) >= hopper.FEWEST_ROWS:
@@ -139,7 +141,7 @@ def activated(x: torch.Tensor, gate_up: torch.Tensor, *, on_hopper: bool) -> tor
 def product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, splits: int = 1
 ) -> torch.Tensor:
-    """x @ weight.T + bias, of few rows perhaps in splits, for `kernels.add_norm` to add up."""
+    """x @ weight.T + bias; for few rows, it may be `splits` partial sums that `kernels.add_norm` adds up."""
     if bias is None and _is_streamed(x, weight, splits):
         return kernels.few_rows(x, weight, splits=splits)
     return linear(x, weight, bias)

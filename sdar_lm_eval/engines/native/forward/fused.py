@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,8 +18,8 @@ from sdar_lm_eval.engines.native.scheduler import Chunk
 from sdar_lm_eval.engines.native.transfer import to_device
 from sdar_lm_eval.family import DecoderWeights
 
-SPLITS_BUDGET_BYTES = 1 << 30  # of partial results in prefill, where attention splits a context
-QUERY_BYTES = 128 << 10
+SPLITS_BUDGET_BYTES = 1 << 30  # most memory of attention's partial results in prefill, one for each split of a context
+QUERY_BYTES = 128 << 10  # most memory of the queries that one program of the attention kernel holds
 PREFILL_TILE = 32  # tokens of a prompt that one program of the attention kernel takes
 
 
@@ -28,9 +27,9 @@ class FusedForward(Forward):
     """Runs the fused decoder.
 
     Args:
-        weights: of the model.
-        cache: where keys and values go.
-        reproducible: whether a sequence's results have to be the same to the bit whatever runs beside it.
+        weights: the model's weights.
+        cache: the KV cache.
+        reproducible: whether results have to be batch-invariant: the same to the bit whatever else is in the batch.
     """
 
     captures = True
@@ -40,24 +39,24 @@ class FusedForward(Forward):
         self._decoder = FusedDecoder(weights, batch_invariant=reproducible)
         self._cache, self._reproducible = cache, reproducible
         self._device, self._dtype = weights.norm.device, weights.norm.dtype
-        # Without batch-invariant products, rounding depends on their number of rows.
+        # The rounding of a product that is not batch-invariant depends on its number of rows.
         self.fixed_rows = reproducible and not self._decoder.batch_invariant
         outputs = weights.layers[0].o.shape[1]  # heads * size
         self._sizes = (outputs, len(weights.norm))
-        # The attention kernel holds the queries of a block that share a KV head.
+        # One program of the attention kernel holds a block's queries of all heads that share a KV head.
         self.longest_block = min(QUERY_BYTES // (outputs // cache.kv_heads * self._dtype.itemsize), 128)
         self._block = 1
 
     def sizes(self, slots: int, block: int) -> tuple[int, ...]:
         """See `Forward.sizes`."""
         if self.fixed_rows:
-            return graphs.multiples(max(graphs.REPRODUCIBLE_ROWS // block, 1), 2 * slots)
+            return graphs.multiples(fixed_segments(block), 2 * slots)
         return graphs.ladder(graphs.FORWARD, 2 * slots, block)
 
     def reserve(self, segments: int, block: int, positions: int) -> None:
         """See `Forward.reserve`."""
         self._block = block
-        # A graph's outputs stay where they are: `run` of any size writes here, and `hidden` reads from here.
+        # CUDA graphs need outputs that stay in place: `run` of any size writes to these, and `hidden` reads them.
         self._outputs = [
             torch.zeros(segments * block, size, dtype=self._dtype, device=self._device) for size in self._sizes
         ]
@@ -65,7 +64,7 @@ class FusedForward(Forward):
         self._decoder.reserve(positions)
 
     def context_key(self, context: int) -> int:
-        """See `Forward.context_key`: whole splits, a power of two of them, since each number takes its own kernel."""
+        """See `Forward.context_key`. The number of splits is a power of two, since each number compiles a kernel."""
         return self._splits(context) * kernels.SPLIT
 
     def _splits(self, context: int) -> int:
@@ -76,32 +75,27 @@ class FusedForward(Forward):
     def run(self, segments: Segments, addresses: Addresses, context: int) -> None:
         """See `Forward.run`."""
         block, count = self._block, len(segments.slot)
-        # A block and its predecessor can be one tile of attention, which loads their keys and values once.
+        # A block and its predecessor can be one tile of attention: then their keys and values are loaded only once.
         paired = block <= PREFILL_TILE // 2 and not self._reproducible
         counts = segments.following * block if paired else segments.length
         tokens = segments.tokens.flatten()
         positions, visible, kv_slots = (column.flatten() for column in addresses)
         # Splitting is safe: a block to be committed precedes its successor, so its KV is written first.
-        together = self._together if self.fixed_rows else count
-        for begin in range(0, count, together):
-            some, rows = slice(begin, begin + together), slice(begin * block, (begin + together) * block)
+        at_once = fixed_segments(block) if self.fixed_rows else count
+        for begin in range(0, count, at_once):
+            part, rows = slice(begin, begin + at_once), slice(begin * block, (begin + at_once) * block)
             tiles = kernels.Tiles(
-                self._first[: len(counts[some])], counts[some], self._cache.table, segments.slot[some], visible[rows],
+                self._first[: len(counts[part])], counts[part], self._cache.table, segments.slot[part], visible[rows],
                 block * (1 + paired), self._splits(context), batch_invariant=self._reproducible,
             )  # fmt: skip
             outputs = self._run(tokens[rows], positions[rows], kv_slots[rows], tiles)
             for stored, output in zip(self._outputs, outputs, strict=True):
                 stored[rows] = output
 
-    @property
-    def _together(self) -> int:
-        """Segments of a product of fixed size."""
-        return max(graphs.REPRODUCIBLE_ROWS // self._block, 1)
-
     def hidden(self, row: torch.Tensor) -> torch.Tensor:
         """See `Forward.hidden`."""
-        seen, residual = (stored[row] for stored in self._outputs)
-        return self._decoder.finish(seen, residual)
+        attended, residual = (stored[row] for stored in self._outputs)
+        return self._decoder.finish(attended, residual)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Forward.logits`."""
@@ -109,10 +103,10 @@ class FusedForward(Forward):
 
     # Prompts
 
-    def prefill(self, chunks: SequenceOf[Chunk]) -> None:
-        """See `Forward.prefill`. All chunks are one row of tokens, or a few where memory is short."""
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
+        """See `Forward.prefill`. All chunks are packed into one forward, or into several where memory is short."""
         if self.fixed_rows:
-            rows = self._together * self._block
+            rows = fixed_segments(self._block) * self._block
             for part in in_parts(chunks, rows):
                 self._prefill(part, padded_to=rows)
             return
@@ -121,7 +115,7 @@ class FusedForward(Forward):
         for part in in_parts(chunks, SPLITS_BUDGET_BYTES // bytes_per_token):
             self._prefill(part, padded_to=0)
 
-    def _prefill(self, chunks: SequenceOf[Chunk], padded_to: int) -> None:
+    def _prefill(self, chunks: Sequence[Chunk], padded_to: int) -> None:
         slot, length = np.array([(chunk.sequence.slot, chunk.sequence.block_length) for chunk in chunks]).T
         begin, end = np.array([(chunk.start, chunk.end) for chunk in chunks]).T
         size = end - begin
@@ -130,15 +124,15 @@ class FusedForward(Forward):
         position = begin[owner] + offset
         kv_slot = self._cache.kv_slots(slot[owner], position)
         visible = (position // length[owner] + 1) * length[owner]
-        # The KV of padding goes to the scratch page, and padding sees nothing.
+        # Padding with zeros: the KV slot is in the scratch page, and a padding token sees no token.
         padding = ((0, 0), (0, max(padded_to - len(token), 0)))
-        # Separate copies: Triton specialises on pointer alignment, and slices of one buffer would compile others.
+        # Separate copies: Triton specialises on pointer alignment, and slices of one buffer would compile variants.
         tokens, positions, kv_slots, all_visible = (
             to_device(column, self._device) for column in np.pad([token, position, kv_slot, visible], padding)
         )
-        # The answer of a preempted sequence is prefilled, and has to give what its blocks gave.
+        # After a preemption, decided blocks are prefilled: reproducible results need the tiles that denoising had.
         tile_tokens = self._block if self._reproducible else PREFILL_TILE
-        owner, number = flattened(-(-size // tile_tokens))  # of each tile: its chunk, and its index within the chunk
+        owner, number = flattened(-(-size // tile_tokens))  # each tile's chunk, and its index within the chunk
         first = (size.cumsum() - size)[owner] + number * tile_tokens
         count = np.minimum(size[owner] - number * tile_tokens, tile_tokens)
         firsts, counts, slots = (to_device(column, self._device) for column in (first, count, slot[owner]))
@@ -155,8 +149,13 @@ class FusedForward(Forward):
         return self._decoder(tokens, positions, kv_slots, tiles, self._cache.kv)
 
 
-def in_parts(chunks: SequenceOf[Chunk], tokens: int) -> Iterator[list[Chunk]]:
-    """Cut chunks between blocks into parts of at most so many tokens together, or of one block."""
+def fixed_segments(block: int) -> int:
+    """Segments of a forward whose products have a fixed number of rows."""
+    return max(graphs.REPRODUCIBLE_ROWS // block, 1)
+
+
+def in_parts(chunks: Sequence[Chunk], tokens: int) -> Iterator[list[Chunk]]:
+    """Cut chunks between blocks into parts of at most `tokens` tokens, or of one block."""
     part: list[Chunk] = []
     room = tokens
     for sequence, start, end in chunks:

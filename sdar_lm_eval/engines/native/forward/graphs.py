@@ -1,4 +1,4 @@
-"""CUDA graphs for a ladder of sizes: a step of any size runs as the next larger one that is on it."""
+"""CUDA graphs for a ladder of sizes: a step of any size is padded to the next size on the ladder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sdar_lm_eval.engines.runs import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-# Rows of a matrix product that steps are padded to: of a forward, and of drawing, which has the LM head in it. Few rows
-# cost no more than one, for the weights have to be read; of the others, those that take as long on an H100 as more do
-# are left out (SDAR-4B in bfloat16: benchmarks/NOTES.md has the times, most of them).
+# Rows of matrix products that steps are padded to: of a forward, and of drawing, which runs the LM head. A few rows
+# take as long as one, since reading the weights takes the time. A larger size is left out if an H100 needs as long for
+# the next one (measured with SDAR-4B in bfloat16; benchmarks/NOTES.md has most of the times).
 FORWARD = (
     4, 8, 16, 64, 128, 192, 240, 256, 288, 336, 384, 432, 512, 560, 640, 736, 768, 816, 896, 960, 1024, 1136, 1248,
     1264, 1280, 1312, 1328, 1360, 1392, 1536, 1616, 1648, 1712, 1776, 1888, 2016, 2048, 2096, 2304, 2432, 2560, 2816,
@@ -25,13 +25,14 @@ DRAWING = (
     4, 8, 16, 64, 128, 192, 240, 272, 304, 336, 384, 432, 496, 528, 592, 624, 640, 672, 768, 800, 864, 912, 960, 1040,
     1088, 1200, 1264, 1344, 1456, 1536,
 )  # fmt: skip
-MORE = 256  # from there on
-# Rows of every matrix product where results have to be reproducible, and a product's rounding depends on its rows.
+MORE = 256  # distance of the sizes above these
+# Rows of every matrix product where results have to be reproducible, but products are not batch-invariant: a product's
+# rounding depends on its number of rows.
 REPRODUCIBLE_ROWS = 512
 
 
 def ladder(rungs: Sequence[int], largest: int, rows: int = 1) -> tuple[int, ...]:
-    """Sizes up to the first that is not below `largest`, each standing for so many rows of a product."""
+    """Sizes up to the first that is at least `largest`, from rungs in rows; a size stands for `rows` rows."""
     rungs = list(rungs)
     while rungs[-1] < largest * rows:
         rungs.append(rungs[-1] + MORE)
@@ -40,63 +41,64 @@ def ladder(rungs: Sequence[int], largest: int, rows: int = 1) -> tuple[int, ...]
 
 
 def multiples(unit: int, largest: int) -> tuple[int, ...]:
-    """Multiples of `unit`, up to the first that is not below `largest`."""
+    """Multiples of `unit`, up to the first that is at least `largest`."""
     return tuple(range(unit, largest + unit, unit))
 
 
 def rounded_up(sizes: Sequence[int], size: int) -> int:
-    """The smallest of these ascending sizes that is not below `size`."""
+    """The smallest of these ascending sizes that is at least `size`."""
     return sizes[bisect.bisect_left(sizes, size)]
 
 
 class Graphs:
     """Runs a function of a size as a CUDA graph.
 
-    A size that is asked for the first time runs without one, and is captured for the next time meanwhile. The function
-    reads and writes only tensors that stay where they are.
+    The first call for a size runs the function itself, and captures a graph for later calls. The function must read and
+    write only tensors whose memory stays in place.
 
     Args:
-        run: the function; given a size, and whatever else the kernels it launches depend on.
+        run: the function. Its arguments are a size, and all else that its kernels depend on.
         sizes: the ladder.
-        enabled: without, the function is called with the size asked for.
+        enabled: whether to use graphs. If not, a call runs the function with the size asked for, unpadded.
     """
 
     def __init__(self, run: Callable[..., None], sizes: Sequence[int], *, enabled: bool) -> None:
-        self._run, self._sizes, self._enabled = run, sizes, enabled
+        self.run, self.sizes, self._enabled = run, sizes, enabled
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: torch.cuda._POOL_HANDLE | None = None
-        self._told = False
+        self._warned = False
 
     def __call__(self, size: int, *others: Hashable) -> None:
-        """Run for at least `size`."""
+        """Run the function for `size`, padded to the next size on the ladder."""
         if not self._enabled:
-            self._run(size, *others)
+            self.run(size, *others)
             return
-        key = (rounded_up(self._sizes, size), *others)
+        key = (rounded_up(self.sizes, size), *others)
         if key in self._graphs:
             self._graphs[key].replay()
         else:
-            self._run(*key)
+            self.run(*key)
             try:
-                self._graphs[key] = self._capture(key)
+                self._graphs[key] = self.capture(key)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
             if key not in self._graphs:
-                # What it was to do is done, and what is unused now may be enough for a graph the next time.
+                # The function has run; only its graph is missing. The freed memory may suffice for the next capture.
                 torch.cuda.empty_cache()
-                if not self._told:
+                if not self._warned:
                     logger.warning("No memory is left for CUDA graphs: some steps run without, and take longer.")
-                self._told = True
+                self._warned = True
 
-    def _capture(self, key: tuple[Hashable, ...]) -> torch.cuda.CUDAGraph:
-        # By hand, since torch.cuda.graph waits for the GPU and gives its free memory back first: the GPU goes on with
-        # the run before meanwhile.
+    def capture(self, key: tuple[Hashable, ...]) -> torch.cuda.CUDAGraph:
+        """Capture a graph of the function for a size and its other arguments."""
+        # torch.cuda.graph would wait for the GPU and empty torch's cache first. Without it, the GPU keeps running the
+        # earlier launches during the capture.
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(_capture_stream(torch.cuda.current_device())):
             graph.capture_begin(pool=self._pool)
             try:
-                self._run(*key)
+                self.run(*key)
             finally:
                 graph.capture_end()
         self._pool = self._pool or graph.pool()
@@ -105,5 +107,5 @@ class Graphs:
 
 @functools.cache
 def _capture_stream(device: int) -> torch.cuda.Stream:
-    """One for a GPU: cuBLAS keeps memory for every stream that it has run in."""
+    """The one capture stream of a GPU: cuBLAS keeps memory for every stream that it has run in."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

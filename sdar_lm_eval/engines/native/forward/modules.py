@@ -1,9 +1,8 @@
-"""A forward by transformers' modules: any model that transformers holds, on any device."""
+"""A forward by transformers' modules: for any model of a family, on any device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,13 +10,13 @@ from transformers import PreTrainedModel
 
 from sdar_lm_eval.decoding import MAX_BLOCK_LENGTH
 from sdar_lm_eval.engines.native.batch import Segments
-from sdar_lm_eval.engines.native.forward.attention import PagedBatch
+from sdar_lm_eval.engines.native.forward.attention import PagedBatch, hidden_states
 from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
 from sdar_lm_eval.engines.native.scheduler import Chunk
 from sdar_lm_eval.engines.native.transfer import to_device
 
-# Padding tokens of a prefill forward, at most: one forward more costs about as much.
+# Most padding tokens of a prefill forward: about as many tokens as take the time of one forward more.
 MOST_PADDING = {"cpu": 64, "cuda": 1024}
 
 
@@ -37,22 +36,22 @@ class ModulesForward(Forward):
         self._hidden = torch.empty(0)
 
     def sizes(self, slots: int, block: int) -> tuple[int, ...]:
-        """See `Forward.sizes`: nothing is captured."""
+        """See `Forward.sizes`. No graph is captured, so one size is enough."""
         return (2 * slots,)
 
     def reserve(self, segments: int, block: int, positions: int) -> None:
         """See `Forward.reserve`."""
-        # A graph that draws tokens reads from here.
+        # A CUDA graph that draws tokens reads this tensor, so the tensor stays in place.
         size = (segments * block, self._model.config.hidden_size)
         self._hidden = torch.zeros(size, dtype=self._model.dtype, device=self._device)
 
     def context_key(self, context: int) -> int:
-        """See `Forward.context_key`: whole pages."""
+        """See `Forward.context_key`. The length is a whole number of pages."""
         return -(-context // self._cache.page_size) * self._cache.page_size
 
-    def prefill(self, chunks: SequenceOf[Chunk]) -> None:
-        """See `Forward.prefill`. A forward's rows are chunks of like length."""
-        for rows in of_like_length(chunks, MOST_PADDING[self._device.type]):
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
+        """See `Forward.prefill`. The rows of a forward are chunks of similar lengths."""
+        for rows in of_similar_length(chunks, MOST_PADDING[self._device.type]):
             tokens = np.zeros((len(rows), max(chunk.size for chunk in rows)), dtype=np.int64)
             for row, chunk in enumerate(rows):
                 tokens[row, : chunk.size] = chunk.sequence.tokens[chunk.start : chunk.end]
@@ -77,22 +76,15 @@ class ModulesForward(Forward):
         return logits
 
     def _run(self, slot: torch.Tensor, tokens: torch.Tensor, addresses: Addresses, context: int) -> torch.Tensor:
-        """Run B rows of Q tokens, each of one slot's sequence; returns the last hidden states (B, Q, D)."""
+        """Run B rows of Q tokens, a row of one slot's sequence each; return the last hidden states (B, Q, D)."""
         assert self._cache.kv is not None
         pages = self._cache.table[:, : -(-context // self._cache.page_size)][slot]  # (B, P)
-        hidden: torch.Tensor = self._model.model(
-            input_ids=tokens,
-            position_ids=addresses.positions,
-            # Every transformers version hands a four-dimensional mask through untouched; nobody reads this one.
-            attention_mask=torch.empty(len(tokens), 1, 1, 1, dtype=self._model.dtype, device=self._device),
-            batch=PagedBatch(self._cache.kv, pages, addresses.kv_slots, addresses.visible.clamp(min=1)),
-            use_cache=False,
-        ).last_hidden_state
-        return hidden
+        batch = PagedBatch(self._cache.kv, pages, addresses.kv_slots, addresses.visible.clamp(min=1))
+        return hidden_states(self._model, tokens, addresses.positions, batch)
 
 
-def of_like_length(chunks: SequenceOf[Chunk], most_padding: int) -> Iterator[list[Chunk]]:
-    """Group chunks so that padding a group's chunks to its longest takes at most so many tokens."""
+def of_similar_length(chunks: Sequence[Chunk], most_padding: int) -> Iterator[list[Chunk]]:
+    """Group chunks so that padding each chunk to its group's longest takes at most `most_padding` tokens a group."""
     group: list[Chunk] = []
     longest = padding = 0
     for chunk in sorted(chunks, key=lambda chunk: -chunk.size):

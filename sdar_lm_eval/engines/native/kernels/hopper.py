@@ -1,19 +1,19 @@
-"""Matrix products for Hopper GPUs: of an MLP's gate and up projections with the activation, and plain ones.
+"""Matrix products for Hopper GPUs: an MLP's gate and up projections with the activation, and plain products.
 
-An H100 that multiplies matrices draws all the power it is allowed, so what counts is how much is moved about. Gate and
-up never leave the registers that they were added up in: half of what cuBLAS would write is written, and nothing is read
-again. Plain products are about as quick as cuBLAS's, often slower; but a row's results do not depend on the other rows,
-nor on their number, which is what `reproducible=true` is about.
+An H100 that multiplies matrices runs at its power limit, so moving fewer bytes makes it faster. The gated product keeps
+the sums of gate and up in registers: it writes half of what cuBLAS would write, and no kernel reads these sums again.
+Plain products are as fast as cuBLAS's or slower. But they are batch-invariant, as `reproducible=true` requires: a row's
+result depends neither on the other rows nor on their number.
 
 The kernel is written in Gluon, the language below Triton (triton.experimental, from Triton 3.6 on). A program stays on
-its processor and works through the tiles that `schedule` gives it. One warp copies what is multiplied to shared memory,
-some steps ahead, zeros for what lies outside; two groups of four warps multiply 64 rows each by the same columns, and
-while one writes its results, none outside, the other goes on. Of the barriers of a stage, `ready` waits for the bytes
-of a step, `free` for both groups to be done with them. Weights have a dimension for gate and up, so that a tile that
-ends outside of gate does not reach into up.
+its multiprocessor and works through the tiles that `schedule` assigns to it. One producer warp copies the operands to
+shared memory, several steps ahead; it fills the part of a tile outside of a matrix with zeros. Two consumer groups of
+four warps multiply 64 rows each by the same columns. While one group stores its results, the other goes on. A stage has
+two barriers: `ready` waits for the bytes of a step, `free` for both groups to finish with them. The weights have their
+own dimension for gate and up, so a tile at the end of gate does not reach into up.
 
-There is no interpreter for Gluon: the kernel is compiled in tests/engines/native/test_kernels_compile.py and compared
-with PyTorch on GPUs only, by tests/engines/native/test_hopper_kernels.py.
+There is no interpreter for Gluon. tests/engines/native/test_kernels_compile.py compiles the kernel everywhere;
+tests/engines/native/test_hopper_kernels.py compares it with PyTorch on Hopper GPUs.
 """
 
 from __future__ import annotations
@@ -37,22 +37,23 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 logger = logging.getLogger(__name__)
 
-# Of gate and up; below, cuBLAS and `kernels.silu_mul` are quicker: weights have to be read, and tiles are half empty.
+# Fewest rows of the gated product. With fewer, cuBLAS and `kernels.silu_mul` are faster: reading the weights takes the
+# time, and tiles are half empty.
 FEWEST_ROWS = 336
-STRIP = 64  # rows of a group of warps, the least that the instruction takes
-COLUMNS = 256  # of a tile, the most that the instruction takes; half are gate's and half up's where it has both
-INPUTS = 64  # of K a step: 128 bytes, what a row of shared memory holds without conflicts
+STRIP = 64  # rows of a consumer group, the fewest of the instruction
+COLUMNS = 256  # columns of a tile, the most of the instruction; of the gated product, half are gate's and half up's
+INPUTS = 64  # inputs (of K) of a step: 128 bytes, a row of shared memory without bank conflicts
 STAGES = 4  # steps that are copied ahead
 GROUP = 16  # pairs of strips that go through all columns together: their inputs stay in the L2 cache
 
-# Triton 3.8 has new names for them.
+# Triton 3.8 renames both.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
 @gluon.jit
 def _copy(x, weight, buffers, barriers, work, turns, inputs):
-    """The warp that copies."""
+    """The producer warp."""
     rows, weights, _ = buffers
     ready, free = barriers
     STAGES: gl.constexpr = weights.shape[0]
@@ -80,8 +81,8 @@ def _copy(x, weight, buffers, barriers, work, turns, inputs):
 
 
 @gluon.jit
-def _multiply(out, buffers, barriers, work, turns, inputs, WHICH: gl.constexpr):
-    """One of the two groups of warps that multiply."""
+def _multiply(out, buffers, barriers, work, turns, inputs, CONSUMER: gl.constexpr):
+    """A consumer group of four warps: the first or the second."""
     rows, weights, results = buffers
     ready, free = barriers
     STAGES: gl.constexpr = weights.shape[0]
@@ -93,30 +94,32 @@ def _multiply(out, buffers, barriers, work, turns, inputs, WHICH: gl.constexpr):
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
     )
     step = 0
-    result = results.index(WHICH)
+    result = results.index(CONSUMER)
     row, strips, column = gl.load(work), gl.load(work + 1), gl.load(work + 2)
     for _ in range(turns):
         work += gl.num_programs(0) * 4
         next_row, next_strips, next_column = gl.load(work), gl.load(work + 1), gl.load(work + 2)
-        if strips > WHICH:
+        if strips > CONSUMER:
             total = gl.zeros([STRIP, COLUMNS], gl.float32, layout)
             for k in range(0, inputs, INPUTS):
                 stage = step % STAGES
                 mbarrier.wait(ready.index(stage), step // STAGES & 1)
                 transposed = weights.index(stage).reshape([COLUMNS, INPUTS]).permute([1, 0])
-                total = warpgroup_mma(rows.index(2 * stage + WHICH), transposed, total, use_acc=k > 0, is_async=True)
-                total = warpgroup_mma_wait(1, [total])  # the step before is done with its stage
+                total = warpgroup_mma(rows.index(2 * stage + CONSUMER), transposed, total, use_acc=k > 0, is_async=True)
+                total = warpgroup_mma_wait(
+                    1, [total]
+                )  # the product of the previous step is complete, so its stage is free
                 mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=k > 0)
                 step += 1
             total = warpgroup_mma_wait(0, [total])
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
-            # A thread has the same columns of both halves.
+            # Each thread holds the same columns of both halves, so the split moves nothing between threads.
             first, second = total.reshape([STRIP, 2, COLUMNS // 2]).permute(0, 2, 1).split()
             if GATED:
-                _store(first * second / (1.0 + gl.exp(-first)), row + WHICH * STRIP, column, result, out)
+                _store(first * second / (1.0 + gl.exp(-first)), row + CONSUMER * STRIP, column, result, out)
             else:
-                _store(first, row + WHICH * STRIP, column, result, out)
-                _store(second, row + WHICH * STRIP, column + COLUMNS // 2, result, out)
+                _store(first, row + CONSUMER * STRIP, column, result, out)
+                _store(second, row + CONSUMER * STRIP, column + COLUMNS // 2, result, out)
         elif strips > 0:
             for _k in range(0, inputs, INPUTS):
                 mbarrier.wait(ready.index(step % STAGES), step // STAGES & 1)
@@ -128,14 +131,15 @@ def _multiply(out, buffers, barriers, work, turns, inputs, WHICH: gl.constexpr):
 
 @gluon.jit
 def _store(x, row, column, buffer, out):
-    tma.store_wait(0)  # what was there has left shared memory
+    tma.store_wait(0)  # the previous store has read the buffer
     buffer.store(x.to(buffer.dtype))
     fence_async_shared()
     store_tile(out, [row, column], buffer)
 
 
 @gluon.jit(do_not_specialize=["turns"])
-def _product(x, weight, out, work, turns, inputs, STAGES: gl.constexpr):
+def product_kernel(x, weight, out, work, turns, inputs, STAGES: gl.constexpr):
+    """A program computes its tiles of `work`, one tile a turn."""
     STRIP: gl.constexpr = x.block_shape[0]
     INPUTS: gl.constexpr = x.block_shape[1]
     PARTS: gl.constexpr = weight.block_shape[0]
@@ -156,13 +160,13 @@ def _product(x, weight, out, work, turns, inputs, STAGES: gl.constexpr):
             (_multiply, (out, buffers, barriers, work, turns, inputs, 1)),
             (_copy, (x, weight, buffers, barriers, work, turns, inputs)),
         ],
-        [4, 1],  # warps of the second and of the third
-        [240, 24],  # registers of their threads; the first has what is left of 3 * 168, 240
+        [4, 1],  # warps of the second and the third function
+        [240, 24],  # registers of their threads; the first function gets the rest of 3 * 168, which is 240
     )
 
 
 def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """silu(x @ gate.T) * (x @ up.T), rounded once.
+    """silu(x @ gate.T) * (x @ up.T), rounded to 16 bits once.
 
     Args:
         x: (T, K), bfloat16 or float16; K is a multiple of 8.
@@ -183,8 +187,8 @@ def _run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     (rows, inputs), (parts, size, _) = x.shape, weight.shape
     out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
     columns = COLUMNS // parts
-    work = _work(-(-rows // STRIP), -(-size // columns), columns, x.device)
-    _product[(work.shape[1],)](
+    work = work_table(-(-rows // STRIP), -(-size // columns), columns, x.device)
+    product_kernel[(work.shape[1],)](
         TensorDescriptor.from_tensor(x, [STRIP, INPUTS], _layout(2)),
         TensorDescriptor.from_tensor(weight, [parts, columns, INPUTS], _layout(3)),
         TensorDescriptor.from_tensor(out, [STRIP, COLUMNS // 2], _layout(2)),
@@ -198,32 +202,33 @@ def _layout(rank: int) -> Any:
 
 
 def run_for(*weights: torch.Tensor) -> bool:
-    """Whether the kernel runs here: `gated` for one weight, (2 F, K), `product` for several, (N, K). Tries it.
+    """Try whether the kernel runs here: `gated` for one weight (2 F, K), `product` for several weights (N, K).
 
-    It does on Hopper GPUs, in 16 bits, for sizes that are multiples of 8 (F, K, N).
+    The kernel needs a Hopper GPU, 16-bit weights, and sizes F, K and N that are multiples of 8.
     """
     run, parts = (gated, 2) if len(weights) == 1 else (product, 1)
     first, device = weights[0], weights[0].device
-    if not _is_hopper(device):
+    if not is_hopper(device):
         return False
     if any(w.dtype.itemsize != 2 or len(w) % (8 * parts) or w.shape[1] % 8 for w in weights):
         return False
     try:
         run(first.new_zeros(1, first.shape[1]), first)
         torch.cuda.synchronize(device)
-    except Exception as error:  # of an interface that is experimental, anything; cuBLAS does without
+    except Exception as error:  # Gluon is experimental and may raise anything; cuBLAS replaces the kernel
         logger.warning("The kernel for Hopper GPUs does not run here, and cuBLAS takes its place: %s", error)
         return False
     return True
 
 
-# Who works on what
+# Distribution of tiles over programs
 
 
 def schedule(strips: int, columns: int, programs: int) -> list[list[tuple[int, int, int]]]:
-    """The tiles of each program, in turn: (first strip, strips, column), strips being 1 or 2.
+    """The tiles of each program, in order: (first strip, strips, column), where strips is 1 or 2.
 
-    Pairs of strips are dealt out in turn. Where the last ones would leave half of the programs idle, they are halved.
+    Tiles of two strips are assigned to the programs in turn. If the last round would leave half of the programs idle,
+    its tiles are halved.
     """
     pairs = range(0, strips, 2)
     groups = (pairs[begin : begin + GROUP] for begin in range(0, len(pairs), GROUP))
@@ -236,22 +241,30 @@ def schedule(strips: int, columns: int, programs: int) -> list[list[tuple[int, i
 
 
 @functools.cache
-def _work(strips: int, tiles: int, columns: int, device: torch.device) -> torch.Tensor:
-    """`schedule` for the kernel: (turns + 1, programs, 4) int32 of first row, strips, first column; zeros are none.
+def work_table(strips: int, tiles: int, columns: int, device: torch.device) -> torch.Tensor:
+    """`schedule` as the kernel reads it: (turns + 1, programs, 4) int32: first row, strips, first column, 0.
 
-    `tiles` is how many there are beside each other, each of so many columns.
+    A tile of 0 strips is no tile.
+
+    Args:
+        strips: number of strips of the result's rows.
+        tiles: number of tiles side by side in the result's columns.
+        columns: columns of a tile.
+        device: device of the table.
     """
-    own = schedule(strips, tiles, _processors(device))
+    own = schedule(strips, tiles, multiprocessors(device))
     work = np.zeros((max(map(len, own)) + 1, len(own), 4), np.int32)
-    for program, of_program in enumerate(own):
-        work[: len(of_program), program, :3] = np.array(of_program).reshape(-1, 3) * [STRIP, 1, columns]
+    for program, program_tiles in enumerate(own):
+        work[: len(program_tiles), program, :3] = np.array(program_tiles).reshape(-1, 3) * [STRIP, 1, columns]
     return torch.from_numpy(work).to(device)
 
 
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is a Hopper GPU."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """The number of a GPU's streaming multiprocessors."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,1 +1,1 @@
-"""Log-likelihoods on the device: `scoring.py` runs batches (`batches.py`) as rows of forwards (`rows.py`)."""
+"""Log-likelihoods: `scoring.py` runs batches of requests (`batches.py`) as rows of forwards (`rows.py`)."""

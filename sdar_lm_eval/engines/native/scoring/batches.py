@@ -1,4 +1,4 @@
-"""Requests into batches: what shares a context runs together, within the limits of memory."""
+"""Divides requests into batches within the memory's limits. Requests with one context stay together."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from sdar_lm_eval.errors import UserError
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds a batch and a forward.
+    """The limits of a batch and of a forward.
 
     Attributes:
-        room: most clean tokens of a batch, whose KV is kept: what memory holds.
-        clean_tokens: of a batch of several requests.
-        noised_tokens: of a batch of several requests, about: bounds what the host lays out, and what a crash loses.
-        requests: of a batch; None: no bound.
-        forward_tokens: of a forward, padding included.
-        seen_tokens: prefixes and new tokens of a forward's rows together: bounds the gathered KV.
-        row_tokens: new tokens of one row of a forward; or one block, where that is longer.
+        cache_tokens: most tokens that the KV cache has memory for. A batch keeps the KV of its clean tokens.
+        clean_tokens: most clean tokens of a batch of several requests.
+        noised_tokens: about the most noised tokens of a batch of several requests. The limit bounds the host's memory,
+            and the work that a crash loses.
+        requests: most requests of a batch; None: no limit.
+        forward_tokens: most new tokens of a forward, padding included.
+        seen_tokens: most prefix tokens and new tokens of a forward, padding included: the limit of the gathered KV.
+        row_tokens: most new tokens of a row of a forward. A block that is longer is a row of its own.
     """
 
-    room: int
+    cache_tokens: int
     clean_tokens: int
     noised_tokens: int
     requests: int | None
@@ -34,15 +35,21 @@ class Limits:
     row_tokens: int
 
     @classmethod
-    def on(cls, device: str, room: int, requests: int | None) -> Limits:
-        """Those of a "cpu" or "cuda" device, where a forward is large enough to keep it busy."""
+    def on(cls, device: str, cache_tokens: int, requests: int | None) -> Limits:
+        """The limits for a "cpu" or "cuda" device: a forward is large enough to keep the device busy."""
         if device == "cpu":
-            return cls(room, min(room, 8192), 1 << 17, requests, forward_tokens=1024, seen_tokens=8192, row_tokens=256)
-        return cls(room, min(room, 65536), 1 << 21, requests, forward_tokens=16384, seen_tokens=65536, row_tokens=1024)
+            return cls(
+                cache_tokens, min(cache_tokens, 8192), 1 << 17, requests,
+                forward_tokens=1024, seen_tokens=8192, row_tokens=256,
+            )  # fmt: skip
+        return cls(
+            cache_tokens, min(cache_tokens, 65536), 1 << 21, requests,
+            forward_tokens=16384, seen_tokens=65536, row_tokens=1024,
+        )  # fmt: skip
 
 
 class Batch(NamedTuple):
-    """Requests that are scored together, by their indices; `clean_tokens` of them need KV cache."""
+    """Requests that are scored together, by their indices, and the tokens of KV cache that they need."""
 
     requests: list[int]
     clean_tokens: int
@@ -53,32 +60,32 @@ def divide(
 ) -> list[Batch]:
     """Divide requests into batches, the longest requests first.
 
-    Requests that share a context's whole blocks stay together. Requests of one length stay in order, so that the
+    Requests that share a context's whole blocks stay together. Requests of equal length stay in order, so that the
     windows of a long text finish one after the other. Requests whose continuations hold the mask token are left out.
 
     Raises:
-        UserError: a request alone is too long.
+        UserError: the KV cache cannot hold a single request.
     """
     length = config.block_length
-    groups: dict[tuple[int, ...] | int, list[int]] = {}  # by shared context, or by index
-    shared, own, whole = {}, {}, {}
+    groups: dict[tuple[int, ...] | int, list[int]] = {}  # shared context, or index where there is none -> indices
+    shared, own, length_of = {}, {}, {}  # index -> clean tokens of the context, other clean tokens, all tokens
     for index, request in enumerate(requests):
         if mask_token_id in request.continuation_ids:
             continue
-        whole[index] = len(request.context_ids) + len(request.continuation_ids)
+        length_of[index] = len(request.context_ids) + len(request.continuation_ids)
         shared[index] = len(request.context_ids) // length * length
-        own[index] = (whole[index] - 1) // length * length - shared[index]
-        if shared[index] + own[index] > limits.room:
+        own[index] = (length_of[index] - 1) // length * length - shared[index]
+        if shared[index] + own[index] > limits.cache_tokens:
             raise UserError(
-                f"a request of {whole[index]:,} tokens (context and continuation) needs "
-                f"{shared[index] + own[index]:,} tokens of KV cache; there is room for {limits.room:,}. Lower "
+                f"a request of {length_of[index]:,} tokens (context and continuation) needs "
+                f"{shared[index] + own[index]:,} tokens of KV cache; there is room for {limits.cache_tokens:,}. Lower "
                 "max_length, or give a larger kv_pages where there is memory for it."
             )
         groups.setdefault(request.context_ids[: shared[index]] or index, []).append(index)
     batches: list[Batch] = []
     indices: list[int] = []
     total = noised = 0
-    for group in sorted(groups.values(), key=lambda group: -max(whole[index] for index in group)):
+    for group in sorted(groups.values(), key=lambda group: -max(length_of[index] for index in group)):
         counted = False
         for index in group:
             needed = own[index] + (0 if counted else shared[index])

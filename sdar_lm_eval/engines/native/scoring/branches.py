@@ -1,9 +1,10 @@
-"""Attention of tokens that branch off cached ones: many versions of a block over one stored prefix.
+"""Attention for scoring: many masked copies of a block attend to one stored prefix.
 
-Generation gives each sequence one current block and writes its keys and values to pages (`attention.py`). Scoring has
-hundreds of differently masked copies of every block of a text, all of which see the same clean tokens before it. Here a
-row of the batch is such a text with Q new tokens: whole blocks of clean text whose KV is kept, or masked copies of
-blocks side by side, whose KV nobody needs afterwards. The prefix is gathered once a row, not once a copy.
+Generation has one current block a sequence, and writes the block's keys and values to pages (`attention.py`). Scoring
+has hundreds of differently masked copies of every block of a text. All copies of a block see the same clean tokens
+before the block. Here a row of the batch is a prefix and Q new tokens. The new tokens are whole blocks of clean text,
+whose KV is stored, or masked copies of blocks side by side, whose KV is not needed afterwards. The prefix is gathered
+once a row, not once a copy.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+
+from sdar_lm_eval.engines.native.forward.attention import grouped_attention
 
 
 @dataclass(frozen=True)
 class BranchBatch:
-    """What the tokens of one forward see.
+    """The batch of one forward of scoring.
 
     Attributes:
         cache: keys and values of all layers, (layers, 2, T, KV heads, head size).
         prefix: KV slots of each row's stored tokens in order, (B, N) int64.
-        bias: `sight`'s, (B, 1, group * Q, N + Q) in the model's dtype; made once for all layers.
-        kv_slots: where the KV of each new token goes, (B, Q) int64 into T; None: nowhere.
+        bias: `attention_bias` of the rows, (B, 1, group * Q, N + Q) in the model's dtype; the same for all layers.
+        kv_slots: the KV slot of each new token, (B, Q) int64 into T; None: the KV is not stored.
     """
 
     cache: torch.Tensor
@@ -33,34 +35,29 @@ class BranchBatch:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """See `AttentionBatch.attend`. A token sees its part of the prefix, and the new tokens in sight."""
+        """See `AttentionBatch.attend`. `bias` masks the stored and the new tokens that a token does not see."""
         keys, values = self.cache[layer]  # (T, KV heads, head size) each
-        b, heads, q, size = query.shape
-        kv_heads = key.shape[1]
         k = torch.cat([keys[self.prefix].transpose(1, 2), key], dim=2)  # (B, KV heads, N + Q, head size)
         v = torch.cat([values[self.prefix].transpose(1, 2), value], dim=2)
-        # One attention a KV head with its whole group of query heads.
-        grouped = query.reshape(b, kv_heads, (heads // kv_heads) * q, size)
-        out = scaled_dot_product_attention(grouped, k, v, attn_mask=self.bias, scale=scaling)
+        out = grouped_attention(query, k, v, self.bias, scaling)
         if self.kv_slots is not None:
             kv_slots = self.kv_slots.flatten()
             keys[kv_slots] = key.transpose(1, 2).flatten(0, 1)
             values[kv_slots] = value.transpose(1, 2).flatten(0, 1)
-        return out.reshape(b, heads, q, size).transpose(1, 2)
+        return out
 
 
-def sight(
+def attention_bias(
     visible: torch.Tensor, first: torch.Tensor, last: torch.Tensor, *, stored: int, group: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """What is added to attention scores: 0 for what a token sees, -inf for what it does not.
+    """The bias of attention scores: 0 for a token that a query sees, -inf for one that it does not see.
 
     Args:
-        visible: leading tokens of its prefix that each new token sees, (B, Q) int64.
-        first, last: of the row's new tokens it sees those from `first` up to and without `last`, (B, Q) int64; at least
-            itself.
-        stored: tokens of the prefixes, padding included: N.
+        visible: leading tokens of its row's prefix that each new token sees, (B, Q) int64.
+        first, last: each new token sees the row's new tokens first <= index < last, (B, Q) int64; one is itself.
+        stored: N, tokens of a prefix, padding included.
         group: query heads a KV head.
-        dtype: of the result.
+        dtype: dtype of the result.
 
     Returns:
         (B, 1, group * Q, N + Q).

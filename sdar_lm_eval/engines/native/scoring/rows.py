@@ -1,7 +1,7 @@
-"""Texts as rows of forwards: clean tokens whose KV is kept, and masked copies of blocks that branch off them.
+"""Rows of forwards: clean tokens whose KV is stored, and masked copies of blocks that branch off the clean tokens.
 
-A trunk is clean tokens behind a prefix. Its masked copies see the clean tokens before their block, and themselves. A
-row of a forward is whole blocks of a trunk, or copies of a trunk's blocks side by side.
+A trunk is clean tokens after a prefix. A masked copy of a block sees the clean tokens before the block, and itself. A
+row of a forward holds whole blocks of a trunk, or masked copies of a trunk's blocks side by side.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Integers = NDArray[np.int64]
 
 
 @dataclass
-class Asked:
-    """What one text asks of masked copies.
+class Query:
+    """The log-probabilities that one text needs from some masked copies.
 
     Attributes:
         block: the text's block.
-        patterns: (r,) which of the block's patterns.
-        copies: (r,) ascending: the copy, among those of a `Copies`, that each pattern is.
-        answer: number of the answer of the block's first pattern in the batch; those of the others follow.
+        patterns: (r,) indices of the block's patterns.
+        copies: (r,) ascending: each pattern's copy, an index among the copies of a `Copies`.
+        answer: index of the answer of the block's first pattern in the batch; those of its other patterns follow.
     """
 
     block: likelihood.Block
@@ -40,29 +40,29 @@ class Asked:
 
 @dataclass
 class Copies:
-    """Masked copies of one block that are run, and what is asked of each.
+    """Masked copies of one block, and the queries to these copies.
 
     Attributes:
         block: the block.
-        patterns: (R,) which of the block's patterns each copy is masked by.
-        asked: by each text.
+        patterns: (R,) the index of each copy's pattern among the block's patterns.
+        queries: one of each text that needs some of the copies.
     """
 
     block: likelihood.Block
     patterns: Integers
-    asked: list[Asked]
+    queries: list[Query]
 
 
 @dataclass
 class Trunk:
-    """Clean tokens whose KV is stored or about to be, and the masked blocks that branch off them.
+    """Clean tokens whose KV is stored, and the masked blocks that branch off them.
 
     Attributes:
-        prefix: KV slots of the tokens before, in order.
-        tokens: own tokens, whole blocks.
-        kv_slots: of the prefix and the own tokens together.
+        prefix: KV slots of the tokens before the trunk, in order.
+        tokens: the trunk's own tokens, whole blocks.
+        kv_slots: KV slots of the prefix and of the own tokens.
         copies: masked copies of blocks, in order of the blocks' starts.
-        known: copies that several texts may ask, by their tokens: their number among which `Copies`.
+        known: tokens of a copy that several texts may need -> its `Copies`, and its index among these.
     """
 
     prefix: list[int]
@@ -72,20 +72,20 @@ class Trunk:
     known: dict[bytes, tuple[Copies, int]] = field(default_factory=dict)
 
     def add(self, block: likelihood.Block, answer: int, mask_token_id: int, *, shares: bool) -> int:
-        """Have a block's masked copies run. Copies that the trunk has already are asked once more instead.
+        """Add the masked copies of a block. A copy that the trunk already has only gets one more query.
 
         Args:
-            block: with its patterns.
-            answer: number of the first pattern's answer.
-            mask_token_id: stands at masked positions.
-            shares: whether several texts may ask the trunk's copies.
+            block: the block with its patterns.
+            answer: index of the first pattern's answer.
+            mask_token_id: the token at masked positions.
+            shares: whether several texts may need the trunk's copies.
 
         Returns:
-            How many copies are new.
+            The number of new copies.
         """
         patterns = np.arange(len(block.patterns))
         if not shares:
-            self.copies.append(Copies(block, patterns, [Asked(block, patterns, patterns, answer)]))
+            self.copies.append(Copies(block, patterns, [Query(block, patterns, patterns, answer)]))
             return len(patterns)
         tokens = [copy.tobytes() for copy in block.masked(patterns, mask_token_id)]
         new = [pattern for pattern in patterns.tolist() if tokens[pattern] not in self.known]
@@ -96,8 +96,8 @@ class Trunk:
             copies, number = self.known[tokens[pattern]]
             found.setdefault(id(copies), (copies, []))[1].append((number, pattern))
         for copies, pairs in found.values():
-            numbers, asked_patterns = np.array(sorted(pairs)).T
-            copies.asked.append(Asked(block, asked_patterns, numbers, answer))
+            indices, own_patterns = np.array(sorted(pairs)).T
+            copies.queries.append(Query(block, own_patterns, indices, answer))
         if new:
             self.copies.append(own)
         return len(new)
@@ -105,12 +105,12 @@ class Trunk:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Some of a trunk's masked copies, which make a row: from `begin` to `end` among all of them.
+    """Consecutive masked copies of a trunk that make a row: begin <= index < end among all of its copies.
 
-    The row's tokens are laid out when its forward is due: all of a batch's would take much memory.
+    The tokens of all rows of a batch would take much memory, so a row's tokens are laid out just before its forward.
 
     Attributes:
-        stored: tokens of the trunk's KV that the row sees at most.
+        stored: most tokens of the trunk's KV that a copy of the row sees.
         length: tokens of a block.
     """
 
@@ -122,21 +122,21 @@ class Span:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Stored tokens seen, and new tokens."""
+        """Numbers of stored tokens that the row sees, and of new tokens."""
         return self.stored, (self.end - self.begin) * self.length
 
 
 @dataclass
 class Row:
-    """One row of a forward; arrays are (Q,) unless said.
+    """One row of a forward; arrays are (Q,) unless another shape is given.
 
     Attributes:
         prefix: (N,) KV slots of stored tokens.
-        tokens, positions: of the new tokens.
+        tokens, positions: the new tokens, and their positions in the text.
         visible: leading tokens of the prefix that each new token sees.
-        first, last: each new token sees the new ones from `first` up to, without, `last`.
-        kv_slots: where the new KV goes; None: nowhere.
-        asked: (3, A): an index in the row, a token, and the number of the answer that the token's probability is for.
+        first, last: each new token sees the row's new tokens first <= index < last.
+        kv_slots: the KV slot of each new token; None: the KV is not stored.
+        queries: (3, A): an index in the row, a token, and the index of the answer that needs the token's probability.
     """
 
     prefix: Integers
@@ -146,16 +146,16 @@ class Row:
     first: Integers
     last: Integers
     kv_slots: Integers | None = None
-    asked: Integers = field(default_factory=lambda: np.zeros((3, 0), dtype=np.int64))
+    queries: Integers = field(default_factory=lambda: np.zeros((3, 0), dtype=np.int64))
 
     @property
     def size(self) -> tuple[int, int]:
-        """Stored tokens seen, and new tokens."""
+        """Numbers of stored tokens that the row sees, and of new tokens."""
         return len(self.prefix), len(self.tokens)
 
 
 def clean_rows(trunks: Iterable[Trunk], length: int, row_tokens: int) -> Iterator[list[Row]]:
-    """Rows of the trunks' own tokens, as many blocks a row as it takes. Each list needs the KV of the lists before."""
+    """Rows of the trunks' own tokens. Each list of rows needs the KV of the lists before."""
     trunks = list(trunks)
     step = max(row_tokens // length, 1) * length
     for start in range(0, max((len(trunk.tokens) for trunk in trunks), default=0), step):
@@ -180,7 +180,7 @@ def clean_rows(trunks: Iterable[Trunk], length: int, row_tokens: int) -> Iterato
 
 
 def spans(trunk: Trunk, length: int, row_tokens: int) -> Iterator[Span]:
-    """Divide a trunk's masked copies into rows; copies of near starts stay together."""
+    """Divide a trunk's masked copies into rows, in order of the blocks' starts."""
     step = max(row_tokens // length, 1)
     ends = list(itertools.accumulate(len(copies.patterns) for copies in trunk.copies))
     for begin in range(0, ends[-1] if ends else 0, step):
@@ -190,10 +190,10 @@ def spans(trunk: Trunk, length: int, row_tokens: int) -> Iterator[Span]:
 
 
 def laid_out(span: Span, mask_token_id: int) -> Row:
-    """Make the row of masked copies, and what is asked of it."""
+    """Lay out the row of a span: its tokens, and the queries to its copies."""
     length, trunk = span.length, span.trunk
-    tokens, starts, asked = [], [], []
-    begin = 0  # of the copies of a block among the trunk's
+    tokens, starts, queries = [], [], []
+    begin = 0  # index of a block's first copy among the trunk's copies
     for copies in trunk.copies:
         size = len(copies.patterns)
         some = slice(max(span.begin - begin, 0), min(span.end - begin, size))
@@ -201,11 +201,12 @@ def laid_out(span: Span, mask_token_id: int) -> Row:
             patterns = copies.patterns[some]
             tokens.append(copies.block.masked(patterns, mask_token_id).flatten())
             starts.append(np.full(len(patterns) * length, copies.block.start))
-            for by in copies.asked:
-                low, high = np.searchsorted(by.copies, (some.start, some.stop))
-                index, offset, token = by.block.scored(by.patterns[low:high])
-                copy = begin + by.copies[low:high][index] - span.begin  # in the row
-                asked.append(np.array([copy * length + offset, token, by.answer + by.patterns[low:high][index]]))
+            for query in copies.queries:
+                low, high = np.searchsorted(query.copies, (some.start, some.stop))
+                index, offset, token = query.block.scored(query.patterns[low:high])
+                copy = begin + query.copies[low:high][index] - span.begin  # index of the copy in the row
+                answer = query.answer + query.patterns[low:high][index]
+                queries.append(np.array([copy * length + offset, token, answer]))
         begin += size
     start = np.concatenate(starts)
     first = np.repeat(np.arange(span.end - span.begin) * length, length)
@@ -216,7 +217,7 @@ def laid_out(span: Span, mask_token_id: int) -> Row:
         visible=start,
         first=first,
         last=first + length,
-        asked=np.concatenate(asked, axis=1),
+        queries=np.concatenate(queries, axis=1),
     )
 
 
@@ -224,7 +225,7 @@ Sized = TypeVar("Sized", Row, Span)
 
 
 def packed(rows: Iterable[Sized], limits: Limits) -> Iterator[list[Sized]]:
-    """Put rows of like size into forwards within the limits; a single row always passes."""
+    """Pack rows of similar size into forwards within the limits. A row above the limits gets its own forward."""
     forward: list[Sized] = []
     stored = new = 0
     for row in sorted(rows, key=lambda row: row.size, reverse=True):

@@ -1,9 +1,9 @@
 """Log-likelihoods on the device: requests -> plans -> batches -> clean forwards, masked forwards -> results.
 
-A batch is some questions, each a context with the continuations asked of it. Clean tokens run first, whole blocks under
-the block-causal mask, and their KV is kept: the contexts, once for all their continuations, then the continuations up
-to their last blocks. Then the masked copies of all blocks run. Each copy sees its clean prefix and itself, and only
-positions that count go through the LM head.
+A batch holds contexts with their continuations. First, the clean tokens run under the block-causal mask, and their KV
+is stored: each context once for all of its continuations, then the continuations without their last blocks. Then the
+masked copies of all blocks run. Each copy sees its clean prefix and itself. Only positions with a query go through the
+LM head.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from sdar_lm_eval import likelihood
+from sdar_lm_eval.engines.native.forward.attention import hidden_states
 from sdar_lm_eval.engines.native.scoring.batches import Limits, divide
-from sdar_lm_eval.engines.native.scoring.branches import BranchBatch, sight
+from sdar_lm_eval.engines.native.scoring.branches import BranchBatch, attention_bias
 from sdar_lm_eval.engines.native.scoring.rows import Integers, Row, Trunk, clean_rows, laid_out, packed, spans
 from sdar_lm_eval.engines.native.transfer import to_device
 from sdar_lm_eval.engines.runs import Failures, not_finite
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest, ScoreResult
 
-SCRATCH_SLOT = 0  # of the KV cache: padding is read from and written to here
-LOGITS_BUDGET_BYTES = 1 << 30
+SCRATCH_SLOT = 0  # the KV slot that padding reads and writes
+LOGITS_BUDGET_BYTES = 1 << 30  # most memory of the float32 logits that are in memory at once
 
 
 class Scoring:
@@ -34,8 +35,8 @@ class Scoring:
 
     Args:
         model: transformers' model with the paged attention.
-        mask_token_id: never part of a text's probability.
-        limits: of batches and forwards.
+        mask_token_id: the mask token, whose probability is 0.
+        limits: the limits of batches and forwards.
     """
 
     def __init__(self, model: PreTrainedModel, mask_token_id: int, limits: Limits) -> None:
@@ -47,7 +48,7 @@ class Scoring:
     def run(
         self, requests: Sequence[ScoreRequest], config: LikelihoodConfig, failures: Failures
     ) -> Iterator[tuple[int, ScoreResult]]:
-        """See `Scorer.score`; `failures` gets the requests whose scores are not numbers."""
+        """See `Scorer.score`; `failures` gets the requests whose scores are not finite."""
         batches = divide(requests, config, self._mask_token_id, self._limits)
         for index, request in enumerate(requests):
             if self._mask_token_id in request.continuation_ids:
@@ -62,8 +63,8 @@ class Scoring:
                     unscored.append((index, single))
                 else:
                     yield index, result
-            # Values that are not numbers spread to what shares a forward, even where it is masked (0 * NaN): so each
-            # such request runs once more, alone.
+            # NaN spreads to all rows of a forward, even through masked tokens (0 * NaN is NaN). So each request without
+            # a finite score runs once more, without the others.
             for index, single in unscored:
                 cache.zero_()
                 (result,) = self._run_batch([single], config.block_length, cache) if len(plans) > 1 else (None,)
@@ -80,7 +81,7 @@ class Scoring:
         return torch.zeros(shape, dtype=self._model.dtype, device=self._device)
 
     def _run_batch(self, plans: list[likelihood.Plan], length: int, cache: torch.Tensor) -> list[ScoreResult | None]:
-        """Run one batch; results in the order of the plans, None where they are not numbers."""
+        """Run one batch; results in the order of the plans, None where a score is not finite."""
         contexts: dict[tuple[int, ...], Trunk] = {}
         continuations: list[Trunk] = []
         plans_of = Counter(plan.context for plan in plans)
@@ -100,7 +101,7 @@ class Scoring:
             free, clean = free + len(plan.clean), clean + len(plan.clean)
             noised = 0
             for block in plan.blocks:
-                # Copies of the first block see the context only, so several continuations may share them.
+                # Copies of the first block see only the context, so several continuations may share these copies.
                 first = block.start == len(plan.context)
                 trunk, shares = (context, plans_of[plan.context] > 1) if first else (continuation, False)
                 noised += length * trunk.add(block, answers, self._mask_token_id, shares=shares)
@@ -118,7 +119,7 @@ class Scoring:
         copies = [span for trunk in (*contexts.values(), *continuations) for span in spans(trunk, length, row_tokens)]
         for due in packed(copies, self._limits):
             masked = [laid_out(span, self._mask_token_id) for span in due]
-            self._read(masked, self._forward(masked, cache), sums, is_argmax)
+            self._read_log_probabilities(masked, self._forward(masked, cache), sums, is_argmax)
         return [
             plan.result(sums[begin:end], is_argmax[begin:end], clean_tokens=clean_tokens, noised_tokens=noised_tokens)
             if np.isfinite(sums[begin:end]).all()
@@ -128,12 +129,12 @@ class Scoring:
 
     @torch.no_grad()
     def _forward(self, rows: list[Row], cache: torch.Tensor) -> torch.Tensor:
-        """Run rows through the model; returns the last hidden states (B, Q, hidden size)."""
+        """Run rows through the model; return the last hidden states (B, Q, hidden size)."""
         stored, new = (max(sizes) for sizes in zip(*(row.size for row in rows), strict=True))
         b, config = len(rows), self._model.config
-        stored += -(stored + new) % 8  # CUDA kernels want rows of the bias aligned, or copy it in every layer
+        stored += -(stored + new) % 8  # CUDA kernels copy a bias with unaligned rows in every layer
         prefix = np.full((b, stored), SCRATCH_SLOT)
-        # Padding sees itself and nothing else.
+        # A padding token sees only itself.
         tokens, positions, visible = np.zeros((3, b, new), dtype=np.int64)
         first = np.tile(np.arange(new), (b, 1))
         last = first + 1
@@ -147,38 +148,31 @@ class Scoring:
                 kv_slots[i, :q] = row.kv_slots
         group = config.num_attention_heads // config.num_key_value_heads
         sees = (self._to_device(array) for array in (visible, first, last))
-        bias = sight(*sees, stored=stored, group=group, dtype=self._model.dtype)
-        hidden: torch.Tensor = self._model.model(
-            input_ids=self._to_device(tokens),
-            position_ids=self._to_device(positions),
-            # Every transformers version hands a four-dimensional mask through untouched; nobody reads this one.
-            attention_mask=torch.empty(b, 1, 1, 1, dtype=self._model.dtype, device=self._device),
-            batch=BranchBatch(
-                cache,
-                prefix=self._to_device(prefix),
-                bias=bias,
-                kv_slots=None if rows[0].kv_slots is None else self._to_device(kv_slots),
-            ),
-            use_cache=False,
-        ).last_hidden_state
-        return hidden
+        bias = attention_bias(*sees, stored=stored, group=group, dtype=self._model.dtype)
+        batch = BranchBatch(
+            cache,
+            prefix=self._to_device(prefix),
+            bias=bias,
+            kv_slots=None if rows[0].kv_slots is None else self._to_device(kv_slots),
+        )
+        return hidden_states(self._model, self._to_device(tokens), self._to_device(positions), batch)
 
     @torch.no_grad()
-    def _read(
+    def _read_log_probabilities(
         self, rows: list[Row], hidden: torch.Tensor, sums: NDArray[np.float64], is_argmax: NDArray[np.bool_]
     ) -> None:
-        """Read what is asked of a forward's rows.
+        """Compute the log-probabilities of a forward's queries.
 
         Args:
-            rows: as they ran.
+            rows: the rows of the forward.
             hidden: (B, Q, hidden size).
             sums: written: each answer's sum of log-probabilities.
             is_argmax: written: whether each answer's first token is the most probable one.
         """
-        of = np.repeat(np.arange(len(rows)), [row.asked.shape[1] for row in rows])
-        index, token, number = np.concatenate([row.asked for row in rows], axis=1)
-        at = np.stack([of, index], axis=1)  # (A, 2)
-        at, which = np.unique(at, axis=0, return_inverse=True)  # several answers may ask at one position
+        row_of = np.repeat(np.arange(len(rows)), [row.queries.shape[1] for row in rows])
+        index, token, number = np.concatenate([row.queries for row in rows], axis=1)
+        at = np.stack([row_of, index], axis=1)  # (A, 2)
+        at, which = np.unique(at, axis=0, return_inverse=True)  # several answers may have a query at one position
         which = which.reshape(-1)
         order = np.argsort(which, kind="stable")
         token, number, which = token[order], number[order], which[order]
@@ -194,7 +188,9 @@ class Scoring:
             hit = logits.argmax(dim=-1)[position] == asked
             log_probabilities[begin:end] = values.double().cpu().numpy()
             hits[begin:end] = hit.cpu().numpy()
-        log_probabilities[~np.isfinite(log_probabilities)] = np.nan  # whose sum is NaN, and no error
+        log_probabilities[~np.isfinite(log_probabilities)] = (
+            np.nan
+        )  # a sum with inf and -inf would raise; with NaN it is NaN
         order = np.argsort(number, kind="stable")  # by answer, then by position
         numbers, firsts = np.unique(number[order], return_index=True)
         is_argmax[numbers] = hits[order][firsts]

@@ -1,4 +1,4 @@
-"""The remasking strategies, one file each: a file in this folder is a strategy, and is listed nowhere else.
+"""The remasking strategies, one file each. A file in this folder is a strategy; no other list names it.
 
 Standard library only: settings, Modal's flags and the documentation's tests read names without importing torch.
 """
@@ -12,7 +12,7 @@ from sdar_lm_eval.engines.native.strategy import Strategy
 
 
 def discover() -> dict[str, Strategy]:
-    """The STRATEGY of each module of this package, by name, in alphabetical order of the modules."""
+    """Import the STRATEGY of each module of this package; name -> strategy, in alphabetical order of the modules."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     found = [importlib.import_module(f"{__name__}.{name}").STRATEGY for name in names]
     return {strategy.name: strategy for strategy in found}
@@ -23,7 +23,7 @@ STRATEGIES = discover()
 
 
 def full_name(name: str) -> str:
-    """The name that a short name stands for; any other text as it is."""
+    """The full name of a short name; any other text unchanged."""
     return next((strategy.name for strategy in STRATEGIES.values() if strategy.short == name), name)
 
 

@@ -1,4 +1,4 @@
-"""entropy_bounded: positions of the lowest entropies, while the sum of the entropies is below a bound."""
+"""entropy_bounded: the positions of the lowest entropies, as many as have a sum below a bound."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def lowest_entropy_first(candidates: Candidates) -> torch.Tensor:
 
 
 def within_bound(candidates: Candidates) -> torch.Tensor:
-    """Number (B,): as many of the lowest entropies as have a sum strictly below the bound; at least 1."""
+    """Number (B,): how many of the lowest entropies have a sum strictly below the bound; at least 1."""
     sums = candidates.entropy.masked_fill(~candidates.masked, math.inf).sort(dim=-1).values.cumsum(dim=-1)
     return (sums < candidates.setting[:, None]).sum(dim=-1).clamp(min=1)
 
@@ -25,7 +25,7 @@ def within_bound(candidates: Candidates) -> torch.Tensor:
 STRATEGY = Strategy(
     name="entropy_bounded",
     short="entropy",
-    # generate.py sums the entropies of a whole block and stops with an error; here each position has its own.
+    # generate.py computes one entropy for the whole block, and stops with an error. Here each position has its own.
     source="JetAstra/SDAR, generate.py (commit c2041a8)",
     setting="eb_threshold",
     order=lowest_entropy_first,

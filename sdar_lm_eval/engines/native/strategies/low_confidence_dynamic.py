@@ -1,4 +1,4 @@
-"""low_confidence_dynamic: every position above a threshold, or the most confident ones where those are too few."""
+"""low_confidence_dynamic: every position above a threshold; at least as many as the schedule says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def above_threshold(candidates: Candidates) -> torch.Tensor:
-    """Number (B,): confidences strictly above the threshold, or the quota where that is more."""
+    """Number (B,): how many confidences are strictly above the threshold, or the quota if the quota is larger."""
     above = candidates.masked & (candidates.confidence > candidates.setting[:, None])
     return above.sum(dim=-1).maximum(candidates.quota)
 

@@ -1,4 +1,4 @@
-"""random: positions drawn at random, as many as the schedule says."""
+"""random: random positions, as many as the schedule says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sequential: from left to right, as many positions as the schedule says."""
+"""sequential: the leftmost positions, as many as the schedule says."""
 
 from __future__ import annotations
 
