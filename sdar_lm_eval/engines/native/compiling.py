@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch.fx.experimental import _config as shapes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -19,7 +20,11 @@ def compiled(function: Callable[P, R], backend: str = "inductor") -> Callable[P,
     fast = torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch._dynamo.config.patch(cache_size_limit=MOST_VERSIONS):
+        # Without the second setting, sizes that are equal in the first call would have to be equal in each.
+        with (
+            torch._dynamo.config.patch(cache_size_limit=MOST_VERSIONS),
+            shapes.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+        ):
             return fast(*args, **kwargs)
 
     return run

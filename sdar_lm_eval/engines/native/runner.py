@@ -27,6 +27,7 @@ from sdar_lm_eval.family import Family
 
 logger = logging.getLogger(__name__)
 
+FEWEST = 2  # of each size below: `torch.compile` takes a size of 1 for a constant, so 1 would be compiled by itself
 MOST_IN_FLIGHT = 2  # steps that are launched and not collected
 
 
@@ -63,10 +64,10 @@ class Shape:
         decodings = {sequence.request.decoding for sequence in sequences}
         return cls(
             pages=pages,
-            width=-(-max(sequence.longest for sequence in sequences) // page_size),
-            slots=slots,
+            width=max(FEWEST, -(-max(sequence.longest for sequence in sequences) // page_size)),
+            slots=max(slots, FEWEST),
             block=max(decoding.block_length for decoding in decodings),
-            stops=max(len(sequence.request.stop_ids) for sequence in sequences),
+            stops=max(FEWEST, *(len(sequence.request.stop_ids) for sequence in sequences)),
             strategies=frozenset(decoding.remasking_strategy for decoding in decodings),
             penalized=any(decoding.repetition_penalty != 1 for decoding in decodings),
             greedy=any(decoding.greedy for decoding in decodings),

@@ -11,8 +11,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from asking import run
 
-from sdar_lm_eval import DecodingConfig, GenerationRequest
+from sdar_lm_eval import DecodingConfig, GenerationRequest, make_engine
 from sdar_lm_eval.engines.native.batch import BatchState
 from sdar_lm_eval.engines.native.compiling import compiled
 from sdar_lm_eval.engines.native.random_numbers import DRAW, uniform
@@ -151,15 +152,19 @@ def test_compiled_it_is_the_same(slots, block):
     assert decided > stopped > 0
 
 
-def test_sizes_do_not_compile_anew():
-    """All sizes of a step run the same code, except 1, which compilers take for a constant."""
-    state, versions = make(5, 4), []
+def test_runs_of_any_size_compile_once(tiny):
+    """One sequence or several, with and without stop tokens, in blocks of 4 and 8: the same code."""
+    compilations = []
 
     def counting(graph, inputs):
-        versions.append(len(inputs))
+        compilations.append(graph)
         return graph.forward
 
-    positions_of = compiled(BatchState.masked_positions, counting)
-    for count in (20, 4, 16, 64, 8):
-        positions_of(state, count)
-    assert len(versions) == 1
+    for max_active in (3, 1, 5):
+        engine = make_engine("native", tiny, device="cpu", max_active=max_active)
+        engine.runner.compile(counting)
+        for stops in (frozenset(), frozenset({1}), frozenset({1, 2, 3})):
+            for block in (4, 8):
+                decoding = DecodingConfig(block, temperature=0)
+                run(engine, [GenerationRequest(tuple(range(3, 8 + i)), 9, decoding, stops) for i in range(max_active)])
+    assert len(compilations) == 3 * 2  # the three parts of a step, each for a count of 1 as well

@@ -32,11 +32,14 @@ REPRODUCIBLE_ROWS = 512
 
 
 def ladder(rungs: Sequence[int], largest: int, rows: int = 1) -> tuple[int, ...]:
-    """Sizes up to the first that is at least `largest`, from rungs in rows; a size stands for `rows` rows."""
+    """Sizes up to the first that is at least `largest`, from rungs in rows; a size stands for `rows` rows.
+
+    No size is 1: `torch.compile` takes a size of 1 for a constant, and would compile the step once more for it.
+    """
     rungs = list(rungs)
     while rungs[-1] < largest * rows:
         rungs.append(rungs[-1] + MORE)
-    sizes = sorted({-(-rung // rows) for rung in rungs})
+    sizes = sorted({max(-(-rung // rows), 2) for rung in rungs})
     return tuple(sizes[: bisect.bisect_left(sizes, largest) + 1])
 
 
