@@ -28,7 +28,7 @@ class EngineSpec:
         model: the lm_eval model's name for `lm_eval --model`.
         lm: the lm_eval model, "module:Class".
         target: the engine, "module:Class"; imported when the engine is opened.
-        arguments: name of the TypedDict in `settings.py` that has the engine's model_args.
+        arguments: name of the TypedDict in `arguments.py` that has the engine's model_args.
         strategies: remasking strategies that any version of the engine has; None: all.
         block_lengths: block lengths that the engine supports; None: any.
         scores: whether the engine computes log-likelihoods.

@@ -11,7 +11,7 @@ import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
 
-from sdar_lm_eval import settings
+from sdar_lm_eval import arguments
 from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.engines import registry
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
@@ -41,7 +41,7 @@ def test_what_the_table_says_is_so(spec: EngineSpec) -> None:
     for target in (spec.target, spec.lm):
         module, _, name = target.partition(":")
         assert hasattr(importlib.import_module(module), name)
-    assert hasattr(settings, spec.arguments)
+    assert hasattr(arguments, spec.arguments)
     assert set(spec.strategies or ()) <= set(STRATEGIES)
     module, _, name = spec.target.partition(":")
     assert hasattr(getattr(importlib.import_module(module), name), "score") is spec.scores

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from asking import ask, rounding_between, run
-from support import random_checkpoint
+from support import random_checkpoint, read_weights, write_weights
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, make_engine
 from sdar_lm_eval.demo import golds
@@ -192,18 +192,20 @@ def test_kernels_and_graphs_are_there_before_the_first_request(demo, questions):
 
 
 @KERNELS
-def test_one_request_without_numbers_costs_the_others_nothing(demo, questions, kernels):
-    wanted = requests(demo, questions[:32])
-    expected = tokens(demo, wanted, device="cuda", dtype="float32", kernels=kernels)
-    engine = make_engine("native", demo, device="cuda", dtype="float32", kernels=kernels)
-    bad = next(t for t in range(demo.config["vocab_size"]) if all(t not in r.prompt_ids for r in wanted)
-               and all(t not in answer for answer in expected))  # fmt: skip
-    engine._model.model.embed_tokens.weight = torch.nn.Parameter(
-        engine._model.model.embed_tokens.weight.clone(), requires_grad=False
-    )
-    engine._model.model.embed_tokens.weight[bad] = torch.nan
-    if kernels:
-        engine.runner.forward._decoder._embedding = engine._model.model.embed_tokens.weight
+def test_one_request_without_numbers_costs_the_others_nothing(tmp_path, kernels):
+    clean = random_checkpoint(tmp_path / "clean", head_dim=64)
+    generator = torch.Generator().manual_seed(0)
+    decoding = DecodingConfig(temperature=0)
+    prompts = torch.randint(5, 600, (32, 20), generator=generator).tolist()
+    wanted = [GenerationRequest(tuple(prompt), 24, decoding) for prompt in prompts]
+    expected = tokens(Checkpoint.open(str(clean)), wanted, device="cuda", dtype="float32", kernels=kernels)
+    bad = next(t for t in range(600, 700) if all(t not in answer for answer in expected))
+
+    spoilt = random_checkpoint(tmp_path / "spoilt", head_dim=64)
+    weights = read_weights(spoilt)
+    weights["model.embed_tokens.weight"][bad] = torch.nan
+    write_weights(spoilt, weights)
+    engine = make_engine("native", Checkpoint.open(str(spoilt)), device="cuda", dtype="float32", kernels=kernels)
     poisoned = dataclasses.replace(wanted[0], prompt_ids=(bad, *wanted[0].prompt_ids))
     results = {}
     with pytest.raises(EngineError, match=r"1 of 33 requests have no answer.*Number 7: "):

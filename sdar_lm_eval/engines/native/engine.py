@@ -28,6 +28,7 @@ from sdar_lm_eval.engines.runs import (
     environment,
     is_out_of_memory,
     not_finite,
+    older_objects_frozen,
     peak_of_process,
     warm_up_requests,
 )
@@ -149,7 +150,6 @@ class NativeEngine(Closable):
         """Free model, KV cache and graphs. These refer to each other in cycles, so the collector has to run."""
         del self.model, self.runner
         self._warm_shape = None
-        gc.unfreeze()  # the collector never frees what `_warm_up` froze
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -173,14 +173,10 @@ class NativeEngine(Closable):
         short = warm_up_requests(requests, max_active)
         deque(self._generate(_sequences(short, list(range(max_active))), []), maxlen=0)
         self._preemptions, self._shared_prompt_tokens = counted
-        # Compiling leaves some hundred thousand objects. A full collection that visits them halts a run for half a
-        # second, several times; the collector does not visit frozen objects.
-        gc.collect()
-        gc.freeze()
 
     def generate(self, requests: Sequence[GenerationRequest]) -> Results[GenerationResult]:
         """See `Engine.generate`. Requests are admitted in the order given."""
-        with self._one_run():
+        with self._one_run(), older_objects_frozen():
             failures = Failures()
             for together in self._groups(requests):
                 yield from self._generate_group(requests, together, failures)
