@@ -18,7 +18,7 @@ contexts  Tokens per second and milliseconds a denoising step behind prompts of 
           with the last sequence but it; earlier ones get enough tokens to run throughout. The steps of that time are
           known but for one. A decided block's KV is stored in the step that denoises the next block first.
 gsm8k     Every question once through the harness, in the chat template, exactly --answer-tokens new tokens each, two
-          tokens a step, refilled as places become free. Nothing is warmed up: graphs are captured on the way.
+          tokens a step, refilled as slots become free. Nothing is warmed up: graphs are captured on the way.
 
 Prefill and contexts run twice, and the second run counts. The last line is JSON.
 """
