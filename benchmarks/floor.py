@@ -6,8 +6,8 @@
 For each number of active sequences: milliseconds of the projections of all layers, and of the LM head, over one block
 of each sequence; and the tokens per second that follow, where a block of L tokens takes L denoising forwards (one token
 a step) or 1 (a block a step), and one forward more that stores its keys and values, without the LM head. Attention,
-norms, drawing and Python count as nothing. An engine can save a few percent of it by drawing at masked positions only and
-by sharing forwards. On a GPU the products run as a CUDA graph.
+norms, drawing and Python count as nothing. An engine can save a few percent of it by drawing at masked positions
+only and by sharing forwards. On a GPU the products run as a CUDA graph.
 
 `--rows` gives microseconds of a layer's products and activation by the engine's kernels, and of the LM head with the
 last layer's products but the first, which run at masked positions only. The GPU is kept busy meanwhile: it lowers its
