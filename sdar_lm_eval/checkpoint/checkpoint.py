@@ -29,7 +29,7 @@ from sdar_lm_eval.checkpoint.folder import resolve
 from sdar_lm_eval.checkpoint.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, open_tokenizer
 from sdar_lm_eval.checkpoint.weights import INDEX, check_headers, check_layout, link_weights, load, weight_files
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.family import Family
+from sdar_lm_eval.families.base import Family
 from sdar_lm_eval.files import one_line, read_json
 
 if TYPE_CHECKING:

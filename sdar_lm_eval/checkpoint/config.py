@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.families import FAMILIES
-from sdar_lm_eval.family import Family
+from sdar_lm_eval.families.base import Family
 from sdar_lm_eval.files import one_line, shown
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdar_lm_eval.checkpoint.config import Config
 from sdar_lm_eval.errors import EngineError, UserError
-from sdar_lm_eval.family import Family, Shapes
+from sdar_lm_eval.families.base import Family, Shapes
 from sdar_lm_eval.files import one_line, read_json, require_regular, shown
 
 if TYPE_CHECKING:

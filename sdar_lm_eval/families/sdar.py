@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sdar_lm_eval.family import Config, DecoderWeights, Family, LayerWeights, Shapes
+from sdar_lm_eval.families.base import Config, DecoderWeights, Family, LayerWeights, Shapes
 
 if TYPE_CHECKING:
     import torch

@@ -37,7 +37,7 @@ from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.random_numbers import DRAW, ORDER, uniform
 from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, codes
-from sdar_lm_eval.engines.native.strategy import Candidates, Rule, Strategy
+from sdar_lm_eval.engines.native.strategies.base import Candidates, Rule, Strategy
 from sdar_lm_eval.engines.native.transfer import to_device
 
 NO_TOKEN = -1

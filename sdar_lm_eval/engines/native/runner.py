@@ -23,7 +23,7 @@ from sdar_lm_eval.engines.native.forward.graphs import Graphs, rounded_up
 from sdar_lm_eval.engines.native.forward.modules import ModulesForward
 from sdar_lm_eval.engines.native.scheduler import Chunk, SequenceState
 from sdar_lm_eval.errors import EngineError
-from sdar_lm_eval.family import Family
+from sdar_lm_eval.families.base import Family
 
 logger = logging.getLogger(__name__)
 

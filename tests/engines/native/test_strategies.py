@@ -19,7 +19,7 @@ from sdar_lm_eval.engines.adapters.jetengine import versions
 from sdar_lm_eval.engines.native import strategies, unmasking
 from sdar_lm_eval.engines.native.runner import Runner
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, codes, full_name
-from sdar_lm_eval.engines.native.strategy import Candidates
+from sdar_lm_eval.engines.native.strategies.base import Candidates
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.settings import read_generation
 
@@ -127,7 +127,7 @@ def test_each_declares_what_it_uses(strategy):
 
 def test_the_folder_is_the_list():
     folder = ROOT / "sdar_lm_eval" / "engines" / "native" / "strategies"
-    assert {file.stem for file in folder.glob("*.py")} - {"__init__"} == set(STRATEGIES)
+    assert {file.stem for file in folder.glob("*.py")} - {"__init__", "base"} == set(STRATEGIES)
 
 
 def test_other_engines_take_none_but_these():
@@ -168,7 +168,7 @@ class TestOneFileMore:
 
     NAME = "two_least_confident"
     FILE = """
-from sdar_lm_eval.engines.native.strategy import Strategy
+from sdar_lm_eval.engines.native.strategies.base import Strategy
 
 
 def least_confident_first(candidates):

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from sdar_lm_eval.engines.native.kernels import decoder as kernels
-from sdar_lm_eval.family import DecoderWeights, LayerWeights
+from sdar_lm_eval.families.base import DecoderWeights, LayerWeights
 
 hopper: Any
 try:

@@ -16,7 +16,7 @@ from sdar_lm_eval.engines.native.forward.decoder import FusedDecoder
 from sdar_lm_eval.engines.native.kernels import decoder as kernels
 from sdar_lm_eval.engines.native.scheduler import Chunk
 from sdar_lm_eval.engines.native.transfer import to_device
-from sdar_lm_eval.family import DecoderWeights
+from sdar_lm_eval.families.base import DecoderWeights
 
 SPLITS_BUDGET_BYTES = 1 << 30  # most memory of attention's partial results in prefill, one for each split of a context
 QUERY_BYTES = 128 << 10  # most memory of the queries that one program of the attention kernel holds

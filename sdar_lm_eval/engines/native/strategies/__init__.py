@@ -1,4 +1,5 @@
-"""The remasking strategies, one file each. A file in this folder is a strategy; no other list names it.
+"""The remasking strategies, one file each. A file in this folder, but `base.py`, is a strategy; no other list
+names it.
 
 Standard library only: settings, Modal's flags and the documentation's tests read names without importing torch.
 """
@@ -8,12 +9,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from sdar_lm_eval.engines.native.strategy import Strategy
+from sdar_lm_eval.engines.native.strategies.base import Strategy
 
 
 def discover() -> dict[str, Strategy]:
     """Import the STRATEGY of each module of this package; name -> strategy, in alphabetical order of the modules."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
     found = [importlib.import_module(f"{__name__}.{name}").STRATEGY for name in names]
     return {strategy.name: strategy for strategy in found}
 

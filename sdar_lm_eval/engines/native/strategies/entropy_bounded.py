@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from sdar_lm_eval.engines.native.strategy import Candidates, Strategy
+from sdar_lm_eval.engines.native.strategies.base import Candidates, Strategy
 
 if TYPE_CHECKING:
     import torch

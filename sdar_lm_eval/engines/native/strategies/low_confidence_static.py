@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdar_lm_eval.engines.native.strategy import Strategy
+from sdar_lm_eval.engines.native.strategies.base import Strategy
 
 STRATEGY = Strategy(
     name="low_confidence_static",

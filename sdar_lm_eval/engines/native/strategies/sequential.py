@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sdar_lm_eval.engines.native.strategy import Candidates, Strategy
+from sdar_lm_eval.engines.native.strategies.base import Candidates, Strategy
 
 if TYPE_CHECKING:
     import torch
