@@ -18,7 +18,7 @@ from typing import Any, get_args, get_type_hints, overload
 
 from sdar_lm_eval import arguments
 from sdar_lm_eval.arguments import ChatMode, DecodingArguments, ModelArguments
-from sdar_lm_eval.checks import at_least_one, check_bool, check_number
+from sdar_lm_eval.checks import at_least_one, check_bool, check_number, if_given
 from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, full_name
 from sdar_lm_eval.engines.registry import ENGINES
@@ -99,13 +99,13 @@ class ModelSettings:
             revision=_text(known, "revision"),
             dtype=_text(known, "dtype") or "auto",
             device=_text(known, "device") or "auto",
-            max_length=whole_number("max_length"),
+            max_length=if_given(at_least_one, "max_length", whole_number("max_length")),
             max_active=whole_number("max_active") if "max_active" in known else _batch_size(known),
             seed=whole_number("seed"),
             chat_template=_chat_mode(known.get("chat_template", "auto")),
-            trace=None if "trace" not in known else expanded(Path(str(known["trace"]))),
+            trace=None if "trace" not in known else expanded(_path("trace", known["trace"])),
             verbose=to_bool("verbose", known.get("verbose", False)),
-            answers=None if "answers" not in known else Path(str(known["answers"])),
+            answers=None if "answers" not in known else _path("answers", known["answers"]),
             likelihood=str(known.get("likelihood", "chain")),
             mc_samples=whole_number("mc_samples"),
             decoding=typed({name: known[name] for name in known if name in GENERATION_SETTINGS}, DecodingArguments),
@@ -141,7 +141,23 @@ def _own_names(of: type[object]) -> tuple[str, ...]:
 
 
 def _text(known: Mapping[str, object], name: str) -> str | None:
-    return str(known[name]) if name in known else None
+    if name not in known:
+        return None
+    text = "" if isinstance(known[name], bool) else str(known[name])
+    if not text.strip():
+        raise UserError(f"{name}={known[name]!r} names nothing. Give a name, or leave {name} out.")
+    return text
+
+
+def _path(name: str, value: object) -> Path:
+    """Read a path; an empty one would be the current folder.
+
+    Raises:
+        UserError: the value is no path.
+    """
+    if not isinstance(value, (str, Path)) or not str(value).strip():
+        raise UserError(f"{name}={value!r} is no path. Give one, or leave {name} out.")
+    return Path(value)
 
 
 def _chat_mode(value: object) -> ChatMode:

@@ -439,3 +439,22 @@ def test_a_default_that_is_given_is_no_mistake(caplog: pytest.LogCaptureFixture,
     given = {"remasking_strategy": strategy, "block_length": 8, "denoising_steps": 8, "confidence_threshold": 0.85}
     settings.warn_of_idle_knobs(given, read_generation(given, {}).decoding, " decodes")
     assert "has no effect" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"answers": ""}, r"answers='' is no path\. Give one, or leave answers out"),
+        ({"answers": True}, "answers=True is no path"),
+        ({"trace": " "}, "trace=' ' is no path"),
+        ({"device": ""}, "device='' names nothing"),
+        ({"dtype": True}, "dtype=True names nothing"),
+        ({"max_length": 0}, "max_length=0 is out of range: it must be 1 or more"),
+        ({"max_length": "-5"}, "max_length=-5 is out of range"),
+    ],
+    ids=str,
+)
+def test_values_that_say_nothing_are_refused(given: dict[str, Any], message: str) -> None:
+    """As `answers=$FOLDER` gives where the variable is not set."""
+    with pytest.raises(UserError, match=message):
+        ModelSettings.read("demo", given, "native")

@@ -176,7 +176,7 @@ def _result(sample: Sample, cost: _Cost | None) -> Result:
 
 def _is_right(sample: Sample) -> bool:
     value = sample.line.content.get(_METRIC)
-    if not isinstance(value, (int, float)):
+    if value not in (0, 1):
         raise sample.line.malformed(_METRIC, "0 or 1")
     return bool(value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,9 @@ class Fields:
     def number(self, key: str) -> float | None:
         """Return the number under a key."""
         value = self.content.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise self.malformed(key, "a number")
         return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,13 @@ def test_a_whole_run(tmp_path: Path) -> None:
         ({"doc_id": None}, {}, "(line 2: doc_id is None, not a whole number)"),
         ({"filter": 1}, {}, "(line 2: filter is 1, not a string)"),
         ({"exact_match": "yes"}, {}, "(line 2: exact_match is 'yes', not 0 or 1)"),
+        ({"exact_match": 0.5}, {}, "(line 2: exact_match is 0.5, not 0 or 1)"),
+        ({"exact_match": math.nan}, {}, "(line 2: exact_match is nan, not 0 or 1)"),
+        (
+            {},
+            {"config": {"sdar_lm_eval": {"run": {"generation_seconds": math.nan}}}},
+            "(config.sdar_lm_eval.run.generation_seconds is nan, not a number)",
+        ),
         ({}, {"configs": []}, "results_1.json is not as lm_eval writes it (configs is [], not an object)"),
         ({}, {"results": {}}, "(results.gsm8k is missing). Evaluate again"),
         ({}, {"config": {"model_args": [1]}}, "(config.model_args is [1], not an object)"),
