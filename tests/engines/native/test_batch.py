@@ -122,7 +122,7 @@ def test_which_slots_fit_into_a_step(slots, block):
     assert waited > 0 or slots == 1
 
 
-@pytest.mark.parametrize(("slots", "block"), [(1, 4), (7, 8), (33, 4)])
+@pytest.mark.parametrize(("slots", "block"), [(1, 4), (33, 8)])
 def test_compiled_it_is_the_same(slots, block):
     rng = random.Random(slots)
     torch.manual_seed(slots)
@@ -160,10 +160,10 @@ def test_runs_of_any_size_compile_once(tiny):
         compilations.append(graph)
         return graph.forward
 
-    for max_active in (3, 1, 5):
+    for max_active in (3, 1):
         engine = make_engine("native", tiny, device="cpu", max_active=max_active)
         engine.runner.compile(counting)
-        for stops in (frozenset(), frozenset({1}), frozenset({1, 2, 3})):
+        for stops in (frozenset(), frozenset({1, 2, 3})):
             for block in (4, 8):
                 decoding = DecodingConfig(block, temperature=0)
                 run(engine, [GenerationRequest(tuple(range(3, 8 + i)), 9, decoding, stops) for i in range(max_active)])
