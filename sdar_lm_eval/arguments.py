@@ -137,7 +137,6 @@ def takes(arguments: type[object], pretrained: str) -> Callable[[Class], Class]:
         arguments: the TypedDict of the class's keyword arguments.
         pretrained: default of the checkpoint.
     """
-
     types, described = get_type_hints(arguments), dict[str, str]()
     for documented in (DecodingConfig, DecodingArguments, ModelArguments, arguments):
         described |= descriptions(documented)

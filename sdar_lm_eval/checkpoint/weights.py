@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdar_lm_eval.checkpoint.config import Config
 from sdar_lm_eval.errors import EngineError, UserError
-from sdar_lm_eval.families.base import Family, Shapes
+from sdar_lm_eval.families.base import Family, Shapes, transformers_version
 from sdar_lm_eval.files import one_line, read_json, require_regular, shown
 
 if TYPE_CHECKING:
@@ -176,7 +176,6 @@ def load(
     import torch
     import transformers
 
-    version = tuple(map(int, transformers.__version__.split(".")[:2]))
     _check_memory(name, config, family, dtype, torch.device(device))
     with tempfile.TemporaryDirectory(prefix="sdar-weights-") as clean, _no_progress_bars():
         link_weights(files, index, Path(clean))
@@ -189,7 +188,7 @@ def load(
                 local_files_only=True,
                 output_loading_info=True,
                 device_map=torch.device(device),
-                **{"dtype" if version >= (4, 56) else "torch_dtype": dtype},
+                **{"dtype" if transformers_version() >= (4, 56) else "torch_dtype": dtype},
             )
         except torch.OutOfMemoryError as error:
             raise UserError(

@@ -66,6 +66,13 @@ class DecoderWeights:
     eps: float
 
 
+def transformers_version() -> tuple[int, ...]:
+    """Major and minor version of the installed transformers."""
+    import transformers
+
+    return tuple(map(int, transformers.__version__.split(".")[:2]))
+
+
 def no_weights(model: PreTrainedModel) -> DecoderWeights | None:
     """The `fused` of a family that transformers' modules run."""
     return None

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sdar_lm_eval.families.base import Config, DecoderWeights, Family, LayerWeights, Shapes
+from sdar_lm_eval.families.base import Config, DecoderWeights, Family, LayerWeights, Shapes, transformers_version
 
 if TYPE_CHECKING:
     import torch
@@ -153,9 +153,7 @@ def _joined(name: str, *projections: torch.nn.Linear) -> torch.Tensor:
 
 def hand_keywords_to_attention(model: PreTrainedModel) -> None:
     """Pass keyword arguments on to attention: the MoE layers of transformers before 4.53 drop them."""
-    import transformers
-
-    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 53):
+    if transformers_version() >= (4, 53):
         return
     given: dict[str, object] = {}
     model.model.register_forward_pre_hook(lambda _, args, keywords: given.update(keywords), with_kwargs=True)

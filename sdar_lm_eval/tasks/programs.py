@@ -128,9 +128,8 @@ class Runner(Protocol):
 @functools.cache
 def _processes() -> Runner:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = int(
-        os.environ.get("LOCAL_WORLD_SIZE") or 1
-    )  # torchrun's number of processes on this host; each runs programs
+    # torchrun's number of processes on this host; each of them runs programs.
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     return ThreadPoolExecutor(max_workers=max(1, min(cores // ranks, 32)), thread_name_prefix="programs")
 
 

@@ -287,9 +287,8 @@ class BatchState:
         """
         took_part, committed = self.fits, self.fits & self.uncommitted
         masked = self.masked & took_part[:, None]
-        draw = (self.first_draw[:, None] + masked.cumsum(1) - 1).clamp(
-            0, len(token) - 1
-        )  # (N + 1, L), index of each masked position's draw
+        # The index of each masked position's draw, (N + 1, L)
+        draw = (self.first_draw[:, None] + masked.cumsum(1) - 1).clamp(0, len(token) - 1)
         drawn, sure = token[draw], confidence[draw]
         kept = self._kept(masked, sure, entropy[draw])
 

@@ -11,8 +11,6 @@ from sdar_lm_eval.engines.native.batch import BatchState, Draws
 from sdar_lm_eval.engines.native.forward import graphs
 from sdar_lm_eval.engines.native.forward.base import Forward
 
-LOGITS_BUDGET_BYTES = 1 << 30  # most memory of the float32 logits that are in memory at once
-
 Drawn = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Tokens, their probabilities, and the entropies of their distributions in nats, (M,) each."""
 
@@ -52,9 +50,7 @@ class Drawing:
         self.by_kernel = kernels and not filtered and batch.seen is None
         # PyTorch's sum over a row depends on the number of rows.
         self.fixed_rows = forward.fixed_rows or (reproducible and not self.by_kernel)
-        self._rows_at_once = max(1, LOGITS_BUDGET_BYTES // (4 * vocabulary))
-        if self.fixed_rows:
-            self._rows_at_once = graphs.REPRODUCIBLE_ROWS
+        self._rows_at_once = graphs.REPRODUCIBLE_ROWS if self.fixed_rows else unmasking.rows_at_once(vocabulary)
         self._draw: Callable[[Draws, torch.Tensor], Drawn] = self._by_kernel if self.by_kernel else self._by_pytorch
 
     def sizes(self) -> tuple[int, ...]:

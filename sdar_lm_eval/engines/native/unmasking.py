@@ -11,6 +11,13 @@ from __future__ import annotations
 
 import torch
 
+LOGITS_BUDGET_BYTES = 1 << 30  # most memory of the float32 logits that are in memory at once
+
+
+def rows_at_once(vocabulary: int) -> int:
+    """How many rows of float32 logits to compute at once."""
+    return max(1, LOGITS_BUDGET_BYTES // (4 * vocabulary))
+
 
 def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
     """Divide positive and multiply negative logits of seen tokens by the penalty.

@@ -23,9 +23,8 @@ HEAD_DIMS = (64, 128)
 # For few rows, reading the weights takes the time. `kernels.few_rows` reads matrices of at least this many weights
 # faster than cuBLAS (SDAR-4B's products of a layer on an H100: 79 us instead of 88).
 LARGE = 1 << 20
-SPLITS = (
-    4  # splits of K in products whose output is as narrow as the hidden state: without splits, programs are too few
-)
+# Splits of K in products whose output is as narrow as the hidden state: without splits, programs are too few.
+SPLITS = 4
 
 
 class FusedDecoder:

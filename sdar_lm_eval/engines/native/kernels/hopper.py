@@ -106,9 +106,8 @@ def _multiply(out, buffers, barriers, work, turns, inputs, CONSUMER: gl.constexp
                 mbarrier.wait(ready.index(stage), step // STAGES & 1)
                 transposed = weights.index(stage).reshape([COLUMNS, INPUTS]).permute([1, 0])
                 total = warpgroup_mma(rows.index(2 * stage + CONSUMER), transposed, total, use_acc=k > 0, is_async=True)
-                total = warpgroup_mma_wait(
-                    1, [total]
-                )  # the product of the previous step is complete, so its stage is free
+                # The product of the previous step is complete, so its stage is free.
+                total = warpgroup_mma_wait(1, [total])
                 mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=k > 0)
                 step += 1
             total = warpgroup_mma_wait(0, [total])

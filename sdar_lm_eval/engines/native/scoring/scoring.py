@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from sdar_lm_eval import likelihood
+from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.forward.attention import hidden_states
 from sdar_lm_eval.engines.native.scoring.batches import Limits, divide
 from sdar_lm_eval.engines.native.scoring.branches import BranchBatch, attention_bias
@@ -27,7 +28,6 @@ from sdar_lm_eval.engines.runs import Failures, not_finite
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest, ScoreResult
 
 SCRATCH_SLOT = 0  # the KV slot that padding reads and writes
-LOGITS_BUDGET_BYTES = 1 << 30  # most memory of the float32 logits that are in memory at once
 
 
 class Scoring:
@@ -177,7 +177,7 @@ class Scoring:
         order = np.argsort(which, kind="stable")
         token, number, which = token[order], number[order], which[order]
         log_probabilities, hits = np.zeros(len(which)), np.zeros(len(which), dtype=np.bool_)
-        chunk = max(1, LOGITS_BUDGET_BYTES // (4 * self._model.config.vocab_size))
+        chunk = unmasking.rows_at_once(self._model.config.vocab_size)
         for start in range(0, len(at), chunk):
             row, column = self._to_device(at[start : start + chunk]).unbind(1)
             logits = self._model.lm_head(hidden[row, column]).float()  # (R, V)
@@ -188,9 +188,8 @@ class Scoring:
             hit = logits.argmax(dim=-1)[position] == asked
             log_probabilities[begin:end] = values.double().cpu().numpy()
             hits[begin:end] = hit.cpu().numpy()
-        log_probabilities[~np.isfinite(log_probabilities)] = (
-            np.nan
-        )  # a sum with inf and -inf would raise; with NaN it is NaN
+        # math.fsum raises for inf and -inf; with NaN the sum is NaN.
+        log_probabilities[~np.isfinite(log_probabilities)] = np.nan
         order = np.argsort(number, kind="stable")  # by answer, then by position
         numbers, firsts = np.unique(number[order], return_index=True)
         is_argmax[numbers] = hits[order][firsts]

@@ -1,21 +1,18 @@
-"""The remasking strategies, one file each. A file in this folder, but `base.py`, is a strategy; no other list
-names it.
+"""The remasking strategies, one file each. A file in this folder, but `base.py`, is a strategy.
 
-Standard library only: settings, Modal's flags and the documentation's tests read names without importing torch.
+No list names strategies. Standard library only: settings, Modal's flags and the documentation's tests read names
+without importing torch.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
+from sdar_lm_eval.discovery import modules_in
 from sdar_lm_eval.engines.native.strategies.base import Strategy
 
 
 def discover() -> dict[str, Strategy]:
     """Import the STRATEGY of each module of this package; name -> strategy, in alphabetical order of the modules."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
-    found = [importlib.import_module(f"{__name__}.{name}").STRATEGY for name in names]
+    found = [module.STRATEGY for module in modules_in(__name__, __path__)]
     return {strategy.name: strategy for strategy in found}
 
 
