@@ -1,7 +1,7 @@
-"""lm_eval's command line with our models and tasks known to it: `python -m sdar_lm_eval run --model sdar …`.
+"""The command line `sdar_lm_eval`, and `python -m sdar_lm_eval`: lm_eval's with our models and tasks, and our commands.
 
-It does what plain `lm_eval` does, also where Python skips `.pth` files (`python -S`, `pip install --target`) and where
-SDAR_LM_EVAL_AUTOLOAD=0 keeps `lm_eval` itself as its authors made it.
+lm_eval's commands do what plain `lm_eval` does, also where Python skips `.pth` files (`python -S`, `pip install
+--target`) and where SDAR_LM_EVAL_AUTOLOAD=0 keeps `lm_eval` itself as its authors made it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,19 @@ import sys
 from pathlib import Path
 
 from sdar_lm_eval import autoload
+from sdar_lm_eval.commands import COMMANDS, overview
+from sdar_lm_eval.commands import main as run_command
 
 
 def main() -> None:
-    """Run `lm_eval` with the arguments in `sys.argv`."""
+    """Run the command in `sys.argv`; what is no command of this package is lm_eval's."""
     autoload.install()
+    words = sys.argv[1:]
+    if words and words[0] in COMMANDS:
+        sys.exit(run_command(words))
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return
     if Path(sys.argv[0]).name == "__main__.py":
         sys.argv[0] = "python -m sdar_lm_eval"  # what lm_eval 0.4.9 shows as its name in usage messages
     from lm_eval.__main__ import cli_evaluate

@@ -442,7 +442,7 @@ def commands(sandbox: Sandbox, program: str) -> dict[str, list[str]]:
         "lm_eval": [str(sandbox.folder / "bin/lm_eval")],
         "lm-eval": [str(sandbox.folder / "bin/lm-eval")],
         "python -m lm_eval": ["-m", "lm_eval"],
-        "python -m sdar_lm_eval": ["-m", "sdar_lm_eval"],
+        "python -m sdar_lm_eval": ["-m", "sdar_lm_eval", "ls"],
         "script": [str(sandbox.folder / "bin/script.py")],
         "-c": ["-c", script],
     }

@@ -1,1 +1,1 @@
-"""What a run tells its user beside the harness's own tables; `python -m sdar_lm_eval.report` on finished runs."""
+"""What a run tells its user beside the harness's own tables; `sdar_lm_eval` on finished runs."""

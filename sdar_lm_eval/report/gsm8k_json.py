@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +9,6 @@ from typing import TypedDict
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.results import Results, Sample, read_lines, results_in
-
-NAME = "gsm8k-json"
-HELP = "a run of GSM8K as the benchmark's JSON file"
 
 PREFERRED_FILTER = "flexible-extract"
 """The filter that counts where nobody chooses: as the original benchmark's, it takes the last number if need be."""
@@ -81,28 +76,6 @@ class _Cost:
     text: str | None
     seconds: float
     new_tokens: int
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the command takes."""
-    parser.add_argument("path", metavar="OUTPUT_DIR", help="what --output_path named; the run needs --log_samples")
-    parser.add_argument("--task", help="which task, where the run has several of GSM8K")
-    parser.add_argument("--filter", help=f"whose answers count; default: {PREFERRED_FILTER}, else the task's first")
-    parser.add_argument("--output", metavar="FILE", help="write it there rather than print it")
-
-
-def run(arguments: argparse.Namespace) -> str:
-    """Return the JSON text, or where it was written."""
-    content = convert(Path(arguments.path), arguments.task, arguments.filter)
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    if arguments.output is None:
-        return text
-    try:
-        Path(arguments.output).write_text(text + "\n", "utf-8")
-    except OSError as error:
-        raise UserError(f"--output {arguments.output} cannot be written: {error.strerror}.") from error
-    metrics = content["metrics"]
-    return f"{arguments.output}: {metrics['percentage']} ({metrics['correct']}/{metrics['total']})"
 
 
 def convert(path: Path, task: str | None = None, filter_name: str | None = None) -> Benchmark:

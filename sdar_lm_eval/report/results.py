@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import require_regular, shown
+from sdar_lm_eval.report.denoising import Denoising, denoising_file, read_denoising
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +81,18 @@ class Fields:
 
 @dataclass(frozen=True)
 class Sample:
-    """A line of a samples file: the answer to a document, as one of the task's filters found it.
+    """A line of a samples file: the answers to a document, as one of the task's filters found them.
 
     Attributes:
-        document: the document's place in the data set.
+        document: the document's index in the data set.
         filter: the filter's name.
         doc: the document; empty where the task's documents are no objects.
         target: the gold answer.
-        response: the first answer.
+        prompt: what was sent first for the document; "" where the line does not say.
+        responses: the answers; a score's (log-likelihood, is greedy) as text.
         filtered: what the filter made of the first answer.
+        doc_hash: lm_eval's hash of the document; None in old files.
+        prompt_hash: lm_eval's hash of `prompt`; None in old files.
         line: the whole line, which has a value under the name of each metric.
     """
 
@@ -96,9 +100,17 @@ class Sample:
     filter: str
     doc: Mapping[str, object]
     target: str
-    response: str
+    prompt: str
+    responses: tuple[str, ...]
     filtered: str
+    doc_hash: str | None
+    prompt_hash: str | None
     line: Fields
+
+    @property
+    def response(self) -> str:
+        """The first answer; "" where there is none."""
+        return self.responses[0] if self.responses else ""
 
 
 class Results:
@@ -154,9 +166,22 @@ class Results:
         Raises:
             UserError: the samples file cannot be read, or is not as lm_eval writes it.
         """
-        # results_<date>.json, or what --output_path named with _<date>; the samples are beside it, with the same date.
-        file = self.file.with_name(f"samples_{task}_{self.file.stem.rpartition('_')[2]}.jsonl")
+        file = self.samples_file(task)
         return [_sample(line) for line in read_lines(file)] if file.exists() else []
+
+    def samples_file(self, task: str) -> Path:
+        """Return the path of a task's samples file, which need not exist."""
+        # results_<date>.json, or what --output_path named with _<date>; the samples are beside it, with the same date.
+        return self.file.with_name(f"samples_{task}_{self.file.stem.rpartition('_')[2]}.jsonl")
+
+    def denoising(self, task: str) -> list[Denoising]:
+        """Return how a task's answers were written; nothing where the run has no records.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        file = denoising_file(self.samples_file(task))
+        return read_denoising(file) if file.exists() else []
 
 
 def results_in(path: Path, *parts: str) -> list[Results]:
@@ -231,15 +256,28 @@ def _sample(line: Fields) -> Sample:
         raise line.malformed("doc_id", "a whole number")
     if filter_name is None:
         raise line.malformed("filter", "a string")
+    sent = line.part_or_empty("arguments").part_or_empty("gen_args_0").content.get("arg_0")
     return Sample(
         document=document,
         filter=filter_name,
         doc=doc if isinstance(doc, dict) else {},
         target=str(line.content.get("target")),
-        response=_first(line.content.get("resps")),
+        prompt=sent if isinstance(sent, str) else "",
+        responses=tuple(_flat(line.content.get("resps"))),
         filtered=_first(line.content.get("filtered_resps")),
+        doc_hash=line.text("doc_hash"),
+        prompt_hash=line.text("prompt_hash"),
         line=line,
     )
+
+
+def _flat(nested: object) -> Iterator[str]:
+    """Yield the answers in lists of any depth; a pair of a log-likelihood and a flag is one."""
+    if isinstance(nested, list) and not (len(nested) == 2 and isinstance(nested[1], bool)):
+        for part in nested:
+            yield from _flat(part)
+    elif nested is not None:
+        yield str(nested)
 
 
 def _first(nested: object) -> str:

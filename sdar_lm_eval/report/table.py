@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import re
@@ -15,9 +14,6 @@ from sdar_lm_eval.report.results import Results, results_in
 from sdar_lm_eval.report.text_table import aligned, with_error
 
 logger = logging.getLogger(__name__)
-
-NAME = "table"
-HELP = "a run's scores beside the published ones"
 
 MODELS = ("1.7B", "4B", "8B", "30B-A3B")
 """The published models, by what stands between "SDAR-" and "-Chat" in their names."""
@@ -106,21 +102,21 @@ class Difference:
         return "LARGER than chance" if abs(self.points) > STANDARD_ERRORS * self.stderr else "within chance"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the command takes."""
-    parser.add_argument("paths", nargs="+", metavar="OUTPUT_DIR", help="what lm_eval's --output_path named")
-    parser.add_argument(
-        "--published", metavar="MODEL", help=f"published model to compare with: {', '.join(MODELS)}; default: by name"
-    )
+def report_of(paths: Iterable[Path], published: str | None = None) -> str:
+    """Return the tables of the runs in results files or folders.
 
+    Args:
+        paths: as `read_runs`.
+        published: one of `MODELS` to compare with; None: by each run's name.
 
-def run(arguments: argparse.Namespace) -> str:
-    """Return the report on the results files in `arguments.paths`."""
-    if arguments.published not in (None, *MODELS):
-        hint = did_you_mean(arguments.published, MODELS)
-        raise UserError(f"--published {arguments.published!r} is unknown; choose {', '.join(MODELS)}.{hint}")
-    runs = read_runs([Path(path) for path in arguments.paths])
-    tables = [render(model, scores, arguments.published or published_as(model)) for model, scores in runs.items()]
+    Raises:
+        UserError: as `read_runs`, or `published` is unknown.
+    """
+    if published not in (None, *MODELS):
+        hint = did_you_mean(str(published), MODELS)
+        raise UserError(f"--published {published!r} is unknown; choose {', '.join(MODELS)}.{hint}")
+    runs = read_runs(paths)
+    tables = [render(model, scores, published or published_as(model)) for model, scores in runs.items()]
     return "\n\n".join([*tables, _LEGEND])
 
 

@@ -13,7 +13,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from sdar_lm_eval.autoload import TASKS
-from sdar_lm_eval.report.__main__ import main
+from sdar_lm_eval.commands import main
 from sdar_lm_eval.report.gsm8k_json import convert
 
 
@@ -154,7 +154,7 @@ def test_a_line_that_a_killed_run_left_unfinished(runs: Any, tmp_path: Path) -> 
 
 def test_a_reader_that_has_seen_enough(runs: Any) -> None:
     folder, _ = runs
-    command = [sys.executable, "-m", "sdar_lm_eval.report", "gsm8k-json", str(folder / "ours")]
+    command = [sys.executable, "-m", "sdar_lm_eval", "gsm8k-json", str(folder / "ours")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from sdar_lm_eval.commands import main
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.report.__main__ import main
 from sdar_lm_eval.report.table import COLUMNS, MODELS, Score, difference, published_as, read_runs
 
 GSM8K, HUMANEVAL = COLUMNS[1], COLUMNS[3]

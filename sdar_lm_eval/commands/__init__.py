@@ -1,0 +1,85 @@
+"""The command line `sdar_lm_eval`: lm_eval's commands, and this package's. Each of the latter is a module here.
+
+A command's module has these:
+
+    EXAMPLE                        a command line, shown by --help
+    add_arguments(parser)          declares the arguments
+    run(arguments) -> str | None   does the work; the text is printed
+
+The module's docstring is the command's description. A module is imported only when its command is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from sdar_lm_eval.errors import SDARError
+
+COMMANDS = {
+    "table": "a run's scores beside the published ones",
+    "gsm8k-json": "a run of GSM8K as the benchmark's JSON file",
+}
+"""Command -> what it is for. The module of a command has its name, with _ for -."""
+
+LM_EVAL_COMMANDS = {
+    "run": "evaluate a model",
+    "ls": "list tasks",
+    "validate": "check tasks",
+}
+"""lm_eval's own commands, which lm_eval runs."""
+
+
+def overview() -> str:
+    """Return the text of `sdar_lm_eval --help`."""
+    width = max(map(len, (*COMMANDS, *LM_EVAL_COMMANDS)))
+    listed = [f"  {name:{width}}  {purpose}" for name, purpose in COMMANDS.items()]
+    theirs = [f"  {name:{width}}  {purpose}" for name, purpose in LM_EVAL_COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: sdar_lm_eval COMMAND …",
+            "",
+            "lm_eval's commands, with this package's models and tasks:",
+            *theirs,
+            "",
+            "Commands of this package:",
+            *listed,
+            "",
+            "`sdar_lm_eval COMMAND --help` shows a command's arguments and an example.",
+        ]
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command of this package.
+
+    Args:
+        argv: the command, one of `COMMANDS`, and its arguments.
+
+    Returns:
+        The exit code: 0; 1 after an error of this package, which is printed. argparse exits with 2 where an argument is
+        not as declared.
+    """
+    name = argv[0]
+    command = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    parser = argparse.ArgumentParser(
+        prog=f"sdar_lm_eval {name}",
+        description=command.__doc__,
+        epilog=f"example:\n  {command.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    arguments = parser.parse_args(argv[1:])
+    try:
+        text = command.run(arguments)
+        if text is not None:
+            print(text, flush=True)
+    except BrokenPipeError:  # the reader, say `head`, ended; Python would flush the rest at exit, and fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SDARError as error:
+        print(f"sdar_lm_eval: error: {error}", file=sys.stderr)
+        return 1
+    return 0

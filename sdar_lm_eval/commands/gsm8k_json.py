@@ -1,0 +1,34 @@
+"""Writes a run of GSM8K as the benchmark's JSON file: config, metrics, performance and each answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.gsm8k_json import PREFERRED_FILTER, convert
+
+EXAMPLE = "sdar_lm_eval gsm8k-json demo_results --output gsm8k_results.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument("path", metavar="RUN", type=Path, help="what --output_path named; the run needs --log_samples")
+    parser.add_argument("--task", help="which task, where the run has several of GSM8K")
+    parser.add_argument("--filter", help=f"whose answers count; default: {PREFERRED_FILTER}, else the task's first")
+    parser.add_argument("--output", metavar="FILE", help="write it there rather than print it")
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Return the JSON text, or where it was written."""
+    content = convert(arguments.path, arguments.task, arguments.filter)
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    if arguments.output is None:
+        return text
+    try:
+        Path(arguments.output).write_text(text + "\n", "utf-8")
+    except OSError as error:
+        raise UserError(f"--output {arguments.output} cannot be written: {error.strerror}.") from error
+    metrics = content["metrics"]
+    return f"{arguments.output}: {metrics['percentage']} ({metrics['correct']}/{metrics['total']})"
