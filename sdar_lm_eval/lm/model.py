@@ -31,6 +31,7 @@ from sdar_lm_eval.lm.ranks import Ranks
 from sdar_lm_eval.lm.rounds import Rounds
 from sdar_lm_eval.lm.store import CacheFile, Store, bypass, check_cache_file
 from sdar_lm_eval.report.counts import Counts
+from sdar_lm_eval.report.denoising import DenoisingLine
 from sdar_lm_eval.report.trace import Trace
 from sdar_lm_eval.settings import ModelSettings
 
@@ -108,6 +109,7 @@ class SDARLM(TemplateLM):
             prompts=self._prompts,
             decode=self.tok_decode,
             trace=trace,
+            record=settings.record_steps,
             verbose=settings.verbose,
             alone=alone,
         )
@@ -187,6 +189,11 @@ class SDARLM(TemplateLM):
         """Forget the evaluation's requests and its chat template; later requests belong to no evaluation."""
         self.evaluation.end()
         self._prompts.choose(None)
+
+    def written(self, task: str) -> list[DenoisingLine]:
+        """Return how the answers of a task were written in the last evaluation, on all ranks."""
+        ranks = self._evaluation_of_ranks
+        return [line for of_rank in ranks for line in of_rank.written.lines(task, self._prompts.pieces)]
 
     # Text and tokens
 
