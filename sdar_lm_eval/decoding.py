@@ -115,6 +115,19 @@ class DecodingConfig:
         """Whether each draw takes the most probable token."""
         return self.temperature == 0 or self.top_k == 1
 
+    @property
+    def idle(self) -> frozenset[str]:
+        """The names of settings without effect: the strategy, or greedy drawing, does not read them."""
+        strategy = STRATEGIES[self.remasking_strategy]
+        idle = {other.setting for other in STRATEGIES.values() if other.setting not in (None, strategy.setting)}
+        if not strategy.uses_schedule:
+            idle.add("denoising_steps")
+        if self.temperature == 0:
+            idle |= {"top_k", "top_p"}
+        elif self.top_k == 1:
+            idle |= {"temperature", "top_p"}
+        return frozenset(name for name in idle if name is not None)
+
     def as_dict(self) -> dict[str, str | int | float]:
         """The settings by name, as plain values."""
         return dataclasses.asdict(self)
