@@ -113,21 +113,6 @@ def without_copies(runs: Iterable[Run], key: Callable[[Run], Hashable]) -> list[
     return list(first.values())
 
 
-def effective(decoding: DecodingConfig) -> dict[str, Setting]:
-    """Return the settings that have an effect, by name. Copies have the same ones."""
-    return {name: value for name, value in decoding.as_dict().items() if name not in decoding.idle}
-
-
-def in_words(settings: Mapping[str, Setting]) -> str:
-    """Return settings as "remasking_strategy=sequential, denoising_steps=2"."""
-    return ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
-
-
-def shown(value: object) -> str:
-    """Return a setting's value as users write it: 1.0 is 1."""
-    return f"{value:.10g}" if isinstance(value, float) else str(value)
-
-
 def _range(flag: str, text: str, *, whole: bool) -> list[Decimal]:
     """Return the values of a range, both ends included."""
     usage = f"{flag} {text!r} is no range. Write FROM:TO or FROM:TO:STEP, such as "

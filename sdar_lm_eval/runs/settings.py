@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import sdar_lm_eval
-from sdar_lm_eval.decoding import DecodingConfig
+from sdar_lm_eval.decoding import DecodingConfig, in_words
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.revision import ANSWER_REVISION
-from sdar_lm_eval.runs.grid import Setting, combinations, in_words, listed, without_copies
+from sdar_lm_eval.runs.grid import Setting, combinations, listed, without_copies
 from sdar_lm_eval.settings import ALIASES, read_generation
 
 DEFAULT_TASK = "gsm8k_sdar"
