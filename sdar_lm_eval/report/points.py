@@ -7,6 +7,7 @@ run, those that an earlier process left in a store included.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,12 @@ from typing import Any
 from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig, in_words
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.report.results import Fields, Results, Sample
+from sdar_lm_eval.report.pairing import read_pair
+from sdar_lm_eval.report.results import Fields, Results
 from sdar_lm_eval.report.runs import Metric, Run, metrics_of
+from sdar_lm_eval.report.statistics import cluster_values, mean_stderr
 
+DEFAULTS = DecodingConfig().as_dict()
 ALPHA = 3.0
 TOLERANCE = 5.0
 """Accuracy, in per cent, that a curve may lose against its slowest point; AUP leaves points below that out."""
@@ -134,8 +138,8 @@ def curves_of(points: Sequence[Point]) -> list[Curve]:
         if all(len(group) == 1 for group in groups.values()):
             groups = {"": mine}
         prefix = f"{model}: " if len(models) > 1 and model != strategy else ""
-        for told, group in groups.items():
-            curves.append(Curve(prefix + strategy + (f", {told}" if told else ""), tuple(group)))
+        for words, group in groups.items():
+            curves.append(Curve(prefix + strategy + (f", {words}" if words else ""), tuple(group)))
     return curves
 
 
@@ -148,17 +152,12 @@ def settings_in_words(points: Sequence[Point]) -> list[str]:
         for name, value in point.settings.items():
             if name == "remasking_strategy":
                 continue
-            default = DEFAULTS.get(name)
-            if name == "denoising_steps":
-                default = point.settings.get("block_length")
+            default = point.settings.get("block_length") if name == "denoising_steps" else DEFAULTS.get(name)
             of_others = any(other.settings.get(name, value) != value for other in points)
             if _varies(name, alike) or (of_others and value != default):
                 chosen[name] = value
         told.append(in_words(chosen))
     return told
-
-
-DEFAULTS = DecodingConfig().as_dict()
 
 
 def pareto_front(points: Sequence[Point], speed: Speed) -> list[Point]:
@@ -263,7 +262,7 @@ class _Work:
 
 def _point(run: Run, task: str, metric: Metric, scale: float) -> Point:
     of_task = run.of_tasks[task]
-    accuracy, stderr = _accuracy(of_task, task, metric)
+    accuracy, stderr = _accuracy(run, task, metric)
     works = [_work(results, task) for results in of_task]
     samples = of_task[0].content.part_or_empty("n-samples").part_or_empty(task)
     return Point(
@@ -326,41 +325,20 @@ def _ratio(parts: Sequence[tuple[float | None, float | None]]) -> float | None:
     return above / below if below else None
 
 
-def _accuracy(of_task: Sequence[Results], task: str, metric: Metric) -> tuple[float, float | None]:
+def _accuracy(run: Run, task: str, metric: Metric) -> tuple[float, float | None]:
     """The metric's value and standard error.
 
-    Of several evaluations, a document's answers are not independent: each document counts by the mean of its answers.
+    Of several evaluations, a document's answers are not independent: the error is clustered by document.
     """
-    found = [_same(metrics_of(results, task), metric) for results in of_task]
-    if len(found) == 1:
-        return found[0].value, found[0].stderr
-    values: dict[int, list[float]] = {}
-    for results, its in zip(of_task, found, strict=True):
-        scores = _scores(results.samples(task), metric)
-        if not scores or not math.isclose(statistics.fmean(scores.values()), its.value, abs_tol=1e-9):
-            return statistics.fmean(each.value for each in found), None  # no mean over documents, or no samples
-        for document, score in scores.items():
-            values.setdefault(document, []).append(score)
-    return clustered_mean(list(values.values()))
-
-
-def clustered_mean(clusters: Sequence[Sequence[float]]) -> tuple[float, float | None]:
-    """Return the mean of clusters' means, and its standard error; None for a single cluster."""
-    means = [statistics.fmean(cluster) for cluster in clusters]
-    stderr = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
-    return statistics.fmean(means), stderr
-
-
-def _scores(samples: Sequence[Sample], metric: Metric) -> dict[int, float]:
-    """Document -> its score; empty where a score is no number."""
-    scores = {}
-    for sample in samples:
-        if sample.filter == metric.filter:
-            score = sample.line.content.get(metric.name)
-            if not isinstance(score, (bool, int, float)):
-                return {}
-            scores[sample.document] = float(score)
-    return scores
+    of_task = run.of_tasks[task]
+    if len(of_task) == 1:
+        return metric.value, metric.stderr
+    with contextlib.suppress(UserError):  # a run without samples
+        scores = read_pair(run, run, task)[0].scores[metric.name, metric.filter]
+        if not scores.flaw:
+            values = cluster_values(list(scores.answers.values()))
+            return float(values.mean()), mean_stderr(values)
+    return statistics.fmean(_same(metrics_of(results, task), metric).value for results in of_task), None
 
 
 def _same(metrics: Sequence[Metric], metric: Metric) -> Metric:
