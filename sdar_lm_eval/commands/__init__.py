@@ -20,12 +20,14 @@ from collections.abc import Sequence
 from sdar_lm_eval.errors import SDARError
 
 COMMANDS = {
+    "sweep": "a grid of decoding settings on this machine: accuracy against speed",
     "table": "a run's scores beside the published ones",
     "gsm8k-json": "a run of GSM8K as the benchmark's JSON file",
 }
 """Command -> what it is for. The module of a command has its name, with _ for -."""
 
 LM_EVAL_COMMANDS = {
+    "sweep": "a grid of decoding settings on this machine: accuracy against speed",
     "run": "evaluate a model",
     "ls": "list tasks",
     "validate": "check tasks",

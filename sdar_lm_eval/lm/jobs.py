@@ -214,9 +214,7 @@ class Jobs:
         Raises:
             UserError: a name is unknown, or a value is out of range.
         """
-        return read_generation(
-            gen_kwargs, {"block_length": self._checkpoint.block_length, **published, **self._given}
-        )
+        return read_generation(gen_kwargs, {"block_length": self._checkpoint.block_length, **published, **self._given})
 
     def room_for_prompt(self, max_gen_toks: int) -> int:
         """Most tokens of a prompt whose answer has at most `max_gen_toks`.

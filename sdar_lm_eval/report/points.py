@@ -1,8 +1,8 @@
 """Operating points of a model: the accuracy and the speed of each run, what is best of them, and what they are worth.
 
-Tokens per forward is returned tokens over denoising and commit forwards, counted for each sequence. Tokens per second is
-returned tokens over the time of generation, of all the tasks that were evaluated together. Both are of all answers of a
-run, those that an earlier process left in a store included.
+Tokens per forward is returned tokens over denoising and commit forwards, counted for each sequence. Tokens per second
+is returned tokens over the time of generation, of all the tasks that were evaluated together. Both are of all answers of
+a run, those that an earlier process left in a store included.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def aup(curve: Sequence[tuple[float, float]], y_max: float) -> float:
     """Return the accuracy under parallelism of a curve.
 
     With points sorted by tokens per forward r, accuracies y, and W(y) = min(exp(-3 (1 - y / y_max)), 1), it is
-    r_1 y_1 + sum over i >= 2 of (r_i - r_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2. Points more than 5 per cent below
-    y_1 are left out. Source: d3LLM (hao-ai-lab/d3LLM at e5bfcac), AUP_leaderboard/aup_utils.py.
+    r_1 y_1 + sum over i >= 2 of (r_i - r_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2. Points more than 5% below y_1
+    are left out. Source: d3LLM (hao-ai-lab/d3LLM at e5bfcac), AUP_leaderboard/aup_utils.py.
 
     Args:
         curve: (tokens per forward, above 0; accuracy in per cent), in any order.

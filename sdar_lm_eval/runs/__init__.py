@@ -1,7 +1,8 @@
 """Whole benchmark runs: grids of decoding settings, here or on other machines; documents shared by several machines.
 
     grid.py        texts such as "0.5:0.99" -> values -> combinations of decoding settings
-    local.py       a grid on this machine: the weights are loaded once, each combination is a resumable run
+    plan.py        a sweep on this machine: its evaluations, checked before any runs
+    local.py       runs them: the weights are loaded once, each combination is a resumable run
     settings.py    a user's flags -> `Run`s (one, or the grid of a sweep) -> each run's call of the harness
     shards.py      answers a machine's share of a run's documents, into a folder (`sdar_lm_eval/lm/answers.py`)
     saving.py      an evaluation by the harness -> a folder of results and samples files
@@ -9,6 +10,6 @@
     programs.py    runs programs that the model wrote where the caller chooses
     summary.py     what is printed: the configuration, the result, a sweep's table
 
-`modal_runner.py` rents the machines. grid.py, settings.py and summary.py need nothing but the standard library, so they run
-where lm_eval and torch are not installed.
+`modal_runner.py` rents the machines. grid.py, settings.py and summary.py need nothing but the standard library, so they
+run where lm_eval and torch are not installed.
 """

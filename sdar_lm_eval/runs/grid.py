@@ -4,8 +4,8 @@
     0.5:0.99        a range with both ends: 0.5, 0.6, 0.7, 0.8, 0.9, 0.99; the step is 0.1, for whole numbers 1
     1:8:2           a range by its own step: 1, 3, 5, 7, 8
 
-A setting is without effect where the strategy does not read it (`DecodingConfig.idle`). Combinations that differ in such
-settings alone are copies, of which one runs. Standard library only: Modal's flags are read where torch is missing.
+A setting is without effect where the strategy does not read it (`DecodingConfig.idle`). Combinations that differ in
+such settings alone are copies, of which one runs. Standard library only: Modal's flags are read where torch is missing.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,7 +162,9 @@ def plan(question: Question) -> Plan:
         raise UserError(f"--limit {question.limit:g}: give a number of documents above 0, or a share between 0 and 1.")
     model_args: dict[str, object] = {"pretrained": DEFAULT_CHECKPOINT, **question.model_args}
     if "answers" in model_args:
-        raise UserError("model_args: answers=… has no say in a sweep, which keeps answers in --output_path. Leave it out.")
+        raise UserError(
+            "model_args: answers=… has no say in a sweep, which keeps answers in --output_path. Leave it out."
+        )
     seed = _seed(question, model_args.pop("seed", None))
     arguments = {name: value for name, value in model_args.items() if name != "pretrained"}
     settings = ModelSettings.read(str(model_args["pretrained"]), arguments, engine)
@@ -215,7 +217,7 @@ def _engine_of(model: str) -> str:
             return spec.name
     known = [spec.model for spec in ENGINES.values()]
     raise UserError(
-        f"--model {model} is none of this package's, whose decoding settings a sweep varies.{did_you_mean(model, known)} "
+        f"--model {model}: a sweep varies the decoding settings of this package's models.{did_you_mean(model, known)} "
         f"Choose {', '.join(known)}."
     )
 
@@ -229,8 +231,8 @@ def _seed(question: Question, of_model: object) -> int:
 def _check_tasks(tasks: Mapping[str, Task], confirmed: bool) -> None:
     if scored := scoring_tasks(tasks):
         raise UserError(
-            f"--tasks {', '.join(scored[:5])}: scored by log-likelihoods, which decoding settings do not change. Choose "
-            "tasks that generate, such as gsm8k_sdar."
+            f"--tasks {', '.join(scored[:5])}: scored by log-likelihoods, which decoding settings do not change. "
+            "Choose tasks that generate, such as gsm8k_sdar."
         )
     unsafe = [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
     if unsafe and not confirmed:
