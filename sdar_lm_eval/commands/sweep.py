@@ -135,13 +135,20 @@ def run(arguments: argparse.Namespace) -> str:
 def _run(planned: Plan, arguments: argparse.Namespace) -> str:
     from sdar_lm_eval.report.curve import summarized, table, write_chart
     from sdar_lm_eval.report.points import metric_of, points_of
+    from sdar_lm_eval.report.runs import Run
+    from sdar_lm_eval.report.text_table import with_error
     from sdar_lm_eval.runs import local
 
     total = len(planned.evaluations)
 
     def tell(number: int, evaluation: Evaluation, results: Results | None, error: str | None) -> None:
-        there = "failed: " + error if error else "done"
-        _say(f"{number}/{total} {in_words(evaluation.settings)}, seed {evaluation.seed}: {there}")
+        told = f"failed: {error}"
+        if results is not None:
+            task = planned.tasks[0]
+            alone = Run(in_words(evaluation.settings), evaluation.folder, {task: [results]})
+            (point,) = points_of([alone], task, arguments.metric)
+            told = f"{with_error(point.accuracy, point.stderr)}% of {task}"
+        _say(f"{number}/{total} {in_words(evaluation.settings)}, seed {evaluation.seed}: {told}")
 
     _say(f"{_counted(planned)} in {planned.output}")
     outcome = local.run(planned, tell)

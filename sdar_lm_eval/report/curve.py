@@ -190,12 +190,13 @@ def chart_svg(points: Sequence[Point]) -> str:
     _draw({"": points}, buffer, "svg", ink=INK)
     svg = buffer.getvalue().decode("utf-8")
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r" <metadata>.*?</metadata>\n", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"(font: [\d.]+px|font-family:) [^;\"]*", r"\1 sans-serif", svg)
     # Ids that nothing refers to would stand twice in a page with two charts.
     used = set(re.findall(r"#([\w-]+)", svg))
     svg = re.sub(r' id="([\w-]+)"', lambda found: found[0] if found[1] in used else "", svg)
-    title = "Accuracy against speed"
-    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    described = f'role="img" aria-label="Accuracy against {" and against ".join(AXES)}"'
+    return svg.replace("<svg", f'<svg {described} style="stroke-linejoin: round; stroke-linecap: butt"', 1)
 
 
 def _draw(tasks: Mapping[str, Sequence[Point]], file: IO[bytes], suffix: str, ink: str | None = None) -> None:
@@ -214,8 +215,7 @@ def _draw(tasks: Mapping[str, Sequence[Point]], file: IO[bytes], suffix: str, in
     style |= {"axes.spines.right": False, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.25}
     if ink is not None:
         names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-        style |= dict.fromkeys(names, ink) | {"svg.fonttype": "none", "font.family": "sans-serif"}
-        style |= {"font.sans-serif": ["sans-serif"]}
+        style |= {**dict.fromkeys(names, ink), "svg.fonttype": "none"}
     with mpl.rc_context(style):
         figure = Figure(figsize=(9, 0.6 + 3.4 * max(1, len(tasks))), layout="constrained")
         grid = figure.subplots(max(1, len(tasks)), len(AXES), squeeze=False, sharey="row")

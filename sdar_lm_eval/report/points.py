@@ -1,8 +1,8 @@
 """Operating points of a model: the accuracy and the speed of each run, what is best of them, and what they are worth.
 
 Tokens per forward is returned tokens over denoising and commit forwards, counted for each sequence. Tokens per second
-is returned tokens over the time of generation, of all the tasks that were evaluated together. Both are of all answers of
-a run, those that an earlier process left in a store included.
+is returned tokens over the time of generation, of all the tasks that were evaluated together. Both are of all answers
+of a run, those that an earlier process left in a store included.
 """
 
 from __future__ import annotations
