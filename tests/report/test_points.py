@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -27,8 +28,8 @@ from sdar_lm_eval.report.points import (
     settings_in_words,
     value_of,
 )
-from sdar_lm_eval.report.runs import Run, read_runs
 from sdar_lm_eval.report.results import results_in
+from sdar_lm_eval.report.runs import Run, read_runs
 
 # AUP_leaderboard/aup_utils.py of hao-ai-lab/d3LLM at e5bfcac, run with these points.
 WORKED = [
@@ -55,9 +56,7 @@ def test_where_aup_is_not_defined() -> None:
     assert aup([(1, 80), (2, 78), (3, 75)], 80) > 0  # exactly 5 below
 
 
-def point(
-    forward: float | None = 1.0, accuracy: float = 50.0, second: float | None = None, **settings: Any
-) -> Point:
+def point(forward: float | None = 1.0, accuracy: float = 50.0, second: float | None = None, **settings: Any) -> Point:
     return Point("run", "demo", settings, accuracy, 1.0, forward, second, 200, 1, "")
 
 
@@ -77,7 +76,7 @@ def test_the_front_by_its_definition(cloud: list[tuple[int, int]]) -> None:
     points = [point(float(speed), float(y)) for speed, y in cloud] + [point(None, 99.0)]
     front = pareto_front(points, by_forward)
     assert [p.tokens_per_forward for p in front] == sorted(p.tokens_per_forward or 0 for p in front)
-    assert all(a.accuracy >= b.accuracy for a, b in zip(front, front[1:], strict=False))
+    assert all(a.accuracy >= b.accuracy for a, b in itertools.pairwise(front))
     for each in points[:-1]:
         beaten = any(
             other is not each
@@ -153,7 +152,9 @@ def write(
     (folder / "results_2026.json").write_text(json.dumps(content))
     if scores is not None:
         lines = [
-            json.dumps({"doc_id": i, "filter": "none", "doc": {"q": i}, "target": "", "right": score, "doc_hash": f"h{i}"})
+            json.dumps(
+                {"doc_id": i, "filter": "none", "doc": {"q": i}, "target": "", "right": score, "doc_hash": f"h{i}"}
+            )
             for i, score in enumerate(scores)
         ]
         (folder / "samples_t_2026.jsonl").write_text("\n".join(lines) + "\n")
@@ -161,7 +162,13 @@ def write(
 
 
 WORK = {"new_tokens": 300, "forwards": {"prefill": 9, "denoising": 150, "commit": 50}}
-COMPUTED = {"requests": 2, "stored_requests": 0, **WORK, "generation_seconds": 2.0, "tasks": {"t": {"requests": 2, **WORK}}}
+COMPUTED = {
+    "requests": 2,
+    "stored_requests": 0,
+    **WORK,
+    "generation_seconds": 2.0,
+    "tasks": {"t": {"requests": 2, **WORK}},
+}
 
 
 def of(folder: Path, **settings: Any) -> Point:
@@ -176,7 +183,7 @@ def test_a_run_on_disk(tmp_path: Path) -> None:
     assert found.strategy == "low_confidence_dynamic"
     assert found.settings["confidence_threshold"] == 0.5 and "eb_threshold" not in found.settings
     assert of(tmp_path, metric="other").accuracy == of(tmp_path, metric="other,none").accuracy == 7.0
-    with pytest.raises(UserError, match="does not have a metric 'wrong'. Known: right,none, other,none"):
+    with pytest.raises(UserError, match=r"does not have a metric 'wrong'\. Known: right,none, other,none"):
         of(tmp_path, metric="wrong")
 
 
