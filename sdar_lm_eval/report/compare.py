@@ -27,9 +27,6 @@ from sdar_lm_eval.report.statistics import (
 
 EXACT, PAIRED_T = "exact McNemar", "paired t"
 
-QUESTION_KEYS = ("question", "problem", "query", "prompt", "input", "text", "instruction", "goal", "sentence", "ctx")
-"""Where tasks keep what they ask; the first that a document has is shown."""
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -109,8 +106,8 @@ class ChangedDocument:
         target: the gold answer.
         a: run a's score; the mean where there are several answers.
         b: run b's.
-        filtered_a: what the filter made of run a's first answer.
-        filtered_b: of run b's.
+        filtered_a: what the filter made of run a's first answer, or the choice that run a finds likeliest.
+        filtered_b: the same of run b.
     """
 
     document_a: int
@@ -209,23 +206,15 @@ def changed_documents(a: Run, b: Run, task: str, metric: str, filter: str) -> li
         ChangedDocument(
             document_a=index_a,
             document_b=index_b,
-            question=question_of(samples_a[index_a]),
+            question=samples_a[index_a].question,
             target=samples_a[index_a].target,
             a=value_a,
             b=value_b,
-            filtered_a=samples_a[index_a].filtered,
-            filtered_b=samples_b[index_b].filtered,
+            filtered_a=samples_a[index_a].extracted,
+            filtered_b=samples_b[index_b].extracted,
         )
         for (_, value_a, value_b), index_a, index_b in zip(changed, indices_a, indices_b, strict=True)
     ]
-
-
-def question_of(sample: Sample) -> str:
-    """Return what a sample's task asks, or the prompt where its document has no question."""
-    texts = {name: value for name, value in sample.doc.items() if isinstance(value, str) and value.strip()}
-    return next(
-        (texts[name] for name in QUESTION_KEYS if name in texts), sample.prompt or next(iter(texts.values()), "")
-    )
 
 
 def differing_settings(a: Run, b: Run, tasks: Iterable[str]) -> dict[str, tuple[object, object]]:

@@ -103,6 +103,11 @@ def read_pair(a: Run, b: Run, task: str) -> tuple[TaskScores, TaskScores]:
 def numbers_of(value: object) -> tuple[float, ...] | None:
     """Return the values that a metric has for a document's answers; None where they are no numbers."""
     values = value if isinstance(value, list) else [value]
+    if isinstance(value, str):  # lm_eval writes NumPy's booleans and float32 as text
+        try:
+            return (float({"True": 1, "False": 0}.get(value, value)),)
+        except ValueError:
+            return None
     try:
         found = tuple(float(each) for each in values if isinstance(each, (bool, int, float)))
     except OverflowError:  # an int beyond what a float holds
