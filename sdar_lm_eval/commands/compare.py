@@ -85,7 +85,7 @@ def _baseline(runs: Sequence[Run], given: str | None) -> Run:
         return runs[labels.index(given)]
     if given.isdecimal() and 1 <= int(given) <= len(runs):
         return runs[int(given) - 1]
-    fitting = [run for run in runs if given in run.label]
+    fitting = [] if given.isdecimal() else [run for run in runs if given in run.label]
     if len(fitting) == 1:
         return fitting[0]
     listed = "; ".join(f"{number}: {label}" for number, label in enumerate(labels, 1))

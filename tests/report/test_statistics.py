@@ -181,7 +181,7 @@ def test_several_answers_a_document() -> None:
 
 
 def test_answers_are_not_taken_for_documents() -> None:
-    """The t test of all answers, as if they were independent, calls far too often: clusters are what keeps the level."""
+    """The t test of all answers, as if they were independent, calls far too often."""
     rng = np.random.default_rng(9)
     wrong = 0
     for _ in range(400):
