@@ -82,23 +82,21 @@ def write_run(
     results: dict[str, dict[str, Any]] = {}
     number = 0
     for task, of_task in scores.items():
-        lines = []
+        lines: dict[tuple[str, int], dict[str, Any]] = {}  # of a filter and a document's place
         results[task] = {"alias": task}
         for key, values in of_task.items():
             metric, _, filter_name = key.partition(",")
             number = len(values)
-            indices = documents or range(number)
             if aggregated is None:
                 results[task][key] = float(np.mean([np.mean(value) for value in values]))
             else:
                 results[task][key] = aggregated[key]
             results[task][f"{metric}_stderr,{filter_name}"] = "N/A"
-            lines += [
-                _line(index, filter_name, metric, value, prompt, hashes, target)
-                for index, value in zip(indices, values, strict=True)
-            ]
+            for place, (index, value) in enumerate(zip(documents or range(number), values, strict=True)):
+                line = lines.setdefault((filter_name, place), _line(index, filter_name, value, prompt, hashes, target))
+                line[metric] = value
         if samples:
-            text = "".join(json.dumps(line) + "\n" for line in lines)
+            text = "".join(json.dumps(line) + "\n" for line in lines.values())
             (folder / f"samples_{task}_{date}.jsonl").write_text(text)
     metrics = {task: {key.partition(",")[0] for key in of_task} for task, of_task in scores.items()}
     content = {
@@ -116,9 +114,7 @@ def write_run(
     return folder
 
 
-def _line(
-    index: int, filter_name: str, metric: str, value: Score, prompt: str, hashes: bool, target: str
-) -> dict[str, Any]:
+def _line(index: int, filter_name: str, value: Score, prompt: str, hashes: bool, target: str) -> dict[str, Any]:
     question = f"Question {index}?"
     line = {
         "doc_id": index,
@@ -128,8 +124,6 @@ def _line(
         "resps": [[f"answer {value}"]],
         "filtered_resps": [f"answer {value}"],
         "filter": filter_name,
-        "metrics": [metric],
-        metric: value,
     }
     if hashes:
         line |= {"doc_hash": sha256(question.encode()).hexdigest()}

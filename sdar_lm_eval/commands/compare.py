@@ -55,8 +55,9 @@ def run(arguments: argparse.Namespace) -> str:
     comparisons = _comparisons(baseline, runs, arguments)
     documents = _changed(comparisons) if arguments.list else None
     if arguments.format == "csv":
-        for warning in dict.fromkeys(text for comparison in comparisons for text in comparison.warnings):
-            logger.warning("%s", warning)  # a CSV file has no place for it
+        for comparison in comparisons:
+            for warning in comparison.warnings:  # a CSV file has no place for them
+                logger.warning("A: %s, B: %s: %s", comparison.a.label, comparison.b.label, warning)
         text = compare_text.as_csv(comparisons)
     elif arguments.format == "json":
         text = compare_text.as_json(comparisons, documents)

@@ -84,7 +84,7 @@ class Comparison:
         b: the other run.
         settings: name -> (a's, b's) of settings that differ; None where a run has no such setting. A setting that
             differs in some of the tasks only is named "name (task)".
-        warnings: what makes the difference between the runs less clear, each a sentence or two.
+        warnings: what makes the difference between the runs less clear, a sentence each, about run A and run B.
         differences: in the order of a's tasks and metrics.
     """
 
@@ -142,8 +142,8 @@ def compare_runs(
     """
     shared = _shared_tasks(a, b, tasks)
     warnings = [
-        f"Only {run.label} has {_listed(alone)}."
-        for run, other in ((a, b), (b, a))
+        f"Run {name} alone has {_listed(alone)}."
+        for name, run, other in (("A", a, b), ("B", b, a))
         if not tasks and (alone := [task for task in run.tasks if task not in other.of_tasks])
     ]
     differences: list[Difference] = []
@@ -279,7 +279,7 @@ def _document_warnings(
     found = []
     alone_a, alone_b = len(scores_a.documents) - len(paired), len(scores_b.documents) - len(paired)
     if alone_a or alone_b:
-        alone = [f"{n:,} only in {run.label}" for n, run in ((alone_a, a), (alone_b, b)) if n]
+        alone = [f"{n:,} only in run {name}" for n, name in ((alone_a, "A"), (alone_b, "B")) if n]
         found.append(f"{task}: {_documents(len(paired))} are in both runs and are compared; {' and '.join(alone)}.")
     pairs = [(scores_a.documents[key], scores_b.documents[key]) for key in paired]
     prompts = sum(bool(one.prompt and other.prompt) and one.prompt != other.prompt for one, other in pairs)

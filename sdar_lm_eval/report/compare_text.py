@@ -24,7 +24,10 @@ _LEGEND = (
     "± is one standard error. Scores from 0 to 1 are in per cent. The interval is the paired 95% interval of B - A.",
     f"detectable: the smallest true difference that these documents show (p < {ALPHA}) with probability {POWER}.",
 )
-_HOLM = f"p (Holm): p after Holm's adjustment; below {ALPHA} in any test by chance in {ALPHA:.0%} of such tables."
+_HOLM = (
+    f"p (Holm): p after Holm's adjustment for the number of tests. Of tables without any true difference, {ALPHA:.0%} "
+    f"have one below {ALPHA}."
+)
 
 
 def as_text(comparisons: Sequence[Comparison], documents: DocumentsOf | None = None) -> str:
@@ -149,7 +152,7 @@ def verdict(difference: Difference, name: str = "B") -> str:
         return f"No difference shown: {number} cannot show one."
     if each.p >= ALPHA:
         shown = _points(each, each.detectable) + _unit(each)
-        return f"No difference shown: with {number}, one of {shown} would have been, in {POWER:.0%} of cases."
+        return f"No difference shown: with {number}, a true difference of {shown} is shown in {POWER:.0%} of cases."
     if each.higher_is_better is None:
         found = "higher" if each.difference > 0 else "lower"
     else:
@@ -199,7 +202,7 @@ def _leaves_out_0(each: Difference) -> bool:
 
 
 def _settings_rows(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[list[str]]:
-    """The settings that differ below a head: a row for each setting of two runs, or for each of more runs."""
+    """The settings that differ, below a head: a row for each setting, or for each run where runs outnumber settings."""
     settings = list(dict.fromkeys(name for comparison in comparisons for name in comparison.settings))
     if not settings:
         return []
@@ -208,10 +211,17 @@ def _settings_rows(comparisons: Sequence[Comparison], names: Sequence[str]) -> l
         return [["setting", "A", "B"], *rows]
     of_runs = [each.settings for each in comparisons]
     of_a = [next(_short(each[name][0]) for each in of_runs if name in each) for name in settings]
-    return [["run", *settings], ["A", *of_a]] + [
-        [run, *(_short(each[name][1]) if name in each else value for name, value in zip(settings, of_a, strict=True))]
-        for run, each in zip(names, of_runs, strict=True)
+    of_b = [
+        [_short(each[name][1]) if name in each else value for name, value in zip(settings, of_a, strict=True)]
+        for each in of_runs
     ]
+    rows = [["run", *settings], ["A", *of_a], *([name, *values] for name, values in zip(names, of_b, strict=True))]
+    narrow = len(settings) <= len(names)
+    return rows if narrow else _transposed([["setting", *settings], *rows[1:]])
+
+
+def _transposed(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def _warnings(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[str]:

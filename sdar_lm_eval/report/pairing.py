@@ -6,6 +6,7 @@ file has no hashes, a document is known by its index and its gold answer.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -127,6 +128,7 @@ def keyed(documents: Iterable[tuple[str, int]]) -> Iterator[Key]:
         seen[name] += 1
 
 
+@functools.lru_cache(maxsize=256)  # a baseline is compared with many runs, task by task
 def _read_lines(results: Results, task: str) -> list[_Line]:
     names = {metric.name for metric in metrics_of(results, task)}
     return sorted(

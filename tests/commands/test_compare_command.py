@@ -112,7 +112,7 @@ def test_two_thresholds_of_the_demo(runs: Path, capsys: pytest.CaptureFixture[st
 def test_a_run_of_transformers_and_one_of_sdar(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (comparison,) = json_of(capsys, runs / "hf-0", runs / "sdar-0.85")
     paired, prompts = comparison["warnings"]
-    assert paired == f"{DEMO}: 10 documents are in both runs and are compared; 190 only in {runs / 'sdar-0.85'}."
+    assert paired == f"{DEMO}: 10 documents are in both runs and are compared; 190 only in run B."
     assert prompts == f"{DEMO}: the prompts of 10 of 10 documents differ."
     assert comparison["settings"]["model"] == {"a": "hf", "b": "sdar"}
     assert comparison["settings"]["confidence_threshold"] == {"a": None, "b": 0.85}
@@ -152,7 +152,7 @@ def test_all_runs_of_a_folder(runs: Path, tmp_path: Path, capsys: pytest.Capture
         shutil.copytree(runs / name, tmp_path / name)
     text = told(capsys, tmp_path)
     assert text.startswith(f"A: {tmp_path} (") and "\nB1: " in text and "\nB2: " in text
-    assert "  run  " in text and "B2, gsm8k_sdar_demo: " in text and "p (Holm)" in text
+    assert "  setting " in text and "B2, gsm8k_sdar_demo: " in text and "p (Holm)" in text
     first, second = json_of(capsys, tmp_path, "--baseline", "confidence_threshold=0.85")
     assert "0.85" in first["a"] == second["a"]
     tests = [each["p"] for comparison in (first, second) for each in comparison["differences"]]
