@@ -28,7 +28,6 @@ COMMANDS = {
 """Command -> what it is for. The module of a command has its name, with _ for -."""
 
 LM_EVAL_COMMANDS = {
-    "show": "a run's documents, and how an answer was written",
     "run": "evaluate a model",
     "ls": "list tasks",
     "validate": "check tasks",
