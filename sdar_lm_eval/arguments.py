@@ -55,6 +55,7 @@ class ModelArguments(DecodingArguments, total=False):
             `--apply_chat_template`), on (the same, and an error where there is none), off. Log-likelihoods are of the
             text as it comes, unless `--apply_chat_template` is given.
         trace: file that gets a JSON line for each finished request (report/trace.py); each run and rank has its own.
+        record_steps: keep beside lm_eval's samples how each answer was written (report/denoising.py); default: true.
         verbose: log each example when its answer is there, right or wrong where the task has a judge (report/live.py).
         answers: folder that keeps finished answers, for this run to go on from; several processes may share it.
         likelihood: chain (exact) or nelbo (the diffusion bound), see `sdar_lm_eval/likelihood.py`; at temperature 1,
@@ -73,6 +74,7 @@ class ModelArguments(DecodingArguments, total=False):
     seed: int
     chat_template: ChatMode
     trace: str | Path
+    record_steps: bool
     verbose: bool
     answers: str | Path
     likelihood: Literal["chain", "nelbo"]

@@ -65,6 +65,7 @@ class ModelSettings:
     seed: int | None
     chat_template: ChatMode
     trace: Path | None
+    record_steps: bool
     verbose: bool
     answers: Path | None
     likelihood: str
@@ -104,6 +105,7 @@ class ModelSettings:
             seed=whole_number("seed"),
             chat_template=_chat_mode(known.get("chat_template", "auto")),
             trace=None if "trace" not in known else expanded(_path("trace", known["trace"])),
+            record_steps=to_bool("record_steps", known.get("record_steps", True)),
             verbose=to_bool("verbose", known.get("verbose", False)),
             answers=None if "answers" not in known else _path("answers", known["answers"]),
             likelihood=str(known.get("likelihood", "chain")),

@@ -26,8 +26,7 @@ from typing import Any
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import expanded
-from sdar_lm_eval.lm.evaluation import differences
-from sdar_lm_eval.lm.store import Record, decode_line, encode_line, is_record
+from sdar_lm_eval.lm.store import Record, decode_line, differences, encode_line, is_record
 
 logger = logging.getLogger(__name__)
 

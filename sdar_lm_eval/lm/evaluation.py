@@ -13,6 +13,7 @@ from typing import Literal, TypedDict, TypeVar
 from lm_eval.api.instance import Instance
 
 from sdar_lm_eval.hashing import hex_digest
+from sdar_lm_eval.lm.denoising import WrittenAnswers
 from sdar_lm_eval.report.counts import Counts
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class Evaluation:
         counts: what was computed.
         decoding: task -> the settings that its answers were made with.
         sent: task -> what was sent.
+        written: how answers were written.
         template_hash: hash of the chat template in use.
         over: whether the evaluation has ended; requests that come now belong to no evaluation.
     """
@@ -91,6 +93,7 @@ class Evaluation:
     counts: Counts = field(default_factory=Counts)
     decoding: dict[str, dict[str, object]] = field(default_factory=dict)
     sent: dict[str, SentPrompts] = field(default_factory=dict)
+    written: WrittenAnswers = field(default_factory=WrittenAnswers)
     template_hash: str | None = None
     over: bool = False
     _of_requests: dict[int, tuple[TaskRequests, Instance]] = field(default_factory=dict, repr=False)
@@ -182,12 +185,3 @@ def facts_of_evaluation(ranks: Sequence[Evaluation]) -> EvaluationFacts:
         "prompts": prompts,
         "run": Counts.of_ranks([of_rank.counts for of_rank in ranks]).as_dict(),
     }
-
-
-def differences(theirs: Mapping[str, object], mine: Mapping[str, object]) -> str:
-    """Return in words where two settings differ."""
-    return "; ".join(
-        f"{name} was {theirs.get(name)!r}, is {mine.get(name)!r}"
-        for name in {**theirs, **mine}
-        if theirs.get(name) != mine.get(name)
-    )

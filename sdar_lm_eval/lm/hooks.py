@@ -1,9 +1,9 @@
 """How lm_eval tells a model which evaluation, task and document a request belongs to, and who asks for the template.
 
 lm_eval does not say that another evaluation has begun, whether a prompt is in the chat template, or which documents
-`--samples` chose. `watch` wraps lm_eval's `evaluate`, `simple_evaluate` (for the seed) and `CachingLM`. While an
-evaluation of a model of this package lasts, `_methods_replaced` replaces methods of each task. Evaluations of other
-models are unchanged.
+`--samples` chose. `watch` wraps lm_eval's `evaluate`, `CachingLM`, and `simple_evaluate`, which knows the seed and the
+tracker that saves samples. While an evaluation of a model of this package lasts, `_methods_replaced` replaces methods
+of each task. Evaluations of other models are unchanged.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lm_eval.api.model import LM, CachingLM
 from lm_eval.api.task import Task
 
 from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.lm.denoising import LinesOf, Tracker, keep_beside_samples, leave_samples_alone
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,9 @@ class Watched(Protocol):
             template: the name of the chat template that the user chose; None: the default one.
         """
 
+    def written(self) -> LinesOf:
+        """Return a function: task -> how the last evaluation's answers were written; nothing where not recorded."""
+
     def task_begins(self, task: TaskRequests, requests: Sequence[Instance]) -> None:
         """lm_eval has built a task's requests."""
 
@@ -69,6 +73,7 @@ def is_watched(lm: object) -> TypeGuard[Watched]:
 
 
 _seed: ContextVar[int | None] = ContextVar("torch_random_seed", default=None)
+_tracker: ContextVar[Tracker | None] = ContextVar("evaluation_tracker", default=None)
 
 
 def watch(evaluator: ModuleType) -> None:
@@ -97,22 +102,29 @@ def watch(evaluator: ModuleType) -> None:
             with contextlib.ExitStack() as stack:
                 for task, name in {id(task): (task, name) for name, task in tasks.items()}.values():
                     stack.enter_context(_methods_replaced(task, name, model))
-                return evaluate(**call.arguments)
+                results = evaluate(**call.arguments)
+            if (tracker := _tracker.get()) is not None:
+                keep_beside_samples(tracker, model.written())
+            return results
         finally:
             model.evaluation_ends()
 
     @functools.wraps(simple_evaluate)
-    def simple_evaluate_with_seed(*args: object, **kwargs: object) -> object:
+    def simple_evaluate_and_tell(*args: object, **kwargs: object) -> object:
         call = simple_signature.bind(*args, **kwargs)
         call.apply_defaults()
-        token = _seed.set(call.arguments.get("torch_random_seed"))
+        tracker = call.arguments.get("evaluation_tracker")
+        if tracker is not None:
+            leave_samples_alone(tracker)
+        tokens = _seed.set(call.arguments.get("torch_random_seed")), _tracker.set(tracker)
         try:
             return simple_evaluate(*args, **kwargs)
         finally:
-            _seed.reset(token)
+            _seed.reset(tokens[0])
+            _tracker.reset(tokens[1])
 
     evaluate_and_tell.tells_watched_models = True  # type: ignore[attr-defined]
-    vars(evaluator).update(evaluate=evaluate_and_tell, simple_evaluate=simple_evaluate_with_seed)
+    vars(evaluator).update(evaluate=evaluate_and_tell, simple_evaluate=simple_evaluate_and_tell)
     _check_caches_first()
 
 

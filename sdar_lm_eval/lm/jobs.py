@@ -15,9 +15,9 @@ from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.hashing import seed_from
-from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, differences
+from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
 from sdar_lm_eval.lm.prompts import Prompts
-from sdar_lm_eval.lm.store import key_of
+from sdar_lm_eval.lm.store import differences, key_of
 from sdar_lm_eval.settings import Generation, canonical, read_generation, warn_of_idle_knobs
 
 logger = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ from sdar_lm_eval.arguments import JetEngineArguments, LMDeployArguments, Native
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.registry import ENGINES, make_engine
 from sdar_lm_eval.lm.answers import AnswerFolder
+from sdar_lm_eval.lm.denoising import LinesOf, WrittenAnswers
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests
 from sdar_lm_eval.lm.facts import described, facts_of_model, fingerprint_of
 from sdar_lm_eval.lm.hooks import watch
@@ -108,6 +109,7 @@ class SDARLM(TemplateLM):
             prompts=self._prompts,
             decode=self.tok_decode,
             trace=trace,
+            record=settings.record_steps,
             verbose=settings.verbose,
             alone=alone,
         )
@@ -187,6 +189,11 @@ class SDARLM(TemplateLM):
         """Forget the evaluation's requests and its chat template; later requests belong to no evaluation."""
         self.evaluation.end()
         self._prompts.choose(None)
+
+    def written(self) -> LinesOf:
+        """Return a function: task -> how the last evaluation's answers were written, on all ranks."""
+        notes = WrittenAnswers.of_ranks([evaluation.written for evaluation in self._evaluation_of_ranks])
+        return lambda task: notes.lines(task, self._prompts.pieces)
 
     # Text and tokens
 

@@ -59,6 +59,7 @@ class Prompts:
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._warned: set[str] = set()
+        self._texts: dict[tuple[int, ...], str] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -226,11 +227,16 @@ class Prompts:
         texts: list[str] = []
         begin = 0
         for end in range(1, len(token_ids) + 1):
-            text = self.tokenizer.decode(list(token_ids[begin:end]), clean_up_tokenization_spaces=False)
+            text = self._text_of(tuple(token_ids[begin:end]))
             unfinished = text.endswith("\ufffd") and end < len(token_ids)
             texts.append("" if unfinished else text)
             begin = begin if unfinished else end
         return texts
+
+    def _text_of(self, token_ids: tuple[int, ...]) -> str:
+        if token_ids not in self._texts:
+            self._texts[token_ids] = self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+        return self._texts[token_ids]
 
     def _encode_parts(self, parts: Sequence[str], rendered: bool = True) -> list[int]:
         """Tokens of a prompt's parts. Every second part spells a special token, and is encoded as plain text."""

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 
 from lm_eval.api.instance import Instance
 
-from sdar_lm_eval.engines.types import Engine, GenerationRequest, Scorer
+from sdar_lm_eval.engines.types import Engine, GenerationRequest, GenerationResult, Scorer
 from sdar_lm_eval.errors import EngineError, Interrupted, UserError
+from sdar_lm_eval.lm.denoising import Written
 from sdar_lm_eval.lm.evaluation import Evaluation
 from sdar_lm_eval.lm.jobs import Job, JobId, Jobs
 from sdar_lm_eval.lm.likelihoods import Kind, Likelihoods, ScoreJob, ScoreRound, record_of, result_of
@@ -35,6 +36,7 @@ class Rounds:
         prompts: makes the text of each token, for traces.
         decode: makes an answer's text of its tokens.
         trace: gets a line for each finished request; None for no trace.
+        record: whether it is noted how each answer was written.
         verbose: whether each example is logged.
         alone: whether this process has all of the run's documents.
 
@@ -52,12 +54,13 @@ class Rounds:
         prompts: Prompts,
         decode: Callable[[Sequence[int]], str],
         trace: Trace | None,
+        record: bool,
         verbose: bool,
         alone: bool,
     ) -> None:
         self._engine, self._name = engine, name
         self._jobs, self._likelihoods, self._prompts, self._decode = jobs, likelihoods, prompts, decode
-        self._trace, self._verbose, self._alone = trace, verbose, alone
+        self._trace, self._record, self._verbose, self._alone = trace, record, verbose, alone
         self.store = Store([])
 
     def begin_run(self) -> None:
@@ -84,7 +87,8 @@ class Rounds:
         """
         counts = evaluation.counts
         tracing = self._trace is not None
-        asked = self._jobs.of(requests, evaluation.task_of, evaluation.seed, record_steps=tracing or self._verbose)
+        recording = self._record or tracing or self._verbose
+        asked = self._jobs.of(requests, evaluation.task_of, evaluation.seed, record_steps=recording)
         evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
         evaluation.template_hash = self._prompts.template_hash
         if asked.truncated:
@@ -109,7 +113,7 @@ class Rounds:
                 job = jobs[missing[index]]
                 text = job.cut(self._decode(result.token_ids))
                 cost = cost_of(result, prompt_tokens=len(job.request.prompt_ids))
-                self.store.put(job.key, {**job.name, "text": text, **cost})
+                self.store.put(job.key, {**job.name, "text": text, **cost, **self._note(job, result, evaluation)})
                 answers[missing[index]] = text
                 counts.add(job.task, result, prompt_tokens=len(job.request.prompt_ids))
                 verdict = live.judge(job.instance, text)
@@ -133,9 +137,20 @@ class Rounds:
                 evaluation.counts.count(job.task, stored_requests=1)
                 live.judge(job.instance, record["text"])
                 self._trace_answer(job, {**record, "stored": True})
+                if self._record and (written := Written.of_record(record)) is not None:
+                    evaluation.written.add(job.task, job.document, job.repeat, written)
         if answers:
             logger.info("%d of %d answers are there already, and are not computed again.", len(answers), len(jobs))
         return answers
+
+    def _note(self, job: Job, result: GenerationResult, evaluation: Evaluation) -> dict[str, object]:
+        """Note how an answer was written; return what the store keeps of it."""
+        if not self._record:
+            return {}
+        block_length = job.request.decoding.block_length
+        written = Written.of_result(result, block_length, prompt_tokens=len(job.request.prompt_ids))
+        evaluation.written.add(job.task, job.document, job.repeat, written)
+        return written.as_record()
 
     def score(
         self, kind: Kind, requests: Sequence[Instance], evaluation: Evaluation, show: bool

@@ -22,7 +22,6 @@ from typing import Protocol, TypedDict, TypeGuard
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.hashing import hex_digest
-from sdar_lm_eval.lm.evaluation import differences
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +52,10 @@ class Record(TypedDict, total=False):
     forwards: Forwards
     seconds: float
     finish_reason: str
+    block_length: int
+    token_ids: list[int]
+    steps: list[int] | None
+    confidences: list[int] | None
     log_likelihood: float
     is_greedy: bool
     standard_error: float
@@ -61,6 +64,15 @@ class Record(TypedDict, total=False):
 def key_of(kind: str, content: object) -> str:
     """Return a hash of what is answered: the kind of request, and its content as JSON."""
     return hex_digest([kind, content], digits=32)
+
+
+def differences(theirs: Mapping[str, object], mine: Mapping[str, object]) -> str:
+    """Return in words where two settings differ."""
+    return "; ".join(
+        f"{name} was {theirs.get(name)!r}, is {mine.get(name)!r}"
+        for name in {**theirs, **mine}
+        if theirs.get(name) != mine.get(name)
+    )
 
 
 def is_record(content: object) -> TypeGuard[Record]:

@@ -1,0 +1,195 @@
+"""How an evaluation's answers were written: noted as each answer is there, kept beside the samples at the end.
+
+    GenerationResult -> Written -> a record of the store -> Written -> a line of report/denoising.py
+
+A Written has 8 bytes for a token, since an evaluation keeps the notes of all its answers until lm_eval saves samples.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdar_lm_eval.engines.types import GenerationResult
+from sdar_lm_eval.lm.store import Forwards, Record
+from sdar_lm_eval.report.denoising import CONFIDENCE_SCALE, DenoisingLine, denoising_file, write_denoising
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Written:
+    """How an answer was written.
+
+    Attributes:
+        block_length: tokens of a block.
+        prompt_tokens: tokens of the prompt.
+        token_ids: (T,) the answer's tokens.
+        steps: (T,) the step of its block that unmasked each token; None where the engine does not record steps.
+        confidences: (T,) the probability of each token when it was drawn, in units of 1 / CONFIDENCE_SCALE.
+        finish_reason: "stop" or "length".
+        forwards: how often the prompt, or a block of the answer, went through the model.
+        seconds: from the answer's first forward to its last.
+    """
+
+    block_length: int
+    prompt_tokens: int
+    token_ids: NDArray[np.int32]
+    steps: NDArray[np.int16] | None
+    confidences: NDArray[np.int16] | None
+    finish_reason: str
+    forwards: Forwards
+    seconds: float
+
+    @classmethod
+    def of_result(cls, result: GenerationResult, block_length: int, prompt_tokens: int) -> Written:
+        """Return how the engine wrote an answer."""
+        recorded = result.unmasked_at is not None and result.confidences is not None
+        return cls(
+            block_length=block_length,
+            prompt_tokens=prompt_tokens,
+            token_ids=np.array(result.token_ids, np.int32),
+            steps=np.array(result.unmasked_at, np.int16) if recorded else None,
+            confidences=np.rint(np.array(result.confidences, np.float32) * CONFIDENCE_SCALE).astype(np.int16)
+            if recorded
+            else None,
+            finish_reason=result.finish_reason,
+            forwards={
+                "prefill": result.prefill_forwards,
+                "denoising": result.denoising_forwards,
+                "commit": result.commit_forwards,
+            },
+            seconds=round(result.seconds, 4),
+        )
+
+    @classmethod
+    def of_record(cls, record: Record) -> Written | None:
+        """Return how a stored answer was written; None where its record does not say."""
+        if "token_ids" not in record or "block_length" not in record:
+            return None
+        steps, confidences = record.get("steps"), record.get("confidences")
+        return cls(
+            block_length=record["block_length"],
+            prompt_tokens=record["prompt_tokens"],
+            token_ids=np.array(record["token_ids"], np.int32),
+            steps=None if steps is None else np.array(steps, np.int16),
+            confidences=None if confidences is None else np.array(confidences, np.int16),
+            finish_reason=record["finish_reason"],
+            forwards=record["forwards"],
+            seconds=record["seconds"],
+        )
+
+    def as_record(self) -> dict[str, object]:
+        """Return what a record of the store has of it, beside the answer's cost."""
+        return {
+            "block_length": self.block_length,
+            "token_ids": self.token_ids.tolist(),
+            "steps": None if self.steps is None else self.steps.tolist(),
+            "confidences": None if self.confidences is None else self.confidences.tolist(),
+        }
+
+    def as_line(self, document: int, repeat: int, texts: Sequence[str]) -> DenoisingLine:
+        """Return the line of the denoising file; `texts` has the text of each token."""
+        recorded = self.as_record()
+        return cast(
+            "DenoisingLine",
+            {
+                "document": document,
+                "repeat": repeat,
+                "block_length": self.block_length,
+                "prompt_tokens": self.prompt_tokens,
+                **recorded,
+                "texts": texts,
+                "finish_reason": self.finish_reason,
+                "forwards": self.forwards,
+                "seconds": self.seconds,
+            },
+        )
+
+
+@dataclass
+class WrittenAnswers:
+    """How the answers of an evaluation were written: task -> (document, repeat) -> its note."""
+
+    of_tasks: dict[str, dict[tuple[int, int], Written]] = field(default_factory=dict)
+
+    def add(self, task: str, document: int, repeat: int, written: Written) -> None:
+        """Note an answer."""
+        self.of_tasks.setdefault(task, {})[document, repeat] = written
+
+    @classmethod
+    def of_ranks(cls, ranks: Sequence[WrittenAnswers]) -> WrittenAnswers:
+        """Unite the notes of processes that ran side by side."""
+        united = cls()
+        for of_rank in ranks:
+            for task, answers in of_rank.of_tasks.items():
+                united.of_tasks.setdefault(task, {}).update(answers)
+        return united
+
+    def lines(self, task: str, texts: Callable[[Sequence[int]], list[str]]) -> list[DenoisingLine]:
+        """Return the lines of a task's denoising file, by document and repeat.
+
+        Args:
+            task: the task's name.
+            texts: returns the text of each token.
+        """
+        answers = sorted(self.of_tasks.get(task, {}).items())
+        return [note.as_line(*name, texts(note.token_ids.tolist())) for name, note in answers]
+
+
+LinesOf = Callable[[str], list[DenoisingLine]]
+"""Returns the lines of a task's denoising file; none for a task without notes."""
+
+
+class Tracker(Protocol):
+    """What is used of lm_eval's `EvaluationTracker`."""
+
+    output_path: str | None
+
+    def save_results_samples(self, task_name: str, samples: object) -> None:
+        """Write a task's samples file."""
+
+
+def keep_beside_samples(tracker: Tracker, lines_of: LinesOf) -> None:
+    """Have a tracker write each task's denoising file when it writes the task's samples file.
+
+    Args:
+        tracker: lm_eval's.
+        lines_of: returns a task's lines.
+    """
+    save = type(tracker).save_results_samples
+
+    def save_both(task_name: str, samples: object) -> None:
+        save(tracker, task_name, samples)
+        if tracker.output_path and (lines := lines_of(task_name)):
+            _write(tracker, task_name, lines)
+
+    vars(tracker)["save_results_samples"] = save_both
+
+
+def leave_samples_alone(tracker: Tracker) -> None:
+    """Undo `keep_beside_samples`."""
+    vars(tracker).pop("save_results_samples", None)
+
+
+def _write(tracker: Tracker, task: str, lines: Sequence[DenoisingLine]) -> None:
+    """Write a task's denoising file. A run whose file cannot be written keeps its results."""
+    path = Path(str(tracker.output_path))
+    folder = path.parent if path.suffix == ".json" else path
+    names: Mapping[str, object] = vars(tracker)
+    # lm_eval tells the name of the samples file to nobody: it has the date of the results file.
+    found = sorted(folder.rglob(f"samples_{task}_{names.get('date_id')}.jsonl"))
+    if not found:
+        logger.warning("How answers of %s were written is not kept: lm_eval wrote no samples file.", task)
+        return
+    file = denoising_file(found[-1])
+    try:
+        write_denoising(file, task, lines)
+    except OSError as error:
+        logger.error("%s cannot be written (%s). Results and samples are complete.", file, error.strerror)
