@@ -81,6 +81,15 @@ class Round:
     truncated: int
     settings: dict[str, Generation]
 
+    def warn_of_truncated(self) -> None:
+        """Warn of prompts that lost their beginning."""
+        if self.truncated:
+            logger.warning(
+                "%d of %d prompts are longer than max_length - max_gen_toks allows; they lost their beginning.",
+                self.truncated,
+                len(self.jobs),
+            )
+
 
 @dataclass(frozen=True)
 class _Settings:
