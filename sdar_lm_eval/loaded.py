@@ -44,7 +44,7 @@ from sdar_lm_eval.lm.jobs import Job, Jobs
 from sdar_lm_eval.lm.likelihoods import Likelihoods
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.report.denoising import Denoising
-from sdar_lm_eval.settings import ModelSettings, to_whole
+from sdar_lm_eval.settings import Generation, ModelSettings, to_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -121,6 +121,30 @@ class LoadedModel:
         self.checkpoint = checkpoint
         self._engine, self._name, self._settings = engine, name, settings
         self._prompts, self._jobs, self._likelihoods = prompts, jobs, likelihoods
+
+    @classmethod
+    def open(cls, pretrained: str, engine: str, model_args: Mapping[str, object]) -> LoadedModel:
+        """Do as `load`, with settings in a mapping."""
+        engine_named(engine)
+        settings = ModelSettings.read(pretrained, model_args, engine)
+        for name in OF_EVALUATIONS:
+            if getattr(settings, name):
+                raise UserError(f"{name}={model_args[name]} is for evaluations. Leave {name} out, or run lm_eval.")
+        checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
+        prompts = Prompts(checkpoint, settings.chat_template)
+        jobs = Jobs(checkpoint, prompts, settings.decoding, settings.max_length, alone=True)
+        jobs.check_limits(answers_limited=settings.limits_length)
+        likelihood = settings.likelihood_config(jobs.default.decoding.block_length)
+        opened = make_engine(
+            engine,
+            checkpoint,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_active=settings.max_active,
+            **settings.engine,
+        )
+        likelihoods = Likelihoods(checkpoint, prompts, jobs.max_length, likelihood)
+        return cls(checkpoint, opened, engine, settings=settings, prompts=prompts, jobs=jobs, likelihoods=likelihoods)
 
     @property
     def info(self) -> EngineInfo:
@@ -267,6 +291,14 @@ class LoadedModel:
         totals = [job.total() for job in asked.order]
         return [(total.log_likelihood, total.is_greedy) for total in totals]
 
+    def settings_of(self, **settings: Unpack[DecodingArguments]) -> Generation:
+        """The settings that `generate` would use: these, the model's, and defaults.
+
+        Raises:
+            UserError: an unknown name, or a value out of range.
+        """
+        return self._jobs.settings_of(settings)
+
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token. Of several tokens that encode one character, the last one has the character."""
         return self._prompts.pieces(token_ids)
@@ -282,8 +314,16 @@ class LoadedModel:
         self.close()
 
     def _text_of(self, prompt: Prompt) -> str:
-        """The text to tokenize: in the chat template where it is in use."""
+        """The text to tokenize: in the chat template where it is in use.
+
+        Raises:
+            UserError: the prompt cannot be used.
+        """
         if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"the prompt {shown(prompt)} is no Unicode text: {error.reason}.") from error
             return self._prompts.as_user_turn(prompt) if self._prompts.renders else prompt
         _check_conversation(prompt)
         if not self._prompts.renders:
@@ -361,29 +401,4 @@ def load(pretrained: str = DEFAULT_CHECKPOINT, engine: str = "native", **model_a
         UserError: an unknown name, a value out of range, or a checkpoint that cannot be run.
         EngineError: a package or a GPU that the engine needs is missing.
     """
-    engine_named(engine)
-    settings = ModelSettings.read(pretrained, model_args, engine)
-    for name in OF_EVALUATIONS:
-        if getattr(settings, name):
-            raise UserError(f"{name}={model_args[name]!r} is for evaluations: leave it out, or run lm_eval.")
-    checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
-    prompts = Prompts(checkpoint, settings.chat_template)
-    jobs = Jobs(checkpoint, prompts, settings.decoding, settings.max_length, alone=True)
-    jobs.check_limits(answers_limited=settings.limits_length)
-    likelihood = settings.likelihood_config(jobs.default.decoding.block_length)
-    return LoadedModel(
-        checkpoint,
-        make_engine(
-            engine,
-            checkpoint,
-            device=settings.device,
-            dtype=settings.dtype,
-            max_active=settings.max_active,
-            **settings.engine,
-        ),
-        engine,
-        settings=settings,
-        prompts=prompts,
-        jobs=jobs,
-        likelihoods=Likelihoods(checkpoint, prompts, jobs.max_length, likelihood),
-    )
+    return LoadedModel.open(pretrained, engine, model_args)

@@ -196,7 +196,7 @@ def test_what_cannot_be_loaded_is_said(model: LoadedModel, plain: LoadedModel) -
         load("demo", engine="nativ")
     with pytest.raises(UserError, match="'kv_page' is unknown"):
         load("demo", kv_page=3)  # type: ignore[call-overload]
-    with pytest.raises(UserError, match=r"answers='here' is for evaluations"):
+    with pytest.raises(UserError, match=r"answers=here is for evaluations"):
         load("demo", answers="here")
     with pytest.raises(UserError, match="chat_template=off"):
         plain.generate(USER_TURN)
