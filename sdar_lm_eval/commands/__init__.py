@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from sdar_lm_eval.errors import SDARError
 
 COMMANDS = {
+    "show": "a run's documents, and how an answer was written",
     "table": "a run's scores beside the published ones",
     "generate": "answer a prompt; the denoising is shown as it happens",
     "gsm8k-json": "a run of GSM8K as the benchmark's JSON file",
@@ -27,6 +28,7 @@ COMMANDS = {
 """Command -> what it is for. The module of a command has its name, with _ for -."""
 
 LM_EVAL_COMMANDS = {
+    "show": "a run's documents, and how an answer was written",
     "run": "evaluate a model",
     "ls": "list tasks",
     "validate": "check tasks",
