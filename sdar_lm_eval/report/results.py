@@ -166,8 +166,13 @@ class Results:
         Raises:
             UserError: the samples file cannot be read, or is not as lm_eval writes it.
         """
+        return list(self.each_sample(task))
+
+    def each_sample(self, task: str) -> Iterator[Sample]:
+        """Yield the samples of a task as `samples` returns them, one at a time: a file may hold many long prompts."""
         file = self.samples_file(task)
-        return [_sample(line) for line in read_lines(file)] if file.exists() else []
+        if file.exists():
+            yield from map(_sample, read_lines(file))
 
     def samples_file(self, task: str) -> Path:
         """Return the path of a task's samples file, which need not exist."""
@@ -228,17 +233,8 @@ def read_lines(file: Path, whole: bool = True) -> Iterator[Fields]:
     Raises:
         UserError: the file cannot be read, or a line is not JSON.
     """
-    try:
-        require_regular(file)  # a pipe would be waited for
-        text = file.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        if whole:
-            raise UserError(f"{file} cannot be read ({error}). Evaluate again with --log_samples.") from error
-        logger.warning("%s cannot be read (%s), and is passed over.", file, error)
-        return
-    # Not splitlines(): a JSON string may hold U+2028 and its like.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line:
+    for number, line in enumerate(_text_lines(file, whole), 1):
+        if not line.strip():
             continue
         try:
             content = json.loads(line)
@@ -248,6 +244,19 @@ def read_lines(file: Path, whole: bool = True) -> Iterator[Fields]:
             raise UserError(f"{file}, line {number}: not JSON ({error}).") from error
         if isinstance(content, dict):
             yield Fields(content, file, f"line {number}: ")
+
+
+def _text_lines(file: Path, whole: bool) -> Iterator[str]:
+    """The lines of a file, read one at a time; `whole` as `read_lines`."""
+    try:
+        require_regular(file)  # a pipe would be waited for
+        # newline="\n": a JSON string may hold U+2028 and its like, which end lines elsewhere.
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            yield from lines
+    except (OSError, ValueError) as error:
+        if whole:
+            raise UserError(f"{file} cannot be read ({error}). Evaluate again with --log_samples.") from error
+        logger.warning("%s cannot be read (%s), and is passed over.", file, error)
 
 
 def _sample(line: Fields) -> Sample:

@@ -1,0 +1,419 @@
+"""Compares two runs on the documents that both answered: differences, intervals, tests, and what may explain them.
+
+`compare_runs` needs samples of both runs (`--log_samples`), of any model that lm_eval evaluates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.report.pairing import Key, MetricKey, Scores, TaskScores, read_pair
+from sdar_lm_eval.report.results import Sample
+from sdar_lm_eval.report.runs import Run, differing
+from sdar_lm_eval.report.statistics import (
+    FloatArray,
+    cluster_values,
+    compare_means,
+    compare_shares,
+    holm,
+    mean_stderr,
+)
+
+EXACT, PAIRED_T = "exact McNemar", "paired t"
+
+QUESTION_KEYS = ("question", "problem", "query", "prompt", "input", "text", "instruction", "goal", "sentence", "ctx")
+"""Where tasks keep what they ask; the first that a document has is shown."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Run b minus run a, of one metric of one task.
+
+    Attributes:
+        task: the task.
+        metric: the metric's name.
+        filter: the filter that the metric was computed of.
+        a: run a's value over the paired documents; over all its documents where there is no test.
+        a_stderr: the value's standard error, clustered by document; None where it is unknown.
+        b: run b's value, as `a`.
+        b_stderr: as `a_stderr`.
+        difference: b - a.
+        low: lower end of the difference's paired 95% interval; None where there is none.
+        high: upper end of that interval.
+        p: two-sided; None where there is no test.
+        p_holm: p after Holm's adjustment over all tests of the comparison, or of the comparisons shown together.
+        test: "exact McNemar" or "paired t"; or why there is none.
+        documents: paired documents that have a value of the metric in both runs.
+        only_a: documents that run a alone has right; None where scores are not 0 or 1.
+        only_b: documents that run b alone has right.
+        detectable: smallest true difference that these documents show with power 0.8; None where unknown.
+        higher_is_better: None where the results file does not say.
+        equal_filters: further filters of the metric, whose scores are those of `filter` in each run.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    a: float
+    a_stderr: float | None
+    b: float
+    b_stderr: float | None
+    difference: float
+    low: float | None
+    high: float | None
+    p: float | None
+    p_holm: float | None
+    test: str
+    documents: int
+    only_a: int | None
+    only_b: int | None
+    detectable: float | None
+    higher_is_better: bool | None
+    equal_filters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What differs between two runs.
+
+    Attributes:
+        a: the run that is compared with.
+        b: the other run.
+        settings: name -> (a's, b's) of settings that differ; None where a run has no such setting. A setting that
+            differs in some of the tasks only is named "name (task)".
+        warnings: what makes the difference between the runs less clear, each a sentence or two.
+        differences: in the order of a's tasks and metrics.
+    """
+
+    a: Run
+    b: Run
+    settings: dict[str, tuple[object, object]]
+    warnings: tuple[str, ...]
+    differences: tuple[Difference, ...]
+
+
+@dataclass(frozen=True)
+class ChangedDocument:
+    """A document whose scores differ between two runs.
+
+    Attributes:
+        document_a: the document's index in run a's data set.
+        document_b: the document's index in run b's.
+        question: what the task asks.
+        target: the gold answer.
+        a: run a's score; the mean where there are several answers.
+        b: run b's.
+        filtered_a: what the filter made of run a's first answer.
+        filtered_b: of run b's.
+    """
+
+    document_a: int
+    document_b: int
+    question: str
+    target: str
+    a: float
+    b: float
+    filtered_a: str
+    filtered_b: str
+
+
+def compare_runs(
+    a: Run,
+    b: Run,
+    *,
+    tasks: Collection[str] = (),
+    metrics: Collection[str] = (),
+    filters: Collection[str] = (),
+) -> Comparison:
+    """Compare two runs on the documents that both answered.
+
+    Args:
+        a: the run that is compared with.
+        b: the other run.
+        tasks: which tasks; empty: all that both runs have.
+        metrics: names of the metrics; empty: all.
+        filters: names of the filters; empty: all.
+
+    Raises:
+        UserError: the runs share no task, metric or document, or one has no samples, or a samples file cannot be read.
+    """
+    shared = _shared_tasks(a, b, tasks)
+    warnings = [
+        f"Only {run.label} has {_listed(alone)}."
+        for run, other in ((a, b), (b, a))
+        if not tasks and (alone := [task for task in run.tasks if task not in other.of_tasks])
+    ]
+    differences: list[Difference] = []
+    problems: list[UserError] = []
+    for task in shared:
+        try:
+            scores_a, scores_b = read_pair(a, b, task)
+            paired = _paired(a, b, task, scores_a, scores_b)
+        except UserError as error:  # the other tasks may be fine
+            problems.append(error)
+            continue
+        warnings += _document_warnings(a, b, task, scores_a, scores_b, paired)
+        differences += _differences(task, scores_a, scores_b, paired, metrics, filters)
+    if not differences and problems:
+        raise problems[0]
+    if not differences:
+        raise _nothing_chosen(a, b, shared, metrics, filters)
+    warnings += [f"{error} The task is left out." for error in problems]
+    found = Comparison(a, b, differing_settings(a, b, shared), tuple(warnings), tuple(differences))
+    return adjusted([found])[0]
+
+
+def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return comparisons with Holm's adjustment over the tests of all of them, for those that are shown together."""
+    tested = [each.p for comparison in comparisons for each in comparison.differences if each.p is not None]
+    p_holm = iter(holm(tested))
+    return [
+        dataclasses.replace(
+            comparison,
+            differences=tuple(
+                each if each.p is None else dataclasses.replace(each, p_holm=next(p_holm))
+                for each in comparison.differences
+            ),
+        )
+        for comparison in comparisons
+    ]
+
+
+def changed_documents(a: Run, b: Run, task: str, metric: str, filter: str) -> list[ChangedDocument]:
+    """Return the documents whose scores differ between two runs, by rising index in run a.
+
+    Raises:
+        UserError: as `compare_runs`, or a run has no such metric.
+    """
+    scores_a, scores_b = read_pair(a, b, task)
+    key = (metric, filter)
+    for run, scores in ((a, scores_a), (b, scores_b)):
+        if key not in scores.scores:
+            raise UserError(f"{run.label} has no {metric} of {filter} in {task}; choose {_names(scores.scores)}.")
+    answers_a, answers_b = scores_a.scores[key].answers, scores_b.scores[key].answers
+    changed = [
+        (each, float(answers_a[each].mean()), float(answers_b[each].mean()))
+        for each in scores_a.documents
+        if each in answers_a and each in answers_b and answers_a[each].mean() != answers_b[each].mean()
+    ]
+    indices_a = [scores_a.documents[each].index for each, _, _ in changed]
+    indices_b = [scores_b.documents[each].index for each, _, _ in changed]
+    samples_a, samples_b = _samples_of(a, task, filter, indices_a), _samples_of(b, task, filter, indices_b)
+    return [
+        ChangedDocument(
+            document_a=index_a,
+            document_b=index_b,
+            question=question_of(samples_a[index_a]),
+            target=samples_a[index_a].target,
+            a=value_a,
+            b=value_b,
+            filtered_a=samples_a[index_a].filtered,
+            filtered_b=samples_b[index_b].filtered,
+        )
+        for (_, value_a, value_b), index_a, index_b in zip(changed, indices_a, indices_b, strict=True)
+    ]
+
+
+def question_of(sample: Sample) -> str:
+    """Return what a sample's task asks, or the prompt where its document has no question."""
+    texts = {name: value for name, value in sample.doc.items() if isinstance(value, str) and value.strip()}
+    return next(
+        (texts[name] for name in QUESTION_KEYS if name in texts), sample.prompt or next(iter(texts.values()), "")
+    )
+
+
+def differing_settings(a: Run, b: Run, tasks: Iterable[str]) -> dict[str, tuple[object, object]]:
+    """Return name -> (a's, b's) of settings that differ, as `Comparison.settings`."""
+    of_tasks = {
+        task: {name: (values[0], values[1]) for name, values in differing([a.settings(task), b.settings(task)]).items()}
+        for task in tasks
+    }
+    found: dict[str, tuple[object, object]] = {}
+    for task, settings in of_tasks.items():
+        for name, values in settings.items():
+            everywhere = all(other.get(name) == values for other in of_tasks.values())
+            found[name if everywhere else f"{name} ({task})"] = values
+    return found
+
+
+def _shared_tasks(a: Run, b: Run, tasks: Collection[str]) -> list[str]:
+    shared = [task for task in a.tasks if task in b.of_tasks]
+    if not shared:
+        raise UserError(
+            f"{a.label} and {b.label} share no task: the one has {_listed(a.tasks)}, the other {_listed(b.tasks)}. "
+            "Evaluate one of these tasks with both."
+        )
+    for task in tasks:
+        if task not in shared:
+            hint = did_you_mean(task, shared)
+            raise UserError(f"--tasks {task}: the runs do not share this task; choose {', '.join(shared)}.{hint}")
+    return [task for task in shared if not tasks or task in tasks]
+
+
+def _nothing_chosen(
+    a: Run, b: Run, tasks: Iterable[str], metrics: Collection[str], filters: Collection[str]
+) -> UserError:
+    """The error for runs that share no metric, or none of the chosen ones."""
+    of_a, of_b = (
+        [(metric.name, metric.filter) for task in tasks for metric in run.metrics(task)] for run in (a, b)
+    )  # fmt: skip
+    shared = [key for key in of_a if key in of_b]
+    if not shared:
+        return UserError(
+            f"{a.label} and {b.label} share no metric: the one has {_names(of_a)}, the other {_names(of_b)}. Evaluate "
+            "both with one version of the task."
+        )
+    asked = [f"--metric {', '.join(metrics)}"] * bool(metrics) + [f"--filter {', '.join(filters)}"] * bool(filters)
+    return UserError(f"{' and '.join(asked)}: the runs have no such scores; choose of {_names(shared)}.")
+
+
+def _paired(a: Run, b: Run, task: str, scores_a: TaskScores, scores_b: TaskScores) -> list[Key]:
+    paired = [key for key in scores_a.documents if key in scores_b.documents]
+    if not paired:
+        raise UserError(
+            f"{task}: {a.label} and {b.label} answered no common document. Evaluate the same documents with both: the "
+            "same data set, --limit or --samples."
+        )
+    return paired
+
+
+def _document_warnings(
+    a: Run, b: Run, task: str, scores_a: TaskScores, scores_b: TaskScores, paired: Sequence[Key]
+) -> list[str]:
+    """What differs between the runs in what was asked."""
+    found = []
+    alone_a, alone_b = len(scores_a.documents) - len(paired), len(scores_b.documents) - len(paired)
+    if alone_a or alone_b:
+        alone = [f"{n:,} only in {run.label}" for n, run in ((alone_a, a), (alone_b, b)) if n]
+        found.append(f"{task}: {_documents(len(paired))} are in both runs and are compared; {' and '.join(alone)}.")
+    pairs = [(scores_a.documents[key], scores_b.documents[key]) for key in paired]
+    prompts = sum(bool(one.prompt and other.prompt) and one.prompt != other.prompt for one, other in pairs)
+    targets = sum(one.target != other.target for one, other in pairs)
+    if prompts:
+        found.append(f"{task}: the prompts of {prompts:,} of {_documents(len(paired))} differ.")
+    if targets:
+        found.append(f"{task}: the gold answers of {targets:,} of {_documents(len(paired))} differ.")
+    versions = [run.results_of(task).content.part_or_empty("versions").content.get(task) for run in (a, b)]
+    if versions[0] != versions[1]:
+        found.append(f"{task}: the task's versions differ ({versions[0]} and {versions[1]}).")
+    return found
+
+
+def _differences(
+    task: str,
+    scores_a: TaskScores,
+    scores_b: TaskScores,
+    paired: Sequence[Key],
+    metrics: Collection[str],
+    filters: Collection[str],
+) -> list[Difference]:
+    found: list[Difference] = []
+    values_of: dict[tuple[str, bytes, bytes], int] = {}  # -> the index in `found` of scores that are the same
+    for (name, filter_name), of_a in scores_a.scores.items():
+        of_b = scores_b.scores.get((name, filter_name))
+        if of_b is None or (metrics and name not in metrics) or (filters and filter_name not in filters):
+            continue
+        keys = [key for key in paired if key in of_a.answers and key in of_b.answers]
+        means = of_a.means & of_b.means
+        flaw = of_a.flaw or of_b.flaw or ("" if means else "the runs average the metric differently")
+        if flaw or not keys:
+            found.append(_untested(task, of_a, of_b, len(keys), flaw or "no document has a value in both runs"))
+            continue
+        answers_a, answers_b = [of_a.answers[key] for key in keys], [of_b.answers[key] for key in keys]
+        by_answer = "documents" not in means
+        values_a, values_b = cluster_values(answers_a, by_answer), cluster_values(answers_b, by_answer)
+        same = (name, values_a.tobytes(), values_b.tobytes())
+        if same in values_of:
+            earlier = found[values_of[same]]
+            found[values_of[same]] = dataclasses.replace(earlier, equal_filters=(*earlier.equal_filters, filter_name))
+            continue
+        values_of[same] = len(found)
+        single = all(len(each) == 1 for each in (*answers_a, *answers_b))
+        found.append(_tested(task, of_a, of_b, values_a, values_b, single))
+    return found
+
+
+def _tested(
+    task: str, of_a: Scores, of_b: Scores, values_a: FloatArray, values_b: FloatArray, single: bool
+) -> Difference:
+    better = of_a.metric.higher_is_better if of_a.metric.higher_is_better is not None else of_b.metric.higher_is_better
+    only_a = only_b = None
+    right_or_wrong = single and bool(np.isin(values_a, (0, 1)).all() and np.isin(values_b, (0, 1)).all())
+    if right_or_wrong:
+        more_a, more_b = int((values_a > values_b).sum()), int((values_b > values_a).sum())
+        result = compare_shares(more_a, more_b, len(values_a))
+        only_a, only_b = (more_b, more_a) if better is False else (more_a, more_b)
+    else:
+        result = compare_means(values_a, values_b)
+    return Difference(
+        task=task,
+        metric=of_a.metric.name,
+        filter=of_a.metric.filter,
+        a=float(values_a.mean()),
+        a_stderr=mean_stderr(values_a),
+        b=float(values_b.mean()),
+        b_stderr=mean_stderr(values_b),
+        difference=result.difference,
+        low=result.low,
+        high=result.high,
+        p=result.p,
+        p_holm=result.p,
+        test=EXACT if right_or_wrong else PAIRED_T,
+        documents=len(values_a),
+        only_a=only_a,
+        only_b=only_b,
+        detectable=result.detectable,
+        higher_is_better=better,
+    )
+
+
+def _untested(task: str, of_a: Scores, of_b: Scores, documents: int, why: str) -> Difference:
+    a, b = of_a.metric, of_b.metric
+    return Difference(
+        task=task,
+        metric=a.name,
+        filter=a.filter,
+        a=a.value,
+        a_stderr=a.stderr,
+        b=b.value,
+        b_stderr=b.stderr,
+        difference=b.value - a.value if math.isfinite(a.value) and math.isfinite(b.value) else math.nan,
+        low=None,
+        high=None,
+        p=None,
+        p_holm=None,
+        test=why,
+        documents=documents,
+        only_a=None,
+        only_b=None,
+        detectable=None,
+        higher_is_better=a.higher_is_better,
+    )
+
+
+def _samples_of(run: Run, task: str, filter: str, indices: Iterable[int]) -> dict[int, Sample]:
+    """The samples of some documents: the first answers that the run has of each."""
+    wanted, found = set(indices), dict[int, Sample]()
+    for results in run.of_tasks[task]:
+        for sample in results.each_sample(task) if wanted - found.keys() else ():
+            if sample.filter == filter and sample.document in wanted:
+                found.setdefault(sample.document, sample)
+    return found
+
+
+def _names(metrics: Iterable[MetricKey] | Mapping[MetricKey, Scores]) -> str:
+    return _listed([f"{name} of {filter_name}" for name, filter_name in dict.fromkeys(metrics)])
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _documents(number: int) -> str:
+    return "1 document" if number == 1 else f"{number:,} documents"

@@ -1,0 +1,207 @@
+"""Pairs the documents of two runs of a task, and reads the documents' scores from samples files.
+
+A document is known by lm_eval's hash of it. Equal documents of a task are told apart by their order. Where a samples
+file has no hashes, a document is known by its index and its gold answer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.results import Results, Sample
+from sdar_lm_eval.report.runs import Metric, Run, metrics_of
+from sdar_lm_eval.report.statistics import FloatArray, cluster_values
+
+Key = tuple[str, int]
+"""What a document is known by: its hash, or its index and gold answer, and its number among equal documents."""
+
+MetricKey = tuple[str, str]
+"""A metric's name and its filter."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document of a task, as a run has it.
+
+    Attributes:
+        index: the document's index in the data set.
+        target: the gold answer.
+        prompt: lm_eval's hash of what was sent first, or what was sent where the file has no hashes.
+    """
+
+    index: int
+    target: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A run's scores of a metric, document by document.
+
+    Attributes:
+        metric: the metric over all documents, of the run's first results.
+        answers: document -> the values of its answers.
+        means: "documents" where the metric is the mean over documents of each document's mean, "answers" where it is
+            the mean over all answers; both where these are equal.
+        flaw: why the values cannot be tested; "" where they can.
+    """
+
+    metric: Metric
+    answers: Mapping[Key, FloatArray]
+    means: frozenset[str]
+    flaw: str = ""
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What a run's samples files say about a task.
+
+    Attributes:
+        documents: the documents, in the order of their indices.
+        scores: metric -> its scores.
+    """
+
+    documents: Mapping[Key, Document]
+    scores: Mapping[MetricKey, Scores]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What is kept of a line of a samples file; values are None where a metric has no numbers there."""
+
+    document: Document
+    doc_hash: str | None
+    filter: str
+    values: Mapping[str, tuple[float, ...] | None]
+
+
+def read_pair(a: Run, b: Run, task: str) -> tuple[TaskScores, TaskScores]:
+    """Return the scores of two runs in a task; documents that both have, have the same key.
+
+    Raises:
+        UserError: a run has no samples of the task, or a samples file cannot be read.
+    """
+    lines_of = [[_read_lines(results, task) for results in run.of_tasks[task]] for run in (a, b)]
+    for run, lines in zip((a, b), lines_of, strict=True):
+        if not any(lines):
+            raise UserError(f"{run.label} has no samples of {task}. Evaluate again with --log_samples.")
+    hashed = all(line.doc_hash is not None for lines in lines_of for each in lines for line in each)
+    first, second = (
+        _task_scores(run.of_tasks[task], task, lines, hashed)
+        for run, lines in zip((a, b), lines_of, strict=True)
+    )  # fmt: skip
+    return first, second
+
+
+def numbers_of(value: object) -> tuple[float, ...] | None:
+    """Return the values that a metric has for a document's answers; None where they are no numbers."""
+    values = value if isinstance(value, list) else [value]
+    try:
+        found = tuple(float(each) for each in values if isinstance(each, (bool, int, float)))
+    except OverflowError:  # an int beyond what a float holds
+        return None
+    return found if found and len(found) == len(values) else None
+
+
+def keyed(documents: Iterable[tuple[str, int]]) -> Iterator[Key]:
+    """Yield the keys of a results file's documents.
+
+    Args:
+        documents: what each document is known by, and its index; equal documents by rising index.
+    """
+    seen: Counter[str] = Counter()
+    for name, _ in documents:
+        yield name, seen[name]
+        seen[name] += 1
+
+
+def _read_lines(results: Results, task: str) -> list[_Line]:
+    names = {metric.name for metric in metrics_of(results, task)}
+    return sorted(
+        (_line(sample, names) for sample in results.each_sample(task)),
+        key=lambda line: (line.filter, line.document.index),
+    )
+
+
+def _line(sample: Sample, names: Iterable[str]) -> _Line:
+    content = sample.line.content
+    return _Line(
+        document=Document(sample.document, sample.target, sample.prompt_hash or sample.prompt),
+        doc_hash=sample.doc_hash,
+        filter=sample.filter,
+        values={name: numbers_of(content[name]) for name in names if name in content},
+    )
+
+
+def _name(line: _Line, hashed: bool) -> str:
+    return line.doc_hash or "" if hashed else f"{line.document.index}: {line.document.target}"
+
+
+def _task_scores(
+    results: Sequence[Results], task: str, lines_of_results: Sequence[Sequence[_Line]], hashed: bool
+) -> TaskScores:
+    documents: dict[Key, Document] = {}
+    found: dict[MetricKey, list[Scores]] = {}
+    for each, lines in zip(results, lines_of_results, strict=True):
+        by_filter: dict[str, list[tuple[Key, _Line]]] = {}
+        for name, group in itertools.groupby(lines, key=lambda line: line.filter):
+            members = list(group)
+            keys = keyed((_name(line, hashed), line.document.index) for line in members)
+            by_filter[name] = list(zip(keys, members, strict=True))
+            for key, line in by_filter[name]:
+                documents.setdefault(key, line.document)
+        for metric in metrics_of(each, task):
+            scores = _scores(each, task, metric, by_filter.get(metric.filter, ()))
+            found.setdefault((metric.name, metric.filter), []).append(scores)
+    ordered = dict(sorted(documents.items(), key=lambda item: item[1].index))
+    return TaskScores(ordered, {key: _joined(parts) for key, parts in found.items()})
+
+
+def _scores(results: Results, task: str, metric: Metric, lines: Sequence[tuple[Key, _Line]]) -> Scores:
+    """The scores of a metric in one results file."""
+    expected = results.content.part_or_empty("n-samples").part_or_empty(task).whole("effective")
+    given = {key: line.values[metric.name] for key, line in lines if metric.name in line.values}
+    answers = {key: np.array(values) for key, values in given.items() if values is not None}
+    flaw, means = "", frozenset[str]()
+    if expected is not None and len(lines) < expected:
+        flaw = f"the samples file has {len(lines):,} of {expected:,} documents"
+    elif not given:
+        flaw = "the samples have no values of this metric"
+    elif len(answers) < len(given):
+        flaw = "the samples' values are not numbers"
+    elif not all(np.isfinite(values).all() for values in answers.values()):
+        flaw = "some of the samples' values are infinite or not a number"
+    else:
+        by_document, by_answer = (
+            float(cluster_values(list(answers.values()), weigh_answers).mean()) for weigh_answers in (False, True)
+        )
+        means = frozenset(
+            name
+            for name, value in (("documents", by_document), ("answers", by_answer))
+            if math.isclose(value, metric.value, rel_tol=1e-6, abs_tol=1e-9)
+        )
+        flaw = "" if means else "the metric is not a mean over documents"
+    return Scores(metric, answers, means, flaw)
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of repeats: a document has the answers of all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    answers: dict[Key, list[FloatArray]] = {}
+    for part in parts:
+        for key, values in part.answers.items():
+            answers.setdefault(key, []).append(values)
+    return Scores(
+        metric=parts[0].metric,
+        answers={key: np.concatenate(values) for key, values in answers.items()},
+        means=frozenset.intersection(*(part.means for part in parts)),
+        flaw=next((part.flaw for part in parts if part.flaw), ""),
+    )

@@ -1,0 +1,235 @@
+"""Statistics of two runs on the same documents: tests, intervals, and which differences a number of documents can show.
+
+The functions take arrays and counts, and know nothing of files. A difference is run b's value minus run a's.
+
+Right and wrong (0 and 1) scores have an exact test and a score interval; both use only the discordant documents, which
+one of the two runs has right. Other scores have the paired t test. Documents are independent of each other; several
+answers of one document are not, so a document with several answers counts as one mean (a cluster).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import optimize, stats
+
+FloatArray = npt.NDArray[np.float64]
+
+ALPHA = 0.05
+"""A test calls a difference where p is below this."""
+
+POWER = 0.8
+"""`detectable_share` and `detectable_mean` return the difference that a test calls with this probability."""
+
+FEWEST_DISCORDANT = 6
+"""Discordant documents that an exact test needs at least: five that differ one way have p = 2 / 2**5 = 0.0625."""
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """What the paired values of two runs say about their difference.
+
+    Attributes:
+        difference: mean of run b's values minus mean of run a's.
+        low: lower end of the 95% interval of the difference; None where the values determine none.
+        high: upper end of that interval.
+        p: two-sided.
+        detectable: smallest true difference that as many documents show with probability `POWER`; None where no
+            difference would be shown, or where the values do not tell.
+    """
+
+    difference: float
+    low: float | None
+    high: float | None
+    p: float
+    detectable: float | None
+
+
+def compare_shares(only_a: int, only_b: int, documents: int) -> PairedTest:
+    """Compare the shares of documents that two runs have right.
+
+    Args:
+        only_a: documents that run a alone has right.
+        only_b: documents that run b alone has right.
+        documents: all paired documents, at least one.
+    """
+    low, high = tango_interval(only_a, only_b, documents)
+    return PairedTest(
+        difference=(only_b - only_a) / documents,
+        low=low,
+        high=high,
+        p=exact_mcnemar(only_a, only_b),
+        detectable=detectable_share(documents, (only_a + only_b) / documents),
+    )
+
+
+def compare_means(a: FloatArray, b: FloatArray) -> PairedTest:
+    """Compare the means of two runs by the paired t test.
+
+    The interval is t's too. In simulations it covered the true difference at least as often as percentile and BCa
+    bootstraps did, of 20 to 200 documents whose differences were normal, skewed, or 0 for most.
+
+    Documents without a difference say nothing about its sign. So p is at least 2 / 2**m for m documents that differ:
+    what the exact sign test makes of m differences of one sign. The t test alone calls four equal differences among
+    many zeros.
+
+    Args:
+        a: (n,) finite; a value of each document in run a.
+        b: (n,) finite; values of the same documents in run b.
+    """
+    differences = b - a  # (n,)
+    n, mean = len(differences), float(differences.mean())
+    differ = int(np.count_nonzero(differences))
+    fewest = min(1.0, 2.0 * 0.5**differ)
+    stderr = mean_stderr(differences)
+    # Equal differences of floating-point numbers have a tiny deviation.
+    if stderr is None or stderr <= 1e-12 * max(float(np.abs(a).max()), float(np.abs(b).max())):
+        return PairedTest(mean, None, None, fewest, None)
+    half = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * stderr
+    p = max(float(2 * stats.t.sf(abs(mean) / stderr, n - 1)), fewest)
+    return PairedTest(mean, mean - half, mean + half, p, detectable_mean(n, stderr * math.sqrt(n)))
+
+
+def exact_mcnemar(only_a: int, only_b: int) -> float:
+    """Return the two-sided p of McNemar's exact test: a fair coin decides which run has a discordant document right."""
+    discordant = only_a + only_b
+    return float(stats.binomtest(only_b, discordant, 0.5).pvalue) if discordant else 1.0
+
+
+def tango_interval(only_a: int, only_b: int, documents: int, level: float = 1 - ALPHA) -> tuple[float, float]:
+    """Return the score interval of the difference of two paired shares: the differences that a score test keeps.
+
+    The interval has a width also where no document is discordant.
+
+    Source: T. Tango, Equivalence test and confidence interval for the difference in proportions for the paired-sample
+    design, Statistics in Medicine 17 (1998), equations 7 and 8; recommended by M. Fagerland, S. Lydersen, P. Laake,
+    Statistics in Medicine 33 (2014).
+
+    Args:
+        only_a: documents that run a alone has right.
+        only_b: documents that run b alone has right.
+        documents: all paired documents, at least one.
+        level: the probability with which such intervals cover the true difference.
+    """
+    n, estimate = documents, (only_b - only_a) / documents
+    z = float(stats.norm.ppf((1 + level) / 2))
+
+    def score(difference: float, bound: float) -> float:
+        """The score statistic of a difference minus `bound`, times the statistic's denominator: finite at the ends."""
+        # The share of documents that only a has right, if the true difference is `difference`: a quadratic's root.
+        linear = (2 * n - only_b + only_a) * difference - only_b - only_a
+        constant = -only_a * difference * (1 - difference)
+        share = (math.sqrt(max(linear * linear - 8 * n * constant, 0.0)) - linear) / (4 * n)
+        variance = n * (2 * share + difference * (1 - difference))
+        return only_b - only_a - n * difference - bound * math.sqrt(max(variance, 0.0))
+
+    # At -1 and 1 the statistic is beyond the bound. At the estimate it is 0, and may be 0 / 0: the search keeps off.
+    off = 1e-9
+    low = -1.0 if only_a == n else optimize.brentq(score, -1.0, estimate - off, args=(z,), xtol=1e-10)
+    high = 1.0 if only_b == n else optimize.brentq(score, estimate + off, 1.0, args=(-z,), xtol=1e-10)
+    return float(low), float(high)
+
+
+def detectable_share(documents: int, discordance: float) -> float | None:
+    """Return the smallest true difference of shares that McNemar's exact test calls with probability `POWER`.
+
+    The discordance is taken to be the observed one, or the difference itself where that is larger: no difference is
+    larger than the share of discordant documents. So the result is never 0, also where two runs agree in all documents.
+
+    Args:
+        documents: paired documents.
+        discordance: share of documents that one run alone has right.
+
+    Returns:
+        0 to 1; None for fewer than `FEWEST_DISCORDANT` documents, which show no difference.
+    """
+    if documents < FEWEST_DISCORDANT:
+        return None
+    counts = np.arange(documents + 1)  # (n + 1,), of discordant documents
+    most = _most_the_other_way(counts)
+
+    def power(difference: float) -> float:
+        share = max(discordance, difference)
+        likely = stats.binom.pmf(counts, documents, share)
+        called = stats.binom.cdf(most, counts, (share - difference) / (2 * share))
+        return float(likely @ np.where(most < 0, 0.0, called))
+
+    return float(optimize.brentq(lambda difference: power(difference) - POWER, 1e-9, 1.0, xtol=1e-7))
+
+
+def _most_the_other_way(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """For each number of discordant documents, the most that may differ the other way where p < ALPHA; -1: none."""
+    most: npt.NDArray[np.int64] = stats.binom.ppf(ALPHA / 2, counts, 0.5).astype(np.int64)
+    most -= 2 * stats.binom.cdf(most, counts, 0.5) >= ALPHA
+    return most
+
+
+def detectable_mean(documents: int, deviation: float) -> float | None:
+    """Return the smallest true difference of means that the paired t test calls with probability `POWER`.
+
+    Args:
+        documents: paired documents.
+        deviation: standard deviation of the documents' differences, above 0.
+
+    Returns:
+        The difference; None for fewer than two documents.
+    """
+    if documents < 2:
+        return None
+    bound = float(stats.t.ppf(1 - ALPHA / 2, documents - 1))
+
+    def power(noncentrality: float) -> float:
+        return float(stats.nct.sf(bound, documents - 1, noncentrality))
+
+    # A noncentrality of twice the bound and 2 has power above 0.9, for any number of documents.
+    noncentrality = optimize.brentq(lambda each: power(each) - POWER, 0.0, 2 * bound + 2)
+    return float(noncentrality) * deviation / math.sqrt(documents)
+
+
+def mean_stderr(values: FloatArray) -> float | None:
+    """Return the standard error of the mean of independent values (n,); None for a single one.
+
+    For documents with several answers, `values` are `cluster_values`: the error is then clustered by document.
+    """
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def cluster_values(answers: Sequence[FloatArray], weigh_answers: bool = False) -> FloatArray:
+    """Return a value of each document, whose mean is the mean over the documents or over all answers.
+
+    The mean over all answers is a ratio of two sums over documents. Each document's value is then the ratio plus the
+    document's part in the ratio's error, so the values' standard error is the cluster-robust one.
+
+    Source: E. Miller, Adding error bars to evals, arXiv 2411.00640, section 2.2, but for n / (n - 1).
+
+    Args:
+        answers: for each of the n documents the values of its answers, at least one.
+        weigh_answers: whether each answer counts the same; False: each document counts the same.
+
+    Returns:
+        (n,)
+    """
+    if not weigh_answers:
+        return np.array([each.mean() for each in answers])
+    sums = np.array([each.sum() for each in answers])
+    counts = np.array([len(each) for each in answers])
+    ratio = float(sums.sum() / counts.sum())
+    values: FloatArray = ratio + (sums - ratio * counts) * (len(answers) / counts.sum())
+    return values
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p-values after Holm's adjustment: one below alpha means an error in any of the tests in alpha of cases.
+
+    Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6
+    (1979).
+    """
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[index]))
+        adjusted[index] = largest
+    return adjusted
