@@ -20,12 +20,14 @@ from collections.abc import Sequence
 from sdar_lm_eval.errors import SDARError
 
 COMMANDS = {
+    "report": "runs as one HTML page: scores, comparison, each answer with its denoising",
     "table": "a run's scores beside the published ones",
     "gsm8k-json": "a run of GSM8K as the benchmark's JSON file",
 }
 """Command -> what it is for. The module of a command has its name, with _ for -."""
 
 LM_EVAL_COMMANDS = {
+    "report": "runs as one HTML page: scores, comparison, each answer with its denoising",
     "run": "evaluate a model",
     "ls": "list tasks",
     "validate": "check tasks",
