@@ -4,7 +4,7 @@
                          "extracts"}, …],
               "documents": [[task, document, question, gold, [outcome, …], twin], …]}
     texts    [[[text, …], …], …]                    document -> run -> its answers
-    tokens   [text, …]                              the distinct texts of tokens
+    tokens   [token, …]                             the distinct texts of tokens
     details  [[prompt, doc, [[answer, …], …]], …]   document -> run -> its answers
 
 `lower` is true where lower values are better; `main` is the metric that decides right and wrong unless the reader
@@ -18,10 +18,12 @@ document:
     cut         answers that ended at the limit of new tokens; null where the run has no records
     answers     how many answers there are
 
-An answer of `details` is [scores, extracted, record]; a record is null or
+A text is a string or, where the answer's tokens are known, [string or length, [index into `tokens`, …]]. A length says
+that the text is so many UTF-16 code units of the tokens' texts. An answer of `details` is [scores, extracted, record]; a
+record is null or
 
-    {"tokens": index into `tokens`, "steps": differences of the answer's denoising steps, "confidences": of 10,000,
-     "blocks": index of each block's first token, "finish", "forwards", "seconds"}
+    {"steps": differences of the answer's denoising steps, "confidences": of 10,000, "finish", "forwards", "seconds",
+     "blocks": index of each block's first token}
 
 with null for steps and confidences where the engine records none.
 """
@@ -89,7 +91,7 @@ class Documents:
 
     tasks: list[TaskPart] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    texts: list[list[list[str]]] = field(default_factory=list)
+    texts: list[list[list[object]]] = field(default_factory=list)
     details: list[tuple[str, str, list[list[object]]]] = field(default_factory=list)
     tokens: dict[str, int] = field(default_factory=dict)
 
@@ -175,10 +177,19 @@ def _add_task(found: Documents, runs: Sequence[Run], task: str) -> None:
         twin = twins[sample.document]
         twins[sample.document] += 1
         found.rows.append(Row(number, sample.document, _question(sample), _gold(sample), outcomes, twin))
-        found.texts.append([[text for part in parts for text in part.texts] for parts in of_runs])
+        found.texts.append(
+            [
+                [
+                    _text(text, record, found.tokens)
+                    for part in parts
+                    for text, record in zip(part.texts, part.records, strict=True)
+                ]
+                for parts in of_runs
+            ]
+        )
         answers: list[list[object]] = [
             [
-                [_means([part], metrics), _extracted(part, filters), _record(record, found.tokens)]
+                [_means([part], metrics), _extracted(part, filters), _record(record)]
                 for part in parts
                 for record in part.records
             ]
@@ -310,12 +321,19 @@ def _outcome(parts: Sequence[_Answered], metrics: Sequence[MetricKey], filters: 
     return Outcome(_means(parts, metrics), _extracted(parts[0], filters), cut, len(records))
 
 
-def _record(record: Denoising | None, tokens: dict[str, int]) -> dict[str, object] | None:
+def _text(text: str, record: Denoising | None, tokens: dict[str, int]) -> object:
+    if record is None:
+        return text
+    known = "".join(record.texts).startswith(text)
+    units = len(text.encode("utf-16-le", "surrogatepass")) // 2
+    return [units if known else text, [tokens.setdefault(token, len(tokens)) for token in record.texts]]
+
+
+def _record(record: Denoising | None) -> dict[str, object] | None:
     if record is None:
         return None
     steps, confidences = record.global_steps, record.confidences
     return {
-        "tokens": [tokens.setdefault(text, len(tokens)) for text in record.texts],
         # Differences repeat from block to block, so they deflate to a third.
         "steps": None if steps is None else [b - a for a, b in itertools.pairwise((0, *steps))],
         "confidences": None if confidences is None else [round(c * CONFIDENCE_SCALE) for c in confidences],

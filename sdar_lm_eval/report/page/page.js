@@ -11,9 +11,9 @@ const MEANINGS = {
 
 let runs = [], tasks = [], documents = [];
 let texts = null; // document -> run -> answers, once inflated
-let reading = null; // the promise of texts
-let tokens = null; // texts of tokens, once a record was opened
-let haystacks = null; // what the search looks into, in lower case
+let tokens = []; // the texts of tokens, once inflated
+let reading = null; // the promise of both
+let haystacks = []; // what the search looks into, in lower case
 let shown = []; // numbers of the documents that match, in their order
 let current = -1; // number of the document that the keyboard is at
 let players = []; // of the opened document, one for each run
@@ -33,11 +33,18 @@ async function inflate(name) {
 async function detailsOf(number) {
   const chunk = Math.floor(number / CHUNK);
   if (!chunks.has(chunk)) chunks.set(chunk, inflate(`details-${chunk}`));
-  tokens ??= await inflate("tokens");
+  await reading;
   return (await chunks.get(chunk))[number % CHUNK];
 }
 
 const nameOf = ([metric, filter]) => (filter ? `${metric}, ${filter}` : metric);
+const tokensOf = (text) => (typeof text === "string" ? null : text[1].map((token) => tokens[token]));
+
+function textOf(text) {
+  if (typeof text === "string") return text;
+  return typeof text[0] === "string" ? text[0] : tokensOf(text).join("").slice(0, text[0]);
+}
+
 const addressOf = ([task, number, , , , twin]) => `${tasks[task].name}/${number}${twin ? `~${twin}` : ""}`;
 
 // Which of the task's metrics decides right and wrong: the chosen one where the task has it.
@@ -110,20 +117,19 @@ const tag = (text, title) => element("span", { className: "tag", title }, text);
 // ---- the table of documents: only rows in sight are in the page
 
 function haystackOf(row, number) {
-  const answers = (texts?.[number] ?? []).flat();
+  const answers = (texts?.[number] ?? []).flatMap((answers) => answers.map(textOf));
   const extracted = row[4].flatMap((outcome) => outcome?.[1] ?? []);
   return [row[1], row[2], row[3], ...extracted, ...answers].join("\n").toLowerCase();
 }
 
 function filter() {
-  if (view.q && texts && !haystacks) haystacks = documents.map(haystackOf);
   const words = view.q.toLowerCase();
   const task = tasks.findIndex(({ name }) => name === view.task);
   const counts = Object.fromEntries(Object.keys(FLAGS).map((flag) => [flag, 0]));
   shown = [];
   documents.forEach((row, number) => {
     if (task >= 0 && row[0] !== task) return;
-    if (words && !(haystacks ? haystacks[number] : haystackOf(row, number)).includes(words)) return;
+    if (words && !(haystacks[number] ?? haystackOf(row, number)).includes(words)) return;
     let all = true;
     for (const flag of Object.keys(FLAGS)) {
       const is = flagged(flag, row);
@@ -162,13 +168,14 @@ function rowOf(number, position) {
     return cell;
   });
   const link = element("a", { href: `#doc=${encodeURIComponent(addressOf(row))}`, tabIndex: number === current ? 0 : -1 }, question.trim().slice(0, 300) || "(no question)");
+  const differs = flagged("changed", row) ? element("span", { className: "tag", role: "img", "aria-label": "changed", title: MEANINGS.changed }, "≠") : "";
   const made = element("div", { role: "row", className: "row", "aria-rowindex": position + 2 },
     element("span", { role: "cell", className: "id" }, String(id)),
     element("span", { role: "cell", className: "task" }, tasks[task].name),
-    element("span", { role: "cell", className: "question" }, link),
+    element("span", { role: "cell", className: "question" }, differs, differs ? " " : "", link),
     element("span", { role: "cell", className: "gold" }, gold), ...cells);
   made.classList.toggle("current", number === current);
-  made.classList.toggle("changed", flagged("changed", row));
+  made.classList.toggle("changed", differs !== "");
   made.addEventListener("click", (event) => {
     if (event.ctrlKey || event.metaKey || event.shiftKey) return;
     event.preventDefault();
@@ -228,15 +235,14 @@ function moveTo(number, focus = true) {
 // ---- an answer and its denoising
 
 // Returns an object with `steps`, the number of denoising steps, and show(step), which draws the answer after so many.
-function player(record, text, pane) {
+function player(record, text, all, pane) {
   if (!record?.steps) {
-    pane.textContent = record && !text ? record.tokens.map((token) => tokens[token]).join("") : text;
+    pane.textContent = text;
     return { steps: 0, show: () => "" };
   }
   let sum = 0;
   const steps = record.steps.map((difference) => (sum += difference));
   let length = 0, begin = 0;
-  const all = record.tokens.map((token) => tokens[token]);
   const scored = all.join("").startsWith(text) ? text.length : Infinity;
   const blocks = record.blocks.map((first, number) => {
     const end = record.blocks[number + 1] ?? steps.length;
@@ -283,10 +289,10 @@ function player(record, text, pane) {
   return { steps: begin, show };
 }
 
-function factsOf(record, answer) {
-  if (!record) return `${answer.length.toLocaleString("en")} characters · no record of the denoising`;
+function factsOf(record, text, all) {
+  if (!record) return `${text.length.toLocaleString("en")} characters · no record of the denoising`;
   const { denoising = 0, commit = 0, prefill = 0 } = record.forwards;
-  const count = record.tokens.length;
+  const count = all.length;
   const facts = [`${count} tokens`, `${denoising} denoising, ${commit} commit, ${prefill} prefill forwards`];
   if (denoising + commit) facts.push(`${(count / (denoising + commit)).toFixed(2)} tokens per forward`);
   facts.push(`${record.seconds.toFixed(2)} s`, record.finish === "length" ? "cut at the limit" : `ended by ${record.finish}`);
@@ -297,7 +303,6 @@ function factsOf(record, answer) {
 function columnOf(number, run, answers) {
   const row = documents[number];
   const { metrics, filters, extracts } = tasks[row[0]];
-  const its = texts[number][run];
   const found = element("table", { className: "found" });
   const facts = element("p", { className: "facts" });
   const progress = element("p", { className: "facts progress" });
@@ -310,16 +315,18 @@ function columnOf(number, run, answers) {
   function move(by) {
     answer = (answer + by + answers.length) % answers.length;
     const [scores, extracted, record] = answers[answer];
+    const text = textOf(texts[number][run][answer]);
+    const all = tokensOf(texts[number][run][answer]);
     which.textContent = `answer ${answer + 1} of ${answers.length}`;
     found.replaceChildren(...filters.map((name, place) => {
       const value = extracted[place] ?? (extracts ? tag("nothing extracted", MEANINGS.invalid) : "");
       const marks = metrics.flatMap(([metric, its], at) => (its === name ? [`${metric} `, mark(turned(row[0], at, scores[at])), " "] : []));
       return element("tr", {}, element("th", { scope: "row" }, name),
-        element("td", {}, value && value === its[answer] ? "the whole answer" : value), element("td", {}, ...marks));
+        element("td", {}, value && value === text ? "the whole answer" : value), element("td", {}, ...marks));
     }));
-    facts.textContent = factsOf(record, its[answer]);
+    facts.textContent = factsOf(record, text, all);
     pane.style.minHeight = "";
-    Object.assign(shownNow, player(record, its[answer], pane));
+    Object.assign(shownNow, player(record, text, all, pane));
     pane.style.minHeight = `${pane.offsetHeight}px`;
     shownNow.draw = (step) => { progress.textContent = shownNow.show(step); };
   }
@@ -335,7 +342,6 @@ function columnOf(number, run, answers) {
 
 async function open(number, step = null) {
   const details = await detailsOf(number);
-  texts = await reading;
   stop();
   const row = documents[number];
   const [prompt, doc, ofRuns] = details;
@@ -513,8 +519,12 @@ addEventListener("afterprint", () => draw());
 (async () => {
   [{ tasks, documents }, runs] = await Promise.all([inflate("index"), inflate("runs")]);
   fill();
-  reading = inflate("texts");
+  reading = Promise.all([inflate("texts"), inflate("tokens")]).then((found) => { [texts, tokens] = found; });
   await read();
-  texts = await reading;
+  await reading;
+  for (const [number, row] of documents.entries()) {
+    haystacks[number] = haystackOf(row, number);
+    if (number % 64 === 0) await new Promise((resolve) => setTimeout(resolve)); // the page stays responsive
+  }
   if (view.q) filter(); // answers count too
 })();
