@@ -11,8 +11,6 @@ from typing import Any
 
 from sdar_lm_eval.report.denoising import DenoisingLine, denoising_file, write_denoising
 
-WORDS = "the sum of all apples is then so we get have each day twelve left box and from this follows".split()
-
 
 def write_run(
     folder: Path,

@@ -19,8 +19,8 @@ document:
     answers     how many answers there are
 
 A text is a string or, where the answer's tokens are known, [string or length, [index into `tokens`, …]]. A length says
-that the text is so many UTF-16 code units of the tokens' texts. An answer of `details` is [scores, extracted, record]; a
-record is null or
+that the text is so many UTF-16 code units of the tokens' texts. An answer of `details` is [scores, extracted, record].
+A record is null or
 
     {"steps": differences of the answer's denoising steps, "confidences": of 10,000, "finish", "forwards", "seconds",
      "blocks": index of each block's first token}

@@ -16,6 +16,7 @@ from sdar_lm_eval.report.page.embedding import embedded, policy, printable
 from sdar_lm_eval.report.runs import Run
 
 FOLDER = Path(__file__).parent
+SCRIPTS = ("documents.js", "denoising.js", "page.js")
 
 CHUNK = 16
 """Documents whose details are inflated together: prompts of a task begin alike, so they deflate together."""
@@ -53,7 +54,8 @@ def page_of(runs: Sequence[Run], tasks: Sequence[str] = (), title: str | None = 
     parts = {name: embedded(value) for name, value in documents.parts.items()}
     parts["runs"] = embedded([{"key": view["key"], "name": view["name"]} for view in views])
     parts |= {f"details-{number}": embedded(chunk) for number, chunk in enumerate(chunks)}
-    script, style = ((FOLDER / name).read_text("utf-8") for name in ("page.js", "page.css"))
+    script = "".join((FOLDER / name).read_text("utf-8") for name in SCRIPTS)
+    style = (FOLDER / "page.css").read_text("utf-8")
     sections = [("runs", "Runs"), ("scores", "Scores"), *[("comparison", "Comparison")] * bool(comparisons)]
     scores = overview.score_rows(having, chosen, documents)
     environment = jinja2.Environment(
