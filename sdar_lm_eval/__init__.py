@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sdar_lm_eval.engines.types import Engine, GenerationRequest, GenerationResult
     from sdar_lm_eval.errors import EngineError, SDARError, UserError
     from sdar_lm_eval.lm.model import SDARLM
+    from sdar_lm_eval.report.frames import compare, read_run
 
 _HOME_OF = {
     "Checkpoint": "sdar_lm_eval.checkpoint",
@@ -31,7 +32,9 @@ _HOME_OF = {
     "SDARError": "sdar_lm_eval.errors",
     "SDARLM": "sdar_lm_eval.lm.model",
     "UserError": "sdar_lm_eval.errors",
+    "compare": "sdar_lm_eval.report.frames",
     "make_engine": "sdar_lm_eval.engines.registry",
+    "read_run": "sdar_lm_eval.report.frames",
 }
 
 __all__ = [  # noqa: RUF022  (types first, then what makes them)
@@ -45,7 +48,9 @@ __all__ = [  # noqa: RUF022  (types first, then what makes them)
     "SDARLM",
     "UserError",
     "__version__",
+    "compare",
     "make_engine",
+    "read_run",
 ]
 
 

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from sdar_lm_eval.errors import SDARError
 
 COMMANDS = {
+    "compare": "differences between runs, with paired intervals and tests",
+    "show": "a run's documents, and how an answer was written",
     "report": "runs as one HTML page: scores, comparison, each answer with its denoising",
     "table": "a run's scores beside the published ones",
     "gsm8k-json": "a run of GSM8K as the benchmark's JSON file",

@@ -1,23 +1,34 @@
-"""Prints a run's scores beside those that SDAR's authors published, and which differences are larger than chance."""
+"""Prints a run's scores beside published ones, and which differences are larger than chance."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
-from sdar_lm_eval.report.table import MODELS, report_of
+from sdar_lm_eval.report.published import PUBLISHED, SIZES, published
+from sdar_lm_eval.report.table import LEGEND, read_tables, render
 
-EXAMPLE = "sdar_lm_eval table runs --published 8B"
+EXAMPLE = "sdar_lm_eval table runs --published 8B --published dLLM-RL:SDAR-8B-Chat-static"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.add_argument("paths", nargs="+", metavar="RUN", type=Path, help="what lm_eval's --output_path named")
     parser.add_argument(
-        "--published", metavar="MODEL", help=f"published model to compare with: {', '.join(MODELS)}; default: by name"
+        "--published",
+        metavar="MODEL",
+        action="append",
+        default=[],
+        help="a published row to compare with; may be repeated; default: the row of the run's model, by its name. "
+        f"Rows: {', '.join([*SIZES, *PUBLISHED])}",
     )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> str:
     """Return the tables."""
-    return report_of(arguments.paths, arguments.published)
+    tables = read_tables(arguments.paths, [published(name) for name in arguments.published])
+    if arguments.json:
+        return json.dumps([table.as_dict() for table in tables], indent=2, ensure_ascii=False)
+    return "\n\n".join([*map(render, tables), LEGEND])

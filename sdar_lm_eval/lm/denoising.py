@@ -8,7 +8,7 @@ A Written has 8 bytes for a token, since an evaluation keeps the notes of all it
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
@@ -123,15 +123,28 @@ class WrittenAnswers:
         """Note an answer."""
         self.of_tasks.setdefault(task, {})[document, repeat] = written
 
-    def lines(self, task: str, texts: Callable[[Sequence[int]], list[str]]) -> Iterator[DenoisingLine]:
-        """Yield the lines of a task's denoising file, by document and repeat.
+    @classmethod
+    def of_ranks(cls, ranks: Sequence[WrittenAnswers]) -> WrittenAnswers:
+        """Unite the notes of processes that ran side by side."""
+        united = cls()
+        for of_rank in ranks:
+            for task, answers in of_rank.of_tasks.items():
+                united.of_tasks.setdefault(task, {}).update(answers)
+        return united
+
+    def lines(self, task: str, texts: Callable[[Sequence[int]], list[str]]) -> list[DenoisingLine]:
+        """Return the lines of a task's denoising file, by document and repeat.
 
         Args:
             task: the task's name.
             texts: returns the text of each token.
         """
-        for (document, repeat), written in sorted(self.of_tasks.get(task, {}).items()):
-            yield written.as_line(document, repeat, texts(written.token_ids.tolist()))
+        answers = sorted(self.of_tasks.get(task, {}).items())
+        return [note.as_line(*name, texts(note.token_ids.tolist())) for name, note in answers]
+
+
+LinesOf = Callable[[str], list[DenoisingLine]]
+"""Returns the lines of a task's denoising file; none for a task without notes."""
 
 
 class Tracker(Protocol):
@@ -143,12 +156,12 @@ class Tracker(Protocol):
         """Write a task's samples file."""
 
 
-def keep_beside_samples(tracker: Tracker, lines_of: Callable[[str], Sequence[DenoisingLine]]) -> None:
+def keep_beside_samples(tracker: Tracker, lines_of: LinesOf) -> None:
     """Have a tracker write each task's denoising file when it writes the task's samples file.
 
     Args:
         tracker: lm_eval's.
-        lines_of: returns a task's lines; none for a task without records.
+        lines_of: returns a task's lines.
     """
     save = type(tracker).save_results_samples
 

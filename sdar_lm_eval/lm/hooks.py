@@ -23,9 +23,8 @@ from lm_eval.api.model import LM, CachingLM
 from lm_eval.api.task import Task
 
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.lm.denoising import Tracker, keep_beside_samples, leave_samples_alone
+from sdar_lm_eval.lm.denoising import LinesOf, Tracker, keep_beside_samples, leave_samples_alone
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
-from sdar_lm_eval.report.denoising import DenoisingLine
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +57,8 @@ class Watched(Protocol):
             template: the name of the chat template that the user chose; None: the default one.
         """
 
-    def written(self, task: str) -> Sequence[DenoisingLine]:
-        """How the answers of a task were written in the last evaluation; empty where nothing was recorded."""
+    def written(self) -> LinesOf:
+        """Return a function: task -> how the last evaluation's answers were written; nothing where not recorded."""
 
     def task_begins(self, task: TaskRequests, requests: Sequence[Instance]) -> None:
         """lm_eval has built a task's requests."""
@@ -105,7 +104,7 @@ def watch(evaluator: ModuleType) -> None:
                     stack.enter_context(_methods_replaced(task, name, model))
                 results = evaluate(**call.arguments)
             if (tracker := _tracker.get()) is not None:
-                keep_beside_samples(tracker, model.written)
+                keep_beside_samples(tracker, model.written())
             return results
         finally:
             model.evaluation_ends()

@@ -21,6 +21,7 @@ from sdar_lm_eval.arguments import JetEngineArguments, LMDeployArguments, Native
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.registry import ENGINES, make_engine
 from sdar_lm_eval.lm.answers import AnswerFolder
+from sdar_lm_eval.lm.denoising import LinesOf, WrittenAnswers
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests
 from sdar_lm_eval.lm.facts import described, facts_of_model, fingerprint_of
 from sdar_lm_eval.lm.hooks import watch
@@ -31,7 +32,6 @@ from sdar_lm_eval.lm.ranks import Ranks
 from sdar_lm_eval.lm.rounds import Rounds
 from sdar_lm_eval.lm.store import CacheFile, Store, bypass, check_cache_file
 from sdar_lm_eval.report.counts import Counts
-from sdar_lm_eval.report.denoising import DenoisingLine
 from sdar_lm_eval.report.trace import Trace
 from sdar_lm_eval.settings import ModelSettings
 
@@ -190,10 +190,10 @@ class SDARLM(TemplateLM):
         self.evaluation.end()
         self._prompts.choose(None)
 
-    def written(self, task: str) -> list[DenoisingLine]:
-        """Return how the answers of a task were written in the last evaluation, on all ranks."""
-        ranks = self._evaluation_of_ranks
-        return [line for of_rank in ranks for line in of_rank.written.lines(task, self._prompts.pieces)]
+    def written(self) -> LinesOf:
+        """Return a function: task -> how the last evaluation's answers were written, on all ranks."""
+        notes = WrittenAnswers.of_ranks([evaluation.written for evaluation in self._evaluation_of_ranks])
+        return lambda task: notes.lines(task, self._prompts.pieces)
 
     # Text and tokens
 

@@ -81,8 +81,8 @@ class _Cost:
 def convert(path: Path, task: str | None = None, filter_name: str | None = None) -> Benchmark:
     """Return the benchmark's JSON of the newest run in a folder.
 
-    An answer's `generation_time` and `tokens_per_second` are known where the run's `trace=` or `answers=` named a place
-    in the folder.
+    An answer's `generation_time` and `tokens_per_second` are known where the run has denoising records, or the run's
+    `trace=` or `answers=` named a place in the folder.
 
     Args:
         path: what `--output_path` named, or a results file.
@@ -114,7 +114,7 @@ def convert(path: Path, task: str | None = None, filter_name: str | None = None)
         hint = did_you_mean(filter_name, filters)
         raise UserError(f"--filter {filter_name} is unknown to {task}; choose {', '.join(filters)}.{hint}")
     chosen = sorted((s for s in samples if s.filter == filter_name), key=lambda sample: sample.document)
-    costs = _costs(path if path.is_dir() else path.parent, task)
+    costs = _costs(results, path if path.is_dir() else path.parent, task)
     scores = {name: _metrics(results, task, name, samples) for name in filters}
     return {
         "config": _config(results, task),
@@ -134,7 +134,7 @@ def is_gsm8k(samples: Sequence[Sample]) -> bool:
 
 def _result(sample: Sample, cost: _Cost | None) -> Result:
     # The folder may hold the costs of another run's answer to the same question.
-    known = cost if cost is not None and cost.text == sample.response else None
+    known = cost if cost is not None and cost.text in (None, sample.response) else None
     return {
         "idx": sample.document,
         "question": str(sample.doc["question"]),
@@ -209,10 +209,16 @@ def _performance(results: Results, task: str, questions: int) -> Performance:
     }
 
 
-def _costs(folder: Path, task: str) -> Mapping[int, _Cost]:
-    """What each document's first answer took, from traces and stored answers in the folder; the newest line counts."""
-    costs = {}
-    for file in sorted(folder.rglob("*.jsonl*")):
+def _costs(results: Results, folder: Path, task: str) -> Mapping[int, _Cost]:
+    """What each document's first answer took, from the run's records.
+
+    Where the run has none: from traces and stored answers in the folder; the newest line counts.
+    """
+    records = [each for each in results.denoising(task) if each.repeat == 0]
+    costs = {each.document: _Cost(None, each.seconds, len(each.token_ids)) for each in records}
+    if costs:
+        return costs
+    for file in sorted(folder.rglob("*.jsonl")):
         if file.name.startswith("samples_"):
             continue
         for line in read_lines(file, whole=False):

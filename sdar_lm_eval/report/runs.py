@@ -65,6 +65,11 @@ class Run:
         """The tasks, without groups of tasks."""
         return list(self.of_tasks)
 
+    @property
+    def results(self) -> list[Results]:
+        """The results files, each once."""
+        return list({id(each): each for of_task in self.of_tasks.values() for each in of_task}.values())
+
     def results_of(self, task: str) -> Results:
         """The first results of a task."""
         return self.of_tasks[task][0]

@@ -1,32 +1,20 @@
-"""A run's scores beside those that SDAR's authors published, and which differences are larger than chance."""
+"""A run's scores beside published ones, and which differences are larger than chance."""
 
 from __future__ import annotations
 
 import logging
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.report.results import Results, results_in
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.published import GSM8K, HUMANEVAL, IFEVAL, MATH500, MBPP, MMLU, Published, published_as
+from sdar_lm_eval.report.results import Results
+from sdar_lm_eval.report.runs import Run, read_runs
 from sdar_lm_eval.report.text_table import aligned, with_error
 
 logger = logging.getLogger(__name__)
-
-MODELS = ("1.7B", "4B", "8B", "30B-A3B")
-"""The published models, by what stands between "SDAR-" and "-Chat" in their names."""
-
-PROTOCOL = {
-    "block_length": 4,
-    "denoising_steps": 4,
-    "remasking_strategy": "low_confidence_static",
-    "temperature": 0.0,
-    "repetition_penalty": 1.0,
-    "max_gen_toks": 4096,
-}
-"""Decoding settings of the published runs (JetAstra/SDAR at c2041a8, evaluation/opencompass/configs)."""
 
 STANDARD_ERRORS = 1.96
 """A difference of more standard errors than this is called larger than chance. Chance alone exceeds it 1 time in 20."""
@@ -34,7 +22,7 @@ STANDARD_ERRORS = 1.96
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the published table (arXiv 2510.06303, table 1).
+    """A column of SDAR's table (arXiv 2510.06303, table 1).
 
     Attributes:
         title: as the table has it.
@@ -42,7 +30,6 @@ class Column:
         metric: the task's metric and filter, as results files spell them.
         questions: how many the benchmark has.
         shots: how many solved questions stand before each question.
-        published: the score of each of `MODELS`, in per cent.
     """
 
     title: str
@@ -50,16 +37,15 @@ class Column:
     metric: str
     questions: int
     shots: int
-    published: tuple[float, float, float, float]
 
 
 COLUMNS = (
-    Column("MMLU (5-shot)", "mmlu_sdar", "exact_match,first-option", 14042, 5, (62.9, 74.9, 78.6, 82.8)),
-    Column("GSM8K", "gsm8k_sdar_paper", "exact_match,opencompass", 1319, 0, (80.1, 89.9, 91.3, 91.4)),
-    Column("MATH500", "math500_sdar", "math_verify,none", 500, 0, (63.2, 72.8, 78.6, 77.8)),
-    Column("HumanEval", "humaneval_sdar", "pass@1,code-block", 164, 0, (61.6, 72.0, 78.7, 87.2)),
-    Column("MBPP (sanitized)", "mbpp_sdar", "pass@1,code-block", 257, 0, (61.1, 65.4, 72.0, 71.6)),
-    Column("IFEval (prompt strict)", "ifeval_sdar", "prompt_level_strict_acc,none", 541, 0, (43.4, 56.6, 61.4, 60.6)),
+    Column("MMLU (5-shot)", MMLU, "exact_match,first-option", 14042, 5),
+    Column("GSM8K", GSM8K, "exact_match,opencompass", 1319, 0),
+    Column("MATH500", MATH500, "math_verify,none", 500, 0),
+    Column("HumanEval", HUMANEVAL, "pass@1,code-block", 164, 0),
+    Column("MBPP (sanitized)", MBPP, "pass@1,code-block", 257, 0),
+    Column("IFEval (prompt strict)", IFEVAL, "prompt_level_strict_acc,none", 541, 0),
 )
 
 
@@ -73,6 +59,7 @@ class Score:
         questions: how many were answered.
         shots: how many solved questions stood before each question; None where the file does not say.
         settings: the run's decoding settings; empty for a model of another package.
+        seeds: how many results of other seeds `value` is the mean of.
     """
 
     value: float
@@ -80,6 +67,7 @@ class Score:
     questions: int
     shots: int | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,78 +90,98 @@ class Difference:
         return "LARGER than chance" if abs(self.points) > STANDARD_ERRORS * self.stderr else "within chance"
 
 
-def report_of(paths: Iterable[Path], published: str | None = None) -> str:
-    """Return the tables of the runs in results files or folders.
+@dataclass(frozen=True)
+class Table:
+    """A run beside published rows.
+
+    Attributes:
+        run: the run.
+        scores: task -> score, of the columns that the run has.
+        rows: published rows to compare with; the first is the run's own model where its name is a published one's.
+        left_out: what the run has and the table does not show, a sentence each.
+    """
+
+    run: Run
+    scores: Mapping[str, Score]
+    rows: Sequence[Published]
+    left_out: Sequence[str]
+
+    @property
+    def model(self) -> str:
+        """The checkpoint, as the user named it; "?" where the run does not say."""
+        return str(self.run.settings(self.run.tasks[0]).get("pretrained") or "?")
+
+    @property
+    def title(self) -> str:
+        """The model and the run."""
+        return f"{self.model}, {self.run.label}"
+
+    def as_dict(self) -> dict[str, object]:
+        """The table as plain values; scores in per cent."""
+        return {
+            "run": self.run.label,
+            "model": self.model,
+            "columns": [self._column(column) for column in COLUMNS],
+            "left_out": list(self.left_out),
+        }
+
+    def _column(self, column: Column) -> dict[str, object]:
+        score = self.scores.get(column.task)
+        compared = []
+        for row in self.rows:
+            value = row.scores.get(column.task)
+            found = None if value is None or score is None else difference(score, column, value)
+            compared.append(
+                {
+                    "name": row.name,
+                    "source": row.source,
+                    "score": value,
+                    "difference": None if found is None else found.points,
+                    "stderr": None if found is None else found.stderr,
+                    "verdict": None if found is None else found.verdict,
+                }
+            )
+        return {
+            "title": column.title,
+            "task": column.task,
+            "questions": None if score is None else score.questions,
+            "score": None if score is None else 100 * score.value,
+            "stderr": None if score is None or score.stderr is None else 100 * score.stderr,
+            "published": compared,
+        }
+
+
+def read_tables(paths: Iterable[Path], rows: Sequence[Published] = ()) -> list[Table]:
+    """Return a table of each run in some paths.
 
     Args:
-        paths: as `read_runs`.
-        published: one of `MODELS` to compare with; None: by each run's name.
+        paths: as `report.runs.read_runs`.
+        rows: published rows to compare with; none: the row of the run's model, where its name is a published one's.
 
     Raises:
-        UserError: as `read_runs`, or `published` is unknown.
+        UserError: as `read_runs`, or no run has results of the table's tasks, or a score is no share.
     """
-    if published not in (None, *MODELS):
-        hint = did_you_mean(str(published), MODELS)
-        raise UserError(f"--published {published!r} is unknown; choose {', '.join(MODELS)}.{hint}")
     runs = read_runs(paths)
-    tables = [render(model, scores, published or published_as(model)) for model, scores in runs.items()]
-    return "\n\n".join([*tables, _LEGEND])
-
-
-_LEGEND = (
-    f"± is one standard error. A difference is called larger than chance if it exceeds {STANDARD_ERRORS} standard\n"
-    "errors of two runs on different questions. Both runs here answered the same questions, so chance plays a smaller\n"
-    "part: a difference marked LARGER is hardly chance, and one within chance may be real."
-)
-
-
-def read_runs(paths: Iterable[Path]) -> dict[str, dict[str, Score]]:
-    """Return model -> task -> score in the newest run of the task.
-
-    Args:
-        paths: results files of lm_eval, or folders that hold some.
-
-    Raises:
-        UserError: a path does not exist, there are no results of the table's tasks, or a file is not as lm_eval writes
-            it.
-    """
-    found = sorted((run for path in paths for run in results_in(path)), key=lambda run: run.date)
-    runs: dict[str, dict[str, Score]] = {}
-    for results in found:
-        for column in COLUMNS:
-            score = _score(results, column)
-            if score is not None:
-                runs.setdefault(results.model or "?", {})[column.task] = score
-            elif column.task in results.scores.content:
-                logger.warning(
-                    "%s has no %s of %s, which the table shows: evaluate it again.",
-                    results.file,
-                    column.metric,
-                    column.task,
-                )
-    if not runs:
-        tasks = sorted({task for results in found for task in results.scores.content})
+    tables = [_table(run, rows) for run in runs]
+    if not any(table.scores for table in tables):
+        tasks = sorted({task for run in runs for task in run.tasks})
+        ours = [column.task for column in COLUMNS]
+        if without := [task for task in tasks if task in ours]:
+            metrics = ", ".join(f"{column.metric} of {column.task}" for column in COLUMNS if column.task in without)
+            raise UserError(f"The table shows {metrics}, which these runs lack. Evaluate again.")
         raise UserError(
             f"No results of the table's tasks, only of {', '.join(tasks[:8])}. Run --tasks sdar_bench, or some of "
-            f"{', '.join(column.task for column in COLUMNS)}."
+            f"{', '.join(ours)}."
         )
-    return runs
+    return tables
 
 
-def published_as(model: str) -> str | None:
-    """Return which of `MODELS` a checkpoint's name or folder says it is, or None."""
-    sizes = "|".join(re.escape(size) for size in MODELS)
-    match = re.search(rf"SDAR-({sizes})-Chat(?![\w-])", model, re.IGNORECASE)
-    return match[1].upper() if match else None
-
-
-def difference(score: Score, column: Column, model: str) -> Difference:
-    """Return how far a score is from that of a published model, one of `MODELS`.
+def difference(score: Score, column: Column, published: float) -> Difference:
+    """Return how far a score is from a published one, which is in per cent.
 
     A few answers may all be right, or all wrong, by chance, and their standard error is then 0. So the score's standard
     error counts as at least that of the published score on as many questions.
     """
-    published = column.published[MODELS.index(model)]
     stderr = None
     if score.stderr is not None:
         of_few, of_all = (_stderr(published / 100, number) or 0.0 for number in (score.questions, column.questions))
@@ -181,35 +189,92 @@ def difference(score: Score, column: Column, model: str) -> Difference:
     return Difference(100 * score.value - published, stderr)
 
 
-def render(model: str, scores: Mapping[str, Score], published: str | None) -> str:
-    """Return the table of one model as text."""
+def render(table: Table) -> str:
+    """Return a table as text."""
     head = ["column", "task", "questions", "this run, %"]
-    rows, notes = [], []
+    for row in table.rows:
+        head += [f"{row.name}, %", "difference", ""]
+    lines = []
+    notes = [f"left out: {sentence}" for sentence in table.left_out]
     for column in COLUMNS:
-        score = scores.get(column.task)
-        row = [column.title, column.task, "", "not run"]
+        score = table.scores.get(column.task)
+        cells = [column.title, column.task, "", "not run"]
         if score is not None:
-            row[2:] = [f"{score.questions:,}", with_error(score.value, score.stderr, 100)]
-            notes += _notes(column, score)
-        if published is not None:
-            row.append(f"{column.published[MODELS.index(published)]:.1f}")
-            if score is not None:
+            cells[2:] = [f"{score.questions:,}", with_error(score.value, score.stderr, 100)]
+            if score.seeds > 1:
+                notes.append(f"{column.task}: mean of {score.seeds} seeds; the error is that of one")
+            notes += [note for row in table.rows for note in _notes(column, score, row)]
+        for row in table.rows:
+            published = row.scores.get(column.task)
+            if published is None:
+                cells += ["", "", ""]
+            elif score is None:
+                cells += [f"{published:.1f}", "", ""]
+            else:
                 found = difference(score, column, published)
-                row += [with_error(found.points, found.stderr, sign="+"), found.verdict]
-        rows.append(row)
-    if published is None:
-        title = f"{model}: the name is that of no published model (--published {'|'.join(MODELS)} compares with one)"
+                cells += [f"{published:.1f}", with_error(found.points, found.stderr, sign="+"), found.verdict]
+        lines.append(cells)
+    if table.rows:
+        title = f"{table.title} beside " + "; ".join(f"{row.name} ({row.source})" for row in table.rows)
     else:
-        title = f"{model} beside SDAR-{published}-Chat as published (arXiv 2510.06303, table 1)"
-        head += ["published, %", "difference", ""]
-    return "\n".join([title, "", *aligned([head, *rows], left={0, 1, 6}), *([""] if notes else []), *notes])
+        title = f"{table.title}: the name is that of no published model (--published compares with one)"
+    left = {0, 1, *range(6, len(head), 3)}
+    return "\n".join([title, "", *aligned([head, *lines], left=left), *([""] if notes else []), *notes])
+
+
+LEGEND = (
+    f"± is one standard error. A difference is called larger than chance if it exceeds {STANDARD_ERRORS} standard\n"
+    "errors of two runs on different questions. Both runs here answered the same questions, so chance plays a smaller\n"
+    "part: a difference marked LARGER is hardly chance, and one within chance may be real. SDAR's table has a further\n"
+    "column, MathBench."
+)
+
+
+def _table(run: Run, rows: Sequence[Published]) -> Table:
+    scores: dict[str, Score] = {}
+    used: set[str] = set()
+    for column in COLUMNS:
+        # A file may hold this task's newest results, and another task's results that newer ones replace.
+        newest = [
+            each for each in run.results if all(each in run.of_tasks.get(task, []) for task in _tasks_of(each, column))
+        ]
+        found = [(results, _score(results, column)) for results in newest]
+        known = [(results, score) for results, score in found if score is not None]
+        if not known:
+            if column.task in run.tasks:
+                file = run.results_of(column.task).file
+                logger.warning(
+                    "%s has no %s of %s, which the table shows: evaluate it again.", file, column.metric, column.task
+                )
+            continue
+        each = [score for _, score in known]
+        scores[column.task] = Score(
+            value=sum(score.value for score in each) / len(each),
+            stderr=each[0].stderr,
+            questions=each[0].questions,
+            shots=each[0].shots,
+            settings=each[0].settings,
+            seeds=len(each),
+        )
+        used |= {column.task, *_tasks_of(known[0][0], column)}
+    if others := [task for task in run.tasks if task not in used]:
+        shown = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
+        left_out = [f"{shown}, which the table has no column for"]
+    else:
+        left_out = []
+    own = published_as(str(run.settings(run.tasks[0]).get("pretrained")))
+    return Table(run, scores, rows or ([own] if own is not None else []), left_out)
+
+
+def _tasks_of(results: Results, column: Column) -> list[str]:
+    """The tasks that a column's score is the mean of: a group's, or the column's own."""
+    subtasks = results.content.part_or_empty("group_subtasks").content.get(column.task)
+    return list(map(str, subtasks)) if isinstance(subtasks, list) and subtasks else [column.task]
 
 
 def _score(results: Results, column: Column) -> Score | None:
     """The column's score in a results file, None where the file has none. A group's score is the mean of its tasks'."""
-    groups = results.content.part_or_empty("group_subtasks").content
-    subtasks = groups.get(column.task)
-    tasks = list(map(str, subtasks)) if isinstance(subtasks, list) and subtasks else [column.task]
+    tasks = _tasks_of(results, column)
     values, questions = [], []
     for task in tasks:
         metrics = results.scores.part_or_empty(task)
@@ -220,8 +285,8 @@ def _score(results: Results, column: Column) -> Score | None:
             raise metrics.malformed(column.metric, "a share from 0 to 1")
         numbers = results.content.part("n-samples").part(task)
         answered = numbers.whole("effective")
-        if answered is None:
-            raise numbers.malformed("effective", "a whole number")
+        if answered is None or answered < 1:
+            raise numbers.malformed("effective", "a whole number above 0")
         values.append(value)
         questions.append(answered)
     errors = [_stderr(value, number) for value, number in zip(values, questions, strict=True)]
@@ -240,15 +305,19 @@ def _stderr(value: float, questions: int) -> float | None:
     return math.sqrt(value * (1 - value) / (questions - 1)) if questions > 1 else None
 
 
-def _notes(column: Column, score: Score) -> list[str]:
-    """What else than chance may explain a difference."""
+def _notes(column: Column, score: Score, row: Published) -> list[str]:
+    """What else than chance may explain a difference from a published row."""
+    if column.task not in row.scores:
+        return []
     found = [
         f"{name}={score.settings[name]} (published: {value})"
-        for name, value in PROTOCOL.items()
+        for name, value in row.decoding.items()
         if name in score.settings and score.settings[name] != value
     ]
-    if score.shots not in (None, column.shots):
+    if row.same_prompts and score.shots not in (None, column.shots):
         found.insert(0, f"num_fewshot={score.shots} (published: {column.shots})")
     if score.questions < column.questions:
         found.insert(0, f"{score.questions:,} of {column.questions:,} questions")
-    return [f"{column.task}: {'; '.join(found)}"] if found else []
+    if not row.same_prompts:
+        found.append("the source's prompts and scorer are others")
+    return [f"{column.task} beside {row.name}: {'; '.join(found)}"] if found else []

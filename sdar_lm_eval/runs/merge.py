@@ -19,14 +19,13 @@ from lm_eval.utils import setup_logging
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.answers import Session, busy_seconds, read_sessions, united
-from sdar_lm_eval.lm.denoising import Written
+from sdar_lm_eval.lm.denoising import LinesOf, Written
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, facts_of_evaluation
 from sdar_lm_eval.lm.hooks import watch
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record, differences
 from sdar_lm_eval.report.counts import Counts
-from sdar_lm_eval.report.denoising import DenoisingLine
 from sdar_lm_eval.report.gsm8k_json import convert, is_gsm8k
 from sdar_lm_eval.report.results import results_in
 from sdar_lm_eval.runs.programs import RunPrograms, run_by, run_here
@@ -108,9 +107,9 @@ class RecordedLM(LM):
         self._evaluation.add(task, requests)
         self._evaluation.template_hash = self._prompts.template_hash
 
-    def written(self, task: str) -> list[DenoisingLine]:
-        """Return how the answers of a task were written, as far as their records say."""
-        return list(self._evaluation.written.lines(task, self._prompts.pieces))
+    def written(self) -> LinesOf:
+        """Return a function: task -> how its answers were written, as far as their records say."""
+        return lambda task: self._evaluation.written.lines(task, self._prompts.pieces)
 
     def evaluation_ends(self) -> None:
         """Do nothing: `get_model_info` still needs what was noted."""

@@ -640,10 +640,11 @@ def test_each_finished_request_is_a_line_of_the_trace(make_lm: MakeLM, tmp_path:
     assert all(r.record_steps for r in lm.engine.requests)
 
 
-def test_nothing_is_recorded_without_a_trace(make_lm: MakeLM) -> None:
-    lm = make_lm()
-    lm.generate_until([request("q")])
-    assert not lm.engine.requests[0].record_steps
+def test_steps_are_recorded_unless_told_not_to(make_lm: MakeLM) -> None:
+    for recorded in (True, False):
+        lm = make_lm(record_steps=recorded)
+        lm.generate_until([request("q")])
+        assert lm.engine.requests[0].record_steps == recorded
 
 
 def test_the_bar_can_be_switched_off(make_lm: MakeLM, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,9 @@ def scenarios(folder: Path) -> dict[str, Any]:
         computed = counts.requests + counts.scored_requests
         info = results and results["config"]["sdar_lm_eval"]
         found[name] = {"computed": computed, "results": results and _essence(results), "run": info and info["run"]}
+        found[name]["written"] = info and [
+            [line["document"], line["repeat"], line["token_ids"], line["steps"]] for line in lm.written()(task)
+        ]
         found[name]["sent"] = info and [of["tokens_sha256"] for of in info["prompts"].values()]
 
     cache = str(folder / "cache")
@@ -177,6 +180,7 @@ def check_ranks(of_ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     for name in names:
         assert of_ranks[0][name]["results"] == alone[name]["results"], name
         assert of_ranks[0][name]["sent"] == alone[name]["sent"], name
+        assert of_ranks[0][name]["written"] == alone[name]["written"], name
         run = of_ranks[0][name]["run"]
         assert run["requests"] + run.get("likelihoods", {"requests": 0})["requests"] == sum(computed(name)), name
         assert all(of_rank[name]["results"] is None for of_rank in of_ranks[1:])
@@ -188,6 +192,8 @@ def check_ranks(of_ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     assert computed("cached") == share(4)
     assert computed("cached on rank 1") == [*share(4)[:1], *[0] * (len(of_ranks) - 1)]
     assert sum(computed("all cached") + computed("repeated, all cached")) == 0
+    assert [document for document, *_ in alone["chosen"]["written"]] == [2, 5, 9]
+    assert len(alone["repeated, all cached"]["written"]) == 9
     answers = of_ranks[0]["repeated"]["results"]["samples"]["demo_repeated"]
     assert any(len(set(responses)) == 3 for _, _, responses, _ in answers)
     assert computed("choices") == share(3, 3)

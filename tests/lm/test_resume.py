@@ -19,6 +19,7 @@ from support import QUICK_START, environment, fork_of
 
 import sdar_lm_eval.tasks
 from sdar_lm_eval.lm.model import SDARLM
+from sdar_lm_eval.report.results import results_in
 
 TASKS = str(Path(sdar_lm_eval.tasks.__file__).parent)
 # Short answers, one at a time: slow enough to be killed in the middle.
@@ -86,9 +87,8 @@ def test_a_killed_run_computes_only_what_was_missing(folder: Path, monkeypatch: 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
-    undisturbed = lm_eval.simple_evaluate(
-        SDARLM(**(MODEL | {"max_active": 24})), tasks=["greedy", "sampled"], task_manager=manager, limit=DOCUMENTS
-    )
+    lm = SDARLM(**(MODEL | {"max_active": 24}))
+    undisturbed = lm_eval.simple_evaluate(lm, tasks=["greedy", "sampled"], task_manager=manager, limit=DOCUMENTS)
     torch.set_num_threads(threads)
     assert undisturbed is not None
     assert _scores(resumed) == json.loads(json.dumps(_scores(dict(undisturbed))))
@@ -97,5 +97,12 @@ def test_a_killed_run_computes_only_what_was_missing(folder: Path, monkeypatch: 
         samples = [json.loads(line) for line in path.read_text().splitlines()]
         expected = {(s["doc_id"], s["filter"]): s["resps"] for s in undisturbed["samples"][task]}
         assert {(s["doc_id"], s["filter"]): s["resps"] for s in samples} == expected
+        kept = results_in(results)[0].denoising(task)
+        expected_lines = lm.written()(task)
+        assert [(k.document, k.repeat, k.token_ids, k.steps) for k in kept] == [
+            (line["document"], line["repeat"], tuple(line["token_ids"]), tuple(line["steps"] or ()))
+            for line in expected_lines
+        ]
+        assert len(kept) == DOCUMENTS * (2 if task == "sampled" else 1)
     drawn = [s["resps"][0] for s in undisturbed["samples"]["sampled"]]
     assert any(first != second for first, second in drawn)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from sdar_lm_eval.commands import main
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.report.table import COLUMNS, MODELS, Score, difference, published_as, read_runs
+from sdar_lm_eval.report.published import PUBLISHED, SIZES, published_as
+from sdar_lm_eval.report.table import COLUMNS, Score, difference, read_tables
 
 GSM8K, HUMANEVAL = COLUMNS[1], COLUMNS[3]
 PAPER_SETTINGS = {
@@ -49,10 +51,18 @@ def _write(folder: Path, *results: dict[str, Any]) -> Path:
     return folder
 
 
+def scores_of(folder: Path) -> dict[str, Score]:
+    (table,) = read_tables([folder])
+    return dict(table.scores)
+
+
 def test_the_published_table() -> None:
     # JetAstra/SDAR's report, as its README and arXiv 2510.06303 have it; two of its rows in full.
-    assert [column.published[MODELS.index("1.7B")] for column in COLUMNS] == [62.9, 80.1, 63.2, 61.6, 61.1, 43.4]
-    assert [column.published[MODELS.index("30B-A3B")] for column in COLUMNS] == [82.8, 91.4, 77.8, 87.2, 71.6, 60.6]
+    rows = {size: PUBLISHED[name].scores for size, name in SIZES.items()}
+    assert [rows["1.7B"][column.task] for column in COLUMNS] == [62.9, 80.1, 63.2, 61.6, 61.1, 43.4]
+    assert [rows["30B-A3B"][column.task] for column in COLUMNS] == [82.8, 91.4, 77.8, 87.2, 71.6, 60.6]
+    tasks = {column.task for column in COLUMNS}
+    assert all(tasks >= row.scores.keys() and row.source for row in PUBLISHED.values())
     assert sum(column.questions for column in COLUMNS) == 14042 + 1319 + 500 + 164 + 257 + 541
 
 
@@ -69,33 +79,33 @@ def test_the_published_table() -> None:
     ],
 )
 def test_which_model_a_name_says(name: str, model: str | None) -> None:
-    assert published_as(name) == model
+    assert published_as(name) == (None if model is None else PUBLISHED[SIZES[model]])
 
 
 def test_a_difference() -> None:
-    found = difference(Score(0.879, 0.009, 1319), GSM8K, "4B")
+    found = difference(Score(0.879, 0.009, 1319), GSM8K, 89.9)
     assert found.points == pytest.approx(-2.0)
     # of 89.9 % in 1,319 questions: sqrt(.899 * .101 / 1318) = 0.83 points
     assert found.stderr == pytest.approx(math.hypot(0.9, 0.8300), abs=1e-3)
     assert found.verdict == "within chance"
-    assert difference(Score(0.874, 0.009, 1319), GSM8K, "4B").verdict == "LARGER than chance"
-    assert difference(Score(0.924, 0.009, 1319), GSM8K, "4B").verdict == "LARGER than chance"
-    assert difference(Score(1.0, None, 1), GSM8K, "4B").verdict == "unknown"
+    assert difference(Score(0.874, 0.009, 1319), GSM8K, 89.9).verdict == "LARGER than chance"
+    assert difference(Score(0.924, 0.009, 1319), GSM8K, 89.9).verdict == "LARGER than chance"
+    assert difference(Score(1.0, None, 1), GSM8K, 89.9).verdict == "unknown"
 
 
 def test_a_few_answers_that_are_all_right_prove_nothing() -> None:
     # Of 72 % in 2 questions, both are right every other time: sqrt(.72 * .28 / 1) = 44.9 points.
-    found = difference(Score(1.0, 0.0, 2), HUMANEVAL, "4B")
+    found = difference(Score(1.0, 0.0, 2), HUMANEVAL, 72.0)
     assert found.stderr == pytest.approx(math.hypot(44.9, 3.52), abs=0.01)
     assert found.verdict == "within chance"
-    assert difference(Score(0.0, 0.0, 20), HUMANEVAL, "4B").verdict == "LARGER than chance"
+    assert difference(Score(0.0, 0.0, 20), HUMANEVAL, 72.0).verdict == "LARGER than chance"
 
 
 def test_standard_errors_are_the_harness_s(tmp_path: Path) -> None:
     from lm_eval.api.metrics import mean_stderr
 
     folder = _write(tmp_path, _results({"gsm8k_sdar_paper": 0.75}, {"gsm8k_sdar_paper": 8}))
-    score = read_runs([folder])["JetLM/SDAR-4B-Chat"]["gsm8k_sdar_paper"]
+    score = scores_of(folder)["gsm8k_sdar_paper"]
     assert (score.value, score.questions) == (0.75, 8)
     assert score.stderr == pytest.approx(mean_stderr([1] * 6 + [0] * 2))
 
@@ -106,24 +116,68 @@ def test_a_group_is_the_mean_of_its_subjects(tmp_path: Path) -> None:
         {"mmlu_sdar_anatomy": 5, "mmlu_sdar_virology": 101},
     )
     results["group_subtasks"]["mmlu_sdar"] = ["mmlu_sdar_anatomy", "mmlu_sdar_virology"]
-    score = read_runs([_write(tmp_path, results)])["JetLM/SDAR-4B-Chat"]["mmlu_sdar"]
+    score = scores_of(_write(tmp_path, results))["mmlu_sdar"]
     assert (score.value, score.questions) == (pytest.approx(0.65), 106)
     assert score.stderr == pytest.approx(math.hypot(0.25, 0.04) / 2)
 
 
-def test_runs_are_put_together(tmp_path: Path) -> None:
-    """The newest of each task counts, whatever order the files come in; another model is another table."""
+def test_runs_are_put_together(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of results of one model and the same settings the newest count; other models and settings are other tables."""
     first = _results({"gsm8k_sdar_paper": 0.1, "humaneval_sdar": 0.2}, {"gsm8k_sdar_paper": 10, "humaneval_sdar": 5})
     newer = _results({"gsm8k_sdar_paper": 0.05}, {"gsm8k_sdar_paper": 20}, date=2.0)
     ours = {"model": "sdar", "model_args": "dtype=float16", "sdar_lm_eval": {"pretrained": "JetLM/SDAR-8B-Chat"}}
     other = _results({"gsm8k_sdar_paper": 0.3}, {"gsm8k_sdar_paper": 30}, config=ours)
     as_text = {"model": "hf", "model_args": "pretrained=JetLM/SDAR-4B-Chat,dtype=float16"}
     oldest = _results({"gsm8k_sdar_paper": 0.4}, {"gsm8k_sdar_paper": 40}, config=as_text, date=0.5)
-    runs = read_runs([_write(tmp_path, newer, first, other, oldest)])
-    assert {model: {task: s.value for task, s in scores.items()} for model, scores in runs.items()} == {
-        "JetLM/SDAR-4B-Chat": {"gsm8k_sdar_paper": 0.05, "humaneval_sdar": 0.2},
-        "JetLM/SDAR-8B-Chat": {"gsm8k_sdar_paper": 0.3},
-    }
+    tables = read_tables([_write(tmp_path, newer, first, other, oldest)])
+    assert [(table.model, {task: s.value for task, s in table.scores.items()}) for table in tables] == [
+        ("JetLM/SDAR-4B-Chat", {"gsm8k_sdar_paper": 0.4}),
+        ("JetLM/SDAR-4B-Chat", {"gsm8k_sdar_paper": 0.05, "humaneval_sdar": 0.2}),
+        ("JetLM/SDAR-8B-Chat", {"gsm8k_sdar_paper": 0.3}),
+    ]
+    assert len({table.title for table in tables}) == 3
+    (told,) = caplog.messages
+    assert re.fullmatch(r"gsm8k_sdar_paper: \S+model1/\S+ is left out; results_\S+ is newer\.", told)
+
+
+def test_seeds_are_a_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = []
+    for seed, score in ((1, 0.5), (2, 0.7)):
+        config = {"model": "sdar", "sdar_lm_eval": {"pretrained": "JetLM/SDAR-4B-Chat", "seed": seed}}
+        runs.append(_results({"gsm8k_sdar_paper": score}, {"gsm8k_sdar_paper": 10}, config=config))
+    folder = _write(tmp_path, *runs)
+    assert scores_of(folder)["gsm8k_sdar_paper"].value == pytest.approx(0.6)
+    assert main(["table", str(folder)]) == 0
+    assert "gsm8k_sdar_paper: mean of 2 seeds; the error is that of one" in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = _results({"gsm8k_sdar_paper": 0.5, "hellaswag": 0.4}, {"gsm8k_sdar_paper": 10, "hellaswag": 9})
+    assert main(["table", str(_write(tmp_path, results))]) == 0
+    assert "left out: hellaswag, which the table has no column for" in capsys.readouterr().out
+
+
+def test_rows_of_other_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = _results({"gsm8k_sdar_paper": 0.85}, {"gsm8k_sdar_paper": 1319})
+    results["config"]["sdar_lm_eval"] = {"decoding_of_tasks": {"gsm8k_sdar_paper": PAPER_SETTINGS}}
+    words = [
+        "table",
+        str(_write(tmp_path, results)),
+        "--published",
+        "8B",
+        "--published",
+        "dLLM-RL:SDAR-8B-Chat-dynamic",
+    ]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "91.3" in out and "90.4" in out
+    (note,) = [line for line in out.splitlines() if line.startswith("gsm8k_sdar_paper beside dLLM-RL")]
+    assert "temperature=0.0 (published: 1.0)" in note and "the source's prompts and scorer are others" in note
+    assert main([*words, "--json"]) == 0
+    (table,) = json.loads(capsys.readouterr().out)
+    gsm8k = next(column for column in table["columns"] if column["task"] == "gsm8k_sdar_paper")
+    assert (gsm8k["score"], [row["score"] for row in gsm8k["published"]]) == (85.0, [91.3, 90.4])
+    assert gsm8k["published"][0]["difference"] == pytest.approx(-6.3)
 
 
 def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,18 +198,19 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         {"gsm8k_sdar_paper": 1319, "humaneval_sdar": 20, "ifeval_sdar": 541},
         config=config,
     ) | {"n-shot": {"gsm8k_sdar_paper": 0, "humaneval_sdar": 3}}
-    assert main(["table", str(_write(tmp_path, results))]) == 0
+    folder = _write(tmp_path, results)
+    assert main(["table", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "JetLM/SDAR-4B-Chat beside SDAR-4B-Chat as published (arXiv 2510.06303, table 1)"
+    assert lines[0] == f"JetLM/SDAR-4B-Chat, {folder} beside SDAR-4B-Chat (arXiv 2510.06303, table 1)"
     rows = {line.split("  ")[0]: re_spaced(line) for line in lines[2:9]}
-    assert rows["column"] == "column task questions this run, % published, % difference"
+    assert rows["column"] == "column task questions this run, % SDAR-4B-Chat, % difference"
     assert rows["GSM8K"] == "GSM8K gsm8k_sdar_paper 1,319 85.0 ± 1.0 89.9 -4.9 ± 1.3 LARGER than chance"
     assert rows["HumanEval"] == "HumanEval humaneval_sdar 20 70.0 ± 10.5 72.0 -2.0 ± 11.1 within chance"
     assert rows["MATH500"] == "MATH500 math500_sdar not run 72.8"
     assert lines[10:12] == [
-        "gsm8k_sdar_paper: block_length=8 (published: 4); repetition_penalty=1.2 (published: 1.0); "
+        "gsm8k_sdar_paper beside SDAR-4B-Chat: block_length=8 (published: 4); repetition_penalty=1.2 (published: 1.0); "
         "max_gen_toks=512 (published: 4096)",
-        "humaneval_sdar: 20 of 164 questions; num_fewshot=3 (published: 0)",
+        "humaneval_sdar beside SDAR-4B-Chat: 20 of 164 questions; num_fewshot=3 (published: 0)",
     ]
     assert lines[12] == "" and lines[13].startswith("± is one standard error.")
 
@@ -166,8 +221,7 @@ def test_a_run_without_the_column_s_metric_is_named(tmp_path: Path, caplog: pyte
     caplog.set_level("WARNING")
     older = _results({"gsm8k_sdar_paper": 0.5, "humaneval_sdar": 0.7}, {"gsm8k_sdar_paper": 9, "humaneval_sdar": 9})
     older["results"]["gsm8k_sdar_paper"] = {"exact_match,strict-match": 0.5}
-    (scores,) = read_runs([_write(tmp_path, older)]).values()
-    assert list(scores) == ["humaneval_sdar"]
+    assert list(scores_of(_write(tmp_path, older))) == ["humaneval_sdar"]
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "has no exact_match,opencompass of gsm8k_sdar_paper, which the table shows" in record.getMessage()
@@ -184,7 +238,7 @@ def test_a_model_that_is_not_published(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["table", folder]) == 0
     out = capsys.readouterr().out
     assert out.startswith(
-        "/models/mine: the name is that of no published model (--published 1.7B|4B|8B|30B-A3B compares with one)"
+        f"/models/mine, {folder}: the name is that of no published model (--published compares with one)"
     )
     assert "85.0 ± 1.0" in out and "89.9" not in out
     assert main(["table", folder, "--published", "8B"]) == 0
@@ -203,30 +257,31 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds no results file of lm_eval" in error_of(str(tmp_path))
     folder = _write(tmp_path / "runs", _results({"gsm8k": 0.5}, {"gsm8k": 10}))
     assert "No results of the table's tasks, only of gsm8k. Run --tasks sdar_bench, or some of" in error_of(str(folder))
-    assert "'4' is unknown; choose 1.7B, 4B, 8B, 30B-A3B. Did you mean '4B'?" in error_of("x", "--published", "4")
+    assert "'4' is unknown; choose 1.7B, 4B, 8B, 30B-A3B, SDAR-1.7B-Chat," in error_of("x", "--published", "4")
     (tmp_path / "broken.json").write_text("{")
     assert "broken.json cannot be read" in error_of(str(tmp_path / "broken.json"))
     with pytest.raises(UserError):
-        read_runs([])
+        read_tables([])
 
 
 def test_a_stray_file_blocks_no_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What cannot be read is named and passed over, unless the user named it; what is no file is never opened."""
     folder = _write(tmp_path, _results({"gsm8k_sdar_paper": 0.5}, {"gsm8k_sdar_paper": 10}))
-    expected = read_runs([folder])
+    expected = scores_of(folder)
     for name, content in (("a", b"{"), ("b", b"\xff"), ("c", b"[" * 100_000), ("d", b'{"a": ' + b"9" * 5000 + b"}")):
         (folder / f"{name}.json").write_bytes(content)
     (folder / "e.json").write_text(json.dumps(_results({"gsm8k_sdar_paper": 0.1}, {}, date="yesterday")))
     (folder / "f.json").mkdir()
     os.mkfifo(folder / "g.json")
-    assert read_runs([folder]) == expected
+    caplog.clear()
+    assert scores_of(folder) == expected
     assert [message.split(" cannot be read (")[0] for message in caplog.messages] == [
         str(folder / f"{name}.json") for name in "abcd"
     ]
     assert all(message.endswith("and is passed over.") for message in caplog.messages)
     for name in "abcd":
         with pytest.raises(UserError, match=f"{name}.json cannot be read"):
-            read_runs([folder / f"{name}.json"])
+            read_tables([folder / f"{name}.json"])
 
 
 @pytest.mark.parametrize(
@@ -240,7 +295,7 @@ def test_a_stray_file_blocks_no_folder(tmp_path: Path, caplog: pytest.LogCapture
 def test_a_results_file_that_is_not_the_harness_s(part: str, content: Any, tmp_path: Path) -> None:
     results = _results({"gsm8k_sdar_paper": 0.5}, {"gsm8k_sdar_paper": 10}) | {part: content}
     with pytest.raises(UserError, match=r"model0.results_\S+\.json is not as lm_eval writes it .*Evaluate again"):
-        read_runs([_write(tmp_path, results)])
+        read_tables([_write(tmp_path, results)])
 
 
 def test_what_the_harness_writes_is_read(tmp_path: Path) -> None:
@@ -270,7 +325,7 @@ def test_what_the_harness_writes_is_read(tmp_path: Path) -> None:
         log_samples=False,
     )
     tracker.save_results_aggregated(results=results, samples=None)
-    ((model, scores),) = read_runs([tmp_path / "out"]).items()
-    score = scores["gsm8k_sdar_paper"]
-    assert (model, list(scores), score.value, score.questions) == ("demo", ["gsm8k_sdar_paper"], 0.0, 2)
+    (table,) = read_tables([tmp_path / "out"])
+    scores, score = table.scores, table.scores["gsm8k_sdar_paper"]
+    assert (table.model, list(scores), score.value, score.questions) == ("demo", ["gsm8k_sdar_paper"], 0.0, 2)
     assert (score.settings["max_gen_toks"], score.settings["denoising_steps"]) == (4, 4)

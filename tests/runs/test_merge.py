@@ -13,7 +13,9 @@ from sdar_lm_eval.lm.answers import AnswerFolder, Session, read_sessions
 from sdar_lm_eval.lm.evaluation import Evaluation
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
+from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.gsm8k_json import convert
+from sdar_lm_eval.report.results import results_in
 from sdar_lm_eval.runs.merge import RecordedLM, publish
 from sdar_lm_eval.runs.settings import Run, runs_from_flags
 from sdar_lm_eval.runs.shards import ANSWERS, answer_shard
@@ -37,6 +39,10 @@ def _run(**flags: Any) -> Run:
 
 def _texts(path: Path) -> list[str]:
     return [result["generated_text"] for result in json.loads(path.read_text())["results"]]
+
+
+def _how(record: Denoising) -> tuple[int, int, tuple[int, ...], tuple[int, ...] | None]:
+    return record.document, record.repeat, record.token_ids, record.steps
 
 
 def test_shards_become_one_result(tmp_path: Path) -> None:
@@ -66,6 +72,10 @@ def test_shards_become_one_result(tmp_path: Path) -> None:
     whole = publish(run, alone)
     assert _texts(whole) == _texts(report)
     assert json.loads(whole.read_text())["metrics"] == content["metrics"]
+    kept = [results_in(path.parent)[0].denoising("gsm8k_sdar_demo") for path in (whole, report)]
+    records = [[_how(each) for each in of_run] for of_run in kept]
+    assert records[0] == records[1] and [document for document, *_ in records[0]] == list(range(7))
+    assert all(steps and max(steps) > 0 for *_, steps in records[0])
     more = _run(num_samples=8)
     answer_shard(more, alone, 1, 1)
     assert sorted(len(session.answers) for session in read_sessions(alone / ANSWERS)) == [1, 7]

@@ -1,0 +1,116 @@
+"""Published scores of the columns of SDAR's table: whose they are, where they stand, how they were decoded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sdar_lm_eval.errors import UserError, did_you_mean
+
+MMLU, GSM8K, MATH500 = "mmlu_sdar", "gsm8k_sdar_paper", "math500_sdar"
+HUMANEVAL, MBPP, IFEVAL = "humaneval_sdar", "mbpp_sdar", "ifeval_sdar"
+
+SDAR = "arXiv 2510.06303, table 1"
+DLLM_RL = "Gen-Verse/dLLM-RL's README"
+DARE = "DARE's README, by OpenCompass"
+
+_OPENCOMPASS = {
+    "block_length": 4,
+    "denoising_steps": 4,
+    "remasking_strategy": "low_confidence_static",
+    "temperature": 0.0,
+    "repetition_penalty": 1.0,
+    "max_gen_toks": 4096,
+}
+"""Decoding of SDAR's runs (JetAstra/SDAR at c2041a8, evaluation/opencompass/configs)."""
+
+_SAMPLED = {"block_length": 4, "denoising_steps": 4, "temperature": 1.0}
+"""Decoding of dLLM-RL's runs (configs/ there), beside the strategy and the length of answers."""
+_THINKING = _SAMPLED | {"remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.9}
+_DYNAMIC = _THINKING | {"max_gen_toks": 2000}
+_STATIC = _SAMPLED | {"remasking_strategy": "low_confidence_static", "max_gen_toks": 2000}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of a published table.
+
+    Attributes:
+        name: what `--published` takes.
+        source: where the row stands.
+        scores: task of this package -> score, in per cent; tasks that the row lacks are missing.
+        decoding: the row's decoding settings; empty for a model that is no block-diffusion model.
+        same_prompts: whether this package's tasks have the row's prompts and scorers.
+    """
+
+    name: str
+    source: str
+    scores: Mapping[str, float]
+    decoding: Mapping[str, object] = field(default_factory=dict)
+    same_prompts: bool = True
+
+
+def _of_sdar(name: str, *scores: float | None) -> Published:
+    """A row of SDAR's table: MMLU, GSM8K, MATH500, HumanEval, MBPP, IFEval."""
+    tasks = (MMLU, GSM8K, MATH500, HUMANEVAL, MBPP, IFEVAL)
+    known = {task: score for task, score in zip(tasks, scores, strict=True) if score is not None}
+    return Published(name, SDAR, known, _OPENCOMPASS if name.startswith("SDAR") else {})
+
+
+def _of_dllm_rl(name: str, math500: float, gsm8k: float, decoding: Mapping[str, object]) -> Published:
+    return Published(f"dLLM-RL:{name}", DLLM_RL, {MATH500: math500, GSM8K: gsm8k}, decoding, same_prompts=False)
+
+
+PUBLISHED = {
+    row.name: row
+    for row in (
+        _of_sdar("SDAR-1.7B-Chat", 62.9, 80.1, 63.2, 61.6, 61.1, 43.4),
+        _of_sdar("SDAR-4B-Chat", 74.9, 89.9, 72.8, 72.0, 65.4, 56.6),
+        _of_sdar("SDAR-8B-Chat", 78.6, 91.3, 78.6, 78.7, 72.0, 61.4),
+        _of_sdar("SDAR-30B-A3B-Chat", 82.8, 91.4, 77.8, 87.2, 71.6, 60.6),
+        _of_sdar("Qwen3-1.7B-AR-SFT", 63.8, 81.1, 62.0, 65.9, 61.9, 43.3),
+        _of_sdar("Qwen3-30B-AR-SFT", 82.2, 92.7, 76.8, 84.8, 75.1, 57.7),
+        _of_sdar("LLaDA-8B", 65.9, 78.6, None, 47.6, 34.2, 59.9),
+        _of_sdar("Dream-7B", 69.5, 81.0, None, 55.5, 58.8, 62.5),
+        _of_dllm_rl("SDAR-4B-Chat-static", 70.2, 90.2, _STATIC),
+        _of_dllm_rl("SDAR-4B-Chat-dynamic", 67.4, 88.9, _DYNAMIC),
+        _of_dllm_rl("SDAR-8B-Chat-static", 74.3, 91.1, _STATIC),
+        _of_dllm_rl("SDAR-8B-Chat-dynamic", 70.7, 90.4, _DYNAMIC),
+        _of_dllm_rl("TraDo-4B-Instruct-static", 75.6, 91.2, _STATIC),
+        _of_dllm_rl("TraDo-4B-Instruct-dynamic", 71.8, 90.3, _DYNAMIC),
+        _of_dllm_rl("TraDo-8B-Instruct-static", 78.5, 92.3, _STATIC),
+        _of_dllm_rl("TraDo-8B-Instruct-dynamic", 75.5, 91.2, _DYNAMIC),
+        _of_dllm_rl("TraDo-8B-Thinking", 87.4, 94.2, _THINKING),
+        Published(
+            "DARE:SDAR-8B-Chat",
+            DARE,
+            {MMLU: 77.2, GSM8K: 91.4, MATH500: 78.4, HUMANEVAL: 79.9, MBPP: 71.6},
+            {},
+        ),
+    )
+}
+"""Name -> row."""
+
+SIZES = {"1.7B": "SDAR-1.7B-Chat", "4B": "SDAR-4B-Chat", "8B": "SDAR-8B-Chat", "30B-A3B": "SDAR-30B-A3B-Chat"}
+"""Short names of SDAR's own rows."""
+
+
+def published(name: str) -> Published:
+    """Return the row of a name, or of a size.
+
+    Raises:
+        UserError: no row has this name.
+    """
+    found = PUBLISHED.get(SIZES.get(name, name))
+    if found is None:
+        names = [*SIZES, *PUBLISHED]
+        raise UserError(f"--published {name!r} is unknown; choose {', '.join(names)}.{did_you_mean(name, names)}")
+    return found
+
+
+def published_as(model: str) -> Published | None:
+    """Return SDAR's own row of a checkpoint, by the checkpoint's name or folder; None where the name is of none."""
+    sizes = "|".join(map(re.escape, SIZES))
+    match = re.search(rf"SDAR-({sizes})-Chat(?![\w-])", model, re.IGNORECASE)
+    return PUBLISHED[SIZES[match[1].upper()]] if match else None
