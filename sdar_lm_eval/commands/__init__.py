@@ -23,13 +23,14 @@ COMMANDS = {
     "compare": "differences between runs, with paired intervals and tests",
     "show": "a run's documents, and how an answer was written",
     "report": "runs as one HTML page: scores, comparison, each answer with its denoising",
+    "sweep": "a grid of decoding settings on this machine: accuracy against speed",
     "table": "a run's scores beside the published ones",
     "gsm8k-json": "a run of GSM8K as the benchmark's JSON file",
 }
 """Command -> what it is for. The module of a command has its name, with _ for -."""
 
 LM_EVAL_COMMANDS = {
-    "report": "runs as one HTML page: scores, comparison, each answer with its denoising",
+    "sweep": "a grid of decoding settings on this machine: accuracy against speed",
     "run": "evaluate a model",
     "ls": "list tasks",
     "validate": "check tasks",
