@@ -30,7 +30,6 @@ COMMANDS = {
 """Command -> what it is for. The module of a command has its name, with _ for -."""
 
 LM_EVAL_COMMANDS = {
-    "sweep": "a grid of decoding settings on this machine: accuracy against speed",
     "run": "evaluate a model",
     "ls": "list tasks",
     "validate": "check tasks",
