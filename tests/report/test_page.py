@@ -17,7 +17,7 @@ from sdar_lm_eval.commands import main
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.compare import changed_documents, compare_runs
 from sdar_lm_eval.report.denoising import read_denoising
-from sdar_lm_eval.report.page.documents import collect
+from sdar_lm_eval.report.page.data import collect
 from sdar_lm_eval.report.page.embedding import embedded, extract, printable
 from sdar_lm_eval.report.page.overview import key_of, settings_rows
 from sdar_lm_eval.report.page.rendering import page_of
@@ -154,6 +154,38 @@ def test_log_likelihoods_are_shown_by_choice(tmp_path: Path) -> None:
     assert documents.rows[0].gold == "1: yes" and not documents.tasks[0]["extracts"]
     (text,) = documents.texts[0][0]
     assert [each.split() for each in str(text).split("\n")] == [["-2.500", "A"], ["▸", "-0.250", "B"]]
+
+
+def test_a_chat_models_messages_are_its_prompt(tmp_path: Path) -> None:
+    """lm_eval's API models send a named tuple of one JSON text, which its samples file has as a list."""
+    folder = write_run(tmp_path, [["it is 7"]], model="local-chat-completions")
+    samples = next(folder.glob("samples*"))
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    for line in lines:
+        line["arguments"]["gen_args_0"]["arg_0"] = ['[{"role": "user"}]']
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert collect(read_runs([folder]), ["gsm8k_sdar"]).details[0][0] == '[{"role": "user"}]'
+
+
+def test_the_chart_stands_in_the_page_without_styles(tmp_path: Path) -> None:
+    """The policy forbids style attributes."""
+    text = page_of(_two(tmp_path))
+    chart = re.search(r"<svg role=.*?</svg>", text, re.DOTALL)
+    assert chart is not None and "tokens per forward" in chart[0] and 'font-size="' in chart[0]
+    assert not re.search(r"\bstyle=", text.partition("<body>")[2].partition("<script")[0])
+    assert "1.50" in _Parsed(text).text and "900" in _Parsed(text).text
+    one = page_of(read_runs([tmp_path / "a"]))
+    assert 'id="charts"' not in one
+
+
+def test_groups_come_before_their_tasks(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, [["it is 7"], ["it is 8"]], task="part")
+    results = json.loads((folder / "results_1.json").read_text())
+    results["results"]["whole"] = {"acc,none": 0.25, "acc_stderr,none": 0.01}
+    results["group_subtasks"] = {"whole": ["part"]}
+    (folder / "results_1.json").write_text(json.dumps(results))
+    text = _Parsed(page_of(read_runs([folder]))).text
+    assert text.index("25.0 ± 1.0") < text.index("50.0")
 
 
 def test_hostile_texts_make_no_element(tmp_path: Path) -> None:

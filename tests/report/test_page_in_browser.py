@@ -274,7 +274,10 @@ def test_play_and_pause(page: Any) -> None:
     page.get_by_role("button", name="Pause").click()
     at = page.locator("#told").inner_text()
     page.wait_for_timeout(400)
-    assert page.locator("#told").inner_text() == at != "step 9 of 9" and page.get_by_role("button", name="Play").is_visible()
+    assert (
+        page.locator("#told").inner_text() == at != "step 9 of 9"
+        and page.get_by_role("button", name="Play").is_visible()
+    )
     page.keyboard.press("p")
     api.expect(page.locator("#told")).to_have_text("step 9 of 9")
     page.get_by_role("button", name="Play").wait_for()

@@ -1,12 +1,12 @@
 "use strict";
-// The data, which documents.py describes, and the table of documents.
+// The data, which data.py describes, and the table of documents.
 
 const $ = (id) => document.getElementById(id);
 const CHUNK = Number($("data-details-0")?.dataset.chunk ?? 1);
 const FLAGS = { right: "Right", wrong: "Wrong", changed: "Changed", invalid: "Invalid", cut: "Cut" };
 const MEANINGS = {
   right: "The score is 1",
-  wrong: "The score is 0",
+  wrong: "The score is below 1",
   changed: "The score is not the first run's",
   invalid: "The filter extracted nothing",
   cut: "The answer ended at the limit of new tokens",
@@ -79,7 +79,7 @@ function changed(row, run) {
 function has(flag, row, run) {
   if (!row[4][run]) return false;
   if (flag === "right") return scoreOf(row, run) === 1;
-  if (flag === "wrong") return scoreOf(row, run) === 0;
+  if (flag === "wrong") return scoreOf(row, run) !== null && scoreOf(row, run) >= 0 && scoreOf(row, run) < 1;
   if (flag === "invalid") return tasks[row[0]].extracts && extractedOf(row, run) === null;
   return row[4][run][2] > 0; // cut
 }
@@ -166,7 +166,7 @@ function rowOf(number, position) {
   const cells = outcomes.map((outcome, run) => outcome === null ? cell("run") : cell("run",
     element("span", { className: "narrow-key", "aria-hidden": "true" }, runs[run].key),
     mark(scoreOf(row, run)),
-    element("span", { className: "extracted" }, (tasks[task].extracts && extractedOf(row, run)) || ""),
+    element("span", { className: "extracted" }, extractedOf(row, run) ?? ""),
     has("invalid", row, run) ? tag("invalid", MEANINGS.invalid) : null,
     has("cut", row, run) ? tag("cut", MEANINGS.cut) : null));
   const classes = `row${number === current ? " current" : ""}${differs ? " changed" : ""}`;

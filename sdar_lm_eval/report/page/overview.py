@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
@@ -12,8 +13,11 @@ import numpy as np
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compare_runs
-from sdar_lm_eval.report.page.documents import Documents
+from sdar_lm_eval.report.curve import AXES, chart_svg
+from sdar_lm_eval.report.documents import main_metric
+from sdar_lm_eval.report.page.data import Documents
 from sdar_lm_eval.report.pairing import MetricKey
+from sdar_lm_eval.report.points import Point, points_of
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Run, metrics_of
 from sdar_lm_eval.report.statistics import mean_stderr
@@ -21,10 +25,6 @@ from sdar_lm_eval.report.text_table import with_error
 
 NONE = "–"
 """Stands where a run has no value."""
-
-COSTS = {"tokens_per_forward": "Tokens per forward", "tokens_per_second": "Tokens/s"}
-"""Figures of a run's results file -> the head of their column."""
-
 
 SHARES = ("acc", "acc_norm", "exact_match")
 """Metrics that are shares, where a run has no samples that say so."""
@@ -135,20 +135,44 @@ def shown_value(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def costs_of(run: Run) -> dict[str, str]:
-    """Return head of a column -> the figure of a run, over all its results files; for a model that says them."""
-    files = {results.file: results for each in run.of_tasks.values() for results in each}
-    known = [results.ours.part_or_empty("run") for results in files.values()]
-    found = {}
-    for name, head in COSTS.items():
-        figures = [(fields.number("new_tokens"), fields.number(name)) for fields in known]
-        cost = sum(tokens / each for tokens, each in figures if tokens and each)
-        if cost:
-            tokens_in_all = sum(tokens for tokens, each in figures if tokens and each)
-            found[head] = (
-                f"{tokens_in_all / cost:,.2f}" if name == "tokens_per_forward" else f"{tokens_in_all / cost:,.0f}"
-            )
+def speeds_of(runs: Sequence[Run], task: str) -> list[Point | None]:
+    """Return the point of each run in a task, by the task's main metric; None where the run has none."""
+    main = next(main_metric(run, task) for run in runs if task in run.of_tasks)
+    found: list[Point | None] = []
+    for run in runs:
+        has = task in run.of_tasks and main in [(metric.name, metric.filter) for metric in run.metrics(task)]
+        found.append(points_of([run], task, ",".join(main))[0] if main and has else None)
     return found
+
+
+def speed_rows(task: str, points: Sequence[Point | None]) -> list[ScoreRow]:
+    """Return how fast the runs are in a task, as far as they say."""
+    rows = []
+    for (name, speed), form in zip(AXES.items(), (",.2f", ",.0f"), strict=True):
+        values = [point and speed(point) for point in points]
+        cells = tuple(NONE if value is None else f"{value:{form}}" for value in values)
+        rows += [ScoreRow(task, name, "", cells, "")] if any(values) else []
+    return rows
+
+
+def charts_of(points: Sequence[tuple[str, Sequence[Point | None]]]) -> list[tuple[str, str]]:
+    """Return task -> SVG of accuracy against speed, of tasks in which at least two runs tell how fast they are."""
+    found = []
+    for task, of_runs in points:
+        known = [point for point in of_runs if point and (point.tokens_per_forward or point.tokens_per_second)]
+        if len(known) > 1:
+            found.append((task, without_styles(chart_svg(known))))
+    return found
+
+
+def without_styles(svg: str) -> str:
+    """Return an SVG element with attributes in the place of its styles, which the page's policy forbids."""
+
+    def attributes(style: re.Match[str]) -> str:
+        pairs = (part.partition(":") for part in style[1].split(";") if part.strip())
+        return " ".join(f'{name.strip()}="{value.strip()}"' for name, _, value in pairs)
+
+    return re.sub(r'\bstyle="([^"]*)"', attributes, svg)
 
 
 def shares(documents: Documents, task: str) -> set[MetricKey]:
@@ -161,8 +185,10 @@ def shares(documents: Documents, task: str) -> set[MetricKey]:
     return found
 
 
-def score_rows(runs: Sequence[Run], tasks: Sequence[str], documents: Documents) -> list[ScoreRow]:
-    """Return the scores: groups of tasks first, then the tasks."""
+def score_rows(
+    runs: Sequence[Run], points: Sequence[tuple[str, Sequence[Point | None]]], documents: Documents
+) -> list[ScoreRow]:
+    """Return scores and speeds: groups of tasks first, then the tasks."""
     files = [[results for task in run.tasks for results in run.of_tasks[task]] for run in runs]
     groups = dict.fromkeys(
         name for of_run in files for results in of_run for name in results.scores.content if _is_group(results, name)
@@ -171,9 +197,10 @@ def score_rows(runs: Sequence[Run], tasks: Sequence[str], documents: Documents) 
     for group in groups:
         having = [[results for results in of_run if group in results.scores.content][:1] for of_run in files]
         rows += _rows_of(group, having, set(), {})
-    for task in tasks:
+    for task, of_task in points:
         of_runs = [run.of_tasks.get(task, []) for run in runs]
         rows += _rows_of(task, of_runs, shares(documents, task), documents.scores(task))
+        rows += speed_rows(task, of_task)
     return rows
 
 
@@ -232,7 +259,9 @@ def pairs_of(runs: Sequence[Run], tasks: Sequence[str], documents: Documents) ->
             continue
         comparison = next(whole)
         settings = tuple((name, shown_value(a), shown_value(b)) for name, (a, b) in comparison.settings.items())
-        found.append(Pair(0, number, settings, comparison.warnings, _difference_rows(comparison, number, documents)))
+        # `compare_runs` calls the other run B.
+        warnings = tuple(re.sub(r"\b([Rr]un) B\b", rf"\1 {key_of(number)}", text) for text in comparison.warnings)
+        found.append(Pair(0, number, settings, warnings, _difference_rows(comparison, number, documents)))
     return found
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.page import overview
-from sdar_lm_eval.report.page.documents import collect
+from sdar_lm_eval.report.page.data import collect
 from sdar_lm_eval.report.page.embedding import embedded, policy, printable
 from sdar_lm_eval.report.runs import Run
 
@@ -43,12 +43,13 @@ def page_of(runs: Sequence[Run], tasks: Sequence[str] = (), title: str | None = 
     having = [run for run in runs if any(task in run.of_tasks for task in chosen)]
     documents = collect(having, chosen)
     differing, common = overview.settings_rows(having, chosen)
-    costs = [overview.costs_of(run) for run in having]
+    points = [(task, overview.speeds_of(having, task)) for task in chosen]
+    charts = overview.charts_of(points)
     comparisons = overview.pairs_of(having, chosen, documents)
     names = _names(having, differing)
     views = [
-        {"number": number, "key": overview.key_of(number), "name": name, "path": run.path, "costs": cost}
-        for number, (run, name, cost) in enumerate(zip(having, names, costs, strict=True))
+        {"number": number, "key": overview.key_of(number), "name": name, "path": run.path}
+        for number, (run, name) in enumerate(zip(having, names, strict=True))
     ]
     chunks = [documents.details[start : start + CHUNK] for start in range(0, len(documents.details), CHUNK)]
     parts = {name: embedded(value) for name, value in documents.parts.items()}
@@ -57,7 +58,8 @@ def page_of(runs: Sequence[Run], tasks: Sequence[str] = (), title: str | None = 
     script = "".join((FOLDER / name).read_text("utf-8") for name in SCRIPTS)
     style = (FOLDER / "page.css").read_text("utf-8")
     sections = [("runs", "Runs"), ("scores", "Scores"), *[("comparison", "Comparison")] * bool(comparisons)]
-    scores = overview.score_rows(having, chosen, documents)
+    sections += [("charts", "Accuracy and speed")] * bool(charts)
+    scores = overview.score_rows(having, points, documents)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -69,10 +71,9 @@ def page_of(runs: Sequence[Run], tasks: Sequence[str] = (), title: str | None = 
             sections=[*sections, ("documents", "Documents")],
             runs=views,
             settings={"differing": differing, "common": common},
-            costs=list(dict.fromkeys(head for cost in costs for head in cost)),
             scores=scores,
             comparisons=comparisons,
-            charts=[],
+            charts=[(task, Markup(svg)) for task, svg in charts],
             parts=parts,
             chunk=CHUNK,
             script=Markup(script),
