@@ -22,6 +22,7 @@ from sdar_lm_eval.errors import SDARError
 COMMANDS = {
     "compare": "differences between runs, with paired intervals and tests",
     "show": "a run's documents, and how an answer was written",
+    "report": "runs as one HTML page: scores, comparison, each answer with its denoising",
     "sweep": "a grid of decoding settings on this machine: accuracy against speed",
     "table": "a run's scores beside the published ones",
     "generate": "answer a prompt; the denoising is shown as it happens",
@@ -30,7 +31,6 @@ COMMANDS = {
 """Command -> what it is for. The module of a command has its name, with _ for -."""
 
 LM_EVAL_COMMANDS = {
-    "sweep": "a grid of decoding settings on this machine: accuracy against speed",
     "run": "evaluate a model",
     "ls": "list tasks",
     "validate": "check tasks",
