@@ -20,11 +20,8 @@ if TYPE_CHECKING:
     from sdar_lm_eval.engines.types import Engine, GenerationRequest, GenerationResult
     from sdar_lm_eval.errors import EngineError, SDARError, UserError
     from sdar_lm_eval.lm.model import SDARLM
-<<<<<<< HEAD
-    from sdar_lm_eval.report.frames import compare, read_run
-=======
     from sdar_lm_eval.loaded import Answer, LoadedModel, load
->>>>>>> h-engine
+    from sdar_lm_eval.report.frames import compare, read_run
 
 _HOME_OF = {
     "Answer": "sdar_lm_eval.loaded",
@@ -38,11 +35,8 @@ _HOME_OF = {
     "SDARError": "sdar_lm_eval.errors",
     "SDARLM": "sdar_lm_eval.lm.model",
     "UserError": "sdar_lm_eval.errors",
-<<<<<<< HEAD
     "compare": "sdar_lm_eval.report.frames",
-=======
     "load": "sdar_lm_eval.loaded",
->>>>>>> h-engine
     "make_engine": "sdar_lm_eval.engines.registry",
     "read_run": "sdar_lm_eval.report.frames",
 }
@@ -60,11 +54,8 @@ __all__ = [  # noqa: RUF022  (types first, then what makes them)
     "SDARLM",
     "UserError",
     "__version__",
-<<<<<<< HEAD
     "compare",
-=======
     "load",
->>>>>>> h-engine
     "make_engine",
     "read_run",
 ]
