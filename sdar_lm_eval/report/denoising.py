@@ -23,6 +23,7 @@ A version changes when a field changes its meaning or goes; readers pass over fi
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -105,6 +106,10 @@ class Denoising:
             found += [before + step for step in of_block]
             before += max(of_block) + 1
         return tuple(found)
+
+    def as_dict(self) -> dict[str, object]:
+        """The record as plain values."""
+        return dataclasses.asdict(self)
 
 
 def denoising_file(samples: Path) -> Path:

@@ -1,0 +1,213 @@
+"""Shows the documents of a run with right and wrong answers, or one document and how its answer was written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.report.denoising import Denoising
+from sdar_lm_eval.report.documents import Answer, Document, documents_of, main_metric
+from sdar_lm_eval.report.pairing import MetricKey
+from sdar_lm_eval.report.runs import Run, read_runs
+from sdar_lm_eval.report.terminal import legend, written
+
+EXAMPLE = "sdar_lm_eval show demo_results --only wrong"
+
+KINDS = {
+    "right": "score 1",
+    "wrong": "score below 1",
+    "invalid": "the filter found nothing in the answer",
+    "cut": "the answer ended at the limit of new tokens",
+}
+"""What `--only` takes."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument("path", metavar="RUN", type=Path, help="a run with samples (lm_eval's --log_samples)")
+    parser.add_argument("--task", help="which task; default: the run's only one")
+    parser.add_argument("--metric", help="the metric that decides right and wrong; default: the task's first")
+    parser.add_argument("--filter", help="the filter whose extracted answers count; default: the metric's first")
+    parser.add_argument("--only", choices=KINDS, help="; ".join(f"{name}: {what}" for name, what in KINDS.items()))
+    parser.add_argument("--search", metavar="TEXT", help="documents whose question or answer has the text")
+    parser.add_argument("--doc", type=int, metavar="N", help="show document N and its answers")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> str | None:
+    """Print the documents, or one of them."""
+    run = _one_run(arguments.path)
+    task = _task(run, arguments.task)
+    metric = _metric(run, task, arguments.metric, arguments.filter)
+    every = documents_of(run, task)
+    if not every:
+        raise UserError(f"{run.label} has no samples of {task}. Evaluate again with --log_samples.")
+    if arguments.doc is not None:
+        chosen = [_document(every, task, arguments.doc)]
+    else:
+        chosen = [each for each in every if _is_kind(each, metric, arguments.only) and _has(each, arguments.search)]
+    if arguments.json:
+        return json.dumps([_as_dict(each, metric) for each in chosen], indent=2, ensure_ascii=False)
+    console = Console(highlight=False)
+    if arguments.doc is None:
+        console.print(_title(run, task, metric, every, len(chosen)), soft_wrap=True)
+        console.print(_table(chosen, metric))
+    else:
+        _print_document(console, task, metric, chosen[0])
+    return None
+
+
+def _one_run(path: Path) -> Run:
+    runs = read_runs([path])
+    if len(runs) > 1:
+        listed = "".join(f"\n  {each.label}: {each.results[0].file}" for each in runs)
+        raise UserError(f"{str(path)!r} holds {len(runs)} runs. Name the results file or the folder of one:{listed}")
+    return runs[0]
+
+
+def _task(run: Run, name: str | None) -> str:
+    if name is None and len(run.tasks) == 1:
+        return run.tasks[0]
+    if name in run.of_tasks:
+        return str(name)
+    given = f"has {len(run.tasks)} tasks" if name is None else f"has no task {name!r}"
+    hint = did_you_mean(name, run.tasks) if name else ""
+    raise UserError(f"{run.label} {given}; give --task {' or '.join(run.tasks)}.{hint}")
+
+
+def _metric(run: Run, task: str, name: str | None, filter_name: str | None) -> MetricKey:
+    keys = [(metric.name, metric.filter) for metric in run.metrics(task)]
+    fitting = [key for key in keys if name in (None, key[0]) and filter_name in (None, key[1])]
+    if not fitting:
+        wanted = " ".join(f"--{n} {v}" for n, v in (("metric", name), ("filter", filter_name)) if v is not None)
+        listed = ", ".join(f"{metric} of {each}" for metric, each in keys) or "none"
+        raise UserError(f"{task} has no such score: {wanted}. Its scores: {listed}.")
+    chosen = main_metric(run, task)
+    return chosen if chosen in fitting else fitting[0]
+
+
+def _document(documents: Sequence[Document], task: str, index: int) -> Document:
+    found = next((each for each in documents if each.index == index), None)
+    if found is None:
+        first, last = documents[0].index, documents[-1].index
+        raise UserError(
+            f"--doc {index}: the run has no such document of {task}; it has {len(documents)}, {first} to {last}."
+        )
+    return found
+
+
+def _is_kind(document: Document, metric: MetricKey, kind: str | None) -> bool:
+    score = document.score(metric)
+    is_kind: dict[str | None, Callable[[], bool]] = {
+        None: lambda: True,
+        "right": lambda: score == 1,
+        "wrong": lambda: score is not None and score < 1,
+        "invalid": lambda: document.is_invalid(metric[1]),
+        "cut": lambda: document.is_cut,
+    }
+    return is_kind[kind]()
+
+
+def _has(document: Document, text: str | None) -> bool:
+    return text is None or any(
+        text.casefold() in part.casefold() for part in (document.question, *(a.text for a in document.answers))
+    )
+
+
+def _verdict(score: float | None) -> Text:
+    if score is None:
+        return Text("no score", "dim")
+    if score in (0, 1):
+        return Text("✓ right", "green") if score else Text("✗ wrong", "red")
+    return Text(f"{score:.3g}")
+
+
+def _extracted(answer: Answer, filter_name: str) -> str:
+    return answer.extracted.get(filter_name) or "nothing"
+
+
+def _title(run: Run, task: str, metric: MetricKey, documents: Sequence[Document], chosen: int) -> str:
+    scores = [score for each in documents if (score := each.score(metric)) is not None]
+    mean = f", {metric[0]} of {metric[1]} {100 * sum(scores) / len(scores):.1f}%" if scores else ""
+    return f"{run.label}: {task}{mean}; {chosen:,} of {len(documents):,} documents"
+
+
+def _table(documents: Sequence[Document], metric: MetricKey) -> Table:
+    table = Table(box=None, pad_edge=False, expand=True)
+    for name in ("doc", "tokens", "forwards"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("verdict", "extracted", "gold"):
+        table.add_column(name, no_wrap=True, max_width=18)
+    table.add_column("question", no_wrap=True, ratio=1)
+    for each in documents:
+        notes = [answer.denoising for answer in each.answers if answer.denoising is not None]
+        tokens = str(sum(len(note.token_ids) for note in notes)) if notes else ""
+        forwards = str(sum(map(_forwards, notes))) if notes else ""
+        verdict = _verdict(each.score(metric))
+        if each.is_cut:
+            verdict.append(" cut", "yellow")
+        extracted = _extracted(each.answers[0], metric[1]) if each.answers else ""
+        texts = (" ".join(text.split()) for text in (extracted, each.gold, each.question))
+        table.add_row(str(each.index), tokens, forwards, verdict, *map(Text, texts))
+    return table
+
+
+def _forwards(note: Denoising) -> int:
+    return note.forwards.get("denoising", 0) + note.forwards.get("commit", 0)
+
+
+def _print_document(console: Console, task: str, metric: MetricKey, document: Document) -> None:
+    title = Text.assemble((f"{task} {document.index}", "bold"), "  ", _verdict(document.score(metric)))
+    console.print(title)
+    console.print()
+    console.print(Text(document.prompt or document.question), soft_wrap=True)
+    for number, answer in enumerate(document.answers):
+        named = "answer" if len(document.answers) == 1 else f"answer {number + 1} of {len(document.answers)}"
+        note = answer.denoising
+        console.rule(Text(named), align="left")
+        if note is None:
+            console.print(Text(answer.text), soft_wrap=True)
+            console.print("The run has no record of how the answer was written.", style="dim")
+        else:
+            console.print(written(note), soft_wrap=True)
+            console.print()
+            console.print(legend(), Text(_cost(note)), sep="\n")
+            if note.finish_reason == "length":
+                console.print("The answer ended at the limit of new tokens.", style="yellow")
+        console.print()
+        for filter_name in answer.extracted:
+            console.print(Text.assemble((f"{filter_name}: ", "dim"), _extracted(answer, filter_name)))
+        console.print(Text.assemble(("gold: ", "dim"), document.gold))
+
+
+def _cost(note: Denoising) -> str:
+    made, tokens = _forwards(note), len(note.token_ids)
+    rate = f", {tokens / made:.2f} tokens per forward" if made else ""
+    denoising, commit = (note.forwards.get(name, 0) for name in ("denoising", "commit"))
+    return f"{tokens} tokens, {denoising} denoising and {commit} commit forwards{rate}, {note.seconds:.2f} s"
+
+
+def _as_dict(document: Document, metric: MetricKey) -> dict[str, object]:
+    return {
+        "document": document.index,
+        "score": document.score(metric),
+        "question": document.question,
+        "prompt": document.prompt,
+        "gold": document.gold,
+        "answers": [
+            {
+                "text": answer.text,
+                "extracted": dict(answer.extracted),
+                "scores": [{"metric": m, "filter": f, "value": v} for (m, f), v in answer.scores.items()],
+                "denoising": None if answer.denoising is None else answer.denoising.as_dict(),
+            }
+            for answer in document.answers
+        ],
+    }

@@ -1,0 +1,184 @@
+"""The documents of a run's task, with their answers: what was asked, extracted and scored, how it was written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from sdar_lm_eval.report.denoising import Denoising
+from sdar_lm_eval.report.gsm8k_json import PREFERRED_FILTER
+from sdar_lm_eval.report.pairing import MetricKey, numbers_of
+from sdar_lm_eval.report.results import Results, Sample
+from sdar_lm_eval.report.runs import Run
+
+NOTHING_EXTRACTED = ("", "[invalid]")
+"""What filters return for an answer that they find nothing in."""
+
+QUESTIONS = ("question", "problem", "query", "instruction", "prompt", "text", "input", "ctx", "context", "sentence")
+"""Names of documents' fields that hold the question; the first that a document has counts."""
+
+LAST_OF_PROMPT = 400
+"""Characters of the prompt's end that stand for the question where a document names none."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a document.
+
+    Attributes:
+        text: the answer; of log-likelihoods, a line a continuation.
+        scores: metric and filter -> the document's score in the answer's results file; only scores that are numbers.
+        extracted: filter -> what it extracted; None where it found nothing.
+        denoising: how the answer was written; None where that is not known.
+    """
+
+    text: str
+    scores: Mapping[MetricKey, float]
+    extracted: Mapping[str, str | None]
+    denoising: Denoising | None
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document of a task.
+
+    Attributes:
+        index: the document's index in the data set.
+        doc_hash: lm_eval's hash of the document; None in old files.
+        question: what it asks.
+        prompt: what was sent first for it.
+        gold: the gold answer.
+        doc: the document.
+        answers: one, or several where it was answered again.
+    """
+
+    index: int
+    doc_hash: str | None
+    question: str
+    prompt: str
+    gold: str
+    doc: Mapping[str, object]
+    answers: Sequence[Answer]
+
+    def score(self, metric: MetricKey) -> float | None:
+        """The mean of the answers' scores; None where an answer has none."""
+        scores = [answer.scores.get(metric) for answer in self.answers]
+        known = [score for score in scores if score is not None]
+        return fmean(known) if known and len(known) == len(scores) else None
+
+    def is_invalid(self, filter_name: str) -> bool:
+        """Whether a filter found nothing in some answer."""
+        return any(filter_name in a.extracted and a.extracted[filter_name] is None for a in self.answers)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether some answer ended at the limit of new tokens."""
+        return any(a.denoising is not None and a.denoising.finish_reason == "length" for a in self.answers)
+
+
+def documents_of(run: Run, task: str) -> list[Document]:
+    """Return the documents of a task, in the order of its data set.
+
+    Raises:
+        UserError: a file of the run cannot be read, or is not as lm_eval writes it.
+    """
+    first: dict[tuple[int, str | None], Sample] = {}
+    answers: dict[tuple[int, str | None], list[Answer]] = {}
+    names = {metric.name for metric in run.metrics(task)}
+    for results in run.of_tasks[task]:
+        lines: dict[tuple[int, str | None], dict[str, Sample]] = {}
+        for sample in results.each_sample(task):
+            lines.setdefault((sample.document, sample.doc_hash), {})[sample.filter] = sample
+        records = {(record.document, record.repeat): record for record in results.denoising(task)}
+        of_likelihoods = is_likelihood(results, task)
+        for key, of_filters in lines.items():
+            sample = next(iter(of_filters.values()))
+            first.setdefault(key, sample)
+            texts = [_likelihoods(sample)] if of_likelihoods else list(sample.responses)
+            scores = _scores(of_filters, names)
+            found = {n: None if s.extracted in NOTHING_EXTRACTED else s.extracted for n, s in of_filters.items()}
+            answers.setdefault(key, []).extend(
+                Answer(text, scores, found, record)
+                for text, record in zip(texts, _records(key[0], texts, records), strict=True)
+            )
+    return [
+        Document(
+            index=key[0],
+            doc_hash=key[1],
+            question=question_of(sample),
+            prompt=sample.prompt,
+            gold=_gold(sample),
+            doc=sample.doc,
+            answers=answers[key],
+        )
+        for key, sample in sorted(first.items(), key=lambda item: (item[0][0], item[0][1] or ""))
+    ]
+
+
+def main_metric(run: Run, task: str) -> MetricKey | None:
+    """The metric that decides right and wrong where nobody chooses; None where the task has no metric."""
+    keys = [(metric.name, metric.filter) for metric in run.metrics(task)]
+    return next((key for key in keys if key[1] == PREFERRED_FILTER), keys[0] if keys else None)
+
+
+def question_of(sample: Sample) -> str:
+    """Return a document's question: the field that is named so, else the end of the prompt."""
+    named = (sample.doc.get(name) for name in QUESTIONS)
+    return next((text for text in named if isinstance(text, str) and text.strip()), sample.prompt[-LAST_OF_PROMPT:])
+
+
+def is_likelihood(results: Results, task: str) -> bool:
+    """Whether a task asks for log-likelihoods."""
+    kind = results.content.part_or_empty("configs").part_or_empty(task).content.get("output_type")
+    return kind in ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
+
+
+def _records(
+    document: int, texts: Sequence[str], records: Mapping[tuple[int, int], Denoising]
+) -> list[Denoising | None]:
+    """How each answer was written. Repeats of a deterministic answer share the record of the first."""
+    first = records.get((document, 0))
+    return [records.get((document, repeat), first if text == texts[0] else None) for repeat, text in enumerate(texts)]
+
+
+def _scores(of_filters: Mapping[str, Sample], names: Collection[str]) -> dict[MetricKey, float]:
+    found: dict[MetricKey, float] = {}
+    for filter_name, sample in of_filters.items():
+        for name, value in sample.line.content.items():
+            numbers = numbers_of(value) if name in names else None
+            if numbers is not None and all(map(math.isfinite, numbers)):
+                found[name, filter_name] = fmean(numbers)
+    return found
+
+
+def _likelihoods(sample: Sample) -> str:
+    """The log-likelihood of each continuation, a line each; the largest is marked."""
+    arguments, scored = sample.line.part_or_empty("arguments"), sample.line.content.get("resps")
+    values = [_leaf(each) for each in scored] if isinstance(scored, list) else []
+    lines = []
+    for number, value in enumerate(values):
+        continuation = arguments.part_or_empty(f"gen_args_{number}").content.get("arg_1")
+        mark = "▸" if len(values) > 1 and value == max(values) else " "
+        lines.append(f"{mark} {value:10.3f}  {continuation if isinstance(continuation, str) else ''}".rstrip())
+    return "\n".join(lines)
+
+
+def _leaf(nested: object) -> float:
+    """The first number in lists of any depth; not a number where there is none."""
+    while isinstance(nested, list):
+        nested = nested[0] if nested else None
+    try:
+        return float(str(nested))
+    except ValueError:
+        return math.nan
+
+
+def _gold(sample: Sample) -> str:
+    """The gold answer; a choice's text for its index."""
+    choices = sample.doc.get("choices")
+    texts = choices.get("text") if isinstance(choices, dict) else choices
+    if isinstance(texts, list) and sample.target.isdigit() and int(sample.target) < len(texts):
+        return f"{sample.target}: {texts[int(sample.target)]}"
+    return sample.target

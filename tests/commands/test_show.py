@@ -1,0 +1,141 @@
+"""`sdar_lm_eval show`: which documents are listed, and how an answer is drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdar_lm_eval.commands import main
+from sdar_lm_eval.report.denoising import Denoising, DenoisingLine, denoising_file, write_denoising
+from sdar_lm_eval.report.terminal import LEVELS, written
+
+TASK = "riddles"
+
+
+def line(document: int, texts: list[str], finish: str = "stop", repeat: int = 0) -> DenoisingLine:
+    steps = [i % 3 for i in range(len(texts))]
+    return {
+        "document": document, "repeat": repeat, "block_length": 4, "prompt_tokens": 6,
+        "token_ids": list(range(len(texts))), "texts": texts, "steps": steps, "confidences": [9000] * len(texts),
+        "finish_reason": finish, "forwards": {"prefill": 1, "denoising": 6, "commit": 2}, "seconds": 0.25,
+    }  # fmt: skip
+
+
+def sample(document: int, answer: str, score: float, **more: Any) -> dict[str, Any]:
+    return {
+        "doc_id": document, "doc": {"question": f"Riddle {document}?"}, "target": "42", "resps": [[answer]],
+        "filtered_resps": [answer.rpartition(" ")[2] if score else "[invalid]"], "filter": "last-word", "acc": score,
+        "arguments": {"gen_args_0": {"arg_0": f"user: Riddle {document}?", "arg_1": {}}}, "doc_hash": str(document),
+        "prompt_hash": "p", "target_hash": "t",
+    } | more  # fmt: skip
+
+
+def make_run(folder: Path, samples: list[dict[str, Any]], lines: list[DenoisingLine], **config: Any) -> Path:
+    folder.mkdir(parents=True)
+    score = sum(each["acc"] for each in samples) / len(samples)
+    results = {
+        "results": {TASK: {"alias": TASK, "acc,last-word": score, "acc_stderr,last-word": 0.1}},
+        "configs": {TASK: {"output_type": "generate_until"}}, "n-samples": {TASK: {"effective": len(samples)}},
+        "date": 1.0, "config": {"model": "sdar", "model_args": {"pretrained": "demo"} | config},
+    }  # fmt: skip
+    (folder / "results_1.json").write_text(json.dumps(results))
+    file = folder / f"samples_{TASK}_1.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in samples))
+    if lines:
+        write_denoising(denoising_file(file), TASK, lines)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    samples = [sample(3, "It is 42", 1.0), sample(5, "None\nat all", 0.0), sample(8, "So 42", 1.0)]
+    lines = [line(3, ["It", " is", " ", "42"]), line(5, ["None", "\n", "at", " all"], "length")]
+    return make_run(tmp_path / "run", samples, [*lines, line(8, ["So", " 42"])])
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["show", *words]) == 0
+    return capsys.readouterr().out
+
+
+def documents(out: str) -> list[int]:
+    return [int(row.split()[0]) for row in out.splitlines()[2:]]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ((), [3, 5, 8]),
+        (("--only", "right"), [3, 8]),
+        (("--only", "wrong"), [5]),
+        (("--only", "invalid"), [5]),
+        (("--only", "cut"), [5]),
+        (("--search", "riddle 8"), [8]),
+        (("--search", "AT ALL"), [5]),
+        (("--search", "nowhere"), []),
+        (("--only", "right", "--search", "it is"), [3]),
+    ],
+)
+def test_which_documents(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], found: list[int]
+) -> None:
+    out = shown(capsys, str(folder), *words)
+    assert f"riddles, acc of last-word 66.7%; {len(found)} of 3 documents" in out
+    assert documents(out) == found
+    listed = json.loads(shown(capsys, str(folder), *words, "--json"))
+    assert [each["document"] for each in listed] == found
+
+
+def test_a_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [" ".join(row.split()) for row in shown(capsys, str(folder)).splitlines()]
+    assert rows[2] == "3 4 8 ✓ right 42 42 Riddle 3?"
+    assert rows[3] == "5 4 8 ✗ wrong cut nothing 42 Riddle 5?"
+
+
+def test_a_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(capsys, str(folder), "--doc", "5")
+    assert "riddles 5  ✗ wrong" in out and "user: Riddle 5?" in out
+    assert "4 tokens, 6 denoising and 2 commit forwards, 0.50 tokens per forward, 0.25 s" in out
+    assert "None₁⏎₂\n│at₃ all₁\n" in out  # the prompt has two tokens of the first block
+    assert "The answer ended at the limit of new tokens." in out
+    assert "last-word: nothing\ngold: 42" in out
+    (document,) = json.loads(shown(capsys, str(folder), "--doc", "5", "--json"))
+    assert document["answers"][0]["denoising"]["steps"] == [0, 1, 2, 0]
+
+
+def test_colours_say_the_confidence() -> None:
+    low, middle, high = 0.3, 0.95, 0.999
+    record = Denoising(0, 0, 4, 4, (1, 2, 3), ("a", "b", "c"), (0, 0, 1), (low, middle, high), "stop", {}, 0.1)
+    text = written(record)
+    styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
+    assert text.plain == "a₁b₁c₂"
+    assert (styles["a"], styles["b"]) == (LEVELS[0][1], LEVELS[-1][1]) and "c" not in styles
+
+
+def test_a_run_without_records_and_several_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two = sample(1, "a 1", 1.0, resps=[["a 1", "b 2"]])
+    out = shown(capsys, str(make_run(tmp_path / "hf", [two], [])), "--doc", "1")
+    assert "answer 1 of 2" in out and "b 2" in out
+    assert out.count("The run has no record of how the answer was written.") == 2
+    out = shown(
+        capsys, str(make_run(tmp_path / "sdar", [two], [line(1, ["a"]), line(1, ["b"], repeat=1)])), "--doc", "1"
+    )
+    assert "a₁" in out and "b₁" in out
+
+
+def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error_of(*words: str) -> str:
+        assert main(["show", *words]) == 1
+        return capsys.readouterr().err
+
+    assert "--doc 4: the run has no such document of riddles; it has 3, 3 to 8." in error_of(str(folder), "--doc", "4")
+    assert "no task 'riddle'; give --task riddles. Did you mean 'riddles'?" in error_of(str(folder), "--task", "riddle")
+    assert "no such score: --metric f1. Its scores: acc of last-word." in error_of(str(folder), "--metric", "f1")
+    make_run(folder / "another", [sample(3, "It is 42", 1.0)], [], dtype="float16")
+    told = error_of(str(folder))
+    assert "holds 2 runs. Name the results file or the folder of one:" in told and "another/results_1.json" in told
+    (folder / f"samples_{TASK}_1.jsonl").unlink()
+    assert "has no samples of riddles. Evaluate again with --log_samples." in error_of(str(folder / "results_1.json"))
