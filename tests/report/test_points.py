@@ -111,6 +111,9 @@ def test_a_line_a_strategy_and_a_choice_of_other_settings() -> None:
         "low_confidence_dynamic, temperature=1": 2,
         "low_confidence_static": 2,
     }
+    assert settings_in_words(static) == ["block_length=4", "block_length=8"]
+    entropy = point(remasking_strategy="entropy_bounded", block_length=4, eb_threshold=0.1)
+    assert settings_in_words([*static, entropy])[:2] == ["block_length=4", "block_length=8"]
 
 
 def test_settings_that_tell_points_apart() -> None:
