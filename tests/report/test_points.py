@@ -75,7 +75,7 @@ def test_the_front_by_its_definition(cloud: list[tuple[int, int]]) -> None:
     points = [point(float(speed), float(y)) for speed, y in cloud] + [point(None, 99.0)]
     front = pareto_front(points, by_forward)
     assert [p.tokens_per_forward for p in front] == sorted(p.tokens_per_forward or 0 for p in front)
-    assert all(a.accuracy >= b.accuracy for a, b in zip(front, front[1:], strict=False))
+    assert all(a.accuracy >= b.accuracy for a, b in itertools.pairwise(front))
     for each in points[:-1]:
         beaten = any(
             other is not each
