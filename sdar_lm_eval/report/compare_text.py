@@ -77,7 +77,7 @@ def as_csv(comparisons: Sequence[Comparison]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run_a", "run_b", *fields])
     for comparison in comparisons:
-        for each in comparison.differences:
+        for each in (*comparison.groups, *comparison.differences):
             values = dataclasses.asdict(each) | {"equal_filters": " ".join(each.equal_filters)}
             writer.writerow([comparison.a.label, comparison.b.label, *(values[name] for name in fields)])
     return out.getvalue().removesuffix("\n")
@@ -91,6 +91,7 @@ def as_json(comparisons: Sequence[Comparison], documents: DocumentsOf | None = N
             "b": comparison.b.label,
             "settings": {name: {"a": a, "b": b} for name, (a, b) in comparison.settings.items()},
             "warnings": list(comparison.warnings),
+            "groups": [dataclasses.asdict(each) | {"verdict": verdict(each)} for each in comparison.groups],
             "differences": [
                 dataclasses.asdict(each)
                 | {"verdict": verdict(each)}
@@ -110,7 +111,7 @@ def table(comparisons: Sequence[Comparison]) -> list[list[str]]:
     head = ["run"] * several + ["task", "metric", "filter", "documents", "A", "B", "B - A", "95% interval", "p"]
     rows = [[*head, *(["p (Holm)"] * holm), "only A", "only B", "detectable"]]
     for name, comparison in zip(_names(comparisons), comparisons, strict=True):
-        for each in comparison.differences:
+        for each in (*comparison.groups, *comparison.differences):
             filters = each.filter + (f" (+{len(each.equal_filters)})" if each.equal_filters else "")
             row = [name] * several + [each.task, each.metric, filters, f"{each.documents:,}"]
             row += [_value(each, each.a, each.a_stderr), _value(each, each.b, each.b_stderr)]
@@ -126,7 +127,7 @@ def sentences(comparisons: Sequence[Comparison]) -> list[str]:
     found = []
     for name, comparison in zip(_names(comparisons), comparisons, strict=True):
         run = f"{name}, " if len(comparisons) > 1 else ""
-        rows = comparison.differences
+        rows = (*comparison.groups, *comparison.differences)
         few = len(rows) <= MOST_SENTENCES
         undecided = [each for each in rows if each.p_holm is not None and each.p_holm >= ALPHA]
         for each in rows:
@@ -178,12 +179,17 @@ def _names(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _tests(comparisons: Sequence[Comparison]) -> int:
-    return sum(each.p is not None for comparison in comparisons for each in comparison.differences)
+    return sum(each.p is not None for each in _rows(comparisons))
+
+
+def _rows(comparisons: Sequence[Comparison]) -> list[Difference]:
+    """The differences of groups and tasks, as tables have them."""
+    return [each for comparison in comparisons for each in (*comparison.groups, *comparison.differences)]
 
 
 def _notes(comparisons: Sequence[Comparison]) -> list[str]:
     notes = [*_LEGEND, *([_HOLM] if _tests(comparisons) > 1 else [])]
-    rows = [each for comparison in comparisons for each in comparison.differences]
+    rows = _rows(comparisons)
     equal = dict.fromkeys(name for each in rows for name in each.equal_filters)
     if equal:
         notes.append(f"(+1): {', '.join(equal)} scored each document as the filter that is shown, in both runs.")
