@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from sdar_lm_eval.report.compare import EXACT, ChangedDocument, Comparison, Difference
-from sdar_lm_eval.report.statistics import ALPHA, POWER
+from sdar_lm_eval.report.statistics import ALPHA, FEWEST_DISCORDANT, POWER
 from sdar_lm_eval.report.text_table import aligned, with_error
 
 DocumentsOf = Mapping[tuple[int, int], Sequence[ChangedDocument]]
@@ -149,8 +149,10 @@ def verdict(difference: Difference, name: str = "B") -> str:
     if each.p is None or each.p_holm is None:
         return f"No test: {each.test}."
     number = "1 document" if each.documents == 1 else f"{each.documents:,} documents"
-    if each.p >= ALPHA and each.detectable is None:
+    if each.p >= ALPHA and each.documents < FEWEST_DISCORDANT:
         return f"No difference shown: {number} cannot show one."
+    if each.p >= ALPHA and each.detectable is None:
+        return f"No difference: both runs have the same score in each of {number}."
     if each.p >= ALPHA:
         shown = _points(each, each.detectable) + _unit(each)
         return f"No difference shown: with {number}, a true difference of {shown} is shown in {POWER:.0%} of cases."
@@ -159,10 +161,10 @@ def verdict(difference: Difference, name: str = "B") -> str:
     else:
         found = "better" if (each.difference > 0) == each.higher_is_better else "worse"
     if each.p_holm >= ALPHA:
-        holm = f"p = {_p(each.p)}; {_p(each.p_holm)} after Holm's adjustment for the number of tests"
+        holm = f"{_p_is(each.p)}; {_p(each.p_holm)} after Holm's adjustment for the number of tests"
         return f"{name} may be {found}: {_change(each)} ({holm})."
     after = "" if each.p_holm == each.p else f"; {_p(each.p_holm)} after Holm's adjustment"
-    return f"{name} is {found}: {_change(each)} (p = {_p(each.p)}{after})."
+    return f"{name} is {found}: {_change(each)} ({_p_is(each.p)}{after})."
 
 
 def _change(each: Difference) -> str:
@@ -299,6 +301,10 @@ def _p(p: float | None) -> str:
     if p is None:
         return ""
     return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
+
+
+def _p_is(p: float) -> str:
+    return f"p {_p(p)}" if p < 0.0001 else f"p = {_p(p)}"
 
 
 def _count(number: int | None) -> str:

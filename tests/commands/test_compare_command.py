@@ -44,10 +44,10 @@ def write_questions(folder: Path) -> None:
     for name in ("arc", "wikitext", "mmlu_two_steps", "mmlu_three_steps"):
         (folder / name).mkdir()
     for steps, number in (("two", 30), ("three", 20)):
-        rows = [
-            json.dumps({"question": each["question"], "choices": ["1", "2", "3", "4"], "answer": rng.randrange(4)})
-            for each in problems[:number]
-        ]
+        rows = []
+        for problem in problems[:number]:
+            choices = [f"{rng.randrange(100)} things" for _ in range(4)]
+            rows.append(json.dumps({"question": problem["question"], "choices": choices, "answer": rng.randrange(4)}))
         for split in ("test", "validation"):
             (folder / f"mmlu_{steps}_steps" / f"{split}.jsonl").write_text("\n".join(rows))
     with (folder / "arc" / "test.jsonl").open("w") as arc, (folder / "wikitext" / "test.jsonl").open("w") as wikitext:
