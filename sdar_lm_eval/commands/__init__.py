@@ -23,12 +23,12 @@ COMMANDS = {
     "show": "a run's documents, and how an answer was written",
     "table": "a run's scores beside the published ones",
     "generate": "answer a prompt; the denoising is shown as it happens",
+    "doctor": "what this machine can run, and whether engines can be trusted on it",
     "gsm8k-json": "a run of GSM8K as the benchmark's JSON file",
 }
 """Command -> what it is for. The module of a command has its name, with _ for -."""
 
 LM_EVAL_COMMANDS = {
-    "show": "a run's documents, and how an answer was written",
     "run": "evaluate a model",
     "ls": "list tasks",
     "validate": "check tasks",
