@@ -1,8 +1,8 @@
 """Says what this machine has, and which engines can run here and what the others lack.
 
 With --run it asks the demo's problems of each engine that can run here, and compares the greedy answers with those of
-the native engine in float32 on the CPU. Answers that differ are judged: rounding explains them, or it does not. The exit
-code is 0 if rounding explains all answers of all engines, else 1.
+the native engine in float32 on the CPU. Answers that differ are judged: rounding explains them, or it does not. The
+exit code is 0 if rounding explains all answers of all engines, else 1.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from sdar_lm_eval.trial import Trial
 
 EXAMPLE = "sdar_lm_eval doctor --run --limit 50"
-WIDTH = 120
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +57,11 @@ def run(arguments: argparse.Namespace) -> str | None:
         found_versions, found_devices, found = versions(), devices(), standings(names)
     trials: list[Trial] = []
     if not arguments.json:
-        parts = [_versions(found_versions), _devices(list(map(str, found_devices)), no_gpu()), _engines(found)]
+        parts = [
+            _versions(found_versions),
+            _devices(list(map(str, found_devices)), no_gpu()),
+            "\n".join(map(str, found)),
+        ]
         print("\n\n".join(parts), flush=True)
     if arguments.run:
         trials = _try(arguments, model_args, found)
@@ -108,7 +110,7 @@ def _print_trial(trial: Trial, quiet: bool) -> None:
         [
             f"  {each.strategy}",
             f"{each.answers - len(each.divergences)} of {each.answers} equal",
-            "" if each.is_judged else "differences not judged",
+            "" if each.is_judged else "not checked" if trial.is_reference else "differences are not judged",
             f"{each.tokens_per_second:,.0f} tokens/s",
         ]
         for each in trial.strategies
@@ -122,8 +124,3 @@ def _versions(found: dict[str, str | None]) -> str:
 
 def _devices(found: list[str], no_gpu: str) -> str:
     return "\n".join([*found, *([no_gpu] if no_gpu else [])])
-
-
-def _engines(found: Sequence[Standing]) -> str:
-    wrapped = [textwrap.fill(str(each), WIDTH, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False) for each in found]  # fmt: skip
-    return "\n".join(wrapped)

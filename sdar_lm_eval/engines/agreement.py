@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 JUDGED = ("low_confidence_static", "sequential")
 """Strategies whose answers the rule is for."""
-ROUNDING = 0.2
-"""Nats that rounding to 16 bits explains: choices between probabilities within 20% of each other. The demo's answers in
+ROUNDING = 0.1
+"""Nats that rounding to 16 bits explains: choices between probabilities within 10% of each other. The demo's answers in
 bfloat16 on the CPU, 400 of them, need up to 0.078."""
 ROUNDING_OF_FLOAT32 = 0.001
 """Nats that another order of sums in float32 explains."""

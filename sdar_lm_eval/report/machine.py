@@ -16,6 +16,7 @@ import sdar_lm_eval
 from sdar_lm_eval.engines.adapters.installed import version_of
 from sdar_lm_eval.engines.native.options import resolve_device, resolve_kernels
 from sdar_lm_eval.engines.registry import ENGINES, EngineSpec, why_not_here
+from sdar_lm_eval.files import one_line
 
 GIB = 1 << 30
 
@@ -30,7 +31,7 @@ class Device:
         memory: bytes; None where the system does not say.
         free: bytes of them that nobody uses; None where the system does not say.
         driver: version of the GPU's driver; None for the CPU, and where nvidia-smi is missing.
-        capability: the GPU's compute capability; the CPU's number of cores.
+        detail: the GPU's compute capability, or why the GPU cannot be used; the CPU's number of cores.
     """
 
     name: str
@@ -38,13 +39,13 @@ class Device:
     memory: int | None
     free: int | None
     driver: str | None
-    capability: str
+    detail: str
 
     def __str__(self) -> str:
         memory = f", {self.memory / GIB:.1f} GiB" if self.memory is not None else ""
         free = f" ({self.free / GIB:.1f} GiB free)" if self.free is not None else ""
         driver = f", driver {self.driver}" if self.driver is not None else ""
-        return f"{self.name}: {self.model}{memory}{free}{driver}, {self.capability}"
+        return f"{self.name}: {self.model}{memory}{free}{driver}, {self.detail}"
 
 
 def versions() -> dict[str, str | None]:
@@ -60,13 +61,18 @@ def versions() -> dict[str, str | None]:
 def devices() -> list[Device]:
     """Return the GPUs that torch sees, then the CPU."""
     driver = _driver()
-    found = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [*(_gpu(index, driver) for index in range(count)), _cpu()]
+
+
+def _gpu(index: int, driver: str | None) -> Device:
+    name = f"cuda:{index}"
+    try:
         free, total = torch.cuda.mem_get_info(index)
-        capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
-        model = torch.cuda.get_device_name(index)
-        found.append(Device(f"cuda:{index}", model, total, free, driver, f"compute capability {capability}"))
-    return [*found, _cpu()]
+        capability = "compute capability " + ".".join(map(str, torch.cuda.get_device_capability(index)))
+        return Device(name, torch.cuda.get_device_name(index), total, free, driver, capability)
+    except (RuntimeError, AssertionError) as error:  # a GPU that has failed, or that another process holds
+        return Device(name, "cannot be used", None, None, driver, one_line(error))
 
 
 def no_gpu() -> str:
@@ -125,7 +131,7 @@ class Standing:
     note: str
 
     def __str__(self) -> str:
-        return f"{self.name} (--model {self.model}): " + (self.note if self.lacks is None else f"no. {self.lacks}")
+        return f"{self.name}: {self.note if self.lacks is None else self.lacks}"
 
 
 def standings(names: Sequence[str]) -> list[Standing]:
@@ -135,10 +141,10 @@ def standings(names: Sequence[str]) -> list[Standing]:
 
 def _standing(spec: EngineSpec) -> Standing:
     lacks = why_not_here(spec)
+    if lacks is not None:
+        return Standing(spec.name, spec.model, lacks, "cannot run here")
     device = resolve_device("auto")
-    note = f"runs here, on {device}"
-    if spec.name == "native" and device.type == "cuda":
-        kernels = resolve_kernels(None, device)
-        slower = "by transformers' modules. Triton kernels need triton and compute capability 8.0"
-        note += ", by Triton kernels" if kernels else f", {slower}"
+    note = f"runs here on {device} (--model {spec.model})"
+    if spec.name == "native" and device.type == "cuda" and not resolve_kernels(None, device):
+        note += ", without its kernels, which need triton (pip install triton) and compute capability 8.0"
     return Standing(spec.name, spec.model, lacks, note)
