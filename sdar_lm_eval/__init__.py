@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sdar_lm_eval.errors import EngineError, SDARError, UserError
     from sdar_lm_eval.lm.model import SDARLM
     from sdar_lm_eval.loaded import Answer, LoadedModel, load
+    from sdar_lm_eval.report.frames import compare, read_run
 
 _HOME_OF = {
     "Answer": "sdar_lm_eval.loaded",
@@ -34,8 +35,10 @@ _HOME_OF = {
     "SDARError": "sdar_lm_eval.errors",
     "SDARLM": "sdar_lm_eval.lm.model",
     "UserError": "sdar_lm_eval.errors",
+    "compare": "sdar_lm_eval.report.frames",
     "load": "sdar_lm_eval.loaded",
     "make_engine": "sdar_lm_eval.engines.registry",
+    "read_run": "sdar_lm_eval.report.frames",
 }
 
 __all__ = [  # noqa: RUF022  (types first, then what makes them)
@@ -51,8 +54,10 @@ __all__ = [  # noqa: RUF022  (types first, then what makes them)
     "SDARLM",
     "UserError",
     "__version__",
+    "compare",
     "load",
     "make_engine",
+    "read_run",
 ]
 
 

@@ -20,7 +20,10 @@ from collections.abc import Sequence
 from sdar_lm_eval.errors import SDARError
 
 COMMANDS = {
+    "compare": "differences between runs, with paired intervals and tests",
     "show": "a run's documents, and how an answer was written",
+    "report": "runs as one HTML page: scores, comparison, each answer with its denoising",
+    "sweep": "a grid of decoding settings on this machine: accuracy against speed",
     "table": "a run's scores beside the published ones",
     "generate": "answer a prompt; the denoising is shown as it happens",
     "doctor": "what this machine can run, and whether engines can be trusted on it",

@@ -221,6 +221,18 @@ class Jobs:
                 self._checkpoint.max_length,
             )
 
+    def generation_of(self, gen_kwargs: Mapping[str, object], published: Mapping[str, object]) -> Generation:
+        """Return the settings of a task's requests.
+
+        Args:
+            gen_kwargs: the task's, with the user's.
+            published: the decoding of the task's published protocol.
+
+        Raises:
+            UserError: a name is unknown, or a value is out of range.
+        """
+        return read_generation(gen_kwargs, {"block_length": self._checkpoint.block_length, **published, **self._given})
+
     def room_for_prompt(self, max_gen_toks: int) -> int:
         """Most tokens of a prompt whose answer has at most `max_gen_toks`.
 
@@ -246,9 +258,7 @@ class Jobs:
 
     def _settings_of(self, gen_kwargs: Mapping[str, object], task: TaskRequests) -> _Settings:
         protocol = dict(task.decoding or {})
-        generation = read_generation(
-            gen_kwargs, {"block_length": self._checkpoint.block_length, **protocol, **self._given}
-        )
+        generation = self.generation_of(gen_kwargs, protocol)
         if gen_kwargs and generation.decoding.block_length != self.default.decoding.block_length:
             self._warn_of_block_length(generation.decoding.block_length)
         is_published = generation.decoding.remasking_strategy == protocol.get("remasking_strategy")

@@ -10,6 +10,7 @@ import logging
 import time
 import types
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lm_eval.evaluator
@@ -112,10 +113,8 @@ class SDARLM(TemplateLM):
             alone=alone,
         )
         self._cache: CacheFile | None = None
-        self._answers = None
-        if settings.answers is not None:
-            self._answers = AnswerFolder(settings.answers, self._fingerprint(), self._facts)
-        self._open_store()
+        self._answers: AnswerFolder | None = None
+        self.keep_answers(settings.answers)
         self.evaluation.counts.load_seconds = time.perf_counter() - started
         logger.info("%s", described(self.ENGINE, self.engine.info, self.checkpoint, self.jobs.default))
         self.ranks.log_own_warnings()
@@ -154,6 +153,16 @@ class SDARLM(TemplateLM):
         if cache_hook.dbdict is not None:
             self._cache = CacheFile(bypass(cache_hook.dbdict), self._fingerprint())
             self._open_store()
+
+    def keep_answers(self, folder: Path | None) -> None:
+        """Keep the answers of evaluations from now on in a folder (`answers.py`); None: in no folder.
+
+        Raises:
+            UserError: the folder cannot be made, read or written.
+        """
+        self.rounds.store.close()
+        self._answers = None if folder is None else AnswerFolder(folder, self._fingerprint(), self._facts)
+        self._open_store()
 
     def _open_store(self) -> None:
         self.rounds.store = Store([place for place in (self._cache, self._answers) if place is not None])

@@ -27,9 +27,6 @@ from sdar_lm_eval.report.statistics import (
 
 EXACT, PAIRED_T = "exact McNemar", "paired t"
 
-QUESTION_KEYS = ("question", "problem", "query", "prompt", "input", "text", "instruction", "goal", "sentence", "ctx")
-"""Where tasks keep what they ask; the first that a document has is shown."""
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -87,7 +84,7 @@ class Comparison:
         b: the other run.
         settings: name -> (a's, b's) of settings that differ; None where a run has no such setting. A setting that
             differs in some of the tasks only is named "name (task)".
-        warnings: what makes the difference between the runs less clear, each a sentence or two.
+        warnings: what makes the difference between the runs less clear, a sentence each, about run A and run B.
         differences: in the order of a's tasks and metrics.
     """
 
@@ -109,8 +106,8 @@ class ChangedDocument:
         target: the gold answer.
         a: run a's score; the mean where there are several answers.
         b: run b's.
-        filtered_a: what the filter made of run a's first answer.
-        filtered_b: of run b's.
+        filtered_a: what the filter made of run a's first answer, or the choice that run a finds likeliest.
+        filtered_b: the same of run b.
     """
 
     document_a: int
@@ -145,8 +142,8 @@ def compare_runs(
     """
     shared = _shared_tasks(a, b, tasks)
     warnings = [
-        f"Only {run.label} has {_listed(alone)}."
-        for run, other in ((a, b), (b, a))
+        f"Run {name} alone has {_listed(alone)}."
+        for name, run, other in (("A", a, b), ("B", b, a))
         if not tasks and (alone := [task for task in run.tasks if task not in other.of_tasks])
     ]
     differences: list[Difference] = []
@@ -209,23 +206,15 @@ def changed_documents(a: Run, b: Run, task: str, metric: str, filter: str) -> li
         ChangedDocument(
             document_a=index_a,
             document_b=index_b,
-            question=question_of(samples_a[index_a]),
+            question=samples_a[index_a].question,
             target=samples_a[index_a].target,
             a=value_a,
             b=value_b,
-            filtered_a=samples_a[index_a].filtered,
-            filtered_b=samples_b[index_b].filtered,
+            filtered_a=samples_a[index_a].extracted,
+            filtered_b=samples_b[index_b].extracted,
         )
         for (_, value_a, value_b), index_a, index_b in zip(changed, indices_a, indices_b, strict=True)
     ]
-
-
-def question_of(sample: Sample) -> str:
-    """Return what a sample's task asks, or the prompt where its document has no question."""
-    texts = {name: value for name, value in sample.doc.items() if isinstance(value, str) and value.strip()}
-    return next(
-        (texts[name] for name in QUESTION_KEYS if name in texts), sample.prompt or next(iter(texts.values()), "")
-    )
 
 
 def differing_settings(a: Run, b: Run, tasks: Iterable[str]) -> dict[str, tuple[object, object]]:
@@ -290,7 +279,7 @@ def _document_warnings(
     found = []
     alone_a, alone_b = len(scores_a.documents) - len(paired), len(scores_b.documents) - len(paired)
     if alone_a or alone_b:
-        alone = [f"{n:,} only in {run.label}" for n, run in ((alone_a, a), (alone_b, b)) if n]
+        alone = [f"{n:,} only in run {name}" for n, name in ((alone_a, "A"), (alone_b, "B")) if n]
         found.append(f"{task}: {_documents(len(paired))} are in both runs and are compared; {' and '.join(alone)}.")
     pairs = [(scores_a.documents[key], scores_b.documents[key]) for key in paired]
     prompts = sum(bool(one.prompt and other.prompt) and one.prompt != other.prompt for one, other in pairs)

@@ -6,6 +6,7 @@ file has no hashes, a document is known by its index and its gold answer.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -103,6 +104,11 @@ def read_pair(a: Run, b: Run, task: str) -> tuple[TaskScores, TaskScores]:
 def numbers_of(value: object) -> tuple[float, ...] | None:
     """Return the values that a metric has for a document's answers; None where they are no numbers."""
     values = value if isinstance(value, list) else [value]
+    if isinstance(value, str):  # lm_eval writes NumPy's booleans and float32 as text
+        try:
+            return (float({"True": 1, "False": 0}.get(value, value)),)
+        except ValueError:
+            return None
     try:
         found = tuple(float(each) for each in values if isinstance(each, (bool, int, float)))
     except OverflowError:  # an int beyond what a float holds
@@ -122,6 +128,7 @@ def keyed(documents: Iterable[tuple[str, int]]) -> Iterator[Key]:
         seen[name] += 1
 
 
+@functools.lru_cache(maxsize=256)  # a baseline is compared with many runs, task by task
 def _read_lines(results: Results, task: str) -> list[_Line]:
     names = {metric.name for metric in metrics_of(results, task)}
     return sorted(

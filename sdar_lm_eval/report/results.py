@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.files import require_regular, shown
+from sdar_lm_eval.files import expanded, read_bytes, require_regular, shown
 from sdar_lm_eval.report.denoising import Denoising, denoising_file, read_denoising
 
 logger = logging.getLogger(__name__)
 
 PARTS = {"results", "config", "date"}
 """Keys by which a results file is told from other JSON."""
+
+
+QUESTION_KEYS = ("question", "problem", "query", "prompt", "input", "text", "instruction", "goal", "sentence", "ctx")
+"""Where tasks keep what they ask."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,24 @@ class Sample:
         """The first answer; "" where there is none."""
         return self.responses[0] if self.responses else ""
 
+    @property
+    def question(self) -> str:
+        """What the task asks: the document's question, or the prompt where the document names none."""
+        texts = {name: value for name, value in self.doc.items() if isinstance(value, str) and value.strip()}
+        named = next((texts[name] for name in QUESTION_KEYS if name in texts), "")
+        return named or self.prompt or next(iter(texts.values()), "")
+
+    @property
+    def extracted(self) -> str:
+        """What was scored: `filtered`, or the likeliest of several choices that have log-likelihoods."""
+        scored = self.line.content.get("filtered_resps")
+        likelihoods = [_log_likelihood(pair) for pair in scored] if isinstance(scored, list) else []
+        known = [value for value in likelihoods if value is not None]
+        if len(known) < 2 or len(known) < len(likelihoods):
+            return self.filtered
+        request = self.line.part_or_empty("arguments").part_or_empty(f"gen_args_{known.index(max(known))}")
+        return str(request.content.get("arg_1", self.filtered)).strip()
+
 
 class Results:
     """A results file.
@@ -201,13 +223,17 @@ def results_in(path: Path, *parts: str) -> list[Results]:
     Raises:
         UserError: the path does not exist, or is a file that cannot be read, or holds no results file.
     """
-    path = path.expanduser()
-    if not path.exists():
+    path = expanded(path)
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{shown(str(path))} cannot be read ({error.strerror}). Give the folder of a run.") from error
+    if not exists:
         raise UserError(f"{str(path)!r} does not exist. Give what lm_eval's --output_path named.")
     found = []
     for file in [path] if path.is_file() else sorted(file for file in path.rglob("*.json") if file.is_file()):
         try:
-            content = json.loads(file.read_text("utf-8"))
+            content = json.loads(read_bytes(file).decode("utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             if file == path:
                 raise UserError(f"{file} cannot be read ({error}). Give the folder of a run of lm_eval.") from error
@@ -266,6 +292,8 @@ def _sample(line: Fields) -> Sample:
     if filter_name is None:
         raise line.malformed("filter", "a string")
     sent = line.part_or_empty("arguments").part_or_empty("gen_args_0").content.get("arg_0")
+    if isinstance(sent, list) and len(sent) == 1:  # chat messages as JSON: a named tuple of lm_eval's API models
+        sent = sent[0]
     return Sample(
         document=document,
         filter=filter_name,
@@ -278,6 +306,16 @@ def _sample(line: Fields) -> Sample:
         prompt_hash=line.text("prompt_hash"),
         line=line,
     )
+
+
+def _log_likelihood(pair: object) -> float | None:
+    """The log-likelihood of a pair with whether the text is the likeliest; lm_eval writes both as text."""
+    if not isinstance(pair, list) or len(pair) != 2 or str(pair[1]) not in ("True", "False"):
+        return None
+    try:
+        return float(pair[0])
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _flat(nested: object) -> Iterator[str]:

@@ -9,6 +9,7 @@ answers of one document are not, so a document with several answers counts as on
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -178,16 +179,19 @@ def detectable_mean(documents: int, deviation: float) -> float | None:
     Returns:
         The difference; None for fewer than two documents.
     """
-    if documents < 2:
-        return None
+    return _shown_noncentrality(documents) * deviation / math.sqrt(documents) if documents > 1 else None
+
+
+@functools.cache
+def _shown_noncentrality(documents: int) -> float:
+    """The noncentrality of t that the test calls with probability `POWER`."""
     bound = float(stats.t.ppf(1 - ALPHA / 2, documents - 1))
 
     def power(noncentrality: float) -> float:
         return float(stats.nct.sf(bound, documents - 1, noncentrality))
 
     # A noncentrality of twice the bound and 2 has power above 0.9, for any number of documents.
-    noncentrality = optimize.brentq(lambda each: power(each) - POWER, 0.0, 2 * bound + 2)
-    return float(noncentrality) * deviation / math.sqrt(documents)
+    return float(optimize.brentq(lambda noncentrality: power(noncentrality) - POWER, 0.0, 2 * bound + 2))
 
 
 def mean_stderr(values: FloatArray) -> float | None:

@@ -7,34 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import pytest
-from lm_eval.loggers import EvaluationTracker
-from lm_eval.tasks import TaskManager
+from run_files import evaluate
 
-from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.commands import main
 from sdar_lm_eval.report.gsm8k_json import convert
-
-
-def _evaluate(folder: Path, model: str, model_args: dict[str, Any], log_samples: bool = True, **settings: Any) -> Any:
-    """A run as lm_eval's command line makes and saves it."""
-    tracker = EvaluationTracker(output_path=str(folder))
-    settings = {"tasks": ["gsm8k_sdar_demo"], "limit": 6} | settings
-    results = lm_eval.simple_evaluate(
-        model,
-        model_args=model_args,
-        task_manager=TaskManager(include_path=TASKS, include_defaults=False),
-        evaluation_tracker=tracker,
-        log_samples=log_samples,
-        **settings,
-    )
-    assert results is not None
-    samples = results.pop("samples", None)
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for task in results["configs"] if log_samples else ():
-        tracker.save_results_samples(task_name=task, samples=samples[task])
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +22,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setattr("lm_eval.evaluator.add_tokenizer_info", lambda *_: None)  # dummy's is on the hub
         (folder / "ours").mkdir()
         trace = {"pretrained": "demo", "trace": str(folder / "ours" / "trace.jsonl"), "confidence_threshold": 0.7}
-        ours = _evaluate(folder / "ours", "sdar", trace, gen_kwargs="max_gen_toks=40")
-        _evaluate(folder / "dummy", "dummy", {})
-        _evaluate(folder / "silent", "dummy", {}, log_samples=False)
+        ours = evaluate(folder / "ours", "sdar", trace, gen_kwargs="max_gen_toks=40")
+        evaluate(folder / "dummy", "dummy", {})
+        evaluate(folder / "silent", "dummy", {}, log_samples=False)
         two = ["gsm8k_sdar_demo", "gsm8k_sdar_hash"]
         data = folder / "data"
         data.mkdir()
         (data / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n' * 2)
         patch.setenv("SDAR_GSM8K_DIR", str(data))
-        _evaluate(folder / "two", "dummy", {}, tasks=two)
+        evaluate(folder / "two", "dummy", {}, tasks=two)
     return folder, ours
 
 

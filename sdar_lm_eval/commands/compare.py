@@ -1,0 +1,121 @@
+"""Compares runs on the documents that they share: paired differences with intervals and tests, settings that differ.
+
+Runs are of any model that lm_eval evaluated with --log_samples. The first run, or that of --baseline, is A; each other
+run is compared with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.report import compare_text
+from sdar_lm_eval.report.compare import ChangedDocument, Comparison, adjusted, changed_documents, compare_runs
+from sdar_lm_eval.report.runs import Run, read_runs
+
+logger = logging.getLogger(__name__)
+
+EXAMPLE = "sdar_lm_eval compare runs/threshold-0.6 runs/threshold-0.85 --list"
+
+FORMATS = ("text", "markdown", "csv", "json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument(
+        "paths", nargs="+", metavar="RUN", type=Path, help="what --output_path named; one folder may hold several runs"
+    )
+    parser.add_argument(
+        "--baseline", metavar="RUN", help="A: the run's number, from 1, or its label; default: the first"
+    )
+    parser.add_argument("--tasks", type=_names, default=(), metavar="T,…", help="only these tasks")
+    parser.add_argument("--metric", type=_names, default=(), metavar="M,…", help="only these metrics")
+    parser.add_argument("--filter", type=_names, default=(), metavar="F,…", help="only these filters")
+    parser.add_argument("--list", action="store_true", help="name the documents that A or B alone has right")
+    parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")
+    parser.add_argument("--json", dest="format", action="store_const", const="json", help="short for --format json")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write it there rather than print it")
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Return the comparison, or where it was written.
+
+    Raises:
+        UserError: there are fewer than two runs, or they cannot be compared, or the output cannot be written.
+    """
+    runs = read_runs(arguments.paths)
+    if len(runs) < 2:
+        raise UserError(f"{runs[0].label} is one run, and compare takes two or more. Name another run's folder.")
+    if arguments.list and arguments.format == "csv":
+        raise UserError("--list has no CSV form. Give --format json, or leave --list out.")
+    baseline = _baseline(runs, arguments.baseline)
+    comparisons = _comparisons(baseline, runs, arguments)
+    documents = _changed(comparisons) if arguments.list else None
+    if arguments.format == "csv":
+        for comparison in comparisons:
+            for warning in comparison.warnings:  # a CSV file has no place for them
+                logger.warning("A: %s, B: %s: %s", comparison.a.label, comparison.b.label, warning)
+        text = compare_text.as_csv(comparisons)
+    elif arguments.format == "json":
+        text = compare_text.as_json(comparisons, documents)
+    else:
+        render = compare_text.as_markdown if arguments.format == "markdown" else compare_text.as_text
+        text = render(comparisons, documents)
+    if arguments.output is None:
+        return text
+    try:
+        arguments.output.write_text(text + "\n", "utf-8", "surrogatepass")
+    except OSError as error:
+        raise UserError(f"--output {arguments.output} cannot be written: {error.strerror}.") from error
+    return "\n".join([*compare_text.sentences(comparisons), f"Written to {arguments.output}."])
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in (part.strip() for part in text.split(",")) if name]
+
+
+def _baseline(runs: Sequence[Run], given: str | None) -> Run:
+    """The run that a number, a label, or a part of one label names."""
+    if given is None:
+        return runs[0]
+    labels = [run.label for run in runs]
+    if given in labels:
+        return runs[labels.index(given)]
+    if given.isdecimal() and 1 <= int(given) <= len(runs):
+        return runs[int(given) - 1]
+    fitting = [] if given.isdecimal() else [run for run in runs if given in run.label]
+    if len(fitting) == 1:
+        return fitting[0]
+    listed = "; ".join(f"{number}: {label}" for number, label in enumerate(labels, 1))
+    what = "fits several runs" if fitting else "is no run"
+    raise UserError(f"--baseline {given} {what}; choose {listed}.{'' if fitting else did_you_mean(given, labels)}")
+
+
+def _comparisons(baseline: Run, runs: Sequence[Run], arguments: argparse.Namespace) -> list[Comparison]:
+    """The comparisons with a baseline. Of several runs, those that cannot be compared are left out with a WARNING."""
+    found, problems = [], []
+    for other in runs:
+        if other is baseline:
+            continue
+        try:
+            chosen = {"tasks": arguments.tasks, "metrics": arguments.metric, "filters": arguments.filter}
+            found.append(compare_runs(baseline, other, **chosen))
+        except UserError as error:
+            problems.append(error)
+    if not found:
+        raise problems[0]
+    for problem in problems:
+        logger.warning("%s The run is left out.", problem)
+    return adjusted(found)
+
+
+def _changed(comparisons: Sequence[Comparison]) -> dict[tuple[int, int], list[ChangedDocument]]:
+    return {
+        (i, j): changed_documents(comparison.a, comparison.b, each.task, each.metric, each.filter)
+        for i, comparison in enumerate(comparisons)
+        for j, each in enumerate(comparison.differences)
+        if each.p is not None
+    }

@@ -1,0 +1,329 @@
+"""Comparisons of runs as text, Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from sdar_lm_eval.report.compare import EXACT, ChangedDocument, Comparison, Difference
+from sdar_lm_eval.report.statistics import ALPHA, POWER
+from sdar_lm_eval.report.text_table import aligned, with_error
+
+DocumentsOf = Mapping[tuple[int, int], Sequence[ChangedDocument]]
+"""(index of a comparison, index of its difference) -> the documents that changed."""
+
+MOST_SENTENCES = 8
+"""Differences of a comparison that have a sentence each; of more, those that no test calls share one sentence."""
+
+_LEGEND = (
+    "± is one standard error. Scores from 0 to 1 are in per cent. The interval is the paired 95% interval of B - A.",
+    f"detectable: the smallest true difference that these documents show (p < {ALPHA}) with probability {POWER}.",
+)
+_HOLM = (
+    f"p (Holm): p after Holm's adjustment for the number of tests. Of tables without any true difference, {ALPHA:.0%} "
+    f"have one below {ALPHA}."
+)
+
+
+def as_text(comparisons: Sequence[Comparison], documents: DocumentsOf | None = None) -> str:
+    """Return comparisons with one baseline as text for a terminal.
+
+    Args:
+        comparisons: comparisons of the same run a with others; Holm's adjustment is over all of them.
+        documents: what to list beside.
+    """
+    names = _names(comparisons)
+    parts = [
+        [f"A: {comparisons[0].a.label}", *(f"{n}: {each.b.label}" for n, each in zip(names, comparisons, strict=True))],
+        ["Settings that differ:", *("  " + line for line in aligned(rows, left=range(len(rows[0]))))]
+        if (rows := _settings_rows(comparisons, names))
+        else ["No setting that the files name differs."],
+        [f"Warning: {text}" for text in _warnings(comparisons, names)],
+        aligned(table(comparisons), left=(0, 1, 2, 3) if len(names) > 1 else (0, 1, 2)),
+        sentences(comparisons),
+        _notes(comparisons),
+    ]
+    parts += [_listed(comparisons[i], j, changed) for (i, j), changed in (documents or {}).items()]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def as_markdown(comparisons: Sequence[Comparison], documents: DocumentsOf | None = None) -> str:
+    """Return comparisons with one baseline as Markdown; arguments as `as_text`."""
+    names = _names(comparisons)
+    parts = [
+        [f"- A: {_code(comparisons[0].a.label)}"]
+        + [f"- {name}: {_code(each.b.label)}" for name, each in zip(names, comparisons, strict=True)],
+        _markdown_table(_settings_rows(comparisons, names)),
+        [f"- Warning: {_escaped(text)}" for text in _warnings(comparisons, names)],
+        _markdown_table(table(comparisons)),
+        [f"- {_escaped(line)}" for line in sentences(comparisons)],
+        [_escaped(" ".join(_notes(comparisons)))],
+    ]
+    for (i, j), changed in (documents or {}).items():
+        head, *_ = _listed(comparisons[i], j, changed)
+        parts += [[_escaped(head)], _markdown_table(_document_rows(comparisons[i].differences[j], changed))]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def as_csv(comparisons: Sequence[Comparison]) -> str:
+    """Return a line for each difference: both runs' labels, and the fields of `Difference` in full precision."""
+    fields = [field.name for field in dataclasses.fields(Difference)]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run_a", "run_b", *fields])
+    for comparison in comparisons:
+        for each in comparison.differences:
+            values = dataclasses.asdict(each) | {"equal_filters": " ".join(each.equal_filters)}
+            writer.writerow([comparison.a.label, comparison.b.label, *(values[name] for name in fields)])
+    return out.getvalue().removesuffix("\n")
+
+
+def as_json(comparisons: Sequence[Comparison], documents: DocumentsOf | None = None) -> str:
+    """Return a JSON list: for each comparison its runs, settings, warnings and differences in full precision."""
+    content = [
+        {
+            "a": comparison.a.label,
+            "b": comparison.b.label,
+            "settings": {name: {"a": a, "b": b} for name, (a, b) in comparison.settings.items()},
+            "warnings": list(comparison.warnings),
+            "differences": [
+                dataclasses.asdict(each)
+                | {"verdict": verdict(each)}
+                | ({"changed": [dataclasses.asdict(one) for one in documents[i, j]]} if (i, j) in documents else {})
+                for j, each in enumerate(comparison.differences)
+            ],
+        }
+        for documents in [documents or {}]
+        for i, comparison in enumerate(comparisons)
+    ]
+    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def table(comparisons: Sequence[Comparison]) -> list[list[str]]:
+    """Return the head, and a row for each difference."""
+    several, holm = len(comparisons) > 1, _tests(comparisons) > 1
+    head = ["run"] * several + ["task", "metric", "filter", "documents", "A", "B", "B - A", "95% interval", "p"]
+    rows = [[*head, *(["p (Holm)"] * holm), "only A", "only B", "detectable"]]
+    for name, comparison in zip(_names(comparisons), comparisons, strict=True):
+        for each in comparison.differences:
+            filters = each.filter + (f" (+{len(each.equal_filters)})" if each.equal_filters else "")
+            row = [name] * several + [each.task, each.metric, filters, f"{each.documents:,}"]
+            row += [_value(each, each.a, each.a_stderr), _value(each, each.b, each.b_stderr)]
+            row += [_points(each, each.difference, "+"), _interval(each), _p(each.p)]
+            row += [_p(each.p_holm)] * holm
+            row += [_count(each.only_a), _count(each.only_b), _points(each, each.detectable)]
+            rows.append(row)
+    return rows
+
+
+def sentences(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return a plain sentence for each difference, behind what it is of."""
+    found = []
+    for name, comparison in zip(_names(comparisons), comparisons, strict=True):
+        run = f"{name}, " if len(comparisons) > 1 else ""
+        rows = comparison.differences
+        few = len(rows) <= MOST_SENTENCES
+        undecided = [each for each in rows if each.p_holm is not None and each.p_holm >= ALPHA]
+        for each in rows:
+            if few or each not in undecided:
+                found.append(f"{run}{_title(each, rows)}: {verdict(each, name)}")
+        if not few and undecided:
+            found.append(f"{run}{len(undecided)} of {len(rows)} scores: No difference shown.")
+    return found
+
+
+def verdict(difference: Difference, name: str = "B") -> str:
+    """Return what a difference says, as a sentence.
+
+    Args:
+        difference: of a run to the baseline.
+        name: what the sentence calls the run.
+    """
+    each = difference
+    if each.p is None or each.p_holm is None:
+        return f"No test: {each.test}."
+    number = "1 document" if each.documents == 1 else f"{each.documents:,} documents"
+    if each.p >= ALPHA and each.detectable is None:
+        return f"No difference shown: {number} cannot show one."
+    if each.p >= ALPHA:
+        shown = _points(each, each.detectable) + _unit(each)
+        return f"No difference shown: with {number}, a true difference of {shown} is shown in {POWER:.0%} of cases."
+    if each.higher_is_better is None:
+        found = "higher" if each.difference > 0 else "lower"
+    else:
+        found = "better" if (each.difference > 0) == each.higher_is_better else "worse"
+    if each.p_holm >= ALPHA:
+        holm = f"p = {_p(each.p)}; {_p(each.p_holm)} after Holm's adjustment for the number of tests"
+        return f"{name} may be {found}: {_change(each)} ({holm})."
+    after = "" if each.p_holm == each.p else f"; {_p(each.p_holm)} after Holm's adjustment"
+    return f"{name} is {found}: {_change(each)} (p = {_p(each.p)}{after})."
+
+
+def _change(each: Difference) -> str:
+    if each.only_a is None or each.only_b is None or each.higher_is_better is None:
+        return f"by {_points(each, abs(each.difference))}{_unit(each)}"
+    more, fewer = max(each.only_a, each.only_b), min(each.only_a, each.only_b)
+    way = "wrong to right" if each.only_b > each.only_a else "right to wrong"
+    return f"{more:,} documents changed from {way}, {f'{fewer:,}' if fewer else 'none'} the other way"
+
+
+def _names(comparisons: Sequence[Comparison]) -> list[str]:
+    """How tables name the runs that are compared with A."""
+    return ["B"] if len(comparisons) == 1 else [f"B{number}" for number in range(1, len(comparisons) + 1)]
+
+
+def _tests(comparisons: Sequence[Comparison]) -> int:
+    return sum(each.p is not None for comparison in comparisons for each in comparison.differences)
+
+
+def _notes(comparisons: Sequence[Comparison]) -> list[str]:
+    notes = [*_LEGEND, *([_HOLM] if _tests(comparisons) > 1 else [])]
+    rows = [each for comparison in comparisons for each in comparison.differences]
+    equal = dict.fromkeys(name for each in rows for name in each.equal_filters)
+    if equal:
+        notes.append(f"(+1): {', '.join(equal)} scored each document as the filter that is shown, in both runs.")
+    for each in rows:
+        if each.test == EXACT and each.p is not None and each.p >= ALPHA and _leaves_out_0(each):
+            return [
+                *notes,
+                f"The exact test is stricter than the interval, which may leave out 0 where p is above {ALPHA}.",
+            ]
+    return notes
+
+
+def _leaves_out_0(each: Difference) -> bool:
+    """Whether the interval leaves out 0."""
+    return each.low is not None and each.high is not None and not each.low <= 0 <= each.high
+
+
+def _settings_rows(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[list[str]]:
+    """The settings that differ, below a head: a row for each setting, or for each run where runs outnumber settings."""
+    settings = list(dict.fromkeys(name for comparison in comparisons for name in comparison.settings))
+    if not settings:
+        return []
+    if len(comparisons) == 1:
+        rows = [[name, _short(a), _short(b)] for name, (a, b) in comparisons[0].settings.items()]
+        return [["setting", "A", "B"], *rows]
+    of_runs = [each.settings for each in comparisons]
+    of_a = [next(_short(each[name][0]) for each in of_runs if name in each) for name in settings]
+    of_b = [
+        [_short(each[name][1]) if name in each else value for name, value in zip(settings, of_a, strict=True)]
+        for each in of_runs
+    ]
+    rows = [["run", *settings], ["A", *of_a], *([name, *values] for name, values in zip(names, of_b, strict=True))]
+    narrow = len(settings) <= len(names)
+    return rows if narrow else _transposed([["setting", *settings], *rows[1:]])
+
+
+def _transposed(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _warnings(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[str]:
+    if len(comparisons) == 1:
+        return list(comparisons[0].warnings)
+    return [f"{name}: {text}" for name, each in zip(names, comparisons, strict=True) for text in each.warnings]
+
+
+def _listed(comparison: Comparison, index: int, changed: Sequence[ChangedDocument]) -> list[str]:
+    each = comparison.differences[index]
+    head = f"{each.task}, {each.metric}, {each.filter}: {len(changed):,} of {each.documents:,} documents differ"
+    if not changed:
+        return [head + "."]
+    return [head + ":", *("  " + line for line in aligned(_document_rows(each, changed), left=range(7)))]
+
+
+def _document_rows(each: Difference, changed: Sequence[ChangedDocument]) -> list[list[str]]:
+    right = each.only_a is not None
+    rows = [
+        ["document", "right" if right else "A", "" if right else "B", "question", "A's answer", "B's answer", "gold"]
+    ]
+    for one in changed:
+        better = "A" if (one.a > one.b) == (each.higher_is_better is not False) else "B"
+        scores = [f"only {better}", ""] if right else [f"{one.a:.4g}", f"{one.b:.4g}"]
+        number = str(one.document_a) if one.document_a == one.document_b else f"{one.document_a} / {one.document_b}"
+        texts = [_short(one.question), *(_short(text, 24) for text in (one.filtered_a, one.filtered_b, one.target))]
+        rows.append([number, *scores, *texts])
+    return [[*row[:2], *row[3:]] for row in rows] if right else rows
+
+
+def _title(each: Difference, among: Sequence[Difference]) -> str:
+    """What a difference is of, as briefly as tells it apart among a comparison's."""
+    of_task = [other for other in among if other.task == each.task]
+    parts = [each.task]
+    if len({other.metric for other in of_task}) > 1:
+        parts.append(each.metric)
+    if sum(other.metric == each.metric for other in of_task) > 1:
+        parts.append(each.filter)
+    return ", ".join(parts)
+
+
+def _is_share(each: Difference) -> bool:
+    return each.p is not None and 0 <= each.a <= 1 and 0 <= each.b <= 1
+
+
+def _unit(each: Difference) -> str:
+    return " points" if _is_share(each) else ""
+
+
+def _points(each: Difference, value: float | None, sign: str = "") -> str:
+    if value is None or math.isnan(value):
+        return ""
+    return with_error(value, None, 100, sign) if _is_share(each) else f"{value:{sign}.4g}"
+
+
+def _value(each: Difference, value: float, stderr: float | None) -> str:
+    if _is_share(each):
+        return with_error(value, stderr, 100)
+    return f"{value:.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")
+
+
+def _interval(each: Difference) -> str:
+    if each.p is None:
+        return "no test"
+    return "" if each.low is None else f"{_points(each, each.low, '+')} to {_points(each, each.high, '+')}"
+
+
+def _p(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
+
+
+def _short(value: object, most: int = 60) -> str:
+    text = "" if value is None else " ".join(str(value).split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = ["| " + " | ".join(_escaped(cell) for cell in row) + " |" for row in rows]
+    return [head, "|" + " --- |" * len(rows[0]), *body]
+
+
+def _escaped(text: str) -> str:
+    """Text as Markdown shows it: without tables, emphasis and HTML of its own."""
+    return re.sub(r"([\\|*`<>\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+
+
+def _code(text: str) -> str:
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def _finite(value: object) -> object:
+    """JSON's value: null for numbers that JSON has not, and text for what is none of JSON's."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return value if isinstance(value, (str, int, type(None))) else str(value)

@@ -1,0 +1,288 @@
+"""Comparisons of runs whose scores are known, in files of lm_eval's format."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from run_files import write_run
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.compare import Comparison, Difference, changed_documents, compare_runs
+from sdar_lm_eval.report.runs import read_runs
+
+ACC = "acc,none"
+A = [1, 1, 0, 0, 1, 0, 1, 1, 0, 0]
+B = [1, 1, 1, 1, 0, 0, 1, 1, 1, 0]
+
+
+def compared(a: Path, b: Path, **chosen: Any) -> Comparison:
+    one, other = read_runs([a, b])
+    return compare_runs(one, other, **chosen)
+
+
+def only(comparison: Comparison) -> Difference:
+    (difference,) = comparison.differences
+    return difference
+
+
+def two(tmp_path: Path, a: Any, b: Any, of_a: Any = None, of_b: Any = None, **both: Any) -> Comparison:
+    """Compare runs of a task with these scores."""
+    first = write_run(tmp_path / "a", {"task": a}, **(of_a or {}), **both)
+    return compared(first, write_run(tmp_path / "b", {"task": b}, **(of_b or {}), **both))
+
+
+def test_right_and_wrong(tmp_path: Path) -> None:
+    found = only(two(tmp_path, {ACC: A}, {ACC: B}))
+    assert (found.a, found.b, found.difference) == pytest.approx((0.5, 0.7, 0.2))
+    assert (found.only_a, found.only_b, found.documents, found.test) == (1, 3, 10, "exact McNemar")
+    assert found.p == found.p_holm == pytest.approx(stats.binomtest(1, 4).pvalue)
+    assert found.a_stderr == pytest.approx(stats.sem(A))
+    assert found.low is not None and found.high is not None and found.low < 0 < found.high
+
+
+def test_booleans_and_numpy_s_text_are_right_and_wrong_too(tmp_path: Path) -> None:
+    """lm_eval writes what json does not know, such as NumPy's booleans, as text."""
+    plain = only(two(tmp_path, {ACC: A}, {ACC: B}))
+    same = {"aggregated": {ACC: 0.5}}, {"aggregated": {ACC: 0.7}}
+    assert only(two(tmp_path, {ACC: list(map(bool, A))}, {ACC: [str(bool(x)) for x in B]}, *same)) == plain
+
+
+def test_where_lower_is_better_a_1_is_wrong(tmp_path: Path) -> None:
+    found = only(two(tmp_path, {ACC: A}, {ACC: B}, better={"acc": False}))
+    assert (found.only_a, found.only_b, found.higher_is_better) == (3, 1, False)
+
+
+def test_other_scores(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.random(20), rng.random(20)
+    found = only(two(tmp_path, {"f1,none": list(a)}, {"f1,none": list(b)}))
+    expected = stats.ttest_rel(b, a)
+    interval = expected.confidence_interval()
+    assert (found.p, found.low, found.high) == pytest.approx((expected.pvalue, interval.low, interval.high))
+    assert (found.test, found.only_a, found.only_b) == ("paired t", None, None)
+
+
+def test_several_answers_of_a_document_are_one_value(tmp_path: Path) -> None:
+    a, b = [[0, 1], [1, 1], [0, 0], [1, 0]], [[1, 1], [1, 1], [0, 1], [1, 1]]
+    found = only(two(tmp_path, {ACC: a}, {ACC: b}))
+    assert found.test == "paired t" and found.documents == 4
+    assert found.difference == pytest.approx(0.375)
+    assert found.a_stderr == pytest.approx(stats.sem([0.5, 1, 0, 0.5]))
+
+
+def test_a_mean_over_answers_is_compared_as_one(tmp_path: Path) -> None:
+    """As IFEval's instructions: a document has one to three, and each instruction counts the same."""
+    a, b = [[0], [1, 1, 0], [0, 0], [1]], [[1], [1, 1, 1], [0, 0], [1]]
+    means = {"aggregated": {ACC: 3 / 7}}, {"aggregated": {ACC: 5 / 7}}
+    found = only(two(tmp_path, {ACC: a}, {ACC: b}, *means))
+    assert (found.a, found.b) == pytest.approx((3 / 7, 5 / 7)) and found.test == "paired t"
+
+
+def test_repeats_are_answers_of_the_same_documents(tmp_path: Path) -> None:
+    for seed, scores in enumerate([[1, 0, 0, 1], [1, 1, 0, 0], [1, 1, 0, 1]]):
+        write_run(tmp_path / "a", {"task": {ACC: scores}}, date=f"2026-01-0{seed + 1}T00-00-00.0", seed=seed)
+    b = write_run(tmp_path / "b", {"task": {ACC: [1, 1, 1, 1]}})
+    runs = read_runs([tmp_path / "a"])
+    assert len(runs) == 1 and len(runs[0].of_tasks["task"]) == 3
+    found = only(compared(tmp_path / "a", b))
+    assert (found.a, found.documents, found.test) == (pytest.approx(7 / 12), 4, "paired t")
+    assert found.difference == pytest.approx(5 / 12)
+
+
+def test_documents_are_paired_by_what_they_are(tmp_path: Path) -> None:
+    """Both runs have document 3 and two equal ones, 7; each at another place."""
+    of_a, of_b = {"documents": [1, 3, 7, 7]}, {"documents": [7, 7, 3, 9]}
+    comparison = two(tmp_path, {ACC: [0, 0, 1, 0]}, {ACC: [1, 1, 1, 0]}, of_a, of_b)
+    found = only(comparison)
+    assert (found.documents, found.only_a, found.only_b) == (3, 0, 2)
+    warning = "task: 3 documents are in both runs and are compared; 1 only in run A and 1 only in run B."
+    assert comparison.warnings == (warning,)
+
+
+def test_files_without_hashes_are_paired_by_index_and_gold_answer(tmp_path: Path) -> None:
+    assert only(two(tmp_path, {ACC: A}, {ACC: B}, hashes=False)).documents == 10
+    assert only(two(tmp_path, {ACC: A}, {ACC: B}, {"hashes": False})).documents == 10
+    with pytest.raises(UserError, match="answered no common document"):
+        two(tmp_path, {ACC: A}, {ACC: B}, {"hashes": False, "target": "other"})
+
+
+def test_what_differs_in_what_was_asked_is_told(tmp_path: Path) -> None:
+    comparison = two(tmp_path, {ACC: A}, {ACC: B}, None, {"prompt": "Please: ", "version": 2.0, "target": "other"})
+    assert comparison.warnings == (
+        "task: the prompts of 10 of 10 documents differ.",
+        "task: the gold answers of 10 of 10 documents differ.",
+        "task: the task's versions differ (1.0 and 2.0).",
+    )
+    assert not two(tmp_path, {ACC: A}, {ACC: B}, {"hashes": False}, {"hashes": False}).warnings
+    (told,) = two(tmp_path, {ACC: A}, {ACC: B}, {"hashes": False}, {"hashes": False, "prompt": "Please: "}).warnings
+    assert "prompts of 10 of 10" in told
+
+
+def test_settings_that_differ_in_all_tasks_are_told_once(tmp_path: Path) -> None:
+    scores = {"one": {ACC: A}, "two": {ACC: A}}
+    a = write_run(tmp_path / "a", scores, threshold=0.5, dtype="float32")
+    b = write_run(tmp_path / "b", scores, threshold=0.9, dtype="float32", beams=4)
+    content = json.loads((b / "results_2026-01-02T03-04-05.678901.json").read_text())
+    content["n-shot"]["two"] = 5
+    (b / "results_2026-01-02T03-04-05.678901.json").write_text(json.dumps(content))
+    comparison = compared(a, b)
+    assert comparison.settings == {"threshold": (0.5, 0.9), "beams": (None, 4), "num_fewshot (two)": (0, 5)}
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([[-10.0, 3], [-20.0, 5]], "the metric is not a mean over documents"),
+        ([["a", "b"], ["c", "d"]], "the samples' values are not numbers"),
+        ([{"x": 1}, {"x": 2}], "the samples' values are not numbers"),
+        ([10**400, 1], "the samples' values are not numbers"),
+        ([math.nan, 1.0], "some of the samples' values are infinite or not a number"),
+        ([math.inf, 1.0], "some of the samples' values are infinite or not a number"),
+        ([0.25, 0.5], "the metric is not a mean over documents"),
+    ],
+)
+def test_metrics_without_a_test(tmp_path: Path, values: Any, told: str) -> None:
+    found = only(two(tmp_path, {ACC: values}, {ACC: values}, {"aggregated": {ACC: 8.5}}, {"aggregated": {ACC: 9.0}}))
+    assert (found.a, found.b, found.difference, found.test) == (8.5, 9.0, 0.5, told)
+    assert (found.p, found.p_holm, found.low, found.high, found.detectable) == (None,) * 5
+
+
+def test_a_samples_file_that_lost_lines_has_no_test(tmp_path: Path) -> None:
+    a, b = (write_run(tmp_path / name, {"task": {ACC: A}}) for name in "ab")
+    (file,) = b.glob("samples*")
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:6]))
+    assert only(compared(a, b)).test == "the samples file has 6 of 10 documents"
+
+
+def test_filters_that_score_alike_are_one_row(tmp_path: Path) -> None:
+    scores = {"m,strict": A, "m,flexible": A, "m,other": B}
+    comparison = two(tmp_path, scores, {"m,strict": B, "m,flexible": B, "m,other": B})
+    assert [(each.filter, each.equal_filters) for each in comparison.differences] == [
+        ("strict", ("flexible",)),
+        ("other", ()),
+    ]
+    assert comparison.differences[1].p == 1.0 and comparison.differences[1].detectable is not None
+
+
+def test_holm_is_over_all_tests(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    scores = [{f"task{i}": {ACC: list(map(int, rng.random(60) < share))} for i in range(4)} for share in (0.5, 0.8)]
+    a, b = (write_run(tmp_path / name, each) for name, each in zip("ab", scores, strict=True))
+    found = compared(a, b).differences
+    expected = multipletests([each.p for each in found], method="holm")[1]
+    assert [each.p_holm for each in found] == pytest.approx(list(expected))
+    chosen = only(compared(a, b, tasks=["task2"]))
+    assert chosen.p_holm == chosen.p == found[2].p
+
+
+def test_changed_documents(tmp_path: Path) -> None:
+    comparison = two(tmp_path, {ACC: A}, {ACC: B}, None, {"documents": [*range(1, 10), 0]})
+    changed = changed_documents(comparison.a, comparison.b, "task", "acc", "none")
+    of_b = dict(zip([*range(1, 10), 0], B, strict=True))
+    assert [each.document_a for each in changed] == [i for i in range(10) if A[i] != of_b[i]]
+    first = changed[0]
+    assert (first.question, first.target) == (f"Question {first.document_a}?", "gold")
+    assert (first.filtered_a, first.filtered_b) == (f"answer {int(first.a)}", f"answer {int(first.b)}")
+    with pytest.raises(UserError, match="has no f1 of none in task; choose acc of none"):
+        changed_documents(comparison.a, comparison.b, "task", "f1", "none")
+
+
+def test_a_choice_is_shown_by_its_text(tmp_path: Path) -> None:
+    a, b = (write_run(tmp_path / name, {"task": {ACC: [value]}}) for name, value in (("a", 0), ("b", 1)))
+    for folder, likelihoods in ((a, ["-9.5", "-10.0"]), (b, ["-3.0", "-2.0"])):
+        (file,) = folder.glob("samples*")
+        line = json.loads(file.read_text())
+        line["arguments"] = {
+            f"gen_args_{i}": {"arg_0": "Q", "arg_1": f" {text}"} for i, text in enumerate(("no", "yes"))
+        }
+        line["filtered_resps"] = [[each, "False"] for each in likelihoods]
+        file.write_text(json.dumps(line))
+    one, other = read_runs([a, b])
+    (changed,) = changed_documents(one, other, "task", "acc", "none")
+    assert (changed.filtered_a, changed.filtered_b) == ("no", "yes")
+
+
+def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", {"task": {ACC: A}, "more": {ACC: A}})
+    with pytest.raises(UserError, match=r"b has no samples of task. Evaluate again with --log_samples."):
+        compared(a, write_run(tmp_path / "b", {"task": {ACC: A}}, samples=False))
+    with pytest.raises(UserError, match=r"share no task: the one has task, more, the other another."):
+        compared(a, write_run(tmp_path / "c", {"another": {ACC: A}}))
+    with pytest.raises(UserError, match=r"task: .*a and .*d answered no common document"):
+        compared(a, write_run(tmp_path / "d", {"task": {ACC: A}}, documents=range(20, 30)))
+    with pytest.raises(UserError, match=r"share no metric: the one has acc of none, the other f1 of none"):
+        compared(a, write_run(tmp_path / "e", {"task": {"f1,none": A}}))
+    with pytest.raises(UserError, match=r"--tasks tusk: the runs do not share this task; choose task, more. Did you"):
+        compared(a, write_run(tmp_path / "f", {"task": {ACC: A}, "more": {ACC: A}}), tasks=["tusk"])
+    with pytest.raises(
+        UserError, match=r"--metric f1 and --filter x: the runs have no such scores; choose of acc of n"
+    ):
+        compared(a, tmp_path / "f", metrics=["f1"], filters=["x"])
+
+
+def test_a_task_that_cannot_be_compared_leaves_the_others(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", {"task": {ACC: A}, "more": {ACC: A}, "alone": {ACC: A}})
+    b = write_run(tmp_path / "b", {"task": {ACC: B}, "more": {ACC: A}})
+    next(b.glob("samples_more*")).write_text('{"doc_id": 0, "fil')
+    comparison = compared(a, b)
+    assert only(comparison).task == "task"
+    alone, broken = comparison.warnings
+    assert (
+        alone == "Run A alone has alone." and "line 1: not JSON" in broken and broken.endswith("The task is left out.")
+    )
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "arg_0"]), inner, max_size=2),
+    max_leaves=6,
+)
+LINE_KEYS = (
+    "doc_id",
+    "doc",
+    "target",
+    "arguments",
+    "resps",
+    "filtered_resps",
+    "filter",
+    "doc_hash",
+    "prompt_hash",
+    "acc",
+)
+FILE_KEYS = (
+    "results",
+    "configs",
+    "versions",
+    "n-shot",
+    "n-samples",
+    "higher_is_better",
+    "config",
+    "date",
+    "model_name",
+)
+
+
+@given(st.dictionaries(st.sampled_from(LINE_KEYS), JSON, max_size=3), st.dictionaries(st.sampled_from(FILE_KEYS), JSON))
+def test_whatever_the_files_hold_is_a_comparison_or_a_message_of_one_line(line: Any, content: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        a, b = (write_run(Path(folder) / name, {"task": {ACC: A}}) for name in "ab")
+        (samples,), (results,) = b.glob("samples*"), b.glob("results*")
+        lines = [json.loads(each) for each in samples.read_text().splitlines()]
+        lines[3] |= line
+        samples.write_text("\n".join(map(json.dumps, lines)))
+        results.write_text(json.dumps(json.loads(results.read_text()) | content))
+        try:
+            comparison = compared(a, b)
+            changed_documents(comparison.a, comparison.b, "task", "acc", "none")
+        except UserError as error:
+            assert "\n" not in str(error)
