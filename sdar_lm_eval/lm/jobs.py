@@ -81,6 +81,15 @@ class Round:
     truncated: int
     settings: dict[str, Generation]
 
+    def warn_of_truncated(self) -> None:
+        """Warn of prompts that lost their beginning."""
+        if self.truncated:
+            logger.warning(
+                "%d of %d prompts are longer than max_length - max_gen_toks allows; they lost their beginning.",
+                self.truncated,
+                len(self.jobs),
+            )
+
 
 @dataclass(frozen=True)
 class _Settings:
@@ -112,8 +121,8 @@ class Jobs:
         self.max_length = checkpoint.max_length if max_length is None else max_length
         self.stop_ids = checkpoint.stop_ids
         """Tokens that end every answer."""
-        self.default = self._settings_of({}, TaskRequests(name="")).generation
-        """The settings of a request whose task has none."""
+        self.default = self.settings_of({})
+        """The settings of a request whose task has none, and which has none itself."""
 
     def of(
         self,
@@ -183,6 +192,14 @@ class Jobs:
                 key=_key_of(request, generation),
             )
         return Round(order, jobs, truncated, {task: its.generation for (task, _), its in settings.items()})
+
+    def settings_of(self, gen_kwargs: Mapping[str, object]) -> Generation:
+        """The settings of a request whose task has none.
+
+        Raises:
+            UserError: an unknown name, or a value out of range.
+        """
+        return self._settings_of(gen_kwargs, TaskRequests(name="")).generation
 
     def check_limits(self, *, answers_limited: bool) -> None:
         """Warn of a block length and a max_length that the checkpoint was not trained for.

@@ -20,6 +20,7 @@ from lm_eval.api.model import CacheHook, TemplateLM
 
 from sdar_lm_eval.arguments import JetEngineArguments, LMDeployArguments, NativeArguments, takes
 from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT, DEFAULT_SEED
 from sdar_lm_eval.engines.registry import ENGINES, make_engine
 from sdar_lm_eval.lm.answers import AnswerFolder
 from sdar_lm_eval.lm.denoising import LinesOf, WrittenAnswers
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # This package's messages go where lm_eval's go, at its verbosity.
 logging.getLogger("sdar_lm_eval").parent = logging.getLogger("lm_eval")
-
-DEFAULT_CHECKPOINT = "JetLM/SDAR-4B-Chat"
-DEFAULT_SEED = 1234  # lm_eval's default for torch
 
 
 @takes(NativeArguments, DEFAULT_CHECKPOINT)

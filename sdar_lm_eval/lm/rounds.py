@@ -91,12 +91,7 @@ class Rounds:
         asked = self._jobs.of(requests, evaluation.task_of, evaluation.seed, record_steps=recording)
         evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
         evaluation.template_hash = self._prompts.template_hash
-        if asked.truncated:
-            logger.warning(
-                "%d of %d prompts are longer than max_length - max_gen_toks allows; they lost their beginning.",
-                asked.truncated,
-                len(asked.jobs),
-            )
+        asked.warn_of_truncated()
         jobs = asked.jobs
         judges = {job.task: evaluation.task_of(job.instance).judge for job in jobs.values()}
         live = Live(judges, len(jobs), whole=self._alone)

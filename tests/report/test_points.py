@@ -27,8 +27,8 @@ from sdar_lm_eval.report.points import (
     settings_in_words,
     value_of,
 )
-from sdar_lm_eval.report.runs import Run, read_runs
 from sdar_lm_eval.report.results import results_in
+from sdar_lm_eval.report.runs import Run, read_runs
 
 # AUP_leaderboard/aup_utils.py of hao-ai-lab/d3LLM at e5bfcac, run with these points.
 WORKED = [
@@ -55,9 +55,7 @@ def test_where_aup_is_not_defined() -> None:
     assert aup([(1, 80), (2, 78), (3, 75)], 80) > 0  # exactly 5 below
 
 
-def point(
-    forward: float | None = 1.0, accuracy: float = 50.0, second: float | None = None, **settings: Any
-) -> Point:
+def point(forward: float | None = 1.0, accuracy: float = 50.0, second: float | None = None, **settings: Any) -> Point:
     return Point("run", "demo", settings, accuracy, 1.0, forward, second, 200, 1, "")
 
 
@@ -153,7 +151,9 @@ def write(
     (folder / "results_2026.json").write_text(json.dumps(content))
     if scores is not None:
         lines = [
-            json.dumps({"doc_id": i, "filter": "none", "doc": {"q": i}, "target": "", "right": score, "doc_hash": f"h{i}"})
+            json.dumps(
+                {"doc_id": i, "filter": "none", "doc": {"q": i}, "target": "", "right": score, "doc_hash": f"h{i}"}
+            )
             for i, score in enumerate(scores)
         ]
         (folder / "samples_t_2026.jsonl").write_text("\n".join(lines) + "\n")
@@ -161,7 +161,13 @@ def write(
 
 
 WORK = {"new_tokens": 300, "forwards": {"prefill": 9, "denoising": 150, "commit": 50}}
-COMPUTED = {"requests": 2, "stored_requests": 0, **WORK, "generation_seconds": 2.0, "tasks": {"t": {"requests": 2, **WORK}}}
+COMPUTED = {
+    "requests": 2,
+    "stored_requests": 0,
+    **WORK,
+    "generation_seconds": 2.0,
+    "tasks": {"t": {"requests": 2, **WORK}},
+}
 
 
 def of(folder: Path, **settings: Any) -> Point:
