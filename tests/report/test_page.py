@@ -190,6 +190,14 @@ def test_a_task_of_log_likelihoods_has_no_speeds(tmp_path: Path) -> None:
     assert 'id="charts"' not in text and "tokens/s" not in _Parsed(text).text
 
 
+def test_a_date_that_no_calendar_has_is_not_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, [["it is 7"]], date=10**9)
+    assert "evaluated 2001-09-09" in _Parsed(page_of(read_runs([folder]))).text
+    file = next(folder.glob("results*"))
+    file.write_text(file.read_text().replace('"date": 1000000000.0', '"date": 1e300'))
+    assert "evaluated" not in _Parsed(page_of(read_runs([folder]))).text
+
+
 def test_groups_come_before_their_tasks(tmp_path: Path) -> None:
     folder = write_run(tmp_path, [["it is 7"], ["it is 8"]], task="part")
     results = json.loads((folder / "results_1.json").read_text())

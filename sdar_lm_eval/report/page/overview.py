@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compar
 from sdar_lm_eval.report.curve import AXES, chart_svg
 from sdar_lm_eval.report.documents import main_metric
 from sdar_lm_eval.report.page.data import Documents
+from sdar_lm_eval.report.page.embedding import printable
 from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.points import Point, points_of
 from sdar_lm_eval.report.results import Results
@@ -161,10 +163,16 @@ def charts_of(points: Sequence[tuple[str, Sequence[Point | None]]]) -> list[tupl
     """Return task -> SVG of accuracy against speed, of tasks in which at least two runs tell tokens per forward."""
     found = []
     for task, of_runs in points:
-        known = [point for point in of_runs if point and point.tokens_per_forward]
+        known = [_drawable(point) for point in of_runs if point and point.tokens_per_forward]
         if len(known) > 1:
             found.append((task, without_styles(chart_svg(known))))
     return found
+
+
+def _drawable(point: Point) -> Point:
+    """The point with names that matplotlib can draw."""
+    settings = {name: printable(value) if isinstance(value, str) else value for name, value in point.settings.items()}
+    return dataclasses.replace(point, model=printable(point.model), settings=settings)
 
 
 def without_styles(svg: str) -> str:

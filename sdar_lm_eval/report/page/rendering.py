@@ -102,13 +102,16 @@ def _title(runs: Sequence[Run], tasks: Sequence[str]) -> str:
 
 
 def _facts(runs: Sequence[Run], tasks: Sequence[str], documents: int) -> list[str]:
-    dates = [results.date for run in runs for each in run.of_tasks.values() for results in each]
-    first, last = (
-        datetime.datetime.fromtimestamp(date, datetime.timezone.utc).strftime("%Y-%m-%d")
-        for date in (min(dates), max(dates))
-    )
     counted = [(len(runs), "run"), (len(tasks), "task"), (documents, "document")]
-    return [
-        *(f"{number:,} {word}{'' if number == 1 else 's'}" for number, word in counted),
-        f"evaluated {first}" + ("" if first == last else f" to {last}"),
-    ]
+    dates = [results.date for run in runs for results in run.results]
+    days = list(dict.fromkeys(filter(None, (_day(min(dates)), _day(max(dates))))))
+    facts = [f"{number:,} {word}{'' if number == 1 else 's'}" for number, word in counted]
+    return [*facts, f"evaluated {' to '.join(days)}"] if days else facts
+
+
+def _day(seconds: float) -> str | None:
+    """The day of a time since 1970; None for a time that no calendar has."""
+    try:
+        return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%d")
+    except (OverflowError, ValueError, OSError):
+        return None
