@@ -25,13 +25,13 @@ from lm_eval.tasks import TaskManager
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.decoding import DECODING_SETTINGS, in_words, spelled
+from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT, DEFAULT_SEED
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.files import expanded
 from sdar_lm_eval.hashing import hex_digest
 from sdar_lm_eval.lm.jobs import Jobs
-from sdar_lm_eval.lm.model import DEFAULT_CHECKPOINT, DEFAULT_SEED
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.report.results import Results, results_in
 from sdar_lm_eval.runs.grid import Combination, combinations, without_copies
@@ -169,7 +169,9 @@ def plan(question: Question) -> Plan:
     arguments = {name: value for name, value in model_args.items() if name != "pretrained"}
     settings = ModelSettings.read(str(model_args["pretrained"]), arguments, engine)
     manager = task_manager(question.tasks, question.include_path)
-    tasks = load_tasks(question.tasks, manager)
+    loaded = load_tasks(question.tasks, manager)
+    # lm_eval has an order of its own; here the user's, then the tasks of groups.
+    tasks = {name: loaded[name] for name in (*question.tasks, *loaded) if name in loaded}
     _check_tasks(tasks, question.confirm_run_unsafe_code)
     checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
     prompts = Prompts(checkpoint, settings.chat_template)

@@ -6,11 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from asking import ask, rounding_between, run
+from asking import ask, run
 from support import random_checkpoint, read_weights, write_weights
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, make_engine
 from sdar_lm_eval.demo import golds
+from sdar_lm_eval.engines.agreement import Plain
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
@@ -89,9 +90,9 @@ def test_other_block_lengths(demo, questions, on_cpu, length):
     pairs = list(zip(tokens(demo, wanted, device="cuda", dtype="float32", kernels=True), on_cpu(wanted), strict=True))
     differing = [i for i, (ours, cpus) in enumerate(pairs) if ours != cpus]
     assert len(differing) <= (length == 1)  # for which the checkpoint was not trained: it is sure of little
-    model = demo.load_model(dtype=torch.float32, device="cpu", attention="sdpa")
+    plain = Plain(demo)
     for i in differing:
-        assert rounding_between(demo, model, wanted[i], *pairs[i], (1e-4,)) == 1e-4
+        assert max(plain.roundings(wanted[i], pairs[i][0])) <= 1e-4
 
 
 def test_block_lengths_mix(demo, questions, on_cpu):
