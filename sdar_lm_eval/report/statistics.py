@@ -139,7 +139,8 @@ def detectable_share(documents: int, discordance: float) -> float | None:
     """Return the smallest true difference of shares that McNemar's exact test calls with probability `POWER`.
 
     The discordance is taken to be the observed one, or the difference itself where that is larger: no difference is
-    larger than the share of discordant documents. So the result is never 0, also where two runs agree in all documents.
+    larger than the share of discordant documents. So the result is at least what `FEWEST_DISCORDANT` documents one way
+    make, also where two runs agree in all documents.
 
     Args:
         documents: paired documents.
@@ -159,7 +160,8 @@ def detectable_share(documents: int, discordance: float) -> float | None:
         called = stats.binom.cdf(most, counts, (share - difference) / (2 * share))
         return float(likely @ np.where(most < 0, 0.0, called))
 
-    return float(optimize.brentq(lambda difference: power(difference) - POWER, 1e-9, 1.0, xtol=1e-7))
+    found = float(optimize.brentq(lambda difference: power(difference) - POWER, 1e-9, 1.0, xtol=1e-7))
+    return max(found, FEWEST_DISCORDANT / documents)  # above the former only for six documents, all discordant
 
 
 def _most_the_other_way(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
