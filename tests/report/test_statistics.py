@@ -98,6 +98,7 @@ def test_few_documents_that_differ_do_not_make_a_difference() -> None:
     assert compare_means(a[:1], b[:1]).low is None
 
 
+@settings(max_examples=15)  # statsmodels takes 0.1 s a call
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_that_of_statsmodels(p: list[float]) -> None:
     assert holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]))
