@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sdar_lm_eval.arguments import descriptions
 from sdar_lm_eval.commands.given import pairs
 from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig, in_words
+from sdar_lm_eval.engines.native.strategies import spellings
 from sdar_lm_eval.errors import EngineError, UserError
 from sdar_lm_eval.settings import ALIASES
 
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tasks", "-t", nargs="+", required=True, metavar="TASK", help="tasks that generate")
     parser.add_argument(
-        "--limit", "-L", type=float, metavar="N", help="the first N documents of each task; a share < 1"
+        "--limit", "-L", type=float, metavar="N", help="evaluate the first N documents of each task, or a share < 1"
     )
     parser.add_argument("--num_fewshot", "-f", type=int, metavar="N", help="solved examples before each question")
     parser.add_argument(
@@ -75,24 +76,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--confirm_run_unsafe_code", action="store_true", help="agree that the model's programs are run"
     )
     grid = parser.add_argument_group("decoding settings, each with one value or several")
-    described = descriptions(DecodingConfig)
+    described = descriptions(DecodingConfig) | {
+        "denoising_steps": "steps that a block is denoised in",
+        "remasking_strategy": f"which tokens a step keeps: {spellings()}",
+    }
     for name in DECODING_SETTINGS:
         short = [f"--{alias}" for alias, full in ALIASES.items() if full == name and alias != "block_size"]
         text = described[name].split(". ")[0].rstrip(".").replace("%", "%%")
         grid.add_argument(f"--{name}", *short, dest=name, action=_Setting, metavar="VALUES", help=text)
     grid.add_argument("--and", nargs=0, action=_And, help="begin a further grid")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of what is drawn (default: model_args', else 1234)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of drawn answers (default: model_args', else 1234)")
     parser.add_argument(
-        "--repeats", type=int, default=1, metavar="N", help="evaluate combinations that draw N times, by further seeds"
+        "--repeats",
+        type=int,
+        default=1,
+        metavar="N",
+        help="evaluate each combination that draws N times: seed, seed + 1, …",
     )
     parser.add_argument(
-        "--output_path", "-o", type=Path, metavar="FOLDER", help="default: sweeps/<model>-<tasks>, in this folder"
+        "--output_path", "-o", type=Path, metavar="FOLDER", help="the sweep's folder; default: sweeps/<model>-<tasks>"
     )
-    parser.add_argument("--metric", metavar="NAME[,FILTER]", help="what counts as accuracy; default: the task's first")
-    parser.add_argument("--y_max", type=float, metavar="PERCENT", help="AUP's best accuracy; default: the sweep's best")
+    parser.add_argument(
+        "--metric", metavar="NAME[,FILTER]", help="the metric that is the accuracy; default: the task's first"
+    )
+    parser.add_argument(
+        "--y_max",
+        type=float,
+        metavar="PERCENT",
+        help="AUP weighs accuracies against this one; default: the best of the sweep",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the chart there too: .svg, .png or .pdf")
     parser.add_argument("--json", action="store_true", help="print JSON rather than tables")
-    parser.add_argument("--dry-run", action="store_true", help="list the combinations, and run none")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the evaluations and run none; a hub's checkpoint is fetched"
+    )
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -109,6 +126,8 @@ def run(arguments: argparse.Namespace) -> str:
         from sdar_lm_eval.report.curve import check_suffix
 
         check_suffix(arguments.plot)
+    if arguments.y_max is not None and not arguments.y_max > 0:
+        raise UserError(f"--y_max {arguments.y_max:g} is out of range: it must be above 0, in per cent.")
     if not all(arguments.grids):
         raise UserError("A grid has no settings. Give some, such as --threshold 0.5:0.9, before and after each --and.")
     planned = plan(

@@ -193,8 +193,8 @@ def chart_svg(points: Sequence[Point]) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"(font: [\d.]+px|font-family:) [^;\"]*", r"\1 sans-serif", svg)
     # Ids that nothing refers to would stand twice in a page with two charts.
-    used = set(re.findall(r"#([\w-]+)", svg))
-    svg = re.sub(r' id="([\w-]+)"', lambda found: found[0] if found[1] in used else "", svg)
+    used = set(re.findall(r"#([\w.-]+)", svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)
     described = f'role="img" aria-label="Accuracy against {" and against ".join(AXES)}"'
     return svg.replace("<svg", f'<svg {described} style="stroke-linejoin: round; stroke-linecap: butt"', 1)
 

@@ -126,17 +126,19 @@ def curves_of(points: Sequence[Point]) -> list[Curve]:
     the block length. A strategy whose further settings differ at every point is one curve.
     """
     curves: list[Curve] = []
+    of_points = _telling(points)
     models = {point.model for point in points}
     for model, strategy in dict.fromkeys((point.model, point.strategy) for point in points):
-        mine = [point for point in points if (point.model, point.strategy) == (model, strategy)]
+        mine = [i for i, point in enumerate(points) if (point.model, point.strategy) == (model, strategy)]
         own = STRATEGIES[strategy].setting if strategy in STRATEGIES else None
-        varied = [name for name in (own, "denoising_steps", *DECODING_SETTINGS) if name and _varies(name, mine)]
+        settings = [of_points[i] for i in mine]
+        dials = [name for name in (own, "denoising_steps", *DECODING_SETTINGS) if name and _varies(name, settings)]
         groups: dict[str, list[Point]] = {}
-        for point in mine:
-            told = {name: point.settings.get(name) for name in dict.fromkeys(varied[1:]) if name != varied[0]}
-            groups.setdefault(in_words(told), []).append(point)
+        for i, its in zip(mine, settings, strict=True):
+            told = {name: its.get(name) for name in dict.fromkeys(dials[1:]) if name != dials[0]}
+            groups.setdefault(in_words(told), []).append(points[i])
         if all(len(group) == 1 for group in groups.values()):
-            groups = {"": mine}
+            groups = {"": [points[i] for i in mine]}
         prefix = f"{model}: " if len(models) > 1 and model != strategy else ""
         for words, group in groups.items():
             curves.append(Curve(prefix + strategy + (f", {words}" if words else ""), tuple(group)))
@@ -146,18 +148,29 @@ def curves_of(points: Sequence[Point]) -> list[Curve]:
 def settings_in_words(points: Sequence[Point]) -> list[str]:
     """Return what tells each point from the others of its strategy, and what makes its strategy's defaults others."""
     told = []
-    for point in points:
-        alike = [other for other in points if other.strategy == point.strategy]
+    settings = _telling(points)
+    for point, its in zip(points, settings, strict=True):
+        alike = [other for at, other in zip(points, settings, strict=True) if at.strategy == point.strategy]
         chosen = {}
-        for name, value in point.settings.items():
-            if name == "remasking_strategy":
-                continue
-            default = point.settings.get("block_length") if name == "denoising_steps" else DEFAULTS.get(name)
-            of_others = any(other.settings.get(name, value) != value for other in points)
-            if _varies(name, alike) or (of_others and value != default):
+        for name, value in its.items():
+            default = its.get("block_length") if name == "denoising_steps" else DEFAULTS.get(name)
+            of_others = any(other.get(name, value) != value for other in settings)
+            if name != "remasking_strategy" and (_varies(name, alike) or (of_others and value != default)):
                 chosen[name] = value
         told.append(in_words(chosen))
     return told
+
+
+def _telling(points: Sequence[Point]) -> list[Mapping[str, object]]:
+    """The points' settings; without the steps where each point has as many as its block has tokens, the default."""
+    lengths = [(each.settings.get("denoising_steps"), each.settings.get("block_length")) for each in points]
+    if any(steps not in (None, length) for steps, length in lengths):
+        return [point.settings for point in points]
+    return [{n: value for n, value in point.settings.items() if n != "denoising_steps"} for point in points]
+
+
+def _varies(name: str, settings: Sequence[Mapping[str, object]]) -> bool:
+    return len({each.get(name) for each in settings}) > 1
 
 
 def pareto_front(points: Sequence[Point], speed: Speed) -> list[Point]:
@@ -235,10 +248,6 @@ def value_of(curve: Curve, y_max: float) -> CurveValue:
     kept = [(speed, y) for speed, y in known if y >= known[0][1] - TOLERANCE]
     value = aup(kept, y_max) if kept and y_max > 0 else None
     return CurveValue(curve.name, value, len(kept), len(known) - len(kept))
-
-
-def _varies(name: str, points: Sequence[Point]) -> bool:
-    return len({point.settings.get(name) for point in points}) > 1
 
 
 @dataclass(frozen=True)

@@ -172,14 +172,18 @@ def _most_the_other_way(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def detectable_mean(documents: int, deviation: float) -> float | None:
     """Return the smallest true difference of means that the paired t test calls with probability `POWER`.
 
+    The result holds where most documents differ: `compare_means` is stricter where few do.
+
     Args:
         documents: paired documents.
         deviation: standard deviation of the documents' differences, above 0.
 
     Returns:
-        The difference; None for fewer than two documents.
+        The difference; None for fewer than `FEWEST_DISCORDANT` documents, for which `compare_means` calls none.
     """
-    return _shown_noncentrality(documents) * deviation / math.sqrt(documents) if documents > 1 else None
+    if documents < FEWEST_DISCORDANT:
+        return None
+    return _shown_noncentrality(documents) * deviation / math.sqrt(documents)
 
 
 @functools.cache

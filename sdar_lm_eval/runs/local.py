@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +18,7 @@ from typing import Protocol
 from lm_eval.api.registry import get_model
 
 from sdar_lm_eval.decoding import in_words
-from sdar_lm_eval.errors import Interrupted, SDARError, UserError
+from sdar_lm_eval.errors import EngineError, Interrupted, SDARError, UserError
 from sdar_lm_eval.files import one_line
 from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.report.results import Results
@@ -77,14 +77,14 @@ def run(plan: Plan, tell: Tell) -> Outcome:
     with _locked(plan.output), contextlib.ExitStack() as stack:
         found = [each.results() for each in plan.evaluations]
         errors: list[str | None] = [None] * len(found)
-        lm = None
+        lm: SDARLM | None = None
         if None in found:
             lm = stack.enter_context(_loaded(plan))
             found = [results if results is None or _is_of(lm, results) else None for results in found]
         for index, each in enumerate(plan.evaluations):
             if found[index] is None:
-                assert lm is not None
                 try:
+                    lm = lm or stack.enter_context(_loaded(plan))
                     found[index] = _evaluate(each, plan, lm)
                 except KeyboardInterrupt as interrupt:
                     done = sum(results is not None for results in found)
@@ -95,7 +95,16 @@ def run(plan: Plan, tell: Tell) -> Outcome:
                     errors[index] = one_line(error) if isinstance(error, SDARError) else repr(error)
                     if not isinstance(error, (SDARError, OSError)):
                         logger.exception("%s failed.", in_words(each.settings))
+                    if isinstance(error, EngineError) and lm is not None:  # it may be unable to go on
+                        with contextlib.suppress(EngineError):
+                            lm.close()
+                        lm = None
             tell(index + 1, each, found[index], errors[index])
+    return _outcome(plan, found, errors)
+
+
+def _outcome(plan: Plan, found: Sequence[Results | None], errors: Sequence[str | None]) -> Outcome:
+    """Gather the evaluations of each combination."""
     of_folders: dict[Path, Run] = {}
     outcome = Outcome()
     for each, results, failure in zip(plan.evaluations, found, errors, strict=True):

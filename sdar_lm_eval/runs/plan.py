@@ -169,7 +169,9 @@ def plan(question: Question) -> Plan:
     arguments = {name: value for name, value in model_args.items() if name != "pretrained"}
     settings = ModelSettings.read(str(model_args["pretrained"]), arguments, engine)
     manager = task_manager(question.tasks, question.include_path)
-    tasks = load_tasks(question.tasks, manager)
+    loaded = load_tasks(question.tasks, manager)
+    # lm_eval has an order of its own; here the user's, then the tasks of groups.
+    tasks = {name: loaded[name] for name in (*question.tasks, *loaded) if name in loaded}
     _check_tasks(tasks, question.confirm_run_unsafe_code)
     checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
     prompts = Prompts(checkpoint, settings.chat_template)

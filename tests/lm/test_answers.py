@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 
 from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.answers import AnswerFolder, Session, busy_seconds, read_sessions, united
+from sdar_lm_eval.lm.answers import AnswerFolder, Session, busy_seconds, read_sessions, seconds_for, united
 from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.lm.store import decode_line, encode_line
 
@@ -218,3 +218,26 @@ def test_a_run_goes_on_from_the_folder(tmp_path: Path, monkeypatch: pytest.Monke
     _, computed = run(["twice"], 3, seed=1)
     assert computed == 6
     assert run(["twice"], 3, seed=1234) == (first, 0)  # lm_eval's default of --seed
+
+
+def test_the_time_of_some_answers_is_their_share_of_the_tokens(tmp_path: Path) -> None:
+    def session(started: float, **tokens: int) -> Session:
+        lines = {key: {"text": "", "at": 10.0, "new_tokens": number} for key, number in tokens.items()}
+        return Session(tmp_path, SETTINGS, {}, started, lines)  # type: ignore[arg-type]
+
+    sessions = [session(0.0, a=30, b=10), session(100.0, c=50), session(105.0, d=10)]
+    assert seconds_for(sessions, {"a"}) == pytest.approx(10 * 30 / 40)
+    assert seconds_for(sessions, {"a", "b"}) == pytest.approx(10)
+    assert seconds_for(sessions, {"c", "d"}) == pytest.approx(15)  # the two overlap
+    assert seconds_for(sessions, {"a", "b", "c", "d"}) == pytest.approx(25)
+    assert seconds_for(sessions, set()) == 0
+
+
+def test_the_time_of_own_answers_is_another_s(tmp_path: Path) -> None:
+    """A folder knows what earlier processes took; its own time is counted by the run."""
+    first = _folder(tmp_path)
+    first.put("a", {"text": "1", "new_tokens": 4})
+    assert first.seconds_for({"a"}) is None
+    first.close()
+    second = _folder(tmp_path)
+    assert second.seconds_for({"a"}) == pytest.approx(0, abs=1) and second.seconds_for({"a", "b"}) is None

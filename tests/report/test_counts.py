@@ -61,6 +61,27 @@ def test_where_nothing_was_computed_there_are_no_figures() -> None:
     assert "0 requests, 0 new tokens" in str(Counts())
 
 
+def test_what_stored_answers_took_is_counted_apart() -> None:
+    counts = Counts()
+    counts.add("a", result(8, denoising=5, commit=2), prompt_tokens=10)
+    counts.add_stored("a", tokens=6, forwards=4)
+    counts.add_stored("b", tokens=10, forwards=5)
+    counts.stored_seconds = 1.234
+    summary = counts.as_dict()
+    assert summary["stored"] == {"new_tokens": 16, "forwards": 9, "seconds": 1.23}
+    assert (summary["new_tokens"], summary["requests"], summary["stored_requests"]) == (8, 1, 2)
+    assert summary["tokens_per_forward"] == round(8 / 7, 3)  # of what was computed
+    assert summary["tasks"]["a"]["stored"] == {"new_tokens": 6, "forwards": 4}
+    united = Counts.of_ranks([counts, counts])
+    assert (united.stored_tokens, united.stored_seconds) == (32, 2.468)
+    counts.add_stored("b", tokens=None, forwards=None)
+    counts.stored_untimed += 1
+    summary = counts.as_dict()
+    assert summary["stored"] == {"new_tokens": None, "forwards": None, "seconds": None}
+    assert summary["tasks"]["b"]["stored"] == {"new_tokens": None, "forwards": None}
+    assert summary["tasks"]["a"]["stored"] == {"new_tokens": 6, "forwards": 4}
+
+
 def test_ranks_that_ran_side_by_side() -> None:
     one = Counts(3, 100, 50, 3, 40, 10, load_seconds=2.0, generation_seconds=4.0, peak_memory_bytes=7)
     other = Counts(2, 60, 30, 2, 20, 10, load_seconds=3.0, generation_seconds=8.0, peak_memory_bytes=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -75,7 +76,7 @@ def test_the_front_by_its_definition(cloud: list[tuple[int, int]]) -> None:
     points = [point(float(speed), float(y)) for speed, y in cloud] + [point(None, 99.0)]
     front = pareto_front(points, by_forward)
     assert [p.tokens_per_forward for p in front] == sorted(p.tokens_per_forward or 0 for p in front)
-    assert all(a.accuracy >= b.accuracy for a, b in zip(front, front[1:], strict=False))
+    assert all(a.accuracy >= b.accuracy for a, b in itertools.pairwise(front))
     for each in points[:-1]:
         beaten = any(
             other is not each
@@ -110,6 +111,9 @@ def test_a_line_a_strategy_and_a_choice_of_other_settings() -> None:
         "low_confidence_dynamic, temperature=1": 2,
         "low_confidence_static": 2,
     }
+    assert settings_in_words(static) == ["block_length=4", "block_length=8"]
+    entropy = point(remasking_strategy="entropy_bounded", block_length=4, eb_threshold=0.1)
+    assert settings_in_words([*static, entropy])[:2] == ["block_length=4", "block_length=8"]
 
 
 def test_settings_that_tell_points_apart() -> None:
@@ -182,7 +186,7 @@ def test_a_run_on_disk(tmp_path: Path) -> None:
     assert found.strategy == "low_confidence_dynamic"
     assert found.settings["confidence_threshold"] == 0.5 and "eb_threshold" not in found.settings
     assert of(tmp_path, metric="other").accuracy == of(tmp_path, metric="other,none").accuracy == 7.0
-    with pytest.raises(UserError, match="does not have a metric 'wrong'. Known: right,none, other,none"):
+    with pytest.raises(UserError, match=r"does not have a metric 'wrong'\. Known: right,none, other,none"):
         of(tmp_path, metric="wrong")
 
 

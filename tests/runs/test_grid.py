@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from decimal import Decimal
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_a_range_has_both_ends_and_equal_steps(begin: int, width: int, step: int
     assert values[0] == float(first) and values[-1] == float(last)
     assert values == sorted(set(values))
     exact = [Decimal(str(value)) for value in values]  # each is the float nearest to its decimal
-    assert all(after - before == by for before, after in zip(exact, exact[1:-1], strict=False))
+    assert all(after - before == by for before, after in itertools.pairwise(exact[:-1]))
     assert len(exact) == 1 or 0 < exact[-1] - exact[-2] <= by
 
 

@@ -11,7 +11,7 @@ from lm_eval.loggers import EvaluationTracker
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.report.gsm8k_json import convert
-from sdar_lm_eval.report.table import read_runs
+from sdar_lm_eval.report.table import read_tables
 from sdar_lm_eval.runs import summary
 from sdar_lm_eval.runs.settings import Run, runs_from_flags
 from sdar_lm_eval.runs.shards import task_manager
@@ -132,7 +132,7 @@ def test_a_run_whose_answers_were_there_already(tmp_path: Path, monkeypatch: pyt
     assert second["metrics"] == first["metrics"]
     assert "Throughput" in summary.result(first) and "Throughput" not in summary.result(second)
     with pytest.raises(UserError, match="No results of the table's tasks, only of gsm8k_sdar_demo"):
-        read_runs([tmp_path / "second"])
+        read_tables([tmp_path / "second"])
 
 
 def test_what_a_run_of_a_sweep_is_told_by() -> None:

@@ -146,8 +146,10 @@ def speeds_of(runs: Sequence[Run], task: str) -> list[Point | None]:
 
 
 def speed_rows(task: str, points: Sequence[Point | None]) -> list[ScoreRow]:
-    """Return how fast the runs are in a task, as far as they say."""
-    rows = []
+    """Return how fast the runs are in a task; nothing for a task whose runs tell no tokens per forward."""
+    rows: list[ScoreRow] = []
+    if not any(point and point.tokens_per_forward for point in points):
+        return rows
     for (name, speed), form in zip(AXES.items(), (",.2f", ",.0f"), strict=True):
         values = [point and speed(point) for point in points]
         cells = tuple(NONE if value is None else f"{value:{form}}" for value in values)
@@ -156,10 +158,10 @@ def speed_rows(task: str, points: Sequence[Point | None]) -> list[ScoreRow]:
 
 
 def charts_of(points: Sequence[tuple[str, Sequence[Point | None]]]) -> list[tuple[str, str]]:
-    """Return task -> SVG of accuracy against speed, of tasks in which at least two runs tell how fast they are."""
+    """Return task -> SVG of accuracy against speed, of tasks in which at least two runs tell tokens per forward."""
     found = []
     for task, of_runs in points:
-        known = [point for point in of_runs if point and (point.tokens_per_forward or point.tokens_per_second)]
+        known = [point for point in of_runs if point and point.tokens_per_forward]
         if len(known) > 1:
             found.append((task, without_styles(chart_svg(known))))
     return found

@@ -13,7 +13,7 @@ from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.page import overview
 from sdar_lm_eval.report.page.data import collect
 from sdar_lm_eval.report.page.embedding import embedded, policy, printable
-from sdar_lm_eval.report.runs import Run
+from sdar_lm_eval.report.runs import SEEDS, Run
 
 FOLDER = Path(__file__).parent
 SCRIPTS = ("documents.js", "denoising.js", "page.js")
@@ -86,7 +86,11 @@ def _names(runs: Sequence[Run], differing: Sequence[overview.SettingRow]) -> lis
     """What the opened document calls each run: its settings that differ, else its folder."""
     found = []
     for number, run in enumerate(runs):
-        parts = [f"{row.name}={row.of_runs[number]}" for row in differing if row.of_runs[number] != overview.NONE]
+        parts = [
+            f"{row.name}={row.of_runs[number]}"
+            for row in differing
+            if row.of_runs[number] != overview.NONE and row.name not in SEEDS
+        ]
         found.append(", ".join(dict.fromkeys(parts)) if 0 < len(parts) <= 3 else run.path.name)
     return found
 

@@ -1,0 +1,125 @@
+"""`sdar_lm_eval sweep`, by its command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdar_lm_eval.commands import main
+from sdar_lm_eval.engines.native.engine import NativeEngine
+from sdar_lm_eval.errors import EngineError
+
+DEMO = ["--model_args", "pretrained=demo", "--tasks", "gsm8k_sdar_demo"]
+README = [
+    *("--strategy", "static", "--steps", "4,2,1", "--and", "--strategy", "sequential,random", "--steps", "4,2"),
+    *("--and", "--strategy", "dynamic", "--threshold", "0.5,0.6,0.7,0.8,0.85,0.9,0.95,0.99"),
+    *("--and", "--strategy", "entropy_bounded", "--eb_threshold", "0.1,0.35,1"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # slow, and of no interest here
+    return
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = main(["sweep", *words])
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def test_one_command_for_the_accuracy_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = said(capsys, *DEMO, *README, "--dry-run")
+    lines = out.splitlines()
+    assert code == 0 and lines[0] == "18 evaluations in sweeps/demo-gsm8k_sdar_demo" and len(lines) == 19
+    assert lines[1] == "  remasking_strategy=low_confidence_static, denoising_steps=4, seed 1234"
+    assert lines[18] == "  remasking_strategy=entropy_bounded, eb_threshold=1, seed 1234"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = [*DEMO, "--limit", "4", "--gen_kwargs", "max_gen_toks=24", "--strategy", "dynamic,static"]
+    words += ["--threshold", "0.5:0.6", "--output_path", "s", "--plot", "plots/a.png"]
+    code, out, err = said(capsys, *words)
+    assert code == 0, err
+    assert "3 evaluations, 1 copies that differ only in settings without effect left out in s" in err
+    assert re.search(r"3/3 remasking_strategy=low_confidence_static, seed 1234: [\d.]+ ± [\d.]+% of gsm8k", err)
+    rows = out[out.index("strategy ") :].splitlines()
+    assert [row.split()[0] for row in rows[1:4]] == ["low_confidence_dynamic"] * 2 + ["low_confidence_static"]
+    assert "confidence_threshold=0.5" in rows[1] and "AUP" in out and "the front" in out
+    written = [Path("s") / name for name in ("table.md", "points.json", "accuracy.svg")] + [Path("plots/a.png")]
+    assert out.splitlines()[-1] == "Written: " + ", ".join(map(str, written))
+    assert all(file.stat().st_size for file in written)
+    points = json.loads(Path("s/points.json").read_text())
+
+    code, out, err = said(capsys, *words[:-2], "--json")  # nothing is computed again
+    again = json.loads(out)
+    assert code == 0 and again == points and again["failed"] == {} and len(again["tasks"][0]["points"]) == 3
+    listed = json.loads(said(capsys, *words[:-2], "--json", "--dry-run")[1])
+    assert [each["finished"] for each in listed["evaluations"]] == [True] * 3 and listed["copies"] == 1
+    higher = said(capsys, *words[:-2], "--y_max", "100", "--metric", "exact_match,flexible-extract")[1]
+    assert "relative to 100.0%" in higher and "exact_match,flexible-extract ±" in higher
+
+
+def test_one_that_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = NativeEngine.generate
+
+    def fail(self: NativeEngine, requests: Any) -> Any:
+        if requests and requests[0].decoding.confidence_threshold == 0.5:
+            raise EngineError("out of memory")
+        return generate(self, requests)
+
+    monkeypatch.setattr(NativeEngine, "generate", fail)
+    words = [*DEMO, "--limit", "2", "--gen_kwargs", "max_gen_toks=8", "--threshold", "0.5,0.9"]
+    code, out, err = said(capsys, *words)
+    assert code == 1 and "1/2 confidence_threshold=0.5, seed 1234: failed: out of memory" in err
+    assert "sdar_lm_eval: error: 1 of 2 evaluations failed. The same command runs these again." in err
+    assert "  confidence_threshold=0.5, seed 1234: out of memory" in err
+    assert "low_confidence_dynamic" in out and Path("sweeps/demo-gsm8k_sdar_demo/table.md").exists()
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ([], 1, "A grid has no settings. Give some, such as --threshold 0.5:0.9, before and after each --and"),
+        (["--threshold", "0.5", "--and"], 1, "A grid has no settings"),
+        (
+            ["--threshold", "0.5", "--threshold", "0.6"],
+            2,
+            "given twice; separate its values by commas, or",
+        ),
+        (["--strategy", "static", "--remasking_strategy", "random"], 2, "given twice"),
+        (["--threshold", "0.5", "--plot", "chart.jpg"], 1, "chart.jpg: a chart's file ends in .svg, .png, .pdf"),
+        (["--threshold", "0.5", "--gen_kwargs", "max_gen_toks"], 1, "--gen_kwargs max_gen_toks: cannot be read"),
+        (["--threshold", "0.5", "--gen_kwargs", '{"a": '], 1, "cannot be read"),
+        (["--threshold", "0.5", "--y_max", "0"], 1, "--y_max 0 is out of range: it must be above 0, in per cent"),
+        (["--threshold", "0.5", "--limit", "many"], 2, "invalid float value: 'many'"),
+        (
+            ["--threshold", "0.5", "--metric", "f1", "--limit", "1"],
+            1,
+            "does not have a metric 'f1'. Known: exact",
+        ),
+    ],
+)
+def test_mistakes(words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        ended = main(["sweep", *DEMO, *words])
+    except SystemExit as error:
+        ended = int(error.code or 0)
+    assert ended == code and message in " ".join(capsys.readouterr().err.split())
+
+
+def test_arguments_are_lm_eval_s(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model_args", "pretrained=demo,max_length=512", '{"dtype": "float32"}', "--tasks", "gsm8k_sdar_demo"]
+    words += ["--gen_kwargs", 'until=["a","b"],max_gen_toks=8', "--threshold", "0.5", "--json", "--dry-run"]
+    code, out, err = said(capsys, *words)
+    assert code == 0, err
+    assert json.loads(out)["evaluations"][0]["settings"] == {"confidence_threshold": 0.5}
