@@ -225,3 +225,20 @@ def test_a_rule_that_reads_a_value_on_the_host_is_an_error(demo, questions, monk
     wanted = requests(demo, questions[:4], remasking_strategy="sequential")
     with pytest.raises(RuntimeError, match="captur"):
         tokens(demo, wanted, device="cuda", kernels=True)
+
+
+@KERNELS
+def test_watched_steps_come_to_the_results(demo, questions, kernels):
+    """Each step is shown while the next one runs."""
+    wanted = [dataclasses.replace(request, record_steps=True) for request in requests(demo, questions[:40])]
+    engine = make_engine("native", demo, device="cuda", dtype="float32", kernels=kernels)
+    steps = {i: [] for i in range(len(wanted))}
+    results = dict(engine.generate_watched(wanted, lambda step: steps[step.index].append(step)))
+    for i, result in results.items():
+        decided = [step for step in steps[i] if step.decided]
+        assert tuple(token for step in decided for token in step.token_ids) == result.token_ids
+        assert tuple(at for step in decided for at in step.unmasked_at) == result.unmasked_at
+        assert tuple(sure for step in decided for sure in step.confidences) == result.confidences
+        assert len(steps[i]) == result.denoising_forwards and steps[i][-1].finished
+    unwatched = tokens(demo, wanted, device="cuda", dtype="float32", kernels=kernels)
+    assert [results[i].token_ids for i in range(len(wanted))] == unwatched
