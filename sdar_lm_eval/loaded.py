@@ -40,7 +40,7 @@ from sdar_lm_eval.engines.types import (
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import shown
 from sdar_lm_eval.lm.evaluation import TaskRequests
-from sdar_lm_eval.lm.jobs import Job, Jobs
+from sdar_lm_eval.lm.jobs import Job, Jobs, Round
 from sdar_lm_eval.lm.likelihoods import Likelihoods
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.report.denoising import Denoising
@@ -228,19 +228,7 @@ class LoadedModel:
 
         Arguments and errors are as for `generate`; answers that came before an EngineError stay valid.
         """
-        texts = [self._text_of(prompt) for prompt in prompts]
-        # The same prompt is an Instance with repeats, as in an evaluation: repeats have seeds of their own.
-        repeats = Counter(texts)
-        instances = {
-            text: Instance("generate_until", {}, (text, dict(settings)), 0, metadata=(TASK.name, 0, count))
-            for text, count in repeats.items()
-        }
-        asked = self._jobs.of(
-            [instances[text] for text in texts],
-            lambda _: TASK,
-            self.seed if seed is None else to_whole("seed", seed),
-            record_steps=self._settings.record_steps,
-        )
+        asked = self._asked(prompts, seed, settings)
         asked.warn_of_truncated()
         positions: dict[tuple[int, int], list[int]] = {}
         for position, job_id in enumerate(asked.order):
@@ -263,6 +251,15 @@ class LoadedModel:
                 answer = self._answer(asked.jobs[ids[index]], result)
                 for position in positions[ids[index]]:
                     yield position, answer
+
+    def prepare(self, prompts: Sequence[Prompt], **settings: Unpack[DecodingArguments]) -> None:
+        """Allocate and compile what these prompts need, so that the time of `generate` is the time of computing.
+
+        Raises:
+            UserError, EngineError: as `generate`.
+        """
+        jobs = self._asked(prompts, None, settings).jobs.values()
+        self._engine.prepare([job.request for job in jobs])
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Score continuations, as `SDARLM.loglikelihood` does; texts are taken as they are, in no chat template.
@@ -312,6 +309,22 @@ class LoadedModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _asked(self, prompts: Sequence[Prompt], seed: int | None, settings: Mapping[str, object]) -> Round:
+        """What is to be computed for prompts."""
+        texts = [self._text_of(prompt) for prompt in prompts]
+        # The same prompt is an Instance with repeats, as in an evaluation: repeats have seeds of their own.
+        repeats = Counter(texts)
+        instances = {
+            text: Instance("generate_until", {}, (text, dict(settings)), 0, metadata=(TASK.name, 0, count))
+            for text, count in repeats.items()
+        }
+        return self._jobs.of(
+            [instances[text] for text in texts],
+            lambda _: TASK,
+            self.seed if seed is None else to_whole("seed", seed),
+            record_steps=self._settings.record_steps,
+        )
 
     def _text_of(self, prompt: Prompt) -> str:
         """The text to tokenize: in the chat template where it is in use.

@@ -16,6 +16,7 @@ from support import random_checkpoint, read_weights, write_weights
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine
 from sdar_lm_eval.demo import golds
+from sdar_lm_eval.engines.agreement import Plain
 from sdar_lm_eval.tasks.extraction import flexible_extract
 
 SHORT = 7  # the demo's problem with the shortest answer, of 36 tokens by greedy static decoding
@@ -83,11 +84,11 @@ def check_agreement(demo, requests, theirs, ours, title):
 
 def check_rounding(demo, requests, theirs, ours, differing):
     """Differing results (by index) part where rounding to bfloat16 explains it; greedy static and sequential ones."""
-    model = demo.load_model(dtype=torch.float32, device="cpu", attention="sdpa")
+    plain = Plain(demo)
     for i in differing:
-        rounding = rounding_between(demo, model, requests[i], theirs[i].token_ids, ours[i].token_ids)
-        print(f"{i}: {rounding}")
-        assert rounding <= 0.1
+        found = plain.divergence(i, requests[i], theirs[i], ours[i])
+        print(f"{i}: from token {found.token} on, {found.rounding:.4f} nats; the answer {found.worst:.4f}")
+        assert found.rounding <= 0.1
 
 
 def check_mixture_of_experts(folder, name, **options):
@@ -108,50 +109,6 @@ def check_mixture_of_experts(folder, name, **options):
     same = sum(a.token_ids[:1] == b.token_ids[:1] for a, b in zip(theirs, ours, strict=True))
     print(f"\nmixture of experts: {same} of 32 begin alike")
     assert same >= 26
-
-
-def rounding_between(demo, model, request, theirs, ours, roundings=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)):
-    """Which rounding of log-probabilities, in nats, lets float32 decide the first differing block in both ways.
-
-    Everything behind that block may differ for it. Greedy static and sequential requests only; infinite if none does.
-    """
-    length, prompt = request.decoding.block_length, request.prompt_ids
-    same = next(i for i, (a, b) in enumerate(zip((*theirs, None), (*ours, None), strict=False)) if a != b)
-    start = (len(prompt) + same) // length * length
-    blocks = {(*prompt, *answer)[start : start + length] for answer in (theirs, ours)}
-    for rounding in roundings:
-        found = decidable(demo, model, request, (*prompt, *ours)[: max(start, len(prompt))], start, rounding)
-        if all(any(whole[: len(block)] == block for whole in found) for block in blocks):
-            return rounding
-    return float("inf")
-
-
-@torch.no_grad()
-def decidable(demo, model, request, known, start, rounding):
-    """The blocks at `start` that greedy decoding can come to where `rounding` may turn its choices over."""
-    length, mask_token = request.decoding.block_length, demo.mask_token_id
-    block = torch.arange(start + length) // length
-    mask = (block[:, None] >= block)[None, None]
-    open_, found = {(*known[start:], *[mask_token] * (start + length - len(known)))}, set()
-    while open_:
-        current = open_.pop()
-        masked = [place for place in range(len(known) - start, length) if current[place] == mask_token]
-        if not masked:
-            found.add(current)
-            continue
-        tokens = torch.tensor([*known[:start], *current])
-        logits = model(tokens[None], attention_mask=mask).logits[0, start:]
-        logits[:, mask_token] = -torch.inf
-        scores = logits.log_softmax(-1)
-        best = scores.max(-1).values
-        if request.decoding.remasking_strategy == "sequential":
-            places = masked[:1]
-        else:
-            places = [place for place in masked if best[place] >= best[masked].max() - rounding]
-        for place in places:
-            for token in (scores[place] >= best[place] - rounding).nonzero().flatten().tolist():
-                open_.add((*current[:place], token, *current[place + 1 :]))
-    return found
 
 
 def drawn_frequencies(demo, results):

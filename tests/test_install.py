@@ -177,7 +177,7 @@ def test_where_pth_files_are_skipped_an_import_of_ours_does_it(tmp_path: Path, w
     assert environment.python("-c", loaded, PYTHONPATH=target).stdout == "False\n"
     done = environment.python("-c", "import sdar_lm_eval" + KNOWN, PYTHONPATH=target)
     assert done.stdout.split()[:2] == ["True", "True"], done.stderr
-    done = environment.python("-m", "sdar_lm_eval", "--help", PYTHONPATH=target)
+    done = environment.python("-m", "sdar_lm_eval", "run", "--help", PYTHONPATH=target)
     assert done.stdout.startswith("usage: lm-eval"), done.stderr
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "sweep": "a grid of decoding settings on this machine: accuracy against speed",
     "table": "a run's scores beside the published ones",
     "generate": "answer a prompt; the denoising is shown as it happens",
+    "doctor": "what this machine can run, and whether engines can be trusted on it",
     "gsm8k-json": "a run of GSM8K as the benchmark's JSON file",
 }
 """Command -> what it is for. The module of a command has its name, with _ for -."""

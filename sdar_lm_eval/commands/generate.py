@@ -136,7 +136,7 @@ def _no_steps(model: LoadedModel) -> str:
 
 
 def _as_dict(model: LoadedModel, answer: Answer) -> dict[str, object]:
-    request, how = answer.request, answer.denoising
+    request = answer.request
     return {
         "text": answer.text,
         "finish_reason": answer.finish_reason,
@@ -144,14 +144,5 @@ def _as_dict(model: LoadedModel, answer: Answer) -> dict[str, object]:
         "pretrained": model.checkpoint.name,
         "engine": model.info.as_dict(),
         "settings": {**request.decoding.as_dict(), "max_gen_toks": request.max_new_tokens, "seed": model.seed},
-        "denoising": {
-            "block_length": how.block_length,
-            "prompt_tokens": how.prompt_tokens,
-            "token_ids": how.token_ids,
-            "texts": how.texts,
-            "steps": how.steps,
-            "confidences": how.confidences,
-            "forwards": how.forwards,
-            "seconds": how.seconds,
-        },
+        "denoising": answer.denoising.as_dict(),
     }

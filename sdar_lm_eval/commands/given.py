@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
 
 from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT
 from sdar_lm_eval.engines.registry import ENGINES
@@ -18,26 +17,37 @@ def add_pairs(parser: argparse.ArgumentParser, option: str, meaning: str) -> Non
 
 
 def pairs(option: str, words: Sequence[str]) -> dict[str, object]:
-    """Return the settings that an option's words give, as lm_eval reads them.
+    """Return the settings that an option's words give, as lm_eval's own options are read.
 
     Raises:
         UserError: a word is neither name=value nor a JSON object.
     """
-    from lm_eval.utils import simple_parse_args_string
-
     found: dict[str, object] = {}
     for word in words:
-        if word.lstrip().startswith("{"):
-            try:
-                found |= cast("dict[str, object]", json.loads(word))
-            except ValueError as error:
-                raise UserError(f"{option} {word}: no valid JSON ({error}).") from error
-            continue
-        for part in filter(None, word.split(",")):
-            if not part.partition("=")[0].strip() or "=" not in part:
-                raise UserError(f"{option} {part!r}: give name=value, several separated by commas.")
-        found |= simple_parse_args_string(word)
+        try:
+            if word.lstrip().startswith("{"):
+                found |= json.loads(word)
+            elif "[" not in word and not all("=" in part for part in filter(None, word.split(","))):
+                raise ValueError("a part has no =")
+            else:
+                found |= _reader()(word)
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{option} {word}: cannot be read ({error}). Give name=value, several separated by commas, or JSON."
+            ) from error
     return found
+
+
+def _reader() -> Callable[[str], dict[str, object]]:
+    """lm_eval's reader of name=value,name=value, which has another home in each version."""
+    try:
+        from lm_eval._cli.utils import key_val_to_dict
+    except ImportError:
+        from lm_eval.utils import simple_parse_args_string
+
+        return simple_parse_args_string
+    reader: Callable[[str], dict[str, object]] = key_val_to_dict
+    return reader
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

@@ -12,11 +12,11 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdar_lm_eval.arguments import descriptions
+from sdar_lm_eval.commands.given import pairs
 from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig, in_words
 from sdar_lm_eval.engines.native.strategies import spellings
 from sdar_lm_eval.errors import EngineError, UserError
@@ -133,10 +133,10 @@ def run(arguments: argparse.Namespace) -> str:
     planned = plan(
         Question(
             model=arguments.model,
-            model_args=_pairs("--model_args", arguments.model_args),
+            model_args=pairs("--model_args", arguments.model_args),
             tasks=tuple(dict.fromkeys(name for words in arguments.tasks for name in words.split(",") if name)),
             grids=tuple(arguments.grids),
-            gen_kwargs=_pairs("--gen_kwargs", arguments.gen_kwargs),
+            gen_kwargs=pairs("--gen_kwargs", arguments.gen_kwargs),
             limit=arguments.limit,
             num_fewshot=arguments.num_fewshot,
             seed=arguments.seed,
@@ -223,37 +223,6 @@ def _listed(planned: Plan, as_json: bool) -> str:
 def _counted(planned: Plan) -> str:
     copies = f", {planned.copies} copies that differ only in settings without effect left out" * bool(planned.copies)
     return f"{len(planned.evaluations)} evaluations{copies}"
-
-
-def _pairs(flag: str, words: Sequence[str]) -> Mapping[str, object]:
-    """Read NAME=VALUE,NAME=VALUE or a JSON object, as lm_eval's own flags are read.
-
-    Raises:
-        UserError: a part is neither.
-    """
-    found: dict[str, object] = {}
-    for word in words:
-        try:
-            if word.lstrip().startswith("{"):
-                found |= json.loads(word)
-            elif not all("=" in part for part in word.split(",")) and "[" not in word:
-                raise ValueError("a part has no =")
-            else:
-                found |= _parser()(word)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{flag} {word}: cannot be read ({error}). Write NAME=VALUE,NAME=VALUE.") from error
-    return found
-
-
-def _parser() -> Any:
-    """lm_eval's reader of NAME=VALUE,NAME=VALUE, which has another home in each version."""
-    try:
-        from lm_eval._cli.utils import key_val_to_dict
-    except ImportError:
-        from lm_eval.utils import simple_parse_args_string
-
-        return simple_parse_args_string
-    return key_val_to_dict
 
 
 def _write(file: Path, text: str) -> None:

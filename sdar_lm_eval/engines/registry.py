@@ -10,7 +10,7 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.errors import EngineError, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from sdar_lm_eval.checkpoint import Checkpoint
@@ -32,6 +32,9 @@ class EngineSpec:
         strategies: remasking strategies that any version of the engine has; None: all.
         block_lengths: block lengths that the engine supports; None: any.
         scores: whether the engine computes log-likelihoods.
+        packages: packages that the engine runs on beside torch and transformers, by their names for pip.
+        find: what looks for all that the engine needs, "module:function". It imports no engine, and raises an
+            EngineError that says what is missing and how to install it. None: the engine runs anywhere.
     """
 
     name: str
@@ -42,6 +45,8 @@ class EngineSpec:
     strategies: tuple[str, ...] | None = None
     block_lengths: tuple[int, ...] | None = None
     scores: bool = False
+    packages: tuple[str, ...] = ()
+    find: str | None = None
 
 
 ENGINES = {
@@ -54,6 +59,7 @@ ENGINES = {
             target="sdar_lm_eval.engines.native.engine:NativeEngine",
             arguments="NativeArguments",
             scores=True,
+            packages=("triton",),
         ),
         EngineSpec(
             name="jetengine",
@@ -62,6 +68,8 @@ ENGINES = {
             target="sdar_lm_eval.engines.adapters.jetengine.engine:JetEngine",
             arguments="JetEngineArguments",
             block_lengths=POWERS_TO_64,  # its prefill attention supports no others
+            packages=("jetengine", "flash-attn", "flashinfer-python", "liger-kernel"),
+            find="sdar_lm_eval.engines.adapters.jetengine.versions:find_jetengine",
         ),
         EngineSpec(
             name="lmdeploy",
@@ -72,6 +80,8 @@ ENGINES = {
             # lmdeploy/pytorch/config.py: UnmaskingStrategy
             strategies=("low_confidence_dynamic", "low_confidence_static", "sequential"),
             block_lengths=POWERS_TO_64,  # a page and a prefill chunk hold a whole number of such blocks
+            packages=("lmdeploy", "triton"),
+            find="sdar_lm_eval.engines.adapters.lmdeploy.versions:find_lmdeploy",
         ),
     )
 }
@@ -90,6 +100,18 @@ def engine_named(name: str) -> EngineSpec:
     if name not in ENGINES:
         raise UserError(f"engine {name!r} is unknown; known: {', '.join(ENGINES)}.{did_you_mean(name, ENGINES)}")
     return ENGINES[name]
+
+
+def why_not_here(spec: EngineSpec) -> str | None:
+    """Return why an engine cannot run on this machine, and what to install; None where it can."""
+    if spec.find is None:
+        return None
+    module, _, function = spec.find.partition(":")
+    try:
+        getattr(importlib.import_module(module), function)()
+    except EngineError as error:
+        return str(error)
+    return None
 
 
 def make_engine(name: str, checkpoint: Checkpoint, **options: object) -> Engine:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.report.groups import groups_of, pooled
 from sdar_lm_eval.report.pairing import Key, MetricKey, Scores, TaskScores, read_pair
 from sdar_lm_eval.report.results import Sample
 from sdar_lm_eval.report.runs import Run, differing
@@ -86,6 +87,7 @@ class Comparison:
             differs in some of the tasks only is named "name (task)".
         warnings: what makes the difference between the runs less clear, a sentence each, about run A and run B.
         differences: in the order of a's tasks and metrics.
+        groups: of groups of tasks that both runs have with all their documents pooled; `Difference.task` is the group.
     """
 
     a: Run
@@ -93,6 +95,7 @@ class Comparison:
     settings: dict[str, tuple[object, object]]
     warnings: tuple[str, ...]
     differences: tuple[Difference, ...]
+    groups: tuple[Difference, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def compare_runs(
     Args:
         a: the run that is compared with.
         b: the other run.
-        tasks: which tasks; empty: all that both runs have.
+        tasks: which tasks, or groups of tasks; empty: all that both runs have.
         metrics: names of the metrics; empty: all.
         filters: names of the filters; empty: all.
 
@@ -148,6 +151,7 @@ def compare_runs(
     ]
     differences: list[Difference] = []
     problems: list[UserError] = []
+    read: dict[str, tuple[TaskScores, TaskScores]] = {}
     for task in shared:
         try:
             scores_a, scores_b = read_pair(a, b, task)
@@ -155,6 +159,7 @@ def compare_runs(
         except UserError as error:  # the other tasks may be fine
             problems.append(error)
             continue
+        read[task] = scores_a, scores_b
         warnings += _document_warnings(a, b, task, scores_a, scores_b, paired)
         differences += _differences(task, scores_a, scores_b, paired, metrics, filters)
     if not differences and problems:
@@ -162,21 +167,22 @@ def compare_runs(
     if not differences:
         raise _nothing_chosen(a, b, shared, metrics, filters)
     warnings += [f"{error} The task is left out." for error in problems]
-    found = Comparison(a, b, differing_settings(a, b, shared), tuple(warnings), tuple(differences))
+    groups = _groups(a, b, read, metrics, filters)
+    settings = differing_settings(a, b, shared)
+    found = Comparison(a, b, settings, tuple(warnings), tuple(differences), tuple(groups))
     return adjusted([found])[0]
 
 
 def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """Return comparisons with Holm's adjustment over the tests of all of them, for those that are shown together."""
-    tested = [each.p for comparison in comparisons for each in comparison.differences if each.p is not None]
-    p_holm = iter(holm(tested))
+    rows = [each for comparison in comparisons for each in (*comparison.groups, *comparison.differences)]
+    p_holm = iter(holm([each.p for each in rows if each.p is not None]))
+    new = iter([each if each.p is None else dataclasses.replace(each, p_holm=next(p_holm)) for each in rows])
     return [
         dataclasses.replace(
             comparison,
-            differences=tuple(
-                each if each.p is None else dataclasses.replace(each, p_holm=next(p_holm))
-                for each in comparison.differences
-            ),
+            groups=tuple(next(new) for _ in comparison.groups),
+            differences=tuple(next(new) for _ in comparison.differences),
         )
         for comparison in comparisons
     ]
@@ -238,11 +244,30 @@ def _shared_tasks(a: Run, b: Run, tasks: Collection[str]) -> list[str]:
             f"{a.label} and {b.label} share no task: the one has {_listed(a.tasks)}, the other {_listed(b.tasks)}. "
             "Evaluate one of these tasks with both."
         )
+    groups = groups_of(a)
     for task in tasks:
-        if task not in shared:
+        if task not in shared and not set(groups.get(task, ())) & set(shared):
             hint = did_you_mean(task, shared)
             raise UserError(f"--tasks {task}: the runs do not share this task; choose {', '.join(shared)}.{hint}")
-    return [task for task in shared if not tasks or task in tasks]
+    chosen = {task for name in tasks for task in groups.get(name, [name])}
+    return [task for task in shared if not tasks or task in chosen]
+
+
+def _groups(
+    a: Run,
+    b: Run,
+    read: Mapping[str, tuple[TaskScores, TaskScores]],
+    metrics: Collection[str],
+    filters: Collection[str],
+) -> list[Difference]:
+    """The differences of the groups whose tasks were all read; of equal tasks in both runs."""
+    found, of_b = [], groups_of(b)
+    for group, tasks in groups_of(a).items():
+        if set(tasks) == set(of_b.get(group, ())) and all(task in read for task in tasks):
+            scores_a, scores_b = (pooled(run, group, {t: read[t][i] for t in tasks}) for i, run in enumerate((a, b)))
+            paired = [key for key in scores_a.documents if key in scores_b.documents]
+            found += _differences(group, scores_a, scores_b, paired, metrics, filters)
+    return found
 
 
 def _nothing_chosen(

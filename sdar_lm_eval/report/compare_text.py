@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from sdar_lm_eval.report.compare import EXACT, ChangedDocument, Comparison, Difference
-from sdar_lm_eval.report.statistics import ALPHA, POWER
+from sdar_lm_eval.report.statistics import ALPHA, FEWEST_DISCORDANT, POWER
 from sdar_lm_eval.report.text_table import aligned, with_error
 
 DocumentsOf = Mapping[tuple[int, int], Sequence[ChangedDocument]]
@@ -77,7 +77,7 @@ def as_csv(comparisons: Sequence[Comparison]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run_a", "run_b", *fields])
     for comparison in comparisons:
-        for each in comparison.differences:
+        for each in (*comparison.groups, *comparison.differences):
             values = dataclasses.asdict(each) | {"equal_filters": " ".join(each.equal_filters)}
             writer.writerow([comparison.a.label, comparison.b.label, *(values[name] for name in fields)])
     return out.getvalue().removesuffix("\n")
@@ -91,6 +91,7 @@ def as_json(comparisons: Sequence[Comparison], documents: DocumentsOf | None = N
             "b": comparison.b.label,
             "settings": {name: {"a": a, "b": b} for name, (a, b) in comparison.settings.items()},
             "warnings": list(comparison.warnings),
+            "groups": [dataclasses.asdict(each) | {"verdict": verdict(each)} for each in comparison.groups],
             "differences": [
                 dataclasses.asdict(each)
                 | {"verdict": verdict(each)}
@@ -110,7 +111,7 @@ def table(comparisons: Sequence[Comparison]) -> list[list[str]]:
     head = ["run"] * several + ["task", "metric", "filter", "documents", "A", "B", "B - A", "95% interval", "p"]
     rows = [[*head, *(["p (Holm)"] * holm), "only A", "only B", "detectable"]]
     for name, comparison in zip(_names(comparisons), comparisons, strict=True):
-        for each in comparison.differences:
+        for each in (*comparison.groups, *comparison.differences):
             filters = each.filter + (f" (+{len(each.equal_filters)})" if each.equal_filters else "")
             row = [name] * several + [each.task, each.metric, filters, f"{each.documents:,}"]
             row += [_value(each, each.a, each.a_stderr), _value(each, each.b, each.b_stderr)]
@@ -126,7 +127,7 @@ def sentences(comparisons: Sequence[Comparison]) -> list[str]:
     found = []
     for name, comparison in zip(_names(comparisons), comparisons, strict=True):
         run = f"{name}, " if len(comparisons) > 1 else ""
-        rows = comparison.differences
+        rows = (*comparison.groups, *comparison.differences)
         few = len(rows) <= MOST_SENTENCES
         undecided = [each for each in rows if each.p_holm is not None and each.p_holm >= ALPHA]
         for each in rows:
@@ -148,8 +149,10 @@ def verdict(difference: Difference, name: str = "B") -> str:
     if each.p is None or each.p_holm is None:
         return f"No test: {each.test}."
     number = "1 document" if each.documents == 1 else f"{each.documents:,} documents"
-    if each.p >= ALPHA and each.detectable is None:
+    if each.p >= ALPHA and each.documents < FEWEST_DISCORDANT:
         return f"No difference shown: {number} cannot show one."
+    if each.p >= ALPHA and each.detectable is None:
+        return f"No difference: both runs have the same score in each of {number}."
     if each.p >= ALPHA:
         shown = _points(each, each.detectable) + _unit(each)
         return f"No difference shown: with {number}, a true difference of {shown} is shown in {POWER:.0%} of cases."
@@ -158,10 +161,10 @@ def verdict(difference: Difference, name: str = "B") -> str:
     else:
         found = "better" if (each.difference > 0) == each.higher_is_better else "worse"
     if each.p_holm >= ALPHA:
-        holm = f"p = {_p(each.p)}; {_p(each.p_holm)} after Holm's adjustment for the number of tests"
+        holm = f"{_p_is(each.p)}; {_p(each.p_holm)} after Holm's adjustment for the number of tests"
         return f"{name} may be {found}: {_change(each)} ({holm})."
     after = "" if each.p_holm == each.p else f"; {_p(each.p_holm)} after Holm's adjustment"
-    return f"{name} is {found}: {_change(each)} (p = {_p(each.p)}{after})."
+    return f"{name} is {found}: {_change(each)} ({_p_is(each.p)}{after})."
 
 
 def _change(each: Difference) -> str:
@@ -178,12 +181,17 @@ def _names(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _tests(comparisons: Sequence[Comparison]) -> int:
-    return sum(each.p is not None for comparison in comparisons for each in comparison.differences)
+    return sum(each.p is not None for each in _rows(comparisons))
+
+
+def _rows(comparisons: Sequence[Comparison]) -> list[Difference]:
+    """The differences of groups and tasks, as tables have them."""
+    return [each for comparison in comparisons for each in (*comparison.groups, *comparison.differences)]
 
 
 def _notes(comparisons: Sequence[Comparison]) -> list[str]:
     notes = [*_LEGEND, *([_HOLM] if _tests(comparisons) > 1 else [])]
-    rows = [each for comparison in comparisons for each in comparison.differences]
+    rows = _rows(comparisons)
     equal = dict.fromkeys(name for each in rows for name in each.equal_filters)
     if equal:
         notes.append(f"(+1): {', '.join(equal)} scored each document as the filter that is shown, in both runs.")
@@ -293,6 +301,10 @@ def _p(p: float | None) -> str:
     if p is None:
         return ""
     return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
+
+
+def _p_is(p: float) -> str:
+    return f"p {_p(p)}" if p < 0.0001 else f"p = {_p(p)}"
 
 
 def _count(number: int | None) -> str:

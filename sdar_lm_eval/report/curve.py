@@ -213,6 +213,7 @@ def _draw(tasks: Mapping[str, Sequence[Point]], file: IO[bytes], suffix: str, in
 
     style: dict[Any, Any] = {"svg.hashsalt": "sdar_lm_eval", "font.size": 9, "axes.spines.top": False}
     style |= {"axes.spines.right": False, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.25}
+    style |= {"text.parse_math": False}  # a $ in a model's name is no formula
     if ink is not None:
         names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
         style |= {**dict.fromkeys(names, ink), "svg.fonttype": "none"}

@@ -143,9 +143,11 @@ class ComparisonFrames:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row for each difference; the columns are the fields of `Difference`."""
+        """A row for each difference, those of groups of tasks first; the columns are the fields of `Difference`."""
         fields = [field.name for field in dataclasses.fields(Difference)]
-        rows = [[getattr(each, name) for name in fields] for each in self.comparison.differences]
+        rows = [
+            [getattr(each, name) for name in fields] for each in (*self.comparison.groups, *self.comparison.differences)
+        ]
         return pd.DataFrame(rows, columns=fields)
 
     @property

@@ -116,6 +116,17 @@ def numbers_of(value: object) -> tuple[float, ...] | None:
     return found if found and len(found) == len(values) else None
 
 
+def mean_kinds(answers: Mapping[Key, FloatArray], value: float) -> frozenset[str]:
+    """Return which mean of the answers a metric's value is, as `Scores.means`; nothing where it is none."""
+    return frozenset(
+        name
+        for name, weigh_answers in (("documents", False), ("answers", True))
+        if math.isclose(
+            float(cluster_values(list(answers.values()), weigh_answers).mean()), value, rel_tol=1e-6, abs_tol=1e-9
+        )
+    )
+
+
 def keyed(documents: Iterable[tuple[str, int]]) -> Iterator[Key]:
     """Yield the keys of a results file's documents.
 
@@ -186,14 +197,7 @@ def _scores(results: Results, task: str, metric: Metric, lines: Sequence[tuple[K
     elif not all(np.isfinite(values).all() for values in answers.values()):
         flaw = "some of the samples' values are infinite or not a number"
     else:
-        by_document, by_answer = (
-            float(cluster_values(list(answers.values()), weigh_answers).mean()) for weigh_answers in (False, True)
-        )
-        means = frozenset(
-            name
-            for name, value in (("documents", by_document), ("answers", by_answer))
-            if math.isclose(value, metric.value, rel_tol=1e-6, abs_tol=1e-9)
-        )
+        means = mean_kinds(answers, metric.value)
         flaw = "" if means else "the metric is not a mean over documents"
     return Scores(metric, answers, means, flaw)
 

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 SEEDS = ("seed", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 """Settings in which repeats may differ."""
 
+MOST_TOLD = 4
+"""Settings in a run's label; runs that differ in more are told apart by their files."""
+
 _OURS = (
     "engine", "engine_version", "engine_commit", "checkpoint_fingerprint", "revision", "dtype", "chat_template",
     "likelihood", "mc_samples", "max_length", "version", "answer_revision", "torch", "gpu", "device",
@@ -226,7 +229,8 @@ def _label(runs: Sequence[Run]) -> None:
         told = differing([run.settings(run.tasks[0]) for run in alike])
         for number, run in enumerate(alike):
             parts = [f"{name}={values[number]}" for name, values in told.items() if values[number] is not None]
-            run.label = f"{path} ({', '.join(parts)})" if parts else str(run.results_of(run.tasks[0]).file)
+            short = 0 < len(parts) <= MOST_TOLD
+            run.label = f"{path} ({', '.join(parts)})" if short else str(run.results_of(run.tasks[0]).file)
     for number, run in enumerate(runs):
         if any(run.label == other.label for other in runs[:number]):
             run.label = str(run.results_of(run.tasks[0]).file)

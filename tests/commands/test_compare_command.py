@@ -39,10 +39,17 @@ def small_model(folder: Path, seed: int) -> Path:
 
 
 def write_questions(folder: Path) -> None:
-    """The data of tests/likelihood_tasks' arc_demo and wikitext_demo."""
+    """The data of arc_demo, wikitext_demo and the group mmlu_demo in tests/likelihood_tasks."""
     rng, problems = random.Random(0), [json.loads(line) for line in PROBLEMS.read_text().splitlines()][:60]
-    for name in ("arc", "wikitext"):
+    for name in ("arc", "wikitext", "mmlu_two_steps", "mmlu_three_steps"):
         (folder / name).mkdir()
+    for steps, number in (("two", 30), ("three", 20)):
+        rows = []
+        for problem in problems[:number]:
+            choices = [f"{rng.randrange(100)} things" for _ in range(4)]
+            rows.append(json.dumps({"question": problem["question"], "choices": choices, "answer": rng.randrange(4)}))
+        for split in ("test", "validation"):
+            (folder / f"mmlu_{steps}_steps" / f"{split}.jsonl").write_text("\n".join(rows))
     with (folder / "arc" / "test.jsonl").open("w") as arc, (folder / "wikitext" / "test.jsonl").open("w") as wikitext:
         for problem in problems:
             choices = {"text": [f"{rng.randrange(100)} things" for _ in range(4)], "label": ["A", "B", "C", "D"]}
@@ -68,7 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             arguments = {"pretrained": str(model), "dtype": "float32", "device": "cpu", "max_length": 512}
             short = {"limit": 10, "gen_kwargs": "max_gen_toks=4"}
             evaluate(folder / f"hf-{seed}", "hf", arguments, **short)
-            scored = {"tasks": ["arc_demo", "wikitext_demo"], "limit": None, "bootstrap_iters": 0}
+            scored = {"tasks": ["arc_demo", "wikitext_demo", "mmlu_demo"], "limit": None, "bootstrap_iters": 0}
             evaluate(
                 folder / f"scores-{seed}",
                 "hf",
@@ -144,6 +151,26 @@ def test_log_likelihoods(runs: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "wikitext_demo, word_perplexity: No test: the metric is not a mean over documents." in text
     assert "p (Holm)" in text
     assert "p (Holm)" not in told(capsys, a, b, "--tasks", "arc_demo", "--metric", "acc")
+
+
+def test_a_group_of_tasks(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = runs / "scores-0", runs / "scores-1"
+    (comparison,) = json_of(capsys, a, b, "--tasks", "mmlu_demo")
+    (group,), tasks = comparison["groups"], comparison["differences"]
+    assert group["task"] == "mmlu_demo" and sorted(each["documents"] for each in tasks) == [20, 30]
+    for name in ("documents", "only_a", "only_b"):
+        assert group[name] == sum(each[name] for each in tasks)
+    assert group["a"] == pytest.approx(sum(each["a"] * each["documents"] for each in tasks) / 50)
+    assert group["p"] == pytest.approx(stats.binomtest(group["only_a"], group["only_a"] + group["only_b"]).pvalue)
+    assert group["p_holm"] == pytest.approx(min(1, 3 * group["p"]))
+    text = told(capsys, a, b, "--tasks", "mmlu_demo")
+    assert text.index("mmlu_demo  ") < text.index("mmlu_demo_t")
+    shutil.copytree(a, tmp_path / "a")
+    (file,) = (tmp_path / "a").rglob("results*.json")
+    content = json.loads(file.read_text())
+    content["results"]["mmlu_demo"]["acc,none"] += 0.01  # as a mean of the tasks' means might be
+    file.write_text(json.dumps(content))
+    assert "mmlu_demo: No test: the group's value is no mean over documents." in told(capsys, tmp_path / "a", b)
 
 
 def test_all_runs_of_a_folder(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

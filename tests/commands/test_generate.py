@@ -258,8 +258,8 @@ def test_an_engine_without_steps_answers_at_once(
     ("words", "told"),
     [
         (["", *DEMO], "the prompt is empty"),
-        (["a", "--model_args", "demo"], "--model_args 'demo': give name=value"),
-        (["a", "--model_args", "{pretrained"], "--model_args {pretrained: no valid JSON"),
+        (["a", "--model_args", "demo"], "--model_args demo: cannot be read (a part has no =). Give name=value"),
+        (["a", "--model_args", "{pretrained"], "--model_args {pretrained: cannot be read ("),
         (["a", "--model_args", "pretrained=demo,kernel=1"], "'kernel' is unknown. Did you mean 'kernels'"),
         (["a", *DEMO, "--gen_kwargs", "seed=3"], "The seed is the model's"),
         (["a", *DEMO, "--gen_kwargs", "watch=3"], "gen_kwargs: 'watch' is unknown"),

@@ -244,7 +244,10 @@ def test_a_task_that_cannot_be_compared_leaves_the_others(tmp_path: Path) -> Non
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "arg_0"]), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "arg_0", "task", "acc,none"]), inner, max_size=2)
+    ),
     max_leaves=6,
 )
 LINE_KEYS = (
@@ -269,6 +272,7 @@ FILE_KEYS = (
     "config",
     "date",
     "model_name",
+    "group_subtasks",
 )
 
 

@@ -178,6 +178,26 @@ def test_the_chart_stands_in_the_page_without_styles(tmp_path: Path) -> None:
     assert 'id="charts"' not in one
 
 
+def test_a_task_of_log_likelihoods_has_no_speeds(tmp_path: Path) -> None:
+    runs = []
+    for name in ("a", "b"):
+        folder = write_run(tmp_path / name, [["it is 7"]], settings={"x": name})
+        results = json.loads((folder / "results_1.json").read_text())
+        results["config"]["sdar_lm_eval"]["run"]["forwards"] = {}
+        (folder / "results_1.json").write_text(json.dumps(results))
+        runs += read_runs([folder])
+    text = page_of(runs)
+    assert 'id="charts"' not in text and "tokens/s" not in _Parsed(text).text
+
+
+def test_a_date_that_no_calendar_has_is_not_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, [["it is 7"]], date=10**9)
+    assert "evaluated 2001-09-09" in _Parsed(page_of(read_runs([folder]))).text
+    file = next(folder.glob("results*"))
+    file.write_text(file.read_text().replace('"date": 1000000000.0', '"date": 1e300'))
+    assert "evaluated" not in _Parsed(page_of(read_runs([folder]))).text
+
+
 def test_groups_come_before_their_tasks(tmp_path: Path) -> None:
     folder = write_run(tmp_path, [["it is 7"], ["it is 8"]], task="part")
     results = json.loads((folder / "results_1.json").read_text())
@@ -192,6 +212,11 @@ def test_hostile_texts_make_no_element(tmp_path: Path) -> None:
     plain = _Parsed(page_of(_two(tmp_path / "plain")))
     folder = write_run(
         tmp_path / "hostile", [[HOSTILE]] * 5, gold=[HOSTILE] * 5, questions=[HOSTILE] * 5, settings={"x": HOSTILE}
+    )
+    write_run(
+        tmp_path / "plain" / "a",
+        [["it is 7"]] * 5,
+        settings={"remasking_strategy": f"{HOSTILE}$\\frac{{", "confidence_threshold": HOSTILE},
     )
     runs = [read_runs([tmp_path / "plain" / "a"])[0], read_runs([folder])[0]]
     parsed = _Parsed(page_of(runs, title=HOSTILE))

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 import statsmodels.api as sm
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import optimize, stats
 from statsmodels.stats.contingency_tables import mcnemar
@@ -98,6 +98,7 @@ def test_few_documents_that_differ_do_not_make_a_difference() -> None:
     assert compare_means(a[:1], b[:1]).low is None
 
 
+@settings(max_examples=15)  # statsmodels takes 0.1 s a call
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_that_of_statsmodels(p: list[float]) -> None:
     assert holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]))
@@ -208,6 +209,7 @@ def test_the_detectable_difference_is_shown_four_times_in_five(n: int, discordan
     assert _called_by_mcnemar(found) == pytest.approx(0.8, abs=0.03)
 
 
+@example(6, 1.0)
 @given(st.integers(1, 400), st.floats(0, 1))
 def test_the_detectable_difference_is_never_smaller_than_six_documents(n: int, discordance: float) -> None:
     difference = detectable_share(n, discordance)
@@ -215,10 +217,10 @@ def test_the_detectable_difference_is_never_smaller_than_six_documents(n: int, d
         assert difference is None
         assert exact_mcnemar(0, n) >= ALPHA
     else:
-        assert difference is not None and FEWEST_DISCORDANT / n * 0.95 < difference <= 1
+        assert difference is not None and FEWEST_DISCORDANT / n <= difference <= 1
 
 
-@pytest.mark.parametrize("n", [3, 20, 500])
+@pytest.mark.parametrize("n", [6, 20, 500])
 def test_the_detectable_mean_is_that_of_statsmodels(n: int) -> None:
     expected = TTestPower().solve_power(nobs=n, alpha=ALPHA, power=0.8, alternative="larger", effect_size=None)
     two_sided = TTestPower().power(detectable_mean(n, 1.0), n, ALPHA)
@@ -229,6 +231,6 @@ def test_the_detectable_mean_is_that_of_statsmodels(n: int) -> None:
 
 def test_the_detectable_mean_is_shown_four_times_in_five() -> None:
     difference = detectable_mean(40, 1.5)
-    assert difference is not None and detectable_mean(1, 1.5) is None
+    assert difference is not None and detectable_mean(5, 1.5) is None
     b = np.random.default_rng(12).normal(difference, 1.5, (3000, 40))
     assert _called([compare_means(np.zeros(40), each) for each in b]) == pytest.approx(0.8, abs=0.03)

@@ -72,7 +72,8 @@ function playerOf(record, text, all, pane) {
   return { steps: total, show };
 }
 
-function factsOf(record, text, all) {
+function factsOf(task, record, text, all) {
+  if (!tasks[task].extracts) return "log-likelihood of each continuation; ▸ marks the largest";
   if (!record) return `${text.length.toLocaleString("en")} characters · no record of the denoising`;
   const { denoising = 0, commit = 0, prefill = 0 } = record.forwards;
   const facts = [`${all.length} tokens`, `${denoising} denoising, ${commit} commit, ${prefill} prefill forwards`];
@@ -110,7 +111,7 @@ function columnOf(number, run, answers) {
     const all = tokensOf(texts[number][run][answer]);
     which.textContent = `answer ${answer + 1} of ${answers.length}`;
     found.replaceChildren(...filterRows(row[0], scores, extracted, text));
-    facts.textContent = factsOf(record, text, all);
+    facts.textContent = factsOf(row[0], record, text, all);
     pane.style.minHeight = "";
     column.player = playerOf(record, text, all, pane);
     pane.style.minHeight = `${pane.offsetHeight}px`; // what is below stays where it is while the answer grows

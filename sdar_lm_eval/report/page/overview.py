@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compar
 from sdar_lm_eval.report.curve import AXES, chart_svg
 from sdar_lm_eval.report.documents import main_metric
 from sdar_lm_eval.report.page.data import Documents
+from sdar_lm_eval.report.page.embedding import printable
 from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.points import Point, points_of
 from sdar_lm_eval.report.results import Results
@@ -146,8 +148,10 @@ def speeds_of(runs: Sequence[Run], task: str) -> list[Point | None]:
 
 
 def speed_rows(task: str, points: Sequence[Point | None]) -> list[ScoreRow]:
-    """Return how fast the runs are in a task, as far as they say."""
-    rows = []
+    """Return how fast the runs are in a task; nothing for a task whose runs tell no tokens per forward."""
+    rows: list[ScoreRow] = []
+    if not any(point and point.tokens_per_forward for point in points):
+        return rows
     for (name, speed), form in zip(AXES.items(), (",.2f", ",.0f"), strict=True):
         values = [point and speed(point) for point in points]
         cells = tuple(NONE if value is None else f"{value:{form}}" for value in values)
@@ -156,13 +160,19 @@ def speed_rows(task: str, points: Sequence[Point | None]) -> list[ScoreRow]:
 
 
 def charts_of(points: Sequence[tuple[str, Sequence[Point | None]]]) -> list[tuple[str, str]]:
-    """Return task -> SVG of accuracy against speed, of tasks in which at least two runs tell how fast they are."""
+    """Return task -> SVG of accuracy against speed, of tasks in which at least two runs tell tokens per forward."""
     found = []
     for task, of_runs in points:
-        known = [point for point in of_runs if point and (point.tokens_per_forward or point.tokens_per_second)]
+        known = [_drawable(point) for point in of_runs if point and point.tokens_per_forward]
         if len(known) > 1:
             found.append((task, without_styles(chart_svg(known))))
     return found
+
+
+def _drawable(point: Point) -> Point:
+    """The point with names that matplotlib can draw."""
+    settings = {name: printable(value) if isinstance(value, str) else value for name, value in point.settings.items()}
+    return dataclasses.replace(point, model=printable(point.model), settings=settings)
 
 
 def without_styles(svg: str) -> str:

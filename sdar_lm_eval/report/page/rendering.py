@@ -13,7 +13,7 @@ from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.page import overview
 from sdar_lm_eval.report.page.data import collect
 from sdar_lm_eval.report.page.embedding import embedded, policy, printable
-from sdar_lm_eval.report.runs import Run
+from sdar_lm_eval.report.runs import SEEDS, Run
 
 FOLDER = Path(__file__).parent
 SCRIPTS = ("documents.js", "denoising.js", "page.js")
@@ -86,7 +86,11 @@ def _names(runs: Sequence[Run], differing: Sequence[overview.SettingRow]) -> lis
     """What the opened document calls each run: its settings that differ, else its folder."""
     found = []
     for number, run in enumerate(runs):
-        parts = [f"{row.name}={row.of_runs[number]}" for row in differing if row.of_runs[number] != overview.NONE]
+        parts = [
+            f"{row.name}={row.of_runs[number]}"
+            for row in differing
+            if row.of_runs[number] != overview.NONE and row.name not in SEEDS
+        ]
         found.append(", ".join(dict.fromkeys(parts)) if 0 < len(parts) <= 3 else run.path.name)
     return found
 
@@ -98,13 +102,16 @@ def _title(runs: Sequence[Run], tasks: Sequence[str]) -> str:
 
 
 def _facts(runs: Sequence[Run], tasks: Sequence[str], documents: int) -> list[str]:
-    dates = [results.date for run in runs for each in run.of_tasks.values() for results in each]
-    first, last = (
-        datetime.datetime.fromtimestamp(date, datetime.timezone.utc).strftime("%Y-%m-%d")
-        for date in (min(dates), max(dates))
-    )
     counted = [(len(runs), "run"), (len(tasks), "task"), (documents, "document")]
-    return [
-        *(f"{number:,} {word}{'' if number == 1 else 's'}" for number, word in counted),
-        f"evaluated {first}" + ("" if first == last else f" to {last}"),
-    ]
+    dates = [results.date for run in runs for results in run.results]
+    days = list(dict.fromkeys(filter(None, (_day(min(dates)), _day(max(dates))))))
+    facts = [f"{number:,} {word}{'' if number == 1 else 's'}" for number, word in counted]
+    return [*facts, f"evaluated {' to '.join(days)}"] if days else facts
+
+
+def _day(seconds: float) -> str | None:
+    """The day of a time since 1970; None for a time that no calendar has."""
+    try:
+        return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%d")
+    except (OverflowError, ValueError, OSError):
+        return None

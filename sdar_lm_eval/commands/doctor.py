@@ -1,0 +1,126 @@
+"""Says what this machine has, and which engines can run here and what the others lack.
+
+With --run it asks the demo's problems of each engine that can run here, and compares the greedy answers with those of
+the native engine in float32 on the CPU. Answers that differ are judged: rounding explains them, or it does not. The
+exit code is 0 if rounding explains all answers of all engines, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from sdar_lm_eval.commands.given import add_pairs, pairs
+from sdar_lm_eval.engines.registry import ENGINES
+from sdar_lm_eval.errors import EngineError, UserError
+from sdar_lm_eval.report.text_table import aligned
+
+if TYPE_CHECKING:
+    from sdar_lm_eval.report.machine import Standing
+    from sdar_lm_eval.trial import Trial
+
+EXAMPLE = "sdar_lm_eval doctor --run --limit 50"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument("--run", action="store_true", help="ask each engine that can run here the demo's problems")
+    parser.add_argument(
+        "--engine", action="append", choices=list(ENGINES), help="only this engine; may be repeated; default: all"
+    )
+    parser.add_argument("--limit", type=int, default=200, metavar="N", help="problems to ask; default: all 200")
+    parser.add_argument("--pretrained", default="demo", help="the checkpoint to ask; default: the bundled demo")
+    add_pairs(parser, "--model_args", "what engines are loaded with: dtype=float32, kernels=false, device=cuda:1, …")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> str | None:
+    """Print what was found.
+
+    Raises:
+        EngineError: an engine that was asked stopped, or rounding does not explain its answers.
+    """
+    model_args = pairs("--model_args", arguments.model_args)
+    if arguments.limit < 1:
+        raise UserError(f"--limit {arguments.limit} must be 1 or more.")
+    if model_args and not arguments.run:
+        raise UserError("--model_args needs --run: without it no engine is loaded.")
+    names = list(dict.fromkeys(arguments.engine or ENGINES))
+    from sdar_lm_eval.report.machine import devices, no_gpu, standings, versions
+
+    with Console(stderr=True).status("looking"):
+        found_versions, found_devices, found = versions(), devices(), standings(names)
+    trials: list[Trial] = []
+    if not arguments.json:
+        parts = [
+            _versions(found_versions),
+            _devices(list(map(str, found_devices)), no_gpu()),
+            "\n".join(map(str, found)),
+        ]
+        print("\n\n".join(parts), flush=True)
+    if arguments.run:
+        trials = _try(arguments, model_args, found)
+    if arguments.json:
+        facts = {
+            "versions": found_versions,
+            "devices": [dataclasses.asdict(device) for device in found_devices],
+            "engines": [{"runs": each.lacks is None, **dataclasses.asdict(each)} for each in found],
+            "trials": [trial.as_dict() for trial in trials],
+        }
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    failed = [trial.engine + " (the reference)" * trial.is_reference for trial in trials if not trial.passed]
+    if failed:
+        raise EngineError(f"not to be trusted on this machine: {', '.join(failed)}.")
+    if arguments.run and not any(each.lacks is None for each in found):
+        raise EngineError("none of these engines can run here.")
+    return None
+
+
+def _try(arguments: argparse.Namespace, model_args: dict[str, object], found: Sequence[Standing]) -> list[Trial]:
+    """Ask the engines that can run here; the reference is first."""
+    from sdar_lm_eval.trial import Trials
+
+    pretrained = str(model_args.pop("pretrained", arguments.pretrained))
+    able = [each.name for each in found if each.lacks is None]
+    if not able:
+        return []
+    asked = Trials(pretrained, model_args, able, arguments.limit)
+    trials: list[Trial] = []
+    status = Console(stderr=True).status
+    with status("the native engine answers in float32 on the CPU"):
+        trials.append(asked.reference())
+    _print_trial(trials[-1], arguments.json)
+    for name in able:
+        with status(f"{name} answers"):
+            trials.append(asked.trial(name))
+        _print_trial(trials[-1], arguments.json)
+    return trials
+
+
+def _print_trial(trial: Trial, quiet: bool) -> None:
+    if quiet:
+        return
+    title = "reference: " * trial.is_reference + trial.verdict()
+    rows = [
+        [
+            f"  {each.strategy}",
+            f"{each.answers - len(each.divergences)} of {each.answers} equal",
+            "" if each.is_judged else "not checked" if trial.is_reference else "differences are not judged",
+            f"{each.tokens_per_second:,.0f} tokens/s",
+        ]
+        for each in trial.strategies
+    ]
+    print("\n" + "\n".join([title, *(aligned(rows, left=(0, 2)) if rows else [])]), flush=True)
+
+
+def _versions(found: dict[str, str | None]) -> str:
+    return "\n".join(aligned([[name, version or "not installed"] for name, version in found.items()], left=(0, 1)))
+
+
+def _devices(found: list[str], no_gpu: str) -> str:
+    return "\n".join([*found, *([no_gpu] if no_gpu else [])])

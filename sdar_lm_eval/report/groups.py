@@ -1,0 +1,75 @@
+"""Scores of lm_eval's groups of tasks, document by document: those of the group's tasks, pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from sdar_lm_eval.report.pairing import Key, MetricKey, Scores, TaskScores, mean_kinds
+from sdar_lm_eval.report.results import Results
+from sdar_lm_eval.report.runs import Run, metrics_of
+
+
+def groups_of(run: Run) -> dict[str, list[str]]:
+    """Return group -> its tasks, through groups of groups; of groups that have scores in a run."""
+    found: dict[str, list[str]] = {}
+    for results in run.results:
+        subtasks = results.content.part_or_empty("group_subtasks").content
+        for group in subtasks:
+            tasks = list(dict.fromkeys(_tasks_in(group, subtasks, frozenset())))
+            if tasks and group in results.scores.content and group not in run.of_tasks:
+                found.setdefault(group, tasks)
+    return found
+
+
+def pooled(run: Run, group: str, of_tasks: Mapping[str, TaskScores]) -> TaskScores:
+    """Return a group's scores of the documents of all its tasks.
+
+    A group's metric that is not the mean over all its tasks' documents, but say a mean of the tasks' means, has a flaw.
+
+    Args:
+        run: the run.
+        group: the group.
+        of_tasks: the group's tasks -> their scores.
+    """
+    repeats = [results for results in run.results if group in results.scores.content]
+    scores = {}
+    for metric in metrics_of(repeats[0], group):
+        key = (metric.name, metric.filter)
+        parts = {task: each.scores[key] for task, each in of_tasks.items() if key in each.scores}
+        answers = {
+            pooled_key(task, each): values for task, part in parts.items() for each, values in part.answers.items()
+        }
+        flaw = next((part.flaw for part in parts.values() if part.flaw), "")
+        if len(parts) < len(of_tasks):
+            flaw = "some of the group's tasks do not have this metric"
+        means = frozenset[str]() if flaw or not answers else mean_kinds(answers, _mean_value(repeats, group, key))
+        scores[key] = Scores(
+            metric, answers, means, flaw or ("" if means else "the group's value is no mean over documents")
+        )
+    documents = {
+        pooled_key(task, key): document for task, each in of_tasks.items() for key, document in each.documents.items()
+    }
+    return TaskScores(documents, scores)
+
+
+def pooled_key(task: str, key: Key) -> Key:
+    """Return what a task's document is known by among those of all tasks."""
+    return f"{task}\0{key[0]}", key[1]
+
+
+def _mean_value(repeats: list[Results], group: str, key: MetricKey) -> float:
+    """The metric's mean over runs with different seeds."""
+    values = [m.value for results in repeats for m in metrics_of(results, group) if (m.name, m.filter) == key]
+    return sum(values) / len(values)
+
+
+def _tasks_in(name: str, subtasks: Mapping[str, object], above: frozenset[str]) -> Iterator[str]:
+    """Yield the tasks below a group; `above` are the groups that it is in."""
+    parts = subtasks.get(name)
+    if not isinstance(parts, list) or not parts:
+        if above:
+            yield name
+        return
+    for part in parts:
+        if isinstance(part, str) and part not in above | {name}:
+            yield from _tasks_in(part, subtasks, above | {name})

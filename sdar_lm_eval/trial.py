@@ -1,0 +1,245 @@
+"""Engines on trial: their greedy answers to the demo's problems, beside float32's.
+
+The reference is the native engine in float32 on the CPU, whose answers are themselves checked by transformers' forward
+(`engines/agreement.py`). An engine's answers are the reference's token for token, or rounding explains them; else the
+engine is not to be trusted on this machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sdar_lm_eval import arguments
+from sdar_lm_eval.arguments import DecodingArguments
+from sdar_lm_eval.demo import PROMPT, problems
+from sdar_lm_eval.engines.agreement import JUDGED, Divergence, Plain, allowed, first_difference
+from sdar_lm_eval.engines.registry import ENGINES
+from sdar_lm_eval.errors import SDARError, UserError, did_you_mean
+from sdar_lm_eval.files import one_line
+from sdar_lm_eval.loaded import Answer, LoadedModel
+from sdar_lm_eval.settings import ALIASES, GENERATION_SETTINGS
+
+STRATEGIES = (*JUDGED, "low_confidence_dynamic")
+"""Strategies that all engines have."""
+MAX_GEN_TOKS = 128
+MOST_LISTED = 5
+OF_CHECKPOINT = ("revision", "chat_template", "max_length")
+"""model_args that change what is asked, so that the reference gets them too."""
+
+
+@dataclass(frozen=True)
+class StrategyTrial:
+    """An engine's answers by one strategy.
+
+    Attributes:
+        strategy: its full name.
+        answers: how many problems were asked.
+        divergences: the answers that are not the reference's; with nan for roundings where they are not judged.
+        tokens: new tokens.
+        seconds: time of computing them.
+    """
+
+    strategy: str
+    answers: int
+    divergences: tuple[Divergence, ...]
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second."""
+        return self.tokens / self.seconds if self.seconds > 0 else math.inf
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the rule is for the strategy."""
+        return self.strategy in JUDGED
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An engine's answers.
+
+    Attributes:
+        engine: the engine's name.
+        device, dtype: of the engine; "" where it could not be loaded.
+        strategies: what was asked.
+        error: why the engine did not answer; None where it did.
+        is_reference: whether these are the answers that others are compared with.
+    """
+
+    engine: str
+    device: str
+    dtype: str
+    strategies: tuple[StrategyTrial, ...]
+    error: str | None = None
+    is_reference: bool = False
+
+    @property
+    def judged(self) -> list[tuple[str, Divergence]]:
+        """Answers by a strategy that the rule is for, which are not the reference's."""
+        return [(each.strategy, d) for each in self.strategies if each.is_judged for d in each.divergences]
+
+    @property
+    def unexplained(self) -> list[tuple[str, Divergence]]:
+        """Those that rounding does not explain."""
+        return [(strategy, d) for strategy, d in self.judged if not d.worst <= allowed(self.dtype)]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the engine answered, and rounding explains all of its answers."""
+        return self.error is None and not self.unexplained
+
+    def verdict(self) -> str:
+        """Return the verdict in one line."""
+        where = f"{self.engine} on {self.device}, {self.dtype}" if self.device else self.engine
+        if self.error is not None:
+            return f"{where}: stopped: {self.error}"
+        count = sum(each.answers for each in self.strategies if each.is_judged)
+        differ, unexplained = self.judged, self.unexplained
+        of_whom = "transformers'" if self.is_reference else "float32's"
+        same = f"{where}: {count - len(differ)} of {count} answers are {of_whom}"
+        if not differ:
+            return same
+        if not unexplained:
+            worst = max(d.worst for _, d in differ)
+            return f"{same}; {len(differ)} differ, all at choices within {worst:.3f} nats: rounding"
+        listed = ", ".join(
+            f"problem {d.index} from token {d.token} on ({strategy}, "
+            + (f"{d.worst:.3f} nats)" if math.isfinite(d.worst) else f"more than {allowed('bfloat16'):g} nats)")
+            for strategy, d in unexplained[:MOST_LISTED]
+        )
+        more = f" and {len(unexplained) - MOST_LISTED} more" if len(unexplained) > MOST_LISTED else ""
+        return (
+            f"{same}; {len(differ)} differ; NOT explained: {len(unexplained)} of them, by more than "
+            f"{allowed(self.dtype):g} nats: {listed}{more}"
+        )
+
+    def as_dict(self) -> dict[str, object]:
+        """The trial as plain values; an infinite rounding, or one that is not judged, is None."""
+
+        def divergence(d: Divergence) -> dict[str, object]:
+            plain = dataclasses.asdict(d)
+            return {name: None if not math.isfinite(value) else value for name, value in plain.items()}
+
+        return {
+            "engine": self.engine,
+            "device": self.device,
+            "dtype": self.dtype,
+            "is_reference": self.is_reference,
+            "passed": self.passed,
+            "verdict": self.verdict(),
+            "error": self.error,
+            "strategies": [
+                {
+                    "strategy": each.strategy,
+                    "judged": each.is_judged,
+                    "answers": each.answers,
+                    "equal": each.answers - len(each.divergences),
+                    "tokens_per_second": round(each.tokens_per_second, 1),
+                    "divergences": [divergence(d) for d in each.divergences],
+                }
+                for each in self.strategies
+            ],
+        }
+
+
+class Trials:
+    """Asks engines the demo's problems, and judges their answers.
+
+    Args:
+        pretrained: the checkpoint.
+        model_args: what engines are loaded with; each gets the arguments that it takes.
+        engines: the engines that will be asked.
+        limit: how many of the problems are asked.
+
+    Raises:
+        UserError: a decoding setting is among model_args, or none of the engines takes an argument.
+    """
+
+    def __init__(self, pretrained: str, model_args: Mapping[str, object], engines: Sequence[str], limit: int) -> None:
+        self._pretrained, self._model_args = pretrained, dict(model_args)
+        taken = sorted(set().union(*(_taken_by(engine) for engine in engines)) - set(GENERATION_SETTINGS))
+        for name in model_args:
+            if name in ALIASES or name in GENERATION_SETTINGS:
+                raise UserError(f"{name} is a decoding setting, which doctor chooses itself. Leave {name} out.")
+            if name not in taken:
+                hint = did_you_mean(name, taken)
+                raise UserError(f"{name} is no argument of {' or '.join(engines)}.{hint} Known: {', '.join(taken)}.")
+        self._prompts = [PROMPT.format(question=problem["question"]) for problem in problems()[:limit]]
+        self._expected: dict[str, list[Answer]] = {}
+        self._plain: Plain | None = None
+
+    def reference(self) -> Trial:
+        """Ask the native engine in float32 on the CPU, and check its answers by transformers' forward."""
+        given = {name: value for name, value in self._model_args.items() if name in OF_CHECKPOINT}
+        seconds: dict[str, float] = {}
+        with LoadedModel.open(self._pretrained, "native", {**given, "device": "cpu", "dtype": "float32"}) as model:
+            for strategy in STRATEGIES:
+                self._expected[strategy], seconds[strategy] = self._ask(model, strategy)
+        # Once the engine's memory is free: the weights are in memory once.
+        self._plain = plain = Plain(model.checkpoint)
+        found = []
+        for strategy, answers in self._expected.items():
+            asked = enumerate(answers if strategy in JUDGED else ())
+            deviations = [plain.deviation(index, each.request, each.result) for index, each in asked]
+            found.append(_strategy_trial(strategy, answers, deviations, seconds[strategy]))
+        return Trial(model.info.engine, model.info.device, model.info.dtype, tuple(found), is_reference=True)
+
+    def trial(self, engine: str) -> Trial:
+        """Ask an engine, and judge its answers. Call `reference` first. What the engine raises is in the trial."""
+        device = dtype = ""
+        found: list[StrategyTrial] = []
+        try:
+            with LoadedModel.open(self._pretrained, engine, self._arguments_of(engine)) as model:
+                device, dtype = model.info.device, model.info.dtype
+                for strategy in STRATEGIES:
+                    answers, seconds = self._ask(model, strategy)
+                    found.append(_strategy_trial(strategy, answers, self._judge(strategy, answers), seconds))
+        except Exception as error:  # other packages raise anything; the other engines go on
+            told = str(error) if isinstance(error, SDARError) else f"{type(error).__name__}: {one_line(error)}"
+            return Trial(engine, device, dtype, tuple(found), error=told)
+        return Trial(engine, device, dtype, tuple(found))
+
+    def _arguments_of(self, engine: str) -> dict[str, object]:
+        """The model_args that an engine takes."""
+        return {name: value for name, value in self._model_args.items() if name in _taken_by(engine)}
+
+    def _ask(self, model: LoadedModel, strategy: str) -> tuple[list[Answer], float]:
+        """A strategy's answers, and the seconds that they took without loading and compiling."""
+        settings: DecodingArguments = {
+            "remasking_strategy": strategy,
+            "do_sample": False,
+            "max_gen_toks": MAX_GEN_TOKS,
+        }
+        model.prepare(self._prompts, **settings)
+        begun = time.perf_counter()
+        answers = model.generate(self._prompts, **settings)
+        return answers, time.perf_counter() - begun
+
+    def _judge(self, strategy: str, answers: Sequence[Answer]) -> list[Divergence | None]:
+        assert self._plain is not None, "the reference was not asked"
+        found: list[Divergence | None] = []
+        for index, (answer, expected) in enumerate(zip(answers, self._expected[strategy], strict=True)):
+            if strategy in JUDGED:
+                found.append(self._plain.divergence(index, expected.request, answer.result, expected.result))
+            elif answer.result.token_ids != expected.result.token_ids:
+                token = first_difference(answer.result.token_ids, expected.result.token_ids)
+                found.append(Divergence(index, token, math.nan, math.nan))
+        return found
+
+
+def _taken_by(engine: str) -> set[str]:
+    """The model_args that an engine takes."""
+    return set(getattr(arguments, ENGINES[engine].arguments).__annotations__)
+
+
+def _strategy_trial(
+    strategy: str, answers: Sequence[Answer], found: Sequence[Divergence | None], seconds: float
+) -> StrategyTrial:
+    tokens = sum(len(answer.result.token_ids) for answer in answers)
+    return StrategyTrial(strategy, len(answers), tuple(d for d in found if d is not None), tokens, seconds)

@@ -1,0 +1,115 @@
+"""What comparisons say in words and tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_files import write_run
+
+from sdar_lm_eval.report.compare import Comparison, Difference, compare_runs
+from sdar_lm_eval.report.compare_text import as_json, as_markdown, as_text, sentences, table, verdict
+from sdar_lm_eval.report.runs import Run, read_runs
+
+CALLED = Difference(
+    task="task", metric="acc", filter="none", a=0.5, a_stderr=0.02, b=0.55, b_stderr=0.02, difference=0.05, low=0.01,
+    high=0.09, p=0.012, p_holm=0.012, test="exact McNemar", documents=1000, only_a=100, only_b=150, detectable=0.045,
+    higher_is_better=True,
+)  # fmt: skip
+MEANS: dict[str, Any] = {"only_a": None, "only_b": None, "test": "paired t"}
+RUNS = (Run("a", Path("a")), Run("b", Path("b")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "B is better: 150 documents changed from wrong to right, 100 the other way (p = 0.012)."),
+        (
+            {"p_holm": 0.036},
+            "B is better: 150 documents changed from wrong to right, 100 the other way (p = 0.012; 0.036 after Holm's "
+            "adjustment).",
+        ),
+        (
+            {"p_holm": 0.12},
+            "B may be better: 150 documents changed from wrong to right, 100 the other way (p = 0.012; 0.12 after "
+            "Holm's adjustment for the number of tests).",
+        ),
+        (
+            {"difference": -0.05, "only_a": 8, "only_b": 0, "p": 1e-9, "p_holm": 1e-9},
+            "B is worse: 8 documents changed from right to wrong, none the other way (p < 0.0001).",
+        ),
+        (
+            {"higher_is_better": False, "only_a": 150, "only_b": 100},
+            "B is worse: 150 documents changed from right to wrong, 100 the other way (p = 0.012).",
+        ),
+        (MEANS, "B is better: by 5.0 points (p = 0.012)."),
+        ({**MEANS, "higher_is_better": False}, "B is worse: by 5.0 points (p = 0.012)."),
+        ({"higher_is_better": None}, "B is higher: by 5.0 points (p = 0.012)."),
+        ({**MEANS, "a": 12.5, "b": 15.0, "difference": 2.5}, "B is better: by 2.5 (p = 0.012)."),
+        (
+            {"p": 0.2, "p_holm": 0.2},
+            "No difference shown: with 1,000 documents, a true difference of 4.5 points is shown in 80% of cases.",
+        ),
+        ({"p": 1.0, "p_holm": 1.0, "documents": 5, "detectable": None},
+         "No difference shown: 5 documents cannot show one."),
+        ({**MEANS, "p": 1.0, "p_holm": 1.0, "detectable": None},
+         "No difference: both runs have the same score in each of 1,000 documents."),
+        ({"p": None, "p_holm": None, "test": "the reason"}, "No test: the reason."),
+    ],
+)  # fmt: skip
+def test_verdicts(changes: dict[str, Any], expected: str) -> None:
+    assert verdict(dataclasses.replace(CALLED, **changes)) == expected
+
+
+def comparison(*differences: Difference, **settings: tuple[object, object]) -> Comparison:
+    return Comparison(*RUNS, settings, (), differences)
+
+
+def test_many_tests_that_call_nothing_share_a_sentence() -> None:
+    silent = [dataclasses.replace(CALLED, task=f"task{i}", p=0.5, p_holm=1.0) for i in range(9)]
+    first, second = sentences([comparison(CALLED, *silent)])
+    assert first.startswith("task: B is better") and second == "9 of 10 scores: No difference shown."
+
+
+def test_a_sentence_names_what_tells_it_apart() -> None:
+    f1, strict = dataclasses.replace(CALLED, metric="f1"), dataclasses.replace(CALLED, filter="strict")
+    starts = [line.partition(":")[0] for line in sentences([comparison(CALLED, f1, strict)])]
+    assert starts == ["task, acc, none", "task, f1", "task, acc, strict"]
+
+
+def test_columns_that_say_something() -> None:
+    assert "p (Holm)" not in table([comparison(CALLED)])[0]
+    assert table([comparison(CALLED, CALLED)])[0].index("p (Holm)") == 9
+    head, *rows = table([comparison(CALLED), comparison(CALLED)])
+    assert head[0] == "run" and [row[0] for row in rows] == ["B1", "B2"]
+    assert rows[0][5:10] == ["50.0 ± 2.0", "55.0 ± 2.0", "+5.0", "+1.0 to +9.0", "0.012"]
+
+
+def test_an_interval_without_0_where_the_exact_test_calls_nothing_is_explained() -> None:
+    stricter = "The exact test is stricter than the interval"
+    assert stricter in as_text([comparison(dataclasses.replace(CALLED, p=0.06, p_holm=0.06))])
+    assert stricter not in as_text([comparison(CALLED)])
+
+
+def test_few_settings_of_many_runs_are_a_row_each() -> None:
+    many = [comparison(CALLED, threshold=(0.5, share)) for share in (0.6, 0.7)]
+    assert "  run  threshold\n  A    0.5\n  B1   0.6\n  B2   0.7\n" in as_text(many)
+    lines = as_text([comparison(CALLED, x=(1, 2), y=(1, None), z=(1, 3)), comparison(CALLED, x=(1, 5))]).splitlines()
+    assert lines[lines.index("Settings that differ:") + 1 :][:4] == [
+        "  setting  A  B1  B2",
+        "  x        1  2   5",
+        "  y        1      1",
+        "  z        1  3   1",
+    ]
+
+
+def test_markdown_and_json_hold_whatever_labels_and_documents_say(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", {"ta|sk": {"acc,no*ne": [0, 1, float("nan")]}}, beams=[1])
+    b = write_run(tmp_path / "b", {"ta|sk": {"acc,no*ne": [0, 1, float("inf")]}}, beams=[2])
+    found = compare_runs(*read_runs([a, b]))
+    assert r"| ta\|sk | acc | no\*ne | 3 |" in as_markdown([found])
+    (content,) = json.loads(as_json([found]), parse_constant=lambda name: pytest.fail(name))
+    assert content["differences"][0]["a"] is None and content["settings"]["beams"] == {"a": [1], "b": [2]}
