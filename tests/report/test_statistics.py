@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 import statsmodels.api as sm
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 from statsmodels.stats.contingency_tables import mcnemar
