@@ -220,17 +220,29 @@ def _seeds(results: Results, task: str) -> list[object]:
     return [settings.get(name) for name in SEEDS]
 
 
+def _telling_apart(settings: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
+    """The first settings that tell runs apart, as `differing`; nothing where `MOST_TOLD` of them do not."""
+    told: dict[str, list[object]] = {}
+    for name, values in differing(settings).items():
+        before = len(set(map(str, zip(*told.values(), strict=True)))) if told else 1
+        after = len(set(map(str, zip(*told.values(), values, strict=True))))
+        if after > before:
+            told[name] = values
+        if after == len(settings):
+            return told if len(told) <= MOST_TOLD else {}
+    return {}
+
+
 def _label(runs: Sequence[Run]) -> None:
     """Add to the labels of a path's runs what tells these runs apart."""
     for path in dict.fromkeys(run.path for run in runs):
         alike = [run for run in runs if run.path == path]
         if len(alike) < 2:
             continue
-        told = differing([run.settings(run.tasks[0]) for run in alike])
+        told = _telling_apart([run.settings(run.tasks[0]) for run in alike])
         for number, run in enumerate(alike):
             parts = [f"{name}={values[number]}" for name, values in told.items() if values[number] is not None]
-            short = 0 < len(parts) <= MOST_TOLD
-            run.label = f"{path} ({', '.join(parts)})" if short else str(run.results_of(run.tasks[0]).file)
+            run.label = f"{path} ({', '.join(parts)})" if parts else str(run.results_of(run.tasks[0]).file)
     for number, run in enumerate(runs):
         if any(run.label == other.label for other in runs[:number]):
             run.label = str(run.results_of(run.tasks[0]).file)

@@ -7,7 +7,6 @@ and the answers that are missing. One sweep at a time works in a folder.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from filelock import FileLock, Timeout
 from lm_eval.api.registry import get_model
 
 from sdar_lm_eval.decoding import in_words
@@ -160,21 +160,19 @@ def _locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another sweep works in the folder, or the folder cannot be written.
     """
+    lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(f"--output_path {folder} cannot be a folder that is written to: {error.strerror}.") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
+        lock.acquire(blocking=False)
+    except Timeout:
         raise UserError(
             f"Another sweep works in {folder}. Wait until that sweep ends, or give another --output_path."
         ) from None
+    except NotImplementedError:  # the folder's file system has no locks
+        logger.warning("%s cannot be locked. Start no second sweep in this folder.", folder)
     except OSError as error:
-        logger.warning("%s cannot be locked (%s). Start no second sweep in this folder.", folder, error.strerror)
+        raise UserError(f"--output_path {folder} cannot be a folder that is written to: {error.strerror}.") from error
     try:
         yield
     finally:
-        os.close(file)
+        lock.release()
