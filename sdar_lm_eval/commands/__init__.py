@@ -73,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
         where an argument is not as declared.
     """
     name = argv[0]
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for lm_eval's command line (`autoload.py`)
     command = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     parser = argparse.ArgumentParser(
         prog=f"sdar_lm_eval {name}",
