@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from sdar_lm_eval.errors import UserError, did_you_mean
 
 MMLU, GSM8K, MATH500 = "mmlu_sdar", "gsm8k_sdar_paper", "math500_sdar"
-HUMANEVAL, MBPP, IFEVAL = "humaneval_sdar", "mbpp_sdar", "ifeval_sdar"
+HUMANEVAL, MBPP, IFEVAL, MATHBENCH = "humaneval_sdar", "mbpp_sdar", "ifeval_sdar", "mathbench_sdar"
 
 SDAR = "arXiv 2510.06303, table 1"
 DLLM_RL = "Gen-Verse/dLLM-RL's README"
@@ -52,8 +52,8 @@ class Published:
 
 
 def _of_sdar(name: str, *scores: float | None) -> Published:
-    """A row of SDAR's table: MMLU, GSM8K, MATH500, HumanEval, MBPP, IFEval."""
-    tasks = (MMLU, GSM8K, MATH500, HUMANEVAL, MBPP, IFEVAL)
+    """A row of SDAR's table: MMLU, GSM8K, MATH500, HumanEval, MBPP, IFEval, MathBench."""
+    tasks = (MMLU, GSM8K, MATH500, HUMANEVAL, MBPP, IFEVAL, MATHBENCH)
     known = {task: score for task, score in zip(tasks, scores, strict=True) if score is not None}
     return Published(name, SDAR, known, _OPENCOMPASS if name.startswith("SDAR") else {})
 
@@ -65,14 +65,14 @@ def _of_dllm_rl(name: str, math500: float, gsm8k: float, decoding: Mapping[str, 
 PUBLISHED = {
     row.name: row
     for row in (
-        _of_sdar("SDAR-1.7B-Chat", 62.9, 80.1, 63.2, 61.6, 61.1, 43.4),
-        _of_sdar("SDAR-4B-Chat", 74.9, 89.9, 72.8, 72.0, 65.4, 56.6),
-        _of_sdar("SDAR-8B-Chat", 78.6, 91.3, 78.6, 78.7, 72.0, 61.4),
-        _of_sdar("SDAR-30B-A3B-Chat", 82.8, 91.4, 77.8, 87.2, 71.6, 60.6),
-        _of_sdar("Qwen3-1.7B-AR-SFT", 63.8, 81.1, 62.0, 65.9, 61.9, 43.3),
-        _of_sdar("Qwen3-30B-AR-SFT", 82.2, 92.7, 76.8, 84.8, 75.1, 57.7),
-        _of_sdar("LLaDA-8B", 65.9, 78.6, None, 47.6, 34.2, 59.9),
-        _of_sdar("Dream-7B", 69.5, 81.0, None, 55.5, 58.8, 62.5),
+        _of_sdar("SDAR-1.7B-Chat", 62.9, 80.1, 63.2, 61.6, 61.1, 43.4, 63.6),
+        _of_sdar("SDAR-4B-Chat", 74.9, 89.9, 72.8, 72.0, 65.4, 56.6, 74.7),
+        _of_sdar("SDAR-8B-Chat", 78.6, 91.3, 78.6, 78.7, 72.0, 61.4, 76.9),
+        _of_sdar("SDAR-30B-A3B-Chat", 82.8, 91.4, 77.8, 87.2, 71.6, 60.6, 79.3),
+        _of_sdar("Qwen3-1.7B-AR-SFT", 63.8, 81.1, 62.0, 65.9, 61.9, 43.3, 60.5),
+        _of_sdar("Qwen3-30B-AR-SFT", 82.2, 92.7, 76.8, 84.8, 75.1, 57.7, 78.4),
+        _of_sdar("LLaDA-8B", 65.9, 78.6, None, 47.6, 34.2, 59.9, None),
+        _of_sdar("Dream-7B", 69.5, 81.0, None, 55.5, 58.8, 62.5, None),
         _of_dllm_rl("SDAR-4B-Chat-static", 70.2, 90.2, _STATIC),
         _of_dllm_rl("SDAR-4B-Chat-dynamic", 67.4, 88.9, _DYNAMIC),
         _of_dllm_rl("SDAR-8B-Chat-static", 74.3, 91.1, _STATIC),

@@ -9,6 +9,8 @@ from typing import Any
 
 from scripted import TASKS
 
+from sdar_lm_eval.tasks.mathbench import PARTS
+
 SUBJECTS = sorted(file.stem.removeprefix("mmlu_sdar_") for file in (TASKS / "mmlu_subjects").glob("*.yaml"))
 
 Row = dict[str, Any]
@@ -87,6 +89,16 @@ IFEVAL: list[Row] = [
     },
 ]
 
+# The right option stands at A, B, C and D; the questions have white space that the prompt leaves out.
+MATHBENCH_CHOICE: list[Row] = [
+    {"question": f" 1 + {right} = ____?\n", "options": ["1", "$2$", "3 ", "{4}"], "answer": "ABCD"[right]}
+    for right in range(4)
+]
+MATHBENCH_CLOZE: list[Row] = [
+    {"question": "小明有3个苹果，又买了2个。一共多少个？ ", "answer": " 5"},
+    {"question": "What is {half} of $\\frac{1}{2}$?", "answer": "\\frac{1}{4}"},
+]
+
 
 def mmlu(subject: str, split: str) -> list[Row]:
     """Rows of a subject: the answers of `test` are B, C; those of `dev` A, B, C, D, A."""
@@ -114,6 +126,11 @@ def write_all(root: Path) -> Path:
     write_jsonl(root / "humaneval" / "HumanEval.jsonl", HUMANEVAL)
     write_jsonl(root / "mbpp" / "test.jsonl", MBPP)
     write_jsonl(root / "ifeval" / "ifeval_input_data.jsonl", IFEVAL)
+    for part in PARTS.values():
+        for stage, sets in part.items():
+            for name in sets:
+                rows = MATHBENCH_CLOZE if "cloze" in name else MATHBENCH_CHOICE
+                write_jsonl(root / "mathbench" / stage / f"{name}.jsonl", rows)
     for subject in SUBJECTS:
         for split in ("dev", "test"):
             write_jsonl(root / "mmlu" / subject / f"{split}.jsonl", mmlu(subject, split))

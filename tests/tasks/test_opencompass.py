@@ -187,7 +187,7 @@ def test_first_option(opencompass: Any) -> None:
         "Because |Dogs |I think |：|，|E|text|2. "
     )
     for answer in _answers(pieces):
-        assert mmlu.first_option(answer) == (theirs(answer, "ABCD") or mmlu.INVALID), answer
+        assert first_option(answer) == (theirs(answer, "ABCD") or INVALID), answer
 
 
 def test_code(opencompass: Any) -> None:
