@@ -20,35 +20,42 @@ if TYPE_CHECKING:
     from sdar_lm_eval.engines.types import Engine, GenerationRequest, GenerationResult
     from sdar_lm_eval.errors import EngineError, SDARError, UserError
     from sdar_lm_eval.lm.model import SDARLM
+    from sdar_lm_eval.loaded import Answer, LoadedModel, load
     from sdar_lm_eval.report.frames import compare, read_run
 
 _HOME_OF = {
+    "Answer": "sdar_lm_eval.loaded",
     "Checkpoint": "sdar_lm_eval.checkpoint",
     "DecodingConfig": "sdar_lm_eval.decoding",
     "Engine": "sdar_lm_eval.engines.types",
     "EngineError": "sdar_lm_eval.errors",
     "GenerationRequest": "sdar_lm_eval.engines.types",
     "GenerationResult": "sdar_lm_eval.engines.types",
+    "LoadedModel": "sdar_lm_eval.loaded",
     "SDARError": "sdar_lm_eval.errors",
     "SDARLM": "sdar_lm_eval.lm.model",
     "UserError": "sdar_lm_eval.errors",
     "compare": "sdar_lm_eval.report.frames",
+    "load": "sdar_lm_eval.loaded",
     "make_engine": "sdar_lm_eval.engines.registry",
     "read_run": "sdar_lm_eval.report.frames",
 }
 
 __all__ = [  # noqa: RUF022  (types first, then what makes them)
+    "Answer",
     "Checkpoint",
     "DecodingConfig",
     "Engine",
     "EngineError",
     "GenerationRequest",
     "GenerationResult",
+    "LoadedModel",
     "SDARError",
     "SDARLM",
     "UserError",
     "__version__",
     "compare",
+    "load",
     "make_engine",
     "read_run",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -115,12 +115,40 @@ class DecodingConfig:
         """Whether each draw takes the most probable token."""
         return self.temperature == 0 or self.top_k == 1
 
+    @property
+    def idle(self) -> frozenset[str]:
+        """The names of settings without effect: the strategy, or greedy drawing, does not read them."""
+        strategy = STRATEGIES[self.remasking_strategy]
+        idle = {other.setting for other in STRATEGIES.values() if other.setting not in (None, strategy.setting)}
+        if not strategy.uses_schedule:
+            idle.add("denoising_steps")
+        if self.temperature == 0:
+            idle |= {"top_k", "top_p"}
+        elif self.top_k == 1:
+            idle |= {"temperature", "top_p"}
+        return frozenset(name for name in idle if name is not None)
+
+    @property
+    def effective(self) -> dict[str, str | int | float]:
+        """The settings with an effect by name, as plain values."""
+        return {name: value for name, value in self.as_dict().items() if name not in self.idle}
+
     def as_dict(self) -> dict[str, str | int | float]:
         """The settings by name, as plain values."""
         return dataclasses.asdict(self)
 
 
 DECODING_SETTINGS = tuple(field.name for field in dataclasses.fields(DecodingConfig))
+
+
+def in_words(settings: Mapping[str, object]) -> str:
+    """Return settings as "remasking_strategy=sequential, denoising_steps=2"."""
+    return ", ".join(f"{name}={spelled(value)}" for name, value in settings.items())
+
+
+def spelled(value: object) -> str:
+    """Return a setting's value as users write it: 1.0 is 1."""
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 class Ends(Protocol):

@@ -22,7 +22,10 @@ from sdar_lm_eval.errors import SDARError
 COMMANDS = {
     "compare": "differences between runs, with paired intervals and tests",
     "show": "a run's documents, and how an answer was written",
+    "report": "runs as one HTML page: scores, comparison, each answer with its denoising",
+    "sweep": "a grid of decoding settings on this machine: accuracy against speed",
     "table": "a run's scores beside the published ones",
+    "generate": "answer a prompt; the denoising is shown as it happens",
     "gsm8k-json": "a run of GSM8K as the benchmark's JSON file",
 }
 """Command -> what it is for. The module of a command has its name, with _ for -."""
@@ -33,6 +36,9 @@ LM_EVAL_COMMANDS = {
     "validate": "check tasks",
 }
 """lm_eval's own commands, which lm_eval runs."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + the number of SIGINT, as shells have it."""
 
 
 def overview() -> str:
@@ -62,8 +68,8 @@ def main(argv: Sequence[str]) -> int:
         argv: the command, one of `COMMANDS`, and its arguments.
 
     Returns:
-        The exit code: 0; 1 after an error of this package, which is printed. argparse exits with 2 where an argument is
-        not as declared.
+        The exit code: 0; 1 after an error of this package, which is printed; 130 after Ctrl-C. argparse exits with 2
+        where an argument is not as declared.
     """
     name = argv[0]
     command = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
@@ -84,4 +90,10 @@ def main(argv: Sequence[str]) -> int:
     except SDARError as error:
         print(f"sdar_lm_eval: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as interrupt:
+        print(
+            f"sdar_lm_eval: {interrupt}".rstrip(": ") if str(interrupt) else "sdar_lm_eval: interrupted",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
     return 0

@@ -39,15 +39,16 @@ def prompts(checkpoint: HasTokenizer) -> list[tuple[int, ...]]:
             tokenize=False,
             add_generation_prompt=True,
         )
-        for problem in _problems()
+        for problem in problems()
     ]
     return [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
 
 
 def golds() -> list[str]:
     """Return the problems' right answers, the numbers behind `####`."""
-    return [problem["answer"].split("#### ")[1] for problem in _problems()]
+    return [problem["answer"].split("#### ")[1] for problem in problems()]
 
 
-def _problems() -> list[Problem]:
+def problems() -> list[Problem]:
+    """Return the problems."""
     return [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()]

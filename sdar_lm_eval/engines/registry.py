@@ -81,6 +81,17 @@ MODELS = {spec.model: spec.lm for spec in ENGINES.values()}
 """Name for `lm_eval --model` -> "module:Class"."""
 
 
+def engine_named(name: str) -> EngineSpec:
+    """Return an engine's facts.
+
+    Raises:
+        UserError: no engine has this name.
+    """
+    if name not in ENGINES:
+        raise UserError(f"engine {name!r} is unknown; known: {', '.join(ENGINES)}.{did_you_mean(name, ENGINES)}")
+    return ENGINES[name]
+
+
 def make_engine(name: str, checkpoint: Checkpoint, **options: object) -> Engine:
     """Open an engine by name. Imports no other engine.
 
@@ -93,8 +104,6 @@ def make_engine(name: str, checkpoint: Checkpoint, **options: object) -> Engine:
         UserError: no engine has this name, or an option is out of range.
         EngineError: a package that the engine needs is not installed.
     """
-    if name not in ENGINES:
-        raise UserError(f"engine {name!r} is unknown; known: {', '.join(ENGINES)}.{did_you_mean(name, ENGINES)}")
-    module, _, engine_class = ENGINES[name].target.partition(":")
+    module, _, engine_class = engine_named(name).target.partition(":")
     engine: Engine = getattr(importlib.import_module(module), engine_class)(checkpoint, **options)
     return engine

@@ -5,6 +5,11 @@
     Engine              generate(requests) yields (index, GenerationResult) as each request finishes
     EngineInfo          facts about an engine
 
+For watching denoising, which an engine may not support:
+
+    BlockStep           a block after a denoising step
+    Watchable           an Engine with generate_watched(requests, watch)
+
 For log-likelihoods, which an engine may not support:
 
     LikelihoodConfig    the method and its settings
@@ -17,7 +22,7 @@ This module holds no tensor and does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -175,6 +180,49 @@ class Engine(Protocol):
         """Return the engine; the end of the `with` block closes the engine."""
 
     def __exit__(self, *_: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class BlockStep:
+    """A block of an answer after a denoising step. Tokens of the prompt in the block are left out.
+
+    Attributes:
+        index: position of the request in the run.
+        start: number of the answer's tokens before the block.
+        token_ids: the block's tokens, with the mask token at masked positions. Of a decided block, these are the tokens
+            that belong to the answer.
+        unmasked_at: for each token, the step of the block that unmasked it, from 0; -1 where it is masked.
+        confidences: for each token, its probability when it was drawn; 1 where it is masked.
+        decided: whether this step decided the block.
+        finished: whether the answer ends in this block; never true of a block that is not decided.
+    """
+
+    index: int
+    start: int
+    token_ids: tuple[int, ...]
+    unmasked_at: tuple[int, ...]
+    confidences: tuple[float, ...]
+    decided: bool
+    finished: bool
+
+
+Watch = Callable[[BlockStep], None]
+"""Called after each denoising step of a request; must return quickly, since the engine waits for it."""
+
+
+@runtime_checkable
+class Watchable(Protocol):
+    """The interface of an engine that shows its denoising steps."""
+
+    def generate_watched(self, requests: Sequence[GenerationRequest], watch: Watch) -> Results[GenerationResult]:
+        """Do as `Engine.generate`, and call `watch` after each denoising step of each request.
+
+        A request's steps come in order. A block that was not decided when its request was preempted begins again; a
+        request that runs once more begins again with its first block.
+
+        Raises:
+            UserError, EngineError: as `Engine.generate`. What `watch` raises ends the run.
+        """
 
 
 @dataclass(frozen=True)

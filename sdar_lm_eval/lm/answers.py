@@ -19,7 +19,7 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,8 @@ class AnswerFolder:
                 len(others),
                 differences(others[-1].settings, self._settings),
             )
-        self._known = united(session for session in sessions if session.settings == self._settings)
+        self._sessions = [session for session in sessions if session.settings == self._settings]
+        self._known = united(self._sessions)
         self._file: _LineFile | None = None
         self._started = time.time()
 
@@ -99,6 +100,11 @@ class AnswerFolder:
     def get(self, key: str) -> Record | None:
         """Return the answer under the key, this process's own answers included, or None."""
         return self._known.get(key)
+
+    def seconds_for(self, keys: Collection[str]) -> float | None:
+        """Return the time in which earlier processes computed answers; None where this process computed some."""
+        earlier = {key for session in self._sessions for key in session.answers}
+        return seconds_for(self._sessions, keys) if earlier.issuperset(keys) else None
 
     def put(self, key: str, record: Mapping[str, object]) -> None:
         """Write an answer."""
@@ -172,6 +178,18 @@ def busy_seconds(sessions: Iterable[Session]) -> float:
         total += max(0.0, session.ended - max(reached, session.started))
         reached = max(reached, session.ended)
     return total
+
+
+def seconds_for(sessions: Iterable[Session], keys: Collection[str]) -> float:
+    """Return for how many seconds sessions were busy with the answers under some keys.
+
+    A session that answered more counts by its share of the tokens.
+    """
+    used = [session for session in sessions if session.answers.keys() & keys]
+    lines = {key: line for session in used for key, line in session.answers.items()}
+    tokens = sum(line.get("new_tokens", 0) for line in lines.values())
+    wanted = sum(line.get("new_tokens", 0) for key, line in lines.items() if key in keys)
+    return busy_seconds(used) * (wanted / tokens if tokens else 1.0)
 
 
 def read_session(path: Path) -> Session | None:

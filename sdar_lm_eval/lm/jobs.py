@@ -82,6 +82,15 @@ class Round:
     truncated: int
     settings: dict[str, Generation]
 
+    def warn_of_truncated(self) -> None:
+        """Warn of prompts that lost their beginning."""
+        if self.truncated:
+            logger.warning(
+                "%d of %d prompts are longer than max_length - max_gen_toks allows; they lost their beginning.",
+                self.truncated,
+                len(self.jobs),
+            )
+
 
 @dataclass(frozen=True)
 class _Settings:
@@ -113,8 +122,8 @@ class Jobs:
         self.max_length = checkpoint.max_length if max_length is None else max_length
         self.stop_ids = checkpoint.stop_ids
         """Tokens that end every answer."""
-        self.default = self._settings_of({}, TaskRequests(name="")).generation
-        """The settings of a request whose task has none."""
+        self.default = self.settings_of({})
+        """The settings of a request whose task has none, and which has none itself."""
 
     def of(
         self,
@@ -185,6 +194,14 @@ class Jobs:
             )
         return Round(order, jobs, truncated, {task: its.generation for (task, _), its in settings.items()})
 
+    def settings_of(self, gen_kwargs: Mapping[str, object]) -> Generation:
+        """The settings of a request whose task has none.
+
+        Raises:
+            UserError: an unknown name, or a value out of range.
+        """
+        return self._settings_of(gen_kwargs, TaskRequests(name="")).generation
+
     def check_limits(self, *, answers_limited: bool) -> None:
         """Warn of a block length and a max_length that the checkpoint was not trained for.
 
@@ -204,6 +221,18 @@ class Jobs:
                 self._checkpoint.name,
                 self._checkpoint.max_length,
             )
+
+    def generation_of(self, gen_kwargs: Mapping[str, object], published: Mapping[str, object]) -> Generation:
+        """Return the settings of a task's requests.
+
+        Args:
+            gen_kwargs: the task's, with the user's.
+            published: the decoding of the task's published protocol.
+
+        Raises:
+            UserError: a name is unknown, or a value is out of range.
+        """
+        return read_generation(gen_kwargs, {"block_length": self._checkpoint.block_length, **published, **self._given})
 
     def room_for_prompt(self, max_gen_toks: int) -> int:
         """Most tokens of a prompt whose answer has at most `max_gen_toks`.
@@ -230,9 +259,7 @@ class Jobs:
 
     def _settings_of(self, gen_kwargs: Mapping[str, object], task: TaskRequests) -> _Settings:
         protocol = dict(task.decoding or {})
-        generation = read_generation(
-            gen_kwargs, {"block_length": self._checkpoint.block_length, **protocol, **self._given}
-        )
+        generation = self.generation_of(gen_kwargs, protocol)
         if gen_kwargs and generation.decoding.block_length != self.default.decoding.block_length:
             self._warn_of_block_length(generation.decoding.block_length)
         is_published = generation.decoding.remasking_strategy == protocol.get("remasking_strategy")

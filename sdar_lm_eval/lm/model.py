@@ -10,6 +10,7 @@ import logging
 import time
 import types
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lm_eval.evaluator
@@ -19,6 +20,7 @@ from lm_eval.api.model import CacheHook, TemplateLM
 
 from sdar_lm_eval.arguments import JetEngineArguments, LMDeployArguments, NativeArguments, takes
 from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT, DEFAULT_SEED
 from sdar_lm_eval.engines.registry import ENGINES, make_engine
 from sdar_lm_eval.lm.answers import AnswerFolder
 from sdar_lm_eval.lm.denoising import LinesOf, WrittenAnswers
@@ -42,9 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # This package's messages go where lm_eval's go, at its verbosity.
 logging.getLogger("sdar_lm_eval").parent = logging.getLogger("lm_eval")
-
-DEFAULT_CHECKPOINT = "JetLM/SDAR-4B-Chat"
-DEFAULT_SEED = 1234  # lm_eval's default for torch
 
 
 @takes(NativeArguments, DEFAULT_CHECKPOINT)
@@ -114,10 +113,8 @@ class SDARLM(TemplateLM):
             alone=alone,
         )
         self._cache: CacheFile | None = None
-        self._answers = None
-        if settings.answers is not None:
-            self._answers = AnswerFolder(settings.answers, self._fingerprint(), self._facts)
-        self._open_store()
+        self._answers: AnswerFolder | None = None
+        self.keep_answers(settings.answers)
         self.evaluation.counts.load_seconds = time.perf_counter() - started
         logger.info("%s", described(self.ENGINE, self.engine.info, self.checkpoint, self.jobs.default))
         self.ranks.log_own_warnings()
@@ -156,6 +153,16 @@ class SDARLM(TemplateLM):
         if cache_hook.dbdict is not None:
             self._cache = CacheFile(bypass(cache_hook.dbdict), self._fingerprint())
             self._open_store()
+
+    def keep_answers(self, folder: Path | None) -> None:
+        """Keep the answers of evaluations from now on in a folder (`answers.py`); None: in no folder.
+
+        Raises:
+            UserError: the folder cannot be made, read or written.
+        """
+        self.rounds.store.close()
+        self._answers = None if folder is None else AnswerFolder(folder, self._fingerprint(), self._facts)
+        self._open_store()
 
     def _open_store(self) -> None:
         self.rounds.store = Store([place for place in (self._cache, self._answers) if place is not None])

@@ -91,12 +91,7 @@ class Rounds:
         asked = self._jobs.of(requests, evaluation.task_of, evaluation.seed, record_steps=recording)
         evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
         evaluation.template_hash = self._prompts.template_hash
-        if asked.truncated:
-            logger.warning(
-                "%d of %d prompts are longer than max_length - max_gen_toks allows; they lost their beginning.",
-                asked.truncated,
-                len(asked.jobs),
-            )
+        asked.warn_of_truncated()
         jobs = asked.jobs
         judges = {job.task: evaluation.task_of(job.instance).judge for job in jobs.values()}
         live = Live(judges, len(jobs), whole=self._alone)
@@ -130,16 +125,23 @@ class Rounds:
     def _stored_answers(self, jobs: Mapping[JobId, Job], evaluation: Evaluation, live: Live) -> dict[JobId, str]:
         """Note what is sent, and return the answers that the store has; these are counted, judged and traced."""
         answers: dict[JobId, str] = {}
+        keys: set[str] = set()
         for job_id, job in jobs.items():
             evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
             if (record := self.store.get(job.key)) is not None:
                 answers[job_id] = record["text"]
-                evaluation.counts.count(job.task, stored_requests=1)
+                keys.add(job.key)
+                forwards = record.get("forwards")
+                made = None if forwards is None else forwards["denoising"] + forwards["commit"]
+                evaluation.counts.add_stored(job.task, record.get("new_tokens"), made)
                 live.judge(job.instance, record["text"])
                 self._trace_answer(job, {**record, "stored": True})
                 if self._record and (written := Written.of_record(record)) is not None:
                     evaluation.written.add(job.task, job.document, job.repeat, written)
         if answers:
+            seconds = self.store.seconds_for(keys)
+            evaluation.counts.stored_untimed += len(answers) if seconds is None else 0
+            evaluation.counts.stored_seconds += seconds or 0.0
             logger.info("%d of %d answers are there already, and are not computed again.", len(answers), len(jobs))
         return answers
 

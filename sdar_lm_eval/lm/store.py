@@ -16,7 +16,7 @@ import math
 import os
 import sqlite3
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypedDict, TypeGuard
 
@@ -114,6 +114,9 @@ class Place(Protocol):
     def get(self, key: str) -> Record | None:
         """Return what is kept under the key."""
 
+    def seconds_for(self, keys: Collection[str]) -> float | None:
+        """Return the time in which earlier processes computed the records of these keys; None where it is unknown."""
+
     def put(self, key: str, record: Mapping[str, object]) -> None:
         """Keep a record. A process that is killed after this returns does not lose it.
 
@@ -142,6 +145,11 @@ class Store:
     def get(self, key: str) -> Record | None:
         """Return what is kept under the key, or None."""
         return next((record for place in self._places if (record := place.get(key)) is not None), None)
+
+    def seconds_for(self, keys: Collection[str]) -> float | None:
+        """Return the time in which earlier processes computed the records of these keys; None where it is unknown."""
+        known = (place.seconds_for(keys) for place in self._places)
+        return next((seconds for seconds in known if seconds is not None), None)
 
     def put(self, key: str, record: Mapping[str, object]) -> None:
         """Keep a record in each place that can be written."""
@@ -231,6 +239,9 @@ class CacheFile:
             logger.warning("%s: a record cannot be read (%s), and is made again.", self.name, error)
             return None
         return record if is_record(record) else None
+
+    def seconds_for(self, keys: Collection[str]) -> None:
+        """Return None: the file has no times at which records were kept."""
 
     def put(self, key: str, record: Mapping[str, object]) -> None:
         """Keep a record."""

@@ -18,6 +18,11 @@ class Counts:
         requests: answers computed.
         new_tokens: tokens of these answers, as far as they are returned.
         stored_requests: answers found in a store.
+        stored_tokens: tokens of these answers, as far as they are returned.
+        stored_forwards: their denoising and commit forwards.
+        stored_seconds: time in which earlier processes computed these answers.
+        stored_unmeasured: how many of these answers have no tokens and forwards in the store.
+        stored_untimed: how many of these answers have no time in the store.
         generation_seconds: time of generation, prefill included.
         peak_memory_bytes: of the device on CUDA, else of the process.
         scored_requests: log-likelihoods computed.
@@ -48,6 +53,11 @@ class Counts:
     largest_standard_error: float = 0.0
     stored_requests: int = 0
     stored_scores: int = 0
+    stored_tokens: int = 0
+    stored_forwards: int = 0
+    stored_seconds: float = 0.0
+    stored_unmeasured: int = 0
+    stored_untimed: int = 0
     tasks: dict[str, Counts] = field(default_factory=dict)
 
     @classmethod
@@ -72,6 +82,19 @@ class Counts:
             denoising_forwards=result.denoising_forwards,
             commit_forwards=result.commit_forwards,
         )
+
+    def add_stored(self, task: str, tokens: int | None, forwards: int | None) -> None:
+        """Count an answer found in a store.
+
+        Args:
+            task: the task's name.
+            tokens: the answer's tokens; None where the store does not say.
+            forwards: its denoising and commit forwards; None where the store does not say.
+        """
+        if tokens is None or forwards is None:
+            self.count(task, stored_requests=1, stored_unmeasured=1)
+        else:
+            self.count(task, stored_requests=1, stored_tokens=tokens, stored_forwards=forwards)
 
     def add_score(self, task: str, result: ScoreResult, tokens: int) -> None:
         """Count a computed log-likelihood of `tokens` tokens."""
@@ -107,6 +130,7 @@ class Counts:
         """The summary for the results file; null where nothing was computed."""
         return {
             **self._work(),
+            **self._stored(seconds=None if self.stored_untimed else round(self.stored_seconds, 2)),
             "tokens_per_second": _rounded(self.tokens_per_second, 1),
             "load_seconds": round(self.load_seconds, 2),
             "generation_seconds": round(self.generation_seconds, 2) if self.requests else None,
@@ -129,9 +153,17 @@ class Counts:
             },
         }
 
+    def _stored(self, **further: object) -> dict[str, object]:
+        """What is known of the answers found in a store; null where it is unknown of any of them."""
+        if not self.stored_requests:
+            return {}
+        unknown = bool(self.stored_unmeasured)
+        tokens, forwards = (None if unknown else number for number in (self.stored_tokens, self.stored_forwards))
+        return {"stored": {"new_tokens": tokens, "forwards": forwards, **further}}
+
     def _of_task(self) -> dict[str, object]:
         scored = bool(self.scored_requests or self.stored_scores)
-        generated = self._work() if self.requests or self.stored_requests else {}
+        generated = {**self._work(), **self._stored()} if self.requests or self.stored_requests else {}
         return generated | ({"likelihoods": self._scores()} if scored else {})
 
     def _scores(self) -> dict[str, object]:

@@ -98,7 +98,7 @@ def documents_of(run: Run, task: str) -> list[Document]:
             first.setdefault(key, sample)
             texts = [_likelihoods(sample)] if of_likelihoods else list(sample.responses)
             scores = _scores(of_filters, names)
-            found = {n: None if s.filtered in NOTHING_EXTRACTED else s.filtered for n, s in of_filters.items()}
+            found = {n: None if s.extracted in NOTHING_EXTRACTED else s.extracted for n, s in of_filters.items()}
             answers.setdefault(key, []).extend(
                 Answer(text, scores, found, record)
                 for text, record in zip(texts, _records(key[0], texts, records), strict=True)

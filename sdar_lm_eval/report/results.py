@@ -292,6 +292,8 @@ def _sample(line: Fields) -> Sample:
     if filter_name is None:
         raise line.malformed("filter", "a string")
     sent = line.part_or_empty("arguments").part_or_empty("gen_args_0").content.get("arg_0")
+    if isinstance(sent, list) and len(sent) == 1:  # chat messages as JSON: a named tuple of lm_eval's API models
+        sent = sent[0]
     return Sample(
         document=document,
         filter=filter_name,

@@ -53,7 +53,7 @@ def help_text(entrypoint: Callable[..., None]) -> str:
     parser = argparse.ArgumentParser(
         usage="modal run modal_runner.py [--FLAG VALUE] …",
         description="Evaluate an SDAR model on a GPU of Modal. Defaults stand in parentheses.",
-        epilog="* several values, separated by commas, make a sweep: all combinations.",
+        epilog="* several values (0.8,0.9) or a range (0.5:0.9:0.1) make a sweep: all combinations.",
     )
     for name, parameter in inspect.signature(entrypoint).parameters.items():
         given, flag = parameter.default, f"--{name.replace('_', '-')}"

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-import lm_eval
 import lm_eval.evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import setup_logging
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.answers import Session, busy_seconds, read_sessions, united
+from sdar_lm_eval.lm.answers import Session, read_sessions, seconds_for, united
 from sdar_lm_eval.lm.denoising import LinesOf, Written
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, facts_of_evaluation
 from sdar_lm_eval.lm.hooks import watch
@@ -29,6 +26,7 @@ from sdar_lm_eval.report.counts import Counts
 from sdar_lm_eval.report.gsm8k_json import convert, is_gsm8k
 from sdar_lm_eval.report.results import results_in
 from sdar_lm_eval.runs.programs import RunPrograms, run_by, run_here
+from sdar_lm_eval.runs.saving import evaluate_into
 from sdar_lm_eval.runs.settings import Run, scored_by
 from sdar_lm_eval.runs.shards import ANSWERS, task_manager
 from sdar_lm_eval.runs.summary import Report
@@ -172,9 +170,7 @@ class RecordedLM(LM):
                 denoising_forwards=line["forwards"]["denoising"],
                 commit_forwards=line["forwards"]["commit"],
             )
-        # A session that answered more than is used here counts by its share of the tokens.
-        tokens = sum(line.get("new_tokens", 0) for session in sessions for line in session.answers.values())
-        counts.generation_seconds = busy_seconds(sessions) * (counts.new_tokens / tokens if tokens else 1.0)
+        counts.generation_seconds = seconds_for(sessions, mine)
         facts = facts_of_evaluation([self._evaluation])
         facts["run"]["sessions"] = len(sessions)
         return {"model_dtype": models[-1].get("dtype"), "sdar_lm_eval": models[-1] | facts}
@@ -205,32 +201,21 @@ def publish(run: Run, folder: Path, run_programs: RunPrograms = run_here) -> Pat
     # `run_programs` begins once the tasks are loaded: while they load, they try whether this machine runs programs.
     lm = RecordedLM(read_sessions(folder / ANSWERS), run.seed, lambda: stack.enter_context(run_by(run_programs)))
     call = run.harness_call()
-    partial = report.parent.with_name(report.parent.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    tracker = EvaluationTracker(output_path=str(partial))
+
+    def finish(partial: Path) -> None:
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in lm.used]
+        (partial / "answers.jsonl").write_text("".join(lines), "utf-8")
+        (partial / REPORT).write_text(json.dumps(_report(run, partial), indent=2, ensure_ascii=False), "utf-8")
+
     with stack:
-        results = lm_eval.simple_evaluate(
+        evaluate_into(
+            report.parent,
             lm,
-            tasks=call["tasks"],
-            gen_kwargs=call["gen_kwargs"],
-            limit=call["limit"],
-            evaluation_tracker=tracker,
+            **call,
+            finish=finish,
             task_manager=task_manager(run.tasks),
             confirm_run_unsafe_code=run.confirm_run_unsafe_code,
         )
-    assert results is not None
-    results["config"] |= {name: call[name] for name in ("model", "model_args")}
-    tracker.general_config_tracker.log_experiment_args(call["model"], call["model_args"], None, None, True)
-    samples = results.pop("samples")
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for task in results["configs"]:
-        tracker.save_results_samples(task_name=task, samples=samples[task])
-    lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in lm.used]
-    (partial / "answers.jsonl").write_text("".join(lines), "utf-8")
-    (partial / REPORT).write_text(json.dumps(_report(run, partial), indent=2, ensure_ascii=False), "utf-8")
-    if report.parent.exists():
-        shutil.rmtree(report.parent)
-    partial.rename(report.parent)
     return report
 
 

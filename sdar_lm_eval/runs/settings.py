@@ -8,36 +8,31 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict
 
 import sdar_lm_eval
-from sdar_lm_eval.decoding import DecodingConfig
+from sdar_lm_eval.decoding import DecodingConfig, in_words
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.revision import ANSWER_REVISION
-from sdar_lm_eval.settings import canonical, read_generation, to_number, to_whole
+from sdar_lm_eval.runs.grid import Setting, combinations, listed, without_copies
+from sdar_lm_eval.settings import ALIASES, read_generation
 
 DEFAULT_TASK = "gsm8k_sdar"
 
 SWEPT = ("block_length", "denoising_steps", "temperature", "remasking_strategy", "confidence_threshold")
-"""Flags that take several values, separated by commas, for a sweep; a sweep varies the last one fastest."""
+"""Flags that take several values for a sweep (`grid.py`); a sweep varies the last one fastest."""
 
 RUN_PROGRAMS = ("humaneval_sdar", "mbpp_sdar", "sdar_bench")
 """This package's tasks and groups that are scored by running programs that the model wrote."""
 
 _PACKAGE = Path(sdar_lm_eval.__file__).parent
-
-Setting = bool | int | float | str
-"""A value of model_args or gen_kwargs."""
-
-_Value = TypeVar("_Value", int, float, str)
 
 
 class HarnessCall(TypedDict):
@@ -178,7 +173,7 @@ def runs_from_flags(
     confirm_run_unsafe_code: bool = False,
     short: Mapping[str, str | None] | None = None,
 ) -> list[Run]:
-    """Return the run that the flags ask for, or those of a sweep: all combinations of values separated by commas.
+    """Return the run that the flags ask for, or those of a sweep: all combinations of values, copies left out.
 
     Args:
         short: flags by their short names (`ALIASES` in settings.py); they replace the flag of the full name.
@@ -196,7 +191,7 @@ def runs_from_flags(
             raise UserError(f"{flag} {number} is out of range: it must be 1 or more.")
     if seed < 0:
         raise UserError(f"--seed {seed} is out of range: it must be 0 or more.")
-    listed_tasks = tuple(dict.fromkeys(_listed("--tasks", tasks)))
+    listed_tasks = tuple(dict.fromkeys(listed("--tasks", tasks)))
     if not confirm_run_unsafe_code and (programs := [task for task in listed_tasks if task in RUN_PROGRAMS]):
         raise UserError(
             f"--tasks {', '.join(programs)}: scored by running programs that the model writes. They run in a container "
@@ -209,30 +204,22 @@ def runs_from_flags(
         "remasking_strategy": remasking_strategy,
         "confidence_threshold": confidence_threshold,
     }
-    texts |= canonical({name: text for name, text in (short or {}).items() if text is not None})
-    lengths = _values("block_length", texts, _whole)
-    steps = _values("denoising_steps", texts, _whole)
-    temperatures = _values("temperature", texts, _real)
-    strategies = _values("remasking_strategy", texts, _full_name)
-    thresholds = _values("confidence_threshold", texts, _real)
-    grid: tuple[Sized, ...] = (lengths, steps, temperatures, strategies, thresholds)
-    several = {name for name, values in zip(SWEPT, grid, strict=True) if len(values) > 1}
+    texts |= {ALIASES.get(name, name): text for name, text in (short or {}).items() if text is not None}
+    grid = combinations(texts, _flag)
+    several = [name for name in SWEPT if len({combination[name] for combination in grid}) > 1]
     runs = []
-    for combination in itertools.product(lengths, steps, temperatures, strategies, thresholds):
+    for combination in grid:
+        settings: dict[str, Any] = dict(combination)  # DecodingConfig checks the values' types
         try:
+            decoding = DecodingConfig(**settings)
+            without_effect = [name for name in several if name in decoding.idle]
             run = Run(
                 model_name=model_name,
                 revision=revision or None,
                 engine=engine,
                 tasks=listed_tasks,
                 num_samples=num_samples,
-                decoding=DecodingConfig(
-                    block_length=combination[0],
-                    denoising_steps=combination[1],
-                    temperature=combination[2],
-                    remasking_strategy=combination[3],
-                    confidence_threshold=combination[4],
-                ),
+                decoding=DecodingConfig(**{n: value for n, value in settings.items() if n not in without_effect}),
                 max_gen_length=max_gen_length,
                 seed=seed,
                 verbose=verbose,
@@ -241,54 +228,36 @@ def runs_from_flags(
             read_generation(run.gen_kwargs, {})  # refuses what the model would
             _check_limits(engine, run.decoding)
         except UserError as error:
-            varied = [f"{name}={value}" for name, value in zip(SWEPT, combination, strict=True) if name in several]
-            if not varied:
+            if not several:
                 raise
             raise UserError(
-                f"{error} The sweep asks for it at {', '.join(varied)}. Nothing was run: leave that value out, or "
-                "sweep in several commands."
+                f"{error} The sweep asks for it at {in_words({name: combination[name] for name in several})}. Nothing "
+                "was run: leave that value out, or sweep in several commands."
             ) from error
         runs.append(run)
-    return runs
+    return without_copies(runs, lambda run: run.decoding)
 
 
-def _values(name: str, texts: Mapping[str, str], read: Callable[[str, str], _Value]) -> list[_Value]:
-    """Return the values of a flag that may have several, each once."""
-    flag = f"--{name.replace('_', '-')}"
-    return list(dict.fromkeys(read(flag, value) for value in _listed(flag, texts[name])))
-
-
-def _whole(flag: str, text: str) -> int:
-    return to_whole(flag, text)
-
-
-def _real(flag: str, text: str) -> float:
-    return to_number(flag, text)
-
-
-def _full_name(flag: str, strategy: str) -> str:
-    return str(canonical({"remasking_strategy": strategy})["remasking_strategy"])
+def _flag(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
 
 
 def _check_limits(engine: str, decoding: DecodingConfig) -> None:
     """Refuse what an engine does not take. Engines refuse it themselves, but on a GPU that is paid for by then."""
+    for name, value, allowed in beyond_limits(engine, decoding):
+        raise UserError(
+            f"{_flag(name)} {value} is not for --engine {engine}, which takes {', '.join(map(str, allowed))}. "
+            "Choose one of these, or --engine native."
+        )
+
+
+def beyond_limits(engine: str, decoding: DecodingConfig) -> Iterator[tuple[str, Setting, Sequence[Setting]]]:
+    """Yield (setting, value, allowed values) of settings that an engine does not take."""
     spec = ENGINES[engine]
-    for name, value, allowed in (
-        ("block-length", decoding.block_length, spec.block_lengths),
-        ("remasking-strategy", decoding.remasking_strategy, spec.strategies),
-    ):
-        if allowed is not None and value not in allowed:
-            raise UserError(
-                f"--{name} {value} is not for --engine {engine}, which takes {', '.join(map(str, allowed))}. "
-                "Choose one of these, or --engine native."
-            )
-
-
-def _listed(flag: str, text: str) -> list[str]:
-    values = [value.strip() for value in str(text).split(",")]
-    if not all(values):
-        raise UserError(f"{flag} {text!r} has an empty value. Give one, or several separated by commas.")
-    return values
+    if spec.block_lengths is not None and decoding.block_length not in spec.block_lengths:
+        yield "block_length", decoding.block_length, spec.block_lengths
+    if spec.strategies is not None and decoding.remasking_strategy not in spec.strategies:
+        yield "remasking_strategy", decoding.remasking_strategy, spec.strategies
 
 
 @functools.cache

@@ -73,11 +73,17 @@ def answer_shard(run: Run, folder: Path, shard: int, shards: int, **model_args: 
         )
 
 
-def task_manager(tasks: Sequence[str]) -> TaskManager:
+def task_manager(tasks: Sequence[str], include_path: str | None = None) -> TaskManager:
     """Return a manager that knows these tasks.
 
     Where all are this package's it knows no others: reading the harness's thousands takes seconds of a GPU's time.
+
+    Args:
+        tasks: names of tasks and groups.
+        include_path: a folder with the user's own tasks; None: there is none.
     """
+    if include_path is not None:
+        return TaskManager(include_path=include_path)
     ours = TaskManager(include_path=TASKS, include_defaults=False)
     return ours if all(task in ours.all_tasks for task in tasks) else TaskManager()
 
@@ -89,21 +95,8 @@ def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskMan
         UserError: a task is unknown, asks for log-likelihoods, cannot be loaded, or is one of the harness's own that
             runs programs of the model.
     """
-    manager = manager or task_manager(tasks)
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise UserError(f"--tasks {', '.join(unknown)}: unknown to the harness. `lm_eval ls tasks` lists all.")
-    try:
-        found = _leaves(get_task_dict(list(tasks), manager))
-    except SDARError:
-        raise
-    except (OSError, ValueError) as error:  # of the hub, of datasets, of the harness's metric that runs programs
-        lines = [line.strip() for line in str(error).splitlines() if line.strip("# ")] or [type(error).__name__]
-        raise UserError(
-            f"--tasks {', '.join(tasks)}: cannot be loaded ({lines[0]}). Check the network and try again; gated data "
-            "needs HF_TOKEN."
-        ) from error
-    scored = [name for name, task in found.items() if task.OUTPUT_TYPE != "generate_until"]
+    found = load_tasks(tasks, manager or task_manager(tasks))
+    scored = scoring_tasks(found)
     if scored:
         raise UserError(
             f"--tasks {', '.join(scored[:5])}: ask for log-likelihoods, of which no finished ones are kept. Run them "
@@ -119,6 +112,32 @@ def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskMan
         name: len(task.eval_docs) if num_samples is None else min(num_samples, len(task.eval_docs))
         for name, task in found.items()
     }
+
+
+def load_tasks(tasks: Sequence[str], manager: TaskManager) -> dict[str, Task]:
+    """Return name -> task, groups resolved into their tasks.
+
+    Raises:
+        UserError: a task is unknown or cannot be loaded.
+    """
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"--tasks {', '.join(unknown)}: unknown to the harness. `lm_eval ls tasks` lists all.")
+    try:
+        return _leaves(get_task_dict(list(tasks), manager))
+    except SDARError:
+        raise
+    except (OSError, ValueError) as error:  # of the hub, of datasets, of the harness's metric that runs programs
+        lines = [line.strip() for line in str(error).splitlines() if line.strip("# ")] or [type(error).__name__]
+        raise UserError(
+            f"--tasks {', '.join(tasks)}: cannot be loaded ({lines[0]}). Check the network and try again; gated data "
+            "needs HF_TOKEN."
+        ) from error
+
+
+def scoring_tasks(tasks: Mapping[str, Task]) -> list[str]:
+    """Return the names of the tasks that ask for log-likelihoods."""
+    return [name for name, task in tasks.items() if task.OUTPUT_TYPE != "generate_until"]
 
 
 def share_of(documents: Mapping[str, int], shard: int, shards: int) -> dict[str, list[int]]:

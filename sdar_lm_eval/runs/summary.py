@@ -8,7 +8,8 @@ from typing import TypedDict, final
 
 from sdar_lm_eval.report.gsm8k_json import Benchmark, FilterMetrics
 from sdar_lm_eval.report.text_table import aligned, with_error
-from sdar_lm_eval.runs.settings import SWEPT, Run, Setting
+from sdar_lm_eval.runs.grid import Setting
+from sdar_lm_eval.runs.settings import SWEPT, Run
 
 
 @final

@@ -84,8 +84,15 @@ def test_the_command_line_is_the_same_call() -> None:
 def test_a_sweep_is_a_grid() -> None:
     runs = _runs(confidence_threshold="0.8, 0.9,0.8", remasking_strategy="low_confidence_dynamic,sequential")
     assert [(r.decoding.remasking_strategy, r.decoding.confidence_threshold) for r in runs] == [
-        ("low_confidence_dynamic", 0.8), ("low_confidence_dynamic", 0.9), ("sequential", 0.8), ("sequential", 0.9),
+        ("low_confidence_dynamic", 0.8), ("low_confidence_dynamic", 0.9), ("sequential", 0.85),
     ]  # fmt: skip
+    assert [run.decoding.temperature for run in _runs(temperature="0:1:0.5")] == [0.0, 0.5, 1.0]
+
+
+def test_a_setting_that_a_sweep_does_not_vary_stays_as_it_was_asked_for() -> None:
+    """Answers of earlier versions are in a folder that its name finds."""
+    (run,) = _runs(remasking_strategy="sequential", confidence_threshold="0.5")
+    assert run.decoding.confidence_threshold == 0.5
 
 
 @pytest.mark.parametrize(

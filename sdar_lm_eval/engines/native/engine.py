@@ -40,6 +40,7 @@ from sdar_lm_eval.engines.types import (
     Results,
     ScoreRequest,
     ScoreResult,
+    Watch,
 )
 from sdar_lm_eval.errors import EngineError, UserError
 
@@ -176,14 +177,18 @@ class NativeEngine(Closable):
 
     def generate(self, requests: Sequence[GenerationRequest]) -> Results[GenerationResult]:
         """See `Engine.generate`. Requests are admitted in the order given."""
+        return self.generate_watched(requests, None)
+
+    def generate_watched(self, requests: Sequence[GenerationRequest], watch: Watch | None) -> Results[GenerationResult]:
+        """See `Watchable.generate_watched`. On a GPU a step is shown while the next one runs."""
         with self._one_run(), older_objects_frozen():
             failures = Failures()
             for together in self._groups(requests):
-                yield from self._generate_group(requests, together, failures)
+                yield from self._generate_group(requests, together, failures, watch)
             failures.raise_if_any(len(requests))
 
     def _generate_group(
-        self, requests: Sequence[GenerationRequest], together: list[int], failures: Failures
+        self, requests: Sequence[GenerationRequest], together: list[int], failures: Failures, watch: Watch | None
     ) -> Iterator[Finished]:
         """Run requests together. Run each request whose logits are not finite once more, without the others.
 
@@ -191,11 +196,11 @@ class NativeEngine(Closable):
         spreads through padding, and through pages that another sequence held before.
         """
         suspects: list[int] = []
-        yield from self._generate(_sequences(requests, together), suspects)
+        yield from self._generate(_sequences(requests, together), suspects, watch)
         for index in suspects:
             self.runner.cache.clear()
             unanswered: list[int] = []
-            yield from self._generate(_sequences(requests, [index]), unanswered)
+            yield from self._generate(_sequences(requests, [index]), unanswered, watch)
             if unanswered:
                 failures.add(index, not_finite(str(self._dtype)))
 
@@ -206,14 +211,16 @@ class NativeEngine(Closable):
             groups.setdefault(request.decoding if self._reproducible else None, []).append(index)
         return list(groups.values())
 
-    def _generate(self, sequences: list[SequenceState], suspects: list[int]) -> Iterator[Finished]:
+    def _generate(
+        self, sequences: list[SequenceState], suspects: list[int], watch: Watch | None = None
+    ) -> Iterator[Finished]:
         """Run sequences; `suspects` gets the indices of those whose logits are not finite."""
         max_active, pages = self._allocate(sequences)
         pool = PagePool(pages, PAGE_SIZE)
         scheduler = Scheduler(
             sequences, pool, max_active, PREFILL_CHUNK[self.device.type], share_prefixes=self._share_prefixes
         )
-        loop = Loop(scheduler, self.runner, self._checkpoint.decode, self.steps_in_flight)
+        loop = Loop(scheduler, self.runner, self._checkpoint.decode, self.steps_in_flight, watch)
         yield from loop.run()
         suspects += loop.suspects
         pool.check_integrity([])

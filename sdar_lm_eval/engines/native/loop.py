@@ -15,7 +15,7 @@ from sdar_lm_eval.engines.native.batch import Outcome
 from sdar_lm_eval.engines.native.runner import Runner
 from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.engines.runs import is_out_of_memory
-from sdar_lm_eval.engines.types import GenerationResult
+from sdar_lm_eval.engines.types import BlockStep, GenerationResult, Watch
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -43,16 +43,23 @@ class Loop:
         runner: runs the steps; it has memory for the scheduler's sequences.
         decode: token ids to text, for stop strings.
         in_flight: most steps that are launched and not collected.
+        watch: called with each sequence's block after each of its steps, when the step is collected; None: nobody
+            watches.
 
     Attributes:
         suspects: indices of sequences whose logits are not finite; they have no result.
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, decode: Callable[[Sequence[int]], str], in_flight: int
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        decode: Callable[[Sequence[int]], str],
+        in_flight: int,
+        watch: Watch | None = None,
     ) -> None:
         self._scheduler, self._runner, self._decode = scheduler, runner, decode
-        self._most_in_flight = in_flight
+        self._most_in_flight, self._watch = in_flight, watch
         self._in_flight: deque[dict[int, Occupant]] = deque()  # for each step: slot -> occupant
         self._finished: list[Finished] = []
         self.suspects: list[int] = []
@@ -133,7 +140,11 @@ class Loop:
                 continue
             sequence.denoising_forwards += 1
             sequence.commit_forwards += int(outcome.committed[slot])
-            if outcome.decided[slot] and (reason := self._decide(sequence, outcome)):
+            start = sequence.num_new_tokens
+            reason = self._decide(sequence, outcome) if outcome.decided[slot] else ""
+            if self._watch is not None:
+                self._watch(_block_step(sequence, slot, start, outcome, reason))
+            if reason:
                 self._scheduler.finish(sequence, device_knows=not sequence.request.stop_strings)
                 self._finished.append((sequence.index, _result(sequence, reason)))
 
@@ -176,6 +187,22 @@ class Loop:
             running,
             len(scheduler.running),
         )
+
+
+def _block_step(sequence: SequenceState, slot: int, start: int, outcome: Outcome, reason: str) -> BlockStep:
+    """What a step made of a sequence's block; `start` is the number of new tokens before the block."""
+    decided = bool(outcome.decided[slot])
+    first = (len(sequence.request.prompt_ids) + start) % sequence.block_length
+    end = first + sequence.num_new_tokens - start if decided else sequence.block_length
+    return BlockStep(
+        index=sequence.index,
+        start=start,
+        token_ids=tuple(outcome.tokens[slot, first:end].tolist()),
+        unmasked_at=tuple(outcome.unmasked_at[slot, first:end].tolist()),
+        confidences=tuple(outcome.confidence[slot, first:end].tolist()),
+        decided=decided,
+        finished=bool(reason),
+    )
 
 
 def _result(sequence: SequenceState, reason: str) -> GenerationResult:

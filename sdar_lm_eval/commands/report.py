@@ -1,0 +1,43 @@
+"""Writes runs as one HTML page: settings, scores, comparison, and each answer with its denoising. It works offline."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.files import expanded
+from sdar_lm_eval.report.page.rendering import page_of
+from sdar_lm_eval.report.runs import read_runs
+
+EXAMPLE = "sdar_lm_eval report runs/0.6 runs/0.85 -o report.html"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="RUN",
+        type=Path,
+        help="what lm_eval's --output_path named; the first run is compared with each other one",
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", type=Path, default=Path("report.html"), help="default: %(default)s"
+    )
+    parser.add_argument("--tasks", metavar="TASK,…", default="", help="only these tasks")
+    parser.add_argument("--title", help="the page's title; default: model and tasks")
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Write the page, and return where it is."""
+    tasks = [task.strip() for task in arguments.tasks.split(",") if task.strip()]
+    text = page_of(read_runs(arguments.paths), tasks, arguments.title)
+    output = expanded(arguments.output)
+    try:
+        output.write_text(text, "utf-8", newline="\n")
+    except OSError as error:
+        raise UserError(
+            f"--output {arguments.output} cannot be written: {error.strerror}. Name another file."
+        ) from error
+    return f"{arguments.output}: {len(text) / 1e6:,.1f} MB"

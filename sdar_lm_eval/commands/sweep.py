@@ -1,0 +1,250 @@
+"""Evaluates a grid of decoding settings on this machine, and draws accuracy against speed.
+
+Each setting takes several values: 0.8,0.9 names them, 0.5:0.9 is a range in steps of 0.1 (whole numbers: 1), and
+0.5:0.9:0.05 has its own step. All combinations run; --and begins a further grid. The weights are loaded once.
+The folder keeps each combination's results, samples and finished answers: the same command goes on from these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdar_lm_eval.arguments import descriptions
+from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig, in_words
+from sdar_lm_eval.errors import EngineError, UserError
+from sdar_lm_eval.settings import ALIASES
+
+if TYPE_CHECKING:
+    from sdar_lm_eval.report.results import Results
+    from sdar_lm_eval.runs.plan import Evaluation, Plan
+
+EXAMPLE = (
+    "sdar_lm_eval sweep --model_args pretrained=demo --tasks gsm8k_sdar_demo --strategy dynamic --threshold 0.5:0.9 "
+    "--and --strategy static --steps 1,2,4"
+)
+
+TABLE, POINTS, CHART = "table.md", "points.json", "accuracy.svg"
+"""Files that a sweep writes into its folder."""
+
+
+class _Setting(argparse.Action):
+    """Adds a setting to the last grid."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        *earlier, last = namespace.grids
+        if self.dest in last:
+            parser.error(f"argument {option}: given twice; separate its values by commas, or begin a grid by --and")
+        namespace.grids = [*earlier, {**last, self.dest: values}]
+
+
+class _And(argparse.Action):
+    """Begins a further grid."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        namespace.grids = [*namespace.grids, {}]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.set_defaults(grids=[{}])
+    parser.add_argument("--model", "-M", default="sdar", help="a model of this package (default: sdar)")
+    parser.add_argument(
+        "--model_args", "-a", nargs="+", default=[], metavar="NAME=VALUE", help="as lm_eval takes them; pretrained=…"
+    )
+    parser.add_argument("--tasks", "-t", nargs="+", required=True, metavar="TASK", help="tasks that generate")
+    parser.add_argument(
+        "--limit", "-L", type=float, metavar="N", help="the first N documents of each task; a share < 1"
+    )
+    parser.add_argument("--num_fewshot", "-f", type=int, metavar="N", help="solved examples before each question")
+    parser.add_argument(
+        "--gen_kwargs", nargs="+", default=[], metavar="NAME=VALUE", help="settings that all combinations share"
+    )
+    parser.add_argument("--include_path", metavar="FOLDER", help="a folder with your own tasks")
+    parser.add_argument(
+        "--confirm_run_unsafe_code", action="store_true", help="agree that the model's programs are run"
+    )
+    grid = parser.add_argument_group("decoding settings, each with one value or several")
+    described = descriptions(DecodingConfig)
+    for name in DECODING_SETTINGS:
+        short = [f"--{alias}" for alias, full in ALIASES.items() if full == name and alias != "block_size"]
+        text = described[name].split(". ")[0].rstrip(".").replace("%", "%%")
+        grid.add_argument(f"--{name}", *short, dest=name, action=_Setting, metavar="VALUES", help=text)
+    grid.add_argument("--and", nargs=0, action=_And, help="begin a further grid")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of what is drawn (default: model_args', else 1234)")
+    parser.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="evaluate combinations that draw N times, by further seeds"
+    )
+    parser.add_argument(
+        "--output_path", "-o", type=Path, metavar="FOLDER", help="default: sweeps/<model>-<tasks>, in this folder"
+    )
+    parser.add_argument("--metric", metavar="NAME[,FILTER]", help="what counts as accuracy; default: the task's first")
+    parser.add_argument("--y_max", type=float, metavar="PERCENT", help="AUP's best accuracy; default: the sweep's best")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the chart there too: .svg, .png or .pdf")
+    parser.add_argument("--json", action="store_true", help="print JSON rather than tables")
+    parser.add_argument("--dry-run", action="store_true", help="list the combinations, and run none")
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Run the sweep, write table, points and chart, and return what is printed."""
+    from lm_eval.utils import setup_logging
+
+    from sdar_lm_eval.runs.plan import Question, plan
+
+    setup_logging("WARNING")
+    if not os.environ.get("LMEVAL_LOG_LEVEL"):  # lm_eval warns of each combination's gen_kwargs
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        logging.getLogger("sdar_lm_eval").setLevel(logging.WARNING)
+    if arguments.plot is not None:
+        from sdar_lm_eval.report.curve import check_suffix
+
+        check_suffix(arguments.plot)
+    if not all(arguments.grids):
+        raise UserError("A grid has no settings. Give some, such as --threshold 0.5:0.9, before and after each --and.")
+    planned = plan(
+        Question(
+            model=arguments.model,
+            model_args=_pairs("--model_args", arguments.model_args),
+            tasks=tuple(dict.fromkeys(name for words in arguments.tasks for name in words.split(",") if name)),
+            grids=tuple(arguments.grids),
+            gen_kwargs=_pairs("--gen_kwargs", arguments.gen_kwargs),
+            limit=arguments.limit,
+            num_fewshot=arguments.num_fewshot,
+            seed=arguments.seed,
+            repeats=arguments.repeats,
+            output=arguments.output_path,
+            include_path=arguments.include_path,
+            confirm_run_unsafe_code=arguments.confirm_run_unsafe_code,
+        )
+    )
+    if arguments.dry_run:
+        return _listed(planned, arguments.json)
+    return _run(planned, arguments)
+
+
+def _run(planned: Plan, arguments: argparse.Namespace) -> str:
+    from sdar_lm_eval.report.curve import summarized, table, write_chart
+    from sdar_lm_eval.report.points import metric_of, points_of
+    from sdar_lm_eval.report.runs import Run
+    from sdar_lm_eval.report.text_table import with_error
+    from sdar_lm_eval.runs import local
+
+    total = len(planned.evaluations)
+
+    def tell(number: int, evaluation: Evaluation, results: Results | None, error: str | None) -> None:
+        told = f"failed: {error}"
+        if results is not None:
+            task = planned.tasks[0]
+            alone = Run(in_words(evaluation.settings), evaluation.folder, {task: [results]})
+            (point,) = points_of([alone], task, arguments.metric)
+            told = f"{with_error(point.accuracy, point.stderr)}% of {task}"
+        _say(f"{number}/{total} {in_words(evaluation.settings)}, seed {evaluation.seed}: {told}")
+
+    _say(f"{_counted(planned)} in {planned.output}")
+    outcome = local.run(planned, tell)
+    summaries = []
+    for task in planned.tasks:
+        if outcome.runs:
+            metric = metric_of(outcome.runs[0], task, arguments.metric)
+            name = f"{metric.name},{metric.filter}"
+            summaries.append(summarized(task, name, points_of(outcome.runs, task, name), arguments.y_max))
+    content = {
+        "folder": str(planned.output),
+        "tasks": [summary.as_dict() for summary in summaries],
+        "failed": outcome.failed,
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    if summaries:
+        _write(planned.output / POINTS, text)
+        _write(
+            planned.output / TABLE, "\n\n".join(f"## {each.task}\n\n{table(each, markdown=True)}" for each in summaries)
+        )
+        write_chart(planned.output / CHART, summaries)
+        if arguments.plot is not None:
+            write_chart(arguments.plot, summaries)
+    if not arguments.json:
+        written = [str(planned.output / name) for name in (TABLE, POINTS, CHART)] * bool(summaries)
+        written += [str(arguments.plot)] * bool(summaries and arguments.plot)
+        parts = [f"{each.task}\n\n{table(each)}" for each in summaries]
+        text = "\n\n".join([*parts, *([f"Written: {', '.join(written)}"] if written else [])])
+    if not outcome.failed:
+        return text
+    print(text, flush=True)
+    raise EngineError(
+        f"{len(outcome.failed)} of {total} evaluations failed. The same command runs these again.\n"
+        + "\n".join(f"  {name}: {error}" for name, error in outcome.failed.items())
+    )
+
+
+def _listed(planned: Plan, as_json: bool) -> str:
+    """Return what would run."""
+    if as_json:
+        rows = [
+            {"settings": each.settings, "seed": each.seed, "folder": str(each.folder), "finished": bool(each.results())}
+            for each in planned.evaluations
+        ]
+        return json.dumps({"folder": str(planned.output), "copies": planned.copies, "evaluations": rows}, indent=2)
+    lines = [
+        f"  {in_words(each.settings)}, seed {each.seed}" + (" (finished)" if each.results() else "")
+        for each in planned.evaluations
+    ]
+    return "\n".join([f"{_counted(planned)} in {planned.output}", *lines])
+
+
+def _counted(planned: Plan) -> str:
+    copies = f", {planned.copies} copies that differ only in settings without effect left out" * bool(planned.copies)
+    return f"{len(planned.evaluations)} evaluations{copies}"
+
+
+def _pairs(flag: str, words: Sequence[str]) -> Mapping[str, object]:
+    """Read NAME=VALUE,NAME=VALUE or a JSON object, as lm_eval's own flags are read.
+
+    Raises:
+        UserError: a part is neither.
+    """
+    found: dict[str, object] = {}
+    for word in words:
+        try:
+            if word.lstrip().startswith("{"):
+                found |= json.loads(word)
+            elif not all("=" in part for part in word.split(",")) and "[" not in word:
+                raise ValueError("a part has no =")
+            else:
+                found |= _parser()(word)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{flag} {word}: cannot be read ({error}). Write NAME=VALUE,NAME=VALUE.") from error
+    return found
+
+
+def _parser() -> Any:
+    """lm_eval's reader of NAME=VALUE,NAME=VALUE, which has another home in each version."""
+    try:
+        from lm_eval._cli.utils import key_val_to_dict
+    except ImportError:
+        from lm_eval.utils import simple_parse_args_string
+
+        return simple_parse_args_string
+    return key_val_to_dict
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text + "\n", "utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written: {error.strerror}. Free some space, and run the command again."
+        ) from error
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

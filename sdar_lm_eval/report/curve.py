@@ -1,0 +1,277 @@
+"""Accuracy against speed: the table, the chart and the JSON of a model's operating points.
+
+matplotlib draws: it writes SVG and PNG files from the same figure without a browser, and a fixed figure is the same
+file, byte for byte. altair needs a browser's engine to write either.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.points import (
+    TOLERANCE,
+    Curve,
+    CurveValue,
+    Point,
+    Speed,
+    curves_of,
+    pareto_front,
+    settings_in_words,
+    value_of,
+)
+from sdar_lm_eval.report.text_table import aligned, with_error
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".svg", ".png", ".pdf")
+"""Endings of files that a chart can be written to."""
+
+# Readable on white and on black, and told apart with colour vision deficiencies. Source: M. Okabe and K. Ito, Color
+# Universal Design, without their black and yellow.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+MARKERS = "osD^vP*X"
+INK = "#123457"  # a colour that nothing else has; `chart_svg` puts currentColor in its place
+
+
+def by_forward(point: Point) -> float | None:
+    """Tokens per forward."""
+    return point.tokens_per_forward
+
+
+def by_second(point: Point) -> float | None:
+    """Tokens per second."""
+    return point.tokens_per_second
+
+
+AXES: Mapping[str, Speed] = {"tokens per forward": by_forward, "tokens/s": by_second}
+"""Title of a speed's axis -> the speed."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The points of a task, what is best of them, and what they are worth.
+
+    Attributes:
+        task: the task's name.
+        metric: "metric,filter" that counts as the accuracy.
+        points: the points.
+        fronts: title of a speed's axis -> the points on its front (`pareto_front`).
+        values: the AUP of each curve, and of the front by tokens per forward, which comes first.
+        y_max: the accuracy that AUP is relative to, in per cent.
+    """
+
+    task: str
+    metric: str
+    points: tuple[Point, ...]
+    fronts: Mapping[str, tuple[Point, ...]]
+    values: tuple[CurveValue, ...]
+    y_max: float
+
+    def as_dict(self) -> dict[str, object]:
+        """The summary as plain values."""
+        told = settings_in_words(self.points)
+        return {
+            "task": self.task,
+            "metric": self.metric,
+            "y_max": self.y_max,
+            "points": [
+                {
+                    **point.as_dict(),
+                    "varied": words,
+                    "on_front": {title: point in front for title, front in self.fronts.items()},
+                }
+                for point, words in zip(self.points, told, strict=True)
+            ],
+            "aup": [
+                {"curve": value.name, "aup": value.aup, "points": value.points, "left_out": value.left_out}
+                for value in self.values
+            ],
+        }
+
+
+def summarized(task: str, metric: str, points: Sequence[Point], y_max: float | None = None) -> Summary:
+    """Return the summary of a task's points.
+
+    Args:
+        task: the task's name.
+        metric: "metric,filter" that counts as the accuracy.
+        points: the points.
+        y_max: the best accuracy of all models and methods that are compared, in per cent; None: the best of the points.
+    """
+    best = max((point.accuracy for point in points), default=0.0) if y_max is None else y_max
+    fronts = {title: tuple(pareto_front(points, speed)) for title, speed in AXES.items()}
+    curves = [Curve("the front", fronts["tokens per forward"]), *curves_of(points)]
+    return Summary(task, metric, tuple(points), fronts, tuple(value_of(each, best) for each in curves), best)
+
+
+def table(summary: Summary, markdown: bool = False) -> str:
+    """Return a summary as a table, with notes below.
+
+    Args:
+        summary: the summary.
+        markdown: whether the table is Markdown; False: plain text in columns.
+    """
+    rows = [["strategy", "setting", "accuracy, %", *AXES]]
+    for point, words in zip(summary.points, settings_in_words(summary.points), strict=True):
+        speeds = []
+        for (title, speed), form in zip(AXES.items(), (".2f", ",.0f"), strict=True):
+            value = speed(point)
+            star = " *" if point in summary.fronts[title] else ""
+            speeds.append("unknown" if value is None else f"{value:{form}}{star}")
+        rows.append([point.strategy, words, with_error(point.accuracy, point.stderr), *speeds])
+    worth = [["AUP", "", "points"]]
+    for its in summary.values:
+        left_out = f", {its.left_out} left out" if its.left_out else ""
+        worth.append([its.name, "none" if its.aup is None else f"{its.aup:.1f}", f"{its.points}{left_out}"])
+    notes = [
+        f"Accuracy: {summary.metric} ± its standard error. * marks the front: each faster point is less accurate.",
+        f"AUP: accuracy under parallelism (d3LLM), relative to {summary.y_max:.1f}%. Points more than {TOLERANCE:g}% "
+        "below the slowest point of their curve are left out.",
+    ]
+    repeats = max((point.repeats for point in summary.points), default=1)
+    if repeats > 1:
+        notes.append(f"Up to {repeats} answers a document; errors are clustered by document.")
+    notes += dict.fromkeys(f"Unknown speed: {point.note}." for point in summary.points if point.note)
+    return "\n\n".join([_grid(rows, markdown), _grid(worth, markdown), ("\n\n" if markdown else "\n").join(notes)])
+
+
+def _grid(rows: Sequence[Sequence[str]], markdown: bool) -> str:
+    if not markdown:
+        rows = [
+            [cell if cell.endswith("*") or column < 3 else f"{cell}  " for column, cell in enumerate(row)]
+            for row in rows
+        ]
+        return "\n".join(aligned(rows, left={0, 1}))
+    head, *body = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
+    rule = " | ".join("---" if column < 2 else "---:" for column in range(len(rows[0])))
+    return "\n".join(f"| {line} |" for line in (head, rule, *body))
+
+
+def check_suffix(file: Path) -> None:
+    """Refuse a file that no chart can be written to.
+
+    Raises:
+        UserError: the ending is none of `SUFFIXES`.
+    """
+    if file.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{file}: a chart's file ends in {', '.join(SUFFIXES)}. Give such a name.")
+
+
+def write_chart(file: Path, summaries: Sequence[Summary]) -> None:
+    """Write the chart of some tasks, in the format that the file's ending names. The same points give the same file.
+
+    Raises:
+        UserError: the ending is none of `SUFFIXES`, or the file cannot be written.
+    """
+    check_suffix(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("wb") as out:
+            _draw({summary.task: summary.points for summary in summaries}, out, file.suffix.lower()[1:])
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}. Name a file elsewhere.") from error
+
+
+def chart_svg(points: Sequence[Point]) -> str:
+    """Return the chart of a task's points as an SVG element for a page.
+
+    The background is none; text and axes have the page's colour (`currentColor`), so that the chart is readable in
+    light and in dark. Text is text, in the page's sans-serif font.
+    """
+    buffer = io.BytesIO()
+    _draw({"": points}, buffer, "svg", ink=INK)
+    svg = buffer.getvalue().decode("utf-8")
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"(font: [\d.]+px|font-family:) [^;\"]*", r"\1 sans-serif", svg)
+    # Ids that nothing refers to would stand twice in a page with two charts.
+    used = set(re.findall(r"#([\w-]+)", svg))
+    svg = re.sub(r' id="([\w-]+)"', lambda found: found[0] if found[1] in used else "", svg)
+    described = f'role="img" aria-label="Accuracy against {" and against ".join(AXES)}"'
+    return svg.replace("<svg", f'<svg {described} style="stroke-linejoin: round; stroke-linecap: butt"', 1)
+
+
+def _draw(tasks: Mapping[str, Sequence[Point]], file: IO[bytes], suffix: str, ink: str | None = None) -> None:
+    """Draw a row of panels for each task.
+
+    Args:
+        tasks: the rows' titles -> points.
+        file: gets the chart.
+        suffix: its format.
+        ink: the colour of text and axes on no background; None: black on white.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {"svg.hashsalt": "sdar_lm_eval", "font.size": 9, "axes.spines.top": False}
+    style |= {"axes.spines.right": False, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.25}
+    if ink is not None:
+        names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+        style |= {**dict.fromkeys(names, ink), "svg.fonttype": "none"}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(9, 0.6 + 3.4 * max(1, len(tasks))), layout="constrained")
+        grid = figure.subplots(max(1, len(tasks)), len(AXES), squeeze=False, sharey="row")
+        styles: dict[str, tuple[str, str]] = {}
+        for row, (title, points) in zip(grid, tasks.items(), strict=True):
+            for axes, (name, speed) in zip(row, AXES.items(), strict=True):
+                _panel(axes, points, speed, styles, ink or "black")
+                axes.set_xlabel(name)
+            row[0].set_ylabel("accuracy, %")
+            if len(tasks) > 1:
+                row[0].set_title(title, loc="left")
+        _legend(figure, styles, ink or "black")
+        # No date in the file: the same figure is the same file.
+        dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(suffix)
+        figure.savefig(file, format=suffix, transparent=ink is not None, metadata=dated, dpi=150)
+
+
+def _panel(axes: Axes, points: Sequence[Point], speed: Speed, styles: dict[str, tuple[str, str]], ink: str) -> None:
+    """Draw a line for each curve, and the front."""
+    for curve in curves_of(points):
+        index = len(styles)
+        colour, marker = styles.setdefault(curve.name, (COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]))
+        known = [(fast, point) for point in curve.points if (fast := speed(point)) is not None]
+        known.sort(key=lambda pair: pair[0])
+        axes.errorbar(
+            [fast for fast, _ in known],
+            [point.accuracy for _, point in known],
+            yerr=[point.stderr or 0.0 for _, point in known],
+            color=colour,
+            marker=marker,
+            markersize=4,
+            linewidth=1.2,
+            elinewidth=0.8,
+            capsize=2,
+        )
+    front = pareto_front(points, speed)
+    axes.plot(
+        [speed(point) or 0.0 for point in front], [point.accuracy for point in front],
+        linestyle=(0, (1, 2)), color=ink, marker="o", markersize=9, markerfacecolor="none", linewidth=0.8, zorder=1,
+    )  # fmt: skip
+    if not front:
+        axes.text(0.5, 0.5, "unknown", transform=axes.transAxes, ha="center")
+
+
+def _legend(figure: Figure, styles: Mapping[str, tuple[str, str]], ink: str) -> None:
+    """Name the curves and the front below the panels."""
+    from matplotlib.lines import Line2D
+
+    lines = [
+        Line2D([], [], color=colour, marker=marker, markersize=4, linewidth=1.2, label=name)
+        for name, (colour, marker) in styles.items()
+    ]
+    lines.append(
+        Line2D(
+            [], [], color=ink, linestyle=(0, (1, 2)), marker="o", markersize=9, markerfacecolor="none", linewidth=0.8,
+            label="front: each faster point is less accurate",
+        )
+    )  # fmt: skip
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8)

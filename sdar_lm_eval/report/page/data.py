@@ -1,0 +1,207 @@
+"""The documents of runs, as the page's script reads them: JSON values in four parts.
+
+    index    {"tasks": [{"name", "metrics": [[metric, filter, lower], …], "filters": [filter, …], "main",
+                         "extracts"}, …],
+              "documents": [[task, document, question, gold, [outcome, …], twin], …]}
+    texts    [[[text, …], …], …]                    document -> run -> its answers
+    tokens   [token, …]                             the distinct texts of tokens
+    details  [[prompt, doc, [[answer, …], …]], …]   document -> run -> its answers
+
+`lower` is true where lower values are better; `main` is the metric that decides right and wrong unless the reader
+chooses another; `extracts` is false for tasks that compare log-likelihoods. `twin` counts the documents before this one
+that have its index, where runs had different data. A document has an outcome for each run, null where the run lacks the
+document:
+
+    [scores, extracted, cut, answers]
+    scores      for each metric of the task the mean over the answers; null where the score is no number
+    extracted   for each filter of the task what it extracted from the first answer; null where it found nothing
+    cut         answers that ended at the limit of new tokens; null where the run has no records
+    answers     how many answers there are
+
+A text is a string or, where the answer's tokens are known, [string or length, [index into `tokens`, …]]. A length says
+that the text is so many UTF-16 code units of the tokens' texts. An answer of `details` is [scores, extracted, record].
+A record is null or
+
+    {"steps": differences of the answer's denoising steps, "confidences": of 10,000, "finish", "forwards", "seconds",
+     "blocks": index of each block's first token}
+
+with null for steps and confidences where the engine records none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypedDict
+
+from sdar_lm_eval.report.denoising import CONFIDENCE_SCALE, Denoising
+from sdar_lm_eval.report.documents import Answer, Document, documents_of, is_likelihood, main_metric
+from sdar_lm_eval.report.pairing import Key, MetricKey, keyed
+from sdar_lm_eval.report.runs import Run, metrics_of
+
+Scores = list["float | None"]
+
+
+class TaskPart(TypedDict):
+    """A task, as `index` has it."""
+
+    name: str
+    metrics: list[tuple[str, str, bool]]
+    filters: list[str]
+    main: int
+    extracts: bool
+
+
+class Outcome(NamedTuple):
+    """A run's outcome of a document, as `index` has it."""
+
+    scores: Scores
+    extracted: list[str | None]
+    cut: int | None
+    answers: int
+
+
+class Row(NamedTuple):
+    """A document, as `index` has it."""
+
+    task: int
+    document: int
+    question: str
+    gold: str
+    outcomes: list[Outcome | None]
+    twin: int
+
+
+@dataclass
+class Documents:
+    """What the module's docstring describes."""
+
+    tasks: list[TaskPart] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    texts: list[list[list[object]]] = field(default_factory=list)
+    details: list[tuple[str, str, list[list[list[object]]]]] = field(default_factory=list)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, object]:
+        """The parts by name, but for `details`."""
+        return {
+            "index": {"tasks": self.tasks, "documents": self.rows},
+            "texts": self.texts,
+            "tokens": list(self.tokens),
+        }
+
+    def scores(self, task: str) -> dict[MetricKey, list[Scores]]:
+        """Return metric -> run -> the scores of the task's documents, None where the run has none."""
+        number = next(number for number, each in enumerate(self.tasks) if each["name"] == task)
+        outcomes = [row.outcomes for row in self.rows if row.task == number]
+        return {
+            (name, filter_name): [
+                [each and each.scores[place] for each in of_run] for of_run in zip(*outcomes, strict=True)
+            ]
+            for place, (name, filter_name, _) in enumerate(self.tasks[number]["metrics"])
+        }
+
+
+def collect(runs: Sequence[Run], tasks: Iterable[str]) -> Documents:
+    """Return the documents of some tasks, task by task, each in the order of its data set.
+
+    Raises:
+        UserError: a file of a run cannot be read, or is not as lm_eval writes it.
+    """
+    found = Documents()
+    for task in tasks:
+        _add_task(found, runs, task)
+    return found
+
+
+def _add_task(found: Documents, runs: Sequence[Run], task: str) -> None:
+    having = [results for run in runs for results in run.of_tasks.get(task, [])]
+    lower = {
+        (metric.name, metric.filter): metric.higher_is_better is False
+        for results in having
+        for metric in metrics_of(results, task)
+    }
+    main = next(main_metric(run, task) for run in runs if task in run.of_tasks)
+    of_runs = _by_key(runs, task)
+    first = {key: document for each in reversed(of_runs) for key, document in each.items()}
+    filters = list(dict.fromkeys(name for document in first.values() for name in document.answers[0].extracted))
+    number = len(found.tasks)
+    found.tasks.append(
+        {
+            "name": task,
+            "metrics": [(*names, is_lower) for names, is_lower in lower.items()],
+            "filters": filters,
+            "main": 0 if main is None else list(lower).index(main),
+            "extracts": not any(is_likelihood(results, task) for results in having),
+        }
+    )
+    twins: Counter[int] = Counter()
+    for key, document in sorted(first.items(), key=lambda item: (item[1].index, item[0])):
+        its = [each.get(key) for each in of_runs]
+        outcomes = [_outcome(each, list(lower), filters) for each in its]
+        found.rows.append(
+            Row(number, document.index, document.question, document.gold, outcomes, twins[document.index])
+        )
+        twins[document.index] += 1
+        answers = [each.answers if each else () for each in its]
+        found.texts.append([[_text(answer, found.tokens) for answer in each] for each in answers])
+        doc = json.dumps(document.doc, ensure_ascii=False, indent=1) if document.doc else ""
+        details = [[_detail(answer, list(lower), filters) for answer in each] for each in answers]
+        found.details.append((document.prompt, doc, details))
+
+
+def _by_key(runs: Sequence[Run], task: str) -> list[dict[Key, Document]]:
+    """Each run's documents of a task, by the keys that `compare` pairs documents by."""
+    of_runs = [
+        [document for document in documents_of(run, task) if document.answers] if task in run.of_tasks else []
+        for run in runs
+    ]
+    hashed = all(document.doc_hash is not None for each in of_runs for document in each)
+    found = []
+    for each in of_runs:
+        names = [(d.doc_hash or "" if hashed else f"{d.index}: {d.gold}", d.index) for d in each]
+        found.append(dict(zip(keyed(names), each, strict=True)))
+    return found
+
+
+def _outcome(document: Document | None, metrics: Sequence[MetricKey], filters: Sequence[str]) -> Outcome | None:
+    if document is None:
+        return None
+    known = [answer.denoising for answer in document.answers if answer.denoising is not None]
+    cut = sum(record.finish_reason == "length" for record in known) if known else None
+    first = document.answers[0]
+    extracted = [first.extracted.get(name) for name in filters]
+    return Outcome([document.score(metric) for metric in metrics], extracted, cut, len(document.answers))
+
+
+def _text(answer: Answer, tokens: dict[str, int]) -> object:
+    record = answer.denoising
+    if record is None:
+        return answer.text
+    known = "".join(record.texts).startswith(answer.text)
+    units = len(answer.text.encode("utf-16-le", "surrogatepass")) // 2
+    return [units if known else answer.text, [tokens.setdefault(token, len(tokens)) for token in record.texts]]
+
+
+def _detail(answer: Answer, metrics: Sequence[MetricKey], filters: Sequence[str]) -> list[object]:
+    scores = [answer.scores.get(metric) for metric in metrics]
+    return [scores, [answer.extracted.get(name) for name in filters], _record(answer.denoising)]
+
+
+def _record(record: Denoising | None) -> dict[str, object] | None:
+    if record is None:
+        return None
+    steps, confidences = record.global_steps, record.confidences
+    return {
+        # Differences repeat from block to block, so they deflate to a third.
+        "steps": None if steps is None else [b - a for a, b in itertools.pairwise((0, *steps))],
+        "confidences": None if confidences is None else [round(c * CONFIDENCE_SCALE) for c in confidences],
+        "blocks": [block.start for block in record.blocks],
+        "finish": record.finish_reason,
+        "forwards": dict(record.forwards),
+        "seconds": record.seconds,
+    }

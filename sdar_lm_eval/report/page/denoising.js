@@ -1,0 +1,204 @@
+// The opened document: what was asked, and the answers of the runs with their denoising.
+
+const SHADES = [0.5, 0.7, 0.85, 0.95]; // confidences at which a token's shade changes
+const LONGEST = 15_000; // milliseconds of an answer that plays
+let columns = []; // of the opened document, one for each run that has it
+let opening = 0; // counts calls of openDocument
+let timer = 0;
+
+// The tokens of a block as elements; `begin` is the first step of the block, and `end` the one behind its last.
+function blockOf(number, first, all, steps, record, scored) {
+  const places = all.map((token, place) => {
+    const index = first + place;
+    const confidence = record.confidences && record.confidences[index] / 10_000;
+    const shade = confidence === null ? SHADES.length : SHADES.filter((border) => confidence >= border).length;
+    const beyond = index >= scored;
+    const told = [`token ${index + 1}`, `block ${number + 1}`, `kept in step ${steps[index] + 1}`];
+    if (confidence !== null) told.push(`confidence ${confidence.toFixed(4)}`);
+    if (beyond) told.push("behind the text that was scored");
+    const span = element("span", { title: told.join(", "), onclick: () => goTo(steps[index] + 1) });
+    // A token without a visible sign would show neither its place nor its confidence.
+    const sign = token === "" ? "·" : token.replaceAll("\n", "↵\n");
+    return { span, sign, step: steps[index], className: `token c${shade}${beyond ? " beyond" : ""}` };
+  });
+  const box = element("span", { className: "block" }, ...places.map(({ span }) => span));
+  return { box, places, end: Math.max(...places.map(({ step }) => step)) + 1 };
+}
+
+// The number of tokens that hold the text that was scored; all where the text is not the tokens'.
+function scoredTokens(all, text) {
+  if (!all.join("").startsWith(text)) return all.length;
+  let length = 0;
+  const behind = all.findIndex((token) => (length += token.length) - token.length >= text.length);
+  return behind < 0 ? all.length : behind;
+}
+
+// Puts an answer into a pane. Returns the number of steps, and a function that shows the answer after so many steps and
+// returns how far the answer is.
+function playerOf(record, text, all, pane) {
+  if (!record?.steps) {
+    pane.textContent = text;
+    return { steps: 0, show: () => "" };
+  }
+  let sum = 0, begin = 0;
+  const steps = record.steps.map((difference) => (sum += difference));
+  const scored = scoredTokens(all, text);
+  const blocks = record.blocks.map((first, number) => {
+    const block = blockOf(number, first, all.slice(first, record.blocks[number + 1]), steps, record, scored);
+    block.begin = begin;
+    begin = block.end;
+    return block;
+  });
+  const total = begin;
+  pane.replaceChildren(...blocks.map(({ box }) => box));
+  function show(step) {
+    let at = 0;
+    blocks.forEach((block, number) => {
+      block.box.hidden = step < block.begin || (step === block.begin && step === total);
+      if (block.box.hidden) return;
+      at = number + 1;
+      for (const { span, sign, step: its, className } of block.places) {
+        const kept = its < step;
+        span.className = kept ? className + (its === step - 1 ? " new" : "") : "token mask";
+        const wanted = kept ? sign : "▢";
+        if (span.textContent !== wanted) span.textContent = wanted;
+      }
+    });
+    const kept = steps.filter((its) => its < step).length;
+    const facts = [`step ${Math.min(step, total)} of ${total}`, `block ${at} of ${blocks.length}`];
+    return [...facts, `${kept} of ${all.length} tokens`].join(" · ");
+  }
+  show(total);
+  return { steps: total, show };
+}
+
+function factsOf(record, text, all) {
+  if (!record) return `${text.length.toLocaleString("en")} characters · no record of the denoising`;
+  const { denoising = 0, commit = 0, prefill = 0 } = record.forwards;
+  const facts = [`${all.length} tokens`, `${denoising} denoising, ${commit} commit, ${prefill} prefill forwards`];
+  if (denoising + commit) facts.push(`${(all.length / (denoising + commit)).toFixed(2)} tokens per forward`);
+  const end = record.finish === "length" ? "cut at the limit of new tokens" : `ended by ${record.finish}`;
+  return [...facts, `${record.seconds.toFixed(2)} s`, end].join(" · ");
+}
+
+// What each filter extracted, and the scores of its metrics.
+function filterRows(task, scores, extracted, text) {
+  const { metrics, filters, extracts } = tasks[task];
+  return filters.map((name, place) => {
+    const value = extracted[place] ?? (extracts ? tag("nothing extracted", MEANINGS.invalid) : "");
+    const marks = metrics.flatMap(([metric, its], at) =>
+      its === name ? [` ${metric} `, mark(turned(task, at, scores[at]))] : []);
+    return element("tr", {}, element("th", { scope: "row" }, name),
+      element("td", {}, value && value === text ? "the whole answer" : value), element("td", {}, ...marks));
+  });
+}
+
+// The column of a run. `move` goes to another answer; `player` is the present answer's.
+function columnOf(number, run, answers) {
+  const row = documents[number];
+  const letter = runs[run].key;
+  const found = element("tbody");
+  const [facts, progress] = [1, 2].map(() => element("p", { className: "facts" }));
+  const pane = element("div", { className: "answer", role: "group", "aria-label": `Answer of run ${letter}` });
+  const which = element("span");
+  const column = { player: null, progress };
+  let answer = 0;
+  column.move = (by) => {
+    answer = (answer + by + answers.length) % answers.length;
+    const [scores, extracted, record] = answers[answer];
+    const text = textOf(texts[number][run][answer]);
+    const all = tokensOf(texts[number][run][answer]);
+    which.textContent = `answer ${answer + 1} of ${answers.length}`;
+    found.replaceChildren(...filterRows(row[0], scores, extracted, text));
+    facts.textContent = factsOf(record, text, all);
+    pane.style.minHeight = "";
+    column.player = playerOf(record, text, all, pane);
+    pane.style.minHeight = `${pane.offsetHeight}px`; // what is below stays where it is while the answer grows
+  };
+  const turn = (by, sign, name) => element("button", {
+    type: "button", "aria-label": `${name} answer of run ${letter}`, onclick: () => { column.move(by); lay(); },
+  }, sign);
+  const turns = element("p", { className: "turn" }, turn(-1, "‹", "Previous"), which, turn(1, "›", "Next"));
+  const name = element("span", { className: "name" }, runs[run].name);
+  const head = element("h3", {}, key(run), mark(scoreOf(row, run)), name);
+  column.box = element("section", { className: "column", "aria-label": `Run ${letter}` }, head,
+    answers.length > 1 ? turns : null, element("table", { className: "found" }, found), pane, progress, facts);
+  return column;
+}
+
+async function openDocument(number, step = null) {
+  const ticket = ++opening;
+  const [prompt, doc, ofRuns] = await detailsOf(number);
+  if (ticket !== opening) return; // another document was opened meanwhile
+  stop();
+  const row = documents[number];
+  const place = shown.indexOf(number);
+  if (place >= 0) current = number;
+  Object.assign(view, { doc: addressOf(row), step });
+  $("document-title").textContent = `${tasks[row[0]].name}, document ${row[1]}`;
+  $("place").textContent = place < 0 ? "not among those that match" : `${place + 1} of ${shown.length}`;
+  $("previous").disabled = place <= 0;
+  $("next").disabled = place < 0 || place === shown.length - 1;
+  const folded = (name, text) => text === "" ? null
+    : element("details", {}, element("summary", {}, name), element("pre", { tabIndex: 0 }, text));
+  const gold = element("p", {}, element("span", { className: "name" }, "Gold "), element("code", {}, row[3]));
+  $("asked").replaceChildren(element("p", { className: "question" }, row[2]), gold);
+  $("asked").append(...[folded("Prompt as sent", prompt), folded("Document", doc)].filter(Boolean));
+  columns = ofRuns.flatMap((answers, run) => (answers.length ? [columnOf(number, run, answers)] : []));
+  $("answers").replaceChildren(...columns.map(({ box }) => box));
+  if (!$("document").open) $("document").showModal();
+  $("document").scrollTop = 0;
+  for (const column of columns) column.move(0);
+  lay();
+  const verdicts = row[4].map((outcome, run) => outcome && `${runs[run].key} ${verdictOf(scoreOf(row, run))[2]}`);
+  $("verdict").textContent = `Document ${row[1]}: ${verdicts.filter(Boolean).join(", ")}.`;
+  write();
+}
+
+// Shows all answers at the step that the page is at, or at their ends.
+function lay() {
+  const steps = Math.max(0, ...columns.map(({ player }) => player.steps));
+  $("player").hidden = steps === 0;
+  $("step").max = steps;
+  show(view.step ?? steps);
+}
+
+function show(step) {
+  const steps = Number($("step").max);
+  const at = Math.max(0, Math.min(steps, step));
+  $("step").value = at;
+  $("step").setAttribute("aria-valuetext", `step ${at} of ${steps}`);
+  $("told").textContent = `step ${at} of ${steps}`;
+  for (const { player, progress } of columns) progress.textContent = player.show(at);
+  return at;
+}
+
+function goTo(step) {
+  const at = show(step);
+  view.step = at === Number($("step").max) ? null : at;
+  if (!timer) write();
+}
+
+function stop() {
+  clearInterval(timer);
+  timer = 0;
+  $("play").textContent = "Play";
+  $("told").setAttribute("aria-live", "polite");
+}
+
+function play() {
+  if (timer) {
+    stop();
+    write();
+    return;
+  }
+  const steps = Number($("step").max);
+  if (steps === 0) return;
+  if (Number($("step").value) === steps) goTo(0);
+  $("play").textContent = "Pause";
+  $("told").setAttribute("aria-live", "off"); // steps come faster than they can be read out
+  timer = setInterval(() => {
+    goTo(Number($("step").value) + 1);
+    if (Number($("step").value) === steps) play();
+  }, Math.max(30, Math.min(250, LONGEST / steps)));
+}

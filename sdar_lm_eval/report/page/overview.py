@@ -1,0 +1,320 @@
+"""What the page shows above its documents: runs, settings, scores and comparisons, as the template reads them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from string import ascii_uppercase
+from urllib.parse import urlencode
+
+import numpy as np
+
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compare_runs
+from sdar_lm_eval.report.curve import AXES, chart_svg
+from sdar_lm_eval.report.documents import main_metric
+from sdar_lm_eval.report.page.data import Documents
+from sdar_lm_eval.report.pairing import MetricKey
+from sdar_lm_eval.report.points import Point, points_of
+from sdar_lm_eval.report.results import Results
+from sdar_lm_eval.report.runs import Run, metrics_of
+from sdar_lm_eval.report.statistics import mean_stderr
+from sdar_lm_eval.report.text_table import with_error
+
+NONE = "–"
+"""Stands where a run has no value."""
+
+SHARES = ("acc", "acc_norm", "exact_match")
+"""Metrics that are shares, where a run has no samples that say so."""
+
+
+@dataclass(frozen=True)
+class SettingRow:
+    """A setting's values.
+
+    Attributes:
+        name: the setting.
+        tasks: the tasks that it has these values in; "" where these are all.
+        of_runs: its value in each run, as text.
+    """
+
+    name: str
+    tasks: str
+    of_runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A metric's values; `of_runs` has the text of each run's, `documents` how many the first run had."""
+
+    task: str
+    metric: str
+    filter: str
+    of_runs: tuple[str, ...]
+    documents: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """An interval on a line, and where the line has its zero, in per cent of the line's length."""
+
+    zero: float
+    low: float
+    high: float
+    at: float
+
+
+@dataclass(frozen=True)
+class DifferenceRow:
+    """A difference as text, and the addresses that show the documents only one run has right ("" where unknown)."""
+
+    task: str
+    metric: str
+    filters: str
+    a: str
+    b: str
+    difference: str
+    interval: str
+    plot: Plot | None
+    p: str
+    p_holm: str
+    test: str
+    only_a: str
+    only_a_link: str
+    only_b: str
+    only_b_link: str
+    documents: str
+    detectable: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The first run and another one, by their numbers: what differs in settings, warnings, and the differences."""
+
+    a: int
+    b: int
+    settings: tuple[tuple[str, str, str], ...]
+    warnings: tuple[str, ...]
+    rows: tuple[DifferenceRow, ...]
+
+
+def key_of(number: int) -> str:
+    """Return the letter that stands for a run: A to Z, then AA, AB, …"""
+    rest, last = divmod(number, len(ascii_uppercase))
+    return (key_of(rest - 1) if rest else "") + ascii_uppercase[last]
+
+
+def settings_rows(runs: Sequence[Run], tasks: Sequence[str]) -> tuple[list[SettingRow], list[SettingRow]]:
+    """Return the settings that differ between runs, and the others."""
+    of_tasks: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for task in tasks:
+        settings = [run.settings(task) if task in run.of_tasks else None for run in runs]
+        for name in dict.fromkeys(name for each in settings for name in each or {}):
+            values = tuple(NONE if each is None else shown_value(each.get(name)) for each in settings)
+            of_tasks.setdefault((name, values), []).append(task)
+    rows = [
+        (SettingRow(name, "" if len(its) == len(tasks) else ", ".join(its), values), _of_having(values, its, runs))
+        for (name, values), its in of_tasks.items()
+    ]
+    return [row for row, having in rows if len(set(having)) > 1], [
+        SettingRow(row.name, row.tasks, having[:1]) for row, having in rows if len(set(having)) == 1
+    ]
+
+
+def _of_having(values: Sequence[str], tasks: Sequence[str], runs: Sequence[Run]) -> tuple[str, ...]:
+    """The values of the runs that have one of the tasks."""
+    return tuple(value for value, run in zip(values, runs, strict=True) if any(task in run.of_tasks for task in tasks))
+
+
+def shown_value(value: object) -> str:
+    """Return a setting's value as text."""
+    if value is None:
+        return NONE
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def speeds_of(runs: Sequence[Run], task: str) -> list[Point | None]:
+    """Return the point of each run in a task, by the task's main metric; None where the run has none."""
+    main = next(main_metric(run, task) for run in runs if task in run.of_tasks)
+    found: list[Point | None] = []
+    for run in runs:
+        has = task in run.of_tasks and main in [(metric.name, metric.filter) for metric in run.metrics(task)]
+        found.append(points_of([run], task, ",".join(main))[0] if main and has else None)
+    return found
+
+
+def speed_rows(task: str, points: Sequence[Point | None]) -> list[ScoreRow]:
+    """Return how fast the runs are in a task, as far as they say."""
+    rows = []
+    for (name, speed), form in zip(AXES.items(), (",.2f", ",.0f"), strict=True):
+        values = [point and speed(point) for point in points]
+        cells = tuple(NONE if value is None else f"{value:{form}}" for value in values)
+        rows += [ScoreRow(task, name, "", cells, "")] if any(values) else []
+    return rows
+
+
+def charts_of(points: Sequence[tuple[str, Sequence[Point | None]]]) -> list[tuple[str, str]]:
+    """Return task -> SVG of accuracy against speed, of tasks in which at least two runs tell how fast they are."""
+    found = []
+    for task, of_runs in points:
+        known = [point for point in of_runs if point and (point.tokens_per_forward or point.tokens_per_second)]
+        if len(known) > 1:
+            found.append((task, without_styles(chart_svg(known))))
+    return found
+
+
+def without_styles(svg: str) -> str:
+    """Return an SVG element with attributes in the place of its styles, which the page's policy forbids."""
+
+    def attributes(style: re.Match[str]) -> str:
+        pairs = (part.partition(":") for part in style[1].split(";") if part.strip())
+        return " ".join(f'{name.strip()}="{value.strip()}"' for name, _, value in pairs)
+
+    return re.sub(r'\bstyle="([^"]*)"', attributes, svg)
+
+
+def shares(documents: Documents, task: str) -> set[MetricKey]:
+    """Return the metrics of a task whose value is a share: the scores of all documents lie between 0 and 1."""
+    found = set()
+    for key, of_runs in documents.scores(task).items():
+        values = [value for of_run in of_runs for value in of_run if value is not None]
+        if all(0 <= value <= 1 for value in values) and (values or key[0] in SHARES):
+            found.add(key)
+    return found
+
+
+def score_rows(
+    runs: Sequence[Run], points: Sequence[tuple[str, Sequence[Point | None]]], documents: Documents
+) -> list[ScoreRow]:
+    """Return scores and speeds: groups of tasks first, then the tasks."""
+    files = [[results for task in run.tasks for results in run.of_tasks[task]] for run in runs]
+    groups = dict.fromkeys(
+        name for of_run in files for results in of_run for name in results.scores.content if _is_group(results, name)
+    )
+    rows = []
+    for group in groups:
+        having = [[results for results in of_run if group in results.scores.content][:1] for of_run in files]
+        rows += _rows_of(group, having, set(), {})
+    for task, of_task in points:
+        of_runs = [run.of_tasks.get(task, []) for run in runs]
+        rows += _rows_of(task, of_runs, shares(documents, task), documents.scores(task))
+        rows += speed_rows(task, of_task)
+    return rows
+
+
+def _is_group(results: Results, name: str) -> bool:
+    return bool(results.content.part_or_empty("group_subtasks").content.get(name))
+
+
+def _rows_of(
+    task: str,
+    of_runs: Sequence[Sequence[Results]],
+    are_shares: set[MetricKey],
+    scores: Mapping[MetricKey, Sequence[Sequence[float | None]]],
+) -> list[ScoreRow]:
+    cells: dict[MetricKey, list[str]] = {}
+    for number, files in enumerate(of_runs):
+        for metric in metrics_of(files[0], task) if files else ():
+            key = metric.name, metric.filter
+            value, stderr = metric.value, metric.stderr
+            if len(files) > 1:
+                repeats = [
+                    each.value for file in files for each in metrics_of(file, task) if (each.name, each.filter) == key
+                ]
+                value = sum(repeats) / len(repeats)
+                of_documents = [each for each in scores.get(key, [[]] * len(of_runs))[number] if each is not None]
+                stderr = mean_stderr(np.array(of_documents)) if of_documents else stderr
+            share = key in are_shares or (not scores and metric.name in SHARES)
+            row = cells.setdefault(key, [NONE] * len(of_runs))
+            row[number] = _value(value, stderr, share)
+    counted = next((files[0] for files in of_runs if files), None)
+    numbers = counted.content.part_or_empty("n-samples").part_or_empty(task) if counted else None
+    effective = numbers.whole("effective") if numbers else None
+    documents = f"{effective:,}" if effective is not None else ""
+    return [ScoreRow(task, name, filter_name, tuple(row), documents) for (name, filter_name), row in cells.items()]
+
+
+def _value(value: float, stderr: float | None, share: bool, sign: str = "") -> str:
+    if share:
+        return with_error(value, stderr, 100, sign)
+    return f"{value:{sign}.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")
+
+
+def pairs_of(runs: Sequence[Run], tasks: Sequence[str], documents: Documents) -> list[Pair]:
+    """Return the comparison of the first run with each other one. A warning says why a pair cannot be compared."""
+    compared: list[Comparison | str] = []
+    for other in runs[1:]:
+        try:
+            shared = [task for task in tasks if task in runs[0].of_tasks and task in other.of_tasks]
+            compared.append(compare_runs(runs[0], other, tasks=shared))
+        except UserError as error:
+            compared.append(str(error))
+    whole = iter(adjusted([each for each in compared if isinstance(each, Comparison)]))
+    found = []
+    for number, each in enumerate(compared, 1):
+        if isinstance(each, str):
+            found.append(Pair(0, number, (), (each,), ()))
+            continue
+        comparison = next(whole)
+        settings = tuple((name, shown_value(a), shown_value(b)) for name, (a, b) in comparison.settings.items())
+        # `compare_runs` calls the other run B.
+        warnings = tuple(re.sub(r"\b([Rr]un) B\b", rf"\1 {key_of(number)}", text) for text in comparison.warnings)
+        found.append(Pair(0, number, settings, warnings, _difference_rows(comparison, number, documents)))
+    return found
+
+
+def _difference_rows(comparison: Comparison, number: int, documents: Documents) -> tuple[DifferenceRow, ...]:
+    are_shares = {(each.task, *key) for each in comparison.differences for key in shares(documents, each.task)}
+    kinds = {each: (each.task, each.metric, each.filter) in are_shares for each in comparison.differences}
+    return tuple(_difference_row(each, number, share, _ends(kinds, share)) for each, share in kinds.items())
+
+
+def _ends(kinds: Mapping[Difference, bool], kind: bool) -> tuple[float, float]:
+    """The ends of the line on which the intervals of some differences stand."""
+    ends = [end for each, its in kinds.items() if its == kind for end in (each.low, each.high) if end is not None]
+    return min([0.0, *ends]), max([0.0, *ends])
+
+
+def _difference_row(each: Difference, number: int, share: bool, ends: tuple[float, float]) -> DifferenceRow:
+    plot, interval = None, NONE
+    if each.low is not None and each.high is not None:
+        interval = f"{_value(each.low, None, share, '+')} to {_value(each.high, None, share, '+')}"
+        if ends[0] < ends[1]:
+            places = (
+                5 + 90 * (value - ends[0]) / (ends[1] - ends[0]) for value in (0, each.low, each.high, each.difference)
+            )
+            plot = Plot(*(round(place, 2) for place in places))
+
+    def link(flag: str, count: int | None) -> str:
+        if not count:
+            return ""
+        chosen = {"task": each.task, "score": f"{each.metric}, {each.filter}", "run": number, "show": f"changed,{flag}"}
+        return "#" + urlencode(chosen)
+
+    return DifferenceRow(
+        task=each.task,
+        metric=each.metric,
+        filters=", ".join((each.filter, *each.equal_filters)),
+        a=_value(each.a, each.a_stderr, share),
+        b=_value(each.b, each.b_stderr, share),
+        difference=_value(each.difference, None, share, "+"),
+        interval=interval,
+        plot=plot,
+        p=_probability(each.p),
+        p_holm=_probability(each.p_holm),
+        test=each.test,
+        only_a=NONE if each.only_a is None else f"{each.only_a:,}",
+        only_a_link=link("wrong", each.only_a),
+        only_b=NONE if each.only_b is None else f"{each.only_b:,}",
+        only_b_link=link("right", each.only_b),
+        documents=f"{each.documents:,}",
+        detectable=NONE if each.detectable is None else _value(each.detectable, None, share),
+    )
+
+
+def _probability(p: float | None) -> str:
+    if p is None:
+        return NONE
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

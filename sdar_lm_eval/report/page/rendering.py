@@ -1,0 +1,110 @@
+"""Makes the page of runs."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.report.page import overview
+from sdar_lm_eval.report.page.data import collect
+from sdar_lm_eval.report.page.embedding import embedded, policy, printable
+from sdar_lm_eval.report.runs import Run
+
+FOLDER = Path(__file__).parent
+SCRIPTS = ("documents.js", "denoising.js", "page.js")
+
+CHUNK = 16
+"""Documents whose details are inflated together: prompts of a task begin alike, so they deflate together."""
+
+
+def page_of(runs: Sequence[Run], tasks: Sequence[str] = (), title: str | None = None) -> str:
+    """Return the HTML text of the page.
+
+    Args:
+        runs: the first is compared with each other one.
+        tasks: which tasks; empty: all.
+        title: the page's; None: model and tasks.
+
+    Raises:
+        UserError: no run has one of the tasks, or a file of a run cannot be read or is not as lm_eval writes it.
+    """
+    known = list(dict.fromkeys(task for run in runs for task in run.tasks))
+    for task in tasks:
+        if task not in known:
+            raise UserError(
+                f"--tasks {task}: no run has it; the runs have {', '.join(known)}.{did_you_mean(task, known)}"
+            )
+    chosen = [task for task in known if not tasks or task in tasks]
+    having = [run for run in runs if any(task in run.of_tasks for task in chosen)]
+    documents = collect(having, chosen)
+    differing, common = overview.settings_rows(having, chosen)
+    points = [(task, overview.speeds_of(having, task)) for task in chosen]
+    charts = overview.charts_of(points)
+    comparisons = overview.pairs_of(having, chosen, documents)
+    names = _names(having, differing)
+    views = [
+        {"number": number, "key": overview.key_of(number), "name": name, "path": run.path}
+        for number, (run, name) in enumerate(zip(having, names, strict=True))
+    ]
+    chunks = [documents.details[start : start + CHUNK] for start in range(0, len(documents.details), CHUNK)]
+    parts = {name: embedded(value) for name, value in documents.parts.items()}
+    parts["runs"] = embedded([{"key": view["key"], "name": view["name"]} for view in views])
+    parts |= {f"details-{number}": embedded(chunk) for number, chunk in enumerate(chunks)}
+    script = "".join((FOLDER / name).read_text("utf-8") for name in SCRIPTS)
+    style = (FOLDER / "page.css").read_text("utf-8")
+    sections = [("runs", "Runs"), ("scores", "Scores"), *[("comparison", "Comparison")] * bool(comparisons)]
+    sections += [("charts", "Accuracy and speed")] * bool(charts)
+    scores = overview.score_rows(having, points, documents)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return printable(
+        environment.get_template("template.html").render(
+            policy=policy(script, style),
+            title=title or _title(having, chosen),
+            facts=_facts(having, chosen, len(documents.rows)),
+            sections=[*sections, ("documents", "Documents")],
+            runs=views,
+            settings={"differing": differing, "common": common},
+            scores=scores,
+            comparisons=comparisons,
+            charts=[(task, Markup(svg)) for task, svg in charts],
+            parts=parts,
+            chunk=CHUNK,
+            script=Markup(script),
+            style=Markup(style),
+        )
+    )
+
+
+def _names(runs: Sequence[Run], differing: Sequence[overview.SettingRow]) -> list[str]:
+    """What the opened document calls each run: its settings that differ, else its folder."""
+    found = []
+    for number, run in enumerate(runs):
+        parts = [f"{row.name}={row.of_runs[number]}" for row in differing if row.of_runs[number] != overview.NONE]
+        found.append(", ".join(dict.fromkeys(parts)) if 0 < len(parts) <= 3 else run.path.name)
+    return found
+
+
+def _title(runs: Sequence[Run], tasks: Sequence[str]) -> str:
+    models = list(dict.fromkeys(str(run.results_of(run.tasks[0]).model or run.path.name) for run in runs))
+    of_models = " and ".join(Path(model).name for model in models) if len(models) < 4 else f"{len(models)} models"
+    return f"{of_models} on {', '.join(tasks) if len(tasks) < 4 else f'{len(tasks)} tasks'}"
+
+
+def _facts(runs: Sequence[Run], tasks: Sequence[str], documents: int) -> list[str]:
+    dates = [results.date for run in runs for each in run.of_tasks.values() for results in each]
+    first, last = (
+        datetime.datetime.fromtimestamp(date, datetime.timezone.utc).strftime("%Y-%m-%d")
+        for date in (min(dates), max(dates))
+    )
+    counted = [(len(runs), "run"), (len(tasks), "task"), (documents, "document")]
+    return [
+        *(f"{number:,} {word}{'' if number == 1 else 's'}" for number, word in counted),
+        f"evaluated {first}" + ("" if first == last else f" to {last}"),
+    ]

@@ -1,0 +1,345 @@
+"""Operating points of a model: the accuracy and the speed of each run, what is best of them, and what they are worth.
+
+Tokens per forward is returned tokens over denoising and commit forwards, counted for each sequence. Tokens per second
+is returned tokens over the time of generation, of all the tasks that were evaluated together. Both are of all answers
+of a run, those that an earlier process left in a store included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig, in_words
+from sdar_lm_eval.engines.native.strategies import STRATEGIES
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.pairing import read_pair
+from sdar_lm_eval.report.results import Fields, Results
+from sdar_lm_eval.report.runs import Metric, Run, metrics_of
+from sdar_lm_eval.report.statistics import cluster_values, mean_stderr
+
+DEFAULTS = DecodingConfig().as_dict()
+ALPHA = 3.0
+TOLERANCE = 5.0
+"""Accuracy, in per cent, that a curve may lose against its slowest point; AUP leaves points below that out."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run's accuracy and speed in a task.
+
+    Attributes:
+        label: the run's name.
+        model: the checkpoint.
+        settings: the decoding settings that have an effect; empty for models that tell none.
+        accuracy: in per cent, or the metric's value where values are no shares.
+        stderr: standard error of the accuracy; None where it is unknown.
+        tokens_per_forward: None where it is unknown.
+        tokens_per_second: None where it is unknown.
+        documents: how many were scored; None where it is unknown.
+        repeats: how often the run was evaluated, with another seed each time.
+        note: why the speed is unknown; "" where it is known.
+    """
+
+    label: str
+    model: str
+    settings: Mapping[str, object]
+    accuracy: float
+    stderr: float | None
+    tokens_per_forward: float | None
+    tokens_per_second: float | None
+    documents: int | None
+    repeats: int
+    note: str
+
+    @property
+    def strategy(self) -> str:
+        """The remasking strategy; the model's name where it tells none."""
+        return str(self.settings.get("remasking_strategy", self.model))
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields by name, as plain values."""
+        return asdict(self)
+
+
+Speed = Callable[[Point], float | None]
+"""A measure of how fast a point is."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points that differ in one dial, such as a strategy's threshold, the slowest first.
+
+    Attributes:
+        name: the strategy, and settings other than the dial that tell the curve from others.
+        points: as they come.
+    """
+
+    name: str
+    points: tuple[Point, ...]
+
+
+def metric_of(run: Run, task: str, name: str | None = None) -> Metric:
+    """Return the metric of a task that counts as its accuracy.
+
+    Args:
+        run: a run of the task.
+        task: the task's name.
+        name: "metric" or "metric,filter"; None: the task's first metric.
+
+    Raises:
+        UserError: the task has no such metric; names those that it has.
+    """
+    metrics = run.metrics(task)
+    for metric in metrics:
+        if name in (None, metric.name, f"{metric.name},{metric.filter}"):
+            return metric
+    known = ", ".join(f"{metric.name},{metric.filter}" for metric in metrics)
+    asked = "any metric" if name is None else f"a metric {name!r}"
+    raise UserError(f"{task} of {run.label} does not have {asked}. Known: {known or 'none'}.")
+
+
+def points_of(runs: Sequence[Run], task: str, metric: str | None = None) -> list[Point]:
+    """Return a point for each run of a task, in their order.
+
+    Args:
+        runs: the runs; those without the task are left out.
+        task: the task's name.
+        metric: as for `metric_of`.
+
+    Raises:
+        UserError: a run has no such metric, or its files are not as lm_eval writes them.
+    """
+    chosen = [(run, metric_of(run, task, metric)) for run in runs if task in run.of_tasks]
+    scale = 100.0 if all(0 <= each.value <= 1 for _, each in chosen) else 1.0
+    return [_point(run, task, each, scale) for run, each in chosen]
+
+
+def curves_of(points: Sequence[Point]) -> list[Curve]:
+    """Divide points into curves: one for each strategy, and for each choice of settings other than the dial's.
+
+    The dial of a strategy is the first setting of these that its points vary: its own, such as a threshold; the steps;
+    the block length. A strategy whose further settings differ at every point is one curve.
+    """
+    curves: list[Curve] = []
+    models = {point.model for point in points}
+    for model, strategy in dict.fromkeys((point.model, point.strategy) for point in points):
+        mine = [point for point in points if (point.model, point.strategy) == (model, strategy)]
+        own = STRATEGIES[strategy].setting if strategy in STRATEGIES else None
+        varied = [name for name in (own, "denoising_steps", *DECODING_SETTINGS) if name and _varies(name, mine)]
+        groups: dict[str, list[Point]] = {}
+        for point in mine:
+            told = {name: point.settings.get(name) for name in dict.fromkeys(varied[1:]) if name != varied[0]}
+            groups.setdefault(in_words(told), []).append(point)
+        if all(len(group) == 1 for group in groups.values()):
+            groups = {"": mine}
+        prefix = f"{model}: " if len(models) > 1 and model != strategy else ""
+        for words, group in groups.items():
+            curves.append(Curve(prefix + strategy + (f", {words}" if words else ""), tuple(group)))
+    return curves
+
+
+def settings_in_words(points: Sequence[Point]) -> list[str]:
+    """Return what tells each point from the others of its strategy, and what makes its strategy's defaults others."""
+    told = []
+    for point in points:
+        alike = [other for other in points if other.strategy == point.strategy]
+        chosen = {}
+        for name, value in point.settings.items():
+            if name == "remasking_strategy":
+                continue
+            default = point.settings.get("block_length") if name == "denoising_steps" else DEFAULTS.get(name)
+            of_others = any(other.settings.get(name, value) != value for other in points)
+            if _varies(name, alike) or (of_others and value != default):
+                chosen[name] = value
+        told.append(in_words(chosen))
+    return told
+
+
+def pareto_front(points: Sequence[Point], speed: Speed) -> list[Point]:
+    """Return the points that no other point beats, the slowest first.
+
+    A point is beaten by another that is at least as fast and at least as accurate, and better in one of them. Points of
+    unknown speed are on no front.
+    """
+    known = [(fast, point.accuracy, point) for point in points if (fast := speed(point)) is not None]
+    front = [
+        (fast, point)
+        for fast, accuracy, point in known
+        if not any(f >= fast and a >= accuracy and (f, a) != (fast, accuracy) for f, a, _ in known)
+    ]
+    return [point for _, point in sorted(front, key=lambda pair: pair[0])]
+
+
+def aup(curve: Sequence[tuple[float, float]], y_max: float) -> float:
+    """Return the accuracy under parallelism of a curve.
+
+    With points sorted by tokens per forward r, accuracies y, and W(y) = min(exp(-3 (1 - y / y_max)), 1), it is
+    r_1 y_1 + sum over i >= 2 of (r_i - r_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2. Points more than 5% below y_1
+    are left out. Source: d3LLM (hao-ai-lab/d3LLM at e5bfcac), AUP_leaderboard/aup_utils.py.
+
+    Args:
+        curve: (tokens per forward, above 0; accuracy in per cent), in any order.
+        y_max: the best accuracy of all curves that are compared, in per cent.
+
+    Raises:
+        ValueError: there is no point, a number of tokens per forward or y_max is not above 0, or the fastest point is
+            more than 5 per cent below the slowest one.
+    """
+    if not curve or y_max <= 0 or any(speed <= 0 for speed, _ in curve):
+        raise ValueError("AUP needs points, with tokens per forward and y_max above 0.")
+    ordered = sorted(curve, key=lambda point: point[0])
+    floor = ordered[0][1] - TOLERANCE
+    if ordered[-1][1] < floor:
+        raise ValueError(
+            f"The fastest point's accuracy, {ordered[-1][1]:g}, is more than {TOLERANCE:g} below the slowest point's, "
+            f"{ordered[0][1]:g}: AUP is defined for curves that end within these {TOLERANCE:g}."
+        )
+    kept = [(speed, y) for speed, y in ordered if y >= floor]
+    weighted = [y * min(math.exp(-ALPHA * (1 - y / y_max)), 1.0) for _, y in kept]
+    area = kept[0][0] * kept[0][1]
+    for i in range(1, len(kept)):
+        area += (kept[i][0] - kept[i - 1][0]) * (weighted[i] + weighted[i - 1]) / 2
+    return area
+
+
+@dataclass(frozen=True)
+class CurveValue:
+    """What a curve is worth.
+
+    Attributes:
+        name: the curve's.
+        aup: the accuracy under parallelism of the points that count; None where no point's tokens per forward is known.
+        points: how many points count.
+        left_out: how many do not: their accuracy is more than 5 per cent below the slowest point's.
+    """
+
+    name: str
+    aup: float | None
+    points: int
+    left_out: int
+
+
+def value_of(curve: Curve, y_max: float) -> CurveValue:
+    """Return the AUP of a curve up to where it loses 5 per cent.
+
+    `aup` refuses a curve whose fastest point lost more. A sweep goes that far on purpose, so such points are left out
+    wherever they are, and counted.
+    """
+    known = [(p.tokens_per_forward, p.accuracy) for p in curve.points if p.tokens_per_forward]
+    known.sort(key=lambda point: point[0])
+    kept = [(speed, y) for speed, y in known if y >= known[0][1] - TOLERANCE]
+    value = aup(kept, y_max) if kept and y_max > 0 else None
+    return CurveValue(curve.name, value, len(kept), len(known) - len(kept))
+
+
+def _varies(name: str, points: Sequence[Point]) -> bool:
+    return len({point.settings.get(name) for point in points}) > 1
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the answers of a results file took; None where it is unknown.
+
+    Attributes:
+        tokens: returned tokens of the task.
+        forwards: denoising and commit forwards of the task.
+        tokens_of_all: returned tokens of all tasks.
+        seconds: time of generation of all tasks.
+        note: why something is unknown.
+    """
+
+    tokens: int | None
+    forwards: int | None
+    tokens_of_all: int | None
+    seconds: float | None
+    note: str = ""
+
+
+def _point(run: Run, task: str, metric: Metric, scale: float) -> Point:
+    of_task = run.of_tasks[task]
+    accuracy, stderr = _accuracy(run, task, metric)
+    works = [_work(results, task) for results in of_task]
+    samples = of_task[0].content.part_or_empty("n-samples").part_or_empty(task)
+    return Point(
+        label=run.label,
+        model=of_task[0].model or run.label,
+        settings=_effective(of_task[0].decoding_of(task)),
+        accuracy=scale * accuracy,
+        stderr=None if stderr is None else scale * stderr,
+        tokens_per_forward=_ratio([(work.tokens, work.forwards) for work in works]),
+        tokens_per_second=_ratio([(work.tokens_of_all, work.seconds) for work in works]),
+        documents=samples.whole("effective"),
+        repeats=len(of_task),
+        note="; ".join(dict.fromkeys(work.note for work in works if work.note)),
+    )
+
+
+def _effective(decoding: Fields) -> Mapping[str, object]:
+    known: dict[str, Any] = {name: value for name, value in decoding.content.items() if name in DECODING_SETTINGS}
+    try:
+        return DecodingConfig(**known).effective if known else {}
+    except UserError:  # of another version of this package
+        return known
+
+
+def _work(results: Results, task: str) -> _Work:
+    run = results.ours.part_or_empty("run")
+    of_task = run.part_or_empty("tasks").part_or_empty(task) if run.content.get("tasks") else run
+    if not run.content:
+        return _Work(None, None, None, None, "the model tells no forwards and times")
+    stored, stored_of_task = run.part_or_empty("stored"), of_task.part_or_empty("stored")
+    forwards = of_task.part_or_empty("forwards")
+    computed = (forwards.whole("denoising") or 0) + (forwards.whole("commit") or 0)
+    tokens, tokens_of_all = of_task.whole("new_tokens") or 0, run.whole("new_tokens") or 0
+    seconds = run.number("generation_seconds") or 0.0
+    if not run.whole("stored_requests"):
+        return _Work(tokens, computed, tokens_of_all, seconds)
+    unknown = [name for name in ("new_tokens", "forwards", "seconds") if stored.content.get(name) is None]
+    return _Work(
+        _plus(tokens, stored_of_task.whole("new_tokens"), of_task),
+        _plus(computed, stored_of_task.whole("forwards"), of_task),
+        None if unknown else tokens_of_all + (stored.whole("new_tokens") or 0),
+        None if unknown else seconds + (stored.number("seconds") or 0.0),
+        "some answers came from a store that does not tell what they took" if unknown else "",
+    )
+
+
+def _plus(computed: int, stored: int | None, counts: Fields) -> int | None:
+    if not counts.whole("stored_requests"):
+        return computed
+    return None if stored is None else computed + stored
+
+
+def _ratio(parts: Sequence[tuple[float | None, float | None]]) -> float | None:
+    """The sum of the first numbers over that of the second ones; None where one is unknown, or nothing was done."""
+    above, below = 0.0, 0.0
+    for numerator, denominator in parts:
+        if numerator is None or denominator is None:
+            return None
+        above, below = above + numerator, below + denominator
+    return above / below if below else None
+
+
+def _accuracy(run: Run, task: str, metric: Metric) -> tuple[float, float | None]:
+    """The metric's value and standard error.
+
+    Of several evaluations, a document's answers are not independent: the error is clustered by document.
+    """
+    of_task = run.of_tasks[task]
+    if len(of_task) == 1:
+        return metric.value, metric.stderr
+    with contextlib.suppress(UserError):  # a run without samples
+        scores = read_pair(run, run, task)[0].scores[metric.name, metric.filter]
+        if not scores.flaw:
+            values = cluster_values(list(scores.answers.values()))
+            return float(values.mean()), mean_stderr(values)
+    return statistics.fmean(_same(metrics_of(results, task), metric).value for results in of_task), None
+
+
+def _same(metrics: Sequence[Metric], metric: Metric) -> Metric:
+    return next(each for each in metrics if (each.name, each.filter) == (metric.name, metric.filter))

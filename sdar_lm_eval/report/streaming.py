@@ -1,0 +1,137 @@
+"""An answer as it is written, step by step: in a terminal, or as plain text.
+
+    Screen       a terminal: masks become tokens, coloured by confidence; decided lines scroll up
+    PlainText    a pipe or a file: the text of decided blocks, and nothing else
+
+`Screen.watch` and `PlainText.watch` take the engine's steps (`BlockStep`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.style import Style
+from rich.text import Text
+
+from sdar_lm_eval.engines.types import BlockStep
+from sdar_lm_eval.report.denoising import Denoising
+from sdar_lm_eval.report.terminal import BORDER, MASK, style_of
+
+UNFINISHED = "\ufffd"  # what decoding makes of a character whose last bytes are missing
+FRAMES_PER_SECOND = 20
+
+
+class PlainText:
+    """Writes the text of an answer's decided blocks to a file.
+
+    Text that later tokens may change is held back: a character without its last bytes, and what may be the beginning of
+    a text that ends the answer.
+
+    Args:
+        out: gets the text.
+        decode: token ids -> text.
+        until: texts that end the answer.
+    """
+
+    def __init__(self, out: TextIO, decode: Callable[[Sequence[int]], str], until: Sequence[str]) -> None:
+        self._out, self._decode, self._until = out, decode, until
+        self._token_ids: list[int] = []
+        self._written = 0  # characters
+
+    def watch(self, step: BlockStep) -> None:
+        """Write what a decided block adds."""
+        if step.decided:
+            self._token_ids[step.start :] = step.token_ids
+            self._write_up_to(self._settled(self._decode(self._token_ids)))
+
+    def finish(self, text: str) -> None:
+        """Write the rest of the answer's text."""
+        self._write_up_to(text)
+
+    def _write_up_to(self, text: str) -> None:
+        self._out.write(text[self._written :])
+        self._out.flush()
+        self._written = max(self._written, len(text))
+
+    def _settled(self, text: str) -> str:
+        text = text[: min((at for stop in self._until if (at := text.find(stop)) >= 0), default=len(text))]
+        text = text.rstrip(UNFINISHED)
+        begun = (length for stop in self._until for length in range(1, len(stop)) if text.endswith(stop[:length]))
+        return text[: len(text) - max(begun, default=0)]
+
+
+class Screen:
+    """Shows an answer in a terminal while it is written.
+
+    Whole lines of decided text are printed once, and scroll. The line that is being written is drawn anew, with the
+    block that is being denoised.
+
+    Args:
+        console: the terminal.
+        pieces: returns the text of each token.
+        mask_token_id: the token at masked positions.
+    """
+
+    def __init__(self, console: Console, pieces: Callable[[Sequence[int]], list[str]], mask_token_id: int) -> None:
+        self._console, self._pieces, self._mask = console, pieces, mask_token_id
+        self._line = Text()  # decided text whose line is not printed yet
+        self._begun: list[tuple[int, float]] = []  # decided tokens of an unfinished character, with their confidences
+        self._live = Live(
+            console=console, refresh_per_second=FRAMES_PER_SECOND, vertical_overflow="visible", transient=False
+        )
+        self.tokens = 0
+        """Decided tokens of the answer."""
+
+    def __enter__(self) -> Screen:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave what is decided, and the block that was being denoised."""
+        self._live.stop()
+
+    def watch(self, step: BlockStep) -> None:
+        """Show a block as it is after a denoising step."""
+        line = self._line + self._block(step)
+        if not step.decided:
+            self._live.update(line)
+            return
+        self.tokens = step.start + len(step.token_ids)
+        *whole, self._line = line.wrap(self._console, self._console.width) or [Text()]
+        self._live.update(self._line)
+        for line in whole:
+            self._console.print(line)
+
+    def _block(self, step: BlockStep) -> Text:
+        """A block's tokens, behind a border. A decided block leaves an unfinished character to the next block."""
+        tokens = [*self._begun, *zip(step.token_ids, step.confidences, strict=True)]
+        texts = self._pieces([token for token, _ in tokens])
+        if step.decided:
+            whole = len(texts)
+            if texts and texts[-1].endswith(UNFINISHED) and not step.finished:
+                whole = max((i + 1 for i, text in enumerate(texts[:-1]) if text), default=0)
+            self._begun, tokens, texts = tokens[whole:], tokens[:whole], texts[:whole]
+        block = Text()
+        if step.start:
+            block.append(BORDER, Style(dim=True))
+        for (token, confidence), text in zip(tokens, texts, strict=True):
+            if token == self._mask:
+                block.append(MASK, Style(dim=True))
+            else:
+                block.append(text, style_of(confidence))
+        return block
+
+
+def cost(denoising: Denoising) -> str:
+    """Return in words what an answer took, and why it ended."""
+    tokens, forwards = len(denoising.token_ids), denoising.forwards
+    made = forwards["denoising"] + forwards["commit"]
+    rate = f"{tokens / made:.2f} tokens per forward, " if made else ""
+    ended = "a stop token or text" if denoising.finish_reason == "stop" else "the limit of new tokens"
+    return (
+        f"{tokens} tokens in {made} forwards ({forwards['denoising']} denoising, {forwards['commit']} commit): "
+        f"{rate}{denoising.seconds:.2f} s; ended by {ended}"
+    )

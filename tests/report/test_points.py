@@ -1,0 +1,241 @@
+"""Points of runs on disk, the front, AUP."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import statsmodels.api as sm
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.curve import by_forward, by_second
+from sdar_lm_eval.report.points import (
+    Curve,
+    Point,
+    aup,
+    curves_of,
+    pareto_front,
+    points_of,
+    settings_in_words,
+    value_of,
+)
+from sdar_lm_eval.report.results import results_in
+from sdar_lm_eval.report.runs import Run, read_runs
+
+# AUP_leaderboard/aup_utils.py of hao-ai-lab/d3LLM at e5bfcac, run with these points.
+WORKED = [
+    ([(1, 80), (2, 79), (3, 77), (4, 76)], 80, 297.60625783145287),
+    ([(3, 77), (1, 80), (4, 76), (2, 79)], 80, 297.60625783145287),
+    ([(1, 80), (2, 79), (3, 77), (4, 76)], 90, 237.16336090727282),
+    ([(1, 80), (2, 82), (3, 74), (4, 76)], 80, 308.4138062083044),
+    ([(1, 80), (2, 82)], 80, 161.0),
+    ([(2.5, 80)], 90, 200.0),
+]
+
+
+@pytest.mark.parametrize(("curve", "y_max", "value"), WORKED)
+def test_aup_is_the_published_function(curve: list[tuple[float, float]], y_max: float, value: float) -> None:
+    assert aup(curve, y_max) == pytest.approx(value, rel=1e-12, abs=1e-12)
+
+
+def test_where_aup_is_not_defined() -> None:
+    with pytest.raises(ValueError, match=r"The fastest point's accuracy, 74\.9, is more than 5 below .* point's, 80"):
+        aup([(1, 80), (2, 78), (3, 74.9)], 80)
+    for curve, y_max in (([], 80), ([(1, 80)], 0), ([(0, 80)], 80)):
+        with pytest.raises(ValueError, match="AUP needs points"):
+            aup(curve, y_max)
+    assert aup([(1, 80), (2, 78), (3, 75)], 80) > 0  # exactly 5 below
+
+
+def point(forward: float | None = 1.0, accuracy: float = 50.0, second: float | None = None, **settings: Any) -> Point:
+    return Point("run", "demo", settings, accuracy, 1.0, forward, second, 200, 1, "")
+
+
+def test_a_curve_counts_up_to_where_it_loses_too_much() -> None:
+    curve = Curve("c", tuple(point(speed, y) for speed, y in [(3, 74.9), (1, 80), (2, 78)]))
+    value = value_of(curve, 80.0)
+    assert (value.points, value.left_out) == (2, 1)
+    assert value.aup == aup([(1, 80), (2, 78)], 80)
+    assert value_of(Curve("c", (point(None),)), 80.0).aup is None
+
+
+CLOUD = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), max_size=12)
+
+
+@given(CLOUD)
+def test_the_front_by_its_definition(cloud: list[tuple[int, int]]) -> None:
+    points = [point(float(speed), float(y)) for speed, y in cloud] + [point(None, 99.0)]
+    front = pareto_front(points, by_forward)
+    assert [p.tokens_per_forward for p in front] == sorted(p.tokens_per_forward or 0 for p in front)
+    assert all(a.accuracy >= b.accuracy for a, b in zip(front, front[1:], strict=False))
+    for each in points[:-1]:
+        beaten = any(
+            other is not each
+            and (other.tokens_per_forward or 0) >= (each.tokens_per_forward or 0)
+            and other.accuracy >= each.accuracy
+            and (other.tokens_per_forward, other.accuracy) != (each.tokens_per_forward, each.accuracy)
+            for other in points[:-1]
+        )
+        assert beaten == all(each is not kept for kept in front)
+
+
+@given(CLOUD, st.randoms())
+def test_the_front_does_not_depend_on_the_order(cloud: list[tuple[int, int]], chance: random.Random) -> None:
+    points = [point(float(speed), float(y)) for speed, y in cloud]
+    shuffled = chance.sample(points, len(points))
+    of = [[(p.tokens_per_forward, p.accuracy) for p in pareto_front(some, by_forward)] for some in (points, shuffled)]
+    assert of[0] == of[1]
+
+
+def test_a_line_a_strategy_and_a_choice_of_other_settings() -> None:
+    dynamic = [
+        point(remasking_strategy="low_confidence_dynamic", confidence_threshold=t, temperature=heat, block_length=4)
+        for heat in (0.0, 1.0)
+        for t in (0.5, 0.9)
+    ]
+    static = [
+        point(remasking_strategy="low_confidence_static", block_length=b, denoising_steps=b, temperature=0.0)
+        for b in (4, 8)
+    ]
+    assert {curve.name: len(curve.points) for curve in curves_of([*dynamic, *static])} == {
+        "low_confidence_dynamic, temperature=0": 2,
+        "low_confidence_dynamic, temperature=1": 2,
+        "low_confidence_static": 2,
+    }
+
+
+def test_settings_that_tell_points_apart() -> None:
+    points = [
+        point(remasking_strategy="low_confidence_static", block_length=4, denoising_steps=4),
+        point(remasking_strategy="low_confidence_static", block_length=4, denoising_steps=2),
+        point(remasking_strategy="sequential", block_length=4, denoising_steps=2),
+        point(remasking_strategy="low_confidence_dynamic", block_length=4, denoising_steps=4, confidence_threshold=0.5),
+        point(remasking_strategy="low_confidence_dynamic", block_length=4, denoising_steps=4, confidence_threshold=0.9),
+    ]
+    assert settings_in_words(points) == [
+        "denoising_steps=4", "denoising_steps=2", "denoising_steps=2",
+        "confidence_threshold=0.5", "confidence_threshold=0.9",
+    ]  # fmt: skip
+
+
+DECODING = {
+    "block_length": 4, "denoising_steps": 4, "remasking_strategy": "low_confidence_dynamic",
+    "confidence_threshold": 0.5, "eb_threshold": 0.35, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+    "repetition_penalty": 1.0, "max_gen_toks": 64, "until": [],
+}  # fmt: skip
+
+
+def write(
+    folder: Path, counts: Mapping[str, object] | None, scores: list[float] | None = None, seed: int = 0, **decoding: Any
+) -> Path:
+    """A results file of task t, with a samples file where there are scores."""
+    values = scores or [1.0, 0.0]
+    mean = sum(values) / len(values)
+    ours = {} if counts is None else {"seed": seed, "decoding_of_tasks": {"t": DECODING | decoding}, "run": counts}
+    content = {
+        "results": {"t": {"alias": "t", "right,none": mean, "right_stderr,none": 0.125, "other,none": 7.0}},
+        "config": {"model": "sdar", "model_args": {"pretrained": "demo"}, "sdar_lm_eval": ours},
+        "date": 1.0 + seed,
+        "configs": {"t": {}},
+        "n-samples": {"t": {"original": 200, "effective": len(values)}},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results_2026.json").write_text(json.dumps(content))
+    if scores is not None:
+        lines = [
+            json.dumps(
+                {"doc_id": i, "filter": "none", "doc": {"q": i}, "target": "", "right": score, "doc_hash": f"h{i}"}
+            )
+            for i, score in enumerate(scores)
+        ]
+        (folder / "samples_t_2026.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+WORK = {"new_tokens": 300, "forwards": {"prefill": 9, "denoising": 150, "commit": 50}}
+COMPUTED = {
+    "requests": 2,
+    "stored_requests": 0,
+    **WORK,
+    "generation_seconds": 2.0,
+    "tasks": {"t": {"requests": 2, **WORK}},
+}
+
+
+def of(folder: Path, **settings: Any) -> Point:
+    (point,) = points_of(read_runs([folder]), "t", **settings)
+    return point
+
+
+def test_a_run_on_disk(tmp_path: Path) -> None:
+    found = of(write(tmp_path, COMPUTED))
+    assert (found.accuracy, found.stderr, found.documents, found.repeats) == (50.0, 12.5, 2, 1)
+    assert (found.tokens_per_forward, found.tokens_per_second, found.note) == (1.5, 150.0, "")
+    assert found.strategy == "low_confidence_dynamic"
+    assert found.settings["confidence_threshold"] == 0.5 and "eb_threshold" not in found.settings
+    assert of(tmp_path, metric="other").accuracy == of(tmp_path, metric="other,none").accuracy == 7.0
+    with pytest.raises(UserError, match="does not have a metric 'wrong'. Known: right,none, other,none"):
+        of(tmp_path, metric="wrong")
+
+
+def stored(work: Mapping[str, object], seconds: float | None = 3.0) -> dict[str, object]:
+    """Counts of a resumed run: half of the answers from a store."""
+    return {
+        **COMPUTED, "requests": 1, "stored_requests": 1, "stored": {**work, "seconds": seconds},
+        "tasks": {"t": {"requests": 1, "stored_requests": 1, **WORK, "stored": work}},
+    }  # fmt: skip
+
+
+def test_a_resumed_run_has_the_speed_of_all_its_answers_or_none(tmp_path: Path) -> None:
+    known = of(write(tmp_path / "known", stored({"new_tokens": 100, "forwards": 50})))
+    assert known.tokens_per_forward == 400 / 250 and known.tokens_per_second == 400 / 5
+    untimed = of(write(tmp_path / "untimed", stored({"new_tokens": 100, "forwards": 50}, None)))
+    assert untimed.tokens_per_forward == 400 / 250 and untimed.tokens_per_second is None
+    assert untimed.note == "some answers came from a store that does not tell what they took"
+    old = dict(stored({}))
+    del old["stored"]
+    unknown = of(write(tmp_path / "old", {**old, "tasks": {"t": {"requests": 1, "stored_requests": 1, **WORK}}}))
+    assert unknown.tokens_per_forward is unknown.tokens_per_second is None and unknown.note
+    other = of(write(tmp_path / "other", None))
+    assert (other.strategy, other.tokens_per_second) == ("demo", None) and "tells no forwards" in other.note
+    assert by_second(other) is None
+
+
+def repeated(folder: Path, scores: np.ndarray) -> Run:
+    """A run evaluated with several seeds; scores (seeds, documents)."""
+    files = [write(folder / str(seed), COMPUTED, list(map(float, row)), seed) for seed, row in enumerate(scores)]
+    return Run("run", folder, {"t": [results_in(file)[0] for file in files]})
+
+
+def test_errors_of_repeats_are_clustered_by_document(tmp_path: Path) -> None:
+    """Against statsmodels: cluster-robust errors of a mean, but for its factors for few clusters."""
+    chance = np.random.default_rng(1)
+    difficulty = chance.random(40)
+    scores = (chance.random((5, 40)) < difficulty).astype(float)
+    (found,) = points_of([repeated(tmp_path, scores)], "t")
+    documents = np.tile(np.arange(40), 5)
+    fit = sm.OLS(scores.ravel(), np.ones(200)).fit(
+        cov_type="cluster", cov_kwds={"groups": documents, "use_correction": False}
+    )
+    assert found.accuracy == pytest.approx(100 * fit.params[0])
+    assert found.stderr == pytest.approx(100 * fit.bse[0] * math.sqrt(40 / 39))
+    naive = 100 * scores.std(ddof=1) / math.sqrt(200)
+    assert found.stderr is not None and found.stderr > 1.3 * naive
+    assert (found.repeats, found.documents) == (5, 40)
+    assert found.tokens_per_forward == 1.5 and found.tokens_per_second == 150.0
+
+
+def test_repeats_whose_samples_are_not_there(tmp_path: Path) -> None:
+    run = repeated(tmp_path, np.array([[1.0, 1.0], [0.0, 1.0]]))
+    for file in tmp_path.rglob("samples_*"):
+        file.unlink()
+    (found,) = points_of([run], "t")
+    assert (found.accuracy, found.stderr) == (75.0, None)
