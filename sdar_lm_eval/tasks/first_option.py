@@ -22,7 +22,10 @@ _BOXES = r"[Tt]he {}:?.*?boxed{{@}}"
 # In this order; @ stands for a letter. A pattern's first group, or all of the match where that group is empty, holds
 # the letter; where the group holds several, the first of the alphabet counts; where it holds none, the next rule does.
 _RULES = (
-    *(rf"答案{words}\s*@" for words in ("是?", r"是?\s*：", r"是?\s*:", "选项应?该?是", "选项应?该?为", "应该?是", "应该?选")),
+    *(
+        rf"答案{words}\s*@"
+        for words in ("是?", r"是?\s*：", r"是?\s*:", "选项应?该?是", "选项应?该?为", "应该?是", "应该?选")
+    ),
     r"答案选项为?\s*：\s*@",
     r"答案选项为?\s+\(?\*?\*?@",
     r"答案选项是?\s*:\s*@",

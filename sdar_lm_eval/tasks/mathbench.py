@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import datasets
 from lm_eval.api.instance import Instance
@@ -28,9 +28,12 @@ ORDERS = ("ABCD", "BCDA", "CDAB", "DABC")
 """The orders of the options. Order `BCDA` shows option B as A, C as B, D as C and A as D."""
 
 _CHOICE, _CLOZE = "single_choice", "cloze"
-PARTS = {
+PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "a": {
-        **{stage: tuple(f"{_CHOICE}_{language}" for language in ("cn", "en")) for stage in ("college", "high", "middle")},
+        **{
+            stage: tuple(f"{_CHOICE}_{language}" for language in ("cn", "en"))
+            for stage in ("college", "high", "middle")
+        },
         "primary": (f"{_CLOZE}_cn", f"{_CLOZE}_en"),
         "arithmetic": (f"{_CLOZE}_en",),
     },
@@ -42,13 +45,14 @@ PARTS = {
 
 _PROMPTS = {
     "single_choice_cn": (
-        "问题: 以下是一道关于数学的单项选择题，请你一步一步推理，并在最后用“所以答案为选项X”给出答案，其中“X”为选项A，B，C，D中"
-        "你认为正确的选项。下面是你要回答的问题\n{}\n让我们一步一步思考："
+        "问题: 以下是一道关于数学的单项选择题，请你一步一步推理，并在最后用“所以答案为选项X”给出答案，其中“X”为"
+        "选项A，B，C，D中你认为正确的选项。下面是你要回答的问题\n{}\n让我们一步一步思考："
     ),
     "single_choice_en": (
         "Question: Here is a multiple-choice question about mathematics. Please reason through it step by step, and at "
         'the end, provide your answer option with "Therefore, the correct answer is option X", Where "X" is the '
-        "correct option you think from A，B，C，D. Here is the question you need to answer:\n{}\nLet's think step by step:"
+        "correct option you think from A，B，C，D. Here is the question you need to answer:\n{}\n"
+        "Let's think step by step:"
     ),
     "cloze_cn": "{}\n请一步一步推理，并在最后用\\boxed{{}}给出你的答案。",
     "cloze_en": "{}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
@@ -168,12 +172,12 @@ class CircularTask(ConfigurableTask):
     def __init__(self, config: Mapping[str, object]) -> None:
         super().__init__(config={name: value for name, value in config.items() if name != "class"})
 
-    def fewshot_context(self, doc: Question, num_fewshot: int, **settings: object) -> list[str]:
+    def fewshot_context(self, doc: Any, num_fewshot: int, *others: Any, **settings: Any) -> list[str]:
         """Return the prompt of each order."""
         build = super().fewshot_context
-        return [str(build({**doc, "order": order}, num_fewshot, **settings)) for order in orders(doc)]
+        return [build({**doc, "order": order}, num_fewshot, *others, **settings) for order in orders(doc)]
 
-    def construct_requests(self, doc: Question, ctx: Sequence[str], **settings: object) -> list[Instance]:
+    def construct_requests(self, doc: Any, ctx: Sequence[str], **settings: Any) -> list[Instance]:
         """Return a request for each prompt."""
         build = super().construct_requests
         requests = [build(doc, prompt, **settings) for prompt in ctx]
@@ -194,9 +198,7 @@ def answer_of(doc: Question, response: str) -> str:
 
 def score(doc: Question, results: Sequence[str]) -> dict[str, float | None]:
     """Return whether the answers in all orders are right, for each metric; None for the other stages' metrics."""
-    right = SetScore.of(
-        doc, all(found == gold(doc, order) for found, order in zip(results, orders(doc), strict=True))
-    )
+    right = SetScore.of(doc, all(found == gold(doc, order) for found, order in zip(results, orders(doc), strict=True)))
     stages = next(part for part in PARTS.values() if doc["stage"] in part)
     return {
         "stage_mean": right,
