@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import datasets
+import huggingface_hub
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.files import require_regular
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 ROOT_KEY = "sdar_data_dir"
 ROOT_VARIABLE = "SDAR_DATA_DIR"
+
+_LONGER_KEYS = ("mmlu_pro_dir",)  # keys that begin as another data set's, and are no misspelling of it
 
 RowT = TypeVar("RowT", bound=Mapping[str, object])
 RowT_co = TypeVar("RowT_co", bound=Mapping[str, object], covariant=True)
@@ -52,11 +55,16 @@ class Columns:
 
     def text(self, column: str) -> str:
         """Return a column's string, which is not blank."""
+        value = self.string(column)
+        if not value.strip():
+            raise RowError(f"{column!r} is empty.")
+        return value
+
+    def string(self, column: str) -> str:
+        """Return a column's string, which may be blank."""
         value = self._value(column)
         if not isinstance(value, str):
             raise RowError(f"{column!r} is a {type(value).__name__}, not a string.")
-        if not value.strip():
-            raise RowError(f"{column!r} is empty.")
         return value
 
     def whole(self, column: str) -> int:
@@ -95,6 +103,19 @@ class Archive:
 
 
 @dataclass(frozen=True)
+class HubFile:
+    """A file of a data set on the hub that has no configurations that can be loaded.
+
+    Attributes:
+        id: dataset id on the Hugging Face Hub.
+        name: the file's name, with `{config}`.
+    """
+
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
 class Source(Generic[RowT_co]):
     """A data set.
 
@@ -102,7 +123,7 @@ class Source(Generic[RowT_co]):
         title: what messages call it.
         folder: the data set's name in the folder for all, in the metadata key (`…_dir`) and in the environment
             variable (`SDAR_…_DIR`).
-        hub: dataset id on the Hugging Face Hub, or the archive of a data set that the hub does not have.
+        hub: dataset id on the Hugging Face Hub, or a file there, or the archive of a data set that the hub lacks.
         config: the hub's configuration, or several of which each has a part of the rows; None where the data set has
             one only.
         files: where a folder may hold a split, as glob patterns with `{split}` and `{config}`; the first that matches
@@ -114,7 +135,7 @@ class Source(Generic[RowT_co]):
 
     title: str
     folder: str
-    hub: str | Archive
+    hub: str | HubFile | Archive
     config: str | tuple[str, ...] | None
     files: tuple[str, ...]
     where: str
@@ -154,7 +175,7 @@ def documents(
     """
     for known in (source.key, ROOT_KEY):
         for name in metadata:
-            if name.startswith(known.removesuffix("_dir")) and name != known:
+            if name.startswith(known.removesuffix("_dir")) and name not in (known, *_LONGER_KEYS):
                 hint = did_you_mean(name, [known])
                 raise UserError(f"Unknown metadata {name!r}: the {source.title} tasks know {known!r} only.{hint}")
     chosen = config or source.config
@@ -162,6 +183,8 @@ def documents(
         return _read_folder(source, *folder, split, chosen)
     if isinstance(source.hub, Archive):
         return _read_archive(source, source.hub, split, chosen)
+    if isinstance(source.hub, HubFile):
+        return _read_hub_file(source, source.hub, chosen)
     return _read_hub(source, source.hub, split, chosen)
 
 
@@ -242,6 +265,14 @@ def _read_hub(source: Source[RowT], hub: str, split: str, config: str | tuple[st
     return [_checked(source, row, f"{hub}, row {number}") for number, row in enumerate(rows)]
 
 
+def _read_hub_file(source: Source[RowT], hub: HubFile, config: str | tuple[str, ...] | None) -> list[RowT]:
+    try:
+        file = huggingface_hub.hf_hub_download(hub.id, hub.name.format(config=config), repo_type="dataset")
+    except Exception as error:  # whatever the network, the hub's client or a cache can raise
+        raise _unreachable(source, "the Hugging Face Hub", error) from error
+    return _read_file(source, Path(file))
+
+
 def _read_archive(
     source: Source[RowT], archive: Archive, split: str, config: str | tuple[str, ...] | None
 ) -> list[RowT]:
@@ -269,7 +300,10 @@ def _read_folder(
     source: Source[RowT], given: object, label: str, below: str, split: str, config: str | tuple[str, ...] | None
 ) -> list[RowT]:
     names = [pattern.format(split=split, config=config) for pattern in source.files]
-    hub = source.hub.url if isinstance(source.hub, Archive) else f"{source.hub} from the Hugging Face Hub"
+    if isinstance(source.hub, Archive):
+        hub = source.hub.url
+    else:
+        hub = f"{source.hub.id if isinstance(source.hub, HubFile) else source.hub} from the Hugging Face Hub"
     remedy = f"Give a folder that holds {source.title}'s {names[0]}, or leave it out to load {hub}."
     if not isinstance(given, (str, os.PathLike)) or not str(given).strip():
         raise UserError(f"{label} {given!r}, which is no path. {remedy}")

@@ -60,8 +60,16 @@ def running() -> Iterator[Callable[..., dict[str, Any]]]:
     module("mmengine.dist", is_main_process=lambda: True)
     module("opencompass.registry", **{name: Registry() for name in registries})
     module("opencompass.utils.types", _check_type_list=lambda value, _: value)
-    for name in ("datasets", "evaluator", "openicl.icl_retriever", "openicl.icl_inferencer", "openicl.icl_evaluator"):
-        sys.modules[f"opencompass.{name}"] = Anything(name)
+    for name in (
+        "datasets",
+        "datasets.ProteinLMBench",
+        "evaluator",
+        "openicl.icl_retriever",
+        "openicl.icl_inferencer",
+        "openicl.icl_evaluator",
+    ):
+        sys.modules[f"opencompass.{name}"] = anything = Anything(name)
+        anything.__path__ = []
     sys.modules["opencompass.utils.text_postprocessors"] = Anything("text_postprocessors")
     vars(module("opencompass.utils.prompt")).update(run("utils/prompt.py"))
     vars(module("opencompass.openicl.icl_prompt_template")).update(run("openicl/icl_prompt_template.py"))
