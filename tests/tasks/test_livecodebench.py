@@ -129,9 +129,9 @@ def test_what_it_asks(offline: Path) -> None:
     stdin, starter = prompts(task)
     assert stdin == (
         "### Question:\nPrint twice the number {n}.\n\nSample: 1 -> 2\n\n### Format: Read the inputs from stdin "
-        "solve the problem and write the answer to stdout (do not directly test on the sample inputs). Enclose your code "
-        "within delimiters as follows.\n```python\n# YOUR CODE HERE\n```\n\n### Answer: (use the provided format with "
-        "backticks)\n\n\n"
+        "solve the problem and write the answer to stdout (do not directly test on the sample inputs). Enclose your "
+        "code within delimiters as follows.\n```python\n# YOUR CODE HERE\n```\n\n### Answer: (use the provided format "
+        "with backticks)\n\n\n"
     )
     assert "### Format: You will use the following starter code" in starter and "        \n```\n\n### Answer" in starter
     assert set(task.eval_docs[0]) == {"question_id", "question", "starter_code"}  # samples files hold no tests
