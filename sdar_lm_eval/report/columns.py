@@ -52,8 +52,8 @@ COLUMNS = (
 )
 """SDAR's table (arXiv 2510.06303, table 1); the tasks are those of `tasks/sdar_bench.yaml`."""
 
-_RULE = "a rule scores alone here; there a judge model may score what the rule finds wrong"
-_TWIN = "a rule scores here; there probably a judge model"
+_RULE = "here a rule scores alone; there a judge model may look at what the rule finds wrong"
+_TWIN = "here a rule scores; there probably a judge model"
 _SCI = {
     "MMLU-Pro": ("exact_match,opencompass", 12032, _RULE),
     "AIME 2024": ("math_verify,opencompass", 30, _RULE),

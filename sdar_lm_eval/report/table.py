@@ -158,18 +158,19 @@ def difference(score: Score, column: Column, published: float) -> Difference:
     """Return how far a score is from a published one, which is in per cent.
 
     A few answers may all be right, or all wrong, by chance, and their standard error is then 0. So the score's standard
-    error counts as at least that of the published score on as many answers. The published score of questions with
-    several answers each is taken to be as uncertain as the run's.
+    error counts as at least that of the published score on as many answers, or on as many questions where the answers of
+    all questions are alike. The published score of questions with several answers each is taken to be as uncertain as
+    the run's.
     """
     stderr = None
     if score.stderr is not None:
         questions = column.questions or score.questions
-        of_few, of_all = (
-            _stderr(published / 100, number * score.answers) or 0.0 for number in (score.questions, questions)
-        )
+        answers = score.answers if score.stderr > 0 else 1
+        of_few, of_all = (_stderr(published / 100, number * answers) or 0.0 for number in (score.questions, questions))
+        own = max(score.stderr, of_few)
         if score.answers > 1:
-            of_all = max(of_all, score.stderr * math.sqrt(score.questions / questions))
-        stderr = 100 * math.hypot(max(score.stderr, of_few), of_all)
+            of_all = max(of_all, own * math.sqrt(score.questions / questions))
+        stderr = 100 * math.hypot(own, of_all)
     return Difference(100 * score.value - published, stderr)
 
 

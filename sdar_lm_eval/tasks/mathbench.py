@@ -166,6 +166,11 @@ def gold(doc: Question, order: str = ORDERS[0]) -> str:
     return LETTERS[order.index(doc["answer"])] if doc["options"] else doc["answer"]
 
 
+def target(doc: Question) -> str:
+    """Return the right answer of each order, divided by spaces, as samples files show them."""
+    return " ".join(gold(doc, order) for order in orders(doc))
+
+
 class CircularTask(ConfigurableTask):
     """lm-eval's task from a YAML file, which asks each document once for each of its `orders`."""
 
@@ -208,8 +213,8 @@ def score(doc: Question, results: Sequence[str]) -> dict[str, float | None]:
     }
 
 
-def mean_of_stages(scores: Iterable[SetScore | None]) -> float:
-    """Return the mean over stages of the mean over a stage's sets; not a number where no stage has a score.
+def mean_of_stages(scores: Iterable[SetScore | None]) -> float | str:
+    """Return the mean over stages of the mean over a stage's sets; "N/A", as lm-eval has it, where there is no score.
 
     The sets that `--limit` leaves out are left out of the means.
     """
@@ -217,23 +222,23 @@ def mean_of_stages(scores: Iterable[SetScore | None]) -> float:
 
 
 def stderr_of_stages(scores: Iterable[SetScore | None]) -> float | str:
-    """Return the standard error of `mean_of_stages`; "N/A", as lm-eval has it, where a set has one score only."""
-    stderr = _over_stages(scores, _stderr, lambda errors: math.hypot(*errors) / len(errors))
-    return "N/A" if math.isnan(stderr) else stderr
+    """Return the standard error of `mean_of_stages`; "N/A" where a set has one score only."""
+    return _over_stages(scores, _stderr, lambda errors: math.hypot(*errors) / len(errors))
 
 
 def _over_stages(
     scores: Iterable[SetScore | None],
     of_set: Callable[[Sequence[float]], float],
     combined: Callable[[Sequence[float]], float],
-) -> float:
+) -> float | str:
     stages: dict[str, dict[str, list[float]]] = {}
     for score in scores:
         if score is not None:
             stages.setdefault(score.stage, {}).setdefault(score.set, []).append(score)
     if not stages:
-        return math.nan
-    return combined([combined([of_set(values) for values in sets.values()]) for sets in stages.values()])
+        return "N/A"
+    mean = combined([combined([of_set(values) for values in sets.values()]) for sets in stages.values()])
+    return "N/A" if math.isnan(mean) else mean
 
 
 def _stderr(values: Sequence[float]) -> float:

@@ -78,6 +78,7 @@ def test_the_letters_of_each_order() -> None:
     assert [gold(_choice(), order) for order in ORDERS] == ["B", "A", "D", "C"]
     assert [gold(_choice(answer="D"), order) for order in ORDERS] == ["D", "C", "B", "A"]
     assert gold(_choice(options=[], answer="1{,}000")) == "1{,}000"
+    assert mathbench.target(_choice()) == "B A D C" and mathbench.target(_choice(options=[], answer="5")) == "5"
     assert [len(orders(_choice(options=options))) for options in (CHOICE["options"], [])] == [4, 1]
 
 
@@ -119,7 +120,7 @@ def test_means_over_stages() -> None:
     scores = _scores(college_cn=[1, 1], college_en=[1, 0, 0, 0], arithmetic_en=[0, 0, 0])
     assert mathbench.mean_of_stages([*scores, None]) == pytest.approx(0.3125)
     assert mathbench.mean_of_stages(scores[:2]) == 1.0  # a limit left the other stages out
-    assert math.isnan(mathbench.mean_of_stages([None]))
+    assert mathbench.mean_of_stages([None]) == "N/A"
     # Of college_en alone: sqrt(.25 * .75 / 3) = .25, halved for the stage and again for the mean.
     assert mathbench.stderr_of_stages(scores) == pytest.approx(0.0625)
     assert mathbench.stderr_of_stages(_scores(college_cn=[1], college_en=[1, 0])) == "N/A"
