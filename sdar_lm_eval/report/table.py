@@ -158,7 +158,7 @@ def difference(score: Score, column: Column, published: float) -> Difference:
     """Return how far a score is from a published one, which is in per cent.
 
     A few answers may all be right, or all wrong, by chance, and their standard error is then 0. So the score's standard
-    error counts as at least that of the published score on as many answers, or on as many questions where the answers of
+    error counts as at least that of the published score on as many answers; on as many questions, where the answers of
     all questions are alike. The published score of questions with several answers each is taken to be as uncertain as
     the run's.
     """

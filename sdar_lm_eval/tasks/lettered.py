@@ -54,18 +54,19 @@ def _gpqa_row(row: Columns) -> GPQARow:
 
 def _mmlu_pro_row(row: Columns) -> Categorized:
     options, answer = _texts(row, "options", 16), row.text("answer")
-    if answer not in tuple(string.ascii_uppercase[: len(options)]):
-        raise RowError(f"'answer' is {answer!r}, not the letter of one of {len(options)} options.")
+    if answer not in tuple(string.ascii_uppercase[:16]):
+        raise RowError(f"'answer' is {answer!r}, not a letter from A to P.")
     return Categorized(question=row.text("question"), options=options, answer=answer, category=row.text("category"))
 
 
 def _protein_row(row: Columns) -> Question:
     # "option 2: …" is an option, and "option 2" the answer. OpenCompass takes what follows the last ": " for the text.
     options = [option.rpartition(": ")[2] for option in _texts(row, "options", 26)]
-    answer = row.text("answer").rpartition(" ")[2]
-    if not answer.isdecimal() or not 1 <= int(answer) <= len(options):
-        raise RowError(f"'answer' is {row.text('answer')!r}, not 'option 1' to 'option {len(options)}'.")
-    return Question(question=row.text("question"), options=options, answer=string.ascii_uppercase[int(answer) - 1])
+    number = row.text("answer").rpartition(" ")[2]
+    if number not in map(str, range(1, 27)):
+        raise RowError(f"'answer' is {row.text('answer')!r}, not such as 'option 1'.")
+    # As in OpenCompass, a row whose answer is none of its options is asked, and never right.
+    return Question(question=row.text("question"), options=options, answer=string.ascii_uppercase[int(number) - 1])
 
 
 GPQA = Source(

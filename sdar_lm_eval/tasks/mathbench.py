@@ -104,11 +104,12 @@ class SetScore(float):
 def _choice_row(row: Columns) -> Row:
     question, given, answer = row.text("question"), row.items("options"), row.text("answer")
     options = [str(option) for option in given if isinstance(option, (str, int, float))]
-    if not len(given) == len(options) == len(LETTERS):
+    if len(options) < len(given) or len(options) < len(LETTERS):
         raise RowError(f"'options' is {given!r}, not {len(LETTERS)} strings.")
     if answer not in tuple(LETTERS):
         raise RowError(f"'answer' is {answer!r}, not A, B, C or D.")
-    return Row(question=question.strip(), options=options, answer=answer)
+    # As in OpenCompass, of more options than four the first four count.
+    return Row(question=question.strip(), options=options[: len(LETTERS)], answer=answer)
 
 
 def _cloze_row(row: Columns) -> Row:

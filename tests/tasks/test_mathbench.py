@@ -24,7 +24,7 @@ from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.frames import read_run
 from sdar_lm_eval.report.table import read_tables
 from sdar_lm_eval.tasks import mathbench
-from sdar_lm_eval.tasks.data import Archive
+from sdar_lm_eval.tasks.data import Archive, read_jsonl
 from sdar_lm_eval.tasks.mathbench import ORDERS, PARTS, SetScore, answer_of, gold, orders, score
 
 CHOICE = {"question": "1 + 1?", "options": ["one", "two", "three", "four"], "answer": "B"}
@@ -230,6 +230,13 @@ def test_a_model_that_answers_in_its_own_order(offline: Path) -> None:
         _Reversed(_right), tasks=["mathbench_sdar"], task_manager=manager(), bootstrap_iters=0
     )
     assert results is not None and results["groups"]["mathbench_sdar"]["stage_mean,opencompass"] == 1.0
+
+
+def test_of_more_options_than_four_the_first_four_count(tmp_path: Path) -> None:
+    """OpenCompass's orders have four."""
+    row = miniature.write_jsonl(tmp_path / "x.jsonl", [CHOICE | {"options": ["a", 2, 0.5, "d", "e"]}])
+    ((found,),) = [read_jsonl(mathbench.MATHBENCH, row)]
+    assert found["options"] == ["a", "2", "0.5", "d"]
 
 
 @pytest.mark.parametrize(

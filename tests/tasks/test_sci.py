@@ -193,17 +193,12 @@ def test_the_folder_of_mmlu_pro_is_no_misspelt_one_of_mmlu(offline: Path) -> Non
 @pytest.mark.parametrize(
     ("source", "rows", "message"),
     [
-        (lettered.MMLU_PRO, [miniature.MMLU_PRO[0] | {"answer": "E"}], "'answer' is 'E', not the letter of one of 4"),
+        (lettered.MMLU_PRO, [miniature.MMLU_PRO[0] | {"answer": "Q"}], "'answer' is 'Q', not a letter from A to P."),
         (lettered.MMLU_PRO, [miniature.MMLU_PRO[0] | {"options": ["a", 2]}], "'options' is ['a', 2], not a list of at"),
         (
             lettered.PROTEINLMBENCH,
-            [miniature.PROTEINLMBENCH[0] | {"answer": "option 4"}],
-            "'answer' is 'option 4', not",
-        ),
-        (
-            lettered.PROTEINLMBENCH,
             [miniature.PROTEINLMBENCH[0] | {"answer": "B"}],
-            "'answer' is 'B', not 'option 1' to",
+            "'answer' is 'B', not such as 'option 1'.",
         ),
         (competitions.AIME2025, [{"question": "?", "answer": ""}], "'answer' is empty."),
     ],
@@ -213,6 +208,13 @@ def test_bad_rows(source: Any, rows: list[Any], message: str, tmp_path: Path) ->
     with pytest.raises(UserError) as raised:
         documents(source, "test", {source.key: str(tmp_path)})
     assert str(raised.value).startswith(f"{file}, line 1: {message}")
+
+
+def test_a_row_whose_answer_is_no_option_is_never_right(tmp_path: Path) -> None:
+    miniature.write_jsonl(tmp_path / "train.jsonl", [miniature.PROTEINLMBENCH[0] | {"answer": "option 7"}])
+    (doc,) = lettered.load_proteinlmbench(proteinlmbench_dir=str(tmp_path))["test"]
+    ((letters,),) = [lettered.filter_first_option([["Answer: G"]], [doc])]
+    assert (doc["answer"], letters, lettered.score(doc, [letters])) == ("G", ["A"], {"exact_match": 0.0})
 
 
 def test_broken_csv(tmp_path: Path) -> None:
