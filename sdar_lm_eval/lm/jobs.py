@@ -37,7 +37,8 @@ class Job:
         instance: the harness's request.
         task: the task's name.
         document: the document's index in the data set.
-        repeat: from 0; always 0 for a deterministic answer.
+        repeat: the answer's number among the document's, from 0. A deterministic answer is made once, whatever the
+            task's repeats. A document with several requests has the repeats of its first request first.
         prompt: the text that is tokenized.
         templated_by: who put the prompt into the chat template; None where nobody did.
         request: what the engine gets.
@@ -184,7 +185,7 @@ class Jobs:
                 instance=instance,
                 task=task.name,
                 document=task.document(instance),
-                repeat=repeat,
+                repeat=instance.idx * max(instance.repeats or 1, 1) + repeat,
                 prompt=prompt,
                 templated_by=by,
                 request=request,

@@ -7,7 +7,7 @@ The first line names the format and its version; each further line is an answer:
      "steps": […], "confidences": […], "finish_reason": "stop", "forwards": {…}, "seconds": 0.12}
 
     document        the document's index in the data set
-    repeat          from 0, where a document has several sampled answers
+    repeat          from 0, where a document has several answers
     prompt_tokens   tokens of the prompt. The answer's first block begins at the last multiple of block_length that is
                     not behind the prompt, so its first prompt_tokens % block_length tokens are the prompt's
     token_ids       the answer's tokens, as the engine returned them; lm_eval's text is cut before the first `until`
@@ -62,7 +62,7 @@ class Denoising:
 
     Attributes:
         document: the document's index in the data set.
-        repeat: from 0, where a document has several sampled answers.
+        repeat: from 0, where a document has several answers.
         block_length: tokens of a block.
         prompt_tokens: tokens of the prompt.
         token_ids: the answer's tokens.

@@ -252,9 +252,8 @@ def compare(
 
 def _repeats(sample: Sample) -> tuple[str, ...]:
     """A document's answers; one, which is empty, where the document was scored by log-likelihoods."""
-    generated = "gen_args_1" not in sample.line.part_or_empty("arguments").content
     request = sample.line.part_or_empty("arguments").part_or_empty("gen_args_0").content
-    return sample.responses if generated and isinstance(request.get("arg_1"), dict) and sample.responses else ("",)
+    return sample.responses if isinstance(request.get("arg_1"), dict) and sample.responses else ("",)
 
 
 def _answer_row(task: str, record: Denoising, before: int) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""Published scores of the columns of SDAR's table: whose they are, where they stand, how they were decoded."""
+"""Published scores of the columns of SDAR's tables: whose they are, where they stand, how they were decoded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,21 @@ from dataclasses import dataclass, field
 from sdar_lm_eval.errors import UserError, did_you_mean
 
 MMLU, GSM8K, MATH500 = "mmlu_sdar", "gsm8k_sdar_paper", "math500_sdar"
-HUMANEVAL, MBPP, IFEVAL = "humaneval_sdar", "mbpp_sdar", "ifeval_sdar"
+HUMANEVAL, MBPP, IFEVAL, MATHBENCH = "humaneval_sdar", "mbpp_sdar", "ifeval_sdar", "mathbench_sdar"
+SCI_TASKS = {
+    "MMLU-Pro": "mmlu_pro_sdar",
+    "AIME 2024": "aime2024_sdar",
+    "AIME 2025": "aime2025_sdar",
+    "LMB-hard": "livemathbench_hard_sdar",
+    "LCB-v5": "livecodebench_v5_sdar",
+    "LCB-v6": "livecodebench_v6_sdar",
+    "GPQA-diamond": "gpqa_diamond_sdar",
+    "ProteinLMBench": "proteinlmbench_sdar_rule",
+}
+"""Column of SDAR-30B-A3B-Sci's table -> the task with its greedy protocol."""
 
 SDAR = "arXiv 2510.06303, table 1"
+SCI = "JetAstra/SDAR's README, part II"
 DLLM_RL = "Gen-Verse/dLLM-RL's README"
 DARE = "DARE's README, by OpenCompass"
 
@@ -25,11 +37,19 @@ _OPENCOMPASS = {
 }
 """Decoding of SDAR's runs (JetAstra/SDAR at c2041a8, evaluation/opencompass/configs)."""
 
+_SCI_GREEDY = _OPENCOMPASS | {"max_gen_toks": 32768}
+_SCI_SAMPLED = _SCI_GREEDY | {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+"""Decoding of SDAR-30B-A3B-Sci's runs; the length is that of JetAstra/SDAR's issue 10."""
+
 _SAMPLED = {"block_length": 4, "denoising_steps": 4, "temperature": 1.0}
 """Decoding of dLLM-RL's runs (configs/ there), beside the strategy and the length of answers."""
 _THINKING = _SAMPLED | {"remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.9}
 _DYNAMIC = _THINKING | {"max_gen_toks": 2000}
 _STATIC = _SAMPLED | {"remasking_strategy": "low_confidence_static", "max_gen_toks": 2000}
+
+
+_OTHERS = "the source's prompts and scorers are others"
+_UNDOCUMENTED = "the source does not document its prompts and scorers"
 
 
 @dataclass(frozen=True)
@@ -41,38 +61,56 @@ class Published:
         source: where the row stands.
         scores: task of this package -> score, in per cent; tasks that the row lacks are missing.
         decoding: the row's decoding settings; empty for a model that is no block-diffusion model.
-        same_prompts: whether this package's tasks have the row's prompts and scorers.
+        caveat: what else than chance and decoding may explain differences from the row; "" where the row's prompts and
+            scorers are this package's.
     """
 
     name: str
     source: str
     scores: Mapping[str, float]
     decoding: Mapping[str, object] = field(default_factory=dict)
-    same_prompts: bool = True
+    caveat: str = ""
 
 
 def _of_sdar(name: str, *scores: float | None) -> Published:
-    """A row of SDAR's table: MMLU, GSM8K, MATH500, HumanEval, MBPP, IFEval."""
-    tasks = (MMLU, GSM8K, MATH500, HUMANEVAL, MBPP, IFEVAL)
+    """A row of SDAR's table: MMLU, GSM8K, MATH500, HumanEval, MBPP, IFEval, MathBench."""
+    tasks = (MMLU, GSM8K, MATH500, HUMANEVAL, MBPP, IFEVAL, MATHBENCH)
     known = {task: score for task, score in zip(tasks, scores, strict=True) if score is not None}
     return Published(name, SDAR, known, _OPENCOMPASS if name.startswith("SDAR") else {})
 
 
 def _of_dllm_rl(name: str, math500: float, gsm8k: float, decoding: Mapping[str, object]) -> Published:
-    return Published(f"dLLM-RL:{name}", DLLM_RL, {MATH500: math500, GSM8K: gsm8k}, decoding, same_prompts=False)
+    return Published(f"dLLM-RL:{name}", DLLM_RL, {MATH500: math500, GSM8K: gsm8k}, decoding, _OTHERS)
+
+
+def sampled(task: str) -> str:
+    """Return the name of a task's twin with the sampling protocol."""
+    return f"{task}_s"
+
+
+def _of_sci(name: str, *scores: float, decoding: Mapping[str, object]) -> Published:
+    """A row of SDAR-30B-A3B-Sci's table, in the order of `SCI_TASKS`; an autoregressive one has both protocols."""
+    protocols = [name.endswith(end) for end in ("-greedy", "-sampled")]
+    own: dict[str, float] = {}
+    for task, score in zip(SCI_TASKS.values(), scores, strict=True):
+        if not protocols[1]:
+            own[task] = score
+        if not protocols[0]:
+            own[sampled(task)] = score
+    return Published(name, SCI, own, decoding, _UNDOCUMENTED)
 
 
 PUBLISHED = {
     row.name: row
     for row in (
-        _of_sdar("SDAR-1.7B-Chat", 62.9, 80.1, 63.2, 61.6, 61.1, 43.4),
-        _of_sdar("SDAR-4B-Chat", 74.9, 89.9, 72.8, 72.0, 65.4, 56.6),
-        _of_sdar("SDAR-8B-Chat", 78.6, 91.3, 78.6, 78.7, 72.0, 61.4),
-        _of_sdar("SDAR-30B-A3B-Chat", 82.8, 91.4, 77.8, 87.2, 71.6, 60.6),
-        _of_sdar("Qwen3-1.7B-AR-SFT", 63.8, 81.1, 62.0, 65.9, 61.9, 43.3),
-        _of_sdar("Qwen3-30B-AR-SFT", 82.2, 92.7, 76.8, 84.8, 75.1, 57.7),
-        _of_sdar("LLaDA-8B", 65.9, 78.6, None, 47.6, 34.2, 59.9),
-        _of_sdar("Dream-7B", 69.5, 81.0, None, 55.5, 58.8, 62.5),
+        _of_sdar("SDAR-1.7B-Chat", 62.9, 80.1, 63.2, 61.6, 61.1, 43.4, 63.6),
+        _of_sdar("SDAR-4B-Chat", 74.9, 89.9, 72.8, 72.0, 65.4, 56.6, 74.7),
+        _of_sdar("SDAR-8B-Chat", 78.6, 91.3, 78.6, 78.7, 72.0, 61.4, 76.9),
+        _of_sdar("SDAR-30B-A3B-Chat", 82.8, 91.4, 77.8, 87.2, 71.6, 60.6, 79.3),
+        _of_sdar("Qwen3-1.7B-AR-SFT", 63.8, 81.1, 62.0, 65.9, 61.9, 43.3, 60.5),
+        _of_sdar("Qwen3-30B-AR-SFT", 82.2, 92.7, 76.8, 84.8, 75.1, 57.7, 78.4),
+        _of_sdar("LLaDA-8B", 65.9, 78.6, None, 47.6, 34.2, 59.9, None),
+        _of_sdar("Dream-7B", 69.5, 81.0, None, 55.5, 58.8, 62.5, None),
         _of_dllm_rl("SDAR-4B-Chat-static", 70.2, 90.2, _STATIC),
         _of_dllm_rl("SDAR-4B-Chat-dynamic", 67.4, 88.9, _DYNAMIC),
         _of_dllm_rl("SDAR-8B-Chat-static", 74.3, 91.1, _STATIC),
@@ -82,6 +120,9 @@ PUBLISHED = {
         _of_dllm_rl("TraDo-8B-Instruct-static", 78.5, 92.3, _STATIC),
         _of_dllm_rl("TraDo-8B-Instruct-dynamic", 75.5, 91.2, _DYNAMIC),
         _of_dllm_rl("TraDo-8B-Thinking", 87.4, 94.2, _THINKING),
+        _of_sci("SDAR-30B-A3B-Sci-greedy", 78.1, 76.7, 60.0, 60.7, 40.7, 42.3, 66.7, 59.9, decoding=_SCI_GREEDY),
+        _of_sci("SDAR-30B-A3B-Sci-sampled", 77.9, 73.4, 59.2, 58.7, 49.1, 51.4, 66.0, 59.6, decoding=_SCI_SAMPLED),
+        _of_sci("AR-30B-A3B-Sci", 78.3, 74.9, 60.7, 55.4, 51.5, 46.3, 61.2, 59.5, decoding={}),
         Published(
             "DARE:SDAR-8B-Chat",
             DARE,
@@ -109,8 +150,10 @@ def published(name: str) -> Published:
     return found
 
 
-def published_as(model: str) -> Published | None:
-    """Return SDAR's own row of a checkpoint, by the checkpoint's name or folder; None where the name is of none."""
+def published_as(model: str) -> list[Published]:
+    """Return SDAR's own rows of a checkpoint, by the checkpoint's name or folder; none where the name is of none."""
+    if re.search(r"SDAR-30B-A3B-Sci(?![\w-])", model, re.IGNORECASE):
+        return [PUBLISHED["SDAR-30B-A3B-Sci-greedy"], PUBLISHED["SDAR-30B-A3B-Sci-sampled"]]
     sizes = "|".join(map(re.escape, SIZES))
     match = re.search(rf"SDAR-({sizes})-Chat(?![\w-])", model, re.IGNORECASE)
-    return PUBLISHED[SIZES[match[1].upper()]] if match else None
+    return [PUBLISHED[SIZES[match[1].upper()]]] if match else []

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.report.published import GSM8K, HUMANEVAL, IFEVAL, MATH500, MBPP, MMLU, Published, published_as
+from sdar_lm_eval.report.columns import COLUMNS, TABLES, Column
+from sdar_lm_eval.report.published import Published, published_as
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Run, read_runs
 from sdar_lm_eval.report.text_table import aligned, with_error
@@ -18,35 +19,6 @@ logger = logging.getLogger(__name__)
 
 STANDARD_ERRORS = 1.96
 """A difference of more standard errors than this is called larger than chance. Chance alone exceeds it 1 time in 20."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of SDAR's table (arXiv 2510.06303, table 1).
-
-    Attributes:
-        title: as the table has it.
-        task: this package's task that reproduces the column; one of `tasks/sdar_bench.yaml`.
-        metric: the task's metric and filter, as results files spell them.
-        questions: how many the benchmark has.
-        shots: how many solved questions stand before each question.
-    """
-
-    title: str
-    task: str
-    metric: str
-    questions: int
-    shots: int
-
-
-COLUMNS = (
-    Column("MMLU (5-shot)", MMLU, "exact_match,first-option", 14042, 5),
-    Column("GSM8K", GSM8K, "exact_match,opencompass", 1319, 0),
-    Column("MATH500", MATH500, "math_verify,none", 500, 0),
-    Column("HumanEval", HUMANEVAL, "pass@1,code-block", 164, 0),
-    Column("MBPP (sanitized)", MBPP, "pass@1,code-block", 257, 0),
-    Column("IFEval (prompt strict)", IFEVAL, "prompt_level_strict_acc,none", 541, 0),
-)
 
 
 @dataclass(frozen=True)
@@ -60,6 +32,7 @@ class Score:
         shots: how many solved questions stood before each question; None where the file does not say.
         settings: the run's decoding settings; empty for a model of another package.
         seeds: how many results of other seeds `value` is the mean of.
+        answers: how many each question has, of which its score is the mean.
     """
 
     value: float
@@ -68,6 +41,7 @@ class Score:
     shots: int | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
     seeds: int = 1
+    answers: int = 1
 
 
 @dataclass(frozen=True)
@@ -112,6 +86,11 @@ class Table:
         return str(self.run.settings(self.run.tasks[0]).get("pretrained") or "?")
 
     @property
+    def columns(self) -> list[Column]:
+        """The columns of each published table of which the run has some."""
+        return [column for columns in TABLES if any(c.task in self.scores for c in columns) for column in columns]
+
+    @property
     def title(self) -> str:
         """The model and the run."""
         return f"{self.model}, {self.run.label}"
@@ -121,7 +100,7 @@ class Table:
         return {
             "run": self.run.label,
             "model": self.model,
-            "columns": [self._column(column) for column in COLUMNS],
+            "columns": [self._column(column) for column in self.columns],
             "left_out": list(self.left_out),
         }
 
@@ -165,13 +144,12 @@ def read_tables(paths: Iterable[Path], rows: Sequence[Published] = ()) -> list[T
     tables = [_table(run, rows) for run in runs]
     if not any(table.scores for table in tables):
         tasks = sorted({task for run in runs for task in run.tasks})
-        ours = [column.task for column in COLUMNS]
-        if without := [task for task in tasks if task in ours]:
-            metrics = ", ".join(f"{column.metric} of {column.task}" for column in COLUMNS if column.task in without)
+        if without := [column for column in _ALL if column.task in tasks]:
+            metrics = ", ".join(f"{column.metric} of {column.task}" for column in without)
             raise UserError(f"The table shows {metrics}, which these runs lack. Evaluate again.")
         raise UserError(
             f"No results of the table's tasks, only of {', '.join(tasks[:8])}. Run --tasks sdar_bench, or some of "
-            f"{', '.join(ours)}."
+            f"{', '.join(column.task for column in COLUMNS)}; or --tasks sdar_sci or sdar_sci_s."
         )
     return tables
 
@@ -180,12 +158,19 @@ def difference(score: Score, column: Column, published: float) -> Difference:
     """Return how far a score is from a published one, which is in per cent.
 
     A few answers may all be right, or all wrong, by chance, and their standard error is then 0. So the score's standard
-    error counts as at least that of the published score on as many questions.
+    error counts as at least that of the published score on as many answers; on as many questions, where the answers of
+    all questions are alike. The published score of questions with several answers each is taken to be as uncertain as
+    the run's.
     """
     stderr = None
     if score.stderr is not None:
-        of_few, of_all = (_stderr(published / 100, number) or 0.0 for number in (score.questions, column.questions))
-        stderr = 100 * math.hypot(max(score.stderr, of_few), of_all)
+        questions = column.questions or score.questions
+        answers = score.answers if score.stderr > 0 else 1
+        of_few, of_all = (_stderr(published / 100, number * answers) or 0.0 for number in (score.questions, questions))
+        own = max(score.stderr, of_few)
+        if score.answers > 1:
+            of_all = max(of_all, own * math.sqrt(score.questions / questions))
+        stderr = 100 * math.hypot(own, of_all)
     return Difference(100 * score.value - published, stderr)
 
 
@@ -196,11 +181,13 @@ def render(table: Table) -> str:
         head += [f"{row.name}, %", "difference", ""]
     lines = []
     notes = [f"left out: {sentence}" for sentence in table.left_out]
-    for column in COLUMNS:
+    for column in table.columns:
         score = table.scores.get(column.task)
         cells = [column.title, column.task, "", "not run"]
         if score is not None:
             cells[2:] = [f"{score.questions:,}", with_error(score.value, score.stderr, 100)]
+            if score.answers > 1:
+                notes.append(f"{column.task}: mean of {score.answers} answers a question; the error counts questions")
             if score.seeds > 1:
                 notes.append(f"{column.task}: mean of {score.seeds} seeds; the error is that of one")
             notes += [note for row in table.rows for note in _notes(column, score, row)]
@@ -225,15 +212,17 @@ def render(table: Table) -> str:
 LEGEND = (
     f"± is one standard error. A difference is called larger than chance if it exceeds {STANDARD_ERRORS} standard\n"
     "errors of two runs on different questions. Both runs here answered the same questions, so chance plays a smaller\n"
-    "part: a difference marked LARGER is hardly chance, and one within chance may be real. SDAR's table has a further\n"
-    "column, MathBench."
+    "part: a difference marked LARGER is hardly chance, and one within chance may be real."
 )
+
+
+_ALL = tuple(column for columns in TABLES for column in columns)
 
 
 def _table(run: Run, rows: Sequence[Published]) -> Table:
     scores: dict[str, Score] = {}
     used: set[str] = set()
-    for column in COLUMNS:
+    for column in _ALL:
         # A file may hold this task's newest results, and another task's results that newer ones replace.
         newest = [
             each for each in run.results if all(each in run.of_tasks.get(task, []) for task in _tasks_of(each, column))
@@ -255,6 +244,7 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
             shots=each[0].shots,
             settings=each[0].settings,
             seeds=len(each),
+            answers=each[0].answers,
         )
         used |= {column.task, *_tasks_of(known[0][0], column)}
     if others := [task for task in run.tasks if task not in used]:
@@ -263,7 +253,7 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
     else:
         left_out = []
     own = published_as(str(run.settings(run.tasks[0]).get("pretrained")))
-    return Table(run, scores, rows or ([own] if own is not None else []), left_out)
+    return Table(run, scores, rows or [row for row in own if not scores or row.scores.keys() & scores], left_out)
 
 
 def _tasks_of(results: Results, column: Column) -> list[str]:
@@ -276,6 +266,7 @@ def _score(results: Results, column: Column) -> Score | None:
     """The column's score in a results file, None where the file has none. A group's score is the mean of its tasks'."""
     tasks = _tasks_of(results, column)
     values, questions = [], []
+    errors: list[float | None] = []
     for task in tasks:
         metrics = results.scores.part_or_empty(task)
         value = metrics.number(column.metric)
@@ -289,7 +280,12 @@ def _score(results: Results, column: Column) -> Score | None:
             raise numbers.malformed("effective", "a whole number above 0")
         values.append(value)
         questions.append(answered)
-    errors = [_stderr(value, number) for value, number in zip(values, questions, strict=True)]
+        name, _, filter_name = column.metric.partition(",")
+        stderr = metrics.content.get(f"{name}_stderr,{filter_name}")  # "N/A" where lm_eval computed none
+        if isinstance(stderr, (int, float)) and math.isfinite(stderr):
+            errors.append(stderr)
+        else:
+            errors.append(None if column.weighted else _stderr(value, answered))
     known = [error for error in errors if error is not None]
     return Score(
         value=sum(values) / len(values),
@@ -297,6 +293,7 @@ def _score(results: Results, column: Column) -> Score | None:
         questions=sum(questions),
         shots=results.content.part_or_empty("n-shot").whole(tasks[0]),
         settings=results.decoding_of(tasks[0]).content,
+        answers=results.content.part_or_empty("configs").part_or_empty(tasks[0]).whole("repeats") or 1,
     )
 
 
@@ -314,10 +311,9 @@ def _notes(column: Column, score: Score, row: Published) -> list[str]:
         for name, value in row.decoding.items()
         if name in score.settings and score.settings[name] != value
     ]
-    if row.same_prompts and score.shots not in (None, column.shots):
+    if not row.caveat and score.shots not in (None, column.shots):
         found.insert(0, f"num_fewshot={score.shots} (published: {column.shots})")
-    if score.questions < column.questions:
+    if column.questions is not None and score.questions < column.questions:
         found.insert(0, f"{score.questions:,} of {column.questions:,} questions")
-    if not row.same_prompts:
-        found.append("the source's prompts and scorer are others")
+    found += [caveat for caveat in (row.caveat, column.caveat) if caveat]
     return [f"{column.task} beside {row.name}: {'; '.join(found)}"] if found else []

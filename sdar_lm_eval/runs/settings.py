@@ -29,7 +29,10 @@ DEFAULT_TASK = "gsm8k_sdar"
 SWEPT = ("block_length", "denoising_steps", "temperature", "remasking_strategy", "confidence_threshold")
 """Flags that take several values for a sweep (`grid.py`); a sweep varies the last one fastest."""
 
-RUN_PROGRAMS = ("humaneval_sdar", "mbpp_sdar", "sdar_bench")
+RUN_PROGRAMS = (
+    "humaneval_sdar", "mbpp_sdar", "sdar_bench", "livecodebench_v5_sdar", "livecodebench_v5_sdar_s",
+    "livecodebench_v6_sdar", "livecodebench_v6_sdar_s", "sdar_sci", "sdar_sci_s",
+)  # fmt: skip
 """This package's tasks and groups that are scored by running programs that the model wrote."""
 
 _PACKAGE = Path(sdar_lm_eval.__file__).parent

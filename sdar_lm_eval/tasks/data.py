@@ -1,14 +1,17 @@
-"""Where the tasks' documents come from: a folder of the user's, else the Hugging Face Hub.
+"""Where the tasks' documents come from: a folder of the user's, else the Hugging Face Hub or a data set's archive.
 
     documents(GSM8K, "test", metadata)    the rows of a split, each checked by its data set's `parse`
 
 Metadata names a folder, or else an environment variable does: a data set's own folder (`gsm8k_dir`, `SDAR_GSM8K_DIR`),
 or one for all (`sdar_data_dir`, `SDAR_DATA_DIR`), which holds a folder for each data set (`gsm8k`, `mmlu`, …). A data
-set's folder holds the rows as the hub has them: one JSON object a line, or the hub's own parquet files in their places.
+set's folder holds the rows as the hub has them: one JSON object a line, or the hub's own parquet or CSV files in their
+places.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import importlib.util
 import json
 import logging
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import datasets
+import huggingface_hub
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.files import require_regular
@@ -27,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 ROOT_KEY = "sdar_data_dir"
 ROOT_VARIABLE = "SDAR_DATA_DIR"
+
+_LONGER_KEYS = ("mmlu_pro_dir",)  # keys that begin as another data set's, and are no misspelling of it
 
 RowT = TypeVar("RowT", bound=Mapping[str, object])
 RowT_co = TypeVar("RowT_co", bound=Mapping[str, object], covariant=True)
@@ -49,11 +55,16 @@ class Columns:
 
     def text(self, column: str) -> str:
         """Return a column's string, which is not blank."""
+        value = self.string(column)
+        if not value.strip():
+            raise RowError(f"{column!r} is empty.")
+        return value
+
+    def string(self, column: str) -> str:
+        """Return a column's string, which may be blank."""
         value = self._value(column)
         if not isinstance(value, str):
             raise RowError(f"{column!r} is a {type(value).__name__}, not a string.")
-        if not value.strip():
-            raise RowError(f"{column!r} is empty.")
         return value
 
     def whole(self, column: str) -> int:
@@ -79,6 +90,32 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Archive:
+    """A zip file that a data set is published in.
+
+    Attributes:
+        url: where the file is.
+        md5: the file's MD5 checksum, in hexadecimal.
+    """
+
+    url: str
+    md5: str
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a data set on the hub that has no configurations that can be loaded.
+
+    Attributes:
+        id: dataset id on the Hugging Face Hub.
+        name: the file's name, with `{config}`.
+    """
+
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
 class Source(Generic[RowT_co]):
     """A data set.
 
@@ -86,8 +123,9 @@ class Source(Generic[RowT_co]):
         title: what messages call it.
         folder: the data set's name in the folder for all, in the metadata key (`…_dir`) and in the environment
             variable (`SDAR_…_DIR`).
-        hub: dataset id on the Hugging Face Hub.
-        config: the hub's configuration; None where the data set has one only.
+        hub: dataset id on the Hugging Face Hub, or a file there, or the archive of a data set that the hub lacks.
+        config: the hub's configuration, or several of which each has a part of the rows; None where the data set has
+            one only.
         files: where a folder may hold a split, as glob patterns with `{split}` and `{config}`; the first that matches
             is read.
         where: what to put into a folder when the hub cannot be reached.
@@ -97,8 +135,8 @@ class Source(Generic[RowT_co]):
 
     title: str
     folder: str
-    hub: str
-    config: str | None
+    hub: str | HubFile | Archive
+    config: str | tuple[str, ...] | None
     files: tuple[str, ...]
     where: str
     row: str
@@ -137,13 +175,17 @@ def documents(
     """
     for known in (source.key, ROOT_KEY):
         for name in metadata:
-            if name.startswith(known.removesuffix("_dir")) and name != known:
+            if name.startswith(known.removesuffix("_dir")) and name not in (known, *_LONGER_KEYS):
                 hint = did_you_mean(name, [known])
                 raise UserError(f"Unknown metadata {name!r}: the {source.title} tasks know {known!r} only.{hint}")
-    config = config or source.config
+    chosen = config or source.config
     if folder := next(_folders(source, metadata), None):
-        return _read_folder(source, *folder, split, config)
-    return _read_hub(source, split, config)
+        return _read_folder(source, *folder, split, chosen)
+    if isinstance(source.hub, Archive):
+        return _read_archive(source, source.hub, split, chosen)
+    if isinstance(source.hub, HubFile):
+        return _read_hub_file(source, source.hub, chosen)
+    return _read_hub(source, source.hub, split, chosen)
 
 
 def warn_of_folders(source: Source[RowT], metadata: Mapping[str, object], task: str, instead: str) -> None:
@@ -214,27 +256,55 @@ def require(title: str, *modules: str) -> None:
         )
 
 
-def _read_hub(source: Source[RowT], split: str, config: str | None) -> list[RowT]:
+def _read_hub(source: Source[RowT], hub: str, split: str, config: str | tuple[str, ...] | None) -> list[RowT]:
+    configs = config if isinstance(config, tuple) else (config,)
     try:
-        rows = datasets.load_dataset(source.hub, config, split=split)
+        rows = [row for each in configs for row in datasets.load_dataset(hub, each, split=split)]
     except Exception as error:  # whatever the network, the hub's client or a cache can raise
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UserError(
-            f"{source.title} cannot be loaded from the Hugging Face Hub ({reason}). To work offline, put "
-            f'{source.where} in a folder and name it: --metadata \'{{"{source.key}": "/path/to/folder"}}\' or '
-            f"{source.variable}=/path/to/folder."
-        ) from error
-    return [_checked(source, row, f"{source.hub}, row {number}") for number, row in enumerate(rows)]
+        raise _unreachable(source, "the Hugging Face Hub", error) from error
+    return [_checked(source, row, f"{hub}, row {number}") for number, row in enumerate(rows)]
+
+
+def _read_hub_file(source: Source[RowT], hub: HubFile, config: str | tuple[str, ...] | None) -> list[RowT]:
+    try:
+        file = huggingface_hub.hf_hub_download(hub.id, hub.name.format(config=config), repo_type="dataset")
+    except Exception as error:  # whatever the network, the hub's client or a cache can raise
+        raise _unreachable(source, "the Hugging Face Hub", error) from error
+    return _read_file(source, Path(file))
+
+
+def _read_archive(
+    source: Source[RowT], archive: Archive, split: str, config: str | tuple[str, ...] | None
+) -> list[RowT]:
+    manager = datasets.DownloadManager()
+    try:
+        file = Path(manager.download(archive.url))
+        found = hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
+        if found != archive.md5:
+            raise ValueError(f"its MD5 checksum is {found}, not {archive.md5}")
+        folder = manager.extract(str(file))
+    except Exception as error:  # whatever the network, a proxy's page or a full disk can raise
+        raise _unreachable(source, archive.url, error) from error
+    return _read_folder(source, folder, f"{archive.url} is unpacked in", "", split, config)
+
+
+def _unreachable(source: Source[RowT], where: str, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return UserError(
+        f"{source.title} cannot be loaded from {where} ({reason}). To work offline, put {source.where} in a folder and "
+        f'name it: --metadata \'{{"{source.key}": "/path/to/folder"}}\' or {source.variable}=/path/to/folder.'
+    )
 
 
 def _read_folder(
-    source: Source[RowT], given: object, label: str, below: str, split: str, config: str | None
+    source: Source[RowT], given: object, label: str, below: str, split: str, config: str | tuple[str, ...] | None
 ) -> list[RowT]:
     names = [pattern.format(split=split, config=config) for pattern in source.files]
-    remedy = (
-        f"Give a folder that holds {source.title}'s {names[0]}, or leave it out to load {source.hub} from the Hugging "
-        "Face Hub."
-    )
+    if isinstance(source.hub, Archive):
+        hub = source.hub.url
+    else:
+        hub = f"{source.hub.id if isinstance(source.hub, HubFile) else source.hub} from the Hugging Face Hub"
+    remedy = f"Give a folder that holds {source.title}'s {names[0]}, or leave it out to load {hub}."
     if not isinstance(given, (str, os.PathLike)) or not str(given).strip():
         raise UserError(f"{label} {given!r}, which is no path. {remedy}")
     shown = repr(str(Path(given) / below)) if below else repr(str(given))
@@ -254,6 +324,8 @@ def _read_folder(
 
 def _read_file(source: Source[RowT], file: Path) -> list[RowT]:
     require_regular(file)  # a pipe would be waited for
+    if file.suffix == ".csv":
+        return _read_csv(source, file)
     if file.suffix != ".parquet":
         return read_jsonl(source, file)
     import pyarrow.parquet
@@ -263,6 +335,15 @@ def _read_file(source: Source[RowT], file: Path) -> list[RowT]:
     except (pyarrow.ArrowException, ValueError) as error:
         raise UserError(f"{file}: not a parquet file that can be read ({error}). Download it again.") from error
     return [_checked(source, row, f"{file}, row {number}") for number, row in enumerate(rows)]
+
+
+def _read_csv(source: Source[RowT], file: Path) -> list[RowT]:
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            rows = list(csv.DictReader(lines, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not a CSV file that can be read ({error}). Download it again.") from error
+    return [_checked(source, row, f"{file}, row {number}") for number, row in enumerate(rows, 1)]
 
 
 def _contents(folder: Path) -> str:

@@ -12,9 +12,8 @@ from typing import TypedDict
 import datasets
 
 from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents
+from sdar_lm_eval.tasks.first_option import LETTERS, first_option
 
-INVALID = "[invalid]"
-LETTERS = "ABCD"
 _LINE_BREAK = re.compile(r"\r\n?")
 
 
@@ -103,51 +102,3 @@ def score(doc: Question, results: Sequence[str]) -> dict[str, float]:
 def filter_first_option(responses: Iterable[Iterable[str]], docs: Sequence[Question]) -> list[list[str]]:
     """Apply `first_option` to each document's responses (one, or one a repeat)."""
     return [[first_option(response) for response in rs] for rs in responses]
-
-
-_SAYS = r"[Tt]he {}:?\s+\(?([A-D])"
-_STARS = r"[Tt]he {}:?\s+\(?\*{{0,2}}([A-D])"
-_BOXES = r"[Tt]he {}:?.*?boxed{{([A-D])}}"
-# In this order; each holds the letter as its only group. A small letter after "answer:" is none.
-_RULES = [
-    re.compile(rule, re.DOTALL)
-    for rule in (
-        r"[\s,:，：]([A-D])[.,。，]?$",
-        r"(?i:answer\s*:\s*)([A-Da-d])",
-        _SAYS.format("answer is"),
-        _STARS.format("answer is"),
-        _SAYS.format("answer is option"),
-        _SAYS.format("correct answer is"),
-        _SAYS.format("correct answer is option"),
-        _BOXES.format("correct answer is"),
-        _BOXES.format("correct option is"),
-        _BOXES.format("correct answer option is"),
-        _SAYS.format("answer to the question is"),
-        r"^([A-D])[\s.,:$。，：]",
-    )
-]
-_AFTER_ONE = re.compile(r"1.\s?(.*)", re.DOTALL)
-_BEFORE_COLON = re.compile(r"([A-D]):")
-_ANY = re.compile(r"([A-D])")
-
-
-def first_option(response: str) -> str:
-    """Return the letter that a response chooses, or `INVALID`.
-
-    The choices are made in the order of OpenCompass's `first_option_postprocess`
-    (opencompass/utils/text_postprocessors.py, in JetAstra/SDAR at c2041a8): a letter that ends the response; one after
-    "answer:", "the answer is" and its variants; one that begins the response; and then, less meaningfully, the first of
-    the alphabet after a 1, the first before a colon, the first anywhere. Its rules for Chinese are left out.
-    """
-    text = response.strip()
-    for rule in _RULES:
-        match = rule.search(text)
-        if match and match[1] in LETTERS:
-            return match[1]
-    if match := _AFTER_ONE.search(text):
-        after = match[1] or match[0]
-        for letter in LETTERS:
-            if letter in after:
-                return letter
-    match = _BEFORE_COLON.search(text) or _ANY.search(text)
-    return match[1] if match else INVALID

@@ -11,8 +11,9 @@ import pytest
 
 from sdar_lm_eval.commands import main
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.columns import COLUMNS, SCI_COLUMNS, TABLES
 from sdar_lm_eval.report.published import PUBLISHED, SIZES, published_as
-from sdar_lm_eval.report.table import COLUMNS, Score, difference, read_tables
+from sdar_lm_eval.report.table import Score, difference, read_tables
 
 GSM8K, HUMANEVAL = COLUMNS[1], COLUMNS[3]
 PAPER_SETTINGS = {
@@ -59,11 +60,26 @@ def scores_of(folder: Path) -> dict[str, Score]:
 def test_the_published_table() -> None:
     # JetAstra/SDAR's report, as its README and arXiv 2510.06303 have it; two of its rows in full.
     rows = {size: PUBLISHED[name].scores for size, name in SIZES.items()}
-    assert [rows["1.7B"][column.task] for column in COLUMNS] == [62.9, 80.1, 63.2, 61.6, 61.1, 43.4]
-    assert [rows["30B-A3B"][column.task] for column in COLUMNS] == [82.8, 91.4, 77.8, 87.2, 71.6, 60.6]
-    tasks = {column.task for column in COLUMNS}
+    assert [rows["1.7B"][column.task] for column in COLUMNS] == [62.9, 80.1, 63.2, 61.6, 61.1, 43.4, 63.6]
+    assert [rows["30B-A3B"][column.task] for column in COLUMNS] == [82.8, 91.4, 77.8, 87.2, 71.6, 60.6, 79.3]
+    tasks = {column.task for columns in TABLES for column in columns}
     assert all(tasks >= row.scores.keys() and row.source for row in PUBLISHED.values())
-    assert sum(column.questions for column in COLUMNS) == 14042 + 1319 + 500 + 164 + 257 + 541
+    assert [column.questions for column in COLUMNS] == [14042, 1319, 500, 164, 257, 541, 3709]
+
+
+def test_the_published_table_of_the_science_model() -> None:
+    # JetAstra/SDAR's README, part II, without the columns that no task reproduces.
+    rows = {
+        "SDAR-30B-A3B-Sci-greedy": ("G", [78.1, 76.7, 60.0, 60.7, 40.7, 42.3, 66.7, 59.9]),
+        "SDAR-30B-A3B-Sci-sampled": ("S", [77.9, 73.4, 59.2, 58.7, 49.1, 51.4, 66.0, 59.6]),
+    }
+    for name, (protocol, scores) in rows.items():
+        columns = [column for column in SCI_COLUMNS if column.title.endswith(f"({protocol})")]
+        assert [PUBLISHED[name].scores[column.task] for column in columns] == scores
+        assert all(column.task.endswith("_s") == (protocol == "S") for column in columns)
+        assert PUBLISHED[name].scores.keys() == {column.task for column in columns}
+    ar = PUBLISHED["AR-30B-A3B-Sci"].scores
+    assert [ar[column.task] for column in SCI_COLUMNS] == [78.3, 74.9, 60.7, 55.4, 51.5, 46.3, 61.2, 59.5] * 2
 
 
 @pytest.mark.parametrize(
@@ -72,14 +88,19 @@ def test_the_published_table() -> None:
         ("JetLM/SDAR-4B-Chat", "4B"),
         ("/models/sdar-1.7b-chat/", "1.7B"),
         ("JetLM/SDAR-30B-A3B-Chat", "30B-A3B"),
-        ("JetLM/SDAR-30B-A3B-Sci", None),
         ("JetLM/SDAR-8B-Chat-b32", None),
         ("Qwen/Qwen3-4B", None),
         ("demo", None),
     ],
 )
 def test_which_model_a_name_says(name: str, model: str | None) -> None:
-    assert published_as(name) == (None if model is None else PUBLISHED[SIZES[model]])
+    assert published_as(name) == ([] if model is None else [PUBLISHED[SIZES[model]]])
+
+
+def test_the_science_model_has_a_row_for_each_protocol() -> None:
+    both = [PUBLISHED["SDAR-30B-A3B-Sci-greedy"], PUBLISHED["SDAR-30B-A3B-Sci-sampled"]]
+    assert published_as("JetLM/SDAR-30B-A3B-Sci") == both
+    assert published_as("JetLM/SDAR-30B-A3B-Sci-b8") == []
 
 
 def test_a_difference() -> None:
@@ -119,6 +140,48 @@ def test_a_group_is_the_mean_of_its_subjects(tmp_path: Path) -> None:
     score = scores_of(_write(tmp_path, results))["mmlu_sdar"]
     assert (score.value, score.questions) == (pytest.approx(0.65), 106)
     assert score.stderr == pytest.approx(math.hypot(0.25, 0.04) / 2)
+
+
+def test_a_group_s_weighted_mean_has_the_harness_s_error(tmp_path: Path) -> None:
+    """MathBench's parts are means over stages: the number of questions says nothing about their errors."""
+    metric = COLUMNS[-1].metric
+    results = _results(
+        {"mathbench_sdar_a": 0.7, "mathbench_sdar_t": 0.8}, {"mathbench_sdar_a": 9, "mathbench_sdar_t": 8}
+    )
+    results["group_subtasks"]["mathbench_sdar"] = ["mathbench_sdar_a", "mathbench_sdar_t"]
+    results["results"]["mathbench_sdar"] = {"alias": "mathbench_sdar", metric: 0.75}
+    for task, stderr in (("mathbench_sdar_a", 0.03), ("mathbench_sdar_t", 0.04)):
+        results["results"][task] |= {metric: results["results"][task]["exact_match,first-option"]}
+        results["results"][task] |= {metric.replace(",", "_stderr,"): stderr}
+    score = scores_of(_write(tmp_path / "known", results))["mathbench_sdar"]
+    assert (score.value, score.questions) == (pytest.approx(0.75), 17)
+    assert score.stderr == pytest.approx(0.025)
+    results["results"]["mathbench_sdar_t"][metric.replace(",", "_stderr,")] = "N/A"
+    assert scores_of(_write(tmp_path / "unknown", results))["mathbench_sdar"].stderr is None
+
+
+def test_questions_with_several_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error is lm_eval's, which counts questions; the published score is as uncertain as the run's."""
+    aime = next(column for column in SCI_COLUMNS if column.task == "aime2024_sdar_s")
+    results = _results({"aime2024_sdar_s": 0.7}, {"aime2024_sdar_s": 30})
+    results["results"]["aime2024_sdar_s"] |= {aime.metric: 0.7, aime.metric.replace(",", "_stderr,"): 0.06}
+    results["configs"] = {"aime2024_sdar_s": {"repeats": 32}}
+    results["config"]["model_args"] = {"pretrained": "JetLM/SDAR-30B-A3B-Sci"}
+    folder = _write(tmp_path, results)
+    score = scores_of(folder)["aime2024_sdar_s"]
+    assert (score.answers, score.stderr) == (32, 0.06)
+    assert difference(score, aime, 73.4).stderr == pytest.approx(100 * math.hypot(0.06, 0.06))
+    # Answers that are all alike say nothing about how questions differ: 73.4 % of 30, sqrt(.734 * .266 / 29).
+    assert difference(Score(1.0, 0.0, 30, answers=32), aime, 73.4).stderr == pytest.approx(
+        8.205 * math.sqrt(2), abs=2e-3
+    )
+    assert main(["table", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("beside SDAR-30B-A3B-Sci-sampled (JetAstra/SDAR's README, part II)")
+    rows = {line.split("  ")[0]: re_spaced(line) for line in lines[3:11]}
+    assert rows["AIME 2024 (S)"] == "AIME 2024 (S) aime2024_sdar_s 30 70.0 ± 6.0 73.4 -3.4 ± 8.5 within chance"
+    assert list(rows) == [column.title for column in SCI_COLUMNS[8:]]
+    assert "aime2024_sdar_s: mean of 32 answers a question; the error counts questions" in lines
 
 
 def test_runs_are_put_together(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -172,7 +235,7 @@ def test_rows_of_other_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert "91.3" in out and "90.4" in out
     (note,) = [line for line in out.splitlines() if line.startswith("gsm8k_sdar_paper beside dLLM-RL")]
-    assert "temperature=0.0 (published: 1.0)" in note and "the source's prompts and scorer are others" in note
+    assert "temperature=0.0 (published: 1.0)" in note and "the source's prompts and scorers are others" in note
     assert main([*words, "--json"]) == 0
     (table,) = json.loads(capsys.readouterr().out)
     gsm8k = next(column for column in table["columns"] if column["task"] == "gsm8k_sdar_paper")
@@ -202,17 +265,18 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["table", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"JetLM/SDAR-4B-Chat, {folder} beside SDAR-4B-Chat (arXiv 2510.06303, table 1)"
-    rows = {line.split("  ")[0]: re_spaced(line) for line in lines[2:9]}
+    rows = {line.split("  ")[0]: re_spaced(line) for line in lines[2:10]}
     assert rows["column"] == "column task questions this run, % SDAR-4B-Chat, % difference"
     assert rows["GSM8K"] == "GSM8K gsm8k_sdar_paper 1,319 85.0 ± 1.0 89.9 -4.9 ± 1.3 LARGER than chance"
     assert rows["HumanEval"] == "HumanEval humaneval_sdar 20 70.0 ± 10.5 72.0 -2.0 ± 11.1 within chance"
     assert rows["MATH500"] == "MATH500 math500_sdar not run 72.8"
-    assert lines[10:12] == [
+    assert rows["MathBench"] == "MathBench mathbench_sdar not run 74.7"
+    assert lines[11:13] == [
         "gsm8k_sdar_paper beside SDAR-4B-Chat: block_length=8 (published: 4); repetition_penalty=1.2 (published: 1.0); "
         "max_gen_toks=512 (published: 4096)",
         "humaneval_sdar beside SDAR-4B-Chat: 20 of 164 questions; num_fewshot=3 (published: 0)",
     ]
-    assert lines[12] == "" and lines[13].startswith("± is one standard error.")
+    assert lines[13] == "" and lines[14].startswith("± is one standard error.")
 
 
 def test_a_run_without_the_column_s_metric_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

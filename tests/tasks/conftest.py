@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nltk
 import pytest
 from miniature import write_all, write_punkt
+from opencompass_code import conversations_by, running
 
 from sdar_lm_eval.tasks.gsm8k import GSM8K
 
@@ -88,3 +90,15 @@ def write_folder(tmp_path: Path) -> WriteFolder:
         return folder
 
     return write
+
+
+@pytest.fixture
+def opencompass() -> Iterator[Any]:
+    """Return a function that runs a file of OpenCompass, or lines of it, and returns its names."""
+    yield from running()
+
+
+@pytest.fixture
+def conversation(opencompass: Any) -> Any:
+    """Return a function from a dataset configuration, its shots and a row to what the chat template would get."""
+    return conversations_by(opencompass)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import json
+import pickle
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scripted import TASKS
+
+from sdar_lm_eval.tasks.mathbench import PARTS
 
 SUBJECTS = sorted(file.stem.removeprefix("mmlu_sdar_") for file in (TASKS / "mmlu_subjects").glob("*.yaml"))
 
@@ -87,6 +93,99 @@ IFEVAL: list[Row] = [
     },
 ]
 
+# The right option stands at A, B, C and D; the questions have white space that the prompt leaves out.
+MATHBENCH_CHOICE: list[Row] = [
+    {"question": f" 1 + {right} = ____?\n", "options": ["1", "$2$", "3 ", "{4}"], "answer": "ABCD"[right]}
+    for right in range(4)
+]
+MATHBENCH_CLOZE: list[Row] = [
+    {"question": "小明有3个苹果，又买了2个。一共多少个？ ", "answer": " 5"},
+    {"question": "What is {half} of $\\frac{1}{2}$?", "answer": "\\frac{1}{4}"},
+]
+
+AIME2024: list[Row] = [
+    {
+        "id": 60,
+        "problem": "Find $s$ so that\n$4s = 12$.",
+        "solution": "$\\boxed{003}$",
+        "answer": "003",
+        "year": "2024",
+    },
+    {"id": 61, "problem": "Find the sum of all primes below 30.", "solution": "…", "answer": "129", "year": "2024"},
+]
+AIME2025: list[Row] = [
+    {"question": "What is $7 \\cdot 10$? ", "answer": "70"},
+    {"question": "Seven arcs measure $48^\\circ$ each. What is their sum, in degrees?", "answer": "336^\\circ"},
+]
+LIVEMATHBENCH: list[Row] = [{"question": "求$x^2=2$的正根。", "answer": "$\\sqrt{2}$", "question_type": "问答"}]
+# Right options that stand at each letter in turn, one of them twice among the options, and a comma and a line break.
+GPQA: list[Row] = [
+    {
+        "Record ID": f"rec{number}",
+        "Question": f'Which planet is number {number},\nor "closest"?',
+        "Correct Answer": right,
+        "Incorrect Answer 1": "Ceres",
+        "Incorrect Answer 2": "Pluto, really" if number != 3 else "Ceres",
+        "Incorrect Answer 3": "Sedna\n",
+    }
+    for number, right in enumerate(["Mercury", "Venus", "Earth", "Mars", "Jupiter"])
+]
+MMLU_PRO: list[Row] = [
+    {
+        "question_id": 10 * number + place,
+        "question": f" Is {{this}} of {category}?\nSay so. ",
+        "options": ["no", "N/A", " yes", "I. II. "][: 4 - place] + ["never"] * place,
+        "answer": "CAC"[place],
+        "answer_index": "ABC".index("CAC"[place]),
+        "cot_content": "",
+        "category": category,
+        "src": "ours",
+    }
+    for number, category in enumerate(
+        ["biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history", "law",
+         "math", "other", "philosophy", "physics", "psychology"]
+    )
+    for place in range(2)
+]  # fmt: skip
+PROTEINLMBENCH: list[Row] = [
+    {
+        "question": "Which domain binds?",
+        "options": ["option 1: KH1", "option 2: two layers: an outer: and an inner", "option 3: none "],
+        "answer": "option 2",
+        "explanation": "…",
+    },
+    {
+        "question": "What folds\nfirst?",
+        "options": [f"option {number}: helix {number}" for number in range(1, 7)],
+        "answer": "option 6",
+        "explanation": "…",
+    },
+]
+
+_PRIVATE = [{"input": "3\n", "output": "6\n", "testtype": "stdin"}]
+LIVECODEBENCH: list[Row] = [
+    {
+        "question_title": "Twice",
+        "question_content": "Print twice the number {n}.\n\nSample: 1 -> 2",
+        "question_id": "ours_a",
+        "starter_code": "",
+        "public_test_cases": json.dumps([{"input": "1\n", "output": "2\n", "testtype": "stdin"}]),
+        "private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(json.dumps(_PRIVATE)))).decode(),
+        "metadata": "{}",
+        "solution": "import sys\nn = int(sys.stdin.readline())\nprint(2 * n)",
+    },
+    {
+        "question_title": "Pairs",
+        "question_content": "Return both numbers, the smaller one first.",
+        "question_id": "ours_b",
+        "starter_code": "class Solution:\n    def pair(self, a: int, b: List[int]) -> List[int]:\n        ",
+        "public_test_cases": json.dumps([{"input": "2\n[1]", "output": "[1, 2]", "testtype": "functional"}]),
+        "private_test_cases": json.dumps([{"input": "2\n[3]", "output": "[2, 3]", "testtype": "functional"}]),
+        "metadata": '{"func_name": "pair"}',
+        "solution": "class Solution:\n    def pair(self, a, b: List[int]):\n        return tuple(sorted([a, *b]))",
+    },
+]
+
 
 def mmlu(subject: str, split: str) -> list[Row]:
     """Rows of a subject: the answers of `test` are B, C; those of `dev` A, B, C, D, A."""
@@ -107,6 +206,23 @@ def write_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return file
 
 
+def write_gpqa(file: Path) -> Path:
+    """Write GPQA's file: 12 columns, of which the first 7 are others', in the authors' order."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    columns = [
+        "Pre-Revision Question",
+        *(f"Pre-Revision {name}" for name in ("1", "2", "3", "4")),
+        "Explanation",
+        "Note",
+    ]
+    columns += ["Question", "Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)), "Record ID"]
+    with file.open("w", encoding="utf-8", newline="") as lines:
+        writer = csv.DictWriter(lines, columns, restval="old")
+        writer.writeheader()
+        writer.writerows(GPQA)
+    return file
+
+
 def write_all(root: Path) -> Path:
     """Make `root` what `SDAR_DATA_DIR` names, and return it."""
     write_jsonl(root / "gsm8k" / "test.jsonl", GSM8K)
@@ -114,6 +230,20 @@ def write_all(root: Path) -> Path:
     write_jsonl(root / "humaneval" / "HumanEval.jsonl", HUMANEVAL)
     write_jsonl(root / "mbpp" / "test.jsonl", MBPP)
     write_jsonl(root / "ifeval" / "ifeval_input_data.jsonl", IFEVAL)
+    for part in PARTS.values():
+        for stage, sets in part.items():
+            for name in sets:
+                rows = MATHBENCH_CLOZE if "cloze" in name else MATHBENCH_CHOICE
+                write_jsonl(root / "mathbench" / stage / f"{name}.jsonl", rows)
+    write_jsonl(root / "aime2024" / "test.jsonl", AIME2024)
+    write_jsonl(root / "aime2025" / "test.jsonl", AIME2025)
+    for language in ("cn", "en"):
+        write_jsonl(root / "livemathbench" / f"v202412_hard_{language}.jsonl", LIVEMATHBENCH)
+    write_jsonl(root / "mmlu_pro" / "test.jsonl", MMLU_PRO)
+    write_jsonl(root / "proteinlmbench" / "train.jsonl", PROTEINLMBENCH)
+    for version in (5, 6):
+        write_jsonl(root / "livecodebench" / f"test{version}.jsonl", LIVECODEBENCH)
+    write_gpqa(root / "gpqa" / "gpqa_diamond.csv")
     for subject in SUBJECTS:
         for split in ("dev", "test"):
             write_jsonl(root / "mmlu" / subject / f"{split}.jsonl", mmlu(subject, split))

@@ -19,7 +19,10 @@ Answer = Callable[[dict[str, Any]], str]
 
 
 class FixedLM(LM):
-    """Answers each document with what a function of it says; keeps the requests."""
+    """Answers each document with what a function of it says; keeps the requests.
+
+    The function finds the request's number among the document's under "request".
+    """
 
     tokenizer_name = "fixed"
 
@@ -30,7 +33,7 @@ class FixedLM(LM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         self.requests += [request.args for request in requests]
-        return [self.answer(request.doc) for request in requests]
+        return [self.answer({**request.doc, "request": request.idx}) for request in requests]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         raise NotImplementedError

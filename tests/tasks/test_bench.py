@@ -12,7 +12,8 @@ import pytest
 from lm_eval.utils import handle_non_serializable
 from scripted import evaluate, manager
 
-from sdar_lm_eval.report.table import COLUMNS
+from sdar_lm_eval.report.columns import COLUMNS
+from sdar_lm_eval.tasks import mathbench
 
 
 def _right_answer(doc: dict[str, Any]) -> str:
@@ -25,6 +26,8 @@ def _right_answer(doc: dict[str, Any]) -> str:
         return f"Here is the function:\n\n```python\n{code}\n```\n\nIt does what was asked."
     if "instruction_id_list" in doc:
         return "The rain falls. It falls on the roof."
+    if doc.get("options"):
+        return f"Therefore, the correct answer is option {mathbench.gold(doc, mathbench.ORDERS[doc['request']])}"
     answer = doc["answer"].rpartition("####")[2].strip()
     return f"Step by step.\n\n\\[\n\\boxed{{{answer}}}\n\\]"
 
@@ -33,8 +36,8 @@ def _right_answer(doc: dict[str, Any]) -> str:
 def test_all_columns(answer: Any, score: float, offline: Path) -> None:
     results, requests = evaluate(answer, "sdar_bench", confirm_run_unsafe_code=True)
     found = results["groups"] | results["results"]
-    assert [found[column.task][column.metric] for column in COLUMNS] == [score] * 6
-    assert len(requests) == 57 * 2 + 5 * 2
+    assert [found[column.task][column.metric] for column in COLUMNS] == [score] * 7
+    assert len(requests) == 57 * 2 + 5 * 2 + (14 * 4 * 4 + 3 * 2)
     assert json.dumps(results, default=handle_non_serializable)
 
 
@@ -55,7 +58,7 @@ def _leaves(loaded: Any) -> list[Any]:
 def test_its_tasks_carry_the_published_decoding(offline: Path) -> None:
     """In metadata, beside what the user gives there, and not among what every model is asked with."""
     tasks = _leaves(manager(note="mine").load_task_or_group("sdar_bench"))
-    assert len(tasks) == 57 + 5
+    assert len(tasks) == 57 + 5 + 2
     for task in tasks:
         metadata = task.config.metadata
         assert metadata["sdar_decoding"] == {"remasking_strategy": "low_confidence_static"}, task.config.task
@@ -78,7 +81,15 @@ def test_the_demo_model(offline: Path) -> None:
     results = lm_eval.simple_evaluate(
         "sdar",
         model_args="pretrained=demo",
-        tasks=["mmlu_sdar_anatomy", "gsm8k_sdar_paper", "math500_sdar", "humaneval_sdar", "mbpp_sdar", "ifeval_sdar"],
+        tasks=[
+            "mmlu_sdar_anatomy",
+            "gsm8k_sdar_paper",
+            "math500_sdar",
+            "humaneval_sdar",
+            "mbpp_sdar",
+            "ifeval_sdar",
+            "mathbench_sdar",
+        ],
         task_manager=manager(),
         gen_kwargs={"max_gen_toks": 8},  # the protocol's 4,096 are more than it was trained for
         limit=1,
@@ -87,7 +98,7 @@ def test_the_demo_model(offline: Path) -> None:
         verbosity="ERROR",
     )
     decoding = results["config"]["sdar_lm_eval"]["decoding_of_tasks"]
-    assert len(decoding) == 6
+    assert len(decoding) == 8
     for settings in decoding.values():
         assert (settings["temperature"], settings["block_length"], settings["denoising_steps"]) == (0.0, 4, 4)
         assert settings["remasking_strategy"] == "low_confidence_static"

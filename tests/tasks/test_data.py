@@ -11,15 +11,20 @@ import miniature
 import pytest
 
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.tasks.competitions import AIME2024, AIME2025, LIVEMATHBENCH
 from sdar_lm_eval.tasks.data import Source, documents, require
 from sdar_lm_eval.tasks.gsm8k import GSM8K
 from sdar_lm_eval.tasks.humaneval import HUMANEVAL
 from sdar_lm_eval.tasks.ifeval import IFEVAL
+from sdar_lm_eval.tasks.lettered import GPQA, MMLU_PRO, PROTEINLMBENCH
+from sdar_lm_eval.tasks.livecodebench import LIVECODEBENCH
 from sdar_lm_eval.tasks.math500 import MATH500
+from sdar_lm_eval.tasks.mathbench import MATHBENCH
 from sdar_lm_eval.tasks.mbpp import MBPP
 from sdar_lm_eval.tasks.mmlu import MMLU
 
 SOURCES = [GSM8K, HUMANEVAL, IFEVAL, MATH500, MBPP, MMLU]
+OTHERS = [AIME2024, AIME2025, GPQA, LIVECODEBENCH, LIVEMATHBENCH, MATHBENCH, MMLU_PRO, PROTEINLMBENCH]
 BIOLOGY = miniature.mmlu("college_biology", "test")
 
 
@@ -36,8 +41,10 @@ def _refusal(source: Source, metadata: dict[str, object], split: str = "test", c
 
 
 def test_each_data_set_has_names_of_its_own() -> None:
-    assert sorted(source.key for source in SOURCES) == [
-        "gsm8k_dir", "humaneval_dir", "ifeval_dir", "math500_dir", "mbpp_dir", "mmlu_dir"
+    assert sorted(source.key for source in [*SOURCES, *OTHERS]) == [
+        "aime2024_dir", "aime2025_dir", "gpqa_dir", "gsm8k_dir", "humaneval_dir", "ifeval_dir", "livecodebench_dir",
+        "livemathbench_dir", "math500_dir", "mathbench_dir", "mbpp_dir", "mmlu_dir", "mmlu_pro_dir",
+        "proteinlmbench_dir",
     ]  # fmt: skip
     assert [source.variable for source in (GSM8K, MATH500)] == ["SDAR_GSM8K_DIR", "SDAR_MATH500_DIR"]
 
@@ -107,7 +114,7 @@ def test_folders_that_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert _refusal(MBPP, {"mbpp_dir": tmp_path}).startswith(f"{broken}: not a parquet file that can be read (")
 
 
-@pytest.mark.parametrize("source", [GSM8K, MATH500, MMLU, MBPP, HUMANEVAL, IFEVAL], ids=lambda source: source.title)
+@pytest.mark.parametrize("source", [*SOURCES, *OTHERS], ids=lambda source: source.title)
 @pytest.mark.parametrize(("kind", "told"), [("folder", "a folder"), ("pipe", "a pipe"), ("/dev/zero", "a device")])
 def test_what_is_no_file_is_not_waited_for(source: Source, kind: str, told: str, tmp_path: Path) -> None:
     """In the place of each file that is looked for."""
@@ -177,3 +184,11 @@ def test_a_module_that_is_not_installed(task: str, module: str, offline: Path, m
 def test_several_modules_that_are_not_installed() -> None:
     with pytest.raises(UserError, match="scored with no_such_a, no_such_b, which are not installed"):
         require("X", "no_such_a", "json", "no_such_b")
+
+
+def test_no_data_set_refuses_another_one_s_folder(miniature_data: Path) -> None:
+    """A run of several tasks has all their keys in its metadata."""
+    given = {"sdar_data_dir": str(miniature_data), **{source.key: "/nowhere" for source in [*SOURCES, *OTHERS]}}
+    for source in [*SOURCES, *OTHERS]:
+        with pytest.raises(UserError, match="there is no such folder"):
+            documents(source, "test", given, "x")

@@ -10,7 +10,8 @@ import pytest
 from scripted import TASKS, conversations, evaluate, load_task, manager, prompts
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.tasks.mmlu import INVALID, answer, filter_first_option, first_option, load, question, score
+from sdar_lm_eval.tasks.first_option import INVALID, first_option
+from sdar_lm_eval.tasks.mmlu import answer, filter_first_option, load, question, score
 
 # OpenCompass at SDAR c2041a8, opencompass/configs/datasets/mmlu/mmlu_gen_4d595a.py
 ROUND = """There is a single choice question about college biology. Answer the question by replying A, B, C or D.

@@ -11,111 +11,28 @@ import contextlib
 import io
 import itertools
 import multiprocessing
-import os
 import random
 import re
 import signal
-import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import miniature
 import pytest
+from opencompass_code import Registry, answers, needs_opencompass
 from scripted import conversations, load_task, prompts
 from test_programs import HONEST, WRONG
 
 from sdar_lm_eval.tasks import gsm8k as tasks
-from sdar_lm_eval.tasks import humaneval, math500, mbpp, mmlu
+from sdar_lm_eval.tasks import humaneval, math500, mbpp
+from sdar_lm_eval.tasks.first_option import INVALID, first_option
 from sdar_lm_eval.tasks.opencompass_math import best_form, normal_form, prediction
 from sdar_lm_eval.tasks.programs import Job, passes
 
-ROOT = Path(os.environ.get("SDAR_OPENCOMPASS", "")) / "opencompass"
 ANSWERS = 20_000
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "configs" / "datasets").is_dir(), reason="SDAR_OPENCOMPASS names no evaluation/opencompass of SDAR"
-)
-
-
-class _Anything(types.ModuleType):
-    """A module that has every name, as a string."""
-
-    def __getattr__(self, name: str) -> str:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return name
-
-
-class _Registry:
-    def register_module(self, *_: object, **__: object) -> Any:
-        return lambda registered: registered
-
-
-@pytest.fixture
-def opencompass() -> Iterator[Any]:
-    """Return a function that runs a file of OpenCompass, or lines of it, and returns its names."""
-    before = dict(sys.modules)
-
-    def run(path: str, start: str = "", end: str = "", **names: Any) -> dict[str, Any]:
-        text = (ROOT / path).read_text("utf-8")
-        text = text[text.index(start) if start else 0 : text.index(end) if end else len(text)]
-        exec(compile(text, str(ROOT / path), "exec"), names)
-        return names
-
-    def module(name: str, **names: Any) -> types.ModuleType:
-        sys.modules[name] = made = types.ModuleType(name)
-        made.__path__ = []  # type: ignore[attr-defined]
-        vars(made).update(names)
-        return made
-
-    registries = ("ICL_PROMPT_TEMPLATES", "TEXT_POSTPROCESSORS", "ICL_EVALUATORS", "LOAD_DATASET")
-    for name in ("mmengine", "opencompass", "opencompass.openicl", "opencompass.utils"):
-        module(name)
-    module("mmengine.config", ConfigDict=dict)
-    module("mmengine.dist", is_main_process=lambda: True)
-    module("opencompass.registry", **{name: _Registry() for name in registries})
-    module("opencompass.utils.types", _check_type_list=lambda value, _: value)
-    for name in ("datasets", "evaluator", "openicl.icl_retriever", "openicl.icl_inferencer", "openicl.icl_evaluator"):
-        sys.modules[f"opencompass.{name}"] = _Anything(name)
-    sys.modules["opencompass.utils.text_postprocessors"] = _Anything("text_postprocessors")
-    vars(module("opencompass.utils.prompt")).update(run("utils/prompt.py"))
-    vars(module("opencompass.openicl.icl_prompt_template")).update(run("openicl/icl_prompt_template.py"))
-    yield run
-    for name in set(sys.modules) - set(before):
-        if name.partition(".")[0] in ("mmengine", "opencompass"):
-            del sys.modules[name]
-
-
-@pytest.fixture
-def conversation(opencompass: Any) -> Any:
-    """Return a function from a dataset configuration, its shots and a row to what the chat template would get."""
-    typing = vars(__import__("typing"))
-    template = sys.modules["opencompass.openicl.icl_prompt_template"].PromptTemplate
-    retriever = opencompass("openicl/icl_retriever/icl_base_retriever.py")["BaseRetriever"]
-    names = {**typing, **vars(sys.modules["opencompass.utils.prompt"]), "PromptType": Any}
-    names |= {"deepcopy": __import__("copy").deepcopy, "warnings": __import__("warnings")}
-    parser = opencompass("models/base_api.py", "class APITemplateParser", "class TokenBucket", **names)
-    model = "models/huggingface_above_v4_33.py"
-    names = opencompass(model, "def _get_meta_template", "def _set_model_kwargs_torch_dtype", **parser)
-    convert = opencompass(model, "def _convert_chat_messages", "def _format_with_fast")["_convert_chat_messages"]
-
-    def messages(config: dict[str, Any], shots: list[Any], row: dict[str, Any]) -> list[dict[str, str]]:
-        made = {
-            name: template(**{key: value for key, value in config["infer_cfg"][name].items() if key != "type"})
-            for name in ("ice_template", "prompt_template")
-            if name in config["infer_cfg"]
-        }
-        source = object.__new__(type("Retriever", (retriever,), {"retrieve": lambda self: []}))
-        source.index_ds, source.test_ds = shots, [row]
-        source.ice_separator = source.ice_eos_token = "\n"
-        source.dataset_reader = types.SimpleNamespace(output_column=config["reader_cfg"]["output_column"])
-        shown = source.generate_ice(list(range(len(shots))), ice_template=made.get("ice_template"))
-        prompt = source.generate_prompt_for_generate_task(0, shown, "", **made)
-        return convert([names["_get_meta_template"](None).parse_template(prompt, mode="gen")])[0]
-
-    return messages
+pytestmark = needs_opencompass
 
 
 def _user(content: str) -> list[dict[str, str]]:
@@ -172,28 +89,33 @@ def test_mmlu_prompts(opencompass: Any, conversation: Any, offline: Path) -> Non
 
 
 def _answers(pieces: str, seed: int = 0) -> Iterator[str]:
-    """Random answers of the pieces that the rules look for, which reach more of their corners than models do."""
-    chosen = random.Random(seed)
-    parts = [piece.replace("\\n", "\n") for piece in pieces.split("|")]
-    for _ in range(ANSWERS):
-        yield "".join(chosen.choices(parts, k=chosen.randint(1, 9)))
+    return answers(pieces, ANSWERS, seed)
 
 
-def test_first_option(opencompass: Any) -> None:
+_ENGLISH = (
+    "A|B|C|D|a|b| |\\n|. |, |: |The |the |answer is |answer is: |correct answer is |option |correct option is |"
+    "correct answer option is |answer to the question is |\\boxed{|}|boxed{B}|(|**|)|Answer: |ANSWER:|1|1.|10 |$|"
+    "Because |Dogs |I think |：|，|E|text|2. "
+)
+_CHINESE = (
+    "A|B|C|D| |。|，|：|:|,|.|1|答案|是|为|选|项|应该|故|即|只有|对|错|"
+    "错误|正确|不|说法|的是|的|所以|答|所有|因此|显然|\\n|$|x|是正确|"
+    "所以答案为选项|答案选项"
+)
+
+
+@pytest.mark.parametrize("pieces", [_ENGLISH, _CHINESE], ids=["English", "Chinese"])
+@pytest.mark.parametrize("options", ["ABCD", "ABCDEF"])
+def test_first_option(pieces: str, options: str, opencompass: Any) -> None:
     theirs = opencompass("utils/text_postprocessors.py")["first_option_postprocess"]
-    pieces = (
-        "A|B|C|D|a|b| |\\n|. |, |: |The |the |answer is |answer is: |correct answer is |option |correct option is |"
-        "correct answer option is |answer to the question is |\\boxed{|}|boxed{B}|(|**|)|Answer: |ANSWER:|1|1.|10 |$|"
-        "Because |Dogs |I think |：|，|E|text|2. "
-    )
     for answer in _answers(pieces):
-        assert mmlu.first_option(answer) == (theirs(answer, "ABCD") or mmlu.INVALID), answer
+        assert first_option(answer, options) == (theirs(answer, options) or INVALID), answer
 
 
 def test_code(opencompass: Any) -> None:
     theirs = opencompass("datasets/humaneval.py", "def humaneval_postprocess_v2", "def humaneval_postprocess_v3", re=re)
     first_block = theirs["humaneval_postprocess_v2"]
-    names = {"re": pytest.importorskip("regex"), "ICL_EVALUATORS": _Registry(), "BaseEvaluator": object}
+    names = {"re": pytest.importorskip("regex"), "ICL_EVALUATORS": Registry(), "BaseEvaluator": object}
     end = "@ICL_EVALUATORS.register_module()\nclass MBPPEvaluator2"
     evaluator = opencompass("datasets/mbpp.py", "class MBPPEvaluator(", end, **names)["MBPPEvaluator"]()
     pieces = (
@@ -209,7 +131,7 @@ def test_code(opencompass: Any) -> None:
 @pytest.fixture
 def math_verify(opencompass: Any) -> Any:
     """Return OpenCompass's verdict on an answer to MATH500 and its gold answer."""
-    names = {"ICL_EVALUATORS": _Registry(), "BaseEvaluator": object}
+    names = {"ICL_EVALUATORS": Registry(), "BaseEvaluator": object}
     evaluator = opencompass("evaluator/math_evaluator.py", "@ICL", "if __name__", **names)["MATHVerifyEvaluator"]()
     evaluator.is_num_equal = lambda *_: None
     return lambda answer, gold: evaluator.score([answer], [gold])["accuracy"] == 100
@@ -246,7 +168,7 @@ def test_programs(opencompass: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_gsm8k(opencompass: Any, gsm8k: Path) -> None:
     file = "datasets/math.py"
     names = opencompass(file, "def last_boxed_only_string", "@LOAD_DATASET", re=re)
-    registries = {"TEXT_POSTPROCESSORS": _Registry(), "ICL_EVALUATORS": _Registry(), "BaseEvaluator": object}
+    registries = {"TEXT_POSTPROCESSORS": Registry(), "ICL_EVALUATORS": Registry(), "BaseEvaluator": object}
     names |= opencompass(file, "@TEXT_POSTPROCESSORS", "@ICL_EVALUATORS", **names, **registries)
     end = "@ICL_EVALUATORS.register_module()\nclass MATHAgentEvaluator"
     evaluator = object.__new__(opencompass(file, "class MATHEvaluator(", end, **names)["MATHEvaluator"])

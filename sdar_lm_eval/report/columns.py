@@ -1,0 +1,77 @@
+"""The columns of SDAR's published tables, and this package's tasks that reproduce them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdar_lm_eval.report.published import (
+    GSM8K,
+    HUMANEVAL,
+    IFEVAL,
+    MATH500,
+    MATHBENCH,
+    MBPP,
+    MMLU,
+    SCI_TASKS,
+    sampled,
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a published table.
+
+    Attributes:
+        title: as the table has it.
+        task: this package's task, or group of tasks, that reproduces the column.
+        metric: the task's metric and filter, as results files spell them.
+        questions: how many the benchmark has; None where no source says.
+        shots: how many solved questions stand before each question.
+        weighted: whether the score is another mean than the plain one over a task's questions. Only the task itself
+            then knows its standard error.
+        caveat: what else than chance may explain a difference from a published score; "" where nothing is known.
+    """
+
+    title: str
+    task: str
+    metric: str
+    questions: int | None
+    shots: int = 0
+    weighted: bool = False
+    caveat: str = ""
+
+
+COLUMNS = (
+    Column("MMLU (5-shot)", MMLU, "exact_match,first-option", 14042, shots=5),
+    Column("GSM8K", GSM8K, "exact_match,opencompass", 1319),
+    Column("MATH500", MATH500, "math_verify,none", 500),
+    Column("HumanEval", HUMANEVAL, "pass@1,code-block", 164),
+    Column("MBPP (sanitized)", MBPP, "pass@1,code-block", 257),
+    Column("IFEval (prompt strict)", IFEVAL, "prompt_level_strict_acc,none", 541),
+    Column("MathBench", MATHBENCH, "stage_mean,opencompass", 3709, weighted=True),
+)
+"""SDAR's table (arXiv 2510.06303, table 1); the tasks are those of `tasks/sdar_bench.yaml`."""
+
+_RULE = "here a rule scores alone; there a judge model may look at what the rule finds wrong"
+_TWIN = "here a rule scores; there probably a judge model"
+_SCI = {
+    "MMLU-Pro": ("exact_match,opencompass", 12032, _RULE),
+    "AIME 2024": ("math_verify,opencompass", 30, _RULE),
+    "AIME 2025": ("math_verify,opencompass", 30, _RULE),
+    "LMB-hard": ("math_verify,opencompass", None, _RULE),
+    "LCB-v5": ("pass@1,opencompass", 167, ""),
+    "LCB-v6": ("pass@1,opencompass", 175, ""),
+    "GPQA-diamond": ("exact_match,opencompass", 198, _RULE),
+    "ProteinLMBench": ("exact_match,opencompass", 944, _TWIN),
+}
+SCI_COLUMNS = tuple(
+    Column(f"{title} ({protocol})", sampled(task) if protocol == "S" else task, metric, questions, caveat=caveat)
+    for protocol in ("G", "S")
+    for title, task in SCI_TASKS.items()
+    for metric, questions, caveat in [_SCI[title]]
+)
+"""The table of SDAR-30B-A3B-Sci (JetAstra/SDAR's README, part II), as far as the columns can be reproduced: greedy (G),
+and sampled at temperature 1 (S)."""
+
+TABLES = (COLUMNS, SCI_COLUMNS[: len(SCI_TASKS)], SCI_COLUMNS[len(SCI_TASKS) :])
+"""The columns that are shown together."""

@@ -1,0 +1,22 @@
+"""The part of a response that the released evaluation scores: what a model writes beside its thoughts."""
+
+from __future__ import annotations
+
+import re
+
+THINK, END = "<think>", "</think>"
+
+_PAIRS = re.compile(f"{THINK}.*?{END}", re.DOTALL)
+
+
+def without_thoughts(response: str) -> str:
+    """Return a response without its thoughts and the white space around it.
+
+    A model whose prompt opens the thought writes only its end: what follows the last end counts. Else each thought from
+    its beginning to its end is left out. A thought that does not end stays: so an answer that was cut off while the
+    model thought is scored whole. Source: `extract_non_reasoning_content` in opencompass/utils/text_postprocessors.py
+    of JetAstra/SDAR at c2041a8.
+    """
+    if THINK not in response:
+        return response.rpartition(END)[2].strip() if END in response else response.strip()
+    return _PAIRS.sub("", response).strip()
