@@ -31,4 +31,5 @@ def run(arguments: argparse.Namespace) -> str:
     tables = read_tables(arguments.paths, [published(name) for name in arguments.published])
     if arguments.json:
         return json.dumps([table.as_dict() for table in tables], indent=2, ensure_ascii=False)
-    return "\n\n".join([*map(render, tables), LEGEND])
+    legend = [LEGEND] if any(table.scores for table in tables) else []
+    return "\n\n".join([*map(render, tables), *legend])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.report.columns import COLUMNS, TABLES, Column
+from sdar_lm_eval.report.columns import TABLES, Column
 from sdar_lm_eval.report.published import Published, published_as
 from sdar_lm_eval.report.results import Results
-from sdar_lm_eval.report.runs import Run, read_runs
+from sdar_lm_eval.report.runs import Metric, Run, read_runs
 from sdar_lm_eval.report.text_table import aligned, with_error
 
 logger = logging.getLogger(__name__)
@@ -72,13 +71,13 @@ class Table:
         run: the run.
         scores: task -> score, of the columns that the run has.
         rows: published rows to compare with; the first is the run's own model where its name is a published one's.
-        left_out: what the run has and the table does not show, a sentence each.
+        others: task -> its metrics, of the tasks that are no column of a published table.
     """
 
     run: Run
     scores: Mapping[str, Score]
     rows: Sequence[Published]
-    left_out: Sequence[str]
+    others: Mapping[str, Sequence[Metric]]
 
     @property
     def model(self) -> str:
@@ -101,7 +100,7 @@ class Table:
             "run": self.run.label,
             "model": self.model,
             "columns": [self._column(column) for column in self.columns],
-            "left_out": list(self.left_out),
+            "others": [{"task": task, **asdict(each)} for task, found in self.others.items() for each in found],
         }
 
     def _column(self, column: Column) -> dict[str, object]:
@@ -138,20 +137,9 @@ def read_tables(paths: Iterable[Path], rows: Sequence[Published] = ()) -> list[T
         rows: published rows to compare with; none: the row of the run's model, where its name is a published one's.
 
     Raises:
-        UserError: as `read_runs`, or no run has results of the table's tasks, or a score is no share.
+        UserError: as `read_runs`, or a score is no share.
     """
-    runs = read_runs(paths)
-    tables = [_table(run, rows) for run in runs]
-    if not any(table.scores for table in tables):
-        tasks = sorted({task for run in runs for task in run.tasks})
-        if without := [column for column in _ALL if column.task in tasks]:
-            metrics = ", ".join(f"{column.metric} of {column.task}" for column in without)
-            raise UserError(f"The table shows {metrics}, which these runs lack. Evaluate again.")
-        raise UserError(
-            f"No results of the table's tasks, only of {', '.join(tasks[:8])}. Run --tasks sdar_bench, or some of "
-            f"{', '.join(column.task for column in COLUMNS)}; or --tasks sdar_sci or sdar_sci_s."
-        )
-    return tables
+    return [_table(run, rows) for run in read_runs(paths)]
 
 
 def difference(score: Score, column: Column, published: float) -> Difference:
@@ -180,7 +168,7 @@ def render(table: Table) -> str:
     for row in table.rows:
         head += [f"{row.name}, %", "difference", ""]
     lines = []
-    notes = [f"left out: {sentence}" for sentence in table.left_out]
+    notes = []
     for column in table.columns:
         score = table.scores.get(column.task)
         cells = [column.title, column.task, "", "not run"]
@@ -201,12 +189,27 @@ def render(table: Table) -> str:
                 found = difference(score, column, published)
                 cells += [f"{published:.1f}", with_error(found.points, found.stderr, sign="+"), found.verdict]
         lines.append(cells)
-    if table.rows:
+    if not lines:
+        title = (
+            f"{table.title}: no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci and "
+            "sdar_sci_s are."
+        )
+    elif table.rows:
         title = f"{table.title} beside " + "; ".join(f"{row.name} ({row.source})" for row in table.rows)
     else:
         title = f"{table.title}: the name is that of no published model (--published compares with one)"
-    left = {0, 1, *range(6, len(head), 3)}
-    return "\n".join([title, "", *aligned([head, *lines], left=left), *([""] if notes else []), *notes])
+    parts = [[title], aligned([head, *lines], left={0, 1, *range(6, len(head), 3)}) if lines else [], notes]
+    return "\n\n".join("\n".join(part) for part in [*parts, _others(table)] if part)
+
+
+def _others(table: Table) -> list[str]:
+    """The scores of tasks that no published table has, as lm_eval has them."""
+    rows = [
+        [task, each.name, each.filter, f"{each.value:.4g}" + ("" if each.stderr is None else f" ± {each.stderr:.2g}")]
+        for task, found in table.others.items()
+        for each in found
+    ]
+    return aligned([["not in a published table", "metric", "filter", "value"], *rows], left={0, 1, 2}) if rows else []
 
 
 LEGEND = (
@@ -247,13 +250,9 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
             answers=each[0].answers,
         )
         used |= {column.task, *_tasks_of(known[0][0], column)}
-    if others := [task for task in run.tasks if task not in used]:
-        shown = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
-        left_out = [f"{shown}, which the table has no column for"]
-    else:
-        left_out = []
+    others = {task: run.metrics(task) for task in run.tasks if task not in used}
     own = published_as(str(run.settings(run.tasks[0]).get("pretrained")))
-    return Table(run, scores, rows or [row for row in own if not scores or row.scores.keys() & scores], left_out)
+    return Table(run, scores, rows or [row for row in own if row.scores.keys() & scores], others)
 
 
 def _tasks_of(results: Results, column: Column) -> list[str]:

@@ -217,7 +217,17 @@ def test_seeds_are_a_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = _results({"gsm8k_sdar_paper": 0.5, "hellaswag": 0.4}, {"gsm8k_sdar_paper": 10, "hellaswag": 9})
     assert main(["table", str(_write(tmp_path, results))]) == 0
-    assert "left out: hellaswag, which the table has no column for" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "not in a published table" in out and re_spaced(out.splitlines()[-5]).startswith("hellaswag other none 0.5")
+
+
+def test_a_run_without_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`make demo` makes one."""
+    folder = _write(tmp_path, _results({"gsm8k_sdar_demo": 0.5}, {"gsm8k_sdar_demo": 10}))
+    assert main(["table", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci and" in out
+    assert "gsm8k_sdar_demo" in out.splitlines()[-1] and "larger than chance" not in out
 
 
 def test_rows_of_other_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,8 +329,6 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"sdar_lm_eval: error: {missing!r} does not exist. Give what lm_eval's --output_path named.\n"
     )
     assert "holds no results file of lm_eval" in error_of(str(tmp_path))
-    folder = _write(tmp_path / "runs", _results({"gsm8k": 0.5}, {"gsm8k": 10}))
-    assert "No results of the table's tasks, only of gsm8k. Run --tasks sdar_bench, or some of" in error_of(str(folder))
     assert "'4' is unknown; choose 1.7B, 4B, 8B, 30B-A3B, SDAR-1.7B-Chat," in error_of("x", "--published", "4")
     (tmp_path / "broken.json").write_text("{")
     assert "broken.json cannot be read" in error_of(str(tmp_path / "broken.json"))
