@@ -191,8 +191,8 @@ def render(table: Table) -> str:
         lines.append(cells)
     if not lines:
         title = (
-            f"{table.title}: no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci and "
-            "sdar_sci_s are."
+            f"{table.title}: no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci "
+            "and sdar_sci_s are."
         )
     elif table.rows:
         title = f"{table.title} beside " + "; ".join(f"{row.name} ({row.source})" for row in table.rows)

@@ -226,7 +226,10 @@ def test_a_run_without_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[st
     folder = _write(tmp_path, _results({"gsm8k_sdar_demo": 0.5}, {"gsm8k_sdar_demo": 10}))
     assert main(["table", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci and" in out
+    assert (
+        "no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci and sdar_sci_s are."
+        in out
+    )
     assert "gsm8k_sdar_demo" in out.splitlines()[-1] and "larger than chance" not in out
 
 
@@ -332,8 +335,6 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "'4' is unknown; choose 1.7B, 4B, 8B, 30B-A3B, SDAR-1.7B-Chat," in error_of("x", "--published", "4")
     (tmp_path / "broken.json").write_text("{")
     assert "broken.json cannot be read" in error_of(str(tmp_path / "broken.json"))
-    with pytest.raises(UserError):
-        read_tables([])
 
 
 def test_a_stray_file_blocks_no_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
