@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import numpy as np
 import pytest
 from lm_eval.api.model import LM
 from lm_eval.loggers import EvaluationTracker
@@ -16,7 +17,7 @@ from lm_eval.tasks import TaskManager
 import sdar_lm_eval.tasks
 from sdar_lm_eval import SDARLM
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.report.denoising import FORMAT, Denoising, denoising_file, read_denoising
+from sdar_lm_eval.report.denoising import FORMAT, Denoising, denoising_file, read_denoising, write_denoising
 from sdar_lm_eval.report.results import results_in
 
 TASK = "gsm8k_sdar_demo"
@@ -200,3 +201,19 @@ def test_a_cut_file_is_one_line(tmp_path: Path, cut: int) -> None:
     file.write_text("no gzip")
     with pytest.raises(UserError, match="cannot be read"):
         read_denoising(file)
+
+
+def test_records_are_small(tmp_path: Path) -> None:
+    """A run of 1,319 answers of 512 tokens: under 8 MB."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("etaoin shrdlu 0123456789"), rng.integers(1, 8))) for _ in range(20_000)]
+    lines = []
+    for document in range(100):
+        tokens = (rng.zipf(1.2, 512) % len(words)).tolist()
+        confidences = np.rint(10_000 * rng.beta(5, 0.5, 512)).astype(int).tolist()
+        steps = rng.integers(0, 4, 512).tolist()
+        line: Any = LINE | {"document": document, "token_ids": tokens, "texts": [words[i] for i in tokens]}
+        lines.append(line | {"steps": steps, "confidences": confidences})
+    file = tmp_path / "denoising_x_1.jsonl.gz"
+    write_denoising(file, "x", lines)
+    assert file.stat().st_size < 100 / 1319 * 8e6 and len(read_denoising(file)) == 100
