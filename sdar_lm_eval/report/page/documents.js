@@ -18,6 +18,7 @@ let tokens = []; // the texts of tokens, once inflated
 let reading = null; // the promise of both
 let shown = []; // numbers of the documents that match, in their order
 let current = -1; // number of the document that the keyboard is at
+let printing = false; // then all rows are drawn, also after a change of the size
 const haystacks = []; // what the search looks into, in lower case
 const chunks = new Map(); // number of a chunk -> the promise of its details
 const drawn = new Map(); // number of a document -> its row's element
@@ -183,11 +184,11 @@ function rowOf(number, position) {
 
 const rowHeight = () => parseFloat(getComputedStyle($("rows")).lineHeight);
 
-function draw(all = false) {
+function draw() {
   const height = rowHeight();
   const top = $("rows").getBoundingClientRect().top;
-  const first = all ? 0 : Math.max(0, Math.floor(-top / height) - 10);
-  const last = all ? shown.length : Math.min(shown.length, Math.ceil((innerHeight - top) / height) + 10);
+  const first = printing ? 0 : Math.max(0, Math.floor(-top / height) - 10);
+  const last = printing ? shown.length : Math.min(shown.length, Math.ceil((innerHeight - top) / height) + 10);
   const wanted = new Map();
   for (let position = first; position < last; position += 1) wanted.set(shown[position], position);
   const place = shown.indexOf(current);

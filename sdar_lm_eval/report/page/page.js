@@ -125,8 +125,8 @@ function listen() {
     await read();
     if (view.show.size && !$("document").open) $("documents").scrollIntoView(); // a link of the comparison
   });
-  addEventListener("beforeprint", () => draw(true));
-  addEventListener("afterprint", () => draw());
+  addEventListener("beforeprint", () => { printing = true; draw(); });
+  addEventListener("afterprint", () => { printing = false; draw(); });
 }
 
 async function start() {
