@@ -1,4 +1,4 @@
-"""Shows the documents of a run with right and wrong answers, or one document and how its answer was written."""
+"""Lists the documents of a run, right and wrong, or prints one document and how its answers were written."""
 
 from __future__ import annotations
 
@@ -26,23 +26,27 @@ KINDS = {
     "invalid": "the filter found nothing in the answer",
     "cut": "the answer ended at the limit of new tokens",
 }
-"""What `--only` takes."""
+"""Value of `--only` -> the documents that it lists."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.add_argument("path", metavar="RUN", type=Path, help="a run with samples (lm_eval's --log_samples)")
-    parser.add_argument("--task", help="which task; default: the run's only one")
+    parser.add_argument("--task", help="the task; needed where the run has several")
     parser.add_argument("--metric", help="the metric that decides right and wrong; default: the task's first")
     parser.add_argument("--filter", help="the filter whose extracted answers count; default: the metric's first")
     parser.add_argument("--only", choices=KINDS, help="; ".join(f"{name}: {what}" for name, what in KINDS.items()))
-    parser.add_argument("--search", metavar="TEXT", help="documents whose question or answer has the text")
-    parser.add_argument("--doc", type=int, metavar="N", help="show document N and its answers")
+    parser.add_argument("--search", metavar="TEXT", help="list only documents whose question or answer has this text")
+    parser.add_argument("--doc", type=int, metavar="N", help="print document N (lm_eval's doc_id) and its answers")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> str | None:
-    """Print the documents, or one of them."""
+    """Print the documents, or one of them, and return None; with --json, return them as JSON.
+
+    Raises:
+        UserError: the path holds no run or several, or the run lacks the task, its samples, the metric or the document.
+    """
     run = _one_run(arguments.path)
     task = _task(run, arguments.task)
     metric = _metric(run, task, arguments.metric, arguments.filter)

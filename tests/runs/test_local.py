@@ -296,7 +296,7 @@ def test_an_interrupt_says_what_is_finished(tasks: str, tmp_path: Path, monkeypa
         ({"model": "sdar-jetengine", "grids": ({"block": "3", "steps": "1"},)},
          "block_length=3 is not for --model sdar-jetengine, which takes 1, 2, 4"),
         ({"model_args": {"pretrained": "demo", "devise": "cpu"}}, "'devise' is unknown. Did you mean 'device'"),
-        ({"model_args": {"pretrained": "demo", "answers": "x"}}, "answers=… has no say in a sweep"),
+        ({"model_args": {"pretrained": "demo", "answers": "x"}}, "answers=… is not for a sweep"),
         ({"model_args": {"pretrained": "/nowhere"}}, "pretrained='/nowhere': no such folder"),
         ({"tasks": ("shorter",)}, "--tasks shorter: unknown to the harness"),
         ({"tasks": ("short", "scored")}, "--tasks scored: scored by log-likelihoods, which decoding settings do not"),
