@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from sdar_lm_eval import arguments
 from sdar_lm_eval.arguments import DecodingArguments
 from sdar_lm_eval.demo import PROMPT, problems
-from sdar_lm_eval.engines.agreement import JUDGED, Divergence, Plain, allowed, first_difference
+from sdar_lm_eval.engines.agreement import JUDGED, Divergence, Float32Judge, allowed, first_difference
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import SDARError, UserError, did_you_mean
 from sdar_lm_eval.files import one_line
@@ -174,7 +174,7 @@ class Trials:
                 )
         self._prompts = [PROMPT.format(question=problem["question"]) for problem in problems()[:limit]]
         self._expected: dict[str, list[Answer]] = {}
-        self._plain: Plain | None = None
+        self._float32: Float32Judge | None = None
 
     def reference(self) -> Trial:
         """Ask the native engine in float32 on the CPU, and check its answers by transformers' forward.
@@ -189,11 +189,11 @@ class Trials:
             for strategy in STRATEGIES:
                 self._expected[strategy], seconds[strategy] = self._ask(model, strategy)
         # Loaded after the engine is closed, so that the weights are in memory only once.
-        self._plain = plain = Plain(model.checkpoint)
+        self._float32 = judge = Float32Judge(model.checkpoint)
         found = []
         for strategy, answers in self._expected.items():
             asked = enumerate(answers if strategy in JUDGED else ())
-            deviations = [plain.deviation(index, each.request, each.result) for index, each in asked]
+            deviations = [judge.deviation(index, each.request, each.result) for index, each in asked]
             found.append(_strategy_trial(strategy, answers, deviations, seconds[strategy]))
         return Trial(model.info.engine, model.info.device, model.info.dtype, tuple(found), is_reference=True)
 
@@ -229,11 +229,11 @@ class Trials:
         return answers, time.perf_counter() - begun
 
     def _judge(self, strategy: str, answers: Sequence[Answer]) -> list[Divergence | None]:
-        assert self._plain is not None, "the reference was not asked"
+        assert self._float32 is not None, "the reference was not asked"
         found: list[Divergence | None] = []
         for index, (answer, expected) in enumerate(zip(answers, self._expected[strategy], strict=True)):
             if strategy in JUDGED:
-                found.append(self._plain.divergence(index, expected.request, answer.result, expected.result))
+                found.append(self._float32.divergence(index, expected.request, answer.result, expected.result))
             elif answer.result.token_ids != expected.result.token_ids:
                 token = first_difference(answer.result.token_ids, expected.result.token_ids)
                 found.append(Divergence(index, token, math.nan, math.nan))

@@ -1,7 +1,7 @@
 """Compares runs on the documents that they share: paired differences with intervals and tests, settings that differ.
 
-Each run needs samples (lm_eval's --log_samples), and may be of any model. The first run, or the run that --baseline
-names, is A. Each other run is compared with A.
+Each run needs samples (--log_samples), and may be of any model of the harness. The first run, or the run that
+--baseline names, is A. Each other run is compared with A.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 With --run, doctor asks each engine that can run here the demo's problems, and compares the greedy answers with those of
 the native engine in float32 on the CPU. For each answer that differs, doctor says whether rounding explains the
-difference. Differences by the strategy low_confidence_dynamic are counted, not judged. The exit code is 1 if rounding
-does not explain a difference, if an engine stops, or if none of the engines can run.
+difference. Differences by the strategy low_confidence_dynamic are counted, not judged. The exit code of --run is 1 if
+rounding does not explain a difference, if an engine stops, or if none of the engines can run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sdar_lm_eval.errors import EngineError, UserError
 from sdar_lm_eval.report.text_table import aligned
 
 if TYPE_CHECKING:
-    from sdar_lm_eval.report.machine import Standing
+    from sdar_lm_eval.report.machine import EngineStatus
     from sdar_lm_eval.trial import Trial
 
 EXAMPLE = "sdar_lm_eval doctor --run --limit 50"
@@ -61,10 +61,10 @@ def run(arguments: argparse.Namespace) -> str | None:
     if model_args and not arguments.run:
         raise UserError("--model_args needs --run: without it no engine is loaded.")
     names = list(dict.fromkeys(arguments.engine or ENGINES))
-    from sdar_lm_eval.report.machine import devices, no_gpu, standings, versions
+    from sdar_lm_eval.report.machine import devices, engine_statuses, no_gpu, versions
 
     with Console(stderr=True).status("looking for devices and engines"):
-        found_versions, found_devices, found = versions(), devices(), standings(names)
+        found_versions, found_devices, found = versions(), devices(), engine_statuses(names)
     trials: list[Trial] = []
     if not arguments.json:
         parts = [
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> str | None:
     return None
 
 
-def _try(arguments: argparse.Namespace, model_args: dict[str, object], found: Sequence[Standing]) -> list[Trial]:
+def _try(arguments: argparse.Namespace, model_args: dict[str, object], found: Sequence[EngineStatus]) -> list[Trial]:
     """Ask the reference, then each engine that can run here, and print each trial. Return the trials."""
     from sdar_lm_eval.trial import Trials
 

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="RUN",
         type=Path,
-        help="what lm_eval's --output_path named; each other run is compared with the first",
+        help="what --output_path named; each other run is compared with the first",
     )
     parser.add_argument(
         "-o", "--output", metavar="FILE", type=Path, default=Path("report.html"), help="default: %(default)s"

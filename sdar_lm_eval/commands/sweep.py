@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace) -> str:
     """
     from lm_eval.utils import setup_logging
 
-    from sdar_lm_eval.runs.plan import Question, plan
+    from sdar_lm_eval.runs.plan import SweepArguments, plan
 
     setup_logging("WARNING")
     if not os.environ.get("LMEVAL_LOG_LEVEL"):  # lm_eval warns of each combination's gen_kwargs
@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> str:
     if not all(arguments.grids):
         raise UserError("A grid has no settings. Give some, such as --threshold 0.5:0.9, before and after each --and.")
     planned = plan(
-        Question(
+        SweepArguments(
             model=arguments.model,
             model_args=pairs("--model_args", arguments.model_args),
             tasks=tuple(dict.fromkeys(name for words in arguments.tasks for name in words.split(",") if name)),

@@ -61,7 +61,7 @@ class Divergence:
     worst: float
 
 
-class Plain:
+class Float32Judge:
     """The checkpoint's weights in transformers' model class, in float32 on the CPU: what answers are judged by.
 
     Args:
@@ -192,7 +192,7 @@ def _search(
     the end of a best path.
 
     Args:
-        request: as for `Plain.divergence`.
+        request: as for `Float32Judge.divergence`.
         text: prompt and answer.
         start: position of the block's first token.
         mask: the mask token.

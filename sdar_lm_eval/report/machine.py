@@ -115,7 +115,7 @@ def _cpu() -> Device:
 
 
 @dataclass(frozen=True)
-class Standing:
+class EngineStatus:
     """Whether an engine can run on this machine.
 
     Attributes:
@@ -134,17 +134,17 @@ class Standing:
         return f"{self.name}: {self.note if self.lacks is None else self.lacks}"
 
 
-def standings(names: Sequence[str]) -> list[Standing]:
+def engine_statuses(names: Sequence[str]) -> list[EngineStatus]:
     """Return for each of these engines whether it can run on this machine, or else what it lacks."""
-    return [_standing(ENGINES[name]) for name in names]
+    return [_engine_status(ENGINES[name]) for name in names]
 
 
-def _standing(spec: EngineSpec) -> Standing:
+def _engine_status(spec: EngineSpec) -> EngineStatus:
     lacks = why_not_here(spec)
     if lacks is not None:
-        return Standing(spec.name, spec.model, lacks, "cannot run here")
+        return EngineStatus(spec.name, spec.model, lacks, "cannot run here")
     device = resolve_device("auto")
     note = f"runs here on {device} (--model {spec.model})"
     if spec.name == "native" and device.type == "cuda" and not resolve_kernels(None, device):
         note += ", without its kernels, which need triton (pip install triton) and compute capability 8.0"
-    return Standing(spec.name, spec.model, lacks, note)
+    return EngineStatus(spec.name, spec.model, lacks, note)

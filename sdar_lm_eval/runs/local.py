@@ -124,7 +124,7 @@ def _outcome(plan: Plan, found: Sequence[Results | None], errors: Sequence[str |
 
 
 def _loaded(plan: Plan) -> SDARLM:
-    lm = get_model(plan.question.model).create_from_arg_obj(dict(plan.model_args))
+    lm = get_model(plan.sweep.model).create_from_arg_obj(dict(plan.model_args))
     assert isinstance(lm, SDARLM)
     return lm
 
@@ -140,16 +140,16 @@ def _evaluate(evaluation: Evaluation, plan: Plan, lm: SDARLM) -> Results:
     evaluate_into(
         evaluation.folder / evaluation.name,
         lm,
-        model=plan.question.model,
+        model=plan.sweep.model,
         model_args=plan.model_args,
         facts={"asked": evaluation.asked},
-        tasks=list(plan.question.tasks),
-        num_fewshot=plan.question.num_fewshot,
+        tasks=list(plan.sweep.tasks),
+        num_fewshot=plan.sweep.num_fewshot,
         gen_kwargs=dict(evaluation.gen_kwargs),
         limit=evaluation.asked["limit"],
         task_manager=plan.manager,
         torch_random_seed=evaluation.seed,
-        confirm_run_unsafe_code=plan.question.confirm_run_unsafe_code,
+        confirm_run_unsafe_code=plan.sweep.confirm_run_unsafe_code,
     )
     results = evaluation.results()
     assert results is not None

@@ -44,7 +44,7 @@ LONGEST_NAME = 200  # most characters of a folder's name; file systems allow 255
 
 
 @dataclass(frozen=True)
-class Question:
+class SweepArguments:
     """The arguments of a sweep, not yet checked.
 
     Attributes:
@@ -118,8 +118,8 @@ class Plan:
     """A sweep that was checked.
 
     Attributes:
-        question: the sweep's arguments.
-        model_args: the model_args of `question`, with the checkpoint and without the seed.
+        sweep: the sweep's arguments.
+        model_args: the model_args of `sweep`, with the checkpoint and without the seed.
         tasks: the names of the tasks, with groups resolved into their tasks.
         manager: loads the tasks.
         output: the sweep's folder.
@@ -127,7 +127,7 @@ class Plan:
         copies: number of combinations left out, which differ from others only in settings without effect.
     """
 
-    question: Question
+    sweep: SweepArguments
     model_args: Mapping[str, object]
     tasks: tuple[str, ...]
     manager: TaskManager
@@ -150,54 +150,54 @@ class _Checked:
         return hex_digest(of_tasks, digits=32)
 
 
-def plan(question: Question) -> Plan:
+def plan(sweep: SweepArguments) -> Plan:
     """Check a sweep, and return its plan. Nothing is evaluated; a checkpoint of the hub is downloaded.
 
     Raises:
         UserError: a model, a task or a setting is unknown or refused. The message names a combination that is refused.
     """
-    engine = _engine_of(question.model)
-    if question.repeats < 1:
-        raise UserError(f"--repeats {question.repeats} is out of range: it must be 1 or more.")
-    if question.limit is not None and not question.limit > 0:
-        raise UserError(f"--limit {question.limit:g}: give a number of documents above 0, or a share between 0 and 1.")
-    model_args: dict[str, object] = {"pretrained": DEFAULT_CHECKPOINT, **question.model_args}
+    engine = _engine_of(sweep.model)
+    if sweep.repeats < 1:
+        raise UserError(f"--repeats {sweep.repeats} is out of range: it must be 1 or more.")
+    if sweep.limit is not None and not sweep.limit > 0:
+        raise UserError(f"--limit {sweep.limit:g}: give a number of documents above 0, or a share between 0 and 1.")
+    model_args: dict[str, object] = {"pretrained": DEFAULT_CHECKPOINT, **sweep.model_args}
     if "answers" in model_args:
         raise UserError(
             "model_args: answers=… is not for a sweep, which keeps answers in --output_path. Leave answers=… out."
         )
-    seed = _seed(question, model_args.pop("seed", None))
+    seed = _seed(sweep, model_args.pop("seed", None))
     arguments = {name: value for name, value in model_args.items() if name != "pretrained"}
     settings = ModelSettings.read(str(model_args["pretrained"]), arguments, engine)
-    manager = task_manager(question.tasks, question.include_path)
-    loaded = load_tasks(question.tasks, manager)
+    manager = task_manager(sweep.tasks, sweep.include_path)
+    loaded = load_tasks(sweep.tasks, manager)
     # lm_eval orders tasks by itself. Here the user's order comes first, then the tasks of groups.
-    tasks = {name: loaded[name] for name in (*question.tasks, *loaded) if name in loaded}
-    _check_tasks(tasks, question.confirm_run_unsafe_code)
+    tasks = {name: loaded[name] for name in (*sweep.tasks, *loaded) if name in loaded}
+    _check_tasks(tasks, sweep.confirm_run_unsafe_code)
     checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
     prompts = Prompts(checkpoint, settings.chat_template)
     jobs = Jobs(checkpoint, prompts, settings.decoding, settings.max_length, alone=True)
-    grid = [each for texts in question.grids for each in combinations(texts, lambda name: f"--{name}")]
-    checked = [_check(each, question, jobs, tasks, engine) for each in grid]
+    grid = [each for texts in sweep.grids for each in combinations(texts, lambda name: f"--{name}")]
+    checked = [_check(each, sweep, jobs, tasks, engine) for each in grid]
     kept = without_copies(checked, lambda each: each.key)
 
-    limit = None if question.limit is None else int(question.limit) if question.limit >= 1 else question.limit
-    named = "+".join(question.tasks)
-    output = expanded(question.output or Path("sweeps") / _file_name(f"{checkpoint.name}-{named}"))
+    limit = None if sweep.limit is None else int(sweep.limit) if sweep.limit >= 1 else sweep.limit
+    named = "+".join(sweep.tasks)
+    output = expanded(sweep.output or Path("sweeps") / _file_name(f"{checkpoint.name}-{named}"))
     common = {
-        "model": question.model,
+        "model": sweep.model,
         "model_args": model_args,
         "tasks": {name: hex_digest(json.dumps(task.dump_config(), default=str)) for name, task in tasks.items()},
         "limit": limit,
-        "num_fewshot": question.num_fewshot,
+        "num_fewshot": sweep.num_fewshot,
         "checkpoint": checkpoint.fingerprint,
         "scored_by": scored_by(),
     }
     evaluations = []
     for combination in kept:
         is_drawn = any(generation.is_drawn for generation in combination.generations)
-        gen_kwargs = _gen_kwargs(question, combination.settings)
-        for used in range(seed, seed + (question.repeats if is_drawn else 1)):
+        gen_kwargs = _gen_kwargs(sweep, combination.settings)
+        for used in range(seed, seed + (sweep.repeats if is_drawn else 1)):
             asked = {**common, "gen_kwargs": gen_kwargs, "seed": used if is_drawn else None}
             name = named + ("" if limit is None else f"-first-{spelled(limit)}") + (f"-seed-{used}" if is_drawn else "")
             evaluations.append(
@@ -209,9 +209,7 @@ def plan(question: Question) -> Plan:
                     asked=json.loads(json.dumps(asked, default=str)),
                 )
             )
-    return Plan(
-        question, model_args, tuple(tasks), manager, output, tuple(evaluations), copies=len(checked) - len(kept)
-    )
+    return Plan(sweep, model_args, tuple(tasks), manager, output, tuple(evaluations), copies=len(checked) - len(kept))
 
 
 def _engine_of(model: str) -> str:
@@ -225,9 +223,9 @@ def _engine_of(model: str) -> str:
     )
 
 
-def _seed(question: Question, of_model: object) -> int:
-    if question.seed is not None:
-        return question.seed
+def _seed(sweep: SweepArguments, of_model: object) -> int:
+    if sweep.seed is not None:
+        return sweep.seed
     return DEFAULT_SEED if of_model is None else to_whole("seed", of_model)
 
 
@@ -245,19 +243,19 @@ def _check_tasks(tasks: Mapping[str, Task], confirmed: bool) -> None:
         )
 
 
-def _gen_kwargs(question: Question, combination: Combination) -> dict[str, object]:
+def _gen_kwargs(sweep: SweepArguments, combination: Combination) -> dict[str, object]:
     """The settings of a combination, with the shared ones. A temperature of the combination decides about sampling."""
-    gen_kwargs = {**canonical(question.gen_kwargs), **combination}
+    gen_kwargs = {**canonical(sweep.gen_kwargs), **combination}
     if "temperature" in combination:
         gen_kwargs["do_sample"] = combination["temperature"] != 0
     return gen_kwargs
 
 
 def _check(
-    combination: Combination, question: Question, jobs: Jobs, tasks: Mapping[str, Task], engine: str
+    combination: Combination, sweep: SweepArguments, jobs: Jobs, tasks: Mapping[str, Task], engine: str
 ) -> _Checked:
     """Check a combination for all tasks, and return it; raise `UserError` where the model would refuse it."""
-    gen_kwargs = _gen_kwargs(question, combination)
+    gen_kwargs = _gen_kwargs(sweep, combination)
     try:
         generations = []
         for task in tasks.values():
@@ -266,7 +264,7 @@ def _check(
             jobs.room_for_prompt(its.max_gen_toks)
             for name, value, allowed in beyond_limits(engine, its.decoding):
                 raise UserError(
-                    f"{name}={value} is not for --model {question.model}, which takes {', '.join(map(str, allowed))}. "
+                    f"{name}={value} is not for --model {sweep.model}, which takes {', '.join(map(str, allowed))}. "
                     "Choose one of these, or --model sdar."
                 )
             generations.append(its)

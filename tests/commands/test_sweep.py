@@ -94,13 +94,13 @@ def test_one_that_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         (
             ["--threshold", "0.5", "--threshold", "0.6"],
             2,
-            "given twice; separate its values by commas, or",
+            "given twice; separate values by commas, or",
         ),
         (["--strategy", "static", "--remasking_strategy", "random"], 2, "given twice"),
         (["--threshold", "0.5", "--plot", "chart.jpg"], 1, "chart.jpg: a chart's file ends in .svg, .png, .pdf"),
         (["--threshold", "0.5", "--gen_kwargs", "max_gen_toks"], 1, "--gen_kwargs max_gen_toks: cannot be read"),
         (["--threshold", "0.5", "--gen_kwargs", '{"a": '], 1, "cannot be read"),
-        (["--threshold", "0.5", "--y_max", "0"], 1, "--y_max 0 is out of range: it must be above 0, in per cent"),
+        (["--threshold", "0.5", "--y_max", "0"], 1, "--y_max 0 is out of range: give a percentage above 0"),
         (["--threshold", "0.5", "--limit", "many"], 2, "invalid float value: 'many'"),
         (
             ["--threshold", "0.5", "--metric", "f1", "--limit", "1"],

@@ -212,7 +212,7 @@ def test_an_opened_document(page: Any) -> None:
     assert first.locator(".found tr").all_inner_texts() == [
         "strict-match\tnothing extracted\texact_match ✗", "flexible-extract\tnothing extracted\texact_match ✗",
     ]  # fmt: skip
-    assert first.locator(".answer").inner_text() == "apples make 7" and "no record" in first.inner_text()
+    assert first.locator(".answer").inner_text() == "apples make 7" and "no denoising record" in first.inner_text()
     assert page.locator("#player").is_hidden()
     assert page.locator("#asked .question").inner_text() == "Question 3?"
     page.get_by_text("Prompt as sent").click()

@@ -25,7 +25,7 @@ from sdar_lm_eval.report.points import points_of
 from sdar_lm_eval.report.results import Results, results_in
 from sdar_lm_eval.report.runs import read_runs
 from sdar_lm_eval.runs import local
-from sdar_lm_eval.runs.plan import Plan, Question, plan
+from sdar_lm_eval.runs.plan import Plan, SweepArguments, plan
 from sdar_lm_eval.runs.shards import ANSWERS
 
 GRIDS = ({"strategy": "static", "steps": "4,2"}, {"strategy": "dynamic", "threshold": "0.5"})
@@ -66,12 +66,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def asked(output: Path | None, include_path: str | None, **question: Any) -> Question:
+def asked(output: Path | None, include_path: str | None, **question: Any) -> SweepArguments:
     given: dict[str, Any] = {
         "model": "sdar", "model_args": {"pretrained": "demo"}, "tasks": ("short",), "grids": GRIDS, "gen_kwargs": {},
         "limit": 2, "output": output, "include_path": include_path,
     }  # fmt: skip
-    return Question(**(given | question))
+    return SweepArguments(**(given | question))
 
 
 def silent(*_: object) -> None:
