@@ -300,7 +300,7 @@ def _effective(decoding: Fields) -> Mapping[str, object]:
     known: dict[str, Any] = {name: value for name, value in decoding.content.items() if name in DECODING_SETTINGS}
     try:
         return DecodingConfig(**known).effective if known else {}
-    except UserError:  # of another version of this package
+    except UserError:  # settings of another version of this package
         return known
 
 

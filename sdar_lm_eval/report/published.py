@@ -140,7 +140,7 @@ def published(name: str) -> Published:
     """Return the published row with a name or a short name.
 
     Raises:
-        UserError: no row has this name.
+        UserError: no row has this name; the message lists the names.
     """
     found = PUBLISHED.get(SIZES.get(name, name))
     if found is None:

@@ -78,7 +78,7 @@ class Run:
         return self.of_tasks[task][0]
 
     def settings(self, task: str) -> dict[str, object]:
-        """Return what a task's answers and scores depend on, by name; as far as the results file says."""
+        """Return the settings that a task's answers and scores depend on: name -> value, for those in the file."""
         return settings_of(self.results_of(task), task)
 
     def metrics(self, task: str) -> list[Metric]:
@@ -129,7 +129,7 @@ def metrics_of(results: Results, task: str) -> list[Metric]:
 
 
 def settings_of(results: Results, task: str) -> dict[str, object]:
-    """Return what a task's answers and scores depend on, by name; as far as the results file says."""
+    """Return the settings that a task's answers and scores depend on: name -> value, for those in the file."""
     config, content, ours = results.config.content, results.content, results.ours.content
     settings: dict[str, object] = {"model": config.get("model"), "pretrained": results.model}
     settings |= {name: ours[name] for name in _OURS if ours.get(name) is not None}

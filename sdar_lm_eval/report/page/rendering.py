@@ -31,7 +31,7 @@ def page_of(runs: Sequence[Run], tasks: Sequence[str] = (), title: str | None = 
         title: the page's title; None: the models and tasks.
 
     Raises:
-        UserError: no run has one of the tasks, or a file of a run cannot be read or is not as lm_eval writes it.
+        UserError: no run has one of `tasks`, or a file of a run cannot be read or is not as lm_eval writes it.
     """
     known = list(dict.fromkeys(task for run in runs for task in run.tasks))
     for task in tasks:
