@@ -50,14 +50,14 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Message = Mapping[str, str]
-"""A turn of a conversation: `{"role": "user", "content": "…"}`."""
+"""A turn of a conversation: {"role": "user", "content": "…"}."""
 Conversation = Sequence[Message]
 Prompt = str | Conversation
-"""A text, which becomes a user's turn where the chat template is in use, or a conversation."""
+"""A conversation, or a text, of which the chat template makes a user's turn where it is in use."""
 
 TASK = TaskRequests(name="sdar_lm_eval.load")
 OF_EVALUATIONS = ("trace", "answers", "verbose")
-"""model_args that only an evaluation has a use for."""
+"""model_args that only evaluations use."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Answer:
     """The answer to a prompt.
 
     Attributes:
-        text: the answer's text, cut before the earliest `until`.
-        prompt: the text that was tokenized: in the chat template, where that is in use.
-        request: what the engine got.
-        result: what the engine returned, with steps and confidences where the engine records them.
-        denoising: how the answer was written.
+        text: the answer's text, cut before the earliest stop string (`until`).
+        prompt: the text that was tokenized, rendered by the chat template where the template is in use.
+        request: the engine's request.
+        result: the engine's result, with steps and confidences where the engine records them.
+        denoising: the answer's denoising record.
     """
 
     text: str
@@ -80,12 +80,12 @@ class Answer:
 
     @property
     def finish_reason(self) -> str:
-        """Why the answer ends: "stop" (a stop token or string) or "length"."""
+        """Why the answer ended: "stop" (a stop token or stop string) or "length" (the limit of new tokens)."""
         return self.result.finish_reason
 
     @property
     def forwards(self) -> int:
-        """How many forwards denoised the answer's blocks or committed them."""
+        """Number of forwards that denoised or committed blocks of the answer."""
         return self.result.denoising_forwards + self.result.commit_forwards
 
     def __repr__(self) -> str:
@@ -94,17 +94,17 @@ class Answer:
 
 
 class LoadedModel:
-    """A checkpoint in an engine's memory; `load` makes it.
+    """A checkpoint in an engine's memory. `load` makes one; `close`, or the end of a `with` block, frees the memory.
 
     Args:
         checkpoint: the opened checkpoint.
-        engine: runs it.
+        engine: the engine that runs the checkpoint.
         name: the engine's name in the registry.
-        settings: what the user gave.
+        settings: the user's settings.
         prompts, jobs, likelihoods: make the engine's requests.
 
     Attributes:
-        checkpoint: see above.
+        checkpoint: the opened checkpoint.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class LoadedModel:
 
     @classmethod
     def open(cls, pretrained: str, engine: str, model_args: Mapping[str, object]) -> LoadedModel:
-        """Do as `load`, with settings in a mapping."""
+        """Return what `load` returns, with model_args in a mapping; errors are those of `load`."""
         engine_named(engine)
         settings = ModelSettings.read(pretrained, model_args, engine)
         for name in OF_EVALUATIONS:
@@ -153,12 +153,12 @@ class LoadedModel:
 
     @property
     def shows_steps(self) -> bool:
-        """Whether the engine calls `watch`."""
+        """Whether the engine shows denoising steps, so that `watch` is called."""
         return isinstance(self._engine, Watchable)
 
     @property
     def seed(self) -> int:
-        """The seed of sampled answers where a call gives none."""
+        """The seed of sampled answers in calls that give no seed."""
         return DEFAULT_SEED if self._settings.seed is None else self._settings.seed
 
     def __repr__(self) -> str:
@@ -193,23 +193,23 @@ class LoadedModel:
     ) -> Answer | list[Answer]:
         """Answer prompts.
 
-        A text becomes a user's turn in the chat template, as an evaluation's prompts do; with chat_template=off it is
-        sent as it is. A conversation whose last turn is the assistant's is continued.
+        As in an evaluation, the chat template makes a user's turn of a text. With chat_template=off, or a checkpoint
+        without a template, a text is sent unchanged. The answer continues a last turn that is the assistant's.
 
         Args:
             prompts: a text, a conversation (a list of {"role": …, "content": …}), or a list of either.
-            seed: seed of sampled answers; default: the model's. Each answer draws by (seed, prompt, and how often the
-                list had the prompt before), so equal prompts get different sampled answers.
-            watch: called with each block after each denoising step, where the engine shows them (`shows_steps`);
-                `BlockStep.index` is the position in `prompts`.
+            seed: seed of sampled answers; None: the model's seed (`seed`). An answer depends on the seed, the prompt,
+                and the number of equal prompts before it, so equal prompts get different sampled answers.
+            watch: called with each block after each denoising step, where the engine shows steps (`shows_steps`);
+                `BlockStep.index` is the position in `prompts`. None: nothing is called.
             settings: as `--gen_kwargs`, in long or short form: strategy="sequential", temperature=1.0, …
 
         Returns:
-            The answer to a lone prompt; the answers to a list of prompts, in order.
+            The answer to a single prompt; the answers to a list of prompts, in the order of the list.
 
         Raises:
-            UserError: a prompt or a setting cannot be used; raised before anything runs.
-            EngineError: the engine stopped, or is closed. `stream` keeps what finished before.
+            UserError: a prompt or a setting cannot be used. Nothing was run.
+            EngineError: the engine stopped, or is closed. Finished answers are lost; `stream` yields them before.
         """
         several = _several(prompts)
         asked = [cast("Prompt", prompts)] if several is None else several
@@ -226,7 +226,7 @@ class LoadedModel:
     ) -> Iterator[tuple[int, Answer]]:
         """Answer prompts; yield (position in `prompts`, answer) as each answer is finished.
 
-        Arguments and errors are as for `generate`; answers that came before an EngineError stay valid.
+        Arguments and errors are those of `generate`. Answers that were yielded before an EngineError are valid.
         """
         asked = self._asked(prompts, seed, settings)
         asked.warn_of_truncated()
@@ -253,7 +253,7 @@ class LoadedModel:
                     yield position, answer
 
     def prepare(self, prompts: Sequence[Prompt], **settings: Unpack[DecodingArguments]) -> None:
-        """Allocate and compile what these prompts need, so that the time of `generate` is the time of computing.
+        """Allocate memory and compile kernels for these prompts, so that `generate` spends its time on answers only.
 
         Raises:
             UserError, EngineError: as `generate`.
@@ -262,13 +262,13 @@ class LoadedModel:
         self._engine.prepare([job.request for job in jobs])
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """Score continuations, as `SDARLM.loglikelihood` does; texts are taken as they are, in no chat template.
+        """Return log-likelihoods of continuations, as `SDARLM.loglikelihood` does, without the chat template.
 
         Args:
             pairs: (context, continuation).
 
         Returns:
-            For each pair the continuation's log-likelihood in nats, and whether greedy decoding gives the continuation.
+            For each pair (log-likelihood of the continuation in nats, whether greedy decoding gives the continuation).
 
         Raises:
             UserError: the engine computes no log-likelihoods, or a continuation is too long.
@@ -289,7 +289,7 @@ class LoadedModel:
         return [(total.log_likelihood, total.is_greedy) for total in totals]
 
     def settings_of(self, **settings: Unpack[DecodingArguments]) -> Generation:
-        """The settings that `generate` would use: these, the model's, and defaults.
+        """Return the settings that `generate` would use: these, then the model's, then defaults.
 
         Raises:
             UserError: an unknown name, or a value out of range.
@@ -297,11 +297,11 @@ class LoadedModel:
         return self._jobs.settings_of(settings)
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        """The text of each token. Of several tokens that encode one character, the last one has the character."""
+        """Return the text of each token. Of several tokens that encode one character, the last has the character."""
         return self._prompts.pieces(token_ids)
 
     def close(self) -> None:
-        """Give the engine's memory back. Later calls are an EngineError; a second `close` does nothing."""
+        """Free the engine's memory. Later calls raise EngineError; a second `close` does nothing."""
         self._engine.close()
 
     def __enter__(self) -> LoadedModel:
@@ -311,9 +311,9 @@ class LoadedModel:
         self.close()
 
     def _asked(self, prompts: Sequence[Prompt], seed: int | None, settings: Mapping[str, object]) -> Round:
-        """What is to be computed for prompts."""
+        """The jobs of prompts."""
         texts = [self._text_of(prompt) for prompt in prompts]
-        # The same prompt is an Instance with repeats, as in an evaluation: repeats have seeds of their own.
+        # Equal prompts are one Instance with repeats, as in an evaluation, so that each repeat gets its own seed.
         repeats = Counter(texts)
         instances = {
             text: Instance("generate_until", {}, (text, dict(settings)), 0, metadata=(TASK.name, 0, count))
@@ -327,7 +327,7 @@ class LoadedModel:
         )
 
     def _text_of(self, prompt: Prompt) -> str:
-        """The text to tokenize: in the chat template where it is in use.
+        """The text to tokenize, rendered by the chat template where the template is in use.
 
         Raises:
             UserError: the prompt cannot be used.
@@ -368,7 +368,7 @@ class LoadedModel:
 
 
 def _several(prompts: Prompt | Iterable[Prompt]) -> list[Prompt] | None:
-    """The prompts of a list; None for a lone prompt."""
+    """The prompts of a list; None for a single prompt."""
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         return None
     listed = list(prompts)
@@ -376,10 +376,10 @@ def _several(prompts: Prompt | Iterable[Prompt]) -> list[Prompt] | None:
 
 
 def _check_conversation(prompt: Conversation) -> None:
-    """Refuse what is no conversation.
+    """Check a conversation.
 
     Raises:
-        UserError: it has no turn, or a turn without a role and a content.
+        UserError: the conversation has no turn, or a turn without role and content.
     """
     for message in prompt if isinstance(prompt, Sequence) and len(prompt) > 0 else [None]:
         keys = ("role", "content")
@@ -408,7 +408,10 @@ def load(pretrained: str = DEFAULT_CHECKPOINT, engine: str = "native", **model_a
         pretrained: hub id, folder, or `demo` (the bundled small checkpoint).
         engine: native, jetengine or lmdeploy.
         model_args: as `--model_args`, in long or short form (`sdar_lm_eval/arguments.py` lists them): device, dtype,
-            seed, chat_template, …; decoding settings among them hold where a call gives no others.
+            seed, chat_template, …. Decoding settings among them are the defaults of calls.
+
+    Returns:
+        The loaded model. Close it, or use it in a `with` block.
 
     Raises:
         UserError: an unknown name, a value out of range, or a checkpoint that cannot be run.

@@ -1,8 +1,8 @@
-"""Engines on trial: their greedy answers to the demo's problems, beside float32's.
+"""Compares the engines' greedy answers to the demo's problems with those of a reference.
 
-The reference is the native engine in float32 on the CPU, whose answers are themselves checked by transformers' forward
-(`engines/agreement.py`). An engine's answers are the reference's token for token, or rounding explains them; else the
-engine is not to be trusted on this machine.
+The reference is the native engine in float32 on the CPU. Its own answers are checked by transformers' forward
+(`engines/agreement.py`). An engine passes if each of its answers equals the reference's token for token, or if rounding
+explains the difference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from sdar_lm_eval import arguments
 from sdar_lm_eval.arguments import DecodingArguments
 from sdar_lm_eval.demo import PROMPT, problems
-from sdar_lm_eval.engines.agreement import JUDGED, Divergence, Plain, allowed, first_difference
+from sdar_lm_eval.engines.agreement import JUDGED, Divergence, Float32Judge, allowed, first_difference
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import SDARError, UserError, did_you_mean
 from sdar_lm_eval.files import one_line
@@ -28,9 +28,9 @@ STRATEGIES = (*JUDGED, "low_confidence_dynamic")
 MAX_GEN_TOKS = 128
 WARM_UP = 32
 """New tokens of the run on a GPU that comes before the run that is timed."""
-MOST_LISTED = 5
+MOST_LISTED = 5  # unexplained answers that a verdict lists
 OF_CHECKPOINT = ("revision", "chat_template", "max_length")
-"""model_args that change what is asked, so that the reference gets them too."""
+"""model_args that change the requests, so that the reference gets them too."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class StrategyTrial:
     """An engine's answers by one strategy.
 
     Attributes:
-        strategy: its full name.
-        answers: how many problems were asked.
-        divergences: the answers that are not the reference's; with nan for roundings where they are not judged.
-        tokens: new tokens.
-        seconds: time of computing them.
+        strategy: full name of the strategy.
+        answers: number of problems that were asked.
+        divergences: the answers that differ from the reference's; their roundings are NaN where they are not judged.
+        tokens: number of new tokens.
+        seconds: time of computing the tokens, without loading and compiling.
     """
 
     strategy: str
@@ -53,12 +53,12 @@ class StrategyTrial:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens per second."""
+        """New tokens per second; infinite where no time was measured."""
         return self.tokens / self.seconds if self.seconds > 0 else math.inf
 
     @property
     def is_judged(self) -> bool:
-        """Whether the rule is for the strategy."""
+        """Whether `engines/agreement.py` can judge answers by the strategy."""
         return self.strategy in JUDGED
 
 
@@ -68,10 +68,10 @@ class Trial:
 
     Attributes:
         engine: the engine's name.
-        device, dtype: of the engine; "" where it could not be loaded.
-        strategies: what was asked.
-        error: why the engine did not answer; None where it did.
-        is_reference: whether these are the answers that others are compared with.
+        device, dtype: the engine's device and dtype; "" where the engine could not be loaded.
+        strategies: the answers by each strategy; those before an error only.
+        error: why the engine stopped; None where it answered.
+        is_reference: whether these are the reference's answers.
     """
 
     engine: str
@@ -83,12 +83,12 @@ class Trial:
 
     @property
     def judged(self) -> list[tuple[str, Divergence]]:
-        """Answers by a strategy that the rule is for, which are not the reference's."""
+        """(strategy, answer that differs from the reference's) for the strategies that are judged."""
         return [(each.strategy, d) for each in self.strategies if each.is_judged for d in each.divergences]
 
     @property
     def unexplained(self) -> list[tuple[str, Divergence]]:
-        """Those that rounding does not explain."""
+        """The entries of `judged` that rounding does not explain."""
         return [(strategy, d) for strategy, d in self.judged if not d.worst <= allowed(self.dtype)]
 
     @property
@@ -122,7 +122,7 @@ class Trial:
         )
 
     def as_dict(self) -> dict[str, object]:
-        """The trial as plain values; an infinite rounding, or one that is not judged, is None."""
+        """Return the trial as values that JSON has; a rounding that is infinite or NaN is None."""
 
         def divergence(d: Divergence) -> dict[str, object]:
             plain = dataclasses.asdict(d)
@@ -151,13 +151,13 @@ class Trial:
 
 
 class Trials:
-    """Asks engines the demo's problems, and judges their answers.
+    """Asks engines the demo's problems, and compares their answers with the reference's.
 
     Args:
         pretrained: the checkpoint.
-        model_args: what engines are loaded with; each gets the arguments that it takes.
-        engines: the engines that will be asked.
-        limit: how many of the problems are asked.
+        model_args: model_args of the engines; each engine gets the arguments that it takes.
+        engines: names of the engines that will be asked.
+        limit: number of problems that are asked, the first ones.
 
     Raises:
         UserError: a decoding setting is among model_args, or none of the engines takes an argument.
@@ -171,29 +171,36 @@ class Trials:
                 raise UserError(f"{name} is a decoding setting, which doctor chooses itself. Leave {name} out.")
             if name not in taken:
                 hint = did_you_mean(name, taken)
-                raise UserError(f"{name} is no argument of {' or '.join(engines)}.{hint} Known: {', '.join(taken)}.")
+                raise UserError(
+                    f"{name} is not a model_arg of {' or '.join(engines)}.{hint} Known: {', '.join(taken)}."
+                )
         self._prompts = [PROMPT.format(question=problem["question"]) for problem in problems()[:limit]]
         self._expected: dict[str, list[Answer]] = {}
-        self._plain: Plain | None = None
+        self._float32: Float32Judge | None = None
 
     def reference(self) -> Trial:
-        """Ask the native engine in float32 on the CPU, and check its answers by transformers' forward."""
+        """Ask the native engine in float32 on the CPU, and check its answers by transformers' forward.
+
+        Raises:
+            UserError: the checkpoint or a setting cannot be used.
+            EngineError: the engine stopped.
+        """
         given = {name: value for name, value in self._model_args.items() if name in OF_CHECKPOINT}
         seconds: dict[str, float] = {}
         with LoadedModel.open(self._pretrained, "native", {**given, "device": "cpu", "dtype": "float32"}) as model:
             for strategy in STRATEGIES:
                 self._expected[strategy], seconds[strategy] = self._ask(model, strategy)
-        # Once the engine's memory is free: the weights are in memory once.
-        self._plain = plain = Plain(model.checkpoint)
+        # Loaded after the engine is closed, so that the weights are in memory only once.
+        self._float32 = judge = Float32Judge(model.checkpoint)
         found = []
         for strategy, answers in self._expected.items():
             asked = enumerate(answers if strategy in JUDGED else ())
-            deviations = [plain.deviation(index, each.request, each.result) for index, each in asked]
+            deviations = [judge.deviation(index, each.request, each.result) for index, each in asked]
             found.append(_strategy_trial(strategy, answers, deviations, seconds[strategy]))
         return Trial(model.info.engine, model.info.device, model.info.dtype, tuple(found), is_reference=True)
 
     def trial(self, engine: str) -> Trial:
-        """Ask an engine, and judge its answers. Call `reference` first. What the engine raises is in the trial."""
+        """Ask an engine, and judge its answers. Call `reference` first. An engine's exception becomes `Trial.error`."""
         device = dtype = ""
         found: list[StrategyTrial] = []
         try:
@@ -202,7 +209,7 @@ class Trials:
                 for strategy in STRATEGIES:
                     answers, seconds = self._ask(model, strategy)
                     found.append(_strategy_trial(strategy, answers, self._judge(strategy, answers), seconds))
-        except Exception as error:  # other packages raise anything; the other engines go on
+        except Exception as error:  # engines' packages raise any type; the other engines are asked all the same
             told = str(error) if isinstance(error, SDARError) else f"{type(error).__name__}: {one_line(error)}"
             return Trial(engine, device, dtype, tuple(found), error=told)
         return Trial(engine, device, dtype, tuple(found))
@@ -212,7 +219,7 @@ class Trials:
         return {name: value for name, value in self._model_args.items() if name in _taken_by(engine)}
 
     def _ask(self, model: LoadedModel, strategy: str) -> tuple[list[Answer], float]:
-        """A strategy's answers, and the seconds that they took without loading and compiling."""
+        """The answers by a strategy, and their seconds without loading and compiling."""
         settings: DecodingArguments = {
             "remasking_strategy": strategy,
             "do_sample": False,
@@ -226,11 +233,11 @@ class Trials:
         return answers, time.perf_counter() - begun
 
     def _judge(self, strategy: str, answers: Sequence[Answer]) -> list[Divergence | None]:
-        assert self._plain is not None, "the reference was not asked"
+        assert self._float32 is not None, "the reference was not asked"
         found: list[Divergence | None] = []
         for index, (answer, expected) in enumerate(zip(answers, self._expected[strategy], strict=True)):
             if strategy in JUDGED:
-                found.append(self._plain.divergence(index, expected.request, answer.result, expected.result))
+                found.append(self._float32.divergence(index, expected.request, answer.result, expected.result))
             elif answer.result.token_ids != expected.result.token_ids:
                 token = first_difference(answer.result.token_ids, expected.result.token_ids)
                 found.append(Divergence(index, token, math.nan, math.nan))

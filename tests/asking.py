@@ -16,7 +16,7 @@ from support import random_checkpoint, read_weights, write_weights
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine
 from sdar_lm_eval.demo import golds
-from sdar_lm_eval.engines.agreement import Plain
+from sdar_lm_eval.engines.agreement import Float32Judge
 from sdar_lm_eval.tasks.extraction import flexible_extract
 
 SHORT = 7  # the demo's problem with the shortest answer, of 36 tokens by greedy static decoding
@@ -84,9 +84,9 @@ def check_agreement(demo, requests, theirs, ours, title):
 
 def check_rounding(demo, requests, theirs, ours, differing):
     """Differing results (by index) part where rounding to bfloat16 explains it; greedy static and sequential ones."""
-    plain = Plain(demo)
+    judge = Float32Judge(demo)
     for i in differing:
-        found = plain.divergence(i, requests[i], theirs[i], ours[i])
+        found = judge.divergence(i, requests[i], theirs[i], ours[i])
         print(f"{i}: from token {found.token} on, {found.rounding:.4f} nats; the answer {found.worst:.4f}")
         assert found.rounding <= 0.1
 

@@ -1,10 +1,10 @@
-"""The command line `sdar_lm_eval`: lm_eval's commands, and this package's. Each of the latter is a module here.
+"""The command line `sdar_lm_eval`: lm_eval's commands and this package's. Each of this package's commands is a module.
 
-A command's module has these:
+A command's module defines:
 
     EXAMPLE                        a command line, shown by --help
     add_arguments(parser)          declares the arguments
-    run(arguments) -> str | None   does the work; the text is printed
+    run(arguments) -> str | None   does the work; `main` prints the text that it returns
 
 The module's docstring is the command's description. A module is imported only when its command is called.
 """
@@ -20,26 +20,26 @@ from collections.abc import Sequence
 from sdar_lm_eval.errors import SDARError
 
 COMMANDS = {
-    "compare": "differences between runs, with paired intervals and tests",
-    "show": "a run's documents, and how an answer was written",
-    "report": "runs as one HTML page: scores, comparison, each answer with its denoising",
-    "sweep": "a grid of decoding settings on this machine: accuracy against speed",
-    "table": "a run's scores beside the published ones",
-    "generate": "answer a prompt; the denoising is shown as it happens",
-    "doctor": "what this machine can run, and whether engines can be trusted on it",
-    "gsm8k-json": "a run of GSM8K as the benchmark's JSON file",
+    "compare": "print differences between runs, with paired intervals and tests",
+    "show": "print a run's documents, or how one answer was written",
+    "report": "write runs as one HTML page: scores, comparison, each answer with its denoising",
+    "sweep": "evaluate a grid of decoding settings on this machine: accuracy against speed",
+    "table": "print a run's scores beside published ones",
+    "generate": "answer a prompt, and show the denoising as it happens",
+    "doctor": "check which engines can run on this machine, and whether their answers can be trusted",
+    "gsm8k-json": "write a run of GSM8K as the benchmark's JSON file",
 }
-"""Command -> what it is for. The module of a command has its name, with _ for -."""
+"""Command -> what it is for. A command's module has the command's name, with _ for -."""
 
 LM_EVAL_COMMANDS = {
     "run": "evaluate a model",
     "ls": "list tasks",
     "validate": "check tasks",
 }
-"""lm_eval's own commands, which lm_eval runs."""
+"""lm_eval's own commands -> what they are for. lm_eval runs them."""
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + the number of SIGINT, as shells have it."""
+"""Exit code after Ctrl-C: 128 plus the number of SIGINT, as in shells."""
 
 
 def overview() -> str:
@@ -69,8 +69,10 @@ def main(argv: Sequence[str]) -> int:
         argv: the command, one of `COMMANDS`, and its arguments.
 
     Returns:
-        The exit code: 0; 1 after an error of this package, which is printed; 130 after Ctrl-C. argparse exits with 2
-        where an argument is not as declared.
+        The exit code: 0; 1 after an error of this package, which is printed to standard error; 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with code 2 where an argument is not as declared, with code 0 after --help.
     """
     name = argv[0]
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for lm_eval's command line (`autoload.py`)
@@ -87,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         text = command.run(arguments)
         if text is not None:
             print(text, flush=True)
-    except BrokenPipeError:  # the reader, say `head`, ended; Python would flush the rest at exit, and fail again
+    except BrokenPipeError:  # the reader, say `head`, ended. Python flushes stdout at exit, which must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except SDARError as error:
         print(f"sdar_lm_eval: error: {error}", file=sys.stderr)

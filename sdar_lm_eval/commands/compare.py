@@ -1,7 +1,7 @@
 """Compares runs on the documents that they share: paired differences with intervals and tests, settings that differ.
 
-Runs are of any model that lm_eval evaluated with --log_samples. The first run, or that of --baseline, is A; each other
-run is compared with it.
+Each run needs samples (--log_samples), and may be of any model of the harness. The first run, or the run that
+--baseline names, is A. Each other run is compared with A.
 """
 
 from __future__ import annotations
@@ -29,22 +29,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths", nargs="+", metavar="RUN", type=Path, help="what --output_path named; one folder may hold several runs"
     )
     parser.add_argument(
-        "--baseline", metavar="RUN", help="A: the run's number, from 1, or its label; default: the first"
+        "--baseline",
+        metavar="RUN",
+        help="the run to compare with (A): its number, from 1, or its label or a part of it; default: 1",
     )
     parser.add_argument("--tasks", type=_names, default=(), metavar="T,…", help="only these tasks")
     parser.add_argument("--metric", type=_names, default=(), metavar="M,…", help="only these metrics")
     parser.add_argument("--filter", type=_names, default=(), metavar="F,…", help="only these filters")
-    parser.add_argument("--list", action="store_true", help="name the documents that A or B alone has right")
+    parser.add_argument("--list", action="store_true", help="list the documents whose scores differ between A and B")
     parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")
     parser.add_argument("--json", dest="format", action="store_const", const="json", help="short for --format json")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="write it there rather than print it")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="write the comparison to this file, and print its sentences only"
+    )
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Return the comparison, or where it was written.
+    """Return the text to print: the comparison, or its sentences where --output names a file.
 
     Raises:
-        UserError: there are fewer than two runs, or they cannot be compared, or the output cannot be written.
+        UserError: there are fewer than two runs, or no run can be compared with A, or the output cannot be written.
     """
     runs = read_runs(arguments.paths)
     if len(runs) < 2:
@@ -78,7 +82,7 @@ def _names(text: str) -> list[str]:
 
 
 def _baseline(runs: Sequence[Run], given: str | None) -> Run:
-    """The run that a number, a label, or a part of one label names."""
+    """The run with a number or label, or the only run whose label has this part."""
     if given is None:
         return runs[0]
     labels = [run.label for run in runs]
@@ -95,7 +99,7 @@ def _baseline(runs: Sequence[Run], given: str | None) -> Run:
 
 
 def _comparisons(baseline: Run, runs: Sequence[Run], arguments: argparse.Namespace) -> list[Comparison]:
-    """The comparisons with a baseline. Of several runs, those that cannot be compared are left out with a WARNING."""
+    """The comparisons with the baseline. A WARNING names a run that is left out, since it cannot be compared."""
     found, problems = [], []
     for other in runs:
         if other is baseline:

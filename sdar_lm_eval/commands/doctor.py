@@ -1,8 +1,9 @@
-"""Says what this machine has, and which engines can run here and what the others lack.
+"""Lists this machine's versions and devices, the engines that can run here, and what each other engine lacks.
 
-With --run it asks the demo's problems of each engine that can run here, and compares the greedy answers with those of
-the native engine in float32 on the CPU. Answers that differ are judged: rounding explains them, or it does not. The
-exit code is 0 if rounding explains all answers of all engines, else 1.
+With --run, doctor asks each engine that can run here the demo's problems, and compares the greedy answers with those of
+the native engine in float32 on the CPU. For each answer that differs, doctor says whether rounding explains the
+difference. Differences by the strategy low_confidence_dynamic are counted, not judged. The exit code of --run is 1 if
+rounding does not explain a difference, if an engine stops, or if none of the engines can run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sdar_lm_eval.errors import EngineError, UserError
 from sdar_lm_eval.report.text_table import aligned
 
 if TYPE_CHECKING:
-    from sdar_lm_eval.report.machine import Standing
+    from sdar_lm_eval.report.machine import EngineStatus
     from sdar_lm_eval.trial import Trial
 
 EXAMPLE = "sdar_lm_eval doctor --run --limit 50"
@@ -33,17 +34,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", action="append", choices=list(ENGINES), help="only this engine; may be repeated; default: all"
     )
-    parser.add_argument("--limit", type=int, default=200, metavar="N", help="problems to ask; default: all 200")
-    parser.add_argument("--pretrained", default="demo", help="the checkpoint to ask; default: the bundled demo")
-    add_pairs(parser, "--model_args", "what engines are loaded with: dtype=float32, kernels=false, device=cuda:1, …")
+    parser.add_argument(
+        "--limit", type=int, default=200, metavar="N", help="ask the first N problems; default: all 200"
+    )
+    parser.add_argument(
+        "--pretrained", default="demo", help="the checkpoint that the engines load; default: the bundled demo"
+    )
+    add_pairs(
+        parser,
+        "--model_args",
+        "what engines are loaded with: dtype=float32, kernels=false, device=cuda:1, … (needs --run)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> str | None:
-    """Print what was found.
+    """Print the versions, devices, engines and trials. Return None.
 
     Raises:
-        EngineError: an engine that was asked stopped, or rounding does not explain its answers.
+        UserError: an argument is out of range, or is no argument of the engines.
+        EngineError: an engine stopped, rounding does not explain an engine's answers, or none of the engines can run.
     """
     model_args = pairs("--model_args", arguments.model_args)
     if arguments.limit < 1:
@@ -51,10 +61,10 @@ def run(arguments: argparse.Namespace) -> str | None:
     if model_args and not arguments.run:
         raise UserError("--model_args needs --run: without it no engine is loaded.")
     names = list(dict.fromkeys(arguments.engine or ENGINES))
-    from sdar_lm_eval.report.machine import devices, no_gpu, standings, versions
+    from sdar_lm_eval.report.machine import devices, engine_statuses, no_gpu, versions
 
-    with Console(stderr=True).status("looking"):
-        found_versions, found_devices, found = versions(), devices(), standings(names)
+    with Console(stderr=True).status("looking for devices and engines"):
+        found_versions, found_devices, found = versions(), devices(), engine_statuses(names)
     trials: list[Trial] = []
     if not arguments.json:
         parts = [
@@ -81,8 +91,8 @@ def run(arguments: argparse.Namespace) -> str | None:
     return None
 
 
-def _try(arguments: argparse.Namespace, model_args: dict[str, object], found: Sequence[Standing]) -> list[Trial]:
-    """Ask the engines that can run here; the reference is first."""
+def _try(arguments: argparse.Namespace, model_args: dict[str, object], found: Sequence[EngineStatus]) -> list[Trial]:
+    """Ask the reference, then each engine that can run here, and print each trial. Return the trials."""
     from sdar_lm_eval.trial import Trials
 
     pretrained = str(model_args.pop("pretrained", arguments.pretrained))

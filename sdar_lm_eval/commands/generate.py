@@ -1,6 +1,7 @@
 """Answers a prompt, and shows in a terminal how the answer is denoised, block by block.
 
-Masks ▢ become tokens, coloured by confidence. Where the output is no terminal, it is the answer's text alone.
+In a terminal, masks (▢) become tokens, which are coloured by confidence. Elsewhere, standard output gets the answer's
+text alone.
 """
 
 from __future__ import annotations
@@ -27,28 +28,33 @@ EXAMPLE = 'sdar_lm_eval generate "What is 6 times 7?" --model_args pretrained=de
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
-    parser.add_argument("prompt", help="the prompt, a user's turn in the chat template; -: standard input")
+    parser.add_argument("prompt", help="the prompt, sent as a user's turn; - reads the prompt from standard input")
     add_engine(parser)
     add_pairs(parser, "--gen_kwargs", "as lm_eval's: strategy, threshold, steps, temperature, max_gen_toks, until, …")
-    parser.add_argument("--system", metavar="TEXT", help="a system instruction before the prompt")
+    parser.add_argument("--system", metavar="TEXT", help="a system turn before the prompt")
     parser.add_argument(
         "--delay",
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="in a terminal: wait after each denoising step",
+        help="in a terminal, wait this long after each denoising step; default: 0",
     )
     parser.add_argument("--json", action="store_true", help="print JSON: text, tokens, steps, confidences, settings")
 
 
 def run(arguments: argparse.Namespace) -> str | None:
-    """Write the answer; return the JSON text where it is asked for."""
+    """Write the answer, and return None; with --json, return the answer as JSON.
+
+    Raises:
+        UserError: the prompt, the checkpoint or a setting cannot be used.
+        EngineError: the engine cannot run here, or stopped.
+    """
     prompt = _prompt(arguments.prompt, arguments.system)
     model_args = pairs("--model_args", arguments.model_args)
     gen_kwargs: dict[str, Any] = pairs("--gen_kwargs", arguments.gen_kwargs)
     console = Console(highlight=False)
     on_screen = console.is_terminal and not console.is_dumb_terminal and not arguments.json
-    with console.status("loading") if on_screen else contextlib.nullcontext():
+    with console.status("loading the checkpoint") if on_screen else contextlib.nullcontext():
         from sdar_lm_eval.loaded import LoadedModel
         from sdar_lm_eval.settings import check_names
 
@@ -70,7 +76,7 @@ def _prompt(text: str, system: str | None) -> Prompt:
     """The prompt, as `generate` takes it.
 
     Raises:
-        UserError: it is empty, or standard input is no text.
+        UserError: the prompt is empty, or standard input is no text.
     """
     if text == "-":
         try:
@@ -105,7 +111,7 @@ def _show(console: Console, model: LoadedModel, prompt: Prompt, gen_kwargs: dict
 
 
 def _write(model: LoadedModel, prompt: Prompt, gen_kwargs: dict[str, Any]) -> None:
-    """Write the answer's text to standard output, and what it took to standard error."""
+    """Write the answer's text to standard output, and its tokens, forwards and seconds to standard error."""
     from sdar_lm_eval.report.streaming import PlainText, cost
 
     plain = PlainText(sys.stdout, model.checkpoint.decode, model.settings_of(**gen_kwargs).until)

@@ -1,4 +1,4 @@
-"""Reads what `--model_args` and `--gen_kwargs` have on this package's own commands."""
+"""The options `--model_args`, `--gen_kwargs`, `--engine` and `--model` of this package's own commands."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sdar_lm_eval.errors import UserError
 
 
 def add_pairs(parser: argparse.ArgumentParser, option: str, meaning: str) -> None:
-    """Declare an option that takes settings: name=value,name=value, several of these, or a JSON object."""
+    """Declare an option whose words are each name=value,name=value or a JSON object; `meaning` is its help text."""
     parser.add_argument(option, nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=meaning)
 
 
 def pairs(option: str, words: Sequence[str]) -> dict[str, object]:
-    """Return the settings that an option's words give, as lm_eval's own options are read.
+    """Return the settings that an option's words give: name -> value, parsed as lm_eval parses its own options.
 
     Raises:
         UserError: a word is neither name=value nor a JSON object.
@@ -39,7 +39,7 @@ def pairs(option: str, words: Sequence[str]) -> dict[str, object]:
 
 
 def _reader() -> Callable[[str], dict[str, object]]:
-    """lm_eval's reader of name=value,name=value, which has another home in each version."""
+    """lm_eval's parser of name=value,name=value; the parser's module depends on lm_eval's version."""
     try:
         from lm_eval._cli.utils import key_val_to_dict
     except ImportError:
@@ -51,7 +51,7 @@ def _reader() -> Callable[[str], dict[str, object]]:
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that name an engine, and what it is loaded with."""
+    """Declare the options that name an engine and the engine's model_args."""
     models = {spec.model: name for name, spec in ENGINES.items()}
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--engine", choices=list(ENGINES), default="native", help="default: native")

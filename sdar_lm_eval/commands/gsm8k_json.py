@@ -15,13 +15,19 @@ EXAMPLE = "sdar_lm_eval gsm8k-json demo_results --output gsm8k_results.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.add_argument("path", metavar="RUN", type=Path, help="what --output_path named; the run needs --log_samples")
-    parser.add_argument("--task", help="which task, where the run has several of GSM8K")
-    parser.add_argument("--filter", help=f"whose answers count; default: {PREFERRED_FILTER}, else the task's first")
-    parser.add_argument("--output", metavar="FILE", help="write it there rather than print it")
+    parser.add_argument("--task", help="the task; needed where the run has several GSM8K tasks")
+    parser.add_argument(
+        "--filter", help=f"the filter whose answers are scored; default: {PREFERRED_FILTER}, else the task's first"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write the JSON to this file, and print the accuracy only")
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Return the JSON text, or where it was written."""
+    """Return the JSON text; with --output, write the text there, and return the file's name and the accuracy.
+
+    Raises:
+        UserError: the run cannot be converted, or the output cannot be written.
+    """
     content = convert(arguments.path, arguments.task, arguments.filter)
     text = json.dumps(content, indent=2, ensure_ascii=False)
     if arguments.output is None:

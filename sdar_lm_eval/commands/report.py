@@ -1,4 +1,7 @@
-"""Writes runs as one HTML page: settings, scores, comparison, and each answer with its denoising. It works offline."""
+"""Writes runs as one HTML page: settings, scores, comparison, and each answer with its denoising.
+
+The page is one file, and loads nothing from a network.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="RUN",
         type=Path,
-        help="what lm_eval's --output_path named; the first run is compared with each other one",
+        help="what --output_path named; each other run is compared with the first",
     )
     parser.add_argument(
         "-o", "--output", metavar="FILE", type=Path, default=Path("report.html"), help="default: %(default)s"
@@ -30,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Write the page, and return where it is."""
+    """Write the page, and return its file and size.
+
+    Raises:
+        UserError: a run cannot be read, no run has one of the tasks, or the page cannot be written.
+    """
     tasks = [task.strip() for task in arguments.tasks.split(",") if task.strip()]
     text = page_of(read_runs(arguments.paths), tasks, arguments.title)
     output = expanded(arguments.output)

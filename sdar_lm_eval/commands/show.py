@@ -1,4 +1,4 @@
-"""Shows the documents of a run with right and wrong answers, or one document and how its answer was written."""
+"""Lists the documents of a run, right and wrong, or prints one document and how its answers were written."""
 
 from __future__ import annotations
 
@@ -26,23 +26,29 @@ KINDS = {
     "invalid": "the filter found nothing in the answer",
     "cut": "the answer ended at the limit of new tokens",
 }
-"""What `--only` takes."""
+"""Value of `--only` -> the documents that it lists."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
-    parser.add_argument("path", metavar="RUN", type=Path, help="a run with samples (lm_eval's --log_samples)")
-    parser.add_argument("--task", help="which task; default: the run's only one")
-    parser.add_argument("--metric", help="the metric that decides right and wrong; default: the task's first")
-    parser.add_argument("--filter", help="the filter whose extracted answers count; default: the metric's first")
+    parser.add_argument("path", metavar="RUN", type=Path, help="a run with samples: what --output_path named")
+    parser.add_argument("--task", help="the task; needed where the run has several")
+    parser.add_argument(
+        "--metric", help="the metric that decides right and wrong; default: flexible-extract's, else the task's first"
+    )
+    parser.add_argument("--filter", help="the filter whose extracted answers count; default: as for --metric")
     parser.add_argument("--only", choices=KINDS, help="; ".join(f"{name}: {what}" for name, what in KINDS.items()))
-    parser.add_argument("--search", metavar="TEXT", help="documents whose question or answer has the text")
-    parser.add_argument("--doc", type=int, metavar="N", help="show document N and its answers")
+    parser.add_argument("--search", metavar="TEXT", help="list only documents whose question or answer has this text")
+    parser.add_argument("--doc", type=int, metavar="N", help="print document N (lm_eval's doc_id) and its answers")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> str | None:
-    """Print the documents, or one of them."""
+    """Print the documents, or one of them, and return None; with --json, return them as JSON.
+
+    Raises:
+        UserError: the path holds no run or several, or the run lacks the task, its samples, the metric or the document.
+    """
     run = _one_run(arguments.path)
     task = _task(run, arguments.task)
     metric = _metric(run, task, arguments.metric, arguments.filter)
@@ -147,9 +153,9 @@ def _table(documents: Sequence[Document], metric: MetricKey) -> Table:
         table.add_column(name, no_wrap=True, max_width=18)
     table.add_column("question", no_wrap=True, ratio=1)
     for each in documents:
-        notes = [answer.denoising for answer in each.answers if answer.denoising is not None]
-        tokens = str(sum(len(note.token_ids) for note in notes)) if notes else ""
-        forwards = str(sum(map(_forwards, notes))) if notes else ""
+        records = [answer.denoising for answer in each.answers if answer.denoising is not None]
+        tokens = str(sum(len(record.token_ids) for record in records)) if records else ""
+        forwards = str(sum(map(_forwards, records))) if records else ""
         verdict = _verdict(each.score(metric))
         if each.is_cut:
             verdict.append(" cut", "yellow")
@@ -159,8 +165,8 @@ def _table(documents: Sequence[Document], metric: MetricKey) -> Table:
     return table
 
 
-def _forwards(note: Denoising) -> int:
-    return note.forwards.get("denoising", 0) + note.forwards.get("commit", 0)
+def _forwards(record: Denoising) -> int:
+    return record.forwards.get("denoising", 0) + record.forwards.get("commit", 0)
 
 
 def _print_document(console: Console, task: str, metric: MetricKey, document: Document) -> None:
@@ -170,16 +176,16 @@ def _print_document(console: Console, task: str, metric: MetricKey, document: Do
     console.print(Text(document.prompt or document.question), soft_wrap=True)
     for number, answer in enumerate(document.answers):
         named = "answer" if len(document.answers) == 1 else f"answer {number + 1} of {len(document.answers)}"
-        note = answer.denoising
+        record = answer.denoising
         console.rule(Text(named), align="left")
-        if note is None:
+        if record is None:
             console.print(Text(answer.text), soft_wrap=True)
             console.print("The run has no record of how the answer was written.", style="dim")
         else:
-            console.print(written(note), soft_wrap=True)
+            console.print(written(record), soft_wrap=True)
             console.print()
-            console.print(legend(), Text(_cost(note)), sep="\n")
-            if note.finish_reason == "length":
+            console.print(legend(), Text(_cost(record)), sep="\n")
+            if record.finish_reason == "length":
                 console.print("The answer ended at the limit of new tokens.", style="yellow")
         console.print()
         for filter_name in answer.extracted:
@@ -187,11 +193,11 @@ def _print_document(console: Console, task: str, metric: MetricKey, document: Do
         console.print(Text.assemble(("gold: ", "dim"), document.gold))
 
 
-def _cost(note: Denoising) -> str:
-    made, tokens = _forwards(note), len(note.token_ids)
+def _cost(record: Denoising) -> str:
+    made, tokens = _forwards(record), len(record.token_ids)
     rate = f", {tokens / made:.2f} tokens per forward" if made else ""
-    denoising, commit = (note.forwards.get(name, 0) for name in ("denoising", "commit"))
-    return f"{tokens} tokens, {denoising} denoising and {commit} commit forwards{rate}, {note.seconds:.2f} s"
+    denoising, commit = (record.forwards.get(name, 0) for name in ("denoising", "commit"))
+    return f"{tokens} tokens, {denoising} denoising and {commit} commit forwards{rate}, {record.seconds:.2f} s"
 
 
 def _as_dict(document: Document, metric: MetricKey) -> dict[str, object]:

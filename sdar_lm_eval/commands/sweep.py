@@ -1,8 +1,9 @@
 """Evaluates a grid of decoding settings on this machine, and draws accuracy against speed.
 
-Each setting takes several values: 0.8,0.9 names them, 0.5:0.9 is a range in steps of 0.1 (whole numbers: 1), and
-0.5:0.9:0.05 has its own step. All combinations run; --and begins a further grid. The weights are loaded once.
-The folder keeps each combination's results, samples and finished answers: the same command goes on from these.
+Each setting takes one value or several: 0.8,0.9 is two values, 0.5:0.9 is a range in steps of 0.1 (1 for whole
+numbers), and 0.5:0.9:0.05 is a range in steps of 0.05. The sweep evaluates all combinations of a grid's values; --and
+begins another grid. The weights are loaded once. The sweep's folder keeps each combination's results, samples and
+finished answers. After an interruption, the same command computes only what is missing.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ class _Setting(argparse.Action):
     ) -> None:
         *earlier, last = namespace.grids
         if self.dest in last:
-            parser.error(f"argument {option}: given twice; separate its values by commas, or begin a grid by --and")
+            parser.error(f"argument {option}: given twice; separate values by commas, or begin another grid by --and")
         namespace.grids = [*earlier, {**last, self.dest: values}]
 
 
 class _And(argparse.Action):
-    """Begins a further grid."""
+    """Begins another grid."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -61,62 +62,86 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(grids=[{}])
     parser.add_argument("--model", "-M", default="sdar", help="a model of this package (default: sdar)")
     parser.add_argument(
-        "--model_args", "-a", nargs="+", default=[], metavar="NAME=VALUE", help="as lm_eval takes them; pretrained=…"
+        "--model_args",
+        "-a",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="as lm_eval's: pretrained, device, dtype, …",
     )
-    parser.add_argument("--tasks", "-t", nargs="+", required=True, metavar="TASK", help="tasks that generate")
+    parser.add_argument("--tasks", "-t", nargs="+", required=True, metavar="TASK", help="tasks that generate answers")
     parser.add_argument(
-        "--limit", "-L", type=float, metavar="N", help="evaluate the first N documents of each task, or a share < 1"
+        "--limit",
+        "-L",
+        type=float,
+        metavar="N",
+        help="evaluate the first N documents of each task; below 1: this share of them",
     )
-    parser.add_argument("--num_fewshot", "-f", type=int, metavar="N", help="solved examples before each question")
+    parser.add_argument(
+        "--num_fewshot",
+        "-f",
+        type=int,
+        metavar="N",
+        help="few-shot examples in each prompt; default: as each task says",
+    )
     parser.add_argument(
         "--gen_kwargs", nargs="+", default=[], metavar="NAME=VALUE", help="settings that all combinations share"
     )
     parser.add_argument("--include_path", metavar="FOLDER", help="a folder with your own tasks")
     parser.add_argument(
-        "--confirm_run_unsafe_code", action="store_true", help="agree that the model's programs are run"
+        "--confirm_run_unsafe_code", action="store_true", help="agree that programs which the model writes are run"
     )
     grid = parser.add_argument_group("decoding settings, each with one value or several")
     described = descriptions(DecodingConfig) | {
-        "denoising_steps": "steps that a block is denoised in",
+        "denoising_steps": "denoising steps of a block",
         "remasking_strategy": f"which tokens a step keeps: {spellings()}",
     }
     for name in DECODING_SETTINGS:
         short = [f"--{alias}" for alias, full in ALIASES.items() if full == name and alias != "block_size"]
         text = described[name].split(". ")[0].rstrip(".").replace("%", "%%")
         grid.add_argument(f"--{name}", *short, dest=name, action=_Setting, metavar="VALUES", help=text)
-    grid.add_argument("--and", nargs=0, action=_And, help="begin a further grid")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of drawn answers (default: model_args', else 1234)")
+    grid.add_argument("--and", nargs=0, action=_And, help="begin another grid")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="seed of sampled answers (default: model_args', else 1234)"
+    )
     parser.add_argument(
         "--repeats",
         type=int,
         default=1,
         metavar="N",
-        help="evaluate each combination that draws N times: seed, seed + 1, …",
+        help="evaluate each sampled combination N times, with seeds seed, seed + 1, …",
     )
     parser.add_argument(
         "--output_path", "-o", type=Path, metavar="FOLDER", help="the sweep's folder; default: sweeps/<model>-<tasks>"
     )
     parser.add_argument(
-        "--metric", metavar="NAME[,FILTER]", help="the metric that is the accuracy; default: the task's first"
+        "--metric", metavar="NAME[,FILTER]", help="the metric to plot as accuracy; default: the task's first"
     )
     parser.add_argument(
         "--y_max",
         type=float,
         metavar="PERCENT",
-        help="AUP weighs accuracies against this one; default: the best of the sweep",
+        help="the accuracy that AUP is relative to; default: the best of the sweep",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the chart there too: .svg, .png or .pdf")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write the chart to this file too: .svg, .png or .pdf"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON rather than tables")
     parser.add_argument(
-        "--dry-run", action="store_true", help="list the evaluations and run none; a hub's checkpoint is fetched"
+        "--dry-run", action="store_true", help="list the evaluations without running them; fetches a hub checkpoint"
     )
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Run the sweep, write table, points and chart, and return what is printed."""
+    """Run the sweep, write its table, points and chart, and return the text to print.
+
+    Raises:
+        UserError: an argument cannot be used, or a file cannot be written.
+        EngineError: the engine cannot run, or some evaluations failed.
+    """
     from lm_eval.utils import setup_logging
 
-    from sdar_lm_eval.runs.plan import Question, plan
+    from sdar_lm_eval.runs.plan import SweepArguments, plan
 
     setup_logging("WARNING")
     if not os.environ.get("LMEVAL_LOG_LEVEL"):  # lm_eval warns of each combination's gen_kwargs
@@ -127,11 +152,11 @@ def run(arguments: argparse.Namespace) -> str:
 
         check_suffix(arguments.plot)
     if arguments.y_max is not None and not arguments.y_max > 0:
-        raise UserError(f"--y_max {arguments.y_max:g} is out of range: it must be above 0, in per cent.")
+        raise UserError(f"--y_max {arguments.y_max:g} is out of range: give a percentage above 0.")
     if not all(arguments.grids):
         raise UserError("A grid has no settings. Give some, such as --threshold 0.5:0.9, before and after each --and.")
     planned = plan(
-        Question(
+        SweepArguments(
             model=arguments.model,
             model_args=pairs("--model_args", arguments.model_args),
             tasks=tuple(dict.fromkeys(name for words in arguments.tasks for name in words.split(",") if name)),
@@ -206,7 +231,7 @@ def _run(planned: Plan, arguments: argparse.Namespace) -> str:
 
 
 def _listed(planned: Plan, as_json: bool) -> str:
-    """Return what would run."""
+    """Return the evaluations of a sweep as text or JSON."""
     if as_json:
         rows = [
             {"settings": each.settings, "seed": each.seed, "folder": str(each.folder), "finished": bool(each.results())}
@@ -221,7 +246,7 @@ def _listed(planned: Plan, as_json: bool) -> str:
 
 
 def _counted(planned: Plan) -> str:
-    copies = f", {planned.copies} copies that differ only in settings without effect left out" * bool(planned.copies)
+    copies = f"; left out as copies (equal but for settings without effect): {planned.copies}" * bool(planned.copies)
     return f"{len(planned.evaluations)} evaluations{copies}"
 
 

@@ -1,4 +1,4 @@
-"""Prints a run's scores beside published ones, and which differences are larger than chance."""
+"""Prints a run's scores beside published ones, and says which differences are larger than chance."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         action="append",
         default=[],
-        help="a published row to compare with; may be repeated; default: the row of the run's model, by its name. "
+        help="a published row to compare with; may be repeated; default: the row whose name is the run's model. "
         f"Rows: {', '.join([*SIZES, *PUBLISHED])}",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Return the tables."""
+    """Return the tables as text or JSON.
+
+    Raises:
+        UserError: a row is unknown, or no run has scores of the tables' tasks.
+    """
     tables = read_tables(arguments.paths, [published(name) for name in arguments.published])
     if arguments.json:
         return json.dumps([table.as_dict() for table in tables], indent=2, ensure_ascii=False)

@@ -1,13 +1,13 @@
-"""Whether an engine's greedy answer is float32's up to rounding.
+"""Judges whether rounding explains that an engine's greedy answer differs from float32's.
 
 Engines that compute in another dtype, or in another order, get logits that differ by rounding. Where two choices of
-greedy decoding are nearly as probable, rounding turns the choice over, and the rest of the answer follows from it. So
-equal tokens are too much to ask for. The rule here: an answer is explained by a rounding of r nats if log-probabilities
-in float32, changed by at most r, let greedy decoding write the answer.
+greedy decoding are nearly equally probable, rounding may flip the choice, and all later tokens may then differ. So
+equal tokens cannot be required. The rule is: a rounding of r nats explains an answer if greedy decoding can write the
+answer with float32's log-probabilities, each changed by at most r.
 
-The log-probabilities come from transformers' forward of the whole text under SDAR's mask, without cache, batch or
-kernels. The rule is for low_confidence_static and sequential with one token a step (`denoising_steps` is
-`block_length`), where a step's choice is one position and its token.
+The log-probabilities come from transformers' forward of the whole text under SDAR's attention mask, without cache,
+batch or kernels. The rule applies to low_confidence_static and sequential with one token a step (`denoising_steps` is
+`block_length`): each step then chooses one position and its token.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 JUDGED = ("low_confidence_static", "sequential")
-"""Strategies whose answers the rule is for."""
+"""Strategies to which the rule applies."""
 ROUNDING = 0.1
-"""Nats that rounding to 16 bits explains: choices between probabilities within 10% of each other. The demo's answers in
-bfloat16 on the CPU, 400 of them, need up to 0.078."""
+"""Most nats that rounding to 16 bits explains: the probabilities of two choices are then within 10% of each other. The
+demo's 400 answers in bfloat16 on the CPU need up to 0.078."""
 ROUNDING_OF_FLOAT32 = 0.001
-"""Nats that another order of sums in float32 explains."""
+"""Most nats that another order of summation in float32 explains."""
 MOST_FORWARDS = 500
-"""Most states of a block that a search visits; a search that needs more finds no explanation."""
+"""Most states of a block that a search visits; a search that needs more states finds no explanation."""
 
 Block = tuple[int, ...]
 """A block's tokens, with the mask token at masked positions."""
 Wanted = Sequence[frozenset[int] | None]
-"""For each position of a block the tokens that fit an answer; None: any, since the answer ends before."""
+"""For each position of a block the tokens that fit the answer; None: any token, since the answer ends before."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """An answer that is not the reference's, or not float32's.
+    """An answer that differs from the reference's, or that float32 does not write.
 
     Attributes:
         index: position of the answer's request.
-        token: index of the first token that differs, or of the first block that needs rounding.
-        rounding: the least rounding in nats that explains the first block that differs; infinite where none of up to
-            `ROUNDING` does.
-        worst: the same for the answer's other blocks too: the largest of all.
+        token: index in the answer of the first token that differs, or of the first token of the first block that needs
+            rounding.
+        rounding: the least rounding in nats that explains this block; infinite where no rounding up to `ROUNDING` does.
+        worst: the largest of the least roundings of all blocks, in nats; infinite likewise.
     """
 
     index: int
@@ -61,7 +61,7 @@ class Divergence:
     worst: float
 
 
-class Plain:
+class Float32Judge:
     """The checkpoint's weights in transformers' model class, in float32 on the CPU: what answers are judged by.
 
     Args:
@@ -75,13 +75,13 @@ class Plain:
     def divergence(
         self, index: int, request: GenerationRequest, answer: GenerationResult, reference: GenerationResult
     ) -> Divergence | None:
-        """Compare an answer with the reference's; None where the answers are equal.
+        """Compare an answer with the reference's. Return None where they are equal.
 
         Args:
             index: position of the request.
-            request: greedy, by a strategy of `JUDGED`, one token a step, without stop strings.
-            answer: an engine's.
-            reference: the answer to compare with.
+            request: the request: greedy, by a strategy of `JUDGED`, with one token a step and without stop strings.
+            answer: an engine's answer.
+            reference: the reference's answer.
         """
         theirs, ours = answer.token_ids, reference.token_ids
         token = first_difference(theirs, ours)
@@ -94,7 +94,7 @@ class Plain:
         return Divergence(index, token, roundings[at - first], max(roundings))
 
     def deviation(self, index: int, request: GenerationRequest, answer: GenerationResult) -> Divergence | None:
-        """Judge an answer by itself; None where float32 writes it, up to `ROUNDING_OF_FLOAT32`.
+        """Check an answer without a reference. Return None where a rounding of `ROUNDING_OF_FLOAT32` explains it.
 
         Args:
             index: position of the request.
@@ -109,19 +109,19 @@ class Plain:
         return Divergence(index, token, roundings[block], max(roundings))
 
     def roundings(self, request: GenerationRequest, answer: Sequence[int], most: float = ROUNDING) -> list[float]:
-        """Return for each block of an answer the least rounding by which greedy decoding writes the block.
+        """Return for each block of an answer the least rounding with which greedy decoding writes the block.
 
         Args:
-            request: see `divergence`.
+            request: as for `divergence`.
             answer: the answer's tokens, without a stop token.
-            most: the largest rounding that is looked for.
+            most: the largest rounding to search for, in nats.
 
         Returns:
-            Nats; infinite where no rounding of up to `most` does.
+            Nats for each block; infinite where no rounding up to `most` explains the block.
         """
         length, prompt = request.decoding.block_length, request.prompt_ids
         text = (*prompt, *answer)
-        end = len(text) + (len(answer) < request.max_new_tokens)  # the stop token behind the answer
+        end = len(text) + (len(answer) < request.max_new_tokens)  # with the stop token after the answer
         starts = range(len(prompt) // length * length, end, length)
         searches = [_search(request, text, start, self._mask, most) for start in starts]
         found = dict[int, float]()
@@ -140,15 +140,19 @@ class Plain:
     def _scores(
         self, text: Sequence[int], states: dict[int, tuple[int, Block]], length: int
     ) -> dict[int, torch.Tensor]:
-        """Log-probabilities (L, V) in nats at the positions of several states of blocks, in one forward.
+        """Compute log-probabilities at the positions of several states of blocks, in one forward.
 
-        The states stand behind the text, each at its block's positions. A state sees itself, and the text's blocks
-        before. Source: the layout of SDAR's training, in which a text and its noised blocks share a forward.
+        The states follow the text in the sequence, each with the positions of its block. A state attends to itself and
+        to the text's earlier blocks. Source: the layout of SDAR's training, in which a text and its noised blocks share
+        a forward.
 
         Args:
             text: prompt and answer.
-            states: any name -> (position of the block's first token, the block).
-            length: L.
+            states: name of a state -> (position of the block's first token, the block).
+            length: L, the number of tokens in a block.
+
+        Returns:
+            Name of a state -> (L, V) in nats.
         """
         blocks = list(states.values())
         ids = torch.tensor([*text, *itertools.chain.from_iterable(block for _, block in blocks)])
@@ -167,37 +171,38 @@ class Plain:
 
 
 def allowed(dtype: str) -> float:
-    """Return the rounding in nats that a dtype of weights and activations explains."""
+    """Return the most nats that rounding explains, for a dtype of weights and activations."""
     return ROUNDING_OF_FLOAT32 if dtype == "float32" else ROUNDING
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the index of the first token that differs: the shorter length where one answer begins with the other."""
+    """Return the index of the first token that differs; the shorter length where one answer begins the other."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _search(
     request: GenerationRequest, text: Sequence[int], start: int, mask: int, most: float
 ) -> Generator[Block, torch.Tensor, float]:
-    """Find the least rounding by which greedy decoding writes the block of a text at `start`.
+    """Find the least rounding with which greedy decoding writes the block of a text at `start`.
 
-    A state is the block with some positions masked. A step unmasks one position. The step needs as much rounding as its
-    position and its token fall short of the best ones; a path needs the most of its steps. The search extends the state
-    that needs least, so the first state with all wanted tokens ends a best path: Dijkstra's algorithm, with the maximum
-    in the place of the sum.
+    A state is the block with some positions masked. A step unmasks one position. The rounding that a step needs is the
+    larger of two shortfalls: its position's against the best position, and its token's against the best token. The
+    rounding that a path needs is the largest of its steps. The search is Dijkstra's algorithm with the maximum in the
+    place of the sum: it extends the state that needs the least rounding, so the first state with all wanted tokens is
+    the end of a best path.
 
     Args:
-        request: see `Plain.divergence`.
+        request: as for `Float32Judge.divergence`.
         text: prompt and answer.
         start: position of the block's first token.
         mask: the mask token.
-        most: the largest rounding that is looked for.
+        most: the largest rounding to search for, in nats.
 
     Yields:
-        A state, for which the log-probabilities (L, V) are sent back.
+        A state. The caller sends back its log-probabilities (L, V).
 
     Returns:
-        Nats; infinite where no rounding of up to `most` does.
+        Nats; infinite where no rounding up to `most` explains the block.
     """
     length = request.decoding.block_length
     wanted = _wanted(request, text, start)
@@ -219,14 +224,14 @@ def _search(
             needed = max(needed, rounding)
             if needed < least.get(following, math.inf):
                 least[following] = needed
-                heapq.heappush(queue, (needed, masked - 1, following))  # of equal ones, the one with fewest masks
+                heapq.heappush(queue, (needed, masked - 1, following))  # equal roundings: fewest masks first
     return math.inf
 
 
 def _wanted(request: GenerationRequest, text: Sequence[int], start: int) -> Wanted:
-    """What fits at each position of the block at `start`: the text's token, a stop token behind it, then anything.
+    """The tokens that fit each position of the block at `start`: the text's token, then a stop token, then any token.
 
-    An answer below its limit was ended by a stop token.
+    A stop token ended an answer that is shorter than its limit.
     """
     stopped = len(text) - len(request.prompt_ids) < request.max_new_tokens
 
@@ -241,7 +246,7 @@ def _wanted(request: GenerationRequest, text: Sequence[int], start: int) -> Want
 def _steps(
     request: GenerationRequest, block: Block, mask: int, scores: torch.Tensor, wanted: Wanted, most: float
 ) -> list[tuple[int, int, float]]:
-    """The steps that lead on to wanted tokens: (position, token, rounding that the step needs, up to `most`)."""
+    """The next steps with wanted tokens: (position, token, rounding in nats that the step needs, at most `most`)."""
     masked = [i for i, token in enumerate(block) if token == mask]
     highest = scores.max(-1).values.tolist()  # (L,)
     surest = max(highest[i] for i in masked)

@@ -1,8 +1,9 @@
-"""How an evaluation's answers were written: noted as each answer is there, kept beside the samples at the end.
+"""Denoising records of an evaluation: made as each answer finishes, written when lm_eval saves the samples.
 
-    GenerationResult -> Written -> a record of the store -> Written -> a line of report/denoising.py
+    GenerationResult -> Written -> a record of the store -> Written -> a line of the file (report/denoising.py)
 
-A Written has 8 bytes for a token, since an evaluation keeps the notes of all its answers until lm_eval saves samples.
+An evaluation keeps the records of all its answers in memory until lm_eval saves samples. So a Written takes 8 bytes a
+token.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Written:
-    """How an answer was written.
+    """The denoising record of an answer, in memory: how the answer was written.
 
     Attributes:
-        block_length: tokens of a block.
-        prompt_tokens: tokens of the prompt.
+        block_length: tokens in a block.
+        prompt_tokens: number of tokens in the prompt.
         token_ids: (T,) the answer's tokens.
-        steps: (T,) the step of its block that unmasked each token; None where the engine does not record steps.
-        confidences: (T,) the probability of each token when it was drawn, in units of 1 / CONFIDENCE_SCALE.
+        steps: (T,) the step within its block that unmasked each token, from 0; None where the engine does not record
+            steps.
+        confidences: (T,) CONFIDENCE_SCALE times the probability of each token when it was drawn; None where `steps` is
+            None.
         finish_reason: "stop" or "length".
-        forwards: how often the prompt, or a block of the answer, went through the model.
-        seconds: from the answer's first forward to its last.
+        forwards: number of forwards by kind: of the prompt (prefill), of blocks (denoising, commit).
+        seconds: time from the answer's first forward to its last.
     """
 
     block_length: int
@@ -49,7 +52,7 @@ class Written:
 
     @classmethod
     def of_result(cls, result: GenerationResult, block_length: int, prompt_tokens: int) -> Written:
-        """Return how the engine wrote an answer."""
+        """Return the denoising record of an engine's result."""
         recorded = result.unmasked_at is not None and result.confidences is not None
         return cls(
             block_length=block_length,
@@ -70,7 +73,7 @@ class Written:
 
     @classmethod
     def of_record(cls, record: Record) -> Written | None:
-        """Return how a stored answer was written; None where its record does not say."""
+        """Return the denoising record of a stored answer; None where the store's record has none."""
         if "token_ids" not in record or "block_length" not in record:
             return None
         steps, confidences = record.get("steps"), record.get("confidences")
@@ -86,7 +89,7 @@ class Written:
         )
 
     def as_record(self) -> dict[str, object]:
-        """Return what a record of the store has of it, beside the answer's cost."""
+        """Return the fields that the store's record has beside prompt_tokens, finish_reason, forwards and seconds."""
         return {
             "block_length": self.block_length,
             "token_ids": self.token_ids.tolist(),
@@ -95,7 +98,7 @@ class Written:
         }
 
     def as_line(self, document: int, repeat: int, texts: Sequence[str]) -> DenoisingLine:
-        """Return the line of the denoising file; `texts` has the text of each token."""
+        """Return the line of the denoising file; `texts` are the texts of the tokens."""
         recorded = self.as_record()
         return cast(
             "DenoisingLine",
@@ -115,17 +118,17 @@ class Written:
 
 @dataclass
 class WrittenAnswers:
-    """How the answers of an evaluation were written: task -> (document, repeat) -> its note."""
+    """The denoising records of an evaluation: task -> (document, repeat) -> record."""
 
     of_tasks: dict[str, dict[tuple[int, int], Written]] = field(default_factory=dict)
 
     def add(self, task: str, document: int, repeat: int, written: Written) -> None:
-        """Note an answer."""
+        """Add the record of an answer; the record replaces an earlier one of the same document and repeat."""
         self.of_tasks.setdefault(task, {})[document, repeat] = written
 
     @classmethod
     def of_ranks(cls, ranks: Sequence[WrittenAnswers]) -> WrittenAnswers:
-        """Unite the notes of processes that ran side by side."""
+        """Return the records of all ranks (processes) together."""
         united = cls()
         for of_rank in ranks:
             for task, answers in of_rank.of_tasks.items():
@@ -133,22 +136,22 @@ class WrittenAnswers:
         return united
 
     def lines(self, task: str, texts: Callable[[Sequence[int]], list[str]]) -> list[DenoisingLine]:
-        """Return the lines of a task's denoising file, by document and repeat.
+        """Return the lines of a task's denoising file, ordered by document and repeat.
 
         Args:
             task: the task's name.
-            texts: returns the text of each token.
+            texts: token ids -> the text of each token.
         """
         answers = sorted(self.of_tasks.get(task, {}).items())
-        return [note.as_line(*name, texts(note.token_ids.tolist())) for name, note in answers]
+        return [record.as_line(*name, texts(record.token_ids.tolist())) for name, record in answers]
 
 
 LinesOf = Callable[[str], list[DenoisingLine]]
-"""Returns the lines of a task's denoising file; none for a task without notes."""
+"""Task -> the lines of its denoising file; none for a task without records."""
 
 
 class Tracker(Protocol):
-    """What is used of lm_eval's `EvaluationTracker`."""
+    """The part of lm_eval's `EvaluationTracker` that this module uses."""
 
     output_path: str | None
 
@@ -157,11 +160,11 @@ class Tracker(Protocol):
 
 
 def keep_beside_samples(tracker: Tracker, lines_of: LinesOf) -> None:
-    """Have a tracker write each task's denoising file when it writes the task's samples file.
+    """Patch a tracker so that it writes a task's denoising file whenever it writes the task's samples file.
 
     Args:
-        tracker: lm_eval's.
-        lines_of: returns a task's lines.
+        tracker: lm_eval's tracker.
+        lines_of: task -> the lines of its denoising file.
     """
     save = type(tracker).save_results_samples
 
@@ -179,14 +182,14 @@ def leave_samples_alone(tracker: Tracker) -> None:
 
 
 def _write(tracker: Tracker, task: str, lines: Sequence[DenoisingLine]) -> None:
-    """Write a task's denoising file. A run whose file cannot be written keeps its results."""
+    """Write a task's denoising file. A file that cannot be written is logged as an ERROR; the evaluation goes on."""
     path = Path(str(tracker.output_path))
     folder = path.parent if path.suffix == ".json" else path
     names: Mapping[str, object] = vars(tracker)
-    # lm_eval tells the name of the samples file to nobody: it has the date of the results file.
+    # lm_eval does not return the samples file's name, which ends in the date of the results file.
     found = sorted(folder.rglob(f"samples_{task}_{names.get('date_id')}.jsonl"))
     if not found:
-        logger.warning("How answers of %s were written is not kept: lm_eval wrote no samples file.", task)
+        logger.warning("The denoising records of %s are not kept: lm_eval wrote no samples file.", task)
         return
     file = denoising_file(found[-1])
     try:

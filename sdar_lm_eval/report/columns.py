@@ -22,14 +22,14 @@ class Column:
     """A column of a published table.
 
     Attributes:
-        title: as the table has it.
+        title: the column's title in the published table.
         task: this package's task, or group of tasks, that reproduces the column.
         metric: the task's metric and filter, as results files spell them.
-        questions: how many the benchmark has; None where no source says.
-        shots: how many solved questions stand before each question.
-        weighted: whether the score is another mean than the plain one over a task's questions. Only the task itself
-            then knows its standard error.
-        caveat: what else than chance may explain a difference from a published score; "" where nothing is known.
+        questions: number of questions (documents) in the benchmark; None where no source says.
+        shots: number of few-shot examples before each question.
+        weighted: whether the score is not the plain mean over the task's questions. Its standard error is then known
+            only where the task computes one.
+        caveat: what besides chance may explain a difference from a published score; "" where nothing is known.
     """
 
     title: str
@@ -70,8 +70,8 @@ SCI_COLUMNS = tuple(
     for title, task in SCI_TASKS.items()
     for metric, questions, caveat in [_SCI[title]]
 )
-"""The table of SDAR-30B-A3B-Sci (JetAstra/SDAR's README, part II), as far as the columns can be reproduced: greedy (G),
-and sampled at temperature 1 (S)."""
+"""The reproducible columns of SDAR-30B-A3B-Sci's table (JetAstra/SDAR's README, part II): greedy (G), and sampled at
+temperature 1 (S)."""
 
 TABLES = (COLUMNS, SCI_COLUMNS[: len(SCI_TASKS)], SCI_COLUMNS[len(SCI_TASKS) :])
-"""The columns that are shown together."""
+"""The published tables, each with its columns: SDAR's, SDAR-30B-A3B-Sci's greedy, SDAR-30B-A3B-Sci's sampled."""

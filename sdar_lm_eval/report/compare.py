@@ -1,6 +1,6 @@
-"""Compares two runs on the documents that both answered: differences, intervals, tests, and what may explain them.
+"""Compares two runs on the documents that both answered: differences, intervals, tests, settings that differ, warnings.
 
-`compare_runs` needs samples of both runs (`--log_samples`), of any model that lm_eval evaluates.
+`compare_runs` needs samples of both runs (`--log_samples`). The runs may be of any model that lm_eval evaluates.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ EXACT, PAIRED_T = "exact McNemar", "paired t"
 
 @dataclass(frozen=True)
 class Difference:
-    """Run b minus run a, of one metric of one task.
+    """The difference between two runs, run b minus run a, in one metric of one task.
 
     Attributes:
         task: the task.
         metric: the metric's name.
-        filter: the filter that the metric was computed of.
-        a: run a's value over the paired documents; over all its documents where there is no test.
-        a_stderr: the value's standard error, clustered by document; None where it is unknown.
-        b: run b's value, as `a`.
-        b_stderr: as `a_stderr`.
-        difference: b - a.
-        low: lower end of the difference's paired 95% interval; None where there is none.
+        filter: the filter whose output was scored.
+        a: run a's value over the paired documents; over all documents of run a where there is no test.
+        a_stderr: standard error of `a`, clustered by document; None where it is unknown.
+        b: run b's value, likewise.
+        b_stderr: standard error of `b`, likewise.
+        difference: b - a; NaN where one of them is not finite.
+        low: lower end of the difference's paired 95% interval; None where there is no interval.
         high: upper end of that interval.
-        p: two-sided; None where there is no test.
-        p_holm: p after Holm's adjustment over all tests of the comparison, or of the comparisons shown together.
-        test: "exact McNemar" or "paired t"; or why there is none.
-        documents: paired documents that have a value of the metric in both runs.
-        only_a: documents that run a alone has right; None where scores are not 0 or 1.
-        only_b: documents that run b alone has right.
-        detectable: smallest true difference that these documents show with power 0.8; None where unknown.
-        higher_is_better: None where the results file does not say.
-        equal_filters: further filters of the metric, whose scores are those of `filter` in each run.
+        p: two-sided p of the test; None where there is no test.
+        p_holm: p after Holm's adjustment over all tests of the comparison, or of all comparisons in `adjusted`.
+        test: "exact McNemar" or "paired t", or the reason why there is no test.
+        documents: number of paired documents that have a value of the metric in both runs.
+        only_a: number of documents that run a alone has right; None where scores are not 0 or 1.
+        only_b: number of documents that run b alone has right; None where `only_a` is None.
+        detectable: smallest true difference that the test finds with probability 0.8; None where it is unknown.
+        higher_is_better: whether higher values are better; None where the results files do not say.
+        equal_filters: further filters of the metric that give each document the same score as `filter`, in each run.
     """
 
     task: str
@@ -81,13 +81,13 @@ class Comparison:
     """What differs between two runs.
 
     Attributes:
-        a: the run that is compared with.
-        b: the other run.
-        settings: name -> (a's, b's) of settings that differ; None where a run has no such setting. A setting that
-            differs in some of the tasks only is named "name (task)".
-        warnings: what makes the difference between the runs less clear, a sentence each, about run A and run B.
-        differences: in the order of a's tasks and metrics.
-        groups: of groups of tasks that both runs have with all their documents pooled; `Difference.task` is the group.
+        a: the baseline.
+        b: the run that is compared with the baseline.
+        settings: the settings that differ: name -> (a's value, b's value), None where a run lacks the setting. A
+            setting that differs in some tasks only has the name "name (task)".
+        warnings: sentences about what else than the settings may explain differences between run A and run B.
+        differences: the differences of tasks, in the order of a's tasks and metrics.
+        groups: the differences of groups of tasks that both runs have; `Difference.task` is the group's name.
     """
 
     a: Run
@@ -104,13 +104,13 @@ class ChangedDocument:
 
     Attributes:
         document_a: the document's index in run a's data set.
-        document_b: the document's index in run b's.
-        question: what the task asks.
+        document_b: the document's index in run b's data set.
+        question: the document's question.
         target: the gold answer.
         a: run a's score; the mean where there are several answers.
-        b: run b's.
-        filtered_a: what the filter made of run a's first answer, or the choice that run a finds likeliest.
-        filtered_b: the same of run b.
+        b: run b's score, likewise.
+        filtered_a: what the filter made of run a's first answer, or the choice that is likeliest in run a.
+        filtered_b: the same for run b.
     """
 
     document_a: int
@@ -134,11 +134,14 @@ def compare_runs(
     """Compare two runs on the documents that both answered.
 
     Args:
-        a: the run that is compared with.
-        b: the other run.
-        tasks: which tasks, or groups of tasks; empty: all that both runs have.
-        metrics: names of the metrics; empty: all.
-        filters: names of the filters; empty: all.
+        a: the baseline.
+        b: the run that is compared with the baseline.
+        tasks: names of tasks or groups of tasks; empty: all tasks that both runs have.
+        metrics: names of metrics; empty: all.
+        filters: names of filters; empty: all.
+
+    Returns:
+        The comparison, with Holm's adjustment over its tests. A warning names a task that cannot be compared.
 
     Raises:
         UserError: the runs share no task, metric or document, or one has no samples, or a samples file cannot be read.
@@ -156,7 +159,7 @@ def compare_runs(
         try:
             scores_a, scores_b = read_pair(a, b, task)
             paired = _paired(a, b, task, scores_a, scores_b)
-        except UserError as error:  # the other tasks may be fine
+        except UserError as error:  # other tasks may be comparable
             problems.append(error)
             continue
         read[task] = scores_a, scores_b
@@ -174,7 +177,7 @@ def compare_runs(
 
 
 def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Return comparisons with Holm's adjustment over the tests of all of them, for those that are shown together."""
+    """Return comparisons that are shown together, with Holm's adjustment over the tests of all of them."""
     rows = [each for comparison in comparisons for each in (*comparison.groups, *comparison.differences)]
     p_holm = iter(holm([each.p for each in rows if each.p is not None]))
     new = iter([each if each.p is None else dataclasses.replace(each, p_holm=next(p_holm)) for each in rows])
@@ -189,10 +192,10 @@ def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def changed_documents(a: Run, b: Run, task: str, metric: str, filter: str) -> list[ChangedDocument]:
-    """Return the documents whose scores differ between two runs, by rising index in run a.
+    """Return the documents whose scores differ between two runs, ordered by index in run a.
 
     Raises:
-        UserError: as `compare_runs`, or a run has no such metric.
+        UserError: a run has no samples of the task, or no such metric, or a samples file cannot be read.
     """
     scores_a, scores_b = read_pair(a, b, task)
     key = (metric, filter)
@@ -224,7 +227,7 @@ def changed_documents(a: Run, b: Run, task: str, metric: str, filter: str) -> li
 
 
 def differing_settings(a: Run, b: Run, tasks: Iterable[str]) -> dict[str, tuple[object, object]]:
-    """Return name -> (a's, b's) of settings that differ, as `Comparison.settings`."""
+    """Return the settings that differ: name -> (a's value, b's value), as `Comparison.settings`."""
     of_tasks = {
         task: {name: (values[0], values[1]) for name, values in differing([a.settings(task), b.settings(task)]).items()}
         for task in tasks
@@ -241,7 +244,7 @@ def _shared_tasks(a: Run, b: Run, tasks: Collection[str]) -> list[str]:
     shared = [task for task in a.tasks if task in b.of_tasks]
     if not shared:
         raise UserError(
-            f"{a.label} and {b.label} share no task: the one has {_listed(a.tasks)}, the other {_listed(b.tasks)}. "
+            f"{a.label} and {b.label} share no task: the first has {_listed(a.tasks)}, the second {_listed(b.tasks)}. "
             "Evaluate one of these tasks with both."
         )
     groups = groups_of(a)
@@ -260,7 +263,7 @@ def _groups(
     metrics: Collection[str],
     filters: Collection[str],
 ) -> list[Difference]:
-    """The differences of the groups whose tasks were all read; of equal tasks in both runs."""
+    """The differences of the groups that have the same tasks in both runs, and whose tasks were all read."""
     found, of_b = [], groups_of(b)
     for group, tasks in groups_of(a).items():
         if set(tasks) == set(of_b.get(group, ())) and all(task in read for task in tasks):
@@ -273,18 +276,18 @@ def _groups(
 def _nothing_chosen(
     a: Run, b: Run, tasks: Iterable[str], metrics: Collection[str], filters: Collection[str]
 ) -> UserError:
-    """The error for runs that share no metric, or none of the chosen ones."""
+    """The error for runs that share no metric, or none of the metrics and filters that the user named."""
     of_a, of_b = (
         [(metric.name, metric.filter) for task in tasks for metric in run.metrics(task)] for run in (a, b)
     )  # fmt: skip
     shared = [key for key in of_a if key in of_b]
     if not shared:
         return UserError(
-            f"{a.label} and {b.label} share no metric: the one has {_names(of_a)}, the other {_names(of_b)}. Evaluate "
-            "both with one version of the task."
+            f"{a.label} and {b.label} share no metric: the first has {_names(of_a)}, the second {_names(of_b)}. "
+            "Evaluate both with one version of the task."
         )
     asked = [f"--metric {', '.join(metrics)}"] * bool(metrics) + [f"--filter {', '.join(filters)}"] * bool(filters)
-    return UserError(f"{' and '.join(asked)}: the runs have no such scores; choose of {_names(shared)}.")
+    return UserError(f"{' and '.join(asked)}: the runs share no such score; choose from {_names(shared)}.")
 
 
 def _paired(a: Run, b: Run, task: str, scores_a: TaskScores, scores_b: TaskScores) -> list[Key]:
@@ -300,7 +303,7 @@ def _paired(a: Run, b: Run, task: str, scores_a: TaskScores, scores_b: TaskScore
 def _document_warnings(
     a: Run, b: Run, task: str, scores_a: TaskScores, scores_b: TaskScores, paired: Sequence[Key]
 ) -> list[str]:
-    """What differs between the runs in what was asked."""
+    """Warnings about documents, prompts, gold answers and versions of a task that differ between the runs."""
     found = []
     alone_a, alone_b = len(scores_a.documents) - len(paired), len(scores_b.documents) - len(paired)
     if alone_a or alone_b:
@@ -328,7 +331,7 @@ def _differences(
     filters: Collection[str],
 ) -> list[Difference]:
     found: list[Difference] = []
-    values_of: dict[tuple[str, bytes, bytes], int] = {}  # -> the index in `found` of scores that are the same
+    values_of: dict[tuple[str, bytes, bytes], int] = {}  # scores of both runs -> their index in `found`
     for (name, filter_name), of_a in scores_a.scores.items():
         of_b = scores_b.scores.get((name, filter_name))
         if of_b is None or (metrics and name not in metrics) or (filters and filter_name not in filters):
@@ -412,7 +415,7 @@ def _untested(task: str, of_a: Scores, of_b: Scores, documents: int, why: str) -
 
 
 def _samples_of(run: Run, task: str, filter: str, indices: Iterable[int]) -> dict[int, Sample]:
-    """The samples of some documents: the first answers that the run has of each."""
+    """Index -> the run's first sample of the document, for some documents."""
     wanted, found = set(indices), dict[int, Sample]()
     for results in run.of_tasks[task]:
         for sample in results.each_sample(task) if wanted - found.keys() else ():

@@ -15,18 +15,18 @@ from sdar_lm_eval.report.statistics import ALPHA, FEWEST_DISCORDANT, POWER
 from sdar_lm_eval.report.text_table import aligned, with_error
 
 DocumentsOf = Mapping[tuple[int, int], Sequence[ChangedDocument]]
-"""(index of a comparison, index of its difference) -> the documents that changed."""
+"""(index of a comparison, index into its `differences`) -> the documents whose scores differ."""
 
 MOST_SENTENCES = 8
-"""Differences of a comparison that have a sentence each; of more, those that no test calls share one sentence."""
+"""Most differences of a comparison that get one sentence each. Of more, those without a finding share one sentence."""
 
 _LEGEND = (
     "± is one standard error. Scores from 0 to 1 are in per cent. The interval is the paired 95% interval of B - A.",
-    f"detectable: the smallest true difference that these documents show (p < {ALPHA}) with probability {POWER}.",
+    f"detectable: the smallest true difference that the test finds (p < {ALPHA}) with probability {POWER}.",
 )
 _HOLM = (
-    f"p (Holm): p after Holm's adjustment for the number of tests. Of tables without any true difference, {ALPHA:.0%} "
-    f"have one below {ALPHA}."
+    f"p (Holm): p after Holm's adjustment for the number of tests. Where no score truly differs, at most {ALPHA:.0%} "
+    f"of such tables have a p (Holm) below {ALPHA}."
 )
 
 
@@ -34,8 +34,8 @@ def as_text(comparisons: Sequence[Comparison], documents: DocumentsOf | None = N
     """Return comparisons with one baseline as text for a terminal.
 
     Args:
-        comparisons: comparisons of the same run a with others; Holm's adjustment is over all of them.
-        documents: what to list beside.
+        comparisons: comparisons of one run a with other runs, as `adjusted` returns them.
+        documents: documents to list below the table; None: none.
     """
     names = _names(comparisons)
     parts = [
@@ -53,7 +53,7 @@ def as_text(comparisons: Sequence[Comparison], documents: DocumentsOf | None = N
 
 
 def as_markdown(comparisons: Sequence[Comparison], documents: DocumentsOf | None = None) -> str:
-    """Return comparisons with one baseline as Markdown; arguments as `as_text`."""
+    """Return comparisons with one baseline as Markdown; the arguments are those of `as_text`."""
     names = _names(comparisons)
     parts = [
         [f"- A: {_code(comparisons[0].a.label)}"]
@@ -71,7 +71,7 @@ def as_markdown(comparisons: Sequence[Comparison], documents: DocumentsOf | None
 
 
 def as_csv(comparisons: Sequence[Comparison]) -> str:
-    """Return a line for each difference: both runs' labels, and the fields of `Difference` in full precision."""
+    """Return CSV with a head and a line for each difference: labels of both runs, fields of `Difference` unrounded."""
     fields = [field.name for field in dataclasses.fields(Difference)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -84,7 +84,7 @@ def as_csv(comparisons: Sequence[Comparison]) -> str:
 
 
 def as_json(comparisons: Sequence[Comparison], documents: DocumentsOf | None = None) -> str:
-    """Return a JSON list: for each comparison its runs, settings, warnings and differences in full precision."""
+    """Return a JSON list with each comparison's runs, settings, warnings and differences, unrounded; NaN is null."""
     content = [
         {
             "a": comparison.a.label,
@@ -106,7 +106,7 @@ def as_json(comparisons: Sequence[Comparison], documents: DocumentsOf | None = N
 
 
 def table(comparisons: Sequence[Comparison]) -> list[list[str]]:
-    """Return the head, and a row for each difference."""
+    """Return the table's cells as text: the head, then a row for each difference."""
     several, holm = len(comparisons) > 1, _tests(comparisons) > 1
     head = ["run"] * several + ["task", "metric", "filter", "documents", "A", "B", "B - A", "95% interval", "p"]
     rows = [[*head, *(["p (Holm)"] * holm), "only A", "only B", "detectable"]]
@@ -123,7 +123,7 @@ def table(comparisons: Sequence[Comparison]) -> list[list[str]]:
 
 
 def sentences(comparisons: Sequence[Comparison]) -> list[str]:
-    """Return a plain sentence for each difference, behind what it is of."""
+    """Return a sentence for each difference, preceded by its task, and by metric and filter where these are needed."""
     found = []
     for name, comparison in zip(_names(comparisons), comparisons, strict=True):
         run = f"{name}, " if len(comparisons) > 1 else ""
@@ -139,11 +139,11 @@ def sentences(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def verdict(difference: Difference, name: str = "B") -> str:
-    """Return what a difference says, as a sentence.
+    """Return a sentence that says whether a run is better than the baseline.
 
     Args:
-        difference: of a run to the baseline.
-        name: what the sentence calls the run.
+        difference: the run's difference from the baseline.
+        name: the run's name in the sentence.
     """
     each = difference
     if each.p is None or each.p_holm is None:
@@ -176,7 +176,7 @@ def _change(each: Difference) -> str:
 
 
 def _names(comparisons: Sequence[Comparison]) -> list[str]:
-    """How tables name the runs that are compared with A."""
+    """The names that tables give to the runs that are compared with A."""
     return ["B"] if len(comparisons) == 1 else [f"B{number}" for number in range(1, len(comparisons) + 1)]
 
 
@@ -185,7 +185,7 @@ def _tests(comparisons: Sequence[Comparison]) -> int:
 
 
 def _rows(comparisons: Sequence[Comparison]) -> list[Difference]:
-    """The differences of groups and tasks, as tables have them."""
+    """The differences in the order of the table's rows: those of groups first."""
     return [each for comparison in comparisons for each in (*comparison.groups, *comparison.differences)]
 
 
@@ -194,23 +194,23 @@ def _notes(comparisons: Sequence[Comparison]) -> list[str]:
     rows = _rows(comparisons)
     equal = dict.fromkeys(name for each in rows for name in each.equal_filters)
     if equal:
-        notes.append(f"(+1): {', '.join(equal)} scored each document as the filter that is shown, in both runs.")
+        notes.append(f"(+N): N further filters give each document the same score in both runs: {', '.join(equal)}.")
     for each in rows:
         if each.test == EXACT and each.p is not None and each.p >= ALPHA and _leaves_out_0(each):
             return [
                 *notes,
-                f"The exact test is stricter than the interval, which may leave out 0 where p is above {ALPHA}.",
+                f"The exact test is stricter than the interval: the interval may exclude 0 where p is above {ALPHA}.",
             ]
     return notes
 
 
 def _leaves_out_0(each: Difference) -> bool:
-    """Whether the interval leaves out 0."""
+    """Whether the interval excludes 0."""
     return each.low is not None and each.high is not None and not each.low <= 0 <= each.high
 
 
 def _settings_rows(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[list[str]]:
-    """The settings that differ, below a head: a row for each setting, or for each run where runs outnumber settings."""
+    """A head and a row for each setting that differs; a row for each run where there are no more settings than runs."""
     settings = list(dict.fromkeys(name for comparison in comparisons for name in comparison.settings))
     if not settings:
         return []
@@ -261,7 +261,7 @@ def _document_rows(each: Difference, changed: Sequence[ChangedDocument]) -> list
 
 
 def _title(each: Difference, among: Sequence[Difference]) -> str:
-    """What a difference is of, as briefly as tells it apart among a comparison's."""
+    """The difference's task; also its metric and filter where other differences of the task have others."""
     of_task = [other for other in among if other.task == each.task]
     parts = [each.task]
     if len({other.metric for other in of_task}) > 1:
@@ -322,7 +322,7 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    """Text as Markdown shows it: without tables, emphasis and HTML of its own."""
+    """The text with Markdown's special characters escaped."""
     return re.sub(r"([\\|*`<>\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
@@ -331,7 +331,7 @@ def _code(text: str) -> str:
 
 
 def _finite(value: object) -> object:
-    """JSON's value: null for numbers that JSON has not, and text for what is none of JSON's."""
+    """The value with null for numbers that JSON lacks, and text for objects of other types."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Accuracy against speed: the table, the chart and the JSON of a model's operating points.
+"""Accuracy against speed: the table, the chart and the JSON of operating points.
 
-matplotlib draws: it writes SVG and PNG files from the same figure without a browser, and a fixed figure is the same
-file, byte for byte. altair needs a browser's engine to write either.
+matplotlib draws the chart. It writes SVG, PNG and PDF files of one figure without a browser, and the same figure gives
+the same file, byte for byte. altair would need a JavaScript engine to write these files.
 """
 
 from __future__ import annotations
@@ -32,39 +32,39 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".svg", ".png", ".pdf")
-"""Endings of files that a chart can be written to."""
+"""File name endings of the formats in which a chart can be written."""
 
-# Readable on white and on black, and told apart with colour vision deficiencies. Source: M. Okabe and K. Ito, Color
-# Universal Design, without their black and yellow.
+# Colours that are readable on white and on black, and distinguishable with colour vision deficiencies. Source: M. Okabe
+# and K. Ito, Color Universal Design, without their black and yellow.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MARKERS = "osD^vP*X"
-INK = "#123457"  # a colour that nothing else has; `chart_svg` puts currentColor in its place
+INK = "#123457"  # a colour that no curve has; `chart_svg` replaces it by currentColor
 
 
 def by_forward(point: Point) -> float | None:
-    """Tokens per forward."""
+    """Return the point's tokens per forward; None where it is unknown."""
     return point.tokens_per_forward
 
 
 def by_second(point: Point) -> float | None:
-    """Tokens per second."""
+    """Return the point's tokens per second; None where it is unknown."""
     return point.tokens_per_second
 
 
 AXES: Mapping[str, Speed] = {"tokens per forward": by_forward, "tokens/s": by_second}
-"""Title of a speed's axis -> the speed."""
+"""Title of a panel's x axis -> its speed."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The points of a task, what is best of them, and what they are worth.
+    """The points of a task, with their Pareto fronts and the AUP of their curves.
 
     Attributes:
         task: the task's name.
         metric: "metric,filter" that counts as the accuracy.
         points: the points.
-        fronts: title of a speed's axis -> the points on its front (`pareto_front`).
-        values: the AUP of each curve, and of the front by tokens per forward, which comes first.
+        fronts: title of a speed's axis -> the points on the Pareto front by this speed (`pareto_front`).
+        values: first the AUP of the Pareto front by tokens per forward, then the AUP of each curve.
         y_max: the accuracy that AUP is relative to, in per cent.
     """
 
@@ -76,7 +76,7 @@ class Summary:
     y_max: float
 
     def as_dict(self) -> dict[str, object]:
-        """The summary as plain values."""
+        """Return the summary as values that JSON has."""
         told = settings_in_words(self.points)
         return {
             "task": self.task,
@@ -132,13 +132,13 @@ def table(summary: Summary, markdown: bool = False) -> str:
         left_out = f", {its.left_out} left out" if its.left_out else ""
         worth.append([its.name, "none" if its.aup is None else f"{its.aup:.1f}", f"{its.points}{left_out}"])
     notes = [
-        f"Accuracy: {summary.metric} ± its standard error. * marks the front: each faster point is less accurate.",
-        f"AUP: accuracy under parallelism (d3LLM), relative to {summary.y_max:.1f}%. Points more than {TOLERANCE:g}% "
-        "below the slowest point of their curve are left out.",
+        f"Accuracy: {summary.metric} ± its standard error. * marks the Pareto front: faster points are less accurate.",
+        f"AUP: accuracy under parallelism (d3LLM), relative to {summary.y_max:.1f}%. Points whose accuracy is more "
+        f"than {TOLERANCE:g} percentage points below that of their curve's slowest point are left out.",
     ]
     repeats = max((point.repeats for point in summary.points), default=1)
     if repeats > 1:
-        notes.append(f"Up to {repeats} answers a document; errors are clustered by document.")
+        notes.append(f"Up to {repeats} answers to each document; standard errors are clustered by document.")
     notes += dict.fromkeys(f"Unknown speed: {point.note}." for point in summary.points if point.note)
     return "\n\n".join([_grid(rows, markdown), _grid(worth, markdown), ("\n\n" if markdown else "\n").join(notes)])
 
@@ -156,7 +156,7 @@ def _grid(rows: Sequence[Sequence[str]], markdown: bool) -> str:
 
 
 def check_suffix(file: Path) -> None:
-    """Refuse a file that no chart can be written to.
+    """Check the ending of a chart's file name.
 
     Raises:
         UserError: the ending is none of `SUFFIXES`.
@@ -166,7 +166,7 @@ def check_suffix(file: Path) -> None:
 
 
 def write_chart(file: Path, summaries: Sequence[Summary]) -> None:
-    """Write the chart of some tasks, in the format that the file's ending names. The same points give the same file.
+    """Write the chart of some tasks in the format of the file name's ending. The same points give the same file.
 
     Raises:
         UserError: the ending is none of `SUFFIXES`, or the file cannot be written.
@@ -183,8 +183,8 @@ def write_chart(file: Path, summaries: Sequence[Summary]) -> None:
 def chart_svg(points: Sequence[Point]) -> str:
     """Return the chart of a task's points as an SVG element for a page.
 
-    The background is none; text and axes have the page's colour (`currentColor`), so that the chart is readable in
-    light and in dark. Text is text, in the page's sans-serif font.
+    The chart has no background, and its text and axes have the page's colour (`currentColor`), so the chart is readable
+    in light and in dark. Text stays text, in a sans-serif font.
     """
     buffer = io.BytesIO()
     _draw({"": points}, buffer, "svg", ink=INK)
@@ -192,7 +192,7 @@ def chart_svg(points: Sequence[Point]) -> str:
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"(font: [\d.]+px|font-family:) [^;\"]*", r"\1 sans-serif", svg)
-    # Ids that nothing refers to would stand twice in a page with two charts.
+    # A page with two charts would hold each id twice, so ids that nothing refers to are removed.
     used = set(re.findall(r"#([\w.-]+)", svg))
     svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)
     described = f'role="img" aria-label="Accuracy against {" and against ".join(AXES)}"'
@@ -203,17 +203,17 @@ def _draw(tasks: Mapping[str, Sequence[Point]], file: IO[bytes], suffix: str, in
     """Draw a row of panels for each task.
 
     Args:
-        tasks: the rows' titles -> points.
-        file: gets the chart.
-        suffix: its format.
-        ink: the colour of text and axes on no background; None: black on white.
+        tasks: title of a row -> its points.
+        file: the chart is written to it.
+        suffix: the format: "svg", "png" or "pdf".
+        ink: the colour of text and axes, without a background; None: black on white.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     style: dict[Any, Any] = {"svg.hashsalt": "sdar_lm_eval", "font.size": 9, "axes.spines.top": False}
     style |= {"axes.spines.right": False, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.25}
-    style |= {"text.parse_math": False}  # a $ in a model's name is no formula
+    style |= {"text.parse_math": False}  # a $ in a model's name does not begin a formula
     if ink is not None:
         names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
         style |= {**dict.fromkeys(names, ink), "svg.fonttype": "none"}
@@ -229,13 +229,13 @@ def _draw(tasks: Mapping[str, Sequence[Point]], file: IO[bytes], suffix: str, in
             if len(tasks) > 1:
                 row[0].set_title(title, loc="left")
         _legend(figure, styles, ink or "black")
-        # No date in the file: the same figure is the same file.
+        # A date in the file would make the files of equal figures differ.
         dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(suffix)
         figure.savefig(file, format=suffix, transparent=ink is not None, metadata=dated, dpi=150)
 
 
 def _panel(axes: Axes, points: Sequence[Point], speed: Speed, styles: dict[str, tuple[str, str]], ink: str) -> None:
-    """Draw a line for each curve, and the front."""
+    """Draw a line for each curve, and the Pareto front."""
     for curve in curves_of(points):
         index = len(styles)
         colour, marker = styles.setdefault(curve.name, (COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]))
@@ -262,7 +262,7 @@ def _panel(axes: Axes, points: Sequence[Point], speed: Speed, styles: dict[str, 
 
 
 def _legend(figure: Figure, styles: Mapping[str, tuple[str, str]], ink: str) -> None:
-    """Name the curves and the front below the panels."""
+    """Name the curves and the Pareto front below the panels."""
     from matplotlib.lines import Line2D
 
     lines = [

@@ -1,24 +1,26 @@
-"""How answers were written: a file beside a run's samples, `denoising_<task>_<date>.jsonl.gz`.
+"""Denoising records, which say how answers were written: `denoising_<task>_<date>.jsonl.gz` beside a run's samples.
 
-The first line names the format and its version; each further line is an answer:
+The first line names the format and its version. Each further line is the record of one answer:
 
     {"format": "sdar_lm_eval/denoising", "version": 1, "task": …}
     {"document": 3, "repeat": 0, "block_length": 4, "prompt_tokens": 57, "token_ids": […], "texts": […],
      "steps": […], "confidences": […], "finish_reason": "stop", "forwards": {…}, "seconds": 0.12}
 
     document        the document's index in the data set
-    repeat          from 0, where a document has several answers
-    prompt_tokens   tokens of the prompt. The answer's first block begins at the last multiple of block_length that is
-                    not behind the prompt, so its first prompt_tokens % block_length tokens are the prompt's
+    repeat          number of the answer among the document's answers, from 0
+    block_length    tokens in a block
+    prompt_tokens   number of tokens in the prompt. Blocks count from the prompt's first token, so the first
+                    prompt_tokens % block_length tokens of the answer's first block are the prompt's
     token_ids       the answer's tokens, as the engine returned them; lm_eval's text is cut before the first `until`
-    texts           the text of each token. Of several tokens that encode one character, the last one has the character
-    steps           the step of its block that unmasked each token, from 0; null where the engine does not record steps
+    texts           the text of each token. Where several tokens encode one character, the last token has the character
+    steps           for each token the step within its block that unmasked the token, from 0; null where the engine
+                    does not record steps
     confidences     10,000 times the probability of each token when it was drawn; null where steps is null
     finish_reason   "stop" or "length"
-    forwards        how often the prompt (prefill) and blocks (denoising, commit) went through the model
-    seconds         from the answer's first forward to its last
+    forwards        number of forwards by kind: of the prompt (prefill), of blocks (denoising, commit)
+    seconds         time from the answer's first forward to its last
 
-A version changes when a field changes its meaning or goes; readers pass over fields that they do not know.
+The version changes when a field is removed or changes its meaning. Readers ignore fields that they do not know.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ CONFIDENCE_SCALE = 10_000
 
 
 class DenoisingLine(TypedDict):
-    """An answer's line; the module's docstring says what each field means."""
+    """An answer's record as a line of the file has it; the module's docstring says what each field means."""
 
     document: int
     repeat: int
@@ -58,20 +60,21 @@ class DenoisingLine(TypedDict):
 
 @dataclass(frozen=True)
 class Denoising:
-    """How an answer was written.
+    """The denoising record of an answer: how the answer was written.
 
     Attributes:
         document: the document's index in the data set.
-        repeat: from 0, where a document has several answers.
-        block_length: tokens of a block.
-        prompt_tokens: tokens of the prompt.
-        token_ids: the answer's tokens.
-        texts: the text of each token.
-        steps: the step of its block that unmasked each token, from 0; None where the engine does not record steps.
-        confidences: the probability of each token when it was drawn, 0 to 1; None where steps is None.
+        repeat: number of the answer among the document's answers, from 0.
+        block_length: tokens in a block.
+        prompt_tokens: number of tokens in the prompt.
+        token_ids: (T,) the answer's tokens.
+        texts: (T,) the text of each token.
+        steps: (T,) the step within its block that unmasked each token, from 0; None where the engine does not record
+            steps.
+        confidences: (T,) the probability of each token when it was drawn, 0 to 1; None where steps is None.
         finish_reason: "stop" or "length".
-        forwards: how often the prompt (prefill) and blocks (denoising, commit) went through the model.
-        seconds: from the answer's first forward to its last.
+        forwards: "prefill", "denoising" and "commit" -> number of forwards.
+        seconds: time from the answer's first forward to its last.
     """
 
     document: int
@@ -88,7 +91,7 @@ class Denoising:
 
     @property
     def blocks(self) -> list[range]:
-        """The indices of the answer's tokens, block by block."""
+        """For each block the indices into `token_ids` of its tokens."""
         end = len(self.token_ids)
         first = self.block_length - self.prompt_tokens % self.block_length
         borders = [0, *range(first, end, self.block_length), end]
@@ -96,7 +99,7 @@ class Denoising:
 
     @property
     def global_steps(self) -> tuple[int, ...] | None:
-        """The denoising step of the answer that unmasked each token, from 0, steps of earlier blocks counted."""
+        """(T,) the step that unmasked each token, counted from 0 over the whole answer; None where `steps` is None."""
         if self.steps is None:
             return None
         found: list[int] = []
@@ -108,17 +111,22 @@ class Denoising:
         return tuple(found)
 
     def as_dict(self) -> dict[str, object]:
-        """The record as plain values."""
+        """Return the record: field -> value."""
         return dataclasses.asdict(self)
 
 
 def denoising_file(samples: Path) -> Path:
-    """Return the file of a task's denoising records beside the task's samples file."""
+    """Return the path of the denoising file that belongs to a task's samples file; the file need not exist."""
     return samples.with_name("denoising_" + samples.name.removeprefix("samples_") + ".gz")
 
 
 def write_denoising(file: Path, task: str, lines: Iterable[DenoisingLine]) -> None:
-    """Write a task's records.
+    """Write a task's denoising file.
+
+    Args:
+        file: the file, which is replaced.
+        task: the task's name.
+        lines: the answers' records.
 
     Raises:
         OSError: the file cannot be written.
@@ -130,10 +138,10 @@ def write_denoising(file: Path, task: str, lines: Iterable[DenoisingLine]) -> No
 
 
 def read_denoising(file: Path) -> list[Denoising]:
-    """Return a task's records.
+    """Return the records of a denoising file, in the file's order.
 
     Raises:
-        UserError: the file cannot be read, or is not of this format and version.
+        UserError: the file cannot be read, is damaged, or is not of this format and version.
     """
     try:
         with gzip.open(file, "rt", encoding="utf-8", errors="surrogatepass", newline="\n") as lines:

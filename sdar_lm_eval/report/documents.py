@@ -1,4 +1,4 @@
-"""The documents of a run's task, with their answers: what was asked, extracted and scored, how it was written."""
+"""The documents of a run's task, each with its prompt, answers, extracted answers, scores and denoising records."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sdar_lm_eval.report.results import Results, Sample
 from sdar_lm_eval.report.runs import Run
 
 NOTHING_EXTRACTED = ("", "[invalid]")
-"""What filters return for an answer that they find nothing in."""
+"""What a filter returns for an answer in which the filter finds nothing."""
 
 QUESTIONS = ("question", "problem", "query", "instruction", "prompt", "text", "input", "ctx", "context", "sentence")
-"""Names of documents' fields that hold the question; the first that a document has counts."""
+"""Names of document fields that may hold the question. The first field that a document has is its question."""
 
 LAST_OF_PROMPT = 400
-"""Characters of the prompt's end that stand for the question where a document names none."""
+"""Where a document has none of these fields, this many characters of the prompt's end stand for the question."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Answer:
     """An answer to a document.
 
     Attributes:
-        text: the answer; of log-likelihoods, a line a continuation.
+        text: the answer; for a task of log-likelihoods, one line for each continuation.
         scores: metric and filter -> the document's score in the answer's results file; only scores that are numbers.
-        extracted: filter -> what it extracted; None where it found nothing.
-        denoising: how the answer was written; None where that is not known.
+        extracted: filter -> what the filter extracted; None where the filter found nothing.
+        denoising: the answer's denoising record; None where the run has no record.
     """
 
     text: str
@@ -47,11 +47,11 @@ class Document:
     Attributes:
         index: the document's index in the data set.
         doc_hash: lm_eval's hash of the document; None in old files.
-        question: what it asks.
-        prompt: what was sent first for it.
+        question: the document's question (`question_of`).
+        prompt: the first prompt that was sent for the document.
         gold: the gold answer.
-        doc: the document.
-        answers: one, or several where it was answered again.
+        doc: the document as the samples file has it: field -> value.
+        answers: the answers: several where the document has repeats, or was evaluated with several seeds.
     """
 
     index: int
@@ -63,23 +63,23 @@ class Document:
     answers: Sequence[Answer]
 
     def score(self, metric: MetricKey) -> float | None:
-        """The mean of the answers' scores; None where an answer has none."""
+        """Return the mean of the answers' scores; None where an answer has no score."""
         scores = [answer.scores.get(metric) for answer in self.answers]
         known = [score for score in scores if score is not None]
         return fmean(known) if known and len(known) == len(scores) else None
 
     def is_invalid(self, filter_name: str) -> bool:
-        """Whether a filter found nothing in some answer."""
+        """Return whether a filter found nothing in at least one answer."""
         return any(filter_name in a.extracted and a.extracted[filter_name] is None for a in self.answers)
 
     @property
     def is_cut(self) -> bool:
-        """Whether some answer ended at the limit of new tokens."""
+        """Whether at least one answer ended at the limit of new tokens."""
         return any(a.denoising is not None and a.denoising.finish_reason == "length" for a in self.answers)
 
 
 def documents_of(run: Run, task: str) -> list[Document]:
-    """Return the documents of a task, in the order of its data set.
+    """Return the documents of a task in the order of its data set; none where the run has no samples.
 
     Raises:
         UserError: a file of the run cannot be read, or is not as lm_eval writes it.
@@ -118,19 +118,19 @@ def documents_of(run: Run, task: str) -> list[Document]:
 
 
 def main_metric(run: Run, task: str) -> MetricKey | None:
-    """The metric that decides right and wrong where nobody chooses; None where the task has no metric."""
+    """Return the metric that decides right and wrong by default; None where the task has no metric."""
     keys = [(metric.name, metric.filter) for metric in run.metrics(task)]
     return next((key for key in keys if key[1] == PREFERRED_FILTER), keys[0] if keys else None)
 
 
 def question_of(sample: Sample) -> str:
-    """Return a document's question: the field that is named so, else the end of the prompt."""
+    """Return a document's question: its first field named in `QUESTIONS`, else the end of the prompt."""
     named = (sample.doc.get(name) for name in QUESTIONS)
     return next((text for text in named if isinstance(text, str) and text.strip()), sample.prompt[-LAST_OF_PROMPT:])
 
 
 def is_likelihood(results: Results, task: str) -> bool:
-    """Whether a task asks for log-likelihoods."""
+    """Return whether a task compares log-likelihoods."""
     kind = results.content.part_or_empty("configs").part_or_empty(task).content.get("output_type")
     return kind in ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 
@@ -138,7 +138,7 @@ def is_likelihood(results: Results, task: str) -> bool:
 def _records(
     document: int, texts: Sequence[str], records: Mapping[tuple[int, int], Denoising]
 ) -> list[Denoising | None]:
-    """How each answer was written. Repeats of a deterministic answer share the record of the first."""
+    """Each answer's record. An answer without a record that equals the first answer gets the first answer's record."""
     first = records.get((document, 0))
     return [records.get((document, repeat), first if text == texts[0] else None) for repeat, text in enumerate(texts)]
 
@@ -154,7 +154,7 @@ def _scores(of_filters: Mapping[str, Sample], names: Collection[str]) -> dict[Me
 
 
 def _likelihoods(sample: Sample) -> str:
-    """The log-likelihood of each continuation, a line each; the largest is marked."""
+    """A line for each continuation with its log-likelihood; ▸ marks the largest."""
     arguments, scored = sample.line.part_or_empty("arguments"), sample.line.content.get("resps")
     values = [_leaf(each) for each in scored] if isinstance(scored, list) else []
     lines = []
@@ -166,7 +166,7 @@ def _likelihoods(sample: Sample) -> str:
 
 
 def _leaf(nested: object) -> float:
-    """The first number in lists of any depth; not a number where there is none."""
+    """The first number in lists of any depth; NaN where there is none."""
     while isinstance(nested, list):
         nested = nested[0] if nested else None
     try:
@@ -176,7 +176,7 @@ def _leaf(nested: object) -> float:
 
 
 def _gold(sample: Sample) -> str:
-    """The gold answer; a choice's text for its index."""
+    """The gold answer; an index into choices is followed by the choice's text."""
     choices = sample.doc.get("choices")
     texts = choices.get("text") if isinstance(choices, dict) else choices
     if isinstance(texts, list) and sample.target.isdigit() and int(sample.target) < len(texts):

@@ -1,4 +1,4 @@
-"""Runs and comparisons as pandas data frames, for notebooks.
+"""Runs and comparisons as pandas data frames, for notebooks:
 
 run = read_run("runs/threshold-0.6")
 run.scores, run.samples, run.answers
@@ -36,7 +36,7 @@ ANSWER_COLUMNS = (
 
 
 class RunFrames:
-    """A run as data frames, each read when it is first asked for.
+    """A run as data frames. Each frame is read when it is first used, and kept.
 
     Attributes:
         run: the run.
@@ -49,12 +49,18 @@ class RunFrames:
         return f"RunFrames({self.run.label!r}: {', '.join(self.run.tasks)})"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the label and the scores."""
+        """Return the HTML that a notebook shows: the label and the scores."""
         return f"<p>{escape(self.run.label)}</p>{self.scores.to_html(index=False)}"
 
     @cached_property
     def scores(self) -> pd.DataFrame:
-        """A row for each task, metric and filter: task, metric, filter, value, stderr, higher_is_better, documents."""
+        """A row for each task, metric and filter, from the task's first results.
+
+        Columns are task, metric, filter, value, stderr, higher_is_better and documents (their number).
+
+        Raises:
+            UserError: a results file is not as lm_eval writes it.
+        """
         rows = []
         for task in self.run.tasks:
             numbers = self.run.results_of(task).content.part_or_empty("n-samples").part_or_empty(task)
@@ -68,12 +74,12 @@ class RunFrames:
 
     @cached_property
     def samples(self) -> pd.DataFrame:
-        """A row for each answer of a document and filter; empty without --log_samples.
+        """A row for each document, answer and filter; empty without --log_samples.
 
-        Columns are `SAMPLE_COLUMNS`, and one for each metric, by its name: the value of the row's answer. Where a
-        filter makes one value of several answers, each of their rows has that value. `repeat` counts a document's
-        answers from 0, those of runs with other seeds too. A task that scores log-likelihoods has one row for a
-        document, whose `response` is empty.
+        Columns are `SAMPLE_COLUMNS`, and a column for each metric with the value of the row's answer. Where a filter
+        makes one value of several answers, the rows of these answers all have that value. `repeat` numbers a document's
+        answers from 0, over all seeds. A task that compares log-likelihoods has one row for each document and filter,
+        whose `response` is empty.
 
         Raises:
             UserError: a samples file cannot be read.
@@ -84,13 +90,14 @@ class RunFrames:
 
     @cached_property
     def answers(self) -> pd.DataFrame:
-        """A row for each answer with a record of how it was written, with `ANSWER_COLUMNS`; empty without records.
+        """A row for each denoising record of an answer; empty where the run has no records.
 
-        `blocks` and `denoising_steps` are numbers of the whole answer; confidences are 0 to 1; `token_ids`, `texts`,
-        `steps` and `confidences` are tuples with an entry for each token.
+        Columns are `ANSWER_COLUMNS`. `tokens`, `blocks` and `denoising_steps` are counts over the answer, the
+        `forwards_…` count forwards, and `seconds` is a time. `token_ids`, `texts`, `steps` and `confidences` are tuples
+        with an entry for each token; steps count from 0 within a block, and confidences are 0 to 1.
 
         Raises:
-            UserError: a file of records cannot be read.
+            UserError: a denoising file cannot be read.
         """
         rows = []
         for task in self.run.tasks:
@@ -133,7 +140,7 @@ class RunFrames:
 
 @dataclass(frozen=True, repr=False)
 class ComparisonFrames:
-    """A comparison of two runs, which prints as `sdar_lm_eval compare` does.
+    """A comparison of two runs as data frames. `print` shows what `sdar_lm_eval compare` prints.
 
     Attributes:
         comparison: the comparison.
@@ -143,7 +150,7 @@ class ComparisonFrames:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row for each difference, those of groups of tasks first; the columns are the fields of `Difference`."""
+        """A row for each difference, groups of tasks first; the columns are the fields of `compare.Difference`."""
         fields = [field.name for field in dataclasses.fields(Difference)]
         rows = [
             [getattr(each, name) for name in fields] for each in (*self.comparison.groups, *self.comparison.differences)
@@ -152,17 +159,17 @@ class ComparisonFrames:
 
     @property
     def settings(self) -> pd.DataFrame:
-        """A row for each setting that differs, by its name; columns a and b."""
+        """A row for each setting that differs; the index is the setting's name, the columns a and b are its values."""
         rows = list(self.comparison.settings.values())
         return pd.DataFrame(rows, columns=["a", "b"], index=pd.Index(list(self.comparison.settings), name="setting"))
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What makes the difference between the runs less clear."""
+        """Sentences about what else than the settings may explain differences between the runs."""
         return self.comparison.warnings
 
     def changed(self, task: str | None = None, metric: str | None = None, filter: str | None = None) -> pd.DataFrame:
-        """Return the documents whose scores differ; the columns are the fields of `ChangedDocument`.
+        """Return the documents whose scores differ; the columns are the fields of `compare.ChangedDocument`.
 
         Args:
             task: the task; None: the comparison's first.
@@ -183,13 +190,13 @@ class ComparisonFrames:
                 columns = [field.name for field in dataclasses.fields(ChangedDocument)]
                 return pd.DataFrame([dataclasses.asdict(row) for row in rows], columns=columns)
         asked_for = ", ".join(name for name in asked if name is not None)
-        raise UserError(f"The comparison has no score {asked_for}; its table names those that it has.")
+        raise UserError(f"The comparison has no score {asked_for}; `table` lists the scores that it has.")
 
     def __repr__(self) -> str:
         return compare_text.as_text([self.comparison])
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the labels, settings and warnings, the table and a sentence for each difference."""
+        """Return the HTML that a notebook shows: labels, settings, warnings, table, a sentence for each difference."""
         head, *rows = compare_text.table([self.comparison])
         parts = [
             f"<p>A: {escape(self.comparison.a.label)}<br>B: {escape(self.comparison.b.label)}</p>",
@@ -202,14 +209,14 @@ class ComparisonFrames:
 
 
 def read_run(path: str | PathLike[str], label: str | None = None) -> RunFrames:
-    """Return a run of lm_eval as data frames, of any model.
+    """Return a run as data frames. The run may be of any model that lm_eval evaluated.
 
     Args:
-        path: what `--output_path` named: a folder, or a results file.
-        label: which run, where the folder holds several: its label, or a part that no other run's label has.
+        path: the folder that `--output_path` named, or a results file.
+        label: the run's label, or a part that no other run's label has; needed where the folder holds several runs.
 
     Raises:
-        UserError: the path does not exist, or holds no run, or holds several and `label` is that of none or of many.
+        UserError: the path does not exist, or holds no run, or not exactly one run with this label.
     """
     runs = read_runs([Path(path)])
     found = [run for run in runs if label is None or run.label == label] or [
@@ -233,11 +240,11 @@ def compare(
     """Compare two runs on the documents that both answered.
 
     Args:
-        a: the run that is compared with: a path as `read_run` takes, or what `read_run` returned.
-        b: the other run.
-        tasks: which tasks; empty: all that both runs have.
-        metrics: names of the metrics; empty: all.
-        filters: names of the filters; empty: all.
+        a: the baseline: a path as `read_run` takes, or what `read_run` returned.
+        b: the run that is compared with the baseline, likewise.
+        tasks: names of tasks or groups of tasks; empty: all tasks that both runs have.
+        metrics: names of metrics; empty: all.
+        filters: names of filters; empty: all.
 
     Raises:
         UserError: as `read_run`; or the runs share no task, metric or document, or one has no samples.
@@ -251,7 +258,7 @@ def compare(
 
 
 def _repeats(sample: Sample) -> tuple[str, ...]:
-    """A document's answers; one, which is empty, where the document was scored by log-likelihoods."""
+    """A document's answers; a single empty answer where the task compares log-likelihoods."""
     request = sample.line.part_or_empty("arguments").part_or_empty("gen_args_0").content
     return sample.responses if isinstance(request.get("arg_1"), dict) and sample.responses else ("",)
 

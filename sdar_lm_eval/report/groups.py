@@ -1,4 +1,4 @@
-"""Scores of lm_eval's groups of tasks, document by document: those of the group's tasks, pooled."""
+"""Scores of lm_eval's groups of tasks, document by document: the pooled documents of the group's tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sdar_lm_eval.report.runs import Run, metrics_of
 
 
 def groups_of(run: Run) -> dict[str, list[str]]:
-    """Return group -> its tasks, through groups of groups; of groups that have scores in a run."""
+    """Return group -> its tasks, for each group with a score in a run; a group within a group stands for its tasks."""
     found: dict[str, list[str]] = {}
     for results in run.results:
         subtasks = results.content.part_or_empty("group_subtasks").content
@@ -22,9 +22,10 @@ def groups_of(run: Run) -> dict[str, list[str]]:
 
 
 def pooled(run: Run, group: str, of_tasks: Mapping[str, TaskScores]) -> TaskScores:
-    """Return a group's scores of the documents of all its tasks.
+    """Return the scores of a group: those of the documents of all its tasks.
 
-    A group's metric that is not the mean over all its tasks' documents, but say a mean of the tasks' means, has a flaw.
+    A metric of the group that is not the mean over these documents gets a flaw (`Scores.flaw`). A mean of the tasks'
+    means is such a metric.
 
     Args:
         run: the run.
@@ -44,7 +45,7 @@ def pooled(run: Run, group: str, of_tasks: Mapping[str, TaskScores]) -> TaskScor
             flaw = "some of the group's tasks do not have this metric"
         means = frozenset[str]() if flaw or not answers else mean_kinds(answers, _mean_value(repeats, group, key))
         scores[key] = Scores(
-            metric, answers, means, flaw or ("" if means else "the group's value is no mean over documents")
+            metric, answers, means, flaw or ("" if means else "the group's value is not a mean over documents")
         )
     documents = {
         pooled_key(task, key): document for task, each in of_tasks.items() for key, document in each.documents.items()
@@ -53,18 +54,18 @@ def pooled(run: Run, group: str, of_tasks: Mapping[str, TaskScores]) -> TaskScor
 
 
 def pooled_key(task: str, key: Key) -> Key:
-    """Return what a task's document is known by among those of all tasks."""
+    """Return a document's key among the documents of all tasks."""
     return f"{task}\0{key[0]}", key[1]
 
 
 def _mean_value(repeats: list[Results], group: str, key: MetricKey) -> float:
-    """The metric's mean over runs with different seeds."""
+    """The mean of the metric's value over repeats."""
     values = [m.value for results in repeats for m in metrics_of(results, group) if (m.name, m.filter) == key]
     return sum(values) / len(values)
 
 
 def _tasks_in(name: str, subtasks: Mapping[str, object], above: frozenset[str]) -> Iterator[str]:
-    """Yield the tasks below a group; `above` are the groups that it is in."""
+    """Yield the tasks of a group; `above` are the groups that contain the group."""
     parts = subtasks.get(name)
     if not isinstance(parts, list) or not parts:
         if above:

@@ -1,4 +1,4 @@
-"""What this machine has: versions of packages, devices, and the engines that can run on it."""
+"""Facts on this machine: versions of packages, devices, and the engines that can run on it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Device:
     """A GPU, or the CPU.
 
     Attributes:
-        name: as model_args have it: "cuda:0", "cpu".
-        model: what its maker calls it.
-        memory: bytes; None where the system does not say.
-        free: bytes of them that nobody uses; None where the system does not say.
+        name: the name that model_args take: "cuda:0", "cpu".
+        model: the maker's name of the device; "cannot be used" for a GPU that failed.
+        memory: memory in bytes; None where the system does not say.
+        free: unused memory in bytes; None where the system does not say.
         driver: version of the GPU's driver; None for the CPU, and where nvidia-smi is missing.
-        detail: the GPU's compute capability, or why the GPU cannot be used; the CPU's number of cores.
+        detail: a GPU's compute capability, or the error of a GPU that failed; the CPU's numbers of cores and threads.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Device:
 
 
 def versions() -> dict[str, str | None]:
-    """Return package -> version; None where it is not installed."""
+    """Return package -> version, None where the package is not installed."""
     packages = ["torch", "transformers", "lm_eval", *(name for spec in ENGINES.values() for name in spec.packages)]
     return {
         "sdar-lm-eval": sdar_lm_eval.__version__,
@@ -76,7 +76,7 @@ def _gpu(index: int, driver: str | None) -> Device:
 
 
 def no_gpu() -> str:
-    """Return why torch sees no GPU, as far as can be told; "" where torch sees one."""
+    """Return the likely reason why torch sees no GPU; "" where torch sees one."""
     if torch.cuda.is_available():
         return ""
     if torch.version.cuda is None:
@@ -88,7 +88,7 @@ def no_gpu() -> str:
 
 
 def _driver() -> str | None:
-    """The version of NVIDIA's driver by nvidia-smi, which torch does not tell."""
+    """The version of NVIDIA's driver, by nvidia-smi, since torch does not report it; None where it is unknown."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
@@ -115,14 +115,14 @@ def _cpu() -> Device:
 
 
 @dataclass(frozen=True)
-class Standing:
+class EngineStatus:
     """Whether an engine can run on this machine.
 
     Attributes:
-        name: the engine's.
-        model: its name for `lm_eval --model`.
-        lacks: what is missing, and the line that installs it; None where the engine can run.
-        note: where it runs, or what would make it quicker.
+        name: the engine's name.
+        model: the name of its model for `lm_eval --model`.
+        lacks: what the engine lacks here, with the command that installs it; None where the engine can run.
+        note: the device that the engine runs on, and what its kernels lack; "cannot run here" where `lacks` is set.
     """
 
     name: str
@@ -134,17 +134,17 @@ class Standing:
         return f"{self.name}: {self.note if self.lacks is None else self.lacks}"
 
 
-def standings(names: Sequence[str]) -> list[Standing]:
-    """Return which of these engines can run on this machine, and what the others lack."""
-    return [_standing(ENGINES[name]) for name in names]
+def engine_statuses(names: Sequence[str]) -> list[EngineStatus]:
+    """Return for each of these engines whether it can run on this machine, or else what it lacks."""
+    return [_engine_status(ENGINES[name]) for name in names]
 
 
-def _standing(spec: EngineSpec) -> Standing:
+def _engine_status(spec: EngineSpec) -> EngineStatus:
     lacks = why_not_here(spec)
     if lacks is not None:
-        return Standing(spec.name, spec.model, lacks, "cannot run here")
+        return EngineStatus(spec.name, spec.model, lacks, "cannot run here")
     device = resolve_device("auto")
     note = f"runs here on {device} (--model {spec.model})"
     if spec.name == "native" and device.type == "cuda" and not resolve_kernels(None, device):
         note += ", without its kernels, which need triton (pip install triton) and compute capability 8.0"
-    return Standing(spec.name, spec.model, lacks, note)
+    return EngineStatus(spec.name, spec.model, lacks, note)

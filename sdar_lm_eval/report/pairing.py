@@ -1,7 +1,7 @@
 """Pairs the documents of two runs of a task, and reads the documents' scores from samples files.
 
-A document is known by lm_eval's hash of it. Equal documents of a task are told apart by their order. Where a samples
-file has no hashes, a document is known by its index and its gold answer.
+lm_eval's hash identifies a document. Equal documents of a task have equal hashes, so their order tells them apart.
+Where a samples file has no hashes, index and gold answer identify a document.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from sdar_lm_eval.report.runs import Metric, Run, metrics_of
 from sdar_lm_eval.report.statistics import FloatArray, cluster_values
 
 Key = tuple[str, int]
-"""What a document is known by: its hash, or its index and gold answer, and its number among equal documents."""
+"""Identifies a document: (its hash, or its index and gold answer; its number among documents equal in these)."""
 
 MetricKey = tuple[str, str]
-"""A metric's name and its filter."""
+"""(name of a metric, name of its filter)"""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Document:
     Attributes:
         index: the document's index in the data set.
         target: the gold answer.
-        prompt: lm_eval's hash of what was sent first, or what was sent where the file has no hashes.
+        prompt: lm_eval's hash of the first prompt that was sent; the prompt itself where the file has no hashes.
     """
 
     index: int
@@ -47,10 +47,10 @@ class Scores:
     """A run's scores of a metric, document by document.
 
     Attributes:
-        metric: the metric over all documents, of the run's first results.
-        answers: document -> the values of its answers.
-        means: "documents" where the metric is the mean over documents of each document's mean, "answers" where it is
-            the mean over all answers; both where these are equal.
+        metric: the metric's value over all documents, in the run's first results.
+        answers: document -> (number of answers,) the values of its answers.
+        means: which means of `answers` equal the metric's value. "documents": the mean over documents of each
+            document's mean. "answers": the mean over all answers.
         flaw: why the values cannot be tested; "" where they can.
     """
 
@@ -75,7 +75,7 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class _Line:
-    """What is kept of a line of a samples file; values are None where a metric has no numbers there."""
+    """The parts of a samples file's line that pairing needs; `values` has None for a metric that is not a number."""
 
     document: Document
     doc_hash: str | None
@@ -84,7 +84,7 @@ class _Line:
 
 
 def read_pair(a: Run, b: Run, task: str) -> tuple[TaskScores, TaskScores]:
-    """Return the scores of two runs in a task; documents that both have, have the same key.
+    """Return the scores of two runs in a task. A document that both runs have has the same key in both.
 
     Raises:
         UserError: a run has no samples of the task, or a samples file cannot be read.
@@ -102,7 +102,7 @@ def read_pair(a: Run, b: Run, task: str) -> tuple[TaskScores, TaskScores]:
 
 
 def numbers_of(value: object) -> tuple[float, ...] | None:
-    """Return the values that a metric has for a document's answers; None where they are no numbers."""
+    """Return the values of a metric for a document's answers; None where a value is not a number."""
     values = value if isinstance(value, list) else [value]
     if isinstance(value, str):  # lm_eval writes NumPy's booleans and float32 as text
         try:
@@ -117,7 +117,7 @@ def numbers_of(value: object) -> tuple[float, ...] | None:
 
 
 def mean_kinds(answers: Mapping[Key, FloatArray], value: float) -> frozenset[str]:
-    """Return which mean of the answers a metric's value is, as `Scores.means`; nothing where it is none."""
+    """Return which means of the answers equal a metric's value, as `Scores.means`; the empty set where none does."""
     return frozenset(
         name
         for name, weigh_answers in (("documents", False), ("answers", True))
@@ -128,10 +128,10 @@ def mean_kinds(answers: Mapping[Key, FloatArray], value: float) -> frozenset[str
 
 
 def keyed(documents: Iterable[tuple[str, int]]) -> Iterator[Key]:
-    """Yield the keys of a results file's documents.
+    """Yield the key of each document of a results file.
 
     Args:
-        documents: what each document is known by, and its index; equal documents by rising index.
+        documents: (the document's hash, or its index and gold answer; its index). Equal documents come by rising index.
     """
     seen: Counter[str] = Counter()
     for name, _ in documents:
@@ -203,7 +203,7 @@ def _scores(results: Results, task: str, metric: Metric, lines: Sequence[tuple[K
 
 
 def _joined(parts: Sequence[Scores]) -> Scores:
-    """The scores of repeats: a document has the answers of all of them."""
+    """The scores of all repeats together: a document's answers are those of every repeat."""
     if len(parts) == 1:
         return parts[0]
     answers: dict[Key, list[FloatArray]] = {}

@@ -1,8 +1,8 @@
-"""Operating points of a model: the accuracy and the speed of each run, what is best of them, and what they are worth.
+"""Operating points: accuracy and speed of each run, the Pareto front of the points, and the AUP of their curves.
 
-Tokens per forward is returned tokens over denoising and commit forwards, counted for each sequence. Tokens per second
-is returned tokens over the time of generation, of all the tasks that were evaluated together. Both are of all answers
-of a run, those that an earlier process left in a store included.
+Tokens per forward is the number of returned tokens, divided by the number of denoising and commit forwards. Forwards
+are counted for each sequence. Tokens per second is the number of returned tokens, divided by the time of generation;
+both are of all tasks that were evaluated together. The counts include answers that came from a store.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from sdar_lm_eval.report.statistics import cluster_values, mean_stderr
 
 DEFAULTS = DecodingConfig().as_dict()
 ALPHA = 3.0
+"""The weight's exponent in `aup`."""
 TOLERANCE = 5.0
-"""Accuracy, in per cent, that a curve may lose against its slowest point; AUP leaves points below that out."""
+"""Percentage points of accuracy that a point may lose against its curve's slowest point, so as to count in AUP."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,16 @@ class Point:
     """A run's accuracy and speed in a task.
 
     Attributes:
-        label: the run's name.
+        label: the run's label.
         model: the checkpoint.
-        settings: the decoding settings that have an effect; empty for models that tell none.
-        accuracy: in per cent, or the metric's value where values are no shares.
-        stderr: standard error of the accuracy; None where it is unknown.
-        tokens_per_forward: None where it is unknown.
-        tokens_per_second: None where it is unknown.
-        documents: how many were scored; None where it is unknown.
-        repeats: how often the run was evaluated, with another seed each time.
-        note: why the speed is unknown; "" where it is known.
+        settings: the decoding settings that have an effect; empty for models that report none.
+        accuracy: in per cent; the metric's value where values are not shares.
+        stderr: standard error of the accuracy, in its unit; None where it is unknown.
+        tokens_per_forward: the speed by forwards; None where it is unknown.
+        tokens_per_second: the speed by time; None where it is unknown.
+        documents: number of documents that were scored; None where it is unknown.
+        repeats: number of evaluations in the run, each with its own seed.
+        note: why a speed is unknown; "" where both are known.
     """
 
     label: str
@@ -58,25 +59,25 @@ class Point:
 
     @property
     def strategy(self) -> str:
-        """The remasking strategy; the model's name where it tells none."""
+        """The remasking strategy; the checkpoint where the run reports no strategy."""
         return str(self.settings.get("remasking_strategy", self.model))
 
     def as_dict(self) -> dict[str, object]:
-        """The fields by name, as plain values."""
+        """Return field -> value."""
         return asdict(self)
 
 
 Speed = Callable[[Point], float | None]
-"""A measure of how fast a point is."""
+"""Returns the speed of a point; None where it is unknown."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points that differ in one dial, such as a strategy's threshold, the slowest first.
+    """Points of one strategy that differ in one setting, the dial, such as the strategy's threshold.
 
     Attributes:
-        name: the strategy, and settings other than the dial that tell the curve from others.
-        points: as they come.
+        name: the strategy, and the settings other than the dial that tell the curve from other curves.
+        points: the points, in the order of the runs.
     """
 
     name: str
@@ -84,7 +85,7 @@ class Curve:
 
 
 def metric_of(run: Run, task: str, name: str | None = None) -> Metric:
-    """Return the metric of a task that counts as its accuracy.
+    """Return the metric of a task that serves as its accuracy.
 
     Args:
         run: a run of the task.
@@ -92,7 +93,7 @@ def metric_of(run: Run, task: str, name: str | None = None) -> Metric:
         name: "metric" or "metric,filter"; None: the task's first metric.
 
     Raises:
-        UserError: the task has no such metric; names those that it has.
+        UserError: the task has no such metric. The message lists the metrics of the task.
     """
     metrics = run.metrics(task)
     for metric in metrics:
@@ -104,7 +105,7 @@ def metric_of(run: Run, task: str, name: str | None = None) -> Metric:
 
 
 def points_of(runs: Sequence[Run], task: str, metric: str | None = None) -> list[Point]:
-    """Return a point for each run of a task, in their order.
+    """Return a point for each run that has the task, in the order of the runs.
 
     Args:
         runs: the runs; those without the task are left out.
@@ -120,10 +121,11 @@ def points_of(runs: Sequence[Run], task: str, metric: str | None = None) -> list
 
 
 def curves_of(points: Sequence[Point]) -> list[Curve]:
-    """Divide points into curves: one for each strategy, and for each choice of settings other than the dial's.
+    """Return the curves of points: one for each strategy and each choice of settings other than the dial.
 
-    The dial of a strategy is the first setting of these that its points vary: its own, such as a threshold; the steps;
-    the block length. A strategy whose further settings differ at every point is one curve.
+    The dial is the first setting that differs between the strategy's points, in this order: the strategy's own setting,
+    such as a threshold; the steps; the other decoding settings. Where every curve would have one point, all points of
+    the strategy are one curve.
     """
     curves: list[Curve] = []
     of_points = _telling(points)
@@ -146,7 +148,11 @@ def curves_of(points: Sequence[Point]) -> list[Curve]:
 
 
 def settings_in_words(points: Sequence[Point]) -> list[str]:
-    """Return what tells each point from the others of its strategy, and what makes its strategy's defaults others."""
+    """Return for each point, in words, the settings that tell it from other points.
+
+    These are the settings that differ within its strategy, and those that are not the default and differ from other
+    strategies'.
+    """
     told = []
     settings = _telling(points)
     for point, its in zip(points, settings, strict=True):
@@ -162,7 +168,7 @@ def settings_in_words(points: Sequence[Point]) -> list[str]:
 
 
 def _telling(points: Sequence[Point]) -> list[Mapping[str, object]]:
-    """The points' settings; without the steps where each point has as many as its block has tokens, the default."""
+    """The points' settings; without the steps where each point has the default, as many steps as a block has tokens."""
     lengths = [(each.settings.get("denoising_steps"), each.settings.get("block_length")) for each in points]
     if any(steps not in (None, length) for steps, length in lengths):
         return [point.settings for point in points]
@@ -174,10 +180,10 @@ def _varies(name: str, settings: Sequence[Mapping[str, object]]) -> bool:
 
 
 def pareto_front(points: Sequence[Point], speed: Speed) -> list[Point]:
-    """Return the points that no other point beats, the slowest first.
+    """Return the points on the Pareto front, the slowest first.
 
-    A point is beaten by another that is at least as fast and at least as accurate, and better in one of them. Points of
-    unknown speed are on no front.
+    A point is on the front if no other point dominates it: is at least as fast and at least as accurate, and better in
+    one of the two. Points of unknown speed are not on the front.
     """
     known = [(fast, point.accuracy, point) for point in points if (fast := speed(point)) is not None]
     front = [
@@ -189,19 +195,21 @@ def pareto_front(points: Sequence[Point], speed: Speed) -> list[Point]:
 
 
 def aup(curve: Sequence[tuple[float, float]], y_max: float) -> float:
-    """Return the accuracy under parallelism of a curve.
+    """Return the accuracy under parallelism (AUP) of a curve, in per cent times tokens per forward.
 
-    With points sorted by tokens per forward r, accuracies y, and W(y) = min(exp(-3 (1 - y / y_max)), 1), it is
-    r_1 y_1 + sum over i >= 2 of (r_i - r_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2. Points more than 5% below y_1
-    are left out. Source: d3LLM (hao-ai-lab/d3LLM at e5bfcac), AUP_leaderboard/aup_utils.py.
+    Sort the points by tokens per forward r, with accuracies y, and let W(y) = min(exp(-3 (1 - y / y_max)), 1). AUP is
+    r_1 y_1 + sum over i >= 2 of (r_i - r_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2. Points whose accuracy is more
+    than 5 percentage points below y_1 are left out.
+
+    Source: d3LLM (hao-ai-lab/d3LLM at e5bfcac), AUP_leaderboard/aup_utils.py.
 
     Args:
         curve: (tokens per forward, above 0; accuracy in per cent), in any order.
         y_max: the best accuracy of all curves that are compared, in per cent.
 
     Raises:
-        ValueError: there is no point, a number of tokens per forward or y_max is not above 0, or the fastest point is
-            more than 5 per cent below the slowest one.
+        ValueError: there is no point, a number of tokens per forward or y_max is not above 0, or the fastest point's
+            accuracy is more than 5 percentage points below the slowest point's.
     """
     if not curve or y_max <= 0 or any(speed <= 0 for speed, _ in curve):
         raise ValueError("AUP needs points, with tokens per forward and y_max above 0.")
@@ -222,13 +230,13 @@ def aup(curve: Sequence[tuple[float, float]], y_max: float) -> float:
 
 @dataclass(frozen=True)
 class CurveValue:
-    """What a curve is worth.
+    """The AUP of a curve.
 
     Attributes:
-        name: the curve's.
-        aup: the accuracy under parallelism of the points that count; None where no point's tokens per forward is known.
-        points: how many points count.
-        left_out: how many do not: their accuracy is more than 5 per cent below the slowest point's.
+        name: the curve's name.
+        aup: the AUP of the points that count (`aup`); None where no point's tokens per forward is known.
+        points: number of points that count.
+        left_out: number of points left out, whose accuracy is more than 5 percentage points below the slowest point's.
     """
 
     name: str
@@ -238,10 +246,10 @@ class CurveValue:
 
 
 def value_of(curve: Curve, y_max: float) -> CurveValue:
-    """Return the AUP of a curve up to where it loses 5 per cent.
+    """Return the AUP of a curve's points that lose at most 5 percentage points against the slowest point.
 
-    `aup` refuses a curve whose fastest point lost more. A sweep goes that far on purpose, so such points are left out
-    wherever they are, and counted.
+    `aup` refuses a curve whose fastest point lost more. A sweep includes such points on purpose, so `value_of` leaves
+    them out before it calls `aup`, and counts them.
     """
     known = [(p.tokens_per_forward, p.accuracy) for p in curve.points if p.tokens_per_forward]
     known.sort(key=lambda point: point[0])
@@ -252,14 +260,14 @@ def value_of(curve: Curve, y_max: float) -> CurveValue:
 
 @dataclass(frozen=True)
 class _Work:
-    """What the answers of a results file took; None where it is unknown.
+    """Tokens, forwards and time of the answers of a results file; None where a number is unknown.
 
     Attributes:
         tokens: returned tokens of the task.
         forwards: denoising and commit forwards of the task.
         tokens_of_all: returned tokens of all tasks.
         seconds: time of generation of all tasks.
-        note: why something is unknown.
+        note: why a number is unknown.
     """
 
     tokens: int | None
@@ -292,7 +300,7 @@ def _effective(decoding: Fields) -> Mapping[str, object]:
     known: dict[str, Any] = {name: value for name, value in decoding.content.items() if name in DECODING_SETTINGS}
     try:
         return DecodingConfig(**known).effective if known else {}
-    except UserError:  # of another version of this package
+    except UserError:  # settings of another version of this package
         return known
 
 
@@ -300,7 +308,7 @@ def _work(results: Results, task: str) -> _Work:
     run = results.ours.part_or_empty("run")
     of_task = run.part_or_empty("tasks").part_or_empty(task) if run.content.get("tasks") else run
     if not run.content:
-        return _Work(None, None, None, None, "the model tells no forwards and times")
+        return _Work(None, None, None, None, "the model reports no forwards and times")
     stored, stored_of_task = run.part_or_empty("stored"), of_task.part_or_empty("stored")
     forwards = of_task.part_or_empty("forwards")
     computed = (forwards.whole("denoising") or 0) + (forwards.whole("commit") or 0)
@@ -314,7 +322,7 @@ def _work(results: Results, task: str) -> _Work:
         _plus(computed, stored_of_task.whole("forwards"), of_task),
         None if unknown else tokens_of_all + (stored.whole("new_tokens") or 0),
         None if unknown else seconds + (stored.number("seconds") or 0.0),
-        "some answers came from a store that does not tell what they took" if unknown else "",
+        "some answers came from a store that has no tokens, forwards or times for them" if unknown else "",
     )
 
 
@@ -325,7 +333,7 @@ def _plus(computed: int, stored: int | None, counts: Fields) -> int | None:
 
 
 def _ratio(parts: Sequence[tuple[float | None, float | None]]) -> float | None:
-    """The sum of the first numbers over that of the second ones; None where one is unknown, or nothing was done."""
+    """Sum of the first numbers / sum of the second; None where a number is unknown, or the second sum is 0."""
     above, below = 0.0, 0.0
     for numerator, denominator in parts:
         if numerator is None or denominator is None:
@@ -337,7 +345,7 @@ def _ratio(parts: Sequence[tuple[float | None, float | None]]) -> float | None:
 def _accuracy(run: Run, task: str, metric: Metric) -> tuple[float, float | None]:
     """The metric's value and standard error.
 
-    Of several evaluations, a document's answers are not independent: the error is clustered by document.
+    A document's answers in several repeats are not independent, so their standard error is clustered by document.
     """
     of_task = run.of_tasks[task]
     if len(of_task) == 1:

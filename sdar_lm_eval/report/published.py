@@ -1,4 +1,4 @@
-"""Published scores of the columns of SDAR's tables: whose they are, where they stand, how they were decoded."""
+"""Published scores in the columns of SDAR's tables, each row with its model, source and decoding settings."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ _OPENCOMPASS = {
 
 _SCI_GREEDY = _OPENCOMPASS | {"max_gen_toks": 32768}
 _SCI_SAMPLED = _SCI_GREEDY | {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-"""Decoding of SDAR-30B-A3B-Sci's runs; the length is that of JetAstra/SDAR's issue 10."""
+"""Decoding of SDAR-30B-A3B-Sci's runs. Source of the most new tokens: JetAstra/SDAR's issue 10."""
 
 _SAMPLED = {"block_length": 4, "denoising_steps": 4, "temperature": 1.0}
-"""Decoding of dLLM-RL's runs (configs/ there), beside the strategy and the length of answers."""
+"""Decoding of dLLM-RL's runs without strategy and most new tokens. Source: configs/ of Gen-Verse/dLLM-RL."""
 _THINKING = _SAMPLED | {"remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.9}
 _DYNAMIC = _THINKING | {"max_gen_toks": 2000}
 _STATIC = _SAMPLED | {"remasking_strategy": "low_confidence_static", "max_gen_toks": 2000}
 
 
-_OTHERS = "the source's prompts and scorers are others"
+_OTHERS = "the source used other prompts and scorers"
 _UNDOCUMENTED = "the source does not document its prompts and scorers"
 
 
@@ -57,12 +57,11 @@ class Published:
     """A row of a published table.
 
     Attributes:
-        name: what `--published` takes.
-        source: where the row stands.
-        scores: task of this package -> score, in per cent; tasks that the row lacks are missing.
-        decoding: the row's decoding settings; empty for a model that is no block-diffusion model.
-        caveat: what else than chance and decoding may explain differences from the row; "" where the row's prompts and
-            scorers are this package's.
+        name: the name that `--published` takes.
+        source: the paper or repository that has the row.
+        scores: task of this package -> score in per cent; without the tasks that the row lacks.
+        decoding: the row's decoding settings; empty where they are unknown, or the model is no block-diffusion model.
+        caveat: what besides chance and decoding may explain differences from the row; "" where nothing is known.
     """
 
     name: str
@@ -84,12 +83,12 @@ def _of_dllm_rl(name: str, math500: float, gsm8k: float, decoding: Mapping[str, 
 
 
 def sampled(task: str) -> str:
-    """Return the name of a task's twin with the sampling protocol."""
+    """Return the name of the task that asks the same with the sampling protocol."""
     return f"{task}_s"
 
 
 def _of_sci(name: str, *scores: float, decoding: Mapping[str, object]) -> Published:
-    """A row of SDAR-30B-A3B-Sci's table, in the order of `SCI_TASKS`; an autoregressive one has both protocols."""
+    """A row of SDAR-30B-A3B-Sci's table, in the order of `SCI_TASKS`; a row of neither protocol serves both."""
     protocols = [name.endswith(end) for end in ("-greedy", "-sampled")]
     own: dict[str, float] = {}
     for task, score in zip(SCI_TASKS.values(), scores, strict=True):
@@ -131,17 +130,17 @@ PUBLISHED = {
         ),
     )
 }
-"""Name -> row."""
+"""Name of a published row -> the row."""
 
 SIZES = {"1.7B": "SDAR-1.7B-Chat", "4B": "SDAR-4B-Chat", "8B": "SDAR-8B-Chat", "30B-A3B": "SDAR-30B-A3B-Chat"}
-"""Short names of SDAR's own rows."""
+"""Short name of a row of SDAR's own table -> its name."""
 
 
 def published(name: str) -> Published:
-    """Return the row of a name, or of a size.
+    """Return the published row with a name or a short name.
 
     Raises:
-        UserError: no row has this name.
+        UserError: no row has this name; the message lists the names.
     """
     found = PUBLISHED.get(SIZES.get(name, name))
     if found is None:
@@ -151,7 +150,7 @@ def published(name: str) -> Published:
 
 
 def published_as(model: str) -> list[Published]:
-    """Return SDAR's own rows of a checkpoint, by the checkpoint's name or folder; none where the name is of none."""
+    """Return the rows that SDAR's authors published for a checkpoint, by its name or folder; none where none fits."""
     if re.search(r"SDAR-30B-A3B-Sci(?![\w-])", model, re.IGNORECASE):
         return [PUBLISHED["SDAR-30B-A3B-Sci-greedy"], PUBLISHED["SDAR-30B-A3B-Sci-sampled"]]
     sizes = "|".join(map(re.escape, SIZES))

@@ -16,19 +16,19 @@ from sdar_lm_eval.report.denoising import Denoising, denoising_file, read_denois
 logger = logging.getLogger(__name__)
 
 PARTS = {"results", "config", "date"}
-"""Keys by which a results file is told from other JSON."""
+"""Keys that a JSON file needs to be a results file."""
 
 
 QUESTION_KEYS = ("question", "problem", "query", "prompt", "input", "text", "instruction", "goal", "sentence", "ctx")
-"""Where tasks keep what they ask."""
+"""Names of document fields that may hold the question; the first that a document has counts."""
 
 
 @dataclass(frozen=True)
 class Fields:
     """A JSON object of a results file or a samples file. Every value is checked when it is read.
 
-    `text`, `number` and `whole` return None where the key is missing or its value is null. A value of another type
-    raises `UserError`.
+    `text`, `number` and `whole` return None where the key is missing or its value is null. They raise `UserError` where
+    the value has another type.
 
     Attributes:
         content: key -> value, unchecked.
@@ -41,7 +41,7 @@ class Fields:
     place: str = ""
 
     def part(self, key: str) -> Fields:
-        """Return the object under a key, which must be there."""
+        """Return the object under a key. A key that is missing, or whose value is no object, is a `UserError`."""
         value = self.content.get(key)
         if not isinstance(value, dict):
             raise self.malformed(key, "an object")
@@ -85,15 +85,15 @@ class Fields:
 
 @dataclass(frozen=True)
 class Sample:
-    """A line of a samples file: the answers to a document, as one of the task's filters found them.
+    """A line of a samples file: a document's answers, with what one of the task's filters made of them.
 
     Attributes:
         document: the document's index in the data set.
         filter: the filter's name.
         doc: the document; empty where the task's documents are no objects.
         target: the gold answer.
-        prompt: what was sent first for the document; "" where the line does not say.
-        responses: the answers; a score's (log-likelihood, is greedy) as text.
+        prompt: the first prompt that was sent for the document; "" where the line does not say.
+        responses: the answers; for log-likelihoods each pair (log-likelihood, is greedy) as text.
         filtered: what the filter made of the first answer.
         doc_hash: lm_eval's hash of the document; None in old files.
         prompt_hash: lm_eval's hash of `prompt`; None in old files.
@@ -118,14 +118,14 @@ class Sample:
 
     @property
     def question(self) -> str:
-        """What the task asks: the document's question, or the prompt where the document names none."""
+        """The document's question: its first field named in `QUESTION_KEYS`, else the prompt."""
         texts = {name: value for name, value in self.doc.items() if isinstance(value, str) and value.strip()}
         named = next((texts[name] for name in QUESTION_KEYS if name in texts), "")
         return named or self.prompt or next(iter(texts.values()), "")
 
     @property
     def extracted(self) -> str:
-        """What was scored: `filtered`, or the likeliest of several choices that have log-likelihoods."""
+        """What was scored: `filtered`; for several choices with log-likelihoods, the likeliest choice."""
         scored = self.line.content.get("filtered_resps")
         likelihoods = [_log_likelihood(pair) for pair in scored] if isinstance(scored, list) else []
         known = [value for value in likelihoods if value is not None]
@@ -140,7 +140,7 @@ class Results:
 
     Attributes:
         file: the file.
-        date: when the run began, in seconds since 1970.
+        date: when the evaluation began, in seconds since 1970.
         content: the whole file.
     """
 
@@ -164,11 +164,11 @@ class Results:
 
     @property
     def ours(self) -> Fields:
-        """What a model of this package says of itself and of the run; empty for other models."""
+        """The facts that a model of this package reports (`config.sdar_lm_eval`); empty for other models."""
         return self.config.part_or_empty("sdar_lm_eval")
 
     def decoding_of(self, task: str) -> Fields:
-        """Return a task's decoding settings, as a model of this package says them; empty for other models."""
+        """Return the decoding settings of a task that a model of this package reports; empty for other models."""
         return self.ours.part_or_empty("decoding_of_tasks").part_or_empty(task)
 
     @property
@@ -183,7 +183,7 @@ class Results:
         return self.ours.text("pretrained") or given_fields.text("pretrained") or self.content.text("model_name")
 
     def samples(self, task: str) -> list[Sample]:
-        """Return the samples of a task; none where the run did not log any.
+        """Return the samples of a task; none where there is no samples file.
 
         Raises:
             UserError: the samples file cannot be read, or is not as lm_eval writes it.
@@ -191,7 +191,11 @@ class Results:
         return list(self.each_sample(task))
 
     def each_sample(self, task: str) -> Iterator[Sample]:
-        """Yield the samples of a task as `samples` returns them, one at a time: a file may hold many long prompts."""
+        """Yield the samples of a task one at a time: the prompts of a samples file may take much memory.
+
+        Raises:
+            UserError: as `samples`.
+        """
         file = self.samples_file(task)
         if file.exists():
             yield from map(_sample, read_lines(file))
@@ -202,23 +206,23 @@ class Results:
         return self.file.with_name(f"samples_{task}_{self.file.stem.rpartition('_')[2]}.jsonl")
 
     def denoising(self, task: str) -> list[Denoising]:
-        """Return how a task's answers were written; nothing where the run has no records.
+        """Return the denoising records of a task; none where there is no denoising file.
 
         Raises:
-            UserError: the file cannot be read.
+            UserError: the denoising file cannot be read.
         """
         file = denoising_file(self.samples_file(task))
         return read_denoising(file) if file.exists() else []
 
 
 def results_in(path: Path, *parts: str) -> list[Results]:
-    """Return the results files in a folder, or the one that is named; the oldest run first.
+    """Return the results files in a folder, or the one results file that the path names; the oldest first.
 
-    A WARNING names a file of the folder that cannot be read.
+    A WARNING names each file of the folder that cannot be read.
 
     Args:
         path: what `--output_path` named, or a file.
-        parts: further keys that a file needs to count.
+        parts: further keys that a file needs to be counted as a results file.
 
     Raises:
         UserError: the path does not exist, or is a file that cannot be read, or holds no results file.
@@ -253,11 +257,11 @@ def read_lines(file: Path, whole: bool = True) -> Iterator[Fields]:
 
     Args:
         file: the file.
-        whole: whether the file must be intact; False: a file that cannot be read is passed over with a WARNING, and a
-            line that a killed process left unfinished without one.
+        whole: whether the file must be intact. If False, a file that cannot be read is passed over with a WARNING, and
+            a line that is not JSON (a killed process leaves one) is passed over silently.
 
     Raises:
-        UserError: the file cannot be read, or a line is not JSON.
+        UserError: `whole` is true, and the file cannot be read or a line is not JSON.
     """
     for number, line in enumerate(_text_lines(file, whole), 1):
         if not line.strip():
@@ -275,7 +279,7 @@ def read_lines(file: Path, whole: bool = True) -> Iterator[Fields]:
 def _text_lines(file: Path, whole: bool) -> Iterator[str]:
     """The lines of a file, read one at a time; `whole` as `read_lines`."""
     try:
-        require_regular(file)  # a pipe would be waited for
+        require_regular(file)  # opening a pipe would wait for its writer
         # newline="\n": a JSON string may hold U+2028 and its like, which end lines elsewhere.
         with file.open(encoding="utf-8", newline="\n") as lines:
             yield from lines
@@ -309,7 +313,7 @@ def _sample(line: Fields) -> Sample:
 
 
 def _log_likelihood(pair: object) -> float | None:
-    """The log-likelihood of a pair with whether the text is the likeliest; lm_eval writes both as text."""
+    """The log-likelihood of a pair (log-likelihood, is greedy), which lm_eval writes as text; None for other values."""
     if not isinstance(pair, list) or len(pair) != 2 or str(pair[1]) not in ("True", "False"):
         return None
     try:
@@ -319,7 +323,7 @@ def _log_likelihood(pair: object) -> float | None:
 
 
 def _flat(nested: object) -> Iterator[str]:
-    """Yield the answers in lists of any depth; a pair of a log-likelihood and a flag is one."""
+    """Yield the answers in lists of any depth; a pair (log-likelihood, is greedy) is one answer."""
     if isinstance(nested, list) and not (len(nested) == 2 and isinstance(nested[1], bool)):
         for part in nested:
             yield from _flat(part)

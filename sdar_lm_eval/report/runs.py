@@ -1,8 +1,8 @@
-"""Runs on disk: the results files of one model with one choice of settings, whatever harness model made them.
+"""Runs on disk. A run is the results files of one model, which may be any of the harness, with one choice of settings.
 
-A path that a user names may hold many results files. Two of them are one run if they are of one model, and the settings
-of each task that both have differ in nothing but seeds. Results of the same task that differ in their seed alone are
-repeats: each document then has several answers. Of results that do not even differ in their seed, the newest count.
+A path that a user names may hold many results files. Two results files belong to one run if they are of one model, and
+if the settings of each task that both have differ in seeds only. Results of one task with different seeds are repeats:
+each document then has several answers. Of results of one task with equal seeds, only the newest count.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from sdar_lm_eval.report.results import Results, results_in
 logger = logging.getLogger(__name__)
 
 SEEDS = ("seed", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
-"""Settings in which repeats may differ."""
+"""Settings in which the repeats of a run may differ."""
 
 MOST_TOLD = 4
-"""Settings in a run's label; runs that differ in more are told apart by their files."""
+"""Most settings in a run's label. Where more are needed to tell runs apart, labels are file names."""
 
 _OURS = (
     "engine", "engine_version", "engine_commit", "checkpoint_fingerprint", "revision", "dtype", "chat_template",
@@ -32,14 +32,14 @@ _IDENTITY = ("model", "pretrained", "checkpoint_fingerprint", "dtype", "revision
 
 @dataclass(frozen=True)
 class Metric:
-    """A task's value of a metric.
+    """The value of a metric of a task.
 
     Attributes:
-        name: as the task's YAML has it.
-        filter: the filter that the metric was computed of.
-        value: of all documents together.
+        name: the metric's name in the task's YAML file.
+        filter: the filter whose output was scored.
+        value: the value over all documents.
         stderr: lm_eval's standard error; None where it computed none.
-        higher_is_better: None where the file does not say.
+        higher_is_better: whether higher values are better; None where the results file does not say.
     """
 
     name: str
@@ -54,9 +54,9 @@ class Run:
     """A run on disk.
 
     Attributes:
-        label: how messages and tables name the run; unique among runs that are read together.
-        path: what the user named.
-        of_tasks: task -> its results; several where the task was evaluated again with another seed.
+        label: the run's name in messages and tables; unique among runs that are read together.
+        path: the path that the user named.
+        of_tasks: task -> its results, the oldest first; several where the task was evaluated with several seeds.
     """
 
     label: str
@@ -70,15 +70,15 @@ class Run:
 
     @property
     def results(self) -> list[Results]:
-        """The results files, each once."""
+        """The run's results files, each once."""
         return list({id(each): each for of_task in self.of_tasks.values() for each in of_task}.values())
 
     def results_of(self, task: str) -> Results:
-        """The first results of a task."""
+        """Return the first results of a task."""
         return self.of_tasks[task][0]
 
     def settings(self, task: str) -> dict[str, object]:
-        """Return what a task's answers and scores depend on, by name; as far as the results file says."""
+        """Return the settings that a task's answers and scores depend on: name -> value, for those in the file."""
         return settings_of(self.results_of(task), task)
 
     def metrics(self, task: str) -> list[Metric]:
@@ -87,9 +87,9 @@ class Run:
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """Return the runs in some paths, in the paths' order; those of a path by date.
+    """Return the runs in some paths, in the order of the paths; within a path, the oldest run first.
 
-    A WARNING names results that are left out since newer ones of the same settings and seed are there.
+    A WARNING names results that are left out, since the path has newer results of the same settings and seed.
 
     Args:
         paths: results files of lm_eval, or folders that hold some.
@@ -105,7 +105,7 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
 
 
 def metrics_of(results: Results, task: str) -> list[Metric]:
-    """Return the metrics that a results file has of a task or group."""
+    """Return the metrics of a task, or of a group of tasks, in a results file."""
     scores = results.scores.part(task)
     better = results.content.part_or_empty("higher_is_better").part_or_empty(task).content
     found = []
@@ -129,7 +129,7 @@ def metrics_of(results: Results, task: str) -> list[Metric]:
 
 
 def settings_of(results: Results, task: str) -> dict[str, object]:
-    """Return what a task's answers and scores depend on, by name; as far as the results file says."""
+    """Return the settings that a task's answers and scores depend on: name -> value, for those in the file."""
     config, content, ours = results.config.content, results.content, results.ours.content
     settings: dict[str, object] = {"model": config.get("model"), "pretrained": results.model}
     settings |= {name: ours[name] for name in _OURS if ours.get(name) is not None}
@@ -158,7 +158,7 @@ def settings_of(results: Results, task: str) -> dict[str, object]:
 
 
 def differing(settings: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
-    """Return name -> the value in each of some settings, of those that are not the same in all; None where missing."""
+    """Return the settings that differ: name -> the value in each of `settings`, None where the setting is missing."""
     names = dict.fromkeys(name for each in settings for name in each)
     values = {name: [each.get(name) for each in settings] for name in names}
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
@@ -199,7 +199,7 @@ def _runs_in(path: Path) -> list[Run]:
 
 
 def _belongs(results: Results, tasks: Sequence[str], run: Run) -> bool:
-    """Whether results are of a run's model, and of its settings in the tasks that both have."""
+    """Whether results have a run's model and, in the tasks that both have, the run's settings except for seeds."""
     one = run.results_of(run.tasks[0])
     mine, theirs = settings_of(results, tasks[0]), settings_of(one, run.tasks[0])
     if any(mine.get(name) != theirs.get(name) for name in _IDENTITY):
@@ -221,7 +221,7 @@ def _seeds(results: Results, task: str) -> list[object]:
 
 
 def _telling_apart(settings: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
-    """The first settings that tell runs apart, as `differing`; nothing where `MOST_TOLD` of them do not."""
+    """The first settings that tell all runs apart, as `differing`; none where that takes more than `MOST_TOLD`."""
     told: dict[str, list[object]] = {}
     for name, values in differing(settings).items():
         before = len(set(map(str, zip(*told.values(), strict=True)))) if told else 1
@@ -234,7 +234,7 @@ def _telling_apart(settings: Sequence[Mapping[str, object]]) -> dict[str, list[o
 
 
 def _label(runs: Sequence[Run]) -> None:
-    """Add to the labels of a path's runs what tells these runs apart."""
+    """Give the runs of each path labels that tell them apart."""
     for path in dict.fromkeys(run.path for run in runs):
         alike = [run for run in runs if run.path == path]
         if len(alike) < 2:

@@ -1,10 +1,10 @@
-"""Statistics of two runs on the same documents: tests, intervals, and which differences a number of documents can show.
+"""Statistics of two runs on the same documents: tests, intervals, and the smallest differences that tests can find.
 
-The functions take arrays and counts, and know nothing of files. A difference is run b's value minus run a's.
+The functions take arrays and counts, and read no files. A difference is run b's value minus run a's value.
 
-Right and wrong (0 and 1) scores have an exact test and a score interval; both use only the discordant documents, which
-one of the two runs has right. Other scores have the paired t test. Documents are independent of each other; several
-answers of one document are not, so a document with several answers counts as one mean (a cluster).
+Scores of 0 and 1 (wrong and right) have McNemar's exact test, which uses only the discordant documents, those that one
+run alone has right. Their interval is Tango's score interval. Other scores have the paired t test. Documents are taken
+to be independent of each other. Several answers to one document are not independent, so they form one cluster.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from scipy import optimize, stats
 FloatArray = npt.NDArray[np.float64]
 
 ALPHA = 0.05
-"""A test calls a difference where p is below this."""
+"""A test finds a difference where p is below this level."""
 
 POWER = 0.8
-"""`detectable_share` and `detectable_mean` return the difference that a test calls with this probability."""
+"""`detectable_share` and `detectable_mean` return the true difference that a test finds with this probability."""
 
 FEWEST_DISCORDANT = 6
-"""Discordant documents that an exact test needs at least: five that differ one way have p = 2 / 2**5 = 0.0625."""
+"""Fewest discordant documents with which the exact test finds a difference: five one way give p = 2 / 2**5 = 0.0625."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class PairedTest:
 
     Attributes:
         difference: mean of run b's values minus mean of run a's.
-        low: lower end of the 95% interval of the difference; None where the values determine none.
+        low: lower end of the 95% interval of the difference; None where the values determine no interval.
         high: upper end of that interval.
-        p: two-sided.
-        detectable: smallest true difference that as many documents show with probability `POWER`; None where no
-            difference would be shown, or where the values do not tell.
+        p: two-sided p of the test.
+        detectable: smallest true difference that the test finds with probability `POWER` in as many documents; None
+            where the test cannot find any, or where the values do not determine it.
     """
 
     difference: float
@@ -54,9 +54,9 @@ def compare_shares(only_a: int, only_b: int, documents: int) -> PairedTest:
     """Compare the shares of documents that two runs have right.
 
     Args:
-        only_a: documents that run a alone has right.
-        only_b: documents that run b alone has right.
-        documents: all paired documents, at least one.
+        only_a: number of documents that run a alone has right.
+        only_b: number of documents that run b alone has right.
+        documents: number of paired documents, at least 1.
     """
     low, high = tango_interval(only_a, only_b, documents)
     return PairedTest(
@@ -71,24 +71,26 @@ def compare_shares(only_a: int, only_b: int, documents: int) -> PairedTest:
 def compare_means(a: FloatArray, b: FloatArray) -> PairedTest:
     """Compare the means of two runs by the paired t test.
 
-    The interval is t's too. In simulations of 20 to 200 documents it covered the true difference as often as percentile
-    and BCa bootstraps, and more often where most differences are 0. With 20 documents whose differences are skewed all
-    three cover less than 95%: about 87% for lognormal differences.
+    The interval is the t interval. In simulations of 20 to 200 documents this interval covered the true difference as
+    often as percentile and BCa bootstraps, and more often where most differences are 0. With 20 documents whose
+    differences are skewed, all three intervals cover less than 95%: about 87% for lognormal differences.
 
-    Documents without a difference say nothing about its sign. So p is at least 2 / 2**m for m documents that differ:
-    what the exact sign test makes of m differences of one sign. The t test alone calls four equal differences among
-    many zeros.
+    Hazard: among many zeros, the t test alone would find a difference in four equal differences. So p is at least
+    2 / 2**m, where m documents differ: the p of the exact sign test for m differences of one sign.
 
     Args:
-        a: (n,) finite; a value of each document in run a.
-        b: (n,) finite; values of the same documents in run b.
+        a: (n,) run a's value of each document, finite.
+        b: (n,) run b's values of the same documents, finite.
+
+    Returns:
+        The test. Its interval and `detectable` are None for a single document, and where all differences are equal.
     """
     differences = b - a  # (n,)
     n, mean = len(differences), float(differences.mean())
     differ = int(np.count_nonzero(differences))
     fewest = min(1.0, 2.0 * 0.5**differ)
     stderr = mean_stderr(differences)
-    # Equal differences of floating-point numbers have a tiny deviation.
+    # Rounding gives equal differences of floating-point numbers a tiny standard deviation above 0.
     if stderr is None or stderr <= 1e-12 * max(float(np.abs(a).max()), float(np.abs(b).max())):
         return PairedTest(mean, None, None, fewest, None)
     half = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * stderr
@@ -97,39 +99,42 @@ def compare_means(a: FloatArray, b: FloatArray) -> PairedTest:
 
 
 def exact_mcnemar(only_a: int, only_b: int) -> float:
-    """Return the two-sided p of McNemar's exact test: a fair coin decides which run has a discordant document right."""
+    """Return the two-sided p of McNemar's exact test, whose null is that either run alone is right equally often."""
     discordant = only_a + only_b
     return float(stats.binomtest(only_b, discordant, 0.5).pvalue) if discordant else 1.0
 
 
 def tango_interval(only_a: int, only_b: int, documents: int, level: float = 1 - ALPHA) -> tuple[float, float]:
-    """Return the score interval of the difference of two paired shares: the differences that a score test keeps.
+    """Return Tango's interval of the difference of two paired shares: the differences that a score test accepts.
 
-    The interval has a width also where no document is discordant.
+    The interval has a width even where no document is discordant.
 
     Source: T. Tango, Equivalence test and confidence interval for the difference in proportions for the paired-sample
     design, Statistics in Medicine 17 (1998), equations 7 and 8; recommended by M. Fagerland, S. Lydersen, P. Laake,
     Statistics in Medicine 33 (2014).
 
     Args:
-        only_a: documents that run a alone has right.
-        only_b: documents that run b alone has right.
-        documents: all paired documents, at least one.
-        level: the probability with which such intervals cover the true difference.
+        only_a: number of documents that run a alone has right.
+        only_b: number of documents that run b alone has right.
+        documents: number of paired documents, at least 1.
+        level: nominal coverage of the interval, 0 to 1.
+
+    Returns:
+        (lower end, upper end), each from -1 to 1.
     """
     n, estimate = documents, (only_b - only_a) / documents
     z = float(stats.norm.ppf((1 + level) / 2))
 
     def score(difference: float, bound: float) -> float:
-        """The score statistic of a difference minus `bound`, times the statistic's denominator: finite at the ends."""
-        # The share of documents that only a has right, if the true difference is `difference`: a quadratic's root.
+        """(score statistic - `bound`) * the statistic's denominator, which is finite at differences of -1 and 1."""
+        # The share of documents that a alone has right, if the true difference is `difference`: root of a quadratic.
         linear = (2 * n - only_b + only_a) * difference - only_b - only_a
         constant = -only_a * difference * (1 - difference)
         share = (math.sqrt(max(linear * linear - 8 * n * constant, 0.0)) - linear) / (4 * n)
         variance = n * (2 * share + difference * (1 - difference))
         return only_b - only_a - n * difference - bound * math.sqrt(max(variance, 0.0))
 
-    # At -1 and 1 the statistic is beyond the bound. At the estimate it is 0, and may be 0 / 0: the search keeps off.
+    # At -1 and 1 the statistic is beyond the bound. At the estimate it may be 0 / 0, so the search stops short of it.
     off = 1e-9
     low = -1.0 if only_a == n else optimize.brentq(score, -1.0, estimate - off, args=(z,), xtol=1e-10)
     high = 1.0 if only_b == n else optimize.brentq(score, estimate + off, 1.0, args=(-z,), xtol=1e-10)
@@ -137,18 +142,18 @@ def tango_interval(only_a: int, only_b: int, documents: int, level: float = 1 - 
 
 
 def detectable_share(documents: int, discordance: float) -> float | None:
-    """Return the smallest true difference of shares that McNemar's exact test calls with probability `POWER`.
+    """Return the smallest true difference of shares that McNemar's exact test finds with probability `POWER`.
 
-    The discordance is taken to be the observed one, or the difference itself where that is larger: no difference is
-    larger than the share of discordant documents. So the result is at least what `FEWEST_DISCORDANT` documents one way
-    make, also where two runs agree in all documents.
+    The true discordance is taken to be the observed one, or the difference where the difference is larger: a difference
+    cannot exceed the discordance. So the result is at least `FEWEST_DISCORDANT` / `documents`, even where two runs
+    agree in all documents.
 
     Args:
-        documents: paired documents.
-        discordance: share of documents that one run alone has right.
+        documents: number of paired documents.
+        discordance: observed share of discordant documents, 0 to 1.
 
     Returns:
-        0 to 1; None for fewer than `FEWEST_DISCORDANT` documents, which show no difference.
+        0 to 1; None for fewer than `FEWEST_DISCORDANT` documents, in which the test finds no difference.
     """
     if documents < FEWEST_DISCORDANT:
         return None
@@ -162,27 +167,28 @@ def detectable_share(documents: int, discordance: float) -> float | None:
         return float(likely @ np.where(most < 0, 0.0, called))
 
     found = float(optimize.brentq(lambda difference: power(difference) - POWER, 1e-9, 1.0, xtol=1e-7))
-    return max(found, FEWEST_DISCORDANT / documents)  # above the former only for six documents, all discordant
+    return max(found, FEWEST_DISCORDANT / documents)  # `found` is smaller only for six documents, all discordant
 
 
 def _most_the_other_way(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """For each number of discordant documents, the most that may differ the other way where p < ALPHA; -1: none."""
+    """For each number of discordant documents, the most that may go the other way while p < ALPHA; -1: p never is."""
     most: npt.NDArray[np.int64] = stats.binom.ppf(ALPHA / 2, counts, 0.5).astype(np.int64)
     most -= 2 * stats.binom.cdf(most, counts, 0.5) >= ALPHA
     return most
 
 
 def detectable_mean(documents: int, deviation: float) -> float | None:
-    """Return the smallest true difference of means that the paired t test calls with probability `POWER`.
+    """Return the smallest true difference of means that the paired t test finds with probability `POWER`.
 
-    The result holds where most documents differ: `compare_means` is stricter where few do.
+    The result holds where most documents differ. Where few documents differ, `compare_means` is stricter.
 
     Args:
-        documents: paired documents.
+        documents: number of paired documents.
         deviation: standard deviation of the documents' differences, above 0.
 
     Returns:
-        The difference; None for fewer than `FEWEST_DISCORDANT` documents, for which `compare_means` calls none.
+        The difference, in the unit of `deviation`; None for fewer than `FEWEST_DISCORDANT` documents, in which
+        `compare_means` finds no difference.
     """
     if documents < FEWEST_DISCORDANT:
         return None
@@ -191,38 +197,39 @@ def detectable_mean(documents: int, deviation: float) -> float | None:
 
 @functools.cache
 def _shown_noncentrality(documents: int) -> float:
-    """The noncentrality of t that the test calls with probability `POWER`."""
+    """The noncentrality of t at which the test finds a difference with probability `POWER`."""
     bound = float(stats.t.ppf(1 - ALPHA / 2, documents - 1))
 
     def power(noncentrality: float) -> float:
         return float(stats.nct.sf(bound, documents - 1, noncentrality))
 
-    # A noncentrality of twice the bound and 2 has power above 0.9, for any number of documents.
+    # At a noncentrality of 2 * bound + 2 the power is above 0.9, for any number of documents.
     return float(optimize.brentq(lambda noncentrality: power(noncentrality) - POWER, 0.0, 2 * bound + 2))
 
 
 def mean_stderr(values: FloatArray) -> float | None:
-    """Return the standard error of the mean of independent values (n,); None for a single one.
+    """Return the standard error of the mean of independent values (n,); None for a single value.
 
-    For documents with several answers, `values` are `cluster_values`: the error is then clustered by document.
+    The standard error is clustered by document where `values` are `cluster_values` of documents with several answers.
     """
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def cluster_values(answers: Sequence[FloatArray], weigh_answers: bool = False) -> FloatArray:
-    """Return a value of each document, whose mean is the mean over the documents or over all answers.
+    """Return one value for each document, such that the values' mean is the metric.
 
-    The mean over all answers is a ratio of two sums over documents. Each document's value is then the ratio plus the
-    document's part in the ratio's error, so the values' standard error is the cluster-robust one.
+    If each document counts the same, a document's value is the mean of its answers. If each answer counts the same, the
+    metric is a ratio of two sums over documents. A document's value is then the ratio plus the document's linear
+    contribution to the ratio's error, so the standard error of the values is the cluster-robust one.
 
-    Source: E. Miller, Adding error bars to evals, arXiv 2411.00640, section 2.2, but for n / (n - 1).
+    Source: E. Miller, Adding error bars to evals, arXiv 2411.00640, section 2.2, except for the factor n / (n - 1).
 
     Args:
         answers: for each of the n documents the values of its answers, at least one.
-        weigh_answers: whether each answer counts the same; False: each document counts the same.
+        weigh_answers: True: each answer counts the same; False: each document counts the same.
 
     Returns:
-        (n,)
+        (n,) the values.
     """
     if not weigh_answers:
         return np.array([each.mean() for each in answers])
@@ -234,7 +241,9 @@ def cluster_values(answers: Sequence[FloatArray], weigh_answers: bool = False) -
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return p-values after Holm's adjustment: one below alpha means an error in any of the tests in alpha of cases.
+    """Return p-values after Holm's adjustment, in the order of `p`.
+
+    Tests that find a difference where the adjusted p is below alpha find any false one with probability alpha at most.
 
     Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6
     (1979).

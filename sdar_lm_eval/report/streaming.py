@@ -1,7 +1,7 @@
-"""An answer as it is written, step by step: in a terminal, or as plain text.
+"""Shows an answer while it is denoised: step by step in a terminal, or as plain text.
 
-    Screen       a terminal: masks become tokens, coloured by confidence; decided lines scroll up
-    PlainText    a pipe or a file: the text of decided blocks, and nothing else
+    Screen       for a terminal: masks become tokens, coloured by confidence; decided lines scroll up
+    PlainText    for a pipe or a file: only the text of decided blocks
 
 `Screen.watch` and `PlainText.watch` take the engine's steps (`BlockStep`).
 """
@@ -20,20 +20,20 @@ from sdar_lm_eval.engines.types import BlockStep
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.terminal import BORDER, MASK, style_of
 
-UNFINISHED = "\ufffd"  # what decoding makes of a character whose last bytes are missing
+UNFINISHED = "\ufffd"  # the tokenizer decodes a character whose last bytes are missing to this
 FRAMES_PER_SECOND = 20
 
 
 class PlainText:
     """Writes the text of an answer's decided blocks to a file.
 
-    Text that later tokens may change is held back: a character without its last bytes, and what may be the beginning of
-    a text that ends the answer.
+    Text that later tokens may change is held back: a character without its last bytes, and the possible beginning of a
+    stop string.
 
     Args:
-        out: gets the text.
+        out: the file that the text is written to.
         decode: token ids -> text.
-        until: texts that end the answer.
+        until: stop strings of the answer.
     """
 
     def __init__(self, out: TextIO, decode: Callable[[Sequence[int]], str], until: Sequence[str]) -> None:
@@ -42,13 +42,13 @@ class PlainText:
         self._written = 0  # characters
 
     def watch(self, step: BlockStep) -> None:
-        """Write what a decided block adds."""
+        """Write the text that a decided block adds; do nothing for a block that has masks."""
         if step.decided:
             self._token_ids[step.start :] = step.token_ids
             self._write_up_to(self._settled(self._decode(self._token_ids)))
 
     def finish(self, text: str) -> None:
-        """Write the rest of the answer's text."""
+        """Write the part of the answer's text that is not written yet."""
         self._write_up_to(text)
 
     def _write_up_to(self, text: str) -> None:
@@ -66,13 +66,16 @@ class PlainText:
 class Screen:
     """Shows an answer in a terminal while it is written.
 
-    Whole lines of decided text are printed once, and scroll. The line that is being written is drawn anew, with the
-    block that is being denoised.
+    Whole lines of decided text are printed once, and scroll up. The last line and the block that is being denoised are
+    drawn anew at each step.
 
     Args:
         console: the terminal.
-        pieces: returns the text of each token.
-        mask_token_id: the token at masked positions.
+        pieces: token ids -> the text of each token.
+        mask_token_id: the mask token.
+
+    Attributes:
+        tokens: number of decided tokens of the answer.
     """
 
     def __init__(self, console: Console, pieces: Callable[[Sequence[int]], list[str]], mask_token_id: int) -> None:
@@ -83,18 +86,17 @@ class Screen:
             console=console, refresh_per_second=FRAMES_PER_SECOND, vertical_overflow="visible", transient=False
         )
         self.tokens = 0
-        """Decided tokens of the answer."""
 
     def __enter__(self) -> Screen:
         self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave what is decided, and the block that was being denoised."""
+        """Stop drawing. The decided text and the last block stay on the screen."""
         self._live.stop()
 
     def watch(self, step: BlockStep) -> None:
-        """Show a block as it is after a denoising step."""
+        """Show the state of a block after a denoising step."""
         line = self._line + self._block(step)
         if not step.decided:
             self._live.update(line)
@@ -106,7 +108,7 @@ class Screen:
             self._console.print(line)
 
     def _block(self, step: BlockStep) -> Text:
-        """A block's tokens, behind a border. A decided block leaves an unfinished character to the next block."""
+        """A border and a block's tokens. A decided block leaves the tokens of an unfinished character to the next."""
         tokens = [*self._begun, *zip(step.token_ids, step.confidences, strict=True)]
         texts = self._pieces([token for token, _ in tokens])
         if step.decided:
@@ -126,11 +128,11 @@ class Screen:
 
 
 def cost(denoising: Denoising) -> str:
-    """Return in words what an answer took, and why it ended."""
+    """Return in words an answer's tokens, forwards and seconds, and why it ended."""
     tokens, forwards = len(denoising.token_ids), denoising.forwards
     made = forwards["denoising"] + forwards["commit"]
     rate = f"{tokens / made:.2f} tokens per forward, " if made else ""
-    ended = "a stop token or text" if denoising.finish_reason == "stop" else "the limit of new tokens"
+    ended = "a stop token or stop string" if denoising.finish_reason == "stop" else "the limit of new tokens"
     return (
         f"{tokens} tokens in {made} forwards ({forwards['denoising']} denoising, {forwards['commit']} commit): "
         f"{rate}{denoising.seconds:.2f} s; ended by {ended}"

@@ -1,4 +1,4 @@
-"""A run's scores beside published ones, and which differences are larger than chance."""
+"""Tables of a run's scores beside published ones, which say what differences are larger than chance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdar_lm_eval.report.text_table import aligned, with_error
 logger = logging.getLogger(__name__)
 
 STANDARD_ERRORS = 1.96
-"""A difference of more standard errors than this is called larger than chance. Chance alone exceeds it 1 time in 20."""
+"""A difference of more standard errors than this is called larger than chance; chance exceeds it in 5% of cases."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Score:
     """A task's score in a run.
 
     Attributes:
-        value: mean, 0 to 1.
-        stderr: the mean's standard error; None for a single question.
-        questions: how many were answered.
-        shots: how many solved questions stood before each question; None where the file does not say.
+        value: the mean score, 0 to 1; over the seeds where there are several.
+        stderr: standard error of the first seed's mean; None where it is unknown, as for a single question.
+        questions: number of questions (documents) that were answered.
+        shots: number of few-shot examples before each question; None where the file does not say.
         settings: the run's decoding settings; empty for a model of another package.
-        seeds: how many results of other seeds `value` is the mean of.
-        answers: how many each question has, of which its score is the mean.
+        seeds: number of results files, each with its own seed, that `value` is the mean of.
+        answers: number of answers to each question; the question's score is the mean of theirs.
     """
 
     value: float
@@ -48,8 +48,8 @@ class Difference:
     """A score minus a published one.
 
     Attributes:
-        points: per cent points.
-        stderr: the difference's standard error; None where the score's is unknown.
+        points: the difference in percentage points.
+        stderr: standard error of `points`; None where the score's standard error is unknown.
     """
 
     points: float
@@ -57,7 +57,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Whether the difference is larger than chance."""
+        """Whether the difference is larger than chance, in words."""
         if self.stderr is None:
             return "unknown"
         return "LARGER than chance" if abs(self.points) > STANDARD_ERRORS * self.stderr else "within chance"
@@ -69,8 +69,8 @@ class Table:
 
     Attributes:
         run: the run.
-        scores: task -> score, of the columns that the run has.
-        rows: published rows to compare with; the first is the run's own model where its name is a published one's.
+        scores: task of a column -> the run's score; without the columns that the run lacks.
+        rows: the published rows to compare with.
         others: task -> its metrics, of the tasks that are no column of a published table.
     """
 
@@ -86,16 +86,16 @@ class Table:
 
     @property
     def columns(self) -> list[Column]:
-        """The columns of each published table of which the run has some."""
+        """The columns of each published table in which the run has a score."""
         return [column for columns in TABLES if any(c.task in self.scores for c in columns) for column in columns]
 
     @property
     def title(self) -> str:
-        """The model and the run."""
+        """The checkpoint and the run's label."""
         return f"{self.model}, {self.run.label}"
 
     def as_dict(self) -> dict[str, object]:
-        """The table as plain values; scores in per cent."""
+        """Return the table as values that JSON has; scores are in per cent."""
         return {
             "run": self.run.label,
             "model": self.model,
@@ -133,22 +133,22 @@ def read_tables(paths: Iterable[Path], rows: Sequence[Published] = ()) -> list[T
     """Return a table of each run in some paths.
 
     Args:
-        paths: as `report.runs.read_runs`.
-        rows: published rows to compare with; none: the row of the run's model, where its name is a published one's.
+        paths: results files of lm_eval, or folders that hold some.
+        rows: published rows to compare with; empty: the published rows of the run's model, if there are some.
 
     Raises:
-        UserError: as `read_runs`, or a score is no share.
+        UserError: as `read_runs`, or a score is not from 0 to 1.
     """
     return [_table(run, rows) for run in read_runs(paths)]
 
 
 def difference(score: Score, column: Column, published: float) -> Difference:
-    """Return how far a score is from a published one, which is in per cent.
+    """Return a score's difference from a published score, which is in per cent.
 
-    A few answers may all be right, or all wrong, by chance, and their standard error is then 0. So the score's standard
-    error counts as at least that of the published score on as many answers; on as many questions, where the answers of
-    all questions are alike. The published score of questions with several answers each is taken to be as uncertain as
-    the run's.
+    Hazard: a few answers may all be right, or all wrong, by chance; the score's standard error is then 0. So this
+    standard error is taken to be at least the standard error that the published score would have on as many answers (on
+    as many questions, where the score's standard error is 0). Where questions have several answers, the published score
+    is taken to be at least as uncertain as the run's score would be on all questions.
     """
     stderr = None
     if score.stderr is not None:
@@ -175,9 +175,11 @@ def render(table: Table) -> str:
         if score is not None:
             cells[2:] = [f"{score.questions:,}", with_error(score.value, score.stderr, 100)]
             if score.answers > 1:
-                notes.append(f"{column.task}: mean of {score.answers} answers a question; the error counts questions")
+                notes.append(
+                    f"{column.task}: mean of {score.answers} answers to each question; the error is over questions"
+                )
             if score.seeds > 1:
-                notes.append(f"{column.task}: mean of {score.seeds} seeds; the error is that of one")
+                notes.append(f"{column.task}: mean of {score.seeds} seeds; the error is that of one seed")
             notes += [note for row in table.rows for note in _notes(column, score, row)]
         for row in table.rows:
             published = row.scores.get(column.task)
@@ -214,8 +216,8 @@ def _others(table: Table) -> list[str]:
 
 LEGEND = (
     f"± is one standard error. A difference is called larger than chance if it exceeds {STANDARD_ERRORS} standard\n"
-    "errors of two runs on different questions. Both runs here answered the same questions, so chance plays a smaller\n"
-    "part: a difference marked LARGER is hardly chance, and one within chance may be real."
+    "errors of two runs on different questions. The two runs here answered the same questions, so chance plays a\n"
+    "smaller part: a difference marked LARGER is hardly chance, and a difference within chance may be real."
 )
 
 
@@ -226,7 +228,7 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
     scores: dict[str, Score] = {}
     used: set[str] = set()
     for column in _ALL:
-        # A file may hold this task's newest results, and another task's results that newer ones replace.
+        # A results file may hold the newest results of one task, and results of another task that newer ones replace.
         newest = [
             each for each in run.results if all(each in run.of_tasks.get(task, []) for task in _tasks_of(each, column))
         ]
@@ -256,13 +258,13 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
 
 
 def _tasks_of(results: Results, column: Column) -> list[str]:
-    """The tasks that a column's score is the mean of: a group's, or the column's own."""
+    """The tasks whose scores a column averages: the tasks of the column's group, or the column's own task."""
     subtasks = results.content.part_or_empty("group_subtasks").content.get(column.task)
     return list(map(str, subtasks)) if isinstance(subtasks, list) and subtasks else [column.task]
 
 
 def _score(results: Results, column: Column) -> Score | None:
-    """The column's score in a results file, None where the file has none. A group's score is the mean of its tasks'."""
+    """The column's score in a results file; None where the file has none. A group's score is its tasks' mean."""
     tasks = _tasks_of(results, column)
     values, questions = [], []
     errors: list[float | None] = []
@@ -297,12 +299,12 @@ def _score(results: Results, column: Column) -> Score | None:
 
 
 def _stderr(value: float, questions: int) -> float | None:
-    """Standard error of a mean of zeros and ones, as lm_eval has it; None for a single question."""
+    """Standard error of a mean of zeros and ones, as lm_eval computes it; None for a single question."""
     return math.sqrt(value * (1 - value) / (questions - 1)) if questions > 1 else None
 
 
 def _notes(column: Column, score: Score, row: Published) -> list[str]:
-    """What else than chance may explain a difference from a published row."""
+    """What besides chance may explain a difference from a published row; empty where nothing is known."""
     if column.task not in row.scores:
         return []
     found = [

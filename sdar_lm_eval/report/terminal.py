@@ -1,4 +1,4 @@
-"""Answers in a terminal: each token coloured by its confidence and numbered by its step, with borders of blocks."""
+"""Answers in a terminal: each token with its confidence as a colour and its step as a subscript; borders of blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.text import Text
 from sdar_lm_eval.report.denoising import Denoising
 
 LEVELS = ((0.5, "bold red"), (0.7, "red"), (0.9, "yellow"), (0.99, "cyan"))
-"""Styles of tokens whose confidence is below a value; tokens of higher confidence have no style."""
+"""(confidence, style of tokens below this confidence), rising; tokens of higher confidence have no style."""
 
 BORDER = "│"
 MASK = "▢"
@@ -16,20 +16,20 @@ _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def style_of(confidence: float) -> str:
-    """Return the style of a token that was drawn with a confidence, 0 to 1."""
+    """Return rich's style for a token that was drawn with a confidence, 0 to 1."""
     return next((style for limit, style in LEVELS if confidence < limit), "")
 
 
 def legend() -> Text:
-    """Return what the colours and marks mean."""
+    """Return a line that explains the colours and marks."""
     text = Text("confidence: ")
     for limit, style in LEVELS:
         text.append(f"below {limit:g}", style).append("  ")
-    return text.append(f"   {BORDER} border of blocks   ₁ step of the block that kept the token, from 1")
+    return text.append(f"   {BORDER} border between blocks   ₁ step within the block that unmasked the token, from 1")
 
 
 def written(denoising: Denoising) -> Text:
-    """Return an answer with its denoising; a line break of the answer is shown as ⏎ and made."""
+    """Return an answer with its colours, steps and borders. A line break is shown as ⏎ before the new line begins."""
     text = Text()
     for number, block in enumerate(denoising.blocks):
         if number:

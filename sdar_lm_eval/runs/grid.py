@@ -1,11 +1,12 @@
-"""Grids of decoding settings: texts such as "0.5:0.99" -> values -> combinations, each of which is one run.
+"""Grids of decoding settings: texts such as "0.5:0.99" -> values -> combinations, each of which is evaluated.
 
     4,2,1           several values, separated by commas
-    0.5:0.99        a range with both ends: 0.5, 0.6, 0.7, 0.8, 0.9, 0.99; the step is 0.1, for whole numbers 1
-    1:8:2           a range by its own step: 1, 3, 5, 7, 8
+    0.5:0.99        a range with both ends: 0.5, 0.6, 0.7, 0.8, 0.9, 0.99; the step is 0.1, or 1 for whole numbers
+    1:8:2           a range with its own step and both ends: 1, 3, 5, 7, 8
 
-A setting is without effect where the strategy does not read it (`DecodingConfig.idle`). Combinations that differ in
-such settings alone are copies, of which one runs. Standard library only: Modal's flags are read where torch is missing.
+A setting has no effect where the strategy does not read it (`DecodingConfig.idle`). Combinations that differ only in
+settings without effect are copies, of which one is evaluated. The module needs the
+standard library only, since Modal's flags are read where torch is missing.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ Setting = bool | int | float | str
 """A value of model_args or gen_kwargs."""
 
 Combination = dict[str, Setting]
-"""Decoding settings by their full names, as far as a grid gives them."""
+"""Full name of a decoding setting -> its value; only the settings that a grid gives."""
 
 MOST_COMBINATIONS = 10_000
-WHOLE_STEP, REAL_STEP = Decimal(1), Decimal("0.1")  # of a range that gives none
+WHOLE_STEP, REAL_STEP = Decimal(1), Decimal("0.1")  # steps of ranges that give no step
 
 Run = TypeVar("Run")
 
@@ -64,15 +65,16 @@ def listed(flag: str, text: str) -> list[str]:
 
 
 def values_of(setting: str, text: str, flag: str | None = None) -> list[Setting]:
-    """Return the values that a text gives to a setting, each once.
+    """Return the values that a text gives to a setting, in order, each once.
 
     Args:
         setting: the setting's full name.
         text: values and ranges, separated by commas.
-        flag: how messages name the setting; default: its name.
+        flag: the setting's name in messages; default: `setting`.
 
     Raises:
-        UserError: a value is empty or not of the setting's type, or a range has no end; says what is allowed.
+        UserError: a value is empty or not of the setting's type, or a range is malformed. The message says what is
+            allowed.
     """
     flag = flag or setting
     kind = kind_of(setting)
@@ -91,11 +93,11 @@ def combinations(texts: Mapping[str, str], flag_of: Callable[[str], str] = str) 
     """Return all combinations of the values of some settings; the last setting varies fastest.
 
     Args:
-        texts: setting, or its short name (`ALIASES` in settings.py) -> its values as text.
-        flag_of: returns how messages name a setting.
+        texts: name or short name of a setting (`ALIASES` in settings.py) -> its values as text.
+        flag_of: full name of a setting -> its name in messages.
 
     Raises:
-        UserError: as `values_of`, or there are more than `MOST_COMBINATIONS`.
+        UserError: as `values_of`, or there are more than `MOST_COMBINATIONS` combinations.
     """
     full = {ALIASES.get(name, name): text for name, text in texts.items()}
     values = {name: values_of(name, text, flag_of(name)) for name, text in full.items()}

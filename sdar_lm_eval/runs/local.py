@@ -1,7 +1,7 @@
-"""Runs a planned sweep on this machine: the weights are loaded once, each combination is a resumable run.
+"""Runs a planned sweep on this machine. The weights are loaded once, and each combination is a resumable run.
 
-Results that are there already are not computed again; others are made from the finished answers of their combination,
-and the answers that are missing. One sweep at a time works in a folder.
+Evaluations that have results are not repeated. An evaluation without results takes the finished answers of its
+combination, and computes only the missing answers. A lock admits one sweep at a time to a folder.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from sdar_lm_eval.runs.shards import ANSWERS
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-"""The file that a sweep locks in its folder. The lock ends with its process, however that ends."""
+"""The file in a sweep's folder that the sweep locks. The lock ends with the process, even after SIGKILL."""
 
 
 class Tell(Protocol):
-    """Hears of each evaluation that ended."""
+    """A function that is called after each evaluation."""
 
     def __call__(self, number: int, evaluation: Evaluation, results: Results | None, error: str | None) -> None:
-        """An evaluation ended.
+        """Report an evaluation.
 
         Args:
-            number: from 1.
+            number: number of the evaluation in the plan, from 1.
             evaluation: the evaluation.
-            results: its results; None where it failed.
-            error: why it failed; None where it did not, or where its results were there already.
+            results: the evaluation's results; None where it failed.
+            error: the evaluation's error; None where it did not fail.
         """
 
 
 @dataclass
 class Outcome:
-    """What a sweep found.
+    """The results of a sweep.
 
     Attributes:
-        runs: a run for each combination that has results; repeats are several results of a task.
-        failed: the evaluations without results, each with its error.
+        runs: a run for each combination that has results; repeats are several results of one task.
+        failed: settings and seed of an evaluation that failed -> its error.
     """
 
     runs: list[Run] = field(default_factory=list)
@@ -61,15 +61,18 @@ class Outcome:
 
 
 def run(plan: Plan, tell: Tell) -> Outcome:
-    """Evaluate what has no results yet.
+    """Run the evaluations of a plan that have no results yet, and return all results.
+
+    An evaluation that fails does not end the sweep. Its error is in `Outcome.failed`.
 
     Args:
         plan: the sweep.
-        tell: hears of each evaluation, also of those whose results are there.
+        tell: called after each evaluation, and for each evaluation whose results are there already.
 
     Raises:
-        UserError: another sweep works in the folder, the folder cannot be written, or the model cannot be loaded.
-        EngineError: the engine cannot run.
+        UserError: another sweep works in the folder, the folder cannot be written, the model cannot be loaded, or the
+            process is one of several (torchrun).
+        EngineError: the engine cannot run here.
         Interrupted: the user ended the sweep; finished answers are kept.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -95,7 +98,7 @@ def run(plan: Plan, tell: Tell) -> Outcome:
                     errors[index] = one_line(error) if isinstance(error, SDARError) else repr(error)
                     if not isinstance(error, (SDARError, OSError)):
                         logger.exception("%s failed.", in_words(each.settings))
-                    if isinstance(error, EngineError) and lm is not None:  # it may be unable to go on
+                    if isinstance(error, EngineError) and lm is not None:  # the engine may be unusable: load it anew
                         with contextlib.suppress(EngineError):
                             lm.close()
                         lm = None
@@ -104,7 +107,7 @@ def run(plan: Plan, tell: Tell) -> Outcome:
 
 
 def _outcome(plan: Plan, found: Sequence[Results | None], errors: Sequence[str | None]) -> Outcome:
-    """Gather the evaluations of each combination."""
+    """Return the evaluations of each combination as one run, and the errors."""
     of_folders: dict[Path, Run] = {}
     outcome = Outcome()
     for each, results, failure in zip(plan.evaluations, found, errors, strict=True):
@@ -121,13 +124,13 @@ def _outcome(plan: Plan, found: Sequence[Results | None], errors: Sequence[str |
 
 
 def _loaded(plan: Plan) -> SDARLM:
-    lm = get_model(plan.question.model).create_from_arg_obj(dict(plan.model_args))
+    lm = get_model(plan.sweep.model).create_from_arg_obj(dict(plan.model_args))
     assert isinstance(lm, SDARLM)
     return lm
 
 
 def _is_of(lm: SDARLM, results: Results) -> bool:
-    """Whether results are of this machine's precision and engine; those of a GPU's would differ from those of a CPU."""
+    """Whether results are of the loaded model's dtype and engine version: others would differ by rounding."""
     info = lm.engine.info
     return (results.ours.text("dtype"), results.ours.text("engine_version")) == (info.dtype, info.engine_version)
 
@@ -137,16 +140,16 @@ def _evaluate(evaluation: Evaluation, plan: Plan, lm: SDARLM) -> Results:
     evaluate_into(
         evaluation.folder / evaluation.name,
         lm,
-        model=plan.question.model,
+        model=plan.sweep.model,
         model_args=plan.model_args,
         facts={"asked": evaluation.asked},
-        tasks=list(plan.question.tasks),
-        num_fewshot=plan.question.num_fewshot,
+        tasks=list(plan.sweep.tasks),
+        num_fewshot=plan.sweep.num_fewshot,
         gen_kwargs=dict(evaluation.gen_kwargs),
         limit=evaluation.asked["limit"],
         task_manager=plan.manager,
         torch_random_seed=evaluation.seed,
-        confirm_run_unsafe_code=plan.question.confirm_run_unsafe_code,
+        confirm_run_unsafe_code=plan.sweep.confirm_run_unsafe_code,
     )
     results = evaluation.results()
     assert results is not None
@@ -155,7 +158,7 @@ def _evaluate(evaluation: Evaluation, plan: Plan, lm: SDARLM) -> Results:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Make the folder of a sweep, and keep other sweeps out of it.
+    """Make the folder of a sweep, and lock it against other sweeps.
 
     Raises:
         UserError: another sweep works in the folder, or the folder cannot be written.
@@ -171,7 +174,7 @@ def _locked(folder: Path) -> Iterator[None]:
     except NotImplementedError:  # the folder's file system has no locks
         logger.warning("%s cannot be locked. Start no second sweep in this folder.", folder)
     except OSError as error:
-        raise UserError(f"--output_path {folder} cannot be a folder that is written to: {error.strerror}.") from error
+        raise UserError(f"--output_path {folder} cannot be written to: {error.strerror}.") from error
     try:
         yield
     finally:

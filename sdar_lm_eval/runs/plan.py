@@ -1,14 +1,15 @@
-"""A sweep on this machine, planned: which evaluations there are, each in a folder of its own; refused before any runs.
+"""Plans a sweep on this machine: checks all combinations before any runs, and gives each evaluation a folder.
 
     <output>/strategy=dynamic,threshold=0.9/
-        answers/                            finished answers (lm/answers.py), from which a run goes on
+        answers/                            finished answers (lm/answers.py), from which an evaluation resumes
         gsm8k_sdar-first-200/<model>/       lm_eval's results and samples files
     <output>/strategy=random/
         answers/
-        gsm8k_sdar-first-200-seed-1234/     answers that are drawn depend on the seed
+        gsm8k_sdar-first-200-seed-1234/     sampled answers depend on the seed
         gsm8k_sdar-first-200-seed-1235/     a repeat
 
-A results file holds what was asked: model, settings, tasks with their YAML, checkpoint, and this package's sources.
+`config.sdar_lm_eval.asked` of a results file has all that the results depend on: model, settings, limit, seed, and
+fingerprints of the tasks' YAML, the checkpoint and this package's sources.
 """
 
 from __future__ import annotations
@@ -39,26 +40,26 @@ from sdar_lm_eval.runs.settings import beyond_limits, scored_by
 from sdar_lm_eval.runs.shards import load_tasks, scoring_tasks, task_manager
 from sdar_lm_eval.settings import ALIASES, Generation, ModelSettings, canonical, to_whole
 
-LONGEST_NAME = 200  # characters of a folder's name; file systems allow 255 bytes
+LONGEST_NAME = 200  # most characters of a folder's name; file systems allow 255 bytes
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a sweep asks: the arguments of its command.
+class SweepArguments:
+    """The arguments of a sweep, not yet checked.
 
     Attributes:
-        model: lm_eval's name of a model of this package.
-        model_args: as lm_eval takes them.
-        tasks: tasks and groups of the harness.
-        grids: each has decoding setting -> its values as text (`grid.py`).
+        model: name of a model of this package for `lm_eval --model`.
+        model_args: name -> value, as `--model_args`.
+        tasks: names of tasks and groups of tasks.
+        grids: for each grid: decoding setting -> its values as text (`grid.py`).
         gen_kwargs: settings that all combinations share.
-        limit: the first documents of each task, or a share of them below 1; None: all.
-        num_fewshot: solved examples before each question; None: what each task says.
-        seed: of what is drawn; None: model_args' seed, else lm_eval's default.
-        repeats: evaluations of a combination whose answers are drawn, with a seed each.
-        output: the sweep's folder; None: a folder in `sweeps/`, named by model and tasks.
-        include_path: a folder with the user's own tasks.
-        confirm_run_unsafe_code: the user agrees that programs of the model are run.
+        limit: number of documents of each task, the first ones; below 1: a share of them; None: all.
+        num_fewshot: few-shot examples in each prompt; None: as each task says.
+        seed: seed of sampled answers; None: model_args' seed, else `DEFAULT_SEED`.
+        repeats: number of evaluations of each combination with sampled answers, each with its own seed.
+        output: the sweep's folder; None: a folder in `sweeps/`, named after model and tasks.
+        include_path: a folder with the user's own tasks; None: none.
+        confirm_run_unsafe_code: whether the user agrees that programs which the model writes are run.
     """
 
     model: str
@@ -81,10 +82,10 @@ class Evaluation:
 
     Attributes:
         settings: the combination, without settings that have no effect.
-        seed: of what is drawn.
+        seed: seed of sampled answers.
         folder: the combination's folder.
-        name: the name of the folder of results within it.
-        asked: what the results depend on, as JSON.
+        name: name of the results' folder within `folder`.
+        asked: all that the results depend on, as JSON values.
     """
 
     settings: Combination
@@ -95,13 +96,13 @@ class Evaluation:
 
     @property
     def gen_kwargs(self) -> Mapping[str, object]:
-        """The combination's settings, and those that all combinations share."""
+        """The combination's settings, and the settings that all combinations share."""
         gen_kwargs = self.asked["gen_kwargs"]
         assert isinstance(gen_kwargs, dict)
         return gen_kwargs
 
     def results(self) -> Results | None:
-        """Return the results of what is asked; None where there are none yet."""
+        """Return the newest results in the folder if they depend on `asked`; None where they do not, or are damaged."""
         folder = self.folder / self.name
         if not any(folder.rglob("results_*.json")):
             return None
@@ -117,16 +118,16 @@ class Plan:
     """A sweep that was checked.
 
     Attributes:
-        question: what is asked.
-        model_args: the question's, with the checkpoint and without the seed.
-        tasks: the names of the tasks, groups resolved into their tasks.
-        manager: loads them.
+        sweep: the sweep's arguments.
+        model_args: the model_args of `sweep`, with the checkpoint and without the seed.
+        tasks: the names of the tasks, with groups resolved into their tasks.
+        manager: loads the tasks.
         output: the sweep's folder.
         evaluations: in the order in which they run.
-        copies: how many combinations differ from others only in settings without effect.
+        copies: number of combinations left out, which differ from others only in settings without effect.
     """
 
-    question: Question
+    sweep: SweepArguments
     model_args: Mapping[str, object]
     tasks: tuple[str, ...]
     manager: TaskManager
@@ -137,66 +138,66 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Checked:
-    """A combination without settings that have no effect, and what each task's requests are decoded with."""
+    """A combination without settings that have no effect, and the settings that decode each task's requests."""
 
     settings: Combination
     generations: tuple[Generation, ...]
 
     @property
     def key(self) -> str:
-        """The same for copies."""
+        """A key that is equal for copies."""
         of_tasks = [{**each.decoding.effective, "max_gen_toks": each.max_gen_toks} for each in self.generations]
         return hex_digest(of_tasks, digits=32)
 
 
-def plan(question: Question) -> Plan:
-    """Check a sweep, and return its evaluations.
+def plan(sweep: SweepArguments) -> Plan:
+    """Check a sweep, and return its plan. Nothing is evaluated; a checkpoint of the hub is downloaded.
 
     Raises:
-        UserError: a model, a task or a setting is unknown or refused; a combination that is refused is named.
+        UserError: a model, a task or a setting is unknown or refused. The message names a combination that is refused.
     """
-    engine = _engine_of(question.model)
-    if question.repeats < 1:
-        raise UserError(f"--repeats {question.repeats} is out of range: it must be 1 or more.")
-    if question.limit is not None and not question.limit > 0:
-        raise UserError(f"--limit {question.limit:g}: give a number of documents above 0, or a share between 0 and 1.")
-    model_args: dict[str, object] = {"pretrained": DEFAULT_CHECKPOINT, **question.model_args}
+    engine = _engine_of(sweep.model)
+    if sweep.repeats < 1:
+        raise UserError(f"--repeats {sweep.repeats} is out of range: it must be 1 or more.")
+    if sweep.limit is not None and not sweep.limit > 0:
+        raise UserError(f"--limit {sweep.limit:g}: give a number of documents above 0, or a share between 0 and 1.")
+    model_args: dict[str, object] = {"pretrained": DEFAULT_CHECKPOINT, **sweep.model_args}
     if "answers" in model_args:
         raise UserError(
-            "model_args: answers=… has no say in a sweep, which keeps answers in --output_path. Leave it out."
+            "model_args: answers=… is not for a sweep, which keeps answers in --output_path. Leave answers=… out."
         )
-    seed = _seed(question, model_args.pop("seed", None))
+    seed = _seed(sweep, model_args.pop("seed", None))
     arguments = {name: value for name, value in model_args.items() if name != "pretrained"}
     settings = ModelSettings.read(str(model_args["pretrained"]), arguments, engine)
-    manager = task_manager(question.tasks, question.include_path)
-    loaded = load_tasks(question.tasks, manager)
-    # lm_eval has an order of its own; here the user's, then the tasks of groups.
-    tasks = {name: loaded[name] for name in (*question.tasks, *loaded) if name in loaded}
-    _check_tasks(tasks, question.confirm_run_unsafe_code)
+    manager = task_manager(sweep.tasks, sweep.include_path)
+    loaded = load_tasks(sweep.tasks, manager)
+    # lm_eval orders tasks by itself. Here the user's order comes first, then the tasks of groups.
+    tasks = {name: loaded[name] for name in (*sweep.tasks, *loaded) if name in loaded}
+    _check_tasks(tasks, sweep.confirm_run_unsafe_code)
     checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
     prompts = Prompts(checkpoint, settings.chat_template)
     jobs = Jobs(checkpoint, prompts, settings.decoding, settings.max_length, alone=True)
-    grid = [each for texts in question.grids for each in combinations(texts, lambda name: f"--{name}")]
-    checked = [_check(each, question, jobs, tasks, engine) for each in grid]
+    grid = [each for texts in sweep.grids for each in combinations(texts, lambda name: f"--{name}")]
+    checked = [_check(each, sweep, jobs, tasks, engine) for each in grid]
     kept = without_copies(checked, lambda each: each.key)
 
-    limit = None if question.limit is None else int(question.limit) if question.limit >= 1 else question.limit
-    named = "+".join(question.tasks)
-    output = expanded(question.output or Path("sweeps") / _file_name(f"{checkpoint.name}-{named}"))
+    limit = None if sweep.limit is None else int(sweep.limit) if sweep.limit >= 1 else sweep.limit
+    named = "+".join(sweep.tasks)
+    output = expanded(sweep.output or Path("sweeps") / _file_name(f"{checkpoint.name}-{named}"))
     common = {
-        "model": question.model,
+        "model": sweep.model,
         "model_args": model_args,
         "tasks": {name: hex_digest(json.dumps(task.dump_config(), default=str)) for name, task in tasks.items()},
         "limit": limit,
-        "num_fewshot": question.num_fewshot,
+        "num_fewshot": sweep.num_fewshot,
         "checkpoint": checkpoint.fingerprint,
         "scored_by": scored_by(),
     }
     evaluations = []
     for combination in kept:
         is_drawn = any(generation.is_drawn for generation in combination.generations)
-        gen_kwargs = _gen_kwargs(question, combination.settings)
-        for used in range(seed, seed + (question.repeats if is_drawn else 1)):
+        gen_kwargs = _gen_kwargs(sweep, combination.settings)
+        for used in range(seed, seed + (sweep.repeats if is_drawn else 1)):
             asked = {**common, "gen_kwargs": gen_kwargs, "seed": used if is_drawn else None}
             name = named + ("" if limit is None else f"-first-{spelled(limit)}") + (f"-seed-{used}" if is_drawn else "")
             evaluations.append(
@@ -208,9 +209,7 @@ def plan(question: Question) -> Plan:
                     asked=json.loads(json.dumps(asked, default=str)),
                 )
             )
-    return Plan(
-        question, model_args, tuple(tasks), manager, output, tuple(evaluations), copies=len(checked) - len(kept)
-    )
+    return Plan(sweep, model_args, tuple(tasks), manager, output, tuple(evaluations), copies=len(checked) - len(kept))
 
 
 def _engine_of(model: str) -> str:
@@ -224,9 +223,9 @@ def _engine_of(model: str) -> str:
     )
 
 
-def _seed(question: Question, of_model: object) -> int:
-    if question.seed is not None:
-        return question.seed
+def _seed(sweep: SweepArguments, of_model: object) -> int:
+    if sweep.seed is not None:
+        return sweep.seed
     return DEFAULT_SEED if of_model is None else to_whole("seed", of_model)
 
 
@@ -244,19 +243,19 @@ def _check_tasks(tasks: Mapping[str, Task], confirmed: bool) -> None:
         )
 
 
-def _gen_kwargs(question: Question, combination: Combination) -> dict[str, object]:
-    """A combination's settings with those that all share. A temperature decides whether tokens are drawn."""
-    gen_kwargs = {**canonical(question.gen_kwargs), **combination}
+def _gen_kwargs(sweep: SweepArguments, combination: Combination) -> dict[str, object]:
+    """The settings of a combination, with the shared ones. A temperature of the combination decides about sampling."""
+    gen_kwargs = {**canonical(sweep.gen_kwargs), **combination}
     if "temperature" in combination:
         gen_kwargs["do_sample"] = combination["temperature"] != 0
     return gen_kwargs
 
 
 def _check(
-    combination: Combination, question: Question, jobs: Jobs, tasks: Mapping[str, Task], engine: str
+    combination: Combination, sweep: SweepArguments, jobs: Jobs, tasks: Mapping[str, Task], engine: str
 ) -> _Checked:
-    """Refuse what the model would, of any task."""
-    gen_kwargs = _gen_kwargs(question, combination)
+    """Check a combination for all tasks, and return it; raise `UserError` where the model would refuse it."""
+    gen_kwargs = _gen_kwargs(sweep, combination)
     try:
         generations = []
         for task in tasks.values():
@@ -265,7 +264,7 @@ def _check(
             jobs.room_for_prompt(its.max_gen_toks)
             for name, value, allowed in beyond_limits(engine, its.decoding):
                 raise UserError(
-                    f"{name}={value} is not for --model {question.model}, which takes {', '.join(map(str, allowed))}. "
+                    f"{name}={value} is not for --model {sweep.model}, which takes {', '.join(map(str, allowed))}. "
                     "Choose one of these, or --model sdar."
                 )
             generations.append(its)
@@ -277,7 +276,7 @@ def _check(
 
 
 def _folder_name(settings: Combination) -> str:
-    """Return the settings in their short spellings, as gen_kwargs take them, in one order."""
+    """Return a combination as name=value,…, with short names that gen_kwargs take, in a fixed order."""
     short = {full: name for name, full in reversed(ALIASES.items())}
     parts = []
     for name in sorted(settings, key=("remasking_strategy", *DECODING_SETTINGS).index):
@@ -288,6 +287,6 @@ def _folder_name(settings: Combination) -> str:
 
 
 def _file_name(text: str) -> str:
-    """Return a text as the name of a file: without separators, and short enough."""
+    """Return a file name made of a text: without path separators, and at most about `LONGEST_NAME` characters."""
     name = re.sub(r"[^\w.,=+-]+", "_", text).strip("_.") or "sweep"
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{hex_digest(text, digits=12)}"

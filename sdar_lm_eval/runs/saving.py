@@ -1,4 +1,4 @@
-"""Evaluates by the harness, and writes lm_eval's results and samples files into a folder that appears whole or not."""
+"""Evaluates a model by the harness, and writes lm_eval's files into a folder that appears only once it is complete."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ def evaluate_into(
     finish: Callable[[Path], object] | None = None,
     **call: Any,
 ) -> None:
-    """Evaluate a model, and make a folder of lm_eval's results and samples files. An older folder is replaced.
+    """Evaluate a model, and make a folder of lm_eval's results and samples files. The folder replaces an older one.
 
     Args:
-        folder: the results' own folder.
+        folder: the folder of this evaluation's results.
         lm: the model.
-        model: what the results file says of it: lm_eval's name.
-        model_args: what the results file says of it.
-        facts: further facts for the results file's `config.sdar_lm_eval`.
-        finish: adds files to the folder before it appears.
+        model: the model's name in the results file.
+        model_args: the model's arguments in the results file.
+        facts: name -> value, added to `config.sdar_lm_eval` of the results file; None: nothing.
+        finish: called with the folder before it appears, to add files; None: nothing.
         call: further arguments of `lm_eval.simple_evaluate`.
 
     Raises:
-        UserError: the model or the task refuses, or lm_eval could not write its files.
+        UserError: the model or a task refuses a setting, or lm_eval could not write its files.
+        EngineError: the engine stopped.
         OSError: the folder cannot be made.
     """
     partial = folder.with_name(folder.name + ".partial")
@@ -62,7 +63,12 @@ def evaluate_into(
 
 
 def _check(folder: Path, lines: Mapping[str, int]) -> None:
-    """Refuse files that are not whole: lm_eval logs a full disk as a warning, and goes on."""
+    """Raise `UserError` where files are incomplete: lm_eval only logs a warning where the disk is full.
+
+    Args:
+        folder: the folder of the files.
+        lines: task -> number of lines of its samples file.
+    """
     whole = False
     if any(folder.rglob("results_*.json")):
         (results,) = results_in(folder)

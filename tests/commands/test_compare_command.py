@@ -170,7 +170,7 @@ def test_a_group_of_tasks(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     content = json.loads(file.read_text())
     content["results"]["mmlu_demo"]["acc,none"] += 0.01  # as a mean of the tasks' means might be
     file.write_text(json.dumps(content))
-    assert "mmlu_demo: No test: the group's value is no mean over documents." in told(capsys, tmp_path / "a", b)
+    assert "mmlu_demo: No test: the group's value is not a mean over documents." in told(capsys, tmp_path / "a", b)
 
 
 def test_all_runs_of_a_folder(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +219,7 @@ def test_mistakes(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "--tasks gsm8k: the runs do not share this task; choose gsm8k_sdar_demo." in error_of(
         a, b, "--tasks", "gsm8k"
     )
-    assert "--metric acc: the runs have no such scores; choose of exact_match of" in error_of(a, b, "--metric", "acc")
+    assert "--metric acc: the runs share no such score; choose from exact_match of" in error_of(a, b, "--metric", "acc")
     assert "--list has no CSV form" in error_of(a, b, "--list", "--format", "csv")
     assert "cannot be written" in error_of(a, b, "--output", tmp_path / "no" / "out")
     assert "does not exist" in error_of(a, tmp_path / "missing")

@@ -140,7 +140,7 @@ def test_an_engine_that_stops_does_not_keep_the_others(doctor: Any, monkeypatch:
         (["--limit", "0"], "--limit 0 must be 1 or more"),
         (["--model_args", "dtype=float32"], "--model_args needs --run"),
         ([*RUN, "--model_args", "strategy=static"], "strategy is a decoding setting, which doctor chooses itself"),
-        ([*RUN, "--model_args", "kernel=false"], "kernel is no argument of native. Did you mean 'kernels'?"),
+        ([*RUN, "--model_args", "kernel=false"], "kernel is not a model_arg of native. Did you mean 'kernels'?"),
         ([*RUN, "--pretrained", "/no/such/folder"], "/no/such/folder"),
         pytest.param(["--run", "--engine", "lmdeploy"], "none of these engines can run here", marks=NO_GPU),
     ],

@@ -49,7 +49,7 @@ def test_a_sweep(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words += ["--threshold", "0.5:0.6", "--output_path", "s", "--plot", "plots/a.png"]
     code, out, err = said(capsys, *words)
     assert code == 0, err
-    assert "3 evaluations, 1 copies that differ only in settings without effect left out in s" in err
+    assert "3 evaluations; left out as copies (equal but for settings without effect): 1 in s" in err
     assert re.search(r"3/3 remasking_strategy=low_confidence_static, seed 1234: [\d.]+ ± [\d.]+% of gsm8k", err)
     rows = out[out.index("strategy ") :].splitlines()
     assert [row.split()[0] for row in rows[1:4]] == ["low_confidence_dynamic"] * 2 + ["low_confidence_static"]
@@ -94,13 +94,13 @@ def test_one_that_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         (
             ["--threshold", "0.5", "--threshold", "0.6"],
             2,
-            "given twice; separate its values by commas, or",
+            "given twice; separate values by commas, or",
         ),
         (["--strategy", "static", "--remasking_strategy", "random"], 2, "given twice"),
         (["--threshold", "0.5", "--plot", "chart.jpg"], 1, "chart.jpg: a chart's file ends in .svg, .png, .pdf"),
         (["--threshold", "0.5", "--gen_kwargs", "max_gen_toks"], 1, "--gen_kwargs max_gen_toks: cannot be read"),
         (["--threshold", "0.5", "--gen_kwargs", '{"a": '], 1, "cannot be read"),
-        (["--threshold", "0.5", "--y_max", "0"], 1, "--y_max 0 is out of range: it must be above 0, in per cent"),
+        (["--threshold", "0.5", "--y_max", "0"], 1, "--y_max 0 is out of range: give a percentage above 0"),
         (["--threshold", "0.5", "--limit", "many"], 2, "invalid float value: 'many'"),
         (
             ["--threshold", "0.5", "--metric", "f1", "--limit", "1"],

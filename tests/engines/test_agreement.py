@@ -13,7 +13,7 @@ from asking import ask, random_prompts, run, tokens_of
 
 from sdar_lm_eval import DecodingConfig, GenerationRequest, GenerationResult, make_engine
 from sdar_lm_eval.demo import prompts
-from sdar_lm_eval.engines.agreement import ROUNDING, ROUNDING_OF_FLOAT32, Plain, allowed, first_difference
+from sdar_lm_eval.engines.agreement import ROUNDING, ROUNDING_OF_FLOAT32, Float32Judge, allowed, first_difference
 
 A, B, STOP, MASK = range(4)
 PROMPT = (A, A)
@@ -29,9 +29,9 @@ def plain_of(table):
         logits[..., MASK] = 9.0  # never drawn, however probable
         return types.SimpleNamespace(logits=logits)
 
-    plain = object.__new__(Plain)
-    plain._mask, plain._model = MASK, model
-    return plain
+    judge = object.__new__(Float32Judge)
+    judge._mask, judge._model = MASK, model
+    return judge
 
 
 def request(strategy="low_confidence_static", most=2):
@@ -88,9 +88,9 @@ def result(tokens, reason="stop"):
 
 
 def test_another_reason_to_end_is_never_explained():
-    plain = plain_of(TABLE)
-    assert plain.divergence(0, request(), result((A, B)), result((A, B))) is None
-    found = plain.divergence(3, request(), result((A, B)), result((A, B), "length"))
+    judge = plain_of(TABLE)
+    assert judge.divergence(0, request(), result((A, B)), result((A, B))) is None
+    found = judge.divergence(3, request(), result((A, B)), result((A, B), "length"))
     assert (found.index, found.token, found.worst) == (3, 2, math.inf)
 
 
@@ -104,7 +104,7 @@ def test_dtypes_are_allowed_their_rounding():
 
 @pytest.fixture(scope="module")
 def judge(demo):
-    return Plain(demo)
+    return Float32Judge(demo)
 
 
 @torch.no_grad()
@@ -139,11 +139,11 @@ def least_of_all_paths(model, mask, request, known, block):
 @pytest.mark.parametrize("strategy", ["low_confidence_static", "sequential"])
 def test_the_search_finds_the_least_of_all_paths(tiny, strategy):
     """Random answers, of several blocks, which are judged in one forward."""
-    plain, model = Plain(tiny), tiny.load_model(dtype=torch.float32, device="cpu", attention="sdpa")
+    judge, model = Float32Judge(tiny), tiny.load_model(dtype=torch.float32, device="cpu", attention="sdpa")
     decoding = DecodingConfig(remasking_strategy=strategy, temperature=0)
     for prompt, answer in zip(random_prompts([8, 4], seed=1), random_prompts([12, 12], seed=2), strict=True):
         request = GenerationRequest(prompt, 12, decoding)
-        found = plain.roundings(request, answer, most=1e9)
+        found = judge.roundings(request, answer, most=1e9)
         text = (*prompt, *answer)
         for number, rounding in enumerate(found):
             start = len(prompt) + 4 * number

@@ -216,16 +216,16 @@ def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", {"task": {ACC: A}, "more": {ACC: A}})
     with pytest.raises(UserError, match=r"b has no samples of task. Evaluate again with --log_samples."):
         compared(a, write_run(tmp_path / "b", {"task": {ACC: A}}, samples=False))
-    with pytest.raises(UserError, match=r"share no task: the one has task, more, the other another."):
+    with pytest.raises(UserError, match=r"share no task: the first has task, more, the second another."):
         compared(a, write_run(tmp_path / "c", {"another": {ACC: A}}))
     with pytest.raises(UserError, match=r"task: .*a and .*d answered no common document"):
         compared(a, write_run(tmp_path / "d", {"task": {ACC: A}}, documents=range(20, 30)))
-    with pytest.raises(UserError, match=r"share no metric: the one has acc of none, the other f1 of none"):
+    with pytest.raises(UserError, match=r"share no metric: the first has acc of none, the second f1 of none"):
         compared(a, write_run(tmp_path / "e", {"task": {"f1,none": A}}))
     with pytest.raises(UserError, match=r"--tasks tusk: the runs do not share this task; choose task, more. Did you"):
         compared(a, write_run(tmp_path / "f", {"task": {ACC: A}, "more": {ACC: A}}), tasks=["tusk"])
     with pytest.raises(
-        UserError, match=r"--metric f1 and --filter x: the runs have no such scores; choose of acc of n"
+        UserError, match=r"--metric f1 and --filter x: the runs share no such score; choose from acc of n"
     ):
         compared(a, tmp_path / "f", metrics=["f1"], filters=["x"])
 

@@ -201,7 +201,7 @@ def test_masks_become_tokens_in_the_order_of_the_records(page: Any, runs: list[R
     shades = [style.split()[1] for block in _tokens(page, 0) for _, style in block]
     assert shades == ["c0", "c1", "c2", "c3", "c4", "c4", "c4", "c3", "c2", "c1", "c0", "c4"]
     assert page.locator("#answers .token").first.get_attribute("title") == (
-        "token 1, block 1, kept in step 1, confidence 0.3000"
+        "token 1, block 1, unmasked in step 1, confidence 0.3000"
     )
 
 
@@ -212,7 +212,7 @@ def test_an_opened_document(page: Any) -> None:
     assert first.locator(".found tr").all_inner_texts() == [
         "strict-match\tnothing extracted\texact_match ✗", "flexible-extract\tnothing extracted\texact_match ✗",
     ]  # fmt: skip
-    assert first.locator(".answer").inner_text() == "apples make 7" and "no record" in first.inner_text()
+    assert first.locator(".answer").inner_text() == "apples make 7" and "no denoising record" in first.inner_text()
     assert page.locator("#player").is_hidden()
     assert page.locator("#asked .question").inner_text() == "Question 3?"
     page.get_by_text("Prompt as sent").click()

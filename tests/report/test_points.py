@@ -203,13 +203,13 @@ def test_a_resumed_run_has_the_speed_of_all_its_answers_or_none(tmp_path: Path) 
     assert known.tokens_per_forward == 400 / 250 and known.tokens_per_second == 400 / 5
     untimed = of(write(tmp_path / "untimed", stored({"new_tokens": 100, "forwards": 50}, None)))
     assert untimed.tokens_per_forward == 400 / 250 and untimed.tokens_per_second is None
-    assert untimed.note == "some answers came from a store that does not tell what they took"
+    assert untimed.note == "some answers came from a store that has no tokens, forwards or times for them"
     old = dict(stored({}))
     del old["stored"]
     unknown = of(write(tmp_path / "old", {**old, "tasks": {"t": {"requests": 1, "stored_requests": 1, **WORK}}}))
     assert unknown.tokens_per_forward is unknown.tokens_per_second is None and unknown.note
     other = of(write(tmp_path / "other", None))
-    assert (other.strategy, other.tokens_per_second) == ("demo", None) and "tells no forwards" in other.note
+    assert (other.strategy, other.tokens_per_second) == ("demo", None) and "reports no forwards" in other.note
     assert by_second(other) is None
 
 

@@ -181,7 +181,7 @@ def test_questions_with_several_answers(tmp_path: Path, capsys: pytest.CaptureFi
     rows = {line.split("  ")[0]: re_spaced(line) for line in lines[3:11]}
     assert rows["AIME 2024 (S)"] == "AIME 2024 (S) aime2024_sdar_s 30 70.0 ± 6.0 73.4 -3.4 ± 8.5 within chance"
     assert list(rows) == [column.title for column in SCI_COLUMNS[8:]]
-    assert "aime2024_sdar_s: mean of 32 answers a question; the error counts questions" in lines
+    assert "aime2024_sdar_s: mean of 32 answers to each question; the error is over questions" in lines
 
 
 def test_runs_are_put_together(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -211,7 +211,7 @@ def test_seeds_are_a_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     folder = _write(tmp_path, *runs)
     assert scores_of(folder)["gsm8k_sdar_paper"].value == pytest.approx(0.6)
     assert main(["table", str(folder)]) == 0
-    assert "gsm8k_sdar_paper: mean of 2 seeds; the error is that of one" in capsys.readouterr().out
+    assert "gsm8k_sdar_paper: mean of 2 seeds; the error is that of one seed" in capsys.readouterr().out
 
 
 def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +248,7 @@ def test_rows_of_other_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert "91.3" in out and "90.4" in out
     (note,) = [line for line in out.splitlines() if line.startswith("gsm8k_sdar_paper beside dLLM-RL")]
-    assert "temperature=0.0 (published: 1.0)" in note and "the source's prompts and scorers are others" in note
+    assert "temperature=0.0 (published: 1.0)" in note and "the source used other prompts and scorers" in note
     assert main([*words, "--json"]) == 0
     (table,) = json.loads(capsys.readouterr().out)
     gsm8k = next(column for column in table["columns"] if column["task"] == "gsm8k_sdar_paper")

@@ -25,7 +25,7 @@ from sdar_lm_eval.report.points import points_of
 from sdar_lm_eval.report.results import Results, results_in
 from sdar_lm_eval.report.runs import read_runs
 from sdar_lm_eval.runs import local
-from sdar_lm_eval.runs.plan import Plan, Question, plan
+from sdar_lm_eval.runs.plan import Plan, SweepArguments, plan
 from sdar_lm_eval.runs.shards import ANSWERS
 
 GRIDS = ({"strategy": "static", "steps": "4,2"}, {"strategy": "dynamic", "threshold": "0.5"})
@@ -66,12 +66,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def asked(output: Path | None, include_path: str | None, **question: Any) -> Question:
+def asked(output: Path | None, include_path: str | None, **question: Any) -> SweepArguments:
     given: dict[str, Any] = {
         "model": "sdar", "model_args": {"pretrained": "demo"}, "tasks": ("short",), "grids": GRIDS, "gen_kwargs": {},
         "limit": 2, "output": output, "include_path": include_path,
     }  # fmt: skip
-    return Question(**(given | question))
+    return SweepArguments(**(given | question))
 
 
 def silent(*_: object) -> None:
@@ -296,7 +296,7 @@ def test_an_interrupt_says_what_is_finished(tasks: str, tmp_path: Path, monkeypa
         ({"model": "sdar-jetengine", "grids": ({"block": "3", "steps": "1"},)},
          "block_length=3 is not for --model sdar-jetengine, which takes 1, 2, 4"),
         ({"model_args": {"pretrained": "demo", "devise": "cpu"}}, "'devise' is unknown. Did you mean 'device'"),
-        ({"model_args": {"pretrained": "demo", "answers": "x"}}, "answers=… has no say in a sweep"),
+        ({"model_args": {"pretrained": "demo", "answers": "x"}}, "answers=… is not for a sweep"),
         ({"model_args": {"pretrained": "/nowhere"}}, "pretrained='/nowhere': no such folder"),
         ({"tasks": ("shorter",)}, "--tasks shorter: unknown to the harness"),
         ({"tasks": ("short", "scored")}, "--tasks scored: scored by log-likelihoods, which decoding settings do not"),

@@ -7,25 +7,25 @@
     tokens   [token, …]                             the distinct texts of tokens
     details  [[prompt, doc, [[answer, …], …]], …]   document -> run -> its answers
 
-`lower` is true where lower values are better; `main` is the metric that decides right and wrong unless the reader
-chooses another; `extracts` is false for tasks that compare log-likelihoods. `twin` counts the documents before this one
-that have its index, where runs had different data. A document has an outcome for each run, null where the run lacks the
-document:
+`lower` is true where lower values are better. `main` is the index of the metric that decides right and wrong, unless
+the reader chooses another metric. `extracts` is false for tasks that compare log-likelihoods. `task` is an index into
+`tasks`. `twin` is the number of earlier documents of the task with the same index, which runs on different data give.
+A document has an outcome for each run, null where the run lacks the document:
 
     [scores, extracted, cut, answers]
     scores      for each metric of the task the mean over the answers; null where the score is no number
     extracted   for each filter of the task what it extracted from the first answer; null where it found nothing
-    cut         answers that ended at the limit of new tokens; null where the run has no records
-    answers     how many answers there are
+    cut         number of answers that ended at the limit of new tokens; null where the run has no denoising records
+    answers     number of answers
 
-A text is a string or, where the answer's tokens are known, [string or length, [index into `tokens`, …]]. A length says
-that the text is so many UTF-16 code units of the tokens' texts. An answer of `details` is [scores, extracted, record].
-A record is null or
+A text is a string or, where the answer's tokens are known, [string or length, [index into `tokens`, …]]. A length
+says that the text is the first so many UTF-16 code units of the tokens' joined texts. An answer in `details` is
+[scores, extracted, record]. A record is null or
 
-    {"steps": differences of the answer's denoising steps, "confidences": of 10,000, "finish", "forwards", "seconds",
-     "blocks": index of each block's first token}
+    {"steps": each token's step, minus that of the token before, "confidences": 10,000 times each token's confidence,
+     "finish", "forwards", "seconds", "blocks": index of each block's first token}
 
-with null for steps and confidences where the engine records none.
+Steps count from 0 over the whole answer. `steps` and `confidences` are null where the engine records none.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Scores = list["float | None"]
 
 
 class TaskPart(TypedDict):
-    """A task, as `index` has it."""
+    """A task of `index`."""
 
     name: str
     metrics: list[tuple[str, str, bool]]
@@ -56,7 +56,7 @@ class TaskPart(TypedDict):
 
 
 class Outcome(NamedTuple):
-    """A run's outcome of a document, as `index` has it."""
+    """A run's outcome in a document of `index`."""
 
     scores: Scores
     extracted: list[str | None]
@@ -65,7 +65,7 @@ class Outcome(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A document, as `index` has it."""
+    """A document of `index`."""
 
     task: int
     document: int
@@ -77,7 +77,7 @@ class Row(NamedTuple):
 
 @dataclass
 class Documents:
-    """What the module's docstring describes."""
+    """The four parts of the data; the module's docstring describes them."""
 
     tasks: list[TaskPart] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
@@ -87,7 +87,7 @@ class Documents:
 
     @property
     def parts(self) -> dict[str, object]:
-        """The parts by name, but for `details`."""
+        """Name -> part, for all parts but `details`."""
         return {
             "index": {"tasks": self.tasks, "documents": self.rows},
             "texts": self.texts,
@@ -95,7 +95,7 @@ class Documents:
         }
 
     def scores(self, task: str) -> dict[MetricKey, list[Scores]]:
-        """Return metric -> run -> the scores of the task's documents, None where the run has none."""
+        """Return metric -> for each run the scores of the task's documents, None where the run has no score."""
         number = next(number for number, each in enumerate(self.tasks) if each["name"] == task)
         outcomes = [row.outcomes for row in self.rows if row.task == number]
         return {
@@ -155,7 +155,7 @@ def _add_task(found: Documents, runs: Sequence[Run], task: str) -> None:
 
 
 def _by_key(runs: Sequence[Run], task: str) -> list[dict[Key, Document]]:
-    """Each run's documents of a task, by the keys that `compare` pairs documents by."""
+    """For each run key -> document; `compare` pairs documents by the same keys."""
     of_runs = [
         [document for document in documents_of(run, task) if document.answers] if task in run.of_tasks else []
         for run in runs
@@ -197,7 +197,7 @@ def _record(record: Denoising | None) -> dict[str, object] | None:
         return None
     steps, confidences = record.global_steps, record.confidences
     return {
-        # Differences repeat from block to block, so they deflate to a third.
+        # Differences repeat from block to block, so they deflate to a third of the steps' size.
         "steps": None if steps is None else [b - a for a, b in itertools.pairwise((0, *steps))],
         "confidences": None if confidences is None else [round(c * CONFIDENCE_SCALE) for c in confidences],
         "blocks": [block.start for block in record.blocks],

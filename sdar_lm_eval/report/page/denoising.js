@@ -1,21 +1,21 @@
 // The opened document: what was asked, and the answers of the runs with their denoising.
 
 const SHADES = [0.5, 0.7, 0.85, 0.95]; // confidences at which a token's shade changes
-const LONGEST = 15_000; // milliseconds of an answer that plays
+const LONGEST = 15_000; // milliseconds that playing an answer takes at most, unless steps would then be shorter than 30
 let columns = []; // of the opened document, one for each run that has it
 let opening = 0; // counts calls of openDocument
 let timer = 0;
 
-// The tokens of a block as elements; `begin` is the first step of the block, and `end` the one behind its last.
+// Returns a block's element, its tokens (`places`) and `end`, the number of the answer's steps until the block is decided.
 function blockOf(number, first, all, steps, record, scored) {
   const places = all.map((token, place) => {
     const index = first + place;
     const confidence = record.confidences && record.confidences[index] / 10_000;
     const shade = confidence === null ? SHADES.length : SHADES.filter((border) => confidence >= border).length;
     const beyond = index >= scored;
-    const told = [`token ${index + 1}`, `block ${number + 1}`, `kept in step ${steps[index] + 1}`];
+    const told = [`token ${index + 1}`, `block ${number + 1}`, `unmasked in step ${steps[index] + 1}`];
     if (confidence !== null) told.push(`confidence ${confidence.toFixed(4)}`);
-    if (beyond) told.push("behind the text that was scored");
+    if (beyond) told.push("after the text that was scored");
     const span = element("span", { title: told.join(", "), onclick: () => goTo(steps[index] + 1) });
     // A token without a visible sign would show neither its place nor its confidence.
     const sign = token === "" ? "·" : token.replaceAll("\n", "↵\n");
@@ -25,7 +25,7 @@ function blockOf(number, first, all, steps, record, scored) {
   return { box, places, end: Math.max(...places.map(({ step }) => step)) + 1 };
 }
 
-// The number of tokens that hold the text that was scored; all where the text is not the tokens'.
+// Returns how many of the tokens hold the text that was scored; all of them where their texts do not begin with it.
 function scoredTokens(all, text) {
   if (!all.join("").startsWith(text)) return all.length;
   let length = 0;
@@ -33,8 +33,8 @@ function scoredTokens(all, text) {
   return behind < 0 ? all.length : behind;
 }
 
-// Puts an answer into a pane. Returns the number of steps, and a function that shows the answer after so many steps and
-// returns how far the answer is.
+// Puts an answer into a pane. Returns the number of its steps, and a function `show` that draws the answer after a number
+// of steps and returns its progress in words.
 function playerOf(record, text, all, pane) {
   if (!record?.steps) {
     pane.textContent = text;
@@ -74,7 +74,7 @@ function playerOf(record, text, all, pane) {
 
 function factsOf(task, record, text, all) {
   if (!tasks[task].extracts) return "log-likelihood of each continuation; ▸ marks the largest";
-  if (!record) return `${text.length.toLocaleString("en")} characters · no record of the denoising`;
+  if (!record) return `${text.length.toLocaleString("en")} characters · no denoising record`;
   const { denoising = 0, commit = 0, prefill = 0 } = record.forwards;
   const facts = [`${all.length} tokens`, `${denoising} denoising, ${commit} commit, ${prefill} prefill forwards`];
   if (denoising + commit) facts.push(`${(all.length / (denoising + commit)).toFixed(2)} tokens per forward`);
@@ -82,7 +82,7 @@ function factsOf(task, record, text, all) {
   return [...facts, `${record.seconds.toFixed(2)} s`, end].join(" · ");
 }
 
-// What each filter extracted, and the scores of its metrics.
+// Returns a table row for each filter: what the filter extracted, and the scores of its metrics.
 function filterRows(task, scores, extracted, text) {
   const { metrics, filters, extracts } = tasks[task];
   return filters.map((name, place) => {
@@ -94,7 +94,7 @@ function filterRows(task, scores, extracted, text) {
   });
 }
 
-// The column of a run. `move` goes to another answer; `player` is the present answer's.
+// Returns the column of a run. `move` goes to another of the run's answers; `player` belongs to the current answer.
 function columnOf(number, run, answers) {
   const row = documents[number];
   const letter = runs[run].key;
@@ -114,7 +114,7 @@ function columnOf(number, run, answers) {
     facts.textContent = factsOf(row[0], record, text, all);
     pane.style.minHeight = "";
     column.player = playerOf(record, text, all, pane);
-    pane.style.minHeight = `${pane.offsetHeight}px`; // what is below stays where it is while the answer grows
+    pane.style.minHeight = `${pane.offsetHeight}px`; // keeps what is below in place while the answer grows
   };
   const turn = (by, sign, name) => element("button", {
     type: "button", "aria-label": `${name} answer of run ${letter}`, onclick: () => { column.move(by); lay(); },
@@ -156,7 +156,7 @@ async function openDocument(number, step = null) {
   write();
 }
 
-// Shows all answers at the step that the page is at, or at their ends.
+// Shows all answers at the page's step, or at their ends where no step is chosen.
 function lay() {
   const steps = Math.max(0, ...columns.map(({ player }) => player.steps));
   $("player").hidden = steps === 0;

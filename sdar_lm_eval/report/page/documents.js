@@ -7,7 +7,7 @@ const FLAGS = { right: "Right", wrong: "Wrong", changed: "Changed", invalid: "In
 const MEANINGS = {
   right: "The score is 1",
   wrong: "The score is below 1",
-  changed: "The score is not the first run's",
+  changed: "The score differs from the first run's",
   invalid: "The filter extracted nothing",
   cut: "The answer ended at the limit of new tokens",
 };
@@ -15,11 +15,11 @@ const MEANINGS = {
 let runs = [], tasks = [], documents = [];
 let texts = null; // document -> run -> answers, once inflated
 let tokens = []; // the texts of tokens, once inflated
-let reading = null; // the promise of both
+let reading = null; // the promise of `texts` and `tokens`
 let shown = []; // numbers of the documents that match, in their order
 let current = -1; // number of the document that the keyboard is at
 let printing = false; // then all rows are drawn, also after a change of the size
-const haystacks = []; // what the search looks into, in lower case
+const haystacks = []; // number of a document -> the text that the search looks into, in lower case
 const chunks = new Map(); // number of a chunk -> the promise of its details
 const drawn = new Map(); // number of a document -> its row's element
 const view = { q: "", task: "", score: "", run: "", show: new Set(), doc: "", step: null };
@@ -49,13 +49,13 @@ function textOf(text) {
 const addressOf = ([task, id, , , , twin]) => `${tasks[task].name}/${id}${twin ? `~${twin}` : ""}`;
 const nameOf = ([metric, filter]) => `${metric}, ${filter}`;
 
-// The index of the metric that decides right and wrong: the chosen one where the task has it.
+// Returns the index of the metric that decides right and wrong: the chosen metric where the task has it, else its main one.
 function metricOf(task) {
   const found = tasks[task].metrics.findIndex((names) => nameOf(names) === view.score);
   return found < 0 ? tasks[task].main : found;
 }
 
-// A score with 1 for right and 0 for wrong, also where lower values are better.
+// Returns a score with 1 for right and 0 for wrong, even where lower values are better.
 function turned(task, metric, score) {
   return tasks[task].metrics[metric]?.[2] && (score === 0 || score === 1) ? 1 - score : score;
 }
@@ -70,7 +70,7 @@ function extractedOf(row, run) {
   return row[4][run]?.[1][filters.indexOf(metrics[metricOf(row[0])]?.[1])] ?? null;
 }
 
-// Whether a run's score is another than the first run's; for the first run, whether any run's is.
+// Returns whether a run's score differs from the first run's; for the first run, whether any run's score does.
 function changed(row, run) {
   if (!run) return runs.some((_, other) => other > 0 && changed(row, other));
   const pair = [scoreOf(row, 0), scoreOf(row, run)];
@@ -96,7 +96,7 @@ function haystackOf(row, number) {
   return [row[1], row[2], row[3], ...extracted, ...answers].join("\n").toLowerCase();
 }
 
-// ---- elements: what comes from models and data sets enters as text only
+// ---- elements: text of models and data sets enters as text only, never as HTML
 
 function element(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
@@ -125,7 +125,7 @@ const cell = (className, ...children) => element("span", { role: "cell", classNa
 const key = (run) => element("b", { className: "key" }, runs[run].key);
 const tag = (text, title) => element("span", { className: "tag", title }, text);
 
-// ---- the table: only rows in sight are elements
+// ---- the table: only rows in sight have elements
 
 function filter() {
   const words = view.q.toLowerCase();
@@ -198,7 +198,7 @@ function draw() {
     row.remove();
     drawn.delete(number);
   }
-  // Rows stand in their order, as screen readers and the Tab key follow it.
+  // Elements are in the order of the rows, since screen readers and the Tab key follow it.
   let next = $("rows").firstChild;
   for (const [number, position] of [...wanted].sort((a, b) => a[1] - b[1])) {
     if (drawn.has(number)) {
@@ -221,7 +221,7 @@ function redraw() {
   if (focused) drawn.get(current)?.querySelector("a").focus({ preventScroll: true });
 }
 
-// Makes a document that matches the current one, and scrolls so that its row is in sight.
+// Makes a document the current one, if it matches, and scrolls its row into sight.
 function moveTo(number, focus = true) {
   const place = shown.indexOf(number);
   if (place < 0) return;

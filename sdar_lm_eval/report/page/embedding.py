@@ -1,4 +1,4 @@
-"""Puts data, script and style into one HTML file that asks for nothing else."""
+"""Puts data, script and style into one HTML file that loads nothing from a network."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ import re
 import zlib
 
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-"""Characters that HTML has no place for."""
+"""Characters that HTML does not allow."""
 
 
 def embedded(value: object) -> str:
     """Return JSON of a value, deflated (RFC 1950) and in base64, for a script element that holds data.
 
-    Base64 has no character that could end the element. JSON escapes what is not ASCII, so that lone surrogates and
-    U+2028 come back as they were.
+    Base64 has no character that could end the element. JSON escapes every character that is not ASCII, so `extract`
+    returns lone surrogates and U+2028 unchanged.
+
+    Raises:
+        ValueError: the value has a number that is infinite or NaN.
     """
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(zlib.compress(text.encode("ascii"), 9)).decode("ascii")
 
 
 def extract(element: str) -> object:
-    """Return the value of `embedded`."""
+    """Return the value that `embedded` made a script element's text of."""
     return json.loads(zlib.decompress(base64.b64decode(element)))
 
 
 def printable(text: str) -> str:
-    """Return a text with U+FFFD for each character that HTML has no place for."""
+    """Return a text with U+FFFD in the place of each character that HTML does not allow."""
     return UNPRINTABLE.sub("\ufffd", text)
 
 
@@ -36,8 +39,8 @@ def policy(script: str, style: str) -> str:
     """Return the Content-Security-Policy that lets a page run one script and one style sheet, and load nothing.
 
     Args:
-        script: all that stands between <script> and </script>.
-        style: all that stands between <style> and </style>.
+        script: the whole text between <script> and </script>.
+        style: the whole text between <style> and </style>.
     """
     return (
         f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src data:; "

@@ -1,4 +1,4 @@
-"""What the page shows above its documents: runs, settings, scores and comparisons, as the template reads them."""
+"""The parts of the page above its documents, for the template: runs, settings, scores, comparisons, charts."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from sdar_lm_eval.report.statistics import mean_stderr
 from sdar_lm_eval.report.text_table import with_error
 
 NONE = "–"
-"""Stands where a run has no value."""
+"""The text in the place of a value that a run lacks."""
 
 SHARES = ("acc", "acc_norm", "exact_match")
-"""Metrics that are shares, where a run has no samples that say so."""
+"""Metrics that are taken to be shares where a run has no samples that show it."""
 
 
 @dataclass(frozen=True)
 class SettingRow:
-    """A setting's values.
+    """The values of a setting in some tasks.
 
     Attributes:
-        name: the setting.
-        tasks: the tasks that it has these values in; "" where these are all.
-        of_runs: its value in each run, as text.
+        name: the setting's name.
+        tasks: the tasks in which the setting has these values; "" for all tasks.
+        of_runs: the setting's value in each run, as text.
     """
 
     name: str
@@ -49,7 +49,7 @@ class SettingRow:
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A metric's values; `of_runs` has the text of each run's, `documents` how many the first run had."""
+    """The values of a metric: `of_runs` has each run's value as text, `documents` the first run's number of them."""
 
     task: str
     metric: str
@@ -60,7 +60,7 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class Plot:
-    """An interval on a line, and where the line has its zero, in per cent of the line's length."""
+    """An interval `low` to `high` around a difference `at`, and the zero, in per cent of the drawing's width."""
 
     zero: float
     low: float
@@ -70,7 +70,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class DifferenceRow:
-    """A difference as text, and the addresses that show the documents only one run has right ("" where unknown)."""
+    """A difference as text, with links to the documents that only one run has right; "" where there are none."""
 
     task: str
     metric: str
@@ -93,7 +93,7 @@ class DifferenceRow:
 
 @dataclass(frozen=True)
 class Pair:
-    """The first run and another one, by their numbers: what differs in settings, warnings, and the differences."""
+    """A comparison of run number `a`, the first, with run number `b`: settings that differ, warnings, differences."""
 
     a: int
     b: int
@@ -109,7 +109,7 @@ def key_of(number: int) -> str:
 
 
 def settings_rows(runs: Sequence[Run], tasks: Sequence[str]) -> tuple[list[SettingRow], list[SettingRow]]:
-    """Return the settings that differ between runs, and the others."""
+    """Return (the settings that differ between runs, the settings that do not)."""
     of_tasks: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for task in tasks:
         settings = [run.settings(task) if task in run.of_tasks else None for run in runs]
@@ -126,7 +126,7 @@ def settings_rows(runs: Sequence[Run], tasks: Sequence[str]) -> tuple[list[Setti
 
 
 def _of_having(values: Sequence[str], tasks: Sequence[str], runs: Sequence[Run]) -> tuple[str, ...]:
-    """The values of the runs that have one of the tasks."""
+    """The values of those runs that have one of the tasks."""
     return tuple(value for value, run in zip(values, runs, strict=True) if any(task in run.of_tasks for task in tasks))
 
 
@@ -138,7 +138,7 @@ def shown_value(value: object) -> str:
 
 
 def speeds_of(runs: Sequence[Run], task: str) -> list[Point | None]:
-    """Return the point of each run in a task, by the task's main metric; None where the run has none."""
+    """Return each run's point in a task, by the task's main metric; None where the run lacks the metric."""
     main = next(main_metric(run, task) for run in runs if task in run.of_tasks)
     found: list[Point | None] = []
     for run in runs:
@@ -148,7 +148,7 @@ def speeds_of(runs: Sequence[Run], task: str) -> list[Point | None]:
 
 
 def speed_rows(task: str, points: Sequence[Point | None]) -> list[ScoreRow]:
-    """Return how fast the runs are in a task; nothing for a task whose runs tell no tokens per forward."""
+    """Return the rows of the runs' speeds in a task; none where no run's tokens per forward are known."""
     rows: list[ScoreRow] = []
     if not any(point and point.tokens_per_forward for point in points):
         return rows
@@ -160,7 +160,7 @@ def speed_rows(task: str, points: Sequence[Point | None]) -> list[ScoreRow]:
 
 
 def charts_of(points: Sequence[tuple[str, Sequence[Point | None]]]) -> list[tuple[str, str]]:
-    """Return task -> SVG of accuracy against speed, of tasks in which at least two runs tell tokens per forward."""
+    """Return (task, SVG of accuracy against speed) for tasks in which two runs' tokens per forward are known."""
     found = []
     for task, of_runs in points:
         known = [_drawable(point) for point in of_runs if point and point.tokens_per_forward]
@@ -176,7 +176,7 @@ def _drawable(point: Point) -> Point:
 
 
 def without_styles(svg: str) -> str:
-    """Return an SVG element with attributes in the place of its styles, which the page's policy forbids."""
+    """Return an SVG element with attributes in the place of style attributes, which the page's policy forbids."""
 
     def attributes(style: re.Match[str]) -> str:
         pairs = (part.partition(":") for part in style[1].split(";") if part.strip())
@@ -186,7 +186,7 @@ def without_styles(svg: str) -> str:
 
 
 def shares(documents: Documents, task: str) -> set[MetricKey]:
-    """Return the metrics of a task whose value is a share: the scores of all documents lie between 0 and 1."""
+    """Return the metrics of a task that are shares: the scores of all documents lie between 0 and 1."""
     found = set()
     for key, of_runs in documents.scores(task).items():
         values = [value for of_run in of_runs for value in of_run if value is not None]
@@ -253,7 +253,7 @@ def _value(value: float, stderr: float | None, share: bool, sign: str = "") -> s
 
 
 def pairs_of(runs: Sequence[Run], tasks: Sequence[str], documents: Documents) -> list[Pair]:
-    """Return the comparison of the first run with each other one. A warning says why a pair cannot be compared."""
+    """Return the comparison of each other run with the first. A warning says why two runs cannot be compared."""
     compared: list[Comparison | str] = []
     for other in runs[1:]:
         try:
@@ -282,7 +282,7 @@ def _difference_rows(comparison: Comparison, number: int, documents: Documents) 
 
 
 def _ends(kinds: Mapping[Difference, bool], kind: bool) -> tuple[float, float]:
-    """The ends of the line on which the intervals of some differences stand."""
+    """The ends of the axis that the differences of one kind (shares, or other values) have in common."""
     ends = [end for each, its in kinds.items() if its == kind for end in (each.low, each.high) if end is not None]
     return min([0.0, *ends]), max([0.0, *ends])
 

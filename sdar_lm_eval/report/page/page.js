@@ -1,4 +1,4 @@
-// The address, which keeps what is shown; the controls; the start.
+// The address, which holds the state of the view; the controls; the start.
 
 const KEPT = ["q", "task", "score", "run", "doc"];
 
@@ -12,7 +12,7 @@ function write() {
 
 async function read() {
   const hash = location.hash.slice(1);
-  if (hash && !hash.includes("=")) return; // a section's
+  if (hash && !hash.includes("=")) return; // the address of a section
   const parts = new URLSearchParams(hash);
   for (const name of KEPT) view[name] = parts.get(name) ?? "";
   view.show = new Set((parts.get("show") ?? "").split(",").filter((flag) => Object.hasOwn(FLAGS, flag)));
@@ -33,7 +33,7 @@ function choose(name, value) {
   write();
 }
 
-// Goes to the next document that matches, or to the one before.
+// Goes to the next matching document (1), or to the previous one (-1).
 function turn(by) {
   const number = shown[shown.indexOf(current) + by];
   if (number === undefined) return;
@@ -141,7 +141,7 @@ async function start() {
     if (number % 64 === 0) await new Promise((resolve) => setTimeout(resolve)); // the page stays responsive
   }
   $("table").setAttribute("aria-busy", "false");
-  if (view.q) filter(); // now answers count too
+  if (view.q) filter(); // now the search finds answers too
 }
 
 start();

@@ -1,4 +1,4 @@
-"""Makes the page of runs."""
+"""Renders the HTML page of runs from its template, styles and scripts."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ FOLDER = Path(__file__).parent
 SCRIPTS = ("documents.js", "denoising.js", "page.js")
 
 CHUNK = 16
-"""Documents whose details are inflated together: prompts of a task begin alike, so they deflate together."""
+"""Number of documents whose details are deflated together. Prompts of a task begin alike, so they deflate well."""
 
 
 def page_of(runs: Sequence[Run], tasks: Sequence[str] = (), title: str | None = None) -> str:
     """Return the HTML text of the page.
 
     Args:
-        runs: the first is compared with each other one.
-        tasks: which tasks; empty: all.
-        title: the page's; None: model and tasks.
+        runs: the runs; each other run is compared with the first.
+        tasks: names of tasks; empty: all tasks of the runs.
+        title: the page's title; None: the models and tasks.
 
     Raises:
-        UserError: no run has one of the tasks, or a file of a run cannot be read or is not as lm_eval writes it.
+        UserError: no run has one of `tasks`, or a file of a run cannot be read or is not as lm_eval writes it.
     """
     known = list(dict.fromkeys(task for run in runs for task in run.tasks))
     for task in tasks:
@@ -83,7 +83,7 @@ def page_of(runs: Sequence[Run], tasks: Sequence[str] = (), title: str | None = 
 
 
 def _names(runs: Sequence[Run], differing: Sequence[overview.SettingRow]) -> list[str]:
-    """What the opened document calls each run: its settings that differ, else its folder."""
+    """The name of each run in the opened document: the settings that differ, else its folder."""
     found = []
     for number, run in enumerate(runs):
         parts = [
@@ -110,7 +110,7 @@ def _facts(runs: Sequence[Run], tasks: Sequence[str], documents: int) -> list[st
 
 
 def _day(seconds: float) -> str | None:
-    """The day of a time since 1970; None for a time that no calendar has."""
+    """The day (UTC) of a time in seconds since 1970; None for a time outside the calendar."""
     try:
         return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%d")
     except (OverflowError, ValueError, OSError):
