@@ -13,7 +13,7 @@ from rich.text import Text
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.denoising import Denoising
-from sdar_lm_eval.report.documents import Answer, Document, documents_of, main_metric
+from sdar_lm_eval.report.documents import Answer, Document, documents_of, main_key
 from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.runs import Run, read_runs
 from sdar_lm_eval.report.terminal import legend, written
@@ -95,7 +95,7 @@ def _metric(run: Run, task: str, name: str | None, filter_name: str | None) -> M
         wanted = " ".join(f"--{n} {v}" for n, v in (("metric", name), ("filter", filter_name)) if v is not None)
         listed = ", ".join(f"{metric} of {each}" for metric, each in keys) or "none"
         raise UserError(f"{task} has no such score: {wanted}. Its scores: {listed}.")
-    chosen = main_metric(run, task)
+    chosen = main_key(run, task)
     return chosen if chosen in fitting else fitting[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdar_lm_eval.report.published import (
@@ -15,6 +16,7 @@ from sdar_lm_eval.report.published import (
     SCI_TASKS,
     sampled,
 )
+from sdar_lm_eval.report.runs import Metric
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,15 @@ temperature 1 (S)."""
 
 TABLES = (COLUMNS, SCI_COLUMNS[: len(SCI_TASKS)], SCI_COLUMNS[len(SCI_TASKS) :])
 """The published tables, each with its columns: SDAR's, SDAR-30B-A3B-Sci's greedy, SDAR-30B-A3B-Sci's sampled."""
+
+
+def main_metric(task: str, metrics: Sequence[Metric]) -> Metric | None:
+    """Return the metric that counts where nobody chooses one: the published column's, else the task's first.
+
+    Args:
+        task: the task's name.
+        metrics: the task's metrics in a run.
+    """
+    columns = {column.task: column.metric for table in TABLES for column in table}
+    wanted = columns.get(task)
+    return next((each for each in metrics if f"{each.name},{each.filter}" == wanted), next(iter(metrics), None))

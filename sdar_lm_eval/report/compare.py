@@ -229,7 +229,7 @@ def changed_documents(a: Run, b: Run, task: str, metric: str, filter: str) -> li
 def differing_settings(a: Run, b: Run, tasks: Iterable[str]) -> dict[str, tuple[object, object]]:
     """Return the settings that differ: name -> (a's value, b's value), as `Comparison.settings`."""
     of_tasks = {
-        task: {name: (values[0], values[1]) for name, values in differing([a.settings(task), b.settings(task)]).items()}
+        task: {name: (values[0], values[1]) for name, values in differing([a.told(task), b.told(task)]).items()}
         for task in tasks
     }
     found: dict[str, tuple[object, object]] = {}

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from sdar_lm_eval.report.columns import main_metric
 from sdar_lm_eval.report.denoising import Denoising
-from sdar_lm_eval.report.gsm8k_json import PREFERRED_FILTER
 from sdar_lm_eval.report.pairing import MetricKey, numbers_of
 from sdar_lm_eval.report.results import Results, Sample
 from sdar_lm_eval.report.runs import Run
@@ -117,10 +117,10 @@ def documents_of(run: Run, task: str) -> list[Document]:
     ]
 
 
-def main_metric(run: Run, task: str) -> MetricKey | None:
-    """Return the metric that decides right and wrong by default; None where the task has no metric."""
-    keys = [(metric.name, metric.filter) for metric in run.metrics(task)]
-    return next((key for key in keys if key[1] == PREFERRED_FILTER), keys[0] if keys else None)
+def main_key(run: Run, task: str) -> MetricKey | None:
+    """The metric and filter that decide right and wrong where nobody chooses; None where the task has no metric."""
+    metric = main_metric(task, run.metrics(task))
+    return None if metric is None else (metric.name, metric.filter)
 
 
 def question_of(sample: Sample) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig, in_words
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.columns import main_metric
 from sdar_lm_eval.report.pairing import read_pair
 from sdar_lm_eval.report.results import Fields, Results
 from sdar_lm_eval.report.runs import Metric, Run, metrics_of
@@ -90,14 +91,16 @@ def metric_of(run: Run, task: str, name: str | None = None) -> Metric:
     Args:
         run: a run of the task.
         task: the task's name.
-        name: "metric" or "metric,filter"; None: the task's first metric.
+        name: "metric" or "metric,filter"; None: the published column's metric, else the task's first.
 
     Raises:
         UserError: the task has no such metric. The message lists the metrics of the task.
     """
     metrics = run.metrics(task)
+    if name is None and (chosen := main_metric(task, metrics)) is not None:
+        return chosen
     for metric in metrics:
-        if name in (None, metric.name, f"{metric.name},{metric.filter}"):
+        if name in (metric.name, f"{metric.name},{metric.filter}"):
             return metric
     known = ", ".join(f"{metric.name},{metric.filter}" for metric in metrics)
     asked = "any metric" if name is None else f"a metric {name!r}"

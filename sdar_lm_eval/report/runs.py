@@ -81,6 +81,14 @@ class Run:
         """Return the settings that a task's answers and scores depend on: name -> value, for those in the file."""
         return settings_of(self.results_of(task), task)
 
+    def told(self, task: str) -> dict[str, object]:
+        """Return the settings of a task; of repeats the seed of each, and no other setting of lm_eval's seeds."""
+        settings = self.settings(task)
+        if len(self.of_tasks[task]) > 1:
+            seeds = [settings_of(each, task).get("seed") for each in self.of_tasks[task]]
+            settings = _without_seeds(settings) | {"seed": ", ".join(map(str, seeds))}
+        return settings
+
     def metrics(self, task: str) -> list[Metric]:
         """Return the metrics of a task's first results."""
         return metrics_of(self.results_of(task), task)
@@ -101,7 +109,14 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
     for path in dict.fromkeys(paths):
         runs += _runs_in(path)
     _label(runs)
-    return runs
+    kept: list[Run] = []
+    for run in runs:
+        files = {each.file.resolve() for each in run.results}
+        if any(files <= {each.file.resolve() for each in other.results} for other in kept):
+            logger.warning("%s is named twice, and counts once.", run.label)
+        else:
+            kept.append(run)
+    return kept
 
 
 def metrics_of(results: Results, task: str) -> list[Metric]:

@@ -33,4 +33,5 @@ def with_error(value: float, stderr: float | None, scale: float = 1.0, sign: str
         scale: 100 for per cent of a share.
         sign: "+" for a sign before positive values too.
     """
-    return f"{scale * value:{sign}.1f}" + ("" if stderr is None else f" ± {scale * stderr:.1f}")
+    shown = round(scale * value, 1) + 0.0  # never -0.0
+    return f"{shown:{sign}.1f}" + ("" if stderr is None else f" ± {scale * stderr:.1f}")

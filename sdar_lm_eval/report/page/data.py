@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypedDict
 
 from sdar_lm_eval.report.denoising import CONFIDENCE_SCALE, Denoising
-from sdar_lm_eval.report.documents import Answer, Document, documents_of, is_likelihood, main_metric
+from sdar_lm_eval.report.documents import Answer, Document, documents_of, is_likelihood, main_key
 from sdar_lm_eval.report.pairing import Key, MetricKey, keyed
 from sdar_lm_eval.report.runs import Run, metrics_of
 
@@ -125,7 +125,7 @@ def _add_task(found: Documents, runs: Sequence[Run], task: str) -> None:
         for results in having
         for metric in metrics_of(results, task)
     }
-    main = next(main_metric(run, task) for run in runs if task in run.of_tasks)
+    main = next(main_key(run, task) for run in runs if task in run.of_tasks)
     of_runs = _by_key(runs, task)
     first = {key: document for each in reversed(of_runs) for key, document in each.items()}
     filters = list(dict.fromkeys(name for document in first.values() for name in document.answers[0].extracted))

@@ -15,7 +15,7 @@ import numpy as np
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compare_runs
 from sdar_lm_eval.report.curve import AXES, chart_svg
-from sdar_lm_eval.report.documents import main_metric
+from sdar_lm_eval.report.documents import main_key
 from sdar_lm_eval.report.page.data import Documents
 from sdar_lm_eval.report.page.embedding import printable
 from sdar_lm_eval.report.pairing import MetricKey
@@ -139,7 +139,7 @@ def shown_value(value: object) -> str:
 
 def speeds_of(runs: Sequence[Run], task: str) -> list[Point | None]:
     """Return each run's point in a task, by the task's main metric; None where the run lacks the metric."""
-    main = next(main_metric(run, task) for run in runs if task in run.of_tasks)
+    main = next(main_key(run, task) for run in runs if task in run.of_tasks)
     found: list[Point | None] = []
     for run in runs:
         has = task in run.of_tasks and main in [(metric.name, metric.filter) for metric in run.metrics(task)]
