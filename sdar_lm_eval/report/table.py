@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.columns import COLUMNS, TABLES, Column
+from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.published import Published, published_as
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Run, read_runs
@@ -206,7 +207,7 @@ def render(table: Table) -> str:
     else:
         title = f"{table.title}: the name is that of no published model (--published compares with one)"
     left = {0, 1, *range(6, len(head), 3)}
-    return "\n".join([title, "", *aligned([head, *lines], left=left), *([""] if notes else []), *notes])
+    return printable("\n".join([title, "", *aligned([head, *lines], left=left), *([""] if notes else []), *notes]))
 
 
 LEGEND = (
