@@ -71,7 +71,8 @@ class RunFrames:
         """A row for each answer of a document and filter; empty without --log_samples.
 
         Columns are `SAMPLE_COLUMNS`, and one for each metric, by its name: the value of the row's answer. Where a
-        filter makes one value of several answers, each of their rows has that value. `repeat` counts a document's
+        filter makes one value of several answers, each of their rows has that value, and `filtered` of all but the
+        first is missing. `repeat` counts a document's
         answers from 0, those of runs with other seeds too. A task that scores log-likelihoods has one row for a
         document, whose `response` is empty.
 
@@ -118,7 +119,7 @@ class RunFrames:
                         "repeat": before + repeat,
                         "doc_hash": sample.doc_hash,
                         "response": response,
-                        "filtered": sample.extracted,
+                        "filtered": sample.extracted_from(repeat),
                         "target": sample.target,
                         "prompt": sample.prompt,
                     }

@@ -19,7 +19,9 @@ document:
     answers     how many answers there are
 
 A text is a string or, where the answer's tokens are known, [string or length, [index into `tokens`, …]]. A length says
-that the text is so many UTF-16 code units of the tokens' texts. An answer of `details` is [scores, extracted, record].
+that the text is so many UTF-16 code units of the tokens' texts.
+An answer of `details` is [scores, extracted, record]. Where a filter has one value for several answers, the first has
+that, and the others have null and "".
 A record is null or
 
     {"steps": differences of the answer's denoising steps, "confidences": of 10,000, "finish", "forwards", "seconds",
@@ -188,8 +190,8 @@ def _text(answer: Answer, tokens: dict[str, int]) -> object:
 
 
 def _detail(answer: Answer, metrics: Sequence[MetricKey], filters: Sequence[str]) -> list[object]:
-    scores = [answer.scores.get(metric) for metric in metrics]
-    return [scores, [answer.extracted.get(name) for name in filters], _record(answer.denoising)]
+    scores = [answer.own_scores.get(metric) for metric in metrics]
+    return [scores, [answer.extracted.get(name, "") for name in filters], _record(answer.denoising)]
 
 
 def _record(record: Denoising | None) -> dict[str, object] | None:
