@@ -1,13 +1,15 @@
 """Runs on disk: the results files of one model with one choice of settings, whatever harness model made them.
 
-A path that a user names may hold many results files. Two of them are one run if they are of one model, and the settings
-of each task that both have differ in nothing but seeds. Results of the same task that differ in their seed alone are
-repeats: each document then has several answers. Of results that do not even differ in their seed, the newest count.
+A path that a user names may hold many results files. Two of them are one run if they are of one model, and of each task
+that both have, they answered as many documents with settings that differ in nothing but seeds. Results of the same task
+that differ in their seed alone are repeats: each document then has several answers. Of results that do not even differ
+in their seed, the newest count.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,17 +113,17 @@ def metrics_of(results: Results, task: str) -> list[Metric]:
     found = []
     for key, value in scores.content.items():
         name, comma, filter_name = key.partition(",")
-        if not comma or name.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, (int, float)):
+        number = _number(value)
+        if not comma or name.endswith("_stderr") or number is None:
             continue
-        stderr = scores.content.get(f"{name}_stderr,{filter_name}")  # "N/A" where lm_eval computed none
-        known = isinstance(stderr, (int, float)) and not isinstance(stderr, bool) and stderr == stderr
+        stderr = _number(scores.content.get(f"{name}_stderr,{filter_name}"))  # "N/A" where lm_eval computed none
         higher = better.get(name)
         found.append(
             Metric(
                 name=name,
                 filter=filter_name,
-                value=value,
-                stderr=float(stderr) if known and isinstance(stderr, (int, float)) else None,
+                value=number,
+                stderr=stderr if stderr is not None and math.isfinite(stderr) else None,
                 higher_is_better=higher if isinstance(higher, bool) else None,
             )
         )
@@ -162,6 +164,14 @@ def differing(settings: Sequence[Mapping[str, object]]) -> dict[str, list[object
     names = dict.fromkeys(name for each in settings for name in each)
     values = {name: [each.get(name) for each in settings] for name in names}
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _number(value: object) -> float | None:
+    """The value as a number, which may be infinite or NaN; None where it is none that a float holds."""
+    try:
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    except OverflowError:
+        return None
 
 
 def _model_args(results: Results) -> dict[str, object]:
@@ -205,10 +215,17 @@ def _belongs(results: Results, tasks: Sequence[str], run: Run) -> bool:
     if any(mine.get(name) != theirs.get(name) for name in _IDENTITY):
         return False
     shared = [task for task in tasks if task in run.of_tasks]
+    # lm_eval does not write which documents --samples chose: a trial on some must not stand for a run on all.
     return all(
-        not differing([_without_seeds(run.settings(task)), _without_seeds(settings_of(results, task))])
+        _answered(results, task) == _answered(run.results_of(task), task)
+        and not differing([_without_seeds(run.settings(task)), _without_seeds(settings_of(results, task))])
         for task in shared
     )
+
+
+def _answered(results: Results, task: str) -> object:
+    """How many documents were answered; None where the file does not say."""
+    return results.content.part_or_empty("n-samples").part_or_empty(task).content.get("effective")
 
 
 def _without_seeds(settings: Mapping[str, object]) -> dict[str, object]:
