@@ -7,6 +7,7 @@ A Written has 8 bytes for a token, since an evaluation keeps the notes of all it
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -184,7 +185,7 @@ def _write(tracker: Tracker, task: str, lines: Sequence[DenoisingLine]) -> None:
     folder = path.parent if path.suffix == ".json" else path
     names: Mapping[str, object] = vars(tracker)
     # lm_eval tells the name of the samples file to nobody: it has the date of the results file.
-    found = sorted(folder.rglob(f"samples_{task}_{names.get('date_id')}.jsonl"))
+    found = sorted(folder.rglob(f"samples_{glob.escape(task)}_{names.get('date_id')}.jsonl"))
     if not found:
         logger.warning("How answers of %s were written is not kept: lm_eval wrote no samples file.", task)
         return
