@@ -12,12 +12,15 @@ The module's docstring is the command's description. A module is imported only w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from sdar_lm_eval.errors import SDARError
+from sdar_lm_eval.report.printing import printable
 
 COMMANDS = {
     "compare": "print differences between runs, with paired intervals and tests",
@@ -85,6 +88,9 @@ def main(argv: Sequence[str]) -> int:
     )
     command.add_arguments(parser)
     arguments = parser.parse_args(argv[1:])
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal's encoding lacks is printed as an escape
+        with contextlib.suppress(OSError):  # a file that became a pipe under it
+            sys.stdout.reconfigure(errors="backslashreplace")
     try:
         text = command.run(arguments)
         if text is not None:
@@ -92,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader, say `head`, ended. Python flushes stdout at exit, which must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except SDARError as error:
-        print(f"sdar_lm_eval: error: {error}", file=sys.stderr)
+        print(printable(f"sdar_lm_eval: error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print(

@@ -94,6 +94,7 @@ def _show(console: Console, model: LoadedModel, prompt: Prompt, gen_kwargs: dict
     """Show the answer in a terminal as it is written."""
     from rich.text import Text
 
+    from sdar_lm_eval.report.printing import printable
     from sdar_lm_eval.report.streaming import Screen, cost
 
     with Screen(console, model.pieces, model.checkpoint.mask_token_id) as screen:
@@ -104,7 +105,7 @@ def _show(console: Console, model: LoadedModel, prompt: Prompt, gen_kwargs: dict
             console.print(f"interrupted after {screen.tokens} tokens", style="dim")
             raise
     if not model.shows_steps:
-        console.print(Text(answer.text), soft_wrap=True)
+        console.print(Text(printable(answer.text)), soft_wrap=True)
         console.print(_no_steps(model), style="dim")
     console.print()
     console.print(cost(answer.denoising), style="dim")

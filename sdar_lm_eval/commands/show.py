@@ -15,6 +15,7 @@ from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.documents import Answer, Document, documents_of, main_key
 from sdar_lm_eval.report.pairing import MetricKey
+from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.runs import Run, read_runs
 from sdar_lm_eval.report.terminal import legend, written
 
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> str | None:
         return json.dumps([_as_dict(each, metric) for each in chosen], indent=2, ensure_ascii=False)
     console = Console(highlight=False)
     if arguments.doc is None:
-        console.print(_title(run, task, metric, every, len(chosen)), soft_wrap=True)
+        console.print(Text(_title(run, task, metric, every, len(chosen))), soft_wrap=True)
         console.print(_table(chosen, metric))
     else:
         _print_document(console, task, metric, chosen[0])
@@ -142,13 +143,14 @@ def _extracted(answer: Answer, filter_name: str) -> str:
 def _title(run: Run, task: str, metric: MetricKey, documents: Sequence[Document], chosen: int) -> str:
     scores = [score for each in documents if (score := each.score(metric)) is not None]
     mean = f", {metric[0]} of {metric[1]} {100 * sum(scores) / len(scores):.1f}%" if scores else ""
-    return f"{run.label}: {task}{mean}; {chosen:,} of {len(documents):,} documents"
+    return printable(f"{run.label}: {task}{mean}; {chosen:,} of {len(documents):,} documents")
 
 
 def _table(documents: Sequence[Document], metric: MetricKey) -> Table:
     table = Table(box=None, pad_edge=False, expand=True)
+    most = max((each.index for each in documents), default=0)
     for name in ("doc", "tokens", "forwards"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(str(most)) if name == "doc" else None)
     for name in ("verdict", "extracted", "gold"):
         table.add_column(name, no_wrap=True, max_width=18)
     table.add_column("question", no_wrap=True, ratio=1)
@@ -160,7 +162,7 @@ def _table(documents: Sequence[Document], metric: MetricKey) -> Table:
         if each.is_cut:
             verdict.append(" cut", "yellow")
         extracted = _extracted(each.answers[0], metric[1]) if each.answers else ""
-        texts = (" ".join(text.split()) for text in (extracted, each.gold, each.question))
+        texts = (" ".join(printable(text).split()) for text in (extracted, each.gold, each.question))
         table.add_row(str(each.index), tokens, forwards, verdict, *map(Text, texts))
     return table
 
@@ -170,16 +172,16 @@ def _forwards(record: Denoising) -> int:
 
 
 def _print_document(console: Console, task: str, metric: MetricKey, document: Document) -> None:
-    title = Text.assemble((f"{task} {document.index}", "bold"), "  ", _verdict(document.score(metric)))
+    title = Text.assemble((printable(f"{task} {document.index}"), "bold"), "  ", _verdict(document.score(metric)))
     console.print(title)
     console.print()
-    console.print(Text(document.prompt or document.question), soft_wrap=True)
+    console.print(Text(printable(document.prompt or document.question)), soft_wrap=True)
     for number, answer in enumerate(document.answers):
         named = "answer" if len(document.answers) == 1 else f"answer {number + 1} of {len(document.answers)}"
         record = answer.denoising
         console.rule(Text(named), align="left")
         if record is None:
-            console.print(Text(answer.text), soft_wrap=True)
+            console.print(Text(printable(answer.text)), soft_wrap=True)
             console.print("The run has no record of how the answer was written.", style="dim")
         else:
             console.print(written(record), soft_wrap=True)
@@ -189,8 +191,9 @@ def _print_document(console: Console, task: str, metric: MetricKey, document: Do
                 console.print("The answer ended at the limit of new tokens.", style="yellow")
         console.print()
         for filter_name in answer.extracted:
-            console.print(Text.assemble((f"{filter_name}: ", "dim"), _extracted(answer, filter_name)))
-        console.print(Text.assemble(("gold: ", "dim"), document.gold))
+            extracted = printable(_extracted(answer, filter_name))
+            console.print(Text.assemble((printable(f"{filter_name}: "), "dim"), extracted), soft_wrap=True)
+        console.print(Text.assemble(("gold: ", "dim"), printable(document.gold)), soft_wrap=True)
 
 
 def _cost(record: Denoising) -> str:
@@ -211,7 +214,7 @@ def _as_dict(document: Document, metric: MetricKey) -> dict[str, object]:
             {
                 "text": answer.text,
                 "extracted": dict(answer.extracted),
-                "scores": [{"metric": m, "filter": f, "value": v} for (m, f), v in answer.scores.items()],
+                "scores": [{"metric": m, "filter": f, "value": v} for (m, f), v in answer.own_scores.items()],
                 "denoising": None if answer.denoising is None else answer.denoising.as_dict(),
             }
             for answer in document.answers

@@ -8,6 +8,7 @@ token.
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -187,7 +188,7 @@ def _write(tracker: Tracker, task: str, lines: Sequence[DenoisingLine]) -> None:
     folder = path.parent if path.suffix == ".json" else path
     names: Mapping[str, object] = vars(tracker)
     # lm_eval does not return the samples file's name, which ends in the date of the results file.
-    found = sorted(folder.rglob(f"samples_{task}_{names.get('date_id')}.jsonl"))
+    found = sorted(folder.rglob(f"samples_{glob.escape(task)}_{names.get('date_id')}.jsonl"))
     if not found:
         logger.warning("The denoising records of %s are not kept: lm_eval wrote no samples file.", task)
         return

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from sdar_lm_eval.report.compare import EXACT, ChangedDocument, Comparison, Difference
+from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.statistics import ALPHA, FEWEST_DISCORDANT, POWER
 from sdar_lm_eval.report.text_table import aligned, with_error
 
@@ -24,6 +25,7 @@ _LEGEND = (
     "± is one standard error. Scores from 0 to 1 are in per cent. The interval is the paired 95% interval of B - A.",
     f"detectable: the smallest true difference that the test finds (p < {ALPHA}) with probability {POWER}.",
 )
+_NO_SETTING = "No setting that the files name differs."
 _HOLM = (
     f"p (Holm): p after Holm's adjustment for the number of tests. Where no score truly differs, at most {ALPHA:.0%} "
     f"of such tables have a p (Holm) below {ALPHA}."
@@ -42,14 +44,14 @@ def as_text(comparisons: Sequence[Comparison], documents: DocumentsOf | None = N
         [f"A: {comparisons[0].a.label}", *(f"{n}: {each.b.label}" for n, each in zip(names, comparisons, strict=True))],
         ["Settings that differ:", *("  " + line for line in aligned(rows, left=range(len(rows[0]))))]
         if (rows := _settings_rows(comparisons, names))
-        else ["No setting that the files name differs."],
+        else [_NO_SETTING],
         [f"Warning: {text}" for text in _warnings(comparisons, names)],
         aligned(table(comparisons), left=(0, 1, 2, 3) if len(names) > 1 else (0, 1, 2)),
         sentences(comparisons),
         _notes(comparisons),
     ]
     parts += [_listed(comparisons[i], j, changed) for (i, j), changed in (documents or {}).items()]
-    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+    return printable("\n\n".join("\n".join(lines) for lines in parts if lines))
 
 
 def as_markdown(comparisons: Sequence[Comparison], documents: DocumentsOf | None = None) -> str:
@@ -58,7 +60,7 @@ def as_markdown(comparisons: Sequence[Comparison], documents: DocumentsOf | None
     parts = [
         [f"- A: {_code(comparisons[0].a.label)}"]
         + [f"- {name}: {_code(each.b.label)}" for name, each in zip(names, comparisons, strict=True)],
-        _markdown_table(_settings_rows(comparisons, names)),
+        _markdown_table(rows) if (rows := _settings_rows(comparisons, names)) else [_NO_SETTING],
         [f"- Warning: {_escaped(text)}" for text in _warnings(comparisons, names)],
         _markdown_table(table(comparisons)),
         [f"- {_escaped(line)}" for line in sentences(comparisons)],
@@ -67,7 +69,7 @@ def as_markdown(comparisons: Sequence[Comparison], documents: DocumentsOf | None
     for (i, j), changed in (documents or {}).items():
         head, *_ = _listed(comparisons[i], j, changed)
         parts += [[_escaped(head)], _markdown_table(_document_rows(comparisons[i].differences[j], changed))]
-    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+    return printable("\n\n".join("\n".join(lines) for lines in parts if lines))
 
 
 def as_csv(comparisons: Sequence[Comparison]) -> str:

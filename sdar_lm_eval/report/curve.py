@@ -7,6 +7,7 @@ the same file, byte for byte. altair would need a JavaScript engine to write the
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ def summarized(task: str, metric: str, points: Sequence[Point], y_max: float | N
         points: the points.
         y_max: the best accuracy of all models and methods that are compared, in per cent; None: the best of the points.
     """
-    best = max((point.accuracy for point in points), default=0.0) if y_max is None else y_max
+    known = (point.accuracy for point in points if math.isfinite(point.accuracy))
+    best = max(known, default=0.0) if y_max is None else y_max
     fronts = {title: tuple(pareto_front(points, speed)) for title, speed in AXES.items()}
     curves = [Curve("the front", fronts["tokens per forward"]), *curves_of(points)]
     return Summary(task, metric, tuple(points), fronts, tuple(value_of(each, best) for each in curves), best)

@@ -29,6 +29,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ from sdar_lm_eval.files import one_line, shown
 
 FORMAT, VERSION = "sdar_lm_eval/denoising", 1
 CONFIDENCE_SCALE = 10_000
+
+_NOT_AS_WRITTEN = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+"""What lines that this package did not write raise where they are read."""
 
 
 class DenoisingLine(TypedDict):
@@ -154,7 +158,7 @@ def read_denoising(file: Path) -> list[Denoising]:
                     f"version {VERSION}. Read it with the package that wrote it."
                 )
             return [_denoising(json.loads(line)) for line in lines]
-    except (OSError, EOFError, ValueError, TypeError, KeyError, RecursionError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, *_NOT_AS_WRITTEN) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file} cannot be read ({one_line(error)}). Remove it, or evaluate again.") from error
@@ -173,9 +177,15 @@ def _denoising(line: DenoisingLine) -> Denoising:
         steps=None if steps is None else tuple(map(int, steps)),
         confidences=None if confidences is None else tuple(c / CONFIDENCE_SCALE for c in confidences),
         finish_reason=str(line["finish_reason"]),
-        forwards=dict(line["forwards"]),
+        forwards={name: int(number) for name, number in line["forwards"].items()},
         seconds=float(line["seconds"]),
     )
-    if found.block_length < 1 or {len(tokens)} != {len(found.texts), len(steps or tokens), len(confidences or tokens)}:
+    lists = [each for each in (found.texts, found.steps, found.confidences) if each is not None]
+    if found.block_length < 1 or any(len(each) != len(tokens) for each in lists):
         raise ValueError(f"document {found.document}: lists of different lengths")
+    if (found.steps is None) != (found.confidences is None):
+        raise ValueError(f"document {found.document}: steps without confidences, or confidences without steps")
+    numbers = (*(found.steps or ()), *(found.confidences or ()), *found.forwards.values(), found.seconds)
+    if not all(math.isfinite(number) and number >= 0 for number in numbers) or found.prompt_tokens < 0:
+        raise ValueError(f"document {found.document}: numbers below 0, or none")
     return found

@@ -29,8 +29,10 @@ class Answer:
 
     Attributes:
         text: the answer; for a task of log-likelihoods, one line for each continuation.
-        scores: metric and filter -> the document's score in the answer's results file; only scores that are numbers.
-        extracted: filter -> what the filter extracted; None where the filter found nothing.
+        scores: metric and filter -> the answer's score, or the document's where the task scores its answers as one;
+            only scores that are numbers.
+        extracted: filter -> what the filter extracted; None where the filter found nothing. Where a filter makes one
+            value of several answers, the first answer alone has the value.
         denoising: the answer's denoising record; None where the run has no record.
     """
 
@@ -38,6 +40,11 @@ class Answer:
     scores: Mapping[MetricKey, float]
     extracted: Mapping[str, str | None]
     denoising: Denoising | None
+
+    @property
+    def own_scores(self) -> dict[MetricKey, float]:
+        """The scores of filters that made something of this answer."""
+        return {key: score for key, score in self.scores.items() if key[1] in self.extracted}
 
 
 @dataclass(frozen=True)
@@ -97,11 +104,9 @@ def documents_of(run: Run, task: str) -> list[Document]:
             sample = next(iter(of_filters.values()))
             first.setdefault(key, sample)
             texts = [_likelihoods(sample)] if of_likelihoods else list(sample.responses)
-            scores = _scores(of_filters, names)
-            found = {n: None if s.extracted in NOTHING_EXTRACTED else s.extracted for n, s in of_filters.items()}
             answers.setdefault(key, []).extend(
-                Answer(text, scores, found, record)
-                for text, record in zip(texts, _records(key[0], texts, records), strict=True)
+                Answer(text, _scores(of_filters, names, repeat, len(texts)), _extracted(of_filters, repeat), record)
+                for repeat, (text, record) in enumerate(zip(texts, _records(key[0], texts, records), strict=True))
             )
     return [
         Document(
@@ -143,13 +148,22 @@ def _records(
     return [records.get((document, repeat), first if text == texts[0] else None) for repeat, text in enumerate(texts)]
 
 
-def _scores(of_filters: Mapping[str, Sample], names: Collection[str]) -> dict[MetricKey, float]:
+def _extracted(of_filters: Mapping[str, Sample], repeat: int) -> dict[str, str | None]:
+    """What each filter made of an answer, as `Answer.extracted`."""
+    found = {name: sample.extracted_from(repeat) for name, sample in of_filters.items()}
+    return {name: None if text in NOTHING_EXTRACTED else text for name, text in found.items() if text is not None}
+
+
+def _scores(
+    of_filters: Mapping[str, Sample], names: Collection[str], repeat: int, answers: int
+) -> dict[MetricKey, float]:
+    """The scores of one of a document's answers, as `Answer.scores`."""
     found: dict[MetricKey, float] = {}
     for filter_name, sample in of_filters.items():
         for name, value in sample.line.content.items():
             numbers = numbers_of(value) if name in names else None
             if numbers is not None and all(map(math.isfinite, numbers)):
-                found[name, filter_name] = fmean(numbers)
+                found[name, filter_name] = numbers[repeat] if len(numbers) == answers else fmean(numbers)
     return found
 
 
@@ -179,6 +193,6 @@ def _gold(sample: Sample) -> str:
     """The gold answer; an index into choices is followed by the choice's text."""
     choices = sample.doc.get("choices")
     texts = choices.get("text") if isinstance(choices, dict) else choices
-    if isinstance(texts, list) and sample.target.isdigit() and int(sample.target) < len(texts):
+    if isinstance(texts, list) and sample.target.isdecimal() and int(sample.target) < len(texts):
         return f"{sample.target}: {texts[int(sample.target)]}"
     return sample.target

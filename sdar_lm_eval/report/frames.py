@@ -77,7 +77,8 @@ class RunFrames:
         """A row for each document, answer and filter; empty without --log_samples.
 
         Columns are `SAMPLE_COLUMNS`, and a column for each metric with the value of the row's answer. Where a filter
-        makes one value of several answers, the rows of these answers all have that value. `repeat` numbers a document's
+        makes one value of several answers, the rows of these answers all have that value, and
+        `filtered` is missing in all rows but the first. `repeat` numbers a document's
         answers from 0, over all seeds. A task that compares log-likelihoods has one row for each document and filter,
         whose `response` is empty.
 
@@ -125,7 +126,7 @@ class RunFrames:
                         "repeat": before + repeat,
                         "doc_hash": sample.doc_hash,
                         "response": response,
-                        "filtered": sample.extracted,
+                        "filtered": sample.extracted_from(repeat),
                         "target": sample.target,
                         "prompt": sample.prompt,
                     }

@@ -119,7 +119,7 @@ def points_of(runs: Sequence[Run], task: str, metric: str | None = None) -> list
         UserError: a run has no such metric, or its files are not as lm_eval writes them.
     """
     chosen = [(run, metric_of(run, task, metric)) for run in runs if task in run.of_tasks]
-    scale = 100.0 if all(0 <= each.value <= 1 for _, each in chosen) else 1.0
+    scale = 100.0 if all(0 <= each.value <= 1 for _, each in chosen if math.isfinite(each.value)) else 1.0
     return [_point(run, task, each, scale) for run, each in chosen]
 
 
@@ -179,16 +179,19 @@ def _telling(points: Sequence[Point]) -> list[Mapping[str, object]]:
 
 
 def _varies(name: str, settings: Sequence[Mapping[str, object]]) -> bool:
-    return len({each.get(name) for each in settings}) > 1
+    values = [each.get(name) for each in settings]  # JSON: some may be lists
+    return any(value != values[0] for value in values)
 
 
 def pareto_front(points: Sequence[Point], speed: Speed) -> list[Point]:
     """Return the points on the Pareto front, the slowest first.
 
     A point is on the front if no other point dominates it: is at least as fast and at least as accurate, and better in
-    one of the two. Points of unknown speed are not on the front.
+    one of the two. Points of unknown speed, and points whose accuracy is not a
+    number, are not on the front.
     """
-    known = [(fast, point.accuracy, point) for point in points if (fast := speed(point)) is not None]
+    finite = [point for point in points if math.isfinite(point.accuracy)]
+    known = [(fast, point.accuracy, point) for point in finite if (fast := speed(point)) is not None]
     front = [
         (fast, point)
         for fast, accuracy, point in known
@@ -254,7 +257,8 @@ def value_of(curve: Curve, y_max: float) -> CurveValue:
     `aup` refuses a curve whose fastest point lost more. A sweep includes such points on purpose, so `value_of` leaves
     them out before it calls `aup`, and counts them.
     """
-    known = [(p.tokens_per_forward, p.accuracy) for p in curve.points if p.tokens_per_forward]
+    finite = [point for point in curve.points if math.isfinite(point.accuracy)]
+    known = [(p.tokens_per_forward, p.accuracy) for p in finite if p.tokens_per_forward]
     known.sort(key=lambda point: point[0])
     kept = [(speed, y) for speed, y in known if y >= known[0][1] - TOLERANCE]
     value = aup(kept, y_max) if kept and y_max > 0 else None

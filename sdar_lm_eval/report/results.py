@@ -134,6 +134,17 @@ class Sample:
         request = self.line.part_or_empty("arguments").part_or_empty(f"gen_args_{known.index(max(known))}")
         return str(request.content.get("arg_1", self.filtered)).strip()
 
+    def extracted_from(self, repeat: int) -> str | None:
+        """What was scored of an answer, from 0; None where the filter has one value for several answers: the first's.
+
+        Filters that keep all answers, as those of tasks with a mean over repeats, have a value for each.
+        """
+        of_requests = self.line.content.get("filtered_resps")
+        values = of_requests[0] if isinstance(of_requests, list) and len(of_requests) == 1 else None
+        if len(self.responses) > 1 and isinstance(values, list) and len(values) == len(self.responses):
+            return _first(values[repeat])
+        return self.extracted if repeat == 0 else None
+
 
 class Results:
     """A results file.

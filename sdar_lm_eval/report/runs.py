@@ -1,13 +1,15 @@
 """Runs on disk. A run is the results files of one model, which may be any of the harness, with one choice of settings.
 
 A path that a user names may hold many results files. Two results files belong to one run if they are of one model, and
-if the settings of each task that both have differ in seeds only. Results of one task with different seeds are repeats:
-each document then has several answers. Of results of one task with equal seeds, only the newest count.
+if of each task that both have they answered as many documents, with settings that differ in seeds only. Results of one
+task with different seeds are repeats: each document then has several answers. Of results of one task with equal seeds,
+only the newest count.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,17 +128,17 @@ def metrics_of(results: Results, task: str) -> list[Metric]:
     found = []
     for key, value in scores.content.items():
         name, comma, filter_name = key.partition(",")
-        if not comma or name.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, (int, float)):
+        number = _number(value)
+        if not comma or name.endswith("_stderr") or number is None:
             continue
-        stderr = scores.content.get(f"{name}_stderr,{filter_name}")  # "N/A" where lm_eval computed none
-        known = isinstance(stderr, (int, float)) and not isinstance(stderr, bool) and stderr == stderr
+        stderr = _number(scores.content.get(f"{name}_stderr,{filter_name}"))  # "N/A" where lm_eval computed none
         higher = better.get(name)
         found.append(
             Metric(
                 name=name,
                 filter=filter_name,
-                value=value,
-                stderr=float(stderr) if known and isinstance(stderr, (int, float)) else None,
+                value=number,
+                stderr=stderr if stderr is not None and math.isfinite(stderr) else None,
                 higher_is_better=higher if isinstance(higher, bool) else None,
             )
         )
@@ -177,6 +179,14 @@ def differing(settings: Sequence[Mapping[str, object]]) -> dict[str, list[object
     names = dict.fromkeys(name for each in settings for name in each)
     values = {name: [each.get(name) for each in settings] for name in names}
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _number(value: object) -> float | None:
+    """The value as a number, which may be infinite or NaN; None where it is none that a float holds."""
+    try:
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    except OverflowError:
+        return None
 
 
 def _model_args(results: Results) -> dict[str, object]:
@@ -220,10 +230,17 @@ def _belongs(results: Results, tasks: Sequence[str], run: Run) -> bool:
     if any(mine.get(name) != theirs.get(name) for name in _IDENTITY):
         return False
     shared = [task for task in tasks if task in run.of_tasks]
+    # lm_eval does not write which documents --samples chose: a trial on some must not stand for a run on all.
     return all(
-        not differing([_without_seeds(run.settings(task)), _without_seeds(settings_of(results, task))])
+        _answered(results, task) == _answered(run.results_of(task), task)
+        and not differing([_without_seeds(run.settings(task)), _without_seeds(settings_of(results, task))])
         for task in shared
     )
+
+
+def _answered(results: Results, task: str) -> object:
+    """How many documents were answered; None where the file does not say."""
+    return results.content.part_or_empty("n-samples").part_or_empty(task).content.get("effective")
 
 
 def _without_seeds(settings: Mapping[str, object]) -> dict[str, object]:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from sdar_lm_eval.engines.types import BlockStep
 from sdar_lm_eval.report.denoising import Denoising
+from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.terminal import BORDER, MASK, style_of
 
 UNFINISHED = "\ufffd"  # the tokenizer decodes a character whose last bytes are missing to this
@@ -52,7 +53,8 @@ class PlainText:
         self._write_up_to(text)
 
     def _write_up_to(self, text: str) -> None:
-        self._out.write(text[self._written :])
+        rest = text[self._written :]
+        self._out.write(printable(rest) if self._out.isatty() else rest)
         self._out.flush()
         self._written = max(self._written, len(text))
 
@@ -123,7 +125,7 @@ class Screen:
             if token == self._mask:
                 block.append(MASK, Style(dim=True))
             else:
-                block.append(text, style_of(confidence))
+                block.append(printable(text), style_of(confidence))
         return block
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from sdar_lm_eval.report.columns import TABLES, Column
+from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.published import Published, published_as
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Metric, Run, read_runs
@@ -201,7 +202,7 @@ def render(table: Table) -> str:
     else:
         title = f"{table.title}: the name is that of no published model (--published compares with one)"
     parts = [[title], aligned([head, *lines], left={0, 1, *range(6, len(head), 3)}) if lines else [], notes]
-    return "\n\n".join("\n".join(part) for part in [*parts, _others(table)] if part)
+    return printable("\n\n".join("\n".join(part) for part in [*parts, _others(table)] if part))
 
 
 def _others(table: Table) -> list[str]:

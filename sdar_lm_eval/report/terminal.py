@@ -6,6 +6,7 @@ from rich.style import Style
 from rich.text import Text
 
 from sdar_lm_eval.report.denoising import Denoising
+from sdar_lm_eval.report.printing import printable
 
 LEVELS = ((0.5, "bold red"), (0.7, "red"), (0.9, "yellow"), (0.99, "cyan"))
 """(confidence, style of tokens below this confidence), rising; tokens of higher confidence have no style."""
@@ -38,7 +39,7 @@ def written(denoising: Denoising) -> Text:
             confidence = 1.0 if denoising.confidences is None else denoising.confidences[i]
             style = style_of(confidence)
             token = denoising.texts[i]
-            shown = token.replace("\n", "⏎")
+            shown = printable(token).replace("\n", "⏎")
             text.append(shown, style)
             if denoising.steps is not None:
                 text.append(str(denoising.steps[i] + 1).translate(_SUBSCRIPTS), Style(dim=True))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from run_files import write_run
 
 from sdar_lm_eval.commands import COMMANDS, LM_EVAL_COMMANDS, main, overview
 
@@ -29,3 +32,14 @@ def test_a_flag_that_is_none_is_a_usage_error(name: str, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as ended:
         main([name, "--nothing-of-the-kind"])
     assert ended.value.code == 2 and f"usage: sdar_lm_eval {name}" in capsys.readouterr().err
+
+
+def test_characters_that_the_terminals_encoding_lacks_are_printed_as_escapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "a", {"task": {"acc,none": [1, 0]}})
+    write_run(tmp_path / "b", {"task": {"acc,none": [1, 1]}}, beams=4)
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert rb"50.0 \xb1 50.0" in out.buffer.getvalue()  # type: ignore[attr-defined]

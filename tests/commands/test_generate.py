@@ -191,6 +191,22 @@ def test_a_character_of_two_blocks_is_shown_once() -> None:
     assert last_frame(console)[0] == "a│éb"
 
 
+def test_escape_sequences_of_an_answer_are_shown() -> None:
+    shown, console = screen()
+    with shown:
+        shown.watch(step(0, [97, *b"\x1b[2J"], finished=True))
+    assert last_frame(console)[0] == "a␛[2J"
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for out, text in ((Terminal(), "a␛[2J"), (io.StringIO(), "a\x1b[2J")):  # a file gets the answer as it is
+        plain = PlainText(out, lambda ids: bytes(ids).decode(), [])
+        plain.watch(step(0, [97, *b"\x1b[2J"]))
+        assert out.getvalue() == text
+
+
 def terminal(*words: str, send_after: str = "", keys: bytes = b"") -> tuple[str, int]:
     """What `sdar_lm_eval generate` writes in a pseudo-terminal, and its exit code; `keys` are sent after a text."""
     master, slave = pty.openpty()

@@ -139,3 +139,55 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "holds 2 runs. Name the results file or the folder of one:" in told and "another/results_1.json" in told
     (folder / f"samples_{TASK}_1.jsonl").unlink()
     assert "has no samples of riddles. Evaluate again with --log_samples." in error_of(str(folder / "results_1.json"))
+
+
+SAMPLED = {"resps": [["So 41", "It is 42", "Is it 43"]]}
+
+
+@pytest.mark.parametrize(
+    ("kept", "scores", "found"),
+    [
+        ([["41", "42", "[invalid]"]], [0, 1, 0], [("41", [0]), ("42", [1]), (None, [0])]),  # a mean over the answers
+        (["41"], 0.0, [("41", [0]), ("absent", []), ("absent", [])]),  # the first answer counts
+    ],
+)
+def test_each_of_several_answers_has_its_own_extracted_text_and_score(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: Any, scores: Any, found: list[Any]
+) -> None:
+    folder = make_run(tmp_path / "run", [sample(3, "", 0.0) | SAMPLED | {"filtered_resps": kept}], [])
+    file = next(folder.glob("samples*"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"acc": scores}) + "\n")
+    (document,) = json.loads(shown(capsys, str(folder), "--json"))
+    answers = document["answers"]
+    assert [each["text"] for each in answers] == SAMPLED["resps"][0]
+    told = [(a["extracted"].get("last-word", "absent"), [s["value"] for s in a["scores"]]) for a in answers]
+    assert told == found
+    assert document["score"] == pytest.approx(sum(scores) / 3 if isinstance(scores, list) else scores)
+    invalid = documents(shown(capsys, str(folder), "--only", "invalid"))
+    assert invalid == ([3] if isinstance(scores, list) else [])
+
+
+def test_nothing_acts_in_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Escape sequences of answers, markup in names of folders, and characters without UTF-8."""
+    escape = "\x1b]0;title\x07\x1b[2J\x9b1m\ud83d 42"
+    samples = [sample(3, escape, 1.0, doc={"question": escape}, filtered_resps=[escape], target=escape)]
+    for name, lines in (("[bold]:smile:", []), ("[/x]", [line(3, ["\x1b[2J", "\x9b1m", " 42"])])):
+        folder = make_run(tmp_path / name, samples, lines)
+        for words in ((), ("--doc", "3")):
+            out = shown(capsys, str(folder), *words)
+            assert not set(out) & set("\x1b\x07\x9b\ud83d") and "␛[2J" in out
+            assert words or str(folder) in out.replace("\n", "")
+
+
+def test_a_narrow_terminal_has_the_documents_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    folder = make_run(tmp_path / "run", [sample(1234, "It is 42", 1.0)], [line(1234, ["It", " is", " 42"])])
+    assert documents(shown(capsys, str(folder))) == [1234]
+
+
+def test_a_superscript_is_no_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    doc = {"question": "Which power?", "choices": ["a", "b", "c"]}
+    folder = make_run(tmp_path / "run", [sample(3, "It is ²", 1.0, doc=doc, target="²")], [])
+    assert "gold: ²" in shown(capsys, str(folder), "--doc", "3")

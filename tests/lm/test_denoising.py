@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lm_eval
 import numpy as np
@@ -17,7 +17,15 @@ from lm_eval.tasks import TaskManager
 import sdar_lm_eval.tasks
 from sdar_lm_eval import SDARLM
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.report.denoising import FORMAT, Denoising, denoising_file, read_denoising, write_denoising
+from sdar_lm_eval.lm.denoising import keep_beside_samples
+from sdar_lm_eval.report.denoising import (
+    FORMAT,
+    Denoising,
+    DenoisingLine,
+    denoising_file,
+    read_denoising,
+    write_denoising,
+)
 from sdar_lm_eval.report.results import results_in
 
 TASK = "gsm8k_sdar_demo"
@@ -155,6 +163,22 @@ LINE = {
 }  # fmt: skip
 
 
+def test_a_tasks_name_may_be_a_pattern(tmp_path: Path) -> None:
+    class Tracker:
+        def __init__(self) -> None:
+            self.output_path: str | None = str(tmp_path)
+            self.date_id = "now"
+
+        def save_results_samples(self, task_name: str, samples: object) -> None:
+            (tmp_path / f"samples_{task_name}_now.jsonl").write_text("")
+
+    tracker = Tracker()
+    keep_beside_samples(tracker, lambda task: [cast("DenoisingLine", LINE)])
+    tracker.save_results_samples("t", [])
+    tracker.save_results_samples("[t]*", [])
+    assert len(list(tmp_path.glob("denoising_*"))) == 2
+
+
 def _file(folder: Path, *lines: object) -> Path:
     file = folder / "denoising_x_1.jsonl.gz"
     file.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
@@ -182,6 +206,15 @@ def test_reading(tmp_path: Path) -> None:
         ((HEAD, {}), "cannot be read"),
         ((HEAD, LINE | {"steps": [1]}), "lists of different lengths"),
         ((HEAD, LINE | {"block_length": 0}), "cannot be read"),
+        ((HEAD, LINE | {"steps": []}), "lists of different lengths"),
+        ((HEAD, LINE | {"confidences": []}), "lists of different lengths"),
+        ((HEAD, LINE | {"confidences": None}), "steps without confidences"),
+        ((HEAD, LINE | {"confidences": [5000, 10000, float("nan")]}), "numbers below 0, or none"),
+        ((HEAD, LINE | {"steps": [0, -1, 0]}), "numbers below 0"),
+        ((HEAD, LINE | {"steps": [0, float("inf"), 0]}), "cannot be read"),
+        ((HEAD, LINE | {"seconds": float("nan")}), "numbers below 0, or none"),
+        ((HEAD, LINE | {"forwards": {"denoising": "many"}}), "cannot be read"),
+        ((HEAD, LINE | {"forwards": [3, 1]}), "cannot be read"),
         ((HEAD, LINE | {"token_ids": "ab"}), "cannot be read"),
         ((HEAD, [1]), "cannot be read"),
     ],

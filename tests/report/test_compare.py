@@ -290,3 +290,19 @@ def test_whatever_the_files_hold_is_a_comparison_or_a_message_of_one_line(line: 
             changed_documents(comparison.a, comparison.b, "task", "acc", "none")
         except UserError as error:
             assert "\n" not in str(error)
+
+
+def test_a_trial_on_some_documents_does_not_stand_for_a_run_on_all(tmp_path: Path) -> None:
+    """lm_eval does not write which documents --samples chose."""
+    every = write_run(tmp_path, {"task": {ACC: A}}, date="2026-01-01T0")
+    some = write_run(tmp_path, {"task": {ACC: [1, 0]}}, date="2026-01-02T0", documents=[3, 7])
+    runs = read_runs([tmp_path])
+    assert every == some and [len(run.of_tasks["task"]) for run in runs] == [1, 1]
+    assert len({run.label for run in runs}) == 2
+    assert only(compare_runs(*runs)).documents == 2
+
+
+def test_numbers_that_no_float_holds_are_no_scores(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, {"task": {ACC: [1], "f1,none": [1]}}, aggregated={ACC: 10**400, "f1,none": math.nan})
+    (run,) = read_runs([folder])
+    assert [(metric.name, math.isnan(metric.value)) for metric in run.metrics("task")] == [("f1", True)]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from run_files import write_run
 
-from sdar_lm_eval.report.compare import Comparison, Difference, compare_runs
+from sdar_lm_eval.report.compare import Comparison, Difference, changed_documents, compare_runs
 from sdar_lm_eval.report.compare_text import as_json, as_markdown, as_text, sentences, table, verdict
 from sdar_lm_eval.report.runs import Run, read_runs
 
@@ -113,3 +113,18 @@ def test_markdown_and_json_hold_whatever_labels_and_documents_say(tmp_path: Path
     assert r"| ta\|sk | acc | no\*ne | 3 |" in as_markdown([found])
     (content,) = json.loads(as_json([found]), parse_constant=lambda name: pytest.fail(name))
     assert content["differences"][0]["a"] is None and content["settings"]["beams"] == {"a": [1], "b": [2]}
+
+
+def test_nothing_acts_in_the_terminal(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"{i}\x1b[2J", {"task": {"acc,none": [i, 1]}}, target="\x1b[2J") for i in (0, 1)]
+    a, b = read_runs(folders)
+    found = [compare_runs(a, b)]
+    documents = {(0, 0): changed_documents(a, b, "task", "acc", "none")}
+    for text in (as_text(found, documents), as_markdown(found, documents)):
+        assert "\x1b" not in text and text.count("␛") >= 3
+
+
+def test_runs_without_a_setting_that_differs(tmp_path: Path) -> None:
+    runs = read_runs([write_run(tmp_path / name, {"task": {"acc,none": [1, 0]}}) for name in "ab"])
+    for render in (as_text, as_markdown):
+        assert "No setting that the files name differs." in render([compare_runs(*runs)])

@@ -116,3 +116,13 @@ def test_the_package_has_both_and_loads_pandas_only_for_them() -> None:
     code = "import sys, sdar_lm_eval.commands.compare; print({'pandas', 'torch', 'lm_eval'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_each_of_several_answers_has_what_was_extracted_from_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, {"task": {"acc,all": [[1, 0]], "acc,first": [1]}})
+    (file,) = folder.glob("samples*")
+    kept = {"all": [["1", "2"]], "first": ["1"]}
+    lines = [json.loads(line) | {"resps": [["one", "two"]]} for line in file.read_text().splitlines()]
+    file.write_text("\n".join(json.dumps(each | {"filtered_resps": kept[each["filter"]]}) for each in lines))
+    filtered = read_run(tmp_path).samples.fillna({"filtered": "missing"}).groupby("filter")["filtered"].apply(list)
+    assert filtered.to_dict() == {"all": ["1", "2"], "first": ["1", "missing"]}

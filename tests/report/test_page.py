@@ -120,6 +120,15 @@ def test_repeats_of_another_seed_are_answers_of_one_run(tmp_path: Path) -> None:
     assert "66.7" in _Parsed(page_of([run])).text
 
 
+def test_a_score_of_the_first_of_several_answers_is_not_shown_beside_the_others(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [["it is 7", "it is 8"]])
+    documents = collect(read_runs([run]), ["gsm8k_sdar"])
+    outcome = documents.rows[0].outcomes[0]
+    assert outcome is not None and outcome.scores == [1.0, 1.0]
+    first, second = documents.details[0][2][0]  # type: ignore[index, misc]
+    assert first == [[1.0, 1.0], ["7", "7"], None] and second == [[None, None], ["", ""], None]  # type: ignore[has-type]
+
+
 def test_a_records_tokens_steps_and_confidences(tmp_path: Path) -> None:
     texts = ["it", " is", " ", "😀7", " and", " more"]
     line = record(0, texts, [1, 0, 0, 2, 0, 0], [1, 2, 3, 4, 5, 6], prompt_tokens=7, finish_reason="length")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -15,9 +16,10 @@ import pytest
 import statsmodels.api as sm
 from hypothesis import given
 from hypothesis import strategies as st
+from run_files import write_run
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.report.curve import by_forward, by_second
+from sdar_lm_eval.report.curve import by_forward, by_second, summarized
 from sdar_lm_eval.report.points import (
     Curve,
     Point,
@@ -243,3 +245,23 @@ def test_repeats_whose_samples_are_not_there(tmp_path: Path) -> None:
         file.unlink()
     (found,) = points_of([run], "t")
     assert (found.accuracy, found.stderr) == (75.0, None)
+
+
+def test_an_accuracy_that_is_not_a_number_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / name, {"t": {"acc,none": [value]}}, samples=False)
+        for name, value in (("a", 0.5), ("b", math.nan), ("c", 0.75))
+    ]
+    points = points_of(read_runs(folders), "t")
+    assert [each.accuracy for each in points[::2]] == [50.0, 75.0] and math.isnan(points[1].accuracy)
+    points = [dataclasses.replace(each, tokens_per_forward=speed) for speed, each in enumerate(points, 1)]
+    for order in itertools.permutations(points):
+        found = summarized("t", "acc,none", order)
+        assert found.fronts["tokens per forward"] == (points[2],) and found.y_max == 75.0
+        (value,) = [each for each in found.values if each.name != "the front"]
+        assert (value.aup, value.points) == (aup([(1, 50.0), (3, 75.0)], 75.0), 2)
+
+
+def test_settings_may_be_lists() -> None:
+    points = [point(1.0, top_k=[1]), point(2.0, top_k=[2])]
+    assert [len(curve.points) for curve in curves_of(points)] == [2]

@@ -20,7 +20,8 @@ A document has an outcome for each run, null where the run lacks the document:
 
 A text is a string or, where the answer's tokens are known, [string or length, [index into `tokens`, …]]. A length
 says that the text is the first so many UTF-16 code units of the tokens' joined texts. An answer in `details` is
-[scores, extracted, record]. A record is null or
+[scores, extracted, record]. Where a filter makes one value of several answers, the first answer has the value, and the
+others have null and "". A record is null or
 
     {"steps": each token's step, minus that of the token before, "confidences": 10,000 times each token's confidence,
      "finish", "forwards", "seconds", "blocks": index of each block's first token}
@@ -188,8 +189,8 @@ def _text(answer: Answer, tokens: dict[str, int]) -> object:
 
 
 def _detail(answer: Answer, metrics: Sequence[MetricKey], filters: Sequence[str]) -> list[object]:
-    scores = [answer.scores.get(metric) for metric in metrics]
-    return [scores, [answer.extracted.get(name) for name in filters], _record(answer.denoising)]
+    scores = [answer.own_scores.get(metric) for metric in metrics]
+    return [scores, [answer.extracted.get(name, "") for name in filters], _record(answer.denoising)]
 
 
 def _record(record: Denoising | None) -> dict[str, object] | None:
