@@ -36,6 +36,6 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     found = printed(notebook)
     assert found[1] == kept[1] and "#### 758" in found[1]  # the answer
     assert found[5] == kept[5] and "▢" in found[5]  # its first steps
-    assert "RunFrames('thresholds (confidence_threshold=0.5)'" in found[9]
+    assert "RunFrames('thresholds/threshold=0.5'" in found[9]
     assert "confidence_threshold  0.5  0.85" in found[11]
     assert all(map(bool, kept)) == all(map(bool, found))

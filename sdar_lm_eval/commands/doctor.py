@@ -83,6 +83,13 @@ def run(arguments: argparse.Namespace) -> str | None:
             "trials": [trial.as_dict() for trial in trials],
         }
         print(json.dumps(facts, indent=2, ensure_ascii=False))
+    elif trials and all(trial.passed for trial in trials):
+        absent = [each.name for each in found if each.lacks is not None]
+        tried = ", ".join(trial.engine for trial in trials if not trial.is_reference)
+        print(
+            f"\nTo be trusted on this machine: {tried}."
+            + (f" Not tried, since they cannot run here: {', '.join(absent)}." if absent else "")
+        )
     failed = [trial.engine + " (the reference)" * trial.is_reference for trial in trials if not trial.passed]
     if failed:
         raise EngineError(f"not to be trusted on this machine: {', '.join(failed)}.")
@@ -120,7 +127,7 @@ def _print_trial(trial: Trial, quiet: bool) -> None:
         [
             f"  {each.strategy}",
             f"{each.answers - len(each.divergences)} of {each.answers} equal",
-            "" if each.is_judged else "not checked" if trial.is_reference else "differences are not judged",
+            "" if each.is_judged else "not judged: one step may unmask several tokens",
             f"{each.tokens_per_second:,.0f} tokens/s",
         ]
         for each in trial.strategies

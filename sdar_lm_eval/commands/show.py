@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from rich.console import Console
 from rich.table import Table
@@ -35,12 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="RUN", type=Path, help="a run with samples: what --output_path named")
     parser.add_argument("--task", help="the task; needed where the run has several")
     parser.add_argument(
-        "--metric", help="the metric that decides right and wrong; default: flexible-extract's, else the task's first"
+        "--metric",
+        help="the metric that decides right and wrong; default: the published column's, else the task's first",
     )
     parser.add_argument("--filter", help="the filter whose extracted answers count; default: as for --metric")
     parser.add_argument("--only", choices=KINDS, help="; ".join(f"{name}: {what}" for name, what in KINDS.items()))
     parser.add_argument("--search", metavar="TEXT", help="list only documents whose question or answer has this text")
     parser.add_argument("--doc", type=int, metavar="N", help="print document N (lm_eval's doc_id) and its answers")
+    parser.add_argument(
+        "--tokens", action="store_true", help="with --doc: a table of tokens, their blocks, steps and confidences"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -67,7 +72,7 @@ def run(arguments: argparse.Namespace) -> str | None:
         console.print(Text(_title(run, task, metric, every, len(chosen))), soft_wrap=True)
         console.print(_table(chosen, metric))
     else:
-        _print_document(console, task, metric, chosen[0])
+        _print_document(console, task, metric, chosen[0], arguments.tokens)
     return None
 
 
@@ -156,14 +161,29 @@ def _table(documents: Sequence[Document], metric: MetricKey) -> Table:
     table.add_column("question", no_wrap=True, ratio=1)
     for each in documents:
         records = [answer.denoising for answer in each.answers if answer.denoising is not None]
-        tokens = str(sum(len(record.token_ids) for record in records)) if records else ""
-        forwards = str(sum(map(_forwards, records))) if records else ""
+        tokens = f"{fmean(len(record.token_ids) for record in records):.0f}" if records else ""
+        forwards = f"{fmean(map(_forwards, records)):.0f}" if records else ""
         verdict = _verdict(each.score(metric))
         if each.is_cut:
             verdict.append(" cut", "yellow")
-        extracted = _extracted(each.answers[0], metric[1]) if each.answers else ""
+        extracted = ", ".join(dict.fromkeys(_extracted(answer, metric[1]) for answer in each.answers))
         texts = (" ".join(printable(text).split()) for text in (extracted, each.gold, each.question))
         table.add_row(str(each.index), tokens, forwards, verdict, *map(Text, texts))
+    return table
+
+
+def _tokens(record: Denoising) -> Table:
+    """A row for each token. Blocks, steps of a block and tokens count from 1."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("token", "block", "step", "confidence"):
+        table.add_column(name, justify="right")
+    table.add_column("text")
+    for number, block in enumerate(record.blocks, 1):
+        for i in block:
+            step = "" if record.steps is None else str(record.steps[i] + 1)
+            confidence = "" if record.confidences is None else f"{record.confidences[i]:.4f}"
+            text = Text(repr(printable(record.texts[i])))
+            table.add_row(str(i + 1), str(number), step, confidence, text)
     return table
 
 
@@ -171,22 +191,24 @@ def _forwards(record: Denoising) -> int:
     return record.forwards.get("denoising", 0) + record.forwards.get("commit", 0)
 
 
-def _print_document(console: Console, task: str, metric: MetricKey, document: Document) -> None:
+def _print_document(console: Console, task: str, metric: MetricKey, document: Document, tokens: bool) -> None:
     title = Text.assemble((printable(f"{task} {document.index}"), "bold"), "  ", _verdict(document.score(metric)))
     console.print(title)
     console.print()
     console.print(Text(printable(document.prompt or document.question)), soft_wrap=True)
+    if not tokens and any(answer.denoising is not None for answer in document.answers):
+        console.print(legend())
     for number, answer in enumerate(document.answers):
         named = "answer" if len(document.answers) == 1 else f"answer {number + 1} of {len(document.answers)}"
         record = answer.denoising
-        console.rule(Text(named), align="left")
+        console.rule(Text.assemble(f"{named}  ", _verdict(answer.scores.get(metric))), align="left")
         if record is None:
             console.print(Text(printable(answer.text)), soft_wrap=True)
             console.print("The run has no record of how the answer was written.", style="dim")
         else:
-            console.print(written(record), soft_wrap=True)
+            console.print(_tokens(record) if tokens else written(record), soft_wrap=True)
             console.print()
-            console.print(legend(), Text(_cost(record)), sep="\n")
+            console.print(Text(_cost(record)))
             if record.finish_reason == "length":
                 console.print("The answer ended at the limit of new tokens.", style="yellow")
         console.print()

@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,7 +221,9 @@ def _run(planned: Plan, arguments: argparse.Namespace) -> str:
         written = [str(planned.output / name) for name in (TABLE, POINTS, CHART)] * bool(summaries)
         written += [str(arguments.plot)] * bool(summaries and arguments.plot)
         parts = [f"{each.task}\n\n{table(each)}" for each in summaries]
-        text = "\n\n".join([*parts, *([f"Written: {', '.join(written)}"] if written else [])])
+        again = shlex.quote(str(planned.output))
+        following = f"Compare them: sdar_lm_eval compare {again}; see them: sdar_lm_eval report {again} -o report.html"
+        text = "\n\n".join([*parts, *([f"Written: {', '.join(written)}\n{following}"] if written else [])])
     if not outcome.failed:
         return text
     print(text, flush=True)

@@ -252,6 +252,19 @@ def _seeds(results: Results, task: str) -> list[object]:
     return [settings.get(name) for name in SEEDS]
 
 
+def _folders(runs: Sequence[Run]) -> list[Path]:
+    """The folders below a path that tell the runs in it apart, as a sweep's do; nothing where folders do not."""
+    found = [{each.file.parent.relative_to(run.path.expanduser()).parts for each in run.results} for run in runs]
+    if any(len(folders) > 1 for folders in found):
+        return []
+    parts = [folders.pop() for folders in found]
+    for depth in range(1, max(map(len, parts)) + 1):
+        folders = [Path(*each[:depth]) for each in parts]
+        if len(set(folders)) == len(folders):
+            return folders
+    return []
+
+
 def _telling_apart(settings: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
     """The first settings that tell all runs apart, as `differing`; none where that takes more than `MOST_TOLD`."""
     told: dict[str, list[object]] = {}
@@ -270,6 +283,11 @@ def _label(runs: Sequence[Run]) -> None:
     for path in dict.fromkeys(run.path for run in runs):
         alike = [run for run in runs if run.path == path]
         if len(alike) < 2:
+            continue
+        folders = _folders(alike)
+        if folders:
+            for run, folder in zip(alike, folders, strict=True):
+                run.label = str(path / folder)
             continue
         told = _telling_apart([run.settings(run.tasks[0]) for run in alike])
         for number, run in enumerate(alike):

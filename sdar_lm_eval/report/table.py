@@ -207,18 +207,21 @@ def render(table: Table) -> str:
 
 def _others(table: Table) -> list[str]:
     """The scores of tasks that no published table has, as lm_eval has them."""
-    rows = [
-        [task, each.name, each.filter, f"{each.value:.4g}" + ("" if each.stderr is None else f" ± {each.stderr:.2g}")]
-        for task, found in table.others.items()
-        for each in found
-    ]
-    return aligned([["not in a published table", "metric", "filter", "value"], *rows], left={0, 1, 2}) if rows else []
+    rows = [[task, each.name, each.filter, _shown(each)] for task, found in table.others.items() for each in found]
+    head = ["not in a published table", "metric", "filter", "value (shares in %)"]
+    return aligned([head, *rows], left={0, 1, 2}) if rows else []
+
+
+def _shown(metric: Metric) -> str:
+    if 0 <= metric.value <= 1:
+        return with_error(metric.value, metric.stderr, 100)
+    return f"{metric.value:.4g}" + ("" if metric.stderr is None else f" ± {metric.stderr:.2g}")
 
 
 LEGEND = (
-    f"± is one standard error. A difference is called larger than chance if it exceeds {STANDARD_ERRORS} standard\n"
-    "errors of two runs on different questions. The two runs here answered the same questions, so chance plays a\n"
-    "smaller part: a difference marked LARGER is hardly chance, and a difference within chance may be real."
+    f"± is one standard error. LARGER than chance: the difference exceeds {STANDARD_ERRORS} standard errors of two\n"
+    "runs on different questions. Where the published run answered the same questions, chance plays a smaller part:\n"
+    "the test then errs towards `within chance`."
 )
 
 

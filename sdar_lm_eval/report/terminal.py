@@ -8,7 +8,7 @@ from rich.text import Text
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.printing import printable
 
-LEVELS = ((0.5, "bold red"), (0.7, "red"), (0.9, "yellow"), (0.99, "cyan"))
+LEVELS = ((0.5, "bold red"), (0.7, "red"), (0.85, "yellow"), (0.95, "cyan"))
 """(confidence, style of tokens below this confidence), rising; tokens of higher confidence have no style."""
 
 BORDER = "│"

@@ -178,9 +178,9 @@ def test_all_runs_of_a_folder(runs: Path, tmp_path: Path, capsys: pytest.Capture
     for name in ("sdar-0.6", "sdar-0.85", "hf-0"):
         shutil.copytree(runs / name, tmp_path / name)
     text = told(capsys, tmp_path)
-    assert text.startswith(f"A: {tmp_path} (") and "\nB1: " in text and "\nB2: " in text
+    assert text.startswith(f"A: {tmp_path / 'sdar-0.6'}\n") and "\nB1: " in text and "\nB2: " in text
     assert "  setting " in text and "B2, gsm8k_sdar_demo: " in text and "p (Holm)" in text
-    first, second = json_of(capsys, tmp_path, "--baseline", "confidence_threshold=0.85")
+    first, second = json_of(capsys, tmp_path, "--baseline", "sdar-0.85")
     assert "0.85" in first["a"] == second["a"]
     tests = [each["p"] for comparison in (first, second) for each in comparison["differences"]]
     adjusted = [each["p_holm"] for comparison in (first, second) for each in comparison["differences"]]

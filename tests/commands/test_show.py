@@ -106,8 +106,14 @@ def test_a_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert document["answers"][0]["denoising"]["steps"] == [0, 1, 2, 0]
 
 
+def test_tokens_as_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row.split() for row in shown(capsys, str(folder), "--doc", "5", "--tokens").splitlines()]
+    assert ["1", "1", "1", "0.9000", "'None'"] in rows  # the prompt has two tokens of the first block
+    assert ["3", "2", "3", "0.9000", "'at'"] in rows
+
+
 def test_colours_say_the_confidence() -> None:
-    low, middle, high = 0.3, 0.95, 0.999
+    low, middle, high = 0.3, 0.9, 0.999
     record = Denoising(0, 0, 4, 4, (1, 2, 3), ("a", "b", "c"), (0, 0, 1), (low, middle, high), "stop", {}, 0.1)
     text = written(record)
     styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}

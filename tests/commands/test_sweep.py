@@ -55,7 +55,10 @@ def test_a_sweep(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert [row.split()[0] for row in rows[1:4]] == ["low_confidence_dynamic"] * 2 + ["low_confidence_static"]
     assert "confidence_threshold=0.5" in rows[1] and "AUP" in out and "the front" in out
     written = [Path("s") / name for name in ("table.md", "points.json", "accuracy.svg")] + [Path("plots/a.png")]
-    assert out.splitlines()[-1] == "Written: " + ", ".join(map(str, written))
+    assert out.splitlines()[-2:] == [
+        "Written: " + ", ".join(map(str, written)),
+        "Compare them: sdar_lm_eval compare s; see them: sdar_lm_eval report s -o report.html",
+    ]
     assert all(file.stat().st_size for file in written)
     points = json.loads(Path("s/points.json").read_text())
 

@@ -92,7 +92,7 @@ def test_a_document_has_each_runs_outcome(tmp_path: Path) -> None:
     runs = _two(tmp_path)
     documents = collect(runs, ["gsm8k_sdar"])
     assert [row.document for row in documents.rows] == [0, 1, 2, 3, 4]
-    assert documents.tasks[0]["filters"] == ["strict-match", "flexible-extract"] and documents.tasks[0]["main"] == 1
+    assert documents.tasks[0]["filters"] == ["strict-match", "flexible-extract"] and documents.tasks[0]["main"] == 0
     of_a, of_b = zip(*(row.outcomes for row in documents.rows), strict=True)
     assert [each.extracted[1] for each in of_a] == ["7", "8", "7", None, "7"]
     assert [each.scores[1] for each in of_b] == [1, 1, 0, 1, 1] and {each.cut for each in of_b} == {None}

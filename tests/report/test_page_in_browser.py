@@ -287,7 +287,7 @@ def test_play_and_pause(page: Any) -> None:
 def test_the_address_keeps_document_step_and_filters(page: Any, file: Path, browser: Any) -> None:
     page.locator("#flags button", has_text="Right").click()
     page.locator("#search").fill("clearly")
-    page.locator("#score").select_option("exact_match, strict-match")
+    page.locator("#score").select_option("exact_match, flexible-extract")
     _open(page, 0)
     _go(page, 3)
     told = page.locator("#answers").inner_text()
@@ -297,7 +297,7 @@ def test_the_address_keeps_document_step_and_filters(page: Any, file: Path, brow
     assert page.locator("#answers").inner_text() == told and page.locator("#told").inner_text().startswith("step 3 of")
     page.keyboard.press("Escape")
     assert _documents(page) == [0] and page.locator("#search").input_value() == "clearly"
-    assert page.locator("#score").input_value() == "exact_match, strict-match"
+    assert page.locator("#score").input_value() == "exact_match, flexible-extract"
     assert page.locator("#flags button", has_text="Right").get_attribute("aria-pressed") == "true"
     address = "#doc=gsm8k_sdar%2F99&step=x&show=constructor,wrong&run=7&task=none"
     for other in _opened(browser, file, address):

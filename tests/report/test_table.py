@@ -218,7 +218,7 @@ def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     results = _results({"gsm8k_sdar_paper": 0.5, "hellaswag": 0.4}, {"gsm8k_sdar_paper": 10, "hellaswag": 9})
     assert main(["table", str(_write(tmp_path, results))]) == 0
     out = capsys.readouterr().out
-    assert "not in a published table" in out and re_spaced(out.splitlines()[-5]).startswith("hellaswag other none 0.5")
+    assert "not in a published table" in out and re_spaced(out.splitlines()[-5]).startswith("hellaswag other none 50.0")
 
 
 def test_a_run_without_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

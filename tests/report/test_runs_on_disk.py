@@ -1,0 +1,77 @@
+"""Which results files are one run, how runs are called, and what is told of their seeds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdar_lm_eval.report.columns import main_metric
+from sdar_lm_eval.report.compare import compare_runs
+from sdar_lm_eval.report.runs import Metric, read_runs
+
+TASK = "riddles"
+
+
+def write(folder: Path, seed: int = 1, right: tuple[int, ...] = (1, 0, 1), **decoding: Any) -> Path:
+    folder.mkdir(parents=True)
+    ours = {"pretrained": "demo", "seed": seed, "decoding_of_tasks": {TASK: decoding}}
+    results = {
+        "results": {TASK: {"acc,none": sum(right) / len(right), "acc_stderr,none": 0.1}},
+        "n-samples": {TASK: {"effective": len(right)}}, "date": float(seed),
+        "config": {"model": "sdar", "random_seed": seed, "sdar_lm_eval": ours},
+    }  # fmt: skip
+    (folder / "results_1.json").write_text(json.dumps(results))
+    lines = [
+        {"doc_id": i, "doc": {}, "target": "", "filter": "none", "resps": [["x"]], "filtered_resps": ["x"],
+         "doc_hash": str(i), "prompt_hash": "p", "acc": score}
+        for i, score in enumerate(right)
+    ]  # fmt: skip
+    (folder / f"samples_{TASK}_1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_folders_name_runs_that_they_tell_apart(tmp_path: Path) -> None:
+    for threshold in (0.5, 0.9):
+        write(tmp_path / f"threshold={threshold}" / "demo", confidence_threshold=threshold)
+    assert [run.label for run in read_runs([tmp_path])] == [str(tmp_path / f"threshold={t}") for t in (0.5, 0.9)]
+
+
+def test_settings_name_runs_of_one_folder(tmp_path: Path) -> None:
+    write(tmp_path / "demo", confidence_threshold=0.5)
+    other = write(tmp_path / "other", confidence_threshold=0.9)
+    for file in other.iterdir():
+        shutil.move(file, tmp_path / "demo" / file.name.replace("_1.", "_2."))
+    other.rmdir()
+    labels = [run.label for run in read_runs([tmp_path])]
+    assert labels == [f"{tmp_path} (confidence_threshold={t})" for t in (0.5, 0.9)]
+
+
+def test_seeds_are_pooled_and_told(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        write(tmp_path / "sampled" / str(seed), seed, temperature=1.0)
+    (a,), (b,) = read_runs([write(tmp_path / "greedy", 1234, temperature=0.0)]), read_runs([tmp_path / "sampled"])
+    assert len(b.of_tasks[TASK]) == 3 and b.told(TASK)["seed"] == "1, 2, 3"
+    settings = compare_runs(a, b).settings
+    assert settings["seed"] == (1234, "1, 2, 3") and settings["temperature"] == (0.0, 1.0)
+
+
+def test_a_run_that_is_named_twice_counts_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "a", temperature=0.0)
+    write(tmp_path / "b", temperature=1.0)
+    assert len(read_runs([tmp_path, tmp_path / "b"])) == 2
+    assert "is named twice, and counts once." in caplog.text
+
+
+def test_the_metric_that_counts() -> None:
+    """The published column's, else the task's first; not the one that live accuracy shows."""
+    found = [
+        Metric("exact_match", name, 0.5, None, True) for name in ("strict-match", "flexible-extract", "opencompass")
+    ]
+    for task, name in (("gsm8k_sdar_paper", "opencompass"), ("gsm8k_sdar_demo", "strict-match")):
+        metric = main_metric(task, found)
+        assert metric is not None and metric.filter == name
+    assert main_metric(TASK, []) is None
