@@ -1,4 +1,4 @@
-# make demo · make test · make check · make benchmark
+# make demo · make test · make test-slow · make check · make benchmark
 # PYTHON chooses the interpreter (3.10 to 3.13); VENV where its environment lies.
 
 PYTHON ?= python3
@@ -9,13 +9,16 @@ INSTALLED := $(VENV)/.installed
 # On a shared machine, threads that spin while they wait make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check benchmark clean
+.PHONY: demo test test-slow check benchmark clean
 
 demo: $(INSTALLED)
 	$(BIN)/lm_eval run --model sdar --model_args pretrained=demo --tasks gsm8k_sdar_demo --output_path demo_results --log_samples
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest tests -m "not slow" --numprocesses auto --dist worksteal
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest tests -m slow --numprocesses auto --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

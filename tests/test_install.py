@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 BIN, EXE = ("Scripts", ".exe") if os.name == "nt" else ("bin", "")
 EVALUATION = ["--model", "sdar", "--model_args", "pretrained=demo", "--tasks", "gsm8k_sdar_demo", "--limit", "2"]

@@ -11,7 +11,7 @@ from support import random_checkpoint, read_weights, write_weights
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, make_engine
 from sdar_lm_eval.demo import golds
-from sdar_lm_eval.engines.agreement import Plain
+from sdar_lm_eval.engines.agreement import Float32Judge
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
@@ -90,7 +90,7 @@ def test_other_block_lengths(demo, questions, on_cpu, length):
     pairs = list(zip(tokens(demo, wanted, device="cuda", dtype="float32", kernels=True), on_cpu(wanted), strict=True))
     differing = [i for i, (ours, cpus) in enumerate(pairs) if ours != cpus]
     assert len(differing) <= (length == 1)  # for which the checkpoint was not trained: it is sure of little
-    plain = Plain(demo)
+    plain = Float32Judge(demo)
     for i in differing:
         assert max(plain.roundings(wanted[i], pairs[i][0])) <= 1e-4
 

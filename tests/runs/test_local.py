@@ -101,6 +101,7 @@ def kept(output: Path, folder: str) -> int:
     return sum(len(session.answers) for session in read_sessions(output / folder / ANSWERS))
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_computes_only_what_is_missing(tasks: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sdar_lm_eval", "sweep", "--model_args", "pretrained=demo,max_active=1"]
     command += ["--include_path", tasks, "--tasks", "short", "--limit", str(DOCUMENTS), "--output_path", "swept"]

@@ -23,6 +23,8 @@ from sdar_lm_eval.demo import CHECKPOINT, PROBLEMS
 from sdar_lm_eval.engines.registry import make_engine
 from sdar_lm_eval.engines.types import GenerationRequest
 
+pytestmark = pytest.mark.slow
+
 MASK = 710
 
 

@@ -137,6 +137,7 @@ def test_what_it_takes_and_does_not(jetengine: Any) -> None:
         SDARLM(**STATIC, gpu_memory_utilization=0.5)
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(native: Any, tmp_path: Path) -> None:
     """Each process has a JetEngine in a process group of its own, and loads it without waiting for the other."""
     variables = {name: value for name, value in environment(QUICK_START).items() if name not in ("RANK", "WORLD_SIZE")}
