@@ -19,6 +19,7 @@ from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.report import machine
 
+pytestmark = pytest.mark.slow
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 RUN = ("--run", "--limit", "3", "--engine", "native")
 

@@ -26,6 +26,7 @@ from sdar_lm_eval.demo import PROMPT, problems
 from sdar_lm_eval.engines.types import BlockStep
 from sdar_lm_eval.report.streaming import PlainText, Screen
 
+pytestmark = pytest.mark.slow
 QUESTION = PROMPT.format(question=problems()[0]["question"])
 DEMO = ("--model_args", "pretrained=demo")
 STATIC = ("--gen_kwargs", "strategy=static")

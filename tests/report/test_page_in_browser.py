@@ -17,7 +17,7 @@ from sdar_lm_eval.report.runs import Run, read_runs
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=hacked=1>\u2028 \x00 \ud800 '\"&amp;{{7*7}}${1}"
 TOKENS_A = ["The", " sum", " is", ":", "\n", "3", " + 4", " =", " seven", ",", " or", " 7"]
