@@ -11,7 +11,7 @@ On the command line of lm_eval both print as one line, without a traceback (`SDA
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SDARError(Exception):
@@ -41,3 +41,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     close = nearly or difflib.get_close_matches(name, parts, n=1, cutoff=0.0)
     close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Return the first `most` names with commas between them, and the number of the others."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -18,7 +18,7 @@ from sdar_lm_eval.arguments import DecodingArguments
 from sdar_lm_eval.demo import PROMPT, problems
 from sdar_lm_eval.engines.agreement import JUDGED, Divergence, Float32Judge, allowed, first_difference
 from sdar_lm_eval.engines.registry import ENGINES
-from sdar_lm_eval.errors import SDARError, UserError, did_you_mean
+from sdar_lm_eval.errors import SDARError, UserError, did_you_mean, listed
 from sdar_lm_eval.files import one_line
 from sdar_lm_eval.loaded import Answer, LoadedModel
 from sdar_lm_eval.settings import ALIASES, GENERATION_SETTINGS
@@ -110,15 +110,14 @@ class Trial:
         if not unexplained:
             worst = max(d.worst for _, d in differ)
             return f"{same}; {len(differ)} differ, all at choices within {worst:.3f} nats: rounding"
-        listed = ", ".join(
+        told = [
             f"problem {d.index} from token {d.token} on ({strategy}, "
             + (f"{d.worst:.3f} nats)" if math.isfinite(d.worst) else f"more than {allowed('bfloat16'):g} nats)")
-            for strategy, d in unexplained[:MOST_LISTED]
-        )
-        more = f" and {len(unexplained) - MOST_LISTED} more" if len(unexplained) > MOST_LISTED else ""
+            for strategy, d in unexplained
+        ]
         return (
             f"{same}; {len(differ)} differ; NOT explained: {len(unexplained)} of them, by more than "
-            f"{allowed(self.dtype):g} nats: {listed}{more}"
+            f"{allowed(self.dtype):g} nats: {listed(told, MOST_LISTED)}"
         )
 
     def as_dict(self) -> dict[str, object]:

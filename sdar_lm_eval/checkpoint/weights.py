@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdar_lm_eval.checkpoint.config import Config
-from sdar_lm_eval.errors import EngineError, UserError
+from sdar_lm_eval.errors import EngineError, UserError, listed
 from sdar_lm_eval.families.base import Family, Shapes, transformers_version
 from sdar_lm_eval.files import one_line, read_json, require_regular, shown
 
@@ -252,4 +252,4 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _listed(names: Sequence[str]) -> str:
     short = [name if len(name) <= 100 and name.isprintable() else shown(name) for name in names[:5]]
-    return ", ".join(short) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return listed([*short, *names[5:]], 5)

@@ -29,7 +29,7 @@ import torch
 import transformers
 
 from sdar_lm_eval.engines.types import GenerationRequest, Self
-from sdar_lm_eval.errors import EngineError, UserError
+from sdar_lm_eval.errors import EngineError, UserError, listed
 
 if TYPE_CHECKING:
     from sdar_lm_eval.checkpoint import Checkpoint
@@ -141,8 +141,7 @@ class Failures:
 
 
 def _listed(indices: list[int]) -> str:
-    more = f" and {len(indices) - MOST_LISTED} more" if len(indices) > MOST_LISTED else ""
-    return ", ".join(map(str, sorted(indices)[:MOST_LISTED])) + more
+    return listed(list(map(str, sorted(indices))), MOST_LISTED)
 
 
 class Allowance:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.errors import UserError, did_you_mean, listed
 from sdar_lm_eval.report.groups import groups_of, pooled
 from sdar_lm_eval.report.pairing import Key, MetricKey, Scores, TaskScores, read_pair
 from sdar_lm_eval.report.results import Sample
@@ -148,7 +148,7 @@ def compare_runs(
     """
     shared = _shared_tasks(a, b, tasks)
     warnings = [
-        f"Run {name} alone has {_listed(alone)}."
+        f"Run {name} alone has {listed(alone)}."
         for name, run, other in (("A", a, b), ("B", b, a))
         if not tasks and (alone := [task for task in run.tasks if task not in other.of_tasks])
     ]
@@ -244,7 +244,7 @@ def _shared_tasks(a: Run, b: Run, tasks: Collection[str]) -> list[str]:
     shared = [task for task in a.tasks if task in b.of_tasks]
     if not shared:
         raise UserError(
-            f"{a.label} and {b.label} share no task: the first has {_listed(a.tasks)}, the second {_listed(b.tasks)}. "
+            f"{a.label} and {b.label} share no task: the first has {listed(a.tasks)}, the second {listed(b.tasks)}. "
             "Evaluate one of these tasks with both."
         )
     groups = groups_of(a)
@@ -425,11 +425,7 @@ def _samples_of(run: Run, task: str, filter: str, indices: Iterable[int]) -> dic
 
 
 def _names(metrics: Iterable[MetricKey] | Mapping[MetricKey, Scores]) -> str:
-    return _listed([f"{name} of {filter_name}" for name, filter_name in dict.fromkeys(metrics)])
-
-
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return listed([f"{name} of {filter_name}" for name, filter_name in dict.fromkeys(metrics)])
 
 
 def _documents(number: int) -> str:

@@ -16,11 +16,8 @@ from sdar_lm_eval.report.runs import Run
 NOTHING_EXTRACTED = ("", "[invalid]")
 """What a filter returns for an answer in which the filter finds nothing."""
 
-QUESTIONS = ("question", "problem", "query", "instruction", "prompt", "text", "input", "ctx", "context", "sentence")
-"""Names of document fields that may hold the question. The first field that a document has is its question."""
-
 LAST_OF_PROMPT = 400
-"""Where a document has none of these fields, this many characters of the prompt's end stand for the question."""
+"""Characters of the prompt's end that stand for the question, where no field of the document is named as one."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Document:
     Attributes:
         index: the document's index in the data set.
         doc_hash: lm_eval's hash of the document; None in old files.
-        question: the document's question (`question_of`).
+        question: the field of the document that holds its question, else the end of the prompt.
         prompt: the first prompt that was sent for the document.
         gold: the gold answer.
         doc: the document as the samples file has it: field -> value.
@@ -112,7 +109,7 @@ def documents_of(run: Run, task: str) -> list[Document]:
         Document(
             index=key[0],
             doc_hash=key[1],
-            question=question_of(sample),
+            question=sample.named_question or sample.prompt[-LAST_OF_PROMPT:],
             prompt=sample.prompt,
             gold=_gold(sample),
             doc=sample.doc,
@@ -126,12 +123,6 @@ def main_key(run: Run, task: str) -> MetricKey | None:
     """The metric and filter that decide right and wrong where nobody chooses; None where the task has no metric."""
     metric = main_metric(task, run.metrics(task))
     return None if metric is None else (metric.name, metric.filter)
-
-
-def question_of(sample: Sample) -> str:
-    """Return a document's question: its first field named in `QUESTIONS`, else the end of the prompt."""
-    named = (sample.doc.get(name) for name in QUESTIONS)
-    return next((text for text in named if isinstance(text, str) and text.strip()), sample.prompt[-LAST_OF_PROMPT:])
 
 
 def is_likelihood(results: Results, task: str) -> bool:

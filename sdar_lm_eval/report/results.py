@@ -19,7 +19,9 @@ PARTS = {"results", "config", "date"}
 """Keys that a JSON file needs to be a results file."""
 
 
-QUESTION_KEYS = ("question", "problem", "query", "prompt", "input", "text", "instruction", "goal", "sentence", "ctx")
+QUESTION_KEYS = (
+    "question", "problem", "query", "instruction", "prompt", "text", "input", "ctx", "context", "sentence", "goal",
+)  # fmt: skip
 """Names of document fields that may hold the question; the first that a document has counts."""
 
 
@@ -117,11 +119,16 @@ class Sample:
         return self.responses[0] if self.responses else ""
 
     @property
+    def named_question(self) -> str:
+        """The document's first field named in `QUESTION_KEYS`; "" where it has none of these."""
+        named = (self.doc.get(name) for name in QUESTION_KEYS)
+        return next((text for text in named if isinstance(text, str) and text.strip()), "")
+
+    @property
     def question(self) -> str:
-        """The document's question: its first field named in `QUESTION_KEYS`, else the prompt."""
-        texts = {name: value for name, value in self.doc.items() if isinstance(value, str) and value.strip()}
-        named = next((texts[name] for name in QUESTION_KEYS if name in texts), "")
-        return named or self.prompt or next(iter(texts.values()), "")
+        """The document's question: the field that is named so, else the prompt, else the document's first text."""
+        texts = (value for value in self.doc.values() if isinstance(value, str) and value.strip())
+        return self.named_question or self.prompt or next(texts, "")
 
     @property
     def extracted(self) -> str:

@@ -14,7 +14,7 @@ from lm_eval.api.model import LM
 from lm_eval.utils import setup_logging
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.errors import UserError, listed
 from sdar_lm_eval.lm.answers import Session, read_sessions, seconds_for, united
 from sdar_lm_eval.lm.denoising import LinesOf, Written
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, facts_of_evaluation
@@ -134,11 +134,10 @@ class RecordedLM(LM):
                     self._evaluation.written.add(job.task, job.document, job.repeat, written)
         if missing:
             documents = list(dict.fromkeys(missing))
-            named = ", ".join(f"{task} {document}" for task, document in documents[:MOST_NAMED])
-            more = f" and {len(documents) - MOST_NAMED:,} more" if len(documents) > MOST_NAMED else ""
+            named = listed([f"{task} {document}" for task, document in documents], MOST_NAMED)
             raise UserError(
                 f"{len(documents):,} of {len({id(r) for r in requests}):,} documents have no answer yet: "
-                f"{named}{more}. Nothing is published. Run the same command again: it answers what is missing."
+                f"{named}. Nothing is published. Run the same command again: it answers what is missing."
             )
         return [str(self._answers[asked.jobs[job_id].key]["text"]) for job_id in asked.order]
 

@@ -24,7 +24,7 @@ from typing import Generic, TypeVar
 import datasets
 import huggingface_hub
 
-from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.errors import UserError, did_you_mean, listed
 from sdar_lm_eval.files import require_regular
 
 logger = logging.getLogger(__name__)
@@ -350,7 +350,7 @@ def _contents(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     if not names:
         return "it is empty"
-    return f"it holds {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"it holds {listed(names)}"
 
 
 def _parsed(source: Source[RowT], line: str, where: str) -> object:
