@@ -1,15 +1,13 @@
-"""Decoding settings of a request, and where its answer ends.
+"""Decoding settings of a request.
 
 This module holds no tensor and does not import torch.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from sdar_lm_eval.checks import check_number, check_range
 from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
@@ -149,57 +147,3 @@ def in_words(settings: Mapping[str, object]) -> str:
 def spelled(value: object) -> str:
     """Return a setting's value as users write it: 1.0 is 1."""
     return f"{value:.10g}" if isinstance(value, float) else str(value)
-
-
-class Ends(Protocol):
-    """The fields of a request that end an answer; `GenerationRequest` has them."""
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Most tokens of the answer."""
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Tokens that end the answer."""
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """Texts that end the answer."""
-
-
-def end_of_answer(
-    tokens: Sequence[int],
-    request: Ends,
-    decode: Callable[[Sequence[int]], str],
-    earlier: Sequence[int] = (),
-) -> tuple[int, str]:
-    """Find the end of an answer in new tokens; an engine may have generated tokens after the end.
-
-    Args:
-        tokens: new tokens, which may go on after the answer's end.
-        request: has the answer's limit, stop tokens and stop strings.
-        decode: token ids -> text.
-        earlier: the answer's tokens before the new ones. The answer does not end in these.
-
-    Returns:
-        (number of new tokens that belong to the answer, "stop" or "length"); (len(tokens), "") if the answer does not
-        end in the new tokens. The answer excludes a stop token, and includes the token that completes a stop string.
-    """
-    remaining = request.max_new_tokens - len(earlier)
-    count, reason = (remaining, "length") if remaining <= len(tokens) else (len(tokens), "")
-    for index, token in enumerate(tokens[:count]):
-        if token in request.stop_ids:
-            count, reason = index, "stop"
-            break
-
-    # A token with text has at least one byte, so a stop string of n bytes begins at most n tokens earlier.
-    window = max((len(string.encode(errors="surrogatepass")) for string in request.stop_strings), default=0)
-    before = list(earlier[-window:]) if window else []
-
-    def stopped(length: int) -> bool:
-        text = decode([*before, *tokens[:length]])
-        return any(string in text for string in request.stop_strings)
-
-    if request.stop_strings and stopped(count):
-        count, reason = bisect.bisect_left(range(count), True, key=stopped), "stop"
-    return count, reason

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdar_lm_eval.checks import at_least_one, check_number
-from sdar_lm_eval.decoding import DecodingConfig, end_of_answer
+from sdar_lm_eval.decoding import DecodingConfig
+from sdar_lm_eval.ending import end_of_answer
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.registry import make_engine
 from sdar_lm_eval.engines.types import GenerationRequest

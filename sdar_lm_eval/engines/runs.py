@@ -209,6 +209,8 @@ def warm_up_requests(requests: Sequence[GenerationRequest], count: int) -> list[
             prompt_ids=prompt,
             max_new_tokens=min(length * (3 if i == 0 else 1 + i % 2), most_new),
             stop_strings=(),
+            thinking=None,
+            repetition=None,
         )
         for i in range(count)
     ]

@@ -30,6 +30,7 @@ from sdar_lm_eval.checks import check_number, check_range
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
 from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.thinking import Repetition, Thinking
 
 LIKELIHOOD_METHODS = ("chain", "nelbo")
 
@@ -88,10 +89,12 @@ class GenerationRequest:
         max_new_tokens: most tokens of the answer.
         decoding: the decoding settings.
         stop_ids: tokens that end the answer; the answer does not include the stop token.
-        stop_strings: texts that end the answer. The answer includes the token that completes a stop string: the caller
-            cuts the decoded text at the stop string.
+        stop_strings: texts that end the answer, outside of its thought. The answer includes the token that completes a
+            stop string: the caller cuts the decoded text at the stop string.
         seed: seed of this request's draws. The draws do not depend on the other requests.
         record_steps: whether to report each token's step and confidence (GenerationResult.unmasked_at, .confidences).
+        thinking: how the answer's thought is found, and after how many tokens it is closed; None: the answer has none.
+        repetition: the rule that ends an answer in a loop; None: no rule.
     """
 
     prompt_ids: tuple[int, ...]
@@ -101,6 +104,8 @@ class GenerationRequest:
     stop_strings: tuple[str, ...] = ()
     seed: int = 0
     record_steps: bool = False
+    thinking: Thinking | None = None
+    repetition: Repetition | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -121,13 +126,16 @@ class GenerationResult:
 
     Attributes:
         token_ids: the new tokens, without a stop token.
-        finish_reason: "stop" (a stop token or string) or "length".
+        finish_reason: "stop" (a stop token or string), "length", or "repetition" (`GenerationRequest.repetition`).
         prefill_forwards, denoising_forwards, commit_forwards: number of forwards of each kind that ran for the request,
             also those before a preemption. In the native engine, a commit shares its forward with the next block's
             first denoising step.
         seconds: time from the request's first forward to its end.
         unmasked_at: for each new token, the denoising step of its block that unmasked it (from 0); None: not recorded.
         confidences: for each new token, its probability when it was drawn; None: not recorded.
+        forced_tokens: how many of the new tokens were not drawn: the think end behind a thought that reached its limit
+            (`Thinking.max_tokens`). Of these tokens, `confidences` has 1. `unmasked_at` has the step after the last
+            one of the block's kept tokens, and the block's later tokens count their steps from there on.
     """
 
     token_ids: tuple[int, ...]
@@ -138,6 +146,7 @@ class GenerationResult:
     seconds: float
     unmasked_at: tuple[int, ...] | None = None
     confidences: tuple[float, ...] | None = None
+    forced_tokens: int = 0
 
 
 Result = TypeVar("Result")
@@ -193,7 +202,7 @@ class BlockStep:
             that belong to the answer.
         unmasked_at: for each token, the step of the block that unmasked it, from 0; -1 where it is masked.
         confidences: for each token, its probability when it was drawn; 1 where it is masked.
-        decided: whether this step decided the block.
+        decided: whether this step decided the block. A think end that is put in has a step of its own, decided too.
         finished: whether the answer ends in this block; never true of a block that is not decided.
     """
 

@@ -7,6 +7,7 @@
         _load             the engine in memory, if it has that size; else a new one
         _together         which of a part may run at the same time
           _run            runs these
+    what goes on after its thought, or within it, is asked for once more, with its tokens behind the prompt (`Parts`)
     (position, result) of each request as it finishes; at the end one error that names the requests without an answer
 
 `prepare` does the same with the first part, but runs short requests in the place of the user's: once for each kind of
@@ -20,6 +21,8 @@ import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
+from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.engines.adapters.requests import Parts
 from sdar_lm_eval.engines.runs import Closable, Failures, OneRun, warm_up_requests
 from sdar_lm_eval.engines.types import GenerationRequest, GenerationResult, Results
 
@@ -50,10 +53,11 @@ class Adapter(Closable, abc.ABC, Generic[LoadedEngine, Size]):
 
     Args:
         name: the engine's, in messages.
+        checkpoint: the opened checkpoint.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, checkpoint: Checkpoint) -> None:
+        self._name, self._checkpoint = name, checkpoint
         self._one_run = OneRun(name)
         self.loaded: LoadedEngine | None = None
         self._loads = 0
@@ -144,10 +148,26 @@ class Adapter(Closable, abc.ABC, Generic[LoadedEngine, Size]):
     def _generate(
         self, requests: Sequence[GenerationRequest], failures: Failures
     ) -> Iterator[tuple[int, GenerationResult]]:
-        for part in self._parts(requests):
-            loaded = self._load(requests, part)
-            for _, indices in self._together(requests, part):
-                yield from self._run(loaded, requests, indices, failures)
+        answers = {i: Parts(r, self._checkpoint) for i, r in enumerate(requests) if r.thinking is not None}
+        asked = [answers[i].next if i in answers else request for i, request in enumerate(requests)]
+        open_answers = set(range(len(requests)))
+        while open_answers:
+            going_on: dict[int, GenerationRequest] = {}
+            for part in self._parts(requests):
+                now = [index for index in part if index in open_answers]
+                if not now:
+                    continue
+                # The whole answers decide the size: a later part has no more tokens than they.
+                loaded = self._load(requests, now)
+                for _, indices in self._together(asked, now):
+                    for index, result in self._run(loaded, asked, indices, failures):
+                        whole = answers[index].add(result) if index in answers else result
+                        if whole is not None:
+                            yield index, whole
+                        else:
+                            going_on[index] = answers[index].next
+            open_answers = set(going_on)
+            asked = [going_on.get(index, request) for index, request in enumerate(asked)]
 
     def _load(self, requests: Sequence[GenerationRequest], part: Sequence[int]) -> LoadedEngine:
         """The engine with room for a part of these requests; loaded anew unless the one in memory has it."""

@@ -1,17 +1,26 @@
-"""Requests for another package's engine: which are refused, how they are grouped, and where their answers end."""
+"""Requests for another package's engine: which are refused, how they are grouped, where their answers end or go on."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.decoding import DecodingConfig, end_of_answer
-from sdar_lm_eval.engines.types import GenerationRequest
+from sdar_lm_eval.decoding import DecodingConfig
+from sdar_lm_eval.ending import CLOSE, Ending, end_of_answer
+from sdar_lm_eval.engines.types import GenerationRequest, GenerationResult
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.hashing import seed_from
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+IN_THOUGHT = "in thought"
+"""The reason of a part of an answer: the engine stopped at a stop string within a thought, and has to go on."""
+
+_SUMMED = ("prefill_forwards", "denoising_forwards", "commit_forwards", "seconds")
 
 
 class NoAnswerError(Exception):
@@ -125,9 +134,13 @@ def grouped(indices: Iterable[int], key: Callable[[int], Key]) -> dict[Key, list
 
 
 def stop_ids_of(request: GenerationRequest, checkpoint: Checkpoint) -> frozenset[int]:
-    """The tokens that an engine can stop a request at: its stop tokens, and stop strings that are a single token."""
+    """The tokens that an engine can stop a request at: its stop tokens, and stop strings that are a single token.
+
+    Where the prompt has opened a thought, no stop string is among them: the thought may hold it.
+    """
     ids = set(request.stop_ids)
-    for string in request.stop_strings:
+    thinks = request.thinking is not None and request.thinking.opened
+    for string in () if thinks else request.stop_strings:
         encoded = checkpoint.tokenizer.encode(string, add_special_tokens=False)
         if len(encoded) == 1 and string in checkpoint.decode(encoded):
             ids.add(encoded[0])
@@ -137,14 +150,92 @@ def stop_ids_of(request: GenerationRequest, checkpoint: Checkpoint) -> frozenset
 def answer_end(
     tokens: Sequence[int], request: GenerationRequest, checkpoint: Checkpoint, engine: str
 ) -> tuple[int, str]:
-    """Where a request's answer ends in the tokens that an engine returned: (tokens of the answer, "stop" or "length").
+    """Where a request's answer ends in the tokens that an engine returned: (tokens of the answer, reason).
+
+    The reason is that of `Ending.add`; or IN_THOUGHT, where the engine stopped at a stop string within a thought.
 
     Raises:
         NoAnswerError: the engine returned too few tokens.
     """
     end, reason = end_of_answer(tokens, request, checkpoint.decode)
-    if not reason:
-        raise NoAnswerError(
-            f"{engine} returned {len(tokens)} of {request.max_new_tokens} tokens, and none that ends the answer."
+    return end, reason or why_stopped(tokens, request, checkpoint, engine)
+
+
+def why_stopped(tokens: Sequence[int], request: GenerationRequest, checkpoint: Checkpoint, engine: str) -> str:
+    """Return IN_THOUGHT, where an engine stopped at a stop string that ends no answer; it stands within a thought.
+
+    Raises:
+        NoAnswerError: the engine stopped for no reason.
+    """
+    if request.thinking is not None and tokens and tokens[-1] in stop_ids_of(request, checkpoint):
+        return IN_THOUGHT
+    raise NoAnswerError(
+        f"{engine} returned {len(tokens)} of {request.max_new_tokens} tokens, and none that ends the answer."
+    )
+
+
+# Continuations
+
+
+class Parts:
+    """An answer that an engine makes in parts: a part goes on behind those before it, which its prompt holds.
+
+    An engine is asked again where it stopped within a thought, and where the thought has reached its limit: then the
+    think end stands between the two parts.
+
+    Args:
+        request: the request for the whole answer.
+        checkpoint: decodes tokens.
+
+    Attributes:
+        next: the request for the next part.
+    """
+
+    def __init__(self, request: GenerationRequest, checkpoint: Checkpoint) -> None:
+        self._request = request
+        self._ending = Ending(request, checkpoint.decode)
+        self._parts: list[GenerationResult] = []
+        self._tokens: list[int] = []
+        self._forced = 0
+        self.next = self._part()
+
+    def add(self, result: GenerationResult) -> GenerationResult | None:
+        """Take the next part's result; return the whole answer's, or None where another part follows (`next`)."""
+        whole_room = self.next.max_new_tokens == self._request.max_new_tokens - len(self._tokens)
+        count, reason = self._ending.add(result.token_ids)
+        self._parts.append(result)
+        self._tokens += result.token_ids[:count]
+        if reason == CLOSE:
+            assert self._request.thinking is not None
+            self._tokens += self._request.thinking.end_ids
+            self._forced += len(self._request.thinking.end_ids)
+        elif not reason and result.finish_reason in (("stop", "length") if whole_room else ("stop",)):
+            reason = result.finish_reason  # by a stop token, which is not among the tokens; or by the limit
+        if reason in ("", CLOSE):
+            self.next = self._part()
+            return None
+        return dataclasses.replace(
+            result,
+            token_ids=tuple(self._tokens),
+            finish_reason=reason,
+            forced_tokens=self._forced,
+            **{name: sum(getattr(part, name) for part in self._parts) for name in _SUMMED},
         )
-    return end, reason
+
+    def _part(self) -> GenerationRequest:
+        """The request for the part behind the tokens so far. A thought that may reach its limit ends the part there."""
+        request, thinking, done = self._request, self._request.thinking, len(self._tokens)
+        opened = bool(self._ending.thinks)
+        limit = request.max_new_tokens - done
+        if opened and (most := self._ending.thought_limit) is not None:
+            limit = min(limit, most - done)
+        if done and thinking is not None:
+            # Only the first part can say whether the answer opens a thought. A later part's limit closes the thought.
+            thinking = dataclasses.replace(thinking, opened=True, max_tokens=None) if opened else None
+        return dataclasses.replace(
+            request,
+            prompt_ids=(*request.prompt_ids, *self._tokens),
+            max_new_tokens=limit,
+            thinking=thinking,
+            seed=seed_from([request.seed, done]) if done else request.seed,
+        )

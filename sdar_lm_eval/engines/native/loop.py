@@ -8,13 +8,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from sdar_lm_eval.decoding import end_of_answer
 from sdar_lm_eval.engines.native.batch import Outcome
 from sdar_lm_eval.engines.native.runner import Runner
 from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.engines.runs import is_out_of_memory
+from sdar_lm_eval.ending import CLOSE, Ending
 from sdar_lm_eval.engines.types import BlockStep, GenerationResult, Watch
 from sdar_lm_eval.errors import EngineError
 
@@ -61,6 +63,7 @@ class Loop:
         self._scheduler, self._runner, self._decode = scheduler, runner, decode
         self._most_in_flight, self._watch = in_flight, watch
         self._in_flight: deque[dict[int, Occupant]] = deque()  # for each step: slot -> occupant
+        self._endings: dict[int, Ending] = {}  # index of a sequence whose answer is begun -> its tokens so far
         self._finished: list[Finished] = []
         self.suspects: list[int] = []
 
@@ -144,21 +147,55 @@ class Loop:
             reason = self._decide(sequence, outcome) if outcome.decided[slot] else ""
             if self._watch is not None:
                 self._watch(_block_step(sequence, slot, start, outcome, reason))
-            if reason:
-                self._scheduler.finish(sequence, device_knows=not sequence.request.stop_strings)
+            if outcome.decided[slot]:
+                sequence.steps_before = 0
+            if reason == CLOSE:
+                self._close_thought(sequence, start, outcome.unmasked_at[slot])
+            elif reason:
+                device_knows = not (sequence.request.stop_strings or sequence.request.repetition)
+                self._scheduler.finish(sequence, device_knows=device_knows)
                 self._finished.append((sequence.index, _result(sequence, reason)))
+                del self._endings[sequence.index]
 
     def _decide(self, sequence: SequenceState, outcome: Outcome) -> str:
-        """Append the new tokens of a decided block; return why the answer ends in this block, or ""."""
+        """Append the new tokens of a decided block; return why the answer, or its thought, ends here; "": it does not.
+        """
         slot, first = sequence.slot, len(sequence.tokens) - sequence.block_start
         new = outcome.tokens[slot, first : sequence.block_length].tolist()
-        earlier = sequence.tokens[len(sequence.request.prompt_ids) :]
-        count, reason = end_of_answer(new, sequence.request, self._decode, earlier)
+        if sequence.index not in self._endings:
+            self._endings[sequence.index] = Ending(sequence.request, self._decode)
+        count, reason = self._endings[sequence.index].add(new)
         sequence.decide(new[:count])
         if sequence.request.record_steps:
-            sequence.unmasked_at += outcome.unmasked_at[slot, first : first + count].tolist()
+            steps = outcome.unmasked_at[slot, first : first + count] + sequence.steps_before
+            sequence.unmasked_at += steps.tolist()
             sequence.confidences += outcome.confidence[slot, first : first + count].tolist()
         return reason
+
+    def _close_thought(self, sequence: SequenceState, start: int, unmasked_at: NDArray[np.int32]) -> None:
+        """Put the think end in behind the decided tokens; the answer goes on behind it.
+
+        Args:
+            sequence: the sequence, whose last block was decided, and kept up to the thought's limit.
+            start: number of new tokens before the kept ones of that block.
+            unmasked_at: (L,), the step that unmasked each token of that block, without `steps_before`.
+        """
+        request, length, end = sequence.request, sequence.block_length, len(sequence.tokens)
+        assert request.thinking is not None
+        forced = list(request.thinking.end_ids)
+        first = (len(request.prompt_ids) + start) % length
+        step = 1 + int(unmasked_at[first : first + sequence.num_new_tokens - start].max())
+        # In the next block, if the think end reaches into it, it is what comes first.
+        steps = [step if (end + i) // length == (end - 1) // length else 0 for i in range(len(forced))]
+        if request.record_steps:
+            sequence.unmasked_at += steps
+            sequence.confidences += [1.0] * len(forced)
+        if self._watch is not None:
+            told = tuple(forced), tuple(steps), (1.0,) * len(forced)
+            self._watch(BlockStep(sequence.index, sequence.num_new_tokens, *told, decided=True, finished=False))
+        self._scheduler.insert(sequence, forced)
+        sequence.forced_tokens += len(forced)
+        sequence.steps_before = steps[-1] + 1 if len(sequence.tokens) % length else 0
 
     def _make_room(self, error: BaseException) -> None:
         """After an out-of-memory error, halve the running sequences and the prefill of a step for a while.
@@ -194,14 +231,15 @@ def _block_step(sequence: SequenceState, slot: int, start: int, outcome: Outcome
     decided = bool(outcome.decided[slot])
     first = (len(sequence.request.prompt_ids) + start) % sequence.block_length
     end = first + sequence.num_new_tokens - start if decided else sequence.block_length
+    steps = outcome.unmasked_at[slot, first:end]
     return BlockStep(
         index=sequence.index,
         start=start,
         token_ids=tuple(outcome.tokens[slot, first:end].tolist()),
-        unmasked_at=tuple(outcome.unmasked_at[slot, first:end].tolist()),
+        unmasked_at=tuple(np.where(steps < 0, steps, steps + sequence.steps_before).tolist()),
         confidences=tuple(outcome.confidence[slot, first:end].tolist()),
         decided=decided,
-        finished=bool(reason),
+        finished=reason not in ("", CLOSE),
     )
 
 
@@ -217,4 +255,5 @@ def _result(sequence: SequenceState, reason: str) -> GenerationResult:
         seconds=time.perf_counter() - sequence.started_at,
         unmasked_at=tuple(sequence.unmasked_at) if recorded else None,
         confidences=tuple(sequence.confidences) if recorded else None,
+        forced_tokens=sequence.forced_tokens,
     )

@@ -4,6 +4,7 @@ A sequence waits until it is admitted: it gets a slot, and pages for its prompt 
 prefilled up to the last full block. Its blocks are then denoised one after the other, with pages for the current block
 and the next one. When the pages run out, the youngest running sequence is preempted: it releases its pages and waits at
 the front of the queue. A preempted sequence keeps its decided tokens and prefills them again, so only time is lost.
+A sequence whose thought is closed gets tokens that no step drew (`insert`), and begins again behind them.
 
 A prompt whose prefix is cached shares the pages of this prefix (`pages.py`), and is prefilled from the prefix's end on.
 If an older sequence is still prefilling the prefix, the younger one waits for it. The wait ends: only the youngest
@@ -39,6 +40,8 @@ class SequenceState:
             discarded.
         pages: KV pages that the sequence holds, in order.
         started_at: `time.perf_counter()` at the first forward; None before it.
+        forced_tokens: decided tokens that no step drew.
+        steps_before: denoising steps of the current block before the sequence entered the batch again within it.
     """
 
     index: int
@@ -55,6 +58,8 @@ class SequenceState:
     started_at: float | None = None
     unmasked_at: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
+    forced_tokens: int = 0
+    steps_before: int = 0
 
     @property
     def block_length(self) -> int:
@@ -205,6 +210,23 @@ class Scheduler:
             self._vacated.append(sequence.slot)
         self.running.remove(sequence)
         self._free(sequence)
+
+    def insert(self, sequence: SequenceState, tokens: list[int]) -> None:
+        """Append tokens that no step drew. The sequence keeps slot and pages, and enters the batch again behind them.
+
+        The sequence's last block has just been decided, so the KV of all blocks before it is stored. KV that a step in
+        flight stores for the sequence is overwritten: it is of this block or later ones.
+
+        Args:
+            sequence: a running sequence, whose last decided tokens may end within a block.
+            tokens: at least one.
+        """
+        last = len(sequence.tokens) - 1
+        sequence.cached = last // sequence.block_length * sequence.block_length
+        sequence.tokens += tokens
+        sequence.in_batch = False
+        sequence.epoch += 1
+        self._vacated.append(sequence.slot)
 
     def discard(self, sequence: SequenceState) -> list[int]:
         """Remove a sequence whose KV is not finite; return the pages that no sequence holds any more.

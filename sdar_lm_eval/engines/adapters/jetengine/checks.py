@@ -78,6 +78,11 @@ def check(requests: Sequence[GenerationRequest], setup: Setup) -> None:
         repetition_penalty=f"{named} has none, or another (it divides probabilities, from half of max_gen_toks on)",
     )
     check_requests(requests, decodes, setup.checkpoint)
+    if any(request.repetition is not None for request in requests):
+        raise UserError(
+            "stop_repetition: JetEngine returns an answer when it is whole, so a loop in it cannot be stopped. Leave "
+            "stop_repetition out, or use --model sdar or --model sdar-lmdeploy."
+        )
     for number, request in enumerate(requests):
         if setup.checkpoint.mask_token_id in tail_of(request):
             raise UserError(

@@ -65,7 +65,7 @@ class JetEngine(Adapter[Loaded, Size]):
         tensor_parallel_size: int = 1,
         enforce_eager: bool = False,
     ) -> None:
-        super().__init__("JetEngine")
+        super().__init__("JetEngine", checkpoint)
         dialect, self._commit = find_jetengine()
         self.setup = Setup(
             dialect=dialect,

@@ -63,7 +63,7 @@ class LMDeploy(Adapter[Loaded, Size]):
         data_parallel_size: int = 1,
         cache_max_entry_count: float = 0.8,
     ) -> None:
-        super().__init__("LMDeploy")
+        super().__init__("LMDeploy", checkpoint)
         tensor_parallel_size = at_least_one("tensor_parallel_size", tensor_parallel_size)
         self.setup = Setup(
             installed=find_lmdeploy(),

@@ -9,10 +9,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from sdar_lm_eval.decoding import end_of_answer
+from sdar_lm_eval.ending import Ending
 from sdar_lm_eval.engines.adapters.lmdeploy import api
 from sdar_lm_eval.engines.adapters.lmdeploy.loading import PATIENCE, Loaded
-from sdar_lm_eval.engines.adapters.requests import Draw, NoAnswerError, answer_end, stop_ids_of
+from sdar_lm_eval.engines.adapters.requests import Draw, NoAnswerError, stop_ids_of, why_stopped
 from sdar_lm_eval.engines.runs import Failures
 from sdar_lm_eval.engines.types import GenerationRequest, GenerationResult
 from sdar_lm_eval.errors import EngineError
@@ -27,8 +27,9 @@ WATCH = 5.0  # seconds without a result before the worker processes are checked
 class Group:
     """Runs requests whose draws and stop tokens are alike.
 
-    The adapter itself ends a request as soon as a block completes a stop string, or holds a stop token that LMDeploy
-    does not see.
+    The adapter itself ends a request as soon as a block completes a stop string or a loop, or holds a stop token that
+    LMDeploy does not see: LMDeploy knows no stop strings, and looks for no stop token in the block that begins with the
+    prompt's last tokens (strategies/dllm/sequence.py: output_start_pos is where that block ends).
 
     Args:
         loaded: LMDeploy, made for the requests' settings; closed if it fails.
@@ -109,6 +110,7 @@ class Group:
         """Run one request on an instance of LMDeploy's engine."""
         session, started = next(self._loaded.sessions), time.perf_counter()
         tokens: list[int] = []
+        ending, end, reason = Ending(request, self._checkpoint.decode), 0, ""
         stream = instance.async_stream_infer(session, list(request.prompt_ids), gen_config=self._settings(request))
         finished = False
         try:
@@ -122,14 +124,17 @@ class Group:
                         "are kept (--use_cache)."
                     )
                 tokens += output.token_ids
+                if not reason:
+                    added, reason = ending.add(output.token_ids)
+                    end += added
                 finished = status == "FINISH"
-                if not finished and self._has_ended(tokens, len(output.token_ids), request):
+                if not finished and reason not in ("", "length"):
                     break
             if not finished:
                 await instance.async_cancel(session)
         finally:
             await stream.aclose()
-        end, reason = answer_end(tokens, request, self._checkpoint, "LMDeploy")
+        reason = reason or why_stopped(tokens, request, self._checkpoint, "LMDeploy")
         forwards = self._loaded.forwards.take(session)
         # The forward over a prompt shorter than a block denoises, and prefills nothing.
         prefilled = len(request.prompt_ids) >= request.decoding.block_length
@@ -141,15 +146,6 @@ class Group:
             commit_forwards=forwards.commit,
             seconds=time.perf_counter() - started,
         )
-
-    def _has_ended(self, tokens: Sequence[int], new: int, request: GenerationRequest) -> bool:
-        """Whether the last `new` tokens end the answer by something that LMDeploy does not look for.
-
-        LMDeploy knows no stop strings, and looks for no stop token in the block that begins with the prompt's last
-        tokens (strategies/dllm/sequence.py: output_start_pos is where that block ends).
-        """
-        before = len(tokens) - new
-        return end_of_answer(tokens[before:], request, self._checkpoint.decode, tokens[:before])[1] == "stop"
 
     def _settings(self, request: GenerationRequest) -> api.GenerationConfig:
         """A request's GenerationConfig.

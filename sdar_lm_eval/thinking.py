@@ -1,0 +1,125 @@
+"""Thoughts of a thinking model: which part of an answer is one, and where the answer proper begins.
+
+A thinking model writes a thought, the think end (`</think>`), and then what counts as its answer. An answer thinks if
+the prompt has opened a thought (its end is `<think>`), or if the answer itself begins with `<think>`. Any answer that
+has the think end has a thought before it: some chat templates open the thought where the text does not show it.
+
+This module holds no tensor and does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+START, END = "<think>", "</think>"
+"""The marks of the Qwen family, which SDAR comes from."""
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids -> text, without special tokens."""
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """How the thought of an answer is found, and how long it may be.
+
+    Attributes:
+        end: the think end's text; or its token, where decoding leaves that token out.
+        end_ids: the think end's tokens, which are put in behind a thought that reached `max_tokens`.
+        start: the text that opens a thought; or its token, where decoding leaves that token out; None where the
+            think end names no start: then `opened` is true.
+        opened: whether the prompt has opened the thought.
+        max_tokens: tokens of the answer after which its thought is closed; None: no limit.
+    """
+
+    end: str | int
+    end_ids: tuple[int, ...]
+    start: str | int | None
+    opened: bool = False
+    max_tokens: int | None = None
+
+    def begins(self, tokens: Sequence[int], decode: Decode) -> bool | None:
+        """Return whether an answer's first tokens open a thought, behind white space; None: more tokens decide."""
+        if isinstance(self.start, int):
+            first = next((token for token in tokens if token == self.start or decode([token]).strip()), None)
+            return None if first is None else first == self.start
+        if self.start is None:
+            return False
+        text = decode(tokens).lstrip()
+        if text.startswith(self.start):
+            return True
+        return None if self.start.startswith(text) else False
+
+
+@dataclass(frozen=True)
+class Thought:
+    """The thought of an answer.
+
+    Attributes:
+        text: what stands before the last think end; the whole answer where the thought has no end.
+        ended: whether the thought has an end. An answer whose thought has none is no answer: its text is empty.
+    """
+
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """The rule that ends an answer in a loop: its last `tokens * times` tokens repeat with a period of <= `tokens`.
+
+    Attributes:
+        tokens: the longest period.
+        times: how often a period of this length has to occur.
+    """
+
+    tokens: int
+    times: int
+
+    def ends(self, tokens: Sequence[int], length: int) -> bool:
+        """Return whether the first `length` tokens end in a loop."""
+        if length < (size := self.tokens * self.times):
+            return False
+        tail = tokens[length - size : length]
+        return any(
+            tail[-1 - period] == tail[-1] and tail[period:] == tail[:-period]
+            for period in range(1, self.tokens + 1)
+        )
+
+
+def read(token_ids: Sequence[int], thinking: Thinking | None, decode: Decode) -> tuple[Thought | None, str]:
+    """Read an answer's tokens: (its thought, or None; the text behind the thought).
+
+    The text begins behind the last think end and the white space that follows it, as in lm_eval's own models
+    (`postprocess_generated_text` in lm_eval/models/utils.py).
+    """
+    if thinking is None:
+        return None, decode(token_ids)
+    if isinstance(thinking.end, int):
+        ids = list(token_ids)
+        if thinking.end in ids:
+            at = len(ids) - 1 - ids[::-1].index(thinking.end)
+            return Thought(decode(ids[:at]), ended=True), decode(ids[at + 1 :]).lstrip()
+    text = decode(token_ids)
+    return read_text(text, thinking, begins=bool(thinking.begins(token_ids, decode)))
+
+
+def read_text(text: str, thinking: Thinking, *, begins: bool | None = None) -> tuple[Thought | None, str]:
+    """Read an answer's text, as `read` does.
+
+    Args:
+        text: the whole answer.
+        thinking: the marks of a thought.
+        begins: whether the answer opens a thought; None: as its text says.
+    """
+    if isinstance(thinking.end, str) and thinking.end in text:
+        before, _, after = text.rpartition(thinking.end)
+        return Thought(before, ended=True), after.lstrip()
+    if begins is None:
+        begins = isinstance(thinking.start, str) and text.lstrip().startswith(thinking.start)
+    return (Thought(text, ended=False), "") if thinking.opened or begins else (None, text)
+
+
+def is_open(text: str) -> bool:
+    """Return whether a text, with which an answer was begun, opens a thought that does not end."""
+    return text.rfind(START) > text.rfind(END)

@@ -1,0 +1,102 @@
+"""Where answers that think, or run in a loop, end: the same in parts of any size."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdar_lm_eval.decoding import DecodingConfig
+from sdar_lm_eval.ending import CHUNK, CLOSE, Ending, end_of_answer
+from sdar_lm_eval.engines.types import GenerationRequest
+from sdar_lm_eval.thinking import Repetition, Thinking, Thought, is_open, read, read_text
+
+PIECES = ["a", "b", " ", "\n", "<think>", "</think>", "<th", "ink>", "</", "think", ">", "> b", "</think>\n\n", "é"]
+TOKEN = {piece: i for i, piece in enumerate(PIECES)}
+STOP_TOKEN = len(PIECES)
+THINKING = Thinking("</think>", (TOKEN["</think>"],), "<think>")
+OPENED = Thinking("</think>", (TOKEN["</think>"],), "<think>", opened=True)
+
+
+def decode(tokens):
+    return "".join(PIECES[token] for token in tokens if token != STOP_TOKEN)
+
+
+def ids(*pieces):
+    return [TOKEN[piece] for piece in pieces]
+
+
+def asked(thinking=None, stops=(), limit=1000, repetition=None):
+    return GenerationRequest(
+        (0,), limit, DecodingConfig(), frozenset({STOP_TOKEN}), tuple(stops), thinking=thinking, repetition=repetition
+    )
+
+
+def in_parts(tokens, request, sizes):
+    """The answer's tokens, what is put in included, and why it ends; parts of the sizes, over and over."""
+    ending, answer, at, turn = Ending(request, decode), [], 0, 0
+    while at < len(tokens):
+        part = tokens[at : at + sizes[turn % len(sizes)]]
+        count, reason = ending.add(part)
+        answer += part[:count]
+        if reason == CLOSE:
+            answer += request.thinking.end_ids
+            at += count
+        elif reason:
+            return answer, reason
+        else:
+            assert count == len(part)
+            at += count
+        turn += 1
+    return answer, ""
+
+
+def by_definition(tokens, request):
+    """The same, token by token, from the whole text each time."""
+    thinking, rule = request.thinking, request.repetition
+    answer, begin = [], 0
+    thinks, opened = bool(thinking and thinking.opened), 0
+    tells = thinking is not None and not thinks  # whether the beginning may still open a thought
+    for token in tokens:
+        if token == STOP_TOKEN:
+            return answer, "stop"
+        answer.append(token)
+        text = decode(answer)
+        if tells and text.lstrip().startswith("<think>"):
+            thinks, tells, opened = True, False, len(answer)
+        elif tells and not "<think>".startswith(text.lstrip()):
+            tells = False
+        if thinks and "</think>" in text:
+            thinks, begin = False, text.index("</think>") + len("</think>")
+        if thinks and thinking.max_tokens is not None and len(answer) >= max(thinking.max_tokens, opened):
+            if max(thinking.max_tokens, opened) + len(thinking.end_ids) < request.max_new_tokens:
+                answer += thinking.end_ids
+                thinks, begin = False, len(decode(answer))
+                continue
+        if not thinks and any(stop in text[begin:] for stop in request.stop_strings):
+            return answer, "stop"
+        if len(answer) >= request.max_new_tokens:
+            return answer, "length"
+        if rule and len(tail := answer[-rule.tokens * rule.times :]) == rule.tokens * rule.times:
+            if any(all(a == b for a, b in zip(tail, tail[p:], strict=False)) for p in range(1, rule.tokens + 1)):
+                return answer, "repetition"
+    return answer, ""
+
+
+@given(
+    st.lists(st.integers(0, STOP_TOKEN), max_size=30),
+    st.sampled_from([None, THINKING, OPENED]),
+    st.integers(1, 12) | st.none(),
+    st.lists(st.sampled_from(["a", "b", "\n", "> ", ">", "k", "\n\n", "ab"]), max_size=2),
+    st.integers(1, 40),
+    st.sampled_from([None, Repetition(1, 3), Repetition(2, 2), Repetition(3, 2)]),
+    st.lists(st.integers(1, 7), min_size=1, max_size=4),
+)
+def test_an_answer_ends_in_the_same_place_in_parts_of_any_size(tokens, thinking, most, stops, limit, repetition, sizes):
+    if thinking is not None and most is not None:
+        thinking = Thinking(thinking.end, thinking.end_ids, thinking.start, thinking.opened, most)
+    request = asked(thinking, stops, limit, repetition)
+    expected = by_definition(tokens, request)
+    assert in_parts(tokens, request, sizes) == expected
+    if expected[1] and CLOSE not in (found := end_of_answer(tokens, request, decode)):
+        assert (tokens[: found[0]], found[1]) == expected
