@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, TypedDict, TypeVar, get_type_hints
 
@@ -54,6 +54,21 @@ class ModelArguments(DecodingArguments, total=False):
         chat_template: auto (prompts of generating tasks go into the checkpoint's chat template, where it has one, as by
             `--apply_chat_template`), on (the same, and an error where there is none), off. Log-likelihoods are of the
             text as it comes, unless `--apply_chat_template` is given.
+        think_end_token: what ends a thought: a text or a token id, as in lm_eval's hf and vllm models; off: nothing is a
+            thought. Default: auto, which is `</think>` if tokenizer, template or answer_prefix have it. The thought
+            is cut before `until`, filters and scoring, and kept beside the samples. `<think>` at the prompt's end
+            or the answer's beginning opens a thought. An answer whose thought does not end is scored as "". An
+            answer without either mark is scored whole: auto changes nothing for models that do not think, and needs no
+            flag for those that do.
+        enable_thinking: passed to the chat template, as chat_template_args={"enable_thinking": …}.
+        chat_template_args: further values for the chat template, a mapping or its JSON.
+        answer_prefix: text behind the assistant's opening, with which each generated answer begins: `<think>` or
+            `<think>\\n`. `\\n`, `\\t` and `\\\\` in it are a line break, a tab, a backslash. A token that it spells
+            is that token. A task's own gen_prefix follows it.
+        max_thinking_toks: most tokens of a thought: behind so many tokens of an answer, the think end is put in, and
+            the answer goes on. Default: no limit.
+        stop_repetition: N:K, such as 50:4, ends an answer whose last N*K tokens repeat with a period of N tokens or
+            fewer; the finish reason is `repetition`. Default: no such end. JetEngine does not support it.
         trace: file that gets a JSON line for each finished request (report/trace.py); each run and rank has its own.
         record_steps: keep beside lm_eval's samples how each answer was written (report/denoising.py); default: true.
         verbose: log each example when its answer is there, right or wrong where the task has a judge (report/live.py).
@@ -73,6 +88,12 @@ class ModelArguments(DecodingArguments, total=False):
     max_active: int
     seed: int
     chat_template: ChatMode
+    think_end_token: str | int
+    enable_thinking: bool
+    chat_template_args: Mapping[str, object] | str
+    answer_prefix: str
+    max_thinking_toks: int
+    stop_repetition: str
     trace: str | Path
     record_steps: bool
     verbose: bool

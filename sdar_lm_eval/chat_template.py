@@ -17,7 +17,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.runtime import Context
 
-from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.errors import UserError, listed
 from sdar_lm_eval.files import one_line, shown
 
 MOST_SECONDS = 5.0  # a conversation takes about 0.0001
@@ -27,6 +27,9 @@ MOST_SOURCE = 200_000  # characters; the longest templates have some 20,000
 # Marks the end of a message that is to be continued: a Unicode noncharacter, and a space. A template that strips
 # messages removes the space.
 END = "\ufdd2 "
+
+NO_VALUES: Mapping[str, object] = {}
+SET_BY_RENDERING = {"messages", "add_generation_prompt"}
 
 Message = Mapping[str, str]
 Value = TypeVar("Value")
@@ -55,13 +58,20 @@ class ChatTemplate:
         tokenizer: transformers' tokenizer; it has one template, or several by name.
         checkpoint: the checkpoint's name, for messages.
         name: the template's name where there are several; None: `default`.
+        values: further values for the template, by name, such as enable_thinking.
 
     Raises:
-        UserError: there is no template of that name, or the template is no text, cannot be compiled, or fails for a
-            user's turn.
+        UserError: there is no template of that name, a value has the name of one that rendering sets, or the template
+            is no text, cannot be compiled, or fails for a user's turn.
     """
 
-    def __init__(self, tokenizer: Tokenizer, checkpoint: str, name: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        checkpoint: str,
+        name: str | None = None,
+        values: Mapping[str, object] = NO_VALUES,
+    ) -> None:
         self._title = f"the chat template of checkpoint {checkpoint!r}"
         source = tokenizer.chat_template
         if isinstance(source, Mapping):
@@ -79,7 +89,9 @@ class ChatTemplate:
             raise UserError(f"{self._title} has {len(source):,} characters, at most {MOST_SOURCE:,} do. {_REMEDY}")
         self.source = source
         """Jinja2's text."""
-        self._names = dict(tokenizer.special_tokens_map)
+        if taken := sorted(values.keys() & SET_BY_RENDERING):
+            raise UserError(f"chat_template_args has {listed(taken)}, which rendering sets. Leave it out.")
+        self._names = {"tools": None, "documents": None, **tokenizer.special_tokens_map, **values}
         self._budget = _Budget()
         try:
             self._template = _compile(source, self._budget)
@@ -115,13 +127,7 @@ class ChatTemplate:
         if not add_generation_prompt:
             conversation[-1]["content"] += END
         self._budget.begin()
-        text = self._template.render(
-            messages=conversation,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **self._names,
-        )
+        text = self._template.render(messages=conversation, add_generation_prompt=add_generation_prompt, **self._names)
         if add_generation_prompt:
             return text
         before, found, after = text.rpartition(END[0])

@@ -180,9 +180,7 @@ class Ending:
         return known + bisect.bisect_left(range(known, end), True, key=stopped) if stopped(end) else None
 
 
-def end_of_answer(
-    tokens: Sequence[int], request: Ends, decode: Decode, earlier: Sequence[int] = ()
-) -> tuple[int, str]:
+def end_of_answer(tokens: Sequence[int], request: Ends, decode: Decode, earlier: Sequence[int] = ()) -> tuple[int, str]:
     """Find the end of an answer in new tokens; an engine may have generated tokens after the end.
 
     Args:

@@ -43,8 +43,10 @@ from sdar_lm_eval.lm.evaluation import TaskRequests
 from sdar_lm_eval.lm.jobs import Job, Jobs, Round
 from sdar_lm_eval.lm.likelihoods import Likelihoods
 from sdar_lm_eval.lm.prompts import Prompts
+from sdar_lm_eval.lm.thoughts import Thoughts
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.settings import Generation, ModelSettings, to_whole
+from sdar_lm_eval.thinking import Thought
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -65,7 +67,8 @@ class Answer:
     """The answer to a prompt.
 
     Attributes:
-        text: the answer's text, cut before the earliest stop string (`until`).
+        text: the answer's text behind its thought, cut before the earliest stop string (`until`).
+        thought: the answer's thought; None: the answer has none.
         prompt: the text that was tokenized, rendered by the chat template where the template is in use.
         request: the engine's request.
         result: the engine's result, with steps and confidences where the engine records them.
@@ -73,6 +76,7 @@ class Answer:
     """
 
     text: str
+    thought: Thought | None
     prompt: str
     request: GenerationRequest
     result: GenerationResult
@@ -80,7 +84,7 @@ class Answer:
 
     @property
     def finish_reason(self) -> str:
-        """Why the answer ended: "stop" (a stop token or stop string) or "length" (the limit of new tokens)."""
+        """Why the answer ended: "stop" (a stop token or string), "length" (the limit of new tokens), "repetition"."""
         return self.result.finish_reason
 
     @property
@@ -131,7 +135,8 @@ class LoadedModel:
             if getattr(settings, name):
                 raise UserError(f"{name}={model_args[name]} is for evaluations. Leave {name} out, or run lm_eval.")
         checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
-        prompts = Prompts(checkpoint, settings.chat_template)
+        thoughts = Thoughts.read(settings.thoughts, checkpoint)
+        prompts = Prompts(checkpoint, settings.chat_template, thoughts)
         jobs = Jobs(checkpoint, prompts, settings.decoding, settings.max_length, alone=True)
         jobs.check_limits(answers_limited=settings.limits_length)
         likelihood = settings.likelihood_config(jobs.default.decoding.block_length)
@@ -363,8 +368,8 @@ class LoadedModel:
             },
             seconds=result.seconds,
         )
-        text = job.cut(self.checkpoint.decode(result.token_ids))
-        return Answer(text, job.prompt, request, result, denoising)
+        thought, text = job.read(result.token_ids, self.checkpoint.decode)
+        return Answer(text, thought, job.prompt, request, result, denoising)
 
 
 def _several(prompts: Prompt | Iterable[Prompt]) -> list[Prompt] | None:

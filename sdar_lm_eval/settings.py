@@ -43,6 +43,10 @@ HINTS = {"seed": "The seed is the model's: --model_args seed=N, or the third of 
 """Name that is no setting of a request -> where it belongs."""
 # Settings of other engines that stock tasks have, with the one value that has no effect.
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "n": 1}
+OF_THOUGHTS = (
+    "think_end_token", "enable_thinking", "chat_template_args", "answer_prefix", "max_thinking_toks", "stop_repetition",
+)  # fmt: skip
+"""model_args that `lm/thoughts.py` reads."""
 IGNORED = ("use_cache",)  # a setting of transformers that changes no answer
 
 
@@ -53,6 +57,7 @@ class ModelSettings:
     Attributes:
         decoding: decoding settings that the user gave, by their full names; a request's override them.
         engine: options that only this engine takes.
+        thoughts: the arguments on thoughts and answer prefixes that the user gave (`OF_THOUGHTS`).
         All others: see `ModelArguments`; None where the user gave none and there is no one default.
     """
 
@@ -72,6 +77,7 @@ class ModelSettings:
     mc_samples: int | None
     decoding: Mapping[str, object]
     engine: Mapping[str, object]
+    thoughts: Mapping[str, object]
 
     @classmethod
     def read(cls, pretrained: str, given: Mapping[str, object], engine: str) -> ModelSettings:
@@ -112,6 +118,7 @@ class ModelSettings:
             mc_samples=whole_number("mc_samples"),
             decoding=typed({name: known[name] for name in known if name in GENERATION_SETTINGS}, DecodingArguments),
             engine=typed({name: known[name] for name in known if name in of_engine}, taken),
+            thoughts={name: known[name] for name in OF_THOUGHTS if name in known},
         )
 
     @property

@@ -63,6 +63,14 @@ class Thought:
     text: str
     ended: bool
 
+    def as_record(self) -> dict[str, object]:
+        """Return the fields of a stored answer and of a trace's line."""
+        return {"thought": self.text, "thought_ended": self.ended}
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the value of the samples file."""
+        return {"text": self.text, "ended": self.ended}
+
 
 @dataclass(frozen=True)
 class Repetition:
@@ -82,8 +90,7 @@ class Repetition:
             return False
         tail = tokens[length - size : length]
         return any(
-            tail[-1 - period] == tail[-1] and tail[period:] == tail[:-period]
-            for period in range(1, self.tokens + 1)
+            tail[-1 - period] == tail[-1] and tail[period:] == tail[:-period] for period in range(1, self.tokens + 1)
         )
 
 
@@ -120,6 +127,6 @@ def read_text(text: str, thinking: Thinking, *, begins: bool | None = None) -> t
     return (Thought(text, ended=False), "") if thinking.opened or begins else (None, text)
 
 
-def is_open(text: str) -> bool:
-    """Return whether a text, with which an answer was begun, opens a thought that does not end."""
-    return text.rfind(START) > text.rfind(END)
+def is_open(begun: str, start: str, end: str) -> bool:
+    """Return whether a text by which an answer was begun ends within a thought."""
+    return begun.rfind(start) > begun.rfind(end)

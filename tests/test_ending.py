@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sdar_lm_eval.decoding import DecodingConfig
-from sdar_lm_eval.ending import CHUNK, CLOSE, Ending, end_of_answer
+from sdar_lm_eval.ending import CLOSE, Ending, end_of_answer
 from sdar_lm_eval.engines.types import GenerationRequest
-from sdar_lm_eval.thinking import Repetition, Thinking, Thought, is_open, read, read_text
+from sdar_lm_eval.thinking import Repetition, Thinking
 
 PIECES = ["a", "b", " ", "\n", "<think>", "</think>", "<th", "ink>", "</", "think", ">", "> b", "</think>\n\n", "é"]
 TOKEN = {piece: i for i, piece in enumerate(PIECES)}
@@ -68,18 +67,19 @@ def by_definition(tokens, request):
             tells = False
         if thinks and "</think>" in text:
             thinks, begin = False, text.index("</think>") + len("</think>")
-        if thinks and thinking.max_tokens is not None and len(answer) >= max(thinking.max_tokens, opened):
-            if max(thinking.max_tokens, opened) + len(thinking.end_ids) < request.max_new_tokens:
-                answer += thinking.end_ids
-                thinks, begin = False, len(decode(answer))
-                continue
+        limit = max(thinking.max_tokens, opened) if thinks and thinking.max_tokens is not None else None
+        if limit is not None and limit <= len(answer) and limit + len(thinking.end_ids) < request.max_new_tokens:
+            answer += thinking.end_ids
+            thinks, begin = False, len(decode(answer))
+            continue
         if not thinks and any(stop in text[begin:] for stop in request.stop_strings):
             return answer, "stop"
         if len(answer) >= request.max_new_tokens:
             return answer, "length"
-        if rule and len(tail := answer[-rule.tokens * rule.times :]) == rule.tokens * rule.times:
-            if any(all(a == b for a, b in zip(tail, tail[p:], strict=False)) for p in range(1, rule.tokens + 1)):
-                return answer, "repetition"
+        tail = answer[-rule.tokens * rule.times :] if rule else []
+        periods = range(1, rule.tokens + 1) if rule and len(tail) == rule.tokens * rule.times else ()
+        if any(all(a == b for a, b in zip(tail, tail[p:], strict=False)) for p in periods):
+            return answer, "repetition"
     return answer, ""
 
 

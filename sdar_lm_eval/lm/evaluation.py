@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict, TypeVar
+from typing import Any, Literal, Protocol, TypedDict, TypeVar
 
 from lm_eval.api.instance import Instance
 
+from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.hashing import hex_digest
 from sdar_lm_eval.lm.denoising import WrittenAnswers
 from sdar_lm_eval.report.counts import Counts
+from sdar_lm_eval.thinking import Thought
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class TaskRequests:
         borrowed: whether this rank has no document of the task; the task's only request here is a copy of another
             rank's.
         decoding: the decoding of the task's published protocol (`metadata: {sdar_decoding: …}` of its YAML).
+        begins_answers: whether the task begins the answers itself (its `gen_prefix`).
         judge: the function that predicts how answers will score (`metadata: {sdar_judge: …}`, see report/live.py).
     """
 
@@ -44,12 +47,37 @@ class TaskRequests:
     scored: bool = False
     borrowed: bool = False
     decoding: Mapping[str, object] | None = None
+    begins_answers: bool = False
     judge: Mapping[str, str] | None = None
 
     def document(self, request: Instance) -> int:
         """The document's index in the data set; lm_eval's `doc_id` is an index into the chosen documents."""
         doc_id = int(request.doc_id or 0)
         return doc_id if self.documents is None else self.documents[doc_id]
+
+
+class Answered(Protocol):
+    """What is read of a `Job`."""
+
+    @property
+    def instance(self) -> Instance:
+        """The harness's request."""
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+
+    @property
+    def document(self) -> int:
+        """The document's index in the data set."""
+
+    @property
+    def repeat(self) -> int:
+        """The answer's number among the document's, over all of its requests."""
+
+    @property
+    def request(self) -> GenerationRequest:
+        """What the engine got."""
 
 
 @dataclass
@@ -84,6 +112,7 @@ class Evaluation:
         decoding: task -> the settings that its answers were made with.
         sent: task -> what was sent.
         written: how answers were written.
+        thoughts: task -> (document, request of the document, repeat of the request) -> the answer's thought, or None.
         template_hash: hash of the chat template in use.
         over: whether the evaluation has ended; requests that come now belong to no evaluation.
     """
@@ -94,6 +123,7 @@ class Evaluation:
     decoding: dict[str, dict[str, object]] = field(default_factory=dict)
     sent: dict[str, SentPrompts] = field(default_factory=dict)
     written: WrittenAnswers = field(default_factory=WrittenAnswers)
+    thoughts: dict[str, dict[tuple[int, int, int], Thought | None]] = field(default_factory=dict)
     template_hash: str | None = None
     over: bool = False
     _of_requests: dict[int, tuple[TaskRequests, Instance]] = field(default_factory=dict, repr=False)
@@ -124,6 +154,24 @@ class Evaluation:
     def sent_of(self, task: str) -> SentPrompts:
         """What was sent for a task."""
         return self.sent.setdefault(task, SentPrompts())
+
+    def note_end(self, job: Answered, thought: Thought | None, reason: str, tokens: int) -> None:
+        """Note an answer's thought, and count thoughts and loops.
+
+        Args:
+            job: what was answered.
+            thought: the answer's thought; None: it has none.
+            reason: why the answer ended.
+            tokens: the answer's tokens.
+        """
+        instance = job.instance
+        repeat = job.repeat - instance.idx * max(instance.repeats or 1, 1)
+        self.thoughts.setdefault(job.task, {})[job.document, instance.idx, repeat] = thought
+        if thought is not None:
+            self.counts.count(job.task, thoughts=1, unfinished_thoughts=int(not thought.ended))
+        if reason == "repetition":
+            saved = max(job.request.max_new_tokens - tokens, 0)
+            self.counts.count(job.task, repetitions=1, saved_tokens=saved)
 
     def answer_own(
         self, requests: Sequence[Instance], answer: Callable[[Sequence[Instance]], Sequence[Answer]], blank: Answer
@@ -185,3 +233,31 @@ def facts_of_evaluation(ranks: Sequence[Evaluation]) -> EvaluationFacts:
         "prompts": prompts,
         "run": Counts.of_ranks([of_rank.counts for of_rank in ranks]).as_dict(),
     }
+
+
+def put_thoughts_into(samples: Mapping[str, Sequence[dict[str, Any]]], ranks: Sequence[Evaluation]) -> None:
+    """Put the thoughts of answers beside the answers in lm_eval's samples: `thoughts`, in the shape of `resps`.
+
+    A document of a task in which an answer has a thought gets, for each answer, {"text": …, "ended": …} or None.
+
+    Args:
+        samples: task -> its samples, as lm_eval returns and saves them.
+        ranks: each process's account of the evaluation.
+    """
+    for task, lines in samples.items():
+        found = {key: thought for of_rank in ranks for key, thought in of_rank.thoughts.get(task, {}).items()}
+        if not any(found.values()):
+            continue
+        for line in lines:
+            line["thoughts"] = [
+                [_thought_of(found, line["doc_id"], request, repeat) for repeat in range(len(answers))]
+                for request, answers in enumerate(line["resps"])
+            ]
+
+
+def _thought_of(
+    found: Mapping[tuple[int, int, int], Thought | None], document: int, request: int, repeat: int
+) -> dict[str, object] | None:
+    # An answer that does not depend on a seed is made once, for all repeats.
+    thought = found.get((document, request, repeat), found.get((document, request, 0)))
+    return None if thought is None else thought.as_dict()

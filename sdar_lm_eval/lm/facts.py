@@ -9,6 +9,7 @@ from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.types import EngineInfo, LikelihoodConfig
 from sdar_lm_eval.lm.evaluation import Evaluation, facts_of_evaluation
 from sdar_lm_eval.lm.jobs import Jobs
+from sdar_lm_eval.lm.thoughts import Thoughts
 from sdar_lm_eval.revision import ANSWER_REVISION
 from sdar_lm_eval.settings import Generation
 
@@ -31,6 +32,7 @@ def facts_of_model(
     info: EngineInfo,
     *,
     chat_template: str,
+    thoughts: Thoughts,
     world_size: int,
     evaluations: Sequence[Evaluation],
 ) -> dict[str, object]:
@@ -42,6 +44,7 @@ def facts_of_model(
         likelihood: how log-likelihoods are computed.
         info: the engine's facts.
         chat_template: the setting of that name.
+        thoughts: the settings of thoughts.
         world_size: the number of ranks.
         evaluations: each rank's account of the last evaluation; on ranks above 0, the rank's own alone.
     """
@@ -57,6 +60,7 @@ def facts_of_model(
         "max_length": jobs.max_length,
         "seed": evaluations[0].seed,
         "chat_template": chat_template,
+        **({"thinking": dict(thoughts.given)} if thoughts.given else {}),
         "ranks": world_size,
         "decoding": jobs.default.as_dict(),
         **likelihood.as_dict(),

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import ModuleType
-from typing import ClassVar, Protocol, TypeGuard
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CachingLM
@@ -56,6 +56,14 @@ class Watched(Protocol):
             cached: whether lm_eval keeps the answers (`--use_cache`).
             template: the name of the chat template that the user chose; None: the default one.
         """
+
+    def apply_chat_template_without_prefix(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Render a conversation without the setting answer_prefix, which is for generated answers."""
+
+    def add_thoughts(self, samples: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+        """Put the thoughts of the last evaluation's answers into lm_eval's samples, by task."""
 
     def written(self) -> LinesOf:
         """Return a function: task -> how the last evaluation's answers were written; nothing where not recorded."""
@@ -103,6 +111,8 @@ def watch(evaluator: ModuleType) -> None:
                 for task, name in {id(task): (task, name) for name, task in tasks.items()}.values():
                     stack.enter_context(_methods_replaced(task, name, model))
                 results = evaluate(**call.arguments)
+            if isinstance(results, dict) and "samples" in results:
+                model.add_thoughts(results["samples"])
             if (tracker := _tracker.get()) is not None:
                 keep_beside_samples(tracker, model.written())
             return results
@@ -231,6 +241,8 @@ def _build_in_template(task: Task, name: str, model: Watched, borrowed: Sequence
             }
             if settings.get("fewshot_as_multiturn", False) is None:  # lm_eval's default under --apply_chat_template
                 settings["fewshot_as_multiturn"] = True
+        if task.OUTPUT_TYPE != "generate_until" and settings.get("chat_template") is not None:
+            settings["chat_template"] = model.apply_chat_template_without_prefix
         build(**settings)
         samples, metadata = settings.get("samples"), task.config.metadata or {}
         model.task_begins(
@@ -241,6 +253,7 @@ def _build_in_template(task: Task, name: str, model: Watched, borrowed: Sequence
                 scored=task.OUTPUT_TYPE in ("loglikelihood", "multiple_choice"),
                 borrowed=any(borrowed),
                 decoding=metadata.get("sdar_decoding"),
+                begins_answers=bool(getattr(task.config, "gen_prefix", None)),
                 judge=metadata.get("sdar_judge"),
             ),
             task.instances,

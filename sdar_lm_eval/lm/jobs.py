@@ -17,8 +17,9 @@ from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.hashing import seed_from
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
 from sdar_lm_eval.lm.prompts import Prompts
-from sdar_lm_eval.lm.store import differences, key_of
+from sdar_lm_eval.lm.store import Record, differences, key_of
 from sdar_lm_eval.settings import Generation, canonical, read_generation, warn_of_idle_knobs
+from sdar_lm_eval.thinking import Decode, Thinking, Thought, read, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,29 @@ class Job:
         """Task, document and repeat, as stored answers and traces have them."""
         return {"task": self.task, "document": self.document, "repeat": self.repeat}
 
-    def cut(self, text: str) -> str:
+    def read(self, token_ids: Sequence[int], decode: Decode) -> tuple[Thought | None, str]:
+        """An answer's thought, if it has one, and the text that is scored: behind the thought, before `until`."""
+        thought, text = read(token_ids, self.request.thinking, decode)
+        return thought, self._cut(text)
+
+    def recall(self, record: Record | None) -> tuple[Thought | None, str] | None:
+        """Return the same of a stored answer; None where it has to be made again.
+
+        A record without a thought whose text has one is of a version that knew no thoughts: its text is the whole
+        answer. A stop string may have ended it within the thought.
+        """
+        if record is None:
+            return None
+        if "thought" in record:
+            return Thought(record["thought"], record["thought_ended"]), record["text"]
+        if self.request.thinking is None:
+            return None, record["text"]
+        thought, text = read_text(record["text"], self.request.thinking)
+        if thought is not None and self.request.stop_strings:
+            return None
+        return thought, self._cut(text)
+
+    def _cut(self, text: str) -> str:
         """The text before the earliest of `until`."""
         return text[: min((index for stop in self.until if (index := text.find(stop)) >= 0), default=len(text))]
 
@@ -115,6 +138,7 @@ class Jobs:
     def __init__(
         self, checkpoint: Checkpoint, prompts: Prompts, given: Mapping[str, object], max_length: int | None, alone: bool
     ) -> None:
+        self._thoughts = prompts.thoughts
         self._checkpoint, self._prompts, self._alone = checkpoint, prompts, alone
         self._tasks_told: set[str] = set()
         self._warned_of_user_turns = False
@@ -179,6 +203,8 @@ class Jobs:
                 # From the request's content and not its position: the same with --limit and on any rank.
                 seed=seed_from([seed, instance.task_name, instance.args[0], repeat]),
                 record_steps=record_steps,
+                thinking=self._thinking_behind(prompt),
+                repetition=self._thoughts.repetition,
             )
             task = task_of(instance)
             jobs[job_id] = Job(
@@ -190,7 +216,7 @@ class Jobs:
                 templated_by=by,
                 request=request,
                 until=generation.until,
-                key=_key_of(request, generation),
+                key=_key_of(request, generation, self._thoughts.auto),
             )
         return Round(order, jobs, truncated, {task: its.generation for (task, _), its in settings.items()})
 
@@ -288,11 +314,25 @@ class Jobs:
             told = ", ".join(f"{name}={value}" for name, value in published.items())
             logger.info("%s is decoded as published: %s. model_args and gen_kwargs override it.", task, told)
 
+    def _thinking_behind(self, prompt: str) -> Thinking | None:
+        """How the thought of an answer to this prompt is found."""
+        thinking = self._thoughts.thinking
+        if thinking is None or not self._prompts.opens_thought(prompt):
+            return thinking
+        return dataclasses.replace(thinking, opened=True)
+
     def _in_template(self, instance: Instance, task: TaskRequests) -> tuple[str, TemplatedBy | None]:
         """A request's prompt, and who put it into the chat template."""
         context = str(instance.args[0])
         by = self._prompts.templated_by(task, context)
-        if by is not None or not self._prompts.renders:
+        if by is None and not self._prompts.renders:
+            if self._thoughts.answer_prefix and task.begins_answers:
+                raise UserError(
+                    f"answer_prefix={self._thoughts.answer_prefix!r}: {task.name} begins its answers itself "
+                    "(gen_prefix). Outside of a chat template the prefix has no place. Leave answer_prefix out."
+                )
+            return context + self._thoughts.answer_prefix, by
+        if by is not None:
             return context, by
         if not self._warned_of_user_turns:
             self._warned_of_user_turns = True
@@ -303,10 +343,20 @@ class Jobs:
         return self._prompts.as_user_turn(context), "sdar_lm_eval"
 
 
-def _key_of(request: GenerationRequest, generation: Generation) -> str:
-    """A hash of all that the answer's text depends on beside checkpoint and engine."""
+def _key_of(request: GenerationRequest, generation: Generation, auto: Thinking | None) -> str:
+    """A hash of all that the answer's text depends on beside checkpoint and engine.
+
+    Args:
+        request: what the engine gets.
+        generation: the request's settings.
+        auto: how thoughts are found where nobody says anything of them, which keys do not hold.
+    """
     content = dataclasses.asdict(request) | {"until": generation.until, "stop_ids": sorted(request.stop_ids)}
     del content["record_steps"]
+    if request.thinking == auto:
+        del content["thinking"]
+    if request.repetition is None:
+        del content["repetition"]
     if not generation.is_drawn:
         del content["seed"]
     return key_of("generate_until", content)

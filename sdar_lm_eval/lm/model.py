@@ -22,9 +22,10 @@ from sdar_lm_eval.arguments import JetEngineArguments, LMDeployArguments, Native
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT, DEFAULT_SEED
 from sdar_lm_eval.engines.registry import ENGINES, make_engine
+from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.answers import AnswerFolder
 from sdar_lm_eval.lm.denoising import LinesOf, WrittenAnswers
-from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests
+from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, put_thoughts_into
 from sdar_lm_eval.lm.facts import described, facts_of_model, fingerprint_of
 from sdar_lm_eval.lm.hooks import watch
 from sdar_lm_eval.lm.jobs import Jobs
@@ -33,6 +34,7 @@ from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.ranks import Ranks
 from sdar_lm_eval.lm.rounds import Rounds
 from sdar_lm_eval.lm.store import CacheFile, Store, bypass, check_cache_file
+from sdar_lm_eval.lm.thoughts import Thoughts
 from sdar_lm_eval.report.counts import Counts
 from sdar_lm_eval.report.trace import Trace
 from sdar_lm_eval.settings import ModelSettings
@@ -75,7 +77,8 @@ class SDARLM(TemplateLM):
 
         self.checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
         self.tokenizer = self.checkpoint.tokenizer
-        self._prompts = Prompts(self.checkpoint, settings.chat_template)
+        self._thoughts = thoughts = Thoughts.read(settings.thoughts, self.checkpoint)
+        self._prompts = Prompts(self.checkpoint, settings.chat_template, thoughts)
         self.renders = self._prompts.renders
         alone = self._world_size == 1
         self.jobs = Jobs(self.checkpoint, self._prompts, settings.decoding, settings.max_length, alone=alone)
@@ -202,6 +205,10 @@ class SDARLM(TemplateLM):
         notes = WrittenAnswers.of_ranks([evaluation.written for evaluation in self._evaluation_of_ranks])
         return lambda task: notes.lines(task, self._prompts.pieces)
 
+    def add_thoughts(self, samples: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+        """Put the thoughts of the last evaluation's answers, on all ranks, into lm_eval's samples."""
+        put_thoughts_into(samples, self._evaluation_of_ranks)
+
     # Text and tokens
 
     @property
@@ -238,10 +245,18 @@ class SDARLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation; without a generation prompt, its last message is left open to be continued.
 
+        The setting answer_prefix follows the assistant's opening.
+
         Raises:
             UserError: the checkpoint has no chat template, or the template refuses the conversation.
         """
         return self._prompts.render(chat_history, add_generation_prompt)
+
+    def apply_chat_template_without_prefix(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Render a conversation as `apply_chat_template` does, without answer_prefix; for log-likelihoods."""
+        return self._prompts.render(chat_history, add_generation_prompt, prefixed=False)
 
     # Requests
 
@@ -265,8 +280,8 @@ class SDARLM(TemplateLM):
         stored at once. See `lm_eval.api.model.LM.loglikelihood`, and `sdar_lm_eval/likelihood.py`.
 
         Raises:
-            UserError: the engine computes no log-likelihoods, or a continuation is too long; raised before anything
-                runs.
+            UserError: the engine computes no log-likelihoods, a continuation is too long, or enable_thinking is true;
+                raised before anything runs.
             EngineError, Interrupted: as `generate_until`.
         """
         return self._score("loglikelihood", requests, disable_tqdm)
@@ -286,6 +301,11 @@ class SDARLM(TemplateLM):
         return self.rounds.score_tokens(pairs, self.evaluation.seed)
 
     def _score(self, kind: Kind, requests: Sequence[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
+        if requests and self._thoughts.template_args.get("enable_thinking"):
+            raise UserError(
+                f"task {requests[0].task_name!r} asks for log-likelihoods, and enable_thinking=true for thoughts. "
+                "Leave out enable_thinking, or use a task that generates (output_type generate_until)."
+            )
         evaluation, show = self._current(), self._rank == 0 and not disable_tqdm
         return evaluation.answer_own(requests, lambda own: self.rounds.score(kind, own, evaluation, show), (0.0, False))
 
@@ -341,6 +361,7 @@ class SDARLM(TemplateLM):
             self._likelihoods.config(self.evaluation.seed),
             self.engine.info,
             chat_template=self._settings.chat_template,
+            thoughts=self._thoughts,
             world_size=self._world_size,
             evaluations=self._evaluation_of_ranks,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import re
@@ -14,6 +15,8 @@ from sdar_lm_eval.chat_template import ChatTemplate
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
+from sdar_lm_eval.lm.thoughts import Thoughts
+from sdar_lm_eval.thinking import is_open
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +37,15 @@ class Prompts:
     Args:
         checkpoint: has the tokenizer and the template.
         mode: the setting chat_template.
+        thoughts: the settings of thoughts, with the answer prefix and values for the chat template; None: the default.
 
     Raises:
         UserError: mode is on, and the checkpoint has no chat template; or the chat template cannot be used.
     """
 
-    def __init__(self, checkpoint: Checkpoint, mode: ChatMode = "auto") -> None:
+    def __init__(self, checkpoint: Checkpoint, mode: ChatMode = "auto", thoughts: Thoughts | None = None) -> None:
         self.tokenizer = checkpoint.tokenizer
+        self.thoughts = Thoughts.read({}, checkpoint) if thoughts is None else thoughts
         self._name, self._stop_ids, self._mode = checkpoint.name, checkpoint.stop_ids, mode
         self.has_template = bool(getattr(self.tokenizer, "chat_template", None))
         if mode == "on" and not self.has_template:
@@ -55,6 +60,8 @@ class Prompts:
             self._template()  # renders a message, so that a broken template is refused now
         self._rendered: dict[bytes, tuple[str, ...]] = {}
         """Hash of a rendered text -> its parts, every second of which spells a special token; () where none does."""
+        self._thinking: set[bytes] = set()
+        """Hashes of rendered texts that begin the answer with a thought, and go on within the thought."""
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -119,18 +126,38 @@ class Prompts:
 
     def _template(self) -> ChatTemplate:
         if self._chosen not in self._templates:
-            self._templates[self._chosen] = ChatTemplate(self.tokenizer, self._name, self._chosen)
+            self._templates[self._chosen] = ChatTemplate(
+                self.tokenizer, self._name, self._chosen, self.thoughts.template_args
+            )
         return self._templates[self._chosen]
 
     @property
     def template_hash(self) -> str | None:
-        """The first 16 hexadecimal digits of the SHA-256 of the template in use; None where none was used."""
+        """16 hexadecimal digits of the SHA-256 of the template in use; None where none was used.
+
+        The template's values and the answer prefix count too, where the user gave any.
+        """
         if not self._templates:
             return None
-        return hashlib.sha256(self._template().source.encode()).hexdigest()[:16]
+        content = self._template().source
+        if self.thoughts.template_args or self.thoughts.answer_prefix:
+            given = [dict(self.thoughts.template_args), self.thoughts.answer_prefix]
+            content += json.dumps(given, sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, *, prefixed: bool = True
+    ) -> str:
         """Render a conversation; without a generation prompt its last message is left open to be continued.
+
+        The answer prefix follows the assistant's opening, and the last message that is to be continued follows the
+        prefix. A last message that opens a thought follows the opening too: a template may put a thought of its own
+        before the message, as for a turn that is complete.
+
+        Args:
+            messages: the conversation.
+            add_generation_prompt: whether the assistant's turn is opened.
+            prefixed: whether the answer prefix is put in.
 
         Raises:
             UserError: the checkpoint has no chat template, or the template refuses the conversation, fails, or takes
@@ -138,6 +165,10 @@ class Prompts:
         """
         if not self.has_template:
             raise UserError(f"checkpoint {self._name!r} has no chat template; leave out --apply_chat_template.")
+        prefix, begun = self.thoughts.answer_prefix if prefixed else "", ""
+        if not add_generation_prompt and (prefix or messages[-1]["content"].lstrip().startswith(self.thoughts.start)):
+            *messages, last = messages
+            begun, add_generation_prompt = last["content"], True
         tokens: list[str] = []  # special tokens in the messages' texts
 
         def mark(found: re.Match[str]) -> str:
@@ -145,12 +176,23 @@ class Prompts:
             return MARK.format(len(tokens) - 1)
 
         marked = [{**m, "content": self._special.sub(mark, m["content"])} for m in messages]
+        opened, start, rest = begun.partition(self.thoughts.start)
+        if opened.strip() or not start:
+            opened, start, rest = "", "", begun
         text = self._template().render(marked, add_generation_prompt)
+        text += prefix + opened + start + self._special.sub(mark, rest)
         parts = re.split(MARK.format(r"(\d+)"), text)  # text, number, text, number, …, text
         parts[1::2] = [tokens[int(number)] for number in parts[1::2]]
         rendered = "".join(parts)
-        self._rendered[_digest(rendered)] = tuple(parts) if len(parts) > 1 else ()
+        digest = _digest(rendered)
+        self._rendered[digest] = tuple(parts) if len(parts) > 1 else ()
+        if is_open(prefix + begun, self.thoughts.start, self.thoughts.end):
+            self._thinking.add(digest)
         return rendered
+
+    def opens_thought(self, prompt: str) -> bool:
+        """Whether a prompt ends in a thought: in its start, or in text by which the answer was begun."""
+        return prompt.rstrip().endswith(self.thoughts.start) or _digest(prompt) in self._thinking
 
     def is_rendered(self, text: str) -> bool:
         """Whether `render` returned this text."""

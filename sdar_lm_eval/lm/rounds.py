@@ -106,17 +106,19 @@ class Rounds:
         with self._round(progress, evaluation, answers, len(jobs)), run as results:
             for index, result in results:
                 job = jobs[missing[index]]
-                text = job.cut(self._decode(result.token_ids))
+                thought, text = job.read(result.token_ids, self._decode)
                 cost = cost_of(result, prompt_tokens=len(job.request.prompt_ids))
-                self.store.put(job.key, {**job.name, "text": text, **cost, **self._note(job, result, evaluation)})
+                read = {"text": text, **({} if thought is None else thought.as_record())}
+                self.store.put(job.key, {**job.name, **read, **cost, **self._note(job, result, evaluation)})
                 answers[missing[index]] = text
                 counts.add(job.task, result, prompt_tokens=len(job.request.prompt_ids))
+                evaluation.note_end(job, thought, result.finish_reason, len(result.token_ids))
                 verdict = live.judge(job.instance, text)
                 if self._verbose:
-                    progress.tell(live.example(job.instance, job.request, result, text, verdict))
+                    progress.tell(live.example(job.instance, job.request, result, text, verdict, thought))
                 if tracing:
                     steps = denoising_of(job.prompt, job.request, result, self._prompts.pieces)
-                    self._trace_answer(job, {"text": text, **cost, **steps})
+                    self._trace_answer(job, {**read, **cost, **steps})
                 progress.step()
         if len(answers) < len(jobs):
             raise EngineError(f"the {self._name} engine answered {len(answers)} of {len(jobs)} requests.")
@@ -128,14 +130,18 @@ class Rounds:
         keys: set[str] = set()
         for job_id, job in jobs.items():
             evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
-            if (record := self.store.get(job.key)) is not None:
-                answers[job_id] = record["text"]
+            record = self.store.get(job.key)
+            if record is not None and (read := job.recall(record)) is not None:
+                thought, answers[job_id] = read
                 keys.add(job.key)
                 forwards = record.get("forwards")
                 made = None if forwards is None else forwards["denoising"] + forwards["commit"]
                 evaluation.counts.add_stored(job.task, record.get("new_tokens"), made)
-                live.judge(job.instance, record["text"])
-                self._trace_answer(job, {**record, "stored": True})
+                reason, tokens = record.get("finish_reason", ""), record.get("new_tokens", 0)
+                evaluation.note_end(job, thought, reason, tokens)
+                live.judge(job.instance, answers[job_id])
+                told = {"text": answers[job_id], **({} if thought is None else thought.as_record())}
+                self._trace_answer(job, {**record, **told, "stored": True})
                 if self._record and (written := Written.of_record(record)) is not None:
                     evaluation.written.add(job.task, job.document, job.repeat, written)
         if answers:

@@ -2,7 +2,7 @@
 
     key          what is answered: tokens, settings, and the seed of a sampled answer
     fingerprint  what answers: engine, weights, tokenizer, precision, the revision of this package's decoding
-    record       {"text": …} or {"log_likelihood": …, "is_greedy": …}, and how it was made
+    record       {"text": …} or {"log_likelihood": …, "is_greedy": …}, and how it was made; with an answer's thought
 
 Records of another fingerprint are left alone, so one place may hold the records of several models.
 """
@@ -47,11 +47,14 @@ class Record(TypedDict, total=False):
     document: int
     repeat: int
     text: str
+    thought: str
+    thought_ended: bool
     prompt_tokens: int
     new_tokens: int
     forwards: Forwards
     seconds: float
     finish_reason: str
+    forced_tokens: int
     block_length: int
     token_ids: list[int]
     steps: list[int] | None

@@ -32,6 +32,11 @@ class Counts:
         noised_tokens: tokens of masked blocks that scoring ran through the model.
         standard_errors: sum of the log-likelihoods' standard errors, in nats.
         largest_standard_error: the largest of these standard errors, in nats.
+        thoughts: answers with a thought, those found in a store included.
+        unfinished_thoughts: answers that ended in their thought, those found in a store included.
+        forced_tokens: new tokens that were not drawn: think ends that were put in.
+        repetitions: answers that ended in a loop, those found in a store included.
+        saved_tokens: tokens between the ends of these answers and their limits.
         tasks: task -> its counts, without times and memory, which are known of all tasks together only.
     """
 
@@ -58,6 +63,11 @@ class Counts:
     stored_seconds: float = 0.0
     stored_unmeasured: int = 0
     stored_untimed: int = 0
+    thoughts: int = 0
+    unfinished_thoughts: int = 0
+    forced_tokens: int = 0
+    repetitions: int = 0
+    saved_tokens: int = 0
     tasks: dict[str, Counts] = field(default_factory=dict)
 
     @classmethod
@@ -81,6 +91,7 @@ class Counts:
             prefill_forwards=result.prefill_forwards,
             denoising_forwards=result.denoising_forwards,
             commit_forwards=result.commit_forwards,
+            forced_tokens=result.forced_tokens,
         )
 
     def add_stored(self, task: str, tokens: int | None, forwards: int | None) -> None:
@@ -122,9 +133,9 @@ class Counts:
 
     @property
     def tokens_per_forward(self) -> float | None:
-        """Returned tokens over denoising and commit forwards, which count for each sequence; None without forwards."""
+        """Drawn tokens over denoising and commit forwards, which count for each sequence; None without forwards."""
         made = self.denoising_forwards + self.commit_forwards
-        return self.new_tokens / made if made else None
+        return (self.new_tokens - self.forced_tokens) / made if made else None
 
     def as_dict(self) -> dict[str, object]:
         """The summary for the results file; null where nothing was computed."""
@@ -151,6 +162,17 @@ class Counts:
                 "denoising": self.denoising_forwards,
                 "commit": self.commit_forwards,
             },
+            **self._ends(),
+        }
+
+    def _ends(self) -> dict[str, object]:
+        """What is known of thoughts and loops; nothing where there are none."""
+        thoughts = {"answers": self.thoughts, "unfinished": self.unfinished_thoughts}
+        thoughts |= {"forced_tokens": self.forced_tokens} if self.forced_tokens else {}
+        repetition = {"answers": self.repetitions, "saved_tokens": self.saved_tokens}
+        return {
+            **({"thoughts": thoughts} if self.thoughts else {}),
+            **({"repetition": repetition} if self.repetitions else {}),
         }
 
     def _stored(self, **further: object) -> dict[str, object]:
@@ -203,6 +225,12 @@ class Counts:
             )
             if self.largest_standard_error:
                 parts[-1] += f", standard errors up to {self.largest_standard_error:.2g} nats"
+        answers = self.requests + self.stored_requests
+        if self.thoughts:
+            parts.append(f"{self.unfinished_thoughts:,} of {answers:,} answers ended while thinking")
+        if self.repetitions:
+            saved = f"{self.saved_tokens:,} tokens before their limits"
+            parts.append(f"{self.repetitions:,} of {answers:,} answers ended in a loop, {saved}")
         return (
             "; ".join(parts)
             + f"; loaded in {self.load_seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from sdar_lm_eval.engines.types import GenerationRequest, GenerationResult
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.thinking import Thought
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -112,6 +113,7 @@ class Live:
         result: GenerationResult,
         text: str,
         verdict: Verdict | None,
+        thought: Thought | None = None,
     ) -> str:
         """Return the log of one example."""
         length = request.decoding.block_length
@@ -124,6 +126,7 @@ class Live:
             f"Generated: {len(result.token_ids)} tokens in {blocks} blocks and {result.seconds:.2f} s ({speed:.1f} "
             f"tok/s; the prompt has {len(request.prompt_ids)}; ended by {result.finish_reason})",
             *_denoised(request, result),
+            *([] if thought is None else [f"Thought{'' if thought.ended else ', not ended'}: {thought.text}"]),
             f"Text: {text}",
         ]
         if verdict is not None:

@@ -4,7 +4,8 @@
     {"task": …, "document": …, "repeat": …, …}  a line for each finished request
 
 A generated answer's line has the prompt (text and token ids), the settings, and for each new token its id, text, step
-and confidence. The line of an answer from a store has "stored": true, and what the store knows of the answer.
+and confidence; where the answer has a thought, also `thought` and `thought_ended`. The line of an answer from a store
+has "stored": true, and what the store knows of the answer.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def cost_of(result: GenerationResult, prompt_tokens: int) -> dict[str, object]:
         },
         "seconds": round(result.seconds, 4),
         "finish_reason": result.finish_reason,
+        **({"forced_tokens": result.forced_tokens} if result.forced_tokens else {}),
     }
 
 

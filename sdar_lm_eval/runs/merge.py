@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lm_eval.evaluator
 from lm_eval.api.instance import Instance
@@ -17,12 +19,12 @@ from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError, listed
 from sdar_lm_eval.lm.answers import Session, read_sessions, seconds_for, united
 from sdar_lm_eval.lm.denoising import LinesOf, Written
-from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, facts_of_evaluation
+from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, facts_of_evaluation, put_thoughts_into
 from sdar_lm_eval.lm.hooks import watch
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record, differences
-from sdar_lm_eval.report.counts import Counts
+from sdar_lm_eval.lm.thoughts import Thoughts
 from sdar_lm_eval.report.gsm8k_json import convert, is_gsm8k
 from sdar_lm_eval.report.results import results_in
 from sdar_lm_eval.runs.programs import RunPrograms, run_by, run_here
@@ -70,9 +72,11 @@ class RecordedLM(LM):
         self._answers = united(sessions)
         model = sessions[-1].model
         checkpoint = Checkpoint.open(model["pretrained"], model["revision"])
-        self._prompts = Prompts(checkpoint, model["chat_template"])
+        thoughts = Thoughts.read(model.get("thinking", {}), checkpoint)
+        self._prompts = Prompts(checkpoint, model["chat_template"], thoughts)
         self._jobs = Jobs(checkpoint, self._prompts, {}, model["max_length"], alone=True)
         self._evaluation = Evaluation(seed)
+        self._texts: dict[str, str] = {}  # key -> what is scored of the answer
         self.used: list[Record] = []
         watch(lm_eval.evaluator)
 
@@ -91,6 +95,16 @@ class RecordedLM(LM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation."""
         return self._prompts.render(chat_history, add_generation_prompt)
+
+    def apply_chat_template_without_prefix(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Render a conversation without answer_prefix."""
+        return self._prompts.render(chat_history, add_generation_prompt, prefixed=False)
+
+    def add_thoughts(self, samples: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+        """Put the thoughts of the answers into lm_eval's samples."""
+        put_thoughts_into(samples, [self._evaluation])
 
     def check_cache(self, path: str) -> None:
         """Do nothing: `publish` uses no cache."""
@@ -124,9 +138,12 @@ class RecordedLM(LM):
         for job in asked.jobs.values():
             self._evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
             line = self._answers.get(job.key)
-            if line is None:
+            read = None if line is None else job.recall(line)
+            if line is None or read is None:
                 missing.append((job.task, job.document))
             else:
+                thought, self._texts[job.key] = read
+                self._evaluation.note_end(job, thought, line.get("finish_reason", ""), line.get("new_tokens", 0))
                 used = line.copy()
                 used["task"], used["document"], used["repeat"] = job.task, job.document, job.repeat
                 self.used.append(used)
@@ -139,7 +156,7 @@ class RecordedLM(LM):
                 f"{len(documents):,} of {len({id(r) for r in requests}):,} documents have no answer yet: "
                 f"{named}. Nothing is published. Run the same command again: it answers what is missing."
             )
-        return [str(self._answers[asked.jobs[job_id].key]["text"]) for job_id in asked.order]
+        return [self._texts[asked.jobs[job_id].key] for job_id in asked.order]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Refuse: only generated answers are recorded."""
@@ -155,10 +172,9 @@ class RecordedLM(LM):
         runs = [model.pop("run", {}) for model in models]
         mine = {line["key"] for line in self.used}
         sessions = [session for session in self._sessions if mine & session.answers.keys()]
-        counts = self._evaluation.counts = Counts(
-            load_seconds=max((run.get("load_seconds", 0.0) for run in runs), default=0.0),
-            peak_memory_bytes=max((run.get("peak_memory_bytes", 0) for run in runs), default=0),
-        )
+        counts = copy.deepcopy(self._evaluation.counts)  # of thoughts; the rest follows
+        counts.load_seconds = max((run.get("load_seconds", 0.0) for run in runs), default=0.0)
+        counts.peak_memory_bytes = max((run.get("peak_memory_bytes", 0) for run in runs), default=0)
         for line in {line["key"]: line for line in self.used}.values():
             counts.count(
                 line["task"],
@@ -168,9 +184,10 @@ class RecordedLM(LM):
                 prefill_forwards=line["forwards"]["prefill"],
                 denoising_forwards=line["forwards"]["denoising"],
                 commit_forwards=line["forwards"]["commit"],
+                forced_tokens=line.get("forced_tokens", 0),
             )
         counts.generation_seconds = seconds_for(sessions, mine)
-        facts = facts_of_evaluation([self._evaluation])
+        facts = facts_of_evaluation([dataclasses.replace(self._evaluation, counts=counts)])
         facts["run"]["sessions"] = len(sessions)
         return {"model_dtype": models[-1].get("dtype"), "sdar_lm_eval": models[-1] | facts}
 

@@ -34,6 +34,7 @@ from sdar_lm_eval.files import expanded
 from sdar_lm_eval.hashing import hex_digest
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
+from sdar_lm_eval.lm.thoughts import Thoughts
 from sdar_lm_eval.report.results import Results, results_in
 from sdar_lm_eval.runs.grid import Combination, combinations, without_copies
 from sdar_lm_eval.runs.settings import beyond_limits, scored_by
@@ -175,7 +176,7 @@ def plan(sweep: SweepArguments) -> Plan:
     tasks = {name: loaded[name] for name in (*sweep.tasks, *loaded) if name in loaded}
     _check_tasks(tasks, sweep.confirm_run_unsafe_code)
     checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
-    prompts = Prompts(checkpoint, settings.chat_template)
+    prompts = Prompts(checkpoint, settings.chat_template, Thoughts.read(settings.thoughts, checkpoint))
     jobs = Jobs(checkpoint, prompts, settings.decoding, settings.max_length, alone=True)
     grid = [each for texts in sweep.grids for each in combinations(texts, lambda name: f"--{name}")]
     checked = [_check(each, sweep, jobs, tasks, engine) for each in grid]

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sdar_lm_eval.ending import CLOSE, Ending
 from sdar_lm_eval.engines.native.batch import Outcome
 from sdar_lm_eval.engines.native.runner import Runner
 from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.engines.runs import is_out_of_memory
-from sdar_lm_eval.ending import CLOSE, Ending
 from sdar_lm_eval.engines.types import BlockStep, GenerationResult, Watch
 from sdar_lm_eval.errors import EngineError
 
@@ -158,8 +158,7 @@ class Loop:
                 del self._endings[sequence.index]
 
     def _decide(self, sequence: SequenceState, outcome: Outcome) -> str:
-        """Append the new tokens of a decided block; return why the answer, or its thought, ends here; "": it does not.
-        """
+        """Append the new tokens of a decided block; return why the answer or its thought ends in it, or ""."""
         slot, first = sequence.slot, len(sequence.tokens) - sequence.block_start
         new = outcome.tokens[slot, first : sequence.block_length].tolist()
         if sequence.index not in self._endings:
