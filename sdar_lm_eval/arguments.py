@@ -54,11 +54,11 @@ class ModelArguments(DecodingArguments, total=False):
         chat_template: auto (prompts of generating tasks go into the checkpoint's chat template, where it has one, as by
             `--apply_chat_template`), on (the same, and an error where there is none), off. Log-likelihoods are of the
             text as it comes, unless `--apply_chat_template` is given.
-        think_end_token: what ends a thought: a text or a token id, as in lm_eval's hf and vllm models; off: nothing is a
-            thought. Default: auto, which is `</think>` if tokenizer, template or answer_prefix have it. The thought
-            is cut before `until`, filters and scoring, and kept beside the samples. `<think>` at the prompt's end
-            or the answer's beginning opens a thought. An answer whose thought does not end is scored as "". An
-            answer without either mark is scored whole: auto changes nothing for models that do not think, and needs no
+        think_end_token: what ends a thought: a text or a token id, as in lm_eval's hf and vllm models; or off.
+            Default: auto, which is `</think>` if the tokenizer, the template or answer_prefix has it. The thought is
+            cut before `until`, filters and scoring, and kept beside the samples. `<think>` at the prompt's end or the
+            answer's beginning opens a thought. An answer whose thought does not end is scored as "". An answer without
+            either mark is scored whole: auto changes nothing for models that do not think, and needs no
             flag for those that do.
         enable_thinking: passed to the chat template, as chat_template_args={"enable_thinking": …}.
         chat_template_args: further values for the chat template, a mapping or its JSON.

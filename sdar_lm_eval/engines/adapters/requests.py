@@ -162,12 +162,15 @@ def answer_end(
 
 
 def why_stopped(tokens: Sequence[int], request: GenerationRequest, checkpoint: Checkpoint, engine: str) -> str:
-    """Return IN_THOUGHT, where an engine stopped at a stop string that ends no answer; it stands within a thought.
+    """Return IN_THOUGHT, where an engine stopped at a stop string that ends no answer: it stands within a thought.
+
+    An engine may return the rest of the block in which it stopped.
 
     Raises:
         NoAnswerError: the engine stopped for no reason.
     """
-    if request.thinking is not None and tokens and tokens[-1] in stop_ids_of(request, checkpoint):
+    last_block = tokens[-request.decoding.block_length :]
+    if request.thinking is not None and not stop_ids_of(request, checkpoint).isdisjoint(last_block):
         return IN_THOUGHT
     raise NoAnswerError(
         f"{engine} returned {len(tokens)} of {request.max_new_tokens} tokens, and none that ends the answer."

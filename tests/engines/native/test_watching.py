@@ -13,6 +13,7 @@ from sdar_lm_eval.demo import prompts
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.types import Watchable
 from sdar_lm_eval.errors import EngineError
+from sdar_lm_eval.thinking import Thinking
 
 
 def watched(checkpoint, requests, ahead=False, **options):
@@ -141,3 +142,39 @@ def test_engines_that_show_steps_say_so(tiny):
     engine.close()
     with pytest.raises(EngineError, match="is closed"):
         list(engine.generate_watched([], print))
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_closed_thoughts(demo, ahead):
+    """The steps replay to the results, the think end included, in any batch, with preemptions and sampled tokens."""
+    ends = tuple(demo.tokenizer.encode("</think>", add_special_tokens=False))
+    asked = [
+        GenerationRequest(
+            tuple(demo.tokenizer.encode(f"{i} + {i} =", add_special_tokens=False)), 40, DecodingConfig(), seed=i,
+            record_steps=True, thinking=Thinking("</think>", ends, "<think>", opened=True, max_tokens=3 + i),
+        )
+        for i in range(8)
+    ]  # fmt: skip
+    steps, results, _ = watched(demo, asked, ahead)
+    for i, result in enumerate(results):
+        assert result.token_ids[3 + i : 3 + i + len(ends)] == ends
+        assert (result.forced_tokens, len(result.token_ids)) == (len(ends), 40)
+        told = [[*column] for column in ((), (), ())]
+        for step in steps[i]:
+            if step.decided:
+                assert step.start == len(told[0])
+                for column, values in zip(told, (step.token_ids, step.unmasked_at, step.confidences), strict=True):
+                    column += values
+        assert tuple(map(tuple, told)) == (result.token_ids, result.unmasked_at, result.confidences)
+        first, length = 3 + i, asked[i].decoding.block_length
+        position = (
+            len(asked[i].prompt_ids) + first
+        )  # of the think end: its step follows those of the block's kept tokens
+        kept = result.unmasked_at[max(0, first - position % length) : first] if position % length else ()
+        assert result.unmasked_at[first] == max(kept, default=-1) + 1
+        assert result.confidences[first : first + len(ends)] == (1,) * len(ends)
+    for options in ({"max_active": 1}, {"kv_pages": 8, "max_active": 8}, {"share_prefixes": False}):
+        steps, again, engine = watched(demo, asked, ahead, **options)
+        assert [r.token_ids for r in again] == [r.token_ids for r in results]
+        assert [r.unmasked_at for r in again] == [r.unmasked_at for r in results]
+        assert engine.info.extra["preemptions"] > 0 or "kv_pages" not in options
