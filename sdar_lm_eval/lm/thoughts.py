@@ -133,19 +133,19 @@ def _thinking(checkpoint: Checkpoint, end: str | int) -> Thinking:
     end_ids = (end,) if isinstance(end, int) else tuple(tokenizer.encode(end, add_special_tokens=False))
     start = _start_text(_text_of(end, tokenizer))
     return Thinking(
-        end=_as_decoded(end, tokenizer),
+        end=_as_decoded(end, checkpoint),
         end_ids=end_ids,
-        start=None if start is None else _as_decoded(start, tokenizer),
+        start=None if start is None else _as_decoded(start, checkpoint),
         opened=start is None,
     )
 
 
-def _as_decoded(mark: str | int, tokenizer: Tokenizer) -> str | int:
+def _as_decoded(mark: str | int, checkpoint: Checkpoint) -> str | int:
     """A mark as it is found in an answer: the token, where decoding leaves the token out or the user named it."""
     if isinstance(mark, int):
         return mark
-    ids = tokenizer.encode(mark, add_special_tokens=False)
-    return ids[0] if len(ids) == 1 and ids[0] in tokenizer.all_special_ids else mark
+    ids = checkpoint.tokenizer.encode(mark, add_special_tokens=False)
+    return ids[0] if len(ids) == 1 and not checkpoint.decode(ids) else mark
 
 
 def _text_of(mark: str | int, tokenizer: Tokenizer) -> str:

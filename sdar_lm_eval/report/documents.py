@@ -25,18 +25,22 @@ class Answer:
     """An answer to a document.
 
     Attributes:
-        text: the answer; for a task of log-likelihoods, one line for each continuation.
+        text: the answer, without its thought; for a task of log-likelihoods, one line for each continuation.
         scores: metric and filter -> the answer's score, or the document's where the task scores its answers as one;
             only scores that are numbers.
         extracted: filter -> what the filter extracted; None where the filter found nothing. Where a filter makes one
             value of several answers, the first answer alone has the value.
         denoising: the answer's denoising record; None where the run has no record.
+        thought: the answer's thought; None where it has none.
+        thought_ended: whether the thought has an end; an answer whose thought has none is scored as "".
     """
 
     text: str
     scores: Mapping[MetricKey, float]
     extracted: Mapping[str, str | None]
     denoising: Denoising | None
+    thought: str | None = None
+    thought_ended: bool = True
 
     @property
     def own_scores(self) -> dict[MetricKey, float]:
@@ -102,7 +106,13 @@ def documents_of(run: Run, task: str) -> list[Document]:
             first.setdefault(key, sample)
             texts = [_likelihoods(sample)] if of_likelihoods else list(sample.responses)
             answers.setdefault(key, []).extend(
-                Answer(text, _scores(of_filters, names, repeat, len(texts)), _extracted(of_filters, repeat), record)
+                Answer(
+                    text,
+                    _scores(of_filters, names, repeat, len(texts)),
+                    _extracted(of_filters, repeat),
+                    record,
+                    *sample.thought(repeat),
+                )
                 for repeat, (text, record) in enumerate(zip(texts, _records(key[0], texts, records), strict=True))
             )
     return [

@@ -152,6 +152,15 @@ class Sample:
             return _first(values[repeat])
         return self.extracted if repeat == 0 else None
 
+    def thought(self, number: int) -> tuple[str | None, bool]:
+        """The thought of one of `responses`, or None; and whether the thought has an end."""
+        of_requests = self.line.content.get("thoughts")
+        thoughts = [each for answers in of_requests for each in answers] if isinstance(of_requests, list) else []
+        found = thoughts[number] if number < len(thoughts) else None
+        if not isinstance(found, dict) or not isinstance(found.get("text"), str):
+            return None, True
+        return found["text"], found.get("ended") is not False
+
 
 class Results:
     """A results file.
