@@ -46,7 +46,7 @@ from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.thoughts import Thoughts
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.settings import Generation, ModelSettings, to_whole
-from sdar_lm_eval.thinking import Thought
+from sdar_lm_eval.thinking import Thinking, Thought
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -300,6 +300,15 @@ class LoadedModel:
             UserError: an unknown name, or a value out of range.
         """
         return self._jobs.settings_of(settings)
+
+    def thinking_behind(self, prompt: Prompt) -> Thinking | None:
+        """Return how the thought of an answer to this prompt is found; None: no answer has a thought.
+
+        Raises:
+            UserError: the prompt cannot be used.
+        """
+        (job,) = self._asked([prompt], None, {}).jobs.values()
+        return job.request.thinking
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text of each token. Of several tokens that encode one character, the last has the character."""

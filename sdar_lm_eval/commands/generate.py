@@ -1,7 +1,7 @@
 """Answers a prompt, and shows in a terminal how the answer is denoised, block by block.
 
-In a terminal, masks (▢) become tokens, which are coloured by confidence. Elsewhere, standard output gets the answer's
-text alone.
+In a terminal, masks (▢) become tokens, which are coloured by confidence; a thought is shown too. Elsewhere, standard
+output gets the answer's text alone, without its thought; --json has both.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sdar_lm_eval.engines.types import BlockStep, Watch
     from sdar_lm_eval.loaded import Answer, LoadedModel, Prompt
 
+UNFINISHED_THOUGHT = "The answer ended while the model was thinking. Raise max_gen_toks, or set max_thinking_toks."
 EXAMPLE = 'sdar_lm_eval generate "What is 6 times 7?" --model_args pretrained=demo --gen_kwargs strategy=static'
 
 
@@ -105,22 +106,29 @@ def _show(console: Console, model: LoadedModel, prompt: Prompt, gen_kwargs: dict
             console.print(f"interrupted after {screen.tokens} tokens", style="dim")
             raise
     if not model.shows_steps:
+        if answer.thought is not None:
+            console.print(Text(printable(answer.thought.text), "dim"), soft_wrap=True)
         console.print(Text(printable(answer.text)), soft_wrap=True)
         console.print(_no_steps(model), style="dim")
     console.print()
     console.print(cost(answer.denoising), style="dim")
+    if answer.thought is not None and not answer.thought.ended:
+        console.print(UNFINISHED_THOUGHT, style="yellow")
 
 
 def _write(model: LoadedModel, prompt: Prompt, gen_kwargs: dict[str, Any]) -> None:
     """Write the answer's text to standard output, and its tokens, forwards and seconds to standard error."""
     from sdar_lm_eval.report.streaming import PlainText, cost
 
-    plain = PlainText(sys.stdout, model.checkpoint.decode, model.settings_of(**gen_kwargs).until)
+    until, thinking = model.settings_of(**gen_kwargs).until, model.thinking_behind(prompt)
+    plain = PlainText(sys.stdout, model.checkpoint.decode, until, thinking)
     answer = _answer(model, prompt, gen_kwargs, plain.watch)
     plain.finish(answer.text + "\n")
     if not model.shows_steps:
         print(_no_steps(model), file=sys.stderr)
     print(cost(answer.denoising), file=sys.stderr)
+    if answer.thought is not None and not answer.thought.ended:
+        print(UNFINISHED_THOUGHT, file=sys.stderr)
 
 
 def _answer(model: LoadedModel, prompt: Prompt, gen_kwargs: dict[str, Any], watch: Watch | None = None) -> Answer:
@@ -146,6 +154,7 @@ def _as_dict(model: LoadedModel, answer: Answer) -> dict[str, object]:
     request = answer.request
     return {
         "text": answer.text,
+        **({} if answer.thought is None else answer.thought.as_record()),
         "finish_reason": answer.finish_reason,
         "prompt": answer.prompt,
         "pretrained": model.checkpoint.name,

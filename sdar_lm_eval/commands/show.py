@@ -27,8 +27,14 @@ KINDS = {
     "wrong": "score below 1",
     "invalid": "the filter found nothing in the answer",
     "cut": "the answer ended at the limit of new tokens",
+    "thinking": "the answer ended while the model was thinking",
 }
 """Value of `--only` -> the documents that it lists."""
+ENDS = {
+    "length": "The answer ended at the limit of new tokens.",
+    "repetition": "The answer ended in a loop (stop_repetition).",
+}
+"""Finish reason -> what is said of it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +129,7 @@ def _is_kind(document: Document, metric: MetricKey, kind: str | None) -> bool:
         "wrong": lambda: score is not None and score < 1,
         "invalid": lambda: document.is_invalid(metric[1]),
         "cut": lambda: document.is_cut,
+        "thinking": lambda: document.ended_while_thinking,
     }
     return is_kind[kind]()
 
@@ -166,6 +173,8 @@ def _table(documents: Sequence[Document], metric: MetricKey) -> Table:
         verdict = _verdict(each.score(metric))
         if each.is_cut:
             verdict.append(" cut", "yellow")
+        if each.ended_while_thinking:
+            verdict.append(" thinking", "yellow")
         extracted = ", ".join(dict.fromkeys(_extracted(answer, metric[1]) for answer in each.answers))
         texts = (" ".join(printable(text).split()) for text in (extracted, each.gold, each.question))
         table.add_row(str(each.index), tokens, forwards, verdict, *map(Text, texts))
@@ -203,14 +212,18 @@ def _print_document(console: Console, task: str, metric: MetricKey, document: Do
         record = answer.denoising
         console.rule(Text.assemble(f"{named}  ", _verdict(answer.scores.get(metric))), align="left")
         if record is None:
+            if answer.thought:
+                console.print(Text(printable(answer.thought), "dim"), soft_wrap=True)
             console.print(Text(printable(answer.text)), soft_wrap=True)
             console.print("The run has no record of how the answer was written.", style="dim")
         else:
             console.print(_tokens(record) if tokens else written(record), soft_wrap=True)
             console.print()
             console.print(Text(_cost(record)))
-            if record.finish_reason == "length":
-                console.print("The answer ended at the limit of new tokens.", style="yellow")
+            if record.finish_reason in ENDS:
+                console.print(ENDS[record.finish_reason], style="yellow")
+        if answer.thought is not None and not answer.thought_ended:
+            console.print("The answer ended while the model was thinking: its scored text is empty.", style="yellow")
         console.print()
         for filter_name in answer.extracted:
             extracted = printable(_extracted(answer, filter_name))
@@ -225,6 +238,12 @@ def _cost(record: Denoising) -> str:
     return f"{tokens} tokens, {denoising} denoising and {commit} commit forwards{rate}, {record.seconds:.2f} s"
 
 
+def _thought(answer: Answer) -> dict[str, object]:
+    if answer.thought is None:
+        return {}
+    return {"thought": answer.thought, "thought_ended": answer.thought_ended}
+
+
 def _as_dict(document: Document, metric: MetricKey) -> dict[str, object]:
     return {
         "document": document.index,
@@ -235,6 +254,7 @@ def _as_dict(document: Document, metric: MetricKey) -> dict[str, object]:
         "answers": [
             {
                 "text": answer.text,
+                **_thought(answer),
                 "extracted": dict(answer.extracted),
                 "scores": [{"metric": m, "filter": f, "value": v} for (m, f), v in answer.own_scores.items()],
                 "denoising": None if answer.denoising is None else answer.denoising.as_dict(),

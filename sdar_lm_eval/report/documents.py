@@ -81,6 +81,11 @@ class Document:
         return any(filter_name in a.extracted and a.extracted[filter_name] is None for a in self.answers)
 
     @property
+    def ended_while_thinking(self) -> bool:
+        """Whether at least one answer ended in its thought."""
+        return any(answer.thought is not None and not answer.thought_ended for answer in self.answers)
+
+    @property
     def is_cut(self) -> bool:
         """Whether at least one answer ended at the limit of new tokens."""
         return any(a.denoising is not None and a.denoising.finish_reason == "length" for a in self.answers)

@@ -20,25 +20,29 @@ from sdar_lm_eval.engines.types import BlockStep
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.terminal import BORDER, MASK, style_of
+from sdar_lm_eval.thinking import Decode, Thinking, read
 
 UNFINISHED = "\ufffd"  # the tokenizer decodes a character whose last bytes are missing to this
 FRAMES_PER_SECOND = 20
+ENDS = {"stop": "a stop token or stop string", "length": "the limit of new tokens", "repetition": "a loop"}
+"""Finish reason -> what ended the answer."""
 
 
 class PlainText:
     """Writes the text of an answer's decided blocks to a file.
 
     Text that later tokens may change is held back: a character without its last bytes, and the possible beginning of a
-    stop string.
+    stop string. The thought is not written.
 
     Args:
         out: the file that the text is written to.
         decode: token ids -> text.
         until: stop strings of the answer.
+        thinking: how the answer's thought is found; None: the answer has none.
     """
 
-    def __init__(self, out: TextIO, decode: Callable[[Sequence[int]], str], until: Sequence[str]) -> None:
-        self._out, self._decode, self._until = out, decode, until
+    def __init__(self, out: TextIO, decode: Decode, until: Sequence[str], thinking: Thinking | None = None) -> None:
+        self._out, self._decode, self._until, self._thinking = out, decode, until, thinking
         self._token_ids: list[int] = []
         self._written = 0  # characters
 
@@ -46,7 +50,9 @@ class PlainText:
         """Write the text that a decided block adds; do nothing for a block that has masks."""
         if step.decided:
             self._token_ids[step.start :] = step.token_ids
-            self._write_up_to(self._settled(self._decode(self._token_ids)))
+            undecided = self._thinking is not None and self._thinking.begins(self._token_ids, self._decode) is None
+            _, text = read(self._token_ids, self._thinking, self._decode)
+            self._write_up_to("" if undecided else self._settled(text))
 
     def finish(self, text: str) -> None:
         """Write the part of the answer's text that is not written yet."""
@@ -134,7 +140,7 @@ def cost(denoising: Denoising) -> str:
     tokens, forwards = len(denoising.token_ids), denoising.forwards
     made = forwards["denoising"] + forwards["commit"]
     rate = f"{tokens / made:.2f} tokens per forward, " if made else ""
-    ended = "a stop token or stop string" if denoising.finish_reason == "stop" else "the limit of new tokens"
+    ended = ENDS.get(denoising.finish_reason, denoising.finish_reason)
     return (
         f"{tokens} tokens in {made} forwards ({forwards['denoising']} denoising, {forwards['commit']} commit): "
         f"{rate}{denoising.seconds:.2f} s; ended by {ended}"

@@ -25,6 +25,7 @@ from sdar_lm_eval.commands import main
 from sdar_lm_eval.demo import PROMPT, problems
 from sdar_lm_eval.engines.types import BlockStep
 from sdar_lm_eval.report.streaming import PlainText, Screen
+from sdar_lm_eval.thinking import Thinking
 
 pytestmark = pytest.mark.slow
 QUESTION = PROMPT.format(question=problems()[0]["question"])
@@ -102,6 +103,19 @@ def test_what_may_begin_the_end_is_held_back() -> None:
     assert told == ["ab", "abc", "abcSTa", "abcSTa\n", "abcSTa\n"]
     plain.finish("abcSTa\n")
     assert out.getvalue() == "abcSTa\n"
+
+
+def test_a_thought_is_not_written() -> None:
+    """Not even its beginning, while it may still be one; of what follows it, not the white space."""
+    thinking, thought = Thinking("</a>", (9,), "<a>"), ["\n", "<a>", "ab", "</a>", "\n", "c", "d"]
+    for tokens, expected in ((range(7), ["", "", "", "", "", "c", "cd"]), ([5, 6, 1], ["c", "cd", "cd<a>"])):
+        out = io.StringIO()
+        plain = PlainText(out, lambda ids: "".join(thought[i] for i in ids), [], thinking)
+        told = []
+        for start, token in enumerate(tokens):
+            plain.watch(step(start, [token]))
+            told.append(out.getvalue())
+        assert told == expected
 
 
 def test_half_a_character_is_held_back() -> None:

@@ -49,6 +49,25 @@ def make_run(folder: Path, samples: list[dict[str, Any]], lines: list[DenoisingL
     return folder
 
 
+def test_thoughts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole where the run has no denoising record; the answer that ended in its thought can be listed."""
+    thoughts = [{"thoughts": [[{"text": "Hm", "ended": True}]]}, {"thoughts": [[{"text": "Hm, hm", "ended": False}]]}]
+    samples = [sample(3, "It is 42", 1.0, **thoughts[0]), sample(5, "", 0.0, **thoughts[1]), sample(8, "So 42", 1.0)]
+    run = str(make_run(tmp_path / "run", samples, [line(5, ["Hm,", " hm"], "repetition")]))
+    first = shown(capsys, run, "--doc", "3")
+    assert first.index("Hm\n") < first.index("It is 42")
+    second = shown(capsys, run, "--doc", "5")
+    assert "The answer ended while the model was thinking: its scored text is empty." in second
+    assert "The answer ended in a loop (stop_repetition)." in second
+    listed = shown(capsys, run, "--only", "thinking")
+    assert "1 of 3 documents" in listed
+    assert "wrong thinking" in listed
+    answers = [each["answers"][0] for each in json.loads(shown(capsys, run, "--json"))]
+    assert [(each.get("thought"), each.get("thought_ended")) for each in answers] == [
+        ("Hm", True), ("Hm, hm", False), (None, None),
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     samples = [sample(3, "It is 42", 1.0), sample(5, "None\nat all", 0.0), sample(8, "So 42", 1.0)]

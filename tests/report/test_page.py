@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from written_runs import large_run, record, write_run
+from written_runs import add_thoughts, large_run, record, write_run
 
 from sdar_lm_eval.commands import main
 from sdar_lm_eval.errors import UserError
@@ -145,6 +145,12 @@ def test_a_records_tokens_steps_and_confidences(tmp_path: Path) -> None:
     assert embedded_record["blocks"] == [block.start for block in known.blocks] == [0, 1, 5]
     outcome = documents.rows[0].outcomes[0]
     assert outcome is not None and outcome.cut == 1
+
+
+def test_thoughts_stand_beside_their_answers(tmp_path: Path) -> None:
+    run = add_thoughts(write_run(tmp_path, [["it is 7"], [""], ["7"]]), {0: ("hm", True), 1: ("hm, hm", False)})
+    details = collect(read_runs([run]), ["gsm8k_sdar"]).details
+    assert [answer[3:] for *_, ((answer,),) in details] == [[["hm", True]], [["hm, hm", False]], []]
 
 
 def test_log_likelihoods_are_shown_by_choice(tmp_path: Path) -> None:

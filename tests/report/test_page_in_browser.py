@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from written_runs import large_run, record, write_run
+from written_runs import add_thoughts, large_run, record, write_run
 
 from sdar_lm_eval.report.compare import changed_documents
 from sdar_lm_eval.report.denoising import Denoising
@@ -236,6 +236,27 @@ def test_several_answers(page: Any) -> None:
     assert column.locator(".answer").inner_text() == "pears make 7"
     page.keyboard.press("[")
     assert "answer 2 of 2" in column.inner_text()
+
+
+def test_thoughts(browser: Any, tmp_path: Path) -> None:
+    """Folded above the answer; their tokens stand beside those that were scored."""
+    tokens = ["<think>", "it is 7", "</think>", "\n", "it is", " 7", "."]
+    records = [record(0, tokens, [0] * 7), record(1, ["<think>", "hm"], [0, 1], finish_reason="length")]
+    folder = write_run(tmp_path / "run", [["it is 7"], [""], ["7"]], records=records)
+    add_thoughts(folder, {0: ("<think>it is 7", True), 1: ("<think>hm", False)})
+    for page in _opened(browser, _written(tmp_path / "report.html", read_runs([folder]))):
+        _open(page, 0)
+        column = page.locator("#answers .column").first
+        assert column.locator("summary").inner_text() == "Thought, 14 characters"
+        assert column.locator("pre").text_content() == "<think>it is 7"
+        scored = [text for block in _tokens(page, 0) for text, style in block if "beyond" not in style]
+        assert scored == ["it is", " 7"]
+        page.get_by_role("button", name="Next").click()
+        assert column.locator("summary").inner_text() == "Thought, 9 characters, without an end"
+        assert "ended while thinking, so the scored text is empty" in column.inner_text()
+        assert all("beyond" in style for block in _tokens(page, 0) for _, style in block)
+        page.get_by_role("button", name="Next").click()
+        assert column.locator("summary").count() == 0
 
 
 def test_keyboard(page: Any) -> None:

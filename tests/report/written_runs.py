@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +152,15 @@ def large_run(folder: Path, documents: int, tokens: int, seed: int, shots: int =
         folder, answers, gold=gold, questions=questions, records=records, settings={"confidence_threshold": seed / 10},
         prompt=example * shots + "Question: {}\nAnswer:",
     )  # fmt: skip
+
+
+def add_thoughts(folder: Path, thoughts: Mapping[int, tuple[str, bool]]) -> Path:
+    """Put thoughts into a run's samples file: document -> the thought of its only answer, and whether it has an end."""
+    (file,) = folder.glob("samples_*")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        if line["doc_id"] in thoughts:
+            text, ended = thoughts[line["doc_id"]]
+            line["thoughts"] = [[{"text": text, "ended": ended}]]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder

@@ -20,8 +20,9 @@ A document has an outcome for each run, null where the run lacks the document:
 
 A text is a string or, where the answer's tokens are known, [string or length, [index into `tokens`, …]]. A length
 says that the text is the first so many UTF-16 code units of the tokens' joined texts. An answer in `details` is
-[scores, extracted, record]. Where a filter makes one value of several answers, the first answer has the value, and the
-others have null and "". A record is null or
+[scores, extracted, record], and [thought, whether the thought has an end] where the answer has a thought. Where a
+filter makes one value of several answers, the first answer has the value, and the others have null and "". A record is
+null or
 
     {"steps": each token's step, minus that of the token before, "confidences": 10,000 times each token's confidence,
      "finish", "forwards", "seconds", "blocks": index of each block's first token}
@@ -190,7 +191,8 @@ def _text(answer: Answer, tokens: dict[str, int]) -> object:
 
 def _detail(answer: Answer, metrics: Sequence[MetricKey], filters: Sequence[str]) -> list[object]:
     scores = [answer.own_scores.get(metric) for metric in metrics]
-    return [scores, [answer.extracted.get(name, "") for name in filters], _record(answer.denoising)]
+    detail: list[object] = [scores, [answer.extracted.get(name, "") for name in filters], _record(answer.denoising)]
+    return detail if answer.thought is None else [*detail, [answer.thought, answer.thought_ended]]
 
 
 def _record(record: Denoising | None) -> dict[str, object] | None:

@@ -7,15 +7,15 @@ let opening = 0; // counts calls of openDocument
 let timer = 0;
 
 // Returns a block's element, its tokens (`places`) and `end`, the number of the answer's steps until the block is decided.
-function blockOf(number, first, all, steps, record, scored) {
+function blockOf(number, first, all, steps, record, [from, to]) {
   const places = all.map((token, place) => {
     const index = first + place;
     const confidence = record.confidences && record.confidences[index] / 10_000;
     const shade = confidence === null ? SHADES.length : SHADES.filter((border) => confidence >= border).length;
-    const beyond = index >= scored;
+    const beyond = index < from || index >= to;
     const told = [`token ${index + 1}`, `block ${number + 1}`, `unmasked in step ${steps[index] + 1}`];
     if (confidence !== null) told.push(`confidence ${confidence.toFixed(4)}`);
-    if (beyond) told.push("after the text that was scored");
+    if (beyond) told.push(index < from ? "before the text that was scored: a thought" : "after the text that was scored");
     const span = element("span", { title: told.join(", "), onclick: () => goTo(steps[index] + 1) });
     // A token without a visible sign would show neither its place nor its confidence.
     const sign = token === "" ? "·" : token.replaceAll("\n", "↵\n");
@@ -25,24 +25,29 @@ function blockOf(number, first, all, steps, record, scored) {
   return { box, places, end: Math.max(...places.map(({ step }) => step)) + 1 };
 }
 
-// Returns how many of the tokens hold the text that was scored; all of them where their texts do not begin with it.
-function scoredTokens(all, text) {
-  if (!all.join("").startsWith(text)) return all.length;
+// Returns the numbers of the first token that holds the text that was scored, and of the first token behind the text. All
+// tokens hold it where it is not found in them. `thought` is null, or what stands before it.
+function scoredTokens(all, text, thought) {
+  if (thought && !thought[1]) return [all.length, all.length];
+  const begin = all.join("").indexOf(text, thought ? thought[0].length : 0);
+  if (begin < 0 || (!thought && begin > 0)) return [0, all.length];
   let length = 0;
-  const behind = all.findIndex((token) => (length += token.length) - token.length >= text.length);
-  return behind < 0 ? all.length : behind;
+  const ends = all.map((token) => (length += token.length));
+  const from = begin === 0 ? 0 : ends.findIndex((end) => end > begin);
+  const behind = ends.findIndex((end, place) => end - all[place].length >= begin + text.length);
+  return [from < 0 ? all.length : from, behind < 0 ? all.length : behind];
 }
 
 // Puts an answer into a pane. Returns the number of its steps, and a function `show` that draws the answer after a number
 // of steps and returns its progress in words.
-function playerOf(record, text, all, pane) {
+function playerOf(record, text, all, thought, pane) {
   if (!record?.steps) {
     pane.textContent = text;
     return { steps: 0, show: () => "" };
   }
   let sum = 0, begin = 0;
   const steps = record.steps.map((difference) => (sum += difference));
-  const scored = scoredTokens(all, text);
+  const scored = scoredTokens(all, text, thought);
   const blocks = record.blocks.map((first, number) => {
     const block = blockOf(number, first, all.slice(first, record.blocks[number + 1]), steps, record, scored);
     block.begin = begin;
@@ -72,15 +77,19 @@ function playerOf(record, text, all, pane) {
   return { steps: total, show };
 }
 
-function factsOf(task, record, text, all) {
+function factsOf(task, record, text, all, thought) {
   if (!tasks[task].extracts) return "log-likelihood of each continuation; ▸ marks the largest";
   if (!record) return `${text.length.toLocaleString("en")} characters · no denoising record`;
   const { denoising = 0, commit = 0, prefill = 0 } = record.forwards;
   const facts = [`${all.length} tokens`, `${denoising} denoising, ${commit} commit, ${prefill} prefill forwards`];
   if (denoising + commit) facts.push(`${(all.length / (denoising + commit)).toFixed(2)} tokens per forward`);
   const end = record.finish === "length" ? "cut at the limit of new tokens" : `ended by ${record.finish}`;
-  return [...facts, `${record.seconds.toFixed(2)} s`, end].join(" · ");
+  const thinking = thought && !thought[1] ? ["ended while thinking, so the scored text is empty"] : [];
+  return [...facts, `${record.seconds.toFixed(2)} s`, end, ...thinking].join(" · ");
 }
+
+const folded = (name, text) =>
+  element("details", {}, element("summary", {}, name), element("pre", { tabIndex: 0 }, text));
 
 // Returns a table row for each filter: what the filter extracted, and the scores of its metrics.
 function filterRows(task, scores, extracted, text) {
@@ -101,19 +110,22 @@ function columnOf(number, run, answers) {
   const found = element("tbody");
   const [facts, progress] = [1, 2].map(() => element("p", { className: "facts" }));
   const pane = element("div", { className: "answer", role: "group", "aria-label": `Answer of run ${letter}` });
+  const thoughts = element("div");
   const which = element("span");
   const column = { player: null, progress };
   let answer = 0;
   column.move = (by) => {
     answer = (answer + by + answers.length) % answers.length;
-    const [scores, extracted, record] = answers[answer];
+    const [scores, extracted, record, thought = null] = answers[answer];
     const text = textOf(texts[number][run][answer]);
     const all = tokensOf(texts[number][run][answer]);
     which.textContent = `answer ${answer + 1} of ${answers.length}`;
     found.replaceChildren(...filterRows(row[0], scores, extracted, text));
-    facts.textContent = factsOf(row[0], record, text, all);
+    facts.textContent = factsOf(row[0], record, text, all, thought);
+    const told = thought && `Thought, ${thought[0].length.toLocaleString("en")} characters${thought[1] ? "" : ", without an end"}`;
+    thoughts.replaceChildren(...(thought ? [folded(told, thought[0])] : []));
     pane.style.minHeight = "";
-    column.player = playerOf(record, text, all, pane);
+    column.player = playerOf(record, text, all, thought, pane);
     pane.style.minHeight = `${pane.offsetHeight}px`; // keeps what is below in place while the answer grows
   };
   const turn = (by, sign, name) => element("button", {
@@ -123,7 +135,7 @@ function columnOf(number, run, answers) {
   const name = element("span", { className: "name" }, runs[run].name);
   const head = element("h3", {}, key(run), mark(scoreOf(row, run)), name);
   column.box = element("section", { className: "column", "aria-label": `Run ${letter}` }, head,
-    answers.length > 1 ? turns : null, element("table", { className: "found" }, found), pane, progress, facts);
+    answers.length > 1 ? turns : null, element("table", { className: "found" }, found), thoughts, pane, progress, facts);
   return column;
 }
 
@@ -140,11 +152,10 @@ async function openDocument(number, step = null) {
   $("place").textContent = place < 0 ? "not among those that match" : `${place + 1} of ${shown.length}`;
   $("previous").disabled = place <= 0;
   $("next").disabled = place < 0 || place === shown.length - 1;
-  const folded = (name, text) => text === "" ? null
-    : element("details", {}, element("summary", {}, name), element("pre", { tabIndex: 0 }, text));
   const gold = element("p", {}, element("span", { className: "name" }, "Gold "), element("code", {}, row[3]));
   $("asked").replaceChildren(element("p", { className: "question" }, row[2]), gold);
-  $("asked").append(...[folded("Prompt as sent", prompt), folded("Document", doc)].filter(Boolean));
+  const parts = [["Prompt as sent", prompt], ["Document", doc]].filter(([, text]) => text !== "");
+  $("asked").append(...parts.map(([name, text]) => folded(name, text)));
   columns = ofRuns.flatMap((answers, run) => (answers.length ? [columnOf(number, run, answers)] : []));
   $("answers").replaceChildren(...columns.map(({ box }) => box));
   if (!$("document").open) $("document").showModal();
