@@ -2,7 +2,6 @@
 
     pip install modal && modal setup
     modal run modal_runner.py                                  # GSM8K's test set, SDAR-4B-Chat, JetEngine, one H100
-    modal run modal_runner.py --num-samples 10
     modal run modal_runner.py --temperature 0.0 --shards 4     # greedy, on four H100s
     modal run modal_runner.py --threshold 0.8,0.85,0.9 --strategy dynamic,sequential
     modal run modal_runner.py --help                           # what each flag means
@@ -343,6 +342,7 @@ def main(
     gpu: str = GPU,
     timeout: int = TIMEOUT,
     confirm_run_unsafe_code: bool = False,
+    thoughts: str = "",
     block: str | None = None,
     steps: str | None = None,
     strategy: str | None = None,
@@ -360,7 +360,7 @@ def main(
             model_name=model_name, num_samples=num_samples, block_length=block_length, denoising_steps=denoising_steps,
             temperature=temperature, remasking_strategy=remasking_strategy, confidence_threshold=confidence_threshold,
             max_gen_length=max_gen_length, verbose=verbose == "true", engine=engine, tasks=tasks, revision=revision,
-            seed=seed, confirm_run_unsafe_code=confirm_run_unsafe_code,
+            seed=seed, confirm_run_unsafe_code=confirm_run_unsafe_code, thoughts=thoughts,
             short={"block": block, "steps": steps, "strategy": strategy, "threshold": threshold},
         )  # fmt: skip
         print(summary.configuration(runs, {"gpu": gpu, "shards": shards, "timeout": f"{timeout} s"}))

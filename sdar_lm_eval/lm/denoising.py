@@ -37,7 +37,7 @@ class Written:
             steps.
         confidences: (T,) CONFIDENCE_SCALE times the probability of each token when it was drawn; None where `steps` is
             None.
-        finish_reason: "stop" or "length".
+        finish_reason: "stop", "length" or "repetition".
         forwards: number of forwards by kind: of the prompt (prefill), of blocks (denoising, commit).
         seconds: time from the answer's first forward to its last.
     """

@@ -11,12 +11,14 @@ The first line names the format and its version. Each further line is the record
     block_length    tokens in a block
     prompt_tokens   number of tokens in the prompt. Blocks count from the prompt's first token, so the first
                     prompt_tokens % block_length tokens of the answer's first block are the prompt's
-    token_ids       the answer's tokens, as the engine returned them; lm_eval's text is cut before the first `until`
+    token_ids       the answer's tokens, as the engine returned them, with its thought; lm_eval's text is what follows
+                    the thought, before the first `until`
     texts           the text of each token. Where several tokens encode one character, the last token has the character
     steps           for each token the step within its block that unmasked the token, from 0; null where the engine
                     does not record steps
-    confidences     10,000 times the probability of each token when it was drawn; null where steps is null
-    finish_reason   "stop" or "length"
+    confidences     10,000 times the probability of each token when it was drawn; 10,000 for a think end that was put
+                    in (max_thinking_toks); null where steps is null
+    finish_reason   "stop", "length" or "repetition"
     forwards        number of forwards by kind: of the prompt (prefill), of blocks (denoising, commit)
     seconds         time from the answer's first forward to its last
 
@@ -76,7 +78,7 @@ class Denoising:
         steps: (T,) the step within its block that unmasked each token, from 0; None where the engine does not record
             steps.
         confidences: (T,) the probability of each token when it was drawn, 0 to 1; None where steps is None.
-        finish_reason: "stop" or "length".
+        finish_reason: "stop", "length" or "repetition".
         forwards: "prefill", "denoising" and "commit" -> number of forwards.
         seconds: time from the answer's first forward to its last.
     """

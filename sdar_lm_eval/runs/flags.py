@@ -36,6 +36,7 @@ FLAGS = {
     "timeout": "seconds of an attempt; there are three attempts",
     "confirm_run_unsafe_code": "agree that programs of the model are run, in a container without network, token and "
     "volumes; without this flag, tasks that are scored so are refused",
+    "thoughts": "model_args of thinking models: answer_prefix=<think>,max_thinking_toks=8192, or JSON",
     "block": "short for --block-length",
     "steps": "short for --denoising-steps",
     "strategy": "short for --remasking-strategy",

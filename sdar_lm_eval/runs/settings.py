@@ -22,7 +22,7 @@ from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.revision import ANSWER_REVISION
 from sdar_lm_eval.runs.grid import Setting, combinations, listed, without_copies
-from sdar_lm_eval.settings import ALIASES, read_generation
+from sdar_lm_eval.settings import ALIASES, OF_THOUGHTS, read_generation
 
 DEFAULT_TASK = "gsm8k_sdar"
 
@@ -63,6 +63,7 @@ class Run:
         seed: of what is sampled.
         verbose: log each example.
         confirm_run_unsafe_code: the user agrees that programs of the model are run.
+        thoughts: (name, value) of the model_args on thoughts (`OF_THOUGHTS` in settings.py).
     """
 
     model_name: str
@@ -75,6 +76,7 @@ class Run:
     seed: int
     verbose: bool
     confirm_run_unsafe_code: bool = False
+    thoughts: tuple[tuple[str, str], ...] = ()
 
     @property
     def gen_kwargs(self) -> dict[str, Setting]:
@@ -113,6 +115,7 @@ class Run:
             "revision": self.revision,
             "seed": self.seed,
             "verbose": self.verbose or None,
+            **dict(self.thoughts),
             **model_args,
         }
         return {
@@ -153,6 +156,7 @@ class Run:
             "machine": list(machine),
             "gen_kwargs": self.gen_kwargs,
             "seed": self.seed,
+            **({"thoughts": dict(self.thoughts)} if self.thoughts else {}),
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
         return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', self.model_name).strip('_')}-{self.engine}-{digest}"
@@ -174,11 +178,13 @@ def runs_from_flags(
     revision: str | None = None,
     seed: int = 0,
     confirm_run_unsafe_code: bool = False,
+    thoughts: str = "",
     short: Mapping[str, str | None] | None = None,
 ) -> list[Run]:
     """Return the run that the flags ask for, or those of a sweep: all combinations of values, copies left out.
 
     Args:
+        thoughts: model_args on thoughts, as name=value,name=value or JSON.
         short: flags by their short names (`ALIASES` in settings.py); they replace the flag of the full name.
         all others: the flags; see `Run`.
 
@@ -227,6 +233,7 @@ def runs_from_flags(
                 seed=seed,
                 verbose=verbose,
                 confirm_run_unsafe_code=confirm_run_unsafe_code,
+                thoughts=_thoughts(thoughts),
             )
             read_generation(run.gen_kwargs, {})  # refuses what the model would
             _check_limits(engine, run.decoding)
@@ -239,6 +246,22 @@ def runs_from_flags(
             ) from error
         runs.append(run)
     return without_copies(runs, lambda run: run.decoding)
+
+
+def _thoughts(text: str) -> tuple[tuple[str, str], ...]:
+    """Read --thoughts; lm_eval, which has a parser, need not be installed beside Modal's client."""
+    if text.lstrip().startswith("{"):
+        try:
+            given = {name: v if isinstance(v, str) else json.dumps(v) for name, v in json.loads(text).items()}
+        except ValueError as error:
+            raise UserError(f"--thoughts {text} is no JSON: {error}.") from error
+    else:
+        given = {name: value for name, _, value in (part.partition("=") for part in text.split(",") if part)}
+    for name, value in given.items():
+        if name not in OF_THOUGHTS or not value:
+            known = ", ".join(OF_THOUGHTS)
+            raise UserError(f"--thoughts {text}: give name=value,name=value or JSON, with names out of {known}.")
+    return tuple(given.items())
 
 
 def _flag(setting: str) -> str:

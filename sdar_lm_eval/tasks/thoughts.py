@@ -16,6 +16,9 @@ def without_thoughts(response: str) -> str:
     its beginning to its end is left out. A thought that does not end stays: so an answer that was cut off while the
     model thought is scored whole. Source: `extract_non_reasoning_content` in opencompass/utils/text_postprocessors.py
     of JetAstra/SDAR at c2041a8.
+
+    The models of this package cut thoughts themselves (`sdar_lm_eval/thinking.py`), and return no text for a thought
+    that does not end. Their answers hold no thought, so they stay as they are.
     """
     if THINK not in response:
         return response.rpartition(END)[2].strip() if END in response else response.strip()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -143,6 +144,19 @@ def test_limits_are_the_engines() -> None:
     assert _runs(engine="native", block_length="3", denoising_steps="3", remasking_strategy="entropy_bounded")
 
 
+def test_model_args_of_thinking_models() -> None:
+    expected = {"answer_prefix": r"<think>\n", "max_thinking_toks": "9"}
+    as_json = json.dumps({"answer_prefix": r"<think>\n", "max_thinking_toks": 9})
+    for text in (r"answer_prefix=<think>\n,max_thinking_toks=9", as_json):
+        (run,) = _runs(thoughts=text)
+        arguments = run.harness_call()["model_args"]
+        assert {name: arguments[name] for name in expected} == expected
+        assert "answer_prefix=<think>" in shlex.split(run.command_line())[5]
+    for text in ("max_gen_toks=9", "answer_prefix", "{"):
+        with pytest.raises(UserError, match="--thoughts"):
+            _runs(thoughts=text)
+
+
 def test_the_folder_s_name_is_of_all_that_changes_answers() -> None:
     def folder(checkpoint: str = "abc", machine: tuple[str, ...] = ("H100!",), **flags: Any) -> str:
         return _runs(**flags)[0].folder(checkpoint, machine)
@@ -155,6 +169,7 @@ def test_the_folder_s_name_is_of_all_that_changes_answers() -> None:
         folder(checkpoint="abd"), folder(machine=("H200",)), folder(seed=1), folder(temperature="0.0"),
         folder(block_length="8"), folder(denoising_steps="2"), folder(confidence_threshold="0.9"),
         folder(remasking_strategy="sequential"), folder(max_gen_length=256), folder(engine="native"),
+        folder(thoughts="answer_prefix=<think>"),
     ]  # fmt: skip
     assert len({base, *others}) == 1 + len(others)
 
