@@ -376,6 +376,7 @@ class LoadedModel:
                 "commit": result.commit_forwards,
             },
             seconds=result.seconds,
+            forced_tokens=result.forced_tokens,
         )
         thought, text = job.read(result.token_ids, self.checkpoint.decode)
         return Answer(text, thought, job.prompt, request, result, denoising)

@@ -233,7 +233,7 @@ def _print_document(console: Console, task: str, metric: MetricKey, document: Do
 
 def _cost(record: Denoising) -> str:
     made, tokens = _forwards(record), len(record.token_ids)
-    rate = f", {tokens / made:.2f} tokens per forward" if made else ""
+    rate = f", {record.drawn_tokens / made:.2f} tokens per forward" if made else ""
     denoising, commit = (record.forwards.get(name, 0) for name in ("denoising", "commit"))
     return f"{tokens} tokens, {denoising} denoising and {commit} commit forwards{rate}, {record.seconds:.2f} s"
 

@@ -40,6 +40,7 @@ class Written:
         finish_reason: "stop", "length" or "repetition".
         forwards: number of forwards by kind: of the prompt (prefill), of blocks (denoising, commit).
         seconds: time from the answer's first forward to its last.
+        forced_tokens: number of tokens that were not drawn.
     """
 
     block_length: int
@@ -50,6 +51,7 @@ class Written:
     finish_reason: str
     forwards: Forwards
     seconds: float
+    forced_tokens: int = 0
 
     @classmethod
     def of_result(cls, result: GenerationResult, block_length: int, prompt_tokens: int) -> Written:
@@ -70,6 +72,7 @@ class Written:
                 "commit": result.commit_forwards,
             },
             seconds=round(result.seconds, 4),
+            forced_tokens=result.forced_tokens,
         )
 
     @classmethod
@@ -87,10 +90,11 @@ class Written:
             finish_reason=record["finish_reason"],
             forwards=record["forwards"],
             seconds=record["seconds"],
+            forced_tokens=record.get("forced_tokens", 0),
         )
 
     def as_record(self) -> dict[str, object]:
-        """Return the fields that the store's record has beside prompt_tokens, finish_reason, forwards and seconds."""
+        """Return the fields that the store's record has beside prompt_tokens, finish_reason, forwards, seconds, …"""
         return {
             "block_length": self.block_length,
             "token_ids": self.token_ids.tolist(),
@@ -113,6 +117,7 @@ class Written:
                 "finish_reason": self.finish_reason,
                 "forwards": self.forwards,
                 "seconds": self.seconds,
+                **({"forced_tokens": self.forced_tokens} if self.forced_tokens else {}),
             },
         )
 

@@ -141,6 +141,7 @@ class Jobs:
         self._thoughts = prompts.thoughts
         self._checkpoint, self._prompts, self._alone = checkpoint, prompts, alone
         self._tasks_told: set[str] = set()
+        self._limits_told: set[int] = set()
         self._warned_of_user_turns = False
         self._given = dict(given)
         self.max_length = checkpoint.max_length if max_length is None else max_length
@@ -293,6 +294,7 @@ class Jobs:
         warn_of_idle_knobs({**self._given, **canonical(gen_kwargs)}, generation.decoding, published or " decodes")
         if protocol:
             self._tell_of_protocol(task.name, protocol, generation.decoding.as_dict())
+        self._warn_of_thoughts_limit(generation.max_gen_toks)
         stop_ids, stop_strings = set(self.stop_ids), []
         for text in generation.until:
             ids = self._prompts.tokenizer.encode(text, add_special_tokens=False)
@@ -302,6 +304,19 @@ class Jobs:
             else:
                 stop_strings.append(text)
         return _Settings(generation, frozenset(stop_ids), tuple(stop_strings))
+
+    def _warn_of_thoughts_limit(self, max_gen_toks: int) -> None:
+        """Warn once of each max_gen_toks that leaves no room for an answer behind a thought of max_thinking_toks."""
+        thinking = self._thoughts.thinking
+        if thinking is None or thinking.max_tokens is None or max_gen_toks in self._limits_told:
+            return
+        self._limits_told.add(max_gen_toks)
+        if thinking.max_tokens + len(thinking.end_ids) >= max_gen_toks:
+            logger.warning(
+                "max_thinking_toks=%d has no effect: max_gen_toks=%d leaves no room for an answer behind the thought.",
+                thinking.max_tokens,
+                max_gen_toks,
+            )
 
     def _tell_of_protocol(self, task: str, published: Mapping[str, object], used: Mapping[str, object]) -> None:
         """Log once a task whether its answers are decoded as published."""

@@ -139,6 +139,7 @@ class Rounds:
                 evaluation.counts.add_stored(job.task, record.get("new_tokens"), made)
                 reason, tokens = record.get("finish_reason", ""), record.get("new_tokens", 0)
                 evaluation.note_end(job, thought, reason, tokens)
+                evaluation.counts.count(job.task, stored_forced_tokens=record.get("forced_tokens", 0))
                 live.judge(job.instance, answers[job_id])
                 told = {"text": answers[job_id], **({} if thought is None else thought.as_record())}
                 self._trace_answer(job, {**record, **told, "stored": True})

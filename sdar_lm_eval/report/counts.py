@@ -35,6 +35,7 @@ class Counts:
         thoughts: answers with a thought, those found in a store included.
         unfinished_thoughts: answers that ended in their thought, those found in a store included.
         forced_tokens: new tokens that were not drawn: think ends that were put in.
+        stored_forced_tokens: the same of answers found in a store.
         repetitions: answers that ended in a loop, those found in a store included.
         saved_tokens: tokens between the ends of these answers and their limits.
         tasks: task -> its counts, without times and memory, which are known of all tasks together only.
@@ -66,6 +67,7 @@ class Counts:
     thoughts: int = 0
     unfinished_thoughts: int = 0
     forced_tokens: int = 0
+    stored_forced_tokens: int = 0
     repetitions: int = 0
     saved_tokens: int = 0
     tasks: dict[str, Counts] = field(default_factory=dict)
@@ -168,7 +170,8 @@ class Counts:
     def _ends(self) -> dict[str, object]:
         """What is known of thoughts and loops; nothing where there are none."""
         thoughts = {"answers": self.thoughts, "unfinished": self.unfinished_thoughts}
-        thoughts |= {"forced_tokens": self.forced_tokens} if self.forced_tokens else {}
+        forced = self.forced_tokens + self.stored_forced_tokens
+        thoughts |= {"forced_tokens": forced} if forced else {}
         repetition = {"answers": self.repetitions, "saved_tokens": self.saved_tokens}
         return {
             **({"thoughts": thoughts} if self.thoughts else {}),

@@ -21,6 +21,7 @@ The first line names the format and its version. Each further line is the record
     finish_reason   "stop", "length" or "repetition"
     forwards        number of forwards by kind: of the prompt (prefill), of blocks (denoising, commit)
     seconds         time from the answer's first forward to its last
+    forced_tokens   number of tokens that were not drawn: a think end that was put in; not in the line where it is 0
 
 The version changes when a field is removed or changes its meaning. Readers ignore fields that they do not know.
 """
@@ -36,10 +37,13 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import one_line, shown
+
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired
 
 FORMAT, VERSION = "sdar_lm_eval/denoising", 1
 CONFIDENCE_SCALE = 10_000
@@ -62,6 +66,7 @@ class DenoisingLine(TypedDict):
     finish_reason: str
     forwards: Mapping[str, int]
     seconds: float
+    forced_tokens: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Denoising:
         finish_reason: "stop", "length" or "repetition".
         forwards: "prefill", "denoising" and "commit" -> number of forwards.
         seconds: time from the answer's first forward to its last.
+        forced_tokens: number of tokens that were not drawn.
     """
 
     document: int
@@ -94,6 +100,12 @@ class Denoising:
     finish_reason: str
     forwards: Mapping[str, int]
     seconds: float
+    forced_tokens: int = 0
+
+    @property
+    def drawn_tokens(self) -> int:
+        """Number of tokens that were drawn: those that tokens per forward counts."""
+        return len(self.token_ids) - self.forced_tokens
 
     @property
     def blocks(self) -> list[range]:
@@ -181,6 +193,7 @@ def _denoising(line: DenoisingLine) -> Denoising:
         finish_reason=str(line["finish_reason"]),
         forwards={name: int(number) for name, number in line["forwards"].items()},
         seconds=float(line["seconds"]),
+        forced_tokens=int(line.get("forced_tokens", 0)),
     )
     lists = [each for each in (found.texts, found.steps, found.confidences) if each is not None]
     if found.block_length < 1 or any(len(each) != len(tokens) for each in lists):

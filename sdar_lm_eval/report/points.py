@@ -270,7 +270,7 @@ class _Work:
     """Tokens, forwards and time of the answers of a results file; None where a number is unknown.
 
     Attributes:
-        tokens: returned tokens of the task.
+        tokens: returned tokens of the task that were drawn.
         forwards: denoising and commit forwards of the task.
         tokens_of_all: returned tokens of all tasks.
         seconds: time of generation of all tasks.
@@ -320,6 +320,7 @@ def _work(results: Results, task: str) -> _Work:
     forwards = of_task.part_or_empty("forwards")
     computed = (forwards.whole("denoising") or 0) + (forwards.whole("commit") or 0)
     tokens, tokens_of_all = of_task.whole("new_tokens") or 0, run.whole("new_tokens") or 0
+    tokens -= of_task.part_or_empty("thoughts").whole("forced_tokens") or 0  # those of stored answers too
     seconds = run.number("generation_seconds") or 0.0
     if not run.whole("stored_requests"):
         return _Work(tokens, computed, tokens_of_all, seconds)

@@ -139,7 +139,7 @@ def cost(denoising: Denoising) -> str:
     """Return in words an answer's tokens, forwards and seconds, and why it ended."""
     tokens, forwards = len(denoising.token_ids), denoising.forwards
     made = forwards["denoising"] + forwards["commit"]
-    rate = f"{tokens / made:.2f} tokens per forward, " if made else ""
+    rate = f"{denoising.drawn_tokens / made:.2f} tokens per forward, " if made else ""
     ended = ENDS.get(denoising.finish_reason, denoising.finish_reason)
     return (
         f"{tokens} tokens in {made} forwards ({forwards['denoising']} denoising, {forwards['commit']} commit): "

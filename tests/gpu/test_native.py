@@ -13,6 +13,7 @@ from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequ
 from sdar_lm_eval.demo import golds
 from sdar_lm_eval.engines.agreement import Float32Judge
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
+from sdar_lm_eval.thinking import Thinking
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 
@@ -54,6 +55,23 @@ def test_float32_answers_are_the_cpus(demo, questions, on_cpu, strategy, kernels
     on_gpu = tokens(demo, wanted, device="cuda", dtype="float32", kernels=kernels)
     differing = [i for i, (a, b) in enumerate(zip(on_gpu, on_cpu(wanted), strict=True)) if a != b]
     assert not differing
+
+
+@KERNELS
+def test_closed_thoughts_are_the_cpus(demo, questions, on_cpu, kernels):
+    """A sequence enters the batch again while a step with its former tokens is in flight; some end by stop strings."""
+    end_ids = tuple(demo.tokenizer.encode("</think>", add_special_tokens=False))
+    plain = requests(demo, questions, remasking_strategy="low_confidence_static")
+    thoughts = [Thinking("</think>", end_ids, "<think>", opened=True, max_tokens=5 + i % 9) for i in range(len(plain))]
+    wanted = [
+        dataclasses.replace(request, thinking=thinking, stop_strings=(".",) * (i % 2))
+        for i, (request, thinking) in enumerate(zip(plain, thoughts, strict=True))
+    ]
+    expected = on_cpu(wanted)
+    assert all(answer[5 + i % 9 : 5 + i % 9 + len(end_ids)] == end_ids for i, answer in enumerate(expected))
+    for options in ({}, {"max_active": 32, "kv_pages": 100}):
+        on_gpu = tokens(demo, wanted, device="cuda", dtype="float32", kernels=kernels, **options)
+        assert [i for i, (a, b) in enumerate(zip(on_gpu, expected, strict=True)) if a != b] == []
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}], ids=str)

@@ -231,9 +231,26 @@ def test_a_limit_closes_thoughts(make: Callable[..., SDARLM], tmp_path: Path) ->
     assert run["thoughts"] == {"answers": 5, "unfinished": 0, "forced_tokens": 5}
     made = run["forwards"]["denoising"] + run["forwards"]["commit"]
     assert run["tokens_per_forward"] == pytest.approx((run["new_tokens"] - 5) / made, abs=0.001)
+    assert [line["forced_tokens"] for line in lm.written()("thinks")] == [1] * 5
+    lm.close()
+    again = make(max_thinking_toks=3, answers=str(tmp_path / "answers"))
+    assert answers_of(evaluate(again, tmp_path)) == answers_of(results)
+    assert (again.counts.requests, run_of(again)["thoughts"]) == (0, run["thoughts"])
+    assert again.written()("thinks") == lm.written()("thinks")
+    again.close()
     other = make(answers=str(tmp_path / "answers"))  # finds no answer of another limit
     evaluate(other, tmp_path, limit=1)
     assert other.counts.requests == 1
+
+
+def test_a_limit_without_room_for_an_answer_is_said(
+    thinker: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = SDARLM(thinker, **STATIC, max_thinking_toks=22)
+    evaluate(lm, tmp_path, limit=1)
+    assert "max_thinking_toks" not in caplog.text
+    evaluate(lm, tmp_path, limit=1, gen_kwargs="max_gen_toks=23")
+    assert caplog.text.count("max_thinking_toks=22 has no effect: max_gen_toks=23 leaves no room") == 1
 
 
 def test_repeats_each_have_their_thought(make: Callable[..., SDARLM], tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ filter makes one value of several answers, the first answer has the value, and t
 null or
 
     {"steps": each token's step, minus that of the token before, "confidences": 10,000 times each token's confidence,
-     "finish", "forwards", "seconds", "blocks": index of each block's first token}
+     "finish", "forwards", "seconds", "blocks": index of each block's first token,
+     "forced": number of tokens that were not drawn, where there are any}
 
 Steps count from 0 over the whole answer. `steps` and `confidences` are null where the engine records none.
 """
@@ -207,4 +208,5 @@ def _record(record: Denoising | None) -> dict[str, object] | None:
         "finish": record.finish_reason,
         "forwards": dict(record.forwards),
         "seconds": record.seconds,
+        **({"forced": record.forced_tokens} if record.forced_tokens else {}),
     }

@@ -82,7 +82,7 @@ function factsOf(task, record, text, all, thought) {
   if (!record) return `${text.length.toLocaleString("en")} characters · no denoising record`;
   const { denoising = 0, commit = 0, prefill = 0 } = record.forwards;
   const facts = [`${all.length} tokens`, `${denoising} denoising, ${commit} commit, ${prefill} prefill forwards`];
-  if (denoising + commit) facts.push(`${(all.length / (denoising + commit)).toFixed(2)} tokens per forward`);
+  if (denoising + commit) facts.push(`${((all.length - (record.forced ?? 0)) / (denoising + commit)).toFixed(2)} tokens per forward`);
   const end = record.finish === "length" ? "cut at the limit of new tokens" : `ended by ${record.finish}`;
   const thinking = thought && !thought[1] ? ["ended while thinking, so the scored text is empty"] : [];
   return [...facts, `${record.seconds.toFixed(2)} s`, end, ...thinking].join(" · ");
