@@ -42,8 +42,10 @@ class Watched(Protocol):
     def tokenizer_name(self) -> str:
         """Key of tokenizer and template in lm_eval's cache of built requests."""
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a conversation."""
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True, *, prefixed: bool = True
+    ) -> str:
+        """Render a conversation; `prefixed`: with the setting answer_prefix, which is for generated answers."""
 
     def check_cache(self, path: str) -> None:
         """Refuse a file of `--use_cache` that cannot be used."""
@@ -56,11 +58,6 @@ class Watched(Protocol):
             cached: whether lm_eval keeps the answers (`--use_cache`).
             template: the name of the chat template that the user chose; None: the default one.
         """
-
-    def apply_chat_template_without_prefix(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        """Render a conversation without the setting answer_prefix, which is for generated answers."""
 
     def add_thoughts(self, samples: Mapping[str, Sequence[dict[str, Any]]]) -> None:
         """Put the thoughts of the last evaluation's answers into lm_eval's samples, by task."""
@@ -242,7 +239,7 @@ def _build_in_template(task: Task, name: str, model: Watched, borrowed: Sequence
             if settings.get("fewshot_as_multiturn", False) is None:  # lm_eval's default under --apply_chat_template
                 settings["fewshot_as_multiturn"] = True
         if task.OUTPUT_TYPE != "generate_until" and settings.get("chat_template") is not None:
-            settings["chat_template"] = model.apply_chat_template_without_prefix
+            settings["chat_template"] = functools.partial(model.apply_chat_template, prefixed=False)
         build(**settings)
         samples, metadata = settings.get("samples"), task.config.metadata or {}
         model.task_begins(

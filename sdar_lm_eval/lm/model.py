@@ -22,7 +22,6 @@ from sdar_lm_eval.arguments import JetEngineArguments, LMDeployArguments, Native
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT, DEFAULT_SEED
 from sdar_lm_eval.engines.registry import ENGINES, make_engine
-from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.answers import AnswerFolder
 from sdar_lm_eval.lm.denoising import LinesOf, WrittenAnswers
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, put_thoughts_into
@@ -77,7 +76,7 @@ class SDARLM(TemplateLM):
 
         self.checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
         self.tokenizer = self.checkpoint.tokenizer
-        self._thoughts = thoughts = Thoughts.read(settings.thoughts, self.checkpoint)
+        thoughts = Thoughts.read(settings.thoughts, self.checkpoint)
         self._prompts = Prompts(self.checkpoint, settings.chat_template, thoughts)
         self.renders = self._prompts.renders
         alone = self._world_size == 1
@@ -242,21 +241,17 @@ class SDARLM(TemplateLM):
         """
         return self._prompts.template_text(chat_template) if chat_template else None
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True, *, prefixed: bool = True
+    ) -> str:
         """Render a conversation; without a generation prompt, its last message is left open to be continued.
 
-        The setting answer_prefix follows the assistant's opening.
+        The setting answer_prefix follows the assistant's opening; not if `prefixed` is false, for log-likelihoods.
 
         Raises:
             UserError: the checkpoint has no chat template, or the template refuses the conversation.
         """
-        return self._prompts.render(chat_history, add_generation_prompt)
-
-    def apply_chat_template_without_prefix(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        """Render a conversation as `apply_chat_template` does, without answer_prefix; for log-likelihoods."""
-        return self._prompts.render(chat_history, add_generation_prompt, prefixed=False)
+        return self._prompts.render(chat_history, add_generation_prompt, prefixed=prefixed)
 
     # Requests
 
@@ -301,11 +296,6 @@ class SDARLM(TemplateLM):
         return self.rounds.score_tokens(pairs, self.evaluation.seed)
 
     def _score(self, kind: Kind, requests: Sequence[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
-        if requests and self._thoughts.template_args.get("enable_thinking"):
-            raise UserError(
-                f"task {requests[0].task_name!r} asks for log-likelihoods, and enable_thinking=true for thoughts. "
-                "Leave out enable_thinking, or use a task that generates (output_type generate_until)."
-            )
         evaluation, show = self._current(), self._rank == 0 and not disable_tqdm
         return evaluation.answer_own(requests, lambda own: self.rounds.score(kind, own, evaluation, show), (0.0, False))
 
@@ -361,7 +351,7 @@ class SDARLM(TemplateLM):
             self._likelihoods.config(self.evaluation.seed),
             self.engine.info,
             chat_template=self._settings.chat_template,
-            thoughts=self._thoughts,
+            thoughts=self._prompts.thoughts,
             world_size=self._world_size,
             evaluations=self._evaluation_of_ranks,
         )

@@ -178,6 +178,11 @@ class Rounds:
         if not requests:
             return []
         scorer = self._scorer(f"task {requests[0].task_name!r}")
+        if self._prompts.thoughts.template_args.get("enable_thinking"):
+            raise UserError(
+                f"task {requests[0].task_name!r} asks for log-likelihoods, and enable_thinking=true for thoughts. "
+                "Leave out enable_thinking, or use a task that generates (output_type generate_until)."
+            )
         counts = evaluation.counts
         asked = self._likelihoods.of(kind, requests, evaluation.task_of, evaluation.seed)
         jobs, config = asked.jobs, asked.config

@@ -92,15 +92,11 @@ class RecordedLM(LM):
         """The tokenizer's name in the harness's cache of built requests, which `publish` leaves off."""
         return ""
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a conversation."""
-        return self._prompts.render(chat_history, add_generation_prompt)
-
-    def apply_chat_template_without_prefix(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True, *, prefixed: bool = True
     ) -> str:
-        """Render a conversation without answer_prefix."""
-        return self._prompts.render(chat_history, add_generation_prompt, prefixed=False)
+        """Render a conversation."""
+        return self._prompts.render(chat_history, add_generation_prompt, prefixed=prefixed)
 
     def add_thoughts(self, samples: Mapping[str, Sequence[dict[str, Any]]]) -> None:
         """Put the thoughts of the answers into lm_eval's samples."""
