@@ -6,6 +6,7 @@ Imports are absolute, since lm-eval opens this file by its path, outside of the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import TypedDict
@@ -13,6 +14,7 @@ from typing import TypedDict
 import datasets
 
 from sdar_lm_eval.tasks.data import Columns, Source, dataset, documents, require
+from sdar_lm_eval.tasks.repeated import answers_of, metrics
 
 
 class Problem(TypedDict):
@@ -48,13 +50,41 @@ def load(**metadata: object) -> datasets.DatasetDict:
     return dataset(test=documents(MATH500, "test", metadata))
 
 
-def score(doc: Problem, results: Sequence[str]) -> dict[str, float]:
-    """Return whether an answer's formula equals the gold one, 0.0 or 1.0, by the paper's rule and by math_verify's."""
-    answer, gold = results[0], doc["answer"]
-    return {
-        "math_verify": float(is_equal(answer, gold)),
-        "math_verify_default": float(is_equal_by_default(answer, gold)),
-    }
+def score(doc: Problem, results: Sequence[str | Sequence[str]]) -> dict[str, float]:
+    """Return whether an answer's formula equals the gold one, 0.0 or 1.0, by the paper's rule and by math_verify's.
+
+    Of several answers, returns the means, and the other metrics of `repeated` by the paper's rule.
+    """
+    answers, gold = answers_of(results), doc["answer"]
+    by_default = [float(is_equal_by_default(answer, gold)) for answer in answers]
+    return verified(answers, gold) | {"math_verify_default": sum(by_default) / len(by_default)}
+
+
+def verified(answers: Sequence[str], gold: str) -> dict[str, float]:
+    """Return the metrics `math_verify` and, of several answers, those of `repeated`, by `is_equal`."""
+    scores = [float(is_equal(answer, gold)) for answer in answers]
+    several = len(answers) > 1
+    return metrics("math_verify", scores, _forms(answers, scores) if several else None)
+
+
+def _forms(answers: Sequence[str], scores: Sequence[float]) -> list[int | None]:
+    """A number for each wrong answer, the same for those whose formulas are equal; None: right, or without a formula.
+
+    An answer's formula is compared with the first formula of each number, since math_verify's equality is not
+    transitive.
+    """
+    from math_verify import verify
+
+    firsts: list[list[object]] = []
+    found: list[int | None] = []
+    for answer, score in zip(answers, scores, strict=True):
+        formulas = [] if score == 1 else _formulas(answer)
+        number = next((n for n, first in enumerate(firsts) if formulas and verify(formulas, first)), None)
+        if formulas and number is None:
+            number = len(firsts)
+            firsts.append(formulas)
+        found.append(number)
+    return found
 
 
 def is_equal(answer: str, gold: str) -> bool:
@@ -65,7 +95,6 @@ def is_equal(answer: str, gold: str) -> bool:
     counts. The settings, and the order of the two formulas in the comparison, are those of OpenCompass's
     `MATHVerifyEvaluator` (opencompass/evaluator/math_evaluator.py, in JetAstra/SDAR at c2041a8).
     """
-    from latex2sympy2_extended import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     gold_formulas = parse(
@@ -73,22 +102,30 @@ def is_equal(answer: str, gold: str) -> bool:
         extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()],
         extraction_mode="first_match",
     )
-    if not gold_formulas:
-        return False
+    return bool(gold_formulas) and bool(verify(_formulas(answer), gold_formulas))
+
+
+@functools.lru_cache(maxsize=64)  # a document's answers are read for the score, and again for its wrong answers' forms
+def _formulas(answer: str) -> list[object]:
+    """An answer's formula and its text, by `is_equal`'s settings; empty where there is none."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+
     normalization = NormalizationConfig(
         basic_latex=True, units=True, malformed_operators=False, nits=False, boxed="all", equations=True
     )
     with _quiet():
-        formulas = parse(
-            answer,
-            extraction_config=[
-                LatexExtractionConfig(
-                    normalization_config=normalization, boxed_match_priority=0, try_extract_without_anchor=False
-                )
-            ],
-            extraction_mode="first_match",
+        return list(
+            parse(
+                answer,
+                extraction_config=[
+                    LatexExtractionConfig(
+                        normalization_config=normalization, boxed_match_priority=0, try_extract_without_anchor=False
+                    )
+                ],
+                extraction_mode="first_match",
+            )
         )
-    return bool(verify(formulas, gold_formulas))
 
 
 def is_equal_by_default(answer: str, gold: str) -> bool:
