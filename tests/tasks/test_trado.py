@@ -20,6 +20,7 @@ from support import REAL_FOLDER
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.lm.prompts import Prompts
+from sdar_lm_eval.report.columns import TRADO_COLUMNS
 from sdar_lm_eval.tasks import dllm_rl_math, trado
 from sdar_lm_eval.tasks.dllm_rl_math import distinct_substrings, form, is_equal, is_equal_parsed, last_box
 from sdar_lm_eval.tasks.extraction import INVALID
@@ -132,6 +133,8 @@ def test_all_columns(group: str, answers: int, answer: Any, score: float, offlin
     tasks = yaml.safe_load((TASKS / f"{group}.yaml").read_text())["task"]
     end = group.removeprefix("trado")
     assert tasks == [f"trado_{benchmark}{end}" for benchmark in BENCHMARKS]
+    (columns,) = [columns for columns in TRADO_COLUMNS if columns[0].task == tasks[0]]
+    assert [(column.task, column.metric) for column in columns] == [(task, "is_equal,last-box") for task in tasks]
     for task in tasks:
         scores = results["results"][task]
         found = {key.partition(",")[0] for key in scores if key.endswith(",last-box") and "stderr" not in key}
@@ -276,10 +279,12 @@ def test_the_rule_beside_dllm_rl_s(theirs: Any, monkeypatch: pytest.MonkeyPatch)
     assert 0.2 < sum(found) / len(found) < 0.9
 
 
+@pytest.mark.slow
 @needs_dllm_rl
 @parses
 def test_the_rule_with_a_parser_beside_dllm_rl_s(theirs: Any) -> None:
-    pairs = _pairs(1500)
+    # Texts that sympy parses for minutes would keep their thread busy beyond the limit.
+    pairs = [(answer, gold) for answer, gold in _pairs(2000) if len(answer) < 80]
     found = [is_equal_parsed(answer, gold) for answer, gold in pairs]
     assert found == _verdicts(theirs, pairs)
     assert sum(found) > sum(is_equal(answer, gold) for answer, gold in pairs)
