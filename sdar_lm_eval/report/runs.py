@@ -133,14 +133,13 @@ def metrics_of(results: Results, task: str) -> list[Metric]:
         if not comma or name.endswith("_stderr") or number is None:
             continue
         stderr = _number(scores.content.get(f"{name}_stderr,{filter_name}"))  # "N/A" where lm_eval computed none
-        higher = better.get(name)
         found.append(
             Metric(
                 name=name,
                 filter=filter_name,
                 value=number,
                 stderr=stderr if stderr is not None and math.isfinite(stderr) else None,
-                higher_is_better=higher if isinstance(higher, bool) else is_better_when_higher(name),
+                higher_is_better=is_better_when_higher(name, better.get(name)),
             )
         )
     return found

@@ -14,10 +14,17 @@ def is_of_several(metric: str) -> bool:
     return found is not None and found["k"] != "1"
 
 
-def is_better_when_higher(metric: str) -> bool | None:
-    """Return True for a metric whose name says that higher is better; None where the name does not say."""
+def is_better_when_higher(metric: str, said: object) -> bool | None:
+    """Return whether higher values of a metric are better; None where neither its name nor the results file says.
+
+    Args:
+        metric: the metric's name.
+        said: what the results file says. lm_eval writes the task's metric's word for agreement too.
+    """
     found = _OF_SEVERAL.fullmatch(metric)
-    return True if found is not None and found["kind"] else None
+    if found is not None:
+        return True if found["kind"] else None
+    return said if isinstance(said, bool) else None
 
 
 def smaller_passes(metrics: Iterable[str]) -> set[str]:

@@ -16,7 +16,6 @@ from sdar_lm_eval.report.live import Verdict
 from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents, read_jsonl, warn_of_folders
 from sdar_lm_eval.tasks.extraction import INVALID, flexible_extract, gold_number, strict_match
 from sdar_lm_eval.tasks.opencompass_math import best_form
-from sdar_lm_eval.tasks.repeated import answers_of, exact_match
 
 
 class Problem(TypedDict):
@@ -81,11 +80,6 @@ def filter_flexible_extract(responses: Iterable[Iterable[str]], docs: Sequence[P
 def filter_opencompass(responses: Iterable[Iterable[str]], docs: Sequence[Problem]) -> list[list[str]]:
     """Apply the released evaluation's rule to each document's responses (one, or one a repeat)."""
     return [[best_form(r, gold(doc)) for r in rs] for rs, doc in zip(responses, docs, strict=True)]
-
-
-def score(doc: Problem, results: Sequence[str | Sequence[str]]) -> dict[str, float]:
-    """Return 1.0 where the filter found the gold number, else 0.0; of several answers the metrics of `repeated`."""
-    return exact_match(answers_of(results), gold(doc))
 
 
 def verdict(doc: Problem, response: str) -> Verdict:

@@ -15,7 +15,7 @@ import datasets
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents
 from sdar_lm_eval.tasks.first_option import INVALID, first_option
-from sdar_lm_eval.tasks.repeated import answers_of, exact_match
+from sdar_lm_eval.tasks.repeated import answers_of, matched
 from sdar_lm_eval.tasks.thoughts import without_thoughts
 
 
@@ -206,4 +206,4 @@ def letter_of(response: str, last: str) -> str:
 
 def score(doc: Question, results: Sequence[Sequence[str]]) -> dict[str, float]:
     """Return the share of a document's answers that are the right letter, and the metrics of `repeated`."""
-    return exact_match(answers_of(results), doc["answer"])
+    return matched(answers_of(results), doc["answer"])

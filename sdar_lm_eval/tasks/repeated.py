@@ -1,7 +1,7 @@
 """The metrics of a document with several answers, which lm-eval calls repeats.
 
     metrics("math_verify", scores, forms)    mean of the scores, pass@k, majority@n and agreement
-    exact_match(answers, gold)               the same, where the right answers are those that equal a text
+    matched(answers, gold)                   the same, where the right answers are those that equal a text
     single_or_all, all_answers               a task file's last filter, where lm-eval's own tasks have take_first
 
 Each value is one document's. lm-eval averages it over documents, so the standard error is over documents: the n answers
@@ -51,7 +51,18 @@ def metrics(name: str, scores: Sequence[float], forms: Sequence[Hashable] | None
     return found
 
 
-def exact_match(answers: Sequence[str], gold: str) -> dict[str, float]:
+def exact_match(references: Sequence[str], predictions: Sequence[str | Sequence[str]]) -> dict[str, float]:
+    """Return a document's `matched`: a metric as lm-eval calls it, for a task file's `metric_list`.
+
+    Args:
+        references: the gold answer alone.
+        predictions: what the filters made of the document's only request: an answer, or the list of its answers.
+    """
+    (gold,) = references
+    return matched(answers_of(predictions), gold)
+
+
+def matched(answers: Sequence[str], gold: str) -> dict[str, float]:
     """Return a document's `metrics`. The right answers are those that equal `gold`; `[invalid]` is no answer."""
     scores = [float(answer == gold) for answer in answers]
     return metrics("exact_match", scores, [None if answer == INVALID else answer for answer in answers])

@@ -21,7 +21,8 @@ def test_names_are_those_of_the_tasks() -> None:
         names = list(metrics("acc", [1.0] * n, ["x"] * n))
         assert [name for name in names if is_of_several(name)] == names[1:]
         assert smaller_passes(names) == {f"pass@{k}" for k in (2, 4, 8, 16) if k < n}
-        assert [name for name in names if is_better_when_higher(name) is None] == ["acc", "agreement"]
+        assert [name for name in names if is_better_when_higher(name, None) is None] == ["acc", "agreement"]
+        assert is_better_when_higher("agreement", True) is None and is_better_when_higher("acc", False) is False
     assert not is_of_several("pass@1") and not smaller_passes(["pass@1", "pass@2"])
 
 
