@@ -63,11 +63,11 @@ class NativeEngine(Closable):
         max_active: most sequences that run at once; None: 32 on the CPU, 256 on a GPU.
         kv_pages: most pages of 16 tokens for keys and values; None: what the requests need, within 85% of the GPU's
             free memory, or 4 GiB on the CPU.
-        kernels: whether to run a dense model with Triton kernels, on a GPU as CUDA graphs, instead of transformers'
+        kernels: whether to run the model with Triton kernels, on a GPU as CUDA graphs, instead of transformers'
             modules; None: on GPUs of compute capability 8.0 and later, where triton is installed.
         reproducible: whether a generated answer is the same to the bit whatever else is in the batch. Products are
             batch-invariant (in 16 bits on Hopper GPUs), or padded to a fixed size (elsewhere). Requests with
-            different settings run one after the other. Needs kernels and a dense model.
+            different settings run one after the other. Needs kernels.
         share_prefixes: whether prompts with a common prefix share the prefix's KV, which is computed once. False is
             for comparison.
 
@@ -113,7 +113,7 @@ class NativeEngine(Closable):
         )  # fmt: skip
         if self._reproducible and not self.runner.forward.captures:
             raise UserError(
-                "reproducible=true needs the kernels, which run dense models on GPUs: this is "
+                "reproducible=true needs the kernels, which run on GPUs: this is "
                 f"{type(self.model).__name__} on {self.device} with kernels={str(self._kernels).lower()}."
             )
         if self._reproducible:

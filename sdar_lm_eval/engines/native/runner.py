@@ -89,7 +89,7 @@ class Runner:
         family: the model's family; returns the weights of the fused forward.
         mask_token_id: the token that is never drawn.
         page_size: tokens a page.
-        kernels: whether to use Triton: the fused forward where the model is dense, drawing by one kernel, and
+        kernels: whether to use Triton: the fused forward where the model fits it, drawing by one kernel, and
             `torch.compile` for the batch's state.
         reproducible: whether results have to be batch-invariant: the same to the bit whatever else is in the batch.
             Needs the fused forward, and sequences that all have the same settings.

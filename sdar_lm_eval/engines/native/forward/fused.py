@@ -1,4 +1,4 @@
-"""A forward of a dense model by Triton kernels: packed tokens, no padding within a prompt, CUDA graphs."""
+"""A forward by Triton kernels: packed tokens, no padding within a prompt, CUDA graphs."""
 
 from __future__ import annotations
 
