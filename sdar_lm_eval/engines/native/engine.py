@@ -51,6 +51,7 @@ DEFAULT_ACTIVE = {"cpu": 32, "cuda": 256}
 PREFILL_CHUNK = {"cpu": 1024, "cuda": 16384}
 MEMORY_FRACTION = 0.85  # share of the GPU memory that is free after loading the weights: for KV pages
 CPU_CACHE_BYTES = 4 << 30
+CAPTURE_SECONDS = 8.0  # most time that `prepare` captures CUDA graphs
 
 
 class NativeEngine(Closable):
@@ -156,16 +157,19 @@ class NativeEngine(Closable):
             torch.cuda.empty_cache()
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        """See `Engine.prepare`: allocates memory; on a GPU compiles kernels and captures the first CUDA graphs.
+        """See `Engine.prepare`: allocates memory; on a GPU compiles kernels and captures CUDA graphs.
 
-        CUDA graphs of further sizes are captured when these sizes first occur.
+        A size whose graph is not captured here gets one when it first occurs.
         """
         with self._one_run():
             groups = self._groups(requests)
             if len(groups) == 1:
-                max_active, _ = self._allocate(_sequences(requests, groups[0]))
+                sequences = _sequences(requests, groups[0])
+                max_active, _ = self._allocate(sequences)
                 if self.device.type == "cuda" and self._warm_shape is not self.runner.shape:
                     self._warm_up(requests, max_active)
+                    shortest = min(len(sequence.tokens) for sequence in sequences)
+                    self.runner.capture(shortest, max(sequence.longest for sequence in sequences), CAPTURE_SECONDS)
                     self._warm_shape = self.runner.shape
 
     def _warm_up(self, requests: Sequence[GenerationRequest], max_active: int) -> None:

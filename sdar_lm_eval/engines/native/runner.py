@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -188,6 +189,26 @@ class Runner:
             [torch.empty_like(packed, device="cpu", pin_memory=on_gpu) for _ in range(MOST_IN_FLIGHT)]
         )
         self.shape = shape
+
+    @torch.no_grad()
+    def capture(self, shortest: int, longest: int, seconds: float) -> None:
+        """Capture CUDA graphs of every size that steps can have, before sequences begin.
+
+        The sizes of full batches come first, then smaller and smaller ones.
+
+        Args:
+            shortest, longest: the least and the most tokens that a block can see, its own included.
+            seconds: time after which no further graph is captured. A run captures what is missing.
+        """
+        assert self._forward_graphs is not None
+        assert self._draw_graphs is not None
+        contexts = sorted({self.forward.context_key(context) for context in (*range(shortest, longest, 256), longest)})
+        until = time.perf_counter() + seconds
+        with self._on_device:
+            for size in reversed(self._draw_sizes):
+                self._draw_graphs.prepare(size, until=until)
+            for context, size in itertools.product(contexts, reversed(self._segment_sizes)):
+                self._forward_graphs.prepare(size, context, until=until)
 
     def out_of_memory(self, pages: int | None = None) -> EngineError:
         """The error of a run that memory does not suffice for. `pages` were asked for; None: the allocated ones."""

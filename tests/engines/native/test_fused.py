@@ -173,6 +173,43 @@ def test_reproducible_to_the_bit(either, monkeypatch, products):
     assert (rows == {REPRODUCIBLE_ROWS}) == (products == "of fixed size")
 
 
+def test_a_run_after_prepare_captures_no_graph(checkpoint, monkeypatch):
+    captured = []
+
+    class Graph:
+        def __init__(self, run):
+            self.replay = run
+
+    def capture(self, key):
+        captured.append(key)
+        return Graph(lambda: self.run(*key))
+
+    monkeypatch.setattr(graphs.Graphs, "capture", capture)
+    init = graphs.Graphs.__init__
+    monkeypatch.setattr(
+        graphs.Graphs, "__init__", lambda self, run, sizes, enabled: init(self, run, sizes, enabled=True)
+    )
+    monkeypatch.setattr(kernels, "SPLIT", 12)
+    requests = [GenerationRequest(tuple(range(n)), 5, DecodingConfig(), seed=n) for n in (3, 11)]
+    expected = run(make_engine("native", checkpoint, device="cpu"), requests)
+    engine = engine_with_kernels(checkpoint, max_active=2, kv_pages=20)
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(engine, "device", torch.device("cuda"))
+        engine.prepare(requests)
+    contexts = {key[1] for key in captured if len(key) == 2}
+    assert len(contexts) > 1
+    before = len(captured)
+    assert [r.token_ids for r in run(engine, requests)] == [r.token_ids for r in expected]
+    assert len(captured) == before
+
+
+def test_graphs_that_prepare_has_no_time_for():
+    made = []
+    captures = graphs.Graphs(made.append, [2, 4], enabled=True)
+    captures.prepare(4, until=0.0)
+    assert made == []
+
+
 def test_reproducible_takes_the_kernels(checkpoint):
     with pytest.raises(UserError, match=r"reproducible=true needs the kernels.*kernels=false"):
         make_engine("native", checkpoint, device="cpu", reproducible=True)
