@@ -5,9 +5,9 @@
 
 The folder needs config.json and a tokenizer, no weights: they are drawn. A regime has a model (the folder's own shape,
 or SDAR-30B-A3B's with 12 of its 48 layers), a block length, and a number of sequences at once. Each engine has a
-process for each model and block length. A row runs `--runs` times behind `prepare`: the first run is told apart from the best
-later one. The floor is `floor.py`'s. Rows come as they are measured; the table at the end compares the engines. The
-last line is JSON.
+process for each model and block length. A row runs `--runs` times behind `prepare`: the first run is told apart from
+the best later one. The floor is `floor.py`'s. Rows come as they are measured; the table at the end compares the
+engines. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 The batch of a forward is T packed tokens of any number of sequences. Attention works on tiles. A tile holds consecutive
 tokens of one sequence: a block that is denoised, or some blocks of a prompt. One program takes a tile and one KV head
-with all of its query heads, so keys and values are loaded once. Where tiles are few, a context is cut into splits, with a
-program for each (`splits_of`). The splits, and the keys of one iteration, depend on the number of tiles unless they are
-fixed (`Tiles.batch_invariant`): without that, 16-bit results are not batch-invariant.
+with all of its query heads, so keys and values are loaded once. Where tiles are few, a context is cut into splits,
+with a program for each (`splits_of`). The splits, and the keys of one iteration, depend on the number of tiles unless
+they are fixed (`Tiles.batch_invariant`): without that, 16-bit results are not batch-invariant.
 
 Each kernel takes inputs of any float dtype and computes in float32. tests/engines/native/test_kernels.py compares each
 kernel with PyTorch, on the CPU through Triton's interpreter. The reference of the whole forward is `attention.py` with
