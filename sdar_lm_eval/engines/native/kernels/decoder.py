@@ -404,7 +404,8 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     attend_kernel[(kv_heads, len(tiles.first), tiles.splits)](
         query, keys, values, tiles.first, tiles.count, tiles.pages, tiles.pages.shape[1], tiles.sequence,
         tiles.visible, target, sums, scaling, tokens, heads, kv_heads, size, page_size, rows, fewer, columns,
-        tiles.split if tiles.splits > 1 else WHOLE, tiles.splits, "ieee" if query.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
+        tiles.split if tiles.splits > 1 else WHOLE, tiles.splits, "ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if tiles.splits > 1:
         combine_splits_kernel[(tokens * heads,)](target, sums, out, tokens * heads, size, tiles.splits, num_warps=1)
