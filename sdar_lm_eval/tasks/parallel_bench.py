@@ -41,6 +41,11 @@ def load(*, kind: str, size: Size, **metadata: object) -> datasets.DatasetDict:
     )
 
 
+def gold(doc: Document) -> str:
+    """Return a right answer, in the asked form."""
+    return doc["answer"]
+
+
 def filter_strict_match(responses: Iterable[Iterable[str]], docs: Sequence[Document]) -> list[list[str]]:
     """Return each response that is an answer in the asked form and nothing else, but for thoughts; else `[invalid]`."""
     return [

@@ -19,7 +19,20 @@ from sdar_lm_eval.tasks.generated.documents import (
     documents,
     is_held_out,
     is_right,
+    stream,
 )
 from sdar_lm_eval.tasks.generated.kind import Answer, Case, Form, Kind, Size
 
-__all__ = ["KINDS", "Answer", "Case", "Document", "Form", "Kind", "Size", "documents", "is_held_out", "is_right"]
+__all__ = [
+    "KINDS",
+    "Answer",
+    "Case",
+    "Document",
+    "Form",
+    "Kind",
+    "Size",
+    "documents",
+    "is_held_out",
+    "is_right",
+    "stream",
+]
