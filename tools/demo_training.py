@@ -146,7 +146,7 @@ def learn_beside(
         now = masked_logits(model, noised, clean, masked).log_softmax(-1)
         divergence = kl_div(now, before, reduction="none", log_target=True).sum(-1)
         forgotten = (divergence * weights[masked]).sum() / answer.sum()
-        return _likelihood_bound(model, mask_id, *texts.batch(batch)) + KEEPING * forgotten
+        return torch.stack([_likelihood_bound(model, mask_id, *texts.batch(batch)), KEEPING * forgotten])
 
     _optimize(model, loss, steps=steps, lr=lr)
 
@@ -159,7 +159,10 @@ def _likelihood_bound(model: Qwen3ForCausalLM, mask_id: int, clean: torch.Tensor
 
 
 def _optimize(model: Qwen3ForCausalLM, loss_of: Callable[[], torch.Tensor], *, steps: int, lr: float) -> None:
-    """Take AdamW steps on a loss, which draws its own batch; the learning rate warms up and follows a cosine."""
+    """Take AdamW steps on the sum of a loss's parts; the learning rate warms up and follows a cosine.
+
+    `loss_of` draws a batch and returns the parts, as a scalar or (parts,).
+    """
     decay = [p for p in model.parameters() if p.dim() > 1]
     keep = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": keep, "weight_decay": 0.0}]
@@ -172,9 +175,10 @@ def _optimize(model: Qwen3ForCausalLM, loss_of: Callable[[], torch.Tensor], *, s
     for step in range(steps):
         loss = loss_of()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 200 == 0 or step == steps - 1:
-            logger.info("step %d  loss per answer token %.4f  %.0f s", step, loss.item(), time.time() - started)
+            parts = " + ".join(f"{part:.4f}" for part in loss.flatten().tolist())
+            logger.info("step %d  loss per answer token %s  %.0f s", step, parts, time.time() - started)
