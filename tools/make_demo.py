@@ -44,7 +44,7 @@ Config: TypeAlias = "dict[str, bool | int | float | str | list[str] | None]"
 
 PROBLEM_TOKENS, TASK_TOKENS = 160, 64  # longest training texts; longer ones are left out
 MOST_TEXTS = 600_000  # of word problems in the first training
-MOST_TASK_TEXTS = 300_000  # of tasks, and of word problems beside them
+MOST_TASK_TEXTS = 300_000  # of tasks; of word problems beside them a third
 VOCAB_SIZE = 900
 TEST_PROBLEMS = 200
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>")
@@ -183,7 +183,7 @@ def train_on_tasks(
 
     torch.manual_seed(seed)
     count = min(steps * batch, MOST_TASK_TEXTS)
-    known = tokenized(tokenizer, problem_chats(seed), count, PROBLEM_TOKENS, device)
+    known = tokenized(tokenizer, problem_chats(seed), -(-count // 3), PROBLEM_TOKENS, device)
     texts = tokenized(tokenizer, task_chats(seed), count, TASK_TOKENS, device)
     demo_training.learn_beside(model, tokenizer, texts, known, steps=steps, batch=batch, lr=lr)
 
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="a checkpoint that had the first training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2000, help="of the first training")
-    parser.add_argument("--task_steps", type=int, default=4000, help="of the second training")
+    parser.add_argument("--task_steps", type=int, default=2400, help="of the second training")
     parser.add_argument("--batch", type=int, default=256, help="texts a step, of word problems or of tasks")
     parser.add_argument("--lr", type=float, default=2e-3, help="of the first training")
     parser.add_argument("--task_lr", type=float, default=1e-3, help="of the second training")

@@ -192,7 +192,7 @@ class Runner:
 
     @torch.no_grad()
     def capture(self, shortest: int, longest: int, seconds: float) -> None:
-        """Capture CUDA graphs of every size that steps can have, before sequences begin.
+        """Compile what is left to compile, and capture CUDA graphs of every size that steps can have.
 
         The sizes of full batches come first, then smaller and smaller ones.
 
@@ -203,8 +203,10 @@ class Runner:
         assert self._forward_graphs is not None
         assert self._draw_graphs is not None
         contexts = sorted({self.forward.context_key(context) for context in (*range(shortest, longest, 256), longest)})
-        until = time.perf_counter() + seconds
         with self._on_device:
+            if self.device.type == "cuda":
+                self.forward.compile()
+            until = time.perf_counter() + seconds
             for size in reversed(self._draw_sizes):
                 self._draw_graphs.prepare(size, until=until)
             for context, size in itertools.product(contexts, reversed(self._segment_sizes)):

@@ -53,6 +53,12 @@ class FusedDecoder:
         on_hopper = self._gates_on_hopper == bool(gates) and runs_on_hopper(first.qkv, first.o, *plain, weights.head)
         self.batch_invariant = batch_invariant and on_hopper and not biased
 
+    def compile(self) -> None:
+        """Compile the kernels of experts for tiles of every size."""
+        for mlp in {type(layer.mlp): layer.mlp for layer in self._weights.layers}.values():
+            if not isinstance(mlp, DenseMLP):
+                experts.compile_for(mlp, batch_invariant=self._tiles_are_fixed)
+
     def reserve(self, length: int) -> None:
         """Prepare rotary cosines and sines for positions below `length`."""
         if len(self._cos_sin) < length:

@@ -63,6 +63,10 @@ class FusedForward(Forward):
         self._first = torch.arange(0, segments * block, block, device=self._device)
         self._decoder.reserve(positions)
 
+    def compile(self) -> None:
+        """See `Forward.compile`."""
+        self._decoder.compile()
+
     def context_key(self, context: int) -> int:
         """See `Forward.context_key`."""
         return kernels.padded_context(context)
