@@ -68,9 +68,9 @@ def verified(answers: Sequence[str], gold: str) -> dict[str, float]:
 
 
 def _forms(answers: Sequence[str], scores: Sequence[float]) -> list[int | None]:
-    """A number for each wrong answer, the same for those whose formulas are equal; None: right, or without a formula.
+    """A number for each answer: 0 for right ones, the same for wrong ones whose formulas are equal; None: no formula.
 
-    An answer's formula is compared with the first formula of each number, since math_verify's equality is not
+    A wrong answer's formula is compared with the first formula of each number, since math_verify's equality is not
     transitive.
     """
     from math_verify import verify
@@ -78,11 +78,14 @@ def _forms(answers: Sequence[str], scores: Sequence[float]) -> list[int | None]:
     firsts: list[list[object]] = []
     found: list[int | None] = []
     for answer, score in zip(answers, scores, strict=True):
-        formulas = [] if score == 1 else _formulas(answer)
-        number = next((n for n, first in enumerate(firsts) if formulas and verify(formulas, first)), None)
+        if score == 1:
+            found.append(0)
+            continue
+        formulas = _formulas(answer)
+        number = next((n for n, first in enumerate(firsts, 1) if formulas and verify(formulas, first)), None)
         if formulas and number is None:
-            number = len(firsts)
             firsts.append(formulas)
+            number = len(firsts)
         found.append(number)
     return found
 

@@ -12,6 +12,7 @@ import datasets
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.tasks.data import dataset
 from sdar_lm_eval.tasks.generated import KINDS, Answer, Document, Form, Size, documents, is_right
+from sdar_lm_eval.tasks.repeated import answers_of, metrics
 from sdar_lm_eval.tasks.thoughts import without_thoughts
 
 DOCUMENTS, SHOTS = 100, 4
@@ -62,10 +63,14 @@ def filter_flexible_extract(responses: Iterable[Iterable[str]], docs: Sequence[D
     ]
 
 
-def score(doc: Document, results: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return the share of a document's answers that are right; any right answer counts."""
-    (answers,) = results
-    return {"exact_match": sum(is_right(doc, _form(doc).strict(answer)) for answer in answers) / len(answers)}
+def score(doc: Document, results: Sequence[str | Sequence[str]]) -> dict[str, float]:
+    """Return the share of a document's answers that are right, and the metrics of `repeated`.
+
+    Any right answer counts. Different right answers are no agreement.
+    """
+    answers = answers_of(results)
+    scores = [float(is_right(doc, _form(doc).strict(answer))) for answer in answers]
+    return metrics("exact_match", scores, [None if answer == INVALID else answer for answer in answers])
 
 
 def _form(doc: Document) -> Form:

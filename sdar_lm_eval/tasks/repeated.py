@@ -22,8 +22,6 @@ from sdar_lm_eval.tasks.extraction import INVALID
 AGREEMENT = "agreement"
 """The metric that says how often a document's answers agree; neither a high nor a low value is better."""
 
-_RIGHT = object()
-
 
 def metrics(name: str, scores: Sequence[float], forms: Sequence[Hashable] | None = None) -> dict[str, float]:
     """Return a document's metrics: `name` alone for a single answer, and for n answers those below.
@@ -36,8 +34,8 @@ def metrics(name: str, scores: Sequence[float], forms: Sequence[Hashable] | None
     Args:
         name: the task's metric of one answer.
         scores: (n,) each answer's score, 1.0 (right) or 0.0.
-        forms: (n,) what decides whether two wrong answers are the same answer; None: this answer gives none. Right
-            answers are always the same answer. Without forms there is no majority and no agreement.
+        forms: (n,) what is equal for two answers that are the same answer; None: an answer in which nothing is found.
+            Answers with equal forms have equal scores. Without forms there is no majority and no agreement.
     """
     n = len(scores)
     found = {name: sum(scores) / n}
@@ -46,8 +44,7 @@ def metrics(name: str, scores: Sequence[float], forms: Sequence[Hashable] | None
     right = sum(score == 1 for score in scores)
     found |= {f"pass@{k}": pass_at(k, n, right) for k in ks(n)}
     if forms is not None:
-        votes = [_RIGHT if score == 1 else form for score, form in zip(scores, forms, strict=True)]
-        found |= {f"majority@{n}": majority(votes, scores), AGREEMENT: agreement(votes)}
+        found |= {f"majority@{n}": majority(forms, scores), AGREEMENT: agreement(forms)}
     return found
 
 

@@ -66,7 +66,8 @@ def score(doc: Problem, results: Sequence[str | Sequence[str]]) -> dict[str, flo
     """
     answers, gold = answers_of(results), doc["answer"]
     scores = [float(answer != INVALID and is_equal(answer, gold)) for answer in answers]
-    found = metrics("is_equal", scores, [None if answer == INVALID else form(answer) for answer in answers])
+    forms = [None if a == INVALID else form(gold if right else a) for a, right in zip(answers, scores, strict=True)]
+    found = metrics("is_equal", scores, forms)
     if can_parse():
         parsed = [answer != INVALID and is_equal_parsed(answer, gold) for answer in answers]
         found["is_equal_parsed"] = sum(parsed) / len(parsed)

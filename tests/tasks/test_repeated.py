@@ -89,8 +89,8 @@ def test_agreement_beside_statsmodels() -> None:
 def test_what_a_document_gets() -> None:
     assert metrics("acc", [1.0], ["x"]) == {"acc": 1.0}
     assert metrics("acc", [1.0, 0.0], None) == {"acc": 0.5, "pass@2": 1.0}
-    # Both right answers vote together, whatever their forms; the third gives none.
-    found = metrics("acc", [1.0, 1.0, 0.0, 0.0, 0.0], ["1/2", "0.5", None, "7", "7"])
+    # In the third answer nothing is found.
+    found = metrics("acc", [1.0, 1.0, 0.0, 0.0, 0.0], ["5", "5", None, "7", "7"])
     assert found == {
         "acc": 0.4,
         "pass@2": pytest.approx(0.7),
@@ -155,6 +155,8 @@ def _in_turn(answers: list[str]) -> Any:
         ("math500_sdar", ["\\boxed{5}", "$\\boxed{5.0}$", "\\boxed{7}", "none"], (1 / 6, "math_verify")),
         ("mmlu_subjects/mmlu_sdar_anatomy", ["A", "A", "B", "?"], (1 / 6, "exact_match")),
         ("sdar_sci/gpqa_diamond_sdar", ["ANSWER: A", "ANSWER: A", "ANSWER: B", "?"], (1 / 6, "exact_match")),
+        ("trado/trado_gsm8k_think", ["\\boxed{5}", "\\boxed{5.0}", "\\boxed{7}", "?"], (1 / 6, "is_equal")),
+        ("parallel_bench/parallel_bench_sdar_copy", ['["A B"]', '["A B"]', "[]", "?"], (1 / 6, "exact_match")),
     ],
 )
 def test_a_user_s_own_repeats(
