@@ -10,8 +10,8 @@ from typing import TypedDict
 
 import datasets
 
-from sdar_lm_eval.tasks.data import Columns, Source, dataset, documents, require
-from sdar_lm_eval.tasks.math500 import verified
+from sdar_lm_eval.tasks.data import Columns, Source, dataset, documents
+from sdar_lm_eval.tasks.math500 import require_parser, verified
 from sdar_lm_eval.tasks.repeated import answers_of
 from sdar_lm_eval.tasks.thoughts import without_thoughts
 
@@ -79,7 +79,7 @@ def load(*, competition: str, **metadata: object) -> datasets.DatasetDict:
         UserError: the data cannot be used, or math_verify is not installed.
     """
     source, split, config = _COMPETITIONS[competition]
-    require(source.title, "math_verify")
+    require_parser(source.title)
     return dataset(test=documents(source, split, metadata, config=config))
 
 

@@ -2,11 +2,9 @@ r"""The rule by which dLLM-RL scores answers to mathematical problems: it compar
 
     last_box(response)                  the text to compare
     is_equal(answer, gold)              whether the rule's texts and numbers are equal
-    is_equal_parsed(answer, gold)       the same; texts that differ are parsed as formulas too
 
-The rule parses by sympy's `parse_latex`, which runs with antlr4-python3-runtime 4.11 alone. The requirements of dLLM-RL
-install omegaconf, which needs antlr4 4.9: the rule then compares texts instead, without a message. `is_equal` is what
-the rule finds there, and `is_equal_parsed` what the rule finds where sympy parses.
+dLLM-RL's code also parses formulas by sympy, which takes antlr4-python3-runtime 4.11 alone. The requirements of dLLM-RL
+install omegaconf, which needs 4.9: there the code compares texts, without a message. This module does the same.
 
 Source: `extract_final_boxed_answer` in sample/trado_sample.py and `is_equal` in reward/math_utils.py of
 Gen-Verse/dLLM-RL at 10b4fd1; its `is_equal` has the rules of MATH (hendrycks/math, math_equivalence.py) and Minerva.
@@ -14,19 +12,11 @@ Gen-Verse/dLLM-RL at 10b4fd1; its `is_equal` has the rules of MATH (hendrycks/ma
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Hashable
-from typing import Any
 
 from sdar_lm_eval.tasks.extraction import INVALID
 from sdar_lm_eval.tasks.opencompass_math import REMOVED, SUBSTITUTIONS
-
-SECONDS = 1
-"""Time limit of parsing an answer and the gold answer, and comparing them."""
-
-ANTLR = "4.11"
-"""The version of antlr4-python3-runtime that sympy's `parse_latex` accepts."""
 
 _LONG = 128  # characters; longer texts that repeat themselves are never equal
 _REPEATED = 0.2  # the share of a text's substrings that occurred before, above which the text repeats itself
@@ -51,42 +41,6 @@ def is_equal(answer: str, gold: str) -> bool:
     if _is_equivalent(answer, gold):
         return True
     return not _any_repeats_itself(answer, gold) and minerva_form(answer) == minerva_form(gold)
-
-
-def is_equal_parsed(answer: str, gold: str) -> bool:
-    """Return whether two texts are equal as in `is_equal`, or their formulas are, exactly or as decimal numbers.
-
-    Minerva's normal forms are parsed where the texts are not equal as formulas, and compared as texts where sympy
-    cannot parse them. Texts whose comparison takes more than a second are not equal.
-
-    Raises:
-        ImportError: sympy cannot parse here (`can_parse`).
-    """
-    if not can_parse():  # the ImportError would pass for a text that cannot be parsed
-        raise ImportError(f"sympy parses LaTeX with antlr4-python3-runtime {ANTLR} only")
-    from math_verify.errors import TimeoutException
-    from math_verify.utils import timeout
-
-    if _is_equivalent(answer, gold):
-        return True
-    if _any_repeats_itself(answer, gold):
-        return False
-    try:
-        return bool(timeout(SECONDS)(_is_equal_formula)(answer, gold))
-    except TimeoutException:
-        return False
-
-
-@functools.cache
-def can_parse() -> bool:
-    """Return whether sympy's `parse_latex` runs with what is installed, of which math_verify keeps the time limit."""
-    try:
-        import math_verify  # noqa: F401
-
-        _formula("1")  # loads the parser, which would take the first answer's time
-    except ImportError:
-        return False
-    return True
 
 
 def form(answer: str) -> Hashable:
@@ -172,30 +126,6 @@ def minerva_form(text: str) -> str:
     text = text.replace("$", "")
     digits = text.replace(",", "")
     return digits if digits.isdigit() else text
-
-
-def _is_equal_formula(answer: str, gold: str) -> bool:
-    try:
-        if _have_equal_formulas(answer, gold):
-            return True
-    except Exception:  # whatever sympy makes of a text
-        pass
-    answer, gold = minerva_form(answer), minerva_form(gold)
-    try:
-        return _have_equal_formulas(answer, gold)
-    except Exception:
-        return answer == gold
-
-
-def _have_equal_formulas(answer: str, gold: str) -> bool:
-    formulas = _formula(answer), _formula(gold)
-    return bool(formulas[0] == formulas[1] or formulas[0].evalf() == formulas[1].evalf())
-
-
-def _formula(text: str) -> Any:
-    from sympy.parsing.latex import parse_latex  # type: ignore[import-untyped]
-
-    return parse_latex(text)
 
 
 def _any_repeats_itself(*texts: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import logging
 from collections.abc import Iterator, Sequence
 from typing import TypedDict
@@ -15,6 +16,11 @@ import datasets
 
 from sdar_lm_eval.tasks.data import Columns, Source, dataset, documents, require
 from sdar_lm_eval.tasks.repeated import answers_of, metrics
+
+logger = logging.getLogger(__name__)
+
+ANTLR = "4.13.2"
+"""The version of antlr4-python3-runtime that `pip install math-verify` brings."""
 
 
 class Problem(TypedDict):
@@ -46,8 +52,29 @@ def load(**metadata: object) -> datasets.DatasetDict:
     Raises:
         UserError: the data cannot be used, or math_verify is not installed.
     """
-    require(MATH500.title, "math_verify")
+    require_parser(MATH500.title)
     return dataset(test=documents(MATH500, "test", metadata))
+
+
+def require_parser(title: str) -> None:
+    r"""Warn where formulas are read by another grammar than that of `pip install math-verify`.
+
+    With antlr4-python3-runtime 4.11 or 4.9, which other packages ask for, math_verify reads 50\% as 50.
+
+    Raises:
+        UserError: math_verify is not installed.
+    """
+    require(title, "math_verify")
+    version = importlib.metadata.version("antlr4-python3-runtime")
+    if not version.startswith(ANTLR):
+        logger.warning(
+            "%s: math_verify reads formulas by antlr4-python3-runtime %s, and 50\\%% as 50. Scores compare with those "
+            "of antlr4-python3-runtime %s, which math-verify installs: pip install antlr4-python3-runtime==%s",
+            title,
+            version,
+            ANTLR,
+            ANTLR,
+        )
 
 
 def score(doc: Problem, results: Sequence[str | Sequence[str]]) -> dict[str, float]:
@@ -144,13 +171,13 @@ def is_equal_by_default(answer: str, gold: str) -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Drop the WARNING that `equations=True` is deprecated: nothing replaces it, and every answer would log it."""
-    logger = logging.getLogger("latex2sympy2_extended.math_normalization")
+    normalization = logging.getLogger("latex2sympy2_extended.math_normalization")
 
     def other(record: logging.LogRecord) -> bool:
         return "equations=True" not in record.getMessage()
 
-    logger.addFilter(other)
+    normalization.addFilter(other)
     try:
         yield
     finally:
-        logger.removeFilter(other)
+        normalization.removeFilter(other)

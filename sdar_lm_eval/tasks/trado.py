@@ -5,7 +5,6 @@ Imports are absolute, since lm-eval opens this file by its path, outside of the 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 import datasets
@@ -13,12 +12,10 @@ import datasets
 from sdar_lm_eval.tasks import gsm8k
 from sdar_lm_eval.tasks.competitions import AIME2024, Problem
 from sdar_lm_eval.tasks.data import dataset, documents
-from sdar_lm_eval.tasks.dllm_rl_math import ANTLR, can_parse, form, is_equal, is_equal_parsed, last_box
+from sdar_lm_eval.tasks.dllm_rl_math import form, is_equal, last_box
 from sdar_lm_eval.tasks.extraction import INVALID
 from sdar_lm_eval.tasks.math500 import MATH500
 from sdar_lm_eval.tasks.repeated import answers_of, metrics
-
-logger = logging.getLogger(__name__)
 
 
 def load(*, benchmark: str, **metadata: object) -> datasets.DatasetDict:
@@ -27,13 +24,6 @@ def load(*, benchmark: str, **metadata: object) -> datasets.DatasetDict:
     Raises:
         UserError: the data cannot be used, or the hub cannot be reached.
     """
-    if not can_parse():
-        logger.warning(
-            "%s: the metric is_equal_parsed is left out. sympy parses LaTeX with antlr4-python3-runtime %s only: "
-            'pip install "math-verify[antlr4_11_0]".',
-            benchmark,
-            ANTLR,
-        )
     return dataset(test=_PROBLEMS[benchmark](metadata))
 
 
@@ -62,13 +52,9 @@ def filter_box(responses: Iterable[Iterable[str]], docs: Sequence[Problem]) -> l
 def score(doc: Problem, results: Sequence[str | Sequence[str]]) -> dict[str, float]:
     """Return the share of a document's answers that dLLM-RL's rule finds equal to the gold one.
 
-    Of several answers, returns the other metrics of `repeated` by `is_equal` too.
+    Of several answers, returns the other metrics of `repeated` too.
     """
     answers, gold = answers_of(results), doc["answer"]
     scores = [float(answer != INVALID and is_equal(answer, gold)) for answer in answers]
     forms = [None if a == INVALID else form(gold if right else a) for a, right in zip(answers, scores, strict=True)]
-    found = metrics("is_equal", scores, forms)
-    if can_parse():
-        parsed = [answer != INVALID and is_equal_parsed(answer, gold) for answer in answers]
-        found["is_equal_parsed"] = sum(parsed) / len(parsed)
-    return found
+    return metrics("is_equal", scores, forms)
