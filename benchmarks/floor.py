@@ -17,6 +17,7 @@ clock, and what is quickest then may not be when it is cool.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -31,7 +32,11 @@ from sdar_lm_eval import Checkpoint, UserError
 
 
 class Floor:
-    """Times a dense model's products, with random weights of its shape.
+    """Times a model's products, with random weights of its shape.
+
+    No library's product of experts is near what a GPU can do at all numbers of rows. So the experts' time is reckoned:
+    the longer of reading the weights of the experts that tokens hit where routing is even, at the rate of a copy, and
+    of multiplying the rows, at the rate of a large product.
 
     Args:
         config: the checkpoint's config.json.
@@ -42,14 +47,17 @@ class Floor:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         hidden, size = config["hidden_size"], config["head_dim"]
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self._experts, self._top = config.get("num_experts", 0), config.get("num_experts_per_tok", 0)
+        width = config["moe_intermediate_size"] if self._experts else config["intermediate_size"]
+        each = (self._experts,) if self._experts else ()
         shapes = [
             ((heads + 2 * kv_heads) * size, hidden),
             (hidden, heads * size),
-            (2 * config["intermediate_size"], hidden),
-            (hidden, config["intermediate_size"]),
+            (*each, 2 * width, hidden),
+            (*each, hidden, width),
         ]
 
-        def matrix(shape: tuple[int, int]) -> torch.Tensor:
+        def matrix(shape: tuple[int, ...]) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02)
 
         self._layers = [[matrix(shape) for shape in shapes] for _ in range(config["num_hidden_layers"])]
@@ -59,17 +67,39 @@ class Floor:
     def seconds(self, rows: int) -> tuple[float, float]:
         """Seconds of the layers' products and of the LM head's, over so many tokens."""
         inputs = self._inputs(rows)
+        plain = [matrix for layer in self._layers for matrix in layer if matrix.dim() == 2]
 
         def layers() -> None:
-            for layer in self._layers:
-                for matrix in layer:
-                    linear(inputs[matrix.shape[1]], matrix)
+            for matrix in plain:
+                linear(inputs[matrix.shape[1]], matrix)
 
-        return self._timed(layers), self._timed(lambda: linear(inputs[self._head.shape[1]], self._head))
+        products = self._timed(layers) + self._seconds_of_experts(rows)
+        return products, self._timed(lambda: linear(inputs[self._head.shape[1]], self._head))
+
+    def _seconds_of_experts(self, rows: int) -> float:
+        """Reckoned seconds of all layers' experts."""
+        weights = [matrix for layer in self._layers for matrix in layer if matrix.dim() == 3]
+        if not weights:
+            return 0.0
+        bytes_per_second, operations_per_second = self._rates()
+        hit = 1 - (1 - self._top / self._experts) ** rows
+        reading = hit * sum(matrix.nbytes for matrix in weights) / bytes_per_second
+        operations = 2 * rows * self._top * sum(matrix[0].numel() for matrix in weights)
+        return max(reading, operations / operations_per_second)
+
+    @functools.cache  # noqa: B019  (one Floor lives as long as its process)
+    def _rates(self) -> tuple[float, float]:
+        """Bytes that a copy moves in a second, and operations of a large product."""
+        size = 8192 if self._device == "cuda" else 512
+        square = torch.randn(size, size, device=self._device).to(self._head.dtype)
+        source = self._layers[0][2]
+        target = torch.empty_like(source)
+        copying, multiplying = self._timed(lambda: target.copy_(source)), self._timed(lambda: linear(square, square))
+        return 2 * source.nbytes / copying, 2 * size**3 / multiplying
 
     def _inputs(self, rows: int) -> dict[int, torch.Tensor]:
         """Of every width that a matrix takes, so many rows."""
-        widths = {matrix.shape[1] for matrix in (*self._layers[0], self._head)}
+        widths = {matrix.shape[-1] for matrix in (*self._layers[0], self._head)}
         return {width: torch.randn(rows, width, device=self._device).to(self._head.dtype) for width in sorted(widths)}
 
     def seconds_as_run(self, rows: int) -> tuple[float, float]:
@@ -147,8 +177,8 @@ def main() -> None:
         checkpoint = Checkpoint.open(args.pretrained)
     except UserError as error:
         parser.error(str(error))
-    if args.rows and args.device == "cpu":
-        parser.error("--rows times the engine's kernels, which needs a GPU")
+    if args.rows and (args.device == "cpu" or checkpoint.is_moe):
+        parser.error("--rows times the engine's kernels of a dense model, which needs a GPU")
     block = args.block_length or checkpoint.block_length
     floor = Floor(checkpoint.config, args.device)
     if args.rows:

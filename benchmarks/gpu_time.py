@@ -19,7 +19,7 @@ import torch
 from common import folder, instance, load_questions, make_model, positive_int, sampling
 from torch.profiler import ProfilerActivity, profile
 
-PRODUCTS = ("nvjet", "gemm", "cutlass", "splitk", "few_rows")
+PRODUCTS = ("nvjet", "gemm", "cutlass", "splitk", "few_rows", "gate_up", "down_kernel")
 GAPS = (2, 20, 200)  # microseconds, by which gaps are told apart
 LONGEST = 10  # gaps that are shown one by one
 

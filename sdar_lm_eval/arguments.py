@@ -110,7 +110,7 @@ class NativeArguments(ModelArguments, total=False):
 
     Attributes:
         kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
-        kernels: run a dense model with Triton kernels and CUDA graphs; default: on GPUs, where triton is installed.
+        kernels: run with Triton kernels and CUDA graphs; default: on GPUs, where triton is installed.
         reproducible: answers are the same to the bit in any batch (default: up to rounding); needs the kernels.
         share_prefixes: prompts that begin alike share the KV of that beginning (default; false: for comparison).
     """

@@ -16,10 +16,10 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
+from demo_training import BLOCK_SIZE, add_noise, block_diffusion_mask
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
-from make_demo import BLOCK_SIZE, add_noise, block_diffusion_mask
 
 from sdar_lm_eval import Checkpoint
 from sdar_lm_eval.demo import PROBLEMS, PROMPT
@@ -161,7 +161,7 @@ def test_few_shot_examples_of_a_group(lm: SDARLM, data: Path) -> None:
 
 
 def test_nelbo_per_token_is_the_training_loss() -> None:
-    """On problems that training did not see, with the loss of `tools/make_demo.py`: noised and clean halves, weights.
+    """On problems that training did not see, with the loss of `tools/demo_training.py`: noised halves, weights.
 
     After its end of turn a text went on with the end of text, which was learnt up to the end of the block.
     """

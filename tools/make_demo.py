@@ -1,16 +1,19 @@
 """Make the bundled checkpoint and its problems again, from a seed.
 
-    python tools/make_demo.py --out FOLDER [--seed 0] [--steps 2000] [--device cuda]
+    python tools/make_demo.py --out FOLDER [--seed 0] [--device cuda]          both trainings
+    python tools/make_demo.py --out FOLDER --base CHECKPOINT                   the second training only
 
 This writes `problems.jsonl` (200 held-out word problems) and `checkpoint/`: a 3-million-parameter block-diffusion model
 in SDAR's layout (Qwen3 with block size 4), its tokenizer, chat template and generation config. The same seed gives the
-same bytes of problems and tokenizer, and the same weights up to the GPU's rounding. It takes about two minutes on one
-H100.
+same bytes of problems and tokenizer, and the same weights up to the GPU's rounding.
 
-The training objective is SDAR's (arXiv 2510.06303), which is that of block diffusion (arXiv 2503.09573): a noised copy
-of the text stands before the clean one; a noised block sees itself and the clean blocks before it; the masked tokens
-are predicted where they stand, by weighted cross-entropy. Of the m answer tokens of a block, k ~ U{1..m} are masked and
-weigh m / k: in expectation the same bound as noise levels t ~ U(0, 1) with weight 1 / t, with less variance.
+The first training is on word problems (demo_problems.py), and takes about two minutes on one H100. The second training
+adds the tasks of `parallel_bench_sdar_demo`, and keeps the predictions on word problems (demo_training.py). Their
+documents of the test sets are of neither training. The tokenizer is that of the word problems: the tasks' questions and
+answers are made of its tokens.
+
+`--base` names a checkpoint that had the first training, such as an earlier bundled one. At the end the command prints
+how many questions of each kind the checkpoint answers right.
 """
 
 from __future__ import annotations
@@ -19,19 +22,19 @@ import argparse
 import itertools
 import json
 import logging
-import math
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from demo_problems import Problem, problems
+import demo_training
+from demo_decoding import Question, table
+from demo_problems import problems
+from demo_training import BLOCK_SIZE, Chat, tokenized
 
 from sdar_lm_eval.demo import PROMPT
+from sdar_lm_eval.tasks.generated import KINDS, Document, documents, is_right, stream
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from numpy.typing import NDArray
     from tokenizers import Tokenizer
     from transformers import Qwen3ForCausalLM
 
@@ -39,8 +42,9 @@ logger = logging.getLogger(__name__)
 
 Config: TypeAlias = "dict[str, bool | int | float | str | list[str] | None]"
 
-BLOCK_SIZE = 4
-MAX_TOKENS = 160  # longest training text; longer ones are left out
+PROBLEM_TOKENS, TASK_TOKENS = 160, 64  # longest training texts; longer ones are left out
+MOST_TEXTS = 600_000  # of word problems in the first training
+MOST_TASK_TEXTS = 300_000  # of tasks; of word problems beside them a third
 VOCAB_SIZE = 900
 TEST_PROBLEMS = 200
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>")
@@ -58,10 +62,22 @@ SPLIT = (
 )
 
 
-def chat(problem: Problem) -> tuple[str, str]:
-    """Return a problem as (prompt in the chat template, answer up to its end of turn)."""
-    user = PROMPT.format(question=problem.question)
-    return f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n", f"{problem.answer}<|im_end|>"
+def chat(question: str, answer: str) -> Chat:
+    """Return a user's turn and its answer in the chat template."""
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", f"{answer}<|im_end|>"
+
+
+def problem_chats(seed: int) -> Iterator[Chat]:
+    """Yield training problems without end."""
+    for problem in problems(seed, held_out=False):
+        yield chat(PROMPT.format(question=problem.question), problem.answer)
+
+
+def task_chats(seed: int) -> Iterator[Chat]:
+    """Yield training documents of the tasks without end, the kinds in turn."""
+    streams = [stream(kind, "demo", seed=seed, held_out=False) for kind in KINDS]
+    for document in itertools.chain.from_iterable(zip(*streams, strict=True)):
+        yield chat(document["question"], document["answer"])
 
 
 def problems_jsonl(seed: int) -> str:
@@ -130,114 +146,65 @@ def make_config(tokenizer: Tokenizer) -> Config:
     }
 
 
-def block_diffusion_mask(length: int, block_size: int) -> torch.Tensor:
-    """Return the attention mask of [noised; clean] halves: bool (2 * length, 2 * length), True = attends.
-
-    Source: Block Diffusion, arXiv 2503.09573, section 3 (block diagonal, offset block causal, block causal).
-    """
-    import torch
-
-    block = torch.arange(length) // block_size
-    before, same = block[:, None] > block[None, :], block[:, None] == block[None, :]
-    noised = torch.cat([same, before], dim=1)  # sees its own noised block and the clean blocks before it
-    clean = torch.cat([torch.zeros_like(same), before | same], dim=1)
-    return torch.cat([noised, clean])
-
-
-def training_texts(tokenizer: Tokenizer, seed: int, count: int) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
-    """Tokenize training problems: ids (n, MAX_TOKENS), and is_answer (n, MAX_TOKENS) for the tokens that are learnt.
-
-    A text is padded with <|endoftext|> behind its end of turn. The answer is learnt, and the padding up to the end of
-    the answer's last block.
-    """
-    import numpy as np
-
-    end = tokenizer.token_to_id("<|endoftext|>")
-    source = problems(seed, held_out=False)
-    ids, is_answer = [], []
-    for _ in range(math.ceil(count / 10_000)):
-        pairs = [chat(p) for p in itertools.islice(source, 10_000)]
-        prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs], add_special_tokens=False)
-        answers = tokenizer.encode_batch([answer for _, answer in pairs], add_special_tokens=False)
-        for prompt, answer in zip(prompts, answers, strict=True):
-            n, total = len(prompt.ids), len(prompt.ids) + len(answer.ids)
-            last = math.ceil(total / BLOCK_SIZE) * BLOCK_SIZE
-            if last > MAX_TOKENS:
-                continue
-            ids.append(np.array(prompt.ids + answer.ids + [end] * (MAX_TOKENS - total), dtype=np.int16))
-            is_answer.append((np.arange(MAX_TOKENS) >= n) & (np.arange(MAX_TOKENS) < last))
-    return np.stack(ids), np.stack(is_answer)
-
-
-def add_noise(
-    ids: torch.Tensor, is_answer: torch.Tensor, mask_id: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mask k ~ U{1..m} of the m answer tokens of every block.
-
-    ids and is_answer are (B, N); returns noised ids (B, N), masked (B, N) bool and weights m / k (B, N).
-    """
-    import torch
-
-    b, n = ids.shape
-    answer = is_answer.view(b, n // BLOCK_SIZE, BLOCK_SIZE)
-    m = answer.sum(-1, keepdim=True)
-    k = (torch.rand(m.shape, device=ids.device) * m).long() + 1
-    order = torch.rand(answer.shape, device=ids.device).masked_fill(~answer, 2.0)
-    masked = (order.argsort(-1).argsort(-1) < k) & answer
-    weights = torch.where(masked, m / k, 0.0).view(b, n)
-    masked = masked.view(b, n)
-    return torch.where(masked, mask_id, ids), masked, weights
-
-
-def train(
-    config: Config, tokenizer: Tokenizer, *, seed: int, steps: int, batch: int, lr: float, device: str
-) -> Qwen3ForCausalLM:
-    """Return the trained demo model, in float32."""
+def new_model(config: Config, *, seed: int, device: str) -> Qwen3ForCausalLM:
+    """Return the demo model with random weights, in float32."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    kind = torch.device(device).type
     torch.manual_seed(seed)
     known = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "torch_dtype")}
     model = Qwen3ForCausalLM._from_config(Qwen3Config(**known), attn_implementation="sdpa").float().to(device)
     logger.info("%s parameters", f"{sum(p.numel() for p in model.parameters()):,}")
-    mask_id = tokenizer.token_to_id("<|MASK|>")
-    assert mask_id is not None
-    started = time.time()
-    texts, learnt = training_texts(tokenizer, seed, min(steps * batch, 600_000))
-    logger.info("%d training texts in %.0f s", len(texts), time.time() - started)
-    ids, is_answer = torch.from_numpy(texts).to(device), torch.from_numpy(learnt).to(device)
-
-    attention = block_diffusion_mask(MAX_TOKENS, BLOCK_SIZE).to(device)[None, None]  # (1, 1, 2N, 2N)
-    positions = torch.arange(MAX_TOKENS, device=device).repeat(2)[None]  # (1, 2N)
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    keep = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": keep, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=kind != "cpu")
-    warmup = min(200, steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * s / steps))
-    )
-    started = time.time()
-    for step in range(steps):
-        rows = torch.randint(len(ids), (batch,), device=device)
-        clean, answer = ids[rows].long(), is_answer[rows]
-        noised, masked, weights = add_noise(clean, answer, mask_id)
-        with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind != "cpu"):
-            hidden = model.model(
-                input_ids=torch.cat([noised, clean], dim=1), attention_mask=attention, position_ids=positions
-            ).last_hidden_state[:, :MAX_TOKENS]  # (B, N, D): the noised half
-            logits = model.lm_head(hidden[masked])  # (masked, V)
-        loss = torch.nn.functional.cross_entropy(logits.float(), clean[masked], reduction="none")
-        loss = (loss * weights[masked]).sum() / answer.sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 200 == 0 or step == steps - 1:
-            logger.info("step %d  loss per answer token %.4f  %.0f s", step, loss.item(), time.time() - started)
     return model
+
+
+def load_weights(model: Qwen3ForCausalLM, checkpoint: Path) -> None:
+    """Give the model the weights of a checkpoint that `write_checkpoint` wrote."""
+    from safetensors.torch import load_file
+
+    missing, unexpected = model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
+    assert missing in ([], ["lm_head.weight"]), missing  # tied to the embeddings
+    assert not unexpected, unexpected
+
+
+def train(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, *, seed: int, steps: int, batch: int, lr: float, device: str
+) -> None:
+    """Train the model on word problems."""
+    texts = tokenized(tokenizer, problem_chats(seed), min(steps * batch, MOST_TEXTS), PROBLEM_TOKENS, device)
+    demo_training.learn(model, tokenizer, texts, steps=steps, batch=batch, lr=lr)
+
+
+def train_on_tasks(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, *, seed: int, steps: int, batch: int, lr: float, device: str
+) -> None:
+    """Train the model on the tasks, and keep its predictions on word problems."""
+    import torch
+
+    torch.manual_seed(seed)
+    count = min(steps * batch, MOST_TASK_TEXTS)
+    known = tokenized(tokenizer, problem_chats(seed), -(-count // 3), PROBLEM_TOKENS, device)
+    texts = tokenized(tokenizer, task_chats(seed), count, TASK_TOKENS, device)
+    demo_training.learn_beside(model, tokenizer, texts, known, steps=steps, batch=batch, lr=lr)
+
+
+def test_questions(seed: int, limit: int) -> dict[str, tuple[list[Question], int]]:
+    """Return the first `limit` test questions of each kind, and the most new tokens of their answers."""
+
+    def problem(question: str, gold: str) -> Question:
+        prompt, _ = chat(PROMPT.format(question=question), "")
+        return Question(prompt, lambda answer: answer.rpartition("#### ")[2] == gold)
+
+    def task(document: Document) -> Question:
+        form = KINDS[document["kind"]].form("demo")
+        prompt, _ = chat(document["question"], "")
+        return Question(prompt, lambda answer: is_right(document, form.strict(answer)))
+
+    test = itertools.islice(problems(seed, held_out=True), min(limit, TEST_PROBLEMS))
+    sets = {"word problems": ([problem(p.question, p.answer.rpartition("#### ")[2]) for p in test], 96)}
+    for kind in KINDS:
+        sets[kind] = ([task(document) for document in documents(kind, "demo", min(limit, 100))], 24)
+    return sets
 
 
 def write_checkpoint(folder: Path, model: Qwen3ForCausalLM, config: Config, tokenizer: Tokenizer) -> None:
@@ -278,13 +245,18 @@ def write_checkpoint(folder: Path, model: Qwen3ForCausalLM, config: Config, toke
 
 def main() -> None:
     """Command line: see the module's docstring."""
+
     parser = argparse.ArgumentParser(description="Make the demo checkpoint and its problems again.")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint/ and problems.jsonl")
+    parser.add_argument("--base", type=Path, help="a checkpoint that had the first training")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=2000, help="of the first training")
+    parser.add_argument("--task_steps", type=int, default=2400, help="of the second training")
+    parser.add_argument("--batch", type=int, default=256, help="texts a step, of word problems or of tasks")
+    parser.add_argument("--lr", type=float, default=2e-3, help="of the first training")
+    parser.add_argument("--task_lr", type=float, default=1e-3, help="of the second training")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--limit", type=int, default=200, help="test questions of each kind, at the end")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
@@ -292,8 +264,21 @@ def main() -> None:
     (args.out / "problems.jsonl").write_text(problems_jsonl(args.seed))
     tokenizer = make_tokenizer(args.seed)
     config = make_config(tokenizer)
-    model = train(config, tokenizer, seed=args.seed, steps=args.steps, batch=args.batch, lr=args.lr, device=args.device)
+    model = new_model(config, seed=args.seed, device=args.device)
+    shared = {"seed": args.seed, "batch": args.batch, "device": args.device}
+    if args.base:
+        load_weights(model, args.base)
+    else:
+        train(model, tokenizer, steps=args.steps, lr=args.lr, **shared)
+    sets = test_questions(args.seed, args.limit)
+    logger.info(
+        "Right answers after the first training, %%\n%s",
+        table(model, tokenizer, {"word problems": sets["word problems"]}),
+    )
+    train_on_tasks(model, tokenizer, steps=args.task_steps, lr=args.task_lr, **shared)
     write_checkpoint(args.out / "checkpoint", model, config, tokenizer)
+    load_weights(model, args.out / "checkpoint")  # rounded as they are written
+    logger.info("Right answers, %%\n%s", table(model, tokenizer, sets))
 
 
 if __name__ == "__main__":

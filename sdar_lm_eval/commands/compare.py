@@ -34,7 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the run to compare with (A): its number, from 1, or its label or a part of it; default: 1",
     )
     parser.add_argument("--tasks", type=_names, default=(), metavar="T,…", help="only these tasks")
-    parser.add_argument("--metric", type=_names, default=(), metavar="M,…", help="only these metrics")
+    parser.add_argument(
+        "--metric",
+        type=_names,
+        default=(),
+        metavar="M,…",
+        help="only these metrics; default: all, but of pass@k only the largest k",
+    )
     parser.add_argument("--filter", type=_names, default=(), metavar="F,…", help="only these filters")
     parser.add_argument("--list", action="store_true", help="list the documents whose scores differ between A and B")
     parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")

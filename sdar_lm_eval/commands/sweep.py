@@ -178,6 +178,7 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 def _run(planned: Plan, arguments: argparse.Namespace) -> str:
+    from sdar_lm_eval.report.by_task import by_task
     from sdar_lm_eval.report.curve import summarized, table, write_chart
     from sdar_lm_eval.report.points import metric_of, points_of
     from sdar_lm_eval.report.runs import Run
@@ -211,9 +212,10 @@ def _run(planned: Plan, arguments: argparse.Namespace) -> str:
     text = json.dumps(content, indent=2, ensure_ascii=False)
     if summaries:
         _write(planned.output / POINTS, text)
-        _write(
-            planned.output / TABLE, "\n\n".join(f"## {each.task}\n\n{table(each, markdown=True)}" for each in summaries)
-        )
+        tables = [f"## {each.task}\n\n{table(each, markdown=True)}" for each in summaries]
+        if len(summaries) > 1:
+            tables.append(f"## All tasks\n\n{by_task(summaries, markdown=True)}")
+        _write(planned.output / TABLE, "\n\n".join(tables))
         write_chart(planned.output / CHART, summaries)
         if arguments.plot is not None:
             write_chart(arguments.plot, summaries)
@@ -221,6 +223,8 @@ def _run(planned: Plan, arguments: argparse.Namespace) -> str:
         written = [str(planned.output / name) for name in (TABLE, POINTS, CHART)] * bool(summaries)
         written += [str(arguments.plot)] * bool(summaries and arguments.plot)
         parts = [f"{each.task}\n\n{table(each)}" for each in summaries]
+        if len(summaries) > 1:
+            parts.append(f"All tasks\n\n{by_task(summaries)}")
         again = shlex.quote(str(planned.output))
         following = f"Compare them: sdar_lm_eval compare {again}; see them: sdar_lm_eval report {again} -o report.html"
         text = "\n\n".join([*parts, *([f"Written: {', '.join(written)}\n{following}"] if written else [])])

@@ -191,29 +191,28 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def warm_up_requests(requests: Sequence[GenerationRequest], count: int) -> list[GenerationRequest]:
-    """Short requests with the settings of the first of `requests`: prompts of two blocks, answers of 1 to 3 blocks.
+    """Short requests with the settings of the first of `requests`: answers of 1 to 3 blocks.
 
-    The first answer has three blocks, and of the others half have one and half have two. So the batch shrinks in steps,
-    and kernels are compiled for several batch sizes.
+    The first has the longest of the prompts, so that kernels for its length are compiled too. The other prompts have
+    two blocks. The first answer has three blocks, and of the others half have one and half have two: the batch shrinks
+    in steps, and kernels are compiled for several batch sizes.
 
     Args:
         requests: at least one.
         count: number of requests to make.
     """
     length = requests[0].decoding.block_length
-    prompt = requests[0].prompt_ids[: 2 * length]
-    most_new = max(request.longest for request in requests) - len(prompt)  # the engine has memory for `requests` only
-    return [
-        dataclasses.replace(
-            requests[0],
-            prompt_ids=prompt,
-            max_new_tokens=min(length * (3 if i == 0 else 1 + i % 2), most_new),
-            stop_strings=(),
-            thinking=None,
-            repetition=None,
-        )
-        for i in range(count)
-    ]
+    longest = max(requests, key=lambda request: len(request.prompt_ids))
+    most = max(request.longest for request in requests)  # the engine has memory for `requests` only
+
+    def of(number: int) -> GenerationRequest:
+        prompt = longest.prompt_ids if number == 0 else requests[0].prompt_ids[: 2 * length]
+        blocks = 3 if number == 0 else 1 + number % 2
+        new_tokens = min(length * blocks, most - len(prompt), longest.max_new_tokens if number == 0 else most)
+        plain = dataclasses.replace(requests[0], stop_strings=(), thinking=None, repetition=None)
+        return dataclasses.replace(plain, prompt_ids=prompt, max_new_tokens=new_tokens)
+
+    return [of(number) for number in range(count)]
 
 
 @contextmanager

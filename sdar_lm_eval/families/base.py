@@ -18,8 +18,40 @@ Config = Mapping[str, object]
 
 
 @dataclass(frozen=True)
+class DenseMLP:
+    """Weights of an MLP with a SiLU gate.
+
+    Attributes:
+        gate_up: (2 * width, D), the joined gate and up projections.
+        down: (D, width), the down projection.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Weights of E MLPs of which a router picks some for each token.
+
+    Attributes:
+        router: (E, D), the projection to the experts' logits.
+        gate_up: (E, 2 * width, D), each expert's joined gate and up projections.
+        down: (E, D, width), each expert's down projection.
+        top_k: experts of a token: those with the largest softmax of logits, which weigh their outputs.
+        normalized: whether the weights of a token's experts sum to 1.
+    """
+
+    router: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    top_k: int
+    normalized: bool
+
+
+@dataclass(frozen=True)
 class LayerWeights:
-    """Weights of a dense decoder layer, for the fused decoder. Matrices are laid out as in torch.nn.Linear.
+    """Weights of a decoder layer, for the fused decoder. Matrices are laid out as in torch.nn.Linear.
 
     Attributes:
         input_norm, post_norm: (D,), the RMSNorms before attention and before the MLP.
@@ -28,8 +60,7 @@ class LayerWeights:
         q_norm, k_norm: (size,), the RMSNorms of each head's queries and keys.
         o: (D, heads * size), attention's output projection.
         o_bias: (D,), or None.
-        gate_up: (2 * width, D), the MLP's joined gate and up projections.
-        down: (D, width), the MLP's down projection.
+        mlp: the MLP, or the experts.
     """
 
     input_norm: torch.Tensor
@@ -40,13 +71,12 @@ class LayerWeights:
     o: torch.Tensor
     o_bias: torch.Tensor | None
     post_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    mlp: DenseMLP | Experts
 
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """Weights of the fused decoder: RMSNorm, attention with RoPE over whole heads, MLP with SiLU gate.
+    """Weights of the fused decoder: RMSNorm, attention with RoPE over whole heads, MLPs or experts with a SiLU gate.
 
     Attributes:
         embedding, head: (V, D), the token embedding and the LM head.

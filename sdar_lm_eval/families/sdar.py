@@ -9,7 +9,7 @@ What a file for another family needs, and what has to change in other files:
 LLaDA2-MoE (`llada2_moe`)
     settings    the router's groups (`n_group`, `topk_group`), shared experts, `partial_rotary_factor`
     weights     joined `query_key_value`, experts with a router bias, shared experts, a first dense layer
-    fused       none: the fused decoder rotates whole heads and has no experts; transformers' modules run it
+    fused       none: the fused decoder rotates whole heads, and its router has no groups; transformers' modules run it
     other       a `torch.nn.Module`, if transformers has no class for the model. Block length 32 and mask token 156895
                 come from the checkpoint, as SDAR's do.
 
@@ -24,9 +24,18 @@ Fast-dLLM v2 (`Fast_dLLM_Qwen`)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sdar_lm_eval.families.base import Config, DecoderWeights, Family, LayerWeights, Shapes, transformers_version
+from sdar_lm_eval.families.base import (
+    Config,
+    DecoderWeights,
+    DenseMLP,
+    Experts,
+    Family,
+    LayerWeights,
+    Shapes,
+    transformers_version,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -100,11 +109,16 @@ def _whole(config: Config, key: str) -> int:
 
 
 def fused(model: PreTrainedModel) -> DecoderWeights | None:
-    """Weights of transformers' Qwen3ForCausalLM for the fused decoder; None if its activation is not SiLU."""
+    """Weights of transformers' Qwen3ForCausalLM or Qwen3MoeForCausalLM for the fused decoder.
+
+    Returns:
+        None if the activation is not SiLU, or if an expert's size is not a multiple of 16.
+    """
     import torch
 
     config, decoder = model.config, model.model
-    if config.hidden_act != "silu":
+    has_experts = any(hasattr(layer.mlp, "experts") for layer in decoder.layers)
+    if config.hidden_act != "silu" or (has_experts and (config.hidden_size | config.moe_intermediate_size) % 16):
         return None
     like = torch.zeros(1, device=model.device)  # rotary_emb's result has its device and dtype
 
@@ -114,7 +128,7 @@ def fused(model: PreTrainedModel) -> DecoderWeights | None:
 
     return DecoderWeights(
         embedding=decoder.embed_tokens.weight,
-        layers=[_layer(layer) for layer in decoder.layers],
+        layers=[_layer(layer, config) for layer in decoder.layers],
         norm=decoder.norm.weight,
         head=model.lm_head.weight,
         rotary=rotary,
@@ -123,8 +137,8 @@ def fused(model: PreTrainedModel) -> DecoderWeights | None:
     )
 
 
-def _layer(layer: Qwen3DecoderLayer) -> LayerWeights:
-    attention, mlp = layer.self_attn, layer.mlp
+def _layer(layer: Qwen3DecoderLayer, config: PretrainedConfig) -> LayerWeights:
+    attention = layer.self_attn
     qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
     return LayerWeights(
         input_norm=layer.input_layernorm.weight,
@@ -135,9 +149,28 @@ def _layer(layer: Qwen3DecoderLayer) -> LayerWeights:
         o=attention.o_proj.weight,
         o_bias=attention.o_proj.bias,
         post_norm=layer.post_attention_layernorm.weight,
-        gate_up=_joined("weight", mlp.gate_proj, mlp.up_proj),
-        down=mlp.down_proj.weight,
+        mlp=_experts(layer.mlp, config) if hasattr(layer.mlp, "experts") else _mlp(layer.mlp),
     )
+
+
+def _mlp(mlp: Any) -> DenseMLP:
+    return DenseMLP(gate_up=_joined("weight", mlp.gate_proj, mlp.up_proj), down=mlp.down_proj.weight)
+
+
+def _experts(block: Any, config: PretrainedConfig) -> Experts:
+    """Weights of a Qwen3MoeSparseMoeBlock. transformers before 5.0 has a module for each expert."""
+    import torch
+
+    experts = block.experts
+    if hasattr(experts, "gate_up_proj"):
+        gate_up, down = experts.gate_up_proj, experts.down_proj
+    else:
+        gate_up = torch.stack([_joined("weight", expert.gate_proj, expert.up_proj) for expert in experts])
+        down = torch.stack([expert.down_proj.weight.data for expert in experts])
+        for expert, own_gate_up, own_down in zip(experts, gate_up, down, strict=True):
+            expert.gate_proj.weight.data, expert.up_proj.weight.data = own_gate_up.chunk(2)
+            expert.down_proj.weight.data = own_down
+    return Experts(block.gate.weight, gate_up, down, config.num_experts_per_tok, config.norm_topk_prob)
 
 
 def _joined(name: str, *projections: torch.nn.Linear) -> torch.Tensor:
@@ -169,6 +202,6 @@ FAMILIES = (
     ),
     Family(
         "sdar_moe", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", SETTINGS, DEFAULTS, is_moe=True, weights=moe_weights,
-        count=count_moe, prepare=hand_keywords_to_attention,
+        count=count_moe, fused=fused, prepare=hand_keywords_to_attention,
     ),
 )  # fmt: skip

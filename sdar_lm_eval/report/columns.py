@@ -14,6 +14,7 @@ from sdar_lm_eval.report.published import (
     MBPP,
     MMLU,
     SCI_TASKS,
+    TRADO_TASKS,
     sampled,
 )
 from sdar_lm_eval.report.runs import Metric
@@ -75,8 +76,20 @@ SCI_COLUMNS = tuple(
 """The reproducible columns of SDAR-30B-A3B-Sci's table (JetAstra/SDAR's README, part II): greedy (G), and sampled at
 temperature 1 (S)."""
 
-TABLES = (COLUMNS, SCI_COLUMNS[: len(SCI_TASKS)], SCI_COLUMNS[len(SCI_TASKS) :])
-"""The published tables, each with its columns: SDAR's, SDAR-30B-A3B-Sci's greedy, SDAR-30B-A3B-Sci's sampled."""
+_TRADO_AIME = "no mean of three answers to each of 30 questions is the published score"
+TRADO_COLUMNS = tuple(
+    tuple(
+        Column(f"{title} ({named})", f"{task}{protocol}", "is_equal,last-box", questions, caveat=caveat)
+        for (title, task), questions, caveat in zip(
+            TRADO_TASKS.items(), (500, 1319, 30), ("", "", _TRADO_AIME), strict=True
+        )
+    )
+    for named, protocol in (("dynamic", ""), ("static", "_static"), ("thinking", "_think"))
+)
+"""The reproducible columns of dLLM-RL's table, by protocol; the tasks are those of `tasks/trado*.yaml`."""
+
+TABLES = (COLUMNS, SCI_COLUMNS[: len(SCI_TASKS)], SCI_COLUMNS[len(SCI_TASKS) :], *TRADO_COLUMNS)
+"""The published tables, each with its columns: SDAR's, SDAR-30B-A3B-Sci's greedy and sampled, dLLM-RL's three."""
 
 
 def main_metric(task: str, metrics: Sequence[Metric]) -> Metric | None:

@@ -17,6 +17,7 @@ from sdar_lm_eval.report.groups import groups_of, pooled
 from sdar_lm_eval.report.pairing import Key, MetricKey, Scores, TaskScores, read_pair
 from sdar_lm_eval.report.results import Sample
 from sdar_lm_eval.report.runs import Run, differing
+from sdar_lm_eval.report.several import smaller_passes
 from sdar_lm_eval.report.statistics import (
     FloatArray,
     cluster_values,
@@ -137,7 +138,8 @@ def compare_runs(
         a: the baseline.
         b: the run that is compared with the baseline.
         tasks: names of tasks or groups of tasks; empty: all tasks that both runs have.
-        metrics: names of metrics; empty: all.
+        metrics: names of metrics; empty: all, but of a task's pass@k of several answers only the largest k. A test of
+            each k would cost the others power, by Holm's adjustment.
         filters: names of filters; empty: all.
 
     Returns:
@@ -332,9 +334,15 @@ def _differences(
 ) -> list[Difference]:
     found: list[Difference] = []
     values_of: dict[tuple[str, bytes, bytes], int] = {}  # scores of both runs -> their index in `found`
+    left_out = set() if metrics else smaller_passes(name for name, _ in scores_a.scores.keys() & scores_b.scores.keys())
     for (name, filter_name), of_a in scores_a.scores.items():
         of_b = scores_b.scores.get((name, filter_name))
-        if of_b is None or (metrics and name not in metrics) or (filters and filter_name not in filters):
+        if (
+            of_b is None
+            or name in left_out
+            or (metrics and name not in metrics)
+            or (filters and filter_name not in filters)
+        ):
             continue
         keys = [key for key in paired if key in of_a.answers and key in of_b.answers]
         means = of_a.means & of_b.means

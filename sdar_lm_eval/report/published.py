@@ -22,6 +22,9 @@ SCI_TASKS = {
 }
 """Column of SDAR-30B-A3B-Sci's table -> the task with its greedy protocol."""
 
+TRADO_TASKS = {"MATH500": "trado_math500", "GSM8K": "trado_gsm8k", "AIME 2024": "trado_aime24"}
+"""Column of dLLM-RL's table -> the task with its protocol for dynamic unmasking."""
+
 SDAR = "arXiv 2510.06303, table 1"
 SCI = "JetAstra/SDAR's README, part II"
 DLLM_RL = "Gen-Verse/dLLM-RL's README"
@@ -48,7 +51,6 @@ _DYNAMIC = _THINKING | {"max_gen_toks": 2000}
 _STATIC = _SAMPLED | {"remasking_strategy": "low_confidence_static", "max_gen_toks": 2000}
 
 
-_OTHERS = "the source used other prompts and scorers"
 _UNDOCUMENTED = "the source does not document its prompts and scorers"
 
 
@@ -62,6 +64,7 @@ class Published:
         scores: task of this package -> score in per cent; without the tasks that the row lacks.
         decoding: the row's decoding settings; empty where they are unknown, or the model is no block-diffusion model.
         caveat: what besides chance and decoding may explain differences from the row; "" where nothing is known.
+        foreign: tasks of `scores` that ask or score otherwise than the source did.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Published:
     scores: Mapping[str, float]
     decoding: Mapping[str, object] = field(default_factory=dict)
     caveat: str = ""
+    foreign: frozenset[str] = frozenset()
 
 
 def _of_sdar(name: str, *scores: float | None) -> Published:
@@ -78,8 +82,12 @@ def _of_sdar(name: str, *scores: float | None) -> Published:
     return Published(name, SDAR, known, _OPENCOMPASS if name.startswith("SDAR") else {})
 
 
-def _of_dllm_rl(name: str, math500: float, gsm8k: float, decoding: Mapping[str, object]) -> Published:
-    return Published(f"dLLM-RL:{name}", DLLM_RL, {MATH500: math500, GSM8K: gsm8k}, decoding, _OTHERS)
+def _of_dllm_rl(name: str, math500: float, gsm8k: float, aime2024: float, decoding: Mapping[str, object]) -> Published:
+    """A row of dLLM-RL's table, by its own tasks, and by those of SDAR's table with the same questions."""
+    protocol = {"static": "_static", "dynamic": "", "Thinking": "_think"}[name.rpartition("-")[2]]
+    own = {f"{task}{protocol}": s for task, s in zip(TRADO_TASKS.values(), (math500, gsm8k, aime2024), strict=True)}
+    foreign = {MATH500: math500, GSM8K: gsm8k}
+    return Published(f"dLLM-RL:{name}", DLLM_RL, own | foreign, decoding, foreign=frozenset(foreign))
 
 
 def sampled(task: str) -> str:
@@ -110,15 +118,15 @@ PUBLISHED = {
         _of_sdar("Qwen3-30B-AR-SFT", 82.2, 92.7, 76.8, 84.8, 75.1, 57.7, 78.4),
         _of_sdar("LLaDA-8B", 65.9, 78.6, None, 47.6, 34.2, 59.9, None),
         _of_sdar("Dream-7B", 69.5, 81.0, None, 55.5, 58.8, 62.5, None),
-        _of_dllm_rl("SDAR-4B-Chat-static", 70.2, 90.2, _STATIC),
-        _of_dllm_rl("SDAR-4B-Chat-dynamic", 67.4, 88.9, _DYNAMIC),
-        _of_dllm_rl("SDAR-8B-Chat-static", 74.3, 91.1, _STATIC),
-        _of_dllm_rl("SDAR-8B-Chat-dynamic", 70.7, 90.4, _DYNAMIC),
-        _of_dllm_rl("TraDo-4B-Instruct-static", 75.6, 91.2, _STATIC),
-        _of_dllm_rl("TraDo-4B-Instruct-dynamic", 71.8, 90.3, _DYNAMIC),
-        _of_dllm_rl("TraDo-8B-Instruct-static", 78.5, 92.3, _STATIC),
-        _of_dllm_rl("TraDo-8B-Instruct-dynamic", 75.5, 91.2, _DYNAMIC),
-        _of_dllm_rl("TraDo-8B-Thinking", 87.4, 94.2, _THINKING),
+        _of_dllm_rl("SDAR-4B-Chat-static", 70.2, 90.2, 5.0, _STATIC),
+        _of_dllm_rl("SDAR-4B-Chat-dynamic", 67.4, 88.9, 8.2, _DYNAMIC),
+        _of_dllm_rl("SDAR-8B-Chat-static", 74.3, 91.1, 11.8, _STATIC),
+        _of_dllm_rl("SDAR-8B-Chat-dynamic", 70.7, 90.4, 8.3, _DYNAMIC),
+        _of_dllm_rl("TraDo-4B-Instruct-static", 75.6, 91.2, 8.3, _STATIC),
+        _of_dllm_rl("TraDo-4B-Instruct-dynamic", 71.8, 90.3, 10.3, _DYNAMIC),
+        _of_dllm_rl("TraDo-8B-Instruct-static", 78.5, 92.3, 13.3, _STATIC),
+        _of_dllm_rl("TraDo-8B-Instruct-dynamic", 75.5, 91.2, 11.0, _DYNAMIC),
+        _of_dllm_rl("TraDo-8B-Thinking", 87.4, 94.2, 35.5, _THINKING),
         _of_sci("SDAR-30B-A3B-Sci-greedy", 78.1, 76.7, 60.0, 60.7, 40.7, 42.3, 66.7, 59.9, decoding=_SCI_GREEDY),
         _of_sci("SDAR-30B-A3B-Sci-sampled", 77.9, 73.4, 59.2, 58.7, 49.1, 51.4, 66.0, 59.6, decoding=_SCI_SAMPLED),
         _of_sci("AR-30B-A3B-Sci", 78.3, 74.9, 60.7, 55.4, 51.5, 46.3, 61.2, 59.5, decoding={}),
@@ -150,9 +158,17 @@ def published(name: str) -> Published:
 
 
 def published_as(model: str) -> list[Published]:
-    """Return the rows that SDAR's authors published for a checkpoint, by its name or folder; none where none fits."""
+    """Return the rows that are published for a checkpoint, by its name or folder; none where none fits.
+
+    Of other authors' tables, only the rows of their own protocol's tasks.
+    """
     if re.search(r"SDAR-30B-A3B-Sci(?![\w-])", model, re.IGNORECASE):
         return [PUBLISHED["SDAR-30B-A3B-Sci-greedy"], PUBLISHED["SDAR-30B-A3B-Sci-sampled"]]
-    sizes = "|".join(map(re.escape, SIZES))
-    match = re.search(rf"SDAR-({sizes})-Chat(?![\w-])", model, re.IGNORECASE)
-    return [PUBLISHED[SIZES[match[1].upper()]]] if match else []
+    own = [name for name in SIZES.values() if re.search(rf"{re.escape(name)}(?![\w-])", model, re.IGNORECASE)]
+    others = [
+        name
+        for name in PUBLISHED
+        if (match := re.fullmatch(r"dLLM-RL:(.+?)(?:-static|-dynamic)?", name))
+        and re.search(rf"{re.escape(match[1])}(?![\w-])", model, re.IGNORECASE)
+    ]
+    return [PUBLISHED[name] for name in [*own, *others]]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.results import Results, results_in
+from sdar_lm_eval.report.several import is_better_when_higher
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Metric:
         filter: the filter whose output was scored.
         value: the value over all documents.
         stderr: lm_eval's standard error; None where it computed none.
-        higher_is_better: whether higher values are better; None where the results file does not say.
+        higher_is_better: whether higher values are better; None where neither results file nor name says.
     """
 
     name: str
@@ -132,14 +133,13 @@ def metrics_of(results: Results, task: str) -> list[Metric]:
         if not comma or name.endswith("_stderr") or number is None:
             continue
         stderr = _number(scores.content.get(f"{name}_stderr,{filter_name}"))  # "N/A" where lm_eval computed none
-        higher = better.get(name)
         found.append(
             Metric(
                 name=name,
                 filter=filter_name,
                 value=number,
                 stderr=stderr if stderr is not None and math.isfinite(stderr) else None,
-                higher_is_better=higher if isinstance(higher, bool) else None,
+                higher_is_better=is_better_when_higher(name, better.get(name)),
             )
         )
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +13,8 @@ from sdar_lm_eval.report.columns import TABLES, Column
 from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.published import Published, published_as
 from sdar_lm_eval.report.results import Results
-from sdar_lm_eval.report.runs import Metric, Run, read_runs
+from sdar_lm_eval.report.runs import Metric, Run, metrics_of, read_runs
+from sdar_lm_eval.report.several import is_of_several
 from sdar_lm_eval.report.text_table import aligned, with_error
 
 logger = logging.getLogger(__name__)
@@ -73,12 +75,14 @@ class Table:
         scores: task of a column -> the run's score; without the columns that the run lacks.
         rows: the published rows to compare with.
         others: task -> its metrics, of the tasks that are no column of a published table.
+        several: task of a column -> its metrics of several answers (report/several.py), of the column's filter.
     """
 
     run: Run
     scores: Mapping[str, Score]
     rows: Sequence[Published]
     others: Mapping[str, Sequence[Metric]]
+    several: Mapping[str, Sequence[Metric]]
 
     @property
     def model(self) -> str:
@@ -124,9 +128,11 @@ class Table:
             "title": column.title,
             "task": column.task,
             "questions": None if score is None else score.questions,
+            **({"answers": score.answers} if score is not None and score.answers > 1 else {}),
             "score": None if score is None else 100 * score.value,
             "stderr": None if score is None or score.stderr is None else 100 * score.stderr,
             "published": compared,
+            **({"several": [asdict(each) for each in several]} if (several := self.several.get(column.task)) else {}),
         }
 
 
@@ -194,15 +200,36 @@ def render(table: Table) -> str:
         lines.append(cells)
     if not lines:
         title = (
-            f"{table.title}: no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci "
-            "and sdar_sci_s are."
+            f"{table.title}: no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci, "
+            "sdar_sci_s, trado, trado_static and trado_think are."
         )
     elif table.rows:
         title = f"{table.title} beside " + "; ".join(f"{row.name} ({row.source})" for row in table.rows)
     else:
         title = f"{table.title}: the name is that of no published model (--published compares with one)"
     parts = [[title], aligned([head, *lines], left={0, 1, *range(6, len(head), 3)}) if lines else [], notes]
-    return printable("\n\n".join("\n".join(part) for part in [*parts, _others(table)] if part))
+    return printable("\n\n".join("\n".join(part) for part in [*parts, _several(table), _others(table)] if part))
+
+
+def _several(table: Table) -> list[str]:
+    """The metrics of several answers to a question, a row for each task, where n is the number of answers."""
+    of_tasks = {
+        task: {re.sub(r"majority@\d+", "majority@n", each.name): each for each in found}
+        for task, found in table.several.items()
+    }
+    names = sorted({name for found in of_tasks.values() for name in found}, key=_place)
+    rows = [
+        [task, str(table.scores[task].answers), *(_shown(found[name]) if name in found else "" for name in names)]
+        for task, found in of_tasks.items()
+    ]
+    head = ["several answers", "n", *(f"{name}, %" for name in names)]
+    return aligned([head, *rows], left={0}) if rows else []
+
+
+def _place(metric: str) -> tuple[bool, int, str]:
+    """Sorts pass@k by k, and before the others."""
+    match = re.fullmatch(r"pass@(\d+)", metric)
+    return match is None, -1 if match is None else int(match[1]), metric if match is None else ""
 
 
 def _others(table: Table) -> list[str]:
@@ -225,11 +252,14 @@ LEGEND = (
 )
 
 
+_FOREIGN = "the source used other prompts and scorers"
+
 _ALL = tuple(column for columns in TABLES for column in columns)
 
 
 def _table(run: Run, rows: Sequence[Published]) -> Table:
     scores: dict[str, Score] = {}
+    several: dict[str, list[Metric]] = {}
     used: set[str] = set()
     for column in _ALL:
         # A results file may hold the newest results of one task, and results of another task that newer ones replace.
@@ -255,10 +285,22 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
             seeds=len(each),
             answers=each[0].answers,
         )
+        if found_several := _several_of(known[0][0], column):
+            several[column.task] = found_several
         used |= {column.task, *_tasks_of(known[0][0], column)}
     others = {task: run.metrics(task) for task in run.tasks if task not in used}
     own = published_as(str(run.settings(run.tasks[0]).get("pretrained")))
-    return Table(run, scores, rows or [row for row in own if row.scores.keys() & scores], others)
+    own = [row for row in own if (row.scores.keys() - row.foreign) & scores.keys()]
+    return Table(run, scores, rows or own, others, several)
+
+
+def _several_of(results: Results, column: Column) -> list[Metric]:
+    if column.task not in results.scores.content:
+        return []
+    filter_name = column.metric.partition(",")[2]
+    return [
+        each for each in metrics_of(results, column.task) if is_of_several(each.name) and each.filter == filter_name
+    ]
 
 
 def _tasks_of(results: Results, column: Column) -> list[str]:
@@ -316,9 +358,10 @@ def _notes(column: Column, score: Score, row: Published) -> list[str]:
         for name, value in row.decoding.items()
         if name in score.settings and score.settings[name] != value
     ]
-    if not row.caveat and score.shots not in (None, column.shots):
+    caveat = _FOREIGN if column.task in row.foreign else row.caveat
+    if not caveat and score.shots not in (None, column.shots):
         found.insert(0, f"num_fewshot={score.shots} (published: {column.shots})")
     if column.questions is not None and score.questions < column.questions:
         found.insert(0, f"{score.questions:,} of {column.questions:,} questions")
-    found += [caveat for caveat in (row.caveat, column.caveat) if caveat]
+    found += [each for each in (caveat, column.caveat) if each]
     return [f"{column.task} beside {row.name}: {'; '.join(found)}"] if found else []

@@ -10,8 +10,9 @@ from typing import TypedDict
 
 import datasets
 
-from sdar_lm_eval.tasks.data import Columns, Source, dataset, documents, require
-from sdar_lm_eval.tasks.math500 import is_equal
+from sdar_lm_eval.tasks.data import Columns, Source, dataset, documents
+from sdar_lm_eval.tasks.math500 import require_parser, verified
+from sdar_lm_eval.tasks.repeated import answers_of
 from sdar_lm_eval.tasks.thoughts import without_thoughts
 
 
@@ -78,7 +79,7 @@ def load(*, competition: str, **metadata: object) -> datasets.DatasetDict:
         UserError: the data cannot be used, or math_verify is not installed.
     """
     source, split, config = _COMPETITIONS[competition]
-    require(source.title, "math_verify")
+    require_parser(source.title)
     return dataset(test=documents(source, split, metadata, config=config))
 
 
@@ -88,6 +89,8 @@ def filter_thoughts(responses: Iterable[Iterable[str]], docs: Sequence[Problem])
 
 
 def score(doc: Problem, results: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return the share of a document's answers that math_verify finds equal to the gold one, as in `math500`."""
-    (answers,) = results
-    return {"math_verify": sum(is_equal(answer, doc["answer"]) for answer in answers) / len(answers)}
+    """Return the share of a document's answers that math_verify finds equal to the gold one, as in `math500`.
+
+    Of several answers, returns the other metrics of `repeated` too.
+    """
+    return verified(answers_of(results), doc["answer"])

@@ -12,7 +12,8 @@ from typing import TypedDict
 import datasets
 
 from sdar_lm_eval.tasks.data import Columns, Source, dataset, documents
-from sdar_lm_eval.tasks.programs import Job, extract_and_start, passes, require_runner
+from sdar_lm_eval.tasks.programs import Job, extract_and_start, require_runner, scores
+from sdar_lm_eval.tasks.repeated import answers_of, metrics
 
 SECONDS = 3.0  # OpenCompass's HumanEvalEvaluator (opencompass/datasets/humaneval.py)
 
@@ -60,7 +61,7 @@ def load(**metadata: object) -> datasets.DatasetDict:
 
 
 def filter_code(responses: Iterable[Iterable[str]], docs: Sequence[Problem]) -> list[list[str]]:
-    """Apply `code_of` to each document's responses (one, or one a repeat), and begin to run the first code of each."""
+    """Apply `code_of` to each document's responses (one, or one a repeat), and begin to run it."""
     return extract_and_start(responses, docs, code_of, _job)
 
 
@@ -74,9 +75,12 @@ def code_of(response: str) -> str:
     return (block[1] if block else response).lstrip()
 
 
-def score(doc: Problem, results: Sequence[str]) -> dict[str, float]:
-    """Return whether the problem's prompt and the code pass the problem's check, 0.0 or 1.0. Runs the code."""
-    return {"pass@1": float(passes(_job(doc, results[0])))}
+def score(doc: Problem, results: Sequence[str | Sequence[str]]) -> dict[str, float]:
+    """Return whether the problem's prompt and the code pass the problem's check, 0.0 or 1.0. Runs the code.
+
+    Of several codes, returns the metrics of `repeated`.
+    """
+    return metrics("pass@1", scores([_job(doc, code) for code in answers_of(results)]))
 
 
 def _job(doc: Problem, code: str) -> Job:

@@ -15,6 +15,7 @@ import datasets
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents
 from sdar_lm_eval.tasks.first_option import INVALID, first_option
+from sdar_lm_eval.tasks.repeated import answers_of, matched
 from sdar_lm_eval.tasks.thoughts import without_thoughts
 
 
@@ -204,6 +205,5 @@ def letter_of(response: str, last: str) -> str:
 
 
 def score(doc: Question, results: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return the share of a document's answers that are the right letter."""
-    (letters,) = results
-    return {"exact_match": letters.count(doc["answer"]) / len(letters)}
+    """Return the share of a document's answers that are the right letter, and the metrics of `repeated`."""
+    return matched(answers_of(results), doc["answer"])

@@ -13,7 +13,8 @@ import datasets
 
 from sdar_lm_eval.tasks.data import Columns, HubFile, RowError, Source, dataset, documents
 from sdar_lm_eval.tasks.livecodebench_tests import ProblemTests, job, keep, read_cases
-from sdar_lm_eval.tasks.programs import extract_and_start, passes, require_runner
+from sdar_lm_eval.tasks.programs import extract_and_start, require_runner, scores
+from sdar_lm_eval.tasks.repeated import answers_of, metrics
 from sdar_lm_eval.tasks.thoughts import without_thoughts
 
 
@@ -101,7 +102,7 @@ def question(doc: Problem) -> str:
 
 
 def filter_code(responses: Iterable[Iterable[str]], docs: Sequence[Problem]) -> list[list[str]]:
-    """Apply `code_of` to each document's responses, and begin to run the first code of each."""
+    """Apply `code_of` to each document's responses, and begin to run it."""
     return extract_and_start(responses, docs, code_of, lambda doc, code: job(doc["question_id"], code))
 
 
@@ -117,6 +118,8 @@ def code_of(response: str) -> str:
 
 
 def score(doc: Problem, results: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return the share of a document's programs that pass all its tests. Runs the programs."""
-    (codes,) = results
-    return {"pass@1": sum(passes(job(doc["question_id"], code)) for code in codes) / len(codes)}
+    """Return the share of a document's programs that pass all its tests, and the metrics of `repeated`.
+
+    Runs the programs.
+    """
+    return metrics("pass@1", scores([job(doc["question_id"], code) for code in answers_of(results)]))

@@ -6,6 +6,8 @@ Imports are absolute, since lm-eval opens this file by its path, outside of the 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import logging
 from collections.abc import Iterator, Sequence
 from typing import TypedDict
@@ -13,6 +15,12 @@ from typing import TypedDict
 import datasets
 
 from sdar_lm_eval.tasks.data import Columns, Source, dataset, documents, require
+from sdar_lm_eval.tasks.repeated import answers_of, metrics
+
+logger = logging.getLogger(__name__)
+
+ANTLR = "4.13.2"
+"""The version of antlr4-python3-runtime that `pip install math-verify` brings."""
 
 
 class Problem(TypedDict):
@@ -44,17 +52,69 @@ def load(**metadata: object) -> datasets.DatasetDict:
     Raises:
         UserError: the data cannot be used, or math_verify is not installed.
     """
-    require(MATH500.title, "math_verify")
+    require_parser(MATH500.title)
     return dataset(test=documents(MATH500, "test", metadata))
 
 
-def score(doc: Problem, results: Sequence[str]) -> dict[str, float]:
-    """Return whether an answer's formula equals the gold one, 0.0 or 1.0, by the paper's rule and by math_verify's."""
-    answer, gold = results[0], doc["answer"]
-    return {
-        "math_verify": float(is_equal(answer, gold)),
-        "math_verify_default": float(is_equal_by_default(answer, gold)),
-    }
+def require_parser(title: str) -> None:
+    r"""Warn where formulas are read by another grammar than that of `pip install math-verify`.
+
+    With antlr4-python3-runtime 4.11 or 4.9, which other packages ask for, math_verify reads 50\% as 50.
+
+    Raises:
+        UserError: math_verify is not installed.
+    """
+    require(title, "math_verify")
+    version = importlib.metadata.version("antlr4-python3-runtime")
+    if not version.startswith(ANTLR):
+        logger.warning(
+            "%s: math_verify reads formulas by antlr4-python3-runtime %s, and 50\\%% as 50. Scores compare with those "
+            "of antlr4-python3-runtime %s, which math-verify installs: pip install antlr4-python3-runtime==%s",
+            title,
+            version,
+            ANTLR,
+            ANTLR,
+        )
+
+
+def score(doc: Problem, results: Sequence[str | Sequence[str]]) -> dict[str, float]:
+    """Return whether an answer's formula equals the gold one, 0.0 or 1.0, by the paper's rule and by math_verify's.
+
+    Of several answers, returns the means, and the other metrics of `repeated` by the paper's rule.
+    """
+    answers, gold = answers_of(results), doc["answer"]
+    by_default = [float(is_equal_by_default(answer, gold)) for answer in answers]
+    return verified(answers, gold) | {"math_verify_default": sum(by_default) / len(by_default)}
+
+
+def verified(answers: Sequence[str], gold: str) -> dict[str, float]:
+    """Return the metrics `math_verify` and, of several answers, those of `repeated`, by `is_equal`."""
+    scores = [float(is_equal(answer, gold)) for answer in answers]
+    several = len(answers) > 1
+    return metrics("math_verify", scores, _forms(answers, scores) if several else None)
+
+
+def _forms(answers: Sequence[str], scores: Sequence[float]) -> list[int | None]:
+    """A number for each answer: 0 for right ones, the same for wrong ones whose formulas are equal; None: no formula.
+
+    A wrong answer's formula is compared with the first formula of each number, since math_verify's equality is not
+    transitive.
+    """
+    from math_verify import verify
+
+    firsts: list[list[object]] = []
+    found: list[int | None] = []
+    for answer, score in zip(answers, scores, strict=True):
+        if score == 1:
+            found.append(0)
+            continue
+        formulas = _formulas(answer)
+        number = next((n for n, first in enumerate(firsts, 1) if formulas and verify(formulas, first)), None)
+        if formulas and number is None:
+            firsts.append(formulas)
+            number = len(firsts)
+        found.append(number)
+    return found
 
 
 def is_equal(answer: str, gold: str) -> bool:
@@ -65,7 +125,6 @@ def is_equal(answer: str, gold: str) -> bool:
     counts. The settings, and the order of the two formulas in the comparison, are those of OpenCompass's
     `MATHVerifyEvaluator` (opencompass/evaluator/math_evaluator.py, in JetAstra/SDAR at c2041a8).
     """
-    from latex2sympy2_extended import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     gold_formulas = parse(
@@ -73,22 +132,30 @@ def is_equal(answer: str, gold: str) -> bool:
         extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()],
         extraction_mode="first_match",
     )
-    if not gold_formulas:
-        return False
+    return bool(gold_formulas) and bool(verify(_formulas(answer), gold_formulas))
+
+
+@functools.lru_cache(maxsize=64)  # a document's answers are read for the score, and again for its wrong answers' forms
+def _formulas(answer: str) -> list[object]:
+    """An answer's formula and its text, by `is_equal`'s settings; empty where there is none."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+
     normalization = NormalizationConfig(
         basic_latex=True, units=True, malformed_operators=False, nits=False, boxed="all", equations=True
     )
     with _quiet():
-        formulas = parse(
-            answer,
-            extraction_config=[
-                LatexExtractionConfig(
-                    normalization_config=normalization, boxed_match_priority=0, try_extract_without_anchor=False
-                )
-            ],
-            extraction_mode="first_match",
+        return list(
+            parse(
+                answer,
+                extraction_config=[
+                    LatexExtractionConfig(
+                        normalization_config=normalization, boxed_match_priority=0, try_extract_without_anchor=False
+                    )
+                ],
+                extraction_mode="first_match",
+            )
         )
-    return bool(verify(formulas, gold_formulas))
 
 
 def is_equal_by_default(answer: str, gold: str) -> bool:
@@ -104,13 +171,13 @@ def is_equal_by_default(answer: str, gold: str) -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Drop the WARNING that `equations=True` is deprecated: nothing replaces it, and every answer would log it."""
-    logger = logging.getLogger("latex2sympy2_extended.math_normalization")
+    normalization = logging.getLogger("latex2sympy2_extended.math_normalization")
 
     def other(record: logging.LogRecord) -> bool:
         return "equations=True" not in record.getMessage()
 
-    logger.addFilter(other)
+    normalization.addFilter(other)
     try:
         yield
     finally:
-        logger.removeFilter(other)
+        normalization.removeFilter(other)

@@ -11,7 +11,8 @@ from typing import TypedDict
 import datasets
 
 from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents
-from sdar_lm_eval.tasks.programs import Job, extract_and_start, passes, require_runner
+from sdar_lm_eval.tasks.programs import Job, extract_and_start, require_runner, scores
+from sdar_lm_eval.tasks.repeated import answers_of, metrics
 
 SECONDS = (
     9.0  # OpenCompass's MBPPEvaluator (opencompass/datasets/mbpp.py) gives 10, and its alarm rings a second earlier
@@ -73,7 +74,7 @@ def question(doc: Problem) -> str:
 
 
 def filter_code(responses: Iterable[Iterable[str]], docs: Sequence[Problem]) -> list[list[str]]:
-    """Apply `code_of` to each document's responses (one, or one a repeat), and begin to run the first code of each."""
+    """Apply `code_of` to each document's responses (one, or one a repeat), and begin to run it."""
     return extract_and_start(responses, docs, code_of, _job)
 
 
@@ -93,9 +94,12 @@ def code_of(response: str) -> str:
     return code.replace("\\_", "_").strip()
 
 
-def score(doc: Problem, results: Sequence[str]) -> dict[str, float]:
-    """Return whether the program passes the problem's tests, 0.0 or 1.0. Runs the program."""
-    return {"pass@1": float(passes(_job(doc, results[0])))}
+def score(doc: Problem, results: Sequence[str | Sequence[str]]) -> dict[str, float]:
+    """Return whether the program passes the problem's tests, 0.0 or 1.0. Runs the program.
+
+    Of several programs, returns the metrics of `repeated`.
+    """
+    return metrics("pass@1", scores([_job(doc, code) for code in answers_of(results)]))
 
 
 def _job(doc: Problem, code: str) -> Job:

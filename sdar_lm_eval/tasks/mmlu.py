@@ -13,6 +13,7 @@ import datasets
 
 from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents
 from sdar_lm_eval.tasks.first_option import LETTERS, first_option
+from sdar_lm_eval.tasks.repeated import answers_of, matched
 
 _LINE_BREAK = re.compile(r"\r\n?")
 
@@ -94,9 +95,9 @@ def gold(doc: Question) -> str:
     return LETTERS[doc["answer"]]
 
 
-def score(doc: Question, results: Sequence[str]) -> dict[str, float]:
-    """Return 1.0 where the filter found the right letter, else 0.0."""
-    return {"exact_match": float(results[0] == gold(doc))}
+def score(doc: Question, results: Sequence[str | Sequence[str]]) -> dict[str, float]:
+    """Return 1.0 where the filter found the right letter, else 0.0; of several answers the metrics of `repeated`."""
+    return matched(answers_of(results), gold(doc))
 
 
 def filter_first_option(responses: Iterable[Iterable[str]], docs: Sequence[Question]) -> list[list[str]]:

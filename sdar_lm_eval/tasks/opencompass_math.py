@@ -158,14 +158,25 @@ def _without_commas(text: str) -> str:
     return digits if digits.isdigit() else text
 
 
+# fmt: off
+SUBSTITUTIONS = (
+    ("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), (" ", ""), ("mbox", "text"), (",\\text{and}", ","),
+    ("\\text{and}", ","), ("\\text{m}", "\\text{}"),
+)
+"""What Minerva's normal form replaces first (arXiv 2206.14858, appendix D.1)."""
+
+REMOVED = (
+    "square", "ways", "integers", "dollars", "mph", "inches", "ft", "hours", "km", "units", "\\ldots", "sue", "points",
+    "feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students",
+    "childrentickets", "multiples", "\\text{s}", "\\text{.}", "\\text{\ns}", "\\text{}^2", "\\text{}^3", "\\text{\n}",
+    "\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots",
+)
+"""What Minerva's normal form removes then, in this order."""
+# fmt: on
+
 _NORMAL_FORM: list[Step] = [
-    *_replace(("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), (" ", ""), ("mbox", "text")),
-    *_replace((",\\text{and}", ","), ("\\text{and}", ","), ("\\text{m}", "\\text{}"), ("\\le", "<")),
-    *_remove("square", "ways", "integers", "dollars", "mph", "inches", "ft", "hours", "km", "units", "\\ldots", "sue"),
-    *_remove("points", "feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals"),
-    *_remove("edges", "students", "childrentickets", "multiples", "\\text{s}", "\\text{.}", "\\text{\ns}"),
-    *_remove("\\text{}^2", "\\text{}^3", "\\text{\n}", "\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;"),
-    *_remove(",\\!", "{,}", '"', "\\dots", "\n", "\r", "\f"),
+    *_replace(*SUBSTITUTIONS, ("\\le", "<")),
+    *_remove(*REMOVED, "\n", "\r", "\f"),
     _sub(r"\\text\{\((.*?)\)\}", r"\1"),
     _sub(r"\\text\{(.*?)\}", r"\1"),
     _sub(r"\\textbf\{(.*?)\}", r"\1"),

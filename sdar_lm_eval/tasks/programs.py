@@ -1,7 +1,8 @@
 """Runs the programs of HumanEval and MBPP, each in a process and a temporary folder of its own, several at a time.
 
-    start(jobs)    begin to run programs in the background
-    passes(job)    whether a program passes its tests
+    start(jobs)     begin to run programs in the background
+    passes(job)     whether a program passes its tests
+    scores(jobs)    the same of several programs, as numbers
 
 lm-eval scores one document after another, but its filters see all answers at once. So the tasks' filters start the
 programs, and the scores wait for the verdicts. Neither lm-eval's metric `code_eval`, which downloads a copy of OpenAI's
@@ -97,9 +98,9 @@ def extract_and_start(
     code_of: Callable[[str], str],
     job_of: Callable[[Doc, str], Job],
 ) -> list[list[str]]:
-    """Return the code of each document's responses (one, or one a repeat), and begin to run the first code of each."""
+    """Return the code of each document's responses (one, or one a repeat), and begin to run it."""
     codes = [[code_of(response) for response in of_doc] for of_doc in responses]
-    start(job_of(doc, of_doc[0]) for doc, of_doc in zip(docs, codes, strict=True) if of_doc)
+    start(job_of(doc, code) for doc, of_doc in zip(docs, codes, strict=True) for code in of_doc)
     return codes
 
 
@@ -113,6 +114,13 @@ def passes(job: Job) -> bool:
             future.cancel()
         _started.clear()
         raise
+
+
+def scores(jobs: Sequence[Job]) -> list[float]:
+    """Return 1.0 for each program that passes its tests, else 0.0. Equal programs run once."""
+    start(jobs)
+    verdicts = {job: float(passes(job)) for job in dict.fromkeys(jobs)}
+    return [verdicts[job] for job in jobs]
 
 
 _started: dict[Job, Future[bool]] = {}

@@ -71,6 +71,18 @@ def test_a_sweep(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "relative to 100.0%" in higher and "exact_match,flexible-extract ±" in higher
 
 
+def test_several_tasks_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model_args", "pretrained=demo", "--tasks", "parallel_bench_sdar_puzzle_demo", "--limit", "2"]
+    code, out, err = said(capsys, *words, "--steps", "4,1", "--strategy", "static", "--output_path", "s")
+    assert code == 0, err
+    content = json.loads(Path("s/points.json").read_text())
+    expected = [[task["task"], *(f"{point['accuracy']:.1f}" for point in task["points"])] for task in content["tasks"]]
+    assert [row[0] for row in expected] == [f"parallel_bench_sdar_{kind}_demo" for kind in ("latin_square", "sudoku")]
+    lines = [line.split() for line in out[out.index("All tasks") :].splitlines()]
+    assert lines[7:9] == expected and lines[6] == ["accuracy,", "%", "1", "2"]
+    assert "## All tasks\n\n|  | strategy | setting |" in Path("s/table.md").read_text()
+
+
 def test_one_that_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     generate = NativeEngine.generate
 

@@ -175,6 +175,40 @@ def test_reproducible_to_the_bit(demo, questions, products, vocabulary, settings
         assert answers(wanted) != answers(wanted[::-1], max_active=7)
 
 
+EXPERTS = {
+    "moe": True, "head_dim": 64, "hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 16,
+    "num_experts_per_tok": 4, "num_hidden_layers": 3, "mlp_only_layers": [1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "remasking_strategy": "random"}], ids=str)
+def test_experts_float32_answers_are_the_cpus(questions, settings, tmp_path):
+    checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, **EXPERTS)))
+    wanted = ask(checkpoint, questions[:24], DecodingConfig(**{"temperature": 0, **settings}))
+    expected = tokens(checkpoint, wanted, device="cpu")
+    for options in ({"kernels": False}, {}, {"max_active": 3}, {"kv_pages": 60}, {"reproducible": True}):
+        got = tokens(checkpoint, wanted, device="cuda", dtype="float32", **options)
+        # A draw that falls on the border between two tokens may go either way by rounding.
+        differing = sum(ours != cpus for ours, cpus in zip(got, expected, strict=True))
+        assert differing <= (1 if settings else 0), options
+
+
+def test_experts_reproducible_to_the_bit(questions, tmp_path):
+    """In bfloat16, alone and beside others; a preempted sequence's decided blocks are prefilled."""
+    checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, **EXPERTS, vocab_size=1000)))
+    wanted = ask(checkpoint, questions[:80], DecodingConfig(), record_steps=True)
+
+    def answers(order, **options):
+        engine = make_engine("native", checkpoint, device="cuda", dtype="bfloat16", reproducible=True, **options)
+        results = run(engine, order)
+        return {request.seed: (r.token_ids, r.confidences) for request, r in zip(order, results, strict=True)}
+
+    together = answers(wanted)
+    assert answers(wanted[::-1], max_active=7) == together
+    assert answers(wanted, kv_pages=100, share_prefixes=False) == together
+    assert answers(wanted[5:6]) == {5: together[5]}
+
+
 @KERNELS
 def test_sampled_frequencies_follow_the_softmax(demo, questions, kernels):
     """20,000 draws of one token against softmax(logits / T): top-k off is really off."""

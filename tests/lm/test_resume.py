@@ -106,3 +106,63 @@ def test_a_killed_run_computes_only_what_was_missing(folder: Path, monkeypatch: 
         assert len(kept) == DOCUMENTS * (2 if task == "sampled" else 1)
     drawn = [s["resps"][0] for s in undisturbed["samples"]["sampled"]]
     assert any(first != second for first, second in drawn)
+
+
+# AIME's protocol (tasks/_competition_repeats_yaml), with the demo's problems and short answers
+PROBLEMS, SAMPLES = 30, 32
+AIME = f"{TASK}task: aime\nrepeats: {SAMPLES}\n"
+AIME += "generation_kwargs: {until: [], do_sample: true, temperature: 1.0, top_p: 1.0, top_k: 0, max_gen_toks: 16}\n"
+PAGE = 16  # tokens; whole pages of a prompt are shared
+
+
+@pytest.mark.slow
+def test_aime_s_protocol_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "aime.yaml").write_text(AIME)
+    model_args = "pretrained=demo,answers=answers,trace=trace.jsonl"
+    command = [sys.executable, "-m", "sdar_lm_eval", "run", "--model", "sdar", "--model_args", model_args]
+    command += ["--include_path", "tasks", "--tasks", "aime", "--limit", str(PROBLEMS)]
+    command += ["--output_path", "results", "--log_samples"]
+    variables = environment(QUICK_START)
+    log = tmp_path / "log.txt"
+    with log.open("w") as output:
+        running = subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=output, stderr=output)
+        deadline = time.monotonic() + 300
+        while len(_trace(tmp_path)) < PROBLEMS * SAMPLES // 3:
+            assert running.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(fork_of(running.pid), signal.SIGKILL)
+        assert running.wait() == -signal.SIGKILL
+    assert not (tmp_path / "results").exists()
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("results/*/results_*.json")
+    resumed = json.loads(file.read_text())
+    computed = _trace(tmp_path, "trace-*.jsonl")
+    assert 0 < len(computed) <= PROBLEMS * SAMPLES * 2 // 3
+    run = resumed["config"]["sdar_lm_eval"]["run"]
+    assert (run["requests"], run["stored_requests"]) == (len(computed), PROBLEMS * SAMPLES - len(computed))
+
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # slow, and of no interest here
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    lm = SDARLM(pretrained="demo", trace=str(tmp_path / "whole.jsonl"))
+    undisturbed = lm_eval.simple_evaluate(lm, tasks=["aime"], task_manager=manager, limit=PROBLEMS)
+    assert undisturbed is not None
+    assert resumed["results"]["aime"] == json.loads(json.dumps(undisturbed["results"]["aime"]))
+    # Cut answers have no right one; their last numbers agree now and then.
+    assert 0 < undisturbed["results"]["aime"]["agreement,flexible-extract"] < 1
+    (path,) = tmp_path.glob("results/*/samples_aime_*.jsonl")
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    answers = {sample["doc_id"]: sample["resps"][0] for sample in samples}
+    assert answers == {sample["doc_id"]: sample["resps"][0] for sample in undisturbed["samples"]["aime"]}
+    assert sum(map(len, answers.values())) == PROBLEMS * SAMPLES
+    assert all(len(set(of_document)) > 1 for of_document in answers.values())  # each sample is drawn anew
+
+    # Each prompt is prefilled once, whatever the number of its samples.
+    whole = _trace(tmp_path, "whole.jsonl")
+    for traced, results in ((whole, undisturbed), (computed, resumed)):
+        pages = {line["document"]: line["prompt_tokens"] // PAGE for line in traced}
+        shared = PAGE * (sum(pages[line["document"]] for line in traced) - sum(pages.values()))
+        assert results["config"]["sdar_lm_eval"]["shared_prompt_tokens"] == shared
+    assert len(whole) == PROBLEMS * SAMPLES and len({line["document"] for line in whole}) == PROBLEMS

@@ -11,7 +11,7 @@ import pytest
 
 from sdar_lm_eval.commands import main
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.report.columns import COLUMNS, SCI_COLUMNS, TABLES
+from sdar_lm_eval.report.columns import COLUMNS, SCI_COLUMNS, TABLES, TRADO_COLUMNS
 from sdar_lm_eval.report.published import PUBLISHED, SIZES, published_as
 from sdar_lm_eval.report.table import Score, difference, read_tables
 
@@ -94,7 +94,34 @@ def test_the_published_table_of_the_science_model() -> None:
     ],
 )
 def test_which_model_a_name_says(name: str, model: str | None) -> None:
-    assert published_as(name) == ([] if model is None else [PUBLISHED[SIZES[model]]])
+    own = [row for row in published_as(name) if not row.foreign]
+    assert own == ([] if model is None else [PUBLISHED[SIZES[model]]])
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("JetLM/SDAR-4B-Chat", ["SDAR-4B-Chat", "dLLM-RL:SDAR-4B-Chat-static", "dLLM-RL:SDAR-4B-Chat-dynamic"]),
+        ("Gen-Verse/TraDo-8B-Instruct", ["dLLM-RL:TraDo-8B-Instruct-static", "dLLM-RL:TraDo-8B-Instruct-dynamic"]),
+        ("/models/trado-8b-thinking/", ["dLLM-RL:TraDo-8B-Thinking"]),
+        ("Gen-Verse/TraDo-8B-Instruct-GGUF", []),
+    ],
+)
+def test_rows_of_dllm_rl_s_table(name: str, rows: list[str]) -> None:
+    assert [row.name for row in published_as(name)] == rows
+
+
+def test_dllm_rl_s_table() -> None:
+    # Gen-Verse/dLLM-RL's README at 10b4fd1.
+    dynamic, static, thinking = TRADO_COLUMNS
+    for name, columns, scores in (
+        ("SDAR-4B-Chat-dynamic", dynamic, [67.4, 88.9, 8.2]),
+        ("TraDo-8B-Instruct-static", static, [78.5, 92.3, 13.3]),
+        ("TraDo-8B-Thinking", thinking, [87.4, 94.2, 35.5]),
+    ):
+        row = PUBLISHED[f"dLLM-RL:{name}"]
+        assert [row.scores[column.task] for column in columns] == scores
+        assert row.scores.keys() - row.foreign == {column.task for column in columns}
 
 
 def test_the_science_model_has_a_row_for_each_protocol() -> None:
@@ -184,6 +211,58 @@ def test_questions_with_several_answers(tmp_path: Path, capsys: pytest.CaptureFi
     assert "aime2024_sdar_s: mean of 32 answers to each question; the error is over questions" in lines
 
 
+def _sampled_run(folder: Path, task: str, metrics: dict[str, float], repeats: int, questions: int, model: str) -> Path:
+    """A run of a task with several answers a question, whose standard errors are all 0.05."""
+    results = _results({task: 0.0}, {task: questions})
+    results["results"][task] = {"alias": task}
+    filter_name = "last-box" if task.startswith("trado") else "opencompass"
+    for name, value in metrics.items():
+        results["results"][task] |= {f"{name},{filter_name}": value, f"{name}_stderr,{filter_name}": 0.05}
+    results["configs"] = {task: {"repeats": repeats}}
+    results["config"]["model_args"] = {"pretrained": model}
+    return _write(folder, results)
+
+
+def test_what_several_answers_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {
+        "math_verify": 0.7,
+        "agreement": 0.6,
+        "majority@32": 0.75,
+        "pass@16": 0.8,
+        "pass@2": 0.72,
+        "pass@32": 0.9,
+    }
+    folder = _sampled_run(tmp_path, "aime2024_sdar_s", metrics, 32, 30, "JetLM/SDAR-30B-A3B-Sci")
+    assert main(["table", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (head,) = [number for number, line in enumerate(lines) if line.startswith("several answers")]
+    assert re_spaced(lines[head]) == "several answers n pass@2, % pass@16, % pass@32, % agreement, % majority@n, %"
+    values = "72.0 ± 5.0 80.0 ± 5.0 90.0 ± 5.0 60.0 ± 5.0 75.0 ± 5.0"
+    assert re_spaced(lines[head + 1]) == f"aime2024_sdar_s 32 {values}"
+    assert not any(line.startswith("not in a published table") for line in lines)
+    assert main(["table", str(folder), "--json"]) == 0
+    (table,) = json.loads(capsys.readouterr().out)
+    (column,) = [column for column in table["columns"] if column["task"] == "aime2024_sdar_s"]
+    assert column["answers"] == 32
+    assert {each["name"]: each["value"] for each in column["several"]} == {
+        name: value for name, value in metrics.items() if name != "math_verify"
+    }
+
+
+def test_a_trado_run_beside_the_published_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"is_equal": 0.7, "pass@3": 0.8, "majority@3": 0.74, "agreement": 0.6}
+    folder = _sampled_run(tmp_path, "trado_math500", metrics, 3, 100, "JetLM/SDAR-4B-Chat")
+    assert main(["table", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "SDAR-4B-Chat (arXiv" not in lines[0] and "dLLM-RL:SDAR-4B-Chat-dynamic (Gen-Verse/dLLM-RL's" in lines[0]
+    (row,) = [re_spaced(line) for line in lines if line.startswith("MATH500 (dynamic)")]
+    # The published score is as uncertain as the run's on 500 questions: 5 points * sqrt(100 / 500).
+    stderr = math.hypot(5, 5 / math.sqrt(5))
+    assert row == f"MATH500 (dynamic) trado_math500 100 70.0 ± 5.0 67.4 +2.6 ± {stderr:.1f} within chance"
+    assert "trado_math500 beside dLLM-RL:SDAR-4B-Chat-dynamic: 100 of 500 questions" in lines
+    assert "trado_math500: mean of 3 answers to each question; the error is over questions" in lines
+
+
 def test_runs_are_put_together(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of results of one model and the same settings the newest count; other models and settings are other tables."""
     first = _results({"gsm8k_sdar_paper": 0.1, "humaneval_sdar": 0.2}, {"gsm8k_sdar_paper": 10, "humaneval_sdar": 5})
@@ -227,8 +306,8 @@ def test_a_run_without_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["table", str(folder)]) == 0
     out = capsys.readouterr().out
     assert (
-        "no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci and sdar_sci_s are."
-        in out
+        "no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci, sdar_sci_s, trado, "
+        "trado_static and trado_think are." in out
     )
     assert "gsm8k_sdar_demo" in out.splitlines()[-1] and "larger than chance" not in out
 

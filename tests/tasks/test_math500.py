@@ -108,6 +108,16 @@ def test_by_math_verify_s_own_settings(gold: str, answer: str, equal: bool) -> N
     assert is_equal_by_default(answer, gold) is equal
 
 
+def test_a_parser_that_reads_per_cents_otherwise_is_told(
+    offline: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    load()
+    assert not caplog.records
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "4.11.0")
+    load()
+    assert "antlr4-python3-runtime 4.11.0, and 50\\% as 50" in caplog.text
+
+
 def test_score(offline: Path) -> None:
     half, sixth = load()["test"]
     assert score(half, [r"\boxed{5}"]) == {"math_verify": 1.0, "math_verify_default": 1.0}

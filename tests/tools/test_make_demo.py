@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import re
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import demo_decoding as decoding
+import demo_training as training
 import make_demo as make
 import pytest
 import torch
@@ -19,9 +23,10 @@ from support import small_config
 import sdar_lm_eval.tasks
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.decoding import DecodingConfig
-from sdar_lm_eval.demo import CHECKPOINT, PROBLEMS
+from sdar_lm_eval.demo import CHECKPOINT, PROBLEMS, prompts
 from sdar_lm_eval.engines.registry import make_engine
 from sdar_lm_eval.engines.types import GenerationRequest
+from sdar_lm_eval.tasks.generated import KINDS, documents
 
 pytestmark = pytest.mark.slow
 
@@ -37,23 +42,23 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def texts(tokenizer: Any) -> Any:
-    return make.training_texts(tokenizer, seed=0, count=1)
-
-
-@pytest.fixture
-def texts_once(monkeypatch: pytest.MonkeyPatch, texts: Any) -> None:
-    """Let trainings share their texts (10,000 at least), which take longer to make than the trainings here."""
-    monkeypatch.setattr(make, "training_texts", lambda *_: texts)
+def problem_texts(tokenizer: Any) -> training.Texts:
+    return training.tokenized(tokenizer, make.problem_chats(0), 1, make.PROBLEM_TOKENS)
 
 
 @pytest.fixture(scope="module")
-def made(texts: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command writes after a step of training, with those texts."""
+def task_texts(tokenizer: Any) -> training.Texts:
+    return training.tokenized(tokenizer, make.task_chats(0), 1, make.TASK_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command writes after a step of each training."""
     folder = tmp_path_factory.mktemp("made")
+    words = f"make --out {folder} --steps 1 --task_steps 1 --batch 2 --limit 1 --device cpu"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(make, "training_texts", lambda *_: texts)
-        patch.setattr("sys.argv", ["make", "--out", str(folder), "--steps", "1", "--batch", "2", "--device", "cpu"])
+        patch.setattr("sys.argv", words.split())
+        patch.setattr(decoding, "RULES", decoding.RULES[:1])
         make.main()
     return folder
 
@@ -91,23 +96,36 @@ def test_training_texts_are_conversations_in_the_chat_template() -> None:
     template = Checkpoint.open("demo").tokenizer
     for problem in itertools.islice(problems(0, held_out=False), 20):
         user = {"role": "user", "content": make.PROMPT.format(question=problem.question)}
-        prompt, answer = make.chat(problem)
+        prompt, answer = make.chat(user["content"], problem.answer)
         assert prompt == template.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
         whole = template.apply_chat_template([user, {"role": "assistant", "content": problem.answer}], tokenize=False)
         assert whole == prompt + answer + "\n"
 
 
-def test_training_texts(tokenizer: Any, texts: Any) -> None:
-    ids, is_answer = texts
-    assert ids.shape == is_answer.shape
-    assert ids.shape[1] == make.MAX_TOKENS
-    assert len(ids) > 9900  # of 10,000: hardly any is too long
+def test_training_texts(tokenizer: Any, problem_texts: training.Texts, task_texts: training.Texts) -> None:
     end = tokenizer.token_to_id("<|endoftext|>")
-    problem = next(problems(0, held_out=False))
-    prompt, answer = (tokenizer.encode(text).ids for text in make.chat(problem))
-    n, total = len(prompt), len(prompt + answer)
-    assert ids[0].tolist() == prompt + answer + [end] * (make.MAX_TOKENS - total)
-    assert is_answer[0].nonzero()[0].tolist() == list(range(n, -(-total // 4) * 4))
+    for texts, chats, longest in (
+        (problem_texts, make.problem_chats(0), make.PROBLEM_TOKENS),
+        (task_texts, make.task_chats(0), make.TASK_TOKENS),
+    ):
+        assert texts.ids.shape == texts.is_answer.shape == (len(texts.ids), longest)
+        assert len(texts.ids) > 9900  # of 10,000: hardly any is too long
+        prompt, answer = (tokenizer.encode(text).ids for text in next(chats))
+        n, total = len(prompt), len(prompt + answer)
+        assert texts.ids[0].tolist() == prompt + answer + [end] * (longest - total)
+        assert texts.is_answer[0].nonzero().flatten().tolist() == list(range(n, -(-total // 4) * 4))
+
+
+def test_no_test_document_is_in_the_training(tokenizer: Any, task_texts: training.Texts) -> None:
+    """Nor is a line, a set of symbols or a grid of theirs."""
+    learnt = {tokenizer.decode(ids.tolist()) for ids in task_texts.ids}
+    of_kind = Counter(document.partition("user\n")[2].partition(":")[0].split()[0] for document in learnt)
+    assert len(of_kind) == 10 and min(of_kind.values()) > 300  # first words of the questions; three have two kinds
+    for kind in KINDS:
+        for document in documents(kind, "demo", 100):
+            prompt, answer = make.chat(document["question"], "")
+            assert not any(prompt in text for text in learnt)
+            assert len(tokenizer.encode(prompt + document["answer"] + answer).ids) <= make.TASK_TOKENS
 
 
 def test_the_mask_of_block_diffusion() -> None:
@@ -122,7 +140,7 @@ def test_the_mask_of_block_diffusion() -> None:
         ".... 1111",
         ".... 1111",
     ]
-    drawn = ["".join(".1"[int(sees)] for sees in row) for row in make.block_diffusion_mask(4, 2)]
+    drawn = ["".join(".1"[int(sees)] for sees in row) for row in training.block_diffusion_mask(4, 2)]
     assert [f"{row[:4]} {row[4:]}" for row in drawn] == expected
 
 
@@ -135,7 +153,7 @@ def test_noise(answers: list[tuple[int, int]], seed: int) -> None:
     places = torch.arange(12)
     is_answer = torch.stack([(places >= start) & (places < start + length) for start, length in answers])
     ids = torch.randint(0, 700, is_answer.shape)
-    noised, masked, weights = make.add_noise(ids, is_answer, MASK)
+    noised, masked, weights = training.add_noise(ids, is_answer, MASK)
     assert not (masked & ~is_answer).any()
     assert torch.equal(noised, torch.where(masked, MASK, ids))
     assert (weights[~masked] == 0).all()
@@ -150,7 +168,7 @@ def test_noise_is_the_bound_of_block_diffusion() -> None:
     """In expectation a pattern of k masked tokens out of m weighs (k-1)! (m-k)! / m!, as with t ~ U(0, 1) and 1 / t."""
     torch.manual_seed(0)
     is_answer = torch.tensor([[False, True, True, True]]).expand(60_000, -1)
-    _, masked, weights = make.add_noise(torch.zeros(is_answer.shape, dtype=torch.long), is_answer, MASK)
+    _, masked, weights = training.add_noise(torch.zeros(is_answer.shape, dtype=torch.long), is_answer, MASK)
     pattern = (masked.long() * torch.tensor([8, 4, 2, 1])).sum(1)
     mean = torch.zeros(16).scatter_add_(0, pattern, weights.max(dim=1).values) / len(pattern)
     expected = torch.zeros(16)
@@ -160,19 +178,31 @@ def test_noise_is_the_bound_of_block_diffusion() -> None:
     torch.testing.assert_close(mean, expected, atol=0.01, rtol=0)
 
 
-def tiny(tokenizer: Any, **settings: Any) -> Any:
+def tiny(tokenizer: Any, texts: training.Texts, seed: int = 0, steps: int = 25) -> Any:
     config = small_config(tie_word_embeddings=True, rope_theta=10000) | {"hidden_size": 128}
-    arguments = {"seed": 0, "steps": 25, "batch": 8, "lr": 5e-3, "device": "cpu"} | settings
-    return config, make.train(config, tokenizer, **arguments)
+    model = make.new_model(config, seed=seed, device="cpu")
+    training.learn(model, tokenizer, texts, steps=steps, batch=8, lr=5e-3)
+    return config, model
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The losses that trainings log, the sums of their parts: of the first step and of the last."""
+    said: list[float] = []
+
+    def info(text: str, *values: Any) -> None:
+        if found := re.search(r"loss per answer token ([\d. +]+)  ", text % values):
+            said.append(sum(map(float, found[1].split(" + "))))
+
+    monkeypatch.setattr(training.logger, "info", info)
+    return said
 
 
 def test_training_lowers_the_loss_and_its_checkpoint_opens(
-    tokenizer: Any, texts_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Any, problem_texts: training.Texts, tmp_path: Path, losses: list[float]
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(make.logger, "info", lambda text, *values: said.append(text % values))
-    config, model = tiny(tokenizer)
-    first, last = (float(found) for found in re.findall(r"loss per answer token (\S+)", "\n".join(said)))
+    config, model = tiny(tokenizer, problem_texts)
+    first, last = losses
     assert 5 < first < 9  # about log(711)
     assert last < first - 2
     make.write_checkpoint(tmp_path, model, config, tokenizer)
@@ -186,11 +216,88 @@ def test_training_lowers_the_loss_and_its_checkpoint_opens(
     assert len(result.token_ids) == 8
 
 
-def test_training_on_a_cpu_repeats(tokenizer: Any, texts_once: None) -> None:
-    (_, one), (_, other), (_, differing) = (tiny(tokenizer, steps=2, seed=seed) for seed in (0, 0, 1))
+def test_training_on_a_cpu_repeats(tokenizer: Any, problem_texts: training.Texts) -> None:
+    (_, one), (_, other), (_, differing) = (tiny(tokenizer, problem_texts, seed, steps=2) for seed in (0, 0, 1))
     assert torch.equal(one.model.norm.weight, other.model.norm.weight)
     assert torch.equal(one.lm_head.weight, other.lm_head.weight)
     assert not torch.equal(one.lm_head.weight, differing.lm_head.weight)
+
+
+def divergence(model: Any, other: Any, texts: training.Texts, mask_id: int) -> float:
+    """From `other` to the model on noised texts, in nats a masked token."""
+    torch.manual_seed(5)
+    clean = texts.ids[:32].long()
+    noised, masked, _ = training.add_noise(clean, texts.is_answer[:32], mask_id)
+    with torch.no_grad():
+        now, before = (training.masked_logits(m, noised, clean, masked).log_softmax(-1) for m in (model, other))
+    return float((before.exp() * (before - now)).sum(-1).mean())
+
+
+def test_the_second_training_learns_and_forgets_less(
+    tokenizer: Any, problem_texts: training.Texts, task_texts: training.Texts, losses: list[float]
+) -> None:
+    _, before = tiny(tokenizer, problem_texts, steps=40)
+    beside, alone = copy.deepcopy(before), copy.deepcopy(before)
+    settings = {"steps": 25, "batch": 8, "lr": 2e-3}
+    losses.clear()
+    training.learn_beside(beside, tokenizer, task_texts, problem_texts, **settings)  # type: ignore[arg-type]
+    first, last = losses
+    assert last < first - 1
+    training.learn(alone, tokenizer, task_texts, **settings)  # type: ignore[arg-type]
+    kept, forgotten = (divergence(model, before, problem_texts, MASK) for model in (beside, alone))
+    assert kept < 0.5 * forgotten
+
+
+def test_nothing_is_forgotten_where_nothing_is_learnt(
+    tokenizer: Any, problem_texts: training.Texts, monkeypatch: pytest.MonkeyPatch, losses: list[float]
+) -> None:
+    _, model = tiny(tokenizer, problem_texts, steps=5)
+    monkeypatch.setattr(training, "_likelihood_bound", lambda *_: torch.zeros(()))
+    losses.clear()
+    training.learn_beside(model, tokenizer, problem_texts, problem_texts, steps=1, batch=8, lr=0.0)
+    assert losses == [0.0]
+
+
+STRATEGIES = {
+    "4 steps": {"remasking_strategy": "low_confidence_static"},
+    "1 step": {"remasking_strategy": "low_confidence_static", "denoising_steps": 1},
+    "dynamic 0.85": {"remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.85},
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_quick_decoding_is_that_of_the_engine(name: str, tokenizer: Any) -> None:
+    """Beside the native engine, on the bundled checkpoint in float32."""
+    checkpoint = Checkpoint.open("demo")
+    model = make.new_model(make.make_config(tokenizer), seed=1, device="cpu")
+    make.load_weights(model, CHECKPOINT)
+    asked = prompts(checkpoint)[:8]
+    (rule,) = (rule for rule in decoding.RULES if rule.name == name)
+    length = -(-max(map(len, asked)) // 4) * 4 + 24
+    decoded = decoding.decode(model, asked, length, MASK, 709, rule).tolist()
+    stop_ids = frozenset(checkpoint.stop_ids)
+    requests = [
+        GenerationRequest(prompt, 24, DecodingConfig(temperature=0, **STRATEGIES[name]), stop_ids)  # type: ignore[arg-type]
+        for prompt in asked
+    ]
+    for index, result in make_engine("native", checkpoint, device="cpu", dtype="float32").generate(requests):
+        answer = decoded[index][len(asked[index]) :]
+        assert tuple(answer[: len(result.token_ids)]) == result.token_ids
+
+
+def test_the_accuracy_of_the_bundled_checkpoint(tokenizer: Any) -> None:
+    model = make.new_model(make.make_config(tokenizer), seed=1, device="cpu")
+    make.load_weights(model, CHECKPOINT)
+    sets = make.test_questions(0, 10)
+    assert list(sets) == ["word problems", *KINDS]
+    questions, new_tokens = sets["word problems"]
+    assert len(questions) == 10 and not questions[0].is_right("#### 1260") and questions[0].is_right("#### 126")
+    assert decoding.accuracy(model, tokenizer, questions, new_tokens, decoding.RULES[0]) >= 0.7
+    for kind in KINDS:
+        (question, *_), _ = sets[kind]
+        document = documents(kind, "demo", 1)[0]
+        assert question.is_right(document["answer"]) and not question.is_right("Nobody")
+        assert question.prompt == make.chat(document["question"], "")[0]
 
 
 def test_the_command_writes_what_the_package_holds(made: Path) -> None:

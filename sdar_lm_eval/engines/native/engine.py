@@ -51,6 +51,7 @@ DEFAULT_ACTIVE = {"cpu": 32, "cuda": 256}
 PREFILL_CHUNK = {"cpu": 1024, "cuda": 16384}
 MEMORY_FRACTION = 0.85  # share of the GPU memory that is free after loading the weights: for KV pages
 CPU_CACHE_BYTES = 4 << 30
+CAPTURE_SECONDS = 8.0  # most time that `prepare` captures CUDA graphs
 
 
 class NativeEngine(Closable):
@@ -63,11 +64,11 @@ class NativeEngine(Closable):
         max_active: most sequences that run at once; None: 32 on the CPU, 256 on a GPU.
         kv_pages: most pages of 16 tokens for keys and values; None: what the requests need, within 85% of the GPU's
             free memory, or 4 GiB on the CPU.
-        kernels: whether to run a dense model with Triton kernels, on a GPU as CUDA graphs, instead of transformers'
+        kernels: whether to run the model with Triton kernels, on a GPU as CUDA graphs, instead of transformers'
             modules; None: on GPUs of compute capability 8.0 and later, where triton is installed.
         reproducible: whether a generated answer is the same to the bit whatever else is in the batch. Products are
             batch-invariant (in 16 bits on Hopper GPUs), or padded to a fixed size (elsewhere). Requests with
-            different settings run one after the other. Needs kernels and a dense model.
+            different settings run one after the other. Needs kernels.
         share_prefixes: whether prompts with a common prefix share the prefix's KV, which is computed once. False is
             for comparison.
 
@@ -113,7 +114,7 @@ class NativeEngine(Closable):
         )  # fmt: skip
         if self._reproducible and not self.runner.forward.captures:
             raise UserError(
-                "reproducible=true needs the kernels, which run dense models on GPUs: this is "
+                "reproducible=true needs the kernels, which run on GPUs: this is "
                 f"{type(self.model).__name__} on {self.device} with kernels={str(self._kernels).lower()}."
             )
         if self._reproducible:
@@ -156,16 +157,19 @@ class NativeEngine(Closable):
             torch.cuda.empty_cache()
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        """See `Engine.prepare`: allocates memory; on a GPU compiles kernels and captures the first CUDA graphs.
+        """See `Engine.prepare`: allocates memory; on a GPU compiles kernels and captures CUDA graphs.
 
-        CUDA graphs of further sizes are captured when these sizes first occur.
+        A size whose graph is not captured here gets one when it first occurs.
         """
         with self._one_run():
             groups = self._groups(requests)
             if len(groups) == 1:
-                max_active, _ = self._allocate(_sequences(requests, groups[0]))
+                sequences = _sequences(requests, groups[0])
+                max_active, _ = self._allocate(sequences)
                 if self.device.type == "cuda" and self._warm_shape is not self.runner.shape:
                     self._warm_up(requests, max_active)
+                    shortest = min(len(sequence.tokens) for sequence in sequences)
+                    self.runner.capture(shortest, max(sequence.longest for sequence in sequences), CAPTURE_SECONDS)
                     self._warm_shape = self.runner.shape
 
     def _warm_up(self, requests: Sequence[GenerationRequest], max_active: int) -> None:

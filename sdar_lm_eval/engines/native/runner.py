@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -89,7 +90,7 @@ class Runner:
         family: the model's family; returns the weights of the fused forward.
         mask_token_id: the token that is never drawn.
         page_size: tokens a page.
-        kernels: whether to use Triton: the fused forward where the model is dense, drawing by one kernel, and
+        kernels: whether to use Triton: the fused forward where the model fits it, drawing by one kernel, and
             `torch.compile` for the batch's state.
         reproducible: whether results have to be batch-invariant: the same to the bit whatever else is in the batch.
             Needs the fused forward, and sequences that all have the same settings.
@@ -188,6 +189,28 @@ class Runner:
             [torch.empty_like(packed, device="cpu", pin_memory=on_gpu) for _ in range(MOST_IN_FLIGHT)]
         )
         self.shape = shape
+
+    @torch.no_grad()
+    def capture(self, shortest: int, longest: int, seconds: float) -> None:
+        """Compile what is left to compile, and capture CUDA graphs of every size that steps can have.
+
+        The sizes of full batches come first, then smaller and smaller ones.
+
+        Args:
+            shortest, longest: the least and the most tokens that a block can see, its own included.
+            seconds: time after which no further graph is captured. A run captures what is missing.
+        """
+        assert self._forward_graphs is not None
+        assert self._draw_graphs is not None
+        contexts = sorted({self.forward.context_key(context) for context in (*range(shortest, longest, 256), longest)})
+        with self._on_device:
+            if self.device.type == "cuda":
+                self.forward.compile()
+            until = time.perf_counter() + seconds
+            for size in reversed(self._draw_sizes):
+                self._draw_graphs.prepare(size, until=until)
+            for context, size in itertools.product(contexts, reversed(self._segment_sizes)):
+                self._forward_graphs.prepare(size, context, until=until)
 
     def out_of_memory(self, pages: int | None = None) -> EngineError:
         """The error of a run that memory does not suffice for. `pages` were asked for; None: the allocated ones."""

@@ -28,13 +28,26 @@ def checkpoint(tmp_path_factory):
     return Checkpoint.open(str(random_checkpoint(tmp_path_factory.mktemp("fused"), head_dim=64, num_hidden_layers=1)))
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """A dense layer, and one of experts."""
+    folder = tmp_path_factory.mktemp("experts")
+    settings = {"moe": True, "head_dim": 64, "num_hidden_layers": 2, "mlp_only_layers": [0]}
+    return Checkpoint.open(str(random_checkpoint(folder, **settings)))
+
+
+@pytest.fixture(params=["dense", "experts"])
+def either(request, checkpoint):
+    return checkpoint if request.param == "dense" else request.getfixturevalue("experts")
+
+
 def engine_with_kernels(checkpoint, **options):
     engine = make_engine("native", checkpoint, device="cpu", kernels=True, **options)
     assert engine.runner.forward.captures
     return engine
 
 
-def test_the_same_tokens(checkpoint, monkeypatch):
+def test_the_same_tokens(either, monkeypatch):
     monkeypatch.setattr(kernels, "SPLIT", 8)  # so that contexts are split
     monkeypatch.setattr(fused, "PREFILL_TILE", 8)
     monkeypatch.setattr(decoder, "LARGE", 1)  # so that products of few rows have their own kernel
@@ -47,8 +60,8 @@ def test_the_same_tokens(checkpoint, monkeypatch):
     requests = [
         GenerationRequest(tuple(range(1, 4 + 2 * i)), 4, DecodingConfig(**s), seed=i) for i, s in enumerate(settings)
     ]
-    plain = run(make_engine("native", checkpoint, device="cpu"), requests)
-    engine = engine_with_kernels(checkpoint, max_active=3)
+    plain = run(make_engine("native", either, device="cpu"), requests)
+    engine = engine_with_kernels(either, max_active=3)
     engine.steps_in_flight = 2  # as on a GPU
     assert [r.token_ids for r in run(engine, requests)] == [r.token_ids for r in plain]
 
@@ -107,8 +120,12 @@ def gated_row_by_row(x, weight):
     return torch.nn.functional.silu(gate) * up
 
 
-@pytest.mark.parametrize("products", ["of fixed size", "row by row"])
-def test_reproducible_to_the_bit(checkpoint, monkeypatch, products):
+@pytest.mark.parametrize(
+    ("either", "products"),
+    [("dense", "of fixed size"), ("dense", "row by row"), ("experts", "row by row")],
+    indirect=["either"],
+)
+def test_reproducible_to_the_bit(either, monkeypatch, products):
     """Confidences are equal to the bit in any batch and order, after a preemption, and with a shared prefix.
 
     Products row by row are batch-invariant, as they are on Hopper GPUs.
@@ -140,7 +157,7 @@ def test_reproducible_to_the_bit(checkpoint, monkeypatch, products):
     monkeypatch.setattr(kernels, "attend", shape_of)
 
     def answers(wanted, **options):
-        engine = engine_with_kernels(checkpoint, reproducible=True, **options)
+        engine = engine_with_kernels(either, reproducible=True, **options)
         results = run(engine, wanted)
         return {request.seed: (r.token_ids, r.confidences) for request, r in zip(wanted, results, strict=True)}, engine
 
@@ -154,6 +171,43 @@ def test_reproducible_to_the_bit(checkpoint, monkeypatch, products):
     # For the request with top_k: 711 tokens and one of padding, so that rows begin at multiples of 16 bytes.
     assert drawn_from == {(REPRODUCIBLE_ROWS, 712)}
     assert (rows == {REPRODUCIBLE_ROWS}) == (products == "of fixed size")
+
+
+def test_a_run_after_prepare_captures_no_graph(checkpoint, monkeypatch):
+    captured = []
+
+    class Graph:
+        def __init__(self, run):
+            self.replay = run
+
+    def capture(self, key):
+        captured.append(key)
+        return Graph(lambda: self.run(*key))
+
+    monkeypatch.setattr(graphs.Graphs, "capture", capture)
+    init = graphs.Graphs.__init__
+    monkeypatch.setattr(
+        graphs.Graphs, "__init__", lambda self, run, sizes, enabled: init(self, run, sizes, enabled=True)
+    )
+    monkeypatch.setattr(kernels, "SPLIT", 12)
+    requests = [GenerationRequest(tuple(range(n)), 5, DecodingConfig(), seed=n) for n in (3, 11)]
+    expected = run(make_engine("native", checkpoint, device="cpu"), requests)
+    engine = engine_with_kernels(checkpoint, max_active=2, kv_pages=20)
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(engine, "device", torch.device("cuda"))
+        engine.prepare(requests)
+    contexts = {key[1] for key in captured if len(key) == 2}
+    assert len(contexts) > 1
+    before = len(captured)
+    assert [r.token_ids for r in run(engine, requests)] == [r.token_ids for r in expected]
+    assert len(captured) == before
+
+
+def test_graphs_that_prepare_has_no_time_for():
+    made = []
+    captures = graphs.Graphs(made.append, [2, 4], enabled=True)
+    captures.prepare(4, until=0.0)
+    assert made == []
 
 
 def test_reproducible_takes_the_kernels(checkpoint):
@@ -175,10 +229,43 @@ def test_weights_are_not_there_twice(checkpoint):
     assert torch.equal(torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]), joined)
 
 
-def test_moe_runs_with_transformers_modules(tmp_path):
-    checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, moe=True, head_dim=64)))
+def test_experts_whose_sizes_the_kernels_do_not_take(tmp_path):
+    checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, moe=True, head_dim=64, moe_intermediate_size=20)))
     engine = make_engine("native", checkpoint, device="cpu", kernels=True)
     assert not engine.runner.forward.captures
     requests = [GenerationRequest((1, 2, 3, 4, 5), 5, DecodingConfig(temperature=0))]
     plain = run(make_engine("native", checkpoint, device="cpu"), requests)
     assert run(engine, requests)[0].token_ids == plain[0].token_ids
+
+
+@pytest.mark.parametrize("one_module_each", [False, True], ids=["one tensor of all", "a module for each"])
+def test_experts_weights_are_not_there_twice(experts, one_module_each):
+    """transformers 5 holds a layer's experts as one tensor, transformers 4 as a module for each."""
+    model = experts.load_model(dtype=torch.float32, device="cpu", attention="sdpa")
+    block = model.model.layers[1].mlp
+    gate_up, down = _tensors_of(block)
+    if one_module_each and hasattr(block.experts, "gate_up_proj"):
+        block.experts = torch.nn.ModuleList(_modules_of(gate_up, down))
+    weights = experts.family.fused(model).layers[1].mlp
+    assert torch.equal(weights.gate_up, gate_up)
+    assert torch.equal(weights.down, down)
+    own = list(block.experts.parameters())
+    storages = {parameter.untyped_storage().data_ptr() for parameter in own}
+    assert storages == {weights.gate_up.untyped_storage().data_ptr(), weights.down.untyped_storage().data_ptr()}
+
+
+def _tensors_of(block):
+    if hasattr(block.experts, "gate_up_proj"):
+        return block.experts.gate_up_proj.clone(), block.experts.down_proj.clone()
+    gate_up = [torch.cat([expert.gate_proj.weight, expert.up_proj.weight]) for expert in block.experts]
+    return torch.stack(gate_up), torch.stack([expert.down_proj.weight for expert in block.experts])
+
+
+def _modules_of(gate_up, down):
+    for own_gate_up, own_down in zip(gate_up, down, strict=True):
+        expert = torch.nn.Module()
+        for name, weight in zip(("gate", "up", "down"), (*own_gate_up.chunk(2), own_down), strict=True):
+            projection = torch.nn.Linear(*weight.shape[::-1], bias=False)
+            projection.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+            setattr(expert, f"{name}_proj", projection)
+        yield expert

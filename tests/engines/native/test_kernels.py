@@ -141,6 +141,7 @@ def test_attend(dtype, heads, kv_heads, size, block, context, monkeypatch):
         sequence=torch.tensor([2, 0, 1], device=DEVICE),
         visible=(lengths + block).repeat_interleave(block).to(DEVICE),
         tokens=block,
+        split=kernels.SPLIT,
         splits=-(-(context + block) // kernels.SPLIT),
     )
     query = normal(3 * block, heads, size, dtype=dtype)
@@ -149,6 +150,21 @@ def test_attend(dtype, heads, kv_heads, size, block, context, monkeypatch):
     real = ~expected.isnan()
     assert real.sum() == 2 * block * heads * size
     close(got[real], expected[real], dtype)
+
+
+@pytest.mark.parametrize("context", [1, 512, 513, 5000, 32_768])
+@pytest.mark.parametrize("programs", [1, 8, 256, 1024, 10_000])
+def test_splits_fill_the_gpu_and_are_no_more(dtype, context, programs):
+    padded = kernels.padded_context(context)
+    assert context <= padded < 2 * max(context, kernels.SPLIT)
+    for longest in (kernels.LONGEST_SPLIT, kernels.WHOLE):
+        split, splits = kernels.splits_of(padded, programs, longest)
+        assert split * splits == padded
+        assert split <= max(longest, kernels.SPLIT)
+        if split > kernels.SPLIT:
+            assert programs * splits >= kernels.MANY_PROGRAMS
+        if 2 * split <= min(padded, longest):
+            assert programs * splits // 2 < kernels.MANY_PROGRAMS
 
 
 def test_batch_invariant_attention_is_set_alike_for_any_number_of_tiles(dtype, monkeypatch):
@@ -165,7 +181,7 @@ def test_batch_invariant_attention_is_set_alike_for_any_number_of_tiles(dtype, m
     def attend(tiles, *, batch_invariant):
         number = torch.zeros(tiles, dtype=torch.int64, device=DEVICE)
         pages = torch.ones(1, 1, dtype=torch.int64, device=DEVICE)
-        some = kernels.Tiles(number, number, pages, number, number, tokens=4, splits=1, batch_invariant=batch_invariant)
+        some = kernels.Tiles(number, number, pages, number, number, 4, 512, splits=1, batch_invariant=batch_invariant)
         kernels.attend(normal(tiles, 4, 64, dtype=dtype), keys, values, some, 1.0)
 
     for tiles in (1, kernels.MANY_PROGRAMS):
@@ -186,6 +202,7 @@ def test_attend_over_blocks_of_a_prompt(dtype):
         sequence=torch.tensor([1, 1], device=DEVICE),
         visible=((torch.arange(28, device=DEVICE) // block) + 1) * block,
         tokens=16,
+        split=512,
         splits=1,
     )
     query = normal(28, heads, size, dtype=dtype)

@@ -17,8 +17,9 @@ COMPILE = """
     from triton.compiler import ASTSource
 
     from sdar_lm_eval.engines.native.kernels import decoder as kernels
+    from sdar_lm_eval.engines.native.kernels import experts
 
-    BF16, INT64, FP32 = "*bf16", "*i64", "*fp32"
+    BF16, INT32, INT64, FP32 = "*bf16", "*i32", "*i64", "*fp32"
 
 
     def check(kernel, types, constants, **options):
@@ -67,6 +68,39 @@ COMPILE = """
             "eps": "fp32",
         },
         {"HEADS": 32, "KV_HEADS": 8, "SIZE": 128, "GROUP": 8},
+        num_warps=4,
+    )
+    for type_, size, precision in ((BF16, 2, "tf32"), (FP32, 4, "ieee")):
+        check(
+            experts.route_kernel,
+            {
+                "logits": type_, **tensors(INT32, "chosen", "counts"), **tensors(FP32, "weights", "totals"),
+                "visible": INT64,
+            },
+            {"EXPERTS": 128, "COLUMNS": 128, "TOP": 8, "NORMALIZED": True, "MASKED": True, "ROUTED": experts.ROUTED},
+            num_warps=1,
+        )
+        for rows in (32, 1024, 10240, 131072):
+            tile = experts.tile_settings(rows, 128, size)
+            constants = {"TOP": 8, "ROWS": tile.rows, "INPUTS": tile.inputs, "PRECISION": precision}
+            for kernel, columns in (
+                (experts.gate_up_kernel, tile.columns),
+                (experts.down_kernel, tile.down_columns),
+            ):
+                check(
+                    kernel,
+                    {
+                        **tensors(type_, "x", "weight", "out"), **tensors(INT32, "order", "table"),
+                        **tensors(FP32, "weights", "totals"),
+                    },
+                    {**constants, "COLUMNS": columns},
+                    num_warps=tile.warps,
+                    num_stages=tile.stages,
+                )
+    check(
+        experts.order_kernel,
+        tensors(INT32, "chosen", "counts", "taken", "order", "table"),
+        {"EXPERTS": 128, "COLUMNS": 128, "TILE": 64, "PLACED": experts.PLACED},
         num_warps=4,
     )
     # Rows of two blocks of 4, few and many, and of a prompt's tile; float32 needs the most shared memory.

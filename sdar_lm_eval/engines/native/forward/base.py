@@ -47,6 +47,9 @@ class Forward(ABC):
             context: most tokens that any token of the forward sees.
         """
 
+    def compile(self) -> None:  # noqa: B027  (a forward without such kernels does nothing)
+        """Compile kernels that are made for some sizes of a forward only, so that no run waits for the compiler."""
+
     @abstractmethod
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         """Store keys and values of chunks."""

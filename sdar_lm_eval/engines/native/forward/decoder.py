@@ -1,6 +1,6 @@
-"""The fused decoder for dense models: packed tokens, joined projections, and the kernels of `kernels/`.
+"""The fused decoder: packed tokens, joined projections, and the kernels of `kernels/`.
 
-The decoder computes what transformers' Qwen3Model computes, from the same weights.
+The decoder computes what transformers' Qwen3Model or Qwen3MoeModel computes, from the same weights.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import linear
 
 from sdar_lm_eval.engines.native.kernels import decoder as kernels
-from sdar_lm_eval.families.base import DecoderWeights, LayerWeights
+from sdar_lm_eval.engines.native.kernels import experts
+from sdar_lm_eval.families.base import DecoderWeights, DenseMLP, LayerWeights
 
 hopper: Any
 try:
@@ -28,7 +29,7 @@ SPLITS = 4
 
 
 class FusedDecoder:
-    """A dense decoder and its LM head.
+    """A decoder and its LM head.
 
     Args:
         weights: the weights, on their device.
@@ -42,11 +43,21 @@ class FusedDecoder:
         self._weights, self._device = weights, weights.norm.device
         self._half, self._scaling = weights.head_dim // 2, weights.head_dim**-0.5
         self._cos_sin = torch.empty(0, weights.head_dim, device=self._device)
+        self._tiles_are_fixed = batch_invariant
         first = weights.layers[0]
-        self._on_hopper = runs_on_hopper(first.gate_up)
+        mlps = {type(layer.mlp): layer.mlp for layer in weights.layers}.values()  # one of each kind
+        gates = [mlp.gate_up for mlp in mlps if isinstance(mlp, DenseMLP)]
+        plain = [mlp.down if isinstance(mlp, DenseMLP) else mlp.router for mlp in mlps]
+        self._gates_on_hopper = bool(gates) and runs_on_hopper(*gates)
         biased = first.qkv_bias is not None or first.o_bias is not None
-        on_hopper = self._on_hopper and runs_on_hopper(first.qkv, first.o, first.down, weights.head)
+        on_hopper = self._gates_on_hopper == bool(gates) and runs_on_hopper(first.qkv, first.o, *plain, weights.head)
         self.batch_invariant = batch_invariant and on_hopper and not biased
+
+    def compile(self) -> None:
+        """Compile the kernels of experts for tiles of every size."""
+        for mlp in {type(layer.mlp): layer.mlp for layer in self._weights.layers}.values():
+            if not isinstance(mlp, DenseMLP):
+                experts.compile_for(mlp, batch_invariant=self._tiles_are_fixed)
 
     def reserve(self, length: int) -> None:
         """Prepare rotary cosines and sines for positions below `length`."""
@@ -89,7 +100,8 @@ class FusedDecoder:
 
         attended, residual = attention(layers[0], cache[0], self._weights.embedding[tokens], None)
         for before, layer, kv in zip(layers, layers[1:], cache[1:], strict=False):
-            attended, residual = attention(layer, kv, *self._after_attention(before, attended, residual))
+            after = self._after_attention(before, attended, residual, tiles.visible)
+            attended, residual = attention(layer, kv, *after)
         return attended, residual
 
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -98,16 +110,19 @@ class FusedDecoder:
         return kernels.add_norm(x, residual, self._weights.norm, self._weights.eps)[0]
 
     def _after_attention(
-        self, layer: LayerWeights, attended: torch.Tensor, residual: torch.Tensor
+        self, layer: LayerWeights, attended: torch.Tensor, residual: torch.Tensor, visible: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's output projection and MLP."""
+        """A layer's output projection and MLP; `visible` is 0 for padding."""
         x = self._product(attended, layer.o, layer.o_bias, splits=SPLITS)
         normed, residual = kernels.add_norm(x, residual, layer.post_norm, self._weights.eps)
+        if not isinstance(layer.mlp, DenseMLP):
+            logits = self._product(normed, layer.mlp.router)
+            return experts.run(normed, logits, layer.mlp, visible, batch_invariant=self._tiles_are_fixed), residual
         if self.batch_invariant:
-            active = hopper.gated(normed, layer.gate_up)
+            active = hopper.gated(normed, layer.mlp.gate_up)
         else:
-            active = activated(normed, layer.gate_up, on_hopper=self._on_hopper)
-        return self._product(active, layer.down, splits=SPLITS), residual
+            active = activated(normed, layer.mlp.gate_up, on_hopper=self._gates_on_hopper)
+        return self._product(active, layer.mlp.down, splits=SPLITS), residual
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of last hidden states, (M, D) -> (M, V)."""

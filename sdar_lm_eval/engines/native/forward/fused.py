@@ -1,4 +1,4 @@
-"""A forward of a dense model by Triton kernels: packed tokens, no padding within a prompt, CUDA graphs."""
+"""A forward by Triton kernels: packed tokens, no padding within a prompt, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -63,12 +63,20 @@ class FusedForward(Forward):
         self._first = torch.arange(0, segments * block, block, device=self._device)
         self._decoder.reserve(positions)
 
-    def context_key(self, context: int) -> int:
-        """See `Forward.context_key`. The number of splits is a power of two, since each number compiles a kernel."""
-        return self._splits(context) * kernels.SPLIT
+    def compile(self) -> None:
+        """See `Forward.compile`."""
+        self._decoder.compile()
 
-    def _splits(self, context: int) -> int:
-        return 1 << (-(-context // kernels.SPLIT) - 1).bit_length()
+    def context_key(self, context: int) -> int:
+        """See `Forward.context_key`."""
+        return kernels.padded_context(context)
+
+    def _splits(self, context: int, tiles: int, longest: int) -> tuple[int, int]:
+        """Tokens of a split and number of splits; see `kernels.splits_of`."""
+        context = kernels.padded_context(context)
+        if self._reproducible:
+            return kernels.SPLIT, context // kernels.SPLIT
+        return kernels.splits_of(context, tiles * self._cache.kv_heads, longest)
 
     # Blocks
 
@@ -86,7 +94,8 @@ class FusedForward(Forward):
             part, rows = slice(begin, begin + at_once), slice(begin * block, (begin + at_once) * block)
             tiles = kernels.Tiles(
                 self._first[: len(counts[part])], counts[part], self._cache.table, segments.slot[part], visible[rows],
-                block * (1 + paired), self._splits(context), batch_invariant=self._reproducible,
+                block * (1 + paired), *self._splits(context, len(counts[part]), kernels.LONGEST_SPLIT),
+                batch_invariant=self._reproducible,
             )  # fmt: skip
             outputs = self._run(tokens[rows], positions[rows], kv_slots[rows], tiles)
             for stored, output in zip(self._outputs, outputs, strict=True):
@@ -111,8 +120,9 @@ class FusedForward(Forward):
                 self._prefill(part, padded_to=rows)
             return
         heads, _ = self._sizes
-        bytes_per_token = 4 * heads * self._splits(max(chunk.end for chunk in chunks))
-        for part in in_parts(chunks, SPLITS_BUDGET_BYTES // bytes_per_token):
+        context, tiles = max(chunk.end for chunk in chunks), sum(-(-chunk.size // PREFILL_TILE) for chunk in chunks)
+        _, splits = self._splits(context, tiles, kernels.WHOLE)
+        for part in in_parts(chunks, SPLITS_BUDGET_BYTES // (4 * heads * splits)):
             self._prefill(part, padded_to=0)
 
     def _prefill(self, chunks: Sequence[Chunk], padded_to: int) -> None:
@@ -137,8 +147,8 @@ class FusedForward(Forward):
         count = np.minimum(size[owner] - number * tile_tokens, tile_tokens)
         firsts, counts, slots = (to_device(column, self._device) for column in (first, count, slot[owner]))
         tiles = kernels.Tiles(
-            firsts, counts, self._cache.table, slots, all_visible, tile_tokens, self._splits(int(end.max())),
-            batch_invariant=self._reproducible,
+            firsts, counts, self._cache.table, slots, all_visible, tile_tokens,
+            *self._splits(int(end.max()), len(first), kernels.WHOLE), batch_invariant=self._reproducible,
         )  # fmt: skip
         self._run(tokens, positions, kv_slots, tiles)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 import logging
+import time
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -25,7 +26,8 @@ DRAWING = (
     4, 8, 16, 64, 128, 192, 240, 272, 304, 336, 384, 432, 496, 528, 592, 624, 640, 672, 768, 800, 864, 912, 960, 1040,
     1088, 1200, 1264, 1344, 1456, 1536,
 )  # fmt: skip
-MORE = 256  # distance of the sizes above these
+MORE = 256  # distances of the sizes above these are multiples of this
+SPARSER = 16  # and at least this part of a size: what padding costs then is little beside what more graphs cost
 # Rows of every matrix product where results have to be reproducible, but products are not batch-invariant: a product's
 # rounding depends on its number of rows.
 REPRODUCIBLE_ROWS = 512
@@ -38,7 +40,7 @@ def ladder(rungs: Sequence[int], largest: int, rows: int = 1) -> tuple[int, ...]
     """
     rungs = list(rungs)
     while rungs[-1] < largest * rows:
-        rungs.append(rungs[-1] + MORE)
+        rungs.append(rungs[-1] + MORE * max(rungs[-1] // (SPARSER * MORE), 1))
     sizes = sorted({max(-(-rung // rows), 2) for rung in rungs})
     return tuple(sizes[: bisect.bisect_left(sizes, largest) + 1])
 
@@ -92,6 +94,14 @@ class Graphs:
                 if not self._warned:
                     logger.warning("No memory is left for CUDA graphs: some steps run without, and take longer.")
                 self._warned = True
+
+    def prepare(self, size: int, *others: Hashable, until: float) -> None:
+        """Capture the graph of a size on the ladder, unless it exists or the clock (time.perf_counter) passes `until`.
+
+        The function must change nothing: what it works on is padding.
+        """
+        if self._enabled and (size, *others) not in self._graphs and time.perf_counter() < until:
+            self(size, *others)
 
     def capture(self, key: tuple[Hashable, ...]) -> torch.cuda.CUDAGraph:
         """Capture a graph of the function for a size and its other arguments."""

@@ -2,9 +2,9 @@
 
 The batch of a forward is T packed tokens of any number of sequences. Attention works on tiles. A tile holds consecutive
 tokens of one sequence: a block that is denoised, or some blocks of a prompt. One program takes a tile and one KV head
-with all of its query heads, so keys and values are loaded once. A context is cut into splits of `SPLIT` tokens, always
-at multiples of `SPLIT`. The column block, the keys of one iteration, depends on the number of tiles unless it is fixed
-(`Tiles.batch_invariant`): without that, 16-bit results are not batch-invariant.
+with all of its query heads, so keys and values are loaded once. Where tiles are few, a context is cut into splits,
+with a program for each (`splits_of`). The splits, and the keys of one iteration, depend on the number of tiles unless
+they are fixed (`Tiles.batch_invariant`): without that, 16-bit results are not batch-invariant.
 
 Each kernel takes inputs of any float dtype and computes in float32. tests/engines/native/test_kernels.py compares each
 kernel with PyTorch, on the CPU through Triton's interpreter. The reference of the whole forward is `attention.py` with
@@ -24,8 +24,11 @@ import triton.language as tl
 # Fuses a product and a sum into one instruction. Triton 3.9 warns that 3.10 does so only if this is set.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-SPLIT = 512  # tokens of context that one program attends to
+SPLIT = 512  # fewest tokens of a context's split
+# Most tokens of a split where sequences of all lengths run together: every step waits for the longest program.
+LONGEST_SPLIT = 2048
 MANY_PROGRAMS = 800  # attention programs that fill an H100: more than six for each multiprocessor
+WHOLE = 1 << 30  # tokens of a context's only split, whatever its length, so that one kernel serves all lengths
 FEW_ROWS = 16  # the fewest rows of Triton's matrix product
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -233,6 +236,7 @@ class Tiles:
         sequence: each tile's row of `pages`, (n,) int64.
         visible: leading tokens of its sequence that each token sees, (T,) int64; 0 for padding within a tile.
         tokens: most tokens of a tile.
+        split: tokens of a context's split.
         splits: number of splits of the longest context.
         batch_invariant: whether 16-bit results have to be the same for any number of tiles.
     """
@@ -243,6 +247,7 @@ class Tiles:
     sequence: torch.Tensor
     visible: torch.Tensor
     tokens: int
+    split: int
     splits: int
     batch_invariant: bool = False
 
@@ -339,6 +344,28 @@ def combine_splits_kernel(parts, sums, out, rows, SIZE: tl.constexpr, SPLITS: tl
     tl.store(out + row * SIZE + size, (acc / tl.where(total == 0, 1.0, total)).to(out.dtype.element_ty))
 
 
+def padded_context(context: int) -> int:
+    """A context's length rounded up to a power of two times `SPLIT`: each length compiles a kernel."""
+    return SPLIT << (-(-context // SPLIT) - 1).bit_length()
+
+
+def splits_of(context: int, programs: int, longest: int) -> tuple[int, int]:
+    """How contexts are cut: tokens of a split, and number of splits.
+
+    Splits give a GPU enough programs. But each split writes partial results, which another kernel reads, so splits are
+    as long as the number of programs allows.
+
+    Args:
+        context: the longest context, of a length that `padded_context` returns.
+        programs: programs of attention without splits.
+        longest: most tokens of a split.
+    """
+    split = SPLIT
+    while 2 * split <= min(context, longest) and programs * context >= MANY_PROGRAMS * 2 * split:
+        split *= 2
+    return split, context // split
+
+
 def attention_settings(rows: int, programs: int, itemsize: int) -> tuple[int, int, int]:
     """Column block, warps and stages, the fastest on an H100 in bfloat16; float32 needs more shared memory."""
     if itemsize > 2:
@@ -376,8 +403,9 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
         sums[..., 1] = 0
     attend_kernel[(kv_heads, len(tiles.first), tiles.splits)](
         query, keys, values, tiles.first, tiles.count, tiles.pages, tiles.pages.shape[1], tiles.sequence,
-        tiles.visible, target, sums, scaling, tokens, heads, kv_heads, size, page_size, rows, fewer, columns, SPLIT,
-        tiles.splits, "ieee" if query.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
+        tiles.visible, target, sums, scaling, tokens, heads, kv_heads, size, page_size, rows, fewer, columns,
+        tiles.split if tiles.splits > 1 else WHOLE, tiles.splits, "ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if tiles.splits > 1:
         combine_splits_kernel[(tokens * heads,)](target, sums, out, tokens * heads, size, tiles.splits, num_warps=1)

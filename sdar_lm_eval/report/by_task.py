@@ -1,0 +1,33 @@
+"""Several tasks' accuracies side by side, a column for each setting: which tasks parallel decoding breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sdar_lm_eval.report.curve import Summary
+from sdar_lm_eval.report.points import settings_in_words
+from sdar_lm_eval.report.text_table import aligned
+
+
+def by_task(summaries: Sequence[Summary], markdown: bool = False) -> str:
+    """Return the table, with the settings of its numbered columns above it.
+
+    Args:
+        summaries: of tasks that were evaluated together: each has a point for each setting, in the same order.
+        markdown: whether the tables are Markdown; False: plain text in columns.
+    """
+    points = summaries[0].points
+    settings = [["", "strategy", "setting"]]
+    for number, (point, words) in enumerate(zip(points, settings_in_words(points), strict=True), 1):
+        settings.append([str(number), point.strategy, words])
+    accuracies = [["accuracy, %", *(number for number, *_ in settings[1:])]]
+    for summary in summaries:
+        accuracies.append([summary.task, *(f"{point.accuracy:.1f}" for point in summary.points)])
+    if not markdown:
+        return "\n\n".join(["\n".join(aligned(settings, left={1, 2})), "\n".join(aligned(accuracies, left={0}))])
+    return "\n\n".join(
+        "\n".join(
+            "| " + " | ".join(row) + " |" for row in (head, [*marks, *["---:"] * (len(head) - len(marks))], *rows)
+        )
+        for (head, *rows), marks in ((settings, ["---:", "---", "---"]), (accuracies, ["---"]))
+    )
