@@ -207,8 +207,7 @@ def test_they_print_what_is_shown(tmp_path: Path) -> None:
         lines = iter([plain(line) for line in printed.splitlines()])
         for shown in block.shown:
             found = any(plain(shown) in line for line in lines)
-            assert found, f"{block.page.name}: {shown!r} is not in:
-{printed[-4000:]}"
+            assert found, f"{block.page.name}: {shown!r} is not in: {printed[-4000:]}"
 
     for block in blocks("console", "python"):
         if not block.title:

@@ -81,9 +81,9 @@ def test_each_example_works(folder: Path) -> None:
     told = json.loads(printed.partition("told:")[2])
     assert Path(told["package"]).parent == folder
 
-    steps, confidences = told["steps"][0], told["confidences"][0]
-    assert steps[:4] != told["steps"][1][:4] and sorted(steps[:4]) == [0, 1, 2, 3]  # one token a step, in another order
-    assert confidences != told["confidences"][1]
+    # Both see the same first forward: timid keeps the least confident token, static the most confident one.
+    timid, static = (of[steps.index(0)] for steps, of in zip(told["steps"], told["confidences"], strict=True))
+    assert timid < static
 
     scores, answers = told["mine"]
     assert scores["exact_match,last-number"] >= 0.5 and "####" in answers[0]
