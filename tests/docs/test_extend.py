@@ -15,9 +15,6 @@ from support import ROOT
 
 pytestmark = pytest.mark.slow
 
-# Where the entry of a table goes: behind this line of its file.
-BEGINNINGS = {"ENGINES": "    for spec in (\n", "COMMANDS": "\nCOMMANDS = {\n"}
-
 PROGRAM = """
 import json, sys
 import sdar_lm_eval, lm_eval
@@ -32,7 +29,8 @@ def evaluate(model, arguments, task):
     return found["results"][task], [sample["resps"][0][0] for sample in found["samples"][task]]
 
 with load("demo") as model:
-    answers = [model.generate("Tom has 5 pens.", remasking_strategy=name) for name in ("timid", "static")]
+    asked = ({"strategy": "timid", "timid_count": 2}, {"strategy": "static"})
+    answers = [model.generate("Tom has 5 pens.", max_gen_toks=16, **settings) for settings in asked]
     told = {
         "package": sdar_lm_eval.__path__[0],
         "steps": [list(answer.denoising.steps) for answer in answers],
@@ -51,12 +49,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("extended")
     shutil.copytree(ROOT / "sdar_lm_eval", folder / "sdar_lm_eval", ignore=shutil.ignore_patterns("__pycache__"))
     for block in blocks("python", "yaml"):
-        path, _, table = block.title.partition(", in ")
+        path, _, line = block.title.partition(", after: ")
         file = folder / path
-        if table:
-            text = file.read_text("utf-8")
-            assert text.count(BEGINNINGS[table]) == 1
-            file.write_text(text.replace(BEGINNINGS[table], BEGINNINGS[table] + block.text), "utf-8")
+        if line:
+            lines = file.read_text("utf-8").splitlines(keepends=True)
+            (index,) = (i for i, each in enumerate(lines) if each.strip() == line)
+            lines.insert(index + 1, block.text)
+            file.write_text("".join(lines), "utf-8")
         elif block.title:
             assert not file.exists()
             file.parent.mkdir(exist_ok=True)
@@ -84,6 +83,7 @@ def test_each_example_works(folder: Path) -> None:
     # Both see the same first forward: timid keeps the least confident token, static the most confident one.
     timid, static = (of[steps.index(0)] for steps, of in zip(told["steps"], told["confidences"], strict=True))
     assert timid < static
+    assert max(told["steps"][0]) == 1  # two of four tokens a step
 
     scores, answers = told["mine"]
     assert scores["exact_match,last-number"] >= 0.5 and "####" in answers[0]
