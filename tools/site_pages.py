@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
@@ -111,10 +112,23 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     return with_tables(markdown)
 
 
+def repository() -> str | None:
+    """Address of the repository in the package's metadata; None if there is none yet."""
+    named = dict(entry.split(", ", 1) for entry in metadata("sdar-lm-eval").get_all("Project-URL") or [])
+    address = named.get("Repository", "")
+    return None if not address or ".invalid" in address else address.rstrip("/")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Link the site to the repository."""
+    config.repo_url = repository()
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the tasks' page."""
     from mkdocs.structure.files import File
 
-    repository = config.repo_url and f"{config.repo_url}blob/main/"
-    files.append(File.generated(config, "tasks.md", content=tasks_page(repository)))
+    code = config.repo_url and f"{config.repo_url}/blob/main/"
+    files.append(File.generated(config, "tasks.md", content=tasks_page(code)))
     return files

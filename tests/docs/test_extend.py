@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package with all examples."""
     folder = tmp_path_factory.mktemp("extended")
     shutil.copytree(ROOT / "sdar_lm_eval", folder / "sdar_lm_eval", ignore=shutil.ignore_patterns("__pycache__"))
-    for block in blocks("python", "yaml"):
+    for block in blocks("python", "yaml", "text"):
         path, _, line = block.title.partition(", after: ")
         file = folder / path
         if line:
