@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from importlib.metadata import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, get_type_hints
+from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
 from sdar_lm_eval import arguments
 from sdar_lm_eval.decoding import DecodingConfig
@@ -32,6 +32,7 @@ DEFAULTS = {
     "block_length": "the checkpoint's",
     "denoising_steps": "block_length",
     "temperature": "greedy",
+    "do_sample": "whether temperature is above 0",
     "max_gen_toks": DEFAULT_MAX_GEN_TOKS,
     "until": "none",
 }  # fmt: skip
@@ -51,8 +52,11 @@ def names(setting: str) -> str:
 
 def kind(annotation: object) -> str:
     """A type, as users write it."""
-    text = inspect.formatannotation(annotation).replace("typing.", "").replace("collections.abc.", "")
-    return " or ".join(f"`{part}`" for part in text.replace("pathlib.", "").split(" | "))
+    if get_origin(annotation) is Literal:
+        parts = [str(value) for value in get_args(annotation)]
+    else:
+        parts = re.sub(r"\b(typing|pathlib|collections\.abc)\.", "", inspect.formatannotation(annotation)).split(" | ")
+    return " or ".join(f"`{part}`" for part in parts)
 
 
 def decoding() -> str:
