@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import support
 from lm_eval.tasks import TaskManager
 from packaging.requirements import Requirement
 from pages import ASSIGNMENT, Block, blocks, commands
@@ -180,11 +181,9 @@ def of_makefile(command: str) -> str:
 @pytest.mark.slow
 def test_they_print_what_is_shown(tmp_path: Path) -> None:
     """All pages in one folder: a command that another page has shown already is not run again."""
-    environment = os.environ | {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE",
-    }  # fmt: skip
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    variables = {"PATH": path, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = support.environment(support.QUICK_START) | variables
     outputs: dict[str, str] = {}
 
     def run(words: list[str]) -> str:
