@@ -11,7 +11,7 @@ What else depends on the checkpoint's weights, and what makes it again:
 
     tests/golden/answers.json         python tests/golden/answers.py
     docs/api.ipynb                    python tools/demo_figures.py --notebook
-    README.md, docs/commands.md       the commands there, whose output tests/docs/test_commands.py compares
+    README.md, docs/commands.md       the commands there, whose output tests/docs/test_pages_commands.py compares
 """
 
 from __future__ import annotations
