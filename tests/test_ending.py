@@ -72,7 +72,8 @@ def by_definition(tokens, request):
             answer += thinking.end_ids
             thinks, begin = False, len(decode(answer))
             continue
-        if not thinks and any(stop in text[begin:] for stop in request.stop_strings):
+        behind = text[begin:].lstrip() if begin else text  # the white space behind a thought is no answer
+        if not thinks and any(stop in behind for stop in request.stop_strings):
             return answer, "stop"
         if len(answer) >= request.max_new_tokens:
             return answer, "length"

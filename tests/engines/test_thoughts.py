@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 from asking import run
-from thinking_checkpoint import END, FIVE, RE, SEVEN, START, STOP, A, C, E, X, Y, thinking_checkpoint
+from thinking_checkpoint import END, FIVE, NEW_LINE, RE, SEVEN, START, STOP, A, C, E, X, Y, thinking_checkpoint
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest
 from sdar_lm_eval.engines.adapters.requests import IN_THOUGHT, Parts
@@ -47,6 +47,20 @@ def test_stop_strings_do_not_stop_within_a_thought(open_engine, thinker):
     assert answers(engine, [asked([5] * 4, stop_strings=("7",))]) == [(WRITTEN[:-1], "stop")]
     without = asked([5] * 4, stop_strings=("e",), thinking=None)
     assert answers(engine, [without]) == [((START, A, E), "stop")]
+
+
+@pytest.mark.parametrize("stops", [("\n",), ("\n", "re")])
+def test_white_space_behind_a_thought_completes_no_stop_string(open_engine, tmp_path, stops):
+    """Chat models write `</think>\n\n` before each answer; many tasks stop at a line break. Also behind a limit."""
+    engine = open_engine(Checkpoint.open(str(thinking_checkpoint(tmp_path / "blank", blank=True))))
+    written = (START, A, E, FIVE, C, END, NEW_LINE, SEVEN, RE)
+    requests = [asked(prompt, stop_strings=stops) for prompt in PROMPTS]
+    opened = [asked([*prompt, START], stop_strings=stops, thinking=OPENED) for prompt in PROMPTS]
+    assert answers(engine, requests) == [(written, "stop")] * 4
+    assert answers(engine, opened) == [(written[1:], "stop")] * 4
+    limited = dataclasses.replace(THINKING, max_tokens=3)
+    requests = [asked(prompt, stop_strings=stops, thinking=limited) for prompt in PROMPTS]
+    assert answers(engine, requests) == [((START, A, E, END, NEW_LINE, SEVEN, RE), "stop")] * 4
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 4])

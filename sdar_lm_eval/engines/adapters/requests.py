@@ -195,7 +195,7 @@ class Parts:
     """
 
     def __init__(self, request: GenerationRequest, checkpoint: Checkpoint) -> None:
-        self._request = request
+        self._request, self._decode = request, checkpoint.decode
         self._ending = Ending(request, checkpoint.decode)
         self._parts: list[GenerationResult] = []
         self._tokens: list[int] = []
@@ -213,7 +213,10 @@ class Parts:
             self._tokens += self._request.thinking.end_ids
             self._forced += len(self._request.thinking.end_ids)
         elif not reason and result.finish_reason in (("stop", "length") if whole_room else ("stop",)):
-            reason = result.finish_reason  # by a stop token, which is not among the tokens; or by the limit
+            # By a stop token, which is not among the tokens; or by the limit. A stop string that the white space behind
+            # the thought completes ends no answer.
+            if not (self._ending.bare and result.finish_reason == "stop" and self._has_stop_string(result)):
+                reason = result.finish_reason
         if reason in ("", CLOSE):
             self.next = self._part()
             return None
@@ -224,6 +227,10 @@ class Parts:
             forced_tokens=self._forced,
             **{name: sum(getattr(part, name) for part in self._parts) for name in _SUMMED},
         )
+
+    def _has_stop_string(self, part: GenerationResult) -> bool:
+        text = self._decode(part.token_ids)
+        return any(string in text for string in self._request.stop_strings)
 
     def _part(self) -> GenerationRequest:
         """The request for the part behind the tokens so far. A thought that may reach its limit ends the part there."""
