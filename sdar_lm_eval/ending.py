@@ -9,7 +9,7 @@ import bisect
 from collections.abc import Sequence
 from typing import Protocol
 
-from sdar_lm_eval.thinking import Decode, Repetition, Thinking
+from sdar_lm_eval.thinking import Decode, Loops, Repetition, Thinking
 
 CLOSE = "close"
 """The reason that ends no answer: its thought has reached its limit, and is closed."""
@@ -58,6 +58,7 @@ class Ending:
     def __init__(self, request: Ends, decode: Decode, earlier: Sequence[int] = ()) -> None:
         self._request, self._decode = request, decode
         self._tokens = list(earlier)
+        self._loops = None if request.repetition is None else Loops(request.repetition, self._tokens)
         self.thinks: bool | None = False
         if request.thinking is not None:
             self.thinks = True if request.thinking.opened else None
@@ -86,7 +87,7 @@ class Ending:
                 count, reason = index, "stop"
                 break
         tokens += new[:count]
-        if (looped := self._loop(known)) is not None and (looped < len(tokens) or not reason):
+        if (looped := self._loop(known)) is not None and (looped < len(tokens) or reason != "length"):
             del tokens[looped:]
             reason = "repetition"
         if self.thinks is None:
@@ -123,6 +124,8 @@ class Ending:
     def _close(self, limit: int) -> None:
         assert self._request.thinking is not None
         self._tokens[limit:] = self._request.thinking.end_ids
+        if self._request.repetition is not None:
+            self._loops = Loops(self._request.repetition, self._tokens)
         self._end_thought(len(self._tokens), "")
 
     def _end_thought(self, begin: int, lead: str) -> None:
@@ -147,10 +150,10 @@ class Ending:
 
     def _loop(self, known: int) -> int | None:
         """The number of the first tokens that end in a loop, above `known`; None where none do."""
-        rule, tokens = self._request.repetition, self._tokens
-        if rule is None:
+        loops, tokens = self._loops, self._tokens
+        if loops is None:
             return None
-        return next((length for length in range(known + 1, len(tokens) + 1) if rule.ends(tokens, length)), None)
+        return next((length for length in range(known + 1, len(tokens) + 1) if loops.add(tokens[length - 1])), None)
 
     def _read_beginning(self, known: int) -> None:
         """Find out whether the answer opens a thought. A stop string that is complete before that ends the answer."""

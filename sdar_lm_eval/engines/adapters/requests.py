@@ -212,11 +212,13 @@ class Parts:
             assert self._request.thinking is not None
             self._tokens += self._request.thinking.end_ids
             self._forced += len(self._request.thinking.end_ids)
-        elif not reason and result.finish_reason in (("stop", "length") if whole_room else ("stop",)):
-            # By a stop token, which is not among the tokens; or by the limit. A stop string that the white space behind
-            # the thought completes ends no answer.
-            if not (self._ending.bare and result.finish_reason == "stop" and self._has_stop_string(result)):
-                reason = result.finish_reason
+        elif (
+            not reason
+            and result.finish_reason in (("stop", "length") if whole_room else ("stop",))
+            # A stop string that the white space behind the thought completes ends no answer.
+            and not (self._ending.bare and result.finish_reason == "stop" and self._has_stop_string(result))
+        ):
+            reason = result.finish_reason  # by a stop token, which is not among the tokens; or by the limit
         if reason in ("", CLOSE):
             self.next = self._part()
             return None
