@@ -21,6 +21,7 @@ from sdar_lm_eval.thinking import is_open
 logger = logging.getLogger(__name__)
 
 TOKENIZED_TOGETHER = 1000  # prompts; the tokenizer's result takes five times the memory of the token ids
+BYTES = 4  # most bytes of a character in UTF-8, and so most tokens of one
 PROCESS = os.getpid()  # a forked process has another id
 # Replaces the n-th special token of a message's text while rendering: n between two Unicode noncharacters.
 MARK = "\ufdd0{}\ufdd1"
@@ -270,6 +271,10 @@ class Prompts:
         begin = 0
         for end in range(1, len(token_ids) + 1):
             text = self._text_of(tuple(token_ids[begin:end]))
+            while text.endswith("\ufffd") and end - begin > BYTES:  # no character: bytes that encode none
+                texts[begin] = self._text_of(tuple(token_ids[begin : begin + 1]))
+                begin += 1
+                text = self._text_of(tuple(token_ids[begin:end]))
             unfinished = text.endswith("\ufffd") and end < len(token_ids)
             texts.append("" if unfinished else text)
             begin = begin if unfinished else end
