@@ -235,12 +235,17 @@ class Parts:
         return any(string in text for string in self._request.stop_strings)
 
     def _part(self) -> GenerationRequest:
-        """The request for the part behind the tokens so far. A thought that may reach its limit ends the part there."""
+        """The request for the part behind the tokens so far.
+
+        A thought that may reach its limit ends the part at the end of the limit's block: a block that two parts share
+        would be denoised otherwise than in one part, also where the thought ends by itself.
+        """
         request, thinking, done = self._request, self._request.thinking, len(self._tokens)
         opened = bool(self._ending.thinks)
         limit = request.max_new_tokens - done
         if opened and (most := self._ending.thought_limit) is not None:
-            limit = min(limit, most - done)
+            begin, length = len(request.prompt_ids), request.decoding.block_length
+            limit = min(limit, -(-(begin + most) // length) * length - begin - done)
         if done and thinking is not None:
             # Only the first part can say whether the answer opens a thought. A later part's limit closes the thought.
             thinking = dataclasses.replace(thinking, opened=True, max_tokens=None) if opened else None
