@@ -32,7 +32,9 @@ class Thoughts:
     """The settings of a model's thoughts, and of what begins its answers.
 
     Attributes:
-        thinking: how a thought is found, of an answer whose prompt has opened none; None: no answer has a thought.
+        thinking: how a thought is found, of an answer whose prompt has opened none; None: no such answer has a thought.
+        opened: how a thought is found that the prompt has opened, also for a checkpoint of which nothing else says
+            that it thinks; None: thoughts are off.
         auto: `thinking`, where model_args say nothing of thoughts.
         start, end: the texts that open and end a thought; `<think>` and `</think>` where they are unknown.
         answer_prefix: the text that each generated answer begins with.
@@ -42,6 +44,7 @@ class Thoughts:
     """
 
     thinking: Thinking | None
+    opened: Thinking | None
     auto: Thinking | None
     start: str
     end: str
@@ -79,8 +82,10 @@ class Thoughts:
             limit = at_least_one("max_thinking_toks", to_whole("max_thinking_toks", most))
             thinking = dataclasses.replace(thinking, max_tokens=limit)
         end_text = END if thinking is None else _text_of(thinking.end, checkpoint.tokenizer)
+        by_prompt = None if end is None else thinking or _thinking(checkpoint, END)
         return cls(
             thinking=thinking,
+            opened=None if by_prompt is None else dataclasses.replace(by_prompt, opened=True),
             auto=auto,
             start=_start_text(end_text) or START,
             end=end_text,

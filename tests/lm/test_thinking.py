@@ -188,6 +188,15 @@ def test_a_tasks_own_beginning_of_the_answer_follows_the_prefix(thinker: str, tm
         evaluate(lm, tmp_path, f'gen_prefix: "Ae"\n{UNTIL}', limit=1)
 
 
+def test_a_prompt_that_opens_a_thought_says_that_the_model_thinks(make_lm: MakeLM, tmp_path: Path) -> None:
+    """Also of a checkpoint that has no token </think>, as of a task with `gen_prefix: <think>`."""
+    for settings, text in (({}, "7"), ({"think_end_token": "off"}, "5</think> 7")):
+        lm = make_lm("demo", answer=lambda _: "5</think> 7", **settings)
+        results = evaluate(lm, tmp_path, f'gen_prefix: "<think>"\n{UNTIL}', limit=1)
+        assert [line["resps"] for line in results["samples"]["thinks"]] == [[[text]]]
+        assert lm.generate_until([request("Question", GREEDY)]) == ["5</think> 7"]  # its prompt opens none
+
+
 def test_a_task_that_writes_the_template_itself(thinker: str, tmp_path: Path) -> None:
     lm = SDARLM(thinker, **STATIC, chat_template="off", answer_prefix="<think>")
     results = evaluate(lm, tmp_path, UNTIL, limit=1)
