@@ -160,6 +160,10 @@ def settings_of(results: Results, task: str) -> dict[str, object]:
     for name in ("num_fewshot", "limit", *SEEDS):
         if config.get(name) is not None:
             settings[name] = config[name]
+    settings |= results.ours.part_or_empty("thinking").content  # model_args on thoughts, as the user gave them
+    repeats = results.content.part_or_empty("configs").part_or_empty(task).content.get("repeats")
+    if repeats not in (None, 1):
+        settings["repeats"] = repeats
     if ours.get("seed") is not None:
         settings["seed"] = ours["seed"]
     shots = content.part_or_empty("n-shot").content.get(task)
