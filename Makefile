@@ -1,4 +1,4 @@
-# make demo · make test · make test-slow · make check · make benchmark
+# make demo · make test · make test-slow · make check · make docs · make benchmark
 # PYTHON chooses the interpreter (3.10 to 3.13); VENV where its environment lies.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # On a shared machine, threads that spin while they wait make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow check benchmark clean
+.PHONY: demo test test-slow check docs benchmark clean
 
 demo: $(INSTALLED)
 	$(BIN)/lm_eval run --model sdar --model_args pretrained=demo --tasks gsm8k_sdar_demo --output_path demo_results --log_samples
@@ -24,6 +24,11 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Without --quiet, which would hide warnings from --strict.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/throughput.py
