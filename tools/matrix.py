@@ -72,7 +72,9 @@ def _combinations() -> dict[str, Combination]:
         found[f"python-{python}"] = Combination(python, torch)
     for version in ("2.6.0", "2.9.1"):
         found[f"torch-{version}"] = Combination("3.12", {"torch": version})
-    for version in ("0.4.9", "0.4.9.1", "0.4.10", "0.4.11", "0.4.12"):
+    for version in ("0.4.9", "0.4.9.1"):  # they import what transformers 5 has no longer
+        found[f"lm-eval-{version}"] = Combination("3.11", {**torch, "lm-eval": version, "transformers": "4.57.6"})
+    for version in ("0.4.10", "0.4.11", "0.4.12"):
         found[f"lm-eval-{version}"] = Combination("3.11", {**torch, "lm-eval": version})
     for version in ("4.52.4", "4.53.3", "4.57.6", "5.0.0"):
         found[f"transformers-{version}"] = Combination("3.11", {**torch, "transformers": version})
@@ -91,13 +93,13 @@ def attempt(combination: Combination, folder: Path) -> dict[str, Any]:
     python = folder / "env" / "bin" / "python"
     made = _run(["uv", "venv", "--python", combination.python, folder / "env"])
     if made.returncode:
-        return outcome | {"error": _end(made)}
+        return outcome | {"error": _end(made, folder)}
     wanted = [f"{name}=={version}" for name, version in combination.pins.items()]
     install = ["uv", "pip", "install", "--python", python, "--resolution", combination.resolution]
     packages = [f"{ROOT}[tasks]", "pytest>=8", "hypothesis>=6.100", "tenacity>=8", *wanted]
     installed = _run([*install, "--editable", *packages])
     if installed.returncode:
-        return outcome | {"error": _end(installed)}
+        return outcome | {"error": _end(installed, folder)}
     listed = json.loads(_run(["uv", "pip", "list", "--python", python, "--format", "json"]).stdout)
     outcome["versions"] = {package["name"]: package["version"] for package in listed}
     outcome["python"] = _run([python, "-c", "import platform; print(platform.python_version())"]).stdout.strip()
@@ -110,7 +112,7 @@ def attempt(combination: Combination, folder: Path) -> dict[str, Any]:
     demo = _run([python, "-m", "sdar_lm_eval", *DEMO.split()], cwd=folder, env=environment)
     found = re.search(r"GSM8K Eval: accuracy [\d.]+% \((\d+/\d+)", demo.stderr)
     outcome["demo"] = found[1] if found else None
-    errors = [_end(done) for done in (tested, demo) if done.returncode]
+    errors = [_end(done, folder) for done in (tested, demo) if done.returncode]
     return outcome | ({"error": "\n".join(errors)} if errors else {})
 
 
@@ -123,8 +125,10 @@ def _counts(printed: str) -> dict[str, int]:
     return {what: int(count) for count, what in re.findall(r"(\d+) (passed|failed|error|skipped)", printed[-400:])}
 
 
-def _end(done: subprocess.CompletedProcess[str]) -> str:
-    return "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:]).replace(str(ROOT), ".")
+def _end(done: subprocess.CompletedProcess[str], folder: Path) -> str:
+    """The last lines that a command printed, without this machine's folders."""
+    lines = (done.stdout + done.stderr).strip().splitlines()[-15:]
+    return "\n".join(lines).replace(str(folder), "").replace(str(ROOT), ".")
 
 
 def page(outcomes: Mapping[str, Mapping[str, Any]]) -> str:
