@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 OUTCOMES = ROOT / "tools" / "matrix.json"
 PAGE = ROOT / "docs" / "versions.md"
 SHOWN = ("torch", "transformers", "lm-eval")
+KEPT = (*SHOWN, "accelerate", "datasets", "huggingface-hub", "numpy", "pandas", "pytest", "safetensors", "triton")
 NEWEST_TORCH = "2.13.0"
 TESTS = (
     "tests/golden", "tests/test_autoload.py", "tests/test_loaded.py", "tests/lm/test_model.py",
@@ -101,7 +102,7 @@ def attempt(combination: Combination, folder: Path) -> dict[str, Any]:
     if installed.returncode:
         return outcome | {"error": _end(installed, folder)}
     listed = json.loads(_run(["uv", "pip", "list", "--python", python, "--format", "json"]).stdout)
-    outcome["versions"] = {package["name"]: package["version"] for package in listed}
+    outcome["versions"] = {each["name"]: each["version"] for each in listed if each["name"] in KEPT}
     outcome["python"] = _run([python, "-c", "import platform; print(platform.python_version())"]).stdout.strip()
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -142,7 +143,7 @@ def page(outcomes: Mapping[str, Mapping[str, Any]]) -> str:
         versions = outcome.get("versions", {})
         counts = outcome.get("tests")
         told = ", ".join(f"{count:,} {what}" for what, count in counts.items()) if counts else "not installed"
-        cells = [outcome["python"], *(versions.get(each, versions.get(each.replace("-", "_"), "")) for each in SHOWN)]
+        cells = [outcome["python"], *(versions.get(each, "") for each in SHOWN)]
         rows.append(f"| {name} | {' | '.join(cells)} | {told} | {outcome.get('demo') or '-'} | {outcome['date']} |")
         if "error" in outcome:
             failures.append(f"## What failed: {name}\n\n```\n{outcome['error']}\n```\n")
