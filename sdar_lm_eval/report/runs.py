@@ -150,7 +150,6 @@ def settings_of(results: Results, task: str) -> dict[str, object]:
     config, content, ours = results.config.content, results.content, results.ours.content
     settings: dict[str, object] = {"model": config.get("model"), "pretrained": results.model}
     settings |= {name: ours[name] for name in _OURS if ours.get(name) is not None}
-    settings |= results.ours.part_or_empty("thinking").content
     if decoding := results.decoding_of(task).content:
         settings |= decoding
     else:
