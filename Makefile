@@ -1,4 +1,5 @@
-# make demo · make test · make test-slow · make check · make docs · make benchmark · make wheel · make release-check · make matrix
+# make demo · make test · make test-slow · make check · make docs · make benchmark
+# make wheel · make release-check · make matrix
 # PYTHON chooses the interpreter (3.10 to 3.13); VENV where its environment lies.
 
 PYTHON ?= python3
