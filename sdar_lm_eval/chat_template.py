@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.runtime import Context
 
 from sdar_lm_eval.errors import UserError, listed
@@ -97,6 +97,8 @@ class ChatTemplate:
             self._template = _compile(source, self._budget)
         except Exception as error:  # jinja2's, and those of Python's own compiler
             raise UserError(f"{self._title} cannot be compiled ({_line(error)}). {_REMEDY}") from error
+        self.unread = sorted(values.keys() - meta.find_undeclared_variables(self._template.environment.parse(source)))
+        """Names of the values that the template does not read."""
         self._render_one_turn()
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:

@@ -9,10 +9,12 @@ import bisect
 from collections.abc import Sequence
 from typing import Protocol
 
-from sdar_lm_eval.thinking import Decode, Repetition, Thinking
+from sdar_lm_eval.thinking import Decode, Loops, Repetition, Thinking
 
 CLOSE = "close"
 """The reason that ends no answer: its thought has reached its limit, and is closed."""
+
+BYTES = 4  # most bytes of a character in UTF-8, and so most tokens of one
 
 CHUNK = 64  # tokens; a whole answer is read in so many at a time, so that no long text is decoded again and again
 
@@ -56,14 +58,17 @@ class Ending:
     def __init__(self, request: Ends, decode: Decode, earlier: Sequence[int] = ()) -> None:
         self._request, self._decode = request, decode
         self._tokens = list(earlier)
+        self._loops = None if request.repetition is None else Loops(request.repetition, self._tokens)
         self.thinks: bool | None = False
         if request.thinking is not None:
             self.thinks = True if request.thinking.opened else None
         self._blank = 0  # leading tokens that are white space
         self._opened = 0  # tokens up to and with the one by which the answer opened its thought
         # Stop strings are looked for in the tokens from `_begin` on, behind the text `_lead`: the last part of the
-        # token that completes the think end.
+        # token that completes the think end. Behind a thought, the white space before the answer proper is passed over.
         self._begin, self._lead = 0, ""
+        self._behind_thought = False
+        self._bare = False
 
     def add(self, new: Sequence[int]) -> tuple[int, str]:
         """Take the answer's next tokens, which may go on after its end.
@@ -82,7 +87,7 @@ class Ending:
                 count, reason = index, "stop"
                 break
         tokens += new[:count]
-        if (looped := self._loop(known)) is not None and (looped < len(tokens) or not reason):
+        if (looped := self._loop(known)) is not None and (looped < len(tokens) or reason != "length"):
             del tokens[looped:]
             reason = "repetition"
         if self.thinks is None:
@@ -94,11 +99,18 @@ class Ending:
                 self._close(limit)
                 return limit - known, CLOSE
             if ended is not None:
-                self.thinks, self._begin = False, ended
+                self._end_thought(ended, self._lead)
+        if self._bare:
+            self._pass_over_blank()
         if not self.thinks and (stopped := self._stop_string(known, len(tokens))) is not None:
             del tokens[stopped:]
             reason = "stop"
         return len(tokens) - known, reason
+
+    @property
+    def bare(self) -> bool:
+        """Whether the thought has ended, and nothing but white space follows it yet."""
+        return self._bare
 
     @property
     def thought_limit(self) -> int | None:
@@ -112,14 +124,36 @@ class Ending:
     def _close(self, limit: int) -> None:
         assert self._request.thinking is not None
         self._tokens[limit:] = self._request.thinking.end_ids
-        self.thinks, self._begin, self._lead = False, len(self._tokens), ""
+        if self._request.repetition is not None:
+            self._loops = Loops(self._request.repetition, self._tokens)
+        self._end_thought(len(self._tokens), "")
+
+    def _end_thought(self, begin: int, lead: str) -> None:
+        self.thinks, self._behind_thought, self._bare = False, True, True
+        self._begin, self._lead = begin, lead.lstrip()
+
+    def _pass_over_blank(self) -> None:
+        """Move `_begin` to the first token behind the thought that has more than white space."""
+
+        def is_bare(length: int) -> bool:
+            # A replacement character at the end may be the beginning of white space, of at most four tokens.
+            text = self._lead + self._decode(self._tokens[self._begin : length])
+            return not (text.rstrip("\ufffd") if length - self._begin <= BYTES else text).strip()
+
+        def is_blank(length: int) -> bool:
+            return not (self._lead + self._decode(self._tokens[self._begin : length])).strip()
+
+        lengths = range(self._begin, len(self._tokens) + 1)
+        self._bare = is_bare(len(self._tokens))
+        first = bisect.bisect_left(lengths, True, key=lambda length: not is_bare(length))
+        self._begin = next((length for length in reversed(lengths[:first]) if is_blank(length)), self._begin)
 
     def _loop(self, known: int) -> int | None:
         """The number of the first tokens that end in a loop, above `known`; None where none do."""
-        rule, tokens = self._request.repetition, self._tokens
-        if rule is None:
+        loops, tokens = self._loops, self._tokens
+        if loops is None:
             return None
-        return next((length for length in range(known + 1, len(tokens) + 1) if rule.ends(tokens, length)), None)
+        return next((length for length in range(known + 1, len(tokens) + 1) if loops.add(tokens[length - 1])), None)
 
     def _read_beginning(self, known: int) -> None:
         """Find out whether the answer opens a thought. A stop string that is complete before that ends the answer."""
@@ -175,6 +209,7 @@ class Ending:
 
         def stopped(length: int) -> bool:
             text = lead + self._decode(tokens[begin:length])
+            text = text.lstrip() if self._behind_thought and begin == self._begin else text
             return any(string in text for string in strings)
 
         return known + bisect.bisect_left(range(known, end), True, key=stopped) if stopped(end) else None

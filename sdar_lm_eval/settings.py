@@ -312,6 +312,8 @@ def check_names(settings: Mapping[str, object], source: str, also: tuple[str, ..
                 )
         elif name not in known and name not in ALIASES:
             hint = f" {HINTS[name]}" if name in HINTS else did_you_mean(name, (*known, *ALIASES))
+            if name in OF_THOUGHTS:
+                hint = f" The model takes it, for all tasks: --model_args {name}={value}."
             raise UserError(f"{source}: {name!r} is unknown.{hint} Known: {', '.join(known)}.")
 
 

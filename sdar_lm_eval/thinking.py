@@ -84,14 +84,37 @@ class Repetition:
     tokens: int
     times: int
 
-    def ends(self, tokens: Sequence[int], length: int) -> bool:
-        """Return whether the first `length` tokens end in a loop."""
-        if length < (size := self.tokens * self.times):
-            return False
-        tail = tokens[length - size : length]
-        return any(
-            tail[-1 - period] == tail[-1] and tail[period:] == tail[:-period] for period in range(1, self.tokens + 1)
-        )
+    @property
+    def size(self) -> int:
+        """Tokens that a loop has at least."""
+        return self.tokens * self.times
+
+
+class Loops:
+    """Finds where a sequence ends in a loop, in time proportional to the longest period for each token.
+
+    Args:
+        rule: says what a loop is.
+        earlier: tokens that were there before; they do not end in a loop.
+    """
+
+    def __init__(self, rule: Repetition, earlier: Sequence[int] = ()) -> None:
+        import numpy as np  # here: only answers with this rule need it
+
+        periods = np.arange(1, rule.tokens + 1)
+        self._matches = rule.size - periods  # (N,) so many tokens equal to those a period before make a loop
+        self._runs = np.zeros_like(periods)  # (N,) how many of the last tokens equal those a period before them
+        self._last = np.full_like(periods, -1)  # (N,) the last tokens, the newest first
+        for token in earlier[-rule.size :]:
+            self.add(token)
+
+    def add(self, token: int) -> bool:
+        """Take the next token; return whether the tokens now end in a loop."""
+        self._runs += 1
+        self._runs *= self._last == token
+        self._last[1:] = self._last[:-1]
+        self._last[0] = token
+        return bool((self._runs >= self._matches).any())
 
 
 def read(token_ids: Sequence[int], thinking: Thinking | None, decode: Decode) -> tuple[Thought | None, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+import time
+
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sdar_lm_eval.decoding import DecodingConfig
@@ -72,7 +74,8 @@ def by_definition(tokens, request):
             answer += thinking.end_ids
             thinks, begin = False, len(decode(answer))
             continue
-        if not thinks and any(stop in text[begin:] for stop in request.stop_strings):
+        behind = text[begin:].lstrip() if begin else text  # the white space behind a thought is no answer
+        if not thinks and any(stop in behind for stop in request.stop_strings):
             return answer, "stop"
         if len(answer) >= request.max_new_tokens:
             return answer, "length"
@@ -92,6 +95,7 @@ def by_definition(tokens, request):
     st.sampled_from([None, Repetition(1, 3), Repetition(2, 2), Repetition(3, 2)]),
     st.lists(st.integers(1, 7), min_size=1, max_size=4),
 )
+@example([0, 0, 0, STOP_TOKEN], None, None, [], 4, Repetition(1, 3), [1, 4])  # a loop, and a stop token behind it
 def test_an_answer_ends_in_the_same_place_in_parts_of_any_size(tokens, thinking, most, stops, limit, repetition, sizes):
     if thinking is not None and most is not None:
         thinking = Thinking(thinking.end, thinking.end_ids, thinking.start, thinking.opened, most)
@@ -100,3 +104,17 @@ def test_an_answer_ends_in_the_same_place_in_parts_of_any_size(tokens, thinking,
     assert in_parts(tokens, request, sizes) == expected
     if expected[1] and CLOSE not in (found := end_of_answer(tokens, request, decode)):
         assert (tokens[: found[0]], found[1]) == expected
+
+
+def test_a_long_answer_that_nearly_loops_is_followed_in_time():
+    """30,000 tokens, the longest period 1,000: each token takes as long as the one before."""
+    ending = Ending(asked(limit=70_000, repetition=Repetition(1000, 30)), decode)
+    loop = [0] * 999 + [1]
+    started = time.perf_counter()
+    for _ in range(29):
+        assert ending.add(loop) == (1000, "")
+    assert ending.add([2] + [0] * 999) == (1000, "")
+    assert time.perf_counter() - started < 5
+    for _ in range(28):
+        assert ending.add([0] * 1000) == (1000, "")
+    assert ending.add([0] * 1002) == (1001, "repetition")

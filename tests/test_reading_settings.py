@@ -386,6 +386,7 @@ def test_of_a_short_and_a_full_name_the_later_one_holds() -> None:
         ("low_confidence_threshold", "Did you mean 'confidence_threshold'?"),
         ("temprature", "Did you mean 'temperature'?"),
         ("tresh", "Did you mean 'threshold'?"),
+        ("max_thinking_toks", "The model takes it, for all tasks: --model_args max_thinking_toks=1."),
     ],
 )
 def test_hints(name: str, hint: str) -> None:

@@ -20,7 +20,7 @@ from support import DEMO_CHECKPOINT, small_config, write_weights
 
 START, END = 711, 712
 STOP, MASK = 709, 710
-A, E, FIVE, C, SEVEN, RE, X, Y = 32, 68, 20, 34, 22, 263, 87, 88
+A, E, FIVE, C, SEVEN, RE, X, Y, NEW_LINE = 32, 68, 20, 34, 22, 263, 87, 88, 198
 SUCCESSORS = {
     START: (A,), A: (E,), E: (FIVE,), FIVE: (C,), C: (END, X), X: (Y,), Y: (X,),
     END: (SEVEN,), SEVEN: (RE,), RE: (STOP,),
@@ -31,13 +31,14 @@ THETA = 100.0
 OTHER, HIDDEN = 1, 2  # codes of all other tokens, and of the mask
 
 
-def thinking_checkpoint(folder: Path, *, loops: bool = True, special: bool = False) -> Path:
+def thinking_checkpoint(folder: Path, *, loops: bool = True, special: bool = False, blank: bool = False) -> Path:
     """Make `folder` the checkpoint, and return it.
 
     Args:
         folder: made if it is not there.
         loops: whether the thought may run into a loop; else `</think>` always follows C.
         special: whether decoding leaves out `<think>` and `</think>`.
+        blank: whether a line break follows `</think>`, as chat models write it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
@@ -52,6 +53,8 @@ def thinking_checkpoint(folder: Path, *, loops: bool = True, special: bool = Fal
     )
     (folder / "config.json").write_text(json.dumps(config))
     successors = SUCCESSORS if loops else {**SUCCESSORS, C: (END,)}
+    if blank:
+        successors = {**successors, END: (NEW_LINE,), NEW_LINE: (SEVEN,)}
     write_weights(folder, script(config, successors))
     return folder
 

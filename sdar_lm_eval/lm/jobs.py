@@ -331,10 +331,7 @@ class Jobs:
 
     def _thinking_behind(self, prompt: str) -> Thinking | None:
         """How the thought of an answer to this prompt is found."""
-        thinking = self._thoughts.thinking
-        if thinking is None or not self._prompts.opens_thought(prompt):
-            return thinking
-        return dataclasses.replace(thinking, opened=True)
+        return self._thoughts.opened if self._prompts.opens_thought(prompt) else self._thoughts.thinking
 
     def _in_template(self, instance: Instance, task: TaskRequests) -> tuple[str, TemplatedBy | None]:
         """A request's prompt, and who put it into the chat template."""

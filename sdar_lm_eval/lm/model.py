@@ -188,7 +188,14 @@ class SDARLM(TemplateLM):
         self.rounds.begin_run()
 
     def task_begins(self, task: TaskRequests, requests: Sequence[Instance]) -> None:
-        """Note what lm_eval knows of a task's requests."""
+        """Note what lm_eval knows of a task's requests.
+
+        Raises:
+            UserError: the task asks for log-likelihoods that the model refuses; so no other task has run before.
+        """
+        for request in requests[:1]:
+            if request.request_type != "generate_until":
+                self.rounds.scorer_of(request)
         self.evaluation.add(task, requests)
         self.evaluation.template_hash = self._prompts.template_hash
         if self._rank == 0:

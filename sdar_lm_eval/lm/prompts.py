@@ -21,6 +21,7 @@ from sdar_lm_eval.thinking import is_open
 logger = logging.getLogger(__name__)
 
 TOKENIZED_TOGETHER = 1000  # prompts; the tokenizer's result takes five times the memory of the token ids
+BYTES = 4  # most bytes of a character in UTF-8, and so most tokens of one
 PROCESS = os.getpid()  # a forked process has another id
 # Replaces the n-th special token of a message's text while rendering: n between two Unicode noncharacters.
 MARK = "\ufdd0{}\ufdd1"
@@ -54,6 +55,7 @@ class Prompts:
             )
         self.renders = self.has_template and mode != "off"
         """Whether a generating task's prompt goes into the template where lm_eval did not put it there."""
+        self._warned: set[tuple[object, ...]] = set()
         self._chosen: str | None = None
         self._templates: dict[str | None, ChatTemplate] = {}
         if self.renders:
@@ -65,7 +67,6 @@ class Prompts:
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._warned: set[str] = set()
         self._texts: dict[tuple[int, ...], str] = {}
 
     @property
@@ -99,9 +100,10 @@ class Prompts:
                 self._mode,
             )
 
-    def _warn_once(self, message: str, *arguments: object) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+    def _warn_once(self, message: str, *arguments: object, key: str = "") -> None:
+        """Warn once of each message, and of each `key`."""
+        if (message, key) not in self._warned:
+            self._warned.add((message, key))
             logger.warning(message, *arguments)
 
     def choose(self, name: str | None) -> None:
@@ -129,6 +131,10 @@ class Prompts:
             self._templates[self._chosen] = ChatTemplate(
                 self.tokenizer, self._name, self._chosen, self.thoughts.template_args
             )
+            for name in self._templates[self._chosen].unread:
+                self._warn_once(
+                    "%s has no effect: the chat template of checkpoint %r does not read it.", name, self._name, key=name
+                )
         return self._templates[self._chosen]
 
     @property
@@ -270,6 +276,10 @@ class Prompts:
         begin = 0
         for end in range(1, len(token_ids) + 1):
             text = self._text_of(tuple(token_ids[begin:end]))
+            while text.endswith("\ufffd") and end - begin > BYTES:  # no character: bytes that encode none
+                texts[begin] = self._text_of(tuple(token_ids[begin : begin + 1]))
+                begin += 1
+                text = self._text_of(tuple(token_ids[begin:end]))
             unfinished = text.endswith("\ufffd") and end < len(token_ids)
             texts.append("" if unfinished else text)
             begin = begin if unfinished else end

@@ -177,12 +177,7 @@ class Rounds:
         """
         if not requests:
             return []
-        scorer = self._scorer(f"task {requests[0].task_name!r}")
-        if self._prompts.thoughts.template_args.get("enable_thinking"):
-            raise UserError(
-                f"task {requests[0].task_name!r} asks for log-likelihoods, and enable_thinking=true for thoughts. "
-                "Leave out enable_thinking, or use a task that generates (output_type generate_until)."
-            )
+        scorer = self.scorer_of(requests[0])
         counts = evaluation.counts
         asked = self._likelihoods.of(kind, requests, evaluation.task_of, evaluation.seed)
         jobs, config = asked.jobs, asked.config
@@ -239,6 +234,20 @@ class Rounds:
         requests = [self._likelihoods.truncated(context, continuation)[0] for context, continuation in pairs]
         results = dict(self._scorer("a caller").score(requests, self._likelihoods.config(seed)))
         return [(results[i].log_likelihood, results[i].is_greedy) for i in range(len(requests))]
+
+    def scorer_of(self, request: Instance) -> Scorer:
+        """Return what scores a request for log-likelihoods.
+
+        Raises:
+            UserError: the engine does not score, or enable_thinking is true.
+        """
+        scorer = self._scorer(f"task {request.task_name!r}")
+        if self._prompts.thoughts.template_args.get("enable_thinking"):
+            raise UserError(
+                f"task {request.task_name!r} asks for log-likelihoods, and enable_thinking=true for thoughts. "
+                "Leave out enable_thinking, or use a task that generates (output_type generate_until)."
+            )
+        return scorer
 
     def _scorer(self, who: str) -> Scorer:
         """The engine as one that scores.

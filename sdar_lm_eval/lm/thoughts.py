@@ -23,13 +23,18 @@ from sdar_lm_eval.thinking import END, START, Repetition, Thinking
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 """What answer_prefix may hold -> what it means: a shell passes a line break on as these two characters."""
 
+OFF = ("off", "none", "false")
+"""Texts of think_end_token that mean no thoughts, in any case: lm_eval's own models take None."""
+
 
 @dataclass(frozen=True)
 class Thoughts:
     """The settings of a model's thoughts, and of what begins its answers.
 
     Attributes:
-        thinking: how a thought is found, of an answer whose prompt has opened none; None: no answer has a thought.
+        thinking: how a thought is found, of an answer whose prompt has opened none; None: no such answer has a thought.
+        opened: how a thought is found that the prompt has opened, also for a checkpoint of which nothing else says
+            that it thinks; None: thoughts are off.
         auto: `thinking`, where model_args say nothing of thoughts.
         start, end: the texts that open and end a thought; `<think>` and `</think>` where they are unknown.
         answer_prefix: the text that each generated answer begins with.
@@ -39,6 +44,7 @@ class Thoughts:
     """
 
     thinking: Thinking | None
+    opened: Thinking | None
     auto: Thinking | None
     start: str
     end: str
@@ -61,7 +67,9 @@ class Thoughts:
         prefix = _prefix(given.get("answer_prefix", ""))
         template_args = _template_args(given.get("chat_template_args"))
         if "enable_thinking" in given:
-            template_args["enable_thinking"] = to_bool("enable_thinking", given["enable_thinking"])
+            template_args["enable_thinking"] = given["enable_thinking"]
+        if "enable_thinking" in template_args:  # a template takes the text "false" for true
+            template_args["enable_thinking"] = to_bool("enable_thinking", template_args["enable_thinking"])
         auto = _thinking(checkpoint, END) if START in prefix or _knows(checkpoint.tokenizer) else None
         end = _end(given.get("think_end_token", "auto"), checkpoint)
         thinking = auto if end == "auto" else None if end is None else _thinking(checkpoint, end)
@@ -74,8 +82,10 @@ class Thoughts:
             limit = at_least_one("max_thinking_toks", to_whole("max_thinking_toks", most))
             thinking = dataclasses.replace(thinking, max_tokens=limit)
         end_text = END if thinking is None else _text_of(thinking.end, checkpoint.tokenizer)
+        by_prompt = None if end is None else thinking or _thinking(checkpoint, END)
         return cls(
             thinking=thinking,
+            opened=None if by_prompt is None else dataclasses.replace(by_prompt, opened=True),
             auto=auto,
             start=_start_text(end_text) or START,
             end=end_text,
@@ -106,9 +116,11 @@ def _template_args(value: object) -> dict[str, object]:
 
 def _end(value: object, checkpoint: Checkpoint) -> str | int | None:
     """The think end that the user named: "auto", another text, a token; None for off."""
-    if value is False or value == "off":  # YAML reads `off` as false
+    if value is False or (isinstance(value, str) and value.lower() in OFF):  # YAML reads `off` as false
         return None
-    if isinstance(value, str) and value.isdigit():  # as in lm_eval's hf model
+    if isinstance(value, str) and value.lower() == "auto":
+        return "auto"
+    if isinstance(value, str) and re.fullmatch("[0-9]+", value):  # as in lm_eval's hf model
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         tokens = checkpoint.config["vocab_size"]

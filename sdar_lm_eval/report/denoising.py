@@ -149,7 +149,8 @@ def write_denoising(file: Path, task: str, lines: Iterable[DenoisingLine]) -> No
     Raises:
         OSError: the file cannot be written.
     """
-    with gzip.open(file, "wt", encoding="utf-8", errors="surrogatepass", newline="\n") as out:
+    # Level 9, the default, takes 20 times as long for files that are 6% smaller: minutes for long answers.
+    with gzip.open(file, "wt", compresslevel=4, encoding="utf-8", errors="surrogatepass", newline="\n") as out:
         out.write(json.dumps({"format": FORMAT, "version": VERSION, "task": task}) + "\n")
         for line in lines:
             out.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")

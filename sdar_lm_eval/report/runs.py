@@ -150,7 +150,6 @@ def settings_of(results: Results, task: str) -> dict[str, object]:
     config, content, ours = results.config.content, results.content, results.ours.content
     settings: dict[str, object] = {"model": config.get("model"), "pretrained": results.model}
     settings |= {name: ours[name] for name in _OURS if ours.get(name) is not None}
-    settings |= results.ours.part_or_empty("thinking").content
     if decoding := results.decoding_of(task).content:
         settings |= decoding
     else:
@@ -160,6 +159,10 @@ def settings_of(results: Results, task: str) -> dict[str, object]:
     for name in ("num_fewshot", "limit", *SEEDS):
         if config.get(name) is not None:
             settings[name] = config[name]
+    settings |= results.ours.part_or_empty("thinking").content  # model_args on thoughts, as the user gave them
+    repeats = results.content.part_or_empty("configs").part_or_empty(task).content.get("repeats")
+    if repeats not in (None, 1):
+        settings["repeats"] = repeats
     if ours.get("seed") is not None:
         settings["seed"] = ours["seed"]
     shots = content.part_or_empty("n-shot").content.get(task)

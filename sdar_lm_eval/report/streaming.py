@@ -45,18 +45,34 @@ class PlainText:
         self._out, self._decode, self._until, self._thinking = out, decode, until, thinking
         self._token_ids: list[int] = []
         self._written = 0  # characters
+        self._thinks: bool | None = None  # whether the tokens so far end in a thought; None: they do not tell yet
 
     def watch(self, step: BlockStep) -> None:
         """Write the text that a decided block adds; do nothing for a block that has masks."""
         if step.decided:
             self._token_ids[step.start :] = step.token_ids
-            undecided = self._thinking is not None and self._thinking.begins(self._token_ids, self._decode) is None
-            _, text = read(self._token_ids, self._thinking, self._decode)
-            self._write_up_to("" if undecided else self._settled(text))
+            if not self._is_thought(step.start):
+                _, text = read(self._token_ids, self._thinking, self._decode)
+                self._write_up_to(self._settled(text))
 
     def finish(self, text: str) -> None:
         """Write the part of the answer's text that is not written yet."""
         self._write_up_to(text)
+
+    def _is_thought(self, start: int) -> bool:
+        """Whether all tokens so far are of a thought, or may be; the tokens before `start` are known to be."""
+        thinking, tokens = self._thinking, self._token_ids
+        if thinking is None or self._thinks is False:
+            return False
+        if self._thinks is None:
+            self._thinks = thinking.opened or thinking.begins(tokens, self._decode)
+        if self._thinks:  # a long thought is not read again at each block
+            if isinstance(thinking.end, int):
+                self._thinks = thinking.end not in tokens[start:]
+            else:
+                begin = max(start - len(thinking.end.encode(errors="surrogatepass")), 0)
+                self._thinks = thinking.end not in self._decode(tokens[begin:])
+        return self._thinks is not False
 
     def _write_up_to(self, text: str) -> None:
         rest = text[self._written :]

@@ -118,6 +118,24 @@ def test_a_thought_is_not_written() -> None:
         assert told == expected
 
 
+def test_a_long_thought_is_not_read_again_at_each_block() -> None:
+    """Of a think end of several tokens, which two blocks hold, the block's tokens and those just before are read."""
+    thinking, pieces = Thinking("</a>", (), "<a>", opened=True), ["x", "</", "a>", "y"]
+    read: list[int] = []
+
+    def decode(ids: Any) -> str:
+        read.append(len(ids))
+        return "".join(pieces[i] for i in ids)
+
+    out = io.StringIO()
+    plain = PlainText(out, decode, [], thinking)
+    for start in range(0, 2000, 4):
+        plain.watch(step(start, [0, 0, 0, 1 if start == 1996 else 0]))
+    assert max(read) == 8 and not out.getvalue()
+    plain.watch(step(2000, [2, 3]))
+    assert out.getvalue() == "y"
+
+
 def test_half_a_character_is_held_back() -> None:
     out = io.StringIO()
     plain = PlainText(out, lambda ids: bytes(ids).decode(errors="replace"), [])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from asking import run
-from thinking_checkpoint import END, FIVE, RE, SEVEN, START, STOP, A, C, E, X, Y, thinking_checkpoint
+from asking import ask, run
+from thinking_checkpoint import END, FIVE, NEW_LINE, RE, SEVEN, START, STOP, A, C, E, X, Y, thinking_checkpoint
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest
+from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines.adapters.requests import IN_THOUGHT, Parts
 from sdar_lm_eval.engines.types import GenerationResult
 from sdar_lm_eval.errors import UserError
@@ -49,6 +50,20 @@ def test_stop_strings_do_not_stop_within_a_thought(open_engine, thinker):
     assert answers(engine, [without]) == [((START, A, E), "stop")]
 
 
+@pytest.mark.parametrize("stops", [("\n",), ("\n", "re")])
+def test_white_space_behind_a_thought_completes_no_stop_string(open_engine, tmp_path, stops):
+    """Chat models write `</think>\n\n` before each answer; many tasks stop at a line break. Also behind a limit."""
+    engine = open_engine(Checkpoint.open(str(thinking_checkpoint(tmp_path / "blank", blank=True))))
+    written = (START, A, E, FIVE, C, END, NEW_LINE, SEVEN, RE)
+    requests = [asked(prompt, stop_strings=stops) for prompt in PROMPTS]
+    opened = [asked([*prompt, START], stop_strings=stops, thinking=OPENED) for prompt in PROMPTS]
+    assert answers(engine, requests) == [(written, "stop")] * 4
+    assert answers(engine, opened) == [(written[1:], "stop")] * 4
+    limited = dataclasses.replace(THINKING, max_tokens=3)
+    requests = [asked(prompt, stop_strings=stops, thinking=limited) for prompt in PROMPTS]
+    assert answers(engine, requests) == [((START, A, E, END, NEW_LINE, SEVEN, RE), "stop")] * 4
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 4])
 def test_a_thought_is_closed_at_its_limit(open_engine, thinker, most):
     """At each place of a block; the answer goes on behind the think end, and its stop strings count."""
@@ -70,6 +85,22 @@ def test_a_thought_below_its_limit_ends_by_itself(open_engine, thinker):
     results = run(engine, requests)
     assert [r.token_ids for r in results] == [WRITTEN] * 4 + [WRITTEN[1:]] * 4
     assert not any(r.forced_tokens for r in results)
+
+
+def test_a_limit_that_no_thought_reaches_changes_no_answer(open_engine, demo):
+    """Wherever the limit lies in a block. The think end is a token that the demo writes once in its answer so far."""
+    engine = open_engine(demo)
+    plain = ask(demo, demo_prompts(demo), count=6, max_new_tokens=64)
+    requests, expected = [], []
+    for request, result in zip(plain, run(engine, plain), strict=True):
+        tokens = result.token_ids
+        for place in [place for place in (5, 9, 14) if tokens[place] not in tokens[:place]]:
+            for most in range(place + 1, place + 5):
+                thinking = Thinking(tokens[place], (tokens[place],), None, opened=True, max_tokens=most)
+                requests.append(dataclasses.replace(request, thinking=thinking))
+                expected.append((tokens, result.finish_reason, 0))
+    results = run(engine, requests)
+    assert [(r.token_ids, r.finish_reason, r.forced_tokens) for r in results] == expected
 
 
 def test_the_limit_of_new_tokens_counts_the_think_end(open_engine, thinker):
@@ -132,7 +163,11 @@ class TestParts:
 
     def test_a_stop_string_across_parts(self, thinker):
         parts = self.parts(thinker, stop_strings=("7re",), thinking=dataclasses.replace(OPENED, max_tokens=3))
-        assert parts.next.max_new_tokens == 3
+        assert parts.next.max_new_tokens == 6  # up to the end of a block, behind two tokens of the prompt
+        assert parts.add(GenerationResult((A, E, FIVE, C, END, SEVEN), "length", 1, 3, 1, 0.5)) is None
+        assert parts.next.prompt_ids == (5, 5, A, E, FIVE, END)
+        assert parts.next.thinking is None
+        parts = self.parts(thinker, stop_strings=("7re",), thinking=dataclasses.replace(OPENED, max_tokens=3))
         assert parts.add(GenerationResult((END, SEVEN), "length", 1, 3, 1, 0.5)) is None
         assert parts.next.thinking is None
         whole = parts.add(GenerationResult((RE, RE), "length", 1, 5, 2, 0.25))

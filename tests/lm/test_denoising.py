@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import lm_eval
 import numpy as np
@@ -18,6 +19,7 @@ import sdar_lm_eval.tasks
 from sdar_lm_eval import SDARLM
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.denoising import keep_beside_samples
+from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.report.denoising import (
     FORMAT,
     Denoising,
@@ -250,3 +252,22 @@ def test_records_are_small(tmp_path: Path) -> None:
     file = tmp_path / "denoising_x_1.jsonl.gz"
     write_denoising(file, "x", lines)
     assert file.stat().st_size < 100 / 1319 * 8e6 and len(read_denoising(file)) == 100
+
+
+def test_pieces_of_bytes_that_encode_no_character() -> None:
+    """An answer in a loop of such bytes: each token is read a few times, not once for each token behind it."""
+    read: list[int] = []
+
+    class Bytes:
+        chat_template, all_special_ids = None, ()
+        added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+
+        def decode(self, ids: list[int], **_: object) -> str:
+            read.append(len(ids))
+            return bytes(ids).decode(errors="replace")
+
+    prompts = Prompts(SimpleNamespace(tokenizer=Bytes(), name="bytes", stop_ids=(0,)))  # type: ignore[arg-type]
+    assert prompts.pieces([*"aé".encode(), *"日😀b".encode()]) == ["a", "", "é", "", "", "日", "", "", "", "😀", "b"]
+    loop = [0x9F] * 3000
+    assert "".join(prompts.pieces([*loop, *"日b".encode()])) == "\ufffd" * 3000 + "日b"
+    assert max(read) <= 6

@@ -188,6 +188,15 @@ def test_a_tasks_own_beginning_of_the_answer_follows_the_prefix(thinker: str, tm
         evaluate(lm, tmp_path, f'gen_prefix: "Ae"\n{UNTIL}', limit=1)
 
 
+def test_a_prompt_that_opens_a_thought_says_that_the_model_thinks(make_lm: MakeLM, tmp_path: Path) -> None:
+    """Also of a checkpoint that has no token </think>, as of a task with `gen_prefix: <think>`."""
+    for settings, text in (({}, "7"), ({"think_end_token": "off"}, "5</think> 7")):
+        lm = make_lm("demo", answer=lambda _: "5</think> 7", **settings)
+        results = evaluate(lm, tmp_path, f'gen_prefix: "<think>"\n{UNTIL}', limit=1)
+        assert [line["resps"] for line in results["samples"]["thinks"]] == [[[text]]]
+        assert lm.generate_until([request("Question", GREEDY)]) == ["5</think> 7"]  # its prompt opens none
+
+
 def test_a_task_that_writes_the_template_itself(thinker: str, tmp_path: Path) -> None:
     lm = SDARLM(thinker, **STATIC, chat_template="off", answer_prefix="<think>")
     results = evaluate(lm, tmp_path, UNTIL, limit=1)
@@ -396,12 +405,45 @@ def test_keys_change_with_new_features_only(make_lm: MakeLM, thinker: str) -> No
         ({"answer_prefix": 7}, "answer_prefix=7 is no text"),
         ({"stop_repetition": "20"}, "stop_repetition='20': give N:K"),
         ({"stop_repetition": "20:1"}, "K is 2 or more"),
+        ({"think_end_token": "²", "max_thinking_toks": 0}, "max_thinking_toks=0 is out of range"),  # no number
+        ({"chat_template_args": {"enable_thinking": "no"}}, "enable_thinking='no' is neither true nor false"),
         ({"enable_thinking": "perhaps"}, "enable_thinking='perhaps' is neither true nor false"),
     ],
 )
 def test_what_is_refused(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         SDARLM("demo", **settings)
+
+
+@pytest.mark.parametrize("end", ["OFF", "None", "none", "False"])
+def test_no_think_end_in_any_spelling(end: str) -> None:
+    """As a think end, the text would make each answer a thought that does not end."""
+    assert SDARLM("demo", think_end_token=end)._prompts.thoughts.thinking is None
+
+
+def test_a_value_that_the_template_does_not_read_is_told(thinker: str, caplog: pytest.LogCaptureFixture) -> None:
+    SDARLM(thinker, enable_thinking=True, chat_template_args='{"enable_thinkin": "false"}')
+    told = [f"{name} has no effect: the chat template of checkpoint" for name in ("enable_thinkin", "enable_thinking")]
+    assert [text in caplog.text for text in told] == [True, True]
+    caplog.clear()
+    prompts = SDARLM(thinker, chat_template_args={"enable_thinking": "False"})._prompts
+    assert prompts.thoughts.template_args == {"enable_thinking": False}  # a template takes the text for true
+
+
+def test_log_likelihoods_of_thoughts_are_refused_before_anything_runs(thinker: str, tmp_path: Path) -> None:
+    choices = TASK.replace("generate_until", "multiple_choice").partition("filter_list")[0]
+    choices += 'doc_to_choice: ["7", "8"]\nmetric_list: [{metric: acc}]\n'
+    choices = choices.replace('doc_to_target: "{{answer}}"', "doc_to_target: 0").replace(
+        "task: thinks", "task: chooses"
+    )
+    (tmp_path / "data.py").write_text(DATA)
+    (tmp_path / "thinks.yaml").write_text(TASK + UNTIL)
+    (tmp_path / "chooses.yaml").write_text(choices)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    lm = SDARLM(thinker, **STATIC, enable_thinking=True)
+    with pytest.raises(UserError, match="'chooses' asks for log-likelihoods, and enable_thinking=true for thoughts"):
+        lm_eval.simple_evaluate(lm, tasks=["thinks", "chooses"], task_manager=manager)
+    assert lm.counts.requests == 0
 
 
 def test_load_has_the_thought_beside_the_text(thinker: str) -> None:

@@ -76,3 +76,17 @@ def test_the_report_and_the_table_show_them(tmp_path: Path, capsys: pytest.Captu
     assert "pass@4" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "a"), "-o", str(tmp_path / "report.html")]) == 0
     assert all(name in (tmp_path / "report.html").read_text() for name in ("pass@4", "majority@4", "agreement"))
+
+
+def test_thoughts_and_the_number_of_answers_are_settings(tmp_path: Path) -> None:
+    """Runs that differ in them are told apart: none stands for the other, and none is a repeat of the other."""
+    for date, (thinking, repeats) in enumerate([({}, 1), ({"max_thinking_toks": 4096}, 1), ({}, 8)], 1):
+        folder = write_run(tmp_path / "runs" / str(date), [["7"] * repeats, ["5"] * repeats], date=date)
+        (file,) = folder.rglob("results_*.json")
+        content = json.loads(file.read_text())
+        content["config"]["sdar_lm_eval"] |= {"thinking": thinking} if thinking else {}
+        content["configs"]["gsm8k_sdar"]["repeats"] = repeats
+        file.write_text(json.dumps(content))
+    plain, limited, several = read_runs([tmp_path / "runs"])
+    assert compare_runs(plain, limited).settings == {"max_thinking_toks": (None, 4096)}
+    assert compare_runs(plain, several).settings == {"repeats": (None, 8)}

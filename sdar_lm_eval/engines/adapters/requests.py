@@ -195,7 +195,7 @@ class Parts:
     """
 
     def __init__(self, request: GenerationRequest, checkpoint: Checkpoint) -> None:
-        self._request = request
+        self._request, self._decode = request, checkpoint.decode
         self._ending = Ending(request, checkpoint.decode)
         self._parts: list[GenerationResult] = []
         self._tokens: list[int] = []
@@ -212,7 +212,12 @@ class Parts:
             assert self._request.thinking is not None
             self._tokens += self._request.thinking.end_ids
             self._forced += len(self._request.thinking.end_ids)
-        elif not reason and result.finish_reason in (("stop", "length") if whole_room else ("stop",)):
+        elif (
+            not reason
+            and result.finish_reason in (("stop", "length") if whole_room else ("stop",))
+            # A stop string that the white space behind the thought completes ends no answer.
+            and not (self._ending.bare and result.finish_reason == "stop" and self._has_stop_string(result))
+        ):
             reason = result.finish_reason  # by a stop token, which is not among the tokens; or by the limit
         if reason in ("", CLOSE):
             self.next = self._part()
@@ -225,13 +230,22 @@ class Parts:
             **{name: sum(getattr(part, name) for part in self._parts) for name in _SUMMED},
         )
 
+    def _has_stop_string(self, part: GenerationResult) -> bool:
+        text = self._decode(part.token_ids)
+        return any(string in text for string in self._request.stop_strings)
+
     def _part(self) -> GenerationRequest:
-        """The request for the part behind the tokens so far. A thought that may reach its limit ends the part there."""
+        """The request for the part behind the tokens so far.
+
+        A thought that may reach its limit ends the part at the end of the limit's block: a block that two parts share
+        would be denoised otherwise than in one part, also where the thought ends by itself.
+        """
         request, thinking, done = self._request, self._request.thinking, len(self._tokens)
         opened = bool(self._ending.thinks)
         limit = request.max_new_tokens - done
         if opened and (most := self._ending.thought_limit) is not None:
-            limit = min(limit, most - done)
+            begin, length = len(request.prompt_ids), request.decoding.block_length
+            limit = min(limit, -(-(begin + most) // length) * length - begin - done)
         if done and thinking is not None:
             # Only the first part can say whether the answer opens a thought. A later part's limit closes the thought.
             thinking = dataclasses.replace(thinking, opened=True, max_tokens=None) if opened else None
