@@ -54,4 +54,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_results dist
+	rm -rf $(VENV) demo_results dist site
