@@ -1,4 +1,5 @@
-# make demo · make test · make test-slow · make check · make benchmark
+# make demo · make test · make test-slow · make check · make docs · make benchmark
+# make wheel · make release-check · make matrix
 # PYTHON chooses the interpreter (3.10 to 3.13); VENV where its environment lies.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # On a shared machine, threads that spin while they wait make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow check benchmark clean
+.PHONY: demo test test-slow check docs benchmark wheel release-check matrix clean
 
 demo: $(INSTALLED)
 	$(BIN)/lm_eval run --model sdar --model_args pretrained=demo --tasks gsm8k_sdar_demo --output_path demo_results --log_samples
@@ -25,8 +26,25 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Without --quiet, which would hide warnings from --strict.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/throughput.py
+
+# Builds the sdist and the wheel, and runs the demo from the wheel in a fresh environment.
+wheel: $(INSTALLED)
+	$(BIN)/python tools/release_check.py --allow-placeholders
+
+# The same, and refuses placeholders in the metadata and a changelog without a date.
+release-check: $(INSTALLED)
+	$(BIN)/python tools/release_check.py
+
+# Needs uv (pip install uv), and interpreters of Python 3.10 to 3.13 on PATH.
+matrix:
+	$(PYTHON) tools/matrix.py
 
 # torch first, on its own: the pinned version is a wheel for the CPU where an index offers one.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -36,4 +54,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_results
+	rm -rf $(VENV) demo_results dist

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sdar_lm_eval import autoload
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 TYPE_CHECKING = (
     False  # importing `typing` would slow down each start of Python, which imports this package (autoload.py)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from sdar_lm_eval import autoload
-from sdar_lm_eval.commands import COMMANDS, overview
+from sdar_lm_eval.commands import COMMANDS, overview, version
 from sdar_lm_eval.commands import main as run_command
 
 
@@ -22,6 +22,9 @@ def main() -> None:
         sys.exit(run_command(words))
     if not words or words[0] in ("-h", "--help"):
         print(overview())
+        return
+    if words[0] in ("-V", "--version"):
+        print(version())
         return
     if Path(sys.argv[0]).name == "__main__.py":
         sys.argv[0] = "python -m sdar_lm_eval"  # what lm_eval 0.4.9 shows as its name in usage messages

@@ -146,6 +146,19 @@ def test_uninstalling_leaves_nothing(tmp_path: Path, wheel: Path, kind: str) -> 
     assert after.python("-c", "pass").stderr == ""
 
 
+def test_the_package_brings_its_types(tmp_path: Path, environments: dict[str, Environment]) -> None:
+    """As `py.typed` promises: mypy knows what `load` returns, and refuses what `load` does not take."""
+    pytest.importorskip("mypy")
+    (tmp_path / "user.py").write_text(
+        "from sdar_lm_eval import load\n\nreveal_type(load('demo').generate('x'))\nload(3)\n"
+    )
+    python = str(environments["wheel"].bin / f"python{EXE}")
+    mypy = [sys.executable, "-m", "mypy", "--config-file=", "--cache-dir", str(tmp_path / "cache"), "--follow-imports"]
+    done = run([*mypy, "silent", "--python-executable", python, "user.py"], check=False, cwd=tmp_path)
+    assert 'user.py:3: note: Revealed type is "sdar_lm_eval.loaded.Answer"' in done.stdout, done.stdout
+    assert 'user.py:4: error: No overload variant of "load" matches argument type "int"' in done.stdout, done.stdout
+
+
 # What Python knows then
 
 KNOWN = """

@@ -14,11 +14,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.metadata
 import io
 import os
+import platform
 import sys
 from collections.abc import Sequence
 
+from sdar_lm_eval import __version__
 from sdar_lm_eval.errors import SDARError
 from sdar_lm_eval.report.printing import printable
 
@@ -61,8 +64,15 @@ def overview() -> str:
             *listed,
             "",
             "`sdar_lm_eval COMMAND --help` shows a command's arguments and an example.",
+            "`sdar_lm_eval --version` shows the versions of this package, lm_eval and Python.",
         ]
     )
+
+
+def version() -> str:
+    """Return the text of `sdar_lm_eval --version`."""
+    lm_eval = importlib.metadata.version("lm_eval")
+    return f"sdar_lm_eval {__version__}, lm_eval {lm_eval}, Python {platform.python_version()}"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -71,6 +71,9 @@ class Watched(Protocol):
     def evaluation_ends(self) -> None:
         """The evaluation ended, with or without an error."""
 
+    def get_model_info(self) -> dict[str, object]:
+        """Facts for `results["config"]`: on the model, and on what the last evaluation did."""
+
 
 def is_watched(lm: object) -> TypeGuard[Watched]:
     """Whether an lm_eval model is told of its evaluations."""
@@ -79,6 +82,8 @@ def is_watched(lm: object) -> TypeGuard[Watched]:
 
 _seed: ContextVar[int | None] = ContextVar("torch_random_seed", default=None)
 _tracker: ContextVar[Tracker | None] = ContextVar("evaluation_tracker", default=None)
+_evaluated: ContextVar[Watched | None] = ContextVar("evaluated", default=None)
+"""The model of this package that the running `simple_evaluate` evaluated."""
 
 
 def watch(evaluator: ModuleType) -> None:
@@ -95,6 +100,7 @@ def watch(evaluator: ModuleType) -> None:
         model = lm.lm if isinstance(lm, CachingLM) else lm  # --use_cache wraps the model
         if not is_watched(model):
             return evaluate(*args, **kwargs)
+        _evaluated.set(model)
         _check_limit(call.arguments.get("limit"))
         tasks = _tasks_of(call.arguments["task_dict"])
         if (samples := call.arguments.get("samples")) is not None:
@@ -123,12 +129,18 @@ def watch(evaluator: ModuleType) -> None:
         tracker = call.arguments.get("evaluation_tracker")
         if tracker is not None:
             leave_samples_alone(tracker)
-        tokens = _seed.set(call.arguments.get("torch_random_seed")), _tracker.set(tracker)
+        seed = _seed.set(call.arguments.get("torch_random_seed"))
+        kept, before = _tracker.set(tracker), _evaluated.set(None)
         try:
-            return simple_evaluate(*args, **kwargs)
+            results = simple_evaluate(*args, **kwargs)
+            # lm_eval before 0.4.10 asks only its own Hugging Face models for their facts.
+            if results and "sdar_lm_eval" not in results["config"] and (model := _evaluated.get()) is not None:
+                results["config"].update(model.get_model_info())
+            return results
         finally:
-            _seed.reset(tokens[0])
-            _tracker.reset(tokens[1])
+            _seed.reset(seed)
+            _tracker.reset(kept)
+            _evaluated.reset(before)
 
     evaluate_and_tell.tells_watched_models = True  # type: ignore[attr-defined]
     vars(evaluator).update(evaluate=evaluate_and_tell, simple_evaluate=simple_evaluate_and_tell)

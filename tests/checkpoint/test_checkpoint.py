@@ -213,9 +213,11 @@ def test_downloads_neither_code_nor_pickles(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("name", ["nowhere", "/no/where", "./no/where", "~/no-where", "../x", "a/b/c", "a b/c"])
-def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
-    monkeypatch.chdir(tempfile.gettempdir())
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         Checkpoint.open(name)
 

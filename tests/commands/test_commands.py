@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 from run_files import write_run
 
+from sdar_lm_eval import __version__
 from sdar_lm_eval.commands import COMMANDS, LM_EVAL_COMMANDS, main, overview
 
 
@@ -17,6 +20,14 @@ def test_the_overview_has_every_command() -> None:
     done = subprocess.run([sys.executable, "-m", "sdar_lm_eval"], capture_output=True, text=True, check=True)
     assert done.stdout == overview() + "\n"
     assert all(f"  {name} " in done.stdout for name in (*COMMANDS, *LM_EVAL_COMMANDS))
+
+
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_versions_are_one_line(flag: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "sdar_lm_eval", flag], capture_output=True, text=True, check=True)
+    lm_eval = importlib.metadata.version("lm_eval")
+    assert done.stdout == f"sdar_lm_eval {__version__}, lm_eval {lm_eval}, Python {platform.python_version()}\n"
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("name", COMMANDS)

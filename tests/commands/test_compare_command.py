@@ -15,6 +15,7 @@ import pytest
 import torch
 from run_files import evaluate, write_run
 from scipy import stats
+from scipy.stats import binomtest
 from support import DEMO_CHECKPOINT, ROOT
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -65,7 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # slow, and of no interest here
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
-        for threshold in (0.6, 0.85):
+        for threshold in (0.5, 0.85):
             arguments = {"pretrained": "demo", "confidence_threshold": threshold}
             evaluate(folder / f"sdar-{threshold}", "sdar", arguments, limit=None)
         patch.chdir(folder)
@@ -98,22 +99,25 @@ def json_of(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict[str
 
 
 def test_two_thresholds_of_the_demo(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, b = runs / "sdar-0.6", runs / "sdar-0.85"
+    a, b = runs / "sdar-0.5", runs / "sdar-0.85"
     (comparison,) = json_of(capsys, a, b, "--list")
-    assert comparison["settings"] == {"confidence_threshold": {"a": 0.6, "b": 0.85}} and not comparison["warnings"]
+    assert comparison["settings"] == {"confidence_threshold": {"a": 0.5, "b": 0.85}} and not comparison["warnings"]
     (found,) = comparison["differences"]
-    assert (found["only_a"], found["only_b"], found["documents"], found["test"]) == (0, 8, 200, "exact McNemar")
-    assert found["p"] == found["p_holm"] == 2 / 2**8 == pytest.approx(0.0078, abs=1e-4)
-    assert found["b"] - found["a"] == pytest.approx(0.04) and found["equal_filters"] == ["flexible-extract"]
-    assert len(found["changed"]) == 8
-    assert all(each["filtered_b"] == each["target"] != each["filtered_a"] for each in found["changed"])
+    only_a, only_b = found["only_a"], found["only_b"]
+    assert (found["documents"], found["test"]) == (200, "exact McNemar") and only_b > 30 > 5 > only_a
+    exact = binomtest(only_a, only_a + only_b).pvalue
+    assert found["p"] == found["p_holm"] == pytest.approx(exact)
+    assert found["b"] - found["a"] == pytest.approx((only_b - only_a) / 200)
+    assert found["equal_filters"] == ["flexible-extract"] and len(found["changed"]) == only_a + only_b
+    right = [(each["filtered_a"] == each["target"], each["filtered_b"] == each["target"]) for each in found["changed"]]
+    assert sorted(right) == [(False, True)] * only_b + [(True, False)] * only_a
     text = told(capsys, a, b, "--list")
-    assert f"A: {a}\nB: {b}\n" in text and "  confidence_threshold  0.6  0.85\n" in text
-    verdict = f"{DEMO}: B is better: 8 documents changed from wrong to right, none the other way (p = 0.0078)."
-    assert verdict in text
-    assert sum("only B" in line and line.startswith("  ") for line in text.splitlines()) == 8
+    assert f"A: {a}\nB: {b}\n" in text and "  confidence_threshold  0.5  0.85\n" in text
+    other_way = f"{only_a or 'none'} the other way (p < 0.0001)."
+    assert f"{DEMO}: B is better: {only_b} documents changed from wrong to right, {other_way}" in text
+    assert sum("only B" in line and line.startswith("  ") for line in text.splitlines()) == only_b
     back = told(capsys, a, b, "--baseline", 2)
-    assert "B is worse: 8 documents changed from right to wrong, none the other way (p = 0.0078)." in back
+    assert f"B is worse: {only_b} documents changed from right to wrong, {other_way}" in back
 
 
 def test_a_run_of_transformers_and_one_of_sdar(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,10 +179,10 @@ def test_a_group_of_tasks(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_all_runs_of_a_folder(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a sweep leaves them: the first is the baseline, or the one that is named."""
-    for name in ("sdar-0.6", "sdar-0.85", "hf-0"):
+    for name in ("sdar-0.5", "sdar-0.85", "hf-0"):
         shutil.copytree(runs / name, tmp_path / name)
     text = told(capsys, tmp_path)
-    assert text.startswith(f"A: {tmp_path / 'sdar-0.6'}\n") and "\nB1: " in text and "\nB2: " in text
+    assert text.startswith(f"A: {tmp_path / 'sdar-0.5'}\n") and "\nB1: " in text and "\nB2: " in text
     assert "  setting " in text and "B2, gsm8k_sdar_demo: " in text and "p (Holm)" in text
     first, second = json_of(capsys, tmp_path, "--baseline", "sdar-0.85")
     assert "0.85" in first["a"] == second["a"]
@@ -205,7 +209,7 @@ def test_formats(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_mistakes(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, b = runs / "sdar-0.6", runs / "sdar-0.85"
+    a, b = runs / "sdar-0.5", runs / "sdar-0.85"
 
     def error_of(*words: object) -> str:
         assert main(["compare", *map(str, words)]) == 1

@@ -15,7 +15,7 @@ from sdar_lm_eval.engines.native.engine import NativeEngine
 from sdar_lm_eval.errors import EngineError
 
 DEMO = ["--model_args", "pretrained=demo", "--tasks", "gsm8k_sdar_demo"]
-README = [
+OF_DOCS = [
     *("--strategy", "static", "--steps", "4,2,1", "--and", "--strategy", "sequential,random", "--steps", "4,2"),
     *("--and", "--strategy", "dynamic", "--threshold", "0.5,0.6,0.7,0.8,0.85,0.9,0.95,0.99"),
     *("--and", "--strategy", "entropy_bounded", "--eb_threshold", "0.1,0.35,1"),
@@ -36,7 +36,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
 
 
 def test_one_command_for_the_accuracy_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, out, _ = said(capsys, *DEMO, *README, "--dry-run")
+    code, out, _ = said(capsys, *DEMO, *OF_DOCS, "--dry-run")
     lines = out.splitlines()
     assert code == 0 and lines[0] == "18 evaluations in sweeps/demo-gsm8k_sdar_demo" and len(lines) == 19
     assert lines[1] == "  remasking_strategy=low_confidence_static, denoising_steps=4, seed 1234"

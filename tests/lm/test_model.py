@@ -14,6 +14,7 @@ import lm_eval
 import pytest
 import torch
 from lm_eval.api.model import CachingLM
+from lm_eval.api.task import TaskConfig
 from lm_eval.tasks import TaskManager
 from scripted_lm import (
     BARE_TEMPLATE,
@@ -109,7 +110,9 @@ def test_the_harness_default_and_the_command_line_reach_the_engine(make_lm: Make
     lm = make_lm(confidence_threshold=0.6)
     evaluate(lm)
     sent = lm.engine.requests[-1]
-    assert (sent.max_new_tokens, sent.stop_strings, sent.decoding.temperature) == (256, ("\n\n",), 0.0)
+    harness = TaskConfig(task="x", output_type="generate_until").generation_kwargs  # lm_eval 0.4.9's has no limit
+    limit = harness.get("max_gen_toks", 512)
+    assert (sent.max_new_tokens, sent.stop_strings, sent.decoding.temperature) == (limit, ("\n\n",), 0.0)
     assert sent.decoding.confidence_threshold == 0.6
 
     lines = ("output_type: generate_until", "generation_kwargs: {until: [], max_gen_toks: 64, do_sample: false}")

@@ -406,9 +406,9 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def test_the_readme_has_each_flag(runner: Any) -> None:
+def test_the_page_has_each_flag(runner: Any) -> None:
     flags = {f"--{name.replace('_', '-')}" for name in inspect.signature(runner.main.info.raw_f).parameters}
-    section = (ROOT / "README.md").read_text("utf-8").partition("## On Modal")[2].partition("\n## ")[0]
+    section = (ROOT / "docs" / "modal.md").read_text("utf-8").partition("## Flags")[2].partition("\n## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `--")]
     assert {flag for row in rows for flag in re.findall(r"`(--[\w-]+)`", row)} == flags
 

@@ -12,7 +12,7 @@ from run_files import write_run
 
 from sdar_lm_eval.report.compare import Comparison, Difference, changed_documents, compare_runs
 from sdar_lm_eval.report.compare_text import as_json, as_markdown, as_text, sentences, table, verdict
-from sdar_lm_eval.report.runs import Run, read_runs
+from sdar_lm_eval.report.runs import Run, differing, read_runs
 
 CALLED = Difference(
     task="task", metric="acc", filter="none", a=0.5, a_stderr=0.02, b=0.55, b_stderr=0.02, difference=0.05, low=0.01,
@@ -128,3 +128,14 @@ def test_runs_without_a_setting_that_differs(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / name, {"task": {"acc,none": [1, 0]}}) for name in "ab"])
     for render in (as_text, as_markdown):
         assert "No setting that the files name differs." in render([compare_runs(*runs)])
+
+
+def test_limits_of_thoughts_are_settings(tmp_path: Path) -> None:
+    for limit in (100, 200):
+        folder = write_run(tmp_path / str(limit), {"t": {"exact_match,none": [1.0, 0.0]}})
+        (file,) = folder.rglob("results_*.json")
+        results = json.loads(file.read_text("utf-8"))
+        results["config"]["sdar_lm_eval"] = {"thinking": {"max_thinking_toks": limit}}
+        file.write_text(json.dumps(results), "utf-8")
+    settings = [run.settings("t") for run in read_runs([tmp_path / "100", tmp_path / "200"])]
+    assert differing(settings) == {"max_thinking_toks": [100, 200]}

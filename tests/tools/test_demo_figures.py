@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from demo_figures import README, ROW, replaced, row_of
+from demo_figures import PAGES, ROW, figures_of, key_of, replaced
 
 TEXT = """The table:
 
@@ -14,6 +14,8 @@ TEXT = """The table:
 | dynamic | threshold 0.85 | 93.5 ± 1.7 | 1.43 |
 | entropy_bounded | bound 1.0 | 92.5 ± 1.9 | 1.51 |
 
+| `sequential` | | `steps=4` | 97.0 ± 1.2 | 0.79 |
+| `low_confidence_dynamic` (default) | `dynamic` | `threshold=0.85` | 93.5 ± 1.7 | 1.43 |
 | another | table | 1 | 2 |
 """
 
@@ -27,6 +29,7 @@ POINTS = [
     point("low_confidence_dynamic", 93.0, confidence_threshold=0.85, denoising_steps=4),
     point("low_confidence_static", 95.0, denoising_steps=4),
     point("low_confidence_static", 20.5, denoising_steps=1),
+    point("sequential", 96.0, denoising_steps=4),
     point("entropy_bounded", 92.5, eb_threshold=1.0),
 ]
 
@@ -39,12 +42,15 @@ def test_the_rows_get_the_sweep_s_figures() -> None:
         "| dynamic | threshold 0.85 | 93.0 ± 1.2 | 1.23 |",
         "| entropy_bounded | bound 1.0 | 92.5 ± 1.2 | 1.23 |",
     ]
-    assert text.splitlines()[4:8] == rows
-    assert text.splitlines()[:4] + text.splitlines()[8:] == TEXT.splitlines()[:4] + TEXT.splitlines()[8:]
-    assert told == [
-        f"{row}  was {was}"
-        for row, was in zip(rows, ["94.0, +1.0", "24.0, -3.5  CHECK", "93.5, -0.5", "92.5, +0.0"], strict=True)
+    of_readme = [
+        "| `sequential` | | `steps=4` | 96.0 ± 1.2 | 1.23 |",
+        "| `low_confidence_dynamic` (default) | `dynamic` | `threshold=0.85` | 93.0 ± 1.2 | 1.23 |",
     ]
+    lines, before = text.splitlines(), TEXT.splitlines()
+    assert lines[4:8] == rows and lines[9:11] == of_readme
+    assert lines[:4] + lines[8:9] + lines[11:] == before[:4] + before[8:9] + before[11:]
+    was = ["94.0, +1.0", "24.0, -3.5  CHECK", "93.5, -0.5", "92.5, +0.0", "97.0, -1.0", "93.5, -0.5"]
+    assert told == [f"{row}  was {each}" for row, each in zip([*rows, *of_readme], was, strict=True)]
 
 
 def test_a_sweep_that_lacks_a_row() -> None:
@@ -52,16 +58,17 @@ def test_a_sweep_that_lacks_a_row() -> None:
         replaced(TEXT, [each for each in POINTS if each["accuracy"] != 20.5])
 
 
-def test_readme_s_table_is_found() -> None:
-    """It has the 18 settings of its sweep, whose rows this command would write."""
-    rows = [found[0] for found in ROW.finditer(README.read_text("utf-8"))]
-    assert len(rows) == 18
+def test_the_tables_are_found() -> None:
+    """docs/measurements.md has the 18 settings of its sweep; README.md has five of these rows, with equal figures."""
+    of_page, of_readme = (list(ROW.finditer(page.read_text("utf-8"))) for page in PAGES)
+    assert (len(of_page), len(of_readme)) == (18, 5)
     strategies = {"static": "low_confidence_static", "dynamic": "low_confidence_dynamic"}
-    for row in rows:
-        _, strategy, setting, *_ = row.split(" | ", 3)[0].split("| ") + row.split(" | ")[1:]
-        number = float(next(word for word in setting.split() if word[0].isdigit()))
-        dial = {"threshold": "confidence_threshold", "bound": "eb_threshold"}.get(setting.split()[0])
-        settings = {dial: number} if dial else {"denoising_steps": int(number)}
-        assert row_of(point(strategies.get(strategy, strategy), 1.0, **settings)).startswith(
-            f"| {strategy} | {setting} |"
-        )
+    for row in of_page:
+        number = next(word for word in row["setting"].split() if word[0].isdigit())
+        dial = {"threshold": "confidence_threshold", "bound": "eb_threshold"}.get(row["setting"].split()[0])
+        settings = {dial: float(number)} if dial else {"denoising_steps": int(number)}
+        strategy = strategies.get(row["strategy"], row["strategy"])
+        assert figures_of(point(strategy, 1.0, **settings))[0] == (row["strategy"], row["setting"])
+    figures = {(row["strategy"], row["setting"]): row[0].removeprefix(row["row"]) for row in of_page}
+    for row in of_readme:
+        assert figures[key_of(row["full"], row["dial"], row["value"])] == row[0].removeprefix(row["row"])

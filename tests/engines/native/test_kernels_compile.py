@@ -118,7 +118,7 @@ COMPILE = """
             },
             {
                 "HEADS": 32, "KV_HEADS": 8, "SIZE": 128, "PAGE": 16, "ROWS": rows, "FEWER": fewer, "COLUMNS": columns,
-                "SPLIT_SIZE": 512, "SPLITS": splits, "PRECISION": "ieee" if type_ == FP32 else "tf32",
+                "PARTIAL": splits > 1, "PRECISION": "ieee" if type_ == FP32 else "tf32",
             },
             num_warps=warps,
             num_stages=stages,
@@ -126,7 +126,7 @@ COMPILE = """
     check(
         kernels.combine_splits_kernel,
         {**tensors(FP32, "parts", "sums"), "out": BF16},
-        {"SIZE": 128, "SPLITS": 4},
+        {"SIZE": 128},
         num_warps=1,
     )
     check(

@@ -141,9 +141,13 @@ def test_names_are_read_without_torch():
     assert done.stdout.split() == [str(len(STRATEGIES)), "False"]
 
 
-def test_the_readme_names_them():
-    text = (ROOT / "README.md").read_text()
-    assert [name for name in STRATEGIES if not re.search(rf"\| `remasking_strategy` .*`{name}`", text)] == []
+@pytest.mark.parametrize("page", ["README.md", "docs/strategies.md"])
+def test_pages_name_them(page):
+    """Each has a row of a table, with its short name in the next cell."""
+    rows = [line.split("|") for line in (ROOT / page).read_text("utf-8").splitlines() if line.startswith("| `")]
+    named = {re.findall(r"`(\w+)`", row[1])[0]: re.findall(r"`(\w+)`", row[2]) for row in rows}
+    for strategy in STRATEGIES.values():
+        assert named[strategy.name] == ([strategy.short] if strategy.short else [])
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 # Rows of matrix products that steps are padded to: of a forward, and of drawing, which runs the LM head. A few rows
 # take as long as one, since reading the weights takes the time. A larger size is left out if an H100 needs as long for
-# the next one (measured with SDAR-4B in bfloat16; benchmarks/NOTES.md has most of the times).
+# the next one (measured with SDAR-4B in bfloat16; benchmarks/LABBOOK.md has most of the times).
 FORWARD = (
     4, 8, 16, 64, 128, 192, 240, 256, 288, 336, 384, 432, 512, 560, 640, 736, 768, 816, 896, 960, 1024, 1136, 1248,
     1264, 1280, 1312, 1328, 1360, 1392, 1536, 1616, 1648, 1712, 1776, 1888, 2016, 2048, 2096, 2304, 2432, 2560, 2816,

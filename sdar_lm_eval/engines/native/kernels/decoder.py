@@ -28,7 +28,7 @@ SPLIT = 512  # fewest tokens of a context's split
 # Most tokens of a split where sequences of all lengths run together: every step waits for the longest program.
 LONGEST_SPLIT = 2048
 MANY_PROGRAMS = 800  # attention programs that fill an H100: more than six for each multiprocessor
-WHOLE = 1 << 30  # tokens of a context's only split, whatever its length, so that one kernel serves all lengths
+WHOLE = 1 << 30  # tokens of a context's only split, whatever its length
 FEW_ROWS = 16  # the fewest rows of Triton's matrix product
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -254,9 +254,9 @@ class Tiles:
 
 @triton.jit
 def attend_kernel(
-    query, keys, values, firsts, counts, pages, width, sequence, visible, out, sums, scale, all_tokens,
+    query, keys, values, firsts, counts, pages, width, sequence, visible, out, sums, scale, all_tokens, split_size,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
-    FEWER: tl.constexpr, COLUMNS: tl.constexpr, SPLIT_SIZE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    FEWER: tl.constexpr, COLUMNS: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program takes one KV head, one tile and one split of its context."""
     kv_head, tile, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -266,36 +266,36 @@ def attend_kernel(
         if count * (HEADS // KV_HEADS) <= FEWER:
             _attend_rows(
                 query, keys, values, first, count, own_pages, width, visible, out, sums, scale, all_tokens, kv_head,
-                split, HEADS, KV_HEADS, SIZE, PAGE, FEWER, COLUMNS, SPLIT_SIZE, SPLITS, PRECISION,
+                split, split_size, HEADS, KV_HEADS, SIZE, PAGE, FEWER, COLUMNS, PARTIAL, PRECISION,
             )  # fmt: skip
         elif FEWER < ROWS:
             _attend_rows(
                 query, keys, values, first, count, own_pages, width, visible, out, sums, scale, all_tokens, kv_head,
-                split, HEADS, KV_HEADS, SIZE, PAGE, ROWS, COLUMNS, SPLIT_SIZE, SPLITS, PRECISION,
+                split, split_size, HEADS, KV_HEADS, SIZE, PAGE, ROWS, COLUMNS, PARTIAL, PRECISION,
             )  # fmt: skip
 
 
 @triton.jit
 def _attend_rows(
     query, keys, values, first, count, own_pages, width, visible, out, sums, scale, all_tokens, kv_head, split,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, SPLIT_SIZE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    split_size, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    begin = split * SPLIT_SIZE
+    begin = split * split_size
     row, size = tl.arange(0, ROWS), tl.arange(0, SIZE)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     query_row = (first + token) * HEADS + head  # index of each row among T * HEADS
     column = begin + tl.arange(0, COLUMNS)
-    # The load of `page`, and with one split that of `q`, does not depend on `sees`, so it does not wait for `sees`.
+    # The load of `page`, and without splits that of `q`, does not depend on `sees`, so it does not wait for `sees`.
     page = tl.load(own_pages + column // PAGE, mask=column // PAGE < width, other=0)
     sees = tl.load(visible + first + token, mask=token < count, other=0)
-    if SPLITS == 1:
+    if not PARTIAL:
         q = tl.load(query + query_row[:, None] * SIZE + size, mask=(token < count)[:, None], other=0.0)
     else:
         q = tl.load(query + query_row[:, None] * SIZE + size, mask=(sees > begin)[:, None], other=0.0)
     real = sees > 0
-    end = tl.minimum(tl.max(sees).to(tl.int32), begin + SPLIT_SIZE)
+    end = tl.minimum(tl.max(sees).to(tl.int32), begin + split_size)
     most = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, SIZE], tl.float32)
@@ -315,7 +315,7 @@ def _attend_rows(
         v = tl.load(values + source[:, None] + size, mask=inside[:, None], other=0.0)
         acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         most = highest
-    if SPLITS == 1:
+    if not PARTIAL:
         result = acc / tl.where(total == 0, 1.0, total)[:, None]
         tl.store(out + query_row[:, None] * SIZE + size, result.to(out.dtype.element_ty), mask=real[:, None])
     else:
@@ -325,14 +325,14 @@ def _attend_rows(
         tl.store(sums + part * 2 + 1, total, mask=real)
 
 
-@triton.jit
-def combine_splits_kernel(parts, sums, out, rows, SIZE: tl.constexpr, SPLITS: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "splits"])
+def combine_splits_kernel(parts, sums, out, rows, splits, SIZE: tl.constexpr):
     """A program combines the splits of one token and one head."""
     row, size = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     most = -float("inf")
     total = 0.0
     acc = tl.zeros([SIZE], tl.float32)
-    for split in range(SPLITS):
+    for split in range(splits):
         part = split * rows + row
         own, own_total = tl.load(sums + part * 2), tl.load(sums + part * 2 + 1)
         highest = tl.maximum(most, own)
@@ -345,7 +345,7 @@ def combine_splits_kernel(parts, sums, out, rows, SIZE: tl.constexpr, SPLITS: tl
 
 
 def padded_context(context: int) -> int:
-    """A context's length rounded up to a power of two times `SPLIT`: each length compiles a kernel."""
+    """A context's length rounded up to a power of two times `SPLIT`: each length has CUDA graphs of its own."""
     return SPLIT << (-(-context // SPLIT) - 1).bit_length()
 
 
@@ -403,12 +403,12 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
         sums[..., 1] = 0
     attend_kernel[(kv_heads, len(tiles.first), tiles.splits)](
         query, keys, values, tiles.first, tiles.count, tiles.pages, tiles.pages.shape[1], tiles.sequence,
-        tiles.visible, target, sums, scaling, tokens, heads, kv_heads, size, page_size, rows, fewer, columns,
-        tiles.split if tiles.splits > 1 else WHOLE, tiles.splits, "ieee" if query.dtype == torch.float32 else "tf32",
+        tiles.visible, target, sums, scaling, tokens, tiles.split if tiles.splits > 1 else WHOLE, heads, kv_heads, size,
+        page_size, rows, fewer, columns, tiles.splits > 1, "ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if tiles.splits > 1:
-        combine_splits_kernel[(tokens * heads,)](target, sums, out, tokens * heads, size, tiles.splits, num_warps=1)
+        combine_splits_kernel[(tokens * heads,)](target, sums, out, tokens * heads, tiles.splits, size, num_warps=1)
     return out
 
 

@@ -9,15 +9,15 @@ Compared with JetEngine itself:
     0.2.0 (commit 11563d1)   The stand-in does what 0.2.0 was seen to do on an H100 (torch 2.11, transformers 4.52.4,
                              flash-attn 2.8.3.post2, flashinfer 0.5.3), and what its source says where nothing was run.
                              On an H100 the adapter's answers to the demo's 200 problems end in the native engine's
-                             numbers for 196 (static) and 199 (sequential) of them (README.md, "Measured"). On
+                             numbers for 196 (static) and 199 (sequential) of them (docs/measurements.md). On
                              2026-11-28 and 2026-11-29 tests/gpu/test_jetengine.py ran on an H200 (torch 2.11,
                              transformers 5.17): its first part only, because of a time limit.
     0.1.0 (commit 0ddc55a)   The stand-in does what 0.1.0's source says. On an H100 the adapter's answers end in the
                              native engine's numbers for 196 (static), 199 (sequential) and 196 (dynamic) of 200
-                             problems (README.md, "Measured", on 2026-11-24). No run of tests/gpu with 0.1.0 is recorded
+                             problems (docs/measurements.md, on 2026-11-24). No run of tests/gpu with 0.1.0 is recorded
                              since.
 
-To compare again, on a GPU, where the version in question is installed (README.md says how):
+To compare again, on a GPU, where the version in question is installed (docs/engines.md says how):
 
     python -m pytest tests/gpu/test_jetengine.py -s
 

@@ -4,7 +4,7 @@ Here are its public classes; pytorch/engine has its engine for block diffusion, 
 
 Compared with LMDeploy itself: the stand-in does what the sources of 0.18.0 (PyPI) and 0.16.0 (commit 1263d5c) say. With
 0.18.0 on an H100 the adapter's answers to the demo's 200 problems end in the native engine's numbers for 195 (static),
-198 (sequential) and 196 (dynamic) of them (README.md, "Measured"). On 2026-11-28 and 2026-11-29
+198 (sequential) and 196 (dynamic) of them (docs/measurements.md). On 2026-11-28 and 2026-11-29
 tests/gpu/test_lmdeploy.py ran with 0.18.0 on an H200 (torch 2.11, transformers 5.17): its first part only, because of a
 time limit. No run with 0.16.0 is recorded.
 
