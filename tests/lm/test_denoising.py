@@ -262,11 +262,14 @@ def test_pieces_of_bytes_that_encode_no_character() -> None:
         chat_template, all_special_ids = None, ()
         added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
+        def encode(self, text: str, **_: object) -> list[int]:
+            return list(text.encode())
+
         def decode(self, ids: list[int], **_: object) -> str:
             read.append(len(ids))
             return bytes(ids).decode(errors="replace")
 
-    prompts = Prompts(SimpleNamespace(tokenizer=Bytes(), name="bytes", stop_ids=(0,)))  # type: ignore[arg-type]
+    prompts = Prompts(SimpleNamespace(tokenizer=Bytes(), name="bytes", stop_ids=(0,), decode=Bytes().decode))  # type: ignore[arg-type]
     assert prompts.pieces([*"aé".encode(), *"日😀b".encode()]) == ["a", "", "é", "", "", "日", "", "", "", "😀", "b"]
     loop = [0x9F] * 3000
     assert "".join(prompts.pieces([*loop, *"日b".encode()])) == "\ufffd" * 3000 + "日b"

@@ -144,7 +144,8 @@ class Group:
         while self._waiting and len(self._running) < active:
             request = self._requests[self._waiting[0]]
             prefill += len(request.prompt_ids)
-            if added and prefill > PREFILL_TOKENS:
+            # A part that goes on within a thought has a longer prompt than JetEngine may have been made for.
+            if added and prefill > min(PREFILL_TOKENS, self._loaded.size.prefill_tokens):
                 break
             number = self._add(request.prompt_ids, self._sampling_params(request))
             has_full_block = len(tail_of(request)) < len(request.prompt_ids)

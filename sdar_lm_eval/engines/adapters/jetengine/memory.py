@@ -81,7 +81,7 @@ def size_for(
     logits = block_length * config["vocab_size"] * BYTES_PER_LOGIT  # of one sequence
     active = captured(min(len(requests), max_active or CAPTURED[-1], int(LOGITS_SHARE * total_bytes / logits)))
     tokens = sorted((request.longest for request in requests), reverse=True)
-    prompts = sorted((len(request.prompt_ids) for request in requests), reverse=True)
+    prompts = sorted(map(prompt_tokens_of, requests), reverse=True)
     prefill_tokens = max(tokens[0], min(PREFILL_TOKENS, sum(prompts[:active])))
     heads = config["num_attention_heads"] + 2 * config["num_key_value_heads"]
     width = 4 * config["hidden_size"] + 3 * config["intermediate_size"] + 3 * heads * config["head_dim"]
@@ -103,6 +103,14 @@ def size_for(
         prefill_tokens=prefill_tokens,
         gpu_memory_utilization=round(min(wanted, allowed) / total_bytes, 4),
     )
+
+
+def prompt_tokens_of(request: GenerationRequest) -> int:
+    """Most tokens that a part of a request begins with: its prompt, and the thought that a limit closes."""
+    tokens, thinking = len(request.prompt_ids), request.thinking
+    if thinking is None or thinking.max_tokens is None:
+        return tokens
+    return tokens + min(thinking.max_tokens + len(thinking.end_ids), request.max_new_tokens)
 
 
 def pages_of(request: GenerationRequest, page_a_step: bool = False) -> int:

@@ -15,11 +15,13 @@ import torch
 from asking import GREEDY, SHORT, native, random_prompts, run, tokens_of
 from jetengine_standin import GIB, gpu_on_the_cpu
 from support import random_checkpoint, read_weights, write_weights
+from thinking_checkpoint import thinking_checkpoint
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines import runs
 from sdar_lm_eval.engines.adapters.jetengine import checks, group, loading, memory
+from sdar_lm_eval.thinking import Thinking
 
 STRATEGIES = ("low_confidence_static", "sequential", "low_confidence_dynamic")
 
@@ -294,6 +296,20 @@ class TestMemory:
         assert config.num_kvcache_blocks >= 4
         free = 79 * GIB - config.gpu_memory_utilization * 80 * GIB
         assert free > 70 * GIB  # no more than is needed
+
+    @pytest.mark.parametrize("stops", [(), ("e",)])
+    def test_thoughts_that_go_on_fit_into_a_prefill(self, jetengine, demo, tmp_path, stops):
+        """Their parts have prompts that are longer than the first ones: JetEngine does not run out of memory.
+
+        A part goes on behind the thought's limit, or behind a stop string within the thought.
+        """
+        jetengine.faults.alone = False
+        checkpoint = Checkpoint.open(str(thinking_checkpoint(tmp_path / "thinker"))) if stops else demo
+        thinking = Thinking("</think>", (9,), "<think>", opened=not stops, max_tokens=None if stops else 40)
+        engine = of(checkpoint)
+        prompts = random_prompts([5] * 16)
+        run(engine, [GenerationRequest(p, 60, GREEDY, stop_strings=stops, thinking=thinking) for p in prompts])
+        assert engine.info.extra["standstills"] == 0
 
     def test_a_part_of_memory_that_was_asked_for(self, jetengine, tiny):
         engine = of(tiny, gpu_memory_utilization=0.5)
