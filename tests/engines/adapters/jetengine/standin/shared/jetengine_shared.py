@@ -141,7 +141,8 @@ class Model:
         assert getattr(config, "rope_scaling", None) is None
         assert config.hidden_act == "silu"
         assert not getattr(config, "attention_bias", False)
-        self.weights = {name: weight.float() for name, weight in read_weights(Path(folder)).items()}
+        with torch.device("cpu"):  # safetensors 0.4.3 loads onto the default device
+            self.weights = {name: weight.float() for name, weight in read_weights(Path(folder)).items()}
         self.bytes = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         names = ("head_dim", "num_hidden_layers", "rms_norm_eps", "tie_word_embeddings")
         if "model.layers.0.mlp.gate.weight" in self.weights:
