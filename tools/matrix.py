@@ -44,8 +44,8 @@ HEAD = """\
 `python tools/matrix.py` installs each combination below into a fresh environment. It runs {files} files of the test
 suite there, among them the golden answers, and then the command line on 20 problems of the demo. All runs are on the
 CPU. Versions that a combination does not name are the newest that the package index offers with the named ones. The
-combination `lowest` takes the oldest version of each requirement that `pyproject.toml` allows. lm-eval 0.4.9 and 0.4.9.1 cannot be imported beside
-transformers 5, so their combinations have transformers 4.
+combination `lowest` takes the oldest version of each requirement that `pyproject.toml` allows. lm-eval 0.4.9 and
+0.4.9.1 cannot be imported beside transformers 5, so their combinations have transformers 4.
 
 | combination | Python | torch | transformers | lm-eval | tests | demo | date |
 | --- | --- | --- | --- | --- | --- | --- | --- |
