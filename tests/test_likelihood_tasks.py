@@ -160,6 +160,7 @@ def test_few_shot_examples_of_a_group(lm: SDARLM, data: Path) -> None:
     assert set(results["groups"]["mmlu_demo"]) >= {"acc,none"}
 
 
+@pytest.mark.slow
 def test_nelbo_per_token_is_the_training_loss() -> None:
     """On problems that training did not see, with the loss of `tools/demo_training.py`: noised halves, weights.
 

@@ -148,6 +148,7 @@ def test_data(error_of: Lm_eval, tmp_path: Path) -> None:
     assert "line 2" in error_of("pretrained=demo", *metadata, task="gsm8k_sdar")
 
 
+@pytest.mark.slow
 def test_a_process_prints_one_line_and_exits_with_1(tmp_path: Path) -> None:
     """An error in the middle of the run. `test_install` has one while the model is made."""
     command = [

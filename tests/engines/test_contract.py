@@ -96,6 +96,7 @@ def test_a_run_inside_another_is_refused(open_engine, tiny, second):
     assert tokens_of(run(engine, requests)) == whole
 
 
+@pytest.mark.slow
 def test_mixed_settings_in_one_call(engine, tiny):
     settings = [
         {"remasking_strategy": strategy, "confidence_threshold": threshold, "denoising_steps": steps, **draw}

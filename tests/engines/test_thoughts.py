@@ -87,6 +87,7 @@ def test_a_thought_below_its_limit_ends_by_itself(open_engine, thinker):
     assert not any(r.forced_tokens for r in results)
 
 
+@pytest.mark.slow
 def test_a_limit_that_no_thought_reaches_changes_no_answer(open_engine, demo):
     """Wherever the limit lies in a block. The think end is a token that the demo writes once in its answer so far."""
     engine = open_engine(demo)

@@ -205,6 +205,7 @@ def check_ranks(of_ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     assert {of_rank["threads"] for of_rank in of_ranks} == {max(1, ranks.usable_cores() // len(of_ranks))}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a rank by /proc")
 def test_a_killed_rank_ends_the_command_and_its_answers_stay(folder: Path) -> None:
     """Then the same command computes what is missing, and says everything once."""

@@ -50,6 +50,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_killed_run_computes_only_what_was_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model_args = ",".join(f"{name}={value}" for name, value in {**MODEL, "trace": "trace.jsonl"}.items())
     command = [sys.executable, "-m", "sdar_lm_eval", "run", "--model", "sdar", "--model_args", model_args]

@@ -225,6 +225,7 @@ def test_what_is_shipped(sharded: Sharded) -> None:
     assert not any("__pycache__" in path for path in shipped)
 
 
+@pytest.mark.slow
 def test_a_part_of_a_larger_run_takes_no_gpu(sharded: Sharded, tmp_path: Path) -> None:
     plane, output = sharded.plane, tmp_path / "results.json"
     words = (*DEMO, "--verbose", "false", "--output-file", str(output))
@@ -241,6 +242,7 @@ def test_a_part_of_a_larger_run_takes_no_gpu(sharded: Sharded, tmp_path: Path) -
     assert plane.functions["publish"].definition.single_use_containers
 
 
+@pytest.mark.slow
 def test_a_sweep(tmp_path: Path) -> None:
     output = tmp_path / "sweep.json"
     words = (*DEMO, "--num-samples", "6", "--temperature", "0.0", "--verbose", "false", "--output-file", str(output))
@@ -270,6 +272,7 @@ def test_a_container_that_dies(tmp_path: Path) -> None:
         assert not output.exists()
 
 
+@pytest.mark.slow
 def test_a_container_that_dies_before_or_after_the_gpu(tmp_path: Path) -> None:
     output = tmp_path / "results.json"
     words = (*DEMO, "--num-samples", "2", "--output-file", str(output))

@@ -149,6 +149,7 @@ def test_a_killed_sweep_computes_only_what_is_missing(tasks: str, tmp_path: Path
     assert resumed.tokens_per_second is not None and not resumed.note
 
 
+@pytest.mark.slow
 def test_what_changes_is_computed_anew(tasks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grids = ({"threshold": "0.5,0.9"},)
     first = plan(asked(tmp_path, tasks, grids=grids))

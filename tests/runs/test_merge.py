@@ -45,6 +45,7 @@ def _how(record: Denoising) -> tuple[int, int, tuple[int, ...], tuple[int, ...] 
     return record.document, record.repeat, record.token_ids, record.steps
 
 
+@pytest.mark.slow
 def test_shards_become_one_result(tmp_path: Path) -> None:
     run, folder = _run(), tmp_path / "three"
     with pytest.raises(UserError, match="There are no answers yet"):

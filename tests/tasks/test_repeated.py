@@ -241,6 +241,7 @@ def test_task_files_name_all_metrics(task: str, offline: Path, caplog: pytest.Lo
         }
 
 
+@pytest.mark.slow
 def test_repeats_from_python(offline: Path) -> None:
     task = load_task("gsm8k_sdar")
     task.set_config("repeats", 3)

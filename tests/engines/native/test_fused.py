@@ -122,7 +122,11 @@ def gated_row_by_row(x, weight):
 
 @pytest.mark.parametrize(
     ("either", "products"),
-    [("dense", "of fixed size"), ("dense", "row by row"), ("experts", "row by row")],
+    [
+        ("dense", "of fixed size"),
+        ("dense", "row by row"),
+        pytest.param("experts", "row by row", marks=pytest.mark.slow),
+    ],
     indirect=["either"],
 )
 def test_reproducible_to_the_bit(either, monkeypatch, products):
@@ -173,6 +177,7 @@ def test_reproducible_to_the_bit(either, monkeypatch, products):
     assert (rows == {REPRODUCIBLE_ROWS}) == (products == "of fixed size")
 
 
+@pytest.mark.slow
 def test_a_run_after_prepare_captures_no_graph(checkpoint, monkeypatch):
     captured = []
 

@@ -173,6 +173,7 @@ COMPILE_GLUON = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
 @pytest.mark.parametrize("script", [COMPILE, COMPILE_GLUON], ids=["triton", "gluon"])
 def test_for_an_h100(tmp_path, pytestconfig, script):
