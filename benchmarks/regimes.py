@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sdar_lm_eval.engines.registry import ENGINES
+
 EXPERTS = {
     "model_type": "sdar_moe", "architectures": ["SDARMoeForCausalLM"], "hidden_size": 2048, "num_attention_heads": 32,
     "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
@@ -81,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained", required=True)
     parser.add_argument("--gsm8k", help="folder with GSM8K's test.jsonl; default: the demo problems")
-    parser.add_argument("--engines", nargs="+", default=["native", "lmdeploy"])
+    parser.add_argument("--engines", nargs="+", default=["native", "lmdeploy"], choices=ENGINES)
     parser.add_argument("--only", nargs="+", metavar="PART", choices=sorted({r.name for r in REGIMES}))
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--layers", type=int, default=12, help="layers of the mixture of experts")
@@ -93,6 +95,8 @@ def main() -> None:
         measure(**json.loads(args.process))
         return
 
+    if not (Path(args.pretrained) / "config.json").is_file():
+        parser.error(f"--pretrained {args.pretrained} is no folder with a config.json; give SDAR-4B's, without weights")
     wanted = [regime for regime in REGIMES if not args.only or regime.name in args.only]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="regimes-") as temporary:

@@ -103,13 +103,15 @@ def _prefix(value: object) -> str:
 
 
 def _template_args(value: object) -> dict[str, object]:
+    example = '{"enable_thinking": false}'
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise UserError(f"chat_template_args={shown(value)} is no JSON: {error}.") from error
+            raise UserError(
+                f"chat_template_args={shown(value)} is no JSON: {error}. Give a mapping, such as {example}."
+            ) from error
     if value is not None and not (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
-        example = '{"enable_thinking": false}'
         raise UserError(f"chat_template_args={shown(value)} is no mapping. Give one, such as {example}.")
     return dict(value or {})
 
