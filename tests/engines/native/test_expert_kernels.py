@@ -102,3 +102,16 @@ def test_a_row_does_not_depend_on_the_others(dtype):
     together = experts.run(x, logits, weights, batch_invariant=True)
     for rows in (slice(0, 1), slice(3, 90), slice(50, 53)):
         assert torch.equal(experts.run(x[rows], logits[rows], weights, batch_invariant=True), together[:, rows])
+
+
+def test_tiles_of_every_size_are_compiled_ahead(monkeypatch):
+    """Sixteen bits have several sizes; the interpreter computes in float32, so only the choice is looked at."""
+    chosen = set()
+
+    def run(x, logits, weights, visible, *, batch_invariant):
+        rows, count = len(x) * weights.top_k, len(weights.router)
+        chosen.add((experts.tile_settings(rows, count, 2, batch_invariant=batch_invariant), visible is None))
+
+    monkeypatch.setattr(experts, "run", run)
+    experts.compile_for(layer(torch.float32, experts=128, inputs=16, width=16, top_k=8), batch_invariant=False)
+    assert chosen == {(tiles, masked) for tiles in experts.TILES for masked in (False, True)}
