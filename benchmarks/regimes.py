@@ -242,7 +242,7 @@ def timed(lm: Any, regime: Regime, questions: Any, runs: int, floor: Any) -> dic
 def requests(lm: Any, regime: Regime, questions: Any) -> list[Any]:
     """The harness's requests of a regime, the texts in front of the questions drawn from the questions."""
     from common import instance, sampling
-    from throughput import examples
+    from throughput import front
 
     settings = {
         "remasking_strategy": "low_confidence_dynamic", "confidence_threshold": regime.threshold,
@@ -254,8 +254,7 @@ def requests(lm: Any, regime: Regime, questions: Any) -> list[Any]:
     for number in range(count):
         group = number // (regime.share or count)
         if regime.prefix and group not in fronts:
-            own = [questions[(31 * group + i) % len(questions)] for i in range(60)]
-            fronts[group] = examples(own, regime.prefix, lm.tokenizer)
+            fronts[group] = front(questions, group, regime.prefix, lm.tokenizer)
         doc = questions[number % len(questions)]
         made.append(instance(number, doc, regime.new_tokens, settings, fronts.get(group, "")))
     return made
