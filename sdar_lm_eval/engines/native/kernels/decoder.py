@@ -27,8 +27,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 SPLIT = 512  # fewest tokens of a context's split
 # Most tokens of a split where sequences of all lengths run together: every step waits for the longest program.
-LONGEST_SPLIT = 4096
-FILLING = 3  # attention programs that a multiprocessor needs to be busy
+LONGEST_SPLIT = 8192
+FILLING = 2  # attention programs that a multiprocessor needs to be busy
 WHOLE = 1 << 30  # tokens of a context's only split, whatever its length
 FEW_ROWS = 16  # the fewest rows of Triton's matrix product
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -253,8 +253,9 @@ class Tiles:
     batch_invariant: bool = False
 
 
-# Each value of another divisibility would compile the kernel again.
-@triton.jit(do_not_specialize=["width", "all_tokens", "split_size"])
+# A size of another divisibility would compile the kernel again. `split_size` is always a multiple of 16, and the kernel
+# is faster where the compiler knows that.
+@triton.jit(do_not_specialize=["width", "all_tokens"])
 def attend_kernel(
     query, keys, values, firsts, counts, pages, width, sequence, visible, out, sums, scale, all_tokens, split_size,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
@@ -412,7 +413,7 @@ def attention_settings(rows: int, programs: int, itemsize: int) -> tuple[int, in
     if itemsize > 2:
         return 32, 2 if rows <= 32 else 4 if rows <= 64 else 8, 3
     if rows <= 32:
-        return (32, 2, 3) if programs > 2 * multiprocessors() else (128, 4, 3)
+        return (32, 2, 3) if programs > 3 * multiprocessors() else (128, 4, 3)
     if rows <= 128:
         return (64, 4, 3) if rows <= 64 else (32, 4, 3)
     return (64, 8, 3)
@@ -435,7 +436,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     assert tiles.pages.is_contiguous()
     rows = max(16, triton.next_power_of_2(tiles.tokens * (heads // kv_heads)))
     fewer = rows // 2 if 16 < rows <= 64 else rows  # rows of a half full tile: a block without its predecessor
-    programs = WHOLE if tiles.batch_invariant else len(tiles.first) * kv_heads * tiles.splits
+    programs = WHOLE if tiles.batch_invariant else len(tiles.first) * kv_heads
     columns, warps, stages = attention_settings(rows, programs, query.dtype.itemsize)
     out = torch.empty_like(query)
     target, sums = out, out
