@@ -8,8 +8,8 @@
         answers = model.generate(["…", "…"], strategy="sequential", max_gen_toks=64)
         model.loglikelihood([("2 + 3 =", " 5")])
 
-Settings, prompts and log-likelihoods are those of an evaluation: `settings.py` reads the settings, `lm/prompts.py` and
-`lm/jobs.py` make the engine's requests.
+Settings, prompts and log-likelihoods are those of an evaluation: `settings.py` reads the settings, and `lm/prompts.py`
+and `lm/jobs.py` make the engine's requests.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     GenerationResult -> Written -> a record of the store -> Written -> a line of the file (report/denoising.py)
 
-An evaluation keeps the records of all its answers in memory until lm_eval saves samples. So a Written takes 8 bytes a
-token.
+An evaluation keeps the records of all answers in memory until lm_eval saves the samples. So a `Written` takes only
+8 bytes a token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The lm_eval model: a request's way from the harness to an engine and back.
 
-One class serves every engine. It keeps the harness's contract (order, stored answers, truncation, chat template,
-ranks); the engine computes tokens. Its methods are in the order in which lm_eval calls them.
+One class, `SDARLM`, serves every engine. `SDARLM` keeps the harness's contract (order, stored answers, truncation, chat
+template, ranks), and the engine computes tokens. The methods are in the order in which lm_eval calls the methods.
 """
 
 from __future__ import annotations
