@@ -43,6 +43,15 @@ def on_cpu(demo):
     return answers
 
 
+def check_ties(demo, wanted, on_gpu, on_cpu, most):
+    """At most so many answers differ, each by a rounding of float32 at a tie."""
+    differing = [i for i, (ours, cpus) in enumerate(zip(on_gpu, on_cpu, strict=True)) if ours != cpus]
+    assert len(differing) <= most
+    judge = Float32Judge(demo) if differing else None
+    for i in differing:
+        assert max(judge.roundings(wanted[i], on_gpu[i])) <= 1e-4
+
+
 def share_right(demo, answers):
     right = [demo.decode(a).endswith(f"#### {gold}") for a, gold in zip(answers, golds(), strict=True)]
     return sum(right) / len(right)
@@ -53,8 +62,8 @@ def share_right(demo, answers):
 def test_float32_answers_are_the_cpus(demo, questions, on_cpu, strategy, kernels):
     wanted = requests(demo, questions, remasking_strategy=strategy)
     on_gpu = tokens(demo, wanted, device="cuda", dtype="float32", kernels=kernels)
-    differing = [i for i, (a, b) in enumerate(zip(on_gpu, on_cpu(wanted), strict=True)) if a != b]
-    assert not differing
+    # Question 42 meets a tie: rounding of 1e-5 turns it.
+    check_ties(demo, wanted, on_gpu, on_cpu(wanted), most=int(strategy == "sequential"))
 
 
 @KERNELS
@@ -105,12 +114,9 @@ def test_few_pages_and_few_slots_change_nothing(demo, questions, kernels):
 @pytest.mark.parametrize("length", [1, 8, 32, 64])
 def test_other_block_lengths(demo, questions, on_cpu, length):
     wanted = requests(demo, questions[:20], block_length=length, denoising_steps=max(length // 2, 1))
-    pairs = list(zip(tokens(demo, wanted, device="cuda", dtype="float32", kernels=True), on_cpu(wanted), strict=True))
-    differing = [i for i, (ours, cpus) in enumerate(pairs) if ours != cpus]
-    assert len(differing) <= (length == 1)  # for which the checkpoint was not trained: it is sure of little
-    plain = Float32Judge(demo)
-    for i in differing:
-        assert max(plain.roundings(wanted[i], pairs[i][0])) <= 1e-4
+    on_gpu = tokens(demo, wanted, device="cuda", dtype="float32", kernels=True)
+    # The checkpoint was not trained for blocks of one token: it is sure of little.
+    check_ties(demo, wanted, on_gpu, on_cpu(wanted), most=int(length == 1))
 
 
 def test_block_lengths_mix(demo, questions, on_cpu):
