@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from asking import ask, run
+from scipy.stats import binomtest
 from support import random_checkpoint, read_weights, write_weights
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, make_engine
@@ -52,9 +53,8 @@ def check_ties(demo, wanted, on_gpu, on_cpu, most):
         assert max(judge.roundings(wanted[i], on_gpu[i])) <= 1e-4
 
 
-def share_right(demo, answers):
-    right = [demo.decode(a).endswith(f"#### {gold}") for a, gold in zip(answers, golds(), strict=True)]
-    return sum(right) / len(right)
+def right(demo, answers):
+    return [demo.decode(a).endswith(f"#### {gold}") for a, gold in zip(answers, golds(), strict=True)]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -94,12 +94,15 @@ def test_draws_are_the_cpus(demo, questions, on_cpu, settings, kernels):
 
 @pytest.mark.parametrize("strategy", ["low_confidence_static", "low_confidence_dynamic", "sequential"])
 @KERNELS
-def test_bfloat16_is_within_a_point_or_two_of_float32(demo, questions, on_cpu, strategy, kernels):
+def test_bfloat16_is_right_as_often_as_float32(demo, questions, on_cpu, strategy, kernels):
+    """The table of accuracy moves by rounding alone: up to 6 of 200 answers on the CPU, to either side."""
     wanted = requests(demo, questions, remasking_strategy=strategy)
-    exact = share_right(demo, on_cpu(wanted))
-    rounded = share_right(demo, tokens(demo, wanted, device="cuda", dtype="bfloat16", kernels=kernels))
-    print(f"{strategy}: float32 on the CPU {exact:.3f}, bfloat16 on the GPU {rounded:.3f}")
-    assert abs(exact - rounded) <= 0.02
+    exact = right(demo, on_cpu(wanted))
+    rounded = right(demo, tokens(demo, wanted, device="cuda", dtype="bfloat16", kernels=kernels))
+    lost, won = (sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((exact, rounded), (rounded, exact)))
+    print(f"{strategy}: float32 on the CPU {sum(exact)}, bfloat16 on the GPU {sum(rounded)}: {lost} lost, {won} won")
+    assert lost + won <= 16
+    assert binomtest(lost, max(lost + won, 1)).pvalue > 0.01
 
 
 @KERNELS
