@@ -1,6 +1,7 @@
 """The lm_eval model: the harness's requests, answered by an engine.
 
 model.py         SDARLM: the methods that the harness calls
+frontend.py      the checkpoint and what makes an engine's requests, which load() has in common with SDARLM
 rounds.py        a round of requests: stored answers are found, the others are computed
 evaluation.py    the evaluation, task and document that a request belongs to, which lm_eval does not tell its models
 hooks.py         wrappers around lm_eval's functions, from which evaluation.py learns the task and document
