@@ -14,7 +14,7 @@ from sdar_lm_eval.checks import at_least_one, check_bool, if_given
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.native.forward import attention
 from sdar_lm_eval.engines.native.loop import Finished, Loop
-from sdar_lm_eval.engines.native.options import resolve_device, resolve_dtype, resolve_kernels
+from sdar_lm_eval.engines.native.options import resolve_device, resolve_dtype, resolve_kernels, resolve_speculation
 from sdar_lm_eval.engines.native.pages import PagePool
 from sdar_lm_eval.engines.native.runner import MOST_IN_FLIGHT, Runner, Shape
 from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
@@ -71,6 +71,8 @@ class NativeEngine(Closable):
             different settings run one after the other. Needs kernels.
         share_prefixes: whether prompts with a common prefix share the prefix's KV, which is computed once. False is
             for comparison.
+        speculate: levels of guessed states that run beside each block's true state, 1 to 4 (`speculation.py`); False:
+            none. Answers are the same.
 
     Attributes:
         device: the device that the engine computes on.
@@ -93,11 +95,13 @@ class NativeEngine(Closable):
         kernels: bool | None = None,
         reproducible: bool = False,
         share_prefixes: bool = True,
+        speculate: bool | int | str = False,
     ) -> None:
         check_rope(checkpoint)
         self._checkpoint = checkpoint
         self._one_run = OneRun("native")
         self._warm_shape: Shape | None = None  # the shape that kernels are compiled for
+        self._levels = resolve_speculation(speculate)
         self.device = resolve_device(device)
         self._dtype = resolve_dtype(dtype, self.device, checkpoint)
         self._max_active = if_given(at_least_one, "max_active", max_active)
@@ -110,7 +114,7 @@ class NativeEngine(Closable):
         self.model = checkpoint.load_model(dtype=self._dtype, device=self.device, attention=attention.NAME)
         self.runner = Runner(
             self.model, checkpoint.family, checkpoint.mask_token_id, PAGE_SIZE, kernels=self._kernels,
-            reproducible=self._reproducible,
+            reproducible=self._reproducible, levels=self._levels,
         )  # fmt: skip
         if self._reproducible and not self.runner.forward.captures:
             raise UserError(
@@ -138,6 +142,7 @@ class NativeEngine(Closable):
                 "reproducible": self._reproducible,
                 "preemptions": self._preemptions,
                 "shared_prompt_tokens": self._shared_prompt_tokens,
+                **({"speculate": self._levels} if self._levels else {}),
             },
             environment=environment(self.device),
         )
@@ -204,7 +209,12 @@ class NativeEngine(Closable):
         for index in suspects:
             self.runner.cache.clear()
             unanswered: list[int] = []
-            yield from self._generate(_sequences(requests, [index]), unanswered, watch)
+            # Without guesses: a wrong guess may have a state whose logits are not finite, though the true ones are.
+            depth, self.runner.depth = self.runner.depth, 0
+            try:
+                yield from self._generate(_sequences(requests, [index]), unanswered, watch)
+            finally:
+                self.runner.depth = depth
             if unanswered:
                 failures.add(index, not_finite(str(self._dtype)))
 
@@ -221,9 +231,12 @@ class NativeEngine(Closable):
         """Run sequences; `suspects` gets the indices of those whose logits are not finite."""
         max_active, pages = self._allocate(sequences)
         pool = PagePool(pages, PAGE_SIZE)
+        # With a step in flight, the device may have begun later blocks than the one that the host knows of.
+        lookahead = 1 + (MOST_IN_FLIGHT - 1) * self.runner.blocks_of_a_step
         scheduler = Scheduler(
-            sequences, pool, max_active, PREFILL_CHUNK[self.device.type], share_prefixes=self._share_prefixes
-        )
+            sequences, pool, max_active, PREFILL_CHUNK[self.device.type], share_prefixes=self._share_prefixes,
+            lookahead=lookahead,
+        )  # fmt: skip
         loop = Loop(scheduler, self.runner, self._checkpoint.decode, self.steps_in_flight, watch)
         yield from loop.run()
         suspects += loop.suspects

@@ -12,6 +12,7 @@ from sdar_lm_eval.checks import check_bool
 from sdar_lm_eval.errors import UserError
 
 DEVICE_TYPES = ("cpu", "cuda")
+MOST_LEVELS = 4  # of guesses
 
 
 def resolve_device(device: str) -> torch.device:
@@ -51,6 +52,18 @@ def resolve_kernels(kernels: bool | None, device: torch.device) -> bool:
     if kernels and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(f"kernels=true needs a GPU, and the device is {device}; leave kernels out, or set it to false.")
     return kernels
+
+
+def resolve_speculation(speculate: bool | int | str) -> int:
+    """The levels of guesses; 0: none.
+
+    Raises:
+        UserError: the value is neither false nor 1 to `MOST_LEVELS`.
+    """
+    levels = 0 if speculate is False else speculate
+    if isinstance(levels, bool) or not isinstance(levels, int) or not 0 <= levels <= MOST_LEVELS:
+        raise UserError(f"speculate={speculate!r} is unknown; choose false, or 1 to {MOST_LEVELS}.")
+    return levels
 
 
 def resolve_dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:

@@ -10,11 +10,13 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from sdar_lm_eval.engines.native.batch import BatchState, Outcome, Segments
+from sdar_lm_eval.engines.native import speculation
+from sdar_lm_eval.engines.native.batch import BatchState, Outcome, unpack
 from sdar_lm_eval.engines.native.compiling import compiled
 from sdar_lm_eval.engines.native.drawing import Drawing
 from sdar_lm_eval.engines.native.forecast import Forecast
@@ -22,7 +24,9 @@ from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
 from sdar_lm_eval.engines.native.forward.graphs import Graphs, rounded_up
 from sdar_lm_eval.engines.native.forward.modules import ModulesForward
+from sdar_lm_eval.engines.native.layout import Segments
 from sdar_lm_eval.engines.native.scheduler import Chunk, SequenceState
+from sdar_lm_eval.engines.native.speculation import Speculation, most_guesses
 from sdar_lm_eval.errors import EngineError
 from sdar_lm_eval.families.base import Family
 
@@ -94,9 +98,11 @@ class Runner:
             `torch.compile` for the batch's state.
         reproducible: whether results have to be batch-invariant: the same to the bit whatever else is in the batch.
             Needs the fused forward, and sequences that all have the same settings.
+        levels: G, most levels of guesses; 0: no speculation.
 
     Attributes:
         shape: the shape that memory is allocated for; None: no memory is. Another object where graphs were dropped.
+        depth: levels of guesses that steps run, at most G.
     """
 
     def __init__(
@@ -108,6 +114,7 @@ class Runner:
         *,
         kernels: bool,
         reproducible: bool = False,
+        levels: int = 0,
     ) -> None:
         self._vocabulary, self._mask_token_id = int(model.config.vocab_size), mask_token_id
         self.device: torch.device = model.device
@@ -117,7 +124,9 @@ class Runner:
         if on_gpu:
             self._on_device = torch.cuda.device(self.device)
         self._kernels, self._reproducible = kernels, reproducible
+        self._levels = self.depth = levels
         self._lay_out, self._masked_positions, self._advance = lay_out, BatchState.masked_positions, BatchState.advance
+        self._speculate = speculation.Functions()
         if kernels and on_gpu:
             self.compile()
         self.cache = PagedCache(model, page_size)
@@ -140,6 +149,7 @@ class Runner:
         self._lay_out = compiled(lay_out, backend)
         self._masked_positions = compiled(BatchState.masked_positions, backend)
         self._advance = compiled(BatchState.advance, backend)
+        self._speculate = speculation.Functions().compiled(backend)
 
     # Memory
 
@@ -157,38 +167,44 @@ class Runner:
         if shape != self.shape:
             self._reserve(shape)
         self.batch.active.fill_(False)
-        self._forecast = Forecast(self.batch.slots, self.batch.block)
-        # For each step in flight: the host buffer of its outcome, and the event after which the copy is complete.
-        self._in_flight: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+        guesses = most_guesses(self.batch.slots, self._levels)
+        self._forecast = Forecast(self.batch.slots, self.batch.block, self._levels, guesses)
+        self._in_flight: deque[_InFlight] = deque()
 
     def _reserve(self, shape: Shape) -> None:
         self.shape = None
         self._forward_graphs = self._draw_graphs = None
-        self.cache.reserve(shape.pages, shape.slots, shape.width)
+        guesses = most_guesses(shape.slots, self._levels)
+        self.cache.reserve(shape.pages, shape.slots, shape.width, guesses, self.private_pages(shape.block))
         self.batch = BatchState(
             shape.slots, shape.block, shape.stops, self._vocabulary, self._mask_token_id,
             strategies=shape.strategies, penalized=shape.penalized, device=self.device,
         )  # fmt: skip
         self._drawing = Drawing(
-            self.forward, self.batch, self._vocabulary, greedy=shape.greedy, sampled=shape.sampled,
+            self.forward, self.batch, self._vocabulary, guesses=guesses, greedy=shape.greedy, sampled=shape.sampled,
             filtered=shape.filtered, kernels=self._kernels, reproducible=self._reproducible,
         )  # fmt: skip
+        self._speculation = Speculation(self.batch, self._levels, self.device) if self._levels else None
         if self._kernels and not self._drawing.by_kernel:
             logger.info(
                 "With top_k, top_p or repetition_penalty PyTorch draws the tokens, without a CUDA graph: slower."
             )
-        self._segment_sizes = self.forward.sizes(shape.slots, shape.block)
+        self._segment_sizes = self.forward.sizes(2 * (shape.slots + guesses), shape.block)
         self._draw_sizes = self._drawing.sizes()
         self.forward.reserve(self._segment_sizes[-1], shape.block, shape.width * self.cache.page_size)
         on_gpu = self.device.type == "cuda"
         self._forward_graphs = Graphs(self._forward, self._segment_sizes, enabled=on_gpu and self.forward.captures)
         self._draw_graphs = Graphs(self._draw, self._draw_sizes, enabled=on_gpu and self._drawing.by_kernel)
-        packed = self.batch.packed
-        # One buffer for each step that can be in flight.
+        packed = [self.batch.packed] if self._speculation is None else [self.batch.packed, self._speculation.packed]
+        # For each step that can be in flight: a buffer without guesses, and one with them.
         self._host_buffers = itertools.cycle(
-            [torch.empty_like(packed, device="cpu", pin_memory=on_gpu) for _ in range(MOST_IN_FLIGHT)]
+            [[torch.empty_like(p, device="cpu", pin_memory=on_gpu) for p in packed] for _ in range(MOST_IN_FLIGHT)]
         )
         self.shape = shape
+
+    def private_pages(self, block: int) -> int:
+        """Pages of one guess: two blocks of L tokens, from any position on."""
+        return (self.cache.page_size + 2 * block - 2) // self.cache.page_size + 1 if self._levels else 0
 
     @torch.no_grad()
     def capture(self, shortest: int, longest: int, seconds: float) -> None:
@@ -206,10 +222,11 @@ class Runner:
         with self._on_device:
             self.forward.compile()
             until = time.perf_counter() + seconds
+            guessing = self.depth > 0
             for size in reversed(self._draw_sizes):
-                self._draw_graphs.prepare(size, until=until)
+                self._draw_graphs.prepare(size, guessing, until=until)
             for context, size in itertools.product(contexts, reversed(self._segment_sizes)):
-                self._forward_graphs.prepare(size, context, until=until)
+                self._forward_graphs.prepare(size, context, guessing, until=until)
 
     def out_of_memory(self, pages: int | None = None) -> EngineError:
         """The error of a run that memory does not suffice for. `pages` were asked for; None: the allocated ones."""
@@ -235,6 +252,8 @@ class Runner:
         """Put sequences into the batch; their prompts are prefilled."""
         if sequences:
             self.batch.begin(sequences)
+            if self._speculation is not None:
+                self._speculation.forget([sequence.slot for sequence in sequences])
             self._forecast.begin(sequences)
 
     def run_only(self, sequences: Sequence[SequenceState]) -> None:
@@ -268,12 +287,13 @@ class Runner:
         Returns:
             Whether there was anything to run.
         """
-        segments, draws = self._forecast.sizes()
+        segments, draws = self._forecast.sizes(self.depth)
         if not segments:
             return False
         assert self._forward_graphs is not None
         assert self._draw_graphs is not None
         assert len(self._in_flight) < MOST_IN_FLIGHT
+        guessing = self.depth > 0
         event = None
         with self._on_device:
             # `Graphs` rounds a size up only where graphs are captured; fixed rows need it everywhere.
@@ -281,39 +301,69 @@ class Runner:
                 segments = rounded_up(self._segment_sizes, segments)
             if self._drawing.fixed_rows:
                 draws = rounded_up(self._draw_sizes, draws)
-            self._forward_graphs(segments, self.forward.context_key(context))
-            self._draw_graphs(draws)
-            buffer = next(self._host_buffers)
-            buffer.copy_(self.batch.packed, non_blocking=True)
+            self._forward_graphs(segments, self.forward.context_key(context), guessing)
+            self._draw_graphs(draws, guessing)
+            buffer = next(self._host_buffers)[guessing]
+            packed = self._speculation.packed if self._speculation is not None and guessing else self.batch.packed
+            buffer.copy_(packed, non_blocking=True)
             if self.device.type == "cuda":
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record()
-        self._in_flight.append((buffer, event))
+        self._in_flight.append(_InFlight(buffer, event, guessing))
         self._forecast.launched()
         return True
 
     def collect(self) -> Outcome:
         """Wait for the oldest step in flight, and return its outcome."""
-        buffer, event = self._in_flight.popleft()
+        buffer, event, guessing = self._in_flight.popleft()
         if event is not None:
             event.synchronize()
-        outcome = self.batch.unpack(buffer)
+        if guessing:
+            assert self._speculation is not None
+            outcome = self._speculation.unpack(buffer)
+        else:
+            # A later step overwrites the buffer.
+            outcome = unpack(buffer.numpy().copy(), self.batch.slots, self.batch.block)
         self._forecast.learn(outcome)
         return outcome
 
-    def _forward(self, count: int, context: int) -> None:
+    @property
+    def blocks_of_a_step(self) -> int:
+        """Most blocks that a step can decide for one sequence."""
+        return 2 if self._levels else 1
+
+    def _forward(self, count: int, context: int, guessing: bool) -> None:
         """Run `count` segments through the model."""
-        segments, addresses = self._lay_out(self.batch, self.cache, count)
+        if guessing:
+            assert self._speculation is not None
+            segments, addresses, source, target = self._speculate.lay_out_guesses(self._speculation, self.cache, count)
+            self.cache.copy(source[:count], target[:count])
+        else:
+            segments, addresses = self._lay_out(self.batch, self.cache, count)
         self.forward.run(segments, addresses, context)
 
-    def _draw(self, count: int) -> None:
+    def _draw(self, count: int, guessing: bool) -> None:
         """Draw tokens for `count` masked positions, and advance the batch."""
-        token, confidence, entropy = self._drawing(self._masked_positions(self.batch, count))
-        self._advance(self.batch, token, confidence, entropy)
+        if guessing:
+            assert self._speculation is not None
+            drawn = self._drawing(self._speculate.masked_positions(self._speculation, count))
+            speculation.advance(self._speculation, self.cache, self._speculate, drawn)
+        else:
+            token, confidence, entropy = self._drawing(self._masked_positions(self.batch, count))
+            self._advance(self.batch, token[:, 0], confidence[:, 0], entropy)
+
+
+class _InFlight(NamedTuple):
+    """A step in flight: the host buffer of its outcome, the event after which the copy is complete, its kind."""
+
+    buffer: torch.Tensor
+    event: torch.cuda.Event | None
+    guessing: bool
 
 
 def lay_out(batch: BatchState, cache: PagedCache, count: int) -> tuple[Segments, Addresses]:
     """The segments of a step, and the addresses of their tokens."""
     segments = batch.segments(count)
-    addresses = cache.addresses(segments.slot, segments.start, segments.length, segments.length, batch.offsets)
+    offsets = batch.transition.offsets
+    addresses = cache.addresses(segments.slot, segments.start, segments.length, segments.length, offsets)
     return segments, addresses

@@ -201,7 +201,7 @@ def test_a_run_after_prepare_captures_no_graph(checkpoint, monkeypatch):
     with monkeypatch.context() as on_gpu:
         on_gpu.setattr(engine, "device", torch.device("cuda"))
         engine.prepare(requests)
-    contexts = {key[1] for key in captured if len(key) == 2}
+    contexts = {key[1] for key in captured if len(key) == 3}
     assert len(contexts) > 1
     before = len(captured)
     assert [r.token_ids for r in run(engine, requests)] == [r.token_ids for r in expected]
