@@ -113,12 +113,15 @@ class NativeArguments(ModelArguments, total=False):
         kernels: run with Triton kernels and CUDA graphs; default: on GPUs, where triton is installed.
         reproducible: answers are the same to the bit in any batch (default: up to rounding); needs the kernels.
         share_prefixes: prompts that begin alike share the KV of that beginning (default; false: for comparison).
+        speculate: 1 to 4 guessed next states run beside each block's true state, and right guesses save forwards; the
+            answers are the same. Default: false.
     """
 
     kv_pages: int
     kernels: bool
     reproducible: bool
     share_prefixes: bool
+    speculate: Literal[False, 1, 2, 3, 4]
 
 
 class JetEngineArguments(ModelArguments, total=False):

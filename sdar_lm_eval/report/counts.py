@@ -38,6 +38,8 @@ class Counts:
         stored_forced_tokens: the same of answers found in a store.
         repetitions: answers that ended in a loop, those found in a store included.
         saved_tokens: tokens between the ends of these answers and their limits.
+        passes: forwards of the model that speculating answers' denoising steps took, counted for each sequence.
+        guesses, right_guesses: guessed states that went through the model, and those that came about.
         tasks: task -> its counts, without times and memory, which are known of all tasks together only.
     """
 
@@ -70,6 +72,9 @@ class Counts:
     stored_forced_tokens: int = 0
     repetitions: int = 0
     saved_tokens: int = 0
+    passes: int = 0
+    guesses: int = 0
+    right_guesses: int = 0
     tasks: dict[str, Counts] = field(default_factory=dict)
 
     @classmethod
@@ -95,6 +100,9 @@ class Counts:
             commit_forwards=result.commit_forwards,
             forced_tokens=result.forced_tokens,
         )
+        if result.speculation is not None:
+            speculated = result.speculation
+            self.count(task, passes=speculated.passes, guesses=speculated.guesses, right_guesses=speculated.right)
 
     def add_stored(self, task: str, tokens: int | None, forwards: int | None) -> None:
         """Count an answer found in a store.
@@ -164,7 +172,16 @@ class Counts:
                 "denoising": self.denoising_forwards,
                 "commit": self.commit_forwards,
             },
+            **({"speculation": self._speculation()} if self.passes else {}),
             **self._ends(),
+        }
+
+    def _speculation(self) -> dict[str, object]:
+        """What speculation did. `tokens_per_forward` counts steps, so it does not depend on speculation."""
+        return {
+            "passes": self.passes,
+            "tokens_per_pass": _rounded((self.new_tokens - self.forced_tokens) / self.passes, 3),
+            "guesses": {"made": self.guesses, "right": self.right_guesses},
         }
 
     def _ends(self) -> dict[str, object]:
@@ -221,6 +238,11 @@ class Counts:
                     f", {self.tokens_per_forward:.2f} tokens per forward (prefill {self.prefill_forwards:,}, denoising "
                     f"{self.denoising_forwards:,}, commit {self.commit_forwards:,})"
                 )
+        if self.passes:
+            parts.append(
+                f"{self.passes:,} passes of the model, {(self.new_tokens - self.forced_tokens) / self.passes:.2f} "
+                f"tokens each; {self.right_guesses:,} of {self.guesses:,} guesses were right"
+            )
         if self.scored_requests:
             parts.append(
                 f"{self.scored_requests:,} log-likelihoods of {self.scored_tokens:,} tokens in "

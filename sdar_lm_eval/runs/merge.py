@@ -182,6 +182,13 @@ class RecordedLM(LM):
                 commit_forwards=line["forwards"]["commit"],
                 forced_tokens=line.get("forced_tokens", 0),
             )
+            speculated = line.get("speculation", {"passes": 0, "guesses": 0, "right": 0})
+            counts.count(
+                line["task"],
+                passes=speculated["passes"],
+                guesses=speculated["guesses"],
+                right_guesses=speculated["right"],
+            )
         counts.generation_seconds = seconds_for(sessions, mine)
         facts = facts_of_evaluation([dataclasses.replace(self._evaluation, counts=counts)])
         facts["run"]["sessions"] = len(sessions)

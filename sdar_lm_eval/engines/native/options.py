@@ -60,10 +60,11 @@ def resolve_speculation(speculate: bool | int | str) -> int:
     Raises:
         UserError: the value is neither false nor 1 to `MOST_LEVELS`.
     """
-    levels = 0 if speculate is False else speculate
-    if isinstance(levels, bool) or not isinstance(levels, int) or not 0 <= levels <= MOST_LEVELS:
+    allowed = {"false": 0} | {str(level): level for level in range(1, MOST_LEVELS + 1)}
+    given = str(speculate).strip().lower()
+    if given not in allowed:
         raise UserError(f"speculate={speculate!r} is unknown; choose false, or 1 to {MOST_LEVELS}.")
-    return levels
+    return allowed[given]
 
 
 def resolve_dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
