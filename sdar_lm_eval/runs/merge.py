@@ -182,13 +182,9 @@ class RecordedLM(LM):
                 commit_forwards=line["forwards"]["commit"],
                 forced_tokens=line.get("forced_tokens", 0),
             )
-            speculated = line.get("speculation", {"passes": 0, "guesses": 0, "right": 0})
-            counts.count(
-                line["task"],
-                passes=speculated["passes"],
-                guesses=speculated["guesses"],
-                right_guesses=speculated["right"],
-            )
+            speculated: dict[str, int] = line.get("speculation", {})
+            passes, guesses, right = (speculated.get(name, 0) for name in ("passes", "guesses", "right"))
+            counts.count(line["task"], passes=passes, guesses=guesses, right_guesses=right)
         counts.generation_seconds = seconds_for(sessions, mine)
         facts = facts_of_evaluation([dataclasses.replace(self._evaluation, counts=counts)])
         facts["run"]["sessions"] = len(sessions)

@@ -61,14 +61,18 @@ class Walk(NamedTuple):
     Attributes:
         took_part: (N + 1,) bool, slots that the last level's step advanced.
         sound: (N + 1,) bool, slots that this forward advanced, with finite logits.
-        drawn: K times what was drawn of the last true state: for its own step, and for the K - 1 steps behind it.
+        token, confidence: K times (N + 1, L), what the last true state's logits drew: for its own step, and for the
+            K - 1 steps behind it.
+        entropy: (N + 1, L), of this state's distributions.
         commits: (N + 1,), the row of the page table that has the slot's committed block; N where none is to be copied.
         commit_start: (N + 1,), position of this block's first token.
     """
 
     took_part: torch.Tensor
     sound: torch.Tensor
-    drawn: tuple[Drawn, ...]
+    token: tuple[torch.Tensor, ...]
+    confidence: tuple[torch.Tensor, ...]
+    entropy: torch.Tensor
     commits: torch.Tensor
     commit_start: torch.Tensor
 
@@ -200,23 +204,22 @@ def walk(
         took_part = took_part & before.took_part & before.sound & truth.active & _same(truth, guess)
     token, confidence, entropy = drawn
     draw = draws_of(truth.masked & took_part[:, None], level.room.first_draw, len(token))
+    tokens, confidences = (tuple(column[draw] for column in each.unbind(1)) for each in (token, confidence))
     entropies = entropy[draw]
-    here = tuple(Drawn(token[:, k][draw], confidence[:, k][draw], entropies) for k in range(token.shape[1]))
     previous_start = truth.start - batch.length
-    changes = batch.step_by(took_part, here[0])
+    changes = batch.step_by(took_part, Drawn(tokens[0], confidences[0], entropies))
     level.outcome.copy_(torch.cat([packed(changes), level.room.fits[:-1].int()]))
     sound = took_part & ~changes.stuck
     if before is None:
         nothing = torch.full_like(previous_start, batch.slots)
-        return Walk(took_part, sound, here, nothing, torch.zeros_like(nothing))
-    latest = tuple(
-        Drawn(*(torch.where(took_part[:, None], new, old) for new, old in zip(*both, strict=True)))
-        for both in zip(here, before.drawn, strict=True)
-    )
+        return Walk(took_part, sound, tokens, confidences, entropies, nothing, torch.zeros_like(nothing))
+    here = took_part[:, None]
     return Walk(
         took_part,
         torch.where(took_part, sound, before.sound),
-        latest,
+        tuple(torch.where(here, new, old) for new, old in zip(tokens, before.token, strict=True)),
+        tuple(torch.where(here, new, old) for new, old in zip(confidences, before.confidence, strict=True)),
+        torch.where(here, entropies, before.entropy),
         torch.where(changes.committed, level.pages, before.commits),
         torch.where(changes.committed, previous_start, before.commit_start),
     )
@@ -300,6 +303,7 @@ def advance(speculation: Speculation, cache: PagedCache, functions: Functions, d
         end = functions.walk(batch, level, guess, end, drawn)
     cache.copy(*functions.committed_by_walk(batch, cache, end))
     blocks, wanted = batch.blocks, end.sound
-    for level, guess, next_drawn in zip(levels[1:], speculation.guesses, end.drawn[1:], strict=True):
-        wanted = functions.guess_next(batch, blocks, wanted, next_drawn, guess, level)
+    for number, guess in enumerate(speculation.guesses, start=1):
+        next_drawn = Drawn(end.token[number], end.confidence[number], end.entropy)
+        wanted = functions.guess_next(batch, blocks, wanted, next_drawn, guess, levels[number])
         blocks = guess
