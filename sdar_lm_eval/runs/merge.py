@@ -182,7 +182,7 @@ class RecordedLM(LM):
                 commit_forwards=line["forwards"]["commit"],
                 forced_tokens=line.get("forced_tokens", 0),
             )
-            speculated: dict[str, int] = line.get("speculation", {})
+            speculated = line.get("speculation", {})
             passes, guesses, right = (speculated.get(name, 0) for name in ("passes", "guesses", "right"))
             counts.count(line["task"], passes=passes, guesses=guesses, right_guesses=right)
         counts.generation_seconds = seconds_for(sessions, mine)
