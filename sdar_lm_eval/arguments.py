@@ -114,14 +114,14 @@ class NativeArguments(ModelArguments, total=False):
         reproducible: answers are the same to the bit in any batch (default: up to rounding); needs the kernels.
         share_prefixes: prompts that begin alike share the KV of that beginning (default; false: for comparison).
         speculate: 1 to 4 guessed next states run beside each block's true state, and right guesses save forwards; the
-            answers are the same. Default: false.
+            answers are the same. auto: as many as are fastest, on a CPU none. Default: false.
     """
 
     kv_pages: int
     kernels: bool
     reproducible: bool
     share_prefixes: bool
-    speculate: Literal[False, 1, 2, 3, 4]
+    speculate: Literal[False, 1, 2, 3, 4, "auto"]
 
 
 class JetEngineArguments(ModelArguments, total=False):

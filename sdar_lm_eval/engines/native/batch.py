@@ -77,6 +77,12 @@ class Outcome:
     later: tuple[Outcome, ...] = ()
     guesses: tuple[Guesses, ...] = ()
 
+    @property
+    def steps_of_a_sequence(self) -> float:
+        """Denoising steps of a sequence that took part, on average; 0 where none did."""
+        ran, *more = (int(step.took_part.sum()) for step in (self, *self.later))
+        return (ran + sum(more)) / max(ran, 1)
+
 
 class BatchState:
     """The state of N slots, on a device.

@@ -13,10 +13,11 @@ from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.checks import at_least_one, check_bool, if_given
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.native.forward import attention
+from sdar_lm_eval.engines.native.in_flight import MOST_IN_FLIGHT
 from sdar_lm_eval.engines.native.loop import Finished, Loop
 from sdar_lm_eval.engines.native.options import resolve_device, resolve_dtype, resolve_kernels, resolve_speculation
 from sdar_lm_eval.engines.native.pages import PagePool
-from sdar_lm_eval.engines.native.runner import MOST_IN_FLIGHT, Runner, Shape
+from sdar_lm_eval.engines.native.runner import Runner, Shape
 from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.engines.native.scoring.batches import Limits
 from sdar_lm_eval.engines.native.scoring.scoring import Scoring
@@ -71,8 +72,8 @@ class NativeEngine(Closable):
             different settings run one after the other. Needs kernels.
         share_prefixes: whether prompts with a common prefix share the prefix's KV, which is computed once. False is
             for comparison.
-        speculate: levels of guessed states that run beside each block's true state, 1 to 4 (`speculation.py`); False:
-            none. Answers are the same.
+        speculate: levels of guessed states that run beside each block's true state, 1 to 4 (`speculation.py`); "auto":
+            as many as are fastest, by measurement (`depth.py`), on a CPU none; False: none. Answers are the same.
 
     Attributes:
         device: the device that the engine computes on.
@@ -101,8 +102,11 @@ class NativeEngine(Closable):
         self._checkpoint = checkpoint
         self._one_run = OneRun("native")
         self._warm_shape: Shape | None = None  # the shape that kernels are compiled for
-        self._levels = resolve_speculation(speculate)
+        self._levels, chosen = resolve_speculation(speculate)
+        self._speculate = "auto" if chosen else self._levels
         self.device = resolve_device(device)
+        if chosen and self.device.type != "cuda":
+            self._levels = 0  # a CPU takes longer for every row: guesses would cost what they save
         self._dtype = resolve_dtype(dtype, self.device, checkpoint)
         self._max_active = if_given(at_least_one, "max_active", max_active)
         self._kv_pages = if_given(at_least_one, "kv_pages", kv_pages)
@@ -114,7 +118,7 @@ class NativeEngine(Closable):
         self.model = checkpoint.load_model(dtype=self._dtype, device=self.device, attention=attention.NAME)
         self.runner = Runner(
             self.model, checkpoint.family, checkpoint.mask_token_id, PAGE_SIZE, kernels=self._kernels,
-            reproducible=self._reproducible, levels=self._levels,
+            reproducible=self._reproducible, levels=self._levels, chosen=chosen,
         )  # fmt: skip
         if self._reproducible and not self.runner.forward.captures:
             raise UserError(
@@ -142,7 +146,7 @@ class NativeEngine(Closable):
                 "reproducible": self._reproducible,
                 "preemptions": self._preemptions,
                 "shared_prompt_tokens": self._shared_prompt_tokens,
-                **({"speculate": self._levels} if self._levels else {}),
+                **({"speculate": self._speculate} if self._levels else {}),
             },
             environment=environment(self.device),
         )
@@ -209,12 +213,8 @@ class NativeEngine(Closable):
         for index in suspects:
             self.runner.cache.clear()
             unanswered: list[int] = []
-            # Without guesses: a wrong guess may have a state whose logits are not finite, though the true ones are.
-            depth, self.runner.depth = self.runner.depth, 0
-            try:
-                yield from self._generate(_sequences(requests, [index]), unanswered, watch)
-            finally:
-                self.runner.depth = depth
+            # A wrong guess may have a state whose logits are not finite, though the true ones are.
+            yield from self._generate(_sequences(requests, [index]), unanswered, watch, guesses=False)
             if unanswered:
                 failures.add(index, not_finite(str(self._dtype)))
 
@@ -226,10 +226,16 @@ class NativeEngine(Closable):
         return list(groups.values())
 
     def _generate(
-        self, sequences: list[SequenceState], suspects: list[int], watch: Watch | None = None
+        self,
+        sequences: list[SequenceState],
+        suspects: list[int],
+        watch: Watch | None = None,
+        *,
+        guesses: bool = True,
     ) -> Iterator[Finished]:
         """Run sequences; `suspects` gets the indices of those whose logits are not finite."""
         max_active, pages = self._allocate(sequences)
+        self.runner.guessing = guesses
         pool = PagePool(pages, PAGE_SIZE)
         # With a step in flight, the device may have begun later blocks than the one that the host knows of.
         lookahead = 1 + (MOST_IN_FLIGHT - 1) * self.runner.blocks_of_a_step

@@ -55,6 +55,11 @@ class Forecast:
         """Sequences leave the batch."""
         self._known.active[slots] = False
 
+    @property
+    def active(self) -> int:
+        """Number of active slots, as far as the host knows."""
+        return int(self._known.active.sum())
+
     def sizes(self, depth: int = 0) -> tuple[int, int]:
         """Segments and draws of the next step; (0, 0) where no slot is active.
 
@@ -64,7 +69,7 @@ class Forecast:
         self._depth = depth
         segments, masked = self._predicted = self._predict()
         if segments and (depth or self._learned < self._launched):
-            active = int(self._known.active.sum())
+            active = self.active
             guesses = min(active * depth, self._most_guesses)
             wanted = np.array([segments, masked])
             if self._learned < self._launched:

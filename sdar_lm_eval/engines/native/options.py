@@ -54,17 +54,17 @@ def resolve_kernels(kernels: bool | None, device: torch.device) -> bool:
     return kernels
 
 
-def resolve_speculation(speculate: bool | int | str) -> int:
-    """The levels of guesses; 0: none.
+def resolve_speculation(speculate: bool | int | str) -> tuple[int, bool]:
+    """The most levels of guesses, 0 for none; and whether each step chooses its levels.
 
     Raises:
-        UserError: the value is neither false nor 1 to `MOST_LEVELS`.
+        UserError: the value is neither false, nor auto, nor 1 to `MOST_LEVELS`.
     """
-    allowed = {"false": 0} | {str(level): level for level in range(1, MOST_LEVELS + 1)}
+    levels = {"false": 0, "auto": MOST_LEVELS} | {str(level): level for level in range(1, MOST_LEVELS + 1)}
     given = str(speculate).strip().lower()
-    if given not in allowed:
-        raise UserError(f"speculate={speculate!r} is unknown; choose false, or 1 to {MOST_LEVELS}.")
-    return allowed[given]
+    if given not in levels:
+        raise UserError(f"speculate={speculate!r} is unknown; choose false, auto, or 1 to {MOST_LEVELS}.")
+    return levels[given], given == "auto"
 
 
 def resolve_dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:

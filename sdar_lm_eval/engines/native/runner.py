@@ -6,11 +6,9 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -18,12 +16,14 @@ from transformers import PreTrainedModel
 from sdar_lm_eval.engines.native import speculation
 from sdar_lm_eval.engines.native.batch import BatchState, Outcome, unpack
 from sdar_lm_eval.engines.native.compiling import compiled
+from sdar_lm_eval.engines.native.depth import Depths
 from sdar_lm_eval.engines.native.drawing import Drawing
 from sdar_lm_eval.engines.native.forecast import Forecast
 from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
 from sdar_lm_eval.engines.native.forward.graphs import Graphs, rounded_up
 from sdar_lm_eval.engines.native.forward.modules import ModulesForward
+from sdar_lm_eval.engines.native.in_flight import InFlight, Step
 from sdar_lm_eval.engines.native.layout import Segments
 from sdar_lm_eval.engines.native.scheduler import Chunk, SequenceState
 from sdar_lm_eval.engines.native.speculation import Speculation, most_guesses
@@ -33,7 +33,6 @@ from sdar_lm_eval.families.base import Family
 logger = logging.getLogger(__name__)
 
 FEWEST = 2  # of each size below: `torch.compile` takes a size of 1 for a constant, so 1 would be compiled by itself
-MOST_IN_FLIGHT = 2  # steps that are launched and not collected
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,11 @@ class Runner:
         reproducible: whether results have to be batch-invariant: the same to the bit whatever else is in the batch.
             Needs the fused forward, and sequences that all have the same settings.
         levels: G, most levels of guesses; 0: no speculation.
+        chosen: whether each step runs the levels that are fastest by measurement, on a GPU; otherwise all G.
 
     Attributes:
         shape: the shape that memory is allocated for; None: no memory is. Another object where graphs were dropped.
-        depth: levels of guesses that steps run, at most G.
+        guessing: whether steps may run guesses.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class Runner:
         kernels: bool,
         reproducible: bool = False,
         levels: int = 0,
+        chosen: bool = False,
     ) -> None:
         self._vocabulary, self._mask_token_id = int(model.config.vocab_size), mask_token_id
         self.device: torch.device = model.device
@@ -124,12 +125,13 @@ class Runner:
         if on_gpu:
             self._on_device = torch.cuda.device(self.device)
         self._kernels, self._reproducible = kernels, reproducible
-        self._levels = self.depth = levels
+        self._levels, self._chosen, self.guessing = levels, chosen, True
+        self._depths: Depths | None = None
         self._lay_out, self._masked_positions, self._advance = lay_out, BatchState.masked_positions, BatchState.advance
         self._speculate = speculation.Functions()
         if kernels and on_gpu:
             self.compile()
-        self.cache = PagedCache(model, page_size)
+        self.cache = PagedCache(model, page_size, kernels=kernels)
         self.forward = self._forward_of(model, family)
         self.shape: Shape | None = None
 
@@ -169,7 +171,9 @@ class Runner:
         self.batch.active.fill_(False)
         guesses = most_guesses(self.batch.slots, self._levels)
         self._forecast = Forecast(self.batch.slots, self.batch.block, self._levels, guesses)
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight.clear()
+        self._depth = 0  # of the last step
+        self._undisturbed = False  # whether nothing but the last step ran on the device since the step before it
 
     def _reserve(self, shape: Shape) -> None:
         self.shape = None
@@ -195,11 +199,9 @@ class Runner:
         on_gpu = self.device.type == "cuda"
         self._forward_graphs = Graphs(self._forward, self._segment_sizes, enabled=on_gpu and self.forward.captures)
         self._draw_graphs = Graphs(self._draw, self._draw_sizes, enabled=on_gpu and self._drawing.by_kernel)
+        self._depths = Depths(self._levels, shape.block) if self._chosen and self._levels else None
         packed = [self.batch.packed] if self._speculation is None else [self.batch.packed, self._speculation.packed]
-        # For each step that can be in flight: a buffer without guesses, and one with them.
-        self._host_buffers = itertools.cycle(
-            [[torch.empty_like(p, device="cpu", pin_memory=on_gpu) for p in packed] for _ in range(MOST_IN_FLIGHT)]
-        )
+        self._in_flight = InFlight(packed, timed=self._depths is not None)
         self.shape = shape
 
     def private_pages(self, block: int) -> int:
@@ -222,11 +224,11 @@ class Runner:
         with self._on_device:
             self.forward.compile()
             until = time.perf_counter() + seconds
-            guessing = self.depth > 0
-            for size in reversed(self._draw_sizes):
-                self._draw_graphs.prepare(size, guessing, until=until)
-            for context, size in itertools.product(contexts, reversed(self._segment_sizes)):
-                self._forward_graphs.prepare(size, context, guessing, until=until)
+            for guessing in self._kinds_of_steps():
+                for size in reversed(self._draw_sizes):
+                    self._draw_graphs.prepare(size, guessing, until=until)
+                for context, size in itertools.product(contexts, reversed(self._segment_sizes)):
+                    self._forward_graphs.prepare(size, context, guessing, until=until)
 
     def out_of_memory(self, pages: int | None = None) -> EngineError:
         """The error of a run that memory does not suffice for. `pages` were asked for; None: the allocated ones."""
@@ -270,6 +272,7 @@ class Runner:
     @torch.no_grad()
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         """Store keys and values of chunks."""
+        self._undisturbed = False
         with self._on_device:
             self.forward.prefill(chunks)
 
@@ -287,44 +290,65 @@ class Runner:
         Returns:
             Whether there was anything to run.
         """
-        segments, draws = self._forecast.sizes(self.depth)
+        active = self._forecast.active
+        depth, counts = self._depth_of(active)
+        segments, draws = self._forecast.sizes(depth)
         if not segments:
             return False
         assert self._forward_graphs is not None
         assert self._draw_graphs is not None
-        assert len(self._in_flight) < MOST_IN_FLIGHT
-        guessing = self.depth > 0
-        event = None
+        guessing = depth > 0
         with self._on_device:
+            self._set_depth(depth)
             # `Graphs` rounds a size up only where graphs are captured; fixed rows need it everywhere.
             if self.forward.fixed_rows:
                 segments = rounded_up(self._segment_sizes, segments)
             if self._drawing.fixed_rows:
                 draws = rounded_up(self._draw_sizes, draws)
+            captured = self._captured
             self._forward_graphs(segments, self.forward.context_key(context), guessing)
             self._draw_graphs(draws, guessing)
-            buffer = next(self._host_buffers)[guessing]
-            packed = self._speculation.packed if self._speculation is not None and guessing else self.batch.packed
-            buffer.copy_(packed, non_blocking=True)
-            if self.device.type == "cuda":
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record()
-        self._in_flight.append(_InFlight(buffer, event, guessing))
+            counts = counts and self._undisturbed and captured == self._captured  # a capture takes time
+            self._in_flight.launched(Step(depth, active, counts))
+        self._undisturbed = True
         self._forecast.launched()
         return True
 
+    def _kinds_of_steps(self) -> tuple[bool, ...]:
+        """Whether steps have guesses: of all kinds of steps that a run has, the most frequent one first."""
+        if self._depths is not None:
+            return False, True
+        return (self._levels > 0,)
+
+    @property
+    def _captured(self) -> int:
+        graphs = (self._forward_graphs, self._draw_graphs)
+        return sum(each.captured for each in graphs if each is not None)
+
+    def _depth_of(self, active: int) -> tuple[int, bool]:
+        """The levels of guesses of the next step, and whether the step is to be measured."""
+        if not self.guessing:
+            return 0, False
+        return (self._levels, False) if self._depths is None else self._depths.next(active)
+
+    def _set_depth(self, depth: int) -> None:
+        if self._speculation is not None and depth != self._depth:
+            if depth == 0:
+                self._speculation.forget(range(self.batch.slots))
+            self._speculation.depth.fill_(depth)
+        self._depth = depth
+
     def collect(self) -> Outcome:
         """Wait for the oldest step in flight, and return its outcome."""
-        buffer, event, guessing = self._in_flight.popleft()
-        if event is not None:
-            event.synchronize()
-        if guessing:
+        step, numbers, seconds = self._in_flight.collect()
+        if step.depth:
             assert self._speculation is not None
-            outcome = self._speculation.unpack(buffer)
+            outcome = self._speculation.unpack(numbers)
         else:
-            # A later step overwrites the buffer.
-            outcome = unpack(buffer.numpy().copy(), self.batch.slots, self.batch.block)
+            outcome = unpack(numbers, self.batch.slots, self.batch.block)
         self._forecast.learn(outcome)
+        if self._depths is not None and seconds is not None:
+            self._depths.measured(step.active, step.depth, outcome.steps_of_a_sequence, seconds)
         return outcome
 
     @property
@@ -351,14 +375,6 @@ class Runner:
         else:
             token, confidence, entropy = self._drawing(self._masked_positions(self.batch, count))
             self._advance(self.batch, token[:, 0], confidence[:, 0], entropy)
-
-
-class _InFlight(NamedTuple):
-    """A step in flight: the host buffer of its outcome, the event after which the copy is complete, its kind."""
-
-    buffer: torch.Tensor
-    event: torch.cuda.Event | None
-    guessing: bool
 
 
 def lay_out(batch: BatchState, cache: PagedCache, count: int) -> tuple[Segments, Addresses]:

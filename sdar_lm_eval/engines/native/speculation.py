@@ -113,10 +113,9 @@ class Speculation:
         for guess in self.guesses:
             guess.active[index] = False
 
-    def unpack(self, buffer: torch.Tensor) -> Outcome:
-        """Read the outcomes of all levels from a copy of `packed` on the host."""
+    def unpack(self, rows: NDArray[np.int32]) -> Outcome:
+        """Read the outcomes of all levels from a copy of `packed` on the host, which has to stay as it is."""
         slots, block = self.batch.slots, self.batch.block
-        rows: NDArray[np.int32] = buffer.numpy().copy()  # a later step overwrites the buffer
         size = packed_size(slots, block)
         first, *later = (unpack(row[:size], slots, block) for row in rows)
         guesses = (

@@ -10,6 +10,7 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernels = pytest.importorskip("sdar_lm_eval.engines.native.kernels.decoder", exc_type=ImportError)
+paging = pytest.importorskip("sdar_lm_eval.engines.native.kernels.paging", exc_type=ImportError)
 
 from sdar_lm_eval.engines.native import unmasking  # noqa: E402
 
@@ -257,3 +258,18 @@ def test_logits_that_are_no_numbers_show(dtype):
         token, confidence, _ = (c.flatten() for c in kernels.draw(logits, ones, ones[:, None] * 0.5, flags, 1))
         assert confidence.isnan().tolist() == [True, False]
         assert ((token >= 0) & (token < 50)).all()
+
+
+@pytest.mark.parametrize("heads", [1, 5])
+def test_copied_keys_and_values(dtype, heads):
+    """A target of 0 is none, and more tokens than one program copies."""
+    kv = normal(2, 2, 9, 4, heads, 64, dtype=dtype)
+    order = torch.randperm(35, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 1
+    source, target = order[:17].clone(), order[17:34].clone()
+    source[3] = target[3] = target[7] = 0
+    expected = kv.clone().flatten(2, 3)
+    for a, b in zip(source.tolist(), target.tolist(), strict=True):
+        if b:
+            expected[:, :, b] = kv.flatten(2, 3)[:, :, a]
+    paging.copy_kv(kv, source, target)
+    assert torch.equal(kv.flatten(2, 3), expected)

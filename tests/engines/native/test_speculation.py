@@ -339,7 +339,7 @@ def test_without_it_nothing_is_allocated_or_counted(demo, questions, engines):
 
 @pytest.mark.parametrize("given", [5, -1, True, "yes", 1.5, ""])
 def test_other_values_are_refused(demo, given):
-    with pytest.raises(UserError, match=r"^speculate=.* is unknown; choose false, or 1 to 4\.$"):
+    with pytest.raises(UserError, match=r"^speculate=.* is unknown; choose false, auto, or 1 to 4\.$"):
         make_engine("native", demo, device="cpu", speculate=given)
 
 

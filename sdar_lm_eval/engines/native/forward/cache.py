@@ -35,6 +35,7 @@ class PagedCache:
     Args:
         model: transformers' model; its config has the sizes of keys and values.
         page_size: tokens a page.
+        kernels: whether to use Triton.
 
     Attributes:
         kv: (layers, 2, pages + 1, page size, KV heads, head size); page 0 is scratch, and the last pages are private
@@ -43,8 +44,8 @@ class PagedCache:
             host does not know them.
     """
 
-    def __init__(self, model: PreTrainedModel, page_size: int) -> None:
-        config = model.config
+    def __init__(self, model: PreTrainedModel, page_size: int, *, kernels: bool = False) -> None:
+        config, self._kernels = model.config, kernels
         self.page_size, self.kv_heads = page_size, int(config.num_key_value_heads)
         self._layers, self._page = config.num_hidden_layers, (page_size, self.kv_heads, config.head_dim)
         self._dtype: torch.dtype = model.dtype
@@ -163,5 +164,10 @@ class PagedCache:
         The slots of `source` and `target` are disjoint.
         """
         assert self.kv is not None
+        if self._kernels:
+            from sdar_lm_eval.engines.native.kernels.paging import copy_kv
+
+            copy_kv(self.kv, source.flatten(), target.flatten())
+            return
         flat = self.kv.flatten(0, 1).flatten(1, 2)
         flat[:, target.flatten()] = flat[:, source.flatten()]
