@@ -182,9 +182,9 @@ class RecordedLM(LM):
                 commit_forwards=line["forwards"]["commit"],
                 forced_tokens=line.get("forced_tokens", 0),
             )
-            speculated = line.get("speculation", {})
-            passes, guesses, right = (speculated.get(name, 0) for name in ("passes", "guesses", "right"))
-            counts.count(line["task"], passes=passes, guesses=guesses, right_guesses=right)
+            if "speculation" in line:
+                drawn = line["new_tokens"] - line.get("forced_tokens", 0)
+                counts.add_speculation(line["task"], drawn, **line["speculation"])
         counts.generation_seconds = seconds_for(sessions, mine)
         facts = facts_of_evaluation([dataclasses.replace(self._evaluation, counts=counts)])
         facts["run"]["sessions"] = len(sessions)

@@ -303,10 +303,11 @@ class NativeEngine(Closable):
         """How many KV pages to allocate: those of the `max_active` longest requests, as far as memory allows."""
         needs = sorted((-(-sequence.longest // PAGE_SIZE) for sequence in sequences), reverse=True)
         wanted = sum(needs[:max_active])
-        pages = min(wanted, self._kv_pages or self._pages_in_memory())
+        private = self.runner.private_pages(max_active, max(sequence.block_length for sequence in sequences))
+        pages = min(wanted, self._kv_pages or self._pages_in_memory() - private)
         if pages < wanted and self._kv_pages is None and self.device.type == "cuda":
             torch.cuda.empty_cache()  # so that torch's unused memory counts as free
-            pages = min(wanted, self._pages_in_memory())
+            pages = min(wanted, self._pages_in_memory() - private)
         if needs[0] > pages:
             mib = self.runner.cache.bytes_per_page / 2**20
             raise UserError(

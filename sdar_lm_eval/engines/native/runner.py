@@ -179,7 +179,7 @@ class Runner:
         self.shape = None
         self._forward_graphs = self._draw_graphs = None
         guesses = most_guesses(shape.slots, self._levels)
-        self.cache.reserve(shape.pages, shape.slots, shape.width, guesses, self.private_pages(shape.block))
+        self.cache.reserve(shape.pages, shape.slots, shape.width, guesses, self.cache.pages_of_a_guess(shape.block))
         self.batch = BatchState(
             shape.slots, shape.block, shape.stops, self._vocabulary, self._mask_token_id,
             strategies=shape.strategies, penalized=shape.penalized, device=self.device,
@@ -204,9 +204,9 @@ class Runner:
         self._in_flight = InFlight(packed, timed=self._depths is not None)
         self.shape = shape
 
-    def private_pages(self, block: int) -> int:
-        """Pages of one guess: two blocks of L tokens, from any position on."""
-        return (self.cache.page_size + 2 * block - 2) // self.cache.page_size + 1 if self._levels else 0
+    def private_pages(self, slots: int, block: int) -> int:
+        """Pages that guesses need beside those of the pool, for N slots and blocks of L tokens."""
+        return most_guesses(max(slots, FEWEST), self._levels) * self.cache.pages_of_a_guess(block)
 
     @torch.no_grad()
     def capture(self, shortest: int, longest: int, seconds: float) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 
 import asking
+import lm_eval
 import pytest
 import torch
 from asking import tokens_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lm_eval.tasks import TaskManager
 from support import random_checkpoint
 
-from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
+from sdar_lm_eval import SDARLM, Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
+from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines.native import engine as native_engine
 from sdar_lm_eval.engines.native import forecast, speculation
 from sdar_lm_eval.engines.native.batch import BatchState
+from sdar_lm_eval.engines.native.depth import Depths
 from sdar_lm_eval.engines.native.forward.graphs import Graphs, rounded_up
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.thinking import Repetition, Thinking
@@ -327,6 +332,75 @@ def test_a_slots_next_sequence_has_no_guesses_of_the_former_one(tiny, engines):
     requests = [GenerationRequest((1, 2, 3 + i), 3 + i % 6, DecodingConfig(temperature=0), seed=i) for i in range(12)]
     engine = make_engine("native", tiny, device="cpu", speculate=4, max_active=2)
     assert tokens_of(asking.run(engine, requests)) == tokens_of(asking.run(engines(tiny), requests))
+
+
+def mixed(questions, count, **settings):
+    kinds = itertools.islice(itertools.product((0, 1.0), STRATEGIES), count)
+    return [
+        dataclasses.replace(recorded([prompt], DecodingConfig(4, None, strategy, temperature=t), **settings)[0], seed=i)
+        for i, (prompt, (t, strategy)) in enumerate(zip(questions, kinds, strict=False))
+    ]
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["one step in flight", "two"])
+def test_the_depth_may_change_at_every_step(demo, questions, engines, monkeypatch, ahead):
+    """speculate=auto on a GPU, which measures no time here: the depths are random."""
+    requests = mixed(questions, 8, stop_ids=frozenset(demo.stop_ids))
+    expected = asking.run(engines(demo), requests)
+    rng, taken = random.Random(0), set()
+
+    def any_depth(self, active):
+        taken.add(depth := rng.randrange(5))
+        return depth, False
+
+    monkeypatch.setattr(Depths, "next", any_depth)
+    engine = make_engine("native", demo, device="cpu", speculate=4, max_active=5)
+    monkeypatch.setattr(engine.runner, "_chosen", True)
+    if ahead:
+        in_flight(monkeypatch, engine)
+    results = asking.run(engine, requests)
+    assert taken == {0, 1, 2, 3, 4}
+    check_equal_after_preemption(results, expected)
+    assert sum(result.speculation.right for result in results) > 0
+
+
+def test_without_a_step_in_flight_every_guess_runs(demo, questions):
+    """The host knows the sizes of the next step's guesses."""
+    engine = make_engine("native", demo, device="cpu", speculate=3, max_active=4)
+    collect, wanted, ran = engine.runner.collect, [], []
+
+    def noting():
+        outcome = collect()
+        ran.append([level.ran for level in outcome.guesses])
+        wanted.append([level.segments > 0 for level in outcome.guesses])
+        return outcome
+
+    engine.runner.collect = noting
+    asking.run(engine, mixed(questions, 4))
+    assert len(ran) > 10
+    for before, now in itertools.pairwise(zip(wanted, ran, strict=True)):
+        assert all((a == b).all() for a, b in zip(before[0], now[1], strict=True))
+
+
+def test_results_files_have_what_speculation_did(tmp_path):
+    """With a folder of stored answers, whose second run computes nothing."""
+    runs = []
+    for name, options in [("plain", {}), ("guessed", {"speculate": 3}), ("again", {"speculate": 3})]:
+        lm = SDARLM("demo", device="cpu", answers=tmp_path / ("plain" if name == "plain" else "answers"), **options)
+        tasks = TaskManager(include_path=TASKS, include_defaults=False)
+        results = lm_eval.simple_evaluate(lm, tasks=["gsm8k_sdar_demo"], limit=3, task_manager=tasks)
+        runs.append((results, results["config"]["sdar_lm_eval"]))
+    (plain, without), (guessed, facts), (_, stored) = runs
+    assert guessed["results"] == plain["results"]
+    assert "speculation" not in without["run"] and "speculate" not in without
+    assert facts["speculate"] == 3
+    assert facts["run"]["forwards"] == without["run"]["forwards"]
+    assert facts["run"]["tokens_per_forward"] == without["run"]["tokens_per_forward"]
+    done = facts["run"]["speculation"]
+    assert done == facts["run"]["tasks"]["gsm8k_sdar_demo"]["speculation"]
+    assert done["passes"] + done["guesses"]["right"] == facts["run"]["forwards"]["denoising"]
+    assert done["tokens_per_pass"] == pytest.approx(facts["run"]["new_tokens"] / done["passes"], abs=1e-3)
+    assert "speculation" not in stored["run"]
 
 
 def test_without_it_nothing_is_allocated_or_counted(demo, questions, engines):

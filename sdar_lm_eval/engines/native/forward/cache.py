@@ -70,6 +70,10 @@ class PagedCache:
         assert self.kv is not None
         return self.kv.shape[2] - self._guesses * self._private
 
+    def pages_of_a_guess(self, block: int) -> int:
+        """Private pages of a guess: for two blocks of L tokens, from any position on."""
+        return (self.page_size + 2 * block - 2) // self.page_size + 1
+
     def reserve(self, pages: int, slots: int, width: int, guesses: int = 0, private: int = 0) -> None:
         """Allocate memory for pages, and an empty page table.
 
