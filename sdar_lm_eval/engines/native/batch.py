@@ -238,19 +238,19 @@ class BatchState:
             token, confidence, entropy: (M,), what was drawn for the positions of `masked_positions`.
         """
         draw = draws_of(self.masked & self.room.fits[:, None], self.room.first_draw, len(token))
-        changes = self.step_by(self.room.fits, Drawn(token[draw], confidence[draw], entropy[draw]))
-        self.packed.copy_(packed(changes))
+        drawn = Drawn(token[draw], confidence[draw], entropy[draw])
+        after, changes = self.transition(self.blocks, self.settings, self.room.fits, drawn)
+        self.see(drawn.token, changes.kept)
+        self.packed.copy_(packed(changes, 1)[0])
+        self.blocks.write(after)
 
-    def step_by(self, took_part: torch.Tensor, drawn: Drawn) -> Changes:
-        """Advance the slots of `took_part` (N + 1,) by a step, with what was drawn for each position."""
-        after, changes = self.transition(self.blocks, self.settings, took_part, drawn)
+    def see(self, token: torch.Tensor, kept: torch.Tensor) -> None:
+        """Take note of the kept tokens, both (N + 1, L), where there are penalties."""
         if self.seen is not None:
             # Column by column of the block: shapes must not depend on the number of kept tokens.
             for column in range(self.block):
-                where = drawn.token[:, column : column + 1]
-                self.seen.scatter_(1, where, self.seen.gather(1, where) | changes.kept[:, column : column + 1])
-        self.blocks.write(after)
-        return changes
+                where = token[:, column : column + 1]
+                self.seen.scatter_(1, where, self.seen.gather(1, where) | kept[:, column : column + 1])
 
 
 def draws_of(masked: torch.Tensor, first_draw: torch.Tensor, draws: int) -> torch.Tensor:
@@ -272,12 +272,17 @@ def packed_size(slots: int, block: int) -> int:
     return (3 * block + 6) * slots
 
 
-def packed(changes: Changes) -> torch.Tensor:
-    """The outcome of a step in one tensor (`packed_size`,) int32, without the padding slot."""
+def packed(changes: Changes, levels: int) -> torch.Tensor:
+    """The outcomes of steps in one tensor (levels, `packed_size`) int32, without the padding slots.
+
+    Args:
+        changes: what the steps did, levels * (N + 1) rows.
+        levels: number of steps.
+    """
     columns = (changes.took_part, changes.committed, changes.decided, changes.stuck, changes.goes_on, changes.masked)
     confidence = changes.confidence.view(torch.int32)
     parts = [changes.tokens.int(), changes.unmasked_at.int(), confidence, *(column.int() for column in columns)]
-    return torch.cat([part[:-1].flatten() for part in parts])
+    return torch.cat([part.reshape(levels, -1, *part.shape[1:])[:, :-1].flatten(1) for part in parts], dim=1)
 
 
 def unpack(numbers: NDArray[np.int32], slots: int, block: int) -> Outcome:

@@ -371,7 +371,7 @@ class Runner:
         if guessing:
             assert self._speculation is not None
             drawn = self._drawing(self._speculate.masked_positions(self._speculation, count))
-            speculation.advance(self._speculation, self.cache, self._speculate, drawn)
+            self.cache.copy(*self._speculate.advance(self._speculation, self.cache, *drawn))
         else:
             token, confidence, entropy = self._drawing(self._masked_positions(self.batch, count))
             self._advance(self.batch, token[:, 0], confidence[:, 0], entropy)
