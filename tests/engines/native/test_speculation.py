@@ -7,17 +7,14 @@ import itertools
 import random
 
 import asking
-import lm_eval
 import pytest
 import torch
 from asking import tokens_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lm_eval.tasks import TaskManager
 from support import random_checkpoint
 
-from sdar_lm_eval import SDARLM, Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
-from sdar_lm_eval.autoload import TASKS
+from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines.native import engine as native_engine
 from sdar_lm_eval.engines.native import forecast, speculation
@@ -183,9 +180,8 @@ def test_preempted_sequences_lose_nothing(tiny, engines, monkeypatch, ahead):
 
 
 def check_equal_after_preemption(results, expected):
-    assert tokens_of(results) == tokens_of(expected)
-    assert [r.unmasked_at for r in results] == [r.unmasked_at for r in expected]
     for ours, plain in zip(results, expected, strict=True):
+        assert (ours.token_ids, ours.unmasked_at) == (plain.token_ids, plain.unmasked_at)
         assert ours.confidences == pytest.approx(plain.confidences, rel=1e-5, abs=1e-5)
 
 
@@ -395,27 +391,6 @@ def test_without_a_step_in_flight_every_guess_runs(demo, questions):
     assert len(ran) > 10
     for before, now in itertools.pairwise(zip(wanted, ran, strict=True)):
         assert all((a == b).all() for a, b in zip(before[0], now[1], strict=True))
-
-
-def test_results_files_have_what_speculation_did(tmp_path):
-    """With a folder of stored answers, whose second run computes nothing."""
-    runs = []
-    for name, options in [("plain", {}), ("guessed", {"speculate": 3}), ("again", {"speculate": 3})]:
-        lm = SDARLM("demo", device="cpu", answers=tmp_path / ("plain" if name == "plain" else "answers"), **options)
-        tasks = TaskManager(include_path=TASKS, include_defaults=False)
-        results = lm_eval.simple_evaluate(lm, tasks=["gsm8k_sdar_demo"], limit=3, task_manager=tasks)
-        runs.append((results, results["config"]["sdar_lm_eval"]))
-    (plain, without), (guessed, facts), (_, stored) = runs
-    assert guessed["results"] == plain["results"]
-    assert "speculation" not in without["run"] and "speculate" not in without
-    assert facts["speculate"] == 3
-    assert facts["run"]["forwards"] == without["run"]["forwards"]
-    assert facts["run"]["tokens_per_forward"] == without["run"]["tokens_per_forward"]
-    done = facts["run"]["speculation"]
-    assert done == facts["run"]["tasks"]["gsm8k_sdar_demo"]["speculation"]
-    assert done["passes"] + done["guesses"]["right"] == facts["run"]["forwards"]["denoising"]
-    assert done["tokens_per_pass"] == pytest.approx(facts["run"]["new_tokens"] / done["passes"], abs=1e-3)
-    assert "speculation" not in stored["run"]
 
 
 def test_without_it_nothing_is_allocated_or_counted(demo, questions, engines):
