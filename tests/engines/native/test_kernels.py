@@ -10,6 +10,7 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernels = pytest.importorskip("sdar_lm_eval.engines.native.kernels.decoder", exc_type=ImportError)
+paging = pytest.importorskip("sdar_lm_eval.engines.native.kernels.paging", exc_type=ImportError)
 
 from sdar_lm_eval.engines.native import unmasking  # noqa: E402
 
@@ -219,18 +220,20 @@ def test_draw(dtype, vocabulary):
     greedy = torch.tensor([True, True, True, False, False, False], device=DEVICE)
     temperature = torch.tensor([1, 1, 1, 1, 0.5, 2], device=DEVICE)
     number = torch.tensor([0, 0, 0, 0.999999, 0.3, 0.0], device=DEVICE)
-    token, confidence, entropy = kernels.draw(logits, temperature, number, greedy, mask_token)
+    numbers = torch.stack([number, (number + 0.37) % 1], dim=1)
+    token, confidence, entropy = kernels.draw(logits, temperature, numbers, greedy, mask_token)
 
     reference = logits.float()
     reference[:, mask_token] = -torch.inf
     best, sure = unmasking.draw_greedy(reference)
     probabilities = (reference / temperature[:, None]).softmax(-1)
-    drawn, likely = unmasking.draw_sampled(probabilities, number)
-    assert torch.equal(token, torch.where(greedy, best, drawn))
-    torch.testing.assert_close(confidence, torch.where(greedy, sure, likely), rtol=1e-4, atol=1e-6)
+    drawn, likely = unmasking.draw_sampled(probabilities, numbers)
+    assert torch.equal(token, torch.where(greedy[:, None], best[:, None], drawn))
+    expected = torch.where(greedy[:, None], sure[:, None], likely)
+    torch.testing.assert_close(confidence, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(entropy, unmasking.entropy(probabilities), rtol=1e-3, atol=1e-4)
 
-    without = kernels.draw(logits, temperature, number, greedy, mask_token, entropies=False)
+    without = kernels.draw(logits, temperature, numbers, greedy, mask_token, entropies=False)
     assert torch.equal(without[0], token) and torch.equal(without[1], confidence) and not without[2].any()
 
 
@@ -238,7 +241,8 @@ def test_draws_follow_the_distribution(dtype):
     logits = normal(1, 11, dtype=dtype).expand(150, 11).contiguous()
     number = (torch.arange(150, device=DEVICE) + 0.5) / 150
     ones = torch.ones(150, device=DEVICE)
-    token, _, _ = kernels.draw(logits, ones, number, torch.zeros(150, dtype=torch.bool, device=DEVICE), 4)
+    flags = torch.zeros(150, dtype=torch.bool, device=DEVICE)
+    token = kernels.draw(logits, ones, number[:, None], flags, 4)[0][:, 0]
     reference = logits[0].float()
     reference[4] = -torch.inf
     shares = torch.bincount(token, minlength=11) / 150
@@ -251,6 +255,21 @@ def test_logits_that_are_no_numbers_show(dtype):
     ones = torch.ones(2, device=DEVICE)
     for greedy in (True, False):
         flags = torch.full((2,), greedy, device=DEVICE)
-        token, confidence, _ = kernels.draw(logits, ones, ones * 0.5, flags, 1)
+        token, confidence, _ = (c.flatten() for c in kernels.draw(logits, ones, ones[:, None] * 0.5, flags, 1))
         assert confidence.isnan().tolist() == [True, False]
         assert ((token >= 0) & (token < 50)).all()
+
+
+@pytest.mark.parametrize("heads", [1, 5])
+def test_copied_keys_and_values(dtype, heads):
+    """A target of 0 is none, and more tokens than one program copies."""
+    kv = normal(2, 2, 9, 4, heads, 64, dtype=dtype)
+    order = torch.randperm(35, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 1
+    source, target = order[:17].clone(), order[17:34].clone()
+    source[3] = target[3] = target[7] = 0
+    expected = kv.clone().flatten(2, 3)
+    for a, b in zip(source.tolist(), target.tolist(), strict=True):
+        if b:
+            expected[:, :, b] = kv.flatten(2, 3)[:, :, a]
+    paging.copy_kv(kv, source, target)
+    assert torch.equal(kv.flatten(2, 3), expected)

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sdar_lm_eval.engines.native.batch import Segments
 from sdar_lm_eval.engines.native.forward import graphs
 from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
 from sdar_lm_eval.engines.native.forward.decoder import FusedDecoder
 from sdar_lm_eval.engines.native.kernels import decoder as kernels
+from sdar_lm_eval.engines.native.layout import Segments
 from sdar_lm_eval.engines.native.scheduler import Chunk
 from sdar_lm_eval.engines.native.transfer import to_device
 from sdar_lm_eval.families.base import DecoderWeights
@@ -50,11 +50,11 @@ class FusedForward(Forward):
         self._prefill_tile = max(min(PREFILL_ROWS * weights.head_dim // shared, self.longest_block // 2), 1)
         self._block = 1
 
-    def sizes(self, slots: int, block: int) -> tuple[int, ...]:
+    def sizes(self, most: int, block: int) -> tuple[int, ...]:
         """See `Forward.sizes`."""
         if self.fixed_rows:
-            return graphs.multiples(fixed_segments(block), 2 * slots)
-        return graphs.ladder(graphs.FORWARD, 2 * slots, block)
+            return graphs.multiples(fixed_segments(block), most)
+        return graphs.ladder(graphs.FORWARD, most, block)
 
     def reserve(self, segments: int, block: int, positions: int) -> None:
         """See `Forward.reserve`."""
@@ -96,7 +96,7 @@ class FusedForward(Forward):
         for begin in range(0, count, at_once):
             part, rows = slice(begin, begin + at_once), slice(begin * block, (begin + at_once) * block)
             tiles = kernels.Tiles(
-                self._first[: len(counts[part])], counts[part], self._cache.table, segments.slot[part], visible[rows],
+                self._first[: len(counts[part])], counts[part], self._cache.table, segments.pages[part], visible[rows],
                 block * (1 + paired), *self._splits(context, len(counts[part]), kernels.LONGEST_SPLIT),
                 batch_invariant=self._reproducible,
             )  # fmt: skip
