@@ -76,7 +76,7 @@ class Drawing:
         return token, confidence, entropy
 
     def _by_kernel(self, draws: Draws, logits: torch.Tensor) -> Drawn:
-        from sdar_lm_eval.engines.native.kernels import decoder as kernels
+        from sdar_lm_eval.engines.native.kernels import drawing as kernels
 
         return kernels.draw(
             logits, draws.temperature, draws.number, draws.greedy, self._batch.mask_token_id,

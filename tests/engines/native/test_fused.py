@@ -18,7 +18,7 @@ from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserErro
 from sdar_lm_eval.engines.native import engine as native_engine
 from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.forward import decoder, fused, graphs
-from sdar_lm_eval.engines.native.kernels import decoder as kernels
+from sdar_lm_eval.engines.native.kernels import attention
 
 REPRODUCIBLE_ROWS = 8
 
@@ -48,7 +48,7 @@ def engine_with_kernels(checkpoint, **options):
 
 
 def test_the_same_tokens(either, monkeypatch):
-    monkeypatch.setattr(kernels, "SPLIT", 8)  # so that contexts are split
+    monkeypatch.setattr(attention, "SPLIT", 8)  # so that contexts are split
     monkeypatch.setattr(fused, "PREFILL_ROWS", 16)
     monkeypatch.setattr(decoder, "LARGE", 1)  # so that products of few rows have their own kernel
     settings = [
@@ -77,7 +77,7 @@ def test_the_same_tokens(either, monkeypatch):
 )
 def test_guesses_change_nothing(either, monkeypatch, levels):
     """A guess and the block that it commits are one tile of attention, over private pages."""
-    monkeypatch.setattr(kernels, "SPLIT", 8)
+    monkeypatch.setattr(attention, "SPLIT", 8)
     monkeypatch.setattr(native_engine, "PAGE_SIZE", 8)
     settings = [
         {"temperature": 0, "remasking_strategy": "sequential"},
@@ -178,7 +178,7 @@ def test_reproducible_to_the_bit(either, monkeypatch, products):
         for i, (tokens, decoding) in enumerate(settings)
     ]
     rows, drawn_from, tiles_seen = set(), set(), set()
-    attend, filtered = kernels.attend, unmasking.filtered_probabilities
+    attend, filtered = attention.attend, unmasking.filtered_probabilities
 
     def by_pytorch(logits, *args, **kwargs):
         drawn_from.add(tuple(logits.shape))
@@ -191,7 +191,7 @@ def test_reproducible_to_the_bit(either, monkeypatch, products):
         tiles_seen.add((tiles.tokens, tiles.batch_invariant))
         return attend(query, keys, values, tiles, scaling)
 
-    monkeypatch.setattr(kernels, "attend", shape_of)
+    monkeypatch.setattr(attention, "attend", shape_of)
 
     def answers(wanted, **options):
         engine = engine_with_kernels(either, reproducible=True, **options)
@@ -229,7 +229,7 @@ def test_a_run_after_prepare_captures_no_graph(checkpoint, monkeypatch):
     monkeypatch.setattr(
         graphs.Graphs, "__init__", lambda self, run, sizes, enabled: init(self, run, sizes, enabled=True)
     )
-    monkeypatch.setattr(kernels, "SPLIT", 12)
+    monkeypatch.setattr(attention, "SPLIT", 12)
     requests = [GenerationRequest(tuple(range(n)), 5, DecodingConfig(), seed=n) for n in (3, 11)]
     expected = run(make_engine("native", checkpoint, device="cpu"), requests)
     engine = engine_with_kernels(checkpoint, max_active=2, kv_pages=20)
