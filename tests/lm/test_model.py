@@ -97,7 +97,7 @@ def test_stop_tokens_and_texts_reach_the_engine(make_lm: MakeLM) -> None:
 
 @pytest.mark.parametrize("text", ["<|im_start|>", "<|call|>"])
 def test_special_tokens_of_tokenizer_json_alone_end_answers(make_lm: MakeLM, tmp_path: Path, text: str) -> None:
-    """tokenizer_config.json gives them no role, so `all_special_ids` lacks them; decoding leaves them out all the same."""
+    """tokenizer_config.json gives them no role, so `all_special_ids` lacks them; decoding leaves them out."""
     folder = checkpoint_with(tmp_path / "unlisted", template=BARE_TEMPLATE)
     added = {"id": 711, "content": "<|call|>", "special": True}
     added |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

@@ -153,9 +153,9 @@ def torch_defaults_kept() -> Iterator[None]:
 def unset_default_device() -> None:
     """Return torch to the state in which nobody has set a default device."""
     torch.set_default_device(None)
-    # torch 2.6 keeps a context that is None, and its get_default_device() then raises. transformers calls that function.
+    # torch 2.6 keeps a context that is None, and get_default_device(), which transformers calls, then raises.
     context = getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None)
-    if getattr(context, "device_context", ...) is None:
+    if context is not None and getattr(context, "device_context", ...) is None:
         del context.device_context
 
 
