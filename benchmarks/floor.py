@@ -61,6 +61,8 @@ class Floor:
             return torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02)
 
         self._layers = [[matrix(shape) for shape in shapes] for _ in range(config["num_hidden_layers"])]
+        self._heads_size = heads * size
+        self._bytes_per_token = 2 * kv_heads * size * len(self._layers) * dtype.itemsize
         self._head = matrix((config["vocab_size"], hidden))
         self._device = device
 
@@ -75,6 +77,23 @@ class Floor:
 
         products = self._timed(layers) + self._seconds_of_experts(rows)
         return products, self._timed(lambda: linear(inputs[self._head.shape[1]], self._head))
+
+    def seconds_of_context(self, tokens: float) -> float:
+        """Seconds in which a copy moves the keys and values of so many tokens, of all layers."""
+        return tokens * self._bytes_per_token / self._rates()[0]
+
+    def seconds_of_prompts(self, count: int, tokens: float, context: float) -> float:
+        """Seconds in which prompts are stored: the layers' products, and attention at the rate of a large product.
+
+        Args:
+            count: number of prompts.
+            tokens: tokens of each that are not stored yet.
+            context: tokens of each.
+        """
+        seen = tokens * (context - tokens / 2)
+        attention = 4 * self._heads_size * seen * len(self._layers) / self._rates()[1]
+        rows = 8192 if self._device == "cuda" else 128
+        return count * (tokens * self.seconds(rows)[0] / rows + attention)
 
     def _seconds_of_experts(self, rows: int) -> float:
         """Reckoned seconds of all layers' experts."""

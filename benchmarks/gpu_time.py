@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from common import folder, instance, load_questions, make_model, positive_int, sampling
+from throughput import front
 from torch.profiler import ProfilerActivity, profile
 
 PRODUCTS = ("nvjet", "gemm", "cutlass", "splitk", "few_rows", "gate_up", "down_kernel")
@@ -31,6 +32,9 @@ def main() -> None:
     parser.add_argument("--gsm8k", help="folder with GSM8K's test.jsonl; default: the demo problems")
     parser.add_argument("--active", type=positive_int, default=256)
     parser.add_argument("--new-tokens", type=positive_int, default=64)
+    parser.add_argument(
+        "--prefix", type=positive_int, default=0, help="tokens in front of each question; default: none"
+    )
     parser.add_argument("--strategy", default="low_confidence_dynamic")
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--model-args", default="", help="more of them: name=value,name=value")
@@ -47,9 +51,14 @@ def main() -> None:
             **sampling(True),
         }
 
+        fronts = [front(questions, i, args.prefix, lm.tokenizer) for i in range(args.active)]
+
         def run() -> float:
             before = lm.counts.generation_seconds
-            wanted = [instance(i, questions[i % len(questions)], args.new_tokens, settings) for i in range(args.active)]
+            wanted = [
+                instance(i, questions[i % len(questions)], args.new_tokens, settings, text)
+                for i, text in enumerate(fronts)
+            ]
             lm.generate_until(wanted, disable_tqdm=True)
             return float(lm.counts.generation_seconds - before)
 
@@ -57,6 +66,7 @@ def main() -> None:
         alone = run()
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             seconds = run()
+        info = lm.get_model_info()["sdar_lm_eval"]
     events = [
         (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
         for event in profiled.profiler.kineto_results.events()
@@ -73,7 +83,6 @@ def main() -> None:
     for gap in found["longest_gaps"]:
         between = " and ".join(_short(gap[side]) for side in ("behind", "before"))
         print(f"{gap['ms']:.2f} ms without a kernel, {gap['at_ms']:,.0f} ms after the first one, between {between}")
-    info = lm.get_model_info()["sdar_lm_eval"]
     asked = {name: value for name, value in vars(args).items() if name not in info}
     print(json.dumps({**info, **asked, "seconds": alone, "seconds_profiled": seconds, **found}))
 

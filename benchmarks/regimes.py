@@ -5,21 +5,24 @@
 
 The folder needs config.json and a tokenizer, no weights: they are drawn. A regime has a model (the folder's own shape,
 or SDAR-30B-A3B's with 12 of its 48 layers), a block length, and a number of sequences at once. Each engine has a
-process for each model and block length. A row runs `--runs` times behind `prepare`: the first run is told apart from
-the best later one. The floor is `floor.py`'s. Rows come as they are measured; the table at the end compares the
-engines. The last line is JSON.
+process for each model and block length. Where there is a GPU for each engine, the engines run at the same time. A row
+runs `--runs` times behind `prepare`, one that takes long once: the first run is told apart from the best later one. The
+floor is `floor.py`'s: products, reading of keys and values, attention of prompts. Rows come as they are measured; the
+table at the end compares the engines. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ EXPERTS = {
     "moe_intermediate_size": 768, "intermediate_size": 6144, "decoder_sparse_step": 1, "mlp_only_layers": [],
     "norm_topk_prob": True, "output_router_logits": False, "router_aux_loss_coef": 0.001,
 }  # fmt: skip
+LONG_SECONDS = 20  # a row is not run again once it took so long
 STATIC, AT_ONCE = 0.9, 0.0  # thresholds: random weights are never so sure, and always
 
 
@@ -98,15 +102,29 @@ def main() -> None:
     if not (Path(args.pretrained) / "config.json").is_file():
         parser.error(f"--pretrained {args.pretrained} is no folder with a config.json; give SDAR-4B's, without weights")
     wanted = [regime for regime in REGIMES if not args.only or regime.name in args.only]
-    rows: list[dict[str, Any]] = []
+    models = sorted({(regime.model, regime.block) for regime in wanted}, reverse=True)
     with tempfile.TemporaryDirectory(prefix="regimes-") as temporary:
-        weights = Path(args.weights or temporary)
-        for engine in args.engines:
-            for model, block in sorted({(r.model, r.block) for r in wanted}, reverse=True):
-                own = [r for r in wanted if (r.model, r.block) == (model, block)]
-                rows += in_process(args, engine, drawn(args, model, block, weights), own)
+        folders = {model: drawn(args, *model, Path(args.weights or temporary)) for model in models}
+
+        def rows_of(engine: str, gpu: str) -> list[dict[str, Any]]:
+            parts = ((folders[model], [r for r in wanted if (r.model, r.block) == model]) for model in models)
+            return [row for part in parts for row in in_process(args, engine, gpu, *part)]
+
+        gpus = visible_gpus()
+        at_once = len(gpus) >= len(args.engines)
+        own = gpus if at_once else gpus[:1] * len(args.engines)
+        with ThreadPoolExecutor(len(args.engines) if at_once else 1) as pool:
+            rows = [row for part in pool.map(rows_of, args.engines, own) for row in part]
     print_comparison(args.engines, wanted, rows)
     print(json.dumps({"engines": args.engines, "rows": rows}))
+
+
+def visible_gpus() -> list[str]:
+    """Values of CUDA_VISIBLE_DEVICES that show one GPU each; one empty value where there is no GPU."""
+    import torch
+
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return shown.split(",") if shown else [str(gpu) for gpu in range(torch.cuda.device_count())] or [""]
 
 
 def drawn(args: argparse.Namespace, model: str, block: int, weights: Path) -> str:
@@ -137,7 +155,9 @@ def drawn(args: argparse.Namespace, model: str, block: int, weights: Path) -> st
     return str(target)
 
 
-def in_process(args: argparse.Namespace, engine: str, folder: str, regimes: list[Regime]) -> Iterator[dict[str, Any]]:
+def in_process(
+    args: argparse.Namespace, engine: str, gpu: str, folder: str, regimes: list[Regime]
+) -> Iterator[dict[str, Any]]:
     """Measure an engine's rows in a process of their own; a process that fails leaves its other rows."""
     asked = {
         "engine": engine, "folder": folder, "regimes": [asdict(regime) for regime in regimes],
@@ -146,7 +166,9 @@ def in_process(args: argparse.Namespace, engine: str, folder: str, regimes: list
     command = [sys.executable, __file__, "--pretrained", folder, "--process", json.dumps(asked)]
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+        )
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -214,7 +236,6 @@ def measure(engine: str, folder: str, regimes: list[dict[str, Any]], gsm8k: str 
 
 def timed(lm: Any, regime: Regime, questions: Any, runs: int, floor: Any) -> dict[str, Any]:
     """The rates of a regime's runs."""
-    from floor import tokens_per_second
     from throughput import cycled
 
     made = requests(lm, regime, questions)
@@ -222,7 +243,10 @@ def timed(lm: Any, regime: Regime, questions: Any, runs: int, floor: Any) -> dic
     lm.engine.prepare([job.request for job in lm.jobs.of(made, lm.evaluation.task_of, 0).jobs.values()])
     row: dict[str, Any] = {"prepare_seconds": round(time.perf_counter() - started, 1)}
     rates, prompt_rates = [], []
+    began = time.perf_counter()
     for turn in range(runs):
+        if time.perf_counter() - began > LONG_SECONDS:
+            break
         before = replace(lm.counts)
         started = time.perf_counter()
         lm.generate_until(cycled(made, len(made), turn), disable_tqdm=True)
@@ -231,18 +255,25 @@ def timed(lm: Any, regime: Regime, questions: Any, runs: int, floor: Any) -> dic
         prompt_rates.append((lm.counts.prompt_tokens - before.prompt_tokens) / seconds)
     row |= {"first": rates[0], "later": max(rates[1:], default=None), "prompt": max(prompt_rates)}
     if floor is not None:
-        denoising = (lm.counts.denoising_forwards - before.denoising_forwards) / len(made)
-        commit = (lm.counts.commit_forwards - before.commit_forwards) / len(made)
-        products = floor.seconds(regime.active * regime.block)
-        tokens = regime.active * regime.new_tokens
-        row["of_the_floor"] = max(rates) / tokens_per_second(products, tokens, denoising, commit)
+        count = lm.counts.requests - before.requests
+        prompt = (lm.counts.prompt_tokens - before.prompt_tokens) / count
+        denoising = (lm.counts.denoising_forwards - before.denoising_forwards) / count
+        commit = (lm.counts.commit_forwards - before.commit_forwards) / count
+        layers, head = floor.seconds(regime.active * regime.block)
+        context = floor.seconds_of_context(regime.active * (prompt + regime.new_tokens / 2))
+        # Prompts of a group share all but the question; a run begins without any stored.
+        groups = -(-count // regime.share) if regime.share else 1
+        stored = regime.prefix * (count - groups) / count if regime.share > 1 else 0
+        seconds = count / regime.active * (denoising * (layers + head + context) + commit * layers)
+        seconds += floor.seconds_of_prompts(count, prompt - stored, prompt)
+        row["of_the_floor"] = max(rates) * seconds / (count * regime.new_tokens)
     return row | {"peak_memory_bytes": lm.counts.peak_memory_bytes}
 
 
 def requests(lm: Any, regime: Regime, questions: Any) -> list[Any]:
     """The harness's requests of a regime, the texts in front of the questions drawn from the questions."""
     from common import instance, sampling
-    from throughput import examples
+    from throughput import front
 
     settings = {
         "remasking_strategy": "low_confidence_dynamic", "confidence_threshold": regime.threshold,
@@ -254,8 +285,7 @@ def requests(lm: Any, regime: Regime, questions: Any) -> list[Any]:
     for number in range(count):
         group = number // (regime.share or count)
         if regime.prefix and group not in fronts:
-            own = [questions[(31 * group + i) % len(questions)] for i in range(60)]
-            fronts[group] = examples(own, regime.prefix, lm.tokenizer)
+            fronts[group] = front(questions, group, regime.prefix, lm.tokenizer)
         doc = questions[number % len(questions)]
         made.append(instance(number, doc, regime.new_tokens, settings, fronts.get(group, "")))
     return made

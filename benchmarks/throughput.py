@@ -117,6 +117,13 @@ def examples(docs: Any, tokens: int, tokenizer: Any) -> str:
     raise ValueError("no problems")
 
 
+def front(questions: Any, number: int, tokens: int, tokenizer: Any) -> str:
+    """Worked problems, as much text as makes so many tokens: other ones for each number."""
+    begin = 31 * number
+    own = [questions[(begin + i) % len(questions)] for i in range(len(questions))]
+    return examples(own, tokens, tokenizer) if tokens else ""
+
+
 def cycled(instances: list[Instance], count: int, turn: int) -> list[Instance]:
     """The next `count` instances, from the beginning again behind the last."""
     wanted = [instances[(turn * count + i) % len(instances)] for i in range(count)]

@@ -1,7 +1,7 @@
-"""The command line `sdar_lm_eval`, and `python -m sdar_lm_eval`: lm_eval's with our models and tasks, and our commands.
+"""The command line `sdar_lm_eval`, and `python -m sdar_lm_eval`: lm_eval's commands and this package's commands.
 
-lm_eval's commands do what plain `lm_eval` does, also where Python skips `.pth` files (`python -S`, `pip install
---target`) and where SDAR_LM_EVAL_AUTOLOAD=0 keeps `lm_eval` itself as its authors made it.
+lm_eval's commands know this package's models and tasks, even if Python skips `.pth` files (`python -S`, `pip install
+--target`) or SDAR_LM_EVAL_AUTOLOAD=0 leaves plain `lm_eval` unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What users may write: the names of model_args and gen_kwargs, with the types of their values."""
+"""The names of the settings that users may give in model_args and gen_kwargs, with the types of the values."""
 
 from __future__ import annotations
 
@@ -48,35 +48,37 @@ class ModelArguments(DecodingArguments, total=False):
         device: cpu, cuda, cuda:N, or auto: a GPU if there is one. `--device cuda:0` is lm_eval's default, so it counts
             as auto.
         max_length: most tokens of prompt and answer; longer prompts lose their beginning. Default: the checkpoint's.
-        max_active: sequences that run at once; default: 32 on the CPU, 256 on a GPU, or as many as fit.
-        seed: seed of sampled answers; each draws by (seed, task, prompt, repeat), whatever else is in the batch.
-            Default: the third of lm_eval's `--seed`.
-        chat_template: auto (prompts of generating tasks go into the checkpoint's chat template, where it has one, as by
-            `--apply_chat_template`), on (the same, and an error where there is none), off. Log-likelihoods are of the
-            text as it comes, unless `--apply_chat_template` is given.
-        think_end_token: what ends a thought: a text or a token id, as in lm_eval's hf and vllm models; or off.
-            Default: auto, which is `</think>` if the tokenizer, the template or answer_prefix has it. The thought is
-            cut before `until`, filters and scoring, and kept beside the samples. `<think>` at the prompt's end or the
-            answer's beginning opens a thought. An answer whose thought does not end is scored as "". An answer without
-            either mark is scored whole: auto changes nothing for models that do not think, and needs no
-            flag for those that do.
+        max_active: most sequences that run at once; default: 32 on the CPU, 256 on a GPU, or as many as fit.
+        seed: seed of sampled answers. The random numbers of an answer depend on seed, task, prompt and repeat, not on
+            the batch. Default: the third number of lm_eval's `--seed`.
+        chat_template: auto, on or off. auto applies the checkpoint's chat template, if there is one, to prompts of
+            generating tasks, as `--apply_chat_template` does. on does the same, and is an error without a template.
+            Log-likelihoods are of the text without a template, unless `--apply_chat_template` is given.
+        think_end_token: the text or token id that ends a thought, as in lm_eval's hf and vllm models; or off.
+            Default: auto, which is `</think>` if the tokenizer, the template or answer_prefix has `</think>`. The
+            thought is cut before `until`, filters and scoring, and kept beside the samples. `<think>` at the prompt's
+            end or the answer's beginning opens a thought. An answer whose thought does not end is scored as "". If no
+            thought begins or ends, the whole answer is scored.
         enable_thinking: passed to the chat template, as chat_template_args={"enable_thinking": …}.
-        chat_template_args: further values for the chat template, a mapping or its JSON.
-        answer_prefix: text behind the assistant's opening, with which each generated answer begins: `<think>` or
-            `<think>\\n`. `\\n`, `\\t` and `\\\\` in it are a line break, a tab, a backslash. A token that it spells
-            is that token. A task's own gen_prefix follows it.
-        max_thinking_toks: most tokens of a thought: behind so many tokens of an answer, the think end is put in, and
-            the answer goes on. Default: no limit.
+        chat_template_args: further values for the chat template, a mapping or JSON.
+        answer_prefix: text with which each generated answer begins, after the opening of the assistant's turn:
+            `<think>` or `<think>\\n`. `\\n`, `\\t` and `\\\\` in the prefix are a line break, a tab, a backslash. A
+            special or added token that the prefix spells is sent as that token. A task's own gen_prefix follows.
+        max_thinking_toks: most tokens of a thought. After that many tokens, the think end is inserted, and the answer
+            follows. Default: no limit.
         stop_repetition: N:K, such as 50:4, ends an answer whose last N*K tokens repeat with a period of N tokens or
             fewer; the finish reason is `repetition`. Default: no such end. JetEngine does not support it.
         trace: file that gets a JSON line for each finished request (report/trace.py); each run and rank has its own.
-        record_steps: keep beside lm_eval's samples how each answer was written (report/denoising.py); default: true.
-        verbose: log each example when its answer is there, right or wrong where the task has a judge (report/live.py).
-        answers: folder that keeps finished answers, for this run to go on from; several processes may share it.
+        record_steps: keep the step and confidence of each token beside lm_eval's samples (report/denoising.py);
+            default: true.
+        verbose: log each example as its answer finishes, with right or wrong if the task has a judge (report/live.py).
+        answers: folder that keeps finished answers, from which a later run continues; several processes may share the
+            folder.
         likelihood: chain (exact) or nelbo (the diffusion bound), see `sdar_lm_eval/likelihood.py`; at temperature 1,
             whatever the decoding settings.
-        mc_samples: masks a block under nelbo; blocks with no more masks than that are computed without sampling.
-        batch_size: `--batch_size N` with N > 1 sets max_active; 1, lm_eval's default, and auto leave it to the engine.
+        mc_samples: mask patterns that nelbo samples for a block; blocks with no more patterns are computed exactly.
+        batch_size: `--batch_size N` with N > 1 sets max_active. With 1 (lm_eval's default) or auto, the engine
+            chooses max_active.
         max_batch_size: sets max_active under `--batch_size auto`.
         trust_remote_code: has no effect: no code of a checkpoint is ever run.
     """
@@ -111,8 +113,10 @@ class NativeArguments(ModelArguments, total=False):
     Attributes:
         kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
         kernels: run with Triton kernels and CUDA graphs; default: on GPUs, where triton is installed.
-        reproducible: answers are the same to the bit in any batch (default: up to rounding); needs the kernels.
-        share_prefixes: prompts that begin alike share the KV of that beginning (default; false: for comparison).
+        reproducible: whether answers are the same to the bit in any batch, not only up to rounding; needs the kernels.
+            Default: false.
+        share_prefixes: whether prompts with a common prefix share the prefix's keys and values. Default: true; false
+            is for comparison.
     """
 
     kv_pages: int
@@ -125,9 +129,9 @@ class JetEngineArguments(ModelArguments, total=False):
     """What `--model sdar-jetengine` takes.
 
     Attributes:
-        gpu_memory_utilization: the part of the GPU's memory that JetEngine may fill; default: what the requests need.
+        gpu_memory_utilization: the share of the GPU's memory that JetEngine may fill; default: what the requests need.
         tensor_parallel_size: GPUs that share the weights (JetEngine 0.1.0 only).
-        enforce_eager: go without CUDA graphs.
+        enforce_eager: run without CUDA graphs.
     """
 
     gpu_memory_utilization: float
@@ -142,7 +146,7 @@ class LMDeployArguments(ModelArguments, total=False):
         tensor_parallel_size: GPUs that share the weights.
         data_parallel_size: how many processes `accelerate launch` started, each with its copy of the weights; need not
             be given.
-        cache_max_entry_count: the part of the memory that the weights leave, for keys and values; default 0.8.
+        cache_max_entry_count: the share, for keys and values, of the memory that the weights leave free; default: 0.8.
     """
 
     tensor_parallel_size: int

@@ -1,18 +1,19 @@
 """Makes plain `lm_eval` know this package's models and tasks.
 
-lm_eval up to 0.4.13 finds no plug-ins: its own source names each model and each task folder. So a one-line `.pth` file
-imports this package when Python starts. `install` then puts a finder on `sys.meta_path` that patches modules of lm_eval
-once they have run:
+lm_eval up to 0.4.13 has no plug-ins: lm_eval's source names each model and each task folder. So a one-line `.pth` file
+imports this package when Python starts. `install` then puts a finder on `sys.meta_path`. The finder patches these
+modules of lm_eval after the module's code has run:
 
     lm_eval.models      the registry gets this package's models by name, without importing them
     lm_eval.tasks       `TaskManager` looks into this package's task folder too
-    lm_eval.evaluator   this package's models are told of evaluations (`lm/evaluation.py`)
+    lm_eval.evaluator   the evaluator tells this package's models of evaluations (`lm/evaluation.py`)
 
-After the first of them, this package's errors are printed without a traceback, on lm_eval's command line only. A Python
-that never imports lm_eval is not changed.
+After the first patch, lm_eval's command line prints this package's errors without a traceback. A Python process that
+never imports lm_eval is not changed.
 
 `SDAR_LM_EVAL_AUTOLOAD=0` switches autoloading off, except for `python -m sdar_lm_eval`. This module runs whenever
-Python starts, so it imports only what Python has loaded by then (`typing` alone would cost several times the rest).
+Python starts. So the module imports only modules that Python has loaded already: importing `typing` alone would take
+several times as long as everything else here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Renders a checkpoint's chat template, an untrusted program, within limits of time and length.
 
 transformers compiles a chat template in jinja2's sandbox. The sandbox keeps a template from files and from Python's
-internals, but does not limit its time and memory. `ChatTemplate` compiles the template in the same sandbox, with a
-check in each loop, macro, assignment, argument and output. A single step of jinja2 between two checks, such as the
-format "%10000000000d", is not limited.
+internals, but does not limit a template's time and memory. `ChatTemplate` compiles the template in the same sandbox,
+and adds a check to each loop, macro, assignment, argument and output. A single step of jinja2 between two checks, such
+as the format "%10000000000d", is not limited.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One-line messages for errors on lm_eval's command line, in runs of this package's models.
 
-`autoload.py` calls `message_of` when a process ends with an exception. This package's errors are messages already.
-The harness answers a mistyped model, task or flag with a traceback; such an error becomes one line.
+`autoload.py` calls `message_of` when a process ends with an exception. This package's errors are one-line messages
+already. The harness prints a traceback for a mistyped model, task or flag; `message_of` makes one line of the error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Packages in which each file is an extension that no list names."""
+"""Finds the extensions in a package whose files no list names: each file is one extension."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an answer ends: a stop token, a stop string, a loop, the limit of new tokens; and where its thought does.
+"""Where an answer ends (a stop token, a stop string, a loop, the limit of new tokens), and where the thought ends.
 
 This module holds no tensor and does not import torch.
 """

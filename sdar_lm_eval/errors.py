@@ -1,11 +1,11 @@
 """The package's exceptions.
 
     SDARError(Exception)
-    ├── UserError(SDARError, ValueError)       what was given cannot be used; says what is allowed and what to do
-    └── EngineError(SDARError, RuntimeError)   an engine could not do what it was asked to; nothing finished is lost
-    Interrupted(KeyboardInterrupt)             Ctrl-C while answers were made; says how many are kept
+    ├── UserError(SDARError, ValueError)       a wrong input; the message says what is allowed and what to do
+    └── EngineError(SDARError, RuntimeError)   an engine failed; finished answers are kept
+    Interrupted(KeyboardInterrupt)             Ctrl-C during generation; the message says how many answers are kept
 
-On the command line of lm_eval both print as one line, without a traceback (`SDAR_LM_EVAL_TRACEBACK=1` shows it).
+On lm_eval's command line, an SDARError prints as one line, without a traceback (`SDAR_LM_EVAL_TRACEBACK=1` shows it).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads files that others made: regular files only, of a size that fits in memory, with errors of one line."""
+"""Reads files that other programs wrote: only regular files that fit in memory. An error is one line."""
 
 from __future__ import annotations
 

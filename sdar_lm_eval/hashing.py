@@ -1,4 +1,4 @@
-"""Hashes of JSON content: keys of what is stored, seeds of what is drawn. They are the same on every machine."""
+"""Hashes of JSON content, for keys of stored answers and seeds of draws. A hash is the same on every machine."""
 
 from __future__ import annotations
 

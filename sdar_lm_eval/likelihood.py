@@ -1,9 +1,10 @@
-"""Log-likelihoods of a block-diffusion model: the forwards that a text's score needs, and the score made of them.
+"""Log-likelihoods of a block-diffusion model: the forwards that a text's score needs, and the score from the forwards.
 
-The text is context + continuation. Blocks of L tokens are counted from the context's first token, as in generation. So
-the continuation may begin inside a block: that block's context tokens are given. It may also end inside a block: the
-positions after the end are masked in every forward, as positions to the right are when `sequential` decodes a block. A
-block's m continuation tokens x_1..x_m are scored given the whole text before the block:
+The text is context + continuation. The first block of L tokens begins at the context's first token, as in generation.
+So the continuation may begin inside a block; that block's context tokens are given. The continuation may also end
+inside a block. The positions after the end are then masked in every forward, as the positions to the right are masked
+when `sequential` decodes a block. A block's m continuation tokens x_1..x_m are scored given the whole text before the
+block:
 
     chain  log p = sum over j of log p(x_j | x_1..x_{j-1} clean, the rest masked)
 
@@ -18,17 +19,17 @@ sum to 1.
 
 `nelbo` is the evidence lower bound of masked diffusion (the NELBO with its sign turned), with noise level t ~ U(0, 1)
 and weight 1 / t. The integral of t^(k-1) (1-t)^(m-k) is w(k), so no noise level is sampled. The bound equals the mean
-of the `chain` log-likelihood over all m! orders of the m tokens. By Jensen's inequality the bound is never above the
-log of the mean probability over those orders, that is, of the probability that decoding in a random order (the
-positions after the end last), one token a step, yields the text. The bound may be above `chain`, the log-probability
-for one of the orders. Of a block with more subsets than `mc_samples`, subsets are sampled; the estimate has the same
-mean, and a standard error.
+of the `chain` log-likelihood over all m! orders of the m tokens. The mean probability over these orders is the
+probability that decoding in a random order (the positions after the end last), one token a step, yields the text. By
+Jensen's inequality, the bound is never above the log of that probability. The bound may be above `chain`, the
+log-probability for one of the orders. If a block has more subsets than `mc_samples`, subsets are sampled. The estimate
+has the same mean, and a standard error.
 
 Sources: Block Diffusion, arXiv 2503.09573, section 3; the weights by integrating its continuous-time bound; the orders
 from Autoregressive Diffusion Models, arXiv 2110.02037.
 
-An engine runs the rows of a `Plan` and hands the sums of their log-probabilities to `Plan.result`. A block may have a
-million rows, so rows are stored as packed bits and expanded to tokens a few at a time.
+An engine runs the rows of a `Plan`, and passes the sums of the rows' log-probabilities to `Plan.result`. A block may
+have a million rows, so a `Plan` stores rows as packed bits, and expands a few rows at a time to tokens.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
         answers = model.generate(["…", "…"], strategy="sequential", max_gen_toks=64)
         model.loglikelihood([("2 + 3 =", " 5")])
 
-Settings, prompts and log-likelihoods are those of an evaluation: `settings.py` reads the settings, `lm/prompts.py` and
-`lm/jobs.py` make the engine's requests.
+Settings, prompts and log-likelihoods are those of an evaluation: `settings.py` reads the settings, and `lm/prompts.py`
+and `lm/jobs.py` make the engine's requests.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Literal, cast, overload
 from lm_eval.api.instance import Instance
 
 from sdar_lm_eval.arguments import DecodingArguments, JetEngineArguments, LMDeployArguments, NativeArguments
-from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT, DEFAULT_SEED
-from sdar_lm_eval.engines.registry import engine_named, make_engine
+from sdar_lm_eval.engines.registry import engine_named
 from sdar_lm_eval.engines.types import (
     BlockStep,
     Engine,
@@ -40,10 +39,8 @@ from sdar_lm_eval.engines.types import (
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import shown
 from sdar_lm_eval.lm.evaluation import TaskRequests
-from sdar_lm_eval.lm.jobs import Job, Jobs, Round
-from sdar_lm_eval.lm.likelihoods import Likelihoods
-from sdar_lm_eval.lm.prompts import Prompts
-from sdar_lm_eval.lm.thoughts import Thoughts
+from sdar_lm_eval.lm.frontend import Frontend
+from sdar_lm_eval.lm.jobs import Job, Round
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.settings import Generation, ModelSettings, to_whole
 from sdar_lm_eval.thinking import Thinking, Thought
@@ -101,30 +98,18 @@ class LoadedModel:
     """A checkpoint in an engine's memory. `load` makes one; `close`, or the end of a `with` block, frees the memory.
 
     Args:
-        checkpoint: the opened checkpoint.
+        frontend: the checkpoint, the user's settings, and what makes the engine's requests.
         engine: the engine that runs the checkpoint.
         name: the engine's name in the registry.
-        settings: the user's settings.
-        prompts, jobs, likelihoods: make the engine's requests.
 
     Attributes:
         checkpoint: the opened checkpoint.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        engine: Engine,
-        name: str,
-        *,
-        settings: ModelSettings,
-        prompts: Prompts,
-        jobs: Jobs,
-        likelihoods: Likelihoods,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self._engine, self._name, self._settings = engine, name, settings
-        self._prompts, self._jobs, self._likelihoods = prompts, jobs, likelihoods
+    def __init__(self, frontend: Frontend, engine: Engine, name: str) -> None:
+        self.checkpoint, self._engine, self._name = frontend.checkpoint, engine, name
+        self._settings, self._prompts, self._jobs = frontend.settings, frontend.prompts, frontend.jobs
+        self._likelihoods = frontend.likelihoods
 
     @classmethod
     def open(cls, pretrained: str, engine: str, model_args: Mapping[str, object]) -> LoadedModel:
@@ -134,22 +119,8 @@ class LoadedModel:
         for name in OF_EVALUATIONS:
             if getattr(settings, name):
                 raise UserError(f"{name}={model_args[name]} is for evaluations. Leave {name} out, or run lm_eval.")
-        checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
-        thoughts = Thoughts.read(settings.thoughts, checkpoint)
-        prompts = Prompts(checkpoint, settings.chat_template, thoughts)
-        jobs = Jobs(checkpoint, prompts, settings.decoding, settings.max_length, alone=True)
-        jobs.check_limits(answers_limited=settings.limits_length)
-        likelihood = settings.likelihood_config(jobs.default.decoding.block_length)
-        opened = make_engine(
-            engine,
-            checkpoint,
-            device=settings.device,
-            dtype=settings.dtype,
-            max_active=settings.max_active,
-            **settings.engine,
-        )
-        likelihoods = Likelihoods(checkpoint, prompts, jobs.max_length, likelihood)
-        return cls(checkpoint, opened, engine, settings=settings, prompts=prompts, jobs=jobs, likelihoods=likelihoods)
+        frontend = Frontend.open(settings)
+        return cls(frontend, frontend.start(engine, settings.device), engine)
 
     @property
     def info(self) -> EngineInfo:

@@ -1,8 +1,8 @@
-"""Reads what users write, `--model_args` and a request's `gen_kwargs`, into typed settings.
+"""Turns `--model_args` and a request's `gen_kwargs` into typed settings.
 
 Precedence: gen_kwargs (a task's YAML, overridden by `--gen_kwargs`) > model_args > a task's published decoding >
-checkpoint > default. Values come typed or as text. The given mappings are never changed: lm_eval hands the same ones to
-other models.
+checkpoint > default. Values come typed or as text. This module never changes the given mappings, because lm_eval passes
+the same mappings to other models.
 """
 
 from __future__ import annotations

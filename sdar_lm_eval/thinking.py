@@ -1,8 +1,8 @@
-"""Thoughts of a thinking model: which part of an answer is one, and where the answer proper begins.
+"""Thoughts of a thinking model: which part of the generated text is the thought, and where the scored answer begins.
 
-A thinking model writes a thought, the think end (`</think>`), and then what counts as its answer. An answer thinks if
-the prompt has opened a thought (its end is `<think>`), or if the answer itself begins with `<think>`. Any answer that
-has the think end has a thought before it: some chat templates open the thought where the text does not show it.
+A thinking model writes a thought, the think end (`</think>`), and then the answer that is scored. The generated text
+begins with a thought if the prompt ends in `<think>`, or if the text itself begins with `<think>`. The text before a
+think end is always a thought, because some chat templates open a thought without `<think>`.
 
 This module holds no tensor and does not import torch.
 """

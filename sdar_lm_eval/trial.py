@@ -1,6 +1,6 @@
 """Compares the engines' greedy answers to the demo's problems with those of a reference.
 
-The reference is the native engine in float32 on the CPU. Its own answers are checked by transformers' forward
+The reference is the native engine in float32 on the CPU. transformers' forward checks the reference's answers
 (`engines/agreement.py`). An engine passes if each of its answers equals the reference's token for token, or if rounding
 explains the difference.
 """

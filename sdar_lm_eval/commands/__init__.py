@@ -27,13 +27,13 @@ from sdar_lm_eval.report.printing import printable
 
 COMMANDS = {
     "compare": "print differences between runs, with paired intervals and tests",
-    "show": "print a run's documents, or how one answer was written",
+    "show": "print a run's documents, or how one answer was denoised",
     "report": "write runs as one HTML page: scores, comparison, each answer with its denoising",
     "sweep": "evaluate a grid of decoding settings on this machine: accuracy against speed",
     "table": "print a run's scores beside published ones",
     "generate": "answer a prompt, and show the denoising as it happens",
     "doctor": "check which engines can run on this machine, and whether their answers can be trusted",
-    "gsm8k-json": "write a run of GSM8K as the benchmark's JSON file",
+    "gsm8k-json": "write a GSM8K run as one JSON file",
 }
 """Command -> what it is for. A command's module has the command's name, with _ for -."""
 

@@ -1,4 +1,4 @@
-"""Compares runs on the documents that they share: paired differences with intervals and tests, settings that differ.
+"""Compares runs on the documents that the runs share: paired differences, intervals, tests, and settings that differ.
 
 Each run needs samples (--log_samples), and may be of any model of the harness. The first run, or the run that
 --baseline names, is A. Each other run is compared with A.
@@ -26,12 +26,16 @@ FORMATS = ("text", "markdown", "csv", "json")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.add_argument(
-        "paths", nargs="+", metavar="RUN", type=Path, help="what --output_path named; one folder may hold several runs"
+        "paths",
+        nargs="+",
+        metavar="RUN",
+        type=Path,
+        help="the folder of --output_path; one folder may hold several runs",
     )
     parser.add_argument(
         "--baseline",
         metavar="RUN",
-        help="the run to compare with (A): its number, from 1, or its label or a part of it; default: 1",
+        help="the run to compare with (A): a number from 1, a label, or a part of a label; default: 1",
     )
     parser.add_argument("--tasks", type=_names, default=(), metavar="T,…", help="only these tasks")
     parser.add_argument(
@@ -39,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_names,
         default=(),
         metavar="M,…",
-        help="only these metrics; default: all, but of pass@k only the largest k",
+        help="only these metrics; default: all metrics, except that pass@k has only the largest k",
     )
     parser.add_argument("--filter", type=_names, default=(), metavar="F,…", help="only these filters")
     parser.add_argument("--list", action="store_true", help="list the documents whose scores differ between A and B")
     parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")
     parser.add_argument("--json", dest="format", action="store_const", const="json", help="short for --format json")
     parser.add_argument(
-        "--output", metavar="FILE", type=Path, help="write the comparison to this file, and print its sentences only"
+        "--output", metavar="FILE", type=Path, help="write the comparison to this file, and print only the conclusions"
     )
 
 

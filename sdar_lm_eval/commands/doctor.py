@@ -1,9 +1,10 @@
-"""Lists this machine's versions and devices, the engines that can run here, and what each other engine lacks.
+"""Lists this machine's versions and devices, the engines that can run here, and what every other engine lacks.
 
-With --run, doctor asks each engine that can run here the demo's problems, and compares the greedy answers with those of
-the native engine in float32 on the CPU. For each answer that differs, doctor says whether rounding explains the
-difference. Differences by the strategy low_confidence_dynamic are counted, not judged. The exit code of --run is 1 if
-rounding does not explain a difference, if an engine stops, or if none of the engines can run.
+With --run, doctor gives the demo's problems to each engine that can run here, and compares the greedy answers with
+those of the native engine in float32 on the CPU. For each answer that differs, doctor says whether rounding explains
+the difference. Doctor counts differences under the strategy low_confidence_dynamic, but does not judge these
+differences. The exit code of --run is 1 if rounding does not explain a difference, if an engine stops, or if no engine
+can run.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ EXAMPLE = "sdar_lm_eval doctor --run --limit 50"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
-    parser.add_argument("--run", action="store_true", help="ask each engine that can run here the demo's problems")
+    parser.add_argument(
+        "--run", action="store_true", help="compare the answers of each engine that can run here to the demo's problems"
+    )
     parser.add_argument(
         "--engine", action="append", choices=list(ENGINES), help="only this engine; may be repeated; default: all"
     )
     parser.add_argument(
-        "--limit", type=int, default=200, metavar="N", help="ask the first N problems; default: all 200"
+        "--limit", type=int, default=200, metavar="N", help="use the first N problems; default: all 200"
     )
     parser.add_argument(
         "--pretrained", default="demo", help="the checkpoint that the engines load; default: the bundled demo"
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pairs(
         parser,
         "--model_args",
-        "what engines are loaded with: dtype=float32, kernels=false, device=cuda:1, … (needs --run)",
+        "model_args of the engines: dtype=float32, kernels=false, device=cuda:1, … (needs --run)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

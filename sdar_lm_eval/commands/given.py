@@ -56,7 +56,10 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--engine", choices=list(ENGINES), default="native", help="default: native")
     which.add_argument(
-        "--model", choices=list(models), help="the same by the model's name: " + ", ".join(models), metavar="MODEL"
+        "--model",
+        choices=list(models),
+        help="the engine, by the name of lm_eval's model: " + ", ".join(models),
+        metavar="MODEL",
     )
     add_pairs(
         parser, "--model_args", f"as lm_eval's: pretrained (default: {DEFAULT_CHECKPOINT}), device, dtype, seed, …"

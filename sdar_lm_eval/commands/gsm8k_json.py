@@ -1,4 +1,4 @@
-"""Writes a run of GSM8K as the benchmark's JSON file: config, metrics, performance and each answer."""
+"""Writes a GSM8K run as one JSON file: config, metrics, performance and each answer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ EXAMPLE = "sdar_lm_eval gsm8k-json demo_results --output gsm8k_results.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
-    parser.add_argument("path", metavar="RUN", type=Path, help="what --output_path named; the run needs --log_samples")
-    parser.add_argument("--task", help="the task; needed where the run has several GSM8K tasks")
+    parser.add_argument(
+        "path", metavar="RUN", type=Path, help="the folder of --output_path; the run needs --log_samples"
+    )
+    parser.add_argument("--task", help="the task; needed if the run has several GSM8K tasks")
     parser.add_argument(
         "--filter", help=f"the filter whose answers are scored; default: {PREFERRED_FILTER}, else the task's first"
     )
-    parser.add_argument("--output", metavar="FILE", help="write the JSON to this file, and print the accuracy only")
+    parser.add_argument("--output", metavar="FILE", help="write the JSON to this file, and print only the accuracy")
 
 
 def run(arguments: argparse.Namespace) -> str:

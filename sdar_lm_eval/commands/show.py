@@ -1,4 +1,4 @@
-"""Lists the documents of a run, right and wrong, or prints one document and how its answers were written."""
+"""Lists a run's documents, right and wrong, or prints one document and the denoising of each answer."""
 
 from __future__ import annotations
 
@@ -39,13 +39,18 @@ ENDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
-    parser.add_argument("path", metavar="RUN", type=Path, help="a run with samples: what --output_path named")
-    parser.add_argument("--task", help="the task; needed where the run has several")
+    parser.add_argument(
+        "path", metavar="RUN", type=Path, help="the folder of --output_path, of a run with --log_samples"
+    )
+    parser.add_argument("--task", help="the task; needed if the run has several tasks")
     parser.add_argument(
         "--metric",
         help="the metric that decides right and wrong; default: the published column's, else the task's first",
     )
-    parser.add_argument("--filter", help="the filter whose extracted answers count; default: as for --metric")
+    parser.add_argument(
+        "--filter",
+        help="the filter whose extracted answers count; default: the published column's, else the task's first",
+    )
     parser.add_argument("--only", choices=KINDS, help="; ".join(f"{name}: {what}" for name, what in KINDS.items()))
     parser.add_argument("--search", metavar="TEXT", help="list only documents whose question or answer has this text")
     parser.add_argument("--doc", type=int, metavar="N", help="print document N (lm_eval's doc_id) and its answers")

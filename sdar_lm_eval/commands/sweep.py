@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-L",
         type=float,
         metavar="N",
-        help="evaluate the first N documents of each task; below 1: this share of them",
+        help="evaluate the first N documents of each task; a number below 1 is a share of the documents",
     )
     parser.add_argument(
         "--num_fewshot",
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--include_path", metavar="FOLDER", help="a folder with your own tasks")
     parser.add_argument(
-        "--confirm_run_unsafe_code", action="store_true", help="agree that programs which the model writes are run"
+        "--confirm_run_unsafe_code", action="store_true", help="allow tasks that run programs written by the model"
     )
     grid = parser.add_argument_group("decoding settings, each with one value or several")
     described = descriptions(DecodingConfig) | {
@@ -101,16 +101,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         short = [f"--{alias}" for alias, full in ALIASES.items() if full == name and alias != "block_size"]
         text = described[name].split(". ")[0].rstrip(".").replace("%", "%%")
         grid.add_argument(f"--{name}", *short, dest=name, action=_Setting, metavar="VALUES", help=text)
-    grid.add_argument("--and", nargs=0, action=_And, help="begin another grid")
+    grid.add_argument(
+        "--and", nargs=0, action=_And, help="begin another grid; settings before and after --and are not combined"
+    )
     parser.add_argument(
-        "--seed", type=int, metavar="N", help="seed of sampled answers (default: model_args', else 1234)"
+        "--seed", type=int, metavar="N", help="seed of sampled answers; default: the seed in --model_args, else 1234"
     )
     parser.add_argument(
         "--repeats",
         type=int,
         default=1,
         metavar="N",
-        help="evaluate each sampled combination N times, with seeds seed, seed + 1, …",
+        help="evaluate each sampled combination N times, with the seeds S, S + 1, …; S is --seed",
     )
     parser.add_argument(
         "--output_path", "-o", type=Path, metavar="FOLDER", help="the sweep's folder; default: sweeps/<model>-<tasks>"
@@ -122,14 +124,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--y_max",
         type=float,
         metavar="PERCENT",
-        help="the accuracy that AUP is relative to; default: the best of the sweep",
+        help="the accuracy that AUP (accuracy under parallelism) is relative to; default: the sweep's best",
     )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="write the chart to this file too: .svg, .png or .pdf"
     )
     parser.add_argument("--json", action="store_true", help="print JSON rather than tables")
     parser.add_argument(
-        "--dry-run", action="store_true", help="list the evaluations without running them; fetches a hub checkpoint"
+        "--dry-run",
+        action="store_true",
+        help="list the evaluations without running any; a checkpoint from the hub is still fetched",
     )
 
 

@@ -14,7 +14,7 @@ EXAMPLE = "sdar_lm_eval table runs --published 8B --published dLLM-RL:SDAR-8B-Ch
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
-    parser.add_argument("paths", nargs="+", metavar="RUN", type=Path, help="what lm_eval's --output_path named")
+    parser.add_argument("paths", nargs="+", metavar="RUN", type=Path, help="the folder of lm_eval's --output_path")
     parser.add_argument(
         "--published",
         metavar="MODEL",

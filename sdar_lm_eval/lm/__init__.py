@@ -1,13 +1,17 @@
-"""The lm_eval model: what the harness asks for, on top of an engine.
+"""The lm_eval model: the harness's requests, answered by an engine.
 
-model.py         SDARLM: what the harness calls
-rounds.py        a round of requests: finds what is stored, computes the rest
-evaluation.py    what lm_eval does not tell its models: which evaluation, task and document a request belongs to
+model.py         SDARLM: the methods that the harness calls
+frontend.py      the checkpoint and what makes an engine's requests, which load() has in common with SDARLM
+rounds.py        a round of requests: stored answers are found, the others are computed
+evaluation.py    the evaluation, task and document that a request belongs to, which lm_eval does not tell its models
+hooks.py         wrappers around lm_eval's functions, from which evaluation.py learns the task and document
 prompts.py       text -> tokens: chat template, special tokens, pairs of context and continuation
 jobs.py          harness requests -> engine requests with seeds and keys
 likelihoods.py   harness requests for log-likelihoods -> score requests, and the sums of their results
-store.py         finished answers: one key, kept in the harness's cache, a folder, or both
-answers.py       the folder's format
-facts.py         what log, results file, trace and stored answers say of a model
+store.py         finished answers under one key, in the harness's cache, a folder, or both
+answers.py       the format of the folder of finished answers
+denoising.py     denoising records of an evaluation
+thoughts.py      settings of thoughts, and the checkpoint's think end
+facts.py         the description of a model in the log, results file, trace and stored answers
 ranks.py         data parallel processes
 """

@@ -1,13 +1,13 @@
-"""Finished answers in a folder: one JSON line each, on disk at once, so that a run goes on where another one stopped.
+"""Finished answers in a folder: one JSON line each, on disk at once, so that a later run continues from the folder.
 
-    <time>-<random>.jsonl     what one process answered; each process begins a file of its own
+    <time>-<random>.jsonl     the answers of one process; each process begins its own file
         {"settings": …, "model": …, "started": …}     the fingerprint, facts on the engine, when the process began
         {"key": …, "task": …, "text": …, …}           an answer, or a score
         {"model": …}                                  the facts again, at the end
 
-Each line ends with a checksum of what precedes it, its last field `crc32`. Several processes may share a folder, one
-after another or side by side, on one machine or several. An answer is found by its key (`store.py`): its position in a
-run does not matter, nor how the documents are divided among processes.
+The last field of each line, `crc32`, is a checksum of the fields before `crc32`. Several processes may share a folder,
+one after another or side by side, on one machine or several. A run finds an answer by the answer's key (`store.py`).
+So neither the answer's position in a run nor the division of documents among processes matters.
 """
 
 from __future__ import annotations

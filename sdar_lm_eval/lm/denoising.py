@@ -2,15 +2,16 @@
 
     GenerationResult -> Written -> a record of the store -> Written -> a line of the file (report/denoising.py)
 
-An evaluation keeps the records of all its answers in memory until lm_eval saves samples. So a Written takes 8 bytes a
-token.
+An evaluation keeps the records of all answers in memory until lm_eval saves the samples. So a `Written` takes only
+8 bytes a token, and a line, which takes 100, is made as it is written.
 """
 
 from __future__ import annotations
 
 import glob
+import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
@@ -141,18 +142,19 @@ class WrittenAnswers:
                 united.of_tasks.setdefault(task, {}).update(answers)
         return united
 
-    def lines(self, task: str, texts: Callable[[Sequence[int]], list[str]]) -> list[DenoisingLine]:
-        """Return the lines of a task's denoising file, ordered by document and repeat.
+    def lines(self, task: str, texts: Callable[[Sequence[int]], list[str]]) -> Iterator[DenoisingLine]:
+        """Yield the lines of a task's denoising file, ordered by document and repeat.
 
         Args:
             task: the task's name.
             texts: token ids -> the text of each token.
         """
         answers = sorted(self.of_tasks.get(task, {}).items())
-        return [record.as_line(*name, texts(record.token_ids.tolist())) for name, record in answers]
+        for name, record in answers:
+            yield record.as_line(*name, texts(record.token_ids.tolist()))
 
 
-LinesOf = Callable[[str], list[DenoisingLine]]
+LinesOf = Callable[[str], Iterator[DenoisingLine]]
 """Task -> the lines of its denoising file; none for a task without records."""
 
 
@@ -176,8 +178,9 @@ def keep_beside_samples(tracker: Tracker, lines_of: LinesOf) -> None:
 
     def save_both(task_name: str, samples: object) -> None:
         save(tracker, task_name, samples)
-        if tracker.output_path and (lines := lines_of(task_name)):
-            _write(tracker, task_name, lines)
+        lines = lines_of(task_name)
+        if tracker.output_path and (first := next(lines, None)):
+            _write(tracker, task_name, itertools.chain([first], lines))
 
     vars(tracker)["save_results_samples"] = save_both
 
@@ -187,7 +190,7 @@ def leave_samples_alone(tracker: Tracker) -> None:
     vars(tracker).pop("save_results_samples", None)
 
 
-def _write(tracker: Tracker, task: str, lines: Sequence[DenoisingLine]) -> None:
+def _write(tracker: Tracker, task: str, lines: Iterable[DenoisingLine]) -> None:
     """Write a task's denoising file. A file that cannot be written is logged as an ERROR; the evaluation goes on."""
     path = Path(str(tracker.output_path))
     folder = path.parent if path.suffix == ".json" else path

@@ -1,4 +1,4 @@
-"""What is known of an evaluation: of which task and document a request is, in which template, and what was sent.
+"""The state of an evaluation: each request's task, document and template, and the tokens that were sent.
 
 lm_eval hands a model bare requests. `hooks.py` learns the rest from lm_eval and fills an `Evaluation`.
 """

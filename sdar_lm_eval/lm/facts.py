@@ -1,4 +1,4 @@
-"""What log, results file, trace and stored answers say of a model."""
+"""The description of a model in the log, the results file, the trace and stored answers."""
 
 from __future__ import annotations
 

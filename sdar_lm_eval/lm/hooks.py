@@ -1,9 +1,9 @@
-"""How lm_eval tells a model which evaluation, task and document a request belongs to, and who asks for the template.
+"""Hooks into lm_eval: how a model learns a request's evaluation, task and document, and who applied the chat template.
 
 lm_eval does not say that another evaluation has begun, whether a prompt is in the chat template, or which documents
 `--samples` chose. `watch` wraps lm_eval's `evaluate`, `CachingLM`, and `simple_evaluate`, which knows the seed and the
-tracker that saves samples. While an evaluation of a model of this package lasts, `_methods_replaced` replaces methods
-of each task. Evaluations of other models are unchanged.
+tracker that saves samples. During an evaluation of this package's models, `_methods_replaced` replaces methods of
+each task. Evaluations of other models are unchanged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The lm_eval model: a request's way from the harness to an engine and back.
 
-One class serves every engine. It keeps the harness's contract (order, stored answers, truncation, chat template,
-ranks); the engine computes tokens. Its methods are in the order in which lm_eval calls them.
+One class, `SDARLM`, serves every engine. `SDARLM` keeps the harness's contract (order, stored answers, truncation, chat
+template, ranks), and the engine computes tokens. The methods are in the order in which lm_eval calls the methods.
 """
 
 from __future__ import annotations
@@ -19,21 +19,18 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
 
 from sdar_lm_eval.arguments import JetEngineArguments, LMDeployArguments, NativeArguments, takes
-from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT, DEFAULT_SEED
-from sdar_lm_eval.engines.registry import ENGINES, make_engine
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.lm.answers import AnswerFolder
 from sdar_lm_eval.lm.denoising import LinesOf, WrittenAnswers
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, put_thoughts_into
 from sdar_lm_eval.lm.facts import described, facts_of_model, fingerprint_of
+from sdar_lm_eval.lm.frontend import Frontend
 from sdar_lm_eval.lm.hooks import watch
-from sdar_lm_eval.lm.jobs import Jobs
-from sdar_lm_eval.lm.likelihoods import Kind, Likelihoods
-from sdar_lm_eval.lm.prompts import Prompts
+from sdar_lm_eval.lm.likelihoods import Kind
 from sdar_lm_eval.lm.ranks import Ranks
 from sdar_lm_eval.lm.rounds import Rounds
 from sdar_lm_eval.lm.store import CacheFile, Store, bypass, check_cache_file
-from sdar_lm_eval.lm.thoughts import Thoughts
 from sdar_lm_eval.report.counts import Counts
 from sdar_lm_eval.report.trace import Trace
 from sdar_lm_eval.settings import ModelSettings
@@ -65,7 +62,7 @@ class SDARLM(TemplateLM):
     def __init__(self, pretrained: str = DEFAULT_CHECKPOINT, **arguments: Unpack[NativeArguments]) -> None:
         super().__init__()
         started = time.perf_counter()
-        self._settings = settings = ModelSettings.read(pretrained, arguments, self.ENGINE)
+        settings = ModelSettings.read(pretrained, arguments, self.ENGINE)
         watch(lm_eval.evaluator)
 
         self.ranks = Ranks()
@@ -74,31 +71,19 @@ class SDARLM(TemplateLM):
         self.accelerator = types.SimpleNamespace(gather=self.all_gather, wait_for_everyone=self.barrier)
         self.ranks.log_errors_only()
 
-        self.checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
-        self.tokenizer = self.checkpoint.tokenizer
-        thoughts = Thoughts.read(settings.thoughts, self.checkpoint)
-        self._prompts = Prompts(self.checkpoint, settings.chat_template, thoughts)
-        self.renders = self._prompts.renders
         alone = self._world_size == 1
-        self.jobs = Jobs(self.checkpoint, self._prompts, settings.decoding, settings.max_length, alone=alone)
+        self._frontend = frontend = Frontend.open(settings, alone=alone)
+        self.checkpoint, self.tokenizer = frontend.checkpoint, frontend.checkpoint.tokenizer
+        self._prompts, self.jobs = frontend.prompts, frontend.jobs
+        self.renders = self._prompts.renders
         self.max_length, self.max_gen_toks = self.jobs.max_length, self.jobs.default.max_gen_toks
-        self.jobs.check_limits(answers_limited=settings.limits_length)
-        likelihood = settings.likelihood_config(self.jobs.default.decoding.block_length)
-        self._likelihoods = Likelihoods(self.checkpoint, self._prompts, self.max_length, likelihood)
 
         self.evaluation = Evaluation(DEFAULT_SEED if settings.seed is None else settings.seed)
         self._evaluation_of_ranks = [self.evaluation]
         trace = None
         if settings.trace is not None:  # before the engine is loaded: a file that cannot be written is refused at once
             trace = Trace(self.ranks.path_of_rank(settings.trace), self._facts)
-        self.engine = make_engine(
-            self.ENGINE,
-            self.checkpoint,
-            device=self.ranks.device_of_rank(settings.device),
-            dtype=settings.dtype,
-            max_active=settings.max_active,
-            **settings.engine,
-        )
+        self.engine = frontend.start(self.ENGINE, self.ranks.device_of_rank(settings.device))
         self._device = self.engine.info.device
         if self._device == "cpu":
             self.ranks.share_cpu()
@@ -106,7 +91,7 @@ class SDARLM(TemplateLM):
             self.engine,
             self.ENGINE,
             jobs=self.jobs,
-            likelihoods=self._likelihoods,
+            likelihoods=frontend.likelihoods,
             prompts=self._prompts,
             decode=self.tok_decode,
             trace=trace,
@@ -183,7 +168,9 @@ class SDARLM(TemplateLM):
         self._open_store()  # a new store tries again places that could not be written
 
     def _begin(self, seed: int) -> None:
-        self.evaluation = self.evaluation.next(seed if self._settings.seed is None else self._settings.seed)
+        self.evaluation = self.evaluation.next(
+            seed if self._frontend.settings.seed is None else self._frontend.settings.seed
+        )
         self._evaluation_of_ranks = [self.evaluation]
         self.rounds.begin_run()
 
@@ -355,9 +342,9 @@ class SDARLM(TemplateLM):
         return facts_of_model(
             self.checkpoint,
             self.jobs,
-            self._likelihoods.config(self.evaluation.seed),
+            self._frontend.likelihoods.config(self.evaluation.seed),
             self.engine.info,
-            chat_template=self._settings.chat_template,
+            chat_template=self._frontend.settings.chat_template,
             thoughts=self._prompts.thoughts,
             world_size=self._world_size,
             evaluations=self._evaluation_of_ranks,

@@ -1,4 +1,4 @@
-"""A round of requests: stored results are found, the others computed; each result is stored, counted and traced."""
+"""A round of requests: stored results are read, the others are computed; each result is stored, counted and traced."""
 
 from __future__ import annotations
 

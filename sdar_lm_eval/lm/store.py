@@ -1,10 +1,10 @@
-"""Finished answers and scores: one key, kept in the harness's cache file, in a folder, or in both.
+"""Finished answers and scores under one key, in the harness's cache file, in a folder, or in both.
 
-    key          what is answered: tokens, settings, and the seed of a sampled answer
-    fingerprint  what answers: engine, weights, tokenizer, precision, the revision of this package's decoding
-    record       {"text": …} or {"log_likelihood": …, "is_greedy": …}, and how it was made; with an answer's thought
+    key          a hash of the request: tokens, settings, and the seed of a sampled answer
+    fingerprint  engine, weights, tokenizer, precision, and the revision of this package's decoding
+    record       {"text": …} or {"log_likelihood": …, "is_greedy": …}, with counts, and with the answer's thought
 
-Records of another fingerprint are left alone, so one place may hold the records of several models.
+A model ignores records of another fingerprint, so one file or folder may hold the records of several models.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What model_args say of thoughts, and what the checkpoint knows of them: read once, when the model is made.
+"""The settings of thoughts in model_args, and the checkpoint's think end. Both are read once, when the model is made.
 
-The thought of a single answer is found by `sdar_lm_eval/thinking.py`.
+`sdar_lm_eval/thinking.py` finds the thought of a single answer.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from sdar_lm_eval.report.pairing import Key, MetricKey, Scores, TaskScores, read
 from sdar_lm_eval.report.results import Sample
 from sdar_lm_eval.report.runs import Run, differing
 from sdar_lm_eval.report.several import smaller_passes
+from sdar_lm_eval.report.speed import RunSpeed, speed_of
 from sdar_lm_eval.report.statistics import (
     FloatArray,
     cluster_values,
@@ -89,6 +90,7 @@ class Comparison:
         warnings: sentences about what else than the settings may explain differences between run A and run B.
         differences: the differences of tasks, in the order of a's tasks and metrics.
         groups: the differences of groups of tasks that both runs have; `Difference.task` is the group's name.
+        speeds: task -> the speeds of run a and run b, of the tasks in `differences`.
     """
 
     a: Run
@@ -97,6 +99,7 @@ class Comparison:
     warnings: tuple[str, ...]
     differences: tuple[Difference, ...]
     groups: tuple[Difference, ...] = ()
+    speeds: Mapping[str, tuple[RunSpeed, RunSpeed]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,8 @@ def compare_runs(
     warnings += [f"{error} The task is left out." for error in problems]
     groups = _groups(a, b, read, metrics, filters)
     settings = differing_settings(a, b, shared)
-    found = Comparison(a, b, settings, tuple(warnings), tuple(differences), tuple(groups))
+    speeds = {task: (speed_of(a, task), speed_of(b, task)) for task in read}
+    found = Comparison(a, b, settings, tuple(warnings), tuple(differences), tuple(groups), speeds)
     return adjusted([found])[0]
 
 

@@ -47,7 +47,7 @@ def as_text(comparisons: Sequence[Comparison], documents: DocumentsOf | None = N
         else [_NO_SETTING],
         [f"Warning: {text}" for text in _warnings(comparisons, names)],
         aligned(table(comparisons), left=(0, 1, 2, 3) if len(names) > 1 else (0, 1, 2)),
-        sentences(comparisons),
+        [*sentences(comparisons), *_speeds(comparisons)],
         _notes(comparisons),
     ]
     parts += [_listed(comparisons[i], j, changed) for (i, j), changed in (documents or {}).items()]
@@ -63,7 +63,7 @@ def as_markdown(comparisons: Sequence[Comparison], documents: DocumentsOf | None
         _markdown_table(rows) if (rows := _settings_rows(comparisons, names)) else [_NO_SETTING],
         [f"- Warning: {_escaped(text)}" for text in _warnings(comparisons, names)],
         _markdown_table(table(comparisons)),
-        [f"- {_escaped(line)}" for line in sentences(comparisons)],
+        [f"- {_escaped(line)}" for line in (*sentences(comparisons), *_speeds(comparisons))],
         [_escaped(" ".join(_notes(comparisons)))],
     ]
     for (i, j), changed in (documents or {}).items():
@@ -93,6 +93,10 @@ def as_json(comparisons: Sequence[Comparison], documents: DocumentsOf | None = N
             "b": comparison.b.label,
             "settings": {name: {"a": a, "b": b} for name, (a, b) in comparison.settings.items()},
             "warnings": list(comparison.warnings),
+            "speeds": {
+                task: {"a": dataclasses.asdict(a), "b": dataclasses.asdict(b)}
+                for task, (a, b) in comparison.speeds.items()
+            },
             "groups": [dataclasses.asdict(each) | {"verdict": verdict(each)} for each in comparison.groups],
             "differences": [
                 dataclasses.asdict(each)
@@ -138,6 +142,21 @@ def sentences(comparisons: Sequence[Comparison]) -> list[str]:
         if not few and undecided:
             found.append(f"{run}{len(undecided)} of {len(rows)} scores: No difference shown.")
     return found
+
+
+def _speeds(comparisons: Sequence[Comparison]) -> list[str]:
+    """A sentence for each task of which both runs report forwards. Times depend on the machine: only JSON has them."""
+    found = []
+    for name, comparison in zip(_names(comparisons), comparisons, strict=True):
+        for task, (a, b) in comparison.speeds.items():
+            if a.tokens_per_forward and b.tokens_per_forward:
+                run = f"{name}, " if len(comparisons) > 1 else ""
+                times = b.tokens_per_forward / a.tokens_per_forward
+                found.append(
+                    f"{run}{task}: tokens per forward {a.tokens_per_forward:.2f} (A) and {b.tokens_per_forward:.2f} "
+                    f"({name}), {times:.2f} times."
+                )
+    return found if len(found) <= MOST_SENTENCES else []
 
 
 def verdict(difference: Difference, name: str = "B") -> str:

@@ -19,8 +19,9 @@ from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.columns import main_metric
 from sdar_lm_eval.report.pairing import read_pair
-from sdar_lm_eval.report.results import Fields, Results
+from sdar_lm_eval.report.results import Fields
 from sdar_lm_eval.report.runs import Metric, Run, metrics_of
+from sdar_lm_eval.report.speed import speed_of
 from sdar_lm_eval.report.statistics import cluster_values, mean_stderr
 
 DEFAULTS = DecodingConfig().as_dict()
@@ -265,29 +266,10 @@ def value_of(curve: Curve, y_max: float) -> CurveValue:
     return CurveValue(curve.name, value, len(kept), len(known) - len(kept))
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Tokens, forwards and time of the answers of a results file; None where a number is unknown.
-
-    Attributes:
-        tokens: returned tokens of the task that were drawn.
-        forwards: denoising and commit forwards of the task.
-        tokens_of_all: returned tokens of all tasks.
-        seconds: time of generation of all tasks.
-        note: why a number is unknown.
-    """
-
-    tokens: int | None
-    forwards: int | None
-    tokens_of_all: int | None
-    seconds: float | None
-    note: str = ""
-
-
 def _point(run: Run, task: str, metric: Metric, scale: float) -> Point:
     of_task = run.of_tasks[task]
     accuracy, stderr = _accuracy(run, task, metric)
-    works = [_work(results, task) for results in of_task]
+    speed = speed_of(run, task)
     samples = of_task[0].content.part_or_empty("n-samples").part_or_empty(task)
     return Point(
         label=run.label,
@@ -295,11 +277,11 @@ def _point(run: Run, task: str, metric: Metric, scale: float) -> Point:
         settings=_effective(of_task[0].decoding_of(task)),
         accuracy=scale * accuracy,
         stderr=None if stderr is None else scale * stderr,
-        tokens_per_forward=_ratio([(work.tokens, work.forwards) for work in works]),
-        tokens_per_second=_ratio([(work.tokens_of_all, work.seconds) for work in works]),
+        tokens_per_forward=speed.tokens_per_forward,
+        tokens_per_second=speed.tokens_per_second,
         documents=samples.whole("effective"),
         repeats=len(of_task),
-        note="; ".join(dict.fromkeys(work.note for work in works if work.note)),
+        note=speed.note,
     )
 
 
@@ -309,45 +291,6 @@ def _effective(decoding: Fields) -> Mapping[str, object]:
         return DecodingConfig(**known).effective if known else {}
     except UserError:  # settings of another version of this package
         return known
-
-
-def _work(results: Results, task: str) -> _Work:
-    run = results.ours.part_or_empty("run")
-    of_task = run.part_or_empty("tasks").part_or_empty(task) if run.content.get("tasks") else run
-    if not run.content:
-        return _Work(None, None, None, None, "the model reports no forwards and times")
-    stored, stored_of_task = run.part_or_empty("stored"), of_task.part_or_empty("stored")
-    forwards = of_task.part_or_empty("forwards")
-    computed = (forwards.whole("denoising") or 0) + (forwards.whole("commit") or 0)
-    tokens, tokens_of_all = of_task.whole("new_tokens") or 0, run.whole("new_tokens") or 0
-    tokens -= of_task.part_or_empty("thoughts").whole("forced_tokens") or 0  # those of stored answers too
-    seconds = run.number("generation_seconds") or 0.0
-    if not run.whole("stored_requests"):
-        return _Work(tokens, computed, tokens_of_all, seconds)
-    unknown = [name for name in ("new_tokens", "forwards", "seconds") if stored.content.get(name) is None]
-    return _Work(
-        _plus(tokens, stored_of_task.whole("new_tokens"), of_task),
-        _plus(computed, stored_of_task.whole("forwards"), of_task),
-        None if unknown else tokens_of_all + (stored.whole("new_tokens") or 0),
-        None if unknown else seconds + (stored.number("seconds") or 0.0),
-        "some answers came from a store that has no tokens, forwards or times for them" if unknown else "",
-    )
-
-
-def _plus(computed: int, stored: int | None, counts: Fields) -> int | None:
-    if not counts.whole("stored_requests"):
-        return computed
-    return None if stored is None else computed + stored
-
-
-def _ratio(parts: Sequence[tuple[float | None, float | None]]) -> float | None:
-    """Sum of the first numbers / sum of the second; None where a number is unknown, or the second sum is 0."""
-    above, below = 0.0, 0.0
-    for numerator, denominator in parts:
-        if numerator is None or denominator is None:
-            return None
-        above, below = above + numerator, below + denominator
-    return above / below if below else None
 
 
 def _accuracy(run: Run, task: str, metric: Metric) -> tuple[float, float | None]:

@@ -20,12 +20,12 @@ FLAGS = {
     "num_samples": "the first N documents of each task; default: all",
     "block_length": "tokens that are denoised together",
     "denoising_steps": "steps a block is denoised in",
-    "temperature": "of the distribution that tokens are drawn from; 0.0 is greedy",
+    "temperature": "temperature of the distribution that tokens are drawn from; 0.0 is greedy",
     "remasking_strategy": f"which tokens a step keeps: {spellings()}; LMDeploy takes "
     f"{', '.join(ENGINES['lmdeploy'].strategies or ())}",
     "confidence_threshold": "low_confidence_dynamic keeps all tokens above this confidence",
     "max_gen_length": "most new tokens; default: the task's",
-    "output_file": "JSON with the results, on this machine; an older file is replaced",
+    "output_file": "JSON file with the results, on this machine; an older file is replaced",
     "verbose": "log each example: true or false",
     "engine": f"{', '.join(ENGINES)}; each has an image of its own",
     "tasks": "tasks that generate, separated by commas",
@@ -33,9 +33,9 @@ FLAGS = {
     "seed": "seed of sampling",
     "shards": "containers with a GPU that share a run's documents",
     "gpu": f"GPU of a container; {GPU} is an H100 and nothing else",
-    "timeout": "seconds of an attempt; there are three attempts",
-    "confirm_run_unsafe_code": "agree that programs of the model are run, in a container without network, token and "
-    "volumes; without this flag, tasks that are scored so are refused",
+    "timeout": "seconds for an attempt; a container has three attempts",
+    "confirm_run_unsafe_code": "allow tasks that run the model's programs, in a container without network, token and "
+    "volumes; without this flag, such tasks are refused",
     "thoughts": "model_args of thinking models: answer_prefix=<think>,max_thinking_toks=8192, or JSON",
     "block": "short for --block-length",
     "steps": "short for --denoising-steps",

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from asking import ask, run
+from scipy.stats import binomtest
 from support import random_checkpoint, read_weights, write_weights
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, make_engine
@@ -43,9 +44,17 @@ def on_cpu(demo):
     return answers
 
 
-def share_right(demo, answers):
-    right = [demo.decode(a).endswith(f"#### {gold}") for a, gold in zip(answers, golds(), strict=True)]
-    return sum(right) / len(right)
+def check_ties(demo, wanted, on_gpu, on_cpu, most):
+    """At most so many answers differ, each by a rounding of float32 at a tie."""
+    differing = [i for i, (ours, cpus) in enumerate(zip(on_gpu, on_cpu, strict=True)) if ours != cpus]
+    assert len(differing) <= most
+    judge = Float32Judge(demo) if differing else None
+    for i in differing:
+        assert max(judge.roundings(wanted[i], on_gpu[i])) <= 1e-4
+
+
+def right(demo, answers):
+    return [demo.decode(a).endswith(f"#### {gold}") for a, gold in zip(answers, golds(), strict=True)]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -53,8 +62,8 @@ def share_right(demo, answers):
 def test_float32_answers_are_the_cpus(demo, questions, on_cpu, strategy, kernels):
     wanted = requests(demo, questions, remasking_strategy=strategy)
     on_gpu = tokens(demo, wanted, device="cuda", dtype="float32", kernels=kernels)
-    differing = [i for i, (a, b) in enumerate(zip(on_gpu, on_cpu(wanted), strict=True)) if a != b]
-    assert not differing
+    # Question 42 meets a tie: rounding of 1e-5 turns it.
+    check_ties(demo, wanted, on_gpu, on_cpu(wanted), most=int(strategy == "sequential"))
 
 
 @KERNELS
@@ -85,12 +94,15 @@ def test_draws_are_the_cpus(demo, questions, on_cpu, settings, kernels):
 
 @pytest.mark.parametrize("strategy", ["low_confidence_static", "low_confidence_dynamic", "sequential"])
 @KERNELS
-def test_bfloat16_is_within_a_point_or_two_of_float32(demo, questions, on_cpu, strategy, kernels):
+def test_bfloat16_is_right_as_often_as_float32(demo, questions, on_cpu, strategy, kernels):
+    """The table of accuracy moves by rounding alone: up to 6 of 200 answers on the CPU, to either side."""
     wanted = requests(demo, questions, remasking_strategy=strategy)
-    exact = share_right(demo, on_cpu(wanted))
-    rounded = share_right(demo, tokens(demo, wanted, device="cuda", dtype="bfloat16", kernels=kernels))
-    print(f"{strategy}: float32 on the CPU {exact:.3f}, bfloat16 on the GPU {rounded:.3f}")
-    assert abs(exact - rounded) <= 0.02
+    exact = right(demo, on_cpu(wanted))
+    rounded = right(demo, tokens(demo, wanted, device="cuda", dtype="bfloat16", kernels=kernels))
+    lost, won = (sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((exact, rounded), (rounded, exact)))
+    print(f"{strategy}: float32 on the CPU {sum(exact)}, bfloat16 on the GPU {sum(rounded)}: {lost} lost, {won} won")
+    assert lost + won <= 16
+    assert binomtest(lost, max(lost + won, 1)).pvalue > 0.01
 
 
 @KERNELS
@@ -105,12 +117,9 @@ def test_few_pages_and_few_slots_change_nothing(demo, questions, kernels):
 @pytest.mark.parametrize("length", [1, 8, 32, 64])
 def test_other_block_lengths(demo, questions, on_cpu, length):
     wanted = requests(demo, questions[:20], block_length=length, denoising_steps=max(length // 2, 1))
-    pairs = list(zip(tokens(demo, wanted, device="cuda", dtype="float32", kernels=True), on_cpu(wanted), strict=True))
-    differing = [i for i, (ours, cpus) in enumerate(pairs) if ours != cpus]
-    assert len(differing) <= (length == 1)  # for which the checkpoint was not trained: it is sure of little
-    plain = Float32Judge(demo)
-    for i in differing:
-        assert max(plain.roundings(wanted[i], pairs[i][0])) <= 1e-4
+    on_gpu = tokens(demo, wanted, device="cuda", dtype="float32", kernels=True)
+    # The checkpoint was not trained for blocks of one token: it is sure of little.
+    check_ties(demo, wanted, on_gpu, on_cpu(wanted), most=int(length == 1))
 
 
 def test_block_lengths_mix(demo, questions, on_cpu):

@@ -10,14 +10,14 @@ import pytest
 from lm_eval.tasks import TaskManager
 from scripted_lm import DATA, Answer, MakeLM, ScriptedEngine, ScriptedLM, echo
 
-from sdar_lm_eval.lm import model
+from sdar_lm_eval.lm import frontend
 
 
 @pytest.fixture
 def make_lm(monkeypatch: pytest.MonkeyPatch) -> MakeLM:
     def make(pretrained: str | Path = "demo", answer: Answer = echo, **arguments: Any) -> ScriptedLM:
         monkeypatch.setattr(
-            model, "make_engine", lambda name, checkpoint, **options: ScriptedEngine(checkpoint, answer, options)
+            frontend, "make_engine", lambda name, checkpoint, **options: ScriptedEngine(checkpoint, answer, options)
         )
         return ScriptedLM(str(pretrained), **arguments)
 

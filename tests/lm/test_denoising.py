@@ -154,7 +154,7 @@ def test_a_full_disk_costs_the_records_alone(
 
 def test_scores_have_no_records(lm: SDARLM, tmp_path: Path) -> None:
     lm.evaluation_begins(seed=0, cached=False, template=None)
-    assert lm.loglikelihood([]) == [] and lm.written()(TASK) == []
+    assert lm.loglikelihood([]) == [] and list(lm.written()(TASK)) == []
 
 
 HEAD = {"format": FORMAT, "version": 1, "task": TASK}
@@ -175,7 +175,7 @@ def test_a_tasks_name_may_be_a_pattern(tmp_path: Path) -> None:
             (tmp_path / f"samples_{task_name}_now.jsonl").write_text("")
 
     tracker = Tracker()
-    keep_beside_samples(tracker, lambda task: [cast("DenoisingLine", LINE)])
+    keep_beside_samples(tracker, lambda task: iter([cast("DenoisingLine", LINE)]))
     tracker.save_results_samples("t", [])
     tracker.save_results_samples("[t]*", [])
     assert len(list(tmp_path.glob("denoising_*"))) == 2

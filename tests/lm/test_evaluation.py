@@ -327,11 +327,11 @@ def test_tasks_of_several_kinds_are_templated_once(
     """A template without a fixed opening, generated answers and log-likelihoods in one evaluation."""
     from test_likelihoods import ScoringEngine, ScoringLM
 
-    from sdar_lm_eval.lm import model
+    from sdar_lm_eval.lm import frontend
 
     caplog.set_level(logging.INFO, logger="sdar_lm_eval")
     monkeypatch.setattr(
-        model, "make_engine", lambda name, checkpoint, **options: ScoringEngine(checkpoint, lambda _: "", options)
+        frontend, "make_engine", lambda name, checkpoint, **options: ScoringEngine(checkpoint, lambda _: "", options)
     )
     choices = (
         "output_type: multiple_choice\ndoc_to_choice: ['yes', 'no']\ndoc_to_target: 0\nmetric_list: [{metric: acc}]"

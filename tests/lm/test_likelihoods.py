@@ -17,7 +17,7 @@ from scripted_lm import BOS_TEMPLATE, ScriptedEngine, ScriptedLM, checkpoint_wit
 
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest, ScoreResult
 from sdar_lm_eval.errors import EngineError, UserError
-from sdar_lm_eval.lm import model as harness
+from sdar_lm_eval.lm import frontend
 
 END = 707  # <|endoftext|>: the demo's prefix token
 
@@ -61,7 +61,9 @@ MakeLM = Callable[..., ScoringLM]
 def make_lm(monkeypatch: pytest.MonkeyPatch) -> MakeLM:
     def make(pretrained: str | Path = "demo", **arguments: Any) -> ScoringLM:
         monkeypatch.setattr(
-            harness, "make_engine", lambda name, checkpoint, **options: ScoringEngine(checkpoint, lambda _: "", options)
+            frontend,
+            "make_engine",
+            lambda name, checkpoint, **options: ScoringEngine(checkpoint, lambda _: "", options),
         )
         return ScoringLM(str(pretrained), **arguments)
 

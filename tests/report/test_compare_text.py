@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import written_runs
 from run_files import write_run
 
 from sdar_lm_eval.report.compare import Comparison, Difference, changed_documents, compare_runs
@@ -139,3 +140,21 @@ def test_limits_of_thoughts_are_settings(tmp_path: Path) -> None:
         file.write_text(json.dumps(results), "utf-8")
     settings = [run.settings("t") for run in read_runs([tmp_path / "100", tmp_path / "200"])]
     assert differing(settings) == {"max_thinking_toks": [100, 200]}
+
+
+def test_how_many_tokens_a_forward_gives(tmp_path: Path) -> None:
+    """A run of another model reports none, and has no sentence."""
+    folders = [written_runs.write_run(tmp_path / name, [["7"]] * 3, task="t") for name in "ab"]
+    (path,) = folders[1].glob("results_*.json")
+    content = json.loads(path.read_text())
+    content["config"]["sdar_lm_eval"]["run"]["forwards"]["denoising"] = 20
+    path.write_text(json.dumps(content))
+    found = [compare_runs(*read_runs(folders))]
+    said = "t: tokens per forward 1.50 (A) and 3.00 (B), 2.00 times."
+    assert said in as_text(found).splitlines() and f"- {said}" in as_markdown(found).splitlines()
+    (speeds,) = (each["speeds"]["t"] for each in json.loads(as_json(found)))
+    assert (speeds["a"]["tokens_per_second"], speeds["b"]["tokens_per_forward"]) == (900.0, 3.0)
+
+    other = written_runs.write_run(tmp_path / "c", [["7"]] * 3, task="t", model="hf")
+    found = [compare_runs(*read_runs([folders[0], other]))]
+    assert "per forward" not in as_text(found) and json.loads(as_json(found))[0]["speeds"]["t"]["b"]["note"]

@@ -49,7 +49,7 @@ def engine_with_kernels(checkpoint, **options):
 
 def test_the_same_tokens(either, monkeypatch):
     monkeypatch.setattr(kernels, "SPLIT", 8)  # so that contexts are split
-    monkeypatch.setattr(fused, "PREFILL_TILE", 8)
+    monkeypatch.setattr(fused, "PREFILL_ROWS", 16)
     monkeypatch.setattr(decoder, "LARGE", 1)  # so that products of few rows have their own kernel
     settings = [
         {"temperature": 0, "remasking_strategy": "low_confidence_static", "block_length": 2},
@@ -69,7 +69,7 @@ def test_the_same_tokens(either, monkeypatch):
 def test_prompts_of_several_tiles(tmp_path, monkeypatch):
     """The model has two layers: a prompt's attention affects only the keys and values of the second layer."""
     checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, head_dim=64, num_hidden_layers=2)))
-    monkeypatch.setattr(fused, "PREFILL_TILE", 8)
+    monkeypatch.setattr(fused, "PREFILL_ROWS", 16)
     decoding = DecodingConfig(temperature=0, remasking_strategy="low_confidence_static")
     requests = [
         GenerationRequest(tuple(range(i, i + length)), 3, decoding, record_steps=True)

@@ -155,16 +155,16 @@ def test_attend(dtype, heads, kv_heads, size, block, context, monkeypatch):
 @pytest.mark.parametrize("context", [1, 512, 513, 5000, 32_768])
 @pytest.mark.parametrize("programs", [1, 8, 256, 1024, 10_000])
 def test_splits_fill_the_gpu_and_are_no_more(dtype, context, programs):
-    padded = kernels.padded_context(context)
+    padded, filling = kernels.padded_context(context), kernels.FILLING * kernels.multiprocessors()
     assert context <= padded < 2 * max(context, kernels.SPLIT)
     for longest in (kernels.LONGEST_SPLIT, kernels.WHOLE):
         split, splits = kernels.splits_of(padded, programs, longest)
         assert split * splits == padded
         assert split <= max(longest, kernels.SPLIT)
         if split > kernels.SPLIT:
-            assert programs * splits >= kernels.MANY_PROGRAMS
+            assert programs * splits >= filling
         if 2 * split <= min(padded, longest):
-            assert programs * splits // 2 < kernels.MANY_PROGRAMS
+            assert programs * splits // 2 < filling
 
 
 def test_batch_invariant_attention_is_set_alike_for_any_number_of_tiles(dtype, monkeypatch):
@@ -184,7 +184,7 @@ def test_batch_invariant_attention_is_set_alike_for_any_number_of_tiles(dtype, m
         some = kernels.Tiles(number, number, pages, number, number, 4, 512, splits=1, batch_invariant=batch_invariant)
         kernels.attend(normal(tiles, 4, 64, dtype=dtype), keys, values, some, 1.0)
 
-    for tiles in (1, kernels.MANY_PROGRAMS):
+    for tiles in (1, 2 * kernels.multiprocessors()):
         attend(tiles, batch_invariant=True)
     assert len(seen) == 1
     attend(1, batch_invariant=False)

@@ -20,7 +20,8 @@ from sdar_lm_eval.families.base import DecoderWeights
 
 SPLITS_BUDGET_BYTES = 1 << 30  # most memory of attention's partial results in prefill, one for each split of a context
 QUERY_BYTES = 128 << 10  # most memory of the queries that one program of the attention kernel holds
-PREFILL_TILE = 32  # tokens of a prompt that one program of the attention kernel takes
+PREFILL_ROWS = 256  # queries of a prompt, of all heads of a KV head, that one program of attention takes
+LONGEST_PAIR = 32  # tokens of a block and its predecessor, if they are one tile of attention
 
 
 class FusedForward(Forward):
@@ -44,7 +45,9 @@ class FusedForward(Forward):
         outputs = weights.layers[0].o.shape[1]  # heads * size
         self._sizes = (outputs, len(weights.norm))
         # One program of the attention kernel holds a block's queries of all heads that share a KV head.
-        self.longest_block = min(QUERY_BYTES // (outputs // cache.kv_heads * self._dtype.itemsize), 128)
+        shared = outputs // cache.kv_heads
+        self.longest_block = min(QUERY_BYTES // (shared * self._dtype.itemsize), 128)
+        self._prefill_tile = max(min(PREFILL_ROWS * weights.head_dim // shared, self.longest_block // 2), 1)
         self._block = 1
 
     def sizes(self, slots: int, block: int) -> tuple[int, ...]:
@@ -84,7 +87,7 @@ class FusedForward(Forward):
         """See `Forward.run`."""
         block, count = self._block, len(segments.slot)
         # A block and its predecessor can be one tile of attention: then their keys and values are loaded only once.
-        paired = block <= PREFILL_TILE // 2 and not self._reproducible
+        paired = 2 * block <= LONGEST_PAIR and not self._reproducible
         counts = segments.following * block if paired else segments.length
         tokens = segments.tokens.flatten()
         positions, visible, kv_slots = (column.flatten() for column in addresses)
@@ -120,7 +123,8 @@ class FusedForward(Forward):
                 self._prefill(part, padded_to=rows)
             return
         heads, _ = self._sizes
-        context, tiles = max(chunk.end for chunk in chunks), sum(-(-chunk.size // PREFILL_TILE) for chunk in chunks)
+        context = max(chunk.end for chunk in chunks)
+        tiles = sum(-(-chunk.size // self._prefill_tile) for chunk in chunks)
         _, splits = self._splits(context, tiles, kernels.WHOLE)
         for part in in_parts(chunks, SPLITS_BUDGET_BYTES // (4 * heads * splits)):
             self._prefill(part, padded_to=0)
@@ -141,7 +145,7 @@ class FusedForward(Forward):
             to_device(column, self._device) for column in np.pad([token, position, kv_slot, visible], padding)
         )
         # After a preemption, decided blocks are prefilled: reproducible results need the tiles that denoising had.
-        tile_tokens = self._block if self._reproducible else PREFILL_TILE
+        tile_tokens = self._block if self._reproducible else self._prefill_tile
         owner, number = flattened(-(-size // tile_tokens))  # each tile's chunk, and its index within the chunk
         first = (size.cumsum() - size)[owner] + number * tile_tokens
         count = np.minimum(size[owner] - number * tile_tokens, tile_tokens)

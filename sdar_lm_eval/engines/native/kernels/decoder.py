@@ -13,6 +13,7 @@ transformers' Qwen3.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 SPLIT = 512  # fewest tokens of a context's split
 # Most tokens of a split where sequences of all lengths run together: every step waits for the longest program.
-LONGEST_SPLIT = 2048
-MANY_PROGRAMS = 800  # attention programs that fill an H100: more than six for each multiprocessor
+LONGEST_SPLIT = 8192
+FILLING = 2  # attention programs that a multiprocessor needs to be busy
 WHOLE = 1 << 30  # tokens of a context's only split, whatever its length
 FEW_ROWS = 16  # the fewest rows of Triton's matrix product
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -252,7 +253,9 @@ class Tiles:
     batch_invariant: bool = False
 
 
-@triton.jit
+# A size of another divisibility would compile the kernel again. `split_size` is always a multiple of 16, and the kernel
+# is faster where the compiler knows that.
+@triton.jit(do_not_specialize=["width", "all_tokens"])
 def attend_kernel(
     query, keys, values, firsts, counts, pages, width, sequence, visible, out, sums, scale, all_tokens, split_size,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
@@ -289,32 +292,32 @@ def _attend_rows(
     column = begin + tl.arange(0, COLUMNS)
     # The load of `page`, and without splits that of `q`, does not depend on `sees`, so it does not wait for `sees`.
     page = tl.load(own_pages + column // PAGE, mask=column // PAGE < width, other=0)
-    sees = tl.load(visible + first + token, mask=token < count, other=0)
+    sees = tl.load(visible + first + token, mask=token < count, other=0).to(tl.int32)
     if not PARTIAL:
         q = tl.load(query + query_row[:, None] * SIZE + size, mask=(token < count)[:, None], other=0.0)
     else:
         q = tl.load(query + query_row[:, None] * SIZE + size, mask=(sees > begin)[:, None], other=0.0)
     real = sees > 0
-    end = tl.minimum(tl.max(sees).to(tl.int32), begin + split_size)
+    end = tl.minimum(tl.max(sees), begin + split_size)
     most = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, SIZE], tl.float32)
-    for start in range(begin, end, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        inside = column < end
-        source = ((page * PAGE + column % PAGE) * KV_HEADS + kv_head) * SIZE
-        page = tl.load(own_pages + (column + COLUMNS) // PAGE, mask=column + COLUMNS < end, other=0)
-        k = tl.load(keys + source[:, None] + size, mask=inside[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        scores = tl.where((column[None, :] < sees[:, None]) & inside[None, :], scores, -float("inf"))
-        highest = tl.maximum(most, tl.max(scores, axis=1))
-        shift = tl.where(highest == -float("inf"), 0.0, highest)  # the row has seen no key yet
-        weights = tl.exp2(scores - shift[:, None])
-        rescale = tl.exp2(most - shift)
-        total = total * rescale + tl.sum(weights, axis=1)
-        v = tl.load(values + source[:, None] + size, mask=inside[:, None], other=0.0)
-        acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        most = highest
+    masked_from = begin
+    if ROWS >= 128:
+        # Where computing takes the time, masks are left out as long as every row sees every column. Where reading
+        # takes it, a second loop would fill its pipeline once more.
+        least = tl.minimum(tl.min(tl.where(real, sees, end)), end)
+        masked_from = begin + tl.maximum(least - begin, 0) // COLUMNS * COLUMNS
+        for start in range(begin, masked_from, COLUMNS):
+            most, total, acc, page = _attend_columns(
+                q, keys, values, own_pages, page, sees, start, end, most, total, acc, scale, kv_head, KV_HEADS, SIZE,
+                PAGE, COLUMNS, False, PRECISION,
+            )  # fmt: skip
+    for start in range(masked_from, end, COLUMNS):
+        most, total, acc, page = _attend_columns(
+            q, keys, values, own_pages, page, sees, start, end, most, total, acc, scale, kv_head, KV_HEADS, SIZE, PAGE,
+            COLUMNS, True, PRECISION,
+        )  # fmt: skip
     if not PARTIAL:
         result = acc / tl.where(total == 0, 1.0, total)[:, None]
         tl.store(out + query_row[:, None] * SIZE + size, result.to(out.dtype.element_ty), mask=real[:, None])
@@ -323,6 +326,35 @@ def _attend_rows(
         tl.store(out + part[:, None] * SIZE + size, acc, mask=real[:, None])
         tl.store(sums + part * 2, most, mask=real)
         tl.store(sums + part * 2 + 1, total, mask=real)
+
+
+@triton.jit
+def _attend_columns(
+    q, keys, values, own_pages, page, sees, start, end, most, total, acc, scale, kv_head, KV_HEADS: tl.constexpr,
+    SIZE: tl.constexpr, PAGE: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to COLUMNS tokens from `start` on; `page` holds their pages. Returns the pages of the next ones, too."""
+    column, size = start + tl.arange(0, COLUMNS), tl.arange(0, SIZE)
+    inside = column < end
+    source = ((page * PAGE + column % PAGE) * KV_HEADS + kv_head) * SIZE
+    page = tl.load(own_pages + (column + COLUMNS) // PAGE, mask=column + COLUMNS < end, other=0)
+    if MASKED:
+        k = tl.load(keys + source[:, None] + size, mask=inside[:, None], other=0.0)
+        v = tl.load(values + source[:, None] + size, mask=inside[:, None], other=0.0)
+    else:
+        k = tl.load(keys + source[:, None] + size)
+        v = tl.load(values + source[:, None] + size)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where((column[None, :] < sees[:, None]) & inside[None, :], scores, -float("inf"))
+    highest = tl.maximum(most, tl.max(scores, axis=1) * (scale * LOG2E))
+    # A masked row may have seen no key yet.
+    shift = tl.where(highest == -float("inf"), 0.0, highest) if MASKED else highest
+    weights = tl.exp2(scores * (scale * LOG2E) - shift[:, None])
+    rescale = tl.exp2(most - shift)
+    total = total * rescale + tl.sum(weights, axis=1)
+    acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    return highest, total, acc, page
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -349,6 +381,12 @@ def padded_context(context: int) -> int:
     return SPLIT << (-(-context // SPLIT) - 1).bit_length()
 
 
+@functools.cache
+def multiprocessors() -> int:
+    """Multiprocessors of the current GPU; those of an H100 where there is none."""
+    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
+
+
 def splits_of(context: int, programs: int, longest: int) -> tuple[int, int]:
     """How contexts are cut: tokens of a split, and number of splits.
 
@@ -361,18 +399,24 @@ def splits_of(context: int, programs: int, longest: int) -> tuple[int, int]:
         longest: most tokens of a split.
     """
     split = SPLIT
-    while 2 * split <= min(context, longest) and programs * context >= MANY_PROGRAMS * 2 * split:
+    while 2 * split <= min(context, longest) and programs * context >= FILLING * multiprocessors() * 2 * split:
         split *= 2
     return split, context // split
 
 
 def attention_settings(rows: int, programs: int, itemsize: int) -> tuple[int, int, int]:
-    """Column block, warps and stages, the fastest on an H100 in bfloat16; float32 needs more shared memory."""
+    """Column block, warps and stages, the fastest on an H200 in bfloat16; float32 needs more shared memory.
+
+    Few rows leave the tensor cores idle, so reading sets the pace. Few warps then exchange less with each other. A few
+    programs keep more bytes in flight with wide column blocks, of which a multiprocessor holds only one program.
+    """
     if itemsize > 2:
         return 32, 2 if rows <= 32 else 4 if rows <= 64 else 8, 3
     if rows <= 32:
-        return (32, 4, 3) if programs > MANY_PROGRAMS else (128, 4, 2)
-    return (64, 4, 3) if rows <= 64 else (32, 4 if rows <= 128 else 8, 3)
+        return (32, 2, 3) if programs > 3 * multiprocessors() else (128, 4, 3)
+    if rows <= 128:
+        return (64, 4, 3) if rows <= 64 else (32, 4, 3)
+    return (64, 8, 3)
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles: Tiles, scaling: float) -> torch.Tensor:
@@ -392,15 +436,13 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     assert tiles.pages.is_contiguous()
     rows = max(16, triton.next_power_of_2(tiles.tokens * (heads // kv_heads)))
     fewer = rows // 2 if 16 < rows <= 64 else rows  # rows of a half full tile: a block without its predecessor
-    programs = MANY_PROGRAMS + 1 if tiles.batch_invariant else len(tiles.first) * kv_heads
+    programs = WHOLE if tiles.batch_invariant else len(tiles.first) * kv_heads
     columns, warps, stages = attention_settings(rows, programs, query.dtype.itemsize)
     out = torch.empty_like(query)
     target, sums = out, out
     if tiles.splits > 1:
         target = torch.empty(tiles.splits, tokens, heads, size, dtype=torch.float32, device=query.device)
         sums = torch.empty(tiles.splits, tokens, heads, 2, dtype=torch.float32, device=query.device)
-        sums.fill_(-torch.inf)  # for tokens that no program writes
-        sums[..., 1] = 0
     attend_kernel[(kv_heads, len(tiles.first), tiles.splits)](
         query, keys, values, tiles.first, tiles.count, tiles.pages, tiles.pages.shape[1], tiles.sequence,
         tiles.visible, target, sums, scaling, tokens, tiles.split if tiles.splits > 1 else WHOLE, heads, kv_heads, size,
