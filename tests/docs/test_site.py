@@ -67,9 +67,6 @@ def test_the_tasks_page_s_links() -> None:
 @pytest.mark.slow
 def test_the_site_is_built(tmp_path: Path) -> None:
     """--strict: a broken link, a missing anchor and a page outside the navigation are errors."""
-    pytest.importorskip("mkdocs")
-    pytest.importorskip("material")
-    pytest.importorskip("mkdocs_jupyter")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)]
     done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
