@@ -275,7 +275,7 @@ def test_in_a_terminal(answer: Answer, capfd: pytest.CaptureFixture[str], monkey
 
 
 def test_ctrl_c_leaves_the_text_so_far() -> None:
-    out, code = terminal(QUESTION, *DEMO, *STATIC, "--delay", "0.1", send_after="│", keys=b"\x03")
+    out, code = terminal(QUESTION, *DEMO, *STATIC, "--delay", "0.5", send_after="│", keys=b"\x03")
     assert code == 130
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
     found = re.search(r"(\S[^\r\n]*│[^\r\n]*)\r\n\s*interrupted after (\d+) tokens", plain)
