@@ -1,4 +1,4 @@
-# make demo · make test · make test-slow · make check · make docs · make benchmark
+# make demo · make test · make test-slow · make test-all · make check · make docs · make benchmark
 # make wheel · make release-check · make matrix
 # PYTHON chooses the interpreter (3.10 to 3.13); VENV where its environment lies.
 
@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # On a shared machine, threads that spin while they wait make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow check docs benchmark wheel release-check matrix clean
+.PHONY: demo test test-slow test-all check docs benchmark wheel release-check matrix clean
 
 demo: $(INSTALLED)
 	$(BIN)/lm_eval run --model sdar --model_args pretrained=demo --tasks gsm8k_sdar_demo --output_path demo_results --log_samples
@@ -21,6 +21,10 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest tests -m slow --numprocesses auto --dist worksteal
 
+# In one run, which starts and collects once.
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest tests --numprocesses auto --dist worksteal
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,7 +32,6 @@ check: $(INSTALLED)
 
 # Without --quiet, which would hide warnings from --strict.
 docs: $(INSTALLED)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 benchmark: $(INSTALLED)
@@ -47,10 +50,12 @@ matrix:
 	$(PYTHON) tools/matrix.py
 
 # torch first, on its own: the pinned version is a wheel for the CPU where an index offers one.
+# --no-compile: Python compiles a module when something imports it, and nothing imports most of them.
+PIP_INSTALL = $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e ".[dev]"
 	touch $@
 
 clean:

@@ -5,6 +5,7 @@ import functools
 import gc
 import logging
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -54,10 +55,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
-def pytest_collection_finish() -> None:
+modules_frozen = 0
+
+
+def freeze_modules() -> None:
     """Leave modules and tests out of garbage collections: with them each takes 0.2 s, and engines ask for many."""
-    gc.collect()
-    gc.freeze()
+    global modules_frozen
+    if len(sys.modules) > modules_frozen + 50:
+        gc.collect()
+        gc.freeze()
+        modules_frozen = len(sys.modules)
+
+
+def pytest_collection_finish() -> None:
+    freeze_modules()
+
+
+def pytest_runtest_logfinish() -> None:
+    """Libraries import much of themselves when a test first uses them."""
+    freeze_modules()
 
 
 def pytest_unconfigure() -> None:

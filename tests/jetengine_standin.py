@@ -53,7 +53,7 @@ def standin(version: str) -> Iterator[Any]:
             if alone and dist.is_initialized():
                 dist.destroy_process_group()
                 atexit.unregister(dist.destroy_process_group)
-            torch.set_default_device(None)
+            hooks.unset_default_device()
             torch.set_default_dtype(torch.float32)
             forget_modules()
 

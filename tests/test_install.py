@@ -10,6 +10,7 @@ routes between them, and all but one find an lm_eval that has no tasks of its ow
 
 from __future__ import annotations
 
+import email
 import importlib.util
 import os
 import pkgutil
@@ -21,6 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 pytestmark = pytest.mark.slow
 
@@ -113,6 +120,48 @@ def test_wheel_holds_the_whole_package_and_the_startup_files(wheel: Path) -> Non
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = (path for path in (ROOT / "sdar_lm_eval").rglob("*") if path.is_file() and path.suffix != ".pyc")
     assert names == {path.relative_to(ROOT).as_posix() for path in package} | STARTUP_FILES
+
+
+def test_links_of_the_readme_lead_to_the_repository(wheel: Path) -> None:
+    """PyPI shows the readme of the metadata, where relative links would lead nowhere."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    urls = dict(url.split(", ") for url in metadata.get_all("Project-URL") or [])
+    repository, shown = urls["Repository"], metadata.get_payload(decode=True).decode("utf-8")
+    written = (ROOT / "README.md").read_text("utf-8")
+    assert metadata["Description-Content-Type"].startswith("text/markdown")
+
+    expected = [
+        target if ":" in target or target.startswith("#") else f"{repository}/blob/main/{target}"
+        for target in targets(written)
+    ]
+    assert targets(shown) == expected and len(set(expected) - set(targets(written))) >= 10
+    assert all((ROOT / t.removeprefix(f"{repository}/blob/main/").partition("#")[0]).exists()
+               for t in expected if t.startswith(repository))  # fmt: skip
+    assert shown.replace(f"{repository}/blob/main/", "") == written
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("[a\nb](docs/c.md#d)", "[a\nb]({}/blob/main/docs/c.md#d)"),
+        ("![a](b.png)", "![a]({}/raw/main/b.png)"),
+        ("[![a](b.svg)](c.md)", "[![a]({}/raw/main/b.svg)]({}/blob/main/c.md)"),
+        ("[a](#b) [c](https://d.org/e) [f](mailto:g@h.org)", "[a](#b) [c](https://d.org/e) [f](mailto:g@h.org)"),
+    ],
+)
+def test_how_the_metadata_rewrite_links(written: str, shown: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    for rule in project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        written = re.sub(rule["pattern"], rule["replacement"], written)
+    assert written == shown.replace("{}", project["project"]["urls"]["Repository"])
+
+
+def targets(markdown: str) -> list[str]:
+    """What links and pictures of a page lead to, in order."""
+    html = MarkdownIt("commonmark").enable("table").render(markdown)
+    return re.findall(r'(?:href|src)="([^"]*)"', html)
 
 
 def test_startup_files_do_what_they_say() -> None:

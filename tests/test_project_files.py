@@ -33,6 +33,15 @@ def test_each_target_that_the_workflow_makes_exists() -> None:
     assert used <= set(re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE))
 
 
+def test_whole_runs_take_the_documentation_and_all_tests() -> None:
+    targets = dict(re.findall(r"^([\w-]+):.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE))
+    selected = {name: re.findall(r'-m (?:"(.+?)"|(\w+)) --num', targets[name]) for name in targets if "test" in name}
+    assert selected == {"test": [("not slow", "")], "test-slow": [("", "slow")], "test-all": []}
+    script = ROOT / ".ci" / "run"
+    if script.exists():  # an sdist has none
+        assert set(made(script.read_text())) >= {"check", "docs", "test-all"}
+
+
 def test_the_workflow_tries_each_python_that_the_metadata_name() -> None:
     jobs = read(".github/workflows/ci.yml")["jobs"]
     named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
@@ -50,7 +59,7 @@ def test_hooks_are_what_make_check_runs() -> None:
 
 def test_the_version_has_one_place() -> None:
     """The package: the metadata take it from there, and the citation leaves it out, as its format allows."""
-    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version", ' in (ROOT / "pyproject.toml").read_text()
     assert "version" not in read("CITATION.cff")
 
 

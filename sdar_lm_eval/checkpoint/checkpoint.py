@@ -140,6 +140,11 @@ class Checkpoint:
         ids = np.asarray(token_ids, dtype=np.int64)
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def special_token(self, text: str) -> int | None:
+        """Return the special token that a text spells, which `decode` leaves out; None if the text spells none."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids[0] if len(ids) == 1 and not self.decode(ids) and text.strip() else None
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of every byte that answers depend on: weights, config, tokenizer and chat template.

@@ -56,10 +56,6 @@ class Tokenizer(Protocol):
     mask_token_id: int | None
 
     @property
-    def all_special_ids(self) -> list[int]:
-        """The special tokens."""
-
-    @property
     def added_tokens_decoder(self) -> Mapping[int, AddedToken]:
         """Id -> token, of those beside the tokenizer's own vocabulary."""
 

@@ -297,12 +297,11 @@ class Jobs:
         self._warn_of_thoughts_limit(generation.max_gen_toks)
         stop_ids, stop_strings = set(self.stop_ids), []
         for text in generation.until:
-            ids = self._prompts.tokenizer.encode(text, add_special_tokens=False)
             # Decoding leaves special tokens out, so a special token ends an answer by its id alone.
-            if len(ids) == 1 and ids[0] in self._prompts.tokenizer.all_special_ids:
-                stop_ids.add(ids[0])
-            else:
+            if (token := self._checkpoint.special_token(text)) is None:
                 stop_strings.append(text)
+            else:
+                stop_ids.add(token)
         return _Settings(generation, frozenset(stop_ids), tuple(stop_strings))
 
     def _warn_of_thoughts_limit(self, max_gen_toks: int) -> None:

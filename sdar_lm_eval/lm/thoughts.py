@@ -156,10 +156,8 @@ def _thinking(checkpoint: Checkpoint, end: str | int) -> Thinking:
 
 def _as_decoded(mark: str | int, checkpoint: Checkpoint) -> str | int:
     """A mark as it is found in an answer: the token, where decoding leaves the token out or the user named it."""
-    if isinstance(mark, int):
-        return mark
-    ids = checkpoint.tokenizer.encode(mark, add_special_tokens=False)
-    return ids[0] if len(ids) == 1 and not checkpoint.decode(ids) else mark
+    token = mark if isinstance(mark, int) else checkpoint.special_token(mark)
+    return mark if token is None else token
 
 
 def _text_of(mark: str | int, tokenizer: Tokenizer) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from typing import Any
 
@@ -242,13 +245,18 @@ def test_escape_sequences_of_an_answer_are_shown() -> None:
 
 def terminal(*words: str, send_after: str = "", keys: bytes = b"") -> tuple[str, int]:
     """What `sdar_lm_eval generate` writes in a pseudo-terminal, and its exit code; `keys` are sent after a text."""
+
+    def of_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, such as this one, ignore it
+
     master, slave = pty.openpty()
     variables = environment() | {"TERM": "xterm", "COLUMNS": "60", "LINES": "20"}
     variables.pop("NO_COLOR", None)
     process = subprocess.Popen(
         [sys.executable, "-m", "sdar_lm_eval", "generate", *words],
         stdin=slave, stdout=slave, stderr=slave, env=variables, start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=of_terminal,
     )  # fmt: skip
     os.close(slave)
     seen, deadline = b"", time.monotonic() + 60

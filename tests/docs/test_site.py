@@ -25,11 +25,6 @@ def test_readme_is_short() -> None:
     assert len(text.splitlines()) <= 160 and len(text.split()) <= 1500
 
 
-def test_readme_s_pictures_are_shown_on_pypi() -> None:
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README.read_text("utf-8"))
-    assert all("://" in picture for picture in pictures)
-
-
 def anchors(text: str) -> set[str]:
     """The names that links to a page may have behind #, as GitHub and mkdocs make them."""
     headings = re.findall(r"^#+ (?:<a name=\"\w+\"></a>)?(.+)$", FENCE.sub("", text), re.MULTILINE)
@@ -72,9 +67,6 @@ def test_the_tasks_page_s_links() -> None:
 @pytest.mark.slow
 def test_the_site_is_built(tmp_path: Path) -> None:
     """--strict: a broken link, a missing anchor and a page outside the navigation are errors."""
-    pytest.importorskip("mkdocs")
-    pytest.importorskip("material")
-    pytest.importorskip("mkdocs_jupyter")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)]
     done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)

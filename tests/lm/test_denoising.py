@@ -259,7 +259,7 @@ def test_pieces_of_bytes_that_encode_no_character() -> None:
     read: list[int] = []
 
     class Bytes:
-        chat_template, all_special_ids = None, ()
+        chat_template = None
         added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
         def encode(self, text: str, **_: object) -> list[int]:
@@ -269,7 +269,10 @@ def test_pieces_of_bytes_that_encode_no_character() -> None:
             read.append(len(ids))
             return bytes(ids).decode(errors="replace")
 
-    prompts = Prompts(SimpleNamespace(tokenizer=Bytes(), name="bytes", stop_ids=(0,), decode=Bytes().decode))  # type: ignore[arg-type]
+    checkpoint: Any = SimpleNamespace(
+        tokenizer=Bytes(), name="bytes", stop_ids=(0,), decode=Bytes().decode, special_token=lambda text: None
+    )
+    prompts = Prompts(checkpoint)
     assert prompts.pieces([*"aé".encode(), *"日😀b".encode()]) == ["a", "", "é", "", "", "日", "", "", "", "😀", "b"]
     loop = [0x9F] * 3000
     assert "".join(prompts.pieces([*loop, *"日b".encode()])) == "\ufffd" * 3000 + "日b"

@@ -95,6 +95,31 @@ def test_stop_tokens_and_texts_reach_the_engine(make_lm: MakeLM) -> None:
     assert sent.max_new_tokens == 32
 
 
+@pytest.mark.parametrize("text", ["<|im_start|>", "<|call|>"])
+def test_special_tokens_of_tokenizer_json_alone_end_answers(make_lm: MakeLM, tmp_path: Path, text: str) -> None:
+    """tokenizer_config.json gives them no role, so `all_special_ids` lacks them; decoding leaves them out."""
+    folder = checkpoint_with(tmp_path / "unlisted", template=BARE_TEMPLATE)
+    added = {"id": 711, "content": "<|call|>", "special": True}
+    added |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(added)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name, changes in {
+        "tokenizer_config.json": {"additional_special_tokens": []},
+        "config.json": {"vocab_size": 712},
+    }.items():
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | changes))
+    lm = make_lm(folder, answer=lambda _: f"4{text}5")
+    token = lm.tokenizer.convert_tokens_to_ids(text)
+    assert token not in lm.tokenizer.all_special_ids
+    assert lm.generate_until([request("q", GREEDY | {"until": [text, "  "]})]) == [
+        "45"
+    ]  # the engine ends it, not the cut
+    (sent,) = lm.engine.requests
+    assert (token in sent.stop_ids, sent.stop_strings) == (True, ("  ",))
+
+
 def test_an_engine_that_loses_requests_is_found_out(make_lm: MakeLM, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = make_lm()
     complete = lm.engine.generate

@@ -51,27 +51,6 @@ def task_texts(tokenizer: Any) -> training.Texts:
     return training.tokenized(tokenizer, make.task_chats(0), 1, make.TASK_TOKENS)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command writes after a step of each training."""
-    folder = tmp_path_factory.mktemp("made")
-    words = f"make --out {folder} --steps 1 --task_steps 1 --batch 2 --limit 1 --device cpu"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", words.split())
-        patch.setattr(decoding, "RULES", decoding.RULES[:1])
-        make.main()
-    return folder
-
-
-def test_the_bundled_tokenizer_is_that_of_seed_0(made: Path) -> None:
-    """Its vocabulary and merges; how the file spells the rest may change between versions of tokenizers."""
-    trained = json.loads((made / "checkpoint" / "tokenizer.json").read_text())
-    bundled = json.loads((CHECKPOINT / "tokenizer.json").read_text())
-    assert trained["model"]["vocab"] == bundled["model"]["vocab"]
-    assert trained["model"]["merges"] == bundled["model"]["merges"]
-    assert trained["added_tokens"] == bundled["added_tokens"]
-
-
 def test_numbers_are_single_digits(tokenizer: Any) -> None:
     assert tokenizer.encode("12 + 340").tokens == ["1", "2", "Ġ+", "Ġ", "3", "4", "0"]
 
@@ -300,11 +279,20 @@ def test_the_accuracy_of_the_bundled_checkpoint(tokenizer: Any) -> None:
         assert question.prompt == make.chat(document["question"], "")[0]
 
 
-def test_the_command_writes_what_the_package_holds(made: Path) -> None:
-    assert (made / "problems.jsonl").read_bytes() == PROBLEMS.read_bytes()
-    checkpoint = made / "checkpoint"
+def test_the_command_writes_what_the_package_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a step of each training. Versions of tokenizers may spell the rest of tokenizer.json otherwise."""
+    words = f"make --out {tmp_path} --steps 1 --task_steps 1 --batch 2 --limit 1 --device cpu"
+    monkeypatch.setattr("sys.argv", words.split())
+    monkeypatch.setattr(decoding, "RULES", decoding.RULES[:1])
+    make.main()
+    assert (tmp_path / "problems.jsonl").read_bytes() == PROBLEMS.read_bytes()
+    checkpoint = tmp_path / "checkpoint"
     assert sorted(path.name for path in checkpoint.iterdir()) == sorted(path.name for path in CHECKPOINT.iterdir())
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (checkpoint / name).read_text() == (CHECKPOINT / name).read_text()
     assert (checkpoint / "model.safetensors").stat().st_size == (CHECKPOINT / "model.safetensors").stat().st_size
     assert Checkpoint.open(str(checkpoint)).fingerprint != Checkpoint.open("demo").fingerprint
+    trained, bundled = (json.loads((folder / "tokenizer.json").read_text()) for folder in (checkpoint, CHECKPOINT))
+    assert trained["model"]["vocab"] == bundled["model"]["vocab"]
+    assert trained["model"]["merges"] == bundled["model"]["merges"]
+    assert trained["added_tokens"] == bundled["added_tokens"]

@@ -2,10 +2,21 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 
+import pytest
 from asking import GREEDY, run
 
 from sdar_lm_eval import GenerationRequest, make_engine
+
+
+@pytest.fixture(autouse=True)
+def _nothing_frozen() -> Iterator[None]:
+    """As in a program; tests/conftest.py freezes the modules of the tests."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 def test_a_closed_engine_keeps_neither_model_nor_cache(tiny):
@@ -37,3 +48,11 @@ def test_a_run_within_a_run_leaves_nothing_frozen(tiny):
     next(outer)
     assert len(list(inner)) == 2 and len(list(outer)) == 1
     assert gc.get_freeze_count() == 0
+
+
+def test_what_a_program_froze_stays_frozen(tiny):
+    engine = make_engine("native", tiny, device="cpu")
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    run(engine, [GenerationRequest((1, 2, 3), 8, GREEDY)])
+    assert 0.9 * frozen < gc.get_freeze_count() <= frozen  # objects whose last reference went are gone

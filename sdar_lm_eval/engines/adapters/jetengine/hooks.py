@@ -146,8 +146,17 @@ def torch_defaults_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_default_device(None)
+        unset_default_device()
         torch.set_default_dtype(dtype)
+
+
+def unset_default_device() -> None:
+    """Return torch to the state in which nobody has set a default device."""
+    torch.set_default_device(None)
+    # torch 2.6 keeps a context that is None, and get_default_device(), which transformers calls, then raises.
+    context = getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None)
+    if context is not None and getattr(context, "device_context", ...) is None:
+        del context.device_context
 
 
 class _Log(io.TextIOBase):

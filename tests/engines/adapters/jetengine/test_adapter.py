@@ -623,6 +623,8 @@ class TestTheProcess:
 
     def test_torchs_defaults_are_as_they_were(self, jetengine, tiny):
         def defaults():
+            device = torch.get_default_device()  # transformers calls it when it loads the next model
+            assert str(device) == "cpu"
             return torch.utils._device.CURRENT_DEVICE, torch.get_default_dtype()
 
         engine = of(tiny)
