@@ -239,6 +239,28 @@ def test_closed_thoughts_and_loops(demo, questions, engines, monkeypatch, ahead)
     check_equal(asking.run(engine, requests), expected)
 
 
+@pytest.mark.parametrize("part", ["_guess", "_committed", "copy"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["one step in flight", "two"])
+def test_out_of_memory_within_a_step_loses_no_step(demo, questions, engines, monkeypatch, part, ahead):
+    decoding = DecodingConfig(4, 4, "sequential", temperature=1.0, repetition_penalty=1.3)
+    requests = recorded(questions[:3], decoding)
+    expected = asking.run(engines(demo), requests)
+    engine = make_engine("native", demo, device="cpu", speculate=3)
+    if ahead:
+        in_flight(monkeypatch, engine)
+    place = engine.runner.cache if part == "copy" else speculation
+    work, calls = getattr(place, part), itertools.count(1)
+
+    def fails_once(*given):
+        if next(calls) == 6:  # `copy` runs twice a step: before the forward, and behind it
+            raise torch.OutOfMemoryError
+        return work(*given)
+
+    monkeypatch.setattr(place, part, fails_once)
+    check_equal_after_preemption(asking.run(engine, requests), expected)
+    assert next(calls) > 6
+
+
 def test_each_step_is_shown(demo, questions, engines):
     decoding = DecodingConfig(4, None, "low_confidence_static", temperature=1.0)
     requests = recorded(questions[:5], decoding)
@@ -426,7 +448,7 @@ def test_compiled_it_is_the_same(tiny, engines, monkeypatch):
     engine.runner.compile(counting)
     in_flight(monkeypatch, engine)
     check_equal(asking.run(engine, requests), expected)
-    assert len(compilations) == 3
+    assert len(compilations) == 4
 
 
 def test_a_state_that_differs_is_no_guess():
