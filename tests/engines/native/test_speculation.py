@@ -423,6 +423,20 @@ def test_without_it_nothing_is_allocated_or_counted(demo, questions, engines):
     assert len(engine.runner.cache.table) == engine.runner.batch.slots + 1
 
 
+def test_memory_that_guesses_fill_is_named(tiny, monkeypatch):
+    """The pages of guesses take all memory, and more."""
+    request = GenerationRequest((1, 2, 3), 8, DecodingConfig(64))
+    engine = make_engine("native", tiny, device="cpu", speculate=4, max_active=8)
+    monkeypatch.setattr(native_engine, "CPU_CACHE_BYTES", 50 * engine.runner.cache.bytes_per_page)
+    with pytest.raises(
+        UserError, match=r"there are 0, 0\.0 MiB\..* Guesses take 72 pages more, .* MiB: a smaller speculate,"
+    ):
+        asking.run(engine, [request])
+    plain = make_engine("native", tiny, device="cpu", max_active=8)
+    assert len(asking.run(plain, [request])[0].token_ids) == 8
+    assert len(asking.run(make_engine("native", tiny, device="cpu", speculate=1), [request])[0].token_ids) == 8
+
+
 @pytest.mark.parametrize("given", [5, -1, True, "yes", 1.5, ""])
 def test_other_values_are_refused(demo, given):
     with pytest.raises(UserError, match=r"^speculate=.* is unknown; choose false, auto, or 1 to 4\.$"):
