@@ -309,11 +309,18 @@ class NativeEngine(Closable):
             torch.cuda.empty_cache()  # so that torch's unused memory counts as free
             pages = min(wanted, self._pages_in_memory() - private)
         if needs[0] > pages:
-            mib = self.runner.cache.bytes_per_page / 2**20
+            pages, mib = max(pages, 0), self.runner.cache.bytes_per_page / 2**20
+            guesses = ""
+            if private and self._kv_pages is None:
+                guesses = (
+                    f" Guesses take {private:,} pages more, {private * mib:,.1f} MiB: a smaller speculate, max_active "
+                    "or block_length needs fewer."
+                )
             raise UserError(
                 f"a request of {max(s.longest for s in sequences):,} tokens (prompt and answer) needs {needs[0]:,} KV "
                 f"pages of {PAGE_SIZE} tokens, {needs[0] * mib:,.1f} MiB; there are {pages:,}, {pages * mib:,.1f} MiB. "
                 f"Lower max_gen_toks or max_length, or give kv_pages={needs[0]} or more where there is memory for them."
+                + guesses
             )
         return pages
 

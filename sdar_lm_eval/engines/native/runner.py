@@ -371,7 +371,9 @@ class Runner:
         if guessing:
             assert self._speculation is not None
             drawn = self._drawing(self._speculate.masked_positions(self._speculation, count))
-            self.cache.copy(*self._speculate.advance(self._speculation, self.cache, *drawn))
+            advanced = self._speculate.advance(self._speculation, self.cache, *drawn)
+            self.cache.copy(advanced.source, advanced.target)
+            self._speculate.write(self._speculation, advanced)
         else:
             token, confidence, entropy = self._drawing(self._masked_positions(self.batch, count))
             self._advance(self.batch, token[:, 0], confidence[:, 0], entropy)

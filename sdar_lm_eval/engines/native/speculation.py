@@ -82,7 +82,27 @@ def most_guesses(slots: int, most: int) -> int:
     return min(slots * most, MOST_GUESSES)
 
 
-# A step: three functions, each compiled on a GPU
+# A step: four functions, each compiled on a GPU
+
+
+class Advanced(NamedTuple):
+    """What a step makes of the batch, before anything is written.
+
+    Attributes:
+        blocks: the true states after the walk, N + 1 rows.
+        guesses: of the next states, G levels.
+        packed: the outcomes of all levels, and `Guesses`.
+        token, kept: (R, L), what was drawn, and the positions that keep it.
+        source, target: the keys and values of blocks that right guesses committed: `PagedCache.copy`'s arguments.
+    """
+
+    blocks: Blocks
+    guesses: Blocks
+    packed: torch.Tensor
+    token: torch.Tensor
+    kept: torch.Tensor
+    source: torch.Tensor
+    target: torch.Tensor
 
 
 def lay_out_guesses(
@@ -129,17 +149,14 @@ def masked_positions(speculation: Speculation, count: int) -> Draws:
 
 def advance(
     speculation: Speculation, cache: PagedCache, token: torch.Tensor, confidence: torch.Tensor, entropy: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Walk along the guesses that were right, and guess the next states. Writes the outcomes to `packed`.
+) -> Advanced:
+    """Walk along the guesses that were right, and guess the next states. Writes nothing.
 
     Args:
         speculation: the guesses, and the batch.
         cache: the KV cache.
         token, confidence: (M, K), what was drawn for the positions of `masked_positions`.
         entropy: (M,).
-
-    Returns:
-        The keys and values of blocks that right guesses committed: `PagedCache.copy`'s arguments.
     """
     batch, levels, rows = speculation.batch, speculation.most + 1, speculation.batch.slots + 1
     room, blocks = speculation.room, _all_levels(speculation)
@@ -153,16 +170,25 @@ def advance(
     last = (took_part.sum(0) - 1).clamp(min=0)  # (N + 1,), the level that the walk comes to
     confidences, final_confidence = _confidences(batch, changes, drawn, took_part)
     changes = _of_walk(changes, took_part)._replace(confidence=confidences)
-    _see(batch, drawn.token, changes.kept, levels)
     after = Blocks(*(_at(field, last) for field in after))._replace(confidence=final_confidence)
-    batch.blocks.write(after)
 
     sound = took_part[0] & ~_at(changes.stuck, last)
     guesses, sizes = _guess(speculation, after, sound, token, confidence, entropy, _at(draw, last))
-    speculation.guesses.write(guesses)
     ran = room.fits.view(levels, rows)[:, :-1].int()
-    speculation.packed.copy_(torch.cat([packed(changes, levels), ran, sizes], dim=1))
-    return _committed(speculation, cache, changes.committed, blocks.start)
+    outcomes = torch.cat([packed(changes, levels), ran, sizes], dim=1)
+    committed = _committed(speculation, cache, changes.committed, blocks.start)
+    return Advanced(after, guesses, outcomes, drawn.token, changes.kept, *committed)
+
+
+def write(speculation: Speculation, advanced: Advanced) -> None:
+    """Write what a step makes of the batch, and its outcomes to `packed`.
+
+    All that needs much memory is done before: a step that runs out of memory leaves the batch as it was.
+    """
+    _see(speculation.batch, advanced.token, advanced.kept, speculation.most + 1)
+    speculation.guesses.write(advanced.guesses)
+    speculation.packed.copy_(advanced.packed)
+    speculation.batch.blocks.write(advanced.blocks)
 
 
 def _all_levels(speculation: Speculation) -> Blocks:
@@ -286,11 +312,10 @@ class Functions(NamedTuple):
         [Speculation, PagedCache, int], tuple[Segments, Addresses, torch.Tensor, torch.Tensor]
     ] = lay_out_guesses
     masked_positions: Callable[[Speculation, int], Draws] = masked_positions
-    advance: Callable[
-        [Speculation, PagedCache, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
-    ] = advance
+    advance: Callable[[Speculation, PagedCache, torch.Tensor, torch.Tensor, torch.Tensor], Advanced] = advance
+    write: Callable[[Speculation, Advanced], None] = write
 
     def compiled(self, backend: str) -> Functions:
         """Each part compiled: see `compiling.py`."""
-        parts = compiled(self.lay_out_guesses, backend), compiled(self.masked_positions, backend)
-        return Functions(*parts, compiled(self.advance, backend))
+        first = compiled(self.lay_out_guesses, backend), compiled(self.masked_positions, backend)
+        return Functions(*first, compiled(self.advance, backend), compiled(self.write, backend))

@@ -239,6 +239,28 @@ def test_closed_thoughts_and_loops(demo, questions, engines, monkeypatch, ahead)
     check_equal(asking.run(engine, requests), expected)
 
 
+@pytest.mark.parametrize("part", ["_guess", "_committed", "copy"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["one step in flight", "two"])
+def test_out_of_memory_within_a_step_loses_no_step(demo, questions, engines, monkeypatch, part, ahead):
+    decoding = DecodingConfig(4, 4, "sequential", temperature=1.0, repetition_penalty=1.3)
+    requests = recorded(questions[:3], decoding)
+    expected = asking.run(engines(demo), requests)
+    engine = make_engine("native", demo, device="cpu", speculate=3)
+    if ahead:
+        in_flight(monkeypatch, engine)
+    place = engine.runner.cache if part == "copy" else speculation
+    work, calls = getattr(place, part), itertools.count(1)
+
+    def fails_once(*given):
+        if next(calls) == 6:  # `copy` runs twice a step: before the forward, and behind it
+            raise torch.OutOfMemoryError
+        return work(*given)
+
+    monkeypatch.setattr(place, part, fails_once)
+    check_equal_after_preemption(asking.run(engine, requests), expected)
+    assert next(calls) > 6
+
+
 def test_each_step_is_shown(demo, questions, engines):
     decoding = DecodingConfig(4, None, "low_confidence_static", temperature=1.0)
     requests = recorded(questions[:5], decoding)
@@ -401,6 +423,20 @@ def test_without_it_nothing_is_allocated_or_counted(demo, questions, engines):
     assert len(engine.runner.cache.table) == engine.runner.batch.slots + 1
 
 
+def test_memory_that_guesses_fill_is_named(tiny, monkeypatch):
+    """The pages of guesses take all memory, and more."""
+    request = GenerationRequest((1, 2, 3), 8, DecodingConfig(64))
+    engine = make_engine("native", tiny, device="cpu", speculate=4, max_active=8)
+    monkeypatch.setattr(native_engine, "CPU_CACHE_BYTES", 50 * engine.runner.cache.bytes_per_page)
+    with pytest.raises(
+        UserError, match=r"there are 0, 0\.0 MiB\..* Guesses take 72 pages more, .* MiB: a smaller speculate,"
+    ):
+        asking.run(engine, [request])
+    plain = make_engine("native", tiny, device="cpu", max_active=8)
+    assert len(asking.run(plain, [request])[0].token_ids) == 8
+    assert len(asking.run(make_engine("native", tiny, device="cpu", speculate=1), [request])[0].token_ids) == 8
+
+
 @pytest.mark.parametrize("given", [5, -1, True, "yes", 1.5, ""])
 def test_other_values_are_refused(demo, given):
     with pytest.raises(UserError, match=r"^speculate=.* is unknown; choose false, auto, or 1 to 4\.$"):
@@ -426,7 +462,7 @@ def test_compiled_it_is_the_same(tiny, engines, monkeypatch):
     engine.runner.compile(counting)
     in_flight(monkeypatch, engine)
     check_equal(asking.run(engine, requests), expected)
-    assert len(compilations) == 3
+    assert len(compilations) == 4
 
 
 def test_a_state_that_differs_is_no_guess():
