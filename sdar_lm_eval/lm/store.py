@@ -55,6 +55,7 @@ class Record(TypedDict, total=False):
     seconds: float
     finish_reason: str
     forced_tokens: int
+    speculation: dict[str, int]
     block_length: int
     token_ids: list[int]
     steps: list[int] | None

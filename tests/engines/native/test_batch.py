@@ -14,7 +14,7 @@ import torch
 from asking import run
 
 from sdar_lm_eval import DecodingConfig, GenerationRequest, make_engine
-from sdar_lm_eval.engines.native.batch import BatchState
+from sdar_lm_eval.engines.native.batch import BatchState, unpack
 from sdar_lm_eval.engines.native.compiling import compiled
 from sdar_lm_eval.engines.native.random_numbers import DRAW, uniform
 from sdar_lm_eval.engines.native.scheduler import SequenceState
@@ -97,7 +97,9 @@ def test_which_slots_fit_into_a_step(slots, block):
             if not full:
                 expected += own
                 fitting.append((slot, len(expected) - 1))
-        got = [tuple(column[i].tolist() for column in found) for i in range(segments)]
+        *columns, pages = found
+        assert torch.equal(pages, found.slot)
+        got = [tuple(column[i].tolist() for column in columns) for i in range(segments)]
         assert got[: len(expected)] == expected
         assert all((slot, length, following) == (slots, 0, 0) for slot, _, length, following, _ in got[len(expected) :])
 
@@ -114,9 +116,9 @@ def test_which_slots_fit_into_a_step(slots, block):
         assert int(positions.row.min()) >= 0 and int(positions.row.max()) < segments * block
         for index, (slot, column, _) in enumerate(wanted):
             counter = (before["seed"][slot], before["start"][slot] + column, before["step"][slot])
-            assert float(positions.number[index]) == float(uniform(*counter, DRAW))
+            assert positions.number[index].tolist() == [float(uniform(*counter, DRAW))]
             assert float(positions.temperature[index]) == float(before["temperature"][slot])
-        assert state.fits.nonzero()[:, 0].tolist() == took_part
+        assert state.room.fits.nonzero()[:, 0].tolist() == took_part
         waited += int(before["active"].sum()) - len(took_part)
         state.advance(*drawn(draws, step))
     assert waited > 0 or slots == 1
@@ -145,7 +147,7 @@ def test_compiled_it_is_the_same(slots, block):
         ours = tensors(fast)
         for name, value in tensors(plain).items():
             assert torch.equal(ours[name].nan_to_num(7), value.nan_to_num(7)), name
-        outcome = plain.unpack(plain.packed.cpu())
+        outcome = unpack(plain.packed.cpu().numpy(), slots, block)
         decided += int(outcome.decided.sum())
         stopped += int((outcome.decided & ~outcome.goes_on).sum())
         assert not np.any(outcome.decided & ~outcome.took_part)

@@ -225,7 +225,7 @@ def test_a_step_launched_ahead_of_the_host_changes_nothing(tiny, mixed, monkeypa
     def counting(context):
         state, active = engine.runner.batch, int(engine.runner.batch.active.sum())
         launched = launch(context)
-        waited.append(active - int(state.fits.sum()) if launched else 0)
+        waited.append(active - int(state.room.fits.sum()) if launched else 0)
         return launched
 
     monkeypatch.setattr(engine.runner, "launch", counting)

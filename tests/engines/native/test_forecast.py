@@ -10,7 +10,7 @@ import torch
 
 from sdar_lm_eval import DecodingConfig, GenerationRequest
 from sdar_lm_eval.engines.native import forecast
-from sdar_lm_eval.engines.native.batch import BatchState, Outcome
+from sdar_lm_eval.engines.native.batch import BatchState, Outcome, unpack
 from sdar_lm_eval.engines.native.forecast import Forecast
 from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
@@ -52,7 +52,7 @@ class Device:
         self.state.segments(segments)
         self.state.masked_positions(draws)
         self.state.advance(torch.arange(draws) % 50, torch.rand(draws), torch.rand(draws))
-        return self.state.unpack(self.state.packed)
+        return unpack(self.state.packed.numpy().copy(), SLOTS, BLOCK)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -18,7 +18,7 @@ from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserErro
 from sdar_lm_eval.engines.native import engine as native_engine
 from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.forward import decoder, fused, graphs
-from sdar_lm_eval.engines.native.kernels import decoder as kernels
+from sdar_lm_eval.engines.native.kernels import attention
 
 REPRODUCIBLE_ROWS = 8
 
@@ -48,7 +48,7 @@ def engine_with_kernels(checkpoint, **options):
 
 
 def test_the_same_tokens(either, monkeypatch):
-    monkeypatch.setattr(kernels, "SPLIT", 8)  # so that contexts are split
+    monkeypatch.setattr(attention, "SPLIT", 8)  # so that contexts are split
     monkeypatch.setattr(fused, "PREFILL_ROWS", 16)
     monkeypatch.setattr(decoder, "LARGE", 1)  # so that products of few rows have their own kernel
     settings = [
@@ -64,6 +64,39 @@ def test_the_same_tokens(either, monkeypatch):
     engine = engine_with_kernels(either, max_active=3)
     engine.steps_in_flight = 2  # as on a GPU
     assert [r.token_ids for r in run(engine, requests)] == [r.token_ids for r in plain]
+
+
+@pytest.mark.parametrize(
+    ("either", "levels"),
+    [
+        ("dense", 3),
+        pytest.param("dense", 1, marks=pytest.mark.slow),
+        pytest.param("experts", 2, marks=pytest.mark.slow),
+    ],
+    indirect=["either"],
+)
+def test_guesses_change_nothing(either, monkeypatch, levels):
+    """A guess and the block that it commits are one tile of attention, over private pages."""
+    monkeypatch.setattr(attention, "SPLIT", 8)
+    monkeypatch.setattr(native_engine, "PAGE_SIZE", 8)
+    settings = [
+        {"temperature": 0, "remasking_strategy": "sequential"},
+        {"temperature": 1.0, "remasking_strategy": "low_confidence_static"},
+        {"temperature": 0.7, "remasking_strategy": "random", "denoising_steps": 3},
+        {"temperature": 0, "remasking_strategy": "random", "block_length": 2},
+    ]
+    requests = [
+        GenerationRequest(tuple(range(1, 4 + 2 * i)), 7, DecodingConfig(**s), seed=i, record_steps=True)
+        for i, s in enumerate(settings)
+    ]
+    plain = run(make_engine("native", either, device="cpu"), requests)
+    engine = engine_with_kernels(either, max_active=3, speculate=levels)
+    engine.steps_in_flight = 2
+    results = run(engine, requests)
+    assert [(r.token_ids, r.unmasked_at) for r in results] == [(r.token_ids, r.unmasked_at) for r in plain]
+    for ours, expected in zip(results, plain, strict=True):
+        assert ours.confidences == pytest.approx(expected.confidences, rel=1e-4)
+    assert sum(r.speculation.right for r in results) > 0
 
 
 def test_prompts_of_several_tiles(tmp_path, monkeypatch):
@@ -145,7 +178,7 @@ def test_reproducible_to_the_bit(either, monkeypatch, products):
         for i, (tokens, decoding) in enumerate(settings)
     ]
     rows, drawn_from, tiles_seen = set(), set(), set()
-    attend, filtered = kernels.attend, unmasking.filtered_probabilities
+    attend, filtered = attention.attend, unmasking.filtered_probabilities
 
     def by_pytorch(logits, *args, **kwargs):
         drawn_from.add(tuple(logits.shape))
@@ -158,7 +191,7 @@ def test_reproducible_to_the_bit(either, monkeypatch, products):
         tiles_seen.add((tiles.tokens, tiles.batch_invariant))
         return attend(query, keys, values, tiles, scaling)
 
-    monkeypatch.setattr(kernels, "attend", shape_of)
+    monkeypatch.setattr(attention, "attend", shape_of)
 
     def answers(wanted, **options):
         engine = engine_with_kernels(either, reproducible=True, **options)
@@ -171,6 +204,8 @@ def test_reproducible_to_the_bit(either, monkeypatch, products):
     single, _ = answers(requests[1:2])
     assert tight == together
     assert single == {1: together[1]}
+    guessed, engine = answers(requests[1:], speculate=2)
+    assert guessed == {number: together[number] for number in (1, 2)}
     assert tiles_seen == {(4, True)}  # kernel settings and rounding depend on it
     # For the request with top_k: 711 tokens and one of padding, so that rows begin at multiples of 16 bytes.
     assert drawn_from == {(REPRODUCIBLE_ROWS, 712)}
@@ -194,14 +229,14 @@ def test_a_run_after_prepare_captures_no_graph(checkpoint, monkeypatch):
     monkeypatch.setattr(
         graphs.Graphs, "__init__", lambda self, run, sizes, enabled: init(self, run, sizes, enabled=True)
     )
-    monkeypatch.setattr(kernels, "SPLIT", 12)
+    monkeypatch.setattr(attention, "SPLIT", 12)
     requests = [GenerationRequest(tuple(range(n)), 5, DecodingConfig(), seed=n) for n in (3, 11)]
     expected = run(make_engine("native", checkpoint, device="cpu"), requests)
     engine = engine_with_kernels(checkpoint, max_active=2, kv_pages=20)
     with monkeypatch.context() as on_gpu:
         on_gpu.setattr(engine, "device", torch.device("cuda"))
         engine.prepare(requests)
-    contexts = {key[1] for key in captured if len(key) == 2}
+    contexts = {key[1] for key in captured if len(key) == 3}
     assert len(contexts) > 1
     before = len(captured)
     assert [r.token_ids for r in run(engine, requests)] == [r.token_ids for r in expected]

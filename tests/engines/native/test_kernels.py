@@ -9,7 +9,10 @@ import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-kernels = pytest.importorskip("sdar_lm_eval.engines.native.kernels.decoder", exc_type=ImportError)
+layers = pytest.importorskip("sdar_lm_eval.engines.native.kernels.layers", exc_type=ImportError)
+kernels = pytest.importorskip("sdar_lm_eval.engines.native.kernels.attention", exc_type=ImportError)
+drawing = pytest.importorskip("sdar_lm_eval.engines.native.kernels.drawing", exc_type=ImportError)
+paging = pytest.importorskip("sdar_lm_eval.engines.native.kernels.paging", exc_type=ImportError)
 
 from sdar_lm_eval.engines.native import unmasking  # noqa: E402
 
@@ -40,11 +43,11 @@ def test_add_norm(dtype, size):
         t = t.float()
         return t * torch.rsqrt((t * t).mean(-1, keepdim=True) + 1e-6) * weight.float()
 
-    out, added = kernels.add_norm(x, None, weight, 1e-6)
+    out, added = layers.add_norm(x, None, weight, 1e-6)
     assert torch.equal(added, x)
     close(out, norm(x), dtype)
     expected = x + residual
-    out, added = kernels.add_norm(x, residual.clone(), weight, 1e-6)
+    out, added = layers.add_norm(x, residual.clone(), weight, 1e-6)
     close(added, expected, dtype)
     close(out, norm(expected), dtype)
 
@@ -56,11 +59,11 @@ def test_few_rows(dtype, rows, size, inputs, splits):
         normal(size, inputs, dtype=dtype),
         normal(rows, size, dtype=dtype),
     )
-    out = kernels.few_rows(x, weight, splits=splits)
+    out = layers.few_rows(x, weight, splits=splits)
     expected = x.float() @ weight.float().T
     close(out.float().sum(0) if splits > 1 else out, expected, dtype)
     ones = torch.ones(size, dtype=dtype, device=DEVICE)
-    normed, added = kernels.add_norm(out, residual.clone(), ones, 1e-6)
+    normed, added = layers.add_norm(out, residual.clone(), ones, 1e-6)
     close(added, expected + residual.float(), dtype)
     close(normed, torch.nn.functional.rms_norm(expected + residual.float(), (size,), eps=1e-6), dtype)
 
@@ -68,14 +71,14 @@ def test_few_rows(dtype, rows, size, inputs, splits):
 def test_few_rows_gated(dtype):
     x, weight = normal(3, 96, dtype=dtype), normal(2 * 50, 96, dtype=dtype)
     gate, up = (x.float() @ weight.float().T).chunk(2, dim=-1)
-    close(kernels.few_rows(x, weight, gated=True), torch.nn.functional.silu(gate) * up, dtype)
+    close(layers.few_rows(x, weight, gated=True), torch.nn.functional.silu(gate) * up, dtype)
 
 
 @pytest.mark.parametrize("size", [48, 1500])
 def test_silu_mul(dtype, size):
     x = normal(3, 2 * size, dtype=dtype)
     gate, up = x.float().chunk(2, dim=-1)
-    close(kernels.silu_mul(x), torch.nn.functional.silu(gate) * up, dtype)
+    close(layers.silu_mul(x), torch.nn.functional.silu(gate) * up, dtype)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 64), (4, 1, 128)])
@@ -88,7 +91,7 @@ def test_norm_rope_store(dtype, heads, kv_heads, size):
     positions = torch.randint(0, 100, (tokens,), device=DEVICE)
     places = torch.randperm(pages * page, device=DEVICE)[:tokens]
     keys, values = (torch.full((pages, page, kv_heads, size), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2))
-    query = kernels.norm_rope_store(qkv, q_weight, k_weight, cos_sin, positions, places, keys, values, 1e-6)
+    query = layers.norm_rope_store(qkv, q_weight, k_weight, cos_sin, positions, places, keys, values, 1e-6)
 
     def norm_rope(t, weight):  # (T, heads, size)
         t = t.float()
@@ -219,18 +222,20 @@ def test_draw(dtype, vocabulary):
     greedy = torch.tensor([True, True, True, False, False, False], device=DEVICE)
     temperature = torch.tensor([1, 1, 1, 1, 0.5, 2], device=DEVICE)
     number = torch.tensor([0, 0, 0, 0.999999, 0.3, 0.0], device=DEVICE)
-    token, confidence, entropy = kernels.draw(logits, temperature, number, greedy, mask_token)
+    numbers = torch.stack([number, (number + 0.37) % 1], dim=1)
+    token, confidence, entropy = drawing.draw(logits, temperature, numbers, greedy, mask_token)
 
     reference = logits.float()
     reference[:, mask_token] = -torch.inf
     best, sure = unmasking.draw_greedy(reference)
     probabilities = (reference / temperature[:, None]).softmax(-1)
-    drawn, likely = unmasking.draw_sampled(probabilities, number)
-    assert torch.equal(token, torch.where(greedy, best, drawn))
-    torch.testing.assert_close(confidence, torch.where(greedy, sure, likely), rtol=1e-4, atol=1e-6)
+    drawn, likely = unmasking.draw_sampled(probabilities, numbers)
+    assert torch.equal(token, torch.where(greedy[:, None], best[:, None], drawn))
+    expected = torch.where(greedy[:, None], sure[:, None], likely)
+    torch.testing.assert_close(confidence, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(entropy, unmasking.entropy(probabilities), rtol=1e-3, atol=1e-4)
 
-    without = kernels.draw(logits, temperature, number, greedy, mask_token, entropies=False)
+    without = drawing.draw(logits, temperature, numbers, greedy, mask_token, entropies=False)
     assert torch.equal(without[0], token) and torch.equal(without[1], confidence) and not without[2].any()
 
 
@@ -238,7 +243,8 @@ def test_draws_follow_the_distribution(dtype):
     logits = normal(1, 11, dtype=dtype).expand(150, 11).contiguous()
     number = (torch.arange(150, device=DEVICE) + 0.5) / 150
     ones = torch.ones(150, device=DEVICE)
-    token, _, _ = kernels.draw(logits, ones, number, torch.zeros(150, dtype=torch.bool, device=DEVICE), 4)
+    flags = torch.zeros(150, dtype=torch.bool, device=DEVICE)
+    token = drawing.draw(logits, ones, number[:, None], flags, 4)[0][:, 0]
     reference = logits[0].float()
     reference[4] = -torch.inf
     shares = torch.bincount(token, minlength=11) / 150
@@ -251,6 +257,21 @@ def test_logits_that_are_no_numbers_show(dtype):
     ones = torch.ones(2, device=DEVICE)
     for greedy in (True, False):
         flags = torch.full((2,), greedy, device=DEVICE)
-        token, confidence, _ = kernels.draw(logits, ones, ones * 0.5, flags, 1)
+        token, confidence, _ = (c.flatten() for c in drawing.draw(logits, ones, ones[:, None] * 0.5, flags, 1))
         assert confidence.isnan().tolist() == [True, False]
         assert ((token >= 0) & (token < 50)).all()
+
+
+@pytest.mark.parametrize("heads", [1, 5])
+def test_copied_keys_and_values(dtype, heads):
+    """A target of 0 is none, and more tokens than one program copies."""
+    kv = normal(2, 2, 9, 4, heads, 64, dtype=dtype)
+    order = torch.randperm(35, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 1
+    source, target = order[:17].clone(), order[17:34].clone()
+    source[3] = target[3] = target[7] = 0
+    expected = kv.clone().flatten(2, 3)
+    for a, b in zip(source.tolist(), target.tolist(), strict=True):
+        if b:
+            expected[:, :, b] = kv.flatten(2, 3)[:, :, a]
+    paging.copy_kv(kv, source, target)
+    assert torch.equal(kv.flatten(2, 3), expected)

@@ -16,8 +16,8 @@ COMPILE = """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sdar_lm_eval.engines.native.kernels import decoder as kernels
-    from sdar_lm_eval.engines.native.kernels import experts
+    from sdar_lm_eval.engines.native.kernels import attention, drawing, layers
+    from sdar_lm_eval.engines.native.kernels import experts, paging
 
     BF16, INT32, INT64, FP32 = "*bf16", "*i32", "*i64", "*fp32"
 
@@ -36,20 +36,25 @@ COMPILE = """
 
 
     check(
-        kernels.add_norm_kernel,
+        layers.add_norm_kernel,
         {**tensors(BF16, "x", "residual", "weight", "out"), "eps": "fp32"},
         {"SPLITS": 1, "ADD": True, "BLOCK": 4096},
     )
     check(
-        kernels.add_norm_kernel,
+        layers.add_norm_kernel,
         {"x": FP32, **tensors(BF16, "residual", "weight", "out"), "eps": "fp32"},
         {"SPLITS": 4, "ADD": True, "BLOCK": 4096},
         num_warps=16,
     )
+    check(
+        paging.copy_kv_kernel,
+        {"kv": BF16, **tensors(INT64, "source", "target")},
+        {"TOKENS": paging.TOKENS, "COLUMNS": paging.COLUMNS},
+    )
     products = [(BF16, BF16, False, 5), (BF16, BF16, True, 3), (BF16, FP32, False, 3), (FP32, FP32, False, 5)]
     for type_, out, gated, stages in [*products, (FP32, FP32, True, 3)]:
         check(
-            kernels.few_rows_kernel,
+            layers.few_rows_kernel,
             {**tensors(type_, "x", "weight"), "out": out},
             {
                 "ROWS": 16, "COLUMNS": 32, "INPUTS": 128, "GATED": gated,
@@ -58,9 +63,9 @@ COMPILE = """
             num_warps=4,
             num_stages=stages,
         )
-    check(kernels.silu_mul_kernel, tensors(BF16, "x", "out"), {"BLOCK": 1024})
+    check(layers.silu_mul_kernel, tensors(BF16, "x", "out"), {"BLOCK": 1024})
     check(
-        kernels.norm_rope_store_kernel,
+        layers.norm_rope_store_kernel,
         {
             **tensors(BF16, "qkv", "q_weight", "k_weight", "q_out", "keys", "values"),
             **tensors(INT64, "positions", "kv_slots"),
@@ -106,9 +111,9 @@ COMPILE = """
     # Rows of two blocks of 4, few and many, and of a prompt's tile; float32 needs the most shared memory.
     shapes = [(BF16, 32, 16, 1, 1), (BF16, 32, 16, 4, 1000), (BF16, 64, 32, 1, 1000), (BF16, 256, 256, 1, 1000)]
     for type_, rows, fewer, splits, programs in [*shapes, (FP32, 128, 128, 1, 1000), (FP32, 256, 256, 1, 1000)]:
-        columns, warps, stages = kernels.attention_settings(rows, programs, 2 if type_ == BF16 else 4)
+        columns, warps, stages = attention.attention_settings(rows, programs, 2 if type_ == BF16 else 4)
         check(
-            kernels.attend_kernel,
+            attention.attend_kernel,
             {
                 **tensors(type_, "query", "keys", "values"),
                 **tensors(INT64, "firsts", "counts", "pages", "sequence", "visible"),
@@ -124,18 +129,18 @@ COMPILE = """
             num_stages=stages,
         )
     check(
-        kernels.combine_splits_kernel,
+        attention.combine_splits_kernel,
         {**tensors(FP32, "parts", "sums"), "out": BF16},
         {"SIZE": 128},
         num_warps=1,
     )
     check(
-        kernels.summarize_logits_kernel,
+        drawing.summarize_logits_kernel,
         {"logits": BF16, **tensors(FP32, "temperature", "parts")},
         {"BLOCK": 4096, "ENTROPY": True},
     )
     check(
-        kernels.choose_token_kernel,
+        drawing.choose_token_kernel,
         {
             "logits": BF16,
             "greedy": "*i1",

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from sdar_lm_eval.engines.native.batch import Segments
 from sdar_lm_eval.engines.native.forward.cache import Addresses
+from sdar_lm_eval.engines.native.layout import Segments
 from sdar_lm_eval.engines.native.scheduler import Chunk
 
 
@@ -27,11 +27,11 @@ class Forward(ABC):
     captures = False
 
     @abstractmethod
-    def sizes(self, slots: int, block: int) -> tuple[int, ...]:
-        """The numbers of segments that CUDA graphs are captured for, ascending, up to the most for N slots.
+    def sizes(self, most: int, block: int) -> tuple[int, ...]:
+        """The numbers of segments that CUDA graphs are captured for, ascending, up to the first that is `most` or more.
 
         Args:
-            slots: N.
+            most: most segments of a forward.
             block: L, tokens of a segment.
         """
 

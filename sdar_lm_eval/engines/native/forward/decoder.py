@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from sdar_lm_eval.engines.native.kernels import decoder as kernels
-from sdar_lm_eval.engines.native.kernels import experts
+from sdar_lm_eval.engines.native.kernels import attention, experts, layers
 from sdar_lm_eval.families.base import DecoderWeights, DenseMLP, LayerWeights
 
 hopper: Any
@@ -21,7 +20,7 @@ except (ImportError, AttributeError):  # Triton is older than 3.6
     hopper = None
 
 HEAD_DIMS = (64, 128)
-# For few rows, reading the weights takes the time. `kernels.few_rows` reads matrices of at least this many weights
+# For few rows, reading the weights takes the time. `layers.few_rows` reads matrices of at least this many weights
 # faster than cuBLAS (SDAR-4B's products of a layer on an H100: 79 us instead of 88).
 LARGE = 1 << 20
 # Splits of K in products whose output is as narrow as the hidden state: without splits, programs are too few.
@@ -71,7 +70,7 @@ class FusedDecoder:
         tokens: torch.Tensor,
         positions: torch.Tensor,
         kv_slots: torch.Tensor,
-        tiles: kernels.Tiles,
+        tiles: attention.Tiles,
         cache: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run T packed tokens, and store their keys and values.
@@ -85,36 +84,36 @@ class FusedDecoder:
         Returns:
             The input of `finish`: the output of the last layer's attention, (T, heads * size), and the residual (T, D).
         """
-        layers = self._weights.layers
 
-        def attention(
+        def attend(
             layer: LayerWeights, kv: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
         ) -> tuple[torch.Tensor, torch.Tensor]:
             keys, values = kv
-            normed, added = kernels.add_norm(x, residual, layer.input_norm, self._weights.eps)
-            query = kernels.norm_rope_store(
+            normed, added = layers.add_norm(x, residual, layer.input_norm, self._weights.eps)
+            query = layers.norm_rope_store(
                 self._product(normed, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, self._cos_sin, positions,
                 kv_slots, keys, values, self._weights.eps,
             )  # fmt: skip
-            return kernels.attend(query, keys, values, tiles, self._scaling).flatten(1), added
+            return attention.attend(query, keys, values, tiles, self._scaling).flatten(1), added
 
-        attended, residual = attention(layers[0], cache[0], self._weights.embedding[tokens], None)
-        for before, layer, kv in zip(layers, layers[1:], cache[1:], strict=False):
+        first, *others = self._weights.layers
+        attended, residual = attend(first, cache[0], self._weights.embedding[tokens], None)
+        for before, layer, kv in zip(self._weights.layers, others, cache[1:], strict=False):
             after = self._after_attention(before, attended, residual, tiles.visible)
-            attended, residual = attention(layer, kv, *after)
+            attended, residual = attend(layer, kv, *after)
         return attended, residual
 
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The last hidden states (T, D) of tokens, from their rows of a call's results. Overwrites `residual`."""
         x, residual = self._after_attention(self._weights.layers[-1], attended, residual)
-        return kernels.add_norm(x, residual, self._weights.norm, self._weights.eps)[0]
+        return layers.add_norm(x, residual, self._weights.norm, self._weights.eps)[0]
 
     def _after_attention(
         self, layer: LayerWeights, attended: torch.Tensor, residual: torch.Tensor, visible: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's output projection and MLP; `visible` is 0 for padding."""
         x = self._product(attended, layer.o, layer.o_bias, splits=SPLITS)
-        normed, residual = kernels.add_norm(x, residual, layer.post_norm, self._weights.eps)
+        normed, residual = layers.add_norm(x, residual, layer.post_norm, self._weights.eps)
         if not isinstance(layer.mlp, DenseMLP):
             logits = self._product(normed, layer.mlp.router)
             return experts.run(normed, logits, layer.mlp, visible, batch_invariant=self._tiles_are_fixed), residual
@@ -145,21 +144,21 @@ def runs_on_hopper(*weights: torch.Tensor) -> bool:
 def activated(x: torch.Tensor, gate_up: torch.Tensor, *, on_hopper: bool) -> torch.Tensor:
     """silu(x @ gate.T) * (x @ up.T) of joined weights, by the fastest kernel for the number of rows."""
     if _is_streamed(x, gate_up):
-        return kernels.few_rows(x, gate_up, gated=True)
+        return layers.few_rows(x, gate_up, gated=True)
     if on_hopper and len(x) >= hopper.FEWEST_ROWS:
         result: torch.Tensor = hopper.gated(x, gate_up)
         return result
-    return kernels.silu_mul(linear(x, gate_up))
+    return layers.silu_mul(linear(x, gate_up))
 
 
 def product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, splits: int = 1
 ) -> torch.Tensor:
-    """x @ weight.T + bias; for few rows, it may be `splits` partial sums that `kernels.add_norm` adds up."""
+    """x @ weight.T + bias; for few rows, it may be `splits` partial sums that `layers.add_norm` adds up."""
     if bias is None and _is_streamed(x, weight, splits):
-        return kernels.few_rows(x, weight, splits=splits)
+        return layers.few_rows(x, weight, splits=splits)
     return linear(x, weight, bias)
 
 
 def _is_streamed(x: torch.Tensor, weight: torch.Tensor, splits: int = 1) -> bool:
-    return len(x) <= kernels.FEW_ROWS and weight.numel() >= LARGE and x.shape[1] % (16 * splits) == 0
+    return len(x) <= layers.FEW_ROWS and weight.numel() >= LARGE and x.shape[1] % (16 * splits) == 0

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sdar_lm_eval.engines.native.batch import Segments
 from sdar_lm_eval.engines.native.forward import graphs
 from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
 from sdar_lm_eval.engines.native.forward.decoder import FusedDecoder
-from sdar_lm_eval.engines.native.kernels import decoder as kernels
+from sdar_lm_eval.engines.native.kernels import attention
+from sdar_lm_eval.engines.native.layout import Segments
 from sdar_lm_eval.engines.native.scheduler import Chunk
 from sdar_lm_eval.engines.native.transfer import to_device
 from sdar_lm_eval.families.base import DecoderWeights
@@ -50,11 +50,11 @@ class FusedForward(Forward):
         self._prefill_tile = max(min(PREFILL_ROWS * weights.head_dim // shared, self.longest_block // 2), 1)
         self._block = 1
 
-    def sizes(self, slots: int, block: int) -> tuple[int, ...]:
+    def sizes(self, most: int, block: int) -> tuple[int, ...]:
         """See `Forward.sizes`."""
         if self.fixed_rows:
-            return graphs.multiples(fixed_segments(block), 2 * slots)
-        return graphs.ladder(graphs.FORWARD, 2 * slots, block)
+            return graphs.multiples(fixed_segments(block), most)
+        return graphs.ladder(graphs.FORWARD, most, block)
 
     def reserve(self, segments: int, block: int, positions: int) -> None:
         """See `Forward.reserve`."""
@@ -72,14 +72,14 @@ class FusedForward(Forward):
 
     def context_key(self, context: int) -> int:
         """See `Forward.context_key`."""
-        return kernels.padded_context(context)
+        return attention.padded_context(context)
 
     def _splits(self, context: int, tiles: int, longest: int) -> tuple[int, int]:
-        """Tokens of a split and number of splits; see `kernels.splits_of`."""
-        context = kernels.padded_context(context)
+        """Tokens of a split and number of splits; see `attention.splits_of`."""
+        context = attention.padded_context(context)
         if self._reproducible:
-            return kernels.SPLIT, context // kernels.SPLIT
-        return kernels.splits_of(context, tiles * self._cache.kv_heads, longest)
+            return attention.SPLIT, context // attention.SPLIT
+        return attention.splits_of(context, tiles * self._cache.kv_heads, longest)
 
     # Blocks
 
@@ -95,9 +95,9 @@ class FusedForward(Forward):
         at_once = fixed_segments(block) if self.fixed_rows else count
         for begin in range(0, count, at_once):
             part, rows = slice(begin, begin + at_once), slice(begin * block, (begin + at_once) * block)
-            tiles = kernels.Tiles(
-                self._first[: len(counts[part])], counts[part], self._cache.table, segments.slot[part], visible[rows],
-                block * (1 + paired), *self._splits(context, len(counts[part]), kernels.LONGEST_SPLIT),
+            tiles = attention.Tiles(
+                self._first[: len(counts[part])], counts[part], self._cache.table, segments.pages[part], visible[rows],
+                block * (1 + paired), *self._splits(context, len(counts[part]), attention.LONGEST_SPLIT),
                 batch_invariant=self._reproducible,
             )  # fmt: skip
             outputs = self._run(tokens[rows], positions[rows], kv_slots[rows], tiles)
@@ -125,7 +125,7 @@ class FusedForward(Forward):
         heads, _ = self._sizes
         context = max(chunk.end for chunk in chunks)
         tiles = sum(-(-chunk.size // self._prefill_tile) for chunk in chunks)
-        _, splits = self._splits(context, tiles, kernels.WHOLE)
+        _, splits = self._splits(context, tiles, attention.WHOLE)
         for part in in_parts(chunks, SPLITS_BUDGET_BYTES // (4 * heads * splits)):
             self._prefill(part, padded_to=0)
 
@@ -150,14 +150,14 @@ class FusedForward(Forward):
         first = (size.cumsum() - size)[owner] + number * tile_tokens
         count = np.minimum(size[owner] - number * tile_tokens, tile_tokens)
         firsts, counts, slots = (to_device(column, self._device) for column in (first, count, slot[owner]))
-        tiles = kernels.Tiles(
+        tiles = attention.Tiles(
             firsts, counts, self._cache.table, slots, all_visible, tile_tokens,
-            *self._splits(int(end.max()), len(first), kernels.WHOLE), batch_invariant=self._reproducible,
+            *self._splits(int(end.max()), len(first), attention.WHOLE), batch_invariant=self._reproducible,
         )  # fmt: skip
         self._run(tokens, positions, kv_slots, tiles)
 
     def _run(
-        self, tokens: torch.Tensor, positions: torch.Tensor, kv_slots: torch.Tensor, tiles: kernels.Tiles
+        self, tokens: torch.Tensor, positions: torch.Tensor, kv_slots: torch.Tensor, tiles: attention.Tiles
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._cache.kv is not None
         return self._decoder(tokens, positions, kv_slots, tiles, self._cache.kv)

@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from sdar_lm_eval.decoding import MAX_BLOCK_LENGTH
-from sdar_lm_eval.engines.native.batch import Segments
 from sdar_lm_eval.engines.native.forward.attention import PagedBatch, hidden_states
 from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
+from sdar_lm_eval.engines.native.layout import Segments
 from sdar_lm_eval.engines.native.scheduler import Chunk
 from sdar_lm_eval.engines.native.transfer import to_device
 
@@ -35,9 +35,9 @@ class ModulesForward(Forward):
         self._device: torch.device = model.device
         self._hidden = torch.empty(0)
 
-    def sizes(self, slots: int, block: int) -> tuple[int, ...]:
+    def sizes(self, most: int, block: int) -> tuple[int, ...]:
         """See `Forward.sizes`. No graph is captured, so one size is enough."""
-        return (2 * slots,)
+        return (most,)
 
     def reserve(self, segments: int, block: int, positions: int) -> None:
         """See `Forward.reserve`."""
@@ -63,7 +63,7 @@ class ModulesForward(Forward):
 
     def run(self, segments: Segments, addresses: Addresses, context: int) -> None:
         """See `Forward.run`."""
-        hidden = self._run(segments.slot, segments.tokens, addresses, context).flatten(0, 1)
+        hidden = self._run(segments.pages, segments.tokens, addresses, context).flatten(0, 1)
         self._hidden[: len(hidden)] = hidden
 
     def hidden(self, row: torch.Tensor) -> torch.Tensor:
@@ -75,10 +75,10 @@ class ModulesForward(Forward):
         logits: torch.Tensor = self._model.lm_head(hidden)
         return logits
 
-    def _run(self, slot: torch.Tensor, tokens: torch.Tensor, addresses: Addresses, context: int) -> torch.Tensor:
-        """Run B rows of Q tokens, a row of one slot's sequence each; return the last hidden states (B, Q, D)."""
+    def _run(self, row: torch.Tensor, tokens: torch.Tensor, addresses: Addresses, context: int) -> torch.Tensor:
+        """Run B rows of Q tokens, each by one row of the page table; return the last hidden states (B, Q, D)."""
         assert self._cache.kv is not None
-        pages = self._cache.table[:, : -(-context // self._cache.page_size)][slot]  # (B, P)
+        pages = self._cache.table[:, : -(-context // self._cache.page_size)][row]  # (B, P)
         batch = PagedBatch(self._cache.kv, pages, addresses.kv_slots, addresses.visible.clamp(min=1))
         return hidden_states(self._model, tokens, addresses.positions, batch)
 

@@ -1,1 +1,14 @@
-"""Triton kernels: `decoder.py` for any GPU, `hopper.py` for Hopper GPUs. Needs triton."""
+"""Triton kernels; needs triton.
+
+layers.py     products of few rows, norms, activation, RoPE
+attention.py  paged attention
+drawing.py    tokens from logits
+experts.py    mixtures of experts
+hopper.py     products for Hopper GPUs
+paging.py     copies between KV slots
+"""
+
+import os
+
+# Fuses a product and a sum into one instruction. Triton 3.9 warns that 3.10 does so only if this is set.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")

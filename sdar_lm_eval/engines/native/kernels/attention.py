@@ -1,0 +1,251 @@
+"""Paged attention of packed tokens by Triton, in tiles and splits.
+
+A tile holds consecutive tokens of one sequence: a block that is denoised, or some blocks of a prompt. One program takes
+a tile and one KV head with all of its query heads, so keys and values are loaded once. Where tiles are few, a context
+is cut into splits, with a program for each (`splits_of`). The splits, and the keys of one iteration, depend on the
+number of tiles unless they are fixed (`Tiles.batch_invariant`): without that, 16-bit results are not batch-invariant.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+SPLIT = 512  # fewest tokens of a context's split
+# Most tokens of a split where sequences of all lengths run together: every step waits for the longest program.
+LONGEST_SPLIT = 8192
+FILLING = 2  # attention programs that a multiprocessor needs to be busy
+WHOLE = 1 << 30  # tokens of a context's only split, whatever its length
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of attention: consecutive tokens of one sequence each.
+
+    Attributes:
+        first: index of each tile's first token among the T tokens, (n,) int64.
+        count: number of each tile's tokens, (n,) int64; 0 for padding.
+        pages: the page table, (N, P) int64, contiguous; rows may be longer than the context.
+        sequence: each tile's row of `pages`, (n,) int64.
+        visible: leading tokens of its sequence that each token sees, (T,) int64; 0 for padding within a tile.
+        tokens: most tokens of a tile.
+        split: tokens of a context's split.
+        splits: number of splits of the longest context.
+        batch_invariant: whether 16-bit results have to be the same for any number of tiles.
+    """
+
+    first: torch.Tensor
+    count: torch.Tensor
+    pages: torch.Tensor
+    sequence: torch.Tensor
+    visible: torch.Tensor
+    tokens: int
+    split: int
+    splits: int
+    batch_invariant: bool = False
+
+
+# A size of another divisibility would compile the kernel again. `split_size` is always a multiple of 16, and the kernel
+# is faster where the compiler knows that.
+@triton.jit(do_not_specialize=["width", "all_tokens"])
+def attend_kernel(
+    query, keys, values, firsts, counts, pages, width, sequence, visible, out, sums, scale, all_tokens, split_size,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
+    FEWER: tl.constexpr, COLUMNS: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program takes one KV head, one tile and one split of its context."""
+    kv_head, tile, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    first, count = tl.load(firsts + tile), tl.load(counts + tile)
+    own_pages = pages + tl.load(sequence + tile) * width
+    if count > 0:
+        if count * (HEADS // KV_HEADS) <= FEWER:
+            _attend_rows(
+                query, keys, values, first, count, own_pages, width, visible, out, sums, scale, all_tokens, kv_head,
+                split, split_size, HEADS, KV_HEADS, SIZE, PAGE, FEWER, COLUMNS, PARTIAL, PRECISION,
+            )  # fmt: skip
+        elif FEWER < ROWS:
+            _attend_rows(
+                query, keys, values, first, count, own_pages, width, visible, out, sums, scale, all_tokens, kv_head,
+                split, split_size, HEADS, KV_HEADS, SIZE, PAGE, ROWS, COLUMNS, PARTIAL, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def _attend_rows(
+    query, keys, values, first, count, own_pages, width, visible, out, sums, scale, all_tokens, kv_head, split,
+    split_size, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    begin = split * split_size
+    row, size = tl.arange(0, ROWS), tl.arange(0, SIZE)
+    token, head = row // GROUP, kv_head * GROUP + row % GROUP
+    query_row = (first + token) * HEADS + head  # index of each row among T * HEADS
+    column = begin + tl.arange(0, COLUMNS)
+    # The load of `page`, and without splits that of `q`, does not depend on `sees`, so it does not wait for `sees`.
+    page = tl.load(own_pages + column // PAGE, mask=column // PAGE < width, other=0)
+    sees = tl.load(visible + first + token, mask=token < count, other=0).to(tl.int32)
+    if not PARTIAL:
+        q = tl.load(query + query_row[:, None] * SIZE + size, mask=(token < count)[:, None], other=0.0)
+    else:
+        q = tl.load(query + query_row[:, None] * SIZE + size, mask=(sees > begin)[:, None], other=0.0)
+    real = sees > 0
+    end = tl.minimum(tl.max(sees), begin + split_size)
+    most = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, SIZE], tl.float32)
+    masked_from = begin
+    if ROWS >= 128:
+        # Where computing takes the time, masks are left out as long as every row sees every column. Where reading
+        # takes it, a second loop would fill its pipeline once more.
+        least = tl.minimum(tl.min(tl.where(real, sees, end)), end)
+        masked_from = begin + tl.maximum(least - begin, 0) // COLUMNS * COLUMNS
+        for start in range(begin, masked_from, COLUMNS):
+            most, total, acc, page = _attend_columns(
+                q, keys, values, own_pages, page, sees, start, end, most, total, acc, scale, kv_head, KV_HEADS, SIZE,
+                PAGE, COLUMNS, False, PRECISION,
+            )  # fmt: skip
+    for start in range(masked_from, end, COLUMNS):
+        most, total, acc, page = _attend_columns(
+            q, keys, values, own_pages, page, sees, start, end, most, total, acc, scale, kv_head, KV_HEADS, SIZE, PAGE,
+            COLUMNS, True, PRECISION,
+        )  # fmt: skip
+    if not PARTIAL:
+        result = acc / tl.where(total == 0, 1.0, total)[:, None]
+        tl.store(out + query_row[:, None] * SIZE + size, result.to(out.dtype.element_ty), mask=real[:, None])
+    else:
+        part = split.to(tl.int64) * all_tokens * HEADS + query_row
+        tl.store(out + part[:, None] * SIZE + size, acc, mask=real[:, None])
+        tl.store(sums + part * 2, most, mask=real)
+        tl.store(sums + part * 2 + 1, total, mask=real)
+
+
+@triton.jit
+def _attend_columns(
+    q, keys, values, own_pages, page, sees, start, end, most, total, acc, scale, kv_head, KV_HEADS: tl.constexpr,
+    SIZE: tl.constexpr, PAGE: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to COLUMNS tokens from `start` on; `page` holds their pages. Returns the pages of the next ones, too."""
+    column, size = start + tl.arange(0, COLUMNS), tl.arange(0, SIZE)
+    inside = column < end
+    source = ((page * PAGE + column % PAGE) * KV_HEADS + kv_head) * SIZE
+    page = tl.load(own_pages + (column + COLUMNS) // PAGE, mask=column + COLUMNS < end, other=0)
+    if MASKED:
+        k = tl.load(keys + source[:, None] + size, mask=inside[:, None], other=0.0)
+        v = tl.load(values + source[:, None] + size, mask=inside[:, None], other=0.0)
+    else:
+        k = tl.load(keys + source[:, None] + size)
+        v = tl.load(values + source[:, None] + size)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where((column[None, :] < sees[:, None]) & inside[None, :], scores, -float("inf"))
+    highest = tl.maximum(most, tl.max(scores, axis=1) * (scale * LOG2E))
+    # A masked row may have seen no key yet.
+    shift = tl.where(highest == -float("inf"), 0.0, highest) if MASKED else highest
+    weights = tl.exp2(scores * (scale * LOG2E) - shift[:, None])
+    rescale = tl.exp2(most - shift)
+    total = total * rescale + tl.sum(weights, axis=1)
+    acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    return highest, total, acc, page
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def combine_splits_kernel(parts, sums, out, rows, splits, SIZE: tl.constexpr):
+    """A program combines the splits of one token and one head."""
+    row, size = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    most = -float("inf")
+    total = 0.0
+    acc = tl.zeros([SIZE], tl.float32)
+    for split in range(splits):
+        part = split * rows + row
+        own, own_total = tl.load(sums + part * 2), tl.load(sums + part * 2 + 1)
+        highest = tl.maximum(most, own)
+        shift = tl.where(highest == -float("inf"), 0.0, highest)
+        rescale, weight = tl.exp2(most - shift), tl.exp2(own - shift)
+        acc = acc * rescale + tl.load(parts + part * SIZE + size) * weight
+        total = total * rescale + own_total * weight
+        most = highest
+    tl.store(out + row * SIZE + size, (acc / tl.where(total == 0, 1.0, total)).to(out.dtype.element_ty))
+
+
+def padded_context(context: int) -> int:
+    """A context's length rounded up to a power of two times `SPLIT`: each length has CUDA graphs of its own."""
+    return SPLIT << (-(-context // SPLIT) - 1).bit_length()
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """Multiprocessors of the current GPU; those of an H100 where there is none."""
+    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
+
+
+def splits_of(context: int, programs: int, longest: int) -> tuple[int, int]:
+    """How contexts are cut: tokens of a split, and number of splits.
+
+    Splits give a GPU enough programs. But each split writes partial results, which another kernel reads, so splits are
+    as long as the number of programs allows.
+
+    Args:
+        context: the longest context, of a length that `padded_context` returns.
+        programs: programs of attention without splits.
+        longest: most tokens of a split.
+    """
+    split = SPLIT
+    while 2 * split <= min(context, longest) and programs * context >= FILLING * multiprocessors() * 2 * split:
+        split *= 2
+    return split, context // split
+
+
+def attention_settings(rows: int, programs: int, itemsize: int) -> tuple[int, int, int]:
+    """Column block, warps and stages, the fastest on an H200 in bfloat16; float32 needs more shared memory.
+
+    Few rows leave the tensor cores idle, so reading sets the pace. Few warps then exchange less with each other. A few
+    programs keep more bytes in flight with wide column blocks, of which a multiprocessor holds only one program.
+    """
+    if itemsize > 2:
+        return 32, 2 if rows <= 32 else 4 if rows <= 64 else 8, 3
+    if rows <= 32:
+        return (32, 2, 3) if programs > 3 * multiprocessors() else (128, 4, 3)
+    if rows <= 128:
+        return (64, 4, 3) if rows <= 64 else (32, 4, 3)
+    return (64, 8, 3)
+
+
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles: Tiles, scaling: float) -> torch.Tensor:
+    """Attention of packed tokens over pages.
+
+    Args:
+        query: (T, heads, size).
+        keys, values: (pages, page size, KV heads, size), of one layer.
+        tiles: the tiles, and what their tokens see.
+        scaling: factor on the scores.
+
+    Returns:
+        (T, heads, size); undefined for tokens outside of all tiles.
+    """
+    tokens, heads, size = query.shape
+    page_size, kv_heads = keys.shape[1:3]
+    assert tiles.pages.is_contiguous()
+    rows = max(16, triton.next_power_of_2(tiles.tokens * (heads // kv_heads)))
+    fewer = rows // 2 if 16 < rows <= 64 else rows  # rows of a half full tile: a block without its predecessor
+    programs = WHOLE if tiles.batch_invariant else len(tiles.first) * kv_heads
+    columns, warps, stages = attention_settings(rows, programs, query.dtype.itemsize)
+    out = torch.empty_like(query)
+    target, sums = out, out
+    if tiles.splits > 1:
+        target = torch.empty(tiles.splits, tokens, heads, size, dtype=torch.float32, device=query.device)
+        sums = torch.empty(tiles.splits, tokens, heads, 2, dtype=torch.float32, device=query.device)
+    attend_kernel[(kv_heads, len(tiles.first), tiles.splits)](
+        query, keys, values, tiles.first, tiles.count, tiles.pages, tiles.pages.shape[1], tiles.sequence,
+        tiles.visible, target, sums, scaling, tokens, tiles.split if tiles.splits > 1 else WHOLE, heads, kv_heads, size,
+        page_size, rows, fewer, columns, tiles.splits > 1, "ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    if tiles.splits > 1:
+        combine_splits_kernel[(tokens * heads,)](target, sums, out, tokens * heads, tiles.splits, size, num_warps=1)
+    return out
