@@ -23,7 +23,7 @@ from sdar_lm_eval.engines.native.strategies import STRATEGIES
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKEND = "inductor" if DEVICE.type == "cuda" else "eager"
 VOCABULARY, MASK = 100, 99
-STEPS = 40
+STEPS = 25
 
 
 def random_sequence(rng, number, slot, block):
@@ -154,6 +154,7 @@ def test_compiled_it_is_the_same(slots, block):
     assert decided > stopped > 0
 
 
+@pytest.mark.slow
 def test_runs_of_any_size_compile_once(tiny):
     """One sequence or several, with and without stop tokens, in blocks of 4 and 8: the same code."""
     compilations = []

@@ -229,7 +229,10 @@ STRATEGY = Strategy(
         requests = self.requests(STRATEGIES if others else [self.NAME] * 3, temperature=temperature)
         self.check(checkpoint, requests, make_engine("native", checkpoint, device="cpu"), monkeypatch)
 
-    @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside all others"])
+    @pytest.mark.parametrize(
+        "others",
+        [pytest.param(False, id="alone"), pytest.param(True, id="beside all others", marks=pytest.mark.slow)],
+    )
     def test_with_kernels(self, checkpoint, monkeypatch, others):
         pytest.importorskip("triton")
         engine = make_engine("native", checkpoint, device="cpu", kernels=True)
@@ -237,6 +240,7 @@ STRATEGY = Strategy(
         names = [*STRATEGIES] if others else [self.NAME]
         self.check(checkpoint, self.requests(names, temperature=0), engine, monkeypatch)
 
+    @pytest.mark.slow
     def test_a_gpu_compiles_its_rule(self, checkpoint, monkeypatch):
         """Only the compiler's front end runs here; it refuses the same rules as on a GPU."""
         compile_as_a_gpu_does(monkeypatch)
