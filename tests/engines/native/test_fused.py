@@ -36,7 +36,7 @@ def experts(tmp_path_factory):
     return Checkpoint.open(str(random_checkpoint(folder, **settings)))
 
 
-@pytest.fixture(params=["dense", "experts"])
+@pytest.fixture(params=["dense", pytest.param("experts", marks=pytest.mark.slow)])
 def either(request, checkpoint):
     return checkpoint if request.param == "dense" else request.getfixturevalue("experts")
 
@@ -69,8 +69,8 @@ def test_the_same_tokens(either, monkeypatch):
 @pytest.mark.parametrize(
     ("either", "levels"),
     [
-        ("dense", 3),
-        pytest.param("dense", 1, marks=pytest.mark.slow),
+        ("dense", 1),
+        pytest.param("dense", 3, marks=pytest.mark.slow),
         pytest.param("experts", 2, marks=pytest.mark.slow),
     ],
     indirect=["either"],
@@ -156,7 +156,7 @@ def gated_row_by_row(x, weight):
 @pytest.mark.parametrize(
     ("either", "products"),
     [
-        ("dense", "of fixed size"),
+        pytest.param("dense", "of fixed size", marks=pytest.mark.slow),
         ("dense", "row by row"),
         pytest.param("experts", "row by row", marks=pytest.mark.slow),
     ],

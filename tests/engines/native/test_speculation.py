@@ -90,10 +90,15 @@ def recorded(prompts, decoding, *, limit=24, **settings):
 KINDS = [
     {"temperature": 0},
     {"temperature": 1.0},
-    {"temperature": 0, "repetition_penalty": 1.4},
     {"temperature": 1.0, "repetition_penalty": 1.4},
-    {"temperature": 0.8, "top_k": 4},
-    {"temperature": 1.2, "top_p": 0.8},
+    *(
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in (
+            {"temperature": 0, "repetition_penalty": 1.4},
+            {"temperature": 0.8, "top_k": 4},
+            {"temperature": 1.2, "top_p": 0.8},
+        )
+    ),
 ]
 
 
@@ -448,6 +453,7 @@ def test_text_is_read(demo, given):
     assert make_engine("native", demo, device="cpu", speculate=given).info.extra["speculate"] == 2
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same(tiny, engines, monkeypatch):
     """torch's front end takes each part as a whole, once for all levels and for steps of any size above 1."""
     requests = recorded([(1, 2, 3), (4, 5, 6, 7, 8)], DecodingConfig(4, 4, "low_confidence_static", temperature=0))
