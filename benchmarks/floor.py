@@ -66,6 +66,7 @@ class Floor:
         self._head = matrix((config["vocab_size"], hidden))
         self._device = device
 
+    @functools.cache  # noqa: B019  (one Floor lives as long as its process)
     def seconds(self, rows: int) -> tuple[float, float]:
         """Seconds of the layers' products and of the LM head's, over so many tokens."""
         inputs = self._inputs(rows)
