@@ -1,4 +1,4 @@
-"""Chooses how many levels of guesses a step runs: those of the most denoising steps a second. No tensors.
+"""Chooses how many levels of guesses a step runs: as many as make the most denoising steps a second. No tensors.
 
 Guesses cost time: a forward of more rows takes longer where products or keys and values bound it. Guesses save time
 where they are right. Both depend on the model, the GPU, the contexts and the answers, so both are measured: each phase

@@ -202,7 +202,7 @@ def splits_of(context: int, programs: int, longest: int) -> tuple[int, int]:
 
 
 def attention_settings(rows: int, programs: int, itemsize: int) -> tuple[int, int, int]:
-    """Column block, warps and stages, the fastest on an H200 in bfloat16; float32 needs more shared memory.
+    """Column block, warps and stages, chosen by sweeps on an H200 in bfloat16; float32 needs more shared memory.
 
     Few rows leave the tensor cores idle, so reading sets the pace. Few warps then exchange less with each other. A few
     programs keep more bytes in flight with wide column blocks, of which a multiprocessor holds only one program.
