@@ -43,9 +43,19 @@ def folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterato
 
 @contextlib.contextmanager
 def with_random_weights(folder: str) -> Iterator[str]:
-    """A temporary copy of a checkpoint's folder, its weights drawn from N(0, 0.02²), norms 1, in its own dtype.
+    """A temporary copy of a checkpoint's folder with drawn weights.
 
-    The folder needs config.json and a tokenizer, and room for the weights in the temporary folder's file system.
+    The temporary folder's file system needs room for the weights.
+    """
+    with tempfile.TemporaryDirectory(prefix="random-weights-") as copy:
+        draw_weights(folder, Path(copy))
+        yield copy
+
+
+def draw_weights(folder: str, copy: Path) -> None:
+    """Fill `copy` with a checkpoint's folder, its weights drawn from N(0, 0.02²), norms 1, in its own dtype.
+
+    The folder needs config.json and a tokenizer.
     """
     checkpoint = Checkpoint.open(folder)
     dtype = getattr(torch, checkpoint.config.get("torch_dtype") or "bfloat16")
@@ -59,15 +69,13 @@ def with_random_weights(folder: str) -> Iterator[str]:
         )
         for name, shape in checkpoint.weight_shapes().items()
     }
-    with tempfile.TemporaryDirectory(prefix="random-weights-") as copy:
-        for path in checkpoint.folder.iterdir():
-            if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", ".py")):
-                shutil.copyfile(path, Path(copy) / path.name)
-        save_file(weights, Path(copy) / "model.safetensors", metadata={"format": "pt"})
-        config = json.loads((Path(copy) / "config.json").read_text())
-        (Path(copy) / "config.json").write_text(json.dumps(config | {"block_size": checkpoint.block_length}))
-        del weights
-        yield copy
+    copy.mkdir(exist_ok=True)
+    for path in checkpoint.folder.iterdir():
+        if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", ".py")):
+            shutil.copyfile(path, copy / path.name)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"block_size": checkpoint.block_length}))
 
 
 def make_model(engine: str, pretrained: str, model_args: str = "", max_active: int | None = None) -> Any:

@@ -129,7 +129,7 @@ def visible_gpus() -> list[str]:
 
 def drawn(args: argparse.Namespace, model: str, block: int, weights: Path) -> str:
     """The folder of a model with drawn weights, made once, and with a block length."""
-    from common import with_random_weights
+    from common import draw_weights
 
     whole, target = weights / model, weights / f"{model}-{block}"
     if not whole.exists():
@@ -143,8 +143,7 @@ def drawn(args: argparse.Namespace, model: str, block: int, weights: Path) -> st
             config.pop("auto_map", None)
             config |= EXPERTS | {"num_hidden_layers": args.layers}
             (source / "config.json").write_text(json.dumps(config))
-        with with_random_weights(str(source)) as made:
-            shutil.copytree(made, whole)
+        draw_weights(str(source), whole)
     if not target.exists():
         target.mkdir()
         for path in whole.iterdir():
