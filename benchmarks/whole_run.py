@@ -3,7 +3,8 @@
     python benchmarks/whole_run.py                                                 # the demo checkpoint
     python benchmarks/whole_run.py --pretrained FOLDER --random-weights --gsm8k FOLDER --sections prefill contexts
 
-One process, which loads the weights once. `throughput.py` has the speed against the number of sequences. Sections:
+One process, which loads the weights once. `torchrun --nproc_per_node 2` runs the section gsm8k on two GPUs, with an
+equal share of the questions in each process. `throughput.py` has the speed against the number of sequences. Sections:
 
 start     Seconds to the first token of a first request through the harness, by part. "Imports" counts from the start
           of the process (on Linux) to this script's first line of work: torch, transformers, lm_eval and this package.
@@ -18,7 +19,8 @@ contexts  Tokens per second and milliseconds a denoising step behind prompts of 
           with the last sequence but it; earlier ones get enough tokens to run throughout. The steps of that time are
           known but for one. A decided block's KV is stored in the step that denoises the next block first.
 gsm8k     Every question once through the harness, in the chat template, exactly --answer-tokens new tokens each, two
-          tokens a step, refilled as slots become free. Nothing is warmed up: graphs are captured on the way.
+          tokens a step, refilled as slots become free. Nothing is warmed up: graphs are captured on the way. Several
+          processes begin together, and the slowest one's seconds count.
 
 Prefill and contexts run twice, and the second run counts. The last line is JSON.
 """
@@ -48,6 +50,7 @@ from sdar_lm_eval.engines.native.engine import PREFILL_CHUNK
 from sdar_lm_eval.engines.native.options import resolve_device
 from sdar_lm_eval.engines.types import GenerationRequest
 
+COUNTED = ("new_tokens", "denoising_forwards", "prompt_tokens")  # of `lm.counts`
 SECTIONS = ("start", "prefill", "contexts", "gsm8k")
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -109,6 +112,8 @@ def main() -> None:
         reading = clock.lap()
         lm = make_model("native", pretrained, f"device={device},{args.model_args}".rstrip(","), args.active)
         loading = clock.lap()
+        if lm.ranks.world_size > 1 and args.sections != ["gsm8k"]:
+            parser.error(f"{lm.ranks.world_size} processes run --sections gsm8k alone")
         questions = load_questions(args.gsm8k)
         found: dict[str, Any] = {}
         if "start" in args.sections:
@@ -128,7 +133,8 @@ def main() -> None:
         }
         info = lm.get_model_info()["sdar_lm_eval"]
         asked = {name: value for name, value in vars(args).items() if name not in info}
-        print(json.dumps({**info, **facts, **asked, "rows": found}))
+        if lm.ranks.rank == 0:
+            print(json.dumps({**info, **facts, **asked, "rows": found}))
 
 
 def start(
@@ -246,29 +252,35 @@ def whole_gsm8k(lm: Any, questions: Any, args: argparse.Namespace) -> dict[str, 
         **sampling(args.sample),
     }
     count = min(args.questions or len(questions), len(questions))
-    before = dataclasses.replace(lm.counts)
     instances = [instance(i, questions[i], args.answer_tokens, settings) for i in range(count)]
+    before, ranks = dataclasses.replace(lm.counts), lm.ranks
+    ranks.barrier()
     clock = Clock()
-    lm.generate_until(instances, disable_tqdm=True)
+    lm.generate_until(instances[ranks.rank :: ranks.world_size], disable_tqdm=True)
     seconds = clock.lap()
-    after = lm.counts
-    tokens = after.new_tokens - before.new_tokens
-    steps = after.denoising_forwards - before.denoising_forwards
+    made = {name: getattr(lm.counts, name) - getattr(before, name) for name in COUNTED}
+    of_ranks = ranks.gather_object((seconds, made))
+    if of_ranks is None:
+        return {}
+    seconds = max(each for each, _ in of_ranks)
+    tokens, steps, prompt_tokens = (sum(made[name] for _, made in of_ranks) for name in COUNTED)
     assert tokens == count * args.answer_tokens, "an answer ended early"
     row = {
         "questions": count,
-        "active": min(lm.engine.info.max_active, count),
+        "processes": ranks.world_size,
+        "active": min(lm.engine.info.max_active, -(-count // ranks.world_size)),
         "new_tokens": tokens,
-        "prompt_tokens": after.prompt_tokens - before.prompt_tokens,
+        "prompt_tokens": prompt_tokens,
         "seconds": round(seconds, 2),
+        "seconds_of_processes": [round(each, 2) for each, _ in of_ranks],
         "tokens_per_second": round(tokens / seconds, 1),
         "tokens_per_step": round(tokens / steps, 3),
     }
-    print("| questions | at once | new tokens each | a step | seconds | tokens/s |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| questions | processes | at once | new tokens each | a step | seconds | tokens/s |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     print(
-        f"| {count:,} | {row['active']} | {args.answer_tokens} | {row['tokens_per_step']:.2f} | {seconds:.1f} | "
-        f"{row['tokens_per_second']:,.0f} |\n",
+        f"| {count:,} | {ranks.world_size} | {row['active']} | {args.answer_tokens} | {row['tokens_per_step']:.2f} | "
+        f"{seconds:.1f} | {row['tokens_per_second']:,.0f} |\n",
         flush=True,
     )
     return row

@@ -168,9 +168,10 @@ def advance(
     follows = torch.cat([room.fits[:rows], room.fits[rows:] & _leads_to(after, changes, blocks, rows)])
     took_part = follows.view(levels, rows).long().cumprod(0).bool()
     last = (took_part.sum(0) - 1).clamp(min=0)  # (N + 1,), the level that the walk comes to
-    confidences, final_confidence = _confidences(batch, changes, drawn, took_part)
+    confidences, of_blocks = _confidences(batch, changes, drawn, took_part)
     changes = _of_walk(changes, took_part)._replace(confidence=confidences)
-    after = Blocks(*(_at(field, last) for field in after))._replace(confidence=final_confidence)
+    # torch 2.11 cannot compile a function that returns what `_replace` made, so `_replace` comes first.
+    after = Blocks(*(_at(field, last) for field in after._replace(confidence=of_blocks)))
 
     sound = took_part[0] & ~_at(changes.stuck, last)
     guesses, sizes = _guess(speculation, after, sound, token, confidence, entropy, _at(draw, last))
@@ -224,18 +225,19 @@ def _of_walk(changes: Changes, took_part: torch.Tensor) -> Changes:
 def _confidences(
     batch: BatchState, changes: Changes, drawn: Drawn, took_part: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The confidences after each level's step (R, L), and those of the blocks that the walk comes to (N + 1, L).
+    """The confidences after each level's step, and those of the blocks behind that step; (R, L) both.
 
     A token's confidence is that of the true state that it was drawn for, never that of the guess.
     """
     levels, rows = took_part.shape
-    now, after = batch.confidence, []
+    now, after, of_blocks = batch.confidence, [], []
     for level in range(levels):
         here = slice(level * rows, (level + 1) * rows)
         kept = changes.kept[here] & took_part[level][:, None]
         after.append(torch.where(kept, drawn.confidence[here], now))
         now = torch.where((changes.goes_on[here] & took_part[level])[:, None], 1.0, after[-1])
-    return torch.cat(after), now
+        of_blocks.append(now)
+    return torch.cat(after), torch.cat(of_blocks)
 
 
 def _guess(
