@@ -13,11 +13,16 @@ R = TypeVar("R")
 
 # Most compiled versions of a function. torch compiles one for each layout of the batch; its own limit of 8 is too low.
 MOST_VERSIONS = 64
+# Inductor's analysis of tilings is not made for dynamic shapes. In torch 2.11 the analysis fails on some of them.
+TILING_ANALYSIS = "triton.coalesce_tiling_analysis"
 
 
 def compiled(function: Callable[P, R], backend: str = "inductor") -> Callable[P, R]:
     """Compile a function as a whole, for any size. If torch cannot compile it, the call raises torch's error."""
-    fast = torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
+    options = None
+    if backend == "inductor" and TILING_ANALYSIS in torch._inductor.list_options():
+        options = {TILING_ANALYSIS: False}
+    fast = torch.compile(function, dynamic=True, fullgraph=True, backend=backend, options=options)
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         # Without the second setting, sizes that are equal in the first call would have to be equal in each.

@@ -59,7 +59,9 @@ def attend_kernel(
     FEWER: tl.constexpr, COLUMNS: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program takes one KV head, one tile and one split of its context."""
-    kv_head, tile, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    kv_head, split = tl.program_id(0), tl.program_id(2)
+    # A prompt's last tiles see most. They run first, so that no long program runs alone at the end.
+    tile = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
     first, count = tl.load(firsts + tile), tl.load(counts + tile)
     own_pages = pages + tl.load(sequence + tile) * width
     if count > 0:
