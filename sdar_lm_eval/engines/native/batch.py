@@ -223,11 +223,11 @@ class BatchState:
 
     def segments(self, count: int) -> Segments:
         """Choose the blocks of a forward, S = `count`; see `choose_segments`."""
-        return choose_segments(self.blocks, self.settings, self.room, count)
+        return choose_segments(self.blocks, self.settings, self.room, torch.arange(count, device=self._device))
 
     def masked_positions(self, count: int) -> Draws:
         """Choose the masked positions to draw tokens for, M = `count`; see `choose_draws`."""
-        return choose_draws(self.blocks, self.settings, self.room, count)
+        return choose_draws(self.blocks, self.settings, self.room, torch.arange(count, device=self._device))
 
     def advance(self, token: torch.Tensor, confidence: torch.Tensor, entropy: torch.Tensor) -> None:
         """Keep the drawn tokens that each strategy selects. Begin the next block where the answer goes on.

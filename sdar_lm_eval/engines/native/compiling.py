@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.fx.experimental import _config as shapes
@@ -19,10 +19,7 @@ TILING_ANALYSIS = "triton.coalesce_tiling_analysis"
 
 def compiled(function: Callable[P, R], backend: str = "inductor") -> Callable[P, R]:
     """Compile a function as a whole, for any size. If torch cannot compile it, the call raises torch's error."""
-    options = None
-    if backend == "inductor" and TILING_ANALYSIS in torch._inductor.list_options():
-        options = {TILING_ANALYSIS: False}
-    fast = torch.compile(function, dynamic=True, fullgraph=True, backend=backend, options=options)
+    fast = torch.compile(function, dynamic=True, fullgraph=True, backend=backend, options=_options(backend))
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         # Without the second setting, sizes that are equal in the first call would have to be equal in each.
@@ -33,3 +30,23 @@ def compiled(function: Callable[P, R], backend: str = "inductor") -> Callable[P,
             return fast(*args, **kwargs)
 
     return run
+
+
+def compiled_rows(function: Callable[P, R], backend: str = "inductor") -> Callable[P, R]:
+    """Compile a function as a whole, for tensors of any number of rows. All other sizes are constants."""
+    fast = torch.compile(function, dynamic=False, fullgraph=True, backend=backend, options=_options(backend))
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        for tensor in args:
+            if isinstance(tensor, torch.Tensor) and len(tensor) > 1:  # torch takes a size of 1 for a constant
+                torch._dynamo.mark_dynamic(tensor, 0)
+        with torch._dynamo.config.patch(cache_size_limit=MOST_VERSIONS):
+            return fast(*args, **kwargs)
+
+    return run
+
+
+def _options(backend: str) -> dict[str, str | int | bool | Callable[..., Any]] | None:
+    if backend == "inductor" and TILING_ANALYSIS in torch._inductor.list_options():
+        return {TILING_ANALYSIS: False}
+    return None

@@ -84,7 +84,7 @@ class Room(NamedTuple):
 
 
 def choose_segments(
-    blocks: Blocks, settings: Settings, room: Room, count: int, pages: torch.Tensor | None = None
+    blocks: Blocks, settings: Settings, room: Room, index: torch.Tensor, pages: torch.Tensor | None = None
 ) -> Segments:
     """Choose the blocks of a forward, in order. An uncommitted block precedes its successor. Writes to `room`.
 
@@ -92,14 +92,13 @@ def choose_segments(
         blocks: R blocks; the last one is never active.
         settings: of N + 1 slots.
         room: of the R blocks.
-        count: S. Blocks that do not fit are left out; segments without a block are padding.
+        index: (S,), 0 to S - 1. Blocks that do not fit are left out; segments without a block are padding.
         pages: (R,), rows of the page table; None: the slots.
     """
     slots = len(settings.length)
     ends = (blocks.active * (1 + blocks.uncommitted.long())).cumsum(0)
-    room.fits.copy_(blocks.active & (ends <= count))
+    room.fits.copy_(blocks.active & (ends <= len(index)))
     room.segment.copy_(ends - 1)
-    index = torch.arange(count, device=ends.device)
     owner = _owner(ends, room.fits, index)
     slot = owner % slots
     commits = blocks.uncommitted[owner] & (index == ends[owner] - 2)
@@ -112,7 +111,12 @@ def choose_segments(
 
 
 def choose_draws(
-    blocks: Blocks, settings: Settings, room: Room, count: int, numbers: int = 1, guessed: torch.Tensor | None = None
+    blocks: Blocks,
+    settings: Settings,
+    room: Room,
+    index: torch.Tensor,
+    numbers: int = 1,
+    guessed: torch.Tensor | None = None,
 ) -> Draws:
     """Choose the masked positions to draw tokens for. A block whose positions do not all fit waits. Writes to `room`.
 
@@ -120,7 +124,7 @@ def choose_draws(
         blocks: R blocks; the last one is never active.
         settings: of N + 1 slots.
         room: of the R blocks.
-        count: M. Draws without a position are padding.
+        index: (M,), 0 to M - 1. Draws without a position are padding.
         numbers: K, random numbers of a draw.
         guessed: (R, W), tokens that only a guess has kept; None: no block is a guess.
     """
@@ -128,9 +132,8 @@ def choose_draws(
     masked = blocks.masked & room.fits[:, None]
     wanted = masked.sum(1)
     ends = wanted.cumsum(0)
-    room.fits.logical_and_(ends <= count)
+    room.fits.logical_and_(ends <= len(index))
     room.first_draw.copy_(ends - wanted)
-    index = torch.arange(count, device=ends.device)
     owner = _owner(ends, room.fits, index)
     slot = owner % slots
     number = index - room.first_draw[owner]  # index of the position among the block's masked positions
@@ -138,7 +141,7 @@ def choose_draws(
     row = torch.where(owner == len(ends) - 1, 0, room.segment[owner] * block + column)
     step = (blocks.step[owner][:, None] + torch.arange(numbers, device=ends.device)).clamp(max=block - 1)
     drawn = uniform(settings.seed[slot][:, None], (blocks.start[owner] + column)[:, None], step, DRAW)
-    unseen = step.new_empty(count, 0) if guessed is None else guessed[owner]
+    unseen = step.new_empty(len(index), 0) if guessed is None else guessed[owner]
     return Draws(slot, row, drawn, settings.temperature[slot], settings.greedy[slot], unseen)
 
 

@@ -360,7 +360,10 @@ class Runner:
         """Run `count` segments through the model."""
         if guessing:
             assert self._speculation is not None
-            segments, addresses, source, target = self._speculate.lay_out_guesses(self._speculation, self.cache, count)
+            numbers = torch.arange(count, device=self.device)
+            segments, addresses, source, target = self._speculate.lay_out_guesses(
+                self._speculation, self.cache, numbers
+            )
             self.cache.copy(source[:count], target[:count])
         else:
             segments, addresses = self._lay_out(self.batch, self.cache, count)
@@ -370,7 +373,8 @@ class Runner:
         """Draw tokens for `count` masked positions, and advance the batch."""
         if guessing:
             assert self._speculation is not None
-            drawn = self._drawing(self._speculate.masked_positions(self._speculation, count))
+            numbers = torch.arange(count, device=self.device)
+            drawn = self._drawing(self._speculate.masked_positions(self._speculation, numbers))
             advanced = self._speculate.advance(self._speculation, self.cache, *drawn)
             self.cache.copy(advanced.source, advanced.target)
             self._speculate.write(self._speculation, advanced)

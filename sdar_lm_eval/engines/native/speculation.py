@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from sdar_lm_eval.engines.native.batch import BatchState, Guesses, Outcome, draws_of, packed, packed_size, unpack
-from sdar_lm_eval.engines.native.compiling import compiled
+from sdar_lm_eval.engines.native.compiling import compiled_rows
 from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
 from sdar_lm_eval.engines.native.layout import Draws, Room, Segments, choose_draws, choose_segments
 from sdar_lm_eval.engines.native.transfer import to_device
@@ -106,12 +106,17 @@ class Advanced(NamedTuple):
 
 
 def lay_out_guesses(
-    speculation: Speculation, cache: PagedCache, count: int
+    speculation: Speculation, cache: PagedCache, numbers: torch.Tensor
 ) -> tuple[Segments, Addresses, torch.Tensor, torch.Tensor]:
     """The segments of a step with guesses, and the addresses of their tokens.
 
+    Args:
+        speculation: the guesses, and the batch.
+        cache: the KV cache.
+        numbers: (S,), 0 to S - 1.
+
     Returns:
-        S = `count` segments, their addresses, and the keys and values to copy first: `PagedCache.copy`'s arguments.
+        S segments, their addresses, and the keys and values to copy first: `PagedCache.copy`'s arguments.
     """
     batch, rows = speculation.batch, speculation.batch.slots + 1
     blocks = _all_levels(speculation)
@@ -123,7 +128,7 @@ def lay_out_guesses(
     pages = torch.where(guessed, rows + ends - 1, slot)
     speculation.pages.copy_(pages)
     active = torch.where(level == 0, blocks.active, guessed)
-    segments = choose_segments(blocks._replace(active=active), batch.settings, speculation.room, count, pages)
+    segments = choose_segments(blocks._replace(active=active), batch.settings, speculation.room, numbers, pages)
 
     # The guesses in order. The pages of each are its own from its first segment's block on.
     owner = (ends[:, None] <= torch.arange(speculation.most_guesses, device=ends.device)).sum(0)
@@ -137,14 +142,14 @@ def lay_out_guesses(
     return segments, addresses, source, target
 
 
-def masked_positions(speculation: Speculation, count: int) -> Draws:
-    """Choose the masked positions to draw tokens for, M = `count`; see `choose_draws`."""
+def masked_positions(speculation: Speculation, numbers: torch.Tensor) -> Draws:
+    """Choose the masked positions to draw tokens for; `numbers` (M,) are 0 to M - 1. See `choose_draws`."""
     batch, blocks = speculation.batch, _all_levels(speculation)
     guessed = None
     if batch.seen is not None:
         before = torch.where(blocks.uncommitted[:, None], blocks.previous, batch.mask_token_id)
         guessed = torch.cat([blocks.tokens, before], dim=1)
-    return choose_draws(blocks, batch.settings, speculation.room, count, speculation.most + 1, guessed)
+    return choose_draws(blocks, batch.settings, speculation.room, numbers, speculation.most + 1, guessed)
 
 
 def advance(
@@ -311,13 +316,13 @@ class Functions(NamedTuple):
     """The parts of a step, plain or compiled."""
 
     lay_out_guesses: Callable[
-        [Speculation, PagedCache, int], tuple[Segments, Addresses, torch.Tensor, torch.Tensor]
+        [Speculation, PagedCache, torch.Tensor], tuple[Segments, Addresses, torch.Tensor, torch.Tensor]
     ] = lay_out_guesses
-    masked_positions: Callable[[Speculation, int], Draws] = masked_positions
+    masked_positions: Callable[[Speculation, torch.Tensor], Draws] = masked_positions
     advance: Callable[[Speculation, PagedCache, torch.Tensor, torch.Tensor, torch.Tensor], Advanced] = advance
     write: Callable[[Speculation, Advanced], None] = write
 
     def compiled(self, backend: str) -> Functions:
-        """Each part compiled: see `compiling.py`."""
-        first = compiled(self.lay_out_guesses, backend), compiled(self.masked_positions, backend)
-        return Functions(*first, compiled(self.advance, backend), compiled(self.write, backend))
+        """Each part compiled for one layout of the batch. With layouts of any size, torch would compile for minutes."""
+        first = compiled_rows(self.lay_out_guesses, backend), compiled_rows(self.masked_positions, backend)
+        return Functions(*first, compiled_rows(self.advance, backend), compiled_rows(self.write, backend))
