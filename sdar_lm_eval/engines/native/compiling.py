@@ -32,20 +32,6 @@ def compiled(function: Callable[P, R], backend: str = "inductor") -> Callable[P,
     return run
 
 
-def compiled_rows(function: Callable[P, R], backend: str = "inductor") -> Callable[P, R]:
-    """Compile a function as a whole, for tensors of any number of rows. All other sizes are constants."""
-    fast = torch.compile(function, dynamic=False, fullgraph=True, backend=backend, options=_options(backend))
-
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        for tensor in args:
-            if isinstance(tensor, torch.Tensor) and len(tensor) > 1:  # torch takes a size of 1 for a constant
-                torch._dynamo.mark_dynamic(tensor, 0)
-        with torch._dynamo.config.patch(cache_size_limit=MOST_VERSIONS):
-            return fast(*args, **kwargs)
-
-    return run
-
-
 def _options(backend: str) -> dict[str, str | int | bool | Callable[..., Any]] | None:
     if backend == "inductor" and TILING_ANALYSIS in torch._inductor.list_options():
         return {TILING_ANALYSIS: False}

@@ -13,17 +13,16 @@ from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.layout import Draws
 
 Drawn = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Tokens (M, K), their probabilities (M, K), and the entropies of their distributions in nats (M,)."""
+"""Tokens, their probabilities, and the entropies of their distributions in nats, (M,) each."""
 
 
 class Drawing:
-    """Draws tokens for each masked position, one by each of its random numbers, never the mask token.
+    """Draws a token for each masked position, never the mask token.
 
     Args:
         forward: computes hidden states and logits.
         batch: holds the settings of each slot.
         vocabulary: V.
-        guesses: most guesses of a forward.
         greedy, sampled, filtered: whether there are requests of this kind; `filtered`: sampled with top-k or top-p.
         kernels: whether to use Triton kernels.
         reproducible: whether results have to be batch-invariant: the same to the bit for any other rows.
@@ -40,7 +39,6 @@ class Drawing:
         batch: BatchState,
         vocabulary: int,
         *,
-        guesses: int,
         greedy: bool,
         sampled: bool,
         filtered: bool,
@@ -50,7 +48,6 @@ class Drawing:
         self._forward, self._batch = forward, batch
         self._greedy, self._sampled, self._filtered = greedy, sampled, filtered
         self._reproducible = reproducible
-        self._blocks = batch.slots + guesses
         self.by_kernel = kernels and not filtered and batch.seen is None
         # PyTorch's sum over a row depends on the number of rows.
         self.fixed_rows = forward.fixed_rows or (reproducible and not self.by_kernel)
@@ -58,8 +55,8 @@ class Drawing:
         self._draw: Callable[[Draws, torch.Tensor], Drawn] = self._by_kernel if self.by_kernel else self._by_pytorch
 
     def sizes(self) -> tuple[int, ...]:
-        """The sizes M that CUDA graphs are captured for, ascending, up to the most draws that a step can need."""
-        most = self._blocks * self._batch.block
+        """The sizes M that CUDA graphs are captured for, ascending, up to the most draws that all slots can need."""
+        most = self._batch.slots * self._batch.block
         if self.fixed_rows:
             return graphs.multiples(graphs.REPRODUCIBLE_ROWS, most)
         return graphs.ladder(graphs.DRAWING, most)
@@ -87,30 +84,27 @@ class Drawing:
         batch, slot, logits = self._batch, draws.slot, logits.float()
         logits[:, batch.mask_token_id] = -torch.inf
         if batch.seen is not None:
-            # The mask token that pads `guessed` is never drawn, so its penalty does not matter.
-            seen = batch.seen[slot].scatter_(1, draws.guessed, True)
-            logits = unmasking.penalize_repetition(logits, seen, batch.penalty[slot])
+            logits = unmasking.penalize_repetition(logits, batch.seen[slot], batch.settings.penalty[slot])
         if self._reproducible:
             logits = _aligned(logits)
         nothing = torch.zeros(len(slot), device=logits.device)
         results = []
         if self._greedy:
-            token, confidence = (column[:, None].expand_as(draws.number) for column in unmasking.draw_greedy(logits))
+            token, confidence = unmasking.draw_greedy(logits)
             entropy = unmasking.entropy(logits.softmax(-1)) if batch.needs_entropy else nothing
             results.append((token, confidence, entropy))
         if self._sampled:
             probabilities = unmasking.filtered_probabilities(
-                logits, draws.temperature, batch.top_k[slot], batch.top_p[slot], any_filter=self._filtered
-            )
+                logits, draws.temperature, batch.settings.top_k[slot], batch.settings.top_p[slot],
+                any_filter=self._filtered,
+            )  # fmt: skip
             token, confidence = unmasking.draw_sampled(probabilities, draws.number)
             entropy = unmasking.entropy(probabilities) if batch.needs_entropy else nothing
             results.append((token, confidence, entropy))
         if len(results) == 1:
             return results[0]
-        (best, sure, low), (token, confidence, entropy) = results
-        greedy = draws.greedy[:, None]
-        token, confidence = torch.where(greedy, best, token), torch.where(greedy, sure, confidence)
-        return token, confidence, torch.where(draws.greedy, low, entropy)
+        token, confidence, entropy = (torch.where(draws.greedy, a, b) for a, b in zip(*results, strict=True))
+        return token, confidence, entropy
 
 
 def _aligned(logits: torch.Tensor) -> torch.Tensor:

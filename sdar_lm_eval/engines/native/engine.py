@@ -13,11 +13,10 @@ from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.checks import at_least_one, check_bool, if_given
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.native.forward import attention
-from sdar_lm_eval.engines.native.in_flight import MOST_IN_FLIGHT
 from sdar_lm_eval.engines.native.loop import Finished, Loop
-from sdar_lm_eval.engines.native.options import resolve_device, resolve_dtype, resolve_kernels, resolve_speculation
+from sdar_lm_eval.engines.native.options import resolve_device, resolve_dtype, resolve_kernels
 from sdar_lm_eval.engines.native.pages import PagePool
-from sdar_lm_eval.engines.native.runner import Runner, Shape
+from sdar_lm_eval.engines.native.runner import MOST_IN_FLIGHT, Runner, Shape
 from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.engines.native.scoring.batches import Limits
 from sdar_lm_eval.engines.native.scoring.scoring import Scoring
@@ -72,8 +71,6 @@ class NativeEngine(Closable):
             different settings run one after the other. Needs kernels.
         share_prefixes: whether prompts with a common prefix share the prefix's KV, which is computed once. False is
             for comparison.
-        speculate: levels of guessed states that run beside each block's true state, 1 to 4 (`speculation.py`); "auto":
-            as many as are fastest, by measurement (`depth.py`), on a CPU none; False: none. Answers are the same.
 
     Attributes:
         device: the device that the engine computes on.
@@ -96,17 +93,12 @@ class NativeEngine(Closable):
         kernels: bool | None = None,
         reproducible: bool = False,
         share_prefixes: bool = True,
-        speculate: bool | int | str = False,
     ) -> None:
         check_rope(checkpoint)
         self._checkpoint = checkpoint
         self._one_run = OneRun("native")
         self._warm_shape: Shape | None = None  # the shape that kernels are compiled for
-        self._levels, chosen = resolve_speculation(speculate)
-        self._speculate = "auto" if chosen else self._levels
         self.device = resolve_device(device)
-        if chosen and self.device.type != "cuda":
-            self._levels = 0  # a CPU takes longer for every row: guesses would cost what they save
         self._dtype = resolve_dtype(dtype, self.device, checkpoint)
         self._max_active = if_given(at_least_one, "max_active", max_active)
         self._kv_pages = if_given(at_least_one, "kv_pages", kv_pages)
@@ -118,7 +110,7 @@ class NativeEngine(Closable):
         self.model = checkpoint.load_model(dtype=self._dtype, device=self.device, attention=attention.NAME)
         self.runner = Runner(
             self.model, checkpoint.family, checkpoint.mask_token_id, PAGE_SIZE, kernels=self._kernels,
-            reproducible=self._reproducible, levels=self._levels, chosen=chosen,
+            reproducible=self._reproducible,
         )  # fmt: skip
         if self._reproducible and not self.runner.forward.captures:
             raise UserError(
@@ -146,7 +138,6 @@ class NativeEngine(Closable):
                 "reproducible": self._reproducible,
                 "preemptions": self._preemptions,
                 "shared_prompt_tokens": self._shared_prompt_tokens,
-                **({"speculate": self._speculate} if self._levels else {}),
             },
             environment=environment(self.device),
         )
@@ -213,8 +204,7 @@ class NativeEngine(Closable):
         for index in suspects:
             self.runner.cache.clear()
             unanswered: list[int] = []
-            # A wrong guess may have a state whose logits are not finite, though the true ones are.
-            yield from self._generate(_sequences(requests, [index]), unanswered, watch, guesses=False)
+            yield from self._generate(_sequences(requests, [index]), unanswered, watch)
             if unanswered:
                 failures.add(index, not_finite(str(self._dtype)))
 
@@ -226,23 +216,14 @@ class NativeEngine(Closable):
         return list(groups.values())
 
     def _generate(
-        self,
-        sequences: list[SequenceState],
-        suspects: list[int],
-        watch: Watch | None = None,
-        *,
-        guesses: bool = True,
+        self, sequences: list[SequenceState], suspects: list[int], watch: Watch | None = None
     ) -> Iterator[Finished]:
         """Run sequences; `suspects` gets the indices of those whose logits are not finite."""
         max_active, pages = self._allocate(sequences)
-        self.runner.guessing = guesses
         pool = PagePool(pages, PAGE_SIZE)
-        # With a step in flight, the device may have begun later blocks than the one that the host knows of.
-        lookahead = 1 + (MOST_IN_FLIGHT - 1) * self.runner.blocks_of_a_step
         scheduler = Scheduler(
-            sequences, pool, max_active, PREFILL_CHUNK[self.device.type], share_prefixes=self._share_prefixes,
-            lookahead=lookahead,
-        )  # fmt: skip
+            sequences, pool, max_active, PREFILL_CHUNK[self.device.type], share_prefixes=self._share_prefixes
+        )
         loop = Loop(scheduler, self.runner, self._checkpoint.decode, self.steps_in_flight, watch)
         yield from loop.run()
         suspects += loop.suspects
@@ -303,24 +284,16 @@ class NativeEngine(Closable):
         """How many KV pages to allocate: those of the `max_active` longest requests, as far as memory allows."""
         needs = sorted((-(-sequence.longest // PAGE_SIZE) for sequence in sequences), reverse=True)
         wanted = sum(needs[:max_active])
-        private = self.runner.private_pages(max_active, max(sequence.block_length for sequence in sequences))
-        pages = min(wanted, self._kv_pages or self._pages_in_memory() - private)
+        pages = min(wanted, self._kv_pages or self._pages_in_memory())
         if pages < wanted and self._kv_pages is None and self.device.type == "cuda":
             torch.cuda.empty_cache()  # so that torch's unused memory counts as free
-            pages = min(wanted, self._pages_in_memory() - private)
+            pages = min(wanted, self._pages_in_memory())
         if needs[0] > pages:
-            pages, mib = max(pages, 0), self.runner.cache.bytes_per_page / 2**20
-            guesses = ""
-            if private and self._kv_pages is None:
-                guesses = (
-                    f" Guesses take {private:,} pages more, {private * mib:,.1f} MiB: a smaller speculate, max_active "
-                    "or block_length needs fewer."
-                )
+            mib = self.runner.cache.bytes_per_page / 2**20
             raise UserError(
                 f"a request of {max(s.longest for s in sequences):,} tokens (prompt and answer) needs {needs[0]:,} KV "
                 f"pages of {PAGE_SIZE} tokens, {needs[0] * mib:,.1f} MiB; there are {pages:,}, {pages * mib:,.1f} MiB. "
                 f"Lower max_gen_toks or max_length, or give kv_pages={needs[0]} or more where there is memory for them."
-                + guesses
             )
         return pages
 

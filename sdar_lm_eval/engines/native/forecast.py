@@ -2,9 +2,8 @@
 
 The sizes of a step are chosen when the step is launched. A GPU that waits for the host between two steps idles, so the
 host does not wait for the outcome of the steps in flight. The host keeps the last known state of each slot, and
-predicts the effect of the steps in flight: each step unmasks its quota, and no answer meets a stop token. With
-speculation a forward makes several steps: as many as the last one, and it has as many guesses. A wrong prediction costs
-time only: a block that does not fit waits for the next step, and a guess that does not fit is discarded.
+predicts the effect of the steps in flight: each step unmasks its quota, and no answer meets a stop token. A wrong
+prediction costs time only: a block that does not fit waits for the next step.
 """
 
 from __future__ import annotations
@@ -30,14 +29,10 @@ class Forecast:
     Args:
         slots: N.
         block: L, the longest block length.
-        levels: G, levels of guesses.
-        most_guesses: of a forward.
     """
 
-    def __init__(self, slots: int, block: int, levels: int = 0, most_guesses: int = 0) -> None:
-        self._block, self._most_guesses = block, most_guesses
-        self._guesses = np.zeros((levels, 2, slots), dtype=np.int64)  # segments and draws, after the last known step
-        self._depth = 0
+    def __init__(self, slots: int, block: int) -> None:
+        self._block = block
         self._known = _Slots(slots, block)
         self._launched = self._learned = 0  # numbers of steps
         self._entered = np.zeros(slots, dtype=np.int64)  # slot -> the first step that its sequence can take part in
@@ -55,30 +50,16 @@ class Forecast:
         """Sequences leave the batch."""
         self._known.active[slots] = False
 
-    @property
-    def active(self) -> int:
-        """Number of active slots, as far as the host knows."""
-        return int(self._known.active.sum())
-
-    def sizes(self, depth: int = 0) -> tuple[int, int]:
-        """Segments and draws of the next step; (0, 0) where no slot is active.
-
-        Args:
-            depth: levels of guesses that the step runs.
-        """
-        self._depth = depth
+    def sizes(self) -> tuple[int, int]:
+        """Segments and draws of the next step; (0, 0) where no slot is active."""
         segments, masked = self._predicted = self._predict()
-        if segments and (depth or self._learned < self._launched):
-            active = self.active
-            guesses = min(active * depth, self._most_guesses)
-            wanted = np.array([segments, masked])
-            if self._learned < self._launched:
-                wanted += np.ceil(self._slack).astype(int)
-                # At least one slot has to fit, otherwise the batch would never advance.
-                free = np.array([max(FREE_ROWS // self._block, 2), max(FREE_ROWS, self._block)])
-                wanted = np.maximum(wanted, free)
-            most = (active + guesses) * np.array([2, self._block])
-            segments, masked = np.minimum(wanted, most).tolist()
+        if segments and self._learned < self._launched:
+            active = int(self._known.active.sum())
+            wanted = np.array([segments, masked]) + np.ceil(self._slack).astype(int)
+            # At least one slot has to fit, otherwise the batch would never advance.
+            free = np.array([max(FREE_ROWS // self._block, 2), max(FREE_ROWS, self._block)])
+            most = active * np.array([2, self._block])
+            segments, masked = np.minimum(np.maximum(wanted, free), most).tolist()
         return segments, masked
 
     def launched(self) -> None:
@@ -89,20 +70,13 @@ class Forecast:
     def learn(self, outcome: Outcome) -> None:
         """Update the known state with the outcome of the oldest step in flight."""
         known = self._known
-        present = known.active & (self._entered <= self._learned)
-        pace = np.zeros_like(known.pace)
-        for step in (outcome, *outcome.later):
-            current = step.took_part & present
-            known.advance(current, step.masked, step.goes_on)
-            pace += current
-        known.pace = np.where(outcome.took_part & present, pace, known.pace)
-        for level, guesses in enumerate(outcome.guesses):
-            self._guesses[level] = guesses.segments * present, guesses.draws * present
+        current = outcome.took_part & known.active & (self._entered <= self._learned)
+        known.advance(current, outcome.masked, outcome.goes_on)
         self._learned += 1
         self._expected.pop(0)
         if self._expected:
             present = known.active & (self._entered <= self._learned)
-            missing = np.maximum(self._with_guesses(known, present) - self._expected[0], 0)
+            missing = np.maximum(np.array(known.counts(present)) - self._expected[0], 0)
             self._slack = SLACK_DECAY * self._slack + (1 - SLACK_DECAY) * missing
 
     def _predict(self) -> tuple[int, int]:
@@ -112,13 +86,7 @@ class Forecast:
             slots = copy.deepcopy(slots)
             for step in range(self._learned, self._launched):
                 slots.advance_by_quota(slots.active & (self._entered <= step))
-        segments, masked = self._with_guesses(slots, slots.active).tolist()
-        return segments, masked
-
-    def _with_guesses(self, known: _Slots, slots: np.ndarray) -> np.ndarray:
-        """Segments and draws of some slots, with the guesses that were known last: they are about as many each time."""
-        sizes: np.ndarray = np.array(known.counts(slots)) + self._guesses[: self._depth, :, slots].sum(axis=(0, 2))
-        return sizes
+        return slots.counts(slots.active)
 
 
 class _Slots:
@@ -128,7 +96,6 @@ class _Slots:
         self.active, self.uncommitted = np.zeros((2, slots), dtype=bool)
         self.masked, self.length, self.given, self.remaining, self.step = np.zeros((5, slots), dtype=np.int64)
         self.quotas = np.ones((slots, block), dtype=np.int64)
-        self.pace = np.ones(slots, dtype=np.int64)  # steps that the last forward made
 
     def begin(self, sequence: SequenceState) -> None:
         slot, decoding = sequence.slot, sequence.request.decoding
@@ -137,7 +104,7 @@ class _Slots:
         self.given[slot] = len(sequence.tokens) - sequence.block_start
         self.masked[slot] = self.length[slot] - self.given[slot]
         self.remaining[slot] = sequence.request.max_new_tokens - sequence.num_new_tokens
-        self.quotas[slot] = self.pace[slot] = 1
+        self.quotas[slot] = 1
         if STRATEGIES[decoding.remasking_strategy].uses_schedule:
             self.quotas[slot, : len(decoding.quotas)] = decoding.quotas
 
@@ -146,11 +113,9 @@ class _Slots:
         return int((slots * (1 + self.uncommitted)).sum()), int(self.masked[slots].sum())
 
     def advance_by_quota(self, slots: np.ndarray) -> None:
-        """Predict a forward of some slots: each step unmasks its quota, and no answer meets a stop token."""
-        for number in range(int(self.pace[slots].max(initial=1))):
-            quota = self.quotas[np.arange(len(self.step)), self.step]
-            now = slots & self.active & (self.pace > number)
-            self.advance(now, np.maximum(self.masked - quota, 0), self.length - self.given < self.remaining)
+        """Predict a step of some slots: each unmasks its quota, and no answer meets a stop token."""
+        quota = self.quotas[np.arange(len(self.step)), self.step]
+        self.advance(slots, np.maximum(self.masked - quota, 0), self.length - self.given < self.remaining)
 
     def advance(self, slots: np.ndarray, masked: np.ndarray, goes_on: np.ndarray) -> None:
         """Advance some slots by a step.

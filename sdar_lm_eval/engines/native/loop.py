@@ -17,7 +17,7 @@ from sdar_lm_eval.engines.native.batch import Outcome
 from sdar_lm_eval.engines.native.runner import Runner
 from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.engines.runs import is_out_of_memory
-from sdar_lm_eval.engines.types import BlockStep, GenerationResult, Speculated, Watch
+from sdar_lm_eval.engines.types import BlockStep, GenerationResult, Watch
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -121,8 +121,8 @@ class Loop:
     def _launch(self) -> bool:
         """Launch a step; return whether there was anything to run."""
         running = self._scheduler.running
-        # With a step in flight, the device may have begun a later block than the one that the host knows of.
-        blocks = self._most_in_flight * self._runner.blocks_of_a_step
+        # With a step in flight, the device may have begun the block after the one that the host knows of.
+        blocks = self._most_in_flight
         context = max((min(s.block_start + blocks * s.block_length, s.longest) for s in running), default=0)
         if not running or not self._runner.launch(context):
             return False
@@ -132,13 +132,6 @@ class Loop:
     def _settle(self) -> None:
         """Collect the oldest step in flight, and update its sequences."""
         outcome, occupants = self._runner.collect(), self._in_flight.popleft()
-        if outcome.guesses:
-            _count_guesses(outcome, occupants)
-        for step in (outcome, *outcome.later):
-            self._settle_step(step, occupants, guessed=step is not outcome)
-
-    def _settle_step(self, outcome: Outcome, occupants: dict[int, Occupant], *, guessed: bool) -> None:
-        """Update the sequences of one step; `guessed`: its states were guessed."""
         any_stuck = outcome.stuck.any()
         for slot in outcome.took_part.nonzero()[0].tolist():
             sequence, epoch = occupants[slot]
@@ -150,7 +143,6 @@ class Loop:
                 continue
             sequence.denoising_forwards += 1
             sequence.commit_forwards += int(outcome.committed[slot])
-            sequence.right_guesses += guessed
             start = sequence.num_new_tokens
             reason = self._decide(sequence, outcome) if outcome.decided[slot] else ""
             if self._watch is not None:
@@ -233,16 +225,6 @@ class Loop:
         )
 
 
-def _count_guesses(outcome: Outcome, occupants: dict[int, Occupant]) -> None:
-    """Count the forward, and the guesses that went through the model in it."""
-    guesses = np.sum([level.ran for level in outcome.guesses], axis=0)
-    for slot in outcome.took_part.nonzero()[0].tolist():
-        sequence, epoch = occupants[slot]
-        if sequence.epoch == epoch:
-            sequence.passes += 1
-            sequence.guesses += int(guesses[slot])
-
-
 def _block_step(sequence: SequenceState, slot: int, start: int, outcome: Outcome, reason: str) -> BlockStep:
     """What a step made of a sequence's block; `start` is the number of new tokens before the block."""
     decided = bool(outcome.decided[slot])
@@ -273,5 +255,4 @@ def _result(sequence: SequenceState, reason: str) -> GenerationResult:
         unmasked_at=tuple(sequence.unmasked_at) if recorded else None,
         confidences=tuple(sequence.confidences) if recorded else None,
         forced_tokens=sequence.forced_tokens,
-        speculation=Speculated(sequence.passes, sequence.guesses, sequence.right_guesses) if sequence.passes else None,
     )

@@ -12,7 +12,6 @@ from sdar_lm_eval.checks import check_bool
 from sdar_lm_eval.errors import UserError
 
 DEVICE_TYPES = ("cpu", "cuda")
-MOST_LEVELS = 4  # of guesses
 
 
 def resolve_device(device: str) -> torch.device:
@@ -52,19 +51,6 @@ def resolve_kernels(kernels: bool | None, device: torch.device) -> bool:
     if kernels and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(f"kernels=true needs a GPU, and the device is {device}; leave kernels out, or set it to false.")
     return kernels
-
-
-def resolve_speculation(speculate: bool | int | str) -> tuple[int, bool]:
-    """The most levels of guesses, 0 for none; and whether each step chooses its levels.
-
-    Raises:
-        UserError: the value is neither false, nor auto, nor 1 to `MOST_LEVELS`.
-    """
-    levels = {"false": 0, "auto": MOST_LEVELS} | {str(level): level for level in range(1, MOST_LEVELS + 1)}
-    given = str(speculate).strip().lower()
-    if given not in levels:
-        raise UserError(f"speculate={speculate!r} is unknown; choose false, auto, or 1 to {MOST_LEVELS}.")
-    return levels[given], given == "auto"
 
 
 def resolve_dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:

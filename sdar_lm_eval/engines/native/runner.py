@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,26 +14,23 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from sdar_lm_eval.engines.native import speculation
 from sdar_lm_eval.engines.native.batch import BatchState, Outcome, unpack
 from sdar_lm_eval.engines.native.compiling import compiled
-from sdar_lm_eval.engines.native.depth import Depths
 from sdar_lm_eval.engines.native.drawing import Drawing
 from sdar_lm_eval.engines.native.forecast import Forecast
 from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
 from sdar_lm_eval.engines.native.forward.graphs import Graphs, rounded_up
 from sdar_lm_eval.engines.native.forward.modules import ModulesForward
-from sdar_lm_eval.engines.native.in_flight import InFlight, Step
 from sdar_lm_eval.engines.native.layout import Segments
 from sdar_lm_eval.engines.native.scheduler import Chunk, SequenceState
-from sdar_lm_eval.engines.native.speculation import Speculation, most_guesses
 from sdar_lm_eval.errors import EngineError
 from sdar_lm_eval.families.base import Family
 
 logger = logging.getLogger(__name__)
 
 FEWEST = 2  # of each size below: `torch.compile` takes a size of 1 for a constant, so 1 would be compiled by itself
+MOST_IN_FLIGHT = 2  # steps that are launched and not collected
 
 
 @dataclass(frozen=True)
@@ -97,12 +95,9 @@ class Runner:
             `torch.compile` for the batch's state.
         reproducible: whether results have to be batch-invariant: the same to the bit whatever else is in the batch.
             Needs the fused forward, and sequences that all have the same settings.
-        levels: G, most levels of guesses; 0: no speculation.
-        chosen: whether each step runs the levels that are fastest by measurement, on a GPU; otherwise all G.
 
     Attributes:
         shape: the shape that memory is allocated for; None: no memory is. Another object where graphs were dropped.
-        guessing: whether steps may run guesses.
     """
 
     def __init__(
@@ -114,8 +109,6 @@ class Runner:
         *,
         kernels: bool,
         reproducible: bool = False,
-        levels: int = 0,
-        chosen: bool = False,
     ) -> None:
         self._vocabulary, self._mask_token_id = int(model.config.vocab_size), mask_token_id
         self.device: torch.device = model.device
@@ -125,13 +118,10 @@ class Runner:
         if on_gpu:
             self._on_device = torch.cuda.device(self.device)
         self._kernels, self._reproducible = kernels, reproducible
-        self._levels, self._chosen, self.guessing = levels, chosen, True
-        self._depths: Depths | None = None
         self._lay_out, self._masked_positions, self._advance = lay_out, BatchState.masked_positions, BatchState.advance
-        self._speculate = speculation.Functions()
         if kernels and on_gpu:
             self.compile()
-        self.cache = PagedCache(model, page_size, kernels=kernels)
+        self.cache = PagedCache(model, page_size)
         self.forward = self._forward_of(model, family)
         self.shape: Shape | None = None
 
@@ -151,7 +141,6 @@ class Runner:
         self._lay_out = compiled(lay_out, backend)
         self._masked_positions = compiled(BatchState.masked_positions, backend)
         self._advance = compiled(BatchState.advance, backend)
-        self._speculate = speculation.Functions().compiled(backend)
 
     # Memory
 
@@ -168,45 +157,39 @@ class Runner:
             shape = self.shape.grown_to(shape)
         if shape != self.shape:
             self._reserve(shape)
-        self.batch.active.fill_(False)
-        guesses = most_guesses(self.batch.slots, self._levels)
-        self._forecast = Forecast(self.batch.slots, self.batch.block, self._levels, guesses)
-        self._in_flight.clear()
-        self._depth = 0  # of the last step
-        self._undisturbed = False  # whether nothing but the last step ran on the device since the step before it
+        self.batch.blocks.active.fill_(False)
+        self._forecast = Forecast(self.batch.slots, self.batch.block)
+        # For each step in flight: the host buffer of its outcome, and the event after which the copy is complete.
+        self._in_flight: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def _reserve(self, shape: Shape) -> None:
         self.shape = None
         self._forward_graphs = self._draw_graphs = None
-        guesses = most_guesses(shape.slots, self._levels)
-        self.cache.reserve(shape.pages, shape.slots, shape.width, guesses, self.cache.pages_of_a_guess(shape.block))
+        self.cache.reserve(shape.pages, shape.slots, shape.width)
         self.batch = BatchState(
             shape.slots, shape.block, shape.stops, self._vocabulary, self._mask_token_id,
             strategies=shape.strategies, penalized=shape.penalized, device=self.device,
         )  # fmt: skip
         self._drawing = Drawing(
-            self.forward, self.batch, self._vocabulary, guesses=guesses, greedy=shape.greedy, sampled=shape.sampled,
+            self.forward, self.batch, self._vocabulary, greedy=shape.greedy, sampled=shape.sampled,
             filtered=shape.filtered, kernels=self._kernels, reproducible=self._reproducible,
         )  # fmt: skip
-        self._speculation = Speculation(self.batch, self._levels, self.device) if self._levels else None
         if self._kernels and not self._drawing.by_kernel:
             logger.info(
                 "With top_k, top_p or repetition_penalty PyTorch draws the tokens, without a CUDA graph: slower."
             )
-        self._segment_sizes = self.forward.sizes(2 * (shape.slots + guesses), shape.block)
+        self._segment_sizes = self.forward.sizes(2 * shape.slots, shape.block)
         self._draw_sizes = self._drawing.sizes()
         self.forward.reserve(self._segment_sizes[-1], shape.block, shape.width * self.cache.page_size)
         on_gpu = self.device.type == "cuda"
         self._forward_graphs = Graphs(self._forward, self._segment_sizes, enabled=on_gpu and self.forward.captures)
         self._draw_graphs = Graphs(self._draw, self._draw_sizes, enabled=on_gpu and self._drawing.by_kernel)
-        self._depths = Depths(self._levels, shape.block) if self._chosen and self._levels else None
-        packed = [self.batch.packed] if self._speculation is None else [self.batch.packed, self._speculation.packed]
-        self._in_flight = InFlight(packed, timed=self._depths is not None)
+        packed = self.batch.packed
+        # One buffer for each step that can be in flight.
+        self._host_buffers = itertools.cycle(
+            [torch.empty_like(packed, device="cpu", pin_memory=on_gpu) for _ in range(MOST_IN_FLIGHT)]
+        )
         self.shape = shape
-
-    def private_pages(self, slots: int, block: int) -> int:
-        """Pages that guesses need beside those of the pool, for N slots and blocks of L tokens."""
-        return most_guesses(max(slots, FEWEST), self._levels) * self.cache.pages_of_a_guess(block)
 
     @torch.no_grad()
     def capture(self, shortest: int, longest: int, seconds: float) -> None:
@@ -224,11 +207,10 @@ class Runner:
         with self._on_device:
             self.forward.compile()
             until = time.perf_counter() + seconds
-            for guessing in self._kinds_of_steps():
-                for size in reversed(self._draw_sizes):
-                    self._draw_graphs.prepare(size, guessing, until=until)
-                for context, size in itertools.product(contexts, reversed(self._segment_sizes)):
-                    self._forward_graphs.prepare(size, context, guessing, until=until)
+            for size in reversed(self._draw_sizes):
+                self._draw_graphs.prepare(size, until=until)
+            for context, size in itertools.product(contexts, reversed(self._segment_sizes)):
+                self._forward_graphs.prepare(size, context, until=until)
 
     def out_of_memory(self, pages: int | None = None) -> EngineError:
         """The error of a run that memory does not suffice for. `pages` were asked for; None: the allocated ones."""
@@ -254,8 +236,6 @@ class Runner:
         """Put sequences into the batch; their prompts are prefilled."""
         if sequences:
             self.batch.begin(sequences)
-            if self._speculation is not None:
-                self._speculation.forget([sequence.slot for sequence in sequences])
             self._forecast.begin(sequences)
 
     def run_only(self, sequences: Sequence[SequenceState]) -> None:
@@ -272,7 +252,6 @@ class Runner:
     @torch.no_grad()
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         """Store keys and values of chunks."""
-        self._undisturbed = False
         with self._on_device:
             self.forward.prefill(chunks)
 
@@ -290,97 +269,49 @@ class Runner:
         Returns:
             Whether there was anything to run.
         """
-        active = self._forecast.active
-        depth, counts = self._depth_of(active)
-        segments, draws = self._forecast.sizes(depth)
+        segments, draws = self._forecast.sizes()
         if not segments:
             return False
         assert self._forward_graphs is not None
         assert self._draw_graphs is not None
-        guessing = depth > 0
+        assert len(self._in_flight) < MOST_IN_FLIGHT
+        event = None
         with self._on_device:
-            self._set_depth(depth)
             # `Graphs` rounds a size up only where graphs are captured; fixed rows need it everywhere.
             if self.forward.fixed_rows:
                 segments = rounded_up(self._segment_sizes, segments)
             if self._drawing.fixed_rows:
                 draws = rounded_up(self._draw_sizes, draws)
-            captured = self._captured
-            self._forward_graphs(segments, self.forward.context_key(context), guessing)
-            self._draw_graphs(draws, guessing)
-            counts = counts and self._undisturbed and captured == self._captured  # a capture takes time
-            self._in_flight.launched(Step(depth, active, counts))
-        self._undisturbed = True
+            self._forward_graphs(segments, self.forward.context_key(context))
+            self._draw_graphs(draws)
+            buffer = next(self._host_buffers)
+            buffer.copy_(self.batch.packed, non_blocking=True)
+            if self.device.type == "cuda":
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record()
+        self._in_flight.append((buffer, event))
         self._forecast.launched()
         return True
 
-    def _kinds_of_steps(self) -> tuple[bool, ...]:
-        """Whether steps have guesses: of all kinds of steps that a run has, the most frequent one first."""
-        if self._depths is not None:
-            return False, True
-        return (self._levels > 0,)
-
-    @property
-    def _captured(self) -> int:
-        graphs = (self._forward_graphs, self._draw_graphs)
-        return sum(each.captured for each in graphs if each is not None)
-
-    def _depth_of(self, active: int) -> tuple[int, bool]:
-        """The levels of guesses of the next step, and whether the step is to be measured."""
-        if not self.guessing:
-            return 0, False
-        return (self._levels, False) if self._depths is None else self._depths.next(active)
-
-    def _set_depth(self, depth: int) -> None:
-        if self._speculation is not None and depth != self._depth:
-            if depth == 0:
-                self._speculation.forget(range(self.batch.slots))
-            self._speculation.depth.fill_(depth)
-        self._depth = depth
-
     def collect(self) -> Outcome:
         """Wait for the oldest step in flight, and return its outcome."""
-        step, numbers, seconds = self._in_flight.collect()
-        if step.depth:
-            assert self._speculation is not None
-            outcome = self._speculation.unpack(numbers)
-        else:
-            outcome = unpack(numbers, self.batch.slots, self.batch.block)
+        buffer, event = self._in_flight.popleft()
+        if event is not None:
+            event.synchronize()
+        # A later step overwrites the buffer.
+        outcome = unpack(buffer.numpy().copy(), self.batch.slots, self.batch.block)
         self._forecast.learn(outcome)
-        if self._depths is not None and seconds is not None:
-            self._depths.measured(step.active, step.depth, outcome.steps_of_a_sequence, seconds)
         return outcome
 
-    @property
-    def blocks_of_a_step(self) -> int:
-        """Most blocks that a step can decide for one sequence."""
-        return 2 if self._levels else 1
-
-    def _forward(self, count: int, context: int, guessing: bool) -> None:
+    def _forward(self, count: int, context: int) -> None:
         """Run `count` segments through the model."""
-        if guessing:
-            assert self._speculation is not None
-            numbers = torch.arange(count, device=self.device)
-            segments, addresses, source, target = self._speculate.lay_out_guesses(
-                self._speculation, self.cache, numbers
-            )
-            self.cache.copy(source[:count], target[:count])
-        else:
-            segments, addresses = self._lay_out(self.batch, self.cache, count)
+        segments, addresses = self._lay_out(self.batch, self.cache, count)
         self.forward.run(segments, addresses, context)
 
-    def _draw(self, count: int, guessing: bool) -> None:
+    def _draw(self, count: int) -> None:
         """Draw tokens for `count` masked positions, and advance the batch."""
-        if guessing:
-            assert self._speculation is not None
-            numbers = torch.arange(count, device=self.device)
-            drawn = self._drawing(self._speculate.masked_positions(self._speculation, numbers))
-            advanced = self._speculate.advance(self._speculation, self.cache, *drawn)
-            self.cache.copy(advanced.source, advanced.target)
-            self._speculate.write(self._speculation, advanced)
-        else:
-            token, confidence, entropy = self._drawing(self._masked_positions(self.batch, count))
-            self._advance(self.batch, token[:, 0], confidence[:, 0], entropy)
+        token, confidence, entropy = self._drawing(self._masked_positions(self.batch, count))
+        self._advance(self.batch, token, confidence, entropy)
 
 
 def lay_out(batch: BatchState, cache: PagedCache, count: int) -> tuple[Segments, Addresses]:

@@ -2,9 +2,8 @@
 
 A sequence waits until it is admitted: it gets a slot, and pages for its prompt and its first blocks. Its prompt is
 prefilled up to the last full block. Its blocks are then denoised one after the other, with pages for the current block
-and the blocks that the device may begin. When the pages run out, the youngest running sequence is preempted: it
-releases its pages and waits at the front of the queue. A preempted sequence keeps its decided tokens and prefills them
-again, so only time is lost.
+and the next one. When the pages run out, the youngest running sequence is preempted: it releases its pages and waits at
+the front of the queue. A preempted sequence keeps its decided tokens and prefills them again, so only time is lost.
 A sequence whose thought is closed gets tokens that no step drew (`insert`), and begins again behind them.
 
 A prompt whose prefix is cached shares the pages of this prefix (`pages.py`), and is prefilled from the prefix's end on.
@@ -43,9 +42,6 @@ class SequenceState:
         started_at: `time.perf_counter()` at the first forward; None before it.
         forced_tokens: decided tokens that no step drew.
         steps_before: denoising steps of the current block before the sequence entered the batch again within it.
-        passes: forwards of the model in which the sequence was denoised.
-        guesses: guessed states that went through the model.
-        right_guesses: guessed states that came about, and were used.
     """
 
     index: int
@@ -64,9 +60,6 @@ class SequenceState:
     confidences: list[float] = field(default_factory=list)
     forced_tokens: int = 0
     steps_before: int = 0
-    passes: int = 0
-    guesses: int = 0
-    right_guesses: int = 0
 
     @property
     def block_length(self) -> int:
@@ -98,9 +91,10 @@ class SequenceState:
         """Tokens of the sequence at its length limit, rounded up to whole blocks."""
         return self.request.longest
 
-    def lookahead_end(self, blocks: int) -> int:
-        """Position up to which the sequence needs pages: `blocks` blocks from the current one on, or the limit."""
-        return min(self.block_start + blocks * self.block_length, self.longest)
+    @property
+    def lookahead_end(self) -> int:
+        """Position up to which the sequence needs pages: the end of the next block, which the device may begin."""
+        return min(self.block_start + 2 * self.block_length, self.longest)
 
 
 class Chunk(NamedTuple):
@@ -142,8 +136,6 @@ class Scheduler:
         max_active: number of slots: most sequences that run at once.
         prefill_chunk: prompt tokens that a step prefills, rounded to whole blocks: less than one block more.
         share_prefixes: whether prompts with a common prefix share pages.
-        lookahead: blocks that a running sequence has pages for: the current one, and those that the device may begin
-            before the next plan.
 
     Attributes:
         preemptions: how often a sequence was preempted.
@@ -158,14 +150,13 @@ class Scheduler:
         prefill_chunk: int,
         *,
         share_prefixes: bool = True,
-        lookahead: int = 2,
     ) -> None:
         self.pool = pool
         self.waiting = deque(sequences)
         self.running: list[SequenceState] = []  # in order of admission
         self.preemptions = 0
         self.shared_prompt_tokens = 0
-        self._share_prefixes, self._lookahead = share_prefixes, lookahead
+        self._share_prefixes = share_prefixes
         self._free_slots = list(range(max_active - 1, -1, -1))
         self._prefill_limit = Allowance(prefill_chunk)
         self._active_limit = Allowance(max_active)
@@ -197,7 +188,7 @@ class Scheduler:
         ends = {sequence.index: end for sequence, _, end in prefill}
         starting = [s for s in ready if ends.get(s.index, s.cached) >= s.block_start]
         written = [(s.pages, start, end) for s, start, end in prefill]
-        written += [(s.pages, s.block_start, s.lookahead_end(self._lookahead)) for s in starting]
+        written += [(s.pages, s.block_start, s.lookahead_end) for s in starting]
         for pages, start, end in written:
             touched = pages[start // self.pool.page_size : self.pool.pages_for(end)]
             assert all(map(self.pool.may_write, touched)), "a page that other sequences read would be written"
@@ -274,7 +265,7 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.slot < 0:
                 continue  # preempted in this loop
-            missing = self.pool.pages_for(sequence.lookahead_end(self._lookahead)) - len(sequence.pages)
+            missing = self.pool.pages_for(sequence.lookahead_end) - len(sequence.pages)
             while missing > self.pool.free_pages and sequence.slot >= 0:
                 preempted.append(self.running[-1].slot)
                 self.preempt(self.running[-1])
@@ -294,7 +285,7 @@ class Scheduler:
             sequence = self.waiting[0]
             prompt, length = sequence.request.prompt_ids, sequence.block_length
             shared = self.pool.match_prefix(prompt, length)
-            unshared = self.pool.pages_for(sequence.lookahead_end(self._lookahead)) - len(shared)
+            unshared = self.pool.pages_for(sequence.lookahead_end) - len(shared)
             needed = unshared + self.pool.idle(shared)
             if self.pool.free_pages < needed + growing and (self.running or self.pool.free_pages < needed):
                 break

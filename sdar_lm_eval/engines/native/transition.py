@@ -1,7 +1,7 @@
 """The transition of blocks by a denoising step: drawn tokens are kept, a block is decided, the next block begins.
 
 A block without masked positions is decided, and the next block begins. The last block of an answer is decided once no
-position before the answer's end is masked. A step's transition and the guesses of later steps are the same function.
+position before the answer's end is masked.
 
 The functions have fixed shapes and never read a value on the host: `torch.compile` and CUDA graphs need both.
 
@@ -66,8 +66,11 @@ class Settings(NamedTuple):
         quotas: (N + 1, L), tokens that each step of the schedule unmasks.
         stop_ids: (N + 1, stops), padded with a number that is no token.
         seed: seed of the sequence's draws.
-        temperature: 1 for a greedy sequence.
         greedy: whether the sequence takes the most probable token.
+        temperature: 1 for a greedy sequence.
+        top_k: 0 where off.
+        top_p: 1 where off.
+        penalty: the repetition penalty; 1 where off.
     """
 
     length: torch.Tensor
@@ -76,8 +79,11 @@ class Settings(NamedTuple):
     quotas: torch.Tensor
     stop_ids: torch.Tensor
     seed: torch.Tensor
-    temperature: torch.Tensor
     greedy: torch.Tensor
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    penalty: torch.Tensor
 
 
 class Drawn(NamedTuple):

@@ -74,18 +74,18 @@ def filtered_probabilities(
 
 
 def draw_sampled(probabilities: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw K tokens a row by inverting the cumulative distribution in order of token ids.
+    """Draw a token a row by inverting the cumulative distribution in order of token ids.
 
-    probabilities (R, V), uniform (R, K) in [0, 1); returns tokens (R, K) int64 and their probabilities (R, K).
+    probabilities (R, V), uniform (R,) in [0, 1); returns tokens (R,) int64 and their probabilities (R,).
     """
     cumulative = probabilities.cumsum(dim=-1)
     total = cumulative[:, -1:]
     # The target is strictly below the total: the first cumulative value above it has a token of positive probability.
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, target, right=True)
+    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     # A row of NaN yields an index past the vocabulary. Such a row gets token 0, and its confidence is NaN.
     tokens = tokens.masked_fill(tokens == probabilities.shape[-1], 0)
-    return tokens, probabilities.gather(-1, tokens)
+    return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1)
 
 
 def entropy(probabilities: torch.Tensor) -> torch.Tensor:

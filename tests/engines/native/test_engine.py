@@ -223,7 +223,7 @@ def test_a_step_launched_ahead_of_the_host_changes_nothing(tiny, mixed, monkeypa
     launch, waited = engine.runner.launch, []
 
     def counting(context):
-        state, active = engine.runner.batch, int(engine.runner.batch.active.sum())
+        state, active = engine.runner.batch, int(engine.runner.batch.blocks.active.sum())
         launched = launch(context)
         waited.append(active - int(state.room.fits.sum()) if launched else 0)
         return launched
@@ -444,7 +444,9 @@ class TestWarmUp:
         engine = make_engine("native", tiny, device="cpu", max_active=4, kv_pages=14)
         launch, active = engine.runner.launch, []
         monkeypatch.setattr(
-            engine.runner, "launch", lambda c: (active.append(int(engine.runner.batch.active.sum())), launch(c))[1]
+            engine.runner,
+            "launch",
+            lambda c: (active.append(int(engine.runner.batch.blocks.active.sum())), launch(c))[1],
         )
         engine.prepare(requests)
         assert not active  # the CPU has nothing to compile
@@ -578,7 +580,7 @@ class TestErrors:
         launch, active = engine.runner.launch, []
 
         def fails_once(context):
-            active.append(int(engine.runner.batch.active.sum()))
+            active.append(int(engine.runner.batch.blocks.active.sum()))
             if len(active) == 3:
                 raise error
             return launch(context)
@@ -597,7 +599,7 @@ class TestErrors:
             work = getattr(engine.runner, at)
 
             def fails_for_many(given, engine=engine, work=work):
-                if engine.runner.batch.active.sum() > 3 or (isinstance(given, list) and len(given) > 3):
+                if engine.runner.batch.blocks.active.sum() > 3 or (isinstance(given, list) and len(given) > 3):
                     raise torch.OutOfMemoryError
                 return work(given)
 

@@ -44,9 +44,9 @@ class Device:
         )
 
     def needs(self):
-        state = self.state
-        segments = int((state.active * (1 + state.uncommitted.long())).sum())
-        return segments, int((state.masked & state.active[:, None]).sum())
+        blocks = self.state.blocks
+        segments = int((blocks.active * (1 + blocks.uncommitted.long())).sum())
+        return segments, int((blocks.masked & blocks.active[:, None]).sum())
 
     def step(self, segments, draws):
         self.state.segments(segments)
@@ -104,7 +104,7 @@ def test_steps_that_follow_a_schedule_are_predicted(strategy, whole_blocks, monk
         if len(outcomes) == 2 or not sizes[0]:
             known.learn(outcomes.pop(0))
     assert len(expected) > 20
-    assert not device.state.active.any()
+    assert not device.state.blocks.active.any()
 
 
 def test_slack_grows_where_forecasts_are_too_low(monkeypatch):

@@ -12,7 +12,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 layers = pytest.importorskip("sdar_lm_eval.engines.native.kernels.layers", exc_type=ImportError)
 kernels = pytest.importorskip("sdar_lm_eval.engines.native.kernels.attention", exc_type=ImportError)
 drawing = pytest.importorskip("sdar_lm_eval.engines.native.kernels.drawing", exc_type=ImportError)
-paging = pytest.importorskip("sdar_lm_eval.engines.native.kernels.paging", exc_type=ImportError)
 
 from sdar_lm_eval.engines.native import unmasking  # noqa: E402
 
@@ -222,20 +221,18 @@ def test_draw(dtype, vocabulary):
     greedy = torch.tensor([True, True, True, False, False, False], device=DEVICE)
     temperature = torch.tensor([1, 1, 1, 1, 0.5, 2], device=DEVICE)
     number = torch.tensor([0, 0, 0, 0.999999, 0.3, 0.0], device=DEVICE)
-    numbers = torch.stack([number, (number + 0.37) % 1], dim=1)
-    token, confidence, entropy = drawing.draw(logits, temperature, numbers, greedy, mask_token)
+    token, confidence, entropy = drawing.draw(logits, temperature, number, greedy, mask_token)
 
     reference = logits.float()
     reference[:, mask_token] = -torch.inf
     best, sure = unmasking.draw_greedy(reference)
     probabilities = (reference / temperature[:, None]).softmax(-1)
-    drawn, likely = unmasking.draw_sampled(probabilities, numbers)
-    assert torch.equal(token, torch.where(greedy[:, None], best[:, None], drawn))
-    expected = torch.where(greedy[:, None], sure[:, None], likely)
-    torch.testing.assert_close(confidence, expected, rtol=1e-4, atol=1e-6)
+    drawn, likely = unmasking.draw_sampled(probabilities, number)
+    assert torch.equal(token, torch.where(greedy, best, drawn))
+    torch.testing.assert_close(confidence, torch.where(greedy, sure, likely), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(entropy, unmasking.entropy(probabilities), rtol=1e-3, atol=1e-4)
 
-    without = drawing.draw(logits, temperature, numbers, greedy, mask_token, entropies=False)
+    without = drawing.draw(logits, temperature, number, greedy, mask_token, entropies=False)
     assert torch.equal(without[0], token) and torch.equal(without[1], confidence) and not without[2].any()
 
 
@@ -244,7 +241,7 @@ def test_draws_follow_the_distribution(dtype):
     number = (torch.arange(150, device=DEVICE) + 0.5) / 150
     ones = torch.ones(150, device=DEVICE)
     flags = torch.zeros(150, dtype=torch.bool, device=DEVICE)
-    token = drawing.draw(logits, ones, number[:, None], flags, 4)[0][:, 0]
+    token, _, _ = drawing.draw(logits, ones, number, flags, 4)
     reference = logits[0].float()
     reference[4] = -torch.inf
     shares = torch.bincount(token, minlength=11) / 150
@@ -257,21 +254,6 @@ def test_logits_that_are_no_numbers_show(dtype):
     ones = torch.ones(2, device=DEVICE)
     for greedy in (True, False):
         flags = torch.full((2,), greedy, device=DEVICE)
-        token, confidence, _ = (c.flatten() for c in drawing.draw(logits, ones, ones[:, None] * 0.5, flags, 1))
+        token, confidence, _ = drawing.draw(logits, ones, ones * 0.5, flags, 1)
         assert confidence.isnan().tolist() == [True, False]
         assert ((token >= 0) & (token < 50)).all()
-
-
-@pytest.mark.parametrize("heads", [1, 5])
-def test_copied_keys_and_values(dtype, heads):
-    """A target of 0 is none, and more tokens than one program copies."""
-    kv = normal(2, 2, 9, 4, heads, 64, dtype=dtype)
-    order = torch.randperm(35, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 1
-    source, target = order[:17].clone(), order[17:34].clone()
-    source[3] = target[3] = target[7] = 0
-    expected = kv.clone().flatten(2, 3)
-    for a, b in zip(source.tolist(), target.tolist(), strict=True):
-        if b:
-            expected[:, :, b] = kv.flatten(2, 3)[:, :, a]
-    paging.copy_kv(kv, source, target)
-    assert torch.equal(kv.flatten(2, 3), expected)

@@ -16,8 +16,7 @@ COMPILE = """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sdar_lm_eval.engines.native.kernels import attention, drawing, layers
-    from sdar_lm_eval.engines.native.kernels import experts, paging
+    from sdar_lm_eval.engines.native.kernels import attention, drawing, experts, layers
 
     BF16, INT32, INT64, FP32 = "*bf16", "*i32", "*i64", "*fp32"
 
@@ -45,11 +44,6 @@ COMPILE = """
         {"x": FP32, **tensors(BF16, "residual", "weight", "out"), "eps": "fp32"},
         {"SPLITS": 4, "ADD": True, "BLOCK": 4096},
         num_warps=16,
-    )
-    check(
-        paging.copy_kv_kernel,
-        {"kv": BF16, **tensors(INT64, "source", "target")},
-        {"TOKENS": paging.TOKENS, "COLUMNS": paging.COLUMNS},
     )
     products = [(BF16, BF16, False, 5), (BF16, BF16, True, 3), (BF16, FP32, False, 3), (FP32, FP32, False, 5)]
     for type_, out, gated, stages in [*products, (FP32, FP32, True, 3)]:

@@ -62,8 +62,8 @@ class TestDraw:
 
     def test_sampled_frequencies(self):
         probabilities = torch.tensor([[0.4, 0.0, 0.3, 0.3]]).repeat(20_000, 1)
-        numbers = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0))
-        tokens, confidence = (column[:, 0] for column in u.draw_sampled(probabilities, numbers))
+        numbers = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+        tokens, confidence = u.draw_sampled(probabilities, numbers)
         counts = torch.bincount(tokens, minlength=4)
         assert counts[1] == 0
         assert chisquare(counts[[0, 2, 3]], [8000, 6000, 6000]).pvalue > 0.001
@@ -74,9 +74,9 @@ class TestDraw:
     )
     def test_a_token_of_probability_zero_is_never_drawn(self, weights, number):
         probabilities = torch.tensor([weights]) / sum(weights)
-        token, confidence = u.draw_sampled(probabilities, torch.tensor([[number * 2.0**-24]]))
+        token, confidence = u.draw_sampled(probabilities, torch.tensor([number * 2.0**-24]))
         assert confidence > 0
-        token, _ = u.draw_sampled(probabilities, torch.tensor([[1.0]]))  # not in [0, 1), yet safe
+        token, _ = u.draw_sampled(probabilities, torch.tensor([1.0]))  # not in [0, 1), yet safe
         assert probabilities[0, token] > 0
 
     def test_entropy_in_nats(self):

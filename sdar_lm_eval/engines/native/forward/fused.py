@@ -96,7 +96,7 @@ class FusedForward(Forward):
         for begin in range(0, count, at_once):
             part, rows = slice(begin, begin + at_once), slice(begin * block, (begin + at_once) * block)
             tiles = attention.Tiles(
-                self._first[: len(counts[part])], counts[part], self._cache.table, segments.pages[part], visible[rows],
+                self._first[: len(counts[part])], counts[part], self._cache.table, segments.slot[part], visible[rows],
                 block * (1 + paired), *self._splits(context, len(counts[part]), attention.LONGEST_SPLIT),
                 batch_invariant=self._reproducible,
             )  # fmt: skip

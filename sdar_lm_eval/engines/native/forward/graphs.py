@@ -73,11 +73,6 @@ class Graphs:
         self._pool: torch.cuda._POOL_HANDLE | None = None
         self._warned = False
 
-    @property
-    def captured(self) -> int:
-        """Number of graphs."""
-        return len(self._graphs)
-
     def __call__(self, size: int, *others: Hashable) -> None:
         """Run the function for `size`, padded to the next size on the ladder."""
         if not self._enabled:

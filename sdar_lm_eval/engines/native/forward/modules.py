@@ -63,7 +63,7 @@ class ModulesForward(Forward):
 
     def run(self, segments: Segments, addresses: Addresses, context: int) -> None:
         """See `Forward.run`."""
-        hidden = self._run(segments.pages, segments.tokens, addresses, context).flatten(0, 1)
+        hidden = self._run(segments.slot, segments.tokens, addresses, context).flatten(0, 1)
         self._hidden[: len(hidden)] = hidden
 
     def hidden(self, row: torch.Tensor) -> torch.Tensor:
@@ -75,10 +75,10 @@ class ModulesForward(Forward):
         logits: torch.Tensor = self._model.lm_head(hidden)
         return logits
 
-    def _run(self, row: torch.Tensor, tokens: torch.Tensor, addresses: Addresses, context: int) -> torch.Tensor:
-        """Run B rows of Q tokens, each by one row of the page table; return the last hidden states (B, Q, D)."""
+    def _run(self, slot: torch.Tensor, tokens: torch.Tensor, addresses: Addresses, context: int) -> torch.Tensor:
+        """Run B rows of Q tokens, a row of one slot's sequence each; return the last hidden states (B, Q, D)."""
         assert self._cache.kv is not None
-        pages = self._cache.table[:, : -(-context // self._cache.page_size)][row]  # (B, P)
+        pages = self._cache.table[:, : -(-context // self._cache.page_size)][slot]  # (B, P)
         batch = PagedBatch(self._cache.kv, pages, addresses.kv_slots, addresses.visible.clamp(min=1))
         return hidden_states(self._model, tokens, addresses.positions, batch)
 

@@ -5,7 +5,6 @@ attention.py  paged attention
 drawing.py    tokens from logits
 experts.py    mixtures of experts
 hopper.py     products for Hopper GPUs
-paging.py     copies between KV slots
 """
 
 import os

@@ -38,9 +38,8 @@ def choose_token_kernel(
     logits, temperature, number, greedy, parts, token_out, confidence_out, entropy_out, mask_token, vocabulary,
     chunks, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """A program draws one token of a row, by one of its random numbers, from the summaries of the row's chunks."""
+    """A program draws one row's token from the summaries of the row's chunks."""
     row = tl.program_id(0).to(tl.int64)
-    draw = row * tl.num_programs(1) + tl.program_id(1)
     chunk = tl.arange(0, CHUNKS)
     real_chunk = chunk < chunks
     part = parts + (row * chunks + chunk) * 3
@@ -59,13 +58,13 @@ def choose_token_kernel(
         best = tl.min(tl.where(real_chunk & (mosts == most), chunk, chunks - 1))
         x, inside, column = _logits_of(logits, temperature, row, best, mask_token, vocabulary, BLOCK)
         token = tl.min(tl.where(inside & (x == most), column, vocabulary - 1))
-        tl.store(token_out + draw, token.to(tl.int64))
-        tl.store(confidence_out + draw, 1.0 / total)
+        tl.store(token_out + row, token.to(tl.int64))
+        tl.store(confidence_out + row, 1.0 / total)
     else:
         # First the chunk in which the cumulative sum passes the target, then the token in this chunk. Where rounding
         # leaves the total below the target, the last chunk with a positive sum is taken.
         ends = tl.cumsum(sums)
-        target = tl.load(number + draw) * total
+        target = tl.load(number + row) * total
         last = tl.max(tl.where(sums > 0, chunk, 0))
         chosen = tl.minimum(tl.sum(((ends <= target) & real_chunk).to(tl.int32)), last)
         before = tl.sum(tl.where(chunk < chosen, sums, 0.0))
@@ -75,8 +74,8 @@ def choose_token_kernel(
         passed = tl.min(tl.where((within > target) & (weights > 0), column, vocabulary))
         fallback = tl.max(tl.where(weights > 0, column, 0))
         token = tl.where(passed < vocabulary, passed, fallback)
-        tl.store(token_out + draw, token.to(tl.int64))
-        tl.store(confidence_out + draw, tl.sum(tl.where(column == token, weights, 0.0)) / total)
+        tl.store(token_out + row, token.to(tl.int64))
+        tl.store(confidence_out + row, tl.sum(tl.where(column == token, weights, 0.0)) / total)
 
 
 def draw(
@@ -88,7 +87,7 @@ def draw(
     *,
     entropies: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draw K tokens a row, never the mask token: the most probable one, or by inverting the cumulative distribution.
+    """Draw a token a row, never the mask token: the most probable one, or by inverting the cumulative distribution.
 
     The reference is `unmasking.draw_greedy`, and `draw_sampled` of softmax(logits / temperature). The kernels read the
     logits twice, without a copy in float32.
@@ -96,27 +95,26 @@ def draw(
     Args:
         logits: (M, V).
         temperature: (M,), 1 for greedy rows.
-        number: (M, K) in [0, 1).
+        number: (M,) in [0, 1).
         greedy: (M,) bool.
         mask_token: the token that is left out of the distribution.
         entropies: whether to compute entropies.
 
     Returns:
-        Tokens (M, K) int64, their probabilities (M, K) float32, and the distributions' entropies in nats (M,) float32,
-        or zeros.
+        Tokens (M,) int64, their probabilities (M,) float32, and the distributions' entropies in nats (M,) float32, or
+        zeros.
     """
     rows, vocabulary = logits.shape
-    assert number.is_contiguous()
     block = 4096 if vocabulary > 4096 else triton.next_power_of_2(vocabulary)
     chunks = triton.cdiv(vocabulary, block)
     parts = torch.empty(rows, chunks, 3, dtype=torch.float32, device=logits.device)
-    token = torch.empty(number.shape, dtype=torch.int64, device=logits.device)
-    confidence = torch.empty(number.shape, dtype=torch.float32, device=logits.device)
+    token = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    confidence = torch.empty(rows, dtype=torch.float32, device=logits.device)
     entropy = torch.zeros(rows, dtype=torch.float32, device=logits.device)
     summarize_logits_kernel[(rows, chunks)](
         logits, temperature, parts, mask_token, vocabulary, chunks, block, entropies
     )
-    choose_token_kernel[number.shape](
+    choose_token_kernel[(rows,)](
         logits, temperature, number, greedy, parts, token, confidence, entropy, mask_token, vocabulary, chunks, block,
         max(triton.next_power_of_2(chunks), 2), entropies,
     )  # fmt: skip
