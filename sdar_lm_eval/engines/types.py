@@ -121,21 +121,6 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
-class Speculated:
-    """What speculation did for an answer. Denoising and commit forwards count steps, as without speculation.
-
-    Attributes:
-        passes: forwards of the model that the denoising steps took.
-        guesses: guessed states that went through the model.
-        right: guessed states that came about: each made one step without a pass of its own.
-    """
-
-    passes: int
-    guesses: int
-    right: int
-
-
-@dataclass(frozen=True)
 class GenerationResult:
     """The answer to one request: token ids, no text.
 
@@ -162,7 +147,6 @@ class GenerationResult:
     unmasked_at: tuple[int, ...] | None = None
     confidences: tuple[float, ...] | None = None
     forced_tokens: int = 0
-    speculation: Speculated | None = None
 
 
 Result = TypeVar("Result")

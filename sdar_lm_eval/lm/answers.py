@@ -26,7 +26,7 @@ from typing import Any
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import expanded
-from sdar_lm_eval.lm.store import Record, decode_line, differences, encode_line, is_record
+from sdar_lm_eval.lm.store import Record, as_record, decode_line, differences, encode_line
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +115,8 @@ class AnswerFolder:
             self._file = file  # only once its first line is written: readers skip a file without it
         line = {"key": key, "at": round(time.time() - self._started, 3), **record}
         self._file.write(line)
-        if is_record(line):
-            self._known[key] = line
+        if (kept := as_record(line)) is not None:
+            self._known[key] = kept
 
     def close(self) -> None:
         """Write the facts on model and engine as they are now, and close the file; later answers begin another file."""
@@ -222,8 +222,8 @@ def read_session(path: Path) -> Session | None:
         key, later_model = content.get("key"), content.get("model")
         if isinstance(later_model, dict):
             model = later_model
-        elif isinstance(key, str) and isinstance(content.get("at"), (int, float)) and is_record(content):
-            answers[key] = content
+        elif isinstance(key, str) and isinstance(content.get("at"), (int, float)) and (record := as_record(content)):
+            answers[key] = record
         else:
             damaged.append(number)
     if damaged:

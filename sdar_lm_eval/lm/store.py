@@ -18,7 +18,7 @@ import sqlite3
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypedDict, TypeGuard
+from typing import Protocol, TypedDict, cast
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.hashing import hex_digest
@@ -55,7 +55,6 @@ class Record(TypedDict, total=False):
     seconds: float
     finish_reason: str
     forced_tokens: int
-    speculation: dict[str, int]
     block_length: int
     token_ids: list[int]
     steps: list[int] | None
@@ -79,12 +78,14 @@ def differences(theirs: Mapping[str, object], mine: Mapping[str, object]) -> str
     )
 
 
-def is_record(content: object) -> TypeGuard[Record]:
-    """Whether content is a finished answer or score, and not a damaged one."""
+def as_record(content: object) -> Record | None:
+    """Return a finished answer or score without the names that only another version knows; None for a damaged one."""
     if not isinstance(content, dict):
-        return False
+        return None
     score = content.get("log_likelihood")
-    return isinstance(content.get("text"), str) or (isinstance(score, float) and not math.isnan(score))
+    if isinstance(content.get("text"), str) or (isinstance(score, float) and not math.isnan(score)):
+        return cast("Record", {name: value for name, value in content.items() if name in Record.__annotations__})
+    return None
 
 
 CHECKSUM = b', "crc32": "'
@@ -242,7 +243,7 @@ class CacheFile:
         except (sqlite3.Error, ValueError, TypeError, AttributeError) as error:
             logger.warning("%s: a record cannot be read (%s), and is made again.", self.name, error)
             return None
-        return record if is_record(record) else None
+        return as_record(record)
 
     def seconds_for(self, keys: Collection[str]) -> None:
         """Return None: the file has no times at which records were kept."""

@@ -38,9 +38,6 @@ class Counts:
         stored_forced_tokens: the same of answers found in a store.
         repetitions: answers that ended in a loop, those found in a store included.
         saved_tokens: tokens between the ends of these answers and their limits.
-        passes: forwards of the model that the denoising steps of speculating answers took; each sequence's count.
-        speculated_tokens: drawn tokens of these answers.
-        guesses, right_guesses: guessed states that went through the model, and those that came about.
         tasks: task -> its counts, without times and memory, which are known of all tasks together only.
     """
 
@@ -73,10 +70,6 @@ class Counts:
     stored_forced_tokens: int = 0
     repetitions: int = 0
     saved_tokens: int = 0
-    passes: int = 0
-    speculated_tokens: int = 0
-    guesses: int = 0
-    right_guesses: int = 0
     tasks: dict[str, Counts] = field(default_factory=dict)
 
     @classmethod
@@ -102,13 +95,6 @@ class Counts:
             commit_forwards=result.commit_forwards,
             forced_tokens=result.forced_tokens,
         )
-        if (done := result.speculation) is not None:
-            drawn = len(result.token_ids) - result.forced_tokens
-            self.add_speculation(task, drawn, passes=done.passes, guesses=done.guesses, right=done.right)
-
-    def add_speculation(self, task: str, tokens: int, *, passes: int, guesses: int, right: int) -> None:
-        """Count what speculation did for an answer of `tokens` drawn tokens (`engines.types.Speculated`)."""
-        self.count(task, speculated_tokens=tokens, passes=passes, guesses=guesses, right_guesses=right)
 
     def add_stored(self, task: str, tokens: int | None, forwards: int | None) -> None:
         """Count an answer found in a store.
@@ -148,11 +134,6 @@ class Counts:
         return self.new_tokens / self.generation_seconds if self.requests and self.generation_seconds else None
 
     @property
-    def tokens_per_pass(self) -> float | None:
-        """Drawn tokens over forwards of the model, of answers with speculation; None where there are none."""
-        return self.speculated_tokens / self.passes if self.passes else None
-
-    @property
     def tokens_per_forward(self) -> float | None:
         """Drawn tokens over denoising and commit forwards, which count for each sequence; None without forwards."""
         made = self.denoising_forwards + self.commit_forwards
@@ -183,16 +164,7 @@ class Counts:
                 "denoising": self.denoising_forwards,
                 "commit": self.commit_forwards,
             },
-            **({"speculation": self._speculation()} if self.passes else {}),
             **self._ends(),
-        }
-
-    def _speculation(self) -> dict[str, object]:
-        """What speculation did. `tokens_per_forward` counts steps, so it does not depend on speculation."""
-        return {
-            "passes": self.passes,
-            "tokens_per_pass": _rounded(self.tokens_per_pass, 3),
-            "guesses": {"made": self.guesses, "right": self.right_guesses},
         }
 
     def _ends(self) -> dict[str, object]:
@@ -249,11 +221,6 @@ class Counts:
                     f", {self.tokens_per_forward:.2f} tokens per forward (prefill {self.prefill_forwards:,}, denoising "
                     f"{self.denoising_forwards:,}, commit {self.commit_forwards:,})"
                 )
-        if self.tokens_per_pass is not None:
-            parts.append(
-                f"{self.passes:,} passes of the model, {self.tokens_per_pass:.2f} tokens each; "
-                f"{self.right_guesses:,} of {self.guesses:,} guesses were right"
-            )
         if self.scored_requests:
             parts.append(
                 f"{self.scored_requests:,} log-likelihoods of {self.scored_tokens:,} tokens in "

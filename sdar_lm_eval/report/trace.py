@@ -10,7 +10,6 @@ has "stored": true, and what the store knows of the answer.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
@@ -109,7 +108,6 @@ def cost_of(result: GenerationResult, prompt_tokens: int) -> dict[str, object]:
         "seconds": round(result.seconds, 4),
         "finish_reason": result.finish_reason,
         **({"forced_tokens": result.forced_tokens} if result.forced_tokens else {}),
-        **({} if result.speculation is None else {"speculation": dataclasses.asdict(result.speculation)}),
     }
 
 

@@ -182,9 +182,6 @@ class RecordedLM(LM):
                 commit_forwards=line["forwards"]["commit"],
                 forced_tokens=line.get("forced_tokens", 0),
             )
-            if "speculation" in line:
-                drawn = line["new_tokens"] - line.get("forced_tokens", 0)
-                counts.add_speculation(line["task"], drawn, **line["speculation"])
         counts.generation_seconds = seconds_for(sessions, mine)
         facts = facts_of_evaluation([dataclasses.replace(self._evaluation, counts=counts)])
         facts["run"]["sessions"] = len(sessions)

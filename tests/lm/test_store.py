@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.store import CacheFile, Store, encode_line, is_record, key_of
+from sdar_lm_eval.lm.store import CacheFile, Store, as_record, encode_line, key_of
 
 NATIVE = {"engine": "native", "dtype": "float32"}
 
@@ -58,7 +58,14 @@ def test_a_damaged_record_is_made_again(tmp_path: Path, content: Any) -> None:
 
 
 def test_minus_infinity_is_a_score() -> None:
-    assert is_record({"log_likelihood": float("-inf")}) and is_record({"text": ""})
+    for record in ({"log_likelihood": float("-inf")}, {"text": ""}):
+        assert as_record(record) == record
+
+
+def test_names_of_another_version_are_left_out(tmp_path: Path) -> None:
+    file = CacheFile(str(tmp_path / "c.db"), NATIVE)
+    file.put("k", {"text": "x", "passes": {"made": 3}, "new_tokens": 4})
+    assert file.get("k") == {"text": "x", "new_tokens": 4}
 
 
 def _cut(path: Path) -> None:
