@@ -36,7 +36,6 @@ def test_all_sections_of_a_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: py
         ("throughput --active 1 2 --prompts 2 --new-tokens 4 --shared-prefix 20 --floor", "of_the_floor"),
         ("likelihood --texts 4 --length 40 --kinds endings letters", "seconds"),
         ("floor --active 1 --device cpu", "layers_ms"),
-        ("speculation --active 1 --speculate false 1 --new-tokens 8 --runs 1", "tokens_per_second"),
     ],
 )
 def test_each_runs(
@@ -50,7 +49,7 @@ def test_each_runs(
     assert report["rows"] and all(row[column] > 0 for row in report["rows"])
 
 
-@pytest.mark.parametrize("script", ["throughput", "whole_run", "likelihood", "speculation"])
+@pytest.mark.parametrize("script", ["throughput", "whole_run", "likelihood"])
 def test_a_missing_folder_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str
 ) -> None:

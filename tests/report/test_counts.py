@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import pytest
 
-from sdar_lm_eval.engines.types import GenerationResult, ScoreResult, Speculated
+from sdar_lm_eval.engines.types import GenerationResult, ScoreResult
 from sdar_lm_eval.report.counts import Counts
 from sdar_lm_eval.report.live import Live
 from sdar_lm_eval.report.run import Progress
@@ -31,21 +30,6 @@ def test_only_returned_tokens_count_of_each_task_and_of_all() -> None:
     assert {task: (of["requests"], of["stored_requests"]) for task, of in summary["tasks"].items()} == {
         "a": (1, 0), "b": (1, 3)
     }  # fmt: skip
-
-
-def test_passes_count_for_answers_with_speculation() -> None:
-    """Answers of other machines may have none; think ends that were put in took no pass."""
-    counts = Counts()
-    counts.add("a", result(30), prompt_tokens=1)
-    assert counts.tokens_per_pass is None
-    assert "speculation" not in counts.as_dict() and "passes" not in str(counts)
-    for tokens, forced in ((9, 1), (4, 0)):
-        guessed = dataclasses.replace(result(tokens), forced_tokens=forced, speculation=Speculated(2, 3, 1))
-        counts.add("a", guessed, prompt_tokens=1)
-    expected = {"passes": 4, "tokens_per_pass": 3.0, "guesses": {"made": 6, "right": 2}}
-    summary = counts.as_dict()
-    assert summary["speculation"] == summary["tasks"]["a"]["speculation"] == expected
-    assert "4 passes of the model, 3.00 tokens each; 2 of 6 guesses were right" in str(counts)
 
 
 def test_rounds_add_up_and_the_highest_peak_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,11 +45,6 @@ def _how(record: Denoising) -> tuple[int, int, tuple[int, ...], tuple[int, ...] 
     return record.document, record.repeat, record.token_ids, record.steps
 
 
-def _counts(path: Path) -> dict[str, Any]:
-    counts: dict[str, Any] = results_in(path.parent)[0].content.content["config"]["sdar_lm_eval"]["run"]  # type: ignore[index]
-    return counts
-
-
 @pytest.mark.slow
 def test_shards_become_one_result(tmp_path: Path) -> None:
     run, folder = _run(), tmp_path / "three"
@@ -108,31 +103,6 @@ def test_a_part_of_a_larger_run_has_its_share_of_the_time(tmp_path: Path) -> Non
     )
     assert part["new_tokens"] < whole["new_tokens"]
     assert part["tokens_per_second"] == pytest.approx(whole["tokens_per_second"], rel=0.01)
-
-
-def test_a_shard_with_speculation(tmp_path: Path) -> None:
-    """The answers are the same, so both shards become one result. Passes count for the shard that has them."""
-    run = _run(num_samples=4, remasking_strategy="low_confidence_static")
-    for speculating in (False, True):
-        folder = tmp_path / str(speculating)
-        answer_shard(run, folder, 1, 2)
-        answer_shard(run, folder, 2, 2, **({"speculate": "3"} if speculating else {}))
-    plain, report = (publish(run, tmp_path / name) for name in ("False", "True"))
-    assert _texts(report) == _texts(plain)
-    counts, mixed = (_counts(path) for path in (plain, report))
-    assert "speculation" not in counts
-    assert mixed["forwards"] == counts["forwards"]
-    guessed = [
-        line
-        for session in read_sessions(tmp_path / "True" / ANSWERS)
-        for line in session.answers.values()
-        if "speculation" in line
-    ]
-    assert len(guessed) == 2
-    passes = sum(line["speculation"]["passes"] for line in guessed)
-    assert mixed["speculation"]["passes"] == passes
-    tokens = sum(line["new_tokens"] for line in guessed)
-    assert mixed["speculation"]["tokens_per_pass"] == pytest.approx(tokens / passes, abs=1e-3)
 
 
 def test_more_shards_than_documents(tmp_path: Path) -> None:
