@@ -37,6 +37,13 @@ def test_what_one_process_keeps_another_has(tmp_path: Path) -> None:
     assert len(list((tmp_path / "new" / "folder").iterdir())) == 2  # each writes a file of its own
 
 
+def test_names_of_another_version_are_left_out(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    folder.put("a", {"text": "x", "passes": {"made": 3}})
+    for reader in (folder, _folder(tmp_path)):
+        assert set(reader.get("a") or ()) == {"key", "at", "text"}
+
+
 def test_a_file_begins_with_its_settings_and_ends_with_what_became_of_the_model(tmp_path: Path) -> None:
     facts = {"steps": 0}
     folder = AnswerFolder(tmp_path, SETTINGS, lambda: dict(facts))
