@@ -27,7 +27,7 @@ Kind = Literal["loglikelihood", "loglikelihood_rolling"]
 
 @dataclass
 class ScoreJob:
-    """One log-likelihood to be computed: the sum over its pieces, the windows of a rolling one, else a single piece.
+    """One log-likelihood to compute, summed over its pieces: the windows of a rolling one, else a single piece.
 
     Attributes:
         instance: the harness's request.
