@@ -180,7 +180,7 @@ def _check_limit(limit: object) -> None:
 
 
 def _ascending(samples: object, tasks: Sequence[str]) -> dict[str, list[int]]:
-    """`--samples` with ascending ids: lm_eval takes the documents in ascending order, but names the k-th by the k-th id.
+    """`--samples` with ascending ids: lm_eval takes documents in ascending order, but names the k-th by the k-th id.
 
     Raises:
         UserError: `samples` is no mapping from tasks to document numbers, has ids of a task that is not evaluated, or

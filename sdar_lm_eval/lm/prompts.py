@@ -315,7 +315,7 @@ def _parallel_tokenizing(*, alone: bool) -> Iterator[None]:
     """Have the tokenizer use all cores if the process has them to itself; lm_eval switches that off.
 
     Afterwards TOKENIZERS_PARALLELISM is false if nobody had set the variable: without a value, a tokenizer that has run
-    in parallel warns in every forked process. A forked process never tokenizes in parallel, since fork copies no threads.
+    in parallel warns in every forked process. A forked process never tokenizes in parallel: fork copies no threads.
     """
     if not alone or os.getpid() != PROCESS:
         yield

@@ -34,11 +34,11 @@ class Counts:
         largest_standard_error: the largest of these standard errors, in nats.
         thoughts: answers with a thought, those found in a store included.
         unfinished_thoughts: answers that ended in their thought, those found in a store included.
-        forced_tokens: new tokens that were not drawn: think ends that were put in.
+        forced_tokens: new tokens that were not drawn: inserted think ends.
         stored_forced_tokens: the same of answers found in a store.
         repetitions: answers that ended in a loop, those found in a store included.
         saved_tokens: tokens between the ends of these answers and their limits.
-        passes: forwards of the model that the denoising steps of speculating answers took; each sequence's count.
+        passes: forwards of the model that the denoising steps of speculating answers took, counted for each sequence.
         speculated_tokens: drawn tokens of these answers.
         guesses, right_guesses: guessed states that went through the model, and those that came about.
         tasks: task -> its counts, without times and memory, which are known of all tasks together only.

@@ -96,7 +96,7 @@ class Live:
         return verdict
 
     def bar(self, seconds: float, computed: int) -> str:
-        """Return the progress bar's format, `computed` answers having taken so many seconds."""
+        """Return the progress bar's format, after `computed` answers took `seconds`."""
         if not self.knows_accuracy:
             return BAR
         pace = f" | {seconds / computed:.1f}s/q" if computed else ""
@@ -138,7 +138,7 @@ class Live:
         return "\n".join(lines)
 
     def summary(self, seconds: float, computed: int, tokens: int) -> list[str]:
-        """Return the lines that end a round: a task each, and the speed of `computed` answers with so many tokens."""
+        """Return the lines that end a round: one for each task, and the speed of `computed` answers of `tokens`."""
         accuracies = [
             f"accuracy {tally.accuracy:.1%} ({tally.correct}/{tally.judged}, {tally.filter})"
             for tally in self._tallies.values()

@@ -74,7 +74,7 @@ def check_requests(requests: Sequence[GenerationRequest], decodes: Decodes, chec
     """Refuse requests that would be answered wrongly, before any of them runs.
 
     Raises:
-        UserError: there is one.
+        UserError: some request would be.
     """
     for decoding in {request.decoding for request in requests}:
         decodes.check(decoding)

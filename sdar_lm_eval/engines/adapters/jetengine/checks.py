@@ -67,7 +67,7 @@ def check(requests: Sequence[GenerationRequest], setup: Setup) -> None:
     """Refuse requests that would be answered wrongly, before any of them runs.
 
     Raises:
-        UserError: there is one.
+        UserError: some request would be.
     """
     named = f"JetEngine {setup.dialect.version}"
     decodes = Decodes(

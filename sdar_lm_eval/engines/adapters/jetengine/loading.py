@@ -82,7 +82,7 @@ class Loaded:
         may_split: whether flash-attn may split a context among thread blocks.
 
     Raises:
-        UserError: the memory does not hold it.
+        UserError: the memory does not hold the model.
         EngineError: JetEngine did not start, or took another mask token.
     """
 
@@ -199,7 +199,7 @@ class Loaded:
         """Refuse requests that need more KV pages than there are.
 
         Raises:
-            UserError: there is one.
+            UserError: some request needs more.
         """
         longest = max(requests, key=self._pages_of)
         if (needed := self._pages_of(longest)) > self.pages:

@@ -219,7 +219,7 @@ class Loaded:
         """Refuse requests that are longer than there are pages for.
 
         Raises:
-            UserError: there is one.
+            UserError: some request is.
         """
         check_lengths(requests, self.engine.max_session_len, "LMDeploy has room for")
 
