@@ -62,7 +62,7 @@ def _sha256_of(paths: Sequence[Path]) -> list[str]:
     unread = [path for path in paths if path not in known]
     if unread:
         if (size := sum(facts[path][0] for path in unread)) > LARGE:
-            logger.info("Hashing %.1f GB of weights, once: answers are kept by them.", size / 1e9)
+            logger.info("Hashing %.1f GB of weights, once: stored answers carry the hash.", size / 1e9)
         begun = time.time()
         with concurrent.futures.ThreadPoolExecutor(min(len(unread), os.cpu_count() or 1, 8)) as threads:
             known |= zip(unread, threads.map(_read_sha256, unread), strict=True)

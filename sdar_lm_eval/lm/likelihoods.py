@@ -192,7 +192,7 @@ class Likelihoods:
         if impossible := sum(any(mask in piece.continuation_ids for piece in job.pieces) for job in jobs):
             logger.warning(
                 "%d of %d texts to be scored contain the mask token %r, which is never generated; their log-likelihood "
-                "is -inf, and so a perplexity is infinite. Take it out of the documents.",
+                "is -inf, and so a perplexity is infinite. Take the mask token out of the documents.",
                 impossible,
                 len(jobs),
                 self._prompts.tokenizer.convert_ids_to_tokens(mask),

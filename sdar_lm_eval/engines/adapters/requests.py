@@ -62,7 +62,7 @@ class Decodes:
         if decoding.repetition_penalty != 1:
             raise UserError(
                 f"repetition_penalty={decoding.repetition_penalty}: {self.repetition_penalty}. Use --model sdar, or "
-                "leave it out."
+                "leave out repetition_penalty."
             )
         if decoding.block_length not in self.block_lengths:
             raise UserError(

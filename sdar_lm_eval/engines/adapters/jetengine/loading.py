@@ -207,8 +207,8 @@ class Loaded:
             raise UserError(
                 f"a request of {longest.longest:,} tokens (prompt and answer) needs {needed} KV pages of "
                 f"{PAGE_SIZE} tokens, {needed * mib:,.0f} MiB; JetEngine has {self.pages}, {self.pages * mib:,.0f} "
-                f"MiB, at gpu_memory_utilization={self.size.gpu_memory_utilization}. Raise it, or lower max_gen_toks "
-                "or max_length."
+                f"MiB, at gpu_memory_utilization={self.size.gpu_memory_utilization}. Raise "
+                "gpu_memory_utilization, or lower max_gen_toks or max_length."
             )
 
     def at_once(self, requests: Sequence[GenerationRequest]) -> int:

@@ -64,7 +64,7 @@ def find_lmdeploy() -> Installed:
         )
     if numbers > NEWEST:
         logger.warning(
-            "LMDeploy %s is newer than %s, the newest that this was written for.",
+            "LMDeploy %s is newer than %s, the newest that this adapter was written for.",
             found.version,
             ".".join(map(str, NEWEST)),
         )
