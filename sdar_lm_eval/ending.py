@@ -16,7 +16,7 @@ CLOSE = "close"
 
 BYTES = 4  # most bytes of a character in UTF-8, and so most tokens of one
 
-CHUNK = 64  # tokens; a whole answer is read in so many at a time, so that no long text is decoded again and again
+CHUNK = 64  # tokens that are read at a time of a whole answer, so that no long text is decoded again and again
 
 
 class Ends(Protocol):

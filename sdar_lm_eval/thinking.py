@@ -102,7 +102,7 @@ class Loops:
         import numpy as np  # here: only answers with this rule need it
 
         periods = np.arange(1, rule.tokens + 1)
-        self._matches = rule.size - periods  # (N,) so many tokens equal to those a period before make a loop
+        self._matches = rule.size - periods  # (N,) how many such tokens make a loop, see `_runs`
         self._runs = np.zeros_like(periods)  # (N,) how many of the last tokens equal those a period before them
         self._last = np.full_like(periods, -1)  # (N,) the last tokens, the newest first
         for token in earlier[-rule.size :]:

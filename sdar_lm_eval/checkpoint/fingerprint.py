@@ -23,7 +23,7 @@ from sdar_lm_eval.files import read_bytes, read_json, require_regular
 logger = logging.getLogger(__name__)
 
 REMEMBERED = 1000  # files
-SETTLED_S = 5  # a file that changed less than so many seconds ago may change again in the same tick of its clock
+SETTLED_S = 5  # seconds; a file that changed more recently may change again in the same tick of the file system's clock
 LARGE = 2_000_000_000  # bytes; from this size on the user is told
 
 Facts = tuple[int, int, int, int]

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-# This package's messages go where lm_eval's go, at its verbosity.
+# This package's messages go where lm_eval's go, at lm_eval's verbosity.
 logging.getLogger("sdar_lm_eval").parent = logging.getLogger("lm_eval")
 
 
@@ -165,7 +165,7 @@ class SDARLM(TemplateLM):
         self._prompts.choose(template)
         if not cached:  # the file is an earlier evaluation's
             self._cache = None
-        self._open_store()  # a new store tries again places that could not be written
+        self._open_store()  # a new store retries files that could not be written
 
     def _begin(self, seed: int) -> None:
         self.evaluation = self.evaluation.next(

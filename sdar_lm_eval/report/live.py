@@ -172,7 +172,7 @@ def steps_of(request: GenerationRequest, result: GenerationResult) -> list[list[
     if result.unmasked_at is None or result.confidences is None:
         return None
     length = request.decoding.block_length
-    first = len(request.prompt_ids) % length  # so many tokens of the prompt begin the first block
+    first = len(request.prompt_ids) % length  # number of the prompt's tokens in the first block
     tokens = zip(result.unmasked_at, result.confidences, strict=True)
     blocks = []
     for _, placed in itertools.groupby(enumerate(tokens, first), key=lambda token: token[0] // length):

@@ -99,7 +99,7 @@ def score(doc: Prompt, results: Sequence[str]) -> dict[str, bool | list[bool]]:
     import langdetect
     from lm_eval.tasks.ifeval import utils
 
-    langdetect.DetectorFactory.seed = 0  # it draws, and the same answer would now and then score differently
+    langdetect.DetectorFactory.seed = 0  # langdetect draws: unseeded, one answer could score differently each time
     prompt = utils.InputExample(
         key=doc["key"],
         instruction_id_list=doc["instruction_id_list"],

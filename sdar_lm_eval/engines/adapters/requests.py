@@ -85,7 +85,7 @@ def check_lengths(requests: Iterable[GenerationRequest], limit: int, who: str) -
     """Refuse requests of more than `limit` tokens; `who` ("checkpoint 'x' has") begins the clause with the limit.
 
     Raises:
-        UserError: one is too long.
+        UserError: a request is too long.
     """
     for request in requests:
         if request.longest > limit:

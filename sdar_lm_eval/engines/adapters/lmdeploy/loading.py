@@ -88,7 +88,7 @@ class Size:
     """What the engine is made for.
 
     Attributes:
-        fixed: the decoding settings of all requests that it runs.
+        fixed: the decoding settings of all requests that the engine runs.
         max_active: most sequences at once.
     """
 
@@ -177,7 +177,7 @@ class Loaded:
 
     @property
     def closed(self) -> bool:
-        """Whether it has ended."""
+        """Whether the engine has ended."""
         return self.loop is None
 
     def close(self) -> None:
