@@ -170,28 +170,30 @@ def test_splits_fill_the_gpu_and_are_no_more(dtype, context, programs):
             assert programs * splits // 2 < filling
 
 
-def test_batch_invariant_attention_is_set_alike_for_any_number_of_tiles(dtype, monkeypatch):
+def test_batch_invariant_attention_is_set_alike_for_any_number_of_tiles_and_any_context(dtype, monkeypatch):
     """The column block affects the rounding in 16 bits."""
     seen, settings = set(), kernels.attention_settings
 
-    def keep(rows, programs, itemsize):
-        seen.add(settings(rows, programs, 2))
-        return settings(rows, programs, itemsize)
+    def keep(rows, programs, context, itemsize):
+        seen.add(settings(rows, programs, context, 2))
+        return settings(rows, programs, context, itemsize)
 
     monkeypatch.setattr(kernels, "attention_settings", keep)
     keys, values = (normal(3, 16, 2, 64, dtype=dtype) for _ in range(2))
 
-    def attend(tiles, *, batch_invariant):
+    def attend(tiles, splits, *, batch_invariant):
         number = torch.zeros(tiles, dtype=torch.int64, device=DEVICE)
         pages = torch.ones(1, 1, dtype=torch.int64, device=DEVICE)
-        some = kernels.Tiles(number, number, pages, number, number, 4, 512, splits=1, batch_invariant=batch_invariant)
+        some = kernels.Tiles(number, number, pages, number, number, 4, 512, splits, batch_invariant=batch_invariant)
         kernels.attend(normal(tiles, 4, 64, dtype=dtype), keys, values, some, 1.0)
 
-    for tiles in (1, 2 * kernels.multiprocessors()):
-        attend(tiles, batch_invariant=True)
+    many = 5 * kernels.multiprocessors()
+    for tiles, splits in ((1, 1), (many, 1), (many, 2)):
+        attend(tiles, splits, batch_invariant=True)
     assert len(seen) == 1
-    attend(1, batch_invariant=False)
-    assert len(seen) == 2
+    for tiles, splits in ((1, 1), (many, 1), (many, 2)):
+        attend(tiles, splits, batch_invariant=False)
+    assert len(seen) == 3
 
 
 def test_attend_over_blocks_of_a_prompt(dtype):

@@ -109,9 +109,10 @@ COMPILE = """
         num_warps=4,
     )
     # Rows of two blocks of 4, few and many, and of a prompt's tile; float32 needs the most shared memory.
-    shapes = [(BF16, 32, 16, 1, 1), (BF16, 32, 16, 4, 1000), (BF16, 64, 32, 1, 1000), (BF16, 256, 256, 1, 1000)]
-    for type_, rows, fewer, splits, programs in [*shapes, (FP32, 256, 256, 1, 1000)]:
-        columns, warps, stages = attention.attention_settings(rows, programs, 2 if type_ == BF16 else 4)
+    shapes = [(BF16, 32, 16, 1, 1), (BF16, 32, 16, 1, 2000), (BF16, 32, 16, 4, 1000), (BF16, 64, 32, 1, 1000)]
+    for type_, rows, fewer, splits, programs in [*shapes, (BF16, 256, 256, 1, 1000), (FP32, 256, 256, 1, 1000)]:
+        itemsize = 2 if type_ == BF16 else 4
+        columns, warps, stages = attention.attention_settings(rows, programs, splits * attention.SPLIT, itemsize)
         check(
             attention.attend_kernel,
             {

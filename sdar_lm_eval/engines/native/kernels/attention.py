@@ -203,16 +203,19 @@ def splits_of(context: int, programs: int, longest: int) -> tuple[int, int]:
     return split, context // split
 
 
-def attention_settings(rows: int, programs: int, itemsize: int) -> tuple[int, int, int]:
-    """Column block, warps and stages, chosen by sweeps on an H200 in bfloat16; float32 needs more shared memory.
+def attention_settings(rows: int, programs: int, context: int, itemsize: int) -> tuple[int, int, int]:
+    """Column block, warps and stages, chosen on an H200 in bfloat16; float32 needs more shared memory.
 
-    Few rows leave the tensor cores idle, so reading sets the pace. Few warps then exchange less with each other. A few
-    programs keep more bytes in flight with wide column blocks, of which a multiprocessor holds only one program.
+    Few rows leave the tensor cores idle, so reading sets the pace. A few programs keep more bytes in flight with wide
+    column blocks, of which a multiprocessor holds only one program. Many programs with short contexts need few warps:
+    more of these programs run at once, and each exchanges less between warps.
     """
     if itemsize > 2:
         return 32, 2 if rows <= 32 else 4 if rows <= 64 else 8, 3
     if rows <= 32:
-        return (32, 2, 3) if programs > 3 * multiprocessors() else (128, 4, 3)
+        if programs <= 3 * multiprocessors():
+            return (128, 4, 3)
+        return (32, 2, 3) if context <= SPLIT and programs > 8 * multiprocessors() else (64, 4, 3)
     if rows <= 128:
         return (64, 4, 3) if rows <= 64 else (32, 4, 3)
     return (64, 8, 3)
@@ -235,8 +238,10 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     assert tiles.pages.is_contiguous()
     rows = max(16, triton.next_power_of_2(tiles.tokens * (heads // kv_heads)))
     fewer = rows // 2 if 16 < rows <= 64 else rows  # rows of a half full tile: a block without its predecessor
-    programs = WHOLE if tiles.batch_invariant else len(tiles.first) * kv_heads
-    columns, warps, stages = attention_settings(rows, programs, query.dtype.itemsize)
+    programs, context = len(tiles.first) * kv_heads, tiles.split * tiles.splits
+    if tiles.batch_invariant:
+        programs, context = WHOLE, SPLIT
+    columns, warps, stages = attention_settings(rows, programs, context, query.dtype.itemsize)
     out = torch.empty_like(query)
     target, sums = out, out
     if tiles.splits > 1:
