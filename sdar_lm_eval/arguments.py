@@ -120,9 +120,8 @@ class NativeArguments(ModelArguments, total=False):
             Default: false.
         share_prefixes: whether prompts with a common prefix share the prefix's keys and values. Default: true; false
             is for comparison.
-        speculate: 1 to 4: this many guesses of the next states run beside each block's true state, and right guesses
-            save forwards. auto: the fastest number of guesses; none on the CPU. Answers are the same up to rounding.
-            Default: false.
+        speculate: 1 to 4: so many guesses of the next states run beside each block's true state, and right guesses save
+            forwards. auto: as many as are fastest, on a CPU none. Answers are the same. Default: false.
     """
 
     kv_pages: int

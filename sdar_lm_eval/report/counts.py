@@ -38,7 +38,7 @@ class Counts:
         stored_forced_tokens: the same of answers found in a store.
         repetitions: answers that ended in a loop, those found in a store included.
         saved_tokens: tokens between the ends of these answers and their limits.
-        passes: forwards of the model that the denoising steps of speculating answers took, counted for each sequence.
+        passes: forwards of the model that the denoising steps of speculating answers took; each sequence's count.
         speculated_tokens: drawn tokens of these answers.
         guesses, right_guesses: guessed states that went through the model, and those that came about.
         tasks: task -> its counts, without times and memory, which are known of all tasks together only.
