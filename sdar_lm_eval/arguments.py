@@ -152,8 +152,8 @@ class LMDeployArguments(ModelArguments, total=False):
         tensor_parallel_size: GPUs that share the weights.
         data_parallel_size: number of processes that `accelerate launch` started, each with a copy of the weights.
             Default: the number of processes.
-        cache_max_entry_count: share of the memory beside the weights that LMDeploy fills with keys and values;
-            default: 0.8.
+        cache_max_entry_count: LMDeploy fills this share of the memory that the weights leave free with keys and
+            values; default: 0.8.
     """
 
     tensor_parallel_size: int
