@@ -21,7 +21,7 @@ class DecodingArguments(TypedDict, total=False):
     Attributes:
         do_sample: whether tokens are drawn; false is greedy, whatever the temperature.
         max_gen_toks: most new tokens.
-        until: texts that end the answer.
+        until: stop strings: texts that end the answer.
         All others: see `DecodingConfig`.
     """
 
@@ -67,16 +67,18 @@ class ModelArguments(DecodingArguments, total=False):
         max_thinking_toks: most tokens of a thought. After that many tokens, the think end is inserted, and the answer
             follows. Default: no limit.
         stop_repetition: N:K, such as 50:4, ends an answer whose last N*K tokens repeat with a period of N tokens or
-            fewer; the finish reason is `repetition`. Default: no such end. JetEngine does not support it.
-        trace: file that gets a JSON line for each finished request (report/trace.py); each run and rank has its own.
+            fewer; the finish reason is `repetition`. Default: no such end. JetEngine does not support stop_repetition.
+        trace: file that gets a JSON line for each finished request (report/trace.py); each run and rank has its own
+            file.
         record_steps: keep the step and confidence of each token beside lm_eval's samples (report/denoising.py);
             default: true.
         verbose: log each example as its answer finishes, with right or wrong if the task has a judge (report/live.py).
         answers: folder that keeps finished answers, from which a later run continues; several processes may share the
             folder.
-        likelihood: chain (exact) or nelbo (the diffusion bound), see `sdar_lm_eval/likelihood.py`; at temperature 1,
-            whatever the decoding settings.
-        mc_samples: mask patterns that nelbo samples for a block; blocks with no more patterns are computed exactly.
+        likelihood: chain (exact) or nelbo (the evidence lower bound), see `sdar_lm_eval/likelihood.py`; at
+            temperature 1, whatever the decoding settings.
+        mc_samples: number of mask patterns that nelbo draws for a block, even; default: 256. nelbo computes a block
+            with no more patterns exactly.
         batch_size: `--batch_size N` with N > 1 sets max_active. With 1 (lm_eval's default) or auto, the engine
             chooses max_active.
         max_batch_size: sets max_active under `--batch_size auto`.
@@ -111,7 +113,8 @@ class NativeArguments(ModelArguments, total=False):
     """What `--model sdar` takes.
 
     Attributes:
-        kv_pages: KV storage in pages of 16 tokens; default: what the requests need, as far as memory allows.
+        kv_pages: size of the KV cache, in pages of 16 tokens; default: what the requests need, as far as memory
+            allows.
         kernels: run with Triton kernels and CUDA graphs; default: on GPUs, where triton is installed.
         reproducible: whether answers are the same to the bit in any batch, not only up to rounding; needs the kernels.
             Default: false.
@@ -144,9 +147,10 @@ class LMDeployArguments(ModelArguments, total=False):
 
     Attributes:
         tensor_parallel_size: GPUs that share the weights.
-        data_parallel_size: how many processes `accelerate launch` started, each with its copy of the weights; need not
-            be given.
-        cache_max_entry_count: the share, for keys and values, of the memory that the weights leave free; default: 0.8.
+        data_parallel_size: number of processes that `accelerate launch` started, each with a copy of the weights.
+            Default: the number of processes.
+        cache_max_entry_count: LMDeploy fills this share of the memory that the weights leave free with keys and
+            values; default: 0.8.
     """
 
     tensor_parallel_size: int

@@ -90,7 +90,7 @@ class ChatTemplate:
         self.source = source
         """Jinja2's text."""
         if taken := sorted(values.keys() & SET_BY_RENDERING):
-            raise UserError(f"chat_template_args has {listed(taken)}, which rendering sets. Leave it out.")
+            raise UserError(f"chat_template_args has {listed(taken)}, which rendering sets. Leave out {listed(taken)}.")
         self._names = {"tools": None, "documents": None, **tokenizer.special_tokens_map, **values}
         self._budget = _Budget()
         try:
@@ -120,8 +120,8 @@ class ChatTemplate:
             raise UserError(f"{self._title} {error} for a conversation of {roles}. {_REMEDY}") from error
         except Exception as error:  # a template can raise any exception
             raise UserError(
-                f"{self._title} refuses a conversation of {roles} ({_line(error)}). Where it has no system turn, leave "
-                "out --system_instruction; or use chat_template=off."
+                f"{self._title} refuses a conversation of {roles} ({_line(error)}). If the template takes no system "
+                "turn, leave out --system_instruction; or use chat_template=off."
             ) from error
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:

@@ -23,17 +23,18 @@ class DecodingConfig:
 
     Args:
         block_length: tokens denoised together.
-        denoising_steps: number of steps in a block's schedule; step s has the quota `quotas[s]`. None: `block_length`.
-        remasking_strategy: the rule by which a step unmasks positions; `engines/native/strategies/` has one file for
-            each strategy.
+        denoising_steps: number of steps in a block's schedule, which gives each step a quota of tokens to unmask.
+            None: `block_length`.
+        remasking_strategy: the rule by which a step chooses the positions that keep their token;
+            `engines/native/strategies/` has one file for each strategy.
         confidence_threshold: low_confidence_dynamic keeps every token whose confidence is strictly above this value.
         eb_threshold: entropy_bounded keeps tokens while the sum of their entropies, in nats, is below this value.
-        temperature: of the distribution that tokens are drawn from; 0 draws the most probable token (greedy).
+        temperature: divides the logits before a token is drawn; 0 draws the most probable token (greedy).
             `DecodingConfig()` samples at 1.0. An evaluation is greedy unless a task or the user asks for sampling.
         top_k: draw only from the k most probable tokens; 0 is off.
         top_p: draw only from the smallest set of tokens whose probability exceeds p; 1 is off.
-        repetition_penalty: as in transformers: positive logits of tokens in the prompt or the answer are divided by
-            this value, negative logits are multiplied by it; 1 is off.
+        repetition_penalty: as in transformers: divides positive logits of tokens in the prompt or the answer by this
+            value, and multiplies negative logits by this value; 1 is off.
 
     Raises:
         UserError: a value is out of range.

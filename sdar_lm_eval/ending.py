@@ -16,7 +16,7 @@ CLOSE = "close"
 
 BYTES = 4  # most bytes of a character in UTF-8, and so most tokens of one
 
-CHUNK = 64  # tokens; a whole answer is read in so many at a time, so that no long text is decoded again and again
+CHUNK = 64  # tokens that are read at a time of a whole answer, so that no long text is decoded again and again
 
 
 class Ends(Protocol):
@@ -49,7 +49,7 @@ class Ending:
     Args:
         request: has what ends the answer.
         decode: token ids -> text.
-        earlier: tokens of the answer that were there before, in which it neither ends nor thinks.
+        earlier: tokens of the answer before the first part; in these tokens the answer neither ends nor thinks.
 
     Attributes:
         thinks: whether the tokens so far end in a thought; None: the answer's beginning does not tell yet.
@@ -76,8 +76,9 @@ class Ending:
         Returns:
             (number of new tokens that belong to the answer, "stop", "repetition" or "length"); (len(new), "") where
             the answer does not end in them. The answer excludes a stop token, and includes the token that completes a
-            stop string. (number, CLOSE): behind so many new tokens the thought reaches its limit; the think end's
-            tokens follow (`Thinking.end_ids`), which this object has taken, and then the tokens of the next `add`.
+            stop string. (number, CLOSE): the thought reaches its limit after `number` new tokens. The think end's
+            tokens (`Thinking.end_ids`), which this object has taken already, follow; the tokens of the next `add`
+            follow those.
         """
         request, tokens, known = self._request, self._tokens, len(self._tokens)
         remaining = request.max_new_tokens - known
@@ -114,7 +115,7 @@ class Ending:
 
     @property
     def thought_limit(self) -> int | None:
-        """Tokens after which the thought is closed; None where it is not: behind it one token at least has room."""
+        """Tokens after which the thought is closed; None where no token would have room behind the think end."""
         thinking = self._request.thinking
         if thinking is None or thinking.max_tokens is None:
             return None

@@ -395,7 +395,7 @@ def _is_sampled(given: Mapping[str, object], base: Mapping[str, object]) -> bool
 
 def _warn_of_unused_temperature(given: Mapping[str, object], base: Mapping[str, object]) -> None:
     if to_number("temperature", given.get("temperature", 0)) > 0:
-        logger.warning("do_sample=false: greedy; temperature=%g has no effect.", given["temperature"])
+        logger.warning("do_sample=false is greedy, so temperature=%g has no effect.", given["temperature"])
     elif given and _is_sampled({}, base):
         logger.warning(
             "The task asks for greedy decoding, so the sampling in model_args has no effect; "

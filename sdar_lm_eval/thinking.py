@@ -25,7 +25,7 @@ class Thinking:
 
     Attributes:
         end: the think end's text; or its token, where decoding leaves that token out.
-        end_ids: the think end's tokens, which are put in behind a thought that reached `max_tokens`.
+        end_ids: the think end's tokens, which are inserted behind a thought that reached `max_tokens`.
         start: the text that opens a thought; or its token, where decoding leaves that token out; None where the
             think end names no start: then `opened` is true.
         opened: whether the prompt has opened the thought.
@@ -102,7 +102,7 @@ class Loops:
         import numpy as np  # here: only answers with this rule need it
 
         periods = np.arange(1, rule.tokens + 1)
-        self._matches = rule.size - periods  # (N,) so many tokens equal to those a period before make a loop
+        self._matches = rule.size - periods  # (N,) how many such tokens make a loop, see `_runs`
         self._runs = np.zeros_like(periods)  # (N,) how many of the last tokens equal those a period before them
         self._last = np.full_like(periods, -1)  # (N,) the last tokens, the newest first
         for token in earlier[-rule.size :]:
@@ -151,5 +151,5 @@ def read_text(text: str, thinking: Thinking, *, begins: bool | None = None) -> t
 
 
 def is_open(begun: str, start: str, end: str) -> bool:
-    """Return whether a text by which an answer was begun ends within a thought."""
+    """Return whether the given beginning of an answer ends within a thought."""
     return begun.rfind(start) > begun.rfind(end)

@@ -93,7 +93,10 @@ def check_config(name: str, config: Config) -> Family:
     if (config.get("head_dim") or 2) % 2:
         raise _wrong(name, config, "head_dim", "even, for rotary position embeddings")
     if config.get("use_sliding_window"):
-        raise UserError(f"checkpoint {name!r} has use_sliding_window=true, which is not supported.")
+        raise UserError(
+            f"checkpoint {name!r} has use_sliding_window=true in its config.json, which this package does not support. "
+            "Use a checkpoint without a sliding window."
+        )
     for part, whole in (("num_key_value_heads", "num_attention_heads"), ("num_experts_per_tok", "num_experts")):
         small, large = config.get(part), config.get(whole)
         if small is None or large is None or (whole == "num_experts" and not family.is_moe):

@@ -23,7 +23,7 @@ from sdar_lm_eval.files import read_bytes, read_json, require_regular
 logger = logging.getLogger(__name__)
 
 REMEMBERED = 1000  # files
-SETTLED_S = 5  # a file that changed less than so many seconds ago may change again in the same tick of its clock
+SETTLED_S = 5  # seconds; a file that changed more recently may change again in the same tick of the file system's clock
 LARGE = 2_000_000_000  # bytes; from this size on the user is told
 
 Facts = tuple[int, int, int, int]
@@ -62,7 +62,7 @@ def _sha256_of(paths: Sequence[Path]) -> list[str]:
     unread = [path for path in paths if path not in known]
     if unread:
         if (size := sum(facts[path][0] for path in unread)) > LARGE:
-            logger.info("Hashing %.1f GB of weights, once: answers are kept by them.", size / 1e9)
+            logger.info("Hashing %.1f GB of weights, once: stored answers carry the hash.", size / 1e9)
         begun = time.time()
         with concurrent.futures.ThreadPoolExecutor(min(len(unread), os.cpu_count() or 1, 8)) as threads:
             known |= zip(unread, threads.map(_read_sha256, unread), strict=True)

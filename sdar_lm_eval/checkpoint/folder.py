@@ -29,7 +29,10 @@ def resolve(name: str, revision: str | None) -> Path:
         ) from error
     if is_folder:
         if revision is not None:
-            raise UserError(f"revision={revision!r} was given, but {name!r} is a folder; revisions belong to hub ids.")
+            raise UserError(
+                f"revision={revision!r} was given, but {name!r} is a folder; only a hub id has revisions. Leave "
+                "out revision."
+            )
         return folder
     if is_there or name.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         why = "not a folder. Give the folder that holds config.json"

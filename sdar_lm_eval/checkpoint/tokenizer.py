@@ -208,7 +208,7 @@ def _panics_as_errors(name: str) -> Iterator[None]:
     except BaseException as error:  # pyo3_runtime.PanicException, which no module exports
         raise UserError(
             f"the tokenizer of checkpoint {name!r} stopped in the middle of a text ({one_line(error)}). Its "
-            "tokenizer.json holds a pattern that takes too long, or is damaged: take the one that belongs to the "
+            "tokenizer.json holds a pattern that takes too long, or is damaged: take the file that belongs to the "
             "weights."
         ) from error
 

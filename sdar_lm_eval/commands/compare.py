@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_names,
         default=(),
         metavar="M,…",
-        help="only these metrics; default: all metrics, except that pass@k has only the largest k",
+        help="only these metrics; default: all metrics, but of pass@k only the largest k",
     )
     parser.add_argument("--filter", type=_names, default=(), metavar="F,…", help="only these filters")
     parser.add_argument("--list", action="store_true", help="list the documents whose scores differ between A and B")

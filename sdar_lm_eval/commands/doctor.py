@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> str | None:
     if arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit} must be 1 or more.")
     if model_args and not arguments.run:
-        raise UserError("--model_args needs --run: without it no engine is loaded.")
+        raise UserError("--model_args needs --run: without --run, doctor loads no engine.")
     names = list(dict.fromkeys(arguments.engine or ENGINES))
     from sdar_lm_eval.report.machine import devices, engine_statuses, no_gpu, versions
 

@@ -40,7 +40,7 @@ ENDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.add_argument(
-        "path", metavar="RUN", type=Path, help="the folder of --output_path, of a run with --log_samples"
+        "path", metavar="RUN", type=Path, help="the folder of --output_path; the run needs --log_samples"
     )
     parser.add_argument("--task", help="the task; needed if the run has several tasks")
     parser.add_argument(

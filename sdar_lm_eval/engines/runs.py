@@ -281,6 +281,6 @@ def check_rope(checkpoint: Checkpoint) -> None:
         if "dynamic" in kind or kind == "longrope":
             raise UserError(
                 f"checkpoint {checkpoint.name!r} has rope_type={kind!r} in its config.json: its rotary frequencies "
-                "depend on the longest sequence of a batch, so answers would depend on what runs beside them. Choose "
+                "depend on the longest sequence of a batch, so an answer would depend on the other requests. Choose "
                 "a type with constant frequencies (default, linear, yarn, llama3)."
             )

@@ -131,8 +131,8 @@ class GenerationResult:
             also those before a preemption. In the native engine, a commit shares its forward with the next block's
             first denoising step.
         seconds: time from the request's first forward to its end.
-        unmasked_at: for each new token, the denoising step of its block that unmasked it (from 0); None: not recorded.
-        confidences: for each new token, its probability when it was drawn; None: not recorded.
+        unmasked_at: for each new token, the step of its block that unmasked the token, from 0; None: not recorded.
+        confidences: for each new token, its probability when the token was drawn; None: not recorded.
         forced_tokens: how many of the new tokens were not drawn: the think end behind a thought that reached its limit
             (`Thinking.max_tokens`). Of these tokens, `confidences` has 1. `unmasked_at` has the step after the last
             one of the block's kept tokens, and the block's later tokens count their steps from there on.
@@ -162,7 +162,7 @@ class Engine(Protocol):
         """The current facts for the results file."""
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        """Allocate and compile what these requests need. Its time counts as loading, not as generation.
+        """Allocate and compile what these requests need. The time of `prepare` counts as loading, not as generation.
 
         Raises:
             UserError, EngineError: as `generate`.
@@ -182,7 +182,7 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the model's memory: at once, or at the end of a run in progress. A second call does nothing.
 
-        After it, `prepare`, `generate` and `score` raise an EngineError. `info` stays.
+        After `close`, `prepare`, `generate` and `score` raise an EngineError. `info` stays.
         """
 
     def __enter__(self: Self) -> Self:
@@ -200,9 +200,9 @@ class BlockStep:
         start: number of the answer's tokens before the block.
         token_ids: the block's tokens, with the mask token at masked positions. Of a decided block, these are the tokens
             that belong to the answer.
-        unmasked_at: for each token, the step of the block that unmasked it, from 0; -1 where it is masked.
-        confidences: for each token, its probability when it was drawn; 1 where it is masked.
-        decided: whether this step decided the block. A think end that is put in has a step of its own, decided too.
+        unmasked_at: for each token, the step of the block that unmasked the token, from 0; -1 for a mask.
+        confidences: for each token, its probability when the token was drawn; 1 for a mask.
+        decided: whether this step decided the block. An inserted think end has a step of its own, decided too.
         finished: whether the answer ends in this block; never true of a block that is not decided.
     """
 
@@ -239,9 +239,10 @@ class LikelihoodConfig:
     """How log-likelihoods are computed; `sdar_lm_eval/likelihood.py` defines the methods.
 
     Args:
-        method: "chain", exact, one forward of a block for each of its scored tokens; or "nelbo", the diffusion bound.
-        mc_samples: sampled masks of a block (nelbo). A block of m scored tokens has 2^m - 1 possible masks. If that is
-            at most mc_samples, all masks are computed, without sampling noise: 256 is enough for blocks of 8.
+        method: "chain", exact, one forward of a block for each of its scored tokens; or "nelbo", the evidence
+            lower bound.
+        mc_samples: sampled masks of a block (nelbo). A block of m scored tokens has 2^m - 1 possible masks. If that
+            number is at most mc_samples, all masks are computed, without sampling noise: 256 is enough for blocks of 8.
         block_length: tokens denoised together.
         seed: seed of the sampled masks.
 
@@ -297,7 +298,7 @@ class ScoreResult:
     """A continuation's score.
 
     Attributes:
-        log_likelihood: in nats. Under nelbo, the negative of the bound. -inf where the continuation holds the mask
+        log_likelihood: in nats. Under nelbo, the evidence lower bound. -inf where the continuation holds the mask
             token, which is never generated.
         is_greedy: whether greedy decoding by `sequential`, one token a step, generates this continuation. Both methods
             agree.

@@ -1,4 +1,4 @@
-"""Finished answers in a folder: one JSON line each, on disk at once, so that a later run continues from the folder.
+"""Finished answers in a folder: one JSON line each, on disk immediately, so that a later run continues from the folder.
 
     <time>-<random>.jsonl     the answers of one process; each process begins its own file
         {"settings": …, "model": …, "started": …}     the fingerprint, facts on the engine, when the process began
@@ -183,7 +183,7 @@ def busy_seconds(sessions: Iterable[Session]) -> float:
 def seconds_for(sessions: Iterable[Session], keys: Collection[str]) -> float:
     """Return for how many seconds sessions were busy with the answers under some keys.
 
-    A session that answered more counts by its share of the tokens.
+    The sessions' time counts in proportion to the tokens under these keys.
     """
     used = [session for session in sessions if session.answers.keys() & keys]
     lines = {key: line for session in used for key, line in session.answers.items()}

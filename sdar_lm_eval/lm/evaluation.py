@@ -73,7 +73,7 @@ class Answered(Protocol):
 
     @property
     def repeat(self) -> int:
-        """The answer's number among the document's, over all of its requests."""
+        """The answer's number among the answers of the document, over all requests of the document."""
 
     @property
     def request(self) -> GenerationRequest:

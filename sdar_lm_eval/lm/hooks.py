@@ -161,7 +161,7 @@ def _check_caches_first() -> None:
 
 
 def _tasks_of(task_dict: object, name: str = "") -> dict[str, Task]:
-    """The tasks in `evaluate`'s task_dict, by name: nested mappings, in older versions with pairs of group and task."""
+    """The tasks in `evaluate`'s task_dict of nested mappings, by name. Older versions nest pairs of group and task."""
     if isinstance(task_dict, Task):
         return {name or str(task_dict.config.task): task_dict}
     tasks: dict[str, Task] = {}
@@ -180,7 +180,7 @@ def _check_limit(limit: object) -> None:
 
 
 def _ascending(samples: object, tasks: Sequence[str]) -> dict[str, list[int]]:
-    """`--samples` with ascending ids: lm_eval evaluates documents in that order, but names the k-th by the k-th id.
+    """`--samples` with ascending ids: lm_eval takes documents in ascending order, but names the k-th by the k-th id.
 
     Raises:
         UserError: `samples` is no mapping from tasks to document numbers, has ids of a task that is not evaluated, or

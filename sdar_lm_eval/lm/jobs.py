@@ -68,10 +68,10 @@ class Job:
         return thought, self._cut(text)
 
     def recall(self, record: Record | None) -> tuple[Thought | None, str] | None:
-        """Return the same of a stored answer; None where it has to be made again.
+        """Return the thought and the text of a stored answer; None where the answer has to be made again.
 
-        A record without a thought whose text has one is of a version that knew no thoughts: its text is the whole
-        answer. A stop string may have ended it within the thought.
+        A version that knew no thoughts stored the whole answer as the text. A record of that version has no thought,
+        and a thought in its text. A stop string may have ended that answer within the thought.
         """
         if record is None:
             return None
@@ -265,7 +265,7 @@ class Jobs:
         """Most tokens of a prompt whose answer has at most `max_gen_toks`.
 
         Raises:
-            UserError: not even one token.
+            UserError: no token of a prompt has room.
         """
         room = self.max_length - max_gen_toks
         if room < 1:
@@ -360,7 +360,7 @@ def _key_of(request: GenerationRequest, generation: Generation, auto: Thinking |
     Args:
         request: what the engine gets.
         generation: the request's settings.
-        auto: how thoughts are found where nobody says anything of them, which keys do not hold.
+        auto: the checkpoint's own rule for thoughts, which keys leave out.
     """
     content = dataclasses.asdict(request) | {"until": generation.until, "stop_ids": sorted(request.stop_ids)}
     del content["record_steps"]

@@ -27,7 +27,7 @@ Kind = Literal["loglikelihood", "loglikelihood_rolling"]
 
 @dataclass
 class ScoreJob:
-    """One log-likelihood to be computed: the sum over its pieces, the windows of a rolling one, else a single piece.
+    """One log-likelihood to compute, summed over its pieces: the windows of a rolling one, else a single piece.
 
     Attributes:
         instance: the harness's request.
@@ -192,7 +192,7 @@ class Likelihoods:
         if impossible := sum(any(mask in piece.continuation_ids for piece in job.pieces) for job in jobs):
             logger.warning(
                 "%d of %d texts to be scored contain the mask token %r, which is never generated; their log-likelihood "
-                "is -inf, and so a perplexity is infinite. Take it out of the documents.",
+                "is -inf, and so a perplexity is infinite. Take the mask token out of the documents.",
                 impossible,
                 len(jobs),
                 self._prompts.tokenizer.convert_ids_to_tokens(mask),

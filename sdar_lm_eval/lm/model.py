@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-# This package's messages go where lm_eval's go, at its verbosity.
+# This package's messages go where lm_eval's go, at lm_eval's verbosity.
 logging.getLogger("sdar_lm_eval").parent = logging.getLogger("lm_eval")
 
 
@@ -112,7 +112,7 @@ class SDARLM(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, object], additional_config: Mapping[str, object] | None = None
     ) -> SDARLM:
-        """Make the model from `--model_args` and what the harness adds; a user's model_args win over the latter."""
+        """Make the model from `--model_args` and the harness's own arguments, which the user's model_args override."""
         # ModelSettings.read checks names and values.
         arguments: dict[str, Any] = {n: value for n, value in (additional_config or {}).items() if value is not None}
         if arguments.get("device") == "cuda:0":  # lm_eval's default, given or not
@@ -131,7 +131,7 @@ class SDARLM(TemplateLM):
     check_cache = staticmethod(check_cache_file)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Take the harness's cache file; what is read from it and written to it goes by this package's keys.
+        """Take the harness's cache file, in which this package reads and writes records under keys of its own.
 
         Raises:
             UserError: the file cannot be used.
@@ -165,7 +165,7 @@ class SDARLM(TemplateLM):
         self._prompts.choose(template)
         if not cached:  # the file is an earlier evaluation's
             self._cache = None
-        self._open_store()  # a new store tries again places that could not be written
+        self._open_store()  # a new store retries files that could not be written
 
     def _begin(self, seed: int) -> None:
         self.evaluation = self.evaluation.next(
@@ -252,7 +252,7 @@ class SDARLM(TemplateLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer requests; returns texts in their order, cut before the earliest `until`.
 
-        Stores each finished answer at once, where a store is given. See `lm_eval.api.model.LM.generate_until`.
+        Stores each finished answer immediately, where a store is given. See `lm_eval.api.model.LM.generate_until`.
 
         Raises:
             UserError: a request's settings are unknown or out of range; raised before anything runs.
@@ -266,7 +266,7 @@ class SDARLM(TemplateLM):
         """Score continuations: log-likelihoods in nats, and whether greedy decoding gives the continuation.
 
         Contexts are taken as they come, in no chat template unless the harness applied it. Each finished score is
-        stored at once. See `lm_eval.api.model.LM.loglikelihood`, and `sdar_lm_eval/likelihood.py`.
+        stored immediately. See `lm_eval.api.model.LM.loglikelihood`, and `sdar_lm_eval/likelihood.py`.
 
         Raises:
             UserError: the engine computes no log-likelihoods, a continuation is too long, or enable_thinking is true;
@@ -315,7 +315,7 @@ class SDARLM(TemplateLM):
         return self.ranks.gather_object(self.evaluation.without_borrowed(obj), dst)
 
     def barrier(self) -> None:
-        """Wait for all ranks, and collect their counts on rank 0. lm_eval calls it after each kind of request."""
+        """Wait for all ranks, and collect their counts on rank 0. lm_eval calls this after each kind of request."""
         evaluations = self.ranks.gather_object(self.evaluation)
         if evaluations is not None:
             self._evaluation_of_ranks = evaluations
@@ -397,7 +397,7 @@ class SDARLMDeployLM(SDARLM):
 
 
 def __getattr__(name: str) -> type[SDARLM]:
-    """The lm_eval model of an engine that the registry names and nobody has written a class for."""
+    """The lm_eval model of an engine that the registry names, and that has no class in this module."""
     for spec in ENGINES.values():
         if spec.lm == f"{__name__}:{name}":
             return type(name, (SDARLM,), {"ENGINE": spec.name, "__module__": __name__})

@@ -197,7 +197,7 @@ class Prompts:
         return rendered
 
     def opens_thought(self, prompt: str) -> bool:
-        """Whether a prompt ends in a thought: in its start, or in text by which the answer was begun."""
+        """Whether a prompt ends inside a thought: in the thought's start, or in the given beginning of an answer."""
         return prompt.rstrip().endswith(self.thoughts.start) or _digest(prompt) in self._thinking
 
     def is_rendered(self, text: str) -> bool:
@@ -314,8 +314,8 @@ def _digest(text: str) -> bytes:
 def _parallel_tokenizing(*, alone: bool) -> Iterator[None]:
     """Have the tokenizer use all cores if the process has them to itself; lm_eval switches that off.
 
-    Afterwards the variable is set to false where it was not set: without a value, a tokenizer that has run in parallel
-    warns in every forked process. A forked process never tokenizes in parallel, since fork copies no threads.
+    Afterwards TOKENIZERS_PARALLELISM is false if nobody had set the variable: without a value, a tokenizer that has run
+    in parallel warns in every forked process. A forked process never tokenizes in parallel: fork copies no threads.
     """
     if not alone or os.getpid() != PROCESS:
         yield

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 SAME_ON_ALL_RANKS = ("sdar_lm_eval.checkpoint", "sdar_lm_eval.settings", "sdar_lm_eval.lm.jobs")
 """Loggers whose messages are the same on all ranks, so that rank 0 alone logs them."""
 
-# All ranks must connect within the first. After that a rank waits for the slowest one, however uneven the documents
-# are; where a rank dies, the launcher ends the others.
+# All ranks must connect within PATIENCE_AT_START. After that, a rank waits for the slowest rank, however uneven the
+# documents are. If a rank dies, the launcher ends the others.
 PATIENCE_AT_START = datetime.timedelta(minutes=10)
 PATIENCE = datetime.timedelta(days=7)
 

@@ -36,7 +36,7 @@ class Rounds:
         prompts: makes the text of each token, for traces.
         decode: makes an answer's text of its tokens.
         trace: gets a line for each finished request; None for no trace.
-        record: whether it is noted how each answer was written.
+        record: whether denoising records are kept.
         verbose: whether each example is logged.
         alone: whether this process has all of the run's documents.
 
@@ -153,7 +153,7 @@ class Rounds:
         return answers
 
     def _note(self, job: Job, result: GenerationResult, evaluation: Evaluation) -> dict[str, object]:
-        """Note how an answer was written; return what the store keeps of it."""
+        """Keep the denoising record of an answer; return what the store keeps of the record."""
         if not self._record:
             return {}
         block_length = job.request.decoding.block_length

@@ -123,7 +123,7 @@ class Place(Protocol):
         """Return the time in which earlier processes computed the records of these keys; None where it is unknown."""
 
     def put(self, key: str, record: Mapping[str, object]) -> None:
-        """Keep a record. A process that is killed after this returns does not lose it.
+        """Keep a record. The record survives a process that is killed after `put` returns.
 
         Raises:
             OSError, sqlite3.Error: the record cannot be written.

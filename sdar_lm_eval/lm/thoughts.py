@@ -32,9 +32,10 @@ class Thoughts:
     """The settings of a model's thoughts, and of what begins its answers.
 
     Attributes:
-        thinking: how a thought is found, of an answer whose prompt has opened none; None: no such answer has a thought.
-        opened: how a thought is found that the prompt has opened, also for a checkpoint of which nothing else says
-            that it thinks; None: thoughts are off.
+        thinking: how the thought of an answer is found whose prompt opens no thought; None: such an answer has no
+            thought.
+        opened: how a thought is found that the prompt opens, even if nothing else says that the checkpoint thinks;
+            None: thoughts are off.
         auto: `thinking`, where model_args say nothing of thoughts.
         start, end: the texts that open and end a thought; `<think>` and `</think>` where they are unknown.
         answer_prefix: the text that each generated answer begins with.

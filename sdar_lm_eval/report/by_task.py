@@ -13,7 +13,8 @@ def by_task(summaries: Sequence[Summary], markdown: bool = False) -> str:
     """Return the table, with the settings of its numbered columns above it.
 
     Args:
-        summaries: of tasks that were evaluated together: each has a point for each setting, in the same order.
+        summaries: summaries of tasks that were evaluated together. Each has a point for each setting, in the same
+            order.
         markdown: whether the tables are Markdown; False: plain text in columns.
     """
     points = summaries[0].points

@@ -34,7 +34,7 @@ class Counts:
         largest_standard_error: the largest of these standard errors, in nats.
         thoughts: answers with a thought, those found in a store included.
         unfinished_thoughts: answers that ended in their thought, those found in a store included.
-        forced_tokens: new tokens that were not drawn: think ends that were put in.
+        forced_tokens: new tokens that were not drawn: inserted think ends.
         stored_forced_tokens: the same of answers found in a store.
         repetitions: answers that ended in a loop, those found in a store included.
         saved_tokens: tokens between the ends of these answers and their limits.

@@ -1,7 +1,7 @@
 """Accuracy against speed: the table, the chart and the JSON of operating points.
 
-matplotlib draws the chart. It writes SVG, PNG and PDF files of one figure without a browser, and the same figure gives
-the same file, byte for byte. altair would need a JavaScript engine to write these files.
+matplotlib draws the chart, and writes SVG, PNG and PDF files of one figure without a browser. The same figure gives the
+same file, byte for byte. altair would need a JavaScript engine to write these files.
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ The first line names the format and its version. Each further line is the record
     texts           the text of each token. Where several tokens encode one character, the last token has the character
     steps           for each token the step within its block that unmasked the token, from 0; null where the engine
                     does not record steps
-    confidences     10,000 times the probability of each token when it was drawn; 10,000 for a think end that was put
-                    in (max_thinking_toks); null where steps is null
+    confidences     10,000 times the probability of each token when it was drawn; 10,000 for an inserted think
+                    end (max_thinking_toks); null where steps is null
     finish_reason   "stop", "length" or "repetition"
     forwards        number of forwards by kind: of the prompt (prefill), of blocks (denoising, commit)
     seconds         time from the answer's first forward to its last
-    forced_tokens   number of tokens that were not drawn: a think end that was put in; not in the line where it is 0
+    forced_tokens   number of tokens that were not drawn: an inserted think end; not in the line where it is 0
 
 The version changes when a field is removed or changes its meaning. Readers ignore fields that they do not know.
 """

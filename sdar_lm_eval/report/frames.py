@@ -77,10 +77,9 @@ class RunFrames:
         """A row for each document, answer and filter; empty without --log_samples.
 
         Columns are `SAMPLE_COLUMNS`, and a column for each metric with the value of the row's answer. Where a filter
-        makes one value of several answers, the rows of these answers all have that value, and
-        `filtered` is missing in all rows but the first. `repeat` numbers a document's
-        answers from 0, over all seeds. A task that compares log-likelihoods has one row for each document and filter,
-        whose `response` is empty.
+        makes one value of several answers, the rows of these answers all have that value, and `filtered` is missing in
+        all of these rows but the first. `repeat` numbers a document's answers from 0, over all seeds. A task that
+        compares log-likelihoods has one row for each document and filter, whose `response` is empty.
 
         Raises:
             UserError: a samples file cannot be read.

@@ -38,7 +38,7 @@ class Metrics(FilterMetrics):
 
 
 class Performance(TypedDict):
-    """Speed, null where it is unknown. Times are of all the run's tasks together, tokens and forwards of this one."""
+    """Speed, null where it is unknown. Times cover all tasks of the run; tokens and forwards cover this task."""
 
     total_seconds: float | None
     seconds_per_question: float | None
@@ -86,8 +86,8 @@ def convert(path: Path, task: str | None = None, filter_name: str | None = None)
 
     Args:
         path: what `--output_path` named, or a results file.
-        task: which one, where there are several.
-        filter_name: whose answers count.
+        task: the task's name; needed where the run has several GSM8K tasks.
+        filter_name: the filter whose answers count.
 
     Raises:
         UserError: there is no such run, task or filter, samples were not logged, or a file is not as lm_eval writes it.

@@ -96,7 +96,7 @@ class Live:
         return verdict
 
     def bar(self, seconds: float, computed: int) -> str:
-        """Return the progress bar's format, `computed` answers having taken so many seconds."""
+        """Return the progress bar's format, after `computed` answers took `seconds`."""
         if not self.knows_accuracy:
             return BAR
         pace = f" | {seconds / computed:.1f}s/q" if computed else ""
@@ -138,7 +138,7 @@ class Live:
         return "\n".join(lines)
 
     def summary(self, seconds: float, computed: int, tokens: int) -> list[str]:
-        """Return the lines that end a round: a task each, and the speed of `computed` answers with so many tokens."""
+        """Return the lines that end a round: one for each task, and the speed of `computed` answers of `tokens`."""
         accuracies = [
             f"accuracy {tally.accuracy:.1%} ({tally.correct}/{tally.judged}, {tally.filter})"
             for tally in self._tallies.values()
@@ -172,7 +172,7 @@ def steps_of(request: GenerationRequest, result: GenerationResult) -> list[list[
     if result.unmasked_at is None or result.confidences is None:
         return None
     length = request.decoding.block_length
-    first = len(request.prompt_ids) % length  # so many tokens of the prompt begin the first block
+    first = len(request.prompt_ids) % length  # number of the prompt's tokens in the first block
     tokens = zip(result.unmasked_at, result.confidences, strict=True)
     blocks = []
     for _, placed in itertools.groupby(enumerate(tokens, first), key=lambda token: token[0] // length):

@@ -154,8 +154,8 @@ def curves_of(points: Sequence[Point]) -> list[Curve]:
 def settings_in_words(points: Sequence[Point]) -> list[str]:
     """Return for each point, in words, the settings that tell it from other points.
 
-    These are the settings that differ within its strategy, and those that are not the default and differ from other
-    strategies'.
+    These are the settings that differ within the point's strategy, and the settings that are not the default and differ
+    between strategies.
     """
     told = []
     settings = _telling(points)
@@ -187,9 +187,9 @@ def _varies(name: str, settings: Sequence[Mapping[str, object]]) -> bool:
 def pareto_front(points: Sequence[Point], speed: Speed) -> list[Point]:
     """Return the points on the Pareto front, the slowest first.
 
-    A point is on the front if no other point dominates it: is at least as fast and at least as accurate, and better in
-    one of the two. Points of unknown speed, and points whose accuracy is not a
-    number, are not on the front.
+    A point is on the front if no other point dominates the point. A point dominates another if the point is at least as
+    fast and at least as accurate, and better in one of the two. Points of unknown speed, and points whose accuracy is
+    not a number, are not on the front.
     """
     finite = [point for point in points if math.isfinite(point.accuracy)]
     known = [(fast, point.accuracy, point) for point in finite if (fast := speed(point)) is not None]

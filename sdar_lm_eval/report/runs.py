@@ -1,9 +1,9 @@
 """Runs on disk. A run is the results files of one model, which may be any of the harness, with one choice of settings.
 
-A path that a user names may hold many results files. Two results files belong to one run if they are of one model, and
-if of each task that both have they answered as many documents, with settings that differ in seeds only. Results of one
-task with different seeds are repeats: each document then has several answers. Of results of one task with equal seeds,
-only the newest count.
+A path that a user names may hold many results files. Two results files belong to one run if they have one model and, in
+each task that both have, the same number of documents, and settings that differ in seeds only. Results of one task with
+different seeds are repeats: each document then has several answers. Of results of one task with equal seeds, only the
+newest count.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Run:
         return settings_of(self.results_of(task), task)
 
     def told(self, task: str) -> dict[str, object]:
-        """Return the settings of a task; of repeats the seed of each, and no other setting of lm_eval's seeds."""
+        """Return the settings of a task. Of lm_eval's seeds, only the seed of each repeat is among the settings."""
         settings = self.settings(task)
         if len(self.of_tasks[task]) > 1:
             seeds = [settings_of(each, task).get("seed") for each in self.of_tasks[task]]

@@ -242,7 +242,8 @@ def cluster_values(answers: Sequence[FloatArray], weigh_answers: bool = False) -
 def holm(p: Sequence[float]) -> list[float]:
     """Return p-values after Holm's adjustment, in the order of `p`.
 
-    Tests that find a difference where the adjusted p is below alpha find any false one with probability alpha at most.
+    If each test finds a difference where the adjusted p is below alpha, the probability of any false finding is at most
+    alpha.
 
     Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6
     (1979).

@@ -28,8 +28,8 @@ class Trace:
     """The trace files of a model, one for each run.
 
     Args:
-        path: the first run's file. A later run's file has the run's name added to its own, as has the first run's where
-            `path` exists already.
+        path: the first run's file. A later run adds the run's name to the file's name; so does the first run if `path`
+            exists already.
         model: returns facts on model and engine; called when a run's first line is written.
 
     Raises:
@@ -77,7 +77,7 @@ class Trace:
             self._file = None
 
     def write(self, line: Mapping[str, object]) -> None:
-        """Write a line through to the file at once. After a write error the trace ends, and the run goes on."""
+        """Write a line through to the file immediately. After a write error the trace ends, and the run goes on."""
         if self._file is None:
             return
         try:

@@ -19,7 +19,7 @@ FLAGS = {
     "model_name": "a hub id, or a folder on the volume sdar-models-cache",
     "num_samples": "the first N documents of each task; default: all",
     "block_length": "tokens that are denoised together",
-    "denoising_steps": "steps a block is denoised in",
+    "denoising_steps": "denoising steps of a block",
     "temperature": "temperature of the distribution that tokens are drawn from; 0.0 is greedy",
     "remasking_strategy": f"which tokens a step keeps: {spellings()}; LMDeploy takes "
     f"{', '.join(ENGINES['lmdeploy'].strategies or ())}",

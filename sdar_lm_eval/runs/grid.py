@@ -5,8 +5,8 @@
     1:8:2           a range with its own step and both ends: 1, 3, 5, 7, 8
 
 A setting has no effect where the strategy does not read it (`DecodingConfig.idle`). Combinations that differ only in
-settings without effect are copies, of which one is evaluated. The module needs the
-standard library only, since Modal's flags are read where torch is missing.
+settings without effect are copies, of which one is evaluated. This module needs the standard library only, since
+Modal's flags are read where torch is missing.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class RecordedLM(LM):
                 told = differences(sessions[0].settings, session.settings)
                 raise UserError(
                     f"Answers of different settings cannot be one result: {sessions[0].path} and {session.path} "
-                    f"({told}). Move away those that you don't want."
+                    f"({told}). Move away the files that you do not want."
                 )
         self._sessions = sessions
         self._answers = united(sessions)

@@ -99,14 +99,14 @@ def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskMan
     scored = scoring_tasks(found)
     if scored:
         raise UserError(
-            f"--tasks {', '.join(scored[:5])}: ask for log-likelihoods, of which no finished ones are kept. Run them "
-            "by `lm_eval --model sdar`, or choose tasks that generate, such as gsm8k_sdar."
+            f"--tasks {', '.join(scored[:5])}: ask for log-likelihoods, which this runner does not keep. "
+            "Run them by `lm_eval --model sdar`, or choose tasks that generate, such as gsm8k_sdar."
         )
     unsafe = [name for name, task in found.items() if getattr(task, "UNSAFE_CODE", False) and name not in RUN_PROGRAMS]
     if unsafe:
         raise UserError(
-            f"--tasks {', '.join(unsafe[:5])}: scored by running the model's programs where all answers are. Choose "
-            f"{' or '.join(RUN_PROGRAMS[:2])}, whose programs run apart, or run it by `lm_eval --model sdar`."
+            f"--tasks {', '.join(unsafe[:5])}: the harness runs the programs of these tasks where all answers are. "
+            f"Choose {' or '.join(RUN_PROGRAMS[:2])}, whose programs run apart, or use `lm_eval --model sdar`."
         )
     return {
         name: len(task.eval_docs) if num_samples is None else min(num_samples, len(task.eval_docs))

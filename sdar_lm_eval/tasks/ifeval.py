@@ -92,14 +92,14 @@ def _require_scorable(rows: Iterable[Prompt]) -> None:
 def score(doc: Prompt, results: Sequence[str]) -> dict[str, bool | list[bool]]:
     """Return lm-eval's four scores: by prompt or instruction, strict or loose.
 
-    What a prompt leaves open, lm-eval's code draws each time it scores: keys 1122 and 1129 ask for the signs `#` and
-    `!` where that code knows letters only, and it draws one. Here the draws are the prompt's own, the same for strict
-    and loose, and the run's random state stays as it is.
+    lm-eval's code draws what a prompt leaves open, each time that the code scores: keys 1122 and 1129 ask for the signs
+    `#` and `!`, but the code knows letters only, and draws a letter. Here the prompt's key seeds the draws, so strict
+    and loose scores have the same draws. The run's random state stays as it is.
     """
     import langdetect
     from lm_eval.tasks.ifeval import utils
 
-    langdetect.DetectorFactory.seed = 0  # it draws, and the same answer would now and then score differently
+    langdetect.DetectorFactory.seed = 0  # langdetect draws: unseeded, one answer could score differently each time
     prompt = utils.InputExample(
         key=doc["key"],
         instruction_id_list=doc["instruction_id_list"],

@@ -3,7 +3,7 @@
 As in OpenCompass (opencompass/datasets/livecodebench/testing_util.py in JetAstra/SDAR at c2041a8): a program that reads
 stdin becomes a function that is called once a test, with a stdin and a stdout of its own. Its oddities decide scores:
 what is global in the program is local to the function, a stdin that the program imports (`from sys import stdin`) reads
-lines without their line breaks, and `sys.exit()` ends a test well.
+lines without their line breaks, and `sys.exit()` ends a test without an error.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def _formulas(answer: str) -> list[object]:
 def is_equal_by_default(answer: str, gold: str) -> bool:
     r"""Whether math_verify finds an answer and the gold answer equal, with its own default settings.
 
-    They accept what LaTeX does, such as `\frac12` and `11\sqrt2`, and find answers in plain text too.
+    The default settings accept what LaTeX does, such as `\frac12` and `11\sqrt2`, and find answers in plain text too.
     """
     from math_verify import parse, verify
 

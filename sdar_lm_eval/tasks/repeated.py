@@ -4,8 +4,8 @@
     matched(answers, gold)                   the same, where the right answers are those that equal a text
     single_or_all, all_answers               a task file's last filter, where lm-eval's own tasks have take_first
 
-Each value is one document's. lm-eval averages it over documents, so the standard error is over documents: the n answers
-of a document form one cluster.
+Each value is one document's. lm-eval averages the values over documents, so the standard error is over documents: the n
+answers of a document form one cluster.
 
 Imports are absolute, since lm-eval opens this file by its path, outside of the package.
 """

@@ -7,7 +7,7 @@
         _load             the engine in memory, if it has that size; else a new one
         _together         which of a part may run at the same time
           _run            runs these
-    what goes on after its thought, or within it, is asked for once more, with its tokens behind the prompt (`Parts`)
+    an answer that goes on after a part of it is asked for once more, with the part's tokens behind the prompt (`Parts`)
     (position, result) of each request as it finishes; at the end one error that names the requests without an answer
 
 `prepare` does the same with the first part, but runs short requests in the place of the user's: once for each kind of
@@ -34,14 +34,14 @@ class Loaded(Protocol):
 
     @property
     def closed(self) -> bool:
-        """Whether it has ended."""
+        """Whether the engine has ended."""
 
     @property
     def max_active(self) -> int:
         """Most sequences that run at once."""
 
     def close(self) -> None:
-        """End it and give its memory back."""
+        """End the engine and give its memory back."""
 
 
 LoadedEngine = TypeVar("LoadedEngine", bound=Loaded)
@@ -70,7 +70,7 @@ class Adapter(Closable, abc.ABC, Generic[LoadedEngine, Size]):
         """Refuse requests that would be answered wrongly.
 
         Raises:
-            UserError: there is one.
+            UserError: some request would be.
         """
 
     @abc.abstractmethod
@@ -90,8 +90,8 @@ class Adapter(Closable, abc.ABC, Generic[LoadedEngine, Size]):
         """Load the engine.
 
         Raises:
-            UserError: the memory does not hold it.
-            EngineError: it did not start.
+            UserError: the memory does not hold the engine.
+            EngineError: the engine did not start.
         """
 
     @abc.abstractmethod
@@ -99,7 +99,7 @@ class Adapter(Closable, abc.ABC, Generic[LoadedEngine, Size]):
         """Refuse requests that the loaded engine has no room for.
 
         Raises:
-            UserError: there is one.
+            UserError: some request has no room.
         """
 
     @abc.abstractmethod

@@ -34,7 +34,7 @@ def to_share(name: str, value: float) -> float:
     """Read a fraction, given as a number or as text.
 
     Raises:
-        UserError: it is not between 0 and 1, both excluded.
+        UserError: the value is not between 0 and 1, both excluded.
     """
     share = check_number(name, value, whole=False)
     if not 0 < share < 1:

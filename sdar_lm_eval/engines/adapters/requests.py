@@ -62,7 +62,7 @@ class Decodes:
         if decoding.repetition_penalty != 1:
             raise UserError(
                 f"repetition_penalty={decoding.repetition_penalty}: {self.repetition_penalty}. Use --model sdar, or "
-                "leave it out."
+                "leave out repetition_penalty."
             )
         if decoding.block_length not in self.block_lengths:
             raise UserError(
@@ -74,7 +74,7 @@ def check_requests(requests: Sequence[GenerationRequest], decodes: Decodes, chec
     """Refuse requests that would be answered wrongly, before any of them runs.
 
     Raises:
-        UserError: there is one.
+        UserError: some request would be.
     """
     for decoding in {request.decoding for request in requests}:
         decodes.check(decoding)
@@ -85,7 +85,7 @@ def check_lengths(requests: Iterable[GenerationRequest], limit: int, who: str) -
     """Refuse requests of more than `limit` tokens; `who` ("checkpoint 'x' has") begins the clause with the limit.
 
     Raises:
-        UserError: one is too long.
+        UserError: a request is too long.
     """
     for request in requests:
         if request.longest > limit:

@@ -9,8 +9,8 @@
 
 `lower` is true where lower values are better. `main` is the index of the metric that decides right and wrong, unless
 the reader chooses another metric. `extracts` is false for tasks that compare log-likelihoods. `task` is an index into
-`tasks`. `twin` is the number of earlier documents of the task with the same index, which runs on different data give.
-A document has an outcome for each run, null where the run lacks the document:
+`tasks`. `twin` is the number of earlier documents of the task with the same index: runs on different data have such
+documents. A document has an outcome for each run, null where the run lacks the document:
 
     [scores, extracted, cut, answers]
     scores      for each metric of the task the mean over the answers; null where the score is no number
@@ -18,11 +18,10 @@ A document has an outcome for each run, null where the run lacks the document:
     cut         number of answers that ended at the limit of new tokens; null where the run has no denoising records
     answers     number of answers
 
-A text is a string or, where the answer's tokens are known, [string or length, [index into `tokens`, …]]. A length
-says that the text is the first so many UTF-16 code units of the tokens' joined texts. An answer in `details` is
-[scores, extracted, record], and [thought, whether the thought has an end] where the answer has a thought. Where a
-filter makes one value of several answers, the first answer has the value, and the others have null and "". A record is
-null or
+A text is a string or, where the answer's tokens are known, [string or length, [index into `tokens`, …]]. A length n
+says that the text is the first n UTF-16 code units of the tokens' joined texts. An answer in `details` is [scores,
+extracted, record], and [thought, whether the thought has an end] where the answer has a thought. Where a filter makes
+one value of several answers, the first answer has the value, and the others have null and "". A record is null or
 
     {"steps": each token's step, minus that of the token before, "confidences": 10,000 times each token's confidence,
      "finish", "forwards", "seconds", "blocks": index of each block's first token,

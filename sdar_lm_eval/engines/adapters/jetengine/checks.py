@@ -29,9 +29,12 @@ def check_setup(setup: Setup) -> None:
 
     if checkpoint.is_moe and not dialect.mixture_of_experts:
         use = f"--model sdar or JetEngine {version_with('mixture_of_experts')}"
-        refuse("it takes no mixture-of-experts models", use)
+        refuse("this version takes no mixture-of-experts models", use)
     if checkpoint.is_moe and (config.get("mlp_only_layers") or not config["norm_topk_prob"]):
-        refuse("it takes all layers for sparse and always normalizes the experts' weights, unlike its config.json")
+        refuse(
+            "JetEngine takes all layers for sparse and always normalizes the experts' weights; config.json says "
+            "otherwise"
+        )
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         refuse("it knows no RoPE scaling")
@@ -45,8 +48,8 @@ def check_setup(setup: Setup) -> None:
     if tensor_parallel > 1:
         if not dialect.tensor_parallel:
             refuse(
-                f"tensor_parallel_size={tensor_parallel}, but it gives the logits to the first process only and "
-                "then draws tokens in all of them, which stops the others",
+                f"tensor_parallel_size={tensor_parallel}, but it gives the logits to the first process only, "
+                "and then draws tokens in all processes, which stops the others",
                 "tensor_parallel_size=1",
             )
         width = "moe_intermediate_size" if checkpoint.is_moe else "intermediate_size"
@@ -67,7 +70,7 @@ def check(requests: Sequence[GenerationRequest], setup: Setup) -> None:
     """Refuse requests that would be answered wrongly, before any of them runs.
 
     Raises:
-        UserError: there is one.
+        UserError: some request would be.
     """
     named = f"JetEngine {setup.dialect.version}"
     decodes = Decodes(
@@ -80,8 +83,8 @@ def check(requests: Sequence[GenerationRequest], setup: Setup) -> None:
     check_requests(requests, decodes, setup.checkpoint)
     if any(request.repetition is not None for request in requests):
         raise UserError(
-            "stop_repetition: JetEngine returns an answer when it is whole, so a loop in it cannot be stopped. Leave "
-            "stop_repetition out, or use --model sdar or --model sdar-lmdeploy."
+            "stop_repetition: JetEngine returns only whole answers, so the adapter cannot end an answer in a loop. "
+            "Leave out stop_repetition, or use --model sdar or --model sdar-lmdeploy."
         )
     for number, request in enumerate(requests):
         if setup.checkpoint.mask_token_id in tail_of(request):

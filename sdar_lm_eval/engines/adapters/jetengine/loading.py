@@ -82,7 +82,7 @@ class Loaded:
         may_split: whether flash-attn may split a context among thread blocks.
 
     Raises:
-        UserError: the memory does not hold it.
+        UserError: the memory does not hold the model.
         EngineError: JetEngine did not start, or took another mask token.
     """
 
@@ -199,7 +199,7 @@ class Loaded:
         """Refuse requests that need more KV pages than there are.
 
         Raises:
-            UserError: there is one.
+            UserError: some request needs more.
         """
         longest = max(requests, key=self._pages_of)
         if (needed := self._pages_of(longest)) > self.pages:
@@ -207,8 +207,8 @@ class Loaded:
             raise UserError(
                 f"a request of {longest.longest:,} tokens (prompt and answer) needs {needed} KV pages of "
                 f"{PAGE_SIZE} tokens, {needed * mib:,.0f} MiB; JetEngine has {self.pages}, {self.pages * mib:,.0f} "
-                f"MiB, at gpu_memory_utilization={self.size.gpu_memory_utilization}. Raise it, or lower max_gen_toks "
-                "or max_length."
+                f"MiB, at gpu_memory_utilization={self.size.gpu_memory_utilization}. Raise "
+                "gpu_memory_utilization, or lower max_gen_toks or max_length."
             )
 
     def at_once(self, requests: Sequence[GenerationRequest]) -> int:

@@ -43,8 +43,8 @@ class LMDeploy(Adapter[Loaded, Size]):
         dtype: "bfloat16" or "float16"; "auto" is the checkpoint's own dtype if it is one of these, else bfloat16.
         max_active: most sequences at once; None: as many as fit, up to 256.
         tensor_parallel_size: GPUs of this machine that share the weights.
-        data_parallel_size: copies of the model, each with a part of the documents. A copy is a process that
-            `accelerate launch` started: any number but 1 must be theirs.
+        data_parallel_size: copies of the model, each with a part of the documents. A copy is a process that `accelerate
+            launch` started. A number other than 1 must be the number of these processes.
         cache_max_entry_count: the part of the memory that the weights leave, for keys and values.
 
     Raises:

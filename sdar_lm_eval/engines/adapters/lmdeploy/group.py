@@ -164,5 +164,5 @@ class Group:
             stop_token_ids=sorted(stop_ids_of(request, self._checkpoint)) or None,
             bad_token_ids=[self._checkpoint.mask_token_id],
         )
-        settings.temperature = temperature  # set late: its constructor takes none above 2, the engine takes any
+        settings.temperature = temperature  # set late: the constructor refuses values above 2, the engine takes any
         return settings

@@ -88,7 +88,7 @@ class Size:
     """What the engine is made for.
 
     Attributes:
-        fixed: the decoding settings of all requests that it runs.
+        fixed: the decoding settings of all requests that the engine runs.
         max_active: most sequences at once.
     """
 
@@ -177,7 +177,7 @@ class Loaded:
 
     @property
     def closed(self) -> bool:
-        """Whether it has ended."""
+        """Whether the engine has ended."""
         return self.loop is None
 
     def close(self) -> None:
@@ -219,7 +219,7 @@ class Loaded:
         """Refuse requests that are longer than there are pages for.
 
         Raises:
-            UserError: there is one.
+            UserError: some request is.
         """
         check_lengths(requests, self.engine.max_session_len, "LMDeploy has room for")
 

@@ -54,7 +54,7 @@ class LoopThread:
         """Wait for a coroutine's result.
 
         Raises:
-            TimeoutError: it took longer than `timeout` seconds.
+            TimeoutError: the coroutine took longer than `timeout` seconds.
         """
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
 

@@ -43,7 +43,7 @@ def find_lmdeploy() -> Installed:
     """Find which LMDeploy is installed, without importing it.
 
     Raises:
-        EngineError: it is missing or too old, or something that it needs is missing.
+        EngineError: LMDeploy is missing or too old, or something that it needs is missing.
     """
     spec = importlib.util.find_spec("lmdeploy")
     folder = next((Path(place) for place in (spec.submodule_search_locations or ())), None) if spec else None
@@ -64,7 +64,7 @@ def find_lmdeploy() -> Installed:
         )
     if numbers > NEWEST:
         logger.warning(
-            "LMDeploy %s is newer than %s, the newest that this was written for.",
+            "LMDeploy %s is newer than %s, the newest that this adapter was written for.",
             found.version,
             ".".join(map(str, NEWEST)),
         )
@@ -74,8 +74,8 @@ def find_lmdeploy() -> Installed:
 def executor_for(tensor_parallel_size: int) -> str:
     """Which executor of LMDeploy's runs the model: "uni" on one GPU; on several "ray" where installed, else "mp".
 
-    LMDeploy has both for the GPUs of one machine (messages.py: PytorchEngineConfig.distributed_executor_backend). It
-    prefers ray, and calls "mp", worker processes of its own, deprecated.
+    LMDeploy has both for the GPUs of one machine (messages.py: PytorchEngineConfig.distributed_executor_backend).
+    LMDeploy prefers ray, and calls "mp", worker processes of its own, deprecated.
     """
     if tensor_parallel_size == 1:
         return "uni"
