@@ -411,6 +411,6 @@ def _max_tokens(given: Mapping[str, object], base: Mapping[str, object]) -> int:
             continue
         *unused, name = names
         if any(source[other] != source[name] for other in unused):
-            logger.info("%s=%s holds, not %s.", name, source[name], ", ".join(f"{n}={source[n]}" for n in unused))
+            logger.info("%s=%s overrides %s.", name, source[name], ", ".join(f"{n}={source[n]}" for n in unused))
         return at_least_one(name, to_whole(name, source[name]))
     return DEFAULT_MAX_GEN_TOKS

@@ -141,7 +141,7 @@ def test_two_lengths_in_one_place_are_said(caplog: pytest.LogCaptureFixture) -> 
         read({"max_gen_toks": 512, "max_new_tokens": 512})
         assert not caplog.text
         assert read({"max_gen_toks": 512, "max_new_tokens": 32, "max_tokens": None}).max_gen_toks == 32
-    assert "max_new_tokens=32 holds, not max_gen_toks=512." in caplog.text
+    assert "max_new_tokens=32 overrides max_gen_toks=512." in caplog.text
 
 
 @pytest.mark.parametrize(("value", "tokens"), [("32", 32), (1000.0, 1000), ("1e3", 1000)])

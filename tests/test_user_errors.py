@@ -85,7 +85,7 @@ def copy_of_demo(folder: Path, **config: object) -> Path:
         ),
         ("max_active=0", "max_active=0 is out of range: it must be 1 or more"),
         ("kv_pages=none_of_it", "kv_pages='none_of_it' is not a whole number"),
-        ("kv_pages=2", "or more where there is memory for them"),
+        ("kv_pages=2", "or more if the memory suffices"),
         ("share_prefixes=maybe", "share_prefixes='maybe' is neither true nor false"),
         ("seed=abc", "seed='abc' is not a whole number"),
         ("chat_template=maybe", "chat_template='maybe' is unknown; choose auto, on, off"),

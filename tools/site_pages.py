@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 TASKS = ROOT / "sdar_lm_eval" / "tasks" / "README.md"
-VERSIONS = ROOT / "docs" / "versions.md"
 TABLE = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
 DEFAULTS = {
     field.name: field.default for field in dataclasses.fields(DecodingConfig) if field.default is not None
@@ -125,10 +124,8 @@ def repository() -> str | None:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Link the site to the repository, and list the page that tools/matrix.py writes, where it has run."""
+    """Link the site to the repository."""
     config.repo_url = repository()
-    if VERSIONS.exists():
-        config.nav = [*(config.nav or []), {"Tested versions": VERSIONS.name}]
     return config
 
 

@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> str | None:
         )
     failed = [trial.engine + " (the reference)" * trial.is_reference for trial in trials if not trial.passed]
     if failed:
-        raise EngineError(f"not to be trusted on this machine: {', '.join(failed)}.")
+        raise EngineError(f"these engines are not to be trusted on this machine: {', '.join(failed)}.")
     if arguments.run and not any(each.lacks is None for each in found):
         raise EngineError("none of these engines can run here.")
     return None

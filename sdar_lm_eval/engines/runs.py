@@ -136,7 +136,7 @@ class Failures:
         failed = sum(map(len, self._reasons.values()))
         told = " ".join(f"Number {_listed(indices)}: {reason}" for reason, indices in self._reasons.items())
         raise EngineError(
-            f"{failed} of {total} requests have no answer; those of the others are kept (--use_cache). {told}"
+            f"{failed} of {total} requests have no answer; the other answers are kept (--use_cache). {told}"
         )
 
 

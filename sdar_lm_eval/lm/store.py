@@ -185,7 +185,7 @@ class Store:
     def _give_up(self, place: Place, error: Exception) -> None:
         self._writable.remove(place)
         logger.error(
-            "%s cannot be written (%s). What it has is kept; answers from here on are kept in %s.",
+            "%s cannot be written (%s). Its answers so far are kept, and later answers are kept in %s.",
             place.name,
             error,
             self.kept_in or "memory alone, until the results are written",
@@ -283,7 +283,7 @@ def check_cache_file(path: str) -> None:
 def _unusable(path: str, error: Exception) -> UserError:
     reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else error
     return UserError(
-        f"--use_cache {path} cannot be used ({reason}). End what else uses it, give another path, or delete it."
+        f"--use_cache {path} cannot be used ({reason}). End the program that uses the file, give another path, or delete the file."
     )
 
 

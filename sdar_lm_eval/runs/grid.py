@@ -126,7 +126,7 @@ def _range(flag: str, text: str, *, whole: bool) -> list[Decimal]:
     if len(numbers) not in (2, 3) or not all(number.is_finite() for number in numbers):
         raise UserError(usage)
     if whole and any(number != number.to_integral_value() for number in numbers):
-        raise UserError(f"{flag} {text!r}: the ends and the step of this range are whole numbers.")
+        raise UserError(f"{flag} {text!r}: the ends and the step of this range must be whole numbers.")
     begin, end = numbers[:2]
     step = numbers[2] if len(numbers) == 3 else WHOLE_STEP if whole else REAL_STEP
     if step <= 0 or begin > end:

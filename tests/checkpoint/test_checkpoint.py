@@ -316,7 +316,7 @@ def test_a_name_that_disagrees_with_config_json_is_said(tmp_path: Path, caplog: 
     assert not caplog.messages
     assert Checkpoint.open(str(random_checkpoint(tmp_path / "SDAR-8B-Chat-b32"))).block_length == 4
     [said] = caplog.messages
-    assert "block size of 4 in its config.json, which is used, but of 32 in its name" in said
+    assert "block size of 4 in its config.json, and of 32 in its name" in said
     assert "Give block_length=32 if the name is right." in said
 
 

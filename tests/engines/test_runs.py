@@ -96,7 +96,7 @@ def test_failures_name_how_many_which_and_why():
     with pytest.raises(EngineError) as caught:
         failures.raise_if_any(200)
     assert str(caught.value) == (
-        "14 of 200 requests have no answer; those of the others are kept (--use_cache). Number 4, 30: bad weights. "
+        "14 of 200 requests have no answer; the other answers are kept (--use_cache). Number 4, 30: bad weights. "
         "Number 100, 101, 102, 103, 104, 105, 106, 107, 108, 109 and 2 more: too long."
     )
 

@@ -100,7 +100,7 @@ def test_a_file_that_is_no_cache_is_one_line(tmp_path: Path, damage: str) -> Non
         file.put(str(number), {"text": "x" * 500})
     DAMAGES[damage](path)
     with pytest.raises(
-        UserError, match=rf"^--use_cache {path} cannot be used \(.*\)\. End what else uses it, give another path"
+        UserError, match=rf"^--use_cache {path} cannot be used \(.*\)\. End the program that uses the file, give another path"
     ) as raised:
         CacheFile(str(path), NATIVE | {"dtype": "other"})
     assert "\n" not in str(raised.value)
@@ -113,7 +113,7 @@ def test_a_locked_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     holder.execute("BEGIN EXCLUSIVE")
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda *args, **kwargs: connect(*args, **kwargs, timeout=0.1))
-    with pytest.raises(UserError, match=r"cannot be used \(database is locked\).* End what else uses it"):
+    with pytest.raises(UserError, match=r"cannot be used \(database is locked\).* End the program that uses the file"):
         CacheFile(str(path), NATIVE)
     holder.close()
 
@@ -128,5 +128,5 @@ def test_what_a_read_only_file_has_is_read(tmp_path: Path, caplog: pytest.LogCap
     for key in ("a", "b"):
         store.put(key, {"text": "y"})
     assert caplog.text.count("cannot be written (attempt to write a readonly database)") == 1
-    assert "answers from here on are kept in memory alone, until the results are written" in caplog.text
+    assert "later answers are kept in memory alone, until the results are written" in caplog.text
     assert store.kept_in == ""

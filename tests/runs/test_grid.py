@@ -51,7 +51,7 @@ def test_values(setting: str, text: str, values: list[Any]) -> None:
         ("confidence_threshold", "0.9:0.5", "from the smaller value to the larger one by a positive step"),
         ("confidence_threshold", "0.5:0.9:0", "by a positive step"),
         ("confidence_threshold", "0:1:1e-9", "has 1,000,000,001 values, more than 10,000. Give a larger step"),
-        ("denoising_steps", "1:4:0.5", "the ends and the step of this range are whole numbers"),
+        ("denoising_steps", "1:4:0.5", "the ends and the step of this range must be whole numbers"),
         ("denoising_steps", "2.5", "--x=2.5 is not a whole number"),
         ("treshold", "1", "'treshold' is no decoding setting. Did you mean 'threshold'"),
     ],

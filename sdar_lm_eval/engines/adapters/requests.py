@@ -78,11 +78,11 @@ def check_requests(requests: Sequence[GenerationRequest], decodes: Decodes, chec
     """
     for decoding in {request.decoding for request in requests}:
         decodes.check(decoding)
-    check_lengths(requests, checkpoint.max_length, f"checkpoint {checkpoint.name!r} has")
+    check_lengths(requests, checkpoint.max_length, f"checkpoint {checkpoint.name!r} takes")
 
 
 def check_lengths(requests: Iterable[GenerationRequest], limit: int, who: str) -> None:
-    """Refuse requests of more than `limit` tokens; `who` ("checkpoint 'x' has") begins the clause with the limit.
+    """Refuse requests of more than `limit` tokens; `who` ("checkpoint 'x' takes") begins the clause with the limit.
 
     Raises:
         UserError: a request is too long.
@@ -91,7 +91,7 @@ def check_lengths(requests: Iterable[GenerationRequest], limit: int, who: str) -
         if request.longest > limit:
             raise UserError(
                 f"a request of {len(request.prompt_ids):,} prompt and {request.max_new_tokens:,} new tokens needs "
-                f"{request.longest:,} places in whole blocks; {who} {limit:,}. Lower max_gen_toks or max_length."
+                f"{request.longest:,} tokens in whole blocks; {who} {limit:,}. Lower max_gen_toks or max_length."
             )
 
 

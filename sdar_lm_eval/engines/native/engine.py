@@ -233,7 +233,7 @@ class NativeEngine(Closable):
             self._preemptions += scheduler.preemptions
             logger.info(
                 "KV pages ran out: %d sequences were preempted and run again; answers are the same. "
-                "A smaller max_active or a larger kv_pages avoids it.",
+                "A smaller max_active or a larger kv_pages avoids preemptions.",
                 scheduler.preemptions,
             )
 
@@ -293,7 +293,7 @@ class NativeEngine(Closable):
             raise UserError(
                 f"a request of {max(s.longest for s in sequences):,} tokens (prompt and answer) needs {needs[0]:,} KV "
                 f"pages of {PAGE_SIZE} tokens, {needs[0] * mib:,.1f} MiB; there are {pages:,}, {pages * mib:,.1f} MiB. "
-                f"Lower max_gen_toks or max_length, or give kv_pages={needs[0]} or more where there is memory for them."
+                f"Lower max_gen_toks or max_length, or give kv_pages={needs[0]} or more if the memory suffices."
             )
         return pages
 

@@ -172,7 +172,7 @@ class Loop:
         return reason
 
     def _close_thought(self, sequence: SequenceState, start: int, unmasked_at: NDArray[np.int32]) -> None:
-        """Put the think end in behind the decided tokens; the answer goes on behind it.
+        """Insert the think end behind the decided tokens; the answer goes on behind the think end.
 
         Args:
             sequence: the sequence, whose last block was decided, and kept up to the thought's limit.

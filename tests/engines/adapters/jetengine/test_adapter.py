@@ -191,7 +191,7 @@ class TestPrompts:
         fits = GenerationRequest((1,) * 2040, 8, GREEDY)
         assert len(run(of(tiny), [fits])[0].token_ids) == 8
         bad = GenerationRequest((1,) * 2040, 9, GREEDY)
-        with pytest.raises(UserError, match=r"2,040 prompt and 9 new tokens needs 2,052 places.* has 2,048. Lower"):
+        with pytest.raises(UserError, match=r"2,040 prompt and 9 new tokens needs 2,052 tokens.* takes 2,048. Lower"):
             next(of(tiny).generate([fits, bad]))
 
     def test_longer_ones_after_shorter_ones(self, jetengine, tiny):
@@ -762,10 +762,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("config", "says"),
         [
-            ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "it knows no RoPE scaling. Use --model sdar"),
-            ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "it knows no RoPE scaling"),
-            ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "it knows no RoPE scaling"),
-            ({"head_dim": 24}, "its heads have 24 dimensions; JetEngine's kernels take 16, 32, 64, 128, 256"),
+            ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "JetEngine knows no RoPE scaling. Use --model sdar"),
+            ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "JetEngine knows no RoPE scaling"),
+            ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "JetEngine knows no RoPE scaling"),
+            ({"head_dim": 24}, "the checkpoint's heads have 24 dimensions; JetEngine's kernels take 16, 32, 64, 128, 256"),
         ],
         ids=str,
     )

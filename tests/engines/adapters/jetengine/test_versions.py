@@ -105,7 +105,7 @@ def test_another_commit_is_a_warning(site, caplog):
     metadata(site, "0.2.0", "f" * 40)
     with caplog.at_level(logging.WARNING):
         assert find_jetengine() == (DIALECTS["0.2.0"], "f" * 40)
-    assert f"JetEngine is at commit fffffff; this was written for {PINNED[:7]}" in caplog.text
+    assert f"JetEngine is at commit fffffff; this adapter was written for {PINNED[:7]}" in caplog.text
 
 
 @pytest.mark.parametrize("version", ["0.3.0", "0.1.3", "0.2.0.dev1"])

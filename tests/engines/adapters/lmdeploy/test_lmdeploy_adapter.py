@@ -456,7 +456,7 @@ class TestMemory:
     def test_what_has_no_room_is_not_cut_short(self, lmdeploy, tiny):
         lmdeploy.pages = 4
         requests = [GenerationRequest((1, 2), 4, GREEDY), GenerationRequest((1, 2), 300, GREEDY)]
-        with pytest.raises(UserError, match=r"needs 304 places in whole blocks; LMDeploy has room for 128"):
+        with pytest.raises(UserError, match=r"needs 304 tokens in whole blocks; LMDeploy has room for 128"):
             run(of(tiny), requests)
         assert not lmdeploy.batches
 
@@ -516,7 +516,7 @@ class TestRefusals:
         assert not lmdeploy.made
 
     def test_more_than_the_checkpoint_has_places_for(self, lmdeploy, tiny):
-        with pytest.raises(UserError, match=r"needs 3,004 places.*has 2,048"):
+        with pytest.raises(UserError, match=r"needs 3,004 tokens.*takes 2,048"):
             of(tiny).prepare([GenerationRequest((1, 2), 3000, GREEDY)])
 
     @pytest.mark.parametrize(
