@@ -50,7 +50,7 @@ TIMEOUT = 2 * 60 * 60  # seconds, of an attempt
 DAY = 24 * 60 * 60
 MEMORY = 64 * 1024  # MiB
 CORES = 4  # of a container without a GPU
-PROGRAMS = 2**19  # characters of programs a container gets: inputs above 2 MiB need a network, and the container has none
+PROGRAMS = 2**19  # characters of programs a container gets: inputs above 2 MiB need a network, which is off
 HERE = Path(__file__).parent
 
 # The images. A change of a layer rebuilds this layer and all later ones, so what changes often comes last.

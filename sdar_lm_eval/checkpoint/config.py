@@ -169,7 +169,7 @@ def block_length_of(name: str, folder: Path, config: Config) -> int:
     if said is not None:
         if named not in (None, said):
             logger.warning(
-                "checkpoint %r has a block size of %d in its config.json, and of %d in its name. The config.json decides. "
+                "checkpoint %r has a block size of %d in its config.json, and of %d in its name. config.json decides. "
                 "Give block_length=%d if the name is right.",
                 name, said, named, named,
             )  # fmt: skip

@@ -121,7 +121,8 @@ def _document(documents: Sequence[Document], task: str, index: int) -> Document:
     if found is None:
         first, last = documents[0].index, documents[-1].index
         raise UserError(
-            f"--doc {index}: the run has no such document of {task}. It has {len(documents)} documents, {first} to {last}."
+            f"--doc {index}: the run has no such document of {task}. "
+            f"It has {len(documents)} documents, {first} to {last}."
         )
     return found
 

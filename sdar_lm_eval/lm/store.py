@@ -283,7 +283,8 @@ def check_cache_file(path: str) -> None:
 def _unusable(path: str, error: Exception) -> UserError:
     reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else error
     return UserError(
-        f"--use_cache {path} cannot be used ({reason}). End the program that uses the file, give another path, or delete the file."
+        f"--use_cache {path} cannot be used ({reason}). End the program that uses the file, give another path, or "
+        "delete the file."
     )
 
 

@@ -156,7 +156,9 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main(["show", *words]) == 1
         return capsys.readouterr().err
 
-    assert "--doc 4: the run has no such document of riddles. It has 3 documents, 3 to 8." in error_of(str(folder), "--doc", "4")
+    assert "--doc 4: the run has no such document of riddles. It has 3 documents, 3 to 8." in error_of(
+        str(folder), "--doc", "4"
+    )
     assert "no task 'riddle'; give --task riddles. Did you mean 'riddles'?" in error_of(str(folder), "--task", "riddle")
     assert "no such score: --metric f1. Its scores: acc of last-word." in error_of(str(folder), "--metric", "f1")
     make_run(folder / "another", [sample(3, "It is 42", 1.0)], [], dtype="float16")

@@ -100,7 +100,8 @@ def test_a_file_that_is_no_cache_is_one_line(tmp_path: Path, damage: str) -> Non
         file.put(str(number), {"text": "x" * 500})
     DAMAGES[damage](path)
     with pytest.raises(
-        UserError, match=rf"^--use_cache {path} cannot be used \(.*\)\. End the program that uses the file, give another path"
+        UserError,
+        match=rf"^--use_cache {path} cannot be used \(.*\)\. End the program that uses the file, give another path",
     ) as raised:
         CacheFile(str(path), NATIVE | {"dtype": "other"})
     assert "\n" not in str(raised.value)

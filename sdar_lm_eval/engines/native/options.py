@@ -49,7 +49,9 @@ def resolve_kernels(kernels: bool | None, device: torch.device) -> bool:
     if kernels and not installed:
         raise UserError("kernels=true needs triton, which is not installed: pip install triton")
     if kernels and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UserError(f"kernels=true needs a GPU, and the device is {device}; leave kernels out, or give kernels=false.")
+        raise UserError(
+            f"kernels=true needs a GPU, and the device is {device}; leave kernels out, or give kernels=false."
+        )
     return kernels
 
 

@@ -39,7 +39,9 @@ def check_setup(setup: Setup) -> None:
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         refuse("JetEngine knows no RoPE scaling")
     if config["head_dim"] not in HEAD_DIMS:
-        refuse(f"the checkpoint's heads have {config['head_dim']} dimensions; JetEngine's kernels take {listed(HEAD_DIMS)}")
+        refuse(
+            f"the checkpoint's heads have {config['head_dim']} dimensions; JetEngine's kernels take {listed(HEAD_DIMS)}"
+        )
     if not dialect.any_gpu and setup.device.index:
         raise UserError(
             f"device={str(setup.device)!r}: JetEngine {version} takes the first GPUs. Choose others by "

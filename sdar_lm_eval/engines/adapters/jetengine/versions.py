@@ -178,7 +178,9 @@ def find_jetengine() -> tuple[Dialect, str | None]:
             raise EngineError(f"JetEngine {version} is installed; known are {known}. {INSTALL}")
         dialect = DIALECTS[version]
         if commit is not None and commit != dialect.commit:
-            logger.warning("JetEngine is at commit %s; this adapter was written for %s.", commit[:7], dialect.commit[:7])
+            logger.warning(
+                "JetEngine is at commit %s; this adapter was written for %s.", commit[:7], dialect.commit[:7]
+            )
     missing += [name for module, name in dialect.modules.items() if not is_there(module)]
     if not torch.cuda.is_available():
         missing.append("a CUDA GPU")

@@ -762,10 +762,19 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("config", "says"),
         [
-            ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "JetEngine knows no RoPE scaling. Use --model sdar"),
+            (
+                {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+                "JetEngine knows no RoPE scaling. Use --model sdar",
+            ),
             ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "JetEngine knows no RoPE scaling"),
-            ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "JetEngine knows no RoPE scaling"),
-            ({"head_dim": 24}, "the checkpoint's heads have 24 dimensions; JetEngine's kernels take 16, 32, 64, 128, 256"),
+            (
+                {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+                "JetEngine knows no RoPE scaling",
+            ),
+            (
+                {"head_dim": 24},
+                "the checkpoint's heads have 24 dimensions; JetEngine's kernels take 16, 32, 64, 128, 256",
+            ),
         ],
         ids=str,
     )
