@@ -477,7 +477,7 @@ def test_a_cache_that_cannot_be_written_costs_no_answer(
     place.put = full  # type: ignore[method-assign]
     answers = wrapped.generate_until(requests_of(5))
     assert all(answers)
-    assert caplog.text.count("cannot be written (database or disk is full). What it has is kept;") == 1
+    assert caplog.text.count("cannot be written (database or disk is full). Its answers so far are kept,") == 1
     assert f"are kept in answers={tmp_path / 'answers'}." in caplog.text
     again = make_lm(answers=tmp_path / "answers")
     assert again.generate_until(requests_of(5)) == answers and not again.engine.requests
