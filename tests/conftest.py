@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import logging
@@ -38,6 +39,22 @@ if not torch.cuda.is_available():
                 return interpreter._LangPatchScope()  # nothing to undo
 
             interpreter._patch_lang = replace_once
+
+        # It computes whether each sum and product of integers overflows, and drops the result: `debug` is not set.
+        builder = getattr(interpreter, "interpreter_builder", None)
+        if builder is not None and not builder.options.debug:
+            builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+        # It makes a table of all types whenever it looks one up.
+        if hasattr(interpreter, "_get_np_dtype"):
+            look_up, types = interpreter._get_np_dtype, {}
+
+            def look_up_once(dtype: Any) -> Any:
+                if str(dtype) not in types:
+                    types[str(dtype)] = look_up(dtype)
+                return types[str(dtype)]
+
+            interpreter._get_np_dtype = look_up_once
 
 with contextlib.suppress(ImportError):  # tests/gpu does without
     import hypothesis

@@ -30,9 +30,10 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
-    """A dense layer, and one of experts."""
+    """A dense layer, and one of experts; the fewer heads, the fewer programs the interpreter runs."""
     folder = tmp_path_factory.mktemp("experts")
-    settings = {"moe": True, "head_dim": 64, "num_hidden_layers": 2, "mlp_only_layers": [0]}
+    heads = {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    settings = {"moe": True, "num_hidden_layers": 2, "mlp_only_layers": [0], **heads}
     return Checkpoint.open(str(random_checkpoint(folder, **settings)))
 
 
@@ -68,11 +69,7 @@ def test_the_same_tokens(either, monkeypatch):
 
 @pytest.mark.parametrize(
     ("either", "levels"),
-    [
-        ("dense", 1),
-        pytest.param("dense", 3, marks=pytest.mark.slow),
-        pytest.param("experts", 2, marks=pytest.mark.slow),
-    ],
+    [("dense", 1), pytest.param("experts", 3, marks=pytest.mark.slow)],
     indirect=["either"],
 )
 def test_guesses_change_nothing(either, monkeypatch, levels):
@@ -86,7 +83,7 @@ def test_guesses_change_nothing(either, monkeypatch, levels):
         {"temperature": 0, "remasking_strategy": "random", "block_length": 2},
     ]
     requests = [
-        GenerationRequest(tuple(range(1, 4 + 2 * i)), 7, DecodingConfig(**s), seed=i, record_steps=True)
+        GenerationRequest(tuple(range(1, 4 + 2 * i)), 5, DecodingConfig(**s), seed=i, record_steps=True)
         for i, s in enumerate(settings)
     ]
     plain = run(make_engine("native", either, device="cpu"), requests)

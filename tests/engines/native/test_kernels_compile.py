@@ -12,6 +12,8 @@ import pytest
 pytest.importorskip("triton")
 
 COMPILE = """
+    import os
+
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -112,6 +114,8 @@ COMPILE = """
     shapes = [(BF16, 32, 16, 1, 1), (BF16, 32, 16, 4, 1000), (BF16, 64, 32, 1, 1000), (BF16, 256, 256, 1, 1000)]
     for type_, rows, fewer, splits, programs in [*shapes, (FP32, 256, 256, 1, 1000)]:
         columns, warps, stages = attention.attention_settings(rows, programs, 2 if type_ == BF16 else 4)
+        if type_ == FP32:  # LLVM's optimizer takes 12 s for 256 rows of FMA, and changes no shared memory
+            os.environ["DISABLE_LLVM_OPT"] = "1"
         check(
             attention.attend_kernel,
             {
@@ -128,6 +132,7 @@ COMPILE = """
             num_warps=warps,
             num_stages=stages,
         )
+    os.environ.pop("DISABLE_LLVM_OPT")
     check(
         attention.combine_splits_kernel,
         {**tensors(FP32, "parts", "sums"), "out": BF16},
