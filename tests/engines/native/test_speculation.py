@@ -103,18 +103,35 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_demo_answers_the_same(demo, questions, engines, kind):
+    """Sequences of all strategies side by side, four of each."""
+    found = dict.fromkeys(STRATEGIES, (0, 0, 0, 0))
+    for steps, all_levels in ((1, [2]), (2, [3]), (4, [1, 4])):
+        requests = {
+            strategy: recorded(
+                questions[:4], DecodingConfig(4, steps, strategy, **kind), stop_ids=frozenset(demo.stop_ids)
+            )
+            for strategy in STRATEGIES
+        }
+        together = list(itertools.chain(*requests.values()))
+        expected = asking.run(engines(demo), together)
+        for levels in all_levels:
+            results = asking.run(engines(demo, levels), together)
+            check_forwards(results, expected)
+            for i, strategy in enumerate(STRATEGIES):
+                counts = check_equal(results[4 * i : 4 * i + 4], expected[4 * i : 4 * i + 4])
+                found[strategy] = tuple(a + b for a, b in zip(found[strategy], counts, strict=True))
+    for strategy, (*_, guesses, right) in found.items():
+        assert 0 < right < guesses, strategy  # some guesses are wrong
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_demo_answers_the_same(demo, questions, engines, strategy, kind):
-    found = [0, 0, 0, 0]
-    for steps, levels in ((1, 2), (2, 3), (4, 1), (4, 4)):
-        decoding = DecodingConfig(4, steps, strategy, **kind)
-        requests = recorded(questions[:4], decoding, stop_ids=frozenset(demo.stop_ids))
-        expected = asking.run(engines(demo), requests)
-        results = asking.run(engines(demo, levels), requests)
-        found = [a + b for a, b in zip(found, check_equal(results, expected), strict=True)]
-        check_forwards(results, expected)
-    assert found[3] > 0
-    assert found[3] < found[2]  # some guesses are wrong
+def test_a_strategy_alone_answers_the_same(demo, questions, engines, strategy):
+    """A batch of one strategy computes no other's choice."""
+    decoding = DecodingConfig(4, 4, strategy, temperature=1.0, repetition_penalty=1.4)
+    requests = recorded(questions[:4], decoding, stop_ids=frozenset(demo.stop_ids))
+    *_, guesses, right = check_equal(asking.run(engines(demo, 4), requests), asking.run(engines(demo), requests))
+    assert 0 < right < guesses
 
 
 @pytest.mark.parametrize("levels", LEVELS)
