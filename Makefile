@@ -9,6 +9,8 @@ INSTALLED := $(VENV)/.installed
 
 # On a shared machine, threads that spin while they wait make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Without stored bytecode each process that the tests start compiles torch and transformers again, which takes 9 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow test-all check docs benchmark wheel release-check matrix clean
 
