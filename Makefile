@@ -1,4 +1,4 @@
-# make demo · make test · make test-slow · make test-all · make check · make docs · make benchmark
+# make demo · make test · make test-slow · make test-all · make check · make docs · make bytecode · make benchmark
 # make wheel · make release-check · make matrix
 # PYTHON chooses the interpreter (3.10 to 3.13); VENV where its environment lies.
 
@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # On a shared machine, threads that spin while they wait make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-all check docs benchmark wheel release-check matrix clean
+.PHONY: demo test test-slow test-all check docs bytecode benchmark wheel release-check matrix clean
 
 demo: $(INSTALLED)
 	$(BIN)/lm_eval run --model sdar --model_args pretrained=demo --tasks gsm8k_sdar_demo --output_path demo_results --log_samples
@@ -33,6 +33,13 @@ check: $(INSTALLED)
 # Without --quiet, which would hide warnings from --strict.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Compiles the libraries of the tests. Where PYTHONDONTWRITEBYTECODE is set, each process would compile them, for 9 s.
+bytecode: $(INSTALLED)
+	PYTHONDONTWRITEBYTECODE= SDAR_LM_EVAL_AUTOLOAD=0 $(BIN)/python -c "import $(LIBRARIES)"
+LIBRARIES = accelerate.commands.launch, hypothesis.strategies, lm_eval.__main__, lm_eval.evaluator, lm_eval.loggers, \
+	matplotlib.pyplot, modal.__main__, scipy.stats, statsmodels.api, torch._dynamo, torch.distributed.run, \
+	transformers.models.auto.tokenization_auto, transformers.models.qwen3.modeling_qwen3, triton.language
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/throughput.py

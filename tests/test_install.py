@@ -5,7 +5,8 @@ a `.pth` file that names its site-packages. Folders named there are searched for
 them are not read, so an install of ours on the testing side does not show (`test_environments_are_fresh`).
 
 A start of lm_eval takes seconds, most of them spent on reading 14,000 task files, so the few commands here cover the
-routes between them, and all but one find an lm_eval that has no tasks of its own (`without_stock_tasks`).
+routes between them, and find an lm_eval that has no tasks of its own (`without_stock_tasks`). One with all its tasks
+runs in tests/tools/test_release_check.py, from the wheel in a fresh environment.
 """
 
 from __future__ import annotations
@@ -282,9 +283,9 @@ def test_accelerate_launch_finds_our_tasks(
 
 
 @needs_model
-def test_plain_lm_eval_evaluates(environments: dict[str, Environment]) -> None:
+def test_plain_lm_eval_evaluates(environments: dict[str, Environment], without_stock_tasks: dict[str, str]) -> None:
     wheel = environments["wheel"]
-    done = wheel.python(str(wheel.bin / "lm_eval"), *EVALUATION)
+    done = wheel.python(str(wheel.bin / "lm_eval"), *EVALUATION, **without_stock_tasks)
     assert done.returncode == 0, done.stderr
     assert re.search(r"gsm8k_sdar_demo.*exact_match", done.stdout), done.stdout
 

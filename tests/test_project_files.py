@@ -68,7 +68,7 @@ def test_the_citation_is_valid(tmp_path: Path) -> None:
     """By cffconvert, whose jsonschema is older than this environment's: so the test installs it apart."""
     folder = str(tmp_path / "cffconvert")
     packages = ["cffconvert==2.0.0", "setuptools<81"]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", folder, *packages]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", folder, *packages]
     installed = subprocess.run(pip, capture_output=True, text=True, check=False)
     if installed.returncode:
         pytest.skip(f"cffconvert cannot be installed: {installed.stderr[-200:]}")

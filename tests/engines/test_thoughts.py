@@ -91,7 +91,7 @@ def test_a_thought_below_its_limit_ends_by_itself(open_engine, thinker):
 def test_a_limit_that_no_thought_reaches_changes_no_answer(open_engine, demo):
     """Wherever the limit lies in a block. The think end is a token that the demo writes once in its answer so far."""
     engine = open_engine(demo)
-    plain = ask(demo, demo_prompts(demo), count=3, max_new_tokens=32)
+    plain = ask(demo, demo_prompts(demo), count=3, max_new_tokens=20)
     requests, expected = [], []
     for request, result in zip(plain, run(engine, plain), strict=True):
         tokens = result.token_ids

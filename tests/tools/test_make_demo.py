@@ -267,10 +267,10 @@ def test_the_quick_decoding_is_that_of_the_engine(name: str, tokenizer: Any) -> 
 def test_the_accuracy_of_the_bundled_checkpoint(tokenizer: Any) -> None:
     model = make.new_model(make.make_config(tokenizer), seed=1, device="cpu")
     make.load_weights(model, CHECKPOINT)
-    sets = make.test_questions(0, 10)
+    sets = make.test_questions(0, 5)
     assert list(sets) == ["word problems", *KINDS]
     questions, new_tokens = sets["word problems"]
-    assert len(questions) == 10 and not questions[0].is_right("#### 1260") and questions[0].is_right("#### 126")
+    assert len(questions) == 5 and not questions[0].is_right("#### 1260") and questions[0].is_right("#### 126")
     assert decoding.accuracy(model, tokenizer, questions, new_tokens, decoding.RULES[0]) >= 0.7
     for kind in KINDS:
         (question, *_), _ = sets[kind]

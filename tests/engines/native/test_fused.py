@@ -30,9 +30,10 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
-    """A dense layer, and one of experts."""
+    """A dense layer, and one of experts; the fewer heads, the fewer programs the interpreter runs."""
     folder = tmp_path_factory.mktemp("experts")
-    settings = {"moe": True, "head_dim": 64, "num_hidden_layers": 2, "mlp_only_layers": [0]}
+    heads = {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    settings = {"moe": True, "num_hidden_layers": 2, "mlp_only_layers": [0], **heads}
     return Checkpoint.open(str(random_checkpoint(folder, **settings)))
 
 

@@ -150,7 +150,7 @@ def test_closed_thoughts(demo, ahead):
     ends = tuple(demo.tokenizer.encode("</think>", add_special_tokens=False))
     asked = [
         GenerationRequest(
-            tuple(demo.tokenizer.encode(f"{i} + {i} =", add_special_tokens=False)), 40, DecodingConfig(), seed=i,
+            tuple(demo.tokenizer.encode(f"{i} + {i} =", add_special_tokens=False)), 28, DecodingConfig(), seed=i,
             record_steps=True, thinking=Thinking("</think>", ends, "<think>", opened=True, max_tokens=3 + i),
         )
         for i in range(8)
@@ -158,7 +158,7 @@ def test_closed_thoughts(demo, ahead):
     steps, results, _ = watched(demo, asked, ahead)
     for i, result in enumerate(results):
         assert result.token_ids[3 + i : 3 + i + len(ends)] == ends
-        assert (result.forced_tokens, len(result.token_ids)) == (len(ends), 40)
+        assert (result.forced_tokens, len(result.token_ids)) == (len(ends), 28)
         told = [[*column] for column in ((), (), ())]
         for step in steps[i]:
             if step.decided:

@@ -305,10 +305,11 @@ class TestMemory:
         """
         jetengine.faults.alone = False
         checkpoint = Checkpoint.open(str(thinking_checkpoint(tmp_path / "thinker"))) if stops else demo
-        thinking = Thinking("</think>", (9,), "<think>", opened=not stops, max_tokens=None if stops else 40)
+        thinking = Thinking("</think>", (9,), "<think>", opened=not stops, max_tokens=None if stops else 20)
         engine = of(checkpoint)
         prompts = random_prompts([5] * 16)
-        run(engine, [GenerationRequest(p, 60, GREEDY, stop_strings=stops, thinking=thinking) for p in prompts])
+        length = 60 if stops else 28
+        run(engine, [GenerationRequest(p, length, GREEDY, stop_strings=stops, thinking=thinking) for p in prompts])
         assert engine.info.extra["standstills"] == 0
 
     def test_a_part_of_memory_that_was_asked_for(self, jetengine, tiny):
