@@ -1,9 +1,19 @@
-"""Hashes of JSON content, for keys of stored answers and seeds of draws. A hash is the same on every machine."""
+"""Hashes of JSON content, for keys of stored answers and seeds of draws. A hash is the same on every machine.
+
+A function counts by its name and the content of the file that defines it. Other objects count by their text, without
+the memory address that Python's default text has.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
+import re
+from pathlib import Path
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def hex_digest(content: object, digits: int = 16) -> str:
@@ -17,4 +27,21 @@ def seed_from(content: object) -> int:
 
 
 def _json(content: object) -> bytes:
-    return json.dumps(content, sort_keys=True, default=str).encode()
+    return json.dumps(content, sort_keys=True, default=_jsonable).encode()
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if callable(value):
+        named = value if hasattr(value, "__qualname__") else type(value)
+        return [named.__qualname__, _source(named)]
+    return _ADDRESS.sub("", str(value))
+
+
+def _source(defined: object) -> str | None:
+    """The SHA-256 of the file that defines a function or a class; None where Python or an extension defines it."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(defined)).read_bytes()).hexdigest()  # type: ignore[arg-type]
+    except (TypeError, OSError):
+        return None

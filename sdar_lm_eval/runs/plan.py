@@ -9,7 +9,7 @@
         gsm8k_sdar-first-200-seed-1235/     a repeat
 
 `config.sdar_lm_eval.asked` of a results file has all that the results depend on: model, settings, limit, seed, and
-fingerprints of the tasks' YAML, the checkpoint and this package's sources.
+fingerprints of the tasks' YAML and Python files, the checkpoint and this package's sources.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def plan(sweep: SweepArguments) -> Plan:
     common = {
         "model": sweep.model,
         "model_args": model_args,
-        "tasks": {name: hex_digest(json.dumps(task.dump_config(), default=str)) for name, task in tasks.items()},
+        "tasks": {name: hex_digest(task.config.to_dict(keep_callable=True)) for name, task in tasks.items()},
         "limit": limit,
         "num_fewshot": sweep.num_fewshot,
         "checkpoint": checkpoint.fingerprint,

@@ -200,7 +200,8 @@ def warn_of_folders(source: Source[RowT], metadata: Mapping[str, object], task: 
     if folder := next(_folders(source, metadata), None):
         given, label, _ = folder
         logger.warning(
-            "%s asks its own problems, and does not read %s %r. For the problems there: --tasks %s.",
+            "%s asks its own problems. %s %r, and the task does not read that folder. "
+            "For the problems there: --tasks %s.",
             task,
             label,
             str(given),

@@ -137,7 +137,7 @@ def test_a_loop_ends_an_answer(open_engine, thinker):
     engine = open_engine(thinker)
     in_loop = [asked([*prompt, X], thinking=None, repetition=Repetition(2, 3)) for prompt in PROMPTS]
     if engine.info.engine == "jetengine":
-        with pytest.raises(UserError, match="stop_repetition: JetEngine returns an answer when it is whole"):
+        with pytest.raises(UserError, match="stop_repetition: JetEngine returns only whole answers"):
             run(engine, in_loop)
         return
     assert answers(engine, in_loop) == [((Y, X, Y, X, Y, X), "repetition")] * 4

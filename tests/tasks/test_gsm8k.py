@@ -214,8 +214,8 @@ def test_the_demo_says_that_it_reads_no_folder(
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         (
             "WARNING",
-            f"gsm8k_sdar_demo asks its own problems: {says}, which it does not read. For the problems there: --tasks "
-            "gsm8k_sdar_hash.",
+            f"gsm8k_sdar_demo asks its own problems. {says}, and the task does not read that folder. "
+            "For the problems there: --tasks gsm8k_sdar_hash.",
         )
     ]
 

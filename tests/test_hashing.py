@@ -1,0 +1,51 @@
+"""A hash is the same in each process, also of functions; it changes with the file that defines a function."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+DEFINED = """
+def score(answer, weight=1):
+    return weight
+
+class Filter:
+    def __call__(self, answer):
+        return answer
+
+class Table:
+    pass
+"""
+HASHED = """
+import functools, sys
+sys.path.insert(0, sys.argv[1])
+import defined
+from sdar_lm_eval.hashing import hex_digest
+contents = [
+    {"filters": [{"function": defined.score}]}, functools.partial(defined.score, weight=2),
+    functools.partial(defined.score, weight=3), defined.Filter, defined.Filter(), defined.Table(), len, lambda: 0,
+]
+print(*map(hex_digest, contents))
+"""
+
+
+def hashes(folder: Path) -> list[str]:
+    """The hashes of functions, classes and objects of defined.py, in a process of their own."""
+    command = [sys.executable, "-B", "-c", HASHED, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_a_function_is_hashed_alike_in_each_process(tmp_path: Path) -> None:
+    (tmp_path / "defined.py").write_text(DEFINED)
+    first = hashes(tmp_path)
+    assert hashes(tmp_path) == first
+    assert len(set(first)) == len(first) - 1  # a filter and its class are the same code
+
+
+def test_the_content_of_its_file_counts(tmp_path: Path) -> None:
+    (tmp_path / "defined.py").write_text(DEFINED)
+    before = hashes(tmp_path)
+    (tmp_path / "defined.py").write_text(DEFINED.replace("return weight", "return 2 * weight"))
+    changed = [new != old for new, old in zip(hashes(tmp_path), before, strict=True)]
+    assert changed == [True, True, True, True, True, False, False, False]
