@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.fx.experimental import _config as shapes
@@ -13,13 +13,11 @@ R = TypeVar("R")
 
 # Most compiled versions of a function. torch compiles one for each layout of the batch; its own limit of 8 is too low.
 MOST_VERSIONS = 64
-# Inductor's analysis of tilings is not made for dynamic shapes. In torch 2.11 the analysis fails on some of them.
-TILING_ANALYSIS = "triton.coalesce_tiling_analysis"
 
 
 def compiled(function: Callable[P, R], backend: str = "inductor") -> Callable[P, R]:
     """Compile a function as a whole, for any size. If torch cannot compile it, the call raises torch's error."""
-    fast = torch.compile(function, dynamic=True, fullgraph=True, backend=backend, options=_options(backend))
+    fast = torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         # Without the second setting, sizes that are equal in the first call would have to be equal in each.
@@ -30,9 +28,3 @@ def compiled(function: Callable[P, R], backend: str = "inductor") -> Callable[P,
             return fast(*args, **kwargs)
 
     return run
-
-
-def _options(backend: str) -> dict[str, str | int | bool | Callable[..., Any]] | None:
-    if backend == "inductor" and TILING_ANALYSIS in torch._inductor.list_options():
-        return {TILING_ANALYSIS: False}
-    return None
