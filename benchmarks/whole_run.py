@@ -97,6 +97,8 @@ def main() -> None:
     sizes.add_argument("--questions", type=positive_int, help="gsm8k: the first so many; default on GPUs: all")
     sizes.add_argument("--answer-tokens", type=positive_int, help="gsm8k: new tokens of each answer")
     args = parser.parse_args()
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1 and args.sections != ["gsm8k"]:
+        parser.error(f"{processes} processes run --sections gsm8k alone")
     device = resolve_device(args.device)
     for name, size in SIZES[device.type].items():
         if getattr(args, name) is None:
@@ -112,8 +114,6 @@ def main() -> None:
         reading = clock.lap()
         lm = make_model("native", pretrained, f"device={device},{args.model_args}".rstrip(","), args.active)
         loading = clock.lap()
-        if lm.ranks.world_size > 1 and args.sections != ["gsm8k"]:
-            parser.error(f"{lm.ranks.world_size} processes run --sections gsm8k alone")
         questions = load_questions(args.gsm8k)
         found: dict[str, Any] = {}
         if "start" in args.sections:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 
 import pytest
-from support import ROOT
+from support import QUICK_START, ROOT, environment
 
 
 def test_all_sections_of_a_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,6 +29,29 @@ def test_all_sections_of_a_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: py
     ]
     assert (rows["gsm8k"]["questions"], rows["gsm8k"]["new_tokens"]) == (3, 24)
     assert report["engine"] == "native" and report["transformers"] and "triton" in report
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_questions_of_a_whole_run() -> None:
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launched += [str(ROOT / "benchmarks" / "whole_run.py"), "--device", "cpu", "--questions", "3"]
+    launched += ["--answer-tokens", "8", "--sections", "gsm8k"]
+    done = subprocess.run(
+        launched, env=environment(QUICK_START), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = [json.loads(line)["rows"]["gsm8k"] for line in done.stdout.splitlines() if line.startswith("{")]
+    assert (row["processes"], row["questions"], row["new_tokens"]) == (2, 3, 24)
+    assert row["active"] == 2 and row["seconds"] == max(row["seconds_of_processes"])
+
+
+def test_several_processes_run_one_section(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["whole_run.py", "--sections", "gsm8k", "prefill"])
+    with pytest.raises(SystemExit):
+        importlib.import_module("whole_run").main()
+    assert "2 processes run --sections gsm8k alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
