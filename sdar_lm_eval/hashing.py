@@ -40,8 +40,8 @@ def _jsonable(value: object) -> object:
 
 
 def _source(defined: object) -> str | None:
-    """The SHA-256 of the file that defines a function or a class; None where Python or an extension defines it."""
+    """The SHA-256 of the file that defines a function or a class; None where inspect finds no file."""
     try:
-        return hashlib.sha256(Path(inspect.getfile(defined)).read_bytes()).hexdigest()  # type: ignore[arg-type]
+        return hashlib.sha256(Path(inspect.getfile(inspect.unwrap(defined))).read_bytes()).hexdigest()  # type: ignore[arg-type]
     except (TypeError, OSError):
         return None

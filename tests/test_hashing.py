@@ -7,6 +7,12 @@ import sys
 from pathlib import Path
 
 DEFINED = """
+import functools
+
+@functools.cache
+def stored(answer):
+    return answer
+
 def score(answer, weight=1):
     return weight
 
@@ -24,7 +30,8 @@ import defined
 from sdar_lm_eval.hashing import hex_digest
 contents = [
     {"filters": [{"function": defined.score}]}, functools.partial(defined.score, weight=2),
-    functools.partial(defined.score, weight=3), defined.Filter, defined.Filter(), defined.Table(), len, lambda: 0,
+    functools.partial(defined.score, weight=3), defined.stored, defined.Filter, defined.Filter(), defined.Table(), len,
+    lambda: 0,
 ]
 print(*map(hex_digest, contents))
 """
@@ -48,4 +55,4 @@ def test_the_content_of_its_file_counts(tmp_path: Path) -> None:
     before = hashes(tmp_path)
     (tmp_path / "defined.py").write_text(DEFINED.replace("return weight", "return 2 * weight"))
     changed = [new != old for new, old in zip(hashes(tmp_path), before, strict=True)]
-    assert changed == [True, True, True, True, True, False, False, False]
+    assert changed == [True, True, True, True, True, True, False, False, False]

@@ -179,6 +179,24 @@ def test_what_changes_is_computed_anew(tasks: str, tmp_path: Path, monkeypatch: 
     assert each() == [(0, 2), (0, 2)]
 
 
+def test_answers_are_scored_again_where_a_function_of_the_task_changed(tmp_path: Path) -> None:
+    folder, grids = tmp_path / "tasks", ({"threshold": "0.5"},)
+    folder.mkdir()
+    (folder / "short.yaml").write_text(
+        TASK + "process_results: !function scoring.score\nmetric_list: [{metric: acc}]\n"
+    )
+
+    def sweep_of(score: int) -> tuple[tuple[int, int], object]:
+        (folder / "scoring.py").write_text(f"def score(doc, results):\n    return {{'acc': {score}}}\n")
+        (run,) = swept(plan(asked(tmp_path / "swept", str(folder), grids=grids))).runs
+        (results,) = run.of_tasks["short"]
+        return counts(results), results.scores.part("short").content["acc,strict-match"]
+
+    assert sweep_of(1) == ((2, 0), 1)
+    assert sweep_of(1) == ((2, 0), 1)  # the results that are there
+    assert sweep_of(0) == ((0, 2), 0)
+
+
 def test_results_of_another_precision_are_computed_anew(tasks: str, tmp_path: Path) -> None:
     """As those of a GPU would be, where weights are loaded for a combination that is missing."""
     swept(plan(asked(tmp_path, tasks, grids=({"threshold": "0.5"},))))
