@@ -157,7 +157,7 @@ COMPILE_GLUON = """
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from sdar_lm_eval.engines.native.kernels import hopper
+    from sdar_lm_eval.engines.native.kernels import hopper, hopper_attention
 
 
     def descriptor(type_, *shape):
@@ -174,6 +174,28 @@ COMPILE_GLUON = """
         source = GluonASTSource(fn=hopper.product_kernel, signature=signature, constexprs={(6,): hopper.STAGES})
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": 168})
         assert compiled.metadata.shared <= 227 * 1024
+        assert "wgmma.mma_async" in compiled.asm["ptx"]
+
+    kernel = hopper_attention.attend_hopper_kernel
+    for consumers, size, partial, out in [(1, 128, True, "*fp32"), (2, 128, False, "*bf16"), (2, 64, False, "*bf16")]:
+        pages = descriptor("bf16", 16, hopper_attention.CHANNELS)
+        columns = hopper_attention.COLUMNS[consumers]
+        constants = {
+            "HEADS": 32, "KV_HEADS": 8, "SIZE": size, "ROWS": hopper_attention.ROWS, "COLUMNS": columns,
+            "STAGES": hopper_attention.STAGES, "CONSUMERS": consumers, "PARTIAL": partial,
+        }
+        types = {"query": "*bf16", "keys": pages, "values": pages, "out": out, "sums": "*fp32", "scale": "fp32"}
+        types |= dict.fromkeys(["firsts", "counts", "pages", "sequence", "visible"], "*i64")
+        names = kernel.arg_names
+        source = GluonASTSource(
+            fn=kernel,
+            signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+        )
+        options = {"num_warps": 4, "maxnreg": hopper_attention.REGISTERS[consumers]}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        programs = 3 - consumers  # of a multiprocessor, which has 228 KiB, of which each program takes one more
+        assert programs * (compiled.metadata.shared + 1024) <= 228 * 1024
         assert "wgmma.mma_async" in compiled.asm["ptx"]
 """
 

@@ -14,10 +14,11 @@ from sdar_lm_eval.engines.native.kernels import attention, experts, layers
 from sdar_lm_eval.families.base import DecoderWeights, DenseMLP, LayerWeights
 
 hopper: Any
+hopper_attention: Any
 try:
-    from sdar_lm_eval.engines.native.kernels import hopper
+    from sdar_lm_eval.engines.native.kernels import hopper, hopper_attention
 except (ImportError, AttributeError):  # Triton is older than 3.6
-    hopper = None
+    hopper = hopper_attention = None
 
 HEAD_DIMS = (64, 128)
 # For few rows, reading the weights takes the time. `layers.few_rows` reads matrices of at least this many weights
@@ -32,13 +33,14 @@ class FusedDecoder:
 
     Args:
         weights: the weights, on their device.
+        page_size: tokens of a page of the KV cache.
         batch_invariant: whether products should be batch-invariant: a row's result does not depend on other rows.
 
     Attributes:
         batch_invariant: whether products are batch-invariant: asked for, and `hopper` runs them, on a Hopper GPU.
     """
 
-    def __init__(self, weights: DecoderWeights, *, batch_invariant: bool = False) -> None:
+    def __init__(self, weights: DecoderWeights, page_size: int, *, batch_invariant: bool = False) -> None:
         self._weights, self._device = weights, weights.norm.device
         self._half, self._scaling = weights.head_dim // 2, weights.head_dim**-0.5
         self._cos_sin = torch.empty(0, weights.head_dim, device=self._device)
@@ -51,6 +53,11 @@ class FusedDecoder:
         biased = first.qkv_bias is not None or first.o_bias is not None
         on_hopper = self._gates_on_hopper == bool(gates) and runs_on_hopper(first.qkv, first.o, *plain, weights.head)
         self.batch_invariant = batch_invariant and on_hopper and not biased
+        heads = first.o.shape[1] // weights.head_dim
+        kv_heads = (len(first.qkv) // weights.head_dim - heads) // 2
+        page = first.qkv.new_zeros(1, page_size, kv_heads, weights.head_dim)
+        attends_on_hopper = hopper_attention is not None and hopper_attention.runs(heads, page)
+        self._attend = hopper_attention.attend if attends_on_hopper else attention.attend
 
     def compile(self) -> None:
         """Compile the kernels of experts for tiles of every size."""
@@ -94,7 +101,7 @@ class FusedDecoder:
                 self._product(normed, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, self._cos_sin, positions,
                 kv_slots, keys, values, self._weights.eps,
             )  # fmt: skip
-            return attention.attend(query, keys, values, tiles, self._scaling).flatten(1), added
+            return self._attend(query, keys, values, tiles, self._scaling).flatten(1), added
 
         first, *others = self._weights.layers
         attended, residual = attend(first, cache[0], self._weights.embedding[tokens], None)

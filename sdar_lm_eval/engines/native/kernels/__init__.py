@@ -1,10 +1,11 @@
 """Triton kernels; needs triton.
 
-layers.py     products of few rows, norms, activation, RoPE
-attention.py  paged attention
-drawing.py    tokens from logits
-experts.py    mixtures of experts
-hopper.py     products for Hopper GPUs
+layers.py            products of few rows, norms, activation, RoPE
+attention.py         paged attention
+drawing.py           tokens from logits
+experts.py           mixtures of experts
+hopper.py            products for Hopper GPUs
+hopper_attention.py  paged attention of many queries for Hopper GPUs
 """
 
 import os

@@ -245,8 +245,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     out = torch.empty_like(query)
     target, sums = out, out
     if tiles.splits > 1:
-        target = torch.empty(tiles.splits, tokens, heads, size, dtype=torch.float32, device=query.device)
-        sums = torch.empty(tiles.splits, tokens, heads, 2, dtype=torch.float32, device=query.device)
+        target, sums = parts_of_splits(query, tiles.splits)
     attend_kernel[(kv_heads, len(tiles.first), tiles.splits)](
         query, keys, values, tiles.first, tiles.count, tiles.pages, tiles.pages.shape[1], tiles.sequence,
         tiles.visible, target, sums, scaling, tokens, tiles.split if tiles.splits > 1 else WHOLE, heads, kv_heads, size,
@@ -254,5 +253,17 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if tiles.splits > 1:
-        combine_splits_kernel[(tokens * heads,)](target, sums, out, tokens * heads, tiles.splits, size, num_warps=1)
+        combine_splits(target, sums, out)
     return out
+
+
+def parts_of_splits(query: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for the results of splits: weighted values (splits, T, heads, size); highest score and sum, (..., 2)."""
+    parts = torch.empty(splits, *query.shape, dtype=torch.float32, device=query.device)
+    return parts, parts.new_empty(*parts.shape[:-1], 2)
+
+
+def combine_splits(parts: torch.Tensor, sums: torch.Tensor, out: torch.Tensor) -> None:
+    """Combine the results of splits into `out`, (T, heads, size)."""
+    rows = out.shape[0] * out.shape[1]
+    combine_splits_kernel[(rows,)](parts, sums, out, rows, len(parts), out.shape[2], num_warps=1)

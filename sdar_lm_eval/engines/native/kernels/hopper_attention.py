@@ -1,0 +1,341 @@
+"""Paged attention of packed tokens for Hopper GPUs, in tiles and splits; see `attention`.
+
+`attention.attend_kernel` multiplies, then takes exponentials, then multiplies again. This kernel does both at once, as
+algorithm 2 of FlashAttention-3 does (Shah et al., arXiv 2407.08608): while the tensor cores multiply the next keys and
+the current values, the other units compute the weights of the next values.
+
+The kernel is written in Gluon; see `hopper`. A program takes one KV head, the tokens of a tile with all query heads of
+that KV head, and one split of their context. One producer warp copies pages to shared memory, several stages ahead.
+One or two consumer groups of four warps take 64 query rows each. A stage holds the keys and the values of some tokens,
+and has two barriers for each: `ready` waits for the bytes, `free` for all groups to finish with them.
+
+Results are batch-invariant if splits are fixed: nothing else here depends on the number of tiles.
+
+There is no interpreter for Gluon. tests/engines/native/test_kernels_compile.py compiles the kernel everywhere;
+tests/engines/native/test_hopper_attention.py compares it with PyTorch on Hopper GPUs.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sdar_lm_eval.engines.native.kernels.attention import SPLIT, WHOLE, Tiles, combine_splits, parts_of_splits
+from sdar_lm_eval.engines.native.kernels.hopper import is_hopper, load_tile
+
+logger = logging.getLogger(__name__)
+
+SIZES = (64, 128)  # head sizes
+ROWS = 64  # query rows of a consumer group, the fewest of the instruction
+COLUMNS = {1: 64, 2: 128}  # tokens of a stage, by consumer groups; two programs of one group fit a multiprocessor
+STAGES = 3
+REGISTERS = {1: 128, 2: 168}  # of a thread, on average, by consumer groups
+CHANNELS = 64  # channels of a copy: 128 bytes, a row of shared memory without bank conflicts
+LOG2E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.jit
+def _slots(own_pages, column, end, nowhere, PAGES: gl.constexpr, PAGE: gl.constexpr):
+    """First KV slots of the pages from a column on; `nowhere` for pages behind the end."""
+    column += gl.arange(0, PAGES, layout=gl.BlockedLayout([1], [32], [1], [0])) * PAGE
+    page = gl.load(own_pages + column // PAGE, mask=column < end, other=0).to(gl.int32)
+    return gl.where(column < end, page * PAGE, nowhere)
+
+
+@gluon.jit
+def _copy_stage(source, slots, channel, pages, stage, bar, SIZE: gl.constexpr):
+    PAGES: gl.constexpr = slots.shape[0]
+    PARTS: gl.constexpr = SIZE // pages.shape[2]
+    mbarrier.expect(bar, PAGES * pages.shape[1] * SIZE * 2)
+    number = gl.arange(0, PAGES, layout=slots.type.layout)
+    for page in gl.static_range(PAGES):
+        slot = gl.sum(gl.where(number == page, slots, 0), axis=0)
+        for part in gl.static_range(PARTS):
+            to = pages.index((stage * PARTS + part) * PAGES + page)
+            load_tile(source, [slot, channel + part * pages.shape[2]], bar, to)
+
+
+@gluon.jit
+def _copy(keys, values, own_pages, nowhere, begin, end, kv_head, buffers, barriers):
+    """The producer warp."""
+    _, key_stages, _, key_pages, value_pages = buffers
+    keys_ready, keys_free, values_ready, values_free = barriers
+    STAGES: gl.constexpr = key_stages.shape[0]
+    COLUMNS: gl.constexpr = key_stages.shape[1]
+    SIZE: gl.constexpr = key_stages.shape[2]
+    PAGE: gl.constexpr = key_pages.shape[1]
+    PAGES: gl.constexpr = COLUMNS // PAGE
+    slots = _slots(own_pages, begin, end, nowhere, PAGES, PAGE)
+    for step in range(gl.cdiv(end - begin, COLUMNS)):
+        # These arrive while this step waits.
+        next_slots = _slots(own_pages, begin + (step + 1) * COLUMNS, end, nowhere, PAGES, PAGE)
+        stage, phase = step % STAGES, (step // STAGES & 1) ^ 1
+        mbarrier.wait(keys_free.index(stage), phase)
+        _copy_stage(keys, slots, kv_head * SIZE, key_pages, stage, keys_ready.index(stage), SIZE)
+        mbarrier.wait(values_free.index(stage), phase)
+        _copy_stage(values, slots, kv_head * SIZE, value_pages, stage, values_ready.index(stage), SIZE)
+        slots = next_slots
+
+
+@gluon.jit
+def _weigh(scores, most, total, sees, start, least, scale):
+    """Exponentials of scaled scores, relative to the highest so far; and the factor of what was summed before."""
+    layout: gl.constexpr = scores.type.layout
+    if start + scores.shape[1] > least:
+        column = start + gl.arange(0, scores.shape[1], layout=gl.SliceLayout(0, layout))
+        scores = gl.where(column[None, :] < sees[:, None], scores, -float("inf"))
+    highest = gl.maximum(most, gl.max(scores, axis=1) * scale)
+    shift = gl.where(highest == -float("inf"), 0.0, highest)  # a masked row may have seen no key yet
+    weights = gl.exp2(scores * scale - shift[:, None])
+    rescale = gl.exp2(most - shift)
+    return weights, highest, total * rescale + gl.sum(weights, axis=1), rescale
+
+
+@gluon.jit
+def _now(x):
+    """Return x, which is never below 0. NVIDIA's assembler would compute x after the wait that follows."""
+    assembly: gl.constexpr = "{.reg .pred p; setp.lt.f32 p, $1, 0f00000000; @p nanosleep.u32 1; mov.f32 $0, $1;}"
+    return gl.inline_asm_elementwise(assembly, "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _clear_behind(end, pages, stage, COLUMNS: gl.constexpr, SIZE: gl.constexpr):
+    """Fill the rest of a context's last page with zeros, in shared memory.
+
+    It may hold infinities of another sequence, which a weight of 0 does not remove. Both consumer groups write the same
+    bytes.
+    """
+    PAGE: gl.constexpr = pages.shape[1]
+    PARTS: gl.constexpr = SIZE // pages.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    token = gl.arange(0, PAGE, layout=gl.SliceLayout(1, layout))[:, None]
+    for part in gl.static_range(PARTS):
+        page = pages.index((stage * PARTS + part) * (COLUMNS // PAGE) + end % COLUMNS // PAGE)
+        page.store(gl.where(token < end % PAGE, page.load(layout), 0.0))
+    fence_async_shared()
+
+
+@gluon.jit
+def _attend(
+    work, target, buffers, barriers, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, PARTIAL: gl.constexpr,
+    CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """A consumer group of four warps: the first or the second."""
+    query, visible, first, count, begin, end, kv_head, scale = work
+    out, sums, first_row = target
+    queries, keys, values, _, value_pages = buffers
+    keys_ready, keys_free, values_ready, values_free = barriers
+    ROWS: gl.constexpr = queries.shape[1]
+    SIZE: gl.constexpr = queries.shape[2]
+    STAGES: gl.constexpr = keys.shape[0]
+    COLUMNS: gl.constexpr = keys.shape[1]
+    PAGE: gl.constexpr = value_pages.shape[1]
+    GROUP: gl.constexpr = HEADS // KV_HEADS
+    by_columns: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    by_size: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, by_size, 2)
+    loads: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // SIZE, SIZE // 8], [4, 1], [1, 0])
+
+    row, is_real, _ = _rows(first, count, kv_head, loads, ROWS, HEADS, GROUP, CONSUMER)
+    own = queries.index(CONSUMER)
+    own.store(gl.load(query + _addresses(row, loads, SIZE), mask=is_real[:, None], other=0.0))
+    fence_async_shared()
+
+    row, is_real, token = _rows(first, count, kv_head, by_columns, ROWS, HEADS, GROUP, CONSUMER)
+    sees = gl.load(visible + token, mask=is_real, other=0).to(gl.int32)
+    least = gl.min(sees, axis=0)
+    most = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, by_columns))
+    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, by_columns))
+    acc = gl.zeros([ROWS, SIZE], gl.float32, by_size)
+    nothing = gl.zeros([ROWS, COLUMNS], gl.float32, by_columns)
+    steps = gl.cdiv(end - begin, COLUMNS)
+    if steps > 0:
+        mbarrier.wait(keys_ready.index(0), 0)
+        scores = warpgroup_mma(own, keys.index(0).permute([1, 0]), nothing, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, [scores])
+        mbarrier.arrive(keys_free.index(0))
+        weights, most, total, rescale = _weigh(scores, most, total, sees, begin, least, scale)
+        rounded = gl.convert_layout(weights.to(queries.dtype), operand)
+        for step in range(1, steps):
+            stage, before = step % STAGES, (step - 1) % STAGES
+            mbarrier.wait(keys_ready.index(stage), step // STAGES & 1)
+            scores = warpgroup_mma(own, keys.index(stage).permute([1, 0]), nothing, use_acc=False, is_async=True)
+            mbarrier.wait(values_ready.index(before), (step - 1) // STAGES & 1)
+            acc = warpgroup_mma(rounded, values.index(before), acc, is_async=True)
+            scores = warpgroup_mma_wait(1, [scores])
+            mbarrier.arrive(keys_free.index(stage))
+            start = begin + step * COLUMNS
+            weights, most, total, rescale = _weigh(scores, most, total, sees, start, least, scale)
+            following = gl.convert_layout(weights.to(queries.dtype), operand)
+            total = _now(total)
+            acc, rounded, following = warpgroup_mma_wait(0, [acc, rounded, following])
+            mbarrier.arrive(values_free.index(before))
+            acc *= gl.convert_layout(rescale, gl.SliceLayout(1, by_size))[:, None]
+            rounded = following
+        last = (steps - 1) % STAGES
+        mbarrier.wait(values_ready.index(last), (steps - 1) // STAGES & 1)
+        if end % PAGE > 0:
+            _clear_behind(end, value_pages, last, COLUMNS, SIZE)
+        acc = warpgroup_mma(rounded, values.index(last), acc, is_async=True)
+        acc, rounded = warpgroup_mma_wait(0, [acc, rounded])
+    if PARTIAL:
+        gl.store(sums + (first_row + row) * 2, most, mask=is_real)
+        gl.store(sums + (first_row + row) * 2 + 1, total, mask=is_real)
+        row, is_real, _ = _rows(first, count, kv_head, by_size, ROWS, HEADS, GROUP, CONSUMER)
+        gl.store(out + _addresses(first_row + row, by_size, SIZE), acc, mask=is_real[:, None])
+    else:
+        total = gl.convert_layout(gl.where(total == 0, 1.0, total), gl.SliceLayout(1, by_size))
+        row, is_real, _ = _rows(first, count, kv_head, by_size, ROWS, HEADS, GROUP, CONSUMER)
+        result = (acc / total[:, None]).to(out.dtype.element_ty)
+        gl.store(out + _addresses(row, by_size, SIZE), result, mask=is_real[:, None])
+
+
+@gluon.jit
+def _rows(
+    first, count, kv_head, layout: gl.constexpr,
+    ROWS: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """A group's query rows: their indices among T * HEADS, whether each is one of the tile, and each one's token."""
+    row = CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    token = first + row // GROUP
+    return token * HEADS + kv_head * GROUP + row % GROUP, row // GROUP < count, token
+
+
+@gluon.jit
+def _addresses(row, layout: gl.constexpr, SIZE: gl.constexpr):
+    return row[:, None] * SIZE + gl.arange(0, SIZE, layout=gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit(do_not_specialize=["width", "nowhere", "all_tokens", "split_size"])
+def attend_hopper_kernel(
+    query, keys, values, firsts, counts, pages, width, sequence, visible, out, sums, scale, nowhere, all_tokens,
+    split_size, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, SIZE: gl.constexpr, ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PARTIAL: gl.constexpr,
+):  # fmt: skip
+    """A program takes one KV head, one split, and as many tokens of a tile as the consumer groups have rows for."""
+    PAGE: gl.constexpr = keys.block_shape[0]
+    CHANNELS: gl.constexpr = keys.block_shape[1]
+    TOKENS: gl.constexpr = CONSUMERS * ROWS // (HEADS // KV_HEADS)
+    kv_head, split = gl.program_id(0) % KV_HEADS, gl.program_id(2)
+    # A prompt's last tokens see most. They run first, so that no long program runs alone at the end.
+    part = (gl.num_programs(0) - 1 - gl.program_id(0)) // KV_HEADS
+    tile = gl.num_programs(1) - 1 - gl.program_id(1)
+    first = gl.load(firsts + tile) + part * TOKENS
+    count = gl.minimum(gl.load(counts + tile) - part * TOKENS, TOKENS).to(gl.int32)
+    own_pages = pages + gl.load(sequence + tile) * width
+    begin = split * split_size
+    end = gl.load(visible + first + count - 1, mask=count > 0, other=0).to(gl.int32)  # the last token sees most
+    end = gl.minimum(end, begin + split_size)
+
+    layout: gl.constexpr = keys.layout
+    queries = gl.allocate_shared_memory(keys.dtype, [CONSUMERS, ROWS, SIZE], layout)
+    key_stages = gl.allocate_shared_memory(keys.dtype, [STAGES, COLUMNS, SIZE], layout)
+    value_stages = gl.allocate_shared_memory(keys.dtype, [STAGES, COLUMNS, SIZE], layout)
+    # In shared memory, all tokens' first CHANNELS channels precede their other channels.
+    copies: gl.constexpr = [STAGES * SIZE // CHANNELS * COLUMNS // PAGE, PAGE, CHANNELS]
+    key_pages = key_stages._reinterpret(keys.dtype, copies, layout)
+    value_pages = value_stages._reinterpret(keys.dtype, copies, layout)
+    keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(keys_ready.index(stage), count=1)
+        mbarrier.init(keys_free.index(stage), count=CONSUMERS)
+        mbarrier.init(values_ready.index(stage), count=1)
+        mbarrier.init(values_free.index(stage), count=CONSUMERS)
+    buffers = (queries, key_stages, value_stages, key_pages, value_pages)
+    barriers = (keys_ready, keys_free, values_ready, values_free)
+    work = (query, visible, first, count, begin, end, kv_head, scale * LOG2E)
+    target = (out, sums, split.to(gl.int64) * all_tokens * HEADS)
+    copying = (keys, values, own_pages, nowhere, begin, end, kv_head, buffers, barriers)
+    # The numbers are the other functions' warps, and the registers of their threads. The first function has four warps,
+    # and the rest of the registers, of which two functions have 2 * 128, and three 3 * 168.
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [(_attend, (work, target, buffers, barriers, HEADS, KV_HEADS, PARTIAL, 0)), (_copy, copying)], [1], [40]
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (work, target, buffers, barriers, HEADS, KV_HEADS, PARTIAL, 0)),
+                (_attend, (work, target, buffers, barriers, HEADS, KV_HEADS, PARTIAL, 1)),
+                (_copy, copying),
+            ],
+            [4, 1],
+            [232, 40],
+        )
+
+
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles: Tiles, scaling: float) -> torch.Tensor:
+    """Attention of packed tokens over pages; see `attention.attend`.
+
+    Args:
+        query: (T, heads, size), of 16 bits; size is one of SIZES.
+        keys, values: (pages, page size, KV heads, size), of one layer; see `runs` for the page size.
+        tiles: the tiles. A token of a tile sees at least the tokens that its predecessor sees.
+        scaling: factor on the scores, above 0.
+
+    Returns:
+        (T, heads, size); undefined for tokens outside of all tiles.
+    """
+    tokens, heads, size = query.shape
+    pages, page_size, kv_heads = keys.shape[:3]
+    out = torch.empty_like(query)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    sources = [
+        TensorDescriptor.from_tensor(x.view(pages * page_size, kv_heads * size), [page_size, CHANNELS], layout)
+        for x in (keys, values)
+    ]
+    group = heads // kv_heads
+    consumers = 1 if tiles.tokens * group <= ROWS else 2
+    parts = triton.cdiv(tiles.tokens, consumers * ROWS // group)
+    target, sums = out, out
+    if tiles.splits > 1:
+        target, sums = parts_of_splits(query, tiles.splits)
+    attend_hopper_kernel[(kv_heads * parts, len(tiles.first), tiles.splits)](
+        query, *sources, tiles.first, tiles.count, tiles.pages, tiles.pages.shape[1], tiles.sequence, tiles.visible,
+        target, sums, scaling, pages * page_size, tokens, tiles.split if tiles.splits > 1 else WHOLE, heads, kv_heads,
+        size, ROWS, COLUMNS[consumers], STAGES, consumers, tiles.splits > 1, num_warps=4, maxnreg=REGISTERS[consumers],
+    )  # fmt: skip
+    if tiles.splits > 1:
+        combine_splits(target, sums, out)
+    return out
+
+
+def runs(heads: int, cache: torch.Tensor) -> bool:
+    """Try whether the kernel runs here.
+
+    The kernel needs a Hopper GPU, 16 bits, a head size of SIZES, and pages of 8, 16, 32 or 64 tokens.
+
+    Args:
+        heads: query heads.
+        cache: keys or values of one layer, (pages, page size, KV heads, size).
+    """
+    _, page_size, kv_heads, size = cache.shape
+    if not is_hopper(cache.device) or cache.dtype.itemsize != 2 or size not in SIZES or heads // kv_heads > ROWS:
+        return False
+    if page_size % 8 or min(COLUMNS.values()) % page_size:
+        return False
+    one = torch.ones(1, dtype=torch.int64, device=cache.device)
+    query = cache.new_zeros(1, heads, size)
+    try:
+        for tokens in (1, 2 * ROWS):  # one and two consumer groups
+            tiles = Tiles(one - 1, one, (one - 1)[None], one - 1, one, tokens, SPLIT, 1)
+            attend(query, cache, cache, tiles, 1.0)
+        torch.cuda.synchronize(cache.device)
+    except Exception as error:  # Gluon is experimental and may raise anything; Triton's kernel replaces this one
+        logger.warning("The attention for Hopper GPUs does not run here, and Triton's takes its place: %s", error)
+        return False
+    return True
