@@ -51,10 +51,31 @@ def test_not_for_other_shapes_and_what_does_not_run_is_said(monkeypatch, caplog)
     assert tried == [1]
 
 
-@pytest.mark.parametrize("runs", [True, False])
-def test_the_decoder_takes_it_where_it_runs(monkeypatch, runs):
+def some_tiles(tokens, context, *, batch_invariant=False):
+    one = torch.ones(1, dtype=torch.int64)
+    return Tiles(one - 1, one, one[None], one - 1, one, tokens, context, 1, batch_invariant)
+
+
+def test_it_takes_long_contexts_and_many_rows():
+    assert not hopper_attention.suits(some_tiles(8, 512), 4)
+    assert hopper_attention.suits(some_tiles(8, 1024), 4)
+    assert not hopper_attention.suits(some_tiles(64, 512), 4)
+    assert hopper_attention.suits(some_tiles(64, 512), 8)
+
+
+def test_it_takes_all_tiles_or_none_if_results_have_to_be_batch_invariant():
+    """The longest context of a batch must not decide, because the kernels round differently."""
+    assert all(
+        hopper_attention.suits(some_tiles(tokens, context, batch_invariant=True), 4)
+        for tokens in (1, 4, 64)
+        for context in (512, 1024, 8192)
+    )
+
+
+@pytest.mark.parametrize(("runs", "context", "taken"), [(True, 1024, True), (True, 512, False), (False, 1024, False)])
+def test_the_decoder_takes_it_where_it_runs_and_suits(monkeypatch, runs, context, taken):
     """The decoder asks with the heads of its weights, and with a page of the cache."""
-    asked = []
+    asked, attended = [], []
 
     def answer(heads, cache):
         asked.append((heads, tuple(cache.shape), cache.dtype))
@@ -62,15 +83,23 @@ def test_the_decoder_takes_it_where_it_runs(monkeypatch, runs):
 
     monkeypatch.setattr(hopper_attention, "runs", answer)
     monkeypatch.setattr(decoder, "runs_on_hopper", lambda *weights: False)
+    monkeypatch.setattr(decoder.layers, "add_norm", lambda x, *_: (x, x))
+    monkeypatch.setattr(decoder.layers, "norm_rope_store", lambda qkv, *_: qkv[:, : 8 * 64].view(-1, 8, 64))
+    monkeypatch.setattr(decoder, "product", lambda x, weight, bias, splits: x @ weight.T)
+    for name, module in (("hopper", hopper_attention), ("triton", decoder.attention)):
+        monkeypatch.setattr(module, "attend", lambda query, *_, name=name: attended.append(name) or query)
     layer = types.SimpleNamespace(
-        qkv=torch.zeros((8 + 2 * 2) * 64, 32, dtype=torch.bfloat16), o=torch.zeros(32, 8 * 64), mlp=None,
-        qkv_bias=None, o_bias=None,
+        qkv=torch.zeros((8 + 2 * 2) * 64, 32), o=torch.zeros(32, 8 * 64), mlp=types.SimpleNamespace(router=None),
+        input_norm=None, q_norm=None, k_norm=None, qkv_bias=None, o_bias=None,
     )  # fmt: skip
-    layer.mlp = types.SimpleNamespace(router=None)
-    weights = types.SimpleNamespace(norm=torch.zeros(32), head_dim=64, layers=[layer], head=None)
+    weights = types.SimpleNamespace(
+        norm=torch.zeros(32), head_dim=64, layers=[layer], head=None, embedding=torch.zeros(10, 32), eps=1e-6
+    )
     made = decoder.FusedDecoder(weights, 16)
-    assert asked == [(8, (1, 16, 2, 64), torch.bfloat16)]
-    assert made._attend is (hopper_attention.attend if runs else decoder.attention.attend)
+    assert asked == [(8, (1, 16, 2, 64), torch.float32)]
+    tokens = torch.zeros(4, dtype=torch.int64)
+    made(tokens, tokens, tokens, some_tiles(4, context), torch.zeros(1, 2, 3, 16, 2, 64))
+    assert attended == ["hopper" if taken else "triton"]
 
 
 def tiles_of(begins, new, tile, block, *, splits, page_size=16):

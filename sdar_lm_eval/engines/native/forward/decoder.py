@@ -56,8 +56,8 @@ class FusedDecoder:
         heads = first.o.shape[1] // weights.head_dim
         kv_heads = (len(first.qkv) // weights.head_dim - heads) // 2
         page = first.qkv.new_zeros(1, page_size, kv_heads, weights.head_dim)
-        attends_on_hopper = hopper_attention is not None and hopper_attention.runs(heads, page)
-        self._attend = hopper_attention.attend if attends_on_hopper else attention.attend
+        self._group = heads // kv_heads
+        self._attends_on_hopper = hopper_attention is not None and hopper_attention.runs(heads, page)
 
     def compile(self) -> None:
         """Compile the kernels of experts for tiles of every size."""
@@ -91,6 +91,8 @@ class FusedDecoder:
         Returns:
             The input of `finish`: the output of the last layer's attention, (T, heads * size), and the residual (T, D).
         """
+        on_hopper = self._attends_on_hopper and hopper_attention.suits(tiles, self._group)
+        kernel = hopper_attention if on_hopper else attention
 
         def attend(
             layer: LayerWeights, kv: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
@@ -101,7 +103,7 @@ class FusedDecoder:
                 self._product(normed, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, self._cos_sin, positions,
                 kv_slots, keys, values, self._weights.eps,
             )  # fmt: skip
-            return self._attend(query, keys, values, tiles, self._scaling).flatten(1), added
+            return kernel.attend(query, keys, values, tiles, self._scaling).flatten(1), added
 
         first, *others = self._weights.layers
         attended, residual = attend(first, cache[0], self._weights.embedding[tokens], None)

@@ -9,7 +9,7 @@ that KV head, and one split of their context. One producer warp copies pages to 
 One or two consumer groups of four warps take 64 query rows each. A stage holds the keys and the values of some tokens,
 and has two barriers for each: `ready` waits for the bytes, `free` for all groups to finish with them.
 
-Results are batch-invariant if splits are fixed: nothing else here depends on the number of tiles.
+Results are batch-invariant if splits are: nothing else here depends on the number of tiles.
 
 There is no interpreter for Gluon. tests/engines/native/test_kernels_compile.py compiles the kernel everywhere;
 tests/engines/native/test_hopper_attention.py compares it with PyTorch on Hopper GPUs.
@@ -41,6 +41,7 @@ ROWS = 64  # query rows of a consumer group, the fewest of the instruction
 COLUMNS = {1: 64, 2: 128}  # tokens of a stage, by consumer groups; two programs of one group fit a multiprocessor
 STAGES = 3
 REGISTERS = {1: 128, 2: 168}  # of a thread, on average, by consumer groups
+MANY_ROWS = 256  # query rows of a tile above which the kernel is faster for contexts of any length
 CHANNELS = 64  # channels of a copy: 128 bytes, a row of shared memory without bank conflicts
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -312,6 +313,18 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     if tiles.splits > 1:
         combine_splits(target, sums, out)
     return out
+
+
+def suits(tiles: Tiles, group: int) -> bool:
+    """Whether this kernel should take the tiles: it is slower than Triton's for few rows with short contexts.
+
+    If results have to be batch-invariant, the choice does not depend on contexts, so this kernel takes all tiles.
+
+    Args:
+        tiles: the tiles.
+        group: query heads of a KV head.
+    """
+    return tiles.batch_invariant or tiles.split * tiles.splits > SPLIT or tiles.tokens * group > MANY_ROWS
 
 
 def runs(heads: int, cache: torch.Tensor) -> bool:
