@@ -48,7 +48,9 @@ class Frontend:
         jobs = Jobs(checkpoint, prompts, settings.decoding, settings.max_length, alone=alone)
         jobs.check_limits(answers_limited=settings.limits_length)
         config = settings.likelihood_config(jobs.default.decoding.block_length)
-        return cls(settings, checkpoint, prompts, jobs, Likelihoods(checkpoint, prompts, jobs.max_length, config))
+        return cls(
+            settings, checkpoint, prompts, jobs, Likelihoods(checkpoint, prompts, jobs.max_length, config, alone)
+        )
 
     def start(self, engine: str, device: str) -> Engine:
         """Load the checkpoint into an engine of the registry, on a device.

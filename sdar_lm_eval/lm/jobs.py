@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.hashing import seed_from
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
 from sdar_lm_eval.lm.prompts import Prompts
-from sdar_lm_eval.lm.store import Record, differences, key_of
+from sdar_lm_eval.lm.store import Record, differences, fields_of, key_of
 from sdar_lm_eval.settings import Generation, canonical, read_generation, warn_of_idle_knobs
 from sdar_lm_eval.thinking import Decode, Thinking, Thought, read, read_text
 
@@ -362,7 +361,7 @@ def _key_of(request: GenerationRequest, generation: Generation, auto: Thinking |
         generation: the request's settings.
         auto: the checkpoint's own rule for thoughts, which keys leave out.
     """
-    content = dataclasses.asdict(request) | {"until": generation.until, "stop_ids": sorted(request.stop_ids)}
+    content = fields_of(request) | {"until": generation.until, "stop_ids": sorted(request.stop_ids)}
     del content["record_steps"]
     if request.thinking == auto:
         del content["thinking"]

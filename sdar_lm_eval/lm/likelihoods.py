@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,7 +18,7 @@ from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.evaluation import TemplatedBy
 from sdar_lm_eval.lm.jobs import TaskOf
 from sdar_lm_eval.lm.prompts import Prompts
-from sdar_lm_eval.lm.store import Record, key_of
+from sdar_lm_eval.lm.store import Record, fields_of, key_of
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +92,14 @@ class Likelihoods:
         prompts: makes the texts' tokens.
         max_length: most tokens of context and continuation.
         config: the method.
+        alone: whether the process has all cores to itself.
     """
 
-    def __init__(self, checkpoint: Checkpoint, prompts: Prompts, max_length: int, config: LikelihoodConfig) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, prompts: Prompts, max_length: int, config: LikelihoodConfig, alone: bool
+    ) -> None:
         self._checkpoint, self._prompts, self._max_length, self._config = checkpoint, prompts, max_length, config
+        self._alone = alone
 
     def config(self, seed: int) -> LikelihoodConfig:
         """The method, with the seed of the masks that it samples."""
@@ -114,29 +118,28 @@ class Likelihoods:
             UserError: a continuation is too long.
         """
         config = self.config(seed)
+        own = {id(instance): instance for instance in requests}
+        tasks = [task_of(instance) for instance in own.values()]
+        templated_by = [
+            self._prompts.templated_by(task, str(instance.args[0]))
+            for task, instance in zip(tasks, own.values(), strict=True)
+        ]
+        pairs_of = self._pairs(kind, list(own.values()), [by is not None for by in templated_by])
         jobs: dict[int, ScoreJob] = {}
-        order, truncated = [], 0
-        for instance in requests:
-            if id(instance) not in jobs:
-                task = task_of(instance)
-                by = self._prompts.templated_by(task, str(instance.args[0]))
-                if kind == "loglikelihood":
-                    context, continuation = map(str, instance.args[:2])
-                    pairs = self._pair(context, continuation, rendered=by is not None)
-                else:
-                    pairs = self._windows(*instance.args)
-                fitted = [self.truncated(*pair) for pair in pairs]
-                pieces = [piece for piece, _ in fitted]
-                jobs[id(instance)] = ScoreJob(
-                    instance=instance,
-                    task=task.name,
-                    document=task.document(instance),
-                    templated_by=by,
-                    pieces=pieces,
-                    keys=[_key_of(piece, config) for piece in pieces],
-                )
-                truncated += any(cut for _, cut in fitted)
-            order.append(jobs[id(instance)])
+        truncated = 0
+        for (key, instance), task, by, pairs in zip(own.items(), tasks, templated_by, pairs_of, strict=True):
+            fitted = [self.truncated(*pair) for pair in pairs]
+            pieces = [piece for piece, _ in fitted]
+            jobs[key] = ScoreJob(
+                instance=instance,
+                task=task.name,
+                document=task.document(instance),
+                templated_by=by,
+                pieces=pieces,
+                keys=[_key_of(piece, config) for piece in pieces],
+            )
+            truncated += any(cut for _, cut in fitted)
+        order = [jobs[id(instance)] for instance in requests]
         asked = ScoreRound(order, truncated, config)
         self._warn_of_texts(asked)
         return asked
@@ -156,25 +159,21 @@ class Likelihoods:
             )
         return ScoreRequest(tuple(context[-room:]), tuple(continuation)), len(context) > room
 
-    def _pair(self, context: str, continuation: str, rendered: bool) -> list[tuple[list[int], list[int]]]:
-        """Tokens of a context and its continuation; none where the latter is empty."""
-        if context:
-            context_ids, continuation_ids = self._prompts.encode_pair(context, continuation, rendered)
-        else:
-            context_ids, continuation_ids = self._behind_prefix(continuation)
-        return [(context_ids or [self._prompts.prefix_token_id], continuation_ids)] if continuation_ids else []
-
-    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
-        """Tokens of the contexts and continuations that a text's rolling windows have."""
-        prefix, ids = self._behind_prefix(text)
+    def _pairs(
+        self, kind: Kind, instances: Sequence[Instance], rendered: Sequence[bool]
+    ) -> Iterator[Sequence[tuple[Sequence[int], Sequence[int]]]]:
+        """Yield the tokens of each request's contexts and continuations; none of an empty text."""
+        if kind == "loglikelihood":
+            texts = [(str(instance.args[0]), str(instance.args[1])) for instance in instances]
+            for context, continuation in self._prompts.encode_pairs(texts, rendered, self._alone):
+                yield [(context, continuation)] if continuation else []
+            return
+        # The first window's context is the prefix token; the others' contexts are tokens of the text.
         length = max(self._max_length - 1, 1)
-        windows = get_rolling_token_windows(ids, prefix[0], max_seq_len=length, context_len=1)
-        return [make_disjoint_window(window) for window in windows]
-
-    def _behind_prefix(self, text: str) -> tuple[list[int], list[int]]:
-        """The prefix token, and a text's tokens without a leading prefix token."""
-        ids, prefix = self._prompts.encode(text, add_special_tokens=False), self._prompts.prefix_token_id
-        return [prefix], ids[1:] if ids[:1] == [prefix] else ids
+        texts = [("", str(instance.args[0])) for instance in instances]
+        for (prefix,), ids in self._prompts.encode_pairs(texts, rendered, self._alone):
+            windows = get_rolling_token_windows(list(ids), prefix, max_seq_len=length, context_len=1)
+            yield [make_disjoint_window(window) for window in windows]
 
     def _warn_of_texts(self, asked: ScoreRound) -> None:
         """Warn of contexts that were truncated, of empty texts, and of texts with the mask token."""
@@ -215,7 +214,7 @@ def result_of(record: Record) -> ScoreResult:
 
 def _key_of(piece: ScoreRequest, config: LikelihoodConfig) -> str:
     """A hash of all that the score depends on beside checkpoint and engine."""
-    content = dataclasses.asdict(piece) | config.as_dict() | {"block_length": config.block_length}
+    content = fields_of(piece) | config.as_dict() | {"block_length": config.block_length}
     if config.method == "nelbo":  # masks may be drawn
         content["seed"] = config.seed
     return key_of("loglikelihood", content)

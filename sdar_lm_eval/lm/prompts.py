@@ -210,7 +210,7 @@ class Prompts:
 
     def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
         """Tokenize; by default special tokens are added, unless the text is rendered or begins with the BOS."""
-        if parts := self._rendered.get(_digest(text)):
+        if len(parts := self._parts_of(text)) > 1:
             return self._encode_parts(parts)
         if add_special_tokens is None:
             add_special_tokens = self._wants_special_tokens(text, self.is_rendered(text))
@@ -225,50 +225,54 @@ class Prompts:
             rendered: whether each prompt is in the chat template.
             alone: whether the process has all cores to itself.
         """
-        prompts: list[list[int]] = [[] for _ in texts]
-        in_parts = {i for i, text in enumerate(texts) if self._rendered.get(_digest(text))}
-        if in_parts:
-            special_token = self._rendered[_digest(texts[min(in_parts)])][1]
+        parts = [self._parts_of(text) for text in texts]
+        if special_tokens := [its[1] for its in parts if len(its) > 1]:
             self._warn_once(
                 "%d of %d prompts hold special tokens in their text, such as %r, which are read as text. If the task "
                 "writes the chat template itself, use chat_template=off.",
-                len(in_parts),
+                len(special_tokens),
                 len(texts),
-                special_token,
+                special_tokens[0],
             )
-        for i in in_parts:
-            prompts[i] = self._encode_parts(self._rendered[_digest(texts[i])])
-        for special in (False, True):
-            some = [
-                i
-                for i, text in enumerate(texts)
-                if i not in in_parts and self._wants_special_tokens(text, rendered[i]) == special
-            ]
-            for begin in range(0, len(some), TOKENIZED_TOGETHER):
-                part = some[begin : begin + TOKENIZED_TOGETHER]
-                with _parallel_tokenizing(alone=alone):
-                    ids_of = self.tokenizer([texts[i] for i in part], add_special_tokens=special)["input_ids"]
-                for i, ids in zip(part, ids_of, strict=True):
-                    prompts[i] = ids
-        return prompts
+        return self._encode_together(list(zip(parts, rendered, strict=True)), alone)
 
-    def encode_pair(self, context: str, continuation: str, rendered: bool) -> tuple[list[int], list[int]]:
-        """Tokens of a context, and those that its continuation adds; none where the continuation is empty.
+    def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], rendered: Sequence[bool], alone: bool
+    ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Yield the tokens of each context, and those that its continuation adds; none where the latter is empty.
 
         Trailing spaces of the context belong to the continuation, as in lm_eval's own models. A token that spans both
-        texts counts for the continuation.
+        texts counts for the continuation. The prefix token stands for a context without tokens. Pairs with one context,
+        such as the choices of a question, share its tuple.
+
+        Args:
+            pairs: contexts and continuations.
+            rendered: whether each context is in the chat template.
+            alone: whether the process has all cores to itself.
         """
-        parts = self._rendered.get(_digest(context)) or (context,)
-        *before, last = parts
-        stripped = last.rstrip()
-        continuation = last[len(stripped) :] + continuation
-        known = self._encode_parts((*before, stripped), rendered)
-        if not continuation:
-            return known, []
-        whole = self._encode_parts((*before, stripped + continuation), rendered)
-        shared = next((i for i, (a, b) in enumerate(zip(whole, known, strict=False)) if a != b), len(known))
-        shared = min(shared, len(whole) - 1)  # a continuation has at least one token
-        return whole[:shared], whole[shared:]
+        nothing = (self.prefix_token_id,)
+        for begin in range(0, len(pairs), TOKENIZED_TOGETHER):
+            split = []
+            for (context, continuation), its in zip(
+                pairs[begin : begin + TOKENIZED_TOGETHER], rendered[begin : begin + TOKENIZED_TOGETHER], strict=True
+            ):
+                if context:
+                    *before, last = self._parts_of(context)
+                    split.append((((*before, last.rstrip()), its), ((*before, last + continuation), its)))
+                else:  # without special tokens, as a rendered text
+                    split.append((((), True), (self._parts_of(continuation), True)))
+            wanted = list(dict.fromkeys(text for both in split for text in both))
+            ids_of = dict(zip(wanted, map(tuple, self._encode_together(wanted, alone)), strict=True))
+            for context_text, whole_text in split:
+                known, whole = ids_of[context_text], ids_of[whole_text]
+                if not context_text[0]:
+                    yield nothing, whole[1:] if whole[:1] == nothing else whole
+                elif whole_text == context_text:
+                    yield known or nothing, ()
+                else:
+                    shared = len(known) if whole[: len(known)] == known else _shared(known, whole)
+                    shared = min(shared, len(whole) - 1)  # a continuation has at least one token
+                    yield (known if shared == len(known) else whole[:shared]) or nothing, whole[shared:]
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token. Of several tokens that encode one character, the last one has the character."""
@@ -290,11 +294,28 @@ class Prompts:
             self._texts[token_ids] = self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
         return self._texts[token_ids]
 
-    def _encode_parts(self, parts: Sequence[str], rendered: bool = True) -> list[int]:
-        """Tokens of a prompt's parts. Every second part spells a special token, and is encoded as plain text."""
-        if len(parts) == 1:
-            special = self._wants_special_tokens(parts[0], rendered)
-            return list(self.tokenizer.encode(parts[0], add_special_tokens=special))
+    def _parts_of(self, text: str) -> tuple[str, ...]:
+        """A text's parts: every second one spells a special token, and is read as plain text."""
+        return self._rendered.get(_digest(text)) or (text,)
+
+    def _encode_together(self, texts: Sequence[tuple[tuple[str, ...], bool]], alone: bool) -> list[list[int]]:
+        """Tokens of texts in parts, each with whether it is in the chat template."""
+        encoded: list[list[int]] = [[] if len(parts) == 1 else self._encode_parts(parts) for parts, _ in texts]
+        for special in (False, True):
+            some = [
+                i
+                for i, (parts, rendered) in enumerate(texts)
+                if len(parts) == 1 and self._wants_special_tokens(parts[0], rendered) == special
+            ]
+            for begin in range(0, len(some), TOKENIZED_TOGETHER):
+                part = some[begin : begin + TOKENIZED_TOGETHER]
+                with _parallel_tokenizing(alone=alone):
+                    ids_of = self.tokenizer([texts[i][0][0] for i in part], add_special_tokens=special)["input_ids"]
+                for i, ids in zip(part, ids_of, strict=True):
+                    encoded[i] = ids
+        return encoded
+
+    def _encode_parts(self, parts: Sequence[str]) -> list[int]:
         ids: list[int] = []
         for number, part in enumerate(parts):
             as_plain_text = bool(number % 2)
@@ -304,6 +325,11 @@ class Prompts:
     def _wants_special_tokens(self, text: str, rendered: bool) -> bool:
         bos = self.tokenizer.bos_token
         return not rendered and not (bos and text.startswith(bos))  # a template writes the BOS itself, if at all
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading tokens two texts share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _digest(text: str) -> bytes:

@@ -10,6 +10,7 @@ A model ignores records of another fingerprint, so one file or folder may hold t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ import sqlite3
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypedDict, cast
+from typing import Any, Protocol, TypedDict, cast
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.hashing import hex_digest
@@ -67,6 +68,14 @@ class Record(TypedDict, total=False):
 def key_of(kind: str, content: object) -> str:
     """Return a hash of what is answered: the kind of request, and its content as JSON."""
     return hex_digest([kind, content], digits=32)
+
+
+def fields_of(request: object) -> dict[str, Any]:
+    """Return what `dataclasses.asdict` returns, without a copy of each token: a prompt may have thousands."""
+    return {
+        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+        for name, value in vars(request).items()
+    }
 
 
 def differences(theirs: Mapping[str, object], mine: Mapping[str, object]) -> str:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from scripted_lm import BOS_TEMPLATE, ScriptedEngine, ScriptedLM, checkpoint_with
 
+from sdar_lm_eval import Checkpoint
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest, ScoreResult
 from sdar_lm_eval.errors import EngineError, UserError
 from sdar_lm_eval.lm import frontend
+from sdar_lm_eval.lm.prompts import Prompts
 
 END = 707  # <|endoftext|>: the demo's prefix token
 
@@ -176,6 +182,50 @@ def test_a_choice_that_tokenization_joins_with_its_context_is_not_certain(
     assert (*behind.context_ids, *behind.continuation_ids) == tuple(lm.tok_encode("1 st"))
     assert len(behind.continuation_ids) == 1 and lm.tok_decode(behind.context_ids) == "1"
     assert "to be scored" not in caplog.text
+
+
+TEXTS = st.text(st.sampled_from("ab1 \n.é<|>"), max_size=6)
+
+
+@given(pairs=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=9), together=st.integers(1, 4))
+def test_pairs_are_tokenized_together_as_one_by_one(pairs: list[tuple[str, str]], together: int) -> None:
+    prompts = Prompts(Checkpoint.open("demo"), "off")
+
+    def one_by_one(context: str, continuation: str) -> tuple[list[int], list[int]]:
+        known, whole = prompts.encode(context.rstrip()), prompts.encode(context + continuation)
+        if context and context.rstrip() == context + continuation:
+            return known or [END], []
+        same = itertools.takewhile(lambda both: both[0] == both[1], zip(known, whole, strict=False))
+        shared = min(len(list(same)), max(len(whole) - 1, 0))
+        return whole[:shared] or [END], whole[shared:]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdar_lm_eval.lm.prompts.TOKENIZED_TOGETHER", together)
+        found = list(prompts.encode_pairs(pairs, [False] * len(pairs), alone=False))
+    assert [(list(context), list(continuation)) for context, continuation in found] == [
+        one_by_one(*pair) for pair in pairs
+    ]
+
+
+def test_choices_share_the_tokens_of_their_question(make_lm: MakeLM) -> None:
+    """A question of MMLU has four choices and a thousand tokens."""
+    lm = make_lm()
+    lm.loglikelihood([request("2 + 2 = ", choice) for choice in "1234"])
+    assert len({id(sent.context_ids) for sent in lm.engine.asked}) == 1
+
+
+def test_pairs_are_tokenized_on_all_cores(make_lm: MakeLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    lm = make_lm()
+    call = type(lm.tokenizer).__call__
+
+    def keep(self: Any, texts: Any, **options: Any) -> Any:
+        seen.append((len(texts), os.environ.get("TOKENIZERS_PARALLELISM")))
+        return call(self, texts, **options)
+
+    monkeypatch.setattr(type(lm.tokenizer), "__call__", keep)
+    lm.loglikelihood([request("2 + 2 = ", choice) for choice in "1234"])
+    assert seen == [(5, "true")]  # the question, and the question with each choice
 
 
 def test_a_continuation_that_adds_no_token_is_scored_by_the_last_one(make_lm: MakeLM, tmp_path: Path) -> None:

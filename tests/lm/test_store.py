@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sqlite3
@@ -11,8 +12,11 @@ from typing import Any
 
 import pytest
 
+from sdar_lm_eval.decoding import DecodingConfig
+from sdar_lm_eval.engines.types import GenerationRequest, ScoreRequest
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.store import CacheFile, Store, as_record, encode_line, key_of
+from sdar_lm_eval.lm.store import CacheFile, Store, as_record, encode_line, fields_of, key_of
+from sdar_lm_eval.thinking import Repetition, Thinking
 
 NATIVE = {"engine": "native", "dtype": "float32"}
 
@@ -20,6 +24,20 @@ NATIVE = {"engine": "native", "dtype": "float32"}
 def test_keys_do_not_depend_on_the_order_of_settings() -> None:
     assert key_of("a", {"x": 1, "y": 2}) == key_of("a", {"y": 2, "x": 1})
     assert len({key_of("a", {"x": 1}), key_of("b", {"x": 1}), key_of("a", {"x": 2}), key_of("a", {"x": "1"})}) == 4
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        GenerationRequest((1, 2), 8, DecodingConfig(), frozenset({3}), ("stop",), 5, True),
+        GenerationRequest(
+            (1,), 8, DecodingConfig(), thinking=Thinking("<end>", (1, 2), 3), repetition=Repetition(4, 2)
+        ),
+        ScoreRequest((1, 2), (3,)),
+    ],
+)
+def test_the_fields_of_a_request_are_those_of_dataclasses(asked: Any) -> None:
+    assert fields_of(asked) == dataclasses.asdict(asked)
 
 
 def test_a_record_is_found_by_who_made_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
