@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import gc
 
 import pytest
 import torch
@@ -47,6 +49,35 @@ def test_a_size_runs_without_a_graph_where_memory_is_short(monkeypatch, caplog, 
     assert seen == [(128,), (128,)]
     assert len(emptied) == 2
     assert [record.levelname for record in caplog.records] == ["WARNING"]  # once
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_nothing_is_collected_during_a_capture(monkeypatch, enabled):
+    """A collection may destroy the graphs of an earlier engine, which would invalidate the capture."""
+    collecting = []
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+
+        def capture_end(self):
+            pass
+
+        def pool(self):
+            return (0, 0)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr("sdar_lm_eval.engines.native.forward.graphs._capture_stream", lambda device: None)
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        Graphs(lambda size: collecting.append(gc.isenabled()), ladder(FORWARD, 100), enabled=True)(100)
+        assert collecting == [enabled, False]  # the run, and its capture
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_another_error_of_a_capture_ends_the_run(monkeypatch):

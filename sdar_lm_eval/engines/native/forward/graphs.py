@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
+import gc
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 
@@ -108,14 +110,27 @@ class Graphs:
         # torch.cuda.graph would wait for the GPU and empty torch's cache first. Without it, the GPU keeps running the
         # earlier launches during the capture.
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(_capture_stream(torch.cuda.current_device())):
-            graph.capture_begin(pool=self._pool)
+        with torch.cuda.stream(_capture_stream(torch.cuda.current_device())), _nothing_collected():
+            # A call of another thread would invalidate a global capture.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 self.run(*key)
             finally:
                 graph.capture_end()
         self._pool = self._pool or graph.pool()
         return graph
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Stop Python's collector: it may destroy the graphs of an earlier engine, which would invalidate a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @functools.cache
