@@ -140,6 +140,7 @@ class Jobs:
         self._thoughts = prompts.thoughts
         self._checkpoint, self._prompts, self._alone = checkpoint, prompts, alone
         self._tasks_told: set[str] = set()
+        self._stops_told: set[str] = set()
         self._limits_told: set[int] = set()
         self._warned_of_user_turns = False
         self._given = dict(given)
@@ -301,6 +302,14 @@ class Jobs:
                 stop_strings.append(text)
             else:
                 stop_ids.add(token)
+        for text in filter(self._checkpoint.has_special_tokens, stop_strings):
+            if text not in self._stops_told:
+                self._stops_told.add(text)
+                logger.warning(
+                    "until=%r ends no answer: it holds a special token beside other text, and the text of answers has "
+                    "no special tokens. Give the special token alone, or the other text.",
+                    text,
+                )
         return _Settings(generation, frozenset(stop_ids), tuple(stop_strings))
 
     def _warn_of_thoughts_limit(self, max_gen_toks: int) -> None:

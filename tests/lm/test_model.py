@@ -95,6 +95,15 @@ def test_stop_tokens_and_texts_reach_the_engine(make_lm: MakeLM) -> None:
     assert sent.max_new_tokens == 32
 
 
+def test_a_stop_text_that_no_answer_can_hold_is_told_once(make_lm: MakeLM, caplog: pytest.LogCaptureFixture) -> None:
+    """A special token beside other text: decoding leaves the token out."""
+    lm = make_lm(answer=lambda _: "4<|im_start|>user")
+    asked = [request(text, GREEDY | {"until": ["<|im_start|>user", "<|im_start|>", " user", "<s>\n"]}) for text in "ab"]
+    lm.generate_until(asked)
+    told = [record.getMessage() for record in caplog.records if "ends no answer" in record.getMessage()]
+    assert len(told) == 1 and told[0].startswith("until='<|im_start|>user' ends no answer")
+
+
 @pytest.mark.parametrize("text", ["<|im_start|>", "<|call|>"])
 def test_special_tokens_of_tokenizer_json_alone_end_answers(make_lm: MakeLM, tmp_path: Path, text: str) -> None:
     """tokenizer_config.json gives them no role, so `all_special_ids` lacks them; decoding leaves them out."""
