@@ -33,24 +33,21 @@ class Frontend:
     likelihoods: Likelihoods
 
     @classmethod
-    def open(cls, settings: ModelSettings, *, alone: bool = True) -> Frontend:
+    def open(cls, settings: ModelSettings) -> Frontend:
         """Open the checkpoint that the settings name.
 
         Args:
             settings: the user's settings.
-            alone: whether no other process shares the evaluation.
 
         Raises:
             UserError: the checkpoint cannot be opened, or a setting does not fit the checkpoint.
         """
         checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
         prompts = Prompts(checkpoint, settings.chat_template, Thoughts.read(settings.thoughts, checkpoint))
-        jobs = Jobs(checkpoint, prompts, settings.decoding, settings.max_length, alone=alone)
+        jobs = Jobs(checkpoint, prompts, settings.decoding, settings.max_length)
         jobs.check_limits(answers_limited=settings.limits_length)
         config = settings.likelihood_config(jobs.default.decoding.block_length)
-        return cls(
-            settings, checkpoint, prompts, jobs, Likelihoods(checkpoint, prompts, jobs.max_length, config, alone)
-        )
+        return cls(settings, checkpoint, prompts, jobs, Likelihoods(checkpoint, prompts, jobs.max_length, config))
 
     def start(self, engine: str, device: str) -> Engine:
         """Load the checkpoint into an engine of the registry, on a device.

@@ -131,14 +131,13 @@ class Jobs:
         prompts: makes the prompts' tokens.
         given: the decoding settings in model_args; they override a task's published decoding.
         max_length: most tokens of prompt and answer; None: what the checkpoint allows.
-        alone: whether the process has all cores to itself.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, prompts: Prompts, given: Mapping[str, object], max_length: int | None, alone: bool
+        self, checkpoint: Checkpoint, prompts: Prompts, given: Mapping[str, object], max_length: int | None
     ) -> None:
         self._thoughts = prompts.thoughts
-        self._checkpoint, self._prompts, self._alone = checkpoint, prompts, alone
+        self._checkpoint, self._prompts = checkpoint, prompts
         self._tasks_told: set[str] = set()
         self._stops_told: set[str] = set()
         self._limits_told: set[int] = set()
@@ -188,7 +187,7 @@ class Jobs:
 
         in_template = [self._in_template(instance, task_of(instance)) for instance, _ in asked.values()]
         prompts = [prompt for prompt, _ in in_template]
-        ids_of = self._prompts.encode_prompts(prompts, [by is not None for _, by in in_template], self._alone)
+        ids_of = self._prompts.encode_prompts(prompts, [by is not None for _, by in in_template])
         jobs: dict[JobId, Job] = {}
         truncated = 0
         for (job_id, (instance, its)), (prompt, by), ids in zip(asked.items(), in_template, ids_of, strict=True):

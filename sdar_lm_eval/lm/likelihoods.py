@@ -92,14 +92,10 @@ class Likelihoods:
         prompts: makes the texts' tokens.
         max_length: most tokens of context and continuation.
         config: the method.
-        alone: whether the process has all cores to itself.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, prompts: Prompts, max_length: int, config: LikelihoodConfig, alone: bool
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, prompts: Prompts, max_length: int, config: LikelihoodConfig) -> None:
         self._checkpoint, self._prompts, self._max_length, self._config = checkpoint, prompts, max_length, config
-        self._alone = alone
 
     def config(self, seed: int) -> LikelihoodConfig:
         """The method, with the seed of the masks that it samples."""
@@ -165,13 +161,13 @@ class Likelihoods:
         """Yield the tokens of each request's contexts and continuations; none of an empty text."""
         if kind == "loglikelihood":
             texts = [(str(instance.args[0]), str(instance.args[1])) for instance in instances]
-            for context, continuation in self._prompts.encode_pairs(texts, rendered, self._alone):
+            for context, continuation in self._prompts.encode_pairs(texts, rendered):
                 yield [(context, continuation)] if continuation else []
             return
         # The first window's context is the prefix token; the others' contexts are tokens of the text.
         length = max(self._max_length - 1, 1)
         texts = [("", str(instance.args[0])) for instance in instances]
-        for (prefix,), ids in self._prompts.encode_pairs(texts, rendered, self._alone):
+        for (prefix,), ids in self._prompts.encode_pairs(texts, rendered):
             windows = get_rolling_token_windows(list(ids), prefix, max_seq_len=length, context_len=1)
             yield [make_disjoint_window(window) for window in windows]
 

@@ -71,8 +71,7 @@ class SDARLM(TemplateLM):
         self.accelerator = types.SimpleNamespace(gather=self.all_gather, wait_for_everyone=self.barrier)
         self.ranks.log_errors_only()
 
-        alone = self._world_size == 1
-        self._frontend = frontend = Frontend.open(settings, alone=alone)
+        self._frontend = frontend = Frontend.open(settings)
         self.checkpoint, self.tokenizer = frontend.checkpoint, frontend.checkpoint.tokenizer
         self._prompts, self.jobs = frontend.prompts, frontend.jobs
         self.renders = self._prompts.renders
@@ -97,7 +96,7 @@ class SDARLM(TemplateLM):
             trace=trace,
             record=settings.record_steps,
             verbose=settings.verbose,
-            alone=alone,
+            alone=self._world_size == 1,
         )
         self._cache: CacheFile | None = None
         self._answers: AnswerFolder | None = None

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from sdar_lm_eval.arguments import ChatMode
 from sdar_lm_eval.chat_template import ChatTemplate
 from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.cores import own_cores
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
 from sdar_lm_eval.lm.thoughts import Thoughts
@@ -217,13 +218,12 @@ class Prompts:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
-    def encode_prompts(self, texts: Sequence[str], rendered: Sequence[bool], alone: bool) -> list[list[int]]:
+    def encode_prompts(self, texts: Sequence[str], rendered: Sequence[bool]) -> list[list[int]]:
         """Tokenize prompts together, which is faster than one by one; an empty prompt becomes [].
 
         Args:
             texts: the prompts.
             rendered: whether each prompt is in the chat template.
-            alone: whether the process has all cores to itself.
         """
         parts = [self._parts_of(text) for text in texts]
         if special_tokens := [its[1] for its in parts if len(its) > 1]:
@@ -234,10 +234,10 @@ class Prompts:
                 len(texts),
                 special_tokens[0],
             )
-        return self._encode_together(list(zip(parts, rendered, strict=True)), alone)
+        return self._encode_together(list(zip(parts, rendered, strict=True)))
 
     def encode_pairs(
-        self, pairs: Sequence[tuple[str, str]], rendered: Sequence[bool], alone: bool
+        self, pairs: Sequence[tuple[str, str]], rendered: Sequence[bool]
     ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Yield the tokens of each context, and those that its continuation adds; none where the latter is empty.
 
@@ -248,7 +248,6 @@ class Prompts:
         Args:
             pairs: contexts and continuations.
             rendered: whether each context is in the chat template.
-            alone: whether the process has all cores to itself.
         """
         nothing = (self.prefix_token_id,)
         for begin in range(0, len(pairs), TOKENIZED_TOGETHER):
@@ -262,7 +261,7 @@ class Prompts:
                 else:  # without special tokens, as a rendered text
                     split.append((((), True), (self._parts_of(continuation), True)))
             wanted = list(dict.fromkeys(text for both in split for text in both))
-            ids_of = dict(zip(wanted, map(tuple, self._encode_together(wanted, alone)), strict=True))
+            ids_of = dict(zip(wanted, map(tuple, self._encode_together(wanted)), strict=True))
             for context_text, whole_text in split:
                 known, whole = ids_of[context_text], ids_of[whole_text]
                 if not context_text[0]:
@@ -298,7 +297,7 @@ class Prompts:
         """A text's parts: every second one spells a special token, and is read as plain text."""
         return self._rendered.get(_digest(text)) or (text,)
 
-    def _encode_together(self, texts: Sequence[tuple[tuple[str, ...], bool]], alone: bool) -> list[list[int]]:
+    def _encode_together(self, texts: Sequence[tuple[tuple[str, ...], bool]]) -> list[list[int]]:
         """Tokens of texts in parts, each with whether it is in the chat template."""
         encoded: list[list[int]] = [[] if len(parts) == 1 else self._encode_parts(parts) for parts, _ in texts]
         for special in (False, True):
@@ -309,7 +308,7 @@ class Prompts:
             ]
             for begin in range(0, len(some), TOKENIZED_TOGETHER):
                 part = some[begin : begin + TOKENIZED_TOGETHER]
-                with _parallel_tokenizing(alone=alone):
+                with _parallel_tokenizing():
                     ids_of = self.tokenizer([texts[i][0][0] for i in part], add_special_tokens=special)["input_ids"]
                 for i, ids in zip(part, ids_of, strict=True):
                     encoded[i] = ids
@@ -337,19 +336,22 @@ def _digest(text: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _parallel_tokenizing(*, alone: bool) -> Iterator[None]:
-    """Have the tokenizer use all cores if the process has them to itself; lm_eval switches that off.
+def _parallel_tokenizing() -> Iterator[None]:
+    """Have the tokenizer use this process's cores; lm_eval switches that off.
 
     Afterwards TOKENIZERS_PARALLELISM is false if nobody had set the variable: without a value, a tokenizer that has run
     in parallel warns in every forked process. A forked process never tokenizes in parallel: fork copies no threads.
     """
-    if not alone or os.getpid() != PROCESS:
+    cores = own_cores()
+    if cores == 1 or os.getpid() != PROCESS:
         yield
         return
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "true"
+    before = {name: os.environ.get(name) for name in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS")}
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    os.environ.setdefault("RAYON_NUM_THREADS", str(cores))  # read when the tokenizer first runs in parallel
     try:
         yield
     finally:
-        os.environ[name] = before or "false"
+        os.environ["TOKENIZERS_PARALLELISM"] = before["TOKENIZERS_PARALLELISM"] or "false"
+        if before["RAYON_NUM_THREADS"] is None:
+            del os.environ["RAYON_NUM_THREADS"]

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from sdar_lm_eval.cores import own_cores
 from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -97,8 +98,7 @@ class Ranks:
         torchrun sets OMP_NUM_THREADS to 1 where the user did not. Undivided, each rank would use all cores.
         """
         if self.world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-            torch.set_num_threads(max(1, usable_cores() // ranks_here))
+            torch.set_num_threads(own_cores())
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Concatenate each rank's tensor, on the tensor's device; a scalar counts as one element."""
@@ -121,8 +121,3 @@ class Ranks:
         """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier(group=self._group)
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use; macOS and Windows tell only how many the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -74,7 +74,7 @@ class RecordedLM(LM):
         checkpoint = Checkpoint.open(model["pretrained"], model["revision"])
         thoughts = Thoughts.read(model.get("thinking", {}), checkpoint)
         self._prompts = Prompts(checkpoint, model["chat_template"], thoughts)
-        self._jobs = Jobs(checkpoint, self._prompts, {}, model["max_length"], alone=True)
+        self._jobs = Jobs(checkpoint, self._prompts, {}, model["max_length"])
         self._evaluation = Evaluation(seed)
         self._texts: dict[str, str] = {}  # key -> what is scored of the answer
         self.used: list[Record] = []

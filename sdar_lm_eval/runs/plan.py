@@ -177,7 +177,7 @@ def plan(sweep: SweepArguments) -> Plan:
     _check_tasks(tasks, sweep.confirm_run_unsafe_code)
     checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
     prompts = Prompts(checkpoint, settings.chat_template, Thoughts.read(settings.thoughts, checkpoint))
-    jobs = Jobs(checkpoint, prompts, settings.decoding, settings.max_length, alone=True)
+    jobs = Jobs(checkpoint, prompts, settings.decoding, settings.max_length)
     grid = [each for texts in sweep.grids for each in combinations(texts, lambda name: f"--{name}")]
     checked = [_check(each, sweep, jobs, tasks, engine) for each in grid]
     kept = without_copies(checked, lambda each: each.key)

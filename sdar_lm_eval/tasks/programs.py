@@ -27,6 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
+from sdar_lm_eval.cores import own_cores
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.tasks.data import require
 
@@ -135,10 +136,7 @@ class Runner(Protocol):
 
 @functools.cache
 def _processes() -> Runner:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # torchrun's number of processes on this host; each of them runs programs.
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return ThreadPoolExecutor(max_workers=max(1, min(cores // ranks, 32)), thread_name_prefix="programs")
+    return ThreadPoolExecutor(max_workers=min(own_cores(), 32), thread_name_prefix="programs")
 
 
 runner: Callable[[], Runner] = _processes

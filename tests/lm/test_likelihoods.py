@@ -201,7 +201,7 @@ def test_pairs_are_tokenized_together_as_one_by_one(pairs: list[tuple[str, str]]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sdar_lm_eval.lm.prompts.TOKENIZED_TOGETHER", together)
-        found = list(prompts.encode_pairs(pairs, [False] * len(pairs), alone=False))
+        found = list(prompts.encode_pairs(pairs, [False] * len(pairs)))
     assert [(list(context), list(continuation)) for context, continuation in found] == [
         one_by_one(*pair) for pair in pairs
     ]

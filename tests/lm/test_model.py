@@ -294,11 +294,14 @@ def test_prompts_are_tokenized_together_as_one_by_one(
         monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     else:
         monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+    monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(9))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     lm = make_lm(checkpoint_with(tmp_path / "bos", bos=True, template=BOS_TEMPLATE), chat_template="off")
     tokenizer = lm.tokenizer
 
     def keep(texts: list[str], **options: Any) -> Any:
-        seen.append((len(texts), os.environ["TOKENIZERS_PARALLELISM"]))
+        seen.append((len(texts), (os.environ["TOKENIZERS_PARALLELISM"], os.environ.get("RAYON_NUM_THREADS"))))
         return type(tokenizer).__call__(tokenizer, texts, **options)
 
     rendered = lm.apply_chat_template([{"role": "user", "content": "4"}])
@@ -307,17 +310,27 @@ def test_prompts_are_tokenized_together_as_one_by_one(
     own = Prompts(lm.checkpoint, "off")
     own.tokenizer = _Calls(tokenizer, keep)
     is_rendered = [prompt == rendered for prompt in prompts]
-    assert own.encode_prompts(prompts, is_rendered, alone=True) == expected
+    assert own.encode_prompts(prompts, is_rendered) == expected
     assert {count for count, _ in seen} <= {1, 2} and sum(count for count, _ in seen) == len(prompts)
-    assert {value for _, value in seen} == {"true"}
+    assert {values for _, values in seen} == {("true", "4")}  # a rank's share of the cores
     assert os.environ["TOKENIZERS_PARALLELISM"] == (before or "false")
+    assert "RAYON_NUM_THREADS" not in os.environ
 
     # A forked process does without: the threads stayed behind.
     seen.clear()
     monkeypatch.setattr(os, "getpid", lambda: -1)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    assert own.encode_prompts(prompts, is_rendered, alone=True) == expected
-    assert {value for _, value in seen} == {"false"}
+    assert own.encode_prompts(prompts, is_rendered) == expected
+    assert {values for _, values in seen} == {("false", None)}
+
+    # And a rank with one core.
+    seen.clear()
+    monkeypatch.undo()
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(9))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert own.encode_prompts(prompts, is_rendered) == expected
+    assert {values for _, values in seen} == {("false", None)}
 
 
 class _Calls:

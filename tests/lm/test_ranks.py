@@ -202,7 +202,7 @@ def check_ranks(of_ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     # The document of the run before was rank 0's there, and another rank's cache file has no blank for it.
     assert sum(computed("one, cached")) == 1
     assert sum(computed("with the one")) == 6 - (5 % len(of_ranks) == 0)
-    assert {of_rank["threads"] for of_rank in of_ranks} == {max(1, ranks.usable_cores() // len(of_ranks))}
+    assert {of_rank["threads"] for of_rank in of_ranks} == {max(1, len(os.sched_getaffinity(0)) // len(of_ranks))}
 
 
 @pytest.mark.slow
@@ -312,11 +312,12 @@ def test_ranks_share_the_cores(
 ) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(ranks, "usable_cores", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     several = Ranks()
     several.world_size = world_size
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
     several.share_cpu()
     assert chosen == ([] if threads is None else [threads])
 

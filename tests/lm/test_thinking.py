@@ -472,7 +472,7 @@ class TestOfTheRealTokenizer:
             plain = self.prompts().encode(self.prompts().render(CONVERSATION))
             text = prompts.render(CONVERSATION)
             assert prompts.encode(text) == [*plain, *tail]
-            assert prompts.encode_prompts([text], [True], True) == [[*plain, *tail]]
+            assert prompts.encode_prompts([text], [True]) == [[*plain, *tail]]
             assert prompts.opens_thought(text)
         assert self.prompts().thoughts.thinking.end_ids == (151668,)  # type: ignore[union-attr]
         begun = [*CONVERSATION, {"role": "assistant", "content": "<think>\nSo"}]

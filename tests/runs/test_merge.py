@@ -124,7 +124,7 @@ def _instance(number: int, **gen_kwargs: Any) -> Instance:
 
 def _keys(*instances: Instance) -> list[str]:
     demo = Checkpoint.open("demo")
-    asked = Jobs(demo, Prompts(demo), {}, 2048, alone=True).of(instances, Evaluation(seed=0).task_of, seed=0)
+    asked = Jobs(demo, Prompts(demo), {}, 2048).of(instances, Evaluation(seed=0).task_of, seed=0)
     return [asked.jobs[job_id].key for job_id in asked.order]
 
 
