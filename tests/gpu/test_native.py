@@ -13,6 +13,7 @@ from support import random_checkpoint, read_weights, write_weights
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, make_engine
 from sdar_lm_eval.demo import golds
 from sdar_lm_eval.engines.agreement import Float32Judge
+from sdar_lm_eval.engines.native.forward.graphs import Graphs
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.thinking import Thinking
 
@@ -303,3 +304,25 @@ def test_watched_steps_come_to_the_results(demo, questions, kernels):
         assert len(steps[i]) == result.denoising_forwards and steps[i][-1].finished
     unwatched = tokens(demo, wanted, device="cuda", dtype="float32", kernels=kernels)
     assert [results[i].token_ids for i in range(len(wanted))] == unwatched
+
+
+def test_python_collects_no_earlier_graph_during_a_capture():
+    """As when an engine that nobody uses any more waits for the collector."""
+    x = torch.zeros(4, device="cuda")
+    earlier = Graphs(lambda size: x.mul_(1), (4,), enabled=True)
+    earlier(4)
+    cycle = [earlier]
+    cycle.append(cycle)
+    waiting = [cycle]
+    del earlier, cycle
+
+    def add(size):
+        if torch.cuda.is_current_stream_capturing():
+            waiting.clear()
+            assert [[] for _ in range(100_000)]  # enough objects for collections of all generations
+        x.add_(1)
+
+    graphs = Graphs(add, (4,), enabled=True)
+    graphs(4)  # runs, then captures
+    graphs(4)
+    assert x.tolist() == [2.0] * 4
