@@ -44,6 +44,8 @@ REGISTERS = {1: 128, 2: 168}  # of a thread, on average, by consumer groups
 MANY_ROWS = 256  # query rows of a tile above which the kernel is faster for contexts of any length
 CHANNELS = 64  # channels of a copy: 128 bytes, a row of shared memory without bank conflicts
 LOG2E = gl.constexpr(1.4426950408889634)
+# Triton 3.9 renames `_reinterpret`.
+RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
@@ -218,6 +220,16 @@ def _addresses(row, layout: gl.constexpr, SIZE: gl.constexpr):
     return row[:, None] * SIZE + gl.arange(0, SIZE, layout=gl.SliceLayout(0, layout))[None, :]
 
 
+@gluon.jit
+def _in_pages(stages, PAGE: gl.constexpr, CHANNELS: gl.constexpr):
+    """The same memory by pages. All tokens' first CHANNELS channels precede their other channels."""
+    COPIES: gl.constexpr = stages.shape[0] * stages.shape[1] * stages.shape[2] // (PAGE * CHANNELS)
+    if RENAMED:
+        return stages.reinterpret(stages.dtype, [COPIES, PAGE, CHANNELS], stages.type.layout)
+    else:  # noqa: RET505  (the compiler reads both branches otherwise)
+        return stages._reinterpret(stages.dtype, [COPIES, PAGE, CHANNELS], stages.type.layout)
+
+
 @gluon.jit(do_not_specialize=["width", "nowhere", "all_tokens", "split_size"])
 def attend_hopper_kernel(
     query, keys, values, firsts, counts, pages, width, sequence, visible, out, sums, scale, nowhere, all_tokens,
@@ -243,10 +255,8 @@ def attend_hopper_kernel(
     queries = gl.allocate_shared_memory(keys.dtype, [CONSUMERS, ROWS, SIZE], layout)
     key_stages = gl.allocate_shared_memory(keys.dtype, [STAGES, COLUMNS, SIZE], layout)
     value_stages = gl.allocate_shared_memory(keys.dtype, [STAGES, COLUMNS, SIZE], layout)
-    # In shared memory, all tokens' first CHANNELS channels precede their other channels.
-    copies: gl.constexpr = [STAGES * SIZE // CHANNELS * COLUMNS // PAGE, PAGE, CHANNELS]
-    key_pages = key_stages._reinterpret(keys.dtype, copies, layout)
-    value_pages = value_stages._reinterpret(keys.dtype, copies, layout)
+    key_pages = _in_pages(key_stages, PAGE, CHANNELS)
+    value_pages = _in_pages(value_stages, PAGE, CHANNELS)
     keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
