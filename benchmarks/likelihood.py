@@ -3,9 +3,9 @@
     python benchmarks/likelihood.py [--pretrained demo] [--device cpu] [--methods chain nelbo] [--block-length 4]
     python benchmarks/likelihood.py --pretrained FOLDER --random-weights     # FOLDER needs no weights; they are drawn
 
-Three kinds of request, of random tokens: `rolling` texts behind one token (perplexity), `endings` (four longer
+Four kinds of request, of random tokens: `rolling` texts behind one token (perplexity), `endings` (four longer
 continuations of a context, as in HellaSwag), `letters` (four continuations of one token behind a long context, as in
-MMLU). "plain" runs each context + continuation once through the same weights under a causal mask, batched by length,
+MMLU), `few-shot` (the same, where all contexts begin with the same examples). "plain" runs each context + continuation once through the same weights under a causal mask, batched by length,
 with the LM head on the continuation only: what an autoregressive model's score costs without sharing contexts. "tokens
 run" counts tokens that went through the layers, "of plain" the time over plain's. The last line is JSON.
 """
@@ -38,6 +38,9 @@ def requests_of(kind: str, checkpoint: Checkpoint, args: argparse.Namespace) -> 
         return [ScoreRequest(tokens(1), tokens(args.length - 1)) for _ in range(args.texts)]
     context, ending = (args.length // 8, args.length // 32) if kind == "endings" else (args.length // 2, 1)
     questions = [tokens(rng.randint(context // 2, context)) for _ in range(args.texts * 8)]
+    if kind == "few-shot":
+        examples = tokens(args.length)
+        questions = [examples + question[: args.length // 8] for question in questions]
     return [ScoreRequest(question, tokens(ending)) for question in questions for _ in range(4)]
 
 
@@ -87,7 +90,7 @@ def main() -> None:
     parser.add_argument("--block-length", type=int, help="default: the checkpoint's")
     parser.add_argument("--methods", nargs="+", default=["chain", "nelbo"])
     parser.add_argument("--mc-samples", type=int, default=256)
-    parser.add_argument("--kinds", nargs="+", default=["rolling", "endings", "letters"])
+    parser.add_argument("--kinds", nargs="+", default=["rolling", "endings", "letters", "few-shot"])
     parser.add_argument("--length", type=int, default=512, help="tokens of a rolling text; the others follow from it")
     parser.add_argument("--texts", type=int, default=8, help="rolling texts; questions are 8 times as many")
     parser.add_argument("--repeats", type=int, default=2)

@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 from support import block_causal, random_checkpoint, read_weights, reference_logits
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.engines.native import engine as native_engine
 from sdar_lm_eval.engines.native.engine import NativeEngine
+from sdar_lm_eval.engines.native.scoring import batches
 from sdar_lm_eval.engines.native.scoring.batches import Limits
 from sdar_lm_eval.engines.native.scoring.scoring import Scoring
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest, ScoreResult
@@ -371,6 +374,59 @@ def test_scores_do_not_depend_on_the_batch(folder: Path, monkeypatch: pytest.Mon
             assert ours.is_greedy == theirs.is_greedy
     assert sum(r.clean_tokens for r in together) < sum(r.clean_tokens for r in alone)
     assert forwards["together"] < forwards["few"] < forwards["parts"]
+
+
+@pytest.mark.parametrize("method", ["chain", "nelbo"])
+@pytest.mark.parametrize("length", [4, 5, 16])
+def test_a_beginning_is_computed_once_for_all_contexts_that_are_alike(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, length: int, method: str
+) -> None:
+    """As of a few-shot task: some contexts share 21 tokens, two of them more, one is the beginning alone."""
+    monkeypatch.setattr(batches, "ALIKE", 8)
+    rng = random.Random(length)
+    front, more = some(rng, 21), some(rng, 9)
+    contexts = [front, (*front, *more), *((*front, *more[:5], *some(rng, n)) for n in (3, 30)), some(rng, 33), (1,)]
+    requests = [ScoreRequest(context, some(rng, m)) for context in contexts for m in (1, 1, 6)]
+    rng.shuffle(requests)
+    settings = {"mc_samples": 14} if method == "nelbo" else {}
+    engine = open_engine(folder)
+    together = score(engine, requests, length, method, **settings)
+    alone = [score(engine, [request], length, method, **settings)[0] for request in requests]
+    few = score(open_engine(folder, max_active=4), requests, length, method, **settings)
+    for other in (alone, few):
+        for ours, theirs in zip(together, other, strict=True):
+            assert ours.log_likelihood == pytest.approx(theirs.log_likelihood, rel=1e-5, abs=1e-5)
+            assert ours.is_greedy == theirs.is_greedy
+    whole = {context: len(context) // length * length for context in contexts}
+    shared = 21 // length * length
+    rests = sum(tokens - shared for context, tokens in whole.items() if context[:21] == front)
+    others = sum(tokens for context, tokens in whole.items() if context[:21] != front)
+    own = sum((len(r.context_ids) + len(r.continuation_ids) - 1) // length * length for r in requests)
+    continuations = own - 3 * sum(whole.values())
+    assert sum(r.clean_tokens for r in together) == shared + rests + others + continuations
+
+
+@given(contexts=st.lists(st.lists(st.integers(0, 1), max_size=12).map(tuple), max_size=12), length=st.integers(1, 4))
+def test_shared_beginnings(contexts: list[tuple[int, ...]], length: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "ALIKE", 3)
+        found = batches.shared_beginnings(contexts, length)
+    assert set(found) == set(contexts)
+    for context, beginning in found.items():
+        alike = [other for other in found if len(context) >= 3 and other[:3] == context[:3]]
+        common = next((n for n in range(len(context), 0, -1) if all(o[:n] == context[:n] for o in alike)), 0)
+        assert beginning == (context[: common // length * length] if len(alike) > 1 else ())
+
+
+def test_alike_contexts_are_in_one_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches still begin with the longest request."""
+    monkeypatch.setattr(batches, "ALIKE", 8)
+    engine = open_engine(folder, max_active=3)
+    rng = random.Random(0)
+    fronts = some(rng, 8), some(rng, 8)
+    requests = [ScoreRequest((*fronts[i % 2], *some(rng, 4 + i)), (1,)) for i in range(6)]
+    order = [index for index, _ in engine.score(requests, LikelihoodConfig())]
+    assert order == [5, 3, 1, 4, 2, 0]
 
 
 def test_a_context_is_computed_once_for_all_its_answers(engine: NativeEngine) -> None:

@@ -1,14 +1,20 @@
-"""Divides requests into batches within the memory's limits. Requests with one context stay together."""
+"""Divides requests into batches within the memory's limits. Requests with equal or alike contexts stay together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from sdar_lm_eval import likelihood
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
 from sdar_lm_eval.errors import UserError
+
+Tokens = tuple[int, ...]
+# Leading tokens by which contexts count as alike, such as those of a few-shot task. A shared beginning takes a forward
+# of its own, so a short one would cost more than it saves.
+ALIKE = 64
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,15 @@ def divide(
 ) -> list[Batch]:
     """Divide requests into batches, the longest requests first.
 
-    Requests that share a context's whole blocks stay together. Requests of equal length stay in order, so that the
-    windows of a long text finish one after the other. Requests whose continuations hold the mask token are left out.
+    Requests that share a context's whole blocks stay together, and so do contexts that are alike. Requests of equal
+    length stay in order, so that the windows of a long text finish one after the other. Requests whose continuations
+    hold the mask token are left out.
 
     Raises:
         UserError: the KV cache cannot hold a single request.
     """
     length = config.block_length
-    groups: dict[tuple[int, ...] | int, list[int]] = {}  # shared context, or index where there is none -> indices
+    groups: dict[Tokens | int, list[int]] = {}  # shared context, or index where there is none -> indices
     shared, own, length_of = {}, {}, {}  # index -> clean tokens of the context, other clean tokens, all tokens
     for index, request in enumerate(requests):
         if mask_token_id in request.continuation_ids:
@@ -82,10 +89,14 @@ def divide(
                 "max_length, or give a larger kv_pages where there is memory for it."
             )
         groups.setdefault(request.context_ids[: shared[index]] or index, []).append(index)
+    alike: dict[Tokens | int, list[list[int]]] = {}
+    for context, group in sorted(groups.items(), key=lambda item: -max(length_of[index] for index in item[1])):
+        begins = context[:ALIKE] if isinstance(context, tuple) and len(context) >= ALIKE else group[0]
+        alike.setdefault(begins, []).append(group)
     batches: list[Batch] = []
     indices: list[int] = []
     total = noised = 0
-    for group in sorted(groups.values(), key=lambda group: -max(length_of[index] for index in group)):
+    for group in itertools.chain.from_iterable(alike.values()):
         counted = False
         for index in group:
             needed = own[index] + (0 if counted else shared[index])
@@ -100,3 +111,24 @@ def divide(
             indices.append(index)
             total, noised, counted = total + needed, noised + copies, True
     return [*batches, Batch(indices, total)] if indices else batches
+
+
+def shared_beginnings(contexts: Iterable[Tokens], length: int) -> dict[Tokens, Tokens]:
+    """Return the beginning, in whole blocks, that each context shares with all others that are alike; () without any.
+
+    Args:
+        contexts: the contexts of a batch.
+        length: tokens of a block.
+    """
+    alike: dict[Tokens, list[Tokens]] = {}
+    beginnings: dict[Tokens, Tokens] = {}
+    for context in contexts:
+        if context not in beginnings:
+            beginnings[context] = ()
+            alike.setdefault(context[:ALIKE], []).append(context)
+    for start, some in alike.items():
+        if len(start) == ALIKE and len(some) > 1:
+            pairs = zip(min(some), max(some), strict=False)  # all others are between these two, by order
+            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            beginnings |= dict.fromkeys(some, some[0][: shared // length * length])
+    return beginnings
