@@ -343,6 +343,7 @@ def main(
     timeout: int = TIMEOUT,
     confirm_run_unsafe_code: bool = False,
     thoughts: str = "",
+    engine_args: str = "",
     block: str | None = None,
     steps: str | None = None,
     strategy: str | None = None,
@@ -361,6 +362,7 @@ def main(
             temperature=temperature, remasking_strategy=remasking_strategy, confidence_threshold=confidence_threshold,
             max_gen_length=max_gen_length, verbose=verbose == "true", engine=engine, tasks=tasks, revision=revision,
             seed=seed, confirm_run_unsafe_code=confirm_run_unsafe_code, thoughts=thoughts,
+            engine_args=engine_args,
             short={"block": block, "steps": steps, "strategy": strategy, "threshold": threshold},
         )  # fmt: skip
         print(summary.configuration(runs, {"gpu": gpu, "shards": shards, "timeout": f"{timeout} s"}))

@@ -37,6 +37,7 @@ FLAGS = {
     "confirm_run_unsafe_code": "allow tasks that run the model's programs, in a container without network, token and "
     "volumes; without this flag, such tasks are refused",
     "thoughts": "model_args of thinking models: answer_prefix=<think>,max_thinking_toks=8192, or JSON",
+    "engine_args": "model_args of the engine: max_active=128,dtype=float16, or JSON",
     "block": "short for --block-length",
     "steps": "short for --denoising-steps",
     "strategy": "short for --remasking-strategy",

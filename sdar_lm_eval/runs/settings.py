@@ -6,6 +6,7 @@ samples (0.0 is greedy), at most 512 new tokens for GSM8K.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import sdar_lm_eval
+from sdar_lm_eval import arguments
 from sdar_lm_eval.decoding import DecodingConfig, in_words
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
@@ -34,6 +36,12 @@ RUN_PROGRAMS = (
     "livecodebench_v6_sdar", "livecodebench_v6_sdar_s", "sdar_sci", "sdar_sci_s",
 )  # fmt: skip
 """This package's tasks and groups that are scored by running programs that the model wrote."""
+
+ENGINE_ARGUMENTS = ("dtype", "max_active", "max_length")
+"""model_args of every engine that `--engine-args` takes, beside the engine's own."""
+
+SEVERAL_GPUS = ("tensor_parallel_size", "data_parallel_size")
+"""model_args that need several GPUs. A container has one."""
 
 _PACKAGE = Path(sdar_lm_eval.__file__).parent
 
@@ -64,6 +72,7 @@ class Run:
         verbose: log each example.
         confirm_run_unsafe_code: the user agrees that programs of the model are run.
         thoughts: (name, value) of the model_args on thoughts (`OF_THOUGHTS` in settings.py).
+        engine_args: (name, value) of the model_args that only say how the engine runs (`engine_arguments`).
     """
 
     model_name: str
@@ -77,6 +86,7 @@ class Run:
     verbose: bool
     confirm_run_unsafe_code: bool = False
     thoughts: tuple[tuple[str, str], ...] = ()
+    engine_args: tuple[tuple[str, Setting], ...] = ()
 
     @property
     def gen_kwargs(self) -> dict[str, Setting]:
@@ -110,17 +120,18 @@ class Run:
             pretrained: where the model is; default: its name.
             model_args: further model_args; None leaves one out.
         """
-        arguments: dict[str, Setting | None] = {
+        given: dict[str, Setting | None] = {
             "pretrained": pretrained or self.model_name,
             "revision": self.revision,
             "seed": self.seed,
             "verbose": self.verbose or None,
             **dict(self.thoughts),
+            **dict(self.engine_args),
             **model_args,
         }
         return {
             "model": ENGINES[self.engine].model,
-            "model_args": {name: value for name, value in arguments.items() if value is not None},
+            "model_args": {name: value for name, value in given.items() if value is not None},
             "tasks": list(self.tasks),
             "gen_kwargs": self.gen_kwargs,
             "limit": self.num_samples,
@@ -157,6 +168,7 @@ class Run:
             "gen_kwargs": self.gen_kwargs,
             "seed": self.seed,
             **({"thoughts": dict(self.thoughts)} if self.thoughts else {}),
+            **({"engine_args": dict(self.engine_args)} if self.engine_args else {}),
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
         return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', self.model_name).strip('_')}-{self.engine}-{digest}"
@@ -179,12 +191,14 @@ def runs_from_flags(
     seed: int = 0,
     confirm_run_unsafe_code: bool = False,
     thoughts: str = "",
+    engine_args: str = "",
     short: Mapping[str, str | None] | None = None,
 ) -> list[Run]:
     """Return the run that the flags ask for, or those of a sweep: all combinations of values, copies left out.
 
     Args:
         thoughts: model_args on thoughts, as name=value,name=value or JSON.
+        engine_args: model_args of the engine, in the same forms.
         short: flags by their short names (`ALIASES` in settings.py); they replace the flag of the full name.
         all others: the flags; see `Run`.
 
@@ -233,7 +247,11 @@ def runs_from_flags(
                 seed=seed,
                 verbose=verbose,
                 confirm_run_unsafe_code=confirm_run_unsafe_code,
-                thoughts=_thoughts(thoughts),
+                thoughts=tuple(_named_values("--thoughts", thoughts, OF_THOUGHTS).items()),
+                engine_args=tuple(
+                    (name, _typed(value))
+                    for name, value in _named_values("--engine-args", engine_args, engine_arguments(engine)).items()
+                ),
             )
             read_generation(run.gen_kwargs, {})  # refuses what the model would
             _check_limits(engine, run.decoding)
@@ -248,20 +266,34 @@ def runs_from_flags(
     return without_copies(runs, lambda run: run.decoding)
 
 
-def _thoughts(text: str) -> tuple[tuple[str, str], ...]:
-    """Read --thoughts; lm_eval, which has a parser, need not be installed beside Modal's client."""
+def engine_arguments(engine: str) -> tuple[str, ...]:
+    """Return the names of an engine's model_args on speed, memory and precision, for one GPU."""
+    every = {*arguments.ModelArguments.__annotations__, *SEVERAL_GPUS}
+    its = getattr(arguments, ENGINES[engine].arguments).__annotations__
+    return (*ENGINE_ARGUMENTS, *(name for name in its if name not in every))
+
+
+def _named_values(flag: str, text: str, known: Sequence[str]) -> dict[str, str]:
+    """Read name=value,name=value or JSON; lm_eval, which has a parser, need not be installed beside Modal's client."""
     if text.lstrip().startswith("{"):
         try:
             given = {name: v if isinstance(v, str) else json.dumps(v) for name, v in json.loads(text).items()}
         except ValueError as error:
-            raise UserError(f"--thoughts {text} is no JSON: {error}.") from error
+            raise UserError(f"{flag} {text} is no JSON: {error}.") from error
     else:
         given = {name: value for name, _, value in (part.partition("=") for part in text.split(",") if part)}
     for name, value in given.items():
-        if name not in OF_THOUGHTS or not value:
-            known = ", ".join(OF_THOUGHTS)
-            raise UserError(f"--thoughts {text}: give name=value,name=value or JSON, with names out of {known}.")
-    return tuple(given.items())
+        if name not in known or not value:
+            raise UserError(f"{flag} {text}: give name=value,name=value or JSON, with names out of {', '.join(known)}.")
+    return given
+
+
+def _typed(text: str) -> Setting:
+    """The number, true or false that a text says; another text as it is."""
+    with contextlib.suppress(ValueError):
+        if isinstance(value := json.loads(text.lower()), (bool, int, float)):
+            return value
+    return text
 
 
 def _flag(setting: str) -> str:

@@ -6,10 +6,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
+from sdar_lm_eval import arguments
 from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError
@@ -157,6 +158,33 @@ def test_model_args_of_thinking_models() -> None:
             _runs(thoughts=text)
 
 
+def test_model_args_of_the_engine() -> None:
+    as_json = json.dumps({"max_active": 64, "reproducible": True, "dtype": "float16"})
+    for text in (
+        "max_active=64,reproducible=true,dtype=float16",
+        "max_active=64,reproducible=True,dtype=float16",
+        as_json,
+    ):
+        (run,) = _runs(engine="native", engine_args=text)
+        given = run.harness_call()["model_args"]
+        assert {name: given[name] for name in ("max_active", "reproducible", "dtype")} == json.loads(as_json)
+        assert "max_active=64,reproducible=true,dtype=float16" in shlex.split(run.command_line())[5]
+    assert _runs(engine="jetengine", engine_args="gpu_memory_utilization=0.5")[0].engine_args == (
+        ("gpu_memory_utilization", 0.5),
+    )
+    # Another engine's, one for several GPUs, one that another flag has, none.
+    for text in ("kv_pages=9", "tensor_parallel_size=2", "temperature=1", "max_active", "[1]"):
+        with pytest.raises(UserError, match=r"--engine-args .* names out of dtype, max_active, max_length, gpu_memory"):
+            _runs(engine="jetengine", engine_args=text)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_engines_arguments_reach_the_model(engine: str) -> None:
+    """Each name is one that the model takes."""
+    takes = get_type_hints(getattr(arguments, ENGINES[engine].arguments))
+    assert set(settings.engine_arguments(engine)) <= set(takes)
+
+
 def test_the_folder_s_name_is_of_all_that_changes_answers() -> None:
     def folder(checkpoint: str = "abc", machine: tuple[str, ...] = ("H100!",), **flags: Any) -> str:
         return _runs(**flags)[0].folder(checkpoint, machine)
@@ -169,7 +197,7 @@ def test_the_folder_s_name_is_of_all_that_changes_answers() -> None:
         folder(checkpoint="abd"), folder(machine=("H200",)), folder(seed=1), folder(temperature="0.0"),
         folder(block_length="8"), folder(denoising_steps="2"), folder(confidence_threshold="0.9"),
         folder(remasking_strategy="sequential"), folder(max_gen_length=256), folder(engine="native"),
-        folder(thoughts="answer_prefix=<think>"),
+        folder(thoughts="answer_prefix=<think>"), folder(engine_args="dtype=float16"),
     ]  # fmt: skip
     assert len({base, *others}) == 1 + len(others)
 
