@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sdar_lm_eval.engines.native.kernels.attention import SPLIT, WHOLE, Tiles, combine_splits, parts_of_splits
+from sdar_lm_eval.engines.native.kernels.attention import SPLIT, WHOLE, Tiles, combine_splits, partial_results
 from sdar_lm_eval.engines.native.kernels.hopper import is_hopper, load_tile
 
 logger = logging.getLogger(__name__)
@@ -350,7 +350,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     parts = triton.cdiv(tiles.tokens, consumers * ROWS // group)
     target, sums = out, out
     if tiles.splits > 1:
-        target, sums = parts_of_splits(query, tiles.splits)
+        target, sums = partial_results(query, tiles.splits)
     attend_hopper_kernel[(kv_heads * parts, len(tiles.first), tiles.splits)](
         query, *sources, tiles.first, tiles.count, tiles.pages, tiles.pages.shape[1], tiles.sequence, tiles.visible,
         target, sums, scaling, pages * page_size, tokens, tiles.split if tiles.splits > 1 else WHOLE, heads, kv_heads,
@@ -396,6 +396,6 @@ def runs(heads: int, cache: torch.Tensor) -> bool:
             attend(query, cache, cache, tiles, 1.0)
         torch.cuda.synchronize(cache.device)
     except Exception as error:  # Gluon is experimental and may raise anything; Triton's kernel replaces this kernel
-        logger.warning("The attention kernel for Hopper GPUs does not run here, and Triton's takes its place: %s", error)
+        logger.warning("The Hopper attention kernel does not run here, and Triton's kernel takes its place: %s", error)
         return False
     return True
