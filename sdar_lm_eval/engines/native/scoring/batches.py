@@ -114,7 +114,7 @@ def divide(
 
 
 def shared_prefixes(contexts: Iterable[Tokens], length: int) -> dict[Tokens, Tokens]:
-    """Map each context to the prefix, in whole blocks, that all contexts alike share; to () if no other one is alike.
+    """Map each context to the prefix, in whole blocks, that all alike contexts share; to () if no other one is alike.
 
     Args:
         contexts: the contexts of a batch.
@@ -126,7 +126,7 @@ def shared_prefixes(contexts: Iterable[Tokens], length: int) -> dict[Tokens, Tok
         alike.setdefault(context[:ALIKE], []).append(context)
     for start, group in alike.items():
         if len(start) == ALIKE and len(group) > 1:
-            # In lexicographic order, each context lies between the lowest and the highest, so it has what these share.
+            # What the first and the last context in lexicographic order share, all contexts between them share too.
             pairs = zip(min(group), max(group), strict=False)
             shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
             prefixes |= dict.fromkeys(group, group[0][: shared // length * length])

@@ -4,7 +4,7 @@ A batch holds contexts with their continuations. First, the clean tokens run und
 is stored. The prefixes that contexts share run first. Then the rest of each context runs, once for all of its
 continuations. Then the continuations run, without their last blocks.
 
-At last, the masked copies of all blocks run. Each copy sees its clean prefix and itself. Only positions with a query go
+Last, the masked copies of all blocks run. Each copy sees its clean prefix and itself. Only positions with a query go
 through the LM head.
 """
 
