@@ -3,12 +3,15 @@
     python benchmarks/likelihood.py [--pretrained demo] [--device cpu] [--methods chain nelbo] [--block-length 4]
     python benchmarks/likelihood.py --pretrained FOLDER --random-weights     # FOLDER needs no weights; they are drawn
 
-Four kinds of request, of random tokens: `rolling` texts behind one token (perplexity), `endings` (four longer
-continuations of a context, as in HellaSwag), `letters` (four continuations of one token behind a long context, as in
-MMLU), `few-shot` (the same, where all contexts begin with the same examples). "plain" runs each context + continuation
-once through the same weights under a causal mask, batched by length, with the LM head on the continuation only: what an
-autoregressive model's score costs without sharing contexts. "tokens run" counts tokens that went through the layers,
-"of plain" the time over plain's. The last line is JSON.
+Four kinds of request, of random tokens:
+- `rolling`: texts behind one token (perplexity)
+- `endings`: four longer continuations of a context, as in HellaSwag
+- `letters`: four continuations of one token behind a long context, as in MMLU
+- `few-shot`: as `letters`, but all contexts begin with the same examples
+
+"plain" runs each context + continuation once through the same weights under a causal mask, batched by length, with the
+LM head on the continuation only: what an autoregressive model's score costs without sharing contexts. "tokens run"
+counts tokens that went through the layers, "of plain" the time over plain's. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ import os
 
 
 def own_cores() -> int:
-    """Return this process's share of the usable cores. A launcher's other processes on this machine have the rest.
+    """Return the number of usable cores, divided by the number of processes that a launcher started on this machine.
 
-    macOS and Windows tell only how many cores the machine has.
+    On macOS and Windows, all cores of the machine count as usable.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)

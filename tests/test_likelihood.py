@@ -378,10 +378,10 @@ def test_scores_do_not_depend_on_the_batch(folder: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("method", ["chain", "nelbo"])
 @pytest.mark.parametrize("length", [4, 5, 16])
-def test_a_beginning_is_computed_once_for_all_contexts_that_are_alike(
+def test_the_prefix_of_alike_contexts_is_computed_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, length: int, method: str
 ) -> None:
-    """As of a few-shot task: some contexts share 21 tokens, two of them more, one is the beginning alone."""
+    """Four contexts share 21 tokens, as in a few-shot task. Three of them share more, and one is the prefix alone."""
     monkeypatch.setattr(batches, "ALIKE", 8)
     rng = random.Random(length)
     front, more = some(rng, 21), some(rng, 9)
@@ -407,19 +407,19 @@ def test_a_beginning_is_computed_once_for_all_contexts_that_are_alike(
 
 
 @given(contexts=st.lists(st.lists(st.integers(0, 1), max_size=12).map(tuple), max_size=12), length=st.integers(1, 4))
-def test_shared_beginnings(contexts: list[tuple[int, ...]], length: int) -> None:
+def test_shared_prefixes(contexts: list[tuple[int, ...]], length: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "ALIKE", 3)
-        found = batches.shared_beginnings(contexts, length)
+        found = batches.shared_prefixes(contexts, length)
     assert set(found) == set(contexts)
-    for context, beginning in found.items():
+    for context, prefix in found.items():
         alike = [other for other in found if len(context) >= 3 and other[:3] == context[:3]]
         common = next((n for n in range(len(context), 0, -1) if all(o[:n] == context[:n] for o in alike)), 0)
-        assert beginning == (context[: common // length * length] if len(alike) > 1 else ())
+        assert prefix == (context[: common // length * length] if len(alike) > 1 else ())
 
 
-def test_alike_contexts_are_in_one_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The batches still begin with the longest request."""
+def test_alike_contexts_stay_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batch has the longest request, and the requests whose contexts are alike."""
     monkeypatch.setattr(batches, "ALIKE", 8)
     engine = open_engine(folder, max_active=3)
     rng = random.Random(0)

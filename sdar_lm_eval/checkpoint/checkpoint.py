@@ -146,7 +146,7 @@ class Checkpoint:
         return ids[0] if len(ids) == 1 and not self.decode(ids) and text.strip() else None
 
     def has_special_tokens(self, text: str) -> bool:
-        """Whether a text spells a special token, alone or beside other text."""
+        """Whether a text contains a special token, alone or beside other text."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return self.decode(ids) != self.tokenizer.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False

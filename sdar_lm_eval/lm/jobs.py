@@ -305,8 +305,8 @@ class Jobs:
             if text not in self._stops_told:
                 self._stops_told.add(text)
                 logger.warning(
-                    "until=%r ends no answer: it holds a special token beside other text, and the text of answers has "
-                    "no special tokens. Give the special token alone, or the other text.",
+                    "until=%r ends no answer: the stop string contains a special token beside other text, and answers "
+                    "are decoded without special tokens. Give the special token alone, or the other text alone.",
                     text,
                 )
         return _Settings(generation, frozenset(stop_ids), tuple(stop_strings))

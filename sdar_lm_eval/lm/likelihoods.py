@@ -114,16 +114,16 @@ class Likelihoods:
             UserError: a continuation is too long.
         """
         config = self.config(seed)
-        own = {id(instance): instance for instance in requests}
-        tasks = [task_of(instance) for instance in own.values()]
+        distinct = {id(instance): instance for instance in requests}
+        tasks = [task_of(instance) for instance in distinct.values()]
         templated_by = [
             self._prompts.templated_by(task, str(instance.args[0]))
-            for task, instance in zip(tasks, own.values(), strict=True)
+            for task, instance in zip(tasks, distinct.values(), strict=True)
         ]
-        pairs_of = self._pairs(kind, list(own.values()), [by is not None for by in templated_by])
+        pairs_of = self._pairs(kind, list(distinct.values()), [by is not None for by in templated_by])
         jobs: dict[int, ScoreJob] = {}
         truncated = 0
-        for (key, instance), task, by, pairs in zip(own.items(), tasks, templated_by, pairs_of, strict=True):
+        for (key, instance), task, by, pairs in zip(distinct.items(), tasks, templated_by, pairs_of, strict=True):
             fitted = [self.truncated(*pair) for pair in pairs]
             pieces = [piece for piece, _ in fitted]
             jobs[key] = ScoreJob(
@@ -158,13 +158,13 @@ class Likelihoods:
     def _pairs(
         self, kind: Kind, instances: Sequence[Instance], rendered: Sequence[bool]
     ) -> Iterator[Sequence[tuple[Sequence[int], Sequence[int]]]]:
-        """Yield the tokens of each request's contexts and continuations; none of an empty text."""
+        """Yield the tokens of each request's contexts and continuations; no pair where the text to score is empty."""
         if kind == "loglikelihood":
             texts = [(str(instance.args[0]), str(instance.args[1])) for instance in instances]
             for context, continuation in self._prompts.encode_pairs(texts, rendered):
                 yield [(context, continuation)] if continuation else []
             return
-        # The first window's context is the prefix token; the others' contexts are tokens of the text.
+        # The context of the first window is the prefix token. The contexts of other windows are tokens of the text.
         length = max(self._max_length - 1, 1)
         texts = [("", str(instance.args[0])) for instance in instances]
         for (prefix,), ids in self._prompts.encode_pairs(texts, rendered):

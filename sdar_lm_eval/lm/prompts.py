@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from sdar_lm_eval.thinking import is_open
 
 logger = logging.getLogger(__name__)
 
-TOKENIZED_TOGETHER = 1000  # prompts; the tokenizer's result takes five times the memory of the token ids
+TOKENIZED_TOGETHER = 1000  # prompts, or pairs; the tokenizer's result takes five times the memory of the token ids
 BYTES = 4  # most bytes of a character in UTF-8, and so most tokens of one
 PROCESS = os.getpid()  # a forked process has another id
 # Replaces the n-th special token of a message's text while rendering: n between two Unicode noncharacters.
@@ -29,6 +30,11 @@ MARK = "\ufdd0{}\ufdd1"
 
 Message = dict[str, str]
 """As chat templates take it: `{"role": "user", "content": "…"}`."""
+
+TextInParts = tuple[tuple[str, ...], bool]
+"""A text's parts (see `Prompts._parts_of`), and whether the text is in the chat template."""
+
+NO_CONTEXT: TextInParts = ((), True)
 
 
 class Prompts:
@@ -225,8 +231,8 @@ class Prompts:
             texts: the prompts.
             rendered: whether each prompt is in the chat template.
         """
-        parts = [self._parts_of(text) for text in texts]
-        if special_tokens := [its[1] for its in parts if len(its) > 1]:
+        parts_of = [self._parts_of(text) for text in texts]
+        if special_tokens := [parts[1] for parts in parts_of if len(parts) > 1]:
             self._warn_once(
                 "%d of %d prompts hold special tokens in their text, such as %r, which are read as text. If the task "
                 "writes the chat template itself, use chat_template=off.",
@@ -234,44 +240,43 @@ class Prompts:
                 len(texts),
                 special_tokens[0],
             )
-        return self._encode_together(list(zip(parts, rendered, strict=True)))
+        return self._encode_together(list(zip(parts_of, rendered, strict=True)))
 
     def encode_pairs(
         self, pairs: Sequence[tuple[str, str]], rendered: Sequence[bool]
     ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Yield the tokens of each context, and those that its continuation adds; none where the latter is empty.
+        """Yield the tokens of each context, and the tokens that its continuation adds.
 
-        Trailing spaces of the context belong to the continuation, as in lm_eval's own models. A token that spans both
-        texts counts for the continuation. The prefix token stands for a context without tokens. Pairs with one context,
-        such as the choices of a question, share its tuple.
+        - A continuation has at least one token, unless its text is empty.
+        - Trailing spaces of the context belong to the continuation, as in lm_eval's own models.
+        - A token that spans both texts counts for the continuation.
+        - The prefix token stands for a context without tokens.
+        - Pairs with the same context, such as the choices of a question, share one tuple of the context's tokens.
 
         Args:
             pairs: contexts and continuations.
             rendered: whether each context is in the chat template.
         """
-        nothing = (self.prefix_token_id,)
+        prefix = (self.prefix_token_id,)
         for begin in range(0, len(pairs), TOKENIZED_TOGETHER):
-            split = []
-            for (context, continuation), its in zip(
-                pairs[begin : begin + TOKENIZED_TOGETHER], rendered[begin : begin + TOKENIZED_TOGETHER], strict=True
-            ):
-                if context:
-                    *before, last = self._parts_of(context)
-                    split.append((((*before, last.rstrip()), its), ((*before, last + continuation), its)))
-                else:  # without special tokens, as a rendered text
-                    split.append((((), True), (self._parts_of(continuation), True)))
-            wanted = list(dict.fromkeys(text for both in split for text in both))
-            ids_of = dict(zip(wanted, map(tuple, self._encode_together(wanted)), strict=True))
-            for context_text, whole_text in split:
-                known, whole = ids_of[context_text], ids_of[whole_text]
-                if not context_text[0]:
-                    yield nothing, whole[1:] if whole[:1] == nothing else whole
-                elif whole_text == context_text:
-                    yield known or nothing, ()
+            end = begin + TOKENIZED_TOGETHER
+            both = [
+                self._context_and_whole(context, continuation, in_template)
+                for (context, continuation), in_template in zip(pairs[begin:end], rendered[begin:end], strict=True)
+            ]
+            distinct = list(dict.fromkeys(itertools.chain.from_iterable(both)))
+            ids_of = dict(zip(distinct, map(tuple, self._encode_together(distinct)), strict=True))
+            for context_text, whole_text in both:
+                context_ids, whole = ids_of[context_text], ids_of[whole_text]
+                if context_text == NO_CONTEXT:
+                    yield prefix, whole[1:] if whole[:1] == prefix else whole
+                elif whole_text == context_text:  # the continuation is empty
+                    yield context_ids or prefix, ()
                 else:
-                    shared = len(known) if whole[: len(known)] == known else _shared(known, whole)
-                    shared = min(shared, len(whole) - 1)  # a continuation has at least one token
-                    yield (known if shared == len(known) else whole[:shared]) or nothing, whole[shared:]
+                    shared = min(_shared(context_ids, whole), len(whole) - 1)
+                    # A slice would be another tuple than that of the other pairs with the same context.
+                    kept = context_ids if shared == len(context_ids) else whole[:shared]
+                    yield kept or prefix, whole[shared:]
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token. Of several tokens that encode one character, the last one has the character."""
@@ -294,11 +299,18 @@ class Prompts:
         return self._texts[token_ids]
 
     def _parts_of(self, text: str) -> tuple[str, ...]:
-        """A text's parts: every second one spells a special token, and is read as plain text."""
+        """The parts of a text. Every second part spells a special token, and is read as plain text."""
         return self._rendered.get(_digest(text)) or (text,)
 
-    def _encode_together(self, texts: Sequence[tuple[tuple[str, ...], bool]]) -> list[list[int]]:
-        """Tokens of texts in parts, each with whether it is in the chat template."""
+    def _context_and_whole(self, context: str, continuation: str, rendered: bool) -> tuple[TextInParts, TextInParts]:
+        """The context without trailing spaces, and the context with its continuation."""
+        if not context:  # a rendered text gets no special tokens
+            return NO_CONTEXT, (self._parts_of(continuation), True)
+        *before, last = self._parts_of(context)
+        return ((*before, last.rstrip()), rendered), ((*before, last + continuation), rendered)
+
+    def _encode_together(self, texts: Sequence[TextInParts]) -> list[list[int]]:
+        """The tokens of each text."""
         encoded: list[list[int]] = [[] if len(parts) == 1 else self._encode_parts(parts) for parts, _ in texts]
         for special in (False, True):
             some = [
@@ -326,8 +338,10 @@ class Prompts:
         return not rendered and not (bos and text.startswith(bos))  # a template writes the BOS itself, if at all
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens two texts share."""
+def _shared(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """The number of leading tokens that two texts share."""
+    if a == b[: len(a)]:  # faster than a loop over the tokens
+        return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -337,7 +351,7 @@ def _digest(text: str) -> bytes:
 
 @contextlib.contextmanager
 def _parallel_tokenizing() -> Iterator[None]:
-    """Have the tokenizer use this process's cores; lm_eval switches that off.
+    """Let the tokenizer use all cores of this process: lm_eval switches parallel tokenization off.
 
     Afterwards TOKENIZERS_PARALLELISM is false if nobody had set the variable: without a value, a tokenizer that has run
     in parallel warns in every forked process. A forked process never tokenizes in parallel: fork copies no threads.
@@ -348,7 +362,7 @@ def _parallel_tokenizing() -> Iterator[None]:
         return
     before = {name: os.environ.get(name) for name in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS")}
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    os.environ.setdefault("RAYON_NUM_THREADS", str(cores))  # read when the tokenizer first runs in parallel
+    os.environ.setdefault("RAYON_NUM_THREADS", str(cores))  # counts when the tokenizer first runs in parallel
     try:
         yield
     finally:

@@ -71,7 +71,7 @@ def key_of(kind: str, content: object) -> str:
 
 
 def fields_of(request: object) -> dict[str, Any]:
-    """Return what `dataclasses.asdict` returns, without a copy of each token: a prompt may have thousands."""
+    """Return what `dataclasses.asdict` returns, without a copy of each token: a prompt may have thousands of tokens."""
     return {
         name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
         for name, value in vars(request).items()

@@ -307,7 +307,7 @@ def test_watched_steps_come_to_the_results(demo, questions, kernels):
 
 
 def test_python_collects_no_earlier_graph_during_a_capture():
-    """As when an engine that nobody uses any more waits for the collector."""
+    """An earlier engine in a reference cycle waits for Python's garbage collector."""
     x = torch.zeros(4, device="cuda")
     earlier = Graphs(lambda size: x.mul_(1), (4,), enabled=True)
     earlier(4)
@@ -319,10 +319,10 @@ def test_python_collects_no_earlier_graph_during_a_capture():
     def add(size):
         if torch.cuda.is_current_stream_capturing():
             waiting.clear()
-            assert [[] for _ in range(100_000)]  # enough objects for collections of all generations
+            assert [[] for _ in range(100_000)]  # enough objects to start collections of all generations
         x.add_(1)
 
     graphs = Graphs(add, (4,), enabled=True)
     graphs(4)  # runs, then captures
-    graphs(4)
+    graphs(4)  # replays
     assert x.tolist() == [2.0] * 4

@@ -188,7 +188,9 @@ TEXTS = st.text(st.sampled_from("ab1 \n.é<|>"), max_size=6)
 
 
 @given(pairs=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=9), together=st.integers(1, 4))
-def test_pairs_are_tokenized_together_as_one_by_one(pairs: list[tuple[str, str]], together: int) -> None:
+def test_pairs_tokenized_together_get_the_tokens_of_pairs_tokenized_one_by_one(
+    pairs: list[tuple[str, str]], together: int
+) -> None:
     prompts = Prompts(Checkpoint.open("demo"), "off")
 
     def one_by_one(context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -208,7 +210,7 @@ def test_pairs_are_tokenized_together_as_one_by_one(pairs: list[tuple[str, str]]
 
 
 def test_choices_share_the_tokens_of_their_question(make_lm: MakeLM) -> None:
-    """A question of MMLU has four choices and a thousand tokens."""
+    """Copies of a question would take memory: a question of MMLU has four choices and a thousand tokens."""
     lm = make_lm()
     lm.loglikelihood([request("2 + 2 = ", choice) for choice in "1234"])
     assert len({id(sent.context_ids) for sent in lm.engine.asked}) == 1

@@ -96,7 +96,7 @@ def test_stop_tokens_and_texts_reach_the_engine(make_lm: MakeLM) -> None:
 
 
 def test_a_stop_text_that_no_answer_can_hold_is_told_once(make_lm: MakeLM, caplog: pytest.LogCaptureFixture) -> None:
-    """A special token beside other text: decoding leaves the token out."""
+    """Decoding leaves special tokens out, so no answer holds a special token beside other text."""
     lm = make_lm(answer=lambda _: "4<|im_start|>user")
     asked = [request(text, GREEDY | {"until": ["<|im_start|>user", "<|im_start|>", " user", "<s>\n"]}) for text in "ab"]
     lm.generate_until(asked)
@@ -316,14 +316,14 @@ def test_prompts_are_tokenized_together_as_one_by_one(
     assert os.environ["TOKENIZERS_PARALLELISM"] == (before or "false")
     assert "RAYON_NUM_THREADS" not in os.environ
 
-    # A forked process does without: the threads stayed behind.
+    # A forked process does not tokenize in parallel: fork copies no threads.
     seen.clear()
     monkeypatch.setattr(os, "getpid", lambda: -1)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     assert own.encode_prompts(prompts, is_rendered) == expected
     assert {values for _, values in seen} == {("false", None)}
 
-    # And a rank with one core.
+    # A rank with one core does not tokenize in parallel either.
     seen.clear()
     monkeypatch.undo()
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")

@@ -53,7 +53,7 @@ def test_a_size_runs_without_a_graph_where_memory_is_short(monkeypatch, caplog, 
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_nothing_is_collected_during_a_capture(monkeypatch, enabled):
-    """A collection may destroy the graphs of an earlier engine, which would invalidate the capture."""
+    """A collection may destroy the graphs of an earlier engine, and the destruction would invalidate the capture."""
     collecting = []
 
     class Graph:
@@ -74,7 +74,7 @@ def test_nothing_is_collected_during_a_capture(monkeypatch, enabled):
     (gc.enable if enabled else gc.disable)()
     try:
         Graphs(lambda size: collecting.append(gc.isenabled()), ladder(FORWARD, 100), enabled=True)(100)
-        assert collecting == [enabled, False]  # the run, and its capture
+        assert collecting == [enabled, False]  # in the run, and in the capture
         assert gc.isenabled() == enabled
     finally:
         (gc.enable if before else gc.disable)()

@@ -1,4 +1,4 @@
-"""Attention for Hopper GPUs: when it is taken, on any machine, and its results on a Hopper GPU."""
+"""The attention kernel for Hopper GPUs: any machine tests its choice, and a Hopper GPU tests its results."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ def page(page_size=16, kv_heads=2, size=128, dtype=torch.bfloat16):
     return torch.zeros(1, page_size, kv_heads, size, dtype=dtype)
 
 
-def test_not_on_other_devices():
+def test_the_kernel_does_not_run_on_other_devices():
     assert not hopper_attention.runs(4, page())
 
 
-def test_not_for_other_shapes_and_what_does_not_run_is_said(monkeypatch, caplog):
+@pytest.fixture
+def tried(monkeypatch):
+    """The tokens of each tile that the kernel was tried with, on a Hopper GPU where the kernel does not run."""
     tried = []
 
     def attend(query, keys, values, tiles, scaling):
@@ -35,18 +37,28 @@ def test_not_for_other_shapes_and_what_does_not_run_is_said(monkeypatch, caplog)
 
     monkeypatch.setattr(hopper_attention, "attend", attend)
     monkeypatch.setattr(hopper_attention, "is_hopper", lambda device: True)
-    for heads, other in [
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("heads", "cache"),
+    [
         (4, page(dtype=torch.float32)),
         (4, page(size=96)),
         (4, page(page_size=4)),
         (4, page(page_size=128)),
         (130, page()),
-    ]:
-        assert not hopper_attention.runs(heads, other)
+    ],
+)
+def test_the_kernel_is_not_tried_with_other_shapes(tried, heads, cache):
+    assert not hopper_attention.runs(heads, cache)
     assert not tried
+
+
+def test_a_kernel_that_does_not_run_is_logged(tried, caplog):
     with caplog.at_level(logging.WARNING):
         assert not hopper_attention.runs(4, page())
-    assert "Triton's takes its place" in caplog.text
+    assert "Triton's kernel takes its place" in caplog.text
     assert "'tma' has no 'load'" in caplog.text
     assert tried == [1]
 
@@ -56,14 +68,14 @@ def some_tiles(tokens, context, *, batch_invariant=False):
     return Tiles(one - 1, one, one[None], one - 1, one, tokens, context, 1, batch_invariant)
 
 
-def test_it_takes_long_contexts_and_many_rows():
+def test_the_kernel_takes_long_contexts_and_many_rows():
     assert not hopper_attention.suits(some_tiles(8, 512), 4)
     assert hopper_attention.suits(some_tiles(8, 1024), 4)
     assert not hopper_attention.suits(some_tiles(64, 512), 4)
     assert hopper_attention.suits(some_tiles(64, 512), 8)
 
 
-def test_it_takes_all_tiles_or_none_if_results_have_to_be_batch_invariant():
+def test_the_kernel_takes_all_tiles_if_results_have_to_be_batch_invariant():
     """The longest context of a batch must not decide, because the kernels round differently."""
     assert all(
         hopper_attention.suits(some_tiles(tokens, context, batch_invariant=True), 4)
@@ -73,7 +85,7 @@ def test_it_takes_all_tiles_or_none_if_results_have_to_be_batch_invariant():
 
 
 @pytest.mark.parametrize(("runs", "context", "taken"), [(True, 1024, True), (True, 512, False), (False, 1024, False)])
-def test_the_decoder_takes_it_where_it_runs_and_suits(monkeypatch, runs, context, taken):
+def test_the_decoder_takes_the_kernel_where_the_kernel_runs_and_suits(monkeypatch, runs, context, taken):
     """The decoder asks with the heads of its weights, and with a page of the cache."""
     asked, attended = [], []
 
@@ -103,11 +115,14 @@ def test_the_decoder_takes_it_where_it_runs_and_suits(monkeypatch, runs, context
 
 
 def tiles_of(begins, new, tile, block, *, splits, page_size=16):
-    """Tiles of sequences with `new` tokens behind `begins` tokens each, and some padding; pages in random order."""
+    """Tiles of sequences that have `new` tokens behind `begins` tokens each, with pages in random order.
+
+    The last two tiles are padding.
+    """
     ends = [begin + new for begin in begins]
     per_sequence = -(-max(ends) // page_size)
     count = len(begins) * per_sequence
-    table = torch.full((len(begins), per_sequence + 7), count + 99_999)  # the rest is no page
+    table = torch.full((len(begins), per_sequence + 7), count + 99_999)  # the last 7 entries of a row are no pages
     table[:, :per_sequence] = torch.randperm(count).view(len(begins), -1) + 1
     own = -(-new // tile)
     number = torch.arange(own).repeat(len(begins))
@@ -129,7 +144,7 @@ def tiles_of(begins, new, tile, block, *, splits, page_size=16):
 
 
 def cache_of(tiles, ends, kv_heads, size, dtype, page_size=16):
-    """Keys and values of sequences of so many tokens. What no sequence sees is infinite or no number."""
+    """Random keys and values of sequences that have `ends` tokens. All other slots hold infinity or NaN."""
     shape = (int(tiles.pages[:, :-7].max()) + 1, page_size, kv_heads, size)
     caches = [torch.full(shape, torch.nan, dtype=dtype, device="cuda") for _ in range(2)]
     for pages, end in zip(tiles.pages, ends, strict=True):
@@ -179,7 +194,7 @@ def test_attend(dtype, heads, kv_heads, size, begins, new, tile, block, splits):
     keys, values = cache_of(tiles, ends, kv_heads, size, dtype)
     query = torch.randn(len(begins) * new, heads, size, device="cuda").to(dtype)
     expected = by_pytorch(query, keys, values, tiles, ends, size**-0.5)
-    torch.full_like(query, torch.nan)  # freed at once, so that the result's memory holds NaN
+    torch.full_like(query, torch.nan)  # freed at once, so that the memory of the result holds NaN
     got = hopper_attention.attend(query, keys, values, tiles, size**-0.5)
     torch.testing.assert_close(got.float(), expected, rtol=1e-2, atol=1e-2)
 
@@ -196,7 +211,7 @@ def test_other_page_sizes():
 
 
 @on_hopper
-def test_a_tile_does_not_depend_on_the_others():
+def test_the_result_of_a_tile_does_not_depend_on_other_tiles():
     tiles = tiles_of([900, 60, 2000] * 30, 8, 8, 4, splits=True)
     keys, values = cache_of(tiles, [908, 68, 2008] * 30, 4, 128, torch.bfloat16)
     query = torch.randn(90 * 8, 32, 128, device="cuda").bfloat16()
@@ -211,7 +226,7 @@ def test_a_tile_does_not_depend_on_the_others():
 
 
 @on_hopper
-def test_in_a_graph_with_new_inputs():
+def test_a_cuda_graph_reads_new_inputs():
     tiles = tiles_of([700, 100], 8, 8, 4, splits=True)
     keys, values = cache_of(tiles, [708, 108], 8, 128, torch.bfloat16)
     query = torch.zeros(16, 32, 128, device="cuda", dtype=torch.bfloat16)

@@ -194,7 +194,8 @@ COMPILE_GLUON = """
         )
         options = {"num_warps": 4, "maxnreg": hopper_attention.REGISTERS[consumers]}
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        programs = 3 - consumers  # of a multiprocessor, which has 228 KiB, of which each program takes one more
+        programs = 3 - consumers  # programs that run at once on a multiprocessor
+        # A multiprocessor has 228 KiB of shared memory, and reserves 1 KiB for each program.
         assert programs * (compiled.metadata.shared + 1024) <= 228 * 1024
         assert "wgmma.mma_async" in compiled.asm["ptx"]
 """

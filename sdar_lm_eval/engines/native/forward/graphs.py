@@ -110,8 +110,8 @@ class Graphs:
         # torch.cuda.graph would wait for the GPU and empty torch's cache first. Without it, the GPU keeps running the
         # earlier launches during the capture.
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(_capture_stream(torch.cuda.current_device())), _nothing_collected():
-            # A call of another thread would invalidate a global capture.
+        with torch.cuda.stream(_capture_stream(torch.cuda.current_device())), _collector_disabled():
+            # In the default mode, "global", a CUDA call of another thread would invalidate the capture.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 self.run(*key)
@@ -122,8 +122,11 @@ class Graphs:
 
 
 @contextlib.contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """Stop Python's collector: it may destroy the graphs of an earlier engine, which would invalidate a capture."""
+def _collector_disabled() -> Iterator[None]:
+    """Disable Python's garbage collector.
+
+    The collector may destroy the CUDA graphs of an earlier engine. The destruction would invalidate a capture.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

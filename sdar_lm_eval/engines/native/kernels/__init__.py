@@ -5,7 +5,7 @@ attention.py         paged attention
 drawing.py           tokens from logits
 experts.py           mixtures of experts
 hopper.py            products for Hopper GPUs
-hopper_attention.py  paged attention of many queries for Hopper GPUs
+hopper_attention.py  paged attention for Hopper GPUs
 """
 
 import os

@@ -245,7 +245,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     out = torch.empty_like(query)
     target, sums = out, out
     if tiles.splits > 1:
-        target, sums = parts_of_splits(query, tiles.splits)
+        target, sums = partial_results(query, tiles.splits)
     attend_kernel[(kv_heads, len(tiles.first), tiles.splits)](
         query, keys, values, tiles.first, tiles.count, tiles.pages, tiles.pages.shape[1], tiles.sequence,
         tiles.visible, target, sums, scaling, tokens, tiles.split if tiles.splits > 1 else WHOLE, heads, kv_heads, size,
@@ -257,13 +257,18 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     return out
 
 
-def parts_of_splits(query: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for the results of splits: weighted values (splits, T, heads, size); highest score and sum, (..., 2)."""
+def partial_results(query: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Allocate the partial results of splits, in float32.
+
+    Returns:
+        The weighted sums of values, (splits, T, heads, size), and the highest scores with the sums of weights,
+        (splits, T, heads, 2).
+    """
     parts = torch.empty(splits, *query.shape, dtype=torch.float32, device=query.device)
     return parts, parts.new_empty(*parts.shape[:-1], 2)
 
 
 def combine_splits(parts: torch.Tensor, sums: torch.Tensor, out: torch.Tensor) -> None:
-    """Combine the results of splits into `out`, (T, heads, size)."""
+    """Combine the partial results of splits (see `partial_results`) into `out`, (T, heads, size)."""
     rows = out.shape[0] * out.shape[1]
     combine_splits_kernel[(rows,)](parts, sums, out, rows, len(parts), out.shape[2], num_warps=1)

@@ -1,15 +1,19 @@
 """Paged attention of packed tokens for Hopper GPUs, in tiles and splits; see `attention`.
 
-`attention.attend_kernel` multiplies, then takes exponentials, then multiplies again. This kernel does both at once, as
-algorithm 2 of FlashAttention-3 does (Shah et al., arXiv 2407.08608): while the tensor cores multiply the next keys and
-the current values, the other units compute the weights of the next values.
+`attention.attend_kernel` multiplies queries by keys, then takes exponentials, then multiplies by the values. This
+kernel overlaps the steps, as algorithm 2 of FlashAttention-3 does (Shah et al., arXiv 2407.08608). While the tensor
+cores multiply the weights of one step by the step's values, the other units compute the weights of the next step.
 
-The kernel is written in Gluon; see `hopper`. A program takes one KV head, the tokens of a tile with all query heads of
-that KV head, and one split of their context. One producer warp copies pages to shared memory, several stages ahead.
-One or two consumer groups of four warps take 64 query rows each. A stage holds the keys and the values of some tokens,
-and has two barriers for each: `ready` waits for the bytes, `free` for all groups to finish with them.
+The kernel is written in Gluon; see `hopper`. A program takes one KV head, tokens of one tile with all query heads of
+that KV head, and one split of the context. One producer warp copies pages to shared memory, several stages ahead. One
+or two consumer warpgroups (four warps each) take 64 query rows each.
 
-Results are batch-invariant if splits are: nothing else here depends on the number of tiles.
+A stage has room for the keys and the values of COLUMNS tokens. The keys of a stage have two barriers, and so have the
+values. `ready` completes when the bytes have arrived. `free` completes when all consumer warpgroups have read the
+bytes.
+
+Results are batch-invariant if the splits do not depend on the number of tiles: nothing else here depends on that
+number.
 
 There is no interpreter for Gluon. tests/engines/native/test_kernels_compile.py compiles the kernel everywhere;
 tests/engines/native/test_hopper_attention.py compares it with PyTorch on Hopper GPUs.
@@ -31,17 +35,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sdar_lm_eval.engines.native.kernels.attention import SPLIT, WHOLE, Tiles, combine_splits, parts_of_splits
+from sdar_lm_eval.engines.native.kernels.attention import SPLIT, WHOLE, Tiles, combine_splits, partial_results
 from sdar_lm_eval.engines.native.kernels.hopper import is_hopper, load_tile
 
 logger = logging.getLogger(__name__)
 
 SIZES = (64, 128)  # head sizes
-ROWS = 64  # query rows of a consumer group, the fewest of the instruction
-COLUMNS = {1: 64, 2: 128}  # tokens of a stage, by consumer groups; two programs of one group fit a multiprocessor
-STAGES = 3
-REGISTERS = {1: 128, 2: 168}  # of a thread, on average, by consumer groups
-MANY_ROWS = 256  # query rows of a tile above which the kernel is faster for contexts of any length
+ROWS = 64  # query rows of a consumer warpgroup: the fewest that the instruction takes
+# Number of consumer warpgroups -> tokens of a stage. Two programs of one consumer warpgroup fit a multiprocessor.
+COLUMNS = {1: 64, 2: 128}
+STAGES = 3  # stages of shared memory
+REGISTERS = {1: 128, 2: 168}  # number of consumer warpgroups -> registers of a thread, on average
+MANY_ROWS = 256  # above so many query rows of a tile, the kernel is faster than Triton's for contexts of any length
 CHANNELS = 64  # channels of a copy: 128 bytes, a row of shared memory without bank conflicts
 LOG2E = gl.constexpr(1.4426950408889634)
 # Triton 3.9 renames `_reinterpret`.
@@ -49,29 +54,33 @@ RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
-def _slots(own_pages, column, end, nowhere, PAGES: gl.constexpr, PAGE: gl.constexpr):
-    """First KV slots of the pages from a column on; `nowhere` for pages behind the end."""
+def _slots(own_pages, column, end, no_slot, PAGES: gl.constexpr, PAGE: gl.constexpr):
+    """The first KV slot of each of PAGES pages, from the page of `column` on; `no_slot` for pages behind `end`.
+
+    `no_slot` lies outside of the cache, from where TMA copies zeros.
+    """
     column += gl.arange(0, PAGES, layout=gl.BlockedLayout([1], [32], [1], [0])) * PAGE
     page = gl.load(own_pages + column // PAGE, mask=column < end, other=0).to(gl.int32)
-    return gl.where(column < end, page * PAGE, nowhere)
+    return gl.where(column < end, page * PAGE, no_slot)
 
 
 @gluon.jit
-def _copy_stage(source, slots, channel, pages, stage, bar, SIZE: gl.constexpr):
+def _copy_stage(source, slots, channel, pages, stage, ready, SIZE: gl.constexpr):
+    """Start the copies of one stage's keys or values: `ready` completes when all bytes have arrived."""
     PAGES: gl.constexpr = slots.shape[0]
     PARTS: gl.constexpr = SIZE // pages.shape[2]
-    mbarrier.expect(bar, PAGES * pages.shape[1] * SIZE * 2)
+    mbarrier.expect(ready, PAGES * pages.shape[1] * SIZE * 2)
     number = gl.arange(0, PAGES, layout=slots.type.layout)
     for page in gl.static_range(PAGES):
         slot = gl.sum(gl.where(number == page, slots, 0), axis=0)
         for part in gl.static_range(PARTS):
-            to = pages.index((stage * PARTS + part) * PAGES + page)
-            load_tile(source, [slot, channel + part * pages.shape[2]], bar, to)
+            buffer = pages.index((stage * PARTS + part) * PAGES + page)
+            load_tile(source, [slot, channel + part * pages.shape[2]], ready, buffer)
 
 
 @gluon.jit
-def _copy(keys, values, own_pages, nowhere, begin, end, kv_head, buffers, barriers):
-    """The producer warp."""
+def _copy(keys, values, own_pages, no_slot, begin, end, kv_head, buffers, barriers):
+    """The producer warp: it copies the keys and values of the split, stage after stage."""
     _, key_stages, _, key_pages, value_pages = buffers
     keys_ready, keys_free, values_ready, values_free = barriers
     STAGES: gl.constexpr = key_stages.shape[0]
@@ -79,10 +88,10 @@ def _copy(keys, values, own_pages, nowhere, begin, end, kv_head, buffers, barrie
     SIZE: gl.constexpr = key_stages.shape[2]
     PAGE: gl.constexpr = key_pages.shape[1]
     PAGES: gl.constexpr = COLUMNS // PAGE
-    slots = _slots(own_pages, begin, end, nowhere, PAGES, PAGE)
+    slots = _slots(own_pages, begin, end, no_slot, PAGES, PAGE)
     for step in range(gl.cdiv(end - begin, COLUMNS)):
-        # These arrive while this step waits.
-        next_slots = _slots(own_pages, begin + (step + 1) * COLUMNS, end, nowhere, PAGES, PAGE)
+        # The next page table entries are loaded while this step waits for a free stage.
+        next_slots = _slots(own_pages, begin + (step + 1) * COLUMNS, end, no_slot, PAGES, PAGE)
         stage, phase = step % STAGES, (step // STAGES & 1) ^ 1
         mbarrier.wait(keys_free.index(stage), phase)
         _copy_stage(keys, slots, kv_head * SIZE, key_pages, stage, keys_ready.index(stage), SIZE)
@@ -92,10 +101,23 @@ def _copy(keys, values, own_pages, nowhere, begin, end, kv_head, buffers, barrie
 
 
 @gluon.jit
-def _weigh(scores, most, total, sees, start, least, scale):
-    """Exponentials of scaled scores, relative to the highest so far; and the factor of what was summed before."""
+def _softmax_step(scores, most, total, sees, start, least, scale):
+    """The online softmax of one step.
+
+    Args:
+        scores: the scores of the step, (ROWS, COLUMNS).
+        most: each row's highest scaled score of earlier steps.
+        total: each row's sum of the weights of earlier steps.
+        sees: number of leading tokens that each row sees.
+        start: the first token of the step.
+        least: the fewest tokens that a row sees.
+        scale: factor on the scores: the scaling times log2(e), for `exp2`.
+
+    Returns:
+        The weights of the step, `most` and `total` with this step, and the factor that rescales earlier sums.
+    """
     layout: gl.constexpr = scores.type.layout
-    if start + scores.shape[1] > least:
+    if start + scores.shape[1] > least:  # otherwise, every row sees every token of the step
         column = start + gl.arange(0, scores.shape[1], layout=gl.SliceLayout(0, layout))
         scores = gl.where(column[None, :] < sees[:, None], scores, -float("inf"))
     highest = gl.maximum(most, gl.max(scores, axis=1) * scale)
@@ -106,18 +128,22 @@ def _weigh(scores, most, total, sees, start, least, scale):
 
 
 @gluon.jit
-def _now(x):
-    """Return x, which is never below 0. NVIDIA's assembler would compute x after the wait that follows."""
+def _before_wait(x):
+    """Return `x`, which is never below 0, computed before the next wait.
+
+    NVIDIA's assembler would move the computation of `x` behind the wait. The instruction `nanosleep` keeps the
+    computation before the wait: whether `nanosleep` runs depends on `x`. It never runs, because `x` is not below 0.
+    """
     assembly: gl.constexpr = "{.reg .pred p; setp.lt.f32 p, $1, 0f00000000; @p nanosleep.u32 1; mov.f32 $0, $1;}"
     return gl.inline_asm_elementwise(assembly, "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def _clear_behind(end, pages, stage, COLUMNS: gl.constexpr, SIZE: gl.constexpr):
+def _clear_rest_of_page(end, pages, stage, COLUMNS: gl.constexpr, SIZE: gl.constexpr):
     """Fill the rest of a context's last page with zeros, in shared memory.
 
-    It may hold infinities of another sequence, which a weight of 0 does not remove. Both consumer groups write the same
-    bytes.
+    The rest of the page may hold infinities of another sequence, and 0 times infinity is NaN. Both consumer warpgroups
+    write the same bytes.
     """
     PAGE: gl.constexpr = pages.shape[1]
     PARTS: gl.constexpr = SIZE // pages.shape[2]
@@ -134,7 +160,7 @@ def _attend(
     work, target, buffers, barriers, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, PARTIAL: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """A consumer group of four warps: the first or the second."""
+    """A consumer warpgroup: the first or the second, by CONSUMER."""
     query, visible, first, count, begin, end, kv_head, scale = work
     out, sums, first_row = target
     queries, keys, values, _, value_pages = buffers
@@ -145,63 +171,63 @@ def _attend(
     COLUMNS: gl.constexpr = keys.shape[1]
     PAGE: gl.constexpr = value_pages.shape[1]
     GROUP: gl.constexpr = HEADS // KV_HEADS
-    by_columns: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    by_size: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, by_size, 2)
-    loads: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // SIZE, SIZE // 8], [4, 1], [1, 0])
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // SIZE, SIZE // 8], [4, 1], [1, 0])
 
-    row, is_real, _ = _rows(first, count, kv_head, loads, ROWS, HEADS, GROUP, CONSUMER)
+    row, is_real, _ = _rows(first, count, kv_head, load_layout, ROWS, HEADS, GROUP, CONSUMER)
     own = queries.index(CONSUMER)
-    own.store(gl.load(query + _addresses(row, loads, SIZE), mask=is_real[:, None], other=0.0))
+    own.store(gl.load(query + _offsets(row, load_layout, SIZE), mask=is_real[:, None], other=0.0))
     fence_async_shared()
 
-    row, is_real, token = _rows(first, count, kv_head, by_columns, ROWS, HEADS, GROUP, CONSUMER)
+    row, is_real, token = _rows(first, count, kv_head, score_layout, ROWS, HEADS, GROUP, CONSUMER)
     sees = gl.load(visible + token, mask=is_real, other=0).to(gl.int32)
     least = gl.min(sees, axis=0)
-    most = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, by_columns))
-    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, by_columns))
-    acc = gl.zeros([ROWS, SIZE], gl.float32, by_size)
-    nothing = gl.zeros([ROWS, COLUMNS], gl.float32, by_columns)
+    most = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, score_layout))
+    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, score_layout))
+    acc = gl.zeros([ROWS, SIZE], gl.float32, out_layout)
+    zeros = gl.zeros([ROWS, COLUMNS], gl.float32, score_layout)  # the product needs an accumulator, but ignores it
     steps = gl.cdiv(end - begin, COLUMNS)
     if steps > 0:
         mbarrier.wait(keys_ready.index(0), 0)
-        scores = warpgroup_mma(own, keys.index(0).permute([1, 0]), nothing, use_acc=False, is_async=True)
+        scores = warpgroup_mma(own, keys.index(0).permute([1, 0]), zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, [scores])
         mbarrier.arrive(keys_free.index(0))
-        weights, most, total, rescale = _weigh(scores, most, total, sees, begin, least, scale)
-        rounded = gl.convert_layout(weights.to(queries.dtype), operand)
+        weights, most, total, rescale = _softmax_step(scores, most, total, sees, begin, least, scale)
+        rounded = gl.convert_layout(weights.to(queries.dtype), operand_layout)
         for step in range(1, steps):
-            stage, before = step % STAGES, (step - 1) % STAGES
+            stage, previous = step % STAGES, (step - 1) % STAGES
             mbarrier.wait(keys_ready.index(stage), step // STAGES & 1)
-            scores = warpgroup_mma(own, keys.index(stage).permute([1, 0]), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(values_ready.index(before), (step - 1) // STAGES & 1)
-            acc = warpgroup_mma(rounded, values.index(before), acc, is_async=True)
-            scores = warpgroup_mma_wait(1, [scores])
+            scores = warpgroup_mma(own, keys.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True)
+            mbarrier.wait(values_ready.index(previous), (step - 1) // STAGES & 1)
+            acc = warpgroup_mma(rounded, values.index(previous), acc, is_async=True)
+            scores = warpgroup_mma_wait(1, [scores])  # the product with the values continues
             mbarrier.arrive(keys_free.index(stage))
             start = begin + step * COLUMNS
-            weights, most, total, rescale = _weigh(scores, most, total, sees, start, least, scale)
-            following = gl.convert_layout(weights.to(queries.dtype), operand)
-            total = _now(total)
-            acc, rounded, following = warpgroup_mma_wait(0, [acc, rounded, following])
-            mbarrier.arrive(values_free.index(before))
-            acc *= gl.convert_layout(rescale, gl.SliceLayout(1, by_size))[:, None]
-            rounded = following
+            weights, most, total, rescale = _softmax_step(scores, most, total, sees, start, least, scale)
+            next_rounded = gl.convert_layout(weights.to(queries.dtype), operand_layout)
+            total = _before_wait(total)
+            acc, rounded, next_rounded = warpgroup_mma_wait(0, [acc, rounded, next_rounded])
+            mbarrier.arrive(values_free.index(previous))
+            acc *= gl.convert_layout(rescale, gl.SliceLayout(1, out_layout))[:, None]
+            rounded = next_rounded
         last = (steps - 1) % STAGES
         mbarrier.wait(values_ready.index(last), (steps - 1) // STAGES & 1)
         if end % PAGE > 0:
-            _clear_behind(end, value_pages, last, COLUMNS, SIZE)
+            _clear_rest_of_page(end, value_pages, last, COLUMNS, SIZE)
         acc = warpgroup_mma(rounded, values.index(last), acc, is_async=True)
         acc, rounded = warpgroup_mma_wait(0, [acc, rounded])
     if PARTIAL:
         gl.store(sums + (first_row + row) * 2, most, mask=is_real)
         gl.store(sums + (first_row + row) * 2 + 1, total, mask=is_real)
-        row, is_real, _ = _rows(first, count, kv_head, by_size, ROWS, HEADS, GROUP, CONSUMER)
-        gl.store(out + _addresses(first_row + row, by_size, SIZE), acc, mask=is_real[:, None])
+        row, is_real, _ = _rows(first, count, kv_head, out_layout, ROWS, HEADS, GROUP, CONSUMER)
+        gl.store(out + _offsets(first_row + row, out_layout, SIZE), acc, mask=is_real[:, None])
     else:
-        total = gl.convert_layout(gl.where(total == 0, 1.0, total), gl.SliceLayout(1, by_size))
-        row, is_real, _ = _rows(first, count, kv_head, by_size, ROWS, HEADS, GROUP, CONSUMER)
+        total = gl.convert_layout(gl.where(total == 0, 1.0, total), gl.SliceLayout(1, out_layout))
+        row, is_real, _ = _rows(first, count, kv_head, out_layout, ROWS, HEADS, GROUP, CONSUMER)
         result = (acc / total[:, None]).to(out.dtype.element_ty)
-        gl.store(out + _addresses(row, by_size, SIZE), result, mask=is_real[:, None])
+        gl.store(out + _offsets(row, out_layout, SIZE), result, mask=is_real[:, None])
 
 
 @gluon.jit
@@ -209,20 +235,28 @@ def _rows(
     first, count, kv_head, layout: gl.constexpr,
     ROWS: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """A group's query rows: their indices among T * HEADS, whether each is one of the tile, and each one's token."""
+    """The query rows of a consumer warpgroup.
+
+    Returns:
+        Each row's index among T * HEADS, whether the row is a row of the tile, and the row's token.
+    """
     row = CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     token = first + row // GROUP
     return token * HEADS + kv_head * GROUP + row % GROUP, row // GROUP < count, token
 
 
 @gluon.jit
-def _addresses(row, layout: gl.constexpr, SIZE: gl.constexpr):
+def _offsets(row, layout: gl.constexpr, SIZE: gl.constexpr):
+    """The offsets of all elements of query rows."""
     return row[:, None] * SIZE + gl.arange(0, SIZE, layout=gl.SliceLayout(0, layout))[None, :]
 
 
 @gluon.jit
-def _in_pages(stages, PAGE: gl.constexpr, CHANNELS: gl.constexpr):
-    """The same memory by pages. All tokens' first CHANNELS channels precede their other channels."""
+def _by_copies(stages, PAGE: gl.constexpr, CHANNELS: gl.constexpr):
+    """A view of the stages by copies, (copies, PAGE, CHANNELS).
+
+    Within a stage, the first CHANNELS channels of all tokens precede the other channels of all tokens.
+    """
     COPIES: gl.constexpr = stages.shape[0] * stages.shape[1] * stages.shape[2] // (PAGE * CHANNELS)
     if RENAMED:
         return stages.reinterpret(stages.dtype, [COPIES, PAGE, CHANNELS], stages.type.layout)
@@ -230,18 +264,18 @@ def _in_pages(stages, PAGE: gl.constexpr, CHANNELS: gl.constexpr):
         return stages._reinterpret(stages.dtype, [COPIES, PAGE, CHANNELS], stages.type.layout)
 
 
-@gluon.jit(do_not_specialize=["width", "nowhere", "all_tokens", "split_size"])
+@gluon.jit(do_not_specialize=["width", "no_slot", "all_tokens", "split_size"])
 def attend_hopper_kernel(
-    query, keys, values, firsts, counts, pages, width, sequence, visible, out, sums, scale, nowhere, all_tokens,
+    query, keys, values, firsts, counts, pages, width, sequence, visible, out, sums, scale, no_slot, all_tokens,
     split_size, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, SIZE: gl.constexpr, ROWS: gl.constexpr,
     COLUMNS: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PARTIAL: gl.constexpr,
 ):  # fmt: skip
-    """A program takes one KV head, one split, and as many tokens of a tile as the consumer groups have rows for."""
+    """A program takes one KV head, one split, and as many tokens of a tile as its consumer warpgroups have rows for."""
     PAGE: gl.constexpr = keys.block_shape[0]
     CHANNELS: gl.constexpr = keys.block_shape[1]
     TOKENS: gl.constexpr = CONSUMERS * ROWS // (HEADS // KV_HEADS)
     kv_head, split = gl.program_id(0) % KV_HEADS, gl.program_id(2)
-    # A prompt's last tokens see most. They run first, so that no long program runs alone at the end.
+    # The last tokens of a prompt see most. Their programs run first, so that no long program runs alone at the end.
     part = (gl.num_programs(0) - 1 - gl.program_id(0)) // KV_HEADS
     tile = gl.num_programs(1) - 1 - gl.program_id(1)
     first = gl.load(firsts + tile) + part * TOKENS
@@ -255,8 +289,8 @@ def attend_hopper_kernel(
     queries = gl.allocate_shared_memory(keys.dtype, [CONSUMERS, ROWS, SIZE], layout)
     key_stages = gl.allocate_shared_memory(keys.dtype, [STAGES, COLUMNS, SIZE], layout)
     value_stages = gl.allocate_shared_memory(keys.dtype, [STAGES, COLUMNS, SIZE], layout)
-    key_pages = _in_pages(key_stages, PAGE, CHANNELS)
-    value_pages = _in_pages(value_stages, PAGE, CHANNELS)
+    key_pages = _by_copies(key_stages, PAGE, CHANNELS)
+    value_pages = _by_copies(value_stages, PAGE, CHANNELS)
     keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -270,22 +304,24 @@ def attend_hopper_kernel(
     barriers = (keys_ready, keys_free, values_ready, values_free)
     work = (query, visible, first, count, begin, end, kv_head, scale * LOG2E)
     target = (out, sums, split.to(gl.int64) * all_tokens * HEADS)
-    copying = (keys, values, own_pages, nowhere, begin, end, kv_head, buffers, barriers)
-    # The numbers are the other functions' warps, and the registers of their threads. The first function has four warps,
-    # and the rest of the registers, of which two functions have 2 * 128, and three 3 * 168.
+    producer = (keys, values, own_pages, no_slot, begin, end, kv_head, buffers, barriers)
+    # The two lists have the number of warps, and the registers of a thread, of each function but the first. The first
+    # function has four warps.
     if CONSUMERS == 1:
         gl.warp_specialize(
-            [(_attend, (work, target, buffers, barriers, HEADS, KV_HEADS, PARTIAL, 0)), (_copy, copying)], [1], [40]
+            [(_attend, (work, target, buffers, barriers, HEADS, KV_HEADS, PARTIAL, 0)), (_copy, producer)],
+            [1],
+            [40],  # the first function gets the rest of 2 * 128, which is 216
         )
     else:
         gl.warp_specialize(
             [
                 (_attend, (work, target, buffers, barriers, HEADS, KV_HEADS, PARTIAL, 0)),
                 (_attend, (work, target, buffers, barriers, HEADS, KV_HEADS, PARTIAL, 1)),
-                (_copy, copying),
+                (_copy, producer),
             ],
             [4, 1],
-            [232, 40],
+            [232, 40],  # the first function gets the rest of 3 * 168, which is 232
         )
 
 
@@ -295,7 +331,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     Args:
         query: (T, heads, size), of 16 bits; size is one of SIZES.
         keys, values: (pages, page size, KV heads, size), of one layer; see `runs` for the page size.
-        tiles: the tiles. A token of a tile sees at least the tokens that its predecessor sees.
+        tiles: the tiles. In a tile, a token sees at least the tokens that the previous token sees.
         scaling: factor on the scores, above 0.
 
     Returns:
@@ -314,7 +350,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     parts = triton.cdiv(tiles.tokens, consumers * ROWS // group)
     target, sums = out, out
     if tiles.splits > 1:
-        target, sums = parts_of_splits(query, tiles.splits)
+        target, sums = partial_results(query, tiles.splits)
     attend_hopper_kernel[(kv_heads * parts, len(tiles.first), tiles.splits)](
         query, *sources, tiles.first, tiles.count, tiles.pages, tiles.pages.shape[1], tiles.sequence, tiles.visible,
         target, sums, scaling, pages * page_size, tokens, tiles.split if tiles.splits > 1 else WHOLE, heads, kv_heads,
@@ -326,9 +362,9 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
 
 
 def suits(tiles: Tiles, group: int) -> bool:
-    """Whether this kernel should take the tiles: it is slower than Triton's for few rows with short contexts.
+    """Whether this kernel should take the tiles: Triton's kernel is faster for few rows with short contexts.
 
-    If results have to be batch-invariant, the choice does not depend on contexts, so this kernel takes all tiles.
+    If results have to be batch-invariant, the choice must not depend on contexts, so this kernel takes all tiles.
 
     Args:
         tiles: the tiles.
@@ -340,7 +376,8 @@ def suits(tiles: Tiles, group: int) -> bool:
 def runs(heads: int, cache: torch.Tensor) -> bool:
     """Try whether the kernel runs here.
 
-    The kernel needs a Hopper GPU, 16 bits, a head size of SIZES, and pages of 8, 16, 32 or 64 tokens.
+    The kernel needs a Hopper GPU, 16 bits, a head size of SIZES, pages of 8, 16, 32 or 64 tokens, and at most ROWS
+    query heads for each KV head.
 
     Args:
         heads: query heads.
@@ -354,11 +391,11 @@ def runs(heads: int, cache: torch.Tensor) -> bool:
     one = torch.ones(1, dtype=torch.int64, device=cache.device)
     query = cache.new_zeros(1, heads, size)
     try:
-        for tokens in (1, 2 * ROWS):  # one and two consumer groups
+        for tokens in (1, 2 * ROWS):  # one and two consumer warpgroups
             tiles = Tiles(one - 1, one, (one - 1)[None], one - 1, one, tokens, SPLIT, 1)
             attend(query, cache, cache, tiles, 1.0)
         torch.cuda.synchronize(cache.device)
-    except Exception as error:  # Gluon is experimental and may raise anything; Triton's kernel replaces this one
-        logger.warning("The attention for Hopper GPUs does not run here, and Triton's takes its place: %s", error)
+    except Exception as error:  # Gluon is experimental and may raise anything; Triton's kernel replaces this kernel
+        logger.warning("The Hopper attention kernel does not run here, and Triton's kernel takes its place: %s", error)
         return False
     return True

@@ -12,8 +12,8 @@ from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
 from sdar_lm_eval.errors import UserError
 
 Tokens = tuple[int, ...]
-# Leading tokens by which contexts count as alike, such as those of a few-shot task. A shared beginning takes a forward
-# of its own, so a short one would cost more than it saves.
+# Contexts are alike if their first ALIKE tokens are equal, as those of a few-shot task. A shared prefix takes a forward
+# of its own, so a shorter prefix would cost more time than it saves.
 ALIKE = 64
 
 
@@ -66,9 +66,9 @@ def divide(
 ) -> list[Batch]:
     """Divide requests into batches, the longest requests first.
 
-    Requests that share a context's whole blocks stay together, and so do contexts that are alike. Requests of equal
-    length stay in order, so that the windows of a long text finish one after the other. Requests whose continuations
-    hold the mask token are left out.
+    Requests that share a context's whole blocks stay together, and so do requests whose contexts are alike. Requests of
+    equal length stay in order, so that the windows of a long text finish one after the other. Requests whose
+    continuations hold the mask token are left out.
 
     Raises:
         UserError: the KV cache cannot hold a single request.
@@ -89,10 +89,10 @@ def divide(
                 "max_length, or give a larger kv_pages where there is memory for it."
             )
         groups.setdefault(request.context_ids[: shared[index]] or index, []).append(index)
-    alike: dict[Tokens | int, list[list[int]]] = {}
+    alike: dict[Tokens | int, list[list[int]]] = {}  # first ALIKE tokens, or an index where there are fewer -> groups
     for context, group in sorted(groups.items(), key=lambda item: -max(length_of[index] for index in item[1])):
-        begins = context[:ALIKE] if isinstance(context, tuple) and len(context) >= ALIKE else group[0]
-        alike.setdefault(begins, []).append(group)
+        key = context[:ALIKE] if isinstance(context, tuple) and len(context) >= ALIKE else group[0]
+        alike.setdefault(key, []).append(group)
     batches: list[Batch] = []
     indices: list[int] = []
     total = noised = 0
@@ -113,22 +113,21 @@ def divide(
     return [*batches, Batch(indices, total)] if indices else batches
 
 
-def shared_beginnings(contexts: Iterable[Tokens], length: int) -> dict[Tokens, Tokens]:
-    """Return the beginning, in whole blocks, that each context shares with all others that are alike; () without any.
+def shared_prefixes(contexts: Iterable[Tokens], length: int) -> dict[Tokens, Tokens]:
+    """Map each context to the prefix, in whole blocks, that all alike contexts share; to () if no other one is alike.
 
     Args:
         contexts: the contexts of a batch.
         length: tokens of a block.
     """
-    alike: dict[Tokens, list[Tokens]] = {}
-    beginnings: dict[Tokens, Tokens] = {}
-    for context in contexts:
-        if context not in beginnings:
-            beginnings[context] = ()
-            alike.setdefault(context[:ALIKE], []).append(context)
-    for start, some in alike.items():
-        if len(start) == ALIKE and len(some) > 1:
-            pairs = zip(min(some), max(some), strict=False)  # all others are between these two, by order
+    prefixes: dict[Tokens, Tokens] = dict.fromkeys(contexts, ())
+    alike: dict[Tokens, list[Tokens]] = {}  # first ALIKE tokens -> distinct contexts
+    for context in prefixes:
+        alike.setdefault(context[:ALIKE], []).append(context)
+    for start, group in alike.items():
+        if len(start) == ALIKE and len(group) > 1:
+            # What the first and the last context in lexicographic order share, all contexts between them share too.
+            pairs = zip(min(group), max(group), strict=False)
             shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            beginnings |= dict.fromkeys(some, some[0][: shared // length * length])
-    return beginnings
+            prefixes |= dict.fromkeys(group, group[0][: shared // length * length])
+    return prefixes

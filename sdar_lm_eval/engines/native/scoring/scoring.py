@@ -1,9 +1,11 @@
 """Log-likelihoods on the device: requests -> plans -> batches -> clean forwards, masked forwards -> results.
 
 A batch holds contexts with their continuations. First, the clean tokens run under the block-causal mask, and their KV
-is stored: the beginnings that contexts share, then the rest of each context, once for all of its continuations, then
-the continuations without their last blocks. Then the masked copies of all blocks run. Each copy sees its clean prefix
-and itself. Only positions with a query go through the LM head.
+is stored. The prefixes that contexts share run first. Then the rest of each context runs, once for all of its
+continuations. Then the continuations run, without their last blocks.
+
+Last, the masked copies of all blocks run. Each copy sees its clean prefix and itself. Only positions with a query go
+through the LM head.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from transformers import PreTrainedModel
 from sdar_lm_eval import likelihood
 from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.forward.attention import hidden_states
-from sdar_lm_eval.engines.native.scoring.batches import Limits, Tokens, divide, shared_beginnings
+from sdar_lm_eval.engines.native.scoring.batches import Limits, Tokens, divide, shared_prefixes
 from sdar_lm_eval.engines.native.scoring.branches import BranchBatch, attention_bias
 from sdar_lm_eval.engines.native.scoring.rows import Integers, Row, Trunk, clean_rows, laid_out, packed, spans
 from sdar_lm_eval.engines.native.transfer import to_device
@@ -83,14 +85,14 @@ class Scoring:
 
     def _run_batch(self, plans: list[likelihood.Plan], length: int, cache: torch.Tensor) -> list[ScoreResult | None]:
         """Run one batch; results in the order of the plans, None where a score is not finite."""
-        beginning_of = shared_beginnings((plan.context for plan in plans), length)
-        beginnings: dict[Tokens, Trunk] = {}
+        prefix_of = shared_prefixes((plan.context for plan in plans), length)
+        prefixes: dict[Tokens, Trunk] = {}
         contexts: dict[Tokens, Trunk] = {}
         continuations: list[Trunk] = []
         free = itertools.count(SCRATCH_SLOT + 1)
 
-        def trunk_behind(prefix: list[int], tokens: Tokens) -> Trunk:
-            return Trunk(prefix, tokens, prefix + list(itertools.islice(free, len(tokens))))
+        def trunk_behind(before: list[int], tokens: Tokens) -> Trunk:
+            return Trunk(before, tokens, before + list(itertools.islice(free, len(tokens))))
 
         plans_of = Counter(plan.context for plan in plans)
         clean = answers = 0
@@ -99,11 +101,11 @@ class Scoring:
             before, begin = clean, answers
             context = contexts.get(plan.context)
             if context is None:
-                begun = beginning_of[plan.context]
-                if begun not in beginnings:
-                    beginnings[begun] = trunk_behind([], begun)
-                    clean += len(begun)
-                context = trunk_behind(beginnings[begun].kv_slots, plan.context[len(begun) :])
+                prefix = prefix_of[plan.context]
+                if prefix not in prefixes:
+                    prefixes[prefix] = trunk_behind([], prefix)
+                    clean += len(prefix)
+                context = trunk_behind(prefixes[prefix].kv_slots, plan.context[len(prefix) :])
                 contexts[plan.context] = context
                 clean += len(context.tokens)
             continuation = trunk_behind(context.kv_slots, plan.clean)
@@ -120,7 +122,7 @@ class Scoring:
             counts.append((clean - before, noised))
 
         row_tokens = self._limits.row_tokens
-        for trunks in (beginnings.values(), contexts.values(), continuations):
+        for trunks in (prefixes.values(), contexts.values(), continuations):
             for rows in clean_rows(trunks, length, row_tokens):
                 for forward in packed(rows, self._limits):
                     self._forward(forward, cache)
