@@ -382,6 +382,7 @@ def test_a_beginning_is_computed_once_for_all_contexts_that_are_alike(
     folder: Path, monkeypatch: pytest.MonkeyPatch, length: int, method: str
 ) -> None:
     """As of a few-shot task: some contexts share 21 tokens, two of them more, one is the beginning alone."""
+    monkeypatch.setattr(batches, "LEAST_SAVED", 0)
     monkeypatch.setattr(batches, "ALIKE", 8)
     rng = random.Random(length)
     front, more = some(rng, 21), some(rng, 9)
@@ -408,14 +409,44 @@ def test_a_beginning_is_computed_once_for_all_contexts_that_are_alike(
 
 @given(contexts=st.lists(st.lists(st.integers(0, 1), max_size=12).map(tuple), max_size=12), length=st.integers(1, 4))
 def test_shared_beginnings(contexts: list[tuple[int, ...]], length: int) -> None:
+    """They save at least what the beginning of any set of contexts saves alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "ALIKE", 3)
-        found = batches.shared_beginnings(contexts, length)
-    assert set(found) == set(contexts)
+        found = batches.shared_beginnings(contexts, length, forward_tokens=0)
+        none = batches.shared_beginnings(contexts, length, forward_tokens=10000)
+    assert set(found) == set(contexts) == set(none)
+    assert not any(none.values())
     for context, beginning in found.items():
-        alike = [other for other in found if len(context) >= 3 and other[:3] == context[:3]]
-        common = next((n for n in range(len(context), 0, -1) if all(o[:n] == context[:n] for o in alike)), 0)
-        assert beginning == (context[: common // length * length] if len(alike) > 1 else ())
+        assert context[: len(beginning)] == beginning
+        assert len(beginning) % length == 0 and (not beginning or len(beginning) >= 3)
+    saved = sum(map(len, found.values())) - sum(map(len, set(found.values())))
+    for n in range(-(-3 // length) * length, 13, length):
+        holders = collections.Counter(context[:n] for context in found if len(context) >= n)
+        assert all((count - 1) * n <= saved for count in holders.values())
+
+
+def test_tasks_with_one_system_prompt_share_their_own_beginnings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one batch, and in two: the contexts of a task are neighbours, whatever their lengths."""
+    monkeypatch.setattr(batches, "ALIKE", 8)
+    rng = random.Random(0)
+    system = some(rng, 16)
+    tasks = [(*system, task, *some(rng, 63)) for task in (0, 1)]
+    requests = [ScoreRequest((*tasks[i % 2], *some(rng, 4 * i + 4)), (1,)) for i in range(8)]
+    rests = sum(4 * i + 4 for i in range(8))
+    for options in ({}, {"max_active": 4}):
+        found = score(open_engine(folder, **options), requests, 4)
+        assert sum(result.clean_tokens for result in found) == 2 * 80 + rests
+
+
+def test_few_alike_contexts_take_no_forward_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward for 8 tokens of 2 contexts costs more than the contexts' 8 tokens twice."""
+    monkeypatch.setattr(batches, "ALIKE", 8)
+    rng = random.Random(0)
+    front = some(rng, 8)
+    for count, shared in ((2, False), (9, True)):
+        requests = [ScoreRequest((*front, i % 5, i // 5, *some(rng, 2)), (1,)) for i in range(count)]
+        found = score(open_engine(folder), requests, 4)
+        assert sum(result.clean_tokens for result in found) == (8 + 4 * count if shared else 12 * count)
 
 
 def test_alike_contexts_are_in_one_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,9 +12,9 @@ from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
 from sdar_lm_eval.errors import UserError
 
 Tokens = tuple[int, ...]
-# Leading tokens by which contexts count as alike, such as those of a few-shot task. A shared beginning takes a forward
-# of its own, so a short one would cost more than it saves.
-ALIKE = 64
+ALIKE = 64  # leading tokens by which contexts count as alike, such as those of a few-shot task
+# Shared beginnings take a forward of their own, so they must save at least this share of a full forward's tokens.
+LEAST_SAVED = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def divide(
 ) -> list[Batch]:
     """Divide requests into batches, the longest requests first.
 
-    Requests that share a context's whole blocks stay together, and so do contexts that are alike. Requests of equal
-    length stay in order, so that the windows of a long text finish one after the other. Requests whose continuations
-    hold the mask token are left out.
+    Requests that share a context's whole blocks stay together. Contexts that are alike stay together too, and among
+    these the contexts that share more tokens. Requests of equal length stay in order, so that the windows of a long
+    text finish one after the other. Requests whose continuations hold the mask token are left out.
 
     Raises:
         UserError: the KV cache cannot hold a single request.
@@ -89,14 +89,12 @@ def divide(
                 "max_length, or give a larger kv_pages where there is memory for it."
             )
         groups.setdefault(request.context_ids[: shared[index]] or index, []).append(index)
-    alike: dict[Tokens | int, list[list[int]]] = {}
-    for context, group in sorted(groups.items(), key=lambda item: -max(length_of[index] for index in item[1])):
-        begins = context[:ALIKE] if isinstance(context, tuple) and len(context) >= ALIKE else group[0]
-        alike.setdefault(begins, []).append(group)
+    longest_first = sorted(groups.items(), key=lambda item: -max(length_of[index] for index in item[1]))
+    contexts = [(context if isinstance(context, tuple) else (), group) for context, group in longest_first]
     batches: list[Batch] = []
     indices: list[int] = []
     total = noised = 0
-    for group in itertools.chain.from_iterable(alike.values()):
+    for _, group in _with_neighbours(contexts, ALIKE):
         counted = False
         for index in group:
             needed = own[index] + (0 if counted else shared[index])
@@ -113,22 +111,58 @@ def divide(
     return [*batches, Batch(indices, total)] if indices else batches
 
 
-def shared_beginnings(contexts: Iterable[Tokens], length: int) -> dict[Tokens, Tokens]:
-    """Return the beginning, in whole blocks, that each context shares with all others that are alike; () without any.
+def _with_neighbours(contexts: list[tuple[Tokens, list[int]]], size: int) -> Iterator[tuple[Tokens, list[int]]]:
+    """Yield contexts with their requests: behind each context, those with the same first `size` tokens.
+
+    Among these, contexts with the same first 2 * `size` tokens follow each other, and so on. A system prompt makes the
+    contexts of all tasks alike, and the contexts of each task share more.
+    """
+    alike: dict[Tokens | int, list[tuple[Tokens, list[int]]]] = {}
+    for number, (context, group) in enumerate(contexts):
+        alike.setdefault(context[:size] if len(context) >= size else number, []).append((context, group))
+    for some in alike.values():
+        yield from _with_neighbours(some, 2 * size) if len(some) > 1 else some
+
+
+def shared_beginnings(contexts: Iterable[Tokens], length: int, forward_tokens: int) -> dict[Tokens, Tokens]:
+    """Return the beginning, in whole blocks, that each context shares with others; () without any.
+
+    A context has at most one shared beginning. Where contexts of two tasks have one system prompt, each task's longer
+    beginning is chosen if these two save more tokens than the system prompt does.
 
     Args:
         contexts: the contexts of a batch.
         length: tokens of a block.
+        forward_tokens: most new tokens of a forward.
     """
-    alike: dict[Tokens, list[Tokens]] = {}
-    beginnings: dict[Tokens, Tokens] = {}
-    for context in contexts:
-        if context not in beginnings:
-            beginnings[context] = ()
-            alike.setdefault(context[:ALIKE], []).append(context)
-    for start, some in alike.items():
-        if len(start) == ALIKE and len(some) > 1:
-            pairs = zip(min(some), max(some), strict=False)  # all others are between these two, by order
-            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            beginnings |= dict.fromkeys(some, some[0][: shared // length * length])
-    return beginnings
+    different = sorted(set(contexts))
+    saved, beginnings = _best_beginnings(different, 0, length)
+    return beginnings if saved >= LEAST_SAVED * forward_tokens else dict.fromkeys(different, ())
+
+
+def _best_beginnings(contexts: list[Tokens], known: int, length: int) -> tuple[int, dict[Tokens, Tokens]]:
+    """Return how many tokens shared beginnings save, and each context's.
+
+    Args:
+        contexts: different contexts, sorted. All have the first `known` tokens in common.
+        known: whole blocks.
+        length: tokens of a block.
+    """
+    if len(contexts) < 2:
+        return 0, dict.fromkeys(contexts, ())
+    first, last = contexts[0], contexts[-1]  # all others are between these two, by order
+    while first[known : known + length] == last[known : known + length]:
+        known += length
+    saved, beginnings = 0, dict[Tokens, Tokens]()
+    for _, part in itertools.groupby(contexts, key=lambda context: context[known : known + length]):
+        tokens, found = _best_beginnings(list(part), known, length)
+        saved += tokens
+        beginnings.update(found)
+    if known >= ALIKE:
+        others = [context for context, beginning in beginnings.items() if not beginning]
+        if (len(contexts) - 1) * known >= saved + max(len(others) - 1, 0) * known:
+            others, saved = contexts, 0
+        if len(others) > 1:
+            saved += (len(others) - 1) * known
+            beginnings |= dict.fromkeys(others, first[:known])
+    return saved, beginnings

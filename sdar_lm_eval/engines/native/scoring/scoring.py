@@ -83,7 +83,7 @@ class Scoring:
 
     def _run_batch(self, plans: list[likelihood.Plan], length: int, cache: torch.Tensor) -> list[ScoreResult | None]:
         """Run one batch; results in the order of the plans, None where a score is not finite."""
-        beginning_of = shared_beginnings((plan.context for plan in plans), length)
+        beginning_of = shared_beginnings((plan.context for plan in plans), length, self._limits.forward_tokens)
         beginnings: dict[Tokens, Trunk] = {}
         contexts: dict[Tokens, Trunk] = {}
         continuations: list[Trunk] = []
