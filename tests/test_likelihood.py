@@ -382,6 +382,7 @@ def test_the_prefix_of_alike_contexts_is_computed_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, length: int, method: str
 ) -> None:
     """Four contexts share 21 tokens, as in a few-shot task. Three of them share more, and one is the prefix alone."""
+    monkeypatch.setattr(batches, "LEAST_SAVED", 0)
     monkeypatch.setattr(batches, "ALIKE", 8)
     rng = random.Random(length)
     front, more = some(rng, 21), some(rng, 9)
@@ -408,18 +409,50 @@ def test_the_prefix_of_alike_contexts_is_computed_once(
 
 @given(contexts=st.lists(st.lists(st.integers(0, 1), max_size=12).map(tuple), max_size=12), length=st.integers(1, 4))
 def test_shared_prefixes(contexts: list[tuple[int, ...]], length: int) -> None:
+    """Shared prefixes save at least as many tokens as the one prefix of any set of contexts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "ALIKE", 3)
-        found = batches.shared_prefixes(contexts, length)
-    assert set(found) == set(contexts)
+        found = batches.shared_prefixes(contexts, length, forward_tokens=0)
+        none = batches.shared_prefixes(contexts, length, forward_tokens=10000)
+    assert set(found) == set(contexts) == set(none)
+    assert not any(none.values())
     for context, prefix in found.items():
-        alike = [other for other in found if len(context) >= 3 and other[:3] == context[:3]]
-        common = next((n for n in range(len(context), 0, -1) if all(o[:n] == context[:n] for o in alike)), 0)
-        assert prefix == (context[: common // length * length] if len(alike) > 1 else ())
+        assert context[: len(prefix)] == prefix
+        assert len(prefix) % length == 0 and (not prefix or len(prefix) >= 3)
+    saved = sum(map(len, found.values())) - sum(map(len, set(found.values())))
+    for n in range(-(-3 // length) * length, 13, length):
+        holders = collections.Counter(context[:n] for context in found if len(context) >= n)
+        assert all((count - 1) * n <= saved for count in holders.values())
 
 
-def test_alike_contexts_stay_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first batch has the longest request, and the requests whose contexts are alike."""
+def test_tasks_with_one_system_prompt_share_prefixes_of_their_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one batch, and in two: the contexts of a task are neighbours, whatever their lengths."""
+    monkeypatch.setattr(batches, "ALIKE", 8)
+    rng = random.Random(0)
+    system = some(rng, 16)
+    tasks = [(*system, task, *some(rng, 63)) for task in (0, 1)]
+    requests = [ScoreRequest((*tasks[i % 2], *some(rng, 4 * i + 4)), (1,)) for i in range(8)]
+    rests = sum(4 * i + 4 for i in range(8))
+    for options in ({}, {"max_active": 4}):
+        found = score(open_engine(folder, **options), requests, 4)
+        assert sum(result.clean_tokens for result in found) == 2 * 80 + rests
+
+
+def test_few_alike_contexts_take_no_forward_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward for 8 tokens of 2 contexts costs more than the contexts' 8 tokens twice."""
+    monkeypatch.setattr(batches, "ALIKE", 8)
+    rng = random.Random(0)
+    front = some(rng, 8)
+    for count, shared in ((2, False), (9, True)):
+        requests = [ScoreRequest((*front, i % 5, i // 5, *some(rng, 2)), (1,)) for i in range(count)]
+        found = score(open_engine(folder), requests, 4)
+        assert sum(result.clean_tokens for result in found) == (8 + 4 * count if shared else 12 * count)
+
+
+def test_alike_contexts_are_in_one_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches still begin with the longest request."""
     monkeypatch.setattr(batches, "ALIKE", 8)
     engine = open_engine(folder, max_active=3)
     rng = random.Random(0)

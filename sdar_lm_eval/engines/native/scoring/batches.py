@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,9 +12,10 @@ from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
 from sdar_lm_eval.errors import UserError
 
 Tokens = tuple[int, ...]
-# Contexts are alike if their first ALIKE tokens are equal, as those of a few-shot task. A shared prefix takes a forward
-# of its own, so a shorter prefix would cost more time than it saves.
+# Contexts are alike if their first ALIKE tokens are equal, as those of a few-shot task.
 ALIKE = 64
+# Shared prefixes take a forward of their own, so they must save at least this share of a full forward's tokens.
+LEAST_SAVED = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ def divide(
 ) -> list[Batch]:
     """Divide requests into batches, the longest requests first.
 
-    Requests that share a context's whole blocks stay together, and so do requests whose contexts are alike. Requests of
-    equal length stay in order, so that the windows of a long text finish one after the other. Requests whose
-    continuations hold the mask token are left out.
+    Requests that share a context's whole blocks stay together. Alike contexts stay together too, and among alike
+    contexts those that share more tokens. Requests of equal length stay in order, so that the windows of a long text
+    finish one after the other. Requests whose continuations hold the mask token are left out.
 
     Raises:
         UserError: the KV cache cannot hold a single request.
@@ -89,14 +90,12 @@ def divide(
                 "max_length, or give a larger kv_pages where there is memory for it."
             )
         groups.setdefault(request.context_ids[: shared[index]] or index, []).append(index)
-    alike: dict[Tokens | int, list[list[int]]] = {}  # first ALIKE tokens, or an index where there are fewer -> groups
-    for context, group in sorted(groups.items(), key=lambda item: -max(length_of[index] for index in item[1])):
-        key = context[:ALIKE] if isinstance(context, tuple) and len(context) >= ALIKE else group[0]
-        alike.setdefault(key, []).append(group)
+    longest_first = sorted(groups.items(), key=lambda item: -max(length_of[index] for index in item[1]))
+    contexts = [(context if isinstance(context, tuple) else (), group) for context, group in longest_first]
     batches: list[Batch] = []
     indices: list[int] = []
     total = noised = 0
-    for group in itertools.chain.from_iterable(alike.values()):
+    for _, group in _with_neighbours(contexts, ALIKE):
         counted = False
         for index in group:
             needed = own[index] + (0 if counted else shared[index])
@@ -113,21 +112,59 @@ def divide(
     return [*batches, Batch(indices, total)] if indices else batches
 
 
-def shared_prefixes(contexts: Iterable[Tokens], length: int) -> dict[Tokens, Tokens]:
-    """Map each context to the prefix, in whole blocks, that all alike contexts share; to () if no other one is alike.
+def _with_neighbours(contexts: list[tuple[Tokens, list[int]]], size: int) -> Iterator[tuple[Tokens, list[int]]]:
+    """Yield contexts with their requests: after each context, the contexts with the same first `size` tokens.
+
+    Of these contexts, those with the same first 2 * `size` tokens follow each other, and so on. A system prompt makes
+    the contexts of all tasks alike, and the contexts of one task share more.
+    """
+    alike: dict[Tokens | int, list[tuple[Tokens, list[int]]]] = {}
+    for number, (context, group) in enumerate(contexts):
+        alike.setdefault(context[:size] if len(context) >= size else number, []).append((context, group))
+    for some in alike.values():
+        yield from _with_neighbours(some, 2 * size) if len(some) > 1 else some
+
+
+def shared_prefixes(contexts: Iterable[Tokens], length: int, forward_tokens: int) -> dict[Tokens, Tokens]:
+    """Map each context to the prefix, in whole blocks, that it shares with others; to () if it shares none.
+
+    A context has at most one shared prefix. If contexts of two tasks have one system prompt, each task's longer prefix
+    is chosen if the longer prefixes save more tokens than the system prompt does.
 
     Args:
         contexts: the contexts of a batch.
         length: tokens of a block.
+        forward_tokens: most new tokens of a forward.
     """
-    prefixes: dict[Tokens, Tokens] = dict.fromkeys(contexts, ())
-    alike: dict[Tokens, list[Tokens]] = {}  # first ALIKE tokens -> distinct contexts
-    for context in prefixes:
-        alike.setdefault(context[:ALIKE], []).append(context)
-    for start, group in alike.items():
-        if len(start) == ALIKE and len(group) > 1:
-            # What the first and the last context in lexicographic order share, all contexts between them share too.
-            pairs = zip(min(group), max(group), strict=False)
-            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            prefixes |= dict.fromkeys(group, group[0][: shared // length * length])
-    return prefixes
+    distinct = sorted(set(contexts))
+    saved, prefixes = _best_prefixes(distinct, 0, length)
+    return prefixes if saved >= LEAST_SAVED * forward_tokens else dict.fromkeys(distinct, ())
+
+
+def _best_prefixes(contexts: list[Tokens], known: int, length: int) -> tuple[int, dict[Tokens, Tokens]]:
+    """Return how many tokens the shared prefixes save, and each context's prefix.
+
+    Args:
+        contexts: distinct contexts, sorted. All contexts have the first `known` tokens in common.
+        known: a multiple of `length`.
+        length: tokens of a block.
+    """
+    if len(contexts) < 2:
+        return 0, dict.fromkeys(contexts, ())
+    # What the first and the last context in lexicographic order share, all contexts between them share too.
+    first, last = contexts[0], contexts[-1]
+    while first[known : known + length] == last[known : known + length]:
+        known += length
+    saved, prefixes = 0, dict[Tokens, Tokens]()
+    for _, part in itertools.groupby(contexts, key=lambda context: context[known : known + length]):
+        tokens, found = _best_prefixes(list(part), known, length)
+        saved += tokens
+        prefixes.update(found)
+    if known >= ALIKE:
+        others = [context for context, prefix in prefixes.items() if not prefix]
+        if (len(contexts) - 1) * known >= saved + max(len(others) - 1, 0) * known:
+            others, saved = contexts, 0
+        if len(others) > 1:
+            saved += (len(others) - 1) * known
+            prefixes |= dict.fromkeys(others, first[:known])
+    return saved, prefixes

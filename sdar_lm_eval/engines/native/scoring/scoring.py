@@ -85,7 +85,7 @@ class Scoring:
 
     def _run_batch(self, plans: list[likelihood.Plan], length: int, cache: torch.Tensor) -> list[ScoreResult | None]:
         """Run one batch; results in the order of the plans, None where a score is not finite."""
-        prefix_of = shared_prefixes((plan.context for plan in plans), length)
+        prefix_of = shared_prefixes((plan.context for plan in plans), length, self._limits.forward_tokens)
         prefixes: dict[Tokens, Trunk] = {}
         contexts: dict[Tokens, Trunk] = {}
         continuations: list[Trunk] = []
