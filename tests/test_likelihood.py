@@ -451,6 +451,58 @@ def test_few_alike_contexts_take_no_forward_of_their_own(folder: Path, monkeypat
         assert sum(result.clean_tokens for result in found) == (8 + 4 * count if shared else 12 * count)
 
 
+@given(
+    texts=st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=12), st.integers(1, 5)), max_size=14),
+    length=st.integers(1, 4),
+    room=st.integers(16, 60),
+    forward_tokens=st.sampled_from([0, 64, 160]),
+)
+def test_a_batch_needs_no_more_clean_tokens_than_it_says(
+    texts: list[tuple[list[int], int]], length: int, room: int, forward_tokens: int
+) -> None:
+    requests = [ScoreRequest(tuple(context), (1,) * count) for context, count in texts]
+    limits = Limits(room, room, 9999, None, forward_tokens, seen_tokens=256, row_tokens=16)
+    config = LikelihoodConfig("chain", 2, length)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "ALIKE", 3)
+        made = batches.divide(requests, config, MASK, limits)
+        for batch in made:
+            plans = [plan(requests[index], config, MASK) for index in batch.requests]
+            prefixes = batches.shared_prefixes((each.context for each in plans), length, forward_tokens)
+            rests = sum(len(context) - len(prefix) for context, prefix in prefixes.items())
+            needed = sum(map(len, set(prefixes.values()))) + rests + sum(len(each.clean) for each in plans)
+            assert needed <= batch.clean_tokens <= room
+    assert sorted(index for batch in made for index in batch.requests) == list(range(len(requests)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_batch_has_as_many_alike_contexts_as_memory_holds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """The KV cache has exactly the batch's clean tokens, so a token without memory would be an IndexError."""
+    monkeypatch.setattr(batches, "ALIKE", 8)
+    narrow = Limits(128, 100, 9999, requests=None, forward_tokens=64, seen_tokens=256, row_tokens=16)
+    monkeypatch.setattr(native_engine.Limits, "on", lambda *_: narrow)
+    rng = random.Random(seed)
+    fronts = [some(rng, 40), some(rng, 20), ()]
+    requests = [
+        ScoreRequest((*rng.choice(fronts), *some(rng, rng.randint(1, 20))), some(rng, rng.randint(1, 6)))
+        for _ in range(30)
+    ]
+    config = LikelihoodConfig("chain", 2, 4)
+    made = batches.divide(requests, config, MASK, narrow)
+    assert sorted(index for batch in made for index in batch.requests) == list(range(30))
+    assert all(batch.clean_tokens <= 100 for batch in made)
+    # Without sharing, most batches of the longest contexts would hold one or two requests.
+    longest = [batch for batch in made if any(requests[i].context_ids[:40] == fronts[0] for i in batch.requests)]
+    assert sum(len(batch.requests) for batch in longest) / len(longest) > 3
+    together = score(open_engine(folder), requests, 4)
+    monkeypatch.undo()
+    alone = open_engine(folder)
+    for request, result in zip(requests, together, strict=True):
+        assert result.log_likelihood == pytest.approx(score(alone, [request], 4)[0].log_likelihood, rel=1e-5, abs=1e-5)
+
+
 def test_alike_contexts_are_in_one_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The batches still begin with the longest request."""
     monkeypatch.setattr(batches, "ALIKE", 8)

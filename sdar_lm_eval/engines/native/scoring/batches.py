@@ -94,22 +94,73 @@ def divide(
     contexts = [(context if isinstance(context, tuple) else (), group) for context, group in longest_first]
     batches: list[Batch] = []
     indices: list[int] = []
-    total = noised = 0
-    for _, group in _with_neighbours(contexts, ALIKE):
+    tally = _Tally(length, limits.forward_tokens)
+    noised = 0
+    for context, group in _with_neighbours(contexts, ALIKE):
         counted = False
         for index in group:
-            needed = own[index] + (0 if counted else shared[index])
             copies = len(requests[index].continuation_ids) * likelihood.most_patterns(config)
+            more = (tally if counted else tally.with_context(context)).with_tokens(own[index])
             if indices and (
                 len(indices) == limits.requests
-                or total + needed > limits.clean_tokens
+                or more.clean_tokens > limits.clean_tokens
                 or noised + copies > limits.noised_tokens
             ):
-                batches.append(Batch(indices, total))
-                indices, total, noised, needed = [], 0, 0, own[index] + shared[index]
+                batches.append(Batch(indices, tally.clean_tokens))
+                indices, noised = [], 0
+                more = _Tally(length, limits.forward_tokens).with_context(context).with_tokens(own[index])
             indices.append(index)
-            total, noised, counted = total + needed, noised + copies, True
-    return [*batches, Batch(indices, total)] if indices else batches
+            tally, noised, counted = more, noised + copies, True
+    return [*batches, Batch(indices, tally.clean_tokens)] if indices else batches
+
+
+class _Tally(NamedTuple):
+    """An upper bound of the clean tokens of a batch that gets one context after the other.
+
+    Attributes:
+        length: tokens of a block.
+        forward_tokens: most new tokens of a forward.
+        unshared: clean tokens if no contexts shared a prefix.
+        saved: tokens that earlier groups of alike contexts save, if each group shares one prefix.
+        prefix: the leading tokens that all contexts of the last group share.
+        alike: number of contexts of the last group.
+    """
+
+    length: int
+    forward_tokens: int
+    unshared: int = 0
+    saved: int = 0
+    prefix: Tokens = ()
+    alike: int = 0
+
+    @property
+    def _saved_by_last(self) -> int:
+        shared = len(self.prefix) // self.length * self.length
+        return (self.alike - 1) * shared if shared >= ALIKE and self.alike else 0
+
+    @property
+    def clean_tokens(self) -> int:
+        """The bound. `shared_prefixes` saves at least as many tokens as the bound leaves out."""
+        saved = self.saved + self._saved_by_last
+        return self.unshared - (saved if saved >= LEAST_SAVED * self.forward_tokens else 0)
+
+    def with_tokens(self, count: int) -> _Tally:
+        """Count clean tokens of a continuation."""
+        return self._replace(unshared=self.unshared + count)
+
+    def with_context(self, context: Tokens) -> _Tally:
+        """Count a context that the batch does not have."""
+        more = self.with_tokens(len(context))
+        if context[:ALIKE] != self.prefix[:ALIKE] or len(context) < ALIKE:
+            return more._replace(saved=self.saved + self._saved_by_last, prefix=context, alike=1)
+        return more._replace(prefix=self.prefix[: _shared(self.prefix, context)], alike=self.alike + 1)
+
+
+def _shared(one: Tokens, other: Tokens) -> int:
+    """How many leading tokens two contexts share."""
+    if other[: len(one)] == one:
+        return len(one)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _with_neighbours(contexts: list[tuple[Tokens, list[int]]], size: int) -> Iterator[tuple[Tokens, list[int]]]:
