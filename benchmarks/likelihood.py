@@ -30,6 +30,8 @@ from sdar_lm_eval import Checkpoint, make_engine
 from sdar_lm_eval.engines.native.scoring.batches import Limits
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
 
+KINDS = ["rolling", "endings", "letters", "few-shot"]
+
 
 def requests_of(kind: str, checkpoint: Checkpoint, args: argparse.Namespace) -> list[ScoreRequest]:
     rng = random.Random(args.seed)
@@ -94,7 +96,7 @@ def main() -> None:
     parser.add_argument("--block-length", type=int, help="default: the checkpoint's")
     parser.add_argument("--methods", nargs="+", default=["chain", "nelbo"])
     parser.add_argument("--mc-samples", type=int, default=256)
-    parser.add_argument("--kinds", nargs="+", default=["rolling", "endings", "letters", "few-shot"])
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--length", type=int, default=512, help="tokens of a rolling text; the others follow from it")
     parser.add_argument("--texts", type=int, default=8, help="rolling texts; questions are 8 times as many")
     parser.add_argument("--repeats", type=int, default=2)

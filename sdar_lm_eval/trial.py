@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from sdar_lm_eval import arguments
 from sdar_lm_eval.arguments import DecodingArguments
 from sdar_lm_eval.demo import PROMPT, problems
-from sdar_lm_eval.engines.agreement import JUDGED, Divergence, Float32Judge, allowed, first_difference
+from sdar_lm_eval.engines.agreement import JUDGED, Divergence, Float32Judge, allowed
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import SDARError, UserError, did_you_mean, listed
 from sdar_lm_eval.files import one_line
 from sdar_lm_eval.loaded import Answer, LoadedModel
 from sdar_lm_eval.settings import ALIASES, GENERATION_SETTINGS
+from sdar_lm_eval.tokens import first_difference
 
 STRATEGIES = (*JUDGED, "low_confidence_dynamic")
 """Strategies that all engines have."""

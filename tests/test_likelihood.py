@@ -624,12 +624,21 @@ def test_logits_that_are_not_numbers(folder: Path) -> None:
         score(engine, requests_of([(4, 4)]), 4)
 
 
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("method", ["chain", "nelbo"])
-def test_one_text_without_numbers_costs_the_others_nothing(folder: Path, method: str) -> None:
-    """They share its context, its batch and its forwards; one that shares its bad context fails too."""
+def test_one_text_without_numbers_costs_the_others_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, alike: bool
+) -> None:
+    """They share its context, its batch and its forwards; one that shares its bad context fails too.
+
+    Alike contexts share the KV of a prefix besides.
+    """
+    monkeypatch.setattr(batches, "ALIKE", 8)
+    monkeypatch.setattr(batches, "LEAST_SAVED", 0)
     engine, bad = open_engine(folder), 4
     rng = random.Random(0)
-    contexts = [some(rng, n, below=bad) for n in (4, 9, 30)]
+    front = some(rng, 8, below=bad) if alike else ()
+    contexts = [(*front, *some(rng, n, below=bad)) for n in (4, 9, 30)]
     good = [ScoreRequest(c, some(rng, m, below=bad)) for c in contexts for m in (1, 3, 6)]
     expected = score(engine, good, 4, method)
     engine.model.model.embed_tokens.weight[bad] = torch.nan

@@ -23,6 +23,7 @@ import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.types import GenerationRequest, GenerationResult
+from sdar_lm_eval.tokens import first_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -173,11 +174,6 @@ class Float32Judge:
 def allowed(dtype: str) -> float:
     """Return the most nats that rounding explains, for a dtype of weights and activations."""
     return ROUNDING_OF_FLOAT32 if dtype == "float32" else ROUNDING
-
-
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the index of the first token that differs; the shorter length where one answer begins the other."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _search(

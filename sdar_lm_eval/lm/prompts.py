@@ -19,6 +19,7 @@ from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
 from sdar_lm_eval.lm.thoughts import Thoughts
 from sdar_lm_eval.thinking import is_open
+from sdar_lm_eval.tokens import first_difference
 
 logger = logging.getLogger(__name__)
 
@@ -273,7 +274,7 @@ class Prompts:
                 elif whole_text == context_text:  # the continuation is empty
                     yield context_ids or prefix, ()
                 else:
-                    shared = min(_shared(context_ids, whole), len(whole) - 1)
+                    shared = min(first_difference(context_ids, whole), len(whole) - 1)
                     # A slice would be another tuple than that of the other pairs with the same context.
                     kept = context_ids if shared == len(context_ids) else whole[:shared]
                     yield kept or prefix, whole[shared:]
@@ -336,13 +337,6 @@ class Prompts:
     def _wants_special_tokens(self, text: str, rendered: bool) -> bool:
         bos = self.tokenizer.bos_token
         return not rendered and not (bos and text.startswith(bos))  # a template writes the BOS itself, if at all
-
-
-def _shared(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """The number of leading tokens that two texts share."""
-    if a == b[: len(a)]:  # faster than a loop over the tokens
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _digest(text: str) -> bytes:

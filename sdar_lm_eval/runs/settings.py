@@ -6,7 +6,6 @@ samples (0.0 is greedy), at most 512 new tokens for GSM8K.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -15,7 +14,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import sdar_lm_eval
 from sdar_lm_eval import arguments
@@ -24,7 +23,7 @@ from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.revision import ANSWER_REVISION
 from sdar_lm_eval.runs.grid import Setting, combinations, listed, without_copies
-from sdar_lm_eval.settings import ALIASES, OF_THOUGHTS, read_generation
+from sdar_lm_eval.settings import ALIASES, OF_THOUGHTS, read_generation, typed
 
 DEFAULT_TASK = "gsm8k_sdar"
 
@@ -248,10 +247,7 @@ def runs_from_flags(
                 verbose=verbose,
                 confirm_run_unsafe_code=confirm_run_unsafe_code,
                 thoughts=tuple(_named_values("--thoughts", thoughts, OF_THOUGHTS).items()),
-                engine_args=tuple(
-                    (name, _typed(value))
-                    for name, value in _named_values("--engine-args", engine_args, engine_arguments(engine)).items()
-                ),
+                engine_args=_engine_args(engine_args, engine),
             )
             read_generation(run.gen_kwargs, {})  # refuses what the model would
             _check_limits(engine, run.decoding)
@@ -288,12 +284,14 @@ def _named_values(flag: str, text: str, known: Sequence[str]) -> dict[str, str]:
     return given
 
 
-def _typed(text: str) -> Setting:
-    """The number, true or false that a text says; another text as it is."""
-    with contextlib.suppress(ValueError):
-        if isinstance(value := json.loads(text.lower()), (bool, int, float)):
-            return value
-    return text
+def _engine_args(text: str, engine: str) -> tuple[tuple[str, Setting], ...]:
+    """Read --engine-args. An engine refuses other types too, but on a GPU that is paid for by then."""
+    given = _named_values("--engine-args", text, engine_arguments(engine))
+    try:
+        read = typed(given, getattr(arguments, ENGINES[engine].arguments))
+    except UserError as error:
+        raise UserError(f"--engine-args {text}: {error}") from error
+    return tuple(cast("dict[str, Setting]", read).items())
 
 
 def _flag(setting: str) -> str:

@@ -13,7 +13,8 @@ from asking import ask, random_prompts, run, tokens_of
 
 from sdar_lm_eval import DecodingConfig, GenerationRequest, GenerationResult, make_engine
 from sdar_lm_eval.demo import prompts
-from sdar_lm_eval.engines.agreement import ROUNDING, ROUNDING_OF_FLOAT32, Float32Judge, allowed, first_difference
+from sdar_lm_eval.engines.agreement import ROUNDING, ROUNDING_OF_FLOAT32, Float32Judge, allowed
+from sdar_lm_eval.tokens import first_difference
 
 A, B, STOP, MASK = range(4)
 PROMPT = (A, A)

@@ -176,6 +176,12 @@ def test_model_args_of_the_engine() -> None:
     for text in ("kv_pages=9", "tensor_parallel_size=2", "temperature=1", "max_active", "[1]"):
         with pytest.raises(UserError, match=r"--engine-args .* names out of dtype, max_active, max_length, gpu_memory"):
             _runs(engine="jetengine", engine_args=text)
+    for text, told in (
+        ("max_active=many", "max_active='many' is not a whole number"),
+        ("kernels=3", "neither true nor"),
+    ):
+        with pytest.raises(UserError, match=rf"--engine-args {text}: .*{told}"):
+            _runs(engine="native", engine_args=text)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -107,7 +107,7 @@ def test_the_decoder_takes_the_kernel_where_the_kernel_runs_and_suits(monkeypatc
     weights = types.SimpleNamespace(
         norm=torch.zeros(32), head_dim=64, layers=[layer], head=None, embedding=torch.zeros(10, 32), eps=1e-6
     )
-    made = decoder.FusedDecoder(weights, 16)
+    made = decoder.FusedDecoder(weights, types.SimpleNamespace(page_size=16, kv_heads=2))
     assert asked == [(8, (1, 16, 2, 64), torch.float32)]
     tokens = torch.zeros(4, dtype=torch.int64)
     made(tokens, tokens, tokens, some_tiles(4, context), torch.zeros(1, 2, 3, 16, 2, 64))

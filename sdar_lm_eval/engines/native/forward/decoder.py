@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from sdar_lm_eval.engines.native.forward.cache import PagedCache
 from sdar_lm_eval.engines.native.kernels import attention, experts, layers
 from sdar_lm_eval.families.base import DecoderWeights, DenseMLP, LayerWeights
 
@@ -33,14 +34,14 @@ class FusedDecoder:
 
     Args:
         weights: the weights, on their device.
-        page_size: tokens of a page of the KV cache.
+        cache: the KV cache, for the shape of its pages.
         batch_invariant: whether products should be batch-invariant: a row's result does not depend on other rows.
 
     Attributes:
         batch_invariant: whether products are batch-invariant: asked for, and `hopper` runs them, on a Hopper GPU.
     """
 
-    def __init__(self, weights: DecoderWeights, page_size: int, *, batch_invariant: bool = False) -> None:
+    def __init__(self, weights: DecoderWeights, cache: PagedCache, *, batch_invariant: bool = False) -> None:
         self._weights, self._device = weights, weights.norm.device
         self._half, self._scaling = weights.head_dim // 2, weights.head_dim**-0.5
         self._cos_sin = torch.empty(0, weights.head_dim, device=self._device)
@@ -54,9 +55,8 @@ class FusedDecoder:
         on_hopper = self._gates_on_hopper == bool(gates) and runs_on_hopper(first.qkv, first.o, *plain, weights.head)
         self.batch_invariant = batch_invariant and on_hopper and not biased
         heads = first.o.shape[1] // weights.head_dim
-        kv_heads = (len(first.qkv) // weights.head_dim - heads) // 2
-        page = first.qkv.new_zeros(1, page_size, kv_heads, weights.head_dim)
-        self._group = heads // kv_heads
+        page = first.qkv.new_zeros(1, cache.page_size, cache.kv_heads, weights.head_dim)
+        self._group = heads // cache.kv_heads
         self._attends_on_hopper = hopper_attention is not None and hopper_attention.runs(heads, page)
 
     def compile(self) -> None:

@@ -37,7 +37,7 @@ class FusedForward(Forward):
 
     def __init__(self, weights: DecoderWeights, cache: PagedCache, *, reproducible: bool) -> None:
         self.weights = weights
-        self._decoder = FusedDecoder(weights, cache.page_size, batch_invariant=reproducible)
+        self._decoder = FusedDecoder(weights, cache, batch_invariant=reproducible)
         self._cache, self._reproducible = cache, reproducible
         self._device, self._dtype = weights.norm.device, weights.norm.dtype
         # The rounding of a product that is not batch-invariant depends on its number of rows.

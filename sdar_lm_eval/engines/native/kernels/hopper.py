@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -188,15 +189,16 @@ def _run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     columns = COLUMNS // parts
     work = work_table(-(-rows // STRIP), -(-size // columns), columns, x.device)
     product_kernel[(work.shape[1],)](
-        TensorDescriptor.from_tensor(x, [STRIP, INPUTS], _layout(2)),
-        TensorDescriptor.from_tensor(weight, [parts, columns, INPUTS], _layout(3)),
-        TensorDescriptor.from_tensor(out, [STRIP, COLUMNS // 2], _layout(2)),
+        TensorDescriptor.from_tensor(x, [STRIP, INPUTS], shared_layout(2)),
+        TensorDescriptor.from_tensor(weight, [parts, columns, INPUTS], shared_layout(3)),
+        TensorDescriptor.from_tensor(out, [STRIP, COLUMNS // 2], shared_layout(2)),
         work, len(work) - 1, inputs, STAGES, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return out
 
 
-def _layout(rank: int) -> Any:
+def shared_layout(rank: int) -> Any:
+    """The layout of 16-bit tiles in shared memory, as TMA writes it: rows of 128 bytes."""
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
@@ -211,11 +213,16 @@ def run_for(*weights: torch.Tensor) -> bool:
         return False
     if any(w.dtype.itemsize != 2 or len(w) % (8 * parts) or w.shape[1] % 8 for w in weights):
         return False
+    return works(lambda: run(first.new_zeros(1, first.shape[1]), first), device, "kernel for Hopper GPUs", "cuBLAS")
+
+
+def works(run: Callable[[], object], device: torch.device, kernel: str, other: str) -> bool:
+    """Try a kernel on a GPU. If the kernel does not run, a warning says which `other` one takes its place."""
     try:
-        run(first.new_zeros(1, first.shape[1]), first)
+        run()
         torch.cuda.synchronize(device)
-    except Exception as error:  # Gluon is experimental and may raise anything; cuBLAS replaces the kernel
-        logger.warning("The kernel for Hopper GPUs does not run here, and cuBLAS takes its place: %s", error)
+    except Exception as error:  # Gluon is experimental and may raise anything
+        logger.warning("The %s does not run here, and %s takes its place: %s", kernel, other, error)
         return False
     return True
 

@@ -21,8 +21,6 @@ tests/engines/native/test_hopper_attention.py compares it with PyTorch on Hopper
 
 from __future__ import annotations
 
-import logging
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -35,10 +33,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sdar_lm_eval.engines.native.kernels.attention import SPLIT, WHOLE, Tiles, combine_splits, partial_results
-from sdar_lm_eval.engines.native.kernels.hopper import is_hopper, load_tile
-
-logger = logging.getLogger(__name__)
+from sdar_lm_eval.engines.native.kernels.attention import LOG2E, SPLIT, WHOLE, Tiles, combine_splits, partial_results
+from sdar_lm_eval.engines.native.kernels.hopper import is_hopper, load_tile, shared_layout, works
 
 SIZES = (64, 128)  # head sizes
 ROWS = 64  # query rows of a consumer warpgroup: the fewest that the instruction takes
@@ -48,7 +44,6 @@ STAGES = 3  # stages of shared memory
 REGISTERS = {1: 128, 2: 168}  # number of consumer warpgroups -> registers of a thread, on average
 MANY_ROWS = 256  # above so many query rows of a tile, the kernel is faster than Triton's for contexts of any length
 CHANNELS = 64  # channels of a copy: 128 bytes, a row of shared memory without bank conflicts
-LOG2E = gl.constexpr(1.4426950408889634)
 # Triton 3.9 renames `_reinterpret`.
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
@@ -340,9 +335,10 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     tokens, heads, size = query.shape
     pages, page_size, kv_heads = keys.shape[:3]
     out = torch.empty_like(query)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     sources = [
-        TensorDescriptor.from_tensor(x.view(pages * page_size, kv_heads * size), [page_size, CHANNELS], layout)
+        TensorDescriptor.from_tensor(
+            x.view(pages * page_size, kv_heads * size), [page_size, CHANNELS], shared_layout(2)
+        )
         for x in (keys, values)
     ]
     group = heads // kv_heads
@@ -388,14 +384,11 @@ def runs(heads: int, cache: torch.Tensor) -> bool:
         return False
     if page_size % 8 or min(COLUMNS.values()) % page_size:
         return False
-    one = torch.ones(1, dtype=torch.int64, device=cache.device)
-    query = cache.new_zeros(1, heads, size)
-    try:
+
+    def run() -> None:
+        one = torch.ones(1, dtype=torch.int64, device=cache.device)
         for tokens in (1, 2 * ROWS):  # one and two consumer warpgroups
             tiles = Tiles(one - 1, one, (one - 1)[None], one - 1, one, tokens, SPLIT, 1)
-            attend(query, cache, cache, tiles, 1.0)
-        torch.cuda.synchronize(cache.device)
-    except Exception as error:  # Gluon is experimental and may raise anything; Triton's kernel replaces this kernel
-        logger.warning("The Hopper attention kernel does not run here, and Triton's kernel takes its place: %s", error)
-        return False
-    return True
+            attend(cache.new_zeros(1, heads, size), cache, cache, tiles, 1.0)
+
+    return works(run, cache.device, "Hopper attention kernel", "Triton's kernel")

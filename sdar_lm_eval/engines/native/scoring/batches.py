@@ -10,6 +10,7 @@ from typing import NamedTuple
 from sdar_lm_eval import likelihood
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.tokens import first_difference
 
 Tokens = tuple[int, ...]
 # Contexts are alike if their first ALIKE tokens are equal, as those of a few-shot task.
@@ -153,14 +154,7 @@ class _Tally(NamedTuple):
         more = self.with_tokens(len(context))
         if context[:ALIKE] != self.prefix[:ALIKE] or len(context) < ALIKE:
             return more._replace(saved=self.saved + self._saved_by_last, prefix=context, alike=1)
-        return more._replace(prefix=self.prefix[: _shared(self.prefix, context)], alike=self.alike + 1)
-
-
-def _shared(one: Tokens, other: Tokens) -> int:
-    """How many leading tokens two contexts share."""
-    if other[: len(one)] == one:
-        return len(one)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+        return more._replace(prefix=self.prefix[: first_difference(self.prefix, context)], alike=self.alike + 1)
 
 
 def _with_neighbours(contexts: list[tuple[Tokens, list[int]]], size: int) -> Iterator[tuple[Tokens, list[int]]]:
@@ -204,8 +198,7 @@ def _best_prefixes(contexts: list[Tokens], known: int, length: int) -> tuple[int
         return 0, dict.fromkeys(contexts, ())
     # What the first and the last context in lexicographic order share, all contexts between them share too.
     first, last = contexts[0], contexts[-1]
-    while first[known : known + length] == last[known : known + length]:
-        known += length
+    known += first_difference(first[known:], last[known:]) // length * length
     saved, prefixes = 0, dict[Tokens, Tokens]()
     for _, part in itertools.groupby(contexts, key=lambda context: context[known : known + length]):
         tokens, found = _best_prefixes(list(part), known, length)
