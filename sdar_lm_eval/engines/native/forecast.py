@@ -1,17 +1,19 @@
-"""Predicts the sizes of the next step while the host does not know the outcome of the steps in flight. No tensors.
+"""Predicts the sizes of the next step while the host does not know the outcome of the step in flight. No tensors.
 
 The sizes of a step are chosen when the step is launched. A GPU that waits for the host between two steps idles, so the
-host does not wait for the outcome of the steps in flight. The host keeps the last known state of each slot, and
-predicts the effect of the steps in flight: each step unmasks its quota, and no answer meets a stop token. A wrong
-prediction costs time only: a block that does not fit waits for the next step.
+host does not wait for the outcome of the step in flight. The host keeps the last known state of each slot, and predicts
+the effect of the step in flight: each slot unmasks its quota, and recent steps tell how often a block is decided sooner
+and how often an answer ends. A wrong prediction costs time only: a block that does not fit waits for the next step.
 """
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdar_lm_eval.engines.native.batch import Outcome
 from sdar_lm_eval.engines.native.scheduler import SequenceState
@@ -20,7 +22,10 @@ from sdar_lm_eval.engines.native.strategies import STRATEGIES
 # A forward of up to this many tokens takes about as long as one of a single token: reading the weights takes the time.
 # A step always has room for this many.
 FREE_ROWS = 128
-SLACK_DECAY = 0.75  # of the moving average by which forecasts were too low
+# Room that is not used is computed for nothing, while a block that waits lets others run: so a step has room for less
+# than is expected, by this many standard deviations.
+CAUTION = 0.5
+DECAY = 0.9  # weight of a step among the recent steps, relative to the step after it
 
 
 class Forecast:
@@ -36,9 +41,12 @@ class Forecast:
         self._known = _Slots(slots, block)
         self._launched = self._learned = 0  # numbers of steps
         self._entered = np.zeros(slots, dtype=np.int64)  # slot -> the first step that its sequence can take part in
-        self._expected: list[tuple[int, int]] = []  # sizes predicted for the steps in flight, without slack
-        self._predicted = (0, 0)
-        self._slack = np.zeros(2)
+        self._in_flight = (0, 0)  # sizes of the last step
+        # Of blocks that their quota leaves undecided: those that a step decides. The last block of an answer counts by
+        # itself, since it may be decided with masked positions behind the length limit.
+        self._sooner, self._last_sooner = _Share(), _Share()
+        self._left = _Share()  # of positions that the quota leaves masked: those that a step does
+        self._going_on = _Share()  # of decided blocks before the length limit: those that have a successor
 
     def begin(self, sequences: Sequence[SequenceState]) -> None:
         """Sequences enter the batch. The current block of a sequence is the one after its last full block."""
@@ -51,42 +59,72 @@ class Forecast:
         self._known.active[slots] = False
 
     def sizes(self) -> tuple[int, int]:
-        """Segments and draws of the next step; (0, 0) where no slot is active."""
-        segments, masked = self._predicted = self._predict()
-        if segments and self._learned < self._launched:
-            active = int(self._known.active.sum())
-            wanted = np.array([segments, masked]) + np.ceil(self._slack).astype(int)
-            # At least one slot has to fit, otherwise the batch would never advance.
-            free = np.array([max(FREE_ROWS // self._block, 2), max(FREE_ROWS, self._block)])
-            most = active * np.array([2, self._block])
-            segments, masked = np.minimum(np.maximum(wanted, free), most).tolist()
-        return segments, masked
+        """Segments and draws of the next step; (0, 0) where no slot is expected to be active."""
+        if self._learned == self._launched:
+            return self._known.counts()
+        wanted = np.array(self._predicted())
+        if not wanted[0]:
+            return 0, 0
+        # At least one slot has to fit, otherwise the batch would never advance.
+        free = np.array([max(FREE_ROWS // self._block, 2), max(FREE_ROWS, self._block)])
+        most = self._known.active.sum() * np.array([2, self._block])
+        segments, draws = np.minimum(np.maximum(wanted, free), most).tolist()
+        return segments, draws
 
-    def launched(self) -> None:
-        """A step of the last `sizes` is in flight."""
-        self._expected.append(self._predicted)
+    def launched(self, segments: int, draws: int) -> None:
+        """A step of these sizes is in flight; the step before it is learned."""
+        self._in_flight = segments, draws
         self._launched += 1
 
     def learn(self, outcome: Outcome) -> None:
         """Update the known state with the outcome of the oldest step in flight."""
         known = self._known
         current = outcome.took_part & known.active & (self._entered <= self._learned)
+        left, last, decided = known.left_by_quota(), known.last_block(), outcome.masked == 0
+        for share, kind in ((self._sooner, ~last), (self._last_sooner, last)):
+            share.learn(decided, kind & current & (left > 0))
+        undecided = current & ~decided
+        self._left.learn(outcome.masked * undecided, left * undecided)
+        self._going_on.learn(outcome.goes_on, current & decided & ~last)
         known.advance(current, outcome.masked, outcome.goes_on)
         self._learned += 1
-        self._expected.pop(0)
-        if self._expected:
-            present = known.active & (self._entered <= self._learned)
-            missing = np.maximum(np.array(known.counts(present)) - self._expected[0], 0)
-            self._slack = SLACK_DECAY * self._slack + (1 - SLACK_DECAY) * missing
 
-    def _predict(self) -> tuple[int, int]:
-        """The sizes of the next step, without slack."""
-        slots = self._known
-        if self._learned < self._launched:
-            slots = copy.deepcopy(slots)
-            for step in range(self._learned, self._launched):
-                slots.advance_by_quota(slots.active & (self._entered <= step))
-        return slots.counts(slots.active)
+    def _predicted(self) -> tuple[int, int]:
+        """Segments and draws of the step after the one in flight: somewhat less than the expected values."""
+        known = self._known
+        runs = known.fitting(known.active & (self._entered <= self._learned), *self._in_flight)
+        left, last = known.left_by_quota(), known.last_block()
+        sooner = self._sooner(0)
+        decided = np.where(left == 0, 1.0, np.where(last, self._last_sooner(sooner), sooner))
+        going_on = decided * self._going_on(1) * ~last
+        # A slot that runs has one block next if its block stays undecided, two if its answer goes on, otherwise none.
+        segments = np.where(runs, 1 - decided + 2 * going_on, 1 + known.uncommitted) * known.active
+        masked = np.where(runs, (1 - decided) * left * self._left(1) + going_on * known.length, known.masked)
+        spread = runs * (1 - decided + 4 * going_on - segments**2)
+        spread_of_masked = runs * going_on * (1 - going_on) * known.length**2
+        return _rounded(segments, spread), _rounded(masked * known.active, spread_of_masked)
+
+
+def _rounded(expected: NDArray[np.float64], variance: NDArray[np.float64]) -> int:
+    """The sum of expected counts less `CAUTION` standard deviations, rounded up."""
+    total = float(expected.sum()) - CAUTION * math.sqrt(max(float(variance.sum()), 0))
+    return max(math.ceil(total - 1e-6), 0)  # sums that floating point leaves a little above an integer are integers
+
+
+class _Share:
+    """The share of some events among the events of recent steps."""
+
+    def __init__(self) -> None:
+        self._part = self._whole = 0.0
+
+    def __call__(self, default: float) -> float:
+        """The share; `default` before the first event."""
+        return self._part / self._whole if self._whole else default
+
+    def learn(self, part: NDArray[Any], whole: NDArray[Any]) -> None:
+        """Count the events of a step, (N,) each. What `part` has of slots without an event does not count."""
+        self._part = DECAY * self._part + float((part * (whole > 0)).sum())
+        self._whole = DECAY * self._whole + float(whole.sum())
 
 
 class _Slots:
@@ -108,16 +146,24 @@ class _Slots:
         if STRATEGIES[decoding.remasking_strategy].uses_schedule:
             self.quotas[slot, : len(decoding.quotas)] = decoding.quotas
 
-    def counts(self, slots: np.ndarray) -> tuple[int, int]:
-        """Segments and masked positions of some slots."""
-        return int((slots * (1 + self.uncommitted)).sum()), int(self.masked[slots].sum())
+    def counts(self) -> tuple[int, int]:
+        """Segments and masked positions of the active slots."""
+        return int((self.active * (1 + self.uncommitted)).sum()), int(self.masked[self.active].sum())
 
-    def advance_by_quota(self, slots: np.ndarray) -> None:
-        """Predict a step of some slots: each unmasks its quota, and no answer meets a stop token."""
-        quota = self.quotas[np.arange(len(self.step)), self.step]
-        self.advance(slots, np.maximum(self.masked - quota, 0), self.length - self.given < self.remaining)
+    def fitting(self, slots: NDArray[np.bool_], segments: int, draws: int) -> NDArray[np.bool_]:
+        """Those of some slots that fit into a step of these sizes: see `layout.py`."""
+        fits = slots & ((slots * (1 + self.uncommitted)).cumsum() <= segments)
+        return fits & ((fits * self.masked).cumsum() <= draws)
 
-    def advance(self, slots: np.ndarray, masked: np.ndarray, goes_on: np.ndarray) -> None:
+    def left_by_quota(self) -> NDArray[np.int64]:
+        """Positions that a step leaves masked at most."""
+        return np.maximum(self.masked - self.quotas[np.arange(len(self.step)), self.step], 0)
+
+    def last_block(self) -> NDArray[np.bool_]:
+        """Slots whose block reaches the answer's length limit."""
+        return self.length - self.given >= self.remaining
+
+    def advance(self, slots: NDArray[np.bool_], masked: NDArray[np.int32], goes_on: NDArray[np.bool_]) -> None:
         """Advance some slots by a step.
 
         Args:

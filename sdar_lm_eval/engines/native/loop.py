@@ -63,6 +63,7 @@ class Loop:
         self._scheduler, self._runner, self._decode = scheduler, runner, decode
         self._most_in_flight, self._watch = in_flight, watch
         self._in_flight: deque[dict[int, Occupant]] = deque()  # for each step: slot -> occupant
+        self._any_settled = False
         self._endings: dict[int, Ending] = {}  # index of a sequence whose answer is begun -> its tokens so far
         self._finished: list[Finished] = []
         self.suspects: list[int] = []
@@ -90,7 +91,9 @@ class Loop:
                     f"the engine stands still with {len(self._scheduler.running)} unfinished sequences: this should "
                     "never happen. Finished answers are kept (--use_cache); run again with a smaller max_active."
                 )
-            if self._in_flight and (not launched or len(self._in_flight) == self._most_in_flight):
+            # The forecast of later steps needs the outcome of one, so the first step is in flight alone.
+            most_in_flight = self._most_in_flight if self._any_settled else 1
+            if self._in_flight and (not launched or len(self._in_flight) == most_in_flight):
                 self._settle()
             if self._most_in_flight == 1:
                 yield from self._yield_finished()
@@ -132,6 +135,7 @@ class Loop:
     def _settle(self) -> None:
         """Collect the oldest step in flight, and update its sequences."""
         outcome, occupants = self._runner.collect(), self._in_flight.popleft()
+        self._any_settled = True
         any_stuck = outcome.stuck.any()
         for slot in outcome.took_part.nonzero()[0].tolist():
             sequence, epoch = occupants[slot]

@@ -282,15 +282,15 @@ class Runner:
                 segments = rounded_up(self._segment_sizes, segments)
             if self._drawing.fixed_rows:
                 draws = rounded_up(self._draw_sizes, draws)
-            self._forward_graphs(segments, self.forward.context_key(context))
-            self._draw_graphs(draws)
+            segments = self._forward_graphs(segments, self.forward.context_key(context))
+            draws = self._draw_graphs(draws)
             buffer = next(self._host_buffers)
             buffer.copy_(self.batch.packed, non_blocking=True)
             if self.device.type == "cuda":
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record()
         self._in_flight.append((buffer, event))
-        self._forecast.launched()
+        self._forecast.launched(segments, draws)
         return True
 
     def collect(self) -> Outcome:

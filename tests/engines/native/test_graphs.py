@@ -28,7 +28,7 @@ def test_a_size_is_padded_little(rungs, largest, rows, data):
 @pytest.mark.parametrize("size", [1, 7, 100])
 def test_without_graphs_a_size_is_what_it_is(size):
     seen = []
-    Graphs(lambda *key: seen.append(key), ladder(FORWARD, 100), enabled=False)(size, "context")
+    assert Graphs(lambda *key: seen.append(key), ladder(FORWARD, 100), enabled=False)(size, "context") == size
     assert seen == [(size, "context")]
 
 
@@ -44,8 +44,7 @@ def test_a_size_runs_without_a_graph_where_memory_is_short(monkeypatch, caplog, 
     monkeypatch.setattr(Graphs, "capture", no_memory)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     graphs = Graphs(lambda *key: seen.append(key), ladder(FORWARD, 100), enabled=True)
-    graphs(100)
-    graphs(120)
+    assert [graphs(100), graphs(120)] == [128, 128]  # the size that ran
     assert seen == [(128,), (128,)]
     assert len(emptied) == 2
     assert [record.levelname for record in caplog.records] == ["WARNING"]  # once

@@ -75,11 +75,11 @@ class Graphs:
         self._pool: torch.cuda._POOL_HANDLE | None = None
         self._warned = False
 
-    def __call__(self, size: int, *others: Hashable) -> None:
-        """Run the function for `size`, padded to the next size on the ladder."""
+    def __call__(self, size: int, *others: Hashable) -> int:
+        """Run the function for `size`, padded to the next size on the ladder; return the size that ran."""
         if not self._enabled:
             self.run(size, *others)
-            return
+            return size
         key = (rounded_up(self.sizes, size), *others)
         if key in self._graphs:
             self._graphs[key].replay()
@@ -96,6 +96,7 @@ class Graphs:
                 if not self._warned:
                     logger.warning("No memory is left for CUDA graphs: some steps run without, and take longer.")
                 self._warned = True
+        return key[0]
 
     def prepare(self, size: int, *others: Hashable, until: float) -> None:
         """Capture the graph of a size on the ladder, unless it exists or the clock (time.perf_counter) passes `until`.
