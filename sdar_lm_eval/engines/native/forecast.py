@@ -152,16 +152,20 @@ class _Slots:
 
     def fitting(self, slots: NDArray[np.bool_], segments: int, draws: int) -> NDArray[np.bool_]:
         """Those of some slots that fit into a step of these sizes: see `layout.py`."""
-        fits = slots & ((slots * (1 + self.uncommitted)).cumsum() <= segments)
-        return fits & ((fits * self.masked).cumsum() <= draws)
+        fits: NDArray[np.bool_] = slots & ((slots * (1 + self.uncommitted)).cumsum() <= segments)
+        fits &= (fits * self.masked).cumsum() <= draws
+        return fits
 
     def left_by_quota(self) -> NDArray[np.int64]:
         """Positions that a step leaves masked at most."""
-        return np.maximum(self.masked - self.quotas[np.arange(len(self.step)), self.step], 0)
+        quota = self.quotas[np.arange(len(self.step)), self.step]
+        left: NDArray[np.int64] = np.maximum(self.masked - quota, 0)
+        return left
 
     def last_block(self) -> NDArray[np.bool_]:
         """Slots whose block reaches the answer's length limit."""
-        return self.length - self.given >= self.remaining
+        last: NDArray[np.bool_] = self.length - self.given >= self.remaining
+        return last
 
     def advance(self, slots: NDArray[np.bool_], masked: NDArray[np.int32], goes_on: NDArray[np.bool_]) -> None:
         """Advance some slots by a step.

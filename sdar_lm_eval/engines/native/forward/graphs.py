@@ -80,7 +80,8 @@ class Graphs:
         if not self._enabled:
             self.run(size, *others)
             return size
-        key = (rounded_up(self.sizes, size), *others)
+        size = rounded_up(self.sizes, size)
+        key = (size, *others)
         if key in self._graphs:
             self._graphs[key].replay()
         else:
@@ -96,7 +97,7 @@ class Graphs:
                 if not self._warned:
                     logger.warning("No memory is left for CUDA graphs: some steps run without, and take longer.")
                 self._warned = True
-        return key[0]
+        return size
 
     def prepare(self, size: int, *others: Hashable, until: float) -> None:
         """Capture the graph of a size on the ladder, unless it exists or the clock (time.perf_counter) passes `until`.
