@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--random-weights", action="store_true", help="the folder needs no weights; they are drawn")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--no-kernels", action="store_true", help="run transformers' modules on a GPU, too")
     parser.add_argument("--block-length", type=int, help="default: the checkpoint's")
     parser.add_argument("--methods", nargs="+", default=["chain", "nelbo"])
     parser.add_argument("--mc-samples", type=int, default=256)
@@ -105,7 +106,9 @@ def main() -> None:
 
     with folder(parser, args) as pretrained:
         checkpoint = Checkpoint.open(pretrained)
-        engine: Any = make_engine("native", checkpoint, device=args.device, dtype=args.dtype)
+        engine: Any = make_engine(
+            "native", checkpoint, device=args.device, dtype=args.dtype, kernels=False if args.no_kernels else None
+        )
     model = engine.model
     attention = model.config._attn_implementation
     length = args.block_length or checkpoint.block_length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import itertools
 import math
@@ -21,10 +22,11 @@ from scipy.stats import chisquare
 from support import block_causal, random_checkpoint, read_weights, reference_logits
 
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
-from sdar_lm_eval.engines.native import engine as native_engine
 from sdar_lm_eval.engines.native.engine import NativeEngine
 from sdar_lm_eval.engines.native.scoring import batches
 from sdar_lm_eval.engines.native.scoring.batches import Limits
+from sdar_lm_eval.engines.native.scoring.forwards import ModulesRows
+from sdar_lm_eval.engines.native.scoring.rows import Row
 from sdar_lm_eval.engines.native.scoring.scoring import Scoring
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest, ScoreResult
 from sdar_lm_eval.errors import EngineError
@@ -116,6 +118,17 @@ def score(
     return [results[i] for i in range(len(requests))]
 
 
+def change_limits(monkeypatch: pytest.MonkeyPatch, **changed: int) -> Limits:
+    """Change limits of every engine; returns those of an engine on the CPU without a limit of requests."""
+    on = Limits.on
+
+    def narrower(*args: Any, **kwargs: Any) -> Limits:
+        return dataclasses.replace(on(*args, **kwargs), **changed)
+
+    monkeypatch.setattr(Limits, "on", narrower)
+    return narrower("cpu", 1 << 20, None)
+
+
 def some(rng: random.Random, count: int, below: int = MASK) -> tuple[int, ...]:
     return tuple(rng.choices(range(below), k=count))
 
@@ -185,10 +198,9 @@ def test_sampled_patterns_are_counted_one_by_one(m: int, samples: int) -> None:
 
 def test_many_masks_take_little_memory(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred bytes for each; a million of them as objects took 11.8 GB."""
+    monkeypatch.setattr(ModulesRows, "run", lambda *_: None)
     monkeypatch.setattr(
-        Scoring,
-        "_forward",
-        lambda self, s, _: torch.zeros(len(s), max(a.size[1] for a in s), engine.model.config.hidden_size),
+        ModulesRows, "logits", lambda self, row, column: torch.zeros(len(row), engine.model.config.vocab_size)
     )
     (request,) = requests_of([(32, 32)])
     peaks = []
@@ -351,21 +363,23 @@ def test_scores_do_not_depend_on_the_batch(folder: Path, monkeypatch: pytest.Mon
     requests = [ScoreRequest(c, some(rng, m)) for c in contexts for m in (1, 1, 2, 5, 33)]
     rng.shuffle(requests)
     settings = {"mc_samples": 14} if method == "nelbo" else {}
-    engine, forwards, forward = open_engine(folder), collections.Counter[str](), Scoring._forward
+    engine, forwards, run = open_engine(folder), collections.Counter[str](), ModulesRows.run
 
     def counted(name: str, engine: NativeEngine) -> list[ScoreResult]:
-        def count(self: Scoring, *args: object) -> torch.Tensor:
+        def count(self: ModulesRows, rows: Sequence[Row]) -> None:
             forwards[name] += 1
-            return forward(self, *args)  # type: ignore[arg-type]
+            run(self, rows)
 
-        monkeypatch.setattr(Scoring, "_forward", count)
+        monkeypatch.setattr(ModulesRows, "run", count)
         return score(engine, requests, length, method, **settings)
 
     alone = [score(engine, [request], length, method, **settings)[0] for request in requests]
     together = counted("together", engine)
     few = counted("few", open_engine(folder, max_active=3))
-    narrow = Limits(128, 100, 999, requests=None, forward_tokens=24, seen_tokens=130, row_tokens=8)
-    monkeypatch.setattr(native_engine.Limits, "on", lambda *_: narrow)
+    change_limits(
+        monkeypatch, cache_tokens=128, clean_tokens=100, noised_tokens=999, forward_tokens=24, seen_tokens=130,
+        row_tokens=8, clean_row_tokens=8,
+    )  # fmt: skip
     parts = counted("parts", engine)
     for other in (alone, few, parts):
         for ours, theirs in zip(together, other, strict=True):
@@ -382,7 +396,7 @@ def test_the_prefix_of_alike_contexts_is_computed_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, length: int, method: str
 ) -> None:
     """Four contexts share 21 tokens, as in a few-shot task. Three of them share more, and one is the prefix alone."""
-    monkeypatch.setattr(batches, "LEAST_SAVED", 0)
+    change_limits(monkeypatch, least_saved=0)
     monkeypatch.setattr(batches, "ALIKE", 8)
     rng = random.Random(length)
     front, more = some(rng, 21), some(rng, 9)
@@ -412,8 +426,8 @@ def test_shared_prefixes(contexts: list[tuple[int, ...]], length: int) -> None:
     """Shared prefixes save at least as many tokens as the one prefix of any set of contexts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "ALIKE", 3)
-        found = batches.shared_prefixes(contexts, length, forward_tokens=0)
-        none = batches.shared_prefixes(contexts, length, forward_tokens=10000)
+        found = batches.shared_prefixes(contexts, length, least_saved=0)
+        none = batches.shared_prefixes(contexts, length, least_saved=1000)
     assert set(found) == set(contexts) == set(none)
     assert not any(none.values())
     for context, prefix in found.items():
@@ -455,20 +469,20 @@ def test_few_alike_contexts_take_no_forward_of_their_own(folder: Path, monkeypat
     texts=st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=12), st.integers(1, 5)), max_size=14),
     length=st.integers(1, 4),
     room=st.integers(16, 60),
-    forward_tokens=st.sampled_from([0, 64, 160]),
+    least_saved=st.sampled_from([0, 4, 10]),
 )
 def test_a_batch_needs_no_more_clean_tokens_than_it_says(
-    texts: list[tuple[list[int], int]], length: int, room: int, forward_tokens: int
+    texts: list[tuple[list[int], int]], length: int, room: int, least_saved: int
 ) -> None:
     requests = [ScoreRequest(tuple(context), (1,) * count) for context, count in texts]
-    limits = Limits(room, room, 9999, None, forward_tokens, seen_tokens=256, row_tokens=16)
+    limits = dataclasses.replace(Limits.on("cpu", room, None), clean_tokens=room, least_saved=least_saved)
     config = LikelihoodConfig("chain", 2, length)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "ALIKE", 3)
         made = batches.divide(requests, config, MASK, limits)
         for batch in made:
             plans = [plan(requests[index], config, MASK) for index in batch.requests]
-            prefixes = batches.shared_prefixes((each.context for each in plans), length, forward_tokens)
+            prefixes = batches.shared_prefixes((each.context for each in plans), length, least_saved)
             rests = sum(len(context) - len(prefix) for context, prefix in prefixes.items())
             needed = sum(map(len, set(prefixes.values()))) + rests + sum(len(each.clean) for each in plans)
             assert needed <= batch.clean_tokens <= room
@@ -481,8 +495,10 @@ def test_a_batch_has_as_many_alike_contexts_as_memory_holds(
 ) -> None:
     """The KV cache has exactly the batch's clean tokens, so a token without memory would be an IndexError."""
     monkeypatch.setattr(batches, "ALIKE", 8)
-    narrow = Limits(128, 100, 9999, requests=None, forward_tokens=64, seen_tokens=256, row_tokens=16)
-    monkeypatch.setattr(native_engine.Limits, "on", lambda *_: narrow)
+    narrow = change_limits(
+        monkeypatch, cache_tokens=128, clean_tokens=100, forward_tokens=64, seen_tokens=256, row_tokens=16,
+        clean_row_tokens=16, least_saved=4,
+    )  # fmt: skip
     rng = random.Random(seed)
     fronts = [some(rng, 40), some(rng, 20), ()]
     requests = [
@@ -537,9 +553,7 @@ def test_a_block_has_as_many_patterns_as_a_batch_is_laid_out_for(length: int, me
 
 def test_batches_are_bounded_by_what_they_lay_out(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen rows of four for each request."""
-    monkeypatch.setattr(
-        native_engine.Limits, "on", lambda device, cache, requests: Limits(cache, cache, 150, requests, 1024, 8192, 256)
-    )
+    change_limits(monkeypatch, noised_tokens=150)
     sizes, run_batch = [], Scoring._run_batch
 
     def record(self: Scoring, plans: list[Any], *arguments: Any) -> list[ScoreResult]:
@@ -634,7 +648,7 @@ def test_one_text_without_numbers_costs_the_others_nothing(
     Alike contexts share the KV of a prefix besides.
     """
     monkeypatch.setattr(batches, "ALIKE", 8)
-    monkeypatch.setattr(batches, "LEAST_SAVED", 0)
+    change_limits(monkeypatch, least_saved=0)
     engine, bad = open_engine(folder), 4
     rng = random.Random(0)
     front = some(rng, 8, below=bad) if alike else ()
@@ -673,7 +687,7 @@ def test_the_cpus_own_error_is_out_of_memory_too(folder: Path, monkeypatch: pyte
     def fails(*_: object) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr(Scoring, "_forward", fails)
+    monkeypatch.setattr(ModulesRows, "run", fails)
     with pytest.raises(EngineError, match="out of memory on cpu while scoring"):
         score(open_engine(folder), requests_of([(4, 4)]), 4)
 

@@ -19,6 +19,7 @@ from sdar_lm_eval.engines.native.pages import PagePool
 from sdar_lm_eval.engines.native.runner import MOST_IN_FLIGHT, Runner, Shape
 from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.engines.native.scoring.batches import Limits
+from sdar_lm_eval.engines.native.scoring.forwards import rows_forward
 from sdar_lm_eval.engines.native.scoring.scoring import Scoring
 from sdar_lm_eval.engines.runs import (
     Closable,
@@ -266,10 +267,11 @@ class NativeEngine(Closable):
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # so that the released memory counts as free
             pages = self._kv_pages or self._pages_in_memory()
-            limits = Limits.on(self.device.type, pages * PAGE_SIZE, self._max_active)
+            forward = rows_forward(self.model, self.runner.forward, config.block_length)
+            limits = Limits.on(self.device.type, pages * PAGE_SIZE, self._max_active, fused=forward.fused)
             failures = Failures()
             try:
-                scoring = Scoring(self.model, self._checkpoint.mask_token_id, limits)
+                scoring = Scoring(forward, self._checkpoint.mask_token_id, limits)
                 yield from scoring.run(requests, config, failures)
             except Exception as error:
                 if not is_out_of_memory(error):

@@ -5,6 +5,7 @@ The kernels run on the CPU through Triton's interpreter, in float32.
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
@@ -18,7 +19,13 @@ from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserErro
 from sdar_lm_eval.engines.native import engine as native_engine
 from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.forward import decoder, fused, graphs
+from sdar_lm_eval.engines.native.forward.modules import ModulesForward
 from sdar_lm_eval.engines.native.kernels import attention
+from sdar_lm_eval.engines.native.scoring import batches
+from sdar_lm_eval.engines.native.scoring.batches import Limits
+from sdar_lm_eval.engines.native.scoring.forwards import rows_forward
+from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
+from sdar_lm_eval.errors import EngineError
 
 REPRODUCIBLE_ROWS = 8
 
@@ -65,6 +72,69 @@ def test_the_same_tokens(either, monkeypatch):
     engine = engine_with_kernels(either, max_active=3)
     engine.steps_in_flight = 2  # as on a GPU
     assert [r.token_ids for r in run(engine, requests)] == [r.token_ids for r in plain]
+
+
+@pytest.mark.parametrize(("method", "length"), [("chain", 4), ("nelbo", 3)])
+def test_the_same_scores(either, monkeypatch, method, length):
+    """Texts behind one token, continuations of one context, and alike contexts that share a prefix."""
+    on = Limits.on
+    narrow = {"row_tokens": 16, "clean_row_tokens": 12, "forward_tokens": 40, "least_saved": 0}
+    monkeypatch.setattr(Limits, "on", lambda *args, **kwargs: dataclasses.replace(on(*args, **kwargs), **narrow))
+    monkeypatch.setattr(batches, "ALIKE", 4)
+    monkeypatch.setattr(attention, "SPLIT", 8)  # so that contexts are split
+    monkeypatch.setattr(fused, "PREFILL_ROWS", 16)
+    front = tuple(range(1, 14))
+    texts = [
+        ((7,), tuple(range(3, 12))),
+        (front, (5, 6)),
+        (front, (5,)),
+        ((*front, 9, 2, 4, 6), (1, 2)),
+        ((1, 2), (3,)),
+    ]
+    requests = [ScoreRequest(context, continuation) for context, continuation in texts]
+    config = LikelihoodConfig(method, mc_samples=8, block_length=length)
+    expected, found = (
+        dict(engine.score(requests, config))
+        for engine in (make_engine("native", either, device="cpu"), engine_with_kernels(either))
+    )
+    assert sorted(found) == list(range(len(requests)))
+    for index, result in found.items():
+        assert result.log_likelihood == pytest.approx(expected[index].log_likelihood, rel=1e-4, abs=1e-4)
+        assert dataclasses.replace(result, log_likelihood=0, standard_error=0) == dataclasses.replace(
+            expected[index], log_likelihood=0, standard_error=0
+        )
+
+
+def test_a_text_without_numbers_costs_the_others_nothing(tmp_path, monkeypatch):
+    engine = engine_with_kernels(Checkpoint.open(str(random_checkpoint(tmp_path, head_dim=64, num_hidden_layers=2))))
+    requests = [
+        ScoreRequest((1, 2, 3, 4, 5), (6,)),
+        ScoreRequest((1, 2, 3, 4, 5), (7, 8)),
+        ScoreRequest((9,) * 6, (1,)),
+    ]
+    expected = dict(engine.score(requests, LikelihoodConfig()))
+    engine.runner.forward.weights.embedding[9] = torch.nan
+    found = {}
+    with pytest.raises(EngineError, match=r"^1 of 3 requests .*Number 2: the model's logits are not finite"):
+        found.update(engine.score(requests, LikelihoodConfig()))
+    assert found == {0: expected[0], 1: expected[1]}
+
+
+def test_blocks_that_kernels_do_not_take_are_scored_by_the_modules(checkpoint, monkeypatch):
+    engine = engine_with_kernels(checkpoint)
+    engine.runner.forward.longest_block = 4
+    for length, fused_rows in ((4, True), (5, False)):
+        assert rows_forward(engine.model, engine.runner.forward, length).fused is fused_rows
+    assert not rows_forward(engine.model, ModulesForward(engine.model, engine.runner.cache), 4).fused
+
+
+def test_generation_after_scoring(checkpoint):
+    """A score's longer text needs rotary cosines and sines of more positions."""
+    engine = engine_with_kernels(checkpoint)
+    wanted = [GenerationRequest((1, 2, 3), 4, DecodingConfig(temperature=0))]
+    before = [result.token_ids for result in run(engine, wanted)]
+    dict(engine.score([ScoreRequest((5,) * 30, (6,))], LikelihoodConfig()))
+    assert [result.token_ids for result in run(engine, wanted)] == before
 
 
 def test_prompts_of_several_tiles(tmp_path, monkeypatch):

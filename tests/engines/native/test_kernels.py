@@ -213,6 +213,35 @@ def test_attend_over_blocks_of_a_prompt(dtype):
     close(kernels.attend(query, keys, values, tiles, 0.125), attention(query, keys, values, tiles, 0.125), dtype)
 
 
+@pytest.mark.parametrize(("splits", "length"), [(1, 4), (3, 4), (1, 32), (2, 3)])
+def test_attend_branches(dtype, splits, length):
+    """Branches side by side in a tile see different parts of one context: all, some or none of it."""
+    heads, kv_heads, size, split = 4, 2, 64, 16
+    sees = torch.tensor([split * splits, 0, 7, 1, 0], device=DEVICE)  # of each branch
+    branches, tokens = len(sees), len(sees) * length
+    keys, values = (normal(split * splits + 1, 1, kv_heads, size, dtype=dtype) for _ in range(2))
+    own_keys, own_values = (normal(tokens, 1, kv_heads, size, dtype=dtype) for _ in range(2))
+    whole = torch.tensor([0, 2 * length, 3 * length], device=DEVICE)  # the tiles: two branches, one, and two
+    number = torch.arange(branches, device=DEVICE)
+    pages = torch.randperm(split * splits, device=DEVICE)[None] + 1
+    tiles = kernels.Tiles(
+        whole, torch.tensor([2, 1, 2], device=DEVICE) * length, pages, torch.zeros_like(whole),
+        sees.repeat_interleave(length), 2 * length, split, splits,
+    )  # fmt: skip
+    own = kernels.Tiles(
+        number * length, torch.full_like(number, length), torch.arange(tokens, device=DEVICE).view(branches, length),
+        number, torch.full((tokens,), length, device=DEVICE), length, 512, 1,
+    )  # fmt: skip
+    query = normal(tokens, heads, size, dtype=dtype)
+    got = kernels.attend_branches(query, keys, values, tiles, kernels.Branches(own_keys, own_values, own), size**-0.5)
+    for branch, n in enumerate(sees.tolist()):
+        rows = slice(branch * length, (branch + 1) * length)
+        seen = [torch.cat([kv[pages[0, :n]], new[rows]])[:, 0] for kv, new in ((keys, own_keys), (values, own_values))]
+        k, v = (kv.float().repeat_interleave(heads // kv_heads, dim=1) for kv in seen)
+        weights = (torch.einsum("lhd,nhd->lhn", query[rows].float(), k) * size**-0.5).softmax(-1)
+        close(got[rows], torch.einsum("lhn,nhd->lhd", weights, v), dtype)
+
+
 @pytest.mark.parametrize("vocabulary", [5, 711, 9000])
 def test_draw(dtype, vocabulary):
     rows = 6

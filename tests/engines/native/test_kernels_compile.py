@@ -105,8 +105,12 @@ COMPILE = """
         num_warps=4,
     )
     # Rows of two blocks of 4, few and many, and of a prompt's tile; float32 needs the most shared memory.
+    # Scoring has pages of one token, and partial results.
     shapes = [(BF16, 32, 16, 1, 1), (BF16, 32, 16, 1, 2000), (BF16, 32, 16, 4, 1000), (BF16, 64, 32, 1, 1000)]
-    for type_, rows, fewer, splits, programs in [*shapes, (BF16, 256, 256, 1, 1000), (FP32, 256, 256, 1, 1000)]:
+    prompts = [(BF16, 256, 256, 1, 1000), (FP32, 256, 256, 1, 1000)]
+    for page, (type_, rows, fewer, splits, programs) in [
+        *((16, shape) for shape in (*shapes, *prompts)), (1, (BF16, 16, 16, 2, 9999)), (1, (BF16, 256, 256, 2, 1000)),
+    ]:  # fmt: skip
         itemsize = 2 if type_ == BF16 else 4
         columns, warps, stages = attention.attention_settings(rows, programs, splits * attention.SPLIT, itemsize)
         if type_ == FP32:  # LLVM's optimizer takes 12 s for 256 rows of FMA, and changes no shared memory
@@ -121,7 +125,7 @@ COMPILE = """
                 "scale": "fp32",
             },
             {
-                "HEADS": 32, "KV_HEADS": 8, "SIZE": 128, "PAGE": 16, "ROWS": rows, "FEWER": fewer, "COLUMNS": columns,
+                "HEADS": 32, "KV_HEADS": 8, "SIZE": 128, "PAGE": page, "ROWS": rows, "FEWER": fewer, "COLUMNS": columns,
                 "PARTIAL": splits > 1, "PRECISION": "ieee" if type_ == FP32 else "tf32",
             },
             num_warps=warps,

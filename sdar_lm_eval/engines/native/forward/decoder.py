@@ -55,6 +55,7 @@ class FusedDecoder:
         on_hopper = self._gates_on_hopper == bool(gates) and runs_on_hopper(first.qkv, first.o, *plain, weights.head)
         self.batch_invariant = batch_invariant and on_hopper and not biased
         heads = first.o.shape[1] // weights.head_dim
+        self._page_size = cache.page_size
         page = first.qkv.new_zeros(1, cache.page_size, cache.kv_heads, weights.head_dim)
         self._group = heads // cache.kv_heads
         self._attends_on_hopper = hopper_attention is not None and hopper_attention.runs(heads, page)
@@ -79,36 +80,46 @@ class FusedDecoder:
         kv_slots: torch.Tensor,
         tiles: attention.Tiles,
         cache: torch.Tensor,
+        branches: attention.Branches | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run T packed tokens, and store their keys and values.
 
         Args:
             tokens, positions: (T,) int64.
-            kv_slots: (T,) int64 into pages * page size.
+            kv_slots: (T,) int64 into pages * page size; into the branches' keys where there are branches.
             tiles: the tiles of attention, and what their tokens see.
             cache: (layers, 2, pages, page size, KV heads, head size).
+            branches: what the tokens see beside the cache, and where their keys and values go instead; None: nothing.
 
         Returns:
             The input of `finish`: the output of the last layer's attention, (T, heads * size), and the residual (T, D).
         """
-        on_hopper = self._attends_on_hopper and hopper_attention.suits(tiles, self._group)
+        # The kernel was tried with pages of one size.
+        tried = self._attends_on_hopper and cache.shape[3] == self._page_size
+        on_hopper = tried and hopper_attention.suits(tiles, self._group)
         kernel = hopper_attention if on_hopper else attention
 
         def attend(
             layer: LayerWeights, kv: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
         ) -> tuple[torch.Tensor, torch.Tensor]:
             keys, values = kv
+            new_keys, new_values = (keys, values) if branches is None else (branches.keys, branches.values)
             normed, added = layers.add_norm(x, residual, layer.input_norm, self._weights.eps)
             query = layers.norm_rope_store(
                 self._product(normed, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, self._cos_sin, positions,
-                kv_slots, keys, values, self._weights.eps,
+                kv_slots, new_keys, new_values, self._weights.eps,
             )  # fmt: skip
-            return kernel.attend(query, keys, values, tiles, self._scaling).flatten(1), added
+            if branches is None:
+                attended = kernel.attend(query, keys, values, tiles, self._scaling)
+            else:
+                attended = attention.attend_branches(query, keys, values, tiles, branches, self._scaling)
+            return attended.flatten(1), added
 
+        visible = tiles.visible if branches is None else branches.tiles.visible
         first, *others = self._weights.layers
         attended, residual = attend(first, cache[0], self._weights.embedding[tokens], None)
         for before, layer, kv in zip(self._weights.layers, others, cache[1:], strict=False):
-            after = self._after_attention(before, attended, residual, tiles.visible)
+            after = self._after_attention(before, attended, residual, visible)
             attended, residual = attend(layer, kv, *after)
         return attended, residual
 

@@ -31,23 +31,30 @@ class FusedForward(Forward):
         weights: the model's weights.
         cache: the KV cache.
         reproducible: whether results have to be batch-invariant: the same to the bit whatever else is in the batch.
+
+    Attributes:
+        weights: the model's weights.
+        decoder: what runs.
+        kv_heads: KV heads of a layer.
+        prefill_tile: tokens of a prompt that one program of attention takes.
     """
 
     captures = True
 
     def __init__(self, weights: DecoderWeights, cache: PagedCache, *, reproducible: bool) -> None:
         self.weights = weights
-        self._decoder = FusedDecoder(weights, cache, batch_invariant=reproducible)
+        self.decoder = FusedDecoder(weights, cache, batch_invariant=reproducible)
         self._cache, self._reproducible = cache, reproducible
+        self.kv_heads = cache.kv_heads
         self._device, self._dtype = weights.norm.device, weights.norm.dtype
         # The rounding of a product that is not batch-invariant depends on its number of rows.
-        self.fixed_rows = reproducible and not self._decoder.batch_invariant
+        self.fixed_rows = reproducible and not self.decoder.batch_invariant
         outputs = weights.layers[0].o.shape[1]  # heads * size
         self._sizes = (outputs, len(weights.norm))
         # One program of the attention kernel holds a block's queries of all heads that share a KV head.
-        shared = outputs // cache.kv_heads
+        shared = outputs // self.kv_heads
         self.longest_block = min(QUERY_BYTES // (shared * self._dtype.itemsize), 128)
-        self._prefill_tile = max(min(PREFILL_ROWS * weights.head_dim // shared, self.longest_block // 2), 1)
+        self.prefill_tile = max(min(PREFILL_ROWS * weights.head_dim // shared, self.longest_block // 2), 1)
         self._block = 1
 
     def sizes(self, most: int, block: int) -> tuple[int, ...]:
@@ -64,11 +71,11 @@ class FusedForward(Forward):
             torch.zeros(segments * block, size, dtype=self._dtype, device=self._device) for size in self._sizes
         ]
         self._first = torch.arange(0, segments * block, block, device=self._device)
-        self._decoder.reserve(positions)
+        self.decoder.reserve(positions)
 
     def compile(self) -> None:
         """See `Forward.compile`."""
-        self._decoder.compile()
+        self.decoder.compile()
 
     def context_key(self, context: int) -> int:
         """See `Forward.context_key`."""
@@ -79,7 +86,7 @@ class FusedForward(Forward):
         context = attention.padded_context(context)
         if self._reproducible:
             return attention.SPLIT, context // attention.SPLIT
-        return attention.splits_of(context, tiles * self._cache.kv_heads, longest)
+        return attention.splits_of(context, tiles * self.kv_heads, longest)
 
     # Blocks
 
@@ -107,11 +114,11 @@ class FusedForward(Forward):
     def hidden(self, row: torch.Tensor) -> torch.Tensor:
         """See `Forward.hidden`."""
         attended, residual = (stored[row] for stored in self._outputs)
-        return self._decoder.finish(attended, residual)
+        return self.decoder.finish(attended, residual)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Forward.logits`."""
-        return self._decoder.logits(hidden)
+        return self.decoder.logits(hidden)
 
     # Prompts
 
@@ -124,7 +131,7 @@ class FusedForward(Forward):
             return
         heads, _ = self._sizes
         context = max(chunk.end for chunk in chunks)
-        tiles = sum(-(-chunk.size // self._prefill_tile) for chunk in chunks)
+        tiles = sum(-(-chunk.size // self.prefill_tile) for chunk in chunks)
         _, splits = self._splits(context, tiles, attention.WHOLE)
         for part in in_parts(chunks, SPLITS_BUDGET_BYTES // (4 * heads * splits)):
             self._prefill(part, padded_to=0)
@@ -145,7 +152,7 @@ class FusedForward(Forward):
             to_device(column, self._device) for column in np.pad([token, position, kv_slot, visible], padding)
         )
         # After a preemption, decided blocks are prefilled: reproducible results need the tiles that denoising had.
-        tile_tokens = self._block if self._reproducible else self._prefill_tile
+        tile_tokens = self._block if self._reproducible else self.prefill_tile
         owner, number = flattened(-(-size // tile_tokens))  # each tile's chunk, and its index within the chunk
         first = (size.cumsum() - size)[owner] + number * tile_tokens
         count = np.minimum(size[owner] - number * tile_tokens, tile_tokens)
@@ -160,7 +167,7 @@ class FusedForward(Forward):
         self, tokens: torch.Tensor, positions: torch.Tensor, kv_slots: torch.Tensor, tiles: attention.Tiles
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._cache.kv is not None
-        return self._decoder(tokens, positions, kv_slots, tiles, self._cache.kv)
+        return self.decoder(tokens, positions, kv_slots, tiles, self._cache.kv)
 
 
 def fixed_segments(block: int) -> int:

@@ -50,6 +50,20 @@ class Tiles:
     batch_invariant: bool = False
 
 
+@dataclass(frozen=True)
+class Branches:
+    """Tokens that see each other, beside what they see of the pages: masked copies of blocks. Nothing else sees them.
+
+    Attributes:
+        keys, values: (T, 1, KV heads, size), of one layer: every layer overwrites them.
+        tiles: a tile for each branch, over pages of one token.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    tiles: Tiles
+
+
 # A size of another divisibility would compile the kernel again. `split_size` is always a multiple of 16, and the kernel
 # is faster where the compiler knows that.
 @triton.jit(do_not_specialize=["width", "all_tokens"])
@@ -121,10 +135,11 @@ def _attend_rows(
         result = acc / tl.where(total == 0, 1.0, total)[:, None]
         tl.store(out + query_row[:, None] * SIZE + size, result.to(out.dtype.element_ty), mask=real[:, None])
     else:
+        # A token that sees nothing here may see tokens elsewhere, so its partial result is written too.
         part = split.to(tl.int64) * all_tokens * HEADS + query_row
-        tl.store(out + part[:, None] * SIZE + size, acc, mask=real[:, None])
-        tl.store(sums + part * 2, most, mask=real)
-        tl.store(sums + part * 2 + 1, total, mask=real)
+        tl.store(out + part[:, None] * SIZE + size, acc, mask=(token < count)[:, None])
+        tl.store(sums + part * 2, most, mask=token < count)
+        tl.store(sums + part * 2 + 1, total, mask=token < count)
 
 
 @triton.jit
@@ -233,6 +248,50 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     Returns:
         (T, heads, size); undefined for tokens outside of all tiles.
     """
+    out = torch.empty_like(query)
+    if tiles.splits == 1:
+        _launch(query, keys, values, tiles, scaling, out)
+    else:
+        parts, sums = partial_results(query, tiles.splits)
+        _launch(query, keys, values, tiles, scaling, parts, sums)
+        combine_splits(parts, sums, out)
+    return out
+
+
+def attend_branches(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles: Tiles, branches: Branches, scaling: float
+) -> torch.Tensor:
+    """Attention of packed tokens over pages, and over their own branches.
+
+    Args:
+        query: (T, heads, size).
+        keys, values: (pages, page size, KV heads, size), of one layer.
+        tiles: the tiles over the pages; a token of a tile may see none of the pages.
+        branches: each token belongs to one branch.
+        scaling: factor on the scores.
+
+    Returns:
+        (T, heads, size).
+    """
+    # The branches' results are one split more.
+    parts, sums = partial_results(query, tiles.splits + 1)
+    _launch(query, keys, values, tiles, scaling, parts, sums)
+    _launch(query, branches.keys, branches.values, branches.tiles, scaling, parts[-1], sums[-1])
+    out = torch.empty_like(query)
+    combine_splits(parts, sums, out)
+    return out
+
+
+def _launch(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tiles: Tiles,
+    scaling: float,
+    out: torch.Tensor,
+    sums: torch.Tensor | None = None,
+) -> None:
+    """Launch the kernel, which writes to `out`; with `sums`, both are partial results."""
     tokens, heads, size = query.shape
     page_size, kv_heads = keys.shape[1:3]
     assert tiles.pages.is_contiguous()
@@ -242,19 +301,12 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     if tiles.batch_invariant:
         programs, context = WHOLE, SPLIT
     columns, warps, stages = attention_settings(rows, programs, context, query.dtype.itemsize)
-    out = torch.empty_like(query)
-    target, sums = out, out
-    if tiles.splits > 1:
-        target, sums = partial_results(query, tiles.splits)
     attend_kernel[(kv_heads, len(tiles.first), tiles.splits)](
         query, keys, values, tiles.first, tiles.count, tiles.pages, tiles.pages.shape[1], tiles.sequence,
-        tiles.visible, target, sums, scaling, tokens, tiles.split if tiles.splits > 1 else WHOLE, heads, kv_heads, size,
-        page_size, rows, fewer, columns, tiles.splits > 1, "ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=warps, num_stages=stages,
+        tiles.visible, out, out if sums is None else sums, scaling, tokens, tiles.split if tiles.splits > 1 else WHOLE,
+        heads, kv_heads, size, page_size, rows, fewer, columns, sums is not None,
+        "ieee" if query.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    if tiles.splits > 1:
-        combine_splits(target, sums, out)
-    return out
 
 
 def partial_results(query: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,8 +15,6 @@ from sdar_lm_eval.tokens import first_difference
 Tokens = tuple[int, ...]
 # Contexts are alike if their first ALIKE tokens are equal, as those of a few-shot task.
 ALIKE = 64
-# Shared prefixes take a forward of their own, so they must save at least this share of a full forward's tokens.
-LEAST_SAVED = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,9 @@ class Limits:
         requests: most requests of a batch; None: no limit.
         forward_tokens: most new tokens of a forward, padding included.
         seen_tokens: most prefix tokens and new tokens of a forward, padding included: the limit of the gathered KV.
-        row_tokens: most new tokens of a row of a forward. A block that is longer is a row of its own.
+        row_tokens: most new tokens of a row of masked copies. A block that is longer is a row of its own.
+        clean_row_tokens: the same for a row of clean tokens.
+        least_saved: fewest tokens that shared prefixes must save, since they take a forward of their own.
     """
 
     cache_tokens: int
@@ -41,18 +41,32 @@ class Limits:
     forward_tokens: int
     seen_tokens: int
     row_tokens: int
+    clean_row_tokens: int
+    least_saved: int
 
     @classmethod
-    def on(cls, device: str, cache_tokens: int, requests: int | None) -> Limits:
-        """The limits for a "cpu" or "cuda" device: a forward is large enough to keep the device busy."""
+    def on(cls, device: str, cache_tokens: int, requests: int | None, *, fused: bool = False) -> Limits:
+        """The limits for a "cpu" or "cuda" device: a forward is large enough to keep the device busy.
+
+        Args:
+            device: the type of the device.
+            cache_tokens: see the attribute.
+            requests: see the attribute.
+            fused: whether the fused decoder runs: it gathers no KV, and has fewer kernels to launch.
+        """
         if device == "cpu":
             return cls(
                 cache_tokens, min(cache_tokens, 8192), 1 << 17, requests,
-                forward_tokens=1024, seen_tokens=8192, row_tokens=256,
+                forward_tokens=1024, seen_tokens=8192, row_tokens=256, clean_row_tokens=256, least_saved=64,
             )  # fmt: skip
+        of_forward = (
+            {"seen_tokens": 1 << 40, "clean_row_tokens": 16384, "least_saved": 2048}
+            if fused
+            else {"seen_tokens": 65536, "clean_row_tokens": 1024, "least_saved": 4096}
+        )
         return cls(
-            cache_tokens, min(cache_tokens, 65536), 1 << 21, requests,
-            forward_tokens=16384, seen_tokens=65536, row_tokens=1024,
+            cache_tokens, min(cache_tokens, 65536), 1 << 21, requests, forward_tokens=16384, row_tokens=1024,
+            **of_forward,
         )  # fmt: skip
 
 
@@ -95,7 +109,7 @@ def divide(
     contexts = [(context if isinstance(context, tuple) else (), group) for context, group in longest_first]
     batches: list[Batch] = []
     indices: list[int] = []
-    tally = _Tally(length, limits.forward_tokens)
+    tally = _Tally(length, limits.least_saved)
     noised = 0
     for context, group in _with_neighbours(contexts, ALIKE):
         counted = False
@@ -109,7 +123,7 @@ def divide(
             ):
                 batches.append(Batch(indices, tally.clean_tokens))
                 indices, noised = [], 0
-                more = _Tally(length, limits.forward_tokens).with_context(context).with_tokens(own[index])
+                more = _Tally(length, limits.least_saved).with_context(context).with_tokens(own[index])
             indices.append(index)
             tally, noised, counted = more, noised + copies, True
     return [*batches, Batch(indices, tally.clean_tokens)] if indices else batches
@@ -120,7 +134,7 @@ class _Tally(NamedTuple):
 
     Attributes:
         length: tokens of a block.
-        forward_tokens: most new tokens of a forward.
+        least_saved: fewest tokens that shared prefixes must save.
         unshared: clean tokens if no contexts shared a prefix.
         saved: tokens that earlier groups of alike contexts save, if each group shares one prefix.
         prefix: the leading tokens that all contexts of the last group share.
@@ -128,7 +142,7 @@ class _Tally(NamedTuple):
     """
 
     length: int
-    forward_tokens: int
+    least_saved: int
     unshared: int = 0
     saved: int = 0
     prefix: Tokens = ()
@@ -143,7 +157,7 @@ class _Tally(NamedTuple):
     def clean_tokens(self) -> int:
         """The bound. `shared_prefixes` saves at least as many tokens as the bound leaves out."""
         saved = self.saved + self._saved_by_last
-        return self.unshared - (saved if saved >= LEAST_SAVED * self.forward_tokens else 0)
+        return self.unshared - (saved if saved >= self.least_saved else 0)
 
     def with_tokens(self, count: int) -> _Tally:
         """Count clean tokens of a continuation."""
@@ -170,7 +184,7 @@ def _with_neighbours(contexts: list[tuple[Tokens, list[int]]], size: int) -> Ite
         yield from _with_neighbours(some, 2 * size) if len(some) > 1 else some
 
 
-def shared_prefixes(contexts: Iterable[Tokens], length: int, forward_tokens: int) -> dict[Tokens, Tokens]:
+def shared_prefixes(contexts: Iterable[Tokens], length: int, least_saved: int) -> dict[Tokens, Tokens]:
     """Map each context to the prefix, in whole blocks, that it shares with others; to () if it shares none.
 
     A context has at most one shared prefix. If contexts of two tasks have one system prompt, each task's longer prefix
@@ -179,11 +193,11 @@ def shared_prefixes(contexts: Iterable[Tokens], length: int, forward_tokens: int
     Args:
         contexts: the contexts of a batch.
         length: tokens of a block.
-        forward_tokens: most new tokens of a forward.
+        least_saved: fewest tokens that the prefixes must save.
     """
     distinct = sorted(set(contexts))
     saved, prefixes = _best_prefixes(distinct, 0, length)
-    return prefixes if saved >= LEAST_SAVED * forward_tokens else dict.fromkeys(distinct, ())
+    return prefixes if saved >= least_saved else dict.fromkeys(distinct, ())
 
 
 def _best_prefixes(contexts: list[Tokens], known: int, length: int) -> tuple[int, dict[Tokens, Tokens]]:

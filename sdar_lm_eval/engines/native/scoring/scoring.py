@@ -18,35 +18,28 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from sdar_lm_eval import likelihood
 from sdar_lm_eval.engines.native import unmasking
-from sdar_lm_eval.engines.native.forward.attention import hidden_states
 from sdar_lm_eval.engines.native.scoring.batches import Limits, Tokens, divide, shared_prefixes
-from sdar_lm_eval.engines.native.scoring.branches import BranchBatch, attention_bias
-from sdar_lm_eval.engines.native.scoring.rows import Integers, Row, Trunk, clean_rows, laid_out, packed, spans
+from sdar_lm_eval.engines.native.scoring.forwards import SCRATCH_SLOT, RowsForward
+from sdar_lm_eval.engines.native.scoring.rows import Row, Trunk, clean_rows, laid_out, packed, spans
 from sdar_lm_eval.engines.native.transfer import to_device
 from sdar_lm_eval.engines.runs import Failures, not_finite
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest, ScoreResult
-
-SCRATCH_SLOT = 0  # the KV slot that padding reads and writes
 
 
 class Scoring:
     """Scores requests with one model.
 
     Args:
-        model: transformers' model with the paged attention.
+        forward: runs rows.
         mask_token_id: the mask token, whose probability is 0.
         limits: the limits of batches and forwards.
     """
 
-    def __init__(self, model: PreTrainedModel, mask_token_id: int, limits: Limits) -> None:
-        self._model = model
-        self._mask_token_id = mask_token_id
-        self._limits = limits
-        self._device: torch.device = model.device
+    def __init__(self, forward: RowsForward, mask_token_id: int, limits: Limits) -> None:
+        self._forward, self._mask_token_id, self._limits = forward, mask_token_id, limits
 
     def run(
         self, requests: Sequence[ScoreRequest], config: LikelihoodConfig, failures: Failures
@@ -56,11 +49,11 @@ class Scoring:
         for index, request in enumerate(requests):
             if self._mask_token_id in request.continuation_ids:
                 yield index, ScoreResult(log_likelihood=-math.inf, is_greedy=False)
-        cache = self._allocate(max((batch.clean_tokens for batch in batches), default=0))
+        self._forward.allocate(max((batch.clean_tokens for batch in batches), default=0))
         for batch in batches:
             plans = [likelihood.plan(requests[index], config, self._mask_token_id) for index in batch.requests]
             unscored = []
-            results = self._run_batch(plans, config.block_length, cache)
+            results = self._run_batch(plans, config.block_length)
             for index, single, result in zip(batch.requests, plans, results, strict=True):
                 if result is None:
                     unscored.append((index, single))
@@ -69,23 +62,18 @@ class Scoring:
             # NaN spreads to all rows of a forward, even through masked tokens (0 * NaN is NaN). So each request without
             # a finite score runs once more, without the others.
             for index, single in unscored:
-                cache.zero_()
-                (result,) = self._run_batch([single], config.block_length, cache) if len(plans) > 1 else (None,)
+                self._forward.clear()
+                (result,) = self._run_batch([single], config.block_length) if len(plans) > 1 else (None,)
                 if result is None:
-                    failures.add(index, not_finite(str(self._model.dtype)))
+                    failures.add(index, not_finite(str(self._forward.dtype)))
                 else:
                     yield index, result
             if unscored:
-                cache.zero_()
+                self._forward.clear()
 
-    def _allocate(self, tokens: int) -> torch.Tensor:
-        config = self._model.config
-        shape = (config.num_hidden_layers, 2, tokens + 1, config.num_key_value_heads, config.head_dim)
-        return torch.zeros(shape, dtype=self._model.dtype, device=self._device)
-
-    def _run_batch(self, plans: list[likelihood.Plan], length: int, cache: torch.Tensor) -> list[ScoreResult | None]:
+    def _run_batch(self, plans: list[likelihood.Plan], length: int) -> list[ScoreResult | None]:
         """Run one batch; results in the order of the plans, None where a score is not finite."""
-        prefix_of = shared_prefixes((plan.context for plan in plans), length, self._limits.forward_tokens)
+        prefix_of = shared_prefixes((plan.context for plan in plans), length, self._limits.least_saved)
         prefixes: dict[Tokens, Trunk] = {}
         contexts: dict[Tokens, Trunk] = {}
         continuations: list[Trunk] = []
@@ -121,17 +109,18 @@ class Scoring:
             ranges.append((begin, answers))
             counts.append((clean - before, noised))
 
-        row_tokens = self._limits.row_tokens
         for trunks in (prefixes.values(), contexts.values(), continuations):
-            for rows in clean_rows(trunks, length, row_tokens):
-                for forward in packed(rows, self._limits):
-                    self._forward(forward, cache)
+            for rows in clean_rows(trunks, length, self._limits.clean_row_tokens):
+                for due in packed(rows, self._limits):
+                    self._forward.run(due)
         sums = np.zeros(answers)
         is_argmax = np.zeros(answers, dtype=np.bool_)
-        copies = [span for trunk in (*contexts.values(), *continuations) for span in spans(trunk, length, row_tokens)]
-        for due in packed(copies, self._limits):
-            masked = [laid_out(span, self._mask_token_id) for span in due]
-            self._read_log_probabilities(masked, self._forward(masked, cache), sums, is_argmax)
+        branching = (*contexts.values(), *continuations)
+        copies = [span for trunk in branching for span in spans(trunk, length, self._limits.row_tokens)]
+        for some in packed(copies, self._limits):
+            masked = [laid_out(span, self._mask_token_id) for span in some]
+            self._forward.run(masked)
+            self._read_log_probabilities(masked, sums, is_argmax)
         return [
             plan.result(sums[begin:end], is_argmax[begin:end], clean_tokens=clean_tokens, noised_tokens=noised_tokens)
             if np.isfinite(sums[begin:end]).all()
@@ -140,44 +129,11 @@ class Scoring:
         ]
 
     @torch.no_grad()
-    def _forward(self, rows: list[Row], cache: torch.Tensor) -> torch.Tensor:
-        """Run rows through the model; return the last hidden states (B, Q, hidden size)."""
-        stored, new = (max(sizes) for sizes in zip(*(row.size for row in rows), strict=True))
-        b, config = len(rows), self._model.config
-        stored += -(stored + new) % 8  # CUDA kernels copy a bias with unaligned rows in every layer
-        prefix = np.full((b, stored), SCRATCH_SLOT)
-        # A padding token sees only itself.
-        tokens, positions, visible = np.zeros((3, b, new), dtype=np.int64)
-        first = np.tile(np.arange(new), (b, 1))
-        last = first + 1
-        kv_slots = np.full((b, new), SCRATCH_SLOT)
-        for i, row in enumerate(rows):
-            n, q = row.size
-            prefix[i, :n] = row.prefix
-            tokens[i, :q], positions[i, :q], visible[i, :q] = row.tokens, row.positions, row.visible
-            first[i, :q], last[i, :q] = row.first, row.last
-            if row.kv_slots is not None:
-                kv_slots[i, :q] = row.kv_slots
-        group = config.num_attention_heads // config.num_key_value_heads
-        sees = (self._to_device(array) for array in (visible, first, last))
-        bias = attention_bias(*sees, stored=stored, group=group, dtype=self._model.dtype)
-        batch = BranchBatch(
-            cache,
-            prefix=self._to_device(prefix),
-            bias=bias,
-            kv_slots=None if rows[0].kv_slots is None else self._to_device(kv_slots),
-        )
-        return hidden_states(self._model, self._to_device(tokens), self._to_device(positions), batch)
-
-    @torch.no_grad()
-    def _read_log_probabilities(
-        self, rows: list[Row], hidden: torch.Tensor, sums: NDArray[np.float64], is_argmax: NDArray[np.bool_]
-    ) -> None:
-        """Compute the log-probabilities of a forward's queries.
+    def _read_log_probabilities(self, rows: list[Row], sums: NDArray[np.float64], is_argmax: NDArray[np.bool_]) -> None:
+        """Compute the log-probabilities of the last forward's queries.
 
         Args:
             rows: the rows of the forward.
-            hidden: (B, Q, hidden size).
             sums: written: each answer's sum of log-probabilities.
             is_argmax: written: whether each answer's first token is the most probable one.
         """
@@ -189,13 +145,12 @@ class Scoring:
         order = np.argsort(which, kind="stable")
         token, number, which = token[order], number[order], which[order]
         log_probabilities, hits = np.zeros(len(which)), np.zeros(len(which), dtype=np.bool_)
-        chunk = unmasking.rows_at_once(self._model.config.vocab_size)
+        chunk = unmasking.rows_at_once(self._forward.vocabulary)
         for start in range(0, len(at), chunk):
-            row, column = self._to_device(at[start : start + chunk]).unbind(1)
-            logits = self._model.lm_head(hidden[row, column]).float()  # (R, V)
+            logits = self._forward.logits(*at[start : start + chunk].T).float()  # (R, V)
             logits[:, self._mask_token_id] = -torch.inf
             begin, end = np.searchsorted(which, (start, start + chunk))
-            position, asked = self._to_device(which[begin:end] - start), self._to_device(token[begin:end])
+            position, asked = (to_device(x, logits.device) for x in (which[begin:end] - start, token[begin:end]))
             values = logits[position, asked] - logits.logsumexp(dim=-1)[position]
             hit = logits.argmax(dim=-1)[position] == asked
             log_probabilities[begin:end] = values.double().cpu().numpy()
@@ -208,6 +163,3 @@ class Scoring:
         values = log_probabilities[order].tolist()
         ends = [*firsts[1:].tolist(), len(values)]
         sums[numbers] = [math.fsum(values[i:j]) for i, j in zip(firsts.tolist(), ends, strict=True)]
-
-    def _to_device(self, array: Integers) -> torch.Tensor:
-        return to_device(array, self._device)

@@ -1,0 +1,120 @@
+"""Forwards of scoring: rows of new tokens behind stored tokens -> hidden states -> logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from sdar_lm_eval.engines.native.forward.attention import hidden_states
+from sdar_lm_eval.engines.native.forward.base import Forward
+from sdar_lm_eval.engines.native.scoring.branches import BranchBatch, attention_bias
+from sdar_lm_eval.engines.native.scoring.rows import Integers, Row
+from sdar_lm_eval.engines.native.transfer import to_device
+
+SCRATCH_SLOT = 0  # the KV slot that padding reads and writes
+
+
+class RowsForward(ABC):
+    """One way to run rows. Keys and values of clean tokens are stored by KV slots, from 1 on.
+
+    Attributes:
+        dtype: the model's dtype.
+        vocabulary: V.
+        fused: whether kernels run rows of any lengths without padding.
+    """
+
+    dtype: torch.dtype
+    vocabulary: int
+    fused = False
+
+    @abstractmethod
+    def allocate(self, tokens: int) -> None:
+        """Allocate the KV cache for so many clean tokens."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Set all keys and values to zero."""
+
+    @abstractmethod
+    def run(self, rows: Sequence[Row]) -> None:
+        """Run rows of clean tokens, and store their keys and values; or run rows of masked copies."""
+
+    @abstractmethod
+    def logits(self, row: Integers, column: Integers) -> torch.Tensor:
+        """Logits (R, V) of tokens of the last `run`, by their rows and their indices in the rows, (R,) each."""
+
+
+class ModulesRows(RowsForward):
+    """Runs transformers' modules on rows that are padded to the longest one.
+
+    Args:
+        model: transformers' model with the paged attention.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._device: torch.device = model.device
+        self.dtype, self.vocabulary = model.dtype, model.config.vocab_size
+
+    def allocate(self, tokens: int) -> None:
+        """See `RowsForward.allocate`."""
+        config = self._model.config
+        shape = (config.num_hidden_layers, 2, tokens + 1, config.num_key_value_heads, config.head_dim)
+        self._cache = torch.zeros(shape, dtype=self.dtype, device=self._device)
+
+    def clear(self) -> None:
+        """See `RowsForward.clear`."""
+        self._cache.zero_()
+
+    @torch.no_grad()
+    def run(self, rows: Sequence[Row]) -> None:
+        """See `RowsForward.run`."""
+        stored, new = (max(sizes) for sizes in zip(*(row.size for row in rows), strict=True))
+        b, config = len(rows), self._model.config
+        stored += -(stored + new) % 8  # CUDA kernels copy a bias with unaligned rows in every layer
+        prefix = np.full((b, stored), SCRATCH_SLOT)
+        # A padding token sees only itself.
+        tokens, positions, visible = np.zeros((3, b, new), dtype=np.int64)
+        first = np.tile(np.arange(new), (b, 1))
+        last = first + 1
+        kv_slots = np.full((b, new), SCRATCH_SLOT)
+        for i, row in enumerate(rows):
+            n, q = row.size
+            prefix[i, :n] = row.prefix
+            tokens[i, :q], positions[i, :q], visible[i, :q] = row.tokens, row.positions, row.visible
+            first[i, :q], last[i, :q] = row.first, row.last
+            if row.kv_slots is not None:
+                kv_slots[i, :q] = row.kv_slots
+        group = config.num_attention_heads // config.num_key_value_heads
+        sees = (to_device(array, self._device) for array in (visible, first, last))
+        bias = attention_bias(*sees, stored=stored, group=group, dtype=self.dtype)
+        batch = BranchBatch(
+            self._cache,
+            prefix=to_device(prefix, self._device),
+            bias=bias,
+            kv_slots=None if rows[0].kv_slots is None else to_device(kv_slots, self._device),
+        )
+        where = to_device(positions, self._device)
+        self._hidden = hidden_states(self._model, to_device(tokens, self._device), where, batch)
+
+    @torch.no_grad()
+    def logits(self, row: Integers, column: Integers) -> torch.Tensor:
+        """See `RowsForward.logits`."""
+        at = to_device(row, self._device), to_device(column, self._device)
+        logits: torch.Tensor = self._model.lm_head(self._hidden[at])
+        return logits
+
+
+def rows_forward(model: PreTrainedModel, forward: Forward, block_length: int) -> RowsForward:
+    """The rows' forward that corresponds to a forward of generation, where its kernels take blocks of this length."""
+    if not forward.captures or block_length > forward.longest_block:
+        return ModulesRows(model)
+    from sdar_lm_eval.engines.native.forward.fused import FusedForward
+    from sdar_lm_eval.engines.native.scoring.fused import FusedRows
+
+    assert isinstance(forward, FusedForward)
+    return FusedRows(forward)
