@@ -19,8 +19,7 @@ from sdar_lm_eval.engines.native.pages import PagePool
 from sdar_lm_eval.engines.native.runner import MOST_IN_FLIGHT, Runner, Shape
 from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.engines.native.scoring.batches import Limits
-from sdar_lm_eval.engines.native.scoring.forwards import rows_forward
-from sdar_lm_eval.engines.native.scoring.scoring import Scoring
+from sdar_lm_eval.engines.native.scoring.scoring import Scoring, rows_forward
 from sdar_lm_eval.engines.runs import (
     Closable,
     Failures,

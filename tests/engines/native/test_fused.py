@@ -23,7 +23,7 @@ from sdar_lm_eval.engines.native.forward.modules import ModulesForward
 from sdar_lm_eval.engines.native.kernels import attention
 from sdar_lm_eval.engines.native.scoring import batches
 from sdar_lm_eval.engines.native.scoring.batches import Limits
-from sdar_lm_eval.engines.native.scoring.forwards import rows_forward
+from sdar_lm_eval.engines.native.scoring.scoring import rows_forward
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
 from sdar_lm_eval.errors import EngineError
 

@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel
 
 from sdar_lm_eval.engines.native.forward.attention import hidden_states
-from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.scoring.branches import BranchBatch, attention_bias
 from sdar_lm_eval.engines.native.scoring.rows import Integers, Row
 from sdar_lm_eval.engines.native.transfer import to_device
@@ -107,14 +106,3 @@ class ModulesRows(RowsForward):
         at = to_device(row, self._device), to_device(column, self._device)
         logits: torch.Tensor = self._model.lm_head(self._hidden[at])
         return logits
-
-
-def rows_forward(model: PreTrainedModel, forward: Forward, block_length: int) -> RowsForward:
-    """The rows' forward that corresponds to a forward of generation, where its kernels take blocks of this length."""
-    if not forward.captures or block_length > forward.longest_block:
-        return ModulesRows(model)
-    from sdar_lm_eval.engines.native.forward.fused import FusedForward
-    from sdar_lm_eval.engines.native.scoring.fused import FusedRows
-
-    assert isinstance(forward, FusedForward)
-    return FusedRows(forward)

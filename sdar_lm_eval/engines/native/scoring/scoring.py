@@ -18,11 +18,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from sdar_lm_eval import likelihood
 from sdar_lm_eval.engines.native import unmasking
+from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.scoring.batches import Limits, Tokens, divide, shared_prefixes
-from sdar_lm_eval.engines.native.scoring.forwards import SCRATCH_SLOT, RowsForward
+from sdar_lm_eval.engines.native.scoring.forwards import SCRATCH_SLOT, ModulesRows, RowsForward
 from sdar_lm_eval.engines.native.scoring.rows import Row, Trunk, clean_rows, laid_out, packed, spans
 from sdar_lm_eval.engines.native.transfer import to_device
 from sdar_lm_eval.engines.runs import Failures, not_finite
@@ -163,3 +165,14 @@ class Scoring:
         values = log_probabilities[order].tolist()
         ends = [*firsts[1:].tolist(), len(values)]
         sums[numbers] = [math.fsum(values[i:j]) for i, j in zip(firsts.tolist(), ends, strict=True)]
+
+
+def rows_forward(model: PreTrainedModel, forward: Forward, block_length: int) -> RowsForward:
+    """The rows' forward that corresponds to a forward of generation, where its kernels take blocks of this length."""
+    if not forward.captures or block_length > forward.longest_block:
+        return ModulesRows(model)
+    from sdar_lm_eval.engines.native.forward.fused import FusedForward
+    from sdar_lm_eval.engines.native.scoring.fused import FusedRows
+
+    assert isinstance(forward, FusedForward)
+    return FusedRows(forward)
