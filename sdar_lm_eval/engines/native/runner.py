@@ -205,7 +205,7 @@ class Runner:
         assert self._draw_graphs is not None
         contexts = sorted({self.forward.context_key(context) for context in (*range(shortest, longest, 256), longest)})
         with self._on_device:
-            self.forward.compile()
+            self.forward.compile(longest)
             until = time.perf_counter() + seconds
             for size in reversed(self._draw_sizes):
                 self._draw_graphs.prepare(size, until=until)

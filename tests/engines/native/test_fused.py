@@ -74,6 +74,39 @@ def test_the_same_tokens(either, monkeypatch):
     assert [r.token_ids for r in run(engine, requests)] == [r.token_ids for r in plain]
 
 
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_attention_of_prompts_is_compiled_ahead(checkpoint, monkeypatch, reproducible):
+    """Triton has a variant of the kernel for partial results, and one for each size of tiles."""
+    monkeypatch.setattr(attention, "SPLIT", 8)
+    monkeypatch.setattr(graphs, "REPRODUCIBLE_ROWS", REPRODUCIBLE_ROWS)
+    launched, launch = set(), attention._launch
+
+    def keep(query, keys, values, tiles, scaling, out, sums=None):
+        launched.add((tiles.tokens, sums is not None))
+        launch(query, keys, values, tiles, scaling, out, sums)
+
+    monkeypatch.setattr(attention, "_launch", keep)
+    engine = engine_with_kernels(checkpoint, reproducible=reproducible)
+    requests = [GenerationRequest(tuple(range(n)), 1, DecodingConfig()) for n in (40, 5)]
+    run(engine, requests[1:])  # allocates memory
+    launched.clear()
+    engine.runner.forward.compile(44)
+    compiled = set(launched)
+    prefill, prefilled = type(engine.runner.forward).prefill, set()
+
+    def of_prompts(self, chunks):
+        launched.clear()
+        prefill(self, chunks)
+        prefilled.update(launched)
+
+    monkeypatch.setattr(type(engine.runner.forward), "prefill", of_prompts)
+    run(engine, requests)
+    assert prefilled and prefilled <= compiled
+    launched.clear()
+    engine.runner.forward.compile(8)
+    assert {partial for _, partial in launched} == {False}  # a short context has no splits
+
+
 @pytest.mark.parametrize(("method", "length"), [("chain", 4), ("nelbo", 3)])
 def test_the_same_scores(either, monkeypatch, method, length):
     """Texts behind one token, continuations of one context, and alike contexts that share a prefix."""

@@ -84,9 +84,15 @@ def test_the_kernel_takes_all_tiles_if_results_have_to_be_batch_invariant():
     )
 
 
-@pytest.mark.parametrize(("runs", "context", "taken"), [(True, 1024, True), (True, 512, False), (False, 1024, False)])
-def test_the_decoder_takes_the_kernel_where_the_kernel_runs_and_suits(monkeypatch, runs, context, taken):
-    """The decoder asks with the heads of its weights, and with a page of the cache."""
+@pytest.mark.parametrize(
+    ("runs", "context", "page", "taken"),
+    [(True, 1024, 16, True), (True, 512, 16, False), (False, 1024, 16, False), (True, 1024, 1, False)],
+)
+def test_the_decoder_takes_the_kernel_where_the_kernel_runs_and_suits(monkeypatch, runs, context, page, taken):
+    """The decoder asks once, when tiles first suit: the trial compiles the kernel, which short contexts never need.
+
+    The trial has the heads of the weights, and a page of the cache. Scoring has pages of one token.
+    """
     asked, attended = [], []
 
     def answer(heads, cache):
@@ -108,10 +114,11 @@ def test_the_decoder_takes_the_kernel_where_the_kernel_runs_and_suits(monkeypatc
         norm=torch.zeros(32), head_dim=64, layers=[layer], head=None, embedding=torch.zeros(10, 32), eps=1e-6
     )
     made = decoder.FusedDecoder(weights, types.SimpleNamespace(page_size=16, kv_heads=2))
-    assert asked == [(8, (1, 16, 2, 64), torch.float32)]
     tokens = torch.zeros(4, dtype=torch.int64)
-    made(tokens, tokens, tokens, some_tiles(4, context), torch.zeros(1, 2, 3, 16, 2, 64))
-    assert attended == ["hopper" if taken else "triton"]
+    for _ in range(2):
+        made(tokens, tokens, tokens, some_tiles(4, context), torch.zeros(1, 2, 3, page, 2, 64))
+    assert attended == 2 * ["hopper" if taken else "triton"]
+    assert asked == [(8, (1, 16, 2, 64), torch.float32)] * (context == 1024 and page == 16)
 
 
 def tiles_of(begins, new, tile, block, *, splits, page_size=16):

@@ -47,8 +47,12 @@ class Forward(ABC):
             context: most tokens that any token of the forward sees.
         """
 
-    def compile(self) -> None:  # noqa: B027  (a forward without such kernels does nothing)
-        """Compile kernels that are made for some sizes of a forward only, so that no run waits for the compiler."""
+    def compile(self, context: int) -> None:  # noqa: B027  (a forward without such kernels does nothing)
+        """Compile kernels that are made for some sizes of a forward only, so that no run waits for the compiler.
+
+        Args:
+            context: most tokens that any token sees.
+        """
 
     @abstractmethod
     def prefill(self, chunks: Sequence[Chunk]) -> None:

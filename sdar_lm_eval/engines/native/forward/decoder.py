@@ -5,6 +5,8 @@ The decoder computes what transformers' Qwen3Model or Qwen3MoeModel computes, fr
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -55,13 +57,19 @@ class FusedDecoder:
         on_hopper = self._gates_on_hopper == bool(gates) and runs_on_hopper(first.qkv, first.o, *plain, weights.head)
         self.batch_invariant = batch_invariant and on_hopper and not biased
         heads = first.o.shape[1] // weights.head_dim
-        self._page_size = cache.page_size
-        page = first.qkv.new_zeros(1, cache.page_size, cache.kv_heads, weights.head_dim)
-        self._group = heads // cache.kv_heads
-        self._attends_on_hopper = hopper_attention is not None and hopper_attention.runs(heads, page)
+        self._heads, self._group = heads, heads // cache.kv_heads
+        self._page = first.qkv.new_zeros(1, cache.page_size, cache.kv_heads, weights.head_dim)
 
-    def compile(self) -> None:
-        """Compile the kernels of experts for tiles of every size."""
+    @functools.cached_property
+    def _attends_on_hopper(self) -> bool:
+        """Whether `hopper_attention` runs here. It is tried, and so compiled, when tiles that suit it first come."""
+        return hopper_attention is not None and hopper_attention.runs(self._heads, self._page)
+
+    def compile(self, tiles: Iterable[attention.Tiles]) -> None:
+        """Compile attention for tiles like these, and the kernels of experts for tiles of every size."""
+        query = self._page.new_zeros(1, self._heads, self._page.shape[-1])
+        for some in tiles:
+            self._attention(some, self._page).attend(query, self._page, self._page, some, self._scaling)
         for mlp in {type(layer.mlp): layer.mlp for layer in self._weights.layers}.values():
             if not isinstance(mlp, DenseMLP):
                 experts.compile_for(mlp, batch_invariant=self._tiles_are_fixed)
@@ -94,10 +102,7 @@ class FusedDecoder:
         Returns:
             The input of `finish`: the output of the last layer's attention, (T, heads * size), and the residual (T, D).
         """
-        # The kernel was tried with pages of one size.
-        tried = self._attends_on_hopper and cache.shape[3] == self._page_size
-        on_hopper = tried and hopper_attention.suits(tiles, self._group)
-        kernel = hopper_attention if on_hopper else attention
+        kernel = self._attention(tiles, cache[0, 0])
 
         def attend(
             layer: LayerWeights, kv: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
@@ -122,6 +127,12 @@ class FusedDecoder:
             after = self._after_attention(before, attended, residual, visible)
             attended, residual = attend(layer, kv, *after)
         return attended, residual
+
+    def _attention(self, tiles: attention.Tiles, keys: torch.Tensor) -> Any:
+        """The fastest module of attention for tiles, over keys of (pages, page size, KV heads, size)."""
+        alike = keys.shape[1:] == self._page.shape[1:]  # the Hopper kernel is tried with such pages
+        suits = hopper_attention is not None and alike and hopper_attention.suits(tiles, self._group)
+        return hopper_attention if suits and self._attends_on_hopper else attention
 
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The last hidden states (T, D) of tokens, from their rows of a call's results. Overwrites `residual`."""

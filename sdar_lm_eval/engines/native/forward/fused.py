@@ -73,9 +73,18 @@ class FusedForward(Forward):
         self._first = torch.arange(0, segments * block, block, device=self._device)
         self.decoder.reserve(positions)
 
-    def compile(self) -> None:
+    def compile(self, context: int) -> None:
         """See `Forward.compile`."""
-        self.decoder.compile()
+        context = attention.padded_context(context)
+        # Attention of prompts with one split and with several: few tiles of a long context have several.
+        none, row = (torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(2))
+        tokens = self._block if self._reproducible else self.prefill_tile
+        self.decoder.compile(
+            attention.Tiles(
+                row, none, row[None], row, none, tokens, context // splits, splits, batch_invariant=self._reproducible
+            )
+            for splits in (1, 2)[: context // attention.SPLIT]
+        )
 
     def context_key(self, context: int) -> int:
         """See `Forward.context_key`."""
