@@ -55,11 +55,11 @@ class Drawing:
         self._draw: Callable[[Draws, torch.Tensor], Drawn] = self._by_kernel if self.by_kernel else self._by_pytorch
 
     def sizes(self) -> tuple[int, ...]:
-        """The sizes M that CUDA graphs are captured for, ascending, up to the most draws that all slots can need."""
+        """The sizes M of a step, ascending, up to the most draws that all slots can need."""
         most = self._batch.slots * self._batch.block
         if self.fixed_rows:
             return graphs.multiples(graphs.REPRODUCIBLE_ROWS, most)
-        return graphs.ladder(graphs.DRAWING, most)
+        return self._forward.draw_sizes(most, self._rows_at_once) if self.by_kernel else (most,)
 
     def __call__(self, draws: Draws) -> Drawn:
         """Draw for M positions, in parts where the logits of all would take too much memory."""

@@ -165,7 +165,6 @@ class Runner:
     def _reserve(self, shape: Shape) -> None:
         self.shape = None
         self._forward_graphs = self._draw_graphs = None
-        self.cache.reserve(shape.pages, shape.slots, shape.width)
         self.batch = BatchState(
             shape.slots, shape.block, shape.stops, self._vocabulary, self._mask_token_id,
             strategies=shape.strategies, penalized=shape.penalized, device=self.device,
@@ -178,8 +177,10 @@ class Runner:
             logger.info(
                 "With top_k, top_p or repetition_penalty PyTorch draws the tokens, without a CUDA graph: slower."
             )
-        self._segment_sizes = self.forward.sizes(2 * shape.slots, shape.block)
-        self._draw_sizes = self._drawing.sizes()
+        with self._on_device:
+            self._segment_sizes = self.forward.sizes(2 * shape.slots, shape.block)
+            self._draw_sizes = self._drawing.sizes()
+        self.cache.reserve(shape.pages, shape.slots, shape.width)
         self.forward.reserve(self._segment_sizes[-1], shape.block, shape.width * self.cache.page_size)
         on_gpu = self.device.type == "cuda"
         self._forward_graphs = Graphs(self._forward, self._segment_sizes, enabled=on_gpu and self.forward.captures)

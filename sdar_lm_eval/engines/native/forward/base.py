@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from sdar_lm_eval.engines.native.forward.cache import Addresses
+from sdar_lm_eval.engines.native.forward.sizes import unmeasured
 from sdar_lm_eval.engines.native.layout import Segments
 from sdar_lm_eval.engines.native.scheduler import Chunk
 
@@ -28,12 +29,21 @@ class Forward(ABC):
 
     @abstractmethod
     def sizes(self, most: int, block: int) -> tuple[int, ...]:
-        """The numbers of segments that CUDA graphs are captured for, ascending, up to the first that is `most` or more.
+        """The numbers of segments that CUDA graphs are captured for, ascending; the last is `most` or more.
 
         Args:
             most: most segments of a forward.
             block: L, tokens of a segment.
         """
+
+    def draw_sizes(self, most: int, at_once: int) -> tuple[int, ...]:
+        """The numbers of draws that CUDA graphs are captured for, ascending, up to `most`.
+
+        Args:
+            most: most draws of a step.
+            at_once: most rows of logits that are computed at once.
+        """
+        return unmeasured(most)
 
     @abstractmethod
     def reserve(self, segments: int, block: int, positions: int) -> None:

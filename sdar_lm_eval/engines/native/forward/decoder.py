@@ -128,6 +128,12 @@ class FusedDecoder:
             attended, residual = attend(layer, kv, *after)
         return attended, residual
 
+    def products(self, attended: torch.Tensor, residual: torch.Tensor) -> None:
+        """Run the first and the last layer without attention, for measurements. The arguments are those of `finish`."""
+        for layer in (self._weights.layers[0], self._weights.layers[-1]):
+            self._product(residual, layer.qkv, layer.qkv_bias)
+            self._after_attention(layer, attended, residual.clone())
+
     def _attention(self, tiles: attention.Tiles, keys: torch.Tensor) -> Any:
         """The fastest module of attention for tiles, over keys of (pages, page size, KV heads, size)."""
         alike = keys.shape[1:] == self._page.shape[1:]  # the Hopper kernel is tried with such pages

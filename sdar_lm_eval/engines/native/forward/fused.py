@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+import triton
 from numpy.typing import NDArray
 
 from sdar_lm_eval.engines.native.forward import graphs
 from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
-from sdar_lm_eval.engines.native.forward.decoder import FusedDecoder
-from sdar_lm_eval.engines.native.kernels import attention
+from sdar_lm_eval.engines.native.forward.decoder import FusedDecoder, hopper
+from sdar_lm_eval.engines.native.forward.sizes import Timings, grid, measured, unmeasured
+from sdar_lm_eval.engines.native.kernels import attention, experts
+from sdar_lm_eval.engines.native.kernels.layers import few_rows
 from sdar_lm_eval.engines.native.layout import Segments
 from sdar_lm_eval.engines.native.scheduler import Chunk
 from sdar_lm_eval.engines.native.transfer import to_device
-from sdar_lm_eval.families.base import DecoderWeights
+from sdar_lm_eval.families.base import DecoderWeights, DenseMLP, Experts, LayerWeights
 
 SPLITS_BUDGET_BYTES = 1 << 30  # most memory of attention's partial results in prefill, one for each split of a context
 QUERY_BYTES = 128 << 10  # most memory of the queries that one program of the attention kernel holds
@@ -50,7 +55,7 @@ class FusedForward(Forward):
         # The rounding of a product that is not batch-invariant depends on its number of rows.
         self.fixed_rows = reproducible and not self.decoder.batch_invariant
         outputs = weights.layers[0].o.shape[1]  # heads * size
-        self._sizes = (outputs, len(weights.norm))
+        self._widths = (outputs, len(weights.norm))
         # One program of the attention kernel holds a block's queries of all heads that share a KV head.
         shared = outputs // self.kv_heads
         self.longest_block = min(QUERY_BYTES // (shared * self._dtype.itemsize), 128)
@@ -61,14 +66,55 @@ class FusedForward(Forward):
         """See `Forward.sizes`."""
         if self.fixed_rows:
             return graphs.multiples(fixed_segments(block), most)
-        return graphs.ladder(graphs.FORWARD, most, block)
+        return self._measured("a layer's products", self.decoder.products, most, block)
+
+    def draw_sizes(self, most: int, at_once: int) -> tuple[int, ...]:
+        """See `Forward.draw_sizes`."""
+
+        def draw(attended: torch.Tensor, residual: torch.Tensor) -> None:
+            for begin in range(0, len(residual), at_once):
+                part = slice(begin, begin + at_once)
+                self.decoder.logits(self.decoder.finish(attended[part], residual[part].clone()))
+
+        return self._measured(f"drawing, {at_once:,} rows at once", draw, most)
+
+    def _measured(
+        self, name: str, run: Callable[[torch.Tensor, torch.Tensor], None], most: int, rows: int = 1
+    ) -> tuple[int, ...]:
+        """Sizes by the measured time of a function of some rows of attention's output and of the residual."""
+        if self._device.type == "cpu":
+            return unmeasured(most, rows)
+
+        def times(largest: int) -> dict[int, float]:
+            def on_random_rows() -> Callable[[int], None]:
+                attended, residual = (
+                    torch.randn(grid(largest)[-1], width, device=self._device, dtype=self._dtype)
+                    for width in self._widths
+                )
+                return lambda count: run(attended[:count], residual[:count])
+
+            return self._timings(name, largest, on_random_rows)
+
+        with torch.no_grad():
+            return measured(most, rows, times)
+
+    @functools.cached_property
+    def _timings(self) -> Timings:
+        layers = self.weights.layers[0], self.weights.layers[-1]
+        shapes = [list(weight.shape) for layer in layers for weight in _weights_of(layer)]
+        code = [FusedDecoder, few_rows, experts.run, *([hopper.gated] if hopper else [])]
+        about = {
+            "shapes": [*shapes, list(self.weights.head.shape)], "dtype": str(self._dtype),
+            "batch_invariant": self.decoder.batch_invariant, "code": code, "triton": triton.__version__,
+        }  # fmt: skip
+        return Timings(about, self._device)
 
     def reserve(self, segments: int, block: int, positions: int) -> None:
         """See `Forward.reserve`."""
         self._block = block
         # CUDA graphs need outputs that stay in place: `run` of any size writes to these, and `hidden` reads them.
         self._outputs = [
-            torch.zeros(segments * block, size, dtype=self._dtype, device=self._device) for size in self._sizes
+            torch.zeros(segments * block, size, dtype=self._dtype, device=self._device) for size in self._widths
         ]
         self._first = torch.arange(0, segments * block, block, device=self._device)
         self.decoder.reserve(positions)
@@ -138,7 +184,7 @@ class FusedForward(Forward):
             for part in in_parts(chunks, rows):
                 self._prefill(part, padded_to=rows)
             return
-        heads, _ = self._sizes
+        heads, _ = self._widths
         context = max(chunk.end for chunk in chunks)
         tiles = sum(-(-chunk.size // self.prefill_tile) for chunk in chunks)
         _, splits = self._splits(context, tiles, attention.WHOLE)
@@ -177,6 +223,15 @@ class FusedForward(Forward):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._cache.kv is not None
         return self.decoder(tokens, positions, kv_slots, tiles, self._cache.kv)
+
+
+def _weights_of(part: LayerWeights | DenseMLP | Experts) -> Iterator[torch.Tensor]:
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (DenseMLP, Experts)):
+            yield from _weights_of(value)
 
 
 def fixed_segments(block: int) -> int:

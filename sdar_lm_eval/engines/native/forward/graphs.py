@@ -1,4 +1,4 @@
-"""CUDA graphs for a ladder of sizes: a step of any size is padded to the next size on the ladder."""
+"""CUDA graphs of some sizes: a step of any size is padded to the next of these sizes."""
 
 from __future__ import annotations
 
@@ -16,35 +16,9 @@ from sdar_lm_eval.engines.runs import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-# Rows of matrix products that steps are padded to: of a forward, and of drawing, which runs the LM head. A few rows
-# take as long as one, since reading the weights takes the time. A larger size is left out if an H100 needs as long for
-# the next one (measured with SDAR-4B in bfloat16; benchmarks/LABBOOK.md has most of the times).
-FORWARD = (
-    4, 8, 16, 64, 128, 192, 240, 256, 288, 336, 384, 432, 512, 560, 640, 736, 768, 816, 896, 960, 1024, 1136, 1248,
-    1264, 1280, 1312, 1328, 1360, 1392, 1536, 1616, 1648, 1712, 1776, 1888, 2016, 2048, 2096, 2304, 2432, 2560, 2816,
-    3072,
-)  # fmt: skip
-DRAWING = (
-    4, 8, 16, 64, 128, 192, 240, 272, 304, 336, 384, 432, 496, 528, 592, 624, 640, 672, 768, 800, 864, 912, 960, 1040,
-    1088, 1200, 1264, 1344, 1456, 1536,
-)  # fmt: skip
-MORE = 256  # distances of the sizes above these are multiples of this
-SPARSER = 16  # and at least this part of a size: what padding costs then is little beside what more graphs cost
 # Rows of every matrix product where results have to be reproducible, but products are not batch-invariant: a product's
 # rounding depends on its number of rows.
 REPRODUCIBLE_ROWS = 512
-
-
-def ladder(rungs: Sequence[int], largest: int, rows: int = 1) -> tuple[int, ...]:
-    """Sizes up to the first that is at least `largest`, from rungs in rows; a size stands for `rows` rows.
-
-    No size is 1: `torch.compile` takes a size of 1 for a constant, and would compile the step once more for it.
-    """
-    rungs = list(rungs)
-    while rungs[-1] < largest * rows:
-        rungs.append(rungs[-1] + MORE * max(rungs[-1] // (SPARSER * MORE), 1))
-    sizes = sorted({max(-(-rung // rows), 2) for rung in rungs})
-    return tuple(sizes[: bisect.bisect_left(sizes, largest) + 1])
 
 
 def multiples(unit: int, largest: int) -> tuple[int, ...]:
@@ -65,7 +39,7 @@ class Graphs:
 
     Args:
         run: the function. Its arguments are a size, and all else that its kernels depend on.
-        sizes: the ladder.
+        sizes: the sizes of graphs, ascending.
         enabled: whether to use graphs. If not, a call runs the function with the size asked for, unpadded.
     """
 
@@ -76,7 +50,7 @@ class Graphs:
         self._warned = False
 
     def __call__(self, size: int, *others: Hashable) -> int:
-        """Run the function for `size`, padded to the next size on the ladder; return the size that ran."""
+        """Run the function for `size`, padded to the next of the sizes; return the size that ran."""
         if not self._enabled:
             self.run(size, *others)
             return size
@@ -100,7 +74,7 @@ class Graphs:
         return size
 
     def prepare(self, size: int, *others: Hashable, until: float) -> None:
-        """Capture the graph of a size on the ladder, unless it exists or the clock (time.perf_counter) passes `until`.
+        """Capture the graph of one of the sizes, unless it exists or the clock (time.perf_counter) passes `until`.
 
         The function must change nothing: what it works on is padding.
         """

@@ -1,0 +1,179 @@
+"""Chooses the sizes of CUDA graphs: the fewest with which padding costs little, by measured times.
+
+The time of matrix products is a staircase: some rows take as long as a few rows more. The stairs depend on the weights,
+the GPU and the libraries. So each machine measures the times once for a model, and keeps them in a file.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import itertools
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from sdar_lm_eval.engines.native.forward.graphs import Graphs
+from sdar_lm_eval.engines.runs import is_out_of_memory
+from sdar_lm_eval.hashing import hex_digest
+
+logger = logging.getLogger(__name__)
+
+FEW = (4, 8)  # rows
+STEPS = ((1536, 16), (3072, 64), (6144, 128), (12288, 256), (1 << 30, 512))  # up to so many rows: their distance
+MOST_PADDING = 0.05  # most cost of padding, relative to the time of the best size
+FLAT = 256  # rows that take as long as one, where no time is measured
+ROUNDS = 5
+
+
+def grid(most: int) -> tuple[int, ...]:
+    """Numbers of rows that are measured, ascending, up to the first that is at least `most`."""
+    found = [*FEW]
+    for end, step in STEPS:
+        while found[-1] < min(end, most):
+            found.append(found[-1] // step * step + step)
+    return tuple(found)
+
+
+def rungs(most: int, rows: int = 1) -> tuple[int, ...]:
+    """Sizes to choose from, ascending, up to `most`; a size stands for `rows` rows.
+
+    No size is 1: `torch.compile` takes a size of 1 for a constant, and would compile the step once more for it.
+    """
+    largest = max(most, 2)
+    return tuple(sorted({min(max(-(-number // rows), 2), largest) for number in grid(largest * rows)}))
+
+
+def chosen(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[int, ...]:
+    """The fewest of these sizes with which padding costs at most `MOST_PADDING`, whatever size is needed.
+
+    Args:
+        sizes: what to choose from, ascending; the last one is always chosen.
+        seconds: time of each.
+    """
+    least = list(itertools.accumulate(reversed(seconds), min))[::-1]  # of a need: the time of the best size for it
+    ends, need = [], 0
+    while need < len(sizes):
+        enough = [i for i in range(need, len(sizes)) if seconds[i] <= (1 + MOST_PADDING) * least[need]]
+        ends.append(enough[-1])
+        need = enough[-1] + 1
+    return tuple(sizes[end] for end in ends)
+
+
+def unmeasured(most: int, rows: int = 1) -> tuple[int, ...]:
+    """Sizes up to `most` where no time is measured."""
+    sizes = rungs(most, rows)
+    return chosen(sizes, [max(size * rows, FLAT) for size in sizes])
+
+
+class Timings:
+    """Seconds of functions by their number of rows, measured on the GPU and kept in a file.
+
+    Args:
+        about: what the times depend on, beside the GPU and the libraries.
+        device: the GPU.
+    """
+
+    def __init__(self, about: Mapping[str, object], device: torch.device) -> None:
+        self._device = device
+        versions = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__}
+        self._path = cache_folder() / f"{hex_digest({**versions, **about})}.json"
+        self._known = _read(self._path)
+
+    def __call__(self, name: str, most: int, made: Callable[[], Callable[[int], None]]) -> dict[int, float]:
+        """Seconds of a function for the numbers of rows of a grid up to `most` or more.
+
+        Args:
+            name: of the function, in the file.
+            most: rows.
+            made: makes the function, if there is anything to measure. Its kernels depend on its argument only.
+        """
+        if max(self._known.get(name, {0: 0.0})) < most:
+            started, rows = time.perf_counter(), grid(most)
+            self._known[name] = dict(zip(rows, self._measured(made(), rows), strict=True))
+            logger.info(
+                "Measured the time of %s for %d numbers of rows in %.1f s; %s keeps the times.",
+                name, len(rows), time.perf_counter() - started, self._path,
+            )  # fmt: skip
+            _write(self._path, self._known)
+        return self._known[name]
+
+    def _measured(self, run: Callable[[int], None], rows: Sequence[int]) -> list[float]:
+        """Median seconds. All numbers of rows take turns, so that the GPU has the same clock for all of them."""
+        graphs = Graphs(run, rows, enabled=True)
+        for number in rows:
+            graphs(number)
+        events = [[(_event(), _event()) for _ in rows] for _ in range(ROUNDS + 1)]
+        for pairs in events:
+            for number, (begin, end) in zip(rows, pairs, strict=True):
+                begin.record()
+                graphs(number)
+                end.record()
+        torch.cuda.synchronize(self._device)
+        del graphs
+        torch.cuda.empty_cache()  # the KV cache may need the memory
+        rounds = [[begin.elapsed_time(end) / 1000 for begin, end in pairs] for pairs in events[1:]]
+        return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def measured(most: int, rows: int, times: Callable[[int], Mapping[int, float]]) -> tuple[int, ...]:
+    """Sizes up to `most` by measured times; by none where memory does not suffice to measure.
+
+    Args:
+        most: the largest size.
+        rows: rows of a size of 1.
+        times: returns the seconds of numbers of rows on a grid up to its argument or more.
+    """
+    sizes = rungs(most, rows)
+    try:
+        seconds = times(sizes[-1] * rows)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        torch.cuda.empty_cache()
+        logger.info("No memory is left to measure times: CUDA graphs have sizes that suit most GPUs.")
+        return unmeasured(most, rows)
+    known = sorted(seconds)
+    return chosen(sizes, [seconds[known[bisect.bisect_left(known, size * rows)]] for size in sizes])
+
+
+def cache_folder() -> Path:
+    """The folder of files with times: in $XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdar_lm_eval" / "times"
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _read(path: Path) -> dict[str, dict[int, float]]:
+    try:
+        found = json.loads(path.read_text())
+        return {
+            name: {int(rows): float(seconds) for rows, seconds in times.items()}
+            for name, times in found.items()
+            if times
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        logger.info("%s is not readable, and the times are measured again: %s", path, error)
+        return {}
+
+
+def _write(path: Path, times: Mapping[str, Mapping[int, float]]) -> None:
+    own = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own.write_text(json.dumps(times))
+        own.replace(path)  # another process may read or write the file meanwhile
+    except OSError as error:
+        logger.info("The times cannot be kept, and the next start measures again: %s", error)
+        with contextlib.suppress(OSError):
+            own.unlink()

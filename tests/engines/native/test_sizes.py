@@ -1,0 +1,154 @@
+"""The sizes of CUDA graphs. Times come from a function here: the CPU has no CUDA events."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import types
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdar_lm_eval.engines.native.forward import sizes
+from sdar_lm_eval.engines.native.forward.sizes import MOST_PADDING, Timings, chosen, grid, measured, rungs, unmeasured
+
+
+@given(st.integers(1, 3000), st.sampled_from([1, 3, 4, 8, 64]))
+def test_rungs_lead_to_the_largest_size(most, rows):
+    found = rungs(most, rows)
+    assert list(found) == sorted(set(found))
+    assert found[0] >= 2 and found[-1] == max(most, 2)
+    for before, size in itertools.pairwise(found):
+        assert (size - before) * rows <= max(48, size * rows / 16, 2 * rows)
+
+
+@given(st.integers(1, 40000))
+def test_a_grid_is_the_start_of_every_larger_one(most):
+    assert grid(most) == grid(1 << 16)[: len(grid(most))]
+    assert grid(most)[-1] >= most and (len(grid(most)) <= 2 or grid(most)[-2] < most)
+
+
+@given(st.lists(st.floats(1, 3), min_size=1, max_size=60))
+def test_padding_costs_little_whatever_is_needed(seconds):
+    found = chosen(range(len(seconds)), seconds)
+    assert found[-1] == len(seconds) - 1
+    for need in range(len(seconds)):
+        took = min(seconds[need:])
+        assert seconds[next(size for size in found if size >= need)] <= (1 + MOST_PADDING) * took
+
+
+@given(st.lists(st.sampled_from([1.0, 1.02, 1.5, 2.0]), min_size=1, max_size=8))
+def test_no_fewer_sizes_suffice(seconds):
+    def suffices(ends):
+        return all(
+            seconds[next(end for end in ends if end >= need)] <= (1 + MOST_PADDING) * min(seconds[need:])
+            for need in range(len(seconds))
+        )
+
+    last, found = len(seconds) - 1, chosen(range(len(seconds)), seconds)
+    fewer = [
+        ends
+        for number in range(2**last)
+        if len(ends := [i for i in range(last) if number >> i & 1] + [last]) < len(found)
+    ]
+    assert suffices(found) and not any(map(suffices, fewer))
+
+
+def test_the_ends_of_stairs_are_chosen():
+    """A product takes as long for 129 rows as for 256: a size between would save nothing."""
+    found = measured(512, 4, lambda most: {rows: math.ceil(rows / 128) for rows in grid(most)})
+    assert [size * 4 for size in found] == [*range(128, 2049, 128)]
+
+
+def test_without_times_large_sizes_are_denser_than_the_bound():
+    found = unmeasured(512, 4)
+    assert found[0] * 4 == 256 and found[-1] == 512
+    assert len(found) < 40
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory")], ids=repr)
+def test_without_memory_nothing_is_measured(error, caplog, monkeypatch):
+    def no_memory(most):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    with caplog.at_level(logging.INFO):
+        assert measured(512, 4, no_memory) == unmeasured(512, 4)
+    assert "No memory is left to measure" in caplog.text
+
+
+def test_another_error_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        measured(512, 4, lambda most: {1: 1 / 0})
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A GPU on which a function of n rows takes n seconds; the list has what was measured."""
+    asked = []
+
+    def measure(self, run, rows):
+        asked.append(list(rows))
+        return [float(run(number)) for number in rows]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(Timings, "_measured", measure)
+    return types.SimpleNamespace(asked=asked, folder=tmp_path / "cache" / "sdar_lm_eval" / "times")
+
+
+def timings(about="a model"):
+    return Timings({"about": about}, torch.device("cuda"))
+
+
+def test_times_are_measured_once_on_a_machine(machine, caplog):
+    with caplog.at_level(logging.INFO):
+        assert timings()("layers", 100, lambda: float) == {rows: rows for rows in grid(100)}
+    assert f"Measured the time of layers for {len(grid(100))} numbers of rows in" in caplog.text
+    again = timings()
+    assert again("layers", 90, lambda: float) == {rows: rows for rows in grid(100)}
+    assert again("drawing", 4, lambda: float) == {4: 4, 8: 8}
+    # Times of different minutes are not comparable, so a larger grid is measured as a whole.
+    assert again("layers", 200, lambda: float) == {rows: rows for rows in grid(200)}
+    assert machine.asked == [list(grid(most)) for most in (100, 4, 200)]
+    assert len(list(machine.folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("change", ["about", "gpu", "torch"])
+def test_times_of_another_model_or_machine_are_not_read(machine, monkeypatch, change):
+    timings()("layers", 4, lambda: float)
+    if change == "gpu":
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
+    if change == "torch":
+        monkeypatch.setattr(torch, "__version__", "9.9")
+    timings("another model" if change == "about" else "a model")("layers", 4, lambda: float)
+    assert len(machine.asked) == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"layers": 3}', '{"layers": {"x": 1}}', '{"layers": {"4": null}}', '{"layers": {}}']
+)
+def test_a_broken_file_is_measured_again(machine, content):
+    timings()("layers", 4, lambda: float)
+    (path,) = machine.folder.iterdir()
+    path.write_text(content)
+    assert timings()("layers", 4, lambda: float) == {4: 4, 8: 8}
+    assert len(machine.asked) == 2
+    assert json.loads(path.read_text()) == {"layers": {"4": 4.0, "8": 8.0}}
+
+
+def test_a_folder_that_cannot_be_written_costs_the_times_only(machine, caplog):
+    machine.folder.parent.parent.write_text("a file in the folder's place")
+    with caplog.at_level(logging.INFO):
+        assert timings()("layers", 4, lambda: float) == {4: 4, 8: 8}
+    assert "The times cannot be kept" in caplog.text
+
+
+def test_the_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sizes.cache_folder() == tmp_path / ".cache" / "sdar_lm_eval" / "times"
