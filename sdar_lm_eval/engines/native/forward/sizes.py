@@ -1,14 +1,14 @@
-"""Chooses the sizes of CUDA graphs: the fewest with which padding costs little, by measured times.
+"""Chooses the sizes of CUDA graphs, so that padding costs little.
 
-The time of matrix products is a staircase: some rows take as long as a few rows more. The stairs depend on the weights,
-the GPU and the libraries. So each machine measures the times once for a model, and keeps them in a file.
+The time of matrix products is a staircase: some rows take as long as a few rows more, or even longer. The stairs depend
+on the weights, the GPU and the libraries. So each machine measures the times once for a model, and keeps them in a
+file. Padding also costs power, which a short measurement does not show, so padding is bounded in rows as well.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
-import itertools
 import json
 import logging
 import os
@@ -27,9 +27,13 @@ logger = logging.getLogger(__name__)
 
 FEW = (4, 8)  # rows
 STEPS = ((1536, 16), (3072, 64), (6144, 128), (12288, 256), (1 << 30, 512))  # up to so many rows: their distance
-MOST_PADDING = 0.05  # most cost of padding, relative to the time of the best size
-FLAT = 256  # rows that take as long as one, where no time is measured
-ROUNDS = 5
+# Most rows of padding, relative to the rows that are needed: in steps of full batches, which most steps are, and others.
+MOST_PADDING = 0.02
+MOST_PADDING_OF_FEW = 0.08
+MOST_LONGER = 0.01  # most time that fewer sizes may cost, relative to the best size with no more padding
+# Up to so many rows, reading the weights takes most of the time: padding costs no power, and is not bounded in rows.
+FLAT = 256
+ROUNDS = 15  # of measurement
 
 
 def grid(most: int) -> tuple[int, ...]:
@@ -50,26 +54,30 @@ def rungs(most: int, rows: int = 1) -> tuple[int, ...]:
     return tuple(sorted({min(max(-(-number // rows), 2), largest) for number in grid(largest * rows)}))
 
 
-def chosen(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[int, ...]:
-    """The fewest of these sizes with which padding costs at most `MOST_PADDING`, whatever size is needed.
+def chosen(sizes: Sequence[int], seconds: Sequence[float], rows: int = 1) -> tuple[int, ...]:
+    """Few of these sizes, with which padding costs little whatever size is needed.
 
     Args:
-        sizes: what to choose from, ascending; the last one is always chosen.
+        sizes: what to choose from, ascending; the last one is always chosen. Full batches need at least half of it.
         seconds: time of each.
+        rows: rows of a size of 1.
     """
-    least = list(itertools.accumulate(reversed(seconds), min))[::-1]  # of a need: the time of the best size for it
-    ends, need = [], 0
+    found, need = [], 0
     while need < len(sizes):
-        enough = [i for i in range(need, len(sizes)) if seconds[i] <= (1 + MOST_PADDING) * least[need]]
-        ends.append(enough[-1])
-        need = enough[-1] + 1
-    return tuple(sizes[end] for end in ends)
+        padding = MOST_PADDING if 2 * sizes[need] >= sizes[-1] else MOST_PADDING_OF_FEW
+        most = max((1 + padding) * sizes[need] * rows, FLAT)
+        end = max(bisect.bisect_right(sizes, most / rows), need + 1)  # at least the size itself
+        enough = (1 + MOST_LONGER) * min(seconds[need:end])
+        last = max(i for i in range(need, end) if seconds[i] <= enough)
+        found.append(sizes[last])
+        need = last + 1
+    return tuple(found)
 
 
 def unmeasured(most: int, rows: int = 1) -> tuple[int, ...]:
     """Sizes up to `most` where no time is measured."""
     sizes = rungs(most, rows)
-    return chosen(sizes, [max(size * rows, FLAT) for size in sizes])
+    return chosen(sizes, [1.0] * len(sizes), rows)
 
 
 class Timings:
@@ -140,7 +148,7 @@ def measured(most: int, rows: int, times: Callable[[int], Mapping[int, float]]) 
         logger.info("No memory is left to measure times: CUDA graphs have sizes that suit most GPUs.")
         return unmeasured(most, rows)
     known = sorted(seconds)
-    return chosen(sizes, [seconds[known[bisect.bisect_left(known, size * rows)]] for size in sizes])
+    return chosen(sizes, [seconds[known[bisect.bisect_left(known, size * rows)]] for size in sizes], rows)
 
 
 def cache_folder() -> Path:
