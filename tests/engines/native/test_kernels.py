@@ -213,10 +213,12 @@ def test_attend_over_blocks_of_a_prompt(dtype):
     close(kernels.attend(query, keys, values, tiles, 0.125), attention(query, keys, values, tiles, 0.125), dtype)
 
 
-@pytest.mark.parametrize(("splits", "length"), [(1, 4), (3, 4), (1, 32), (2, 3)])
-def test_attend_branches(dtype, splits, length):
+@pytest.mark.parametrize(
+    ("splits", "length", "split"), [(1, 4, 16), (3, 4, 16), (1, 32, 16), (2, 3, 16), (1, 32, 64), (2, 32, 64)]
+)
+def test_attend_branches(dtype, splits, length, split):
     """Branches side by side in a tile see different parts of one context: all, some or none of it."""
-    heads, kv_heads, size, split = 4, 2, 64, 16
+    heads, kv_heads, size = 4, 2, 64
     sees = torch.tensor([split * splits, 0, 7, 1, 0], device=DEVICE)  # of each branch
     branches, tokens = len(sees), len(sees) * length
     keys, values = (normal(split * splits + 1, 1, kv_heads, size, dtype=dtype) for _ in range(2))

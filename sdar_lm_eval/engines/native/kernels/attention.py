@@ -135,11 +135,12 @@ def _attend_rows(
         result = acc / tl.where(total == 0, 1.0, total)[:, None]
         tl.store(out + query_row[:, None] * SIZE + size, result.to(out.dtype.element_ty), mask=real[:, None])
     else:
-        # A token that sees nothing here may see tokens elsewhere, so its partial result is written too.
+        # A token that sees nothing here may see tokens elsewhere, so its partial result is written too. The loop
+        # without masks has added columns to the row of such a token: these columns weigh nothing.
         part = split.to(tl.int64) * all_tokens * HEADS + query_row
         tl.store(out + part[:, None] * SIZE + size, acc, mask=(token < count)[:, None])
-        tl.store(sums + part * 2, most, mask=token < count)
-        tl.store(sums + part * 2 + 1, total, mask=token < count)
+        tl.store(sums + part * 2, tl.where(real, most, -float("inf")), mask=token < count)
+        tl.store(sums + part * 2 + 1, tl.where(real, total, 0.0), mask=token < count)
 
 
 @triton.jit
