@@ -3,7 +3,8 @@
 The sizes of a step are chosen when the step is launched. A GPU that waits for the host between two steps idles, so the
 host does not wait for the outcome of the step in flight. The host keeps the last known state of each slot, and predicts
 the effect of the step in flight: each slot unmasks its quota, and recent steps tell how often a block is decided sooner
-and how often an answer ends. A wrong prediction costs time only: a block that does not fit waits for the next step.
+and how often an answer ends. A wrong prediction costs time only: a block that does not fit waits for a later step,
+for about `PATIENCE` steps at most.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from sdar_lm_eval.engines.native.strategies import STRATEGIES
 # A forward of up to this many tokens takes about as long as one of a single token: reading the weights takes the time.
 # A step always has room for this many.
 FREE_ROWS = 128
-# Room that is not used is computed for nothing, while a block that waits lets others run: so a step has room for less
-# than is expected, by this many standard deviations.
+# Unused room is computed for nothing. A block that waits costs less: other blocks run meanwhile. So a step has room for
+# this many standard deviations less than the expected need.
 CAUTION = 0.5
+# Slots are served in order, so while forecasts are too low, the last slots wait. Once a block has waited for this many
+# steps, a step has room for all blocks, whatever the step in flight does to them.
+PATIENCE = 8
 DECAY = 0.9  # weight of a step among the recent steps, relative to the step after it
 
 
@@ -42,11 +46,14 @@ class Forecast:
         self._launched = self._learned = 0  # numbers of steps
         self._entered = np.zeros(slots, dtype=np.int64)  # slot -> the first step that its sequence can take part in
         self._in_flight = (0, 0)  # sizes of the last step
-        # Of blocks that their quota leaves undecided: those that a step decides. The last block of an answer counts by
-        # itself, since it may be decided with masked positions behind the length limit.
+        self._waited = np.zeros(slots, dtype=np.int64)  # slot -> steps that its block has not fitted into, in a row
+        # The share of decided blocks among the blocks that would stay undecided by their quota. Last blocks of answers
+        # have their own share: a last block may be decided while positions behind the length limit are masked.
         self._sooner, self._last_sooner = _Share(), _Share()
-        self._left = _Share()  # of positions that the quota leaves masked: those that a step does
-        self._going_on = _Share()  # of decided blocks before the length limit: those that have a successor
+        # The share of positions that stay masked among those that would stay masked by the quota.
+        self._left = _Share()
+        # The share of blocks with a successor among the decided blocks before the length limit.
+        self._going_on = _Share()
 
     def begin(self, sequences: Sequence[SequenceState]) -> None:
         """Sequences enter the batch. The current block of a sequence is the one after its last full block."""
@@ -62,7 +69,7 @@ class Forecast:
         """Segments and draws of the next step; (0, 0) where no slot is expected to be active."""
         if self._learned == self._launched:
             return self._known.counts()
-        wanted = np.array(self._predicted())
+        wanted = np.array(self._most() if (self._waited >= PATIENCE).any() else self._predicted())
         if not wanted[0]:
             return 0, 0
         # At least one slot has to fit, otherwise the batch would never advance.
@@ -72,14 +79,16 @@ class Forecast:
         return segments, draws
 
     def launched(self, segments: int, draws: int) -> None:
-        """A step of these sizes is in flight; the step before it is learned."""
+        """A step of these sizes is in flight. The step before it has to be learned before `sizes` is called again."""
         self._in_flight = segments, draws
         self._launched += 1
 
     def learn(self, outcome: Outcome) -> None:
         """Update the known state with the outcome of the oldest step in flight."""
         known = self._known
-        current = outcome.took_part & known.active & (self._entered <= self._learned)
+        present = known.active & (self._entered <= self._learned)
+        current = outcome.took_part & present
+        self._waited = np.where(present & ~current, self._waited + 1, 0)
         left, last, decided = known.left_by_quota(), known.last_block(), outcome.masked == 0
         for share, kind in ((self._sooner, ~last), (self._last_sooner, last)):
             share.learn(decided, kind & current & (left > 0))
@@ -89,10 +98,22 @@ class Forecast:
         known.advance(current, outcome.masked, outcome.goes_on)
         self._learned += 1
 
+    def _running(self) -> NDArray[np.bool_]:
+        """The slots that take part in the step in flight."""
+        return self._known.fitting(self._known.active & (self._entered <= self._learned), *self._in_flight)
+
+    def _most(self) -> tuple[int, int]:
+        """Most segments and draws that the step after the one in flight can need."""
+        known = self._known
+        may_begin = self._running() & ~known.last_block()
+        segments = np.where(may_begin, 2, 1 + known.uncommitted)
+        draws = np.where(may_begin, known.length, known.masked)
+        return int(segments[known.active].sum()), int(draws[known.active].sum())
+
     def _predicted(self) -> tuple[int, int]:
         """Segments and draws of the step after the one in flight: somewhat less than the expected values."""
         known = self._known
-        runs = known.fitting(known.active & (self._entered <= self._learned), *self._in_flight)
+        runs = self._running()
         left, last = known.left_by_quota(), known.last_block()
         sooner = self._sooner(0)
         decided = np.where(left == 0, 1.0, np.where(last, self._last_sooner(sooner), sooner))
@@ -122,7 +143,7 @@ class _Share:
         return self._part / self._whole if self._whole else default
 
     def learn(self, part: NDArray[Any], whole: NDArray[Any]) -> None:
-        """Count the events of a step, (N,) each. What `part` has of slots without an event does not count."""
+        """Count the events of a step, (N,) each. `part` is ignored where `whole` is 0."""
         self._part = DECAY * self._part + float((part * (whole > 0)).sum())
         self._whole = DECAY * self._whole + float(whole.sum())
 
@@ -157,7 +178,7 @@ class _Slots:
         return fits
 
     def left_by_quota(self) -> NDArray[np.int64]:
-        """Positions that a step leaves masked at most."""
+        """Most positions that a step leaves masked: those beyond the quota."""
         quota = self.quotas[np.arange(len(self.step)), self.step]
         left: NDArray[np.int64] = np.maximum(self.masked - quota, 0)
         return left

@@ -1,7 +1,7 @@
 """The layout of a step: which blocks go through the model, and which masked positions a token is drawn for.
 
 The host chooses the sizes of a step: S segments and M draws. A forecast (`forecast.py`) of these sizes can be too low.
-Slots are served in order, and a slot that does not fit waits for the next step.
+Slots are served in order, and a slot that does not fit waits for a later step.
 
 A decided block goes through the model once more, because the keys and values of its final tokens have to be stored: the
 block is committed. The forward that first denoises the next block also commits the decided block, as a segment of its

@@ -91,7 +91,7 @@ class Loop:
                     f"the engine stands still with {len(self._scheduler.running)} unfinished sequences: this should "
                     "never happen. Finished answers are kept (--use_cache); run again with a smaller max_active."
                 )
-            # The forecast of later steps needs the outcome of one, so the first step is in flight alone.
+            # A forecast needs the outcome of an earlier step, so the first step is in flight alone.
             most_in_flight = self._most_in_flight if self._any_settled else 1
             if self._in_flight and (not launched or len(self._in_flight) == most_in_flight):
                 self._settle()

@@ -97,7 +97,8 @@ class Runner:
             Needs the fused forward, and sequences that all have the same settings.
 
     Attributes:
-        shape: the shape that memory is allocated for; None: no memory is. Another object where graphs were dropped.
+        shape: the shape that memory is allocated for; None where no memory is allocated. Whenever the graphs are
+            dropped, `shape` becomes a new object.
     """
 
     def __init__(
@@ -214,7 +215,7 @@ class Runner:
                 self._forward_graphs.prepare(size, context, until=until)
 
     def out_of_memory(self, pages: int | None = None) -> EngineError:
-        """The error of a run that memory does not suffice for. `pages` were asked for; None: the allocated ones."""
+        """The error of a run that lacks memory. `pages`: KV pages that the run asked for; None: the allocated pages."""
         pages = self.cache.num_pages if pages is None else pages
         return EngineError(
             f"out of memory on {self.device}, with {pages:,} KV pages of {self.cache.page_size} tokens. Finished "

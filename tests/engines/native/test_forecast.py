@@ -138,6 +138,36 @@ def test_sizes_are_right_on_average(strategy, monkeypatch):
     assert ((0.85 * needed < sizes) & (sizes < 1.1 * needed)).all()
 
 
+def test_a_block_waits_for_a_few_steps_at_most(monkeypatch):
+    """Six answers of one step each make the last blocks of four others look shorter than they are, again and again."""
+    monkeypatch.setattr(forecast, "FREE_ROWS", 0)
+    device, known, prompt = Device(torch.ones), Forecast(SLOTS, BLOCK), tuple(range(BLOCK))
+    one_step = DecodingConfig(2, remasking_strategy="low_confidence_dynamic")
+    schedule = DecodingConfig(BLOCK, BLOCK, "sequential")
+
+    def enter(slots):
+        settings = [(one_step, 2) if slot < 6 else (schedule, BLOCK if slot < 10 else 800) for slot in slots]
+        requests = [GenerationRequest(prompt, new, decoding) for decoding, new in settings]
+        entering = [SequenceState(n, r, list(prompt), slot=n) for n, r in zip(slots, requests, strict=True)]
+        device.state.begin(entering)
+        known.begin(entering)
+
+    enter(range(11))
+    outcomes, waited, longest = [], 0, 0
+    for step in range(400):
+        sizes = known.sizes()
+        if sizes[0]:
+            known.launched(*sizes)
+            outcomes.append(device.step(*sizes))
+            waited = 0 if outcomes[-1].took_part[10] else waited + 1
+            longest = max(longest, waited)
+        if step == 0 or len(outcomes) == 2 or not sizes[0]:
+            known.learn(done := outcomes.pop(0))
+            if ended := (done.decided & ~done.goes_on).nonzero()[0].tolist():
+                enter(ended)
+    assert 0 < longest <= forecast.PATIENCE + 1
+
+
 def one_slot(*, new_tokens):
     request = GenerationRequest((1, 2, 3), new_tokens, DecodingConfig(block_length=4))
     return [SequenceState(0, request, [1, 2, 3], slot=0)]

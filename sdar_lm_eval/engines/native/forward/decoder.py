@@ -97,7 +97,8 @@ class FusedDecoder:
             kv_slots: (T,) int64 into pages * page size; into the branches' keys where there are branches.
             tiles: the tiles of attention, and what their tokens see.
             cache: (layers, 2, pages, page size, KV heads, head size).
-            branches: what the tokens see beside the cache, and where their keys and values go instead; None: nothing.
+            branches: what the tokens see beside the cache. Their keys and values are stored there, and not in the
+                cache. None: the tokens see the cache only.
 
         Returns:
             The input of `finish`: the output of the last layer's attention, (T, heads * size), and the residual (T, D).

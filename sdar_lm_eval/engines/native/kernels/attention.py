@@ -52,11 +52,11 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Branches:
-    """Tokens that see each other, beside what they see of the pages: masked copies of blocks. Nothing else sees them.
+    """Masked copies of blocks. A token sees the tokens of its own branch, and leading tokens of the pages.
 
     Attributes:
         keys, values: (T, 1, KV heads, size), of one layer: every layer overwrites them.
-        tiles: a tile for each branch, over pages of one token.
+        tiles: a tile for each branch, over pages of one token, in one split.
     """
 
     keys: torch.Tensor
@@ -274,7 +274,8 @@ def attend_branches(
     Returns:
         (T, heads, size).
     """
-    # The branches' results are one split more.
+    assert branches.tiles.splits == 1
+    # The branches' results are one more split.
     parts, sums = partial_results(query, tiles.splits + 1)
     _launch(query, keys, values, tiles, scaling, parts, sums)
     _launch(query, branches.keys, branches.values, branches.tiles, scaling, parts[-1], sums[-1])

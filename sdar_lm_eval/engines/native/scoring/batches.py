@@ -30,7 +30,7 @@ class Limits:
         forward_tokens: most new tokens of a forward, padding included.
         seen_tokens: most prefix tokens and new tokens of a forward, padding included: the limit of the gathered KV.
         row_tokens: most new tokens of a row of masked copies. A block that is longer is a row of its own.
-        clean_row_tokens: the same for a row of clean tokens.
+        clean_row_tokens: most new tokens of a row of clean tokens; here too, a longer block is a row of its own.
         least_saved: fewest tokens that shared prefixes must save, since they take a forward of their own.
     """
 

@@ -23,7 +23,7 @@ class RowsForward(ABC):
     Attributes:
         dtype: the model's dtype.
         vocabulary: V.
-        fused: whether kernels run rows of any lengths without padding.
+        fused: whether kernels run the rows; rows of different lengths then need no padding.
     """
 
     dtype: torch.dtype

@@ -51,7 +51,7 @@ class FusedRows(RowsForward):
         )
         seen, slots = [row.prefix for row in rows], [row.kv_slots for row in rows if row.kv_slots is not None]
         branches = None
-        if slots:  # a clean token sees leading tokens of its text: the new ones follow the stored ones
+        if slots:  # a clean token sees leading tokens of its text, in which the row's new tokens follow the stored ones
             seen = [np.concatenate(pair) for pair in zip(seen, slots, strict=True)]
             visible = visible + last
             kv_slots = np.concatenate(slots)
@@ -77,7 +77,7 @@ class FusedRows(RowsForward):
         return self._decoder.logits(self._decoder.finish(attended, residual))
 
     def _branches(self, tokens: int, length: int) -> attention.Branches:
-        """Each masked copy of a block is a branch of so many tokens."""
+        """A branch for each masked copy of a block: `length` consecutive tokens."""
         keys, values = torch.empty(2, tokens, *self._page, dtype=self.dtype, device=self._device)
         number, lengths = np.arange(tokens // length), np.full(tokens // length, length)
         pages = np.arange(tokens).reshape(-1, length)

@@ -168,7 +168,7 @@ class Scoring:
 
 
 def rows_forward(model: PreTrainedModel, forward: Forward, block_length: int) -> RowsForward:
-    """The rows' forward that corresponds to a forward of generation, where its kernels take blocks of this length."""
+    """The forward of rows: by the kernels of generation's forward if they take such blocks, otherwise by modules."""
     if not forward.captures or block_length > forward.longest_block:
         return ModulesRows(model)
     from sdar_lm_eval.engines.native.forward.fused import FusedForward
