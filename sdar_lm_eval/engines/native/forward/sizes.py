@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 FEW = (4, 8)  # rows
 STEPS = ((1536, 16), (3072, 64), (6144, 128), (12288, 256), (1 << 30, 512))  # up to so many rows: their distance
-# Most rows of padding, relative to the rows that are needed: in steps of full batches, which most steps are, and others.
+# Most rows of padding, relative to the rows that are needed: of full batches, which most steps have, and of others.
 MOST_PADDING = 0.02
 MOST_PADDING_OF_FEW = 0.08
 MOST_LONGER = 0.01  # most time that fewer sizes may cost, relative to the best size with no more padding
