@@ -75,9 +75,10 @@ def chosen(sizes: Sequence[int], seconds: Sequence[float], rows: int = 1) -> tup
 
 
 def unmeasured(most: int, rows: int = 1) -> tuple[int, ...]:
-    """Sizes up to `most` where no time is measured."""
+    """Sizes up to `most` where no time is measured: up to FLAT rows there is a size for 16 rows, and one for each 64."""
     sizes = rungs(most, rows)
-    return chosen(sizes, [1.0] * len(sizes), rows)
+    stairs = [0 if size * rows <= 16 else min(-(-size * rows // 64), FLAT // 64) for size in sizes]
+    return chosen(sizes, stairs, rows)
 
 
 class Timings:
