@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 FEW = (4, 8)  # rows
 STEPS = ((1536, 16), (3072, 64), (6144, 128), (12288, 256), (1 << 30, 512))  # up to so many rows: their distance
 # Most rows of padding, relative to the rows that are needed: of full batches, which most steps have, and of others.
-MOST_PADDING = 0.02
-MOST_PADDING_OF_FEW = 0.08
-MOST_LONGER = 0.01  # most time that fewer sizes may cost, relative to the best size with no more padding
+MOST_PADDING = 0.03
+MOST_PADDING_OF_FEW = 0.1
+MOST_LONGER = 0.03  # most time that fewer sizes may cost, relative to the best size with no more padding
 # Up to so many rows, reading the weights takes most of the time: padding costs no power, and is not bounded in rows.
 FLAT = 256
 ROUNDS = 15  # of measurement
@@ -75,7 +75,7 @@ def chosen(sizes: Sequence[int], seconds: Sequence[float], rows: int = 1) -> tup
 
 
 def unmeasured(most: int, rows: int = 1) -> tuple[int, ...]:
-    """Sizes up to `most` where no time is measured: up to FLAT rows there is a size for 16 rows, and one for each 64."""
+    """Sizes up to `most` where no time is measured: those up to FLAT rows are 16 rows and multiples of 64 rows."""
     sizes = rungs(most, rows)
     stairs = [0 if size * rows <= 16 else min(-(-size * rows // 64), FLAT // 64) for size in sizes]
     return chosen(sizes, stairs, rows)
