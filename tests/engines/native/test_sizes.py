@@ -60,7 +60,7 @@ def test_padding_costs_little_whatever_is_needed(seconds, rows, data):
 def test_a_slow_size_is_left_out_and_the_end_of_a_stair_is_chosen():
     """Times of two layers of SDAR-4B on an H200, in microseconds."""
     times = {1232: 793, 1248: 799, 1264: 828, 1280: 886, 1296: 869, 1312: 881, 1328: 882, 1344: 919}
-    assert chosen(list(times), list(times.values())) == (1264, 1296, 1328, 1344)
+    assert chosen(list(times), list(times.values())) == (1248, 1264, 1312, 1328, 1344)
 
 
 def test_full_batches_have_the_densest_sizes():
