@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sdar_lm_eval.cores import own_cores
 from sdar_lm_eval.files import read_bytes, read_json, require_regular
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def _sha256_of(paths: Sequence[Path]) -> list[str]:
         if (size := sum(facts[path][0] for path in unread)) > LARGE:
             logger.info("Hashing %.1f GB of weights, once: stored answers carry the hash.", size / 1e9)
         begun = time.time()
-        with concurrent.futures.ThreadPoolExecutor(min(len(unread), os.cpu_count() or 1, 8)) as threads:
+        with concurrent.futures.ThreadPoolExecutor(min(len(unread), own_cores(), 8)) as threads:
             known |= zip(unread, threads.map(_read_sha256, unread), strict=True)
         _remember(
             {

@@ -138,10 +138,7 @@ class Jobs:
     ) -> None:
         self._thoughts = prompts.thoughts
         self._checkpoint, self._prompts = checkpoint, prompts
-        self._tasks_told: set[str] = set()
-        self._stops_told: set[str] = set()
-        self._limits_told: set[int] = set()
-        self._warned_of_user_turns = False
+        self._told: set[tuple[str, object]] = set()  # what the log has: the kind of message, and what it is about
         self._given = dict(given)
         self.max_length = checkpoint.max_length if max_length is None else max_length
         self.stop_ids = checkpoint.stop_ids
@@ -302,8 +299,7 @@ class Jobs:
             else:
                 stop_ids.add(token)
         for text in filter(self._checkpoint.has_special_tokens, stop_strings):
-            if text not in self._stops_told:
-                self._stops_told.add(text)
+            if self._is_new("stop", text):
                 logger.warning(
                     "until=%r ends no answer: the stop string contains a special token beside other text, and answers "
                     "are decoded without special tokens. Give the special token alone, or the other text alone.",
@@ -311,12 +307,17 @@ class Jobs:
                 )
         return _Settings(generation, frozenset(stop_ids), tuple(stop_strings))
 
+    def _is_new(self, kind: str, about: object) -> bool:
+        """Whether the log has no message of this kind about this yet; from now on it has one."""
+        count = len(self._told)
+        self._told.add((kind, about))
+        return len(self._told) > count
+
     def _warn_of_thoughts_limit(self, max_gen_toks: int) -> None:
         """Warn once of each max_gen_toks that leaves no room for an answer behind a thought of max_thinking_toks."""
         thinking = self._thoughts.thinking
-        if thinking is None or thinking.max_tokens is None or max_gen_toks in self._limits_told:
+        if thinking is None or thinking.max_tokens is None or not self._is_new("limit", max_gen_toks):
             return
-        self._limits_told.add(max_gen_toks)
         if thinking.max_tokens + len(thinking.end_ids) >= max_gen_toks:
             logger.warning(
                 "max_thinking_toks=%d has no effect: max_gen_toks=%d leaves no room for an answer behind the thought.",
@@ -326,9 +327,8 @@ class Jobs:
 
     def _tell_of_protocol(self, task: str, published: Mapping[str, object], used: Mapping[str, object]) -> None:
         """Log once a task whether its answers are decoded as published."""
-        if task in self._tasks_told:
+        if not self._is_new("protocol", task):
             return
-        self._tasks_told.add(task)
         if changed := differences(published, {name: used[name] for name in published}):
             logger.warning("%s is not decoded as published: %s.", task, changed)
         else:
@@ -352,8 +352,7 @@ class Jobs:
             return context + self._thoughts.answer_prefix, by
         if by is not None:
             return context, by
-        if not self._warned_of_user_turns:
-            self._warned_of_user_turns = True
+        if self._is_new("user turns", None):
             logger.warning(
                 "Prompts that come from no evaluation of lm_eval become one user turn each, system instruction "
                 "included. Use lm_eval.simple_evaluate, or apply_chat_template."
