@@ -22,6 +22,7 @@ from sdar_lm_eval.engines.native.forward import decoder, fused, graphs
 from sdar_lm_eval.engines.native.forward.modules import ModulesForward
 from sdar_lm_eval.engines.native.kernels import attention
 from sdar_lm_eval.engines.native.scoring import batches
+from sdar_lm_eval.engines.native.scoring import fused as scoring_fused
 from sdar_lm_eval.engines.native.scoring.batches import Limits
 from sdar_lm_eval.engines.native.scoring.scoring import rows_forward
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
@@ -136,6 +137,39 @@ def test_the_same_scores(either, monkeypatch, method, length):
         assert dataclasses.replace(result, log_likelihood=0, standard_error=0) == dataclasses.replace(
             expected[index], log_likelihood=0, standard_error=0
         )
+
+
+def test_scores_are_computed_on_the_models_device(checkpoint, monkeypatch):
+    """Triton launches on the current device, which is the first GPU unless a program says otherwise."""
+    inside, launches = [], []
+
+    class OnDevice:
+        def __enter__(self):
+            inside.append(True)
+
+        def __exit__(self, *_):
+            inside.pop()
+
+    engine = engine_with_kernels(checkpoint)
+    for name in ("add_norm", "norm_rope_store"):
+        monkeypatch.setattr(decoder.layers, name, recorded(getattr(decoder.layers, name), inside, launches))
+    made = scoring_fused.FusedRows.__init__
+
+    def on_another_device(self, forward):
+        made(self, forward)
+        self._on_device = OnDevice()
+
+    monkeypatch.setattr(scoring_fused.FusedRows, "__init__", on_another_device)
+    dict(engine.score([ScoreRequest((1, 2, 3, 4, 5), (6, 7))], LikelihoodConfig()))
+    assert len(launches) > 4 and all(launches)
+
+
+def recorded(run, inside, launches):
+    def launch(*args):
+        launches.append(bool(inside))
+        return run(*args)
+
+    return launch
 
 
 def test_a_text_without_numbers_costs_the_others_nothing(tmp_path, monkeypatch):

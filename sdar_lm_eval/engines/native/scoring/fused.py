@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ class FusedRows(RowsForward):
     def __init__(self, forward: FusedForward) -> None:
         self._forward, self._decoder, self._weights = forward, forward.decoder, forward.weights
         self._device: torch.device = forward.weights.norm.device
+        # Triton launches on the current device, even if its tensors are on another one.
+        on_gpu = self._device.type == "cuda"
+        self._on_device: AbstractContextManager[object] = torch.cuda.device(self._device) if on_gpu else nullcontext()
         self.dtype, self.vocabulary = forward.weights.norm.dtype, len(forward.weights.head)
 
     def allocate(self, tokens: int) -> None:
@@ -67,14 +71,16 @@ class FusedRows(RowsForward):
         tiles = self._tiles(self._first[owner] + number * most, count, pages, owner, visible, most)
         self._decoder.reserve(int(positions.max()) + 1)
         where = to_device(positions, self._device), to_device(kv_slots, self._device)
-        self._results = self._decoder(to_device(tokens, self._device), *where, tiles, self._cache, branches)
+        with self._on_device:
+            self._results = self._decoder(to_device(tokens, self._device), *where, tiles, self._cache, branches)
 
     @torch.no_grad()
     def logits(self, row: Integers, column: Integers) -> torch.Tensor:
         """See `RowsForward.logits`."""
         at = to_device(self._first[row] + column, self._device)
         attended, residual = (result[at] for result in self._results)
-        return self._decoder.logits(self._decoder.finish(attended, residual))
+        with self._on_device:
+            return self._decoder.logits(self._decoder.finish(attended, residual))
 
     def _branches(self, tokens: int, length: int) -> attention.Branches:
         """A branch for each masked copy of a block: `length` consecutive tokens."""
