@@ -1,7 +1,8 @@
-"""Copies arrays from the host to the device."""
+"""Copies arrays from the host to the device, and makes the device torch's current one."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import numpy as np
@@ -15,3 +16,11 @@ def to_device(array: NDArray[Scalar], device: torch.device) -> torch.Tensor:
     """Copy an array to the device. A copy to a GPU is asynchronous: the host does not wait for it."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which the device is torch's current one; it can be entered many times.
+
+    Triton launches on the current device, even if its tensors are on another one.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from sdar_lm_eval.engines.native.forward.fused import FusedForward, flattened
 from sdar_lm_eval.engines.native.kernels import attention
 from sdar_lm_eval.engines.native.scoring.forwards import SCRATCH_SLOT, RowsForward
 from sdar_lm_eval.engines.native.scoring.rows import Integers, Row
-from sdar_lm_eval.engines.native.transfer import to_device
+from sdar_lm_eval.engines.native.transfer import current, to_device
 
 
 class FusedRows(RowsForward):
@@ -29,9 +28,7 @@ class FusedRows(RowsForward):
     def __init__(self, forward: FusedForward) -> None:
         self._forward, self._decoder, self._weights = forward, forward.decoder, forward.weights
         self._device: torch.device = forward.weights.norm.device
-        # Triton launches on the current device, even if its tensors are on another one.
-        on_gpu = self._device.type == "cuda"
-        self._on_device: AbstractContextManager[object] = torch.cuda.device(self._device) if on_gpu else nullcontext()
+        self._on_device = current(self._device)
         self.dtype, self.vocabulary = forward.weights.norm.dtype, len(forward.weights.head)
 
     def allocate(self, tokens: int) -> None:
