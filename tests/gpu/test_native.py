@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequ
 from sdar_lm_eval.demo import golds
 from sdar_lm_eval.engines.agreement import Float32Judge
 from sdar_lm_eval.engines.native.forward.graphs import Graphs
+from sdar_lm_eval.engines.native.forward.sizes import Timings
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.thinking import Thinking
 
@@ -326,3 +328,25 @@ def test_python_collects_no_earlier_graph_during_a_capture():
     graphs(4)  # runs, then captures
     graphs(4)  # replays
     assert x.tolist() == [2.0] * 4
+
+
+def test_times_of_products_are_measured_once(demo, questions, monkeypatch, tmp_path):
+    """Another engine reads the times. Fewer slots need no other times; with or without them, the answers are equal."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured, names = Timings._measured, []
+
+    def counted(self, run, rows):
+        names.append(len(rows))
+        times = measured(self, run, rows)
+        assert all(0 < seconds < 1 for seconds in times)
+        return times
+
+    monkeypatch.setattr(Timings, "_measured", counted)
+    wanted = requests(demo, questions[:40])
+    before = torch.cuda.memory_allocated()
+    first, again, few = (tokens(demo, some, device="cuda", dtype="float32") for some in (wanted, wanted, wanted[:9]))
+    assert len(names) == 2  # a layer, and drawing
+    assert first == again and few == first[:9]
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() <= before + 2**20

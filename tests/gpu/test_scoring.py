@@ -42,8 +42,9 @@ def score(engine, texts, config):
     [LikelihoodConfig("chain"), LikelihoodConfig("nelbo"), LikelihoodConfig("nelbo", mc_samples=16, block_length=8)],
     ids=["chain", "nelbo", "sampled"],
 )
-def test_float32_scores_are_the_cpus(demo, texts, config):
-    on_gpu = score(make_engine("native", demo, device="cuda", dtype="float32"), texts, config)
+@pytest.mark.parametrize("kernels", [False, True], ids=["modules", "kernels"])
+def test_float32_scores_are_the_cpus(demo, texts, config, kernels):
+    on_gpu = score(make_engine("native", demo, device="cuda", dtype="float32", kernels=kernels), texts, config)
     on_cpu = score(make_engine("native", demo, device="cpu"), texts, config)
     for gpu, cpu in zip(on_gpu, on_cpu, strict=True):
         assert gpu.log_likelihood == pytest.approx(cpu.log_likelihood, rel=1e-4, abs=1e-4)
