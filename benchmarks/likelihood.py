@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--random-weights", action="store_true", help="the folder needs no weights; they are drawn")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--no-kernels", action="store_true", help="run transformers' modules on a GPU, too")
+    parser.add_argument("--no-kernels", action="store_true", help="run transformers' modules also on a GPU")
     parser.add_argument("--block-length", type=int, help="default: the checkpoint's")
     parser.add_argument("--methods", nargs="+", default=["chain", "nelbo"])
     parser.add_argument("--mc-samples", type=int, default=256)

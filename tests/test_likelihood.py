@@ -119,7 +119,7 @@ def score(
 
 
 def change_limits(monkeypatch: pytest.MonkeyPatch, **changed: int) -> Limits:
-    """Change limits of every engine; returns those of an engine on the CPU without a limit of requests."""
+    """Change some limits of every engine; return the limits of an engine on the CPU without a limit of requests."""
     on = Limits.on
 
     def narrower(*args: Any, **kwargs: Any) -> Limits:
@@ -197,7 +197,7 @@ def test_sampled_patterns_are_counted_one_by_one(m: int, samples: int) -> None:
 
 
 def test_many_masks_take_little_memory(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred bytes for each; a million of them as objects took 11.8 GB."""
+    """A mask takes about a hundred bytes. As objects, a million masks took 11.8 GB."""
     monkeypatch.setattr(ModulesRows, "run", lambda *_: None)
     monkeypatch.setattr(
         ModulesRows, "logits", lambda self, row, column: torch.zeros(len(row), engine.model.config.vocab_size)
@@ -552,7 +552,7 @@ def test_a_block_has_as_many_patterns_as_a_batch_is_laid_out_for(length: int, me
 
 
 def test_batches_are_bounded_by_what_they_lay_out(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen rows of four for each request."""
+    """Each request has 16 continuation tokens, and a masked copy of 4 tokens for each."""
     change_limits(monkeypatch, noised_tokens=150)
     sizes, run_batch = [], Scoring._run_batch
 
@@ -640,12 +640,12 @@ def test_logits_that_are_not_numbers(folder: Path) -> None:
 
 @pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("method", ["chain", "nelbo"])
-def test_one_text_without_numbers_costs_the_others_nothing(
+def test_one_text_with_nan_costs_the_others_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, alike: bool
 ) -> None:
-    """They share its context, its batch and its forwards; one that shares its bad context fails too.
+    """The others share the text's context, batch and forwards. Two texts whose context has NaN fail too.
 
-    Alike contexts share the KV of a prefix besides.
+    Alike contexts also share the KV of a prefix.
     """
     monkeypatch.setattr(batches, "ALIKE", 8)
     change_limits(monkeypatch, least_saved=0)

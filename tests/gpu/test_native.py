@@ -256,7 +256,7 @@ def test_kernels_and_graphs_are_there_before_the_first_request(demo, questions):
 
 
 @KERNELS
-def test_one_request_without_numbers_costs_the_others_nothing(tmp_path, kernels):
+def test_one_request_with_nan_costs_the_others_nothing(tmp_path, kernels):
     clean = random_checkpoint(tmp_path / "clean", head_dim=64)
     generator = torch.Generator().manual_seed(0)
     decoding = DecodingConfig(temperature=0)

@@ -55,7 +55,7 @@ class Drawing:
         self._draw: Callable[[Draws, torch.Tensor], Drawn] = self._by_kernel if self.by_kernel else self._by_pytorch
 
     def sizes(self) -> tuple[int, ...]:
-        """The sizes M of a step, ascending, up to the most draws that all slots can need."""
+        """The sizes M that steps are padded to, ascending; the last suffices for the draws of all slots."""
         most = self._batch.slots * self._batch.block
         if self.fixed_rows:
             return graphs.multiples(graphs.REPRODUCIBLE_ROWS, most)

@@ -157,7 +157,7 @@ class NativeEngine(Closable):
             torch.cuda.empty_cache()
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        """See `Engine.prepare`: allocates memory; on a GPU compiles kernels and captures CUDA graphs.
+        """See `Engine.prepare`: allocates memory; on a GPU measures times, compiles kernels and captures CUDA graphs.
 
         A size whose graph is not captured here gets one when it first occurs.
         """

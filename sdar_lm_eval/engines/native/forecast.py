@@ -3,8 +3,8 @@
 The sizes of a step are chosen when the step is launched. A GPU that waits for the host between two steps idles, so the
 host does not wait for the outcome of the step in flight. The host keeps the last known state of each slot, and predicts
 the effect of the step in flight: each slot unmasks its quota, and recent steps tell how often a block is decided sooner
-and how often an answer ends. A wrong prediction costs time only: a block that does not fit waits for a later step,
-for about `PATIENCE` steps at most.
+and how often an answer ends. A wrong prediction costs time only: a block that does not fit waits for a later step, for
+at most `PATIENCE` + 1 steps.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
 # A forward of up to this many tokens takes about as long as one of a single token: reading the weights takes the time.
-# A step always has room for this many.
+# So a step has room for this many tokens, however few are expected.
 FREE_ROWS = 128
 # Unused room is computed for nothing. A block that waits costs less: other blocks run meanwhile. So a step has room for
 # this many standard deviations less than the expected need.
 CAUTION = 0.5
 # Slots are served in order, so while forecasts are too low, the last slots wait. Once a block has waited for this many
-# steps, a step has room for all blocks, whatever the step in flight does to them.
+# steps, the next step has room for all blocks, whatever the outcome of the step in flight.
 PATIENCE = 8
 DECAY = 0.9  # weight of a step among the recent steps, relative to the step after it
 
@@ -45,14 +45,14 @@ class Forecast:
         self._known = _Slots(slots, block)
         self._launched = self._learned = 0  # numbers of steps
         self._entered = np.zeros(slots, dtype=np.int64)  # slot -> the first step that its sequence can take part in
-        self._in_flight = (0, 0)  # sizes of the last step
+        self._in_flight = (0, 0)  # sizes of the step that was launched last
         self._waited = np.zeros(slots, dtype=np.int64)  # slot -> steps that its block has not fitted into, in a row
-        # The share of decided blocks among the blocks that would stay undecided by their quota. Last blocks of answers
-        # have their own share: a last block may be decided while positions behind the length limit are masked.
+        # Of the blocks that their quota alone would leave undecided: the share that a step decided. Last blocks of
+        # answers have their own share: a last block may be decided while positions behind the length limit are masked.
         self._sooner, self._last_sooner = _Share(), _Share()
-        # The share of positions that stay masked among those that would stay masked by the quota.
+        # Of the positions that the quota alone would leave masked, in undecided blocks: the share that stayed masked.
         self._left = _Share()
-        # The share of blocks with a successor among the decided blocks before the length limit.
+        # Of the decided blocks that end before the length limit: the share that have a successor.
         self._going_on = _Share()
 
     def begin(self, sequences: Sequence[SequenceState]) -> None:
@@ -79,7 +79,7 @@ class Forecast:
         return segments, draws
 
     def launched(self, segments: int, draws: int) -> None:
-        """A step of these sizes is in flight. The step before it has to be learned before `sizes` is called again."""
+        """Note that a step of these sizes is in flight. `learn` must get all earlier steps before the next `sizes`."""
         self._in_flight = segments, draws
         self._launched += 1
 
@@ -103,7 +103,7 @@ class Forecast:
         return self._known.fitting(self._known.active & (self._entered <= self._learned), *self._in_flight)
 
     def _most(self) -> tuple[int, int]:
-        """Most segments and draws that the step after the one in flight can need."""
+        """The most segments and draws that the step after the one in flight can need."""
         known = self._known
         may_begin = self._running() & ~known.last_block()
         segments = np.where(may_begin, 2, 1 + known.uncommitted)
@@ -133,7 +133,7 @@ def _rounded(expected: NDArray[np.float64], variance: NDArray[np.float64]) -> in
 
 
 class _Share:
-    """The share of some events among the events of recent steps."""
+    """A share of the events of recent steps: the events of one kind, divided by all events."""
 
     def __init__(self) -> None:
         self._part = self._whole = 0.0
@@ -143,7 +143,12 @@ class _Share:
         return self._part / self._whole if self._whole else default
 
     def learn(self, part: NDArray[Any], whole: NDArray[Any]) -> None:
-        """Count the events of a step, (N,) each. `part` is ignored where `whole` is 0."""
+        """Count the events of a step.
+
+        Args:
+            part: (N,), each slot's events of the one kind; ignored where `whole` is 0.
+            whole: (N,), all events of each slot.
+        """
         self._part = DECAY * self._part + float((part * (whole > 0)).sum())
         self._whole = DECAY * self._whole + float(whole.sum())
 
@@ -172,13 +177,13 @@ class _Slots:
         return int((self.active * (1 + self.uncommitted)).sum()), int(self.masked[self.active].sum())
 
     def fitting(self, slots: NDArray[np.bool_], segments: int, draws: int) -> NDArray[np.bool_]:
-        """Those of some slots that fit into a step of these sizes: see `layout.py`."""
+        """Which of the slots fit into a step of these sizes; see `layout.py`."""
         fits: NDArray[np.bool_] = slots & ((slots * (1 + self.uncommitted)).cumsum() <= segments)
         fits &= (fits * self.masked).cumsum() <= draws
         return fits
 
     def left_by_quota(self) -> NDArray[np.int64]:
-        """Most positions that a step leaves masked: those beyond the quota."""
+        """The most positions that a step leaves masked in each slot: those beyond the quota."""
         quota = self.quotas[np.arange(len(self.step)), self.step]
         left: NDArray[np.int64] = np.maximum(self.masked - quota, 0)
         return left

@@ -175,6 +175,7 @@ class Runner:
             logger.info(
                 "With top_k, top_p or repetition_penalty PyTorch draws the tokens, without a CUDA graph: slower."
             )
+        # A measurement of times needs memory, so the KV cache gets its memory later.
         with self._on_device:
             self._segment_sizes = self.forward.sizes(2 * shape.slots, shape.block)
             self._draw_sizes = self._drawing.sizes()

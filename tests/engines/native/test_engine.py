@@ -490,9 +490,7 @@ class TestErrors:
 
     @pytest.mark.parametrize(("ahead", "kv_pages"), [(False, None), (True, None), (True, 14)])
     @pytest.mark.parametrize("temperature", [0, 1.0])
-    def test_one_request_without_numbers_costs_the_others_nothing(
-        self, tiny, monkeypatch, temperature, ahead, kv_pages
-    ):
+    def test_one_request_with_nan_costs_the_others_nothing(self, tiny, monkeypatch, temperature, ahead, kv_pages):
         """The others share its prefill, its batch, its padding and later its pages; one shares its prefix."""
         bad, (common,) = 700, prompts(tiny, (16,))
         decoding = DecodingConfig(temperature=temperature)

@@ -39,7 +39,7 @@ class Device:
     """The state of a batch; random tokens take the place of a model.
 
     Args:
-        confidence: of each drawn token, given the number of draws.
+        confidence: takes the number of draws, and returns the confidence of each drawn token.
     """
 
     def __init__(self, confidence=torch.rand):
@@ -61,7 +61,7 @@ class Device:
 
 
 def run_ahead(device, known, entering):
-    """Run all sequences, each step but the first launched before its predecessor is learned.
+    """Run all sequences. Each step but the first two is launched before the forecast learns the step before.
 
     Returns:
         For each step that was launched with another one in flight: its sizes, and what the device needed.
@@ -104,7 +104,7 @@ def test_without_a_step_in_flight_sizes_are_exact(strategy, seed):
 
 
 def at_least(needed):
-    """A step launched ahead has room for one slot, whatever is expected."""
+    """The sizes of a step launched ahead: what is needed, but room for at least one slot."""
     return max(needed[0], 2), max(needed[1], BLOCK)
 
 
@@ -118,7 +118,7 @@ def test_steps_that_follow_a_schedule_are_predicted(strategy, monkeypatch):
 
 @pytest.mark.parametrize("whole_blocks", [True, False], ids=["whole blocks", "any limit"])
 def test_a_block_a_step_is_predicted_after_one_step(whole_blocks, monkeypatch):
-    """The schedule has many steps a block, but each token is sure enough to be kept."""
+    """The schedule has many steps a block, but the confidence of each token is above the threshold."""
     monkeypatch.setattr(forecast, "FREE_ROWS", 0)
     entering = sequences(random.Random(2), "low_confidence_dynamic", whole_blocks=whole_blocks)
     steps = run_ahead(Device(torch.ones), Forecast(SLOTS, BLOCK), entering)
@@ -128,7 +128,7 @@ def test_a_block_a_step_is_predicted_after_one_step(whole_blocks, monkeypatch):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_sizes_are_right_on_average(strategy, monkeypatch):
-    """Blocks end at random steps. Sizes are meant to be a little low."""
+    """Blocks are decided at random steps. `CAUTION` makes sizes a little low."""
     monkeypatch.setattr(forecast, "FREE_ROWS", 0)
     torch.manual_seed(0)
     steps = []
@@ -139,7 +139,10 @@ def test_sizes_are_right_on_average(strategy, monkeypatch):
 
 
 def test_a_block_waits_for_a_few_steps_at_most(monkeypatch):
-    """Six answers of one step each make the last blocks of four others look shorter than they are, again and again."""
+    """Six answers of one step each make the forecast expect that the last blocks of four others end at once.
+
+    So the forecasts stay too low, and slot 10, the last one, waits.
+    """
     monkeypatch.setattr(forecast, "FREE_ROWS", 0)
     device, known, prompt = Device(torch.ones), Forecast(SLOTS, BLOCK), tuple(range(BLOCK))
     one_step = DecodingConfig(2, remasking_strategy="low_confidence_dynamic")
@@ -174,7 +177,7 @@ def one_slot(*, new_tokens):
 
 
 def outcome(*, decided, goes_on, masked):
-    """Of a step that the only slot took part in."""
+    """The outcome of a step that the only slot took part in."""
     flags = (np.array([flag]) for flag in (True, False, decided, False, goes_on))
     return Outcome(None, None, None, *flags, np.array([masked]))
 

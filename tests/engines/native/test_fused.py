@@ -77,7 +77,7 @@ def test_the_same_tokens(either, monkeypatch):
 
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_attention_of_prompts_is_compiled_ahead(checkpoint, monkeypatch, reproducible):
-    """Triton has a variant of the kernel for partial results, and one for each size of tiles."""
+    """Partial results are another variant of Triton's kernel, and so is each size of tiles."""
     monkeypatch.setattr(attention, "SPLIT", 8)
     monkeypatch.setattr(graphs, "REPRODUCIBLE_ROWS", REPRODUCIBLE_ROWS)
     launched, launch = set(), attention._launch
@@ -109,7 +109,7 @@ def test_attention_of_prompts_is_compiled_ahead(checkpoint, monkeypatch, reprodu
 
 
 @pytest.mark.parametrize(("method", "length"), [("chain", 4), ("nelbo", 3)])
-def test_the_same_scores(either, monkeypatch, method, length):
+def test_kernels_and_modules_give_the_same_scores(either, monkeypatch, method, length):
     """Texts behind one token, continuations of one context, and alike contexts that share a prefix."""
     on = Limits.on
     narrow = {"row_tokens": 16, "clean_row_tokens": 12, "forward_tokens": 40, "least_saved": 0}
@@ -172,7 +172,7 @@ def recorded(run, inside, launches):
     return launch
 
 
-def test_a_text_without_numbers_costs_the_others_nothing(tmp_path, monkeypatch):
+def test_a_text_with_nan_costs_the_others_nothing(tmp_path, monkeypatch):
     engine = engine_with_kernels(Checkpoint.open(str(random_checkpoint(tmp_path, head_dim=64, num_hidden_layers=2))))
     requests = [
         ScoreRequest((1, 2, 3, 4, 5), (6,)),
@@ -187,7 +187,7 @@ def test_a_text_without_numbers_costs_the_others_nothing(tmp_path, monkeypatch):
     assert found == {0: expected[0], 1: expected[1]}
 
 
-def test_blocks_that_kernels_do_not_take_are_scored_by_the_modules(checkpoint, monkeypatch):
+def test_modules_score_blocks_that_are_too_long_for_the_kernels(checkpoint, monkeypatch):
     engine = engine_with_kernels(checkpoint)
     engine.runner.forward.longest_block = 4
     for length, fused_rows in ((4, True), (5, False)):
@@ -195,8 +195,8 @@ def test_blocks_that_kernels_do_not_take_are_scored_by_the_modules(checkpoint, m
     assert not rows_forward(engine.model, ModulesForward(engine.model, engine.runner.cache), 4).fused
 
 
-def test_generation_after_scoring(checkpoint):
-    """A score's longer text needs rotary cosines and sines of more positions."""
+def test_generation_after_scoring_gives_the_same_tokens(checkpoint):
+    """The scored text is longer, so scoring makes the rotary cosines and sines of more positions."""
     engine = engine_with_kernels(checkpoint)
     wanted = [GenerationRequest((1, 2, 3), 4, DecodingConfig(temperature=0))]
     before = [result.token_ids for result in run(engine, wanted)]

@@ -89,9 +89,9 @@ def test_the_kernel_takes_all_tiles_if_results_have_to_be_batch_invariant():
     [(True, 1024, 16, True), (True, 512, 16, False), (False, 1024, 16, False), (True, 1024, 1, False)],
 )
 def test_the_decoder_takes_the_kernel_where_the_kernel_runs_and_suits(monkeypatch, runs, context, page, taken):
-    """The decoder asks once, when tiles first suit: the trial compiles the kernel, which short contexts never need.
+    """The decoder calls `runs` when tiles first suit: `runs` compiles the kernel, which short contexts never need.
 
-    The trial has the heads of the weights, and a page of the cache. Scoring has pages of one token.
+    `runs` gets the heads of the weights, and a page of the cache. Scoring has pages of one token.
     """
     asked, attended = [], []
 

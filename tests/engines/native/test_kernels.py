@@ -217,7 +217,7 @@ def test_attend_over_blocks_of_a_prompt(dtype):
     ("splits", "length", "split"), [(1, 4, 16), (3, 4, 16), (1, 32, 16), (2, 3, 16), (1, 32, 64), (2, 32, 64)]
 )
 def test_attend_branches(dtype, splits, length, split):
-    """Branches side by side in a tile see different parts of one context: all, some or none of it."""
+    """Branches side by side in a tile see different parts of one context: all, some or none of its tokens."""
     heads, kv_heads, size = 4, 2, 64
     sees = torch.tensor([split * splits, 0, 7, 1, 0], device=DEVICE)  # of each branch
     branches, tokens = len(sees), len(sees) * length

@@ -105,7 +105,7 @@ COMPILE = """
         num_warps=4,
     )
     # Rows of two blocks of 4, few and many, and of a prompt's tile; float32 needs the most shared memory.
-    # Scoring has pages of one token, and partial results.
+    # Scoring has pages of one token, and always has partial results.
     shapes = [(BF16, 32, 16, 1, 1), (BF16, 32, 16, 1, 2000), (BF16, 32, 16, 4, 1000), (BF16, 64, 32, 1, 1000)]
     prompts = [(BF16, 256, 256, 1, 1000), (FP32, 256, 256, 1, 1000)]
     for page, (type_, rows, fewer, splits, programs) in [

@@ -1,4 +1,4 @@
-"""The sizes of CUDA graphs. Times come from a function here: the CPU has no CUDA events."""
+"""The sizes of CUDA graphs. Here a function returns the times, because the CPU has no CUDA events."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from sdar_lm_eval.engines.native.forward.sizes import (
     MOST_PADDING,
     MOST_PADDING_OF_FEW,
     Timings,
+    candidates,
     chosen,
     grid,
     measured,
-    rungs,
     unmeasured,
 )
 
 
 @given(st.integers(1, 3000), st.sampled_from([1, 3, 4, 8, 64]))
-def test_rungs_lead_to_the_largest_size(most, rows):
-    found = rungs(most, rows)
+def test_candidates_lead_to_the_largest_size(most, rows):
+    found = candidates(most, rows)
     assert list(found) == sorted(set(found))
     assert found[0] >= 2 and found[-1] == max(most, 2)
     for before, size in itertools.pairwise(found):
@@ -72,7 +72,7 @@ def test_full_batches_have_the_densest_sizes():
 
 
 @pytest.mark.parametrize(("most", "rows"), [(512, 4), (128, 64), (512, 64), (16384, 1)])
-def test_without_times_few_rows_have_sizes_too_and_captures_take_seconds(most, rows):
+def test_sizes_without_times_begin_with_few_rows_and_are_not_many(most, rows):
     """A capture takes about 27 ms with SDAR-4B."""
     found = unmeasured(most, rows)
     assert found[0] * rows <= max(16, 2 * rows)
@@ -91,8 +91,8 @@ def test_without_memory_nothing_is_measured(error, caplog, monkeypatch):
     assert "No memory is left to measure" in caplog.text
 
 
-def test_a_size_between_two_measured_ones_takes_as_long_as_the_larger():
-    """Blocks of 5 have multiples of 5 rows; what takes 1,280 rows takes long."""
+def test_a_size_between_two_measured_sizes_counts_as_the_larger():
+    """Sizes are multiples of 5 rows here. 1,280 rows take long, so multiples between 1,264 and 1,280 are left out."""
     slow = {size * 5 for size in range(1, 401) if 1264 < size * 5 <= 1280}
     times = {rows: 2.0 if rows == 1280 else 1.0 for rows in grid(4000)}
     assert slow and not slow & {size * 5 for size in measured(800, 5, lambda most: times)}
@@ -105,7 +105,7 @@ def test_another_error_is_not_hidden():
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A GPU on which a function of n rows takes n seconds; the list has what was measured."""
+    """A GPU on which each function takes n seconds for n rows; `asked` has the rows of each measurement."""
     asked = []
 
     def measure(self, run, rows):
@@ -149,7 +149,7 @@ def test_times_of_another_model_or_machine_are_not_read(machine, monkeypatch, ch
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"layers": 3}', '{"layers": {"x": 1}}', '{"layers": {"4": null}}', '{"layers": {}}']
 )
-def test_a_broken_file_is_measured_again(machine, content):
+def test_the_times_of_a_broken_file_are_measured_again(machine, content):
     timings()("layers", 4, lambda: float)
     (path,) = machine.folder.iterdir()
     path.write_text(content)
@@ -158,14 +158,14 @@ def test_a_broken_file_is_measured_again(machine, content):
     assert json.loads(path.read_text()) == {"layers": {"4": 4.0, "8": 8.0}}
 
 
-def test_a_folder_that_cannot_be_written_costs_the_times_only(machine, caplog):
+def test_without_a_folder_to_write_to_the_times_are_measured_but_not_kept(machine, caplog):
     machine.folder.parent.parent.write_text("a file in the folder's place")
     with caplog.at_level(logging.INFO):
         assert timings()("layers", 4, lambda: float) == {4: 4, 8: 8}
     assert "The times cannot be kept" in caplog.text
 
 
-def test_the_folder(monkeypatch, tmp_path):
+def test_the_folder_is_in_the_home_folder_by_default(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert sizes.cache_folder() == tmp_path / ".cache" / "sdar_lm_eval" / "times"

@@ -37,7 +37,7 @@ class Forward(ABC):
         """
 
     def draw_sizes(self, most: int, at_once: int) -> tuple[int, ...]:
-        """The numbers of draws that CUDA graphs are captured for, ascending, up to `most`.
+        """The numbers of draws that CUDA graphs are captured for, ascending; the last is `most` or more.
 
         Args:
             most: most draws of a step.
@@ -58,10 +58,10 @@ class Forward(ABC):
         """
 
     def compile(self, context: int) -> None:  # noqa: B027  (a forward without such kernels does nothing)
-        """Compile kernels that are made for some sizes of a forward only, so that no run waits for the compiler.
+        """Compile the variants of kernels that only some forwards need, so that no run waits for the compiler.
 
         Args:
-            context: most tokens that any token sees.
+            context: most tokens that any token of a forward sees.
         """
 
     @abstractmethod

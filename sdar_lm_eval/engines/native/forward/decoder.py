@@ -62,11 +62,11 @@ class FusedDecoder:
 
     @functools.cached_property
     def _attends_on_hopper(self) -> bool:
-        """Whether `hopper_attention` runs here. It is tried, and so compiled, when tiles that suit it first come."""
+        """Whether `hopper_attention` runs here. The trial compiles the kernel, and waits for tiles that suit it."""
         return hopper_attention is not None and hopper_attention.runs(self._heads, self._page)
 
     def compile(self, tiles: Iterable[attention.Tiles]) -> None:
-        """Compile attention for tiles like these, and the kernels of experts for tiles of every size."""
+        """Compile the attention of tiles with these settings, and the kernels of experts for tiles of every size."""
         query = self._page.new_zeros(1, self._heads, self._page.shape[-1])
         for some in tiles:
             self._attention(some, self._page).attend(query, self._page, self._page, some, self._scaling)
@@ -94,11 +94,12 @@ class FusedDecoder:
 
         Args:
             tokens, positions: (T,) int64.
-            kv_slots: (T,) int64 into pages * page size; into the branches' keys where there are branches.
-            tiles: the tiles of attention, and what their tokens see.
+            kv_slots: (T,) int64, where each token's keys and values are stored: an index into pages * page size or,
+                with `branches`, into `branches.keys`.
+            tiles: the tiles of attention, and what their tokens see of the cache.
             cache: (layers, 2, pages, page size, KV heads, head size).
-            branches: what the tokens see beside the cache. Their keys and values are stored there, and not in the
-                cache. None: the tokens see the cache only.
+            branches: what the tokens see beside the cache. The tokens' keys and values are stored in the branches, not
+                in the cache. None: the tokens see the cache only.
 
         Returns:
             The input of `finish`: the output of the last layer's attention, (T, heads * size), and the residual (T, D).
@@ -121,6 +122,7 @@ class FusedDecoder:
                 attended = attention.attend_branches(query, keys, values, tiles, branches, self._scaling)
             return attended.flatten(1), added
 
+        # 0 marks padding. A masked copy that sees nothing of the cache is no padding: the copy sees its own branch.
         visible = tiles.visible if branches is None else branches.tiles.visible
         first, *others = self._weights.layers
         attended, residual = attend(first, cache[0], self._weights.embedding[tokens], None)
@@ -130,15 +132,15 @@ class FusedDecoder:
         return attended, residual
 
     def products(self, attended: torch.Tensor, residual: torch.Tensor) -> None:
-        """Run the first and the last layer without attention, for measurements. The arguments are those of `finish`."""
+        """Run the first and the last layer without attention, for measurements. Takes the arguments of `finish`."""
         for layer in (self._weights.layers[0], self._weights.layers[-1]):
             self._product(residual, layer.qkv, layer.qkv_bias)
             self._after_attention(layer, attended, residual.clone())
 
     def _attention(self, tiles: attention.Tiles, keys: torch.Tensor) -> Any:
-        """The fastest module of attention for tiles, over keys of (pages, page size, KV heads, size)."""
-        alike = keys.shape[1:] == self._page.shape[1:]  # the Hopper kernel is tried with such pages
-        suits = hopper_attention is not None and alike and hopper_attention.suits(tiles, self._group)
+        """The module with the fastest attention of these tiles, over keys of (pages, page size, KV heads, size)."""
+        tried = keys.shape[1:] == self._page.shape[1:]  # the trial of the Hopper kernel has pages of this shape
+        suits = hopper_attention is not None and tried and hopper_attention.suits(tiles, self._group)
         return hopper_attention if suits and self._attends_on_hopper else attention
 
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ class FusedForward(Forward):
 
     Attributes:
         weights: the model's weights.
-        decoder: what runs.
+        decoder: the decoder that runs.
         kv_heads: KV heads of a layer.
         prefill_tile: tokens of a prompt that one program of attention takes.
     """
@@ -66,7 +66,7 @@ class FusedForward(Forward):
         """See `Forward.sizes`."""
         if self.fixed_rows:
             return graphs.multiples(fixed_segments(block), most)
-        return self._measured("a layer's products", self.decoder.products, most, block)
+        return self._measured("the products of two layers", self.decoder.products, most, block)
 
     def draw_sizes(self, most: int, at_once: int) -> tuple[int, ...]:
         """See `Forward.draw_sizes`."""
@@ -81,7 +81,7 @@ class FusedForward(Forward):
     def _measured(
         self, name: str, run: Callable[[torch.Tensor, torch.Tensor], None], most: int, rows: int = 1
     ) -> tuple[int, ...]:
-        """Sizes by the measured time of a function of some rows of attention's output and of the residual."""
+        """Choose sizes by the measured time of `run`, which takes rows of attention's output and of the residual."""
         if self._device.type == "cpu":
             return unmeasured(most, rows)
 
@@ -122,7 +122,8 @@ class FusedForward(Forward):
     def compile(self, context: int) -> None:
         """See `Forward.compile`."""
         context = attention.padded_context(context)
-        # Attention of prompts with one split and with several: few tiles of a long context have several.
+        # Attention of prompts in one split and in several splits are two variants of the kernel. If a prefill has few
+        # tiles, a long context has several splits.
         none, row = (torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(2))
         tokens = self._block if self._reproducible else self.prefill_tile
         self.decoder.compile(

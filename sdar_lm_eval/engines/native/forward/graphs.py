@@ -1,4 +1,4 @@
-"""CUDA graphs of some sizes: a step of any size is padded to the next of these sizes."""
+"""CUDA graphs of some sizes: a step of any size is padded to the next larger of these sizes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Graphs:
         self._warned = False
 
     def __call__(self, size: int, *others: Hashable) -> int:
-        """Run the function for `size`, padded to the next of the sizes; return the size that ran."""
+        """Run the function for `size`, padded to the next larger of the sizes; return the size that ran."""
         if not self._enabled:
             self.run(size, *others)
             return size

@@ -1,8 +1,9 @@
 """Chooses the sizes of CUDA graphs, so that padding costs little.
 
-The time of matrix products is a staircase: some rows take as long as a few rows more, or even longer. The stairs depend
-on the weights, the GPU and the libraries. So each machine measures the times once for a model, and keeps them in a
-file. Padding also costs power, which a short measurement does not show, so padding is bounded in rows as well.
+The time of a matrix product is a staircase in the number of rows: a product of fewer rows can take as long as a product
+of more rows, or even longer. The stairs depend on the weights, the GPU and the libraries. So each machine measures the
+times of a model once, and keeps the times in a file. Padding also costs power, which a short measurement does not show.
+So padding is bounded in rows as well.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ from sdar_lm_eval.hashing import hex_digest
 
 logger = logging.getLogger(__name__)
 
-FEW = (4, 8)  # rows
-STEPS = ((1536, 16), (3072, 64), (6144, 128), (12288, 256), (1 << 30, 512))  # up to so many rows: their distance
-# Most rows of padding, relative to the rows that are needed: of full batches, which most steps have, and of others.
+FEW = (4, 8)  # the fewest rows that are measured
+STEPS = ((1536, 16), (3072, 64), (6144, 128), (12288, 256), (1 << 30, 512))  # (most rows, distance between two sizes)
+# Most rows of padding, relative to the rows that a step needs. Most steps have a full batch, so full batches have the
+# tighter bound.
 MOST_PADDING = 0.03
 MOST_PADDING_OF_FEW = 0.1
-MOST_LONGER = 0.03  # most time that fewer sizes may cost, relative to the best size with no more padding
-# Up to so many rows, reading the weights takes most of the time: padding costs no power, and is not bounded in rows.
+# Most time that a chosen size takes longer, relative to the fastest size that the bound on padding allows.
+MOST_LONGER = 0.03
+# Up to so many rows, reading the weights takes most of the time. Padding then costs no power, and has no bound in rows.
 FLAT = 256
-ROUNDS = 15  # of measurement
+ROUNDS = 15  # times that each number of rows is measured
 
 
 def grid(most: int) -> tuple[int, ...]:
-    """Numbers of rows that are measured, ascending, up to the first that is at least `most`."""
+    """Numbers of rows that are measured, ascending: `FEW`, and others up to the first that is at least `most`."""
     found = [*FEW]
     for end, step in STEPS:
         while found[-1] < min(end, most):
@@ -45,8 +48,8 @@ def grid(most: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def rungs(most: int, rows: int = 1) -> tuple[int, ...]:
-    """Sizes to choose from, ascending, up to `most`; a size stands for `rows` rows.
+def candidates(most: int, rows: int = 1) -> tuple[int, ...]:
+    """Sizes that `chosen` can choose from, ascending, up to `most`, or to 2. A size stands for `rows` rows.
 
     No size is 1: `torch.compile` takes a size of 1 for a constant, and would compile the step once more for it.
     """
@@ -55,11 +58,12 @@ def rungs(most: int, rows: int = 1) -> tuple[int, ...]:
 
 
 def chosen(sizes: Sequence[int], seconds: Sequence[float], rows: int = 1) -> tuple[int, ...]:
-    """Few of these sizes, with which padding costs little whatever size is needed.
+    """Choose few sizes, so that padding costs little whatever size a step needs.
 
     Args:
-        sizes: what to choose from, ascending; the last one is always chosen. Full batches need at least half of it.
-        seconds: time of each.
+        sizes: the sizes to choose from, ascending. The last size is always chosen. A step that needs at least half of
+            the last size counts as a full batch.
+        seconds: the time of each size.
         rows: rows of a size of 1.
     """
     found, need = [], 0
@@ -75,17 +79,17 @@ def chosen(sizes: Sequence[int], seconds: Sequence[float], rows: int = 1) -> tup
 
 
 def unmeasured(most: int, rows: int = 1) -> tuple[int, ...]:
-    """Sizes up to `most` where no time is measured: those up to FLAT rows are 16 rows and multiples of 64 rows."""
-    sizes = rungs(most, rows)
+    """Choose sizes up to `most` without measured times. Up to FLAT rows, these are 16 rows and multiples of 64 rows."""
+    sizes = candidates(most, rows)
     stairs = [0 if size * rows <= 16 else min(-(-size * rows // 64), FLAT // 64) for size in sizes]
     return chosen(sizes, stairs, rows)
 
 
 class Timings:
-    """Seconds of functions by their number of rows, measured on the GPU and kept in a file.
+    """The seconds that functions take for numbers of rows, measured on the GPU and kept in a file.
 
     Args:
-        about: what the times depend on, beside the GPU and the libraries.
+        about: all that the times depend on beside the GPU's name and torch's version.
         device: the GPU.
     """
 
@@ -95,26 +99,27 @@ class Timings:
         self._path = cache_folder() / f"{hex_digest({**versions, **about})}.json"
         self._known = _read(self._path)
 
-    def __call__(self, name: str, most: int, made: Callable[[], Callable[[int], None]]) -> dict[int, float]:
-        """Seconds of a function for the numbers of rows of a grid up to `most` or more.
+    def __call__(self, name: str, most: int, make: Callable[[], Callable[[int], None]]) -> dict[int, float]:
+        """The seconds of a function for each number of rows of `grid(most)`, or of a larger grid.
 
         Args:
-            name: of the function, in the file.
-            most: rows.
-            made: makes the function, if there is anything to measure. Its kernels depend on its argument only.
+            name: the function's name in the file.
+            most: most rows that a time is needed for.
+            make: makes the function; called only if the file lacks a time. The function takes a number of rows, on
+                which alone the function's kernels depend.
         """
         if max(self._known.get(name, {0: 0.0})) < most:
             started, rows = time.perf_counter(), grid(most)
-            self._known[name] = dict(zip(rows, self._measured(made(), rows), strict=True))
+            self._known[name] = dict(zip(rows, self._measured(make(), rows), strict=True))
             logger.info(
-                "Measured the time of %s for %d numbers of rows in %.1f s; %s keeps the times.",
+                "Measured the time of %s for %d numbers of rows in %.1f s. The file of times is %s.",
                 name, len(rows), time.perf_counter() - started, self._path,
             )  # fmt: skip
             _write(self._path, self._known)
         return self._known[name]
 
     def _measured(self, run: Callable[[int], None], rows: Sequence[int]) -> list[float]:
-        """Median seconds. All numbers of rows take turns, so that the GPU has the same clock for all of them."""
+        """Measure median seconds. The numbers of rows take turns, so that the GPU's clock is the same for all."""
         graphs = Graphs(run, rows, enabled=True)
         for number in rows:
             graphs(number)
@@ -132,28 +137,28 @@ class Timings:
 
 
 def measured(most: int, rows: int, times: Callable[[int], Mapping[int, float]]) -> tuple[int, ...]:
-    """Sizes up to `most` by measured times; by none where memory does not suffice to measure.
+    """Choose sizes up to `most` by measured times, or without times where memory does not suffice for a measurement.
 
     Args:
         most: the largest size.
         rows: rows of a size of 1.
-        times: returns the seconds of numbers of rows on a grid up to its argument or more.
+        times: takes the most rows, and returns the seconds for each number of rows of a grid up to the most rows.
     """
-    sizes = rungs(most, rows)
+    sizes = candidates(most, rows)
     try:
         seconds = times(sizes[-1] * rows)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         torch.cuda.empty_cache()
-        logger.info("No memory is left to measure times: CUDA graphs have sizes that suit most GPUs.")
+        logger.info("No memory is left to measure times: the sizes of CUDA graphs are chosen without times.")
         return unmeasured(most, rows)
     known = sorted(seconds)
     return chosen(sizes, [seconds[known[bisect.bisect_left(known, size * rows)]] for size in sizes], rows)
 
 
 def cache_folder() -> Path:
-    """The folder of files with times: in $XDG_CACHE_HOME, or ~/.cache."""
+    """The folder of the files of times, in $XDG_CACHE_HOME or, by default, in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdar_lm_eval" / "times"
 
 
@@ -172,7 +177,7 @@ def _read(path: Path) -> dict[str, dict[int, float]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        logger.info("%s is not readable, and the times are measured again: %s", path, error)
+        logger.info("%s is not readable, so the times are measured again: %s", path, error)
         return {}
 
 
@@ -183,6 +188,6 @@ def _write(path: Path, times: Mapping[str, Mapping[int, float]]) -> None:
         own.write_text(json.dumps(times))
         own.replace(path)  # another process may read or write the file meanwhile
     except OSError as error:
-        logger.info("The times cannot be kept, and the next start measures again: %s", error)
+        logger.info("The times cannot be kept, so the next start measures again: %s", error)
         with contextlib.suppress(OSError):
             own.unlink()

@@ -52,10 +52,10 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Branches:
-    """Masked copies of blocks. A token sees the tokens of its own branch, and leading tokens of the pages.
+    """Masked copies of blocks, one a branch. A token sees all tokens of its branch, and leading tokens of the pages.
 
     Attributes:
-        keys, values: (T, 1, KV heads, size), of one layer: every layer overwrites them.
+        keys, values: (T, 1, KV heads, size), of one layer: every layer overwrites the keys and values of the last.
         tiles: a tile for each branch, over pages of one token, in one split.
     """
 
@@ -135,8 +135,8 @@ def _attend_rows(
         result = acc / tl.where(total == 0, 1.0, total)[:, None]
         tl.store(out + query_row[:, None] * SIZE + size, result.to(out.dtype.element_ty), mask=real[:, None])
     else:
-        # A token that sees nothing here may see tokens elsewhere, so its partial result is written too. The loop
-        # without masks has added columns to the row of such a token: these columns weigh nothing.
+        # A token that sees nothing in this launch may see its branch, so the token's partial result is written too. The
+        # loop without masks has added columns to the token's row. With a maximum of -inf, these columns weigh nothing.
         part = split.to(tl.int64) * all_tokens * HEADS + query_row
         tl.store(out + part[:, None] * SIZE + size, acc, mask=(token < count)[:, None])
         tl.store(sums + part * 2, tl.where(real, most, -float("inf")), mask=token < count)
@@ -267,7 +267,7 @@ def attend_branches(
     Args:
         query: (T, heads, size).
         keys, values: (pages, page size, KV heads, size), of one layer.
-        tiles: the tiles over the pages; a token of a tile may see none of the pages.
+        tiles: the tiles over the pages; a token may see nothing of the pages.
         branches: each token belongs to one branch.
         scaling: factor on the scores.
 
@@ -293,7 +293,7 @@ def _launch(
     out: torch.Tensor,
     sums: torch.Tensor | None = None,
 ) -> None:
-    """Launch the kernel, which writes to `out`; with `sums`, both are partial results."""
+    """Launch the kernel, which writes results to `out`; with `sums`, partial results to both."""
     tokens, heads, size = query.shape
     page_size, kv_heads = keys.shape[1:3]
     assert tiles.pages.is_contiguous()

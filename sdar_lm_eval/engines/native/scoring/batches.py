@@ -30,8 +30,8 @@ class Limits:
         forward_tokens: most new tokens of a forward, padding included.
         seen_tokens: most prefix tokens and new tokens of a forward, padding included: the limit of the gathered KV.
         row_tokens: most new tokens of a row of masked copies. A block that is longer is a row of its own.
-        clean_row_tokens: most new tokens of a row of clean tokens; here too, a longer block is a row of its own.
-        least_saved: fewest tokens that shared prefixes must save, since they take a forward of their own.
+        clean_row_tokens: most new tokens of a row of clean tokens. A block that is longer is a row of its own.
+        least_saved: fewest tokens that the shared prefixes of a batch must save: the prefixes take one more forward.
     """
 
     cache_tokens: int
@@ -52,7 +52,7 @@ class Limits:
             device: the type of the device.
             cache_tokens: see the attribute.
             requests: see the attribute.
-            fused: whether the fused decoder runs: it gathers no KV, and has fewer kernels to launch.
+            fused: whether the fused decoder runs, which gathers no KV and launches fewer kernels.
         """
         if device == "cpu":
             return cls(

@@ -1,4 +1,4 @@
-"""Attention for scoring: many masked copies of a block attend to one stored prefix.
+"""Attention for scoring by transformers' modules: many masked copies of a block attend to one stored prefix.
 
 Generation has one current block a sequence, and writes the block's keys and values to pages (`attention.py`). Scoring
 has hundreds of differently masked copies of every block of a text. All copies of a block see the same clean tokens

@@ -1,4 +1,4 @@
-"""Forwards of scoring: rows of new tokens behind stored tokens -> hidden states -> logits."""
+"""Forwards of scoring: rows of new tokens behind stored tokens -> logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCRATCH_SLOT = 0  # the KV slot that padding reads and writes
 
 
 class RowsForward(ABC):
-    """One way to run rows. Keys and values of clean tokens are stored by KV slots, from 1 on.
+    """One way to run rows of scoring. The KV slots of clean tokens begin at 1; slot 0 is for padding.
 
     Attributes:
         dtype: the model's dtype.
@@ -40,15 +40,15 @@ class RowsForward(ABC):
 
     @abstractmethod
     def run(self, rows: Sequence[Row]) -> None:
-        """Run rows of clean tokens, and store their keys and values; or run rows of masked copies."""
+        """Run rows of one kind: rows of clean tokens, whose keys and values are stored, or rows of masked copies."""
 
     @abstractmethod
     def logits(self, row: Integers, column: Integers) -> torch.Tensor:
-        """Logits (R, V) of tokens of the last `run`, by their rows and their indices in the rows, (R,) each."""
+        """Logits (R, V) of tokens of the last `run`: each token's row, and its index in the row, (R,) each."""
 
 
 class ModulesRows(RowsForward):
-    """Runs transformers' modules on rows that are padded to the longest one.
+    """Runs transformers' modules on rows that are padded to the longest row.
 
     Args:
         model: transformers' model with the paged attention.

@@ -17,7 +17,7 @@ from sdar_lm_eval.engines.native.transfer import current, to_device
 class FusedRows(RowsForward):
     """Runs the fused decoder on packed rows, without padding.
 
-    Rows share stored tokens one by one, so a page of this KV cache has one token.
+    The stored tokens of a row can lie in any KV slots, so a page of this KV cache has one token.
 
     Args:
         forward: the fused forward, whose decoder runs.
@@ -52,13 +52,14 @@ class FusedRows(RowsForward):
         )
         seen, slots = [row.prefix for row in rows], [row.kv_slots for row in rows if row.kv_slots is not None]
         branches = None
-        if slots:  # a clean token sees leading tokens of its text, in which the row's new tokens follow the stored ones
+        if slots:
+            # A clean token sees leading tokens of its text: first the stored tokens, then new tokens of the row.
             seen = [np.concatenate(pair) for pair in zip(seen, slots, strict=True)]
             visible = visible + last
             kv_slots = np.concatenate(slots)
         else:
             kv_slots = np.arange(len(tokens))
-            branches = self._branches(len(tokens), int(last[0]))
+            branches = self._branches(len(tokens), int(last[0]))  # the first copy ends where its block ends
         pages = np.full((len(rows), max(max(map(len, seen)), 1)), SCRATCH_SLOT)
         for row, own in zip(pages, seen, strict=True):
             row[: len(own)] = own
@@ -80,7 +81,7 @@ class FusedRows(RowsForward):
             return self._decoder.logits(self._decoder.finish(attended, residual))
 
     def _branches(self, tokens: int, length: int) -> attention.Branches:
-        """A branch for each masked copy of a block: `length` consecutive tokens."""
+        """Make a branch of each masked copy: `length` consecutive tokens of the rows."""
         keys, values = torch.empty(2, tokens, *self._page, dtype=self.dtype, device=self._device)
         number, lengths = np.arange(tokens // length), np.full(tokens // length, length)
         pages = np.arange(tokens).reshape(-1, length)
@@ -90,7 +91,7 @@ class FusedRows(RowsForward):
     def _tiles(
         self, first: Integers, count: Integers, pages: Integers, row: Integers, visible: Integers, most: int
     ) -> attention.Tiles:
-        """Tiles of at most `most` tokens over rows of KV slots."""
+        """Make tiles of at most `most` tokens. The rows of `pages` have KV slots; `row` is each tile's row there."""
         programs = len(first) * self._forward.kv_heads
         splits = attention.splits_of(attention.padded_context(pages.shape[1]), programs, attention.WHOLE)
         a, b, c, d, e = (to_device(array, self._device) for array in (first, count, pages, row, visible))

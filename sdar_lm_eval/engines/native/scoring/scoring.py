@@ -35,7 +35,7 @@ class Scoring:
     """Scores requests with one model.
 
     Args:
-        forward: runs rows.
+        forward: runs the rows of clean tokens and of masked copies.
         mask_token_id: the mask token, whose probability is 0.
         limits: the limits of batches and forwards.
     """
@@ -113,14 +113,14 @@ class Scoring:
 
         for trunks in (prefixes.values(), contexts.values(), continuations):
             for rows in clean_rows(trunks, length, self._limits.clean_row_tokens):
-                for due in packed(rows, self._limits):
-                    self._forward.run(due)
+                for rows_at_once in packed(rows, self._limits):
+                    self._forward.run(rows_at_once)
         sums = np.zeros(answers)
         is_argmax = np.zeros(answers, dtype=np.bool_)
         branching = (*contexts.values(), *continuations)
         copies = [span for trunk in branching for span in spans(trunk, length, self._limits.row_tokens)]
-        for some in packed(copies, self._limits):
-            masked = [laid_out(span, self._mask_token_id) for span in some]
+        for spans_at_once in packed(copies, self._limits):
+            masked = [laid_out(span, self._mask_token_id) for span in spans_at_once]
             self._forward.run(masked)
             self._read_log_probabilities(masked, sums, is_argmax)
         return [
@@ -168,7 +168,7 @@ class Scoring:
 
 
 def rows_forward(model: PreTrainedModel, forward: Forward, block_length: int) -> RowsForward:
-    """The forward of rows: by the kernels of generation's forward if they take such blocks, otherwise by modules."""
+    """The forward of scoring: the fused decoder where it runs and takes blocks of this length, else the modules."""
     if not forward.captures or block_length > forward.longest_block:
         return ModulesRows(model)
     from sdar_lm_eval.engines.native.forward.fused import FusedForward
