@@ -75,17 +75,30 @@ def test_the_same_tokens(either, monkeypatch):
 
 
 @pytest.mark.parametrize("reproducible", [False, True])
-def test_attention_of_prompts_is_compiled_ahead(checkpoint, monkeypatch, reproducible):
-    """Triton has a variant of the kernel for partial results, and one for each size of tiles."""
+@pytest.mark.parametrize("on_hopper", [False, True])
+def test_attention_of_prompts_is_compiled_ahead(checkpoint, monkeypatch, reproducible, on_hopper):
+    """Triton has a variant of the kernel for partial results, and one for each size of tiles.
+
+    On Hopper GPUs, prompts that see few tokens and those that see many have different kernels.
+    """
     monkeypatch.setattr(attention, "SPLIT", 8)
     monkeypatch.setattr(graphs, "REPRODUCIBLE_ROWS", REPRODUCIBLE_ROWS)
-    launched, launch = set(), attention._launch
+    launched, attend = set(), attention.attend
 
-    def keep(query, keys, values, tiles, scaling, out, sums=None):
-        launched.add((tiles.tokens, sums is not None))
-        launch(query, keys, values, tiles, scaling, out, sums)
+    def kernel(name):
+        def keep(query, keys, values, tiles, scaling):
+            launched.add((name, tiles.tokens, tiles.splits > 1))
+            return attend(query, keys, values, tiles, scaling)
 
-    monkeypatch.setattr(attention, "_launch", keep)
+        return keep
+
+    hopper = types.SimpleNamespace(
+        attend=kernel("hopper"),
+        runs=lambda heads, cache: on_hopper,
+        suits=lambda tiles, group: tiles.batch_invariant or tiles.split * tiles.splits > 8,
+    )
+    monkeypatch.setattr(decoder, "hopper_attention", hopper)
+    monkeypatch.setattr(attention, "attend", kernel("triton"))
     engine = engine_with_kernels(checkpoint, reproducible=reproducible)
     requests = [GenerationRequest(tuple(range(n)), 1, DecodingConfig()) for n in (40, 5)]
     run(engine, requests[1:])  # allocates memory
@@ -101,10 +114,12 @@ def test_attention_of_prompts_is_compiled_ahead(checkpoint, monkeypatch, reprodu
 
     monkeypatch.setattr(type(engine.runner.forward), "prefill", of_prompts)
     run(engine, requests)
+    run(engine, requests[1:])  # a forward whose tokens see few tokens
     assert prefilled and prefilled <= compiled
+    assert len({name for name, _, _ in prefilled}) == 1 + (on_hopper and not reproducible)
     launched.clear()
     engine.runner.forward.compile(8)
-    assert {partial for _, partial in launched} == {False}  # a short context has no splits
+    assert {partial for _, _, partial in launched} == {False}  # a short context has no splits
 
 
 @pytest.mark.parametrize(("method", "length"), [("chain", 4), ("nelbo", 3)])

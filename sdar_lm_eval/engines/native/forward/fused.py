@@ -122,14 +122,16 @@ class FusedForward(Forward):
     def compile(self, context: int) -> None:
         """See `Forward.compile`."""
         context = attention.padded_context(context)
-        # Attention of prompts with one split and with several: few tiles of a long context have several.
+        # Prompts that see few tokens may have a kernel of their own. A long context has one split or, where tiles are
+        # few, several.
+        cuts = [(attention.SPLIT, 1)]
+        if context > attention.SPLIT:
+            cuts += [(context, 1), (context // 2, 2)]
         none, row = (torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(2))
         tokens = self._block if self._reproducible else self.prefill_tile
         self.decoder.compile(
-            attention.Tiles(
-                row, none, row[None], row, none, tokens, context // splits, splits, batch_invariant=self._reproducible
-            )
-            for splits in (1, 2)[: context // attention.SPLIT]
+            attention.Tiles(row, none, row[None], row, none, tokens, split, splits, batch_invariant=self._reproducible)
+            for split, splits in cuts
         )
 
     def context_key(self, context: int) -> int:
