@@ -18,10 +18,11 @@ pytest.importorskip("triton")
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.engines.native import engine as native_engine
 from sdar_lm_eval.engines.native import unmasking
-from sdar_lm_eval.engines.native.forward import decoder, fused, graphs
+from sdar_lm_eval.engines.native.forward import decoder, fused, graphs, sizes
 from sdar_lm_eval.engines.native.forward.modules import ModulesForward
 from sdar_lm_eval.engines.native.kernels import attention
 from sdar_lm_eval.engines.native.scoring import batches
+from sdar_lm_eval.engines.native.scoring import fused as scoring_fused
 from sdar_lm_eval.engines.native.scoring.batches import Limits
 from sdar_lm_eval.engines.native.scoring.scoring import rows_forward
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
@@ -151,6 +152,80 @@ def test_the_same_scores(either, monkeypatch, method, length):
         assert dataclasses.replace(result, log_likelihood=0, standard_error=0) == dataclasses.replace(
             expected[index], log_likelihood=0, standard_error=0
         )
+
+
+def test_scoring_runs_on_the_device_of_the_weights(checkpoint, monkeypatch):
+    """Triton launches on the current GPU, even if the tensors are on another one."""
+    inside, seen = [], set()
+
+    class Selected:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            inside.append(self.device)
+
+        def __exit__(self, *error):
+            inside.pop()
+
+    monkeypatch.setattr(scoring_fused, "on_device", Selected)
+
+    def noted(name, plain):
+        def run(self, *args):
+            seen.add((name, *inside))
+            return plain(self, *args)
+
+        return run
+
+    for name in ("__call__", "finish", "logits"):
+        monkeypatch.setattr(decoder.FusedDecoder, name, noted(name, getattr(decoder.FusedDecoder, name)))
+    dict(engine_with_kernels(checkpoint).score([ScoreRequest((1, 2, 3), (4, 5))], LikelihoodConfig()))
+    assert seen == {(name, torch.device("cpu")) for name in ("__call__", "finish", "logits")}
+    assert not inside
+
+
+class NamedDevice(str):
+    """The CPU, in the place of a GPU."""
+
+    type = "cuda"
+
+
+@pytest.fixture
+def measuring(checkpoint, tmp_path, monkeypatch):
+    """A forward that measures, on a machine without times; times depend on the number of rows only."""
+
+    def measure(self, run, rows):
+        for number in rows[:2]:
+            run(number)
+        return [float(number) for number in rows]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(sizes.Timings, "_measured", measure)
+    forward = engine_with_kernels(checkpoint).runner.forward
+    forward._device = NamedDevice("cpu")
+    return forward
+
+
+def test_a_measurement_leaves_the_random_numbers_of_torch_alone(measuring):
+    """Otherwise a user's random numbers would depend on whether a file has the times."""
+    before = torch.get_rng_state()
+    assert measuring.sizes(4, 4)[-1] == 4
+    assert measuring.draw_sizes(16, 8)[-1] == 16
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_experts_of_a_token_change_the_times(experts, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    files = set()
+    for top_k in (1, 2, 2):
+        forward = engine_with_kernels(experts).runner.forward
+        *others, last = forward.weights.layers
+        mlp = dataclasses.replace(last.mlp, top_k=top_k)
+        layers = [*others, dataclasses.replace(last, mlp=mlp)]
+        forward.weights = dataclasses.replace(forward.weights, layers=layers)
+        files.add(forward._timings._file)
+    assert len(files) == 2
 
 
 def test_a_text_without_numbers_costs_the_others_nothing(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from sdar_lm_eval.engines.native.forward.fused import FusedForward, flattened
 from sdar_lm_eval.engines.native.kernels import attention
 from sdar_lm_eval.engines.native.scoring.forwards import SCRATCH_SLOT, RowsForward
 from sdar_lm_eval.engines.native.scoring.rows import Integers, Row
-from sdar_lm_eval.engines.native.transfer import to_device
+from sdar_lm_eval.engines.native.transfer import on_device, to_device
 
 
 class FusedRows(RowsForward):
@@ -28,6 +28,7 @@ class FusedRows(RowsForward):
     def __init__(self, forward: FusedForward) -> None:
         self._forward, self._decoder, self._weights = forward, forward.decoder, forward.weights
         self._device: torch.device = forward.weights.norm.device
+        self._on_device = on_device(self._device)
         self.dtype, self.vocabulary = forward.weights.norm.dtype, len(forward.weights.head)
 
     def allocate(self, tokens: int) -> None:
@@ -67,14 +68,16 @@ class FusedRows(RowsForward):
         tiles = self._tiles(self._first[owner] + number * most, count, pages, owner, visible, most)
         self._decoder.reserve(int(positions.max()) + 1)
         where = to_device(positions, self._device), to_device(kv_slots, self._device)
-        self._results = self._decoder(to_device(tokens, self._device), *where, tiles, self._cache, branches)
+        with self._on_device:
+            self._results = self._decoder(to_device(tokens, self._device), *where, tiles, self._cache, branches)
 
     @torch.no_grad()
     def logits(self, row: Integers, column: Integers) -> torch.Tensor:
         """See `RowsForward.logits`."""
         at = to_device(self._first[row] + column, self._device)
         attended, residual = (result[at] for result in self._results)
-        return self._decoder.logits(self._decoder.finish(attended, residual))
+        with self._on_device:
+            return self._decoder.logits(self._decoder.finish(attended, residual))
 
     def _branches(self, tokens: int, length: int) -> attention.Branches:
         """A branch for each masked copy of a block: `length` consecutive tokens."""
