@@ -23,7 +23,7 @@ from sdar_lm_eval.engines.native.forward.graphs import Graphs, rounded_up
 from sdar_lm_eval.engines.native.forward.modules import ModulesForward
 from sdar_lm_eval.engines.native.layout import Segments
 from sdar_lm_eval.engines.native.scheduler import Chunk, SequenceState
-from sdar_lm_eval.engines.native.transfer import current
+from sdar_lm_eval.engines.native.transfer import on_device
 from sdar_lm_eval.errors import EngineError
 from sdar_lm_eval.families.base import Family
 
@@ -113,11 +113,10 @@ class Runner:
     ) -> None:
         self._vocabulary, self._mask_token_id = int(model.config.vocab_size), mask_token_id
         self.device: torch.device = model.device
-        on_gpu = self.device.type == "cuda"
-        self._on_device = current(self.device)
+        self._on_device = on_device(self.device)
         self._kernels, self._reproducible = kernels, reproducible
         self._lay_out, self._masked_positions, self._advance = lay_out, BatchState.masked_positions, BatchState.advance
-        if kernels and on_gpu:
+        if kernels and self.device.type == "cuda":
             self.compile()
         self.cache = PagedCache(model, page_size)
         self.forward = self._forward_of(model, family)

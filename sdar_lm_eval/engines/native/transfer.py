@@ -1,4 +1,4 @@
-"""Copies arrays from the host to the device, and makes the device torch's current one."""
+"""Copies arrays from the host to the device, and selects the device."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ def to_device(array: NDArray[Scalar], device: torch.device) -> torch.Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which the device is torch's current one; it can be entered many times.
-
-    Triton launches on the current device, even if its tensors are on another one.
-    """
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one. Triton launches on the current GPU, even if the tensors are on another one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.engines.native import engine as native_engine
 from sdar_lm_eval.engines.native import unmasking
-from sdar_lm_eval.engines.native.forward import decoder, fused, graphs
+from sdar_lm_eval.engines.native.forward import decoder, fused, graphs, sizes
 from sdar_lm_eval.engines.native.forward.modules import ModulesForward
 from sdar_lm_eval.engines.native.kernels import attention
 from sdar_lm_eval.engines.native.scoring import batches
@@ -76,17 +76,30 @@ def test_the_same_tokens(either, monkeypatch):
 
 
 @pytest.mark.parametrize("reproducible", [False, True])
-def test_attention_of_prompts_is_compiled_ahead(checkpoint, monkeypatch, reproducible):
-    """Partial results are another variant of Triton's kernel, and so is each size of tiles."""
+@pytest.mark.parametrize("on_hopper", [False, True])
+def test_attention_of_prompts_is_compiled_ahead(checkpoint, monkeypatch, reproducible, on_hopper):
+    """Partial results are another variant of the kernel, and so is each size of tiles.
+
+    On Hopper GPUs, prompts that see few tokens and prompts that see many have different kernels.
+    """
     monkeypatch.setattr(attention, "SPLIT", 8)
     monkeypatch.setattr(graphs, "REPRODUCIBLE_ROWS", REPRODUCIBLE_ROWS)
-    launched, launch = set(), attention._launch
+    launched, attend = set(), attention.attend
 
-    def keep(query, keys, values, tiles, scaling, out, sums=None):
-        launched.add((tiles.tokens, sums is not None))
-        launch(query, keys, values, tiles, scaling, out, sums)
+    def kernel(name):
+        def keep(query, keys, values, tiles, scaling):
+            launched.add((name, tiles.tokens, tiles.splits > 1))
+            return attend(query, keys, values, tiles, scaling)
 
-    monkeypatch.setattr(attention, "_launch", keep)
+        return keep
+
+    hopper = types.SimpleNamespace(
+        attend=kernel("hopper"),
+        runs=lambda heads, cache: on_hopper,
+        suits=lambda tiles, group: tiles.batch_invariant or tiles.split * tiles.splits > 8,
+    )
+    monkeypatch.setattr(decoder, "hopper_attention", hopper)
+    monkeypatch.setattr(attention, "attend", kernel("triton"))
     engine = engine_with_kernels(checkpoint, reproducible=reproducible)
     requests = [GenerationRequest(tuple(range(n)), 1, DecodingConfig()) for n in (40, 5)]
     run(engine, requests[1:])  # allocates memory
@@ -102,10 +115,12 @@ def test_attention_of_prompts_is_compiled_ahead(checkpoint, monkeypatch, reprodu
 
     monkeypatch.setattr(type(engine.runner.forward), "prefill", of_prompts)
     run(engine, requests)
+    run(engine, requests[1:])  # a forward whose tokens see few tokens
     assert prefilled and prefilled <= compiled
+    assert len({name for name, _, _ in prefilled}) == 1 + (on_hopper and not reproducible)
     launched.clear()
     engine.runner.forward.compile(8)
-    assert {partial for _, partial in launched} == {False}  # a short context has no splits
+    assert {partial for _, _, partial in launched} == {False}  # a short context has no splits
 
 
 @pytest.mark.parametrize(("method", "length"), [("chain", 4), ("nelbo", 3)])
@@ -139,37 +154,78 @@ def test_kernels_and_modules_give_the_same_scores(either, monkeypatch, method, l
         )
 
 
-def test_scores_are_computed_on_the_models_device(checkpoint, monkeypatch):
-    """Triton launches on the current device, which is the first GPU unless a program says otherwise."""
-    inside, launches = [], []
+def test_scoring_runs_on_the_device_of_the_weights(checkpoint, monkeypatch):
+    """Triton launches on the current GPU, even if the tensors are on another one."""
+    inside, seen = [], set()
 
-    class OnDevice:
+    class Selected:
+        def __init__(self, device):
+            self.device = device
+
         def __enter__(self):
-            inside.append(True)
+            inside.append(self.device)
 
-        def __exit__(self, *_):
+        def __exit__(self, *error):
             inside.pop()
 
-    engine = engine_with_kernels(checkpoint)
-    for name in ("add_norm", "norm_rope_store"):
-        monkeypatch.setattr(decoder.layers, name, recorded(getattr(decoder.layers, name), inside, launches))
-    made = scoring_fused.FusedRows.__init__
+    monkeypatch.setattr(scoring_fused, "on_device", Selected)
 
-    def on_another_device(self, forward):
-        made(self, forward)
-        self._on_device = OnDevice()
+    def noted(name, plain):
+        def run(self, *args):
+            seen.add((name, *inside))
+            return plain(self, *args)
 
-    monkeypatch.setattr(scoring_fused.FusedRows, "__init__", on_another_device)
-    dict(engine.score([ScoreRequest((1, 2, 3, 4, 5), (6, 7))], LikelihoodConfig()))
-    assert len(launches) > 4 and all(launches)
+        return run
+
+    for name in ("__call__", "finish", "logits"):
+        monkeypatch.setattr(decoder.FusedDecoder, name, noted(name, getattr(decoder.FusedDecoder, name)))
+    dict(engine_with_kernels(checkpoint).score([ScoreRequest((1, 2, 3), (4, 5))], LikelihoodConfig()))
+    assert seen == {(name, torch.device("cpu")) for name in ("__call__", "finish", "logits")}
+    assert not inside
 
 
-def recorded(run, inside, launches):
-    def launch(*args):
-        launches.append(bool(inside))
-        return run(*args)
+class NamedDevice(str):
+    """The CPU, in the place of a GPU."""
 
-    return launch
+    type = "cuda"
+
+
+@pytest.fixture
+def measuring(checkpoint, tmp_path, monkeypatch):
+    """A forward that measures, on a machine without times; times depend on the number of rows only."""
+
+    def measure(self, run, rows):
+        for number in rows[:2]:
+            run(number)
+        return [float(number) for number in rows]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(sizes.Timings, "_measured", measure)
+    forward = engine_with_kernels(checkpoint).runner.forward
+    forward._device = NamedDevice("cpu")
+    return forward
+
+
+def test_a_measurement_leaves_the_random_numbers_of_torch_alone(measuring):
+    """Otherwise a user's random numbers would depend on whether a file has the times."""
+    before = torch.get_rng_state()
+    assert measuring.sizes(4, 4)[-1] == 4
+    assert measuring.draw_sizes(16, 8)[-1] == 16
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_experts_of_a_token_change_the_times(experts, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    files = set()
+    for top_k in (1, 2, 2):
+        forward = engine_with_kernels(experts).runner.forward
+        *others, last = forward.weights.layers
+        mlp = dataclasses.replace(last.mlp, top_k=top_k)
+        layers = [*others, dataclasses.replace(last, mlp=mlp)]
+        forward.weights = dataclasses.replace(forward.weights, layers=layers)
+        files.add(forward._timings._file)
+    assert len(files) == 2
 
 
 def test_a_text_with_nan_costs_the_others_nothing(tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ import itertools
 import json
 import logging
 import types
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from sdar_lm_eval.engines.native.forward import sizes
 from sdar_lm_eval.engines.native.forward.sizes import (
     FLAT,
     MOST_LONGER,
+    MOST_MEASURED,
     MOST_PADDING,
     MOST_PADDING_OF_FEW,
     Timings,
@@ -91,6 +94,74 @@ def test_without_memory_nothing_is_measured(error, caplog, monkeypatch):
     assert "No memory is left to measure" in caplog.text
 
 
+def test_memory_of_a_measurement_is_free_when_it_fails(monkeypatch):
+    """The error's traceback holds the frame, and so the tensors, of the measurement."""
+    held = []
+
+    def no_memory(most):
+        tensor = torch.zeros(1)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError
+
+    freed = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(held[0]() is None))
+    measured(8, 4, no_memory)
+    assert freed == [True]
+
+
+def test_the_measurement_is_bounded():
+    """More rows would take minutes; sizes beyond it are as dense as padding demands."""
+    asked = []
+
+    def times(most):
+        asked.append(most)
+        return dict.fromkeys(grid(most), 1.0)
+
+    found = measured(1 << 14, 4, times)
+    assert asked == [MOST_MEASURED]
+    assert found[-1] == 1 << 14
+    for before, size in itertools.pairwise(found):
+        padding = MOST_PADDING if before >= 1 << 13 else MOST_PADDING_OF_FEW
+        assert size * 4 <= (1 + padding) * (before * 4 + 512)  # the next number of rows is at most 512 away
+    assert len(found) < 100
+
+
+class Device:
+    """A GPU that has memory for graphs of up to so many rows. A replay of n rows takes n seconds."""
+
+    def __init__(self, monkeypatch, memory):
+        self.memory, self.now, self.captured, self.ran = memory, 0.0, [], []
+        monkeypatch.setattr(sizes, "_event", self.event)
+        monkeypatch.setattr(sizes.Graphs, "capture", self.capture)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def event(self):
+        event = types.SimpleNamespace(elapsed_time=lambda end: 1000 * (end.at - event.at))
+        event.record = lambda: setattr(event, "at", self.now)
+        return event
+
+    def capture(self, key):
+        (rows,) = key
+        if rows > self.memory:
+            raise torch.OutOfMemoryError
+        self.captured.append(rows)
+        return types.SimpleNamespace(replay=lambda: setattr(self, "now", self.now + rows))
+
+
+def test_the_largest_graph_is_captured_first(gpu, monkeypatch):
+    """Each graph before a larger one would keep memory that the larger one cannot use: gigabytes in all."""
+    device = Device(monkeypatch, memory=grid(100)[-1])
+    assert timings()("layers", 100, lambda: device.ran.append) == {rows: rows for rows in grid(100)}
+    assert device.captured == device.ran == list(grid(100))[::-1]
+
+
+def test_a_time_without_a_graph_is_not_kept(gpu, monkeypatch):
+    device = Device(monkeypatch, memory=50)
+    with pytest.raises(torch.OutOfMemoryError):
+        timings()("layers", 100, lambda: device.ran.append)
+    assert not gpu.exists()
+
+
 def test_a_size_between_two_measured_sizes_counts_as_the_larger():
     """Sizes are multiples of 5 rows here. 1,280 rows take long, so multiples between 1,264 and 1,280 are left out."""
     slow = {size * 5 for size in range(1, 401) if 1264 < size * 5 <= 1280}
@@ -104,7 +175,15 @@ def test_another_error_is_not_hidden():
 
 
 @pytest.fixture
-def machine(tmp_path, monkeypatch):
+def gpu(tmp_path, monkeypatch):
+    """A GPU's name; the folder of its files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    return tmp_path / "cache" / "sdar_lm_eval" / "times"
+
+
+@pytest.fixture
+def machine(gpu, monkeypatch):
     """A GPU on which each function takes n seconds for n rows; `asked` has the rows of each measurement."""
     asked = []
 
@@ -112,10 +191,8 @@ def machine(tmp_path, monkeypatch):
         asked.append(list(rows))
         return [float(run(number)) for number in rows]
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(Timings, "_measured", measure)
-    return types.SimpleNamespace(asked=asked, folder=tmp_path / "cache" / "sdar_lm_eval" / "times")
+    return types.SimpleNamespace(asked=asked, folder=gpu)
 
 
 def timings(about="a model"):
@@ -147,7 +224,20 @@ def test_times_of_another_model_or_machine_are_not_read(machine, monkeypatch, ch
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"layers": 3}', '{"layers": {"x": 1}}', '{"layers": {"4": null}}', '{"layers": {}}']
+    "content",
+    [
+        "",
+        "[]",
+        '{"layers": 3}',
+        '{"layers": {"x": 1}}',
+        '{"layers": {"4": null}}',
+        '{"layers": {}}',
+        '{"layers": {"4": NaN, "8": 8}}',
+        '{"layers": {"4": 4, "8": -8}}',
+        '{"layers": {"4": 4, "8": 1e999}}',
+        f'{{"layers": {{"4": 4, "8": {10**400}}}}}',
+        '{"layers": {"4": 4, "9": 9}}',  # another grid
+    ],
 )
 def test_the_times_of_a_broken_file_are_measured_again(machine, content):
     timings()("layers", 4, lambda: float)
@@ -163,6 +253,17 @@ def test_without_a_folder_to_write_to_the_times_are_measured_but_not_kept(machin
     with caplog.at_level(logging.INFO):
         assert timings()("layers", 4, lambda: float) == {4: 4, 8: 8}
     assert "The times cannot be kept" in caplog.text
+
+
+def test_a_user_without_a_home_directory_costs_the_times_only(machine, monkeypatch, caplog):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    with caplog.at_level(logging.INFO):
+        assert timings()("layers", 4, lambda: float) == {4: 4, 8: 8}
+    assert "The times cannot be kept" in caplog.text and "The file of times is" not in caplog.text
 
 
 def test_the_folder_is_in_the_home_folder_by_default(monkeypatch, tmp_path):

@@ -87,8 +87,10 @@ class FusedForward(Forward):
 
         def times(largest: int) -> dict[int, float]:
             def on_random_rows() -> Callable[[int], None]:
+                # torch's own generator belongs to the user: its state must not depend on a file of times.
+                generator = torch.Generator(self._device).manual_seed(0)
                 attended, residual = (
-                    torch.randn(grid(largest)[-1], width, device=self._device, dtype=self._dtype)
+                    torch.randn(grid(largest)[-1], width, generator=generator, device=self._device, dtype=self._dtype)
                     for width in self._widths
                 )
                 return lambda count: run(attended[:count], residual[:count])
@@ -102,9 +104,10 @@ class FusedForward(Forward):
     def _timings(self) -> Timings:
         layers = self.weights.layers[0], self.weights.layers[-1]
         shapes = [list(weight.shape) for layer in layers for weight in _weights_of(layer)]
-        code = [FusedDecoder, few_rows, experts.run, *([hopper.gated] if hopper else [])]
+        code = [FusedForward, FusedDecoder, few_rows, experts.run, *([hopper.gated] if hopper else [])]
         about = {
             "shapes": [*shapes, list(self.weights.head.shape)], "dtype": str(self._dtype),
+            "top_k": [layer.mlp.top_k if isinstance(layer.mlp, Experts) else None for layer in layers],
             "batch_invariant": self.decoder.batch_invariant, "code": code, "triton": triton.__version__,
         }  # fmt: skip
         return Timings(about, self._device)
@@ -122,15 +125,16 @@ class FusedForward(Forward):
     def compile(self, context: int) -> None:
         """See `Forward.compile`."""
         context = attention.padded_context(context)
-        # Attention of prompts in one split and in several splits are two variants of the kernel. If a prefill has few
-        # tiles, a long context has several splits.
+        # A prompt that sees few tokens may have a kernel of its own. A long context has one split, or several splits if
+        # a prefill has few tiles: these are two variants of the kernel.
+        cuts = [(attention.SPLIT, 1)]
+        if context > attention.SPLIT:
+            cuts += [(context, 1), (context // 2, 2)]
         none, row = (torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(2))
         tokens = self._block if self._reproducible else self.prefill_tile
         self.decoder.compile(
-            attention.Tiles(
-                row, none, row[None], row, none, tokens, context // splits, splits, batch_invariant=self._reproducible
-            )
-            for splits in (1, 2)[: context // attention.SPLIT]
+            attention.Tiles(row, none, row[None], row, none, tokens, split, splits, batch_invariant=self._reproducible)
+            for split, splits in cuts
         )
 
     def context_key(self, context: int) -> int:

@@ -12,6 +12,7 @@ import bisect
 import contextlib
 import json
 import logging
+import math
 import os
 import statistics
 import time
@@ -36,6 +37,9 @@ MOST_PADDING_OF_FEW = 0.1
 MOST_LONGER = 0.03
 # Up to so many rows, reading the weights takes most of the time. Padding then costs no power, and has no bound in rows.
 FLAT = 256
+# Most rows that are measured. The height of a stair hardly depends on the number of rows, so for many rows a stair is a
+# small share of the time, while a measurement of 65,536 rows would take minutes.
+MOST_MEASURED = 8192
 ROUNDS = 15  # times that each number of rows is measured
 
 
@@ -96,8 +100,8 @@ class Timings:
     def __init__(self, about: Mapping[str, object], device: torch.device) -> None:
         self._device = device
         versions = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__}
-        self._path = cache_folder() / f"{hex_digest({**versions, **about})}.json"
-        self._known = _read(self._path)
+        self._file = f"{hex_digest({**versions, **about, 'measured by': Timings})}.json"
+        self._known = _read(self._file)
 
     def __call__(self, name: str, most: int, make: Callable[[], Callable[[int], None]]) -> dict[int, float]:
         """The seconds of a function for each number of rows of `grid(most)`, or of a larger grid.
@@ -108,30 +112,33 @@ class Timings:
             make: makes the function; called only if the file lacks a time. The function takes a number of rows, on
                 which alone the function's kernels depend.
         """
-        if max(self._known.get(name, {0: 0.0})) < most:
+        if not self._known.get(name, {}).keys() >= set(grid(most)):
             started, rows = time.perf_counter(), grid(most)
             self._known[name] = dict(zip(rows, self._measured(make(), rows), strict=True))
+            torch.cuda.empty_cache()  # the KV cache may need the memory
             logger.info(
-                "Measured the time of %s for %d numbers of rows in %.1f s. The file of times is %s.",
-                name, len(rows), time.perf_counter() - started, self._path,
+                "Measured the time of %s for %d numbers of rows in %.1f s.",
+                name, len(rows), time.perf_counter() - started,
             )  # fmt: skip
-            _write(self._path, self._known)
+            _write(self._file, self._known)
         return self._known[name]
 
     def _measured(self, run: Callable[[int], None], rows: Sequence[int]) -> list[float]:
         """Measure median seconds. The numbers of rows take turns, so that the GPU's clock is the same for all."""
         graphs = Graphs(run, rows, enabled=True)
-        for number in rows:
-            graphs(number)
+        captured = {}
+        # The largest comes first, so that the others reuse its memory. An out-of-memory error ends the measurement: a
+        # call of `graphs` would go on without a graph, and the time would be that of another capture.
+        for number in reversed(rows):
+            run(number)  # compiles kernels
+            captured[number] = graphs.capture((number,))
         events = [[(_event(), _event()) for _ in rows] for _ in range(ROUNDS + 1)]
         for pairs in events:
             for number, (begin, end) in zip(rows, pairs, strict=True):
                 begin.record()
-                graphs(number)
+                captured[number].replay()
                 end.record()
         torch.cuda.synchronize(self._device)
-        del graphs
-        torch.cuda.empty_cache()  # the KV cache may need the memory
         rounds = [[begin.elapsed_time(end) / 1000 for begin, end in pairs] for pairs in events[1:]]
         return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
@@ -142,23 +149,36 @@ def measured(most: int, rows: int, times: Callable[[int], Mapping[int, float]]) 
     Args:
         most: the largest size.
         rows: rows of a size of 1.
-        times: takes the most rows, and returns the seconds for each number of rows of a grid up to the most rows.
+        times: takes the most rows, at most MOST_MEASURED, and returns the seconds for each number of rows of a grid up
+            to the most rows.
     """
     sizes = candidates(most, rows)
+    seconds: Mapping[int, float] = {}
     try:
-        seconds = times(sizes[-1] * rows)
+        seconds = times(min(sizes[-1] * rows, MOST_MEASURED))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        torch.cuda.empty_cache()
+    if not seconds:
+        torch.cuda.empty_cache()  # the error is gone here, and with it the tensors that its traceback held
         logger.info("No memory is left to measure times: the sizes of CUDA graphs are chosen without times.")
         return unmeasured(most, rows)
     known = sorted(seconds)
-    return chosen(sizes, [seconds[known[bisect.bisect_left(known, size * rows)]] for size in sizes], rows)
+
+    def time_of(count: int) -> float:
+        at = bisect.bisect_left(known, count)
+        return seconds[known[at]] if at < len(known) else math.inf
+
+    # Sizes that are not measured have equal times: of those, `chosen` takes the largest that padding allows.
+    return chosen(sizes, [time_of(size * rows) for size in sizes], rows)
 
 
 def cache_folder() -> Path:
-    """The folder of the files of times, in $XDG_CACHE_HOME or, by default, in ~/.cache."""
+    """The folder of the files of times, in $XDG_CACHE_HOME or, by default, in ~/.cache.
+
+    Raises:
+        RuntimeError: the user has no home directory.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdar_lm_eval" / "times"
 
 
@@ -166,28 +186,33 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def _read(path: Path) -> dict[str, dict[int, float]]:
+def _read(name: str) -> dict[str, dict[int, float]]:
     try:
-        found = json.loads(path.read_text())
-        return {
-            name: {int(rows): float(seconds) for rows, seconds in times.items()}
-            for name, times in found.items()
-            if times
+        found = {
+            function: {int(rows): float(seconds) for rows, seconds in times.items()}
+            for function, times in json.loads((cache_folder() / name).read_text()).items()
         }
+        if not all(0 < seconds < math.inf for times in found.values() for seconds in times.values()):
+            raise ValueError("a time has to be above 0, and finite")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        logger.info("%s is not readable, so the times are measured again: %s", path, error)
+    except (OSError, RuntimeError, ValueError, AttributeError, TypeError, OverflowError) as error:
+        logger.info("The file of times %s is not readable, so the times are measured again: %s", name, error)
         return {}
+    return found
 
 
-def _write(path: Path, times: Mapping[str, Mapping[int, float]]) -> None:
-    own = path.with_suffix(f".{os.getpid()}")
+def _write(name: str, times: Mapping[str, Mapping[int, float]]) -> None:
+    own = None
     try:
+        path = cache_folder() / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        own = path.with_suffix(f".{os.getpid()}")
         own.write_text(json.dumps(times))
         own.replace(path)  # another process may read or write the file meanwhile
-    except OSError as error:
+        logger.info("The file of times is %s.", path)
+    except (OSError, RuntimeError) as error:
         logger.info("The times cannot be kept, so the next start measures again: %s", error)
         with contextlib.suppress(OSError):
-            own.unlink()
+            if own is not None:
+                own.unlink()

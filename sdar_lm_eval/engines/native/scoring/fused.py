@@ -11,7 +11,7 @@ from sdar_lm_eval.engines.native.forward.fused import FusedForward, flattened
 from sdar_lm_eval.engines.native.kernels import attention
 from sdar_lm_eval.engines.native.scoring.forwards import SCRATCH_SLOT, RowsForward
 from sdar_lm_eval.engines.native.scoring.rows import Integers, Row
-from sdar_lm_eval.engines.native.transfer import current, to_device
+from sdar_lm_eval.engines.native.transfer import on_device, to_device
 
 
 class FusedRows(RowsForward):
@@ -28,7 +28,7 @@ class FusedRows(RowsForward):
     def __init__(self, forward: FusedForward) -> None:
         self._forward, self._decoder, self._weights = forward, forward.decoder, forward.weights
         self._device: torch.device = forward.weights.norm.device
-        self._on_device = current(self._device)
+        self._on_device = on_device(self._device)
         self.dtype, self.vocabulary = forward.weights.norm.dtype, len(forward.weights.head)
 
     def allocate(self, tokens: int) -> None:
