@@ -7,22 +7,21 @@ inode. The hub's cache names a file by its sha256, so such a file is not read at
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sdar_lm_eval.cores import own_cores
-from sdar_lm_eval.files import read_bytes, read_json, require_regular
+from sdar_lm_eval.files import read_bytes, require_regular
+from sdar_lm_eval.user_cache import keep_cached, read_cached
 
 logger = logging.getLogger(__name__)
 
+CACHE_FILE = "sha256.json"
 REMEMBERED = 1000  # files
 SETTLED_S = 5  # seconds; a file that changed more recently may change again in the same tick of the file system's clock
 LARGE = 2_000_000_000  # bytes; from this size on the user is told
@@ -99,21 +98,9 @@ def _read_sha256(path: Path) -> str:
         return digest.hexdigest()
 
 
-# sha256.json only saves time: whatever is wrong with it, the weights are read instead.
-
-
-def _cache_file() -> Path:
-    own = os.environ.get("LOCALAPPDATA") if os.name == "nt" else None
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or own or "~/.cache").expanduser()
-    return folder / "sdar_lm_eval" / "sha256.json"
-
-
 def _remembered() -> dict[str, tuple[Facts, str]]:
     """Path -> its facts and its sha256."""
-    try:
-        entries = read_json(_cache_file())
-    except (OSError, RuntimeError, ValueError):
-        return {}
+    entries = read_cached(CACHE_FILE)
     return {path: known for path, entry in entries.items() if (known := _entry(entry)) is not None}
 
 
@@ -126,18 +113,9 @@ def _entry(value: object) -> tuple[Facts, str] | None:
 
 
 def _remember(new: Mapping[str, tuple[Facts, str]]) -> None:
-    """Add entries, and drop the oldest beyond `REMEMBERED`. Of two processes at once, the later one's file stays."""
+    """Add entries, and drop the oldest beyond `REMEMBERED`."""
     if not new:
         return
-    with contextlib.suppress(OSError, RuntimeError, ValueError):
-        file = _cache_file()
-        entries = {path: entry for path, entry in _remembered().items() if path not in new} | dict(new)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix="sha256-", delete=False) as written:
-            kept = list(entries.items())[-REMEMBERED:]
-            written.write(json.dumps({path: [*facts, sha256] for path, (facts, sha256) in kept}))
-        try:
-            Path(written.name).replace(file)
-        except OSError:
-            Path(written.name).unlink()
-            raise
+    entries = {path: entry for path, entry in _remembered().items() if path not in new} | dict(new)
+    kept = list(entries.items())[-REMEMBERED:]
+    keep_cached(CACHE_FILE, {path: [*facts, sha256] for path, (facts, sha256) in kept})

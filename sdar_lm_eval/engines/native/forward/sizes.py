@@ -9,21 +9,18 @@ So padding is bounded in rows as well.
 from __future__ import annotations
 
 import bisect
-import contextlib
-import json
 import logging
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from sdar_lm_eval.engines.native.forward.graphs import Graphs
 from sdar_lm_eval.engines.runs import is_out_of_memory
 from sdar_lm_eval.hashing import hex_digest
+from sdar_lm_eval.user_cache import keep_cached, read_cached
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +97,7 @@ class Timings:
     def __init__(self, about: Mapping[str, object], device: torch.device) -> None:
         self._device = device
         versions = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__}
-        self._file = f"{hex_digest({**versions, **about, 'measured by': Timings})}.json"
+        self._file = f"times/{hex_digest({**versions, **about, 'measured by': Timings})}.json"
         self._known = _read(self._file)
 
     def __call__(self, name: str, most: int, make: Callable[[], Callable[[int], None]]) -> dict[int, float]:
@@ -117,10 +114,10 @@ class Timings:
             self._known[name] = dict(zip(rows, self._measured(make(), rows), strict=True))
             torch.cuda.empty_cache()  # the KV cache may need the memory
             logger.info(
-                "Measured the time of %s for %d numbers of rows in %.1f s.",
-                name, len(rows), time.perf_counter() - started,
+                "Measured the time of %s for %d numbers of rows in %.1f s, for the cache file %s.",
+                name, len(rows), time.perf_counter() - started, self._file,
             )  # fmt: skip
-            _write(self._file, self._known)
+            keep_cached(self._file, self._known)
         return self._known[name]
 
     def _measured(self, run: Callable[[int], None], rows: Sequence[int]) -> list[float]:
@@ -173,15 +170,6 @@ def measured(most: int, rows: int, times: Callable[[int], Mapping[int, float]]) 
     return chosen(sizes, [time_of(size * rows) for size in sizes], rows)
 
 
-def cache_folder() -> Path:
-    """The folder of the files of times, in $XDG_CACHE_HOME or, by default, in ~/.cache.
-
-    Raises:
-        RuntimeError: the user has no home directory.
-    """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdar_lm_eval" / "times"
-
-
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
@@ -190,29 +178,11 @@ def _read(name: str) -> dict[str, dict[int, float]]:
     try:
         found = {
             function: {int(rows): float(seconds) for rows, seconds in times.items()}
-            for function, times in json.loads((cache_folder() / name).read_text()).items()
+            for function, times in read_cached(name).items()
         }
         if not all(0 < seconds < math.inf for times in found.values() for seconds in times.values()):
             raise ValueError("a time has to be above 0, and finite")
-    except FileNotFoundError:
-        return {}
-    except (OSError, RuntimeError, ValueError, AttributeError, TypeError, OverflowError) as error:
-        logger.info("The file of times %s is not readable, so the times are measured again: %s", name, error)
+    except (ValueError, AttributeError, TypeError, OverflowError) as error:
+        logger.info("The cache file %s has no times, so the times are measured again: %s", name, error)
         return {}
     return found
-
-
-def _write(name: str, times: Mapping[str, Mapping[int, float]]) -> None:
-    own = None
-    try:
-        path = cache_folder() / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        own = path.with_suffix(f".{os.getpid()}")
-        own.write_text(json.dumps(times))
-        own.replace(path)  # another process may read or write the file meanwhile
-        logger.info("The file of times is %s.", path)
-    except (OSError, RuntimeError) as error:
-        logger.info("The times cannot be kept, so the next start measures again: %s", error)
-        with contextlib.suppress(OSError):
-            if own is not None:
-                own.unlink()
