@@ -68,14 +68,14 @@ class FusedRows(RowsForward):
         count = np.minimum(size[owner] - number * most, most)
         tiles = self._tiles(self._first[owner] + number * most, count, pages, owner, visible, most)
         self._decoder.reserve(int(positions.max()) + 1)
-        where = to_device(positions, self._device), to_device(kv_slots, self._device)
+        put = self._to_device
         with self._on_device:
-            self._results = self._decoder(to_device(tokens, self._device), *where, tiles, self._cache, branches)
+            self._results = self._decoder(put(tokens), put(positions), put(kv_slots), tiles, self._cache, branches)
 
     @torch.no_grad()
     def logits(self, row: Integers, column: Integers) -> torch.Tensor:
         """See `RowsForward.logits`."""
-        at = to_device(self._first[row] + column, self._device)
+        at = self._to_device(self._first[row] + column)
         attended, residual = (result[at] for result in self._results)
         with self._on_device:
             return self._decoder.logits(self._decoder.finish(attended, residual))
@@ -94,5 +94,8 @@ class FusedRows(RowsForward):
         """Make tiles of at most `most` tokens. The rows of `pages` have KV slots; `row` is each tile's row there."""
         programs = len(first) * self._forward.kv_heads
         splits = attention.splits_of(attention.padded_context(pages.shape[1]), programs, attention.WHOLE)
-        a, b, c, d, e = (to_device(array, self._device) for array in (first, count, pages, row, visible))
-        return attention.Tiles(a, b, c, d, e, most, *splits)
+        put = self._to_device
+        return attention.Tiles(put(first), put(count), put(pages), put(row), put(visible), most, *splits)
+
+    def _to_device(self, array: Integers) -> torch.Tensor:
+        return to_device(array, self._device)
