@@ -162,6 +162,8 @@ class Runner:
     def _reserve(self, shape: Shape) -> None:
         self.shape = None
         self._forward_graphs = self._draw_graphs = None
+        if self.cache.num_pages < shape.pages:
+            self.cache.release()  # the choice of sizes may need memory
         self.batch = BatchState(
             shape.slots, shape.block, shape.stops, self._vocabulary, self._mask_token_id,
             strategies=shape.strategies, penalized=shape.penalized, device=self.device,

@@ -203,6 +203,22 @@ def test_a_slot_that_a_stop_string_empties(tiny):
     assert expected[0][1] == "stop"
 
 
+def test_a_cache_that_is_too_small_is_freed_before_sizes_are_measured(tiny, monkeypatch):
+    """On a GPU, a measurement needs memory, and the old cache may take most of it."""
+    engine = make_engine("native", tiny, device="cpu")
+    sizes, held = engine.runner.forward.sizes, []
+
+    def measured(most, block):
+        held.append(engine.runner.cache.num_pages)
+        return sizes(most, block)
+
+    monkeypatch.setattr(engine.runner.forward, "sizes", measured)
+    for new_tokens, strategy in ((20, "random"), (200, "random"), (100, "sequential")):
+        decoding = DecodingConfig(remasking_strategy=strategy)
+        asking.run(engine, [GenerationRequest((1, 2, 3), new_tokens, decoding)])
+    assert held[:2] == [0, 0] and held[2] > 10  # a cache that is large enough stays
+
+
 def test_a_run_that_is_abandoned(tiny):
     """The next run has fewer requests, so some slots stay empty."""
     requests = [GenerationRequest((1, 2, 3 + i), 10 + 10 * i, DecodingConfig(), seed=i) for i in range(6)]
