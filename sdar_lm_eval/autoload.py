@@ -6,6 +6,8 @@ modules of lm_eval after the module's code has run:
 
     lm_eval.models      the registry gets this package's models by name, without importing them
     lm_eval.tasks       `TaskManager` looks into this package's task folder too
+    lm_eval.config.evaluate_config
+                        a command that names this package's tasks only does not index lm_eval's thousands of tasks
     lm_eval.evaluator   the evaluator tells this package's models of evaluations (`lm/evaluation.py`)
 
 After the first patch, lm_eval's command line prints this package's errors without a traceback. A Python process that
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType, TracebackType
 
+    from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.tasks import TaskManager
 else:
     Loader = object
@@ -172,7 +175,9 @@ def _add_tasks(tasks: ModuleType) -> None:
         call = signature.bind(self, *args, **kwargs)
         given = call.arguments.get("include_path")
         users = list(given) if isinstance(given, (list, tuple)) else [given] if given else []
-        if call.arguments.get("include_defaults", True) and TASKS not in map(os.path.realpath, users):
+        if _our_tasks_suffice:
+            call.arguments["include_defaults"], call.arguments["include_path"] = False, [TASKS]
+        elif call.arguments.get("include_defaults", True) and TASKS not in map(os.path.realpath, users):
             # A user's task must override this package's task of the same name. The later folder wins; in 0.4.9 the
             # earlier one does.
             user_first = getattr(sys.modules["lm_eval"], "__version__", None) == "0.4.9"
@@ -182,6 +187,40 @@ def _add_tasks(tasks: ModuleType) -> None:
 
     init_with_our_tasks.adds_sdar_tasks = True  # type: ignore[attr-defined]
     manager.__init__ = init_with_our_tasks
+
+
+_our_tasks_suffice = False  # whether a `TaskManager` that is made now needs no tasks but this package's
+
+
+def are_ours(tasks: Sequence[str]) -> bool:
+    """Whether all of these tasks and groups are this package's."""
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager(include_path=TASKS, include_defaults=False).all_tasks
+    return bool(tasks) and set(tasks) <= set(known)
+
+
+def _index_few_tasks(config: ModuleType) -> None:
+    import functools
+
+    settings: type[EvaluatorConfig] | None = getattr(config, "EvaluatorConfig", None)
+    if settings is None or hasattr(settings.process_tasks, "indexes_few_tasks"):
+        return
+    process: Callable[..., TaskManager] = settings.process_tasks
+
+    @functools.wraps(process)
+    def process_tasks(self: EvaluatorConfig, *args: object, **kwargs: object) -> TaskManager:
+        global _our_tasks_suffice
+        named = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []
+        names = [name for some in named for name in str(some).split(",")]
+        _our_tasks_suffice = not self.include_path and are_ours(names)
+        try:
+            return process(self, *args, **kwargs)
+        finally:
+            _our_tasks_suffice = False
+
+    process_tasks.indexes_few_tasks = True  # type: ignore[attr-defined]
+    settings.process_tasks = process_tasks
 
 
 def _watch_evaluations(evaluator: ModuleType) -> None:
@@ -194,6 +233,7 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "lm_eval._cli": lambda _: None,  # patching alone shortens errors, here from the parsing of flags on
     "lm_eval.models": _add_models,
     "lm_eval.tasks": _add_tasks,
+    "lm_eval.config.evaluate_config": _index_few_tasks,
     "lm_eval.evaluator": _watch_evaluations,
 }
 

@@ -5,16 +5,22 @@ The stand-ins keep what autoload.py touches and what it must not break; test_ins
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from sdar_lm_eval import autoload
 from sdar_lm_eval.engines.registry import MODELS
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 ROOT = Path(autoload.__file__).parents[1]
 
@@ -518,3 +524,82 @@ def test_the_hook_is_not_there_before_lm_eval_is(sandbox: Sandbox) -> None:
         "import lm_eval.models; assert sys.excepthook is autoload._excepthook\n"
         "import lm_eval.tasks; assert sys.excepthook is autoload._excepthook"
     )
+
+
+# The index of tasks, with the installed lm_eval
+
+
+@pytest.fixture
+def indexed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each index that is built: whether lm_eval's own tasks belong to it. None of these is read."""
+    manager = pytest.importorskip("lm_eval.tasks.manager")
+    if not isinstance(inspect.getattr_static(getattr(manager, "TaskIndex", None), "build", None), staticmethod):
+        pytest.skip("this lm_eval builds its index another way")
+    build, defaults, found = manager.TaskIndex.build, Path(manager.__file__).parent, []
+
+    def without_defaults(paths: list[Path]) -> Any:
+        found.append(defaults in paths)
+        return build([path for path in paths if path != defaults])
+
+    monkeypatch.setattr(manager.TaskIndex, "build", staticmethod(without_defaults))
+    return found
+
+
+def tasks_of(tasks: str | list[str], **settings: Any) -> TaskManager:
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    return EvaluatorConfig(model="sdar", tasks=tasks, **settings).process_tasks()
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    ["gsm8k_sdar", ["gsm8k_sdar", "math500_sdar"], "gsm8k_sdar,math500_sdar", "sdar_bench", ["mmlu_sdar,gsm8k_sdar"]],
+)
+def test_a_command_with_our_tasks_only_does_not_index_others(indexed: list[bool], tasks: str | list[str]) -> None:
+    manager = tasks_of(tasks)
+    assert not any(indexed) and "gsm8k_sdar" in manager.all_tasks
+    from lm_eval.tasks import TaskManager
+
+    TaskManager()
+    assert indexed[-1]  # a later manager knows all tasks again
+
+
+def test_a_command_with_other_tasks_indexes_all(indexed: list[bool], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("task: mine\ndataset_path: json\noutput_type: generate_until\n")
+    for tasks, settings, missing in [
+        (["gsm8k_sdar", "hellaswag"], {}, "hellaswag"),
+        ("no_such_task", {}, "no_such_task"),
+        (["gsm8k_sdar*"], {}, ""),
+        (["gsm8k_sdar"], {"include_path": str(tmp_path)}, ""),
+        (["gsm8k_sdar", "mine"], {"include_path": str(tmp_path)}, ""),
+    ]:
+        indexed.clear()
+        if missing:
+            with pytest.raises(ValueError, match=f"Tasks not found: {missing}"):
+                tasks_of(tasks, **settings)
+        else:
+            tasks_of(tasks, **settings)
+        assert indexed[-1]
+
+
+def test_our_groups_have_our_tasks_only() -> None:
+    """A group that named a task of lm_eval's own could not be loaded from our folder alone."""
+    groups = 0
+    for path in Path(autoload.TASKS).rglob("*.yaml"):
+        content = yaml.load(path.read_text(), Loader=AnyTag)
+        if "group" in content and isinstance(content["task"], list):
+            groups += 1
+            assert autoload.are_ours([content["group"]])
+            assert autoload.are_ours([task if isinstance(task, str) else task["task"] for task in content["task"]])
+    assert groups > 5
+
+
+class AnyTag(yaml.SafeLoader):
+    """Takes `!function …` for text."""
+
+
+AnyTag.add_multi_constructor("!", lambda loader, suffix, node: str(node.value))
+
+
+def test_no_task_is_not_ours() -> None:
+    assert not autoload.are_ours([])
