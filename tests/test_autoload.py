@@ -582,6 +582,17 @@ def test_a_command_with_other_tasks_indexes_all(indexed: list[bool], tmp_path: P
         assert indexed[-1]
 
 
+def test_an_error_while_our_tasks_are_read_costs_the_whole_index_only(
+    indexed: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(tasks: object) -> bool:
+        raise TypeError("another lm_eval")
+
+    monkeypatch.setattr(autoload, "are_ours", fails)
+    assert "gsm8k_sdar" in tasks_of("gsm8k_sdar").all_tasks
+    assert indexed == [True]
+
+
 def test_our_groups_have_our_tasks_only() -> None:
     """A group that named a task of lm_eval's own could not be loaded from our folder alone."""
     groups = 0
