@@ -192,12 +192,12 @@ def _add_tasks(tasks: ModuleType) -> None:
 _our_tasks_suffice = False  # whether a `TaskManager` that is made now needs no tasks but this package's
 
 
-def are_ours(tasks: Sequence[str]) -> bool:
-    """Whether all of these tasks and groups are this package's."""
+def manager_of_ours(tasks: Sequence[str]) -> TaskManager | None:
+    """A manager of this package's tasks and groups only; None if `tasks` names another, or is empty."""
     from lm_eval.tasks import TaskManager
 
-    known = TaskManager(include_path=TASKS, include_defaults=False).all_tasks
-    return bool(tasks) and set(tasks) <= set(known)
+    manager = TaskManager(include_path=TASKS, include_defaults=False)
+    return manager if tasks and set(tasks) <= set(manager.all_tasks) else None
 
 
 def _index_few_tasks(config: ModuleType) -> None:
@@ -214,7 +214,7 @@ def _index_few_tasks(config: ModuleType) -> None:
         try:
             named = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []
             names = [name for some in named for name in str(some).split(",")]
-            _our_tasks_suffice = not self.include_path and are_ours(names)
+            _our_tasks_suffice = not self.include_path and manager_of_ours(names) is not None
         except Exception:  # lm_eval has changed: its whole index is right too, only slower
             _our_tasks_suffice = False
         try:

@@ -585,10 +585,10 @@ def test_a_command_with_other_tasks_indexes_all(indexed: list[bool], tmp_path: P
 def test_an_error_while_our_tasks_are_read_costs_the_whole_index_only(
     indexed: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(tasks: object) -> bool:
+    def fails(tasks: object) -> None:
         raise TypeError("another lm_eval")
 
-    monkeypatch.setattr(autoload, "are_ours", fails)
+    monkeypatch.setattr(autoload, "manager_of_ours", fails)
     assert "gsm8k_sdar" in tasks_of("gsm8k_sdar").all_tasks
     assert indexed == [True]
 
@@ -601,7 +601,7 @@ def test_our_groups_have_our_tasks_only() -> None:
         if "group" in content and isinstance(content["task"], list):
             groups.append(content["group"])
             members += [task if isinstance(task, str) else task["task"] for task in content["task"]]
-    assert len(groups) > 5 and autoload.are_ours([*groups, *members])
+    assert len(groups) > 5 and autoload.manager_of_ours([*groups, *members])
 
 
 class AnyTag(yaml.SafeLoader):
@@ -612,4 +612,4 @@ AnyTag.add_multi_constructor("!", lambda loader, suffix, node: str(node.value))
 
 
 def test_no_task_is_not_ours() -> None:
-    assert not autoload.are_ours([])
+    assert autoload.manager_of_ours([]) is None

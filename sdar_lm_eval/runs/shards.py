@@ -13,7 +13,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager, get_task_dict
 from lm_eval.utils import setup_logging
 
-from sdar_lm_eval.autoload import TASKS, are_ours
+from sdar_lm_eval.autoload import manager_of_ours
 from sdar_lm_eval.errors import SDARError, UserError
 from sdar_lm_eval.runs.settings import RUN_PROGRAMS, Run
 
@@ -84,7 +84,7 @@ def task_manager(tasks: Sequence[str], include_path: str | None = None) -> TaskM
     """
     if include_path is not None:
         return TaskManager(include_path=include_path)
-    return TaskManager(include_path=TASKS, include_defaults=False) if are_ours(tasks) else TaskManager()
+    return manager_of_ours(tasks) or TaskManager()
 
 
 def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskManager | None = None) -> dict[str, int]:

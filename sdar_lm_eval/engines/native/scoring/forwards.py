@@ -29,14 +29,15 @@ class RowsForward(ABC):
     dtype: torch.dtype
     vocabulary: int
     fused = False
+    _cache: torch.Tensor
 
     @abstractmethod
     def allocate(self, tokens: int) -> None:
         """Allocate the KV cache for so many clean tokens."""
 
-    @abstractmethod
     def clear(self) -> None:
         """Set all keys and values to zero."""
+        self._cache.zero_()
 
     @abstractmethod
     def run(self, rows: Sequence[Row]) -> None:
@@ -64,10 +65,6 @@ class ModulesRows(RowsForward):
         config = self._model.config
         shape = (config.num_hidden_layers, 2, tokens + 1, config.num_key_value_heads, config.head_dim)
         self._cache = torch.zeros(shape, dtype=self.dtype, device=self._device)
-
-    def clear(self) -> None:
-        """See `RowsForward.clear`."""
-        self._cache.zero_()
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row]) -> None:

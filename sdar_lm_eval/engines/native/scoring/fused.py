@@ -37,10 +37,6 @@ class FusedRows(RowsForward):
         shape = (len(self._weights.layers), 2, tokens + 1, *self._page)
         self._cache = torch.zeros(shape, dtype=self.dtype, device=self._device)
 
-    def clear(self) -> None:
-        """See `RowsForward.clear`."""
-        self._cache.zero_()
-
     @torch.no_grad()
     def run(self, rows: Sequence[Row]) -> None:
         """See `RowsForward.run`."""
