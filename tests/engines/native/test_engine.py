@@ -252,6 +252,20 @@ def test_a_step_launched_ahead_of_the_host_changes_nothing(tiny, mixed, monkeypa
         assert (sum(waited) > 0) == (max_active > 1)
 
 
+def test_a_block_a_step_takes_a_step_a_block(tiny, monkeypatch):
+    """The schedule says one token a step, so the second step has room for all blocks only if the first one is known."""
+    monkeypatch.setattr(forecast, "FREE_ROWS", 0)
+    decoding = DecodingConfig(confidence_threshold=0, temperature=1)
+    requests = [GenerationRequest((1, 2, 3, 4), 24, decoding, seed=seed) for seed in range(8)]
+    engine = make_engine("native", tiny, device="cpu")
+    engine.steps_in_flight = 2
+    launch, launched = engine.runner.launch, []
+    monkeypatch.setattr(engine.runner, "launch", lambda context: launched.append(launch(context)) or launched[-1])
+    results = asking.run(engine, requests)
+    assert all(result.denoising_forwards == 6 for result in results)
+    assert sum(launched) == 6
+
+
 def test_preempted_sequences_lose_nothing(tiny):
     decodings = [DecodingConfig(temperature=t, remasking_strategy=s) for t in (0, 1.0) for s in STRATEGIES]
     requests = [

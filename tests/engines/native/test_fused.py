@@ -154,6 +154,17 @@ def test_kernels_and_modules_give_the_same_scores(either, monkeypatch, method, l
         )
 
 
+def test_experts_run_masked_copies_that_see_nothing_of_the_cache(tmp_path):
+    """Experts leave padding out, which sees nothing. A text's first block sees itself only, and is no padding."""
+    heads = {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    settings = {"moe": True, "num_hidden_layers": 2, "mlp_only_layers": [1], **heads}  # the last layer runs elsewhere
+    checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, **settings)))
+    requests = [ScoreRequest((1,), (2, 3))]
+    ((_, expected),) = make_engine("native", checkpoint, device="cpu").score(requests, LikelihoodConfig())
+    ((_, found),) = engine_with_kernels(checkpoint).score(requests, LikelihoodConfig())
+    assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-4)
+
+
 def test_scoring_runs_on_the_device_of_the_weights(checkpoint, monkeypatch):
     """Triton launches on the current GPU, even if the tensors are on another one."""
     inside, seen = [], set()
