@@ -2,8 +2,10 @@
 
 The time of a matrix product is a staircase in the number of rows: a product of fewer rows can take as long as a product
 of more rows, or even longer. The stairs depend on the weights, the GPU and the libraries. So each machine measures the
-times of a model once, and keeps the times in a file. Padding also costs power, which a short measurement does not show.
-So padding is bounded in rows as well.
+times of a model once, and keeps the times in a file.
+
+A GPU that multiplies for seconds reaches its power limit. Then each row of padding costs time, also on a stair where a
+measurement of milliseconds shows no difference. So the cost of a size is its measured time multiplied by its rows.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from sdar_lm_eval.engines.native.forward.graphs import Graphs
@@ -26,18 +29,16 @@ logger = logging.getLogger(__name__)
 
 FEW = (4, 8)  # the fewest rows that are measured
 STEPS = ((1536, 16), (3072, 64), (6144, 128), (12288, 256), (1 << 30, 512))  # (most rows, distance between two sizes)
-# Most rows of padding, relative to the rows that a step needs. Most steps have a full batch, so full batches have the
-# tighter bound.
-MOST_PADDING = 0.03
-MOST_PADDING_OF_FEW = 0.1
-# Most time that a chosen size takes longer, relative to the fastest size that the bound on padding allows.
-MOST_LONGER = 0.03
-# Up to so many rows, reading the weights takes most of the time. Padding then costs no power, and has no bound in rows.
+# Up to so many rows, reading the weights takes most of the time. Then padding costs no power.
 FLAT = 256
-# Most rows that are measured. The height of a stair hardly depends on the number of rows, so for many rows a stair is a
-# small share of the time, while a measurement of 65,536 rows would take minutes.
-MOST_MEASURED = 8192
-ROUNDS = 15  # times that each number of rows is measured
+# Most cost of a chosen size, relative to the cheapest size that is large enough. Most steps have a full batch, so full
+# batches have the lower limit.
+MOST_COST = 1.03
+MOST_COST_OF_FEW = 1.1
+# Most rows that are measured. More rows count as proportionally longer: for many rows, a stair is a small share of the
+# time, while a measurement of 65,536 rows would take minutes.
+MOST_MEASURED = 4096
+ROUNDS = 9  # times that each number of rows is measured
 
 
 def grid(most: int) -> tuple[int, ...]:
@@ -67,22 +68,21 @@ def chosen(sizes: Sequence[int], seconds: Sequence[float], rows: int = 1) -> tup
         seconds: the time of each size.
         rows: rows of a size of 1.
     """
+    costs = np.array(seconds) * np.maximum(np.array(sizes) * rows, FLAT)
+    cheapest = np.minimum.accumulate(costs[::-1])[::-1]  # of the sizes from each size on
     found, need = [], 0
     while need < len(sizes):
-        padding = MOST_PADDING if 2 * sizes[need] >= sizes[-1] else MOST_PADDING_OF_FEW
-        most = max((1 + padding) * sizes[need] * rows, FLAT)
-        end = max(bisect.bisect_right(sizes, most / rows), need + 1)  # at least the size itself
-        enough = (1 + MOST_LONGER) * min(seconds[need:end])
-        last = max(i for i in range(need, end) if seconds[i] <= enough)
+        most = MOST_COST if 2 * sizes[need] >= sizes[-1] else MOST_COST_OF_FEW
+        last = need + int(np.flatnonzero(costs[need:] <= most * cheapest[need])[-1])
         found.append(sizes[last])
         need = last + 1
     return tuple(found)
 
 
 def unmeasured(most: int, rows: int = 1) -> tuple[int, ...]:
-    """Choose sizes up to `most` without measured times. Up to FLAT rows, these are 16 rows and multiples of 64 rows."""
+    """Choose sizes up to `most` without measured times: 16 rows take no time, and more rows have stairs of 64 rows."""
     sizes = candidates(most, rows)
-    stairs = [0 if size * rows <= 16 else min(-(-size * rows // 64), FLAT // 64) for size in sizes]
+    stairs = [0 if size * rows <= 16 else -(-size * rows // 64) for size in sizes]
     return chosen(sizes, stairs, rows)
 
 
@@ -164,9 +164,8 @@ def measured(most: int, rows: int, times: Callable[[int], Mapping[int, float]]) 
 
     def time_of(count: int) -> float:
         at = bisect.bisect_left(known, count)
-        return seconds[known[at]] if at < len(known) else math.inf
+        return seconds[known[at]] if at < len(known) else seconds[known[-1]] * count / known[-1]
 
-    # Sizes that are not measured have equal times: of those, `chosen` takes the largest that padding allows.
     return chosen(sizes, [time_of(size * rows) for size in sizes], rows)
 
 
