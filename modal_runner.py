@@ -372,7 +372,7 @@ def main(
     except modal.Error as error:
         failed = [
             f"Modal: {type(error).__name__}: {str(error).rstrip('.')}. Finished answers are kept on the volume "
-            "sdar-results: the same command goes on from them."
+            "sdar-results: run the same command again to compute the others."
         ]
     for message in failed:
         print(f"modal_runner: error: {message}", file=sys.stderr)

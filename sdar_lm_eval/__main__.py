@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 from sdar_lm_eval import autoload
-from sdar_lm_eval.commands import COMMANDS, overview, version
+from sdar_lm_eval.commands import COMMANDS, LM_EVAL_COMMANDS, overview, version
 from sdar_lm_eval.commands import main as run_command
+from sdar_lm_eval.errors import did_you_mean
 
 
 def main() -> None:
@@ -26,6 +27,14 @@ def main() -> None:
     if words[0] in ("-V", "--version"):
         print(version())
         return
+    if not words[0].startswith("-") and words[0] not in LM_EVAL_COMMANDS:  # lm_eval would list its own commands only
+        known = (*LM_EVAL_COMMANDS, *COMMANDS)
+        print(
+            f"sdar_lm_eval: error: {words[0]!r} is no command.{did_you_mean(words[0], known)} Commands: "
+            f"{', '.join(known)}.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     if Path(sys.argv[0]).name == "__main__.py":
         sys.argv[0] = "python -m sdar_lm_eval"  # what lm_eval 0.4.9 shows as its name in usage messages
     from lm_eval.__main__ import cli_evaluate

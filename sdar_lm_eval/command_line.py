@@ -19,17 +19,21 @@ def message_of(error: BaseException) -> str | None:
     """Return what to print in the place of a traceback, or None where the traceback is to be printed."""
     if isinstance(error, (SDARError, Interrupted)):
         return str(error)
-    if not _names_our_models():
+    text = str(error)
+    unknown = re.match(r"Attempted to load model '(.*?)', but no model", text)
+    nearly = did_you_mean(unknown[1], MODELS) if unknown else ""
+    if not _names_our_models() and not nearly:
         return None
     if isinstance(error, KeyboardInterrupt):
         return "interrupted while no answers were made."
-    text = str(error)
-    if found := re.match(r"Attempted to load model '(.*?)', but no model", text):
-        return f"--model {found[1]} is unknown.{did_you_mean(found[1], MODELS)} This package's: {', '.join(MODELS)}."
+    if unknown:
+        return f"--model {unknown[1]} is unknown.{nearly} This package's: {', '.join(MODELS)}."
     if found := re.match(r"Tasks not found: (.*)", text):
         ours = [path.stem for path in Path(__file__).with_name("tasks").rglob("*.yaml")]
         hints = "".join(dict.fromkeys(did_you_mean(name.strip(), ours) for name in found[1].split(",")))
         return f"--tasks: {found[1]} is unknown.{hints} `lm_eval ls tasks` lists all."
+    if found := re.match(r"Attempted to run task: (\S+) which is marked as unsafe", text):
+        return f"--tasks: {found[1]} runs programs that the model wrote. --confirm_run_unsafe_code allows them."
     last = traceback.extract_tb(error.__traceback__)[-1:]
     if (
         isinstance(error, ValueError) and last and {"_cli", "config"} & set(Path(last[0].filename).parts)

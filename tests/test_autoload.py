@@ -488,6 +488,10 @@ def test_errors_of_others_go_to_the_hook_before_ours(sandbox: Sandbox) -> None:
     [
         ("--model sdarr", "ValueError(\"Attempted to load model 'sdarr', but no model for this name found!\")",
          "--model sdarr is unknown. Did you mean 'sdar'? This package's: sdar, sdar-jetengine, sdar-lmdeploy."),
+        ("--model sdra", "ValueError(\"Attempted to load model 'sdra', but no model for this name found!\")",
+         "--model sdra is unknown. Did you mean 'sdar'? This package's: sdar, sdar-jetengine, sdar-lmdeploy."),
+        ("--model sdar", "ValueError('Attempted to run task: humaneval_sdar which is marked as unsafe. Set x=True')",
+         "--tasks: humaneval_sdar runs programs that the model wrote. --confirm_run_unsafe_code allows them."),
         ("--model sdar --tasks gsm8k_sdr", "ValueError('Tasks not found: gsm8k_sdr')",
          "--tasks: gsm8k_sdr is unknown. Did you mean 'gsm8k_sdar'? `lm_eval ls tasks` lists all."),
         ("--model=sdar", "KeyboardInterrupt()", "interrupted while no answers were made."),

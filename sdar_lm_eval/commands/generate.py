@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sdar_lm_eval.loaded import Answer, LoadedModel, Prompt
 
 UNFINISHED_THOUGHT = "The answer ended while the model was thinking. Raise max_gen_toks, or set max_thinking_toks."
-EXAMPLE = 'sdar_lm_eval generate "What is 6 times 7?" --model_args pretrained=demo --gen_kwargs strategy=static'
+EXAMPLE = 'sdar_lm_eval generate "Reverse: Tom Ada Leo" --model_args pretrained=demo --gen_kwargs strategy=static'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

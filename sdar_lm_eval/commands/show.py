@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.denoising import Denoising
-from sdar_lm_eval.report.documents import Answer, Document, documents_of, main_key
+from sdar_lm_eval.report.documents import Answer, Document, documents_of, is_likelihood, main_key
 from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.runs import Run, read_runs
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> str | None:
         console.print(Text(_title(run, task, metric, every, len(chosen))), soft_wrap=True)
         console.print(_table(chosen, metric))
     else:
-        _print_document(console, task, metric, chosen[0], arguments.tokens)
+        _print_document(console, task, metric, chosen[0], arguments.tokens, is_likelihood(run.of_tasks[task][0], task))
     return None
 
 
@@ -206,7 +206,9 @@ def _forwards(record: Denoising) -> int:
     return record.forwards.get("denoising", 0) + record.forwards.get("commit", 0)
 
 
-def _print_document(console: Console, task: str, metric: MetricKey, document: Document, tokens: bool) -> None:
+def _print_document(
+    console: Console, task: str, metric: MetricKey, document: Document, tokens: bool, of_likelihoods: bool
+) -> None:
     title = Text.assemble((printable(f"{task} {document.index}"), "bold"), "  ", _verdict(document.score(metric)))
     console.print(title)
     console.print()
@@ -221,7 +223,8 @@ def _print_document(console: Console, task: str, metric: MetricKey, document: Do
             if answer.thought:
                 console.print(Text(printable(answer.thought), "dim"), soft_wrap=True)
             console.print(Text(printable(answer.text)), soft_wrap=True)
-            console.print("The run has no record of how the answer was written.", style="dim")
+            if not of_likelihoods:  # the model wrote nothing
+                console.print("The run has no record of how the answer was written.", style="dim")
         else:
             console.print(_tokens(record) if tokens else written(record), soft_wrap=True)
             console.print()

@@ -200,7 +200,7 @@ def _run(planned: Plan, arguments: argparse.Namespace) -> str:
             told = f"{with_error(point.accuracy, point.stderr)}% of {task}"
         _say(f"{number}/{total} {in_words(evaluation.settings)}, seed {evaluation.seed}: {told}")
 
-    _say(f"{_counted(planned)} in {planned.output}")
+    _say(_counted(planned))
     outcome = local.run(planned, tell)
     summaries = []
     for task in planned.tasks:
@@ -253,12 +253,13 @@ def _listed(planned: Plan, as_json: bool) -> str:
         f"  {in_words(each.settings)}, seed {each.seed}" + (" (finished)" if each.results() else "")
         for each in planned.evaluations
     ]
-    return "\n".join([f"{_counted(planned)} in {planned.output}", *lines])
+    return "\n".join([_counted(planned), *lines])
 
 
 def _counted(planned: Plan) -> str:
-    copies = f"; left out as copies (equal but for settings without effect): {planned.copies}" * bool(planned.copies)
-    return f"{len(planned.evaluations)} evaluations{copies}"
+    number, copies = len(planned.evaluations), planned.copies
+    left_out = f"; {copies} left out as equal but for settings without effect" * bool(copies)
+    return f"{number} evaluation{'s' * (number != 1)} in {planned.output}{left_out}"
 
 
 def _write(file: Path, text: str) -> None:

@@ -274,13 +274,12 @@ class Rounds:
         try:
             yield
         except KeyboardInterrupt as interrupt:
-            kept = self.store.kept_in
-            outcome = (
-                f"are in {kept}; the same command goes on"
+            made, kept = f"Interrupted. {len(finished)} of {total} answers", self.store.kept_in
+            raise Interrupted(
+                f"{made} are in {kept}. Run the same command again to compute the others."
                 if kept
-                else "were made; not all were kept (--use_cache FILE or answers=FOLDER keeps them)"
-            )
-            raise Interrupted(f"{len(finished)} of {total} answers {outcome}.") from interrupt
+                else f"{made} were made. No file has them all: --use_cache FILE or answers=FOLDER keeps answers."
+            ) from interrupt
         finally:
             progress.close(self._engine.peak_memory_bytes())
             self.store.close()

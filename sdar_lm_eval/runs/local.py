@@ -92,7 +92,8 @@ def run(plan: Plan, tell: Tell) -> Outcome:
                 except KeyboardInterrupt as interrupt:
                     done = sum(results is not None for results in found)
                     raise Interrupted(
-                        f"{done} of {len(found)} evaluations are finished in {plan.output}. The same command goes on."
+                        f"Interrupted. {done} of {len(found)} evaluations are finished in {plan.output}, and the "
+                        "answers so far are kept. Run the same command again to compute the others."
                     ) from interrupt
                 except Exception as error:
                     errors[index] = one_line(error) if isinstance(error, SDARError) else repr(error)

@@ -76,6 +76,6 @@ def _check(folder: Path, lines: Mapping[str, int]) -> None:
         whole = all(file.exists() and file.read_bytes().count(b"\n") == lines[task] for task, file in files.items())
     if not whole:
         raise UserError(
-            f"lm_eval could not write its results into {folder.parent}. Free some space; the same command goes on from "
-            "the finished answers."
+            f"lm_eval could not write its results into {folder.parent}. Free some space, and run the same command "
+            "again: the finished answers are kept."
         )

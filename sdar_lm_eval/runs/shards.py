@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager, get_task_dict
 from lm_eval.utils import setup_logging
 
 from sdar_lm_eval.autoload import manager_of_ours
-from sdar_lm_eval.errors import SDARError, UserError
+from sdar_lm_eval.errors import SDARError, UserError, did_you_mean
 from sdar_lm_eval.runs.settings import RUN_PROGRAMS, Run
 
 ANSWERS = "answers"
@@ -121,7 +121,8 @@ def load_tasks(tasks: Sequence[str], manager: TaskManager) -> dict[str, Task]:
     """
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        raise UserError(f"--tasks {', '.join(unknown)}: unknown to the harness. `lm_eval ls tasks` lists all.")
+        hints = "".join(dict.fromkeys(did_you_mean(task, manager.all_tasks) for task in unknown))
+        raise UserError(f"--tasks {', '.join(unknown)}: unknown to the harness.{hints} `lm_eval ls tasks` lists all.")
     try:
         return _leaves(get_task_dict(list(tasks), manager))
     except SDARError:

@@ -22,6 +22,16 @@ def test_the_overview_has_every_command() -> None:
     assert all(f"  {name} " in done.stdout for name in (*COMMANDS, *LM_EVAL_COMMANDS))
 
 
+@pytest.mark.parametrize(
+    ("word", "hint"), [("compar", " Did you mean 'compare'?"), ("rnu", " Did you mean 'run'?"), ("x", "")]
+)
+def test_an_unknown_command_is_one_line_that_names_all(word: str, hint: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "sdar_lm_eval", word, "runs"], capture_output=True, text=True)
+    known = ", ".join((*LM_EVAL_COMMANDS, *COMMANDS))
+    assert done.returncode == 2
+    assert done.stderr == f"sdar_lm_eval: error: '{word}' is no command.{hint} Commands: {known}.\n"
+
+
 @pytest.mark.parametrize("flag", ["--version", "-V"])
 def test_versions_are_one_line(flag: str) -> None:
     done = subprocess.run([sys.executable, "-m", "sdar_lm_eval", flag], capture_output=True, text=True, check=True)

@@ -151,6 +151,17 @@ def test_a_run_without_records_and_several_answers(tmp_path: Path, capsys: pytes
     assert "a₁" in out and "b₁" in out
 
 
+def test_a_run_of_log_likelihoods_lacks_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {"gen_args_0": {"arg_0": "?", "arg_1": " no"}, "gen_args_1": {"arg_0": "?", "arg_1": " yes"}}
+    two = sample(1, "", 1.0, arguments=scores, resps=[[[-2.5, "False"]], [[-0.5, "True"]]])
+    folder = make_run(tmp_path / "run", [two], [])
+    file = folder / "results_1.json"
+    file.write_text(file.read_text().replace('"generate_until"', '"multiple_choice"'))
+    out = shown(capsys, str(folder), "--doc", "1")
+    assert "▸     -0.500   yes" in out
+    assert "no record" not in out
+
+
 def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def error_of(*words: str) -> str:
         assert main(["show", *words]) == 1

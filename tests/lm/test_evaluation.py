@@ -447,9 +447,9 @@ def test_ctrl_c_says_what_is_kept(make_lm: MakeLM, evaluate: Evaluate, tmp_path:
     lm = make_lm(answers=tmp_path / "answers" if kept == "folder" else None)
     lm.engine.answers_before_error, lm.engine.error = 3, KeyboardInterrupt()  # type: ignore[assignment]
     told = {
-        "cache": r"3 of 5 answers are in --use_cache .*c_rank0\.db; the same command goes on",
-        "folder": r"3 of 5 answers are in answers=.*answers; the same command goes on",
-        None: r"3 of 5 answers were made; not all were kept \(--use_cache FILE or answers=FOLDER keeps them\)",
+        "cache": r"Interrupted\. 3 of 5 answers are in --use_cache .*c_rank0\.db\. Run the same command again",
+        "folder": r"Interrupted\. 3 of 5 answers are in answers=.*answers\. Run the same command again",
+        None: r"Interrupted\. 3 of 5 answers were made\. No file has them all: --use_cache FILE or answers=FOLDER",
     }[kept]
     with pytest.raises(Interrupted, match=told):
         evaluate(lm, GENERATE, use_cache=str(tmp_path / "c") if kept == "cache" else None)

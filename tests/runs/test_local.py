@@ -299,7 +299,7 @@ def test_an_interrupt_says_what_is_finished(tasks: str, tmp_path: Path, monkeypa
         return evaluate(each, planned, lm)
 
     monkeypatch.setattr(local, "_evaluate", interrupted)
-    with pytest.raises(Interrupted, match=r"1 of 2 evaluations are finished in .*The same command goes on"):
+    with pytest.raises(Interrupted, match=r"1 of 2 evaluations are finished in .*Run the same command again"):
         local.run(plan(asked(tmp_path, tasks, grids=({"threshold": "0.5:0.6"},))), silent)
 
 

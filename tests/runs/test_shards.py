@@ -44,7 +44,7 @@ def test_the_harness_s_tasks_are_read_only_where_they_are_asked_for(monkeypatch:
 
 def test_tasks_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = task_manager(["gsm8k_sdar_demo"])
-    with pytest.raises(UserError, match="--tasks gsm8k_zdar: unknown to the harness"):
+    with pytest.raises(UserError, match=r"--tasks gsm8k_zdar: unknown to the harness\. Did you mean 'gsm8k_sdar'\?"):
         documents_of(["gsm8k_zdar"], None, ours)
 
     class Task:
