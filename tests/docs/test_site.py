@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from pages import FENCE, PAGES
-from site_pages import TABLE, TABLES, tasks_page, with_tables
+from settings_tables import TABLE, TABLES, with_tables
+from site_links import with_links_of_site
 from support import ROOT
 
 from sdar_lm_eval import arguments
@@ -34,13 +35,13 @@ def anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_links_lead_somewhere(page: Path) -> None:
-    """Here and on GitHub. tasks.md is the tasks' page on the site."""
+    """Here and on GitHub."""
     text = page.read_text("utf-8")
     for target in LINK.findall(FENCE.sub("", text)):
         path, _, anchor = target.partition("#")
         if "://" in target:
             continue
-        file = PAGES[-1] if path == "tasks.md" else page.parent / path if path else page
+        file = page.parent / path if path else page
         assert file.exists(), f"{page}: {target}"
         assert not anchor or anchor in anchors(file.read_text("utf-8")), f"{page}: {target}"
 
@@ -48,20 +49,21 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_all_settings_are_listed() -> None:
     page = (ROOT / "docs" / "settings.md").read_text("utf-8")
     assert set(TABLE.findall(page)) == set(TABLES)
-    named = set(re.findall(r"^\| `(\w+)`", with_tables(page), re.MULTILINE))
+    assert page == with_tables(page), "run python tools/settings_tables.py"
+    named = set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE))
     for spec in ENGINES.values():
         taken = getattr(arguments, spec.arguments)
         assert {name for base in (*taken.__mro__, taken) for name in getattr(base, "__annotations__", {})} <= named
     assert set(arguments.DecodingArguments.__annotations__) | set(arguments.ModelArguments.__annotations__) <= named
-    rows = [line for line in with_tables(page).splitlines() if line.startswith("| `")]
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert not [row for row in rows if not row.rstrip("| ").split(" | ")[-1].strip()]  # each has a meaning
 
 
-def test_the_tasks_page_s_links() -> None:
-    page = tasks_page("https://example.org/blob/main/")
-    assert "(thinking.md)" in page and "(serving.md)" in page
-    assert "(https://example.org/blob/main/tests/tasks/test_extension.py)" in page
-    assert "](../" not in page and "](../" not in tasks_page(None)
+def test_links_out_of_the_docs_lead_to_the_repository() -> None:
+    page = "[Tasks](tasks.md#add), [a test](../tests/test_x.py)"
+    there = "https://example.org/blob/main/tests/test_x.py"
+    assert with_links_of_site(page, "https://example.org") == f"[Tasks](tasks.md#add), [a test]({there})"
+    assert with_links_of_site(page, None) == "[Tasks](tasks.md#add), a test"
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""A hook of mkdocs (mkdocs.yml) that makes pages from the package: tables of settings, and the tasks' page.
+"""Writes the tables of docs/settings.md from the package's docstrings, types and defaults.
 
-<!-- table: NAME -->    in a page: becomes the table of `TABLES`
-tasks.md                is sdar_lm_eval/tasks/README.md, with links as the site needs them
+    python tools/settings_tables.py
+
+A table follows its marker: <!-- table: NAME -->, where NAME is one of `TABLES`.
 """
 
 from __future__ import annotations
@@ -10,22 +11,16 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from importlib.metadata import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from sdar_lm_eval import arguments
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.settings import ALIASES, DEFAULT_MAX_GEN_TOKS
 
-if TYPE_CHECKING:
-    from mkdocs.config.defaults import MkDocsConfig
-    from mkdocs.structure.files import Files
-
-ROOT = Path(__file__).parents[1]
-TASKS = ROOT / "sdar_lm_eval" / "tasks" / "README.md"
-TABLE = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
+PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+TABLE = re.compile(r"^<!-- table: (\w+) -->\n\n(?:(?:\|.*\n)+\n)?", re.MULTILINE)
 DEFAULTS = {
     field.name: field.default for field in dataclasses.fields(DecodingConfig) if field.default is not None
 } | {
@@ -83,56 +78,13 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def with_tables(markdown: str) -> str:
-    """A page with its tables.
+    """A page with its tables as they have to be.
 
     Raises:
         KeyError: no table has the name.
     """
-    return TABLE.sub(lambda found: TABLES[found[1]](), markdown)
+    return TABLE.sub(lambda found: f"<!-- table: {found[1]} -->\n\n{TABLES[found[1]]()}\n\n", markdown)
 
 
-def tasks_page(repository: str | None) -> str:
-    """The tasks' page, with links that hold on the site.
-
-    Args:
-        repository: address of the repository's files, to which links to code lead; None: such links become text.
-    """
-
-    def link(found: re.Match[str]) -> str:
-        text, target = found[1], found[2]
-        if target.startswith(("#", "http")):
-            return found[0]
-        path, _, anchor = target.partition("#")
-        file = (TASKS.parent / path).resolve().relative_to(ROOT)
-        if file.parts[0] == "docs":
-            return f"[{text}]({'/'.join(file.parts[1:])}{'#' + anchor if anchor else ''})"
-        return f"[{text}]({repository}{file})" if repository else text
-
-    return re.sub(r"\[([^]]+)\]\(([^)\s]+)\)", link, TASKS.read_text("utf-8"))
-
-
-def on_page_markdown(markdown: str, **_: object) -> str:
-    """Put tables into a page."""
-    return with_tables(markdown)
-
-
-def repository() -> str | None:
-    """Address of the repository in the package's metadata; None if there is none yet."""
-    named = dict(entry.split(", ", 1) for entry in metadata("sdar-lm-eval").get_all("Project-URL") or [])
-    address = named.get("Repository", "")
-    return None if not address or ".invalid" in address else address.rstrip("/")
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Link the site to the repository."""
-    config.repo_url = repository()
-    return config
-
-
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the tasks' page."""
-    from mkdocs.structure.files import File
-
-    code = config.repo_url and f"{config.repo_url}/blob/main/"
-    files.append(File.generated(config, "tasks.md", content=tasks_page(code)))
-    return files
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text("utf-8")), "utf-8")
