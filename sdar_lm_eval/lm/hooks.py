@@ -116,7 +116,7 @@ def watch(evaluator: ModuleType) -> None:
         _check_limit(call.arguments.get("limit"))
         tasks = _tasks_of(call.arguments["task_dict"])
         if (samples := call.arguments.get("samples")) is not None:
-            call.arguments["samples"] = _ascending(samples, list(tasks))
+            call.arguments["samples"] = _ascending(samples, tasks)
         template = call.arguments.get("apply_chat_template")
         model.evaluation_begins(
             seed=_seed.get(), cached=model is not lm, template=template if isinstance(template, str) else None
@@ -191,15 +191,16 @@ def _check_limit(limit: object) -> None:
         raise UserError(f"--limit {limit}: give a number of documents above 0, or a part of them between 0 and 1.")
 
 
-def _ascending(samples: object, tasks: Sequence[str]) -> dict[str, list[int]]:
+def _ascending(samples: object, tasks: Mapping[str, Task]) -> dict[str, list[int]]:
     """`--samples` with ascending ids: lm_eval takes documents in ascending order, but names the k-th by the k-th id.
 
     Raises:
-        UserError: `samples` is no mapping from tasks to document numbers, has ids of a task that is not evaluated, or
-            has no ids of a task, for which lm_eval would evaluate everything.
+        UserError: `samples` is no mapping from tasks to document numbers, has ids of a task that is not evaluated, has
+            no ids of a task, for which lm_eval would evaluate everything, or an id that no document has.
     """
     if not isinstance(samples, Mapping):
-        raise UserError(f'--samples {samples}: give document numbers of tasks, such as {{"{tasks[0]}": [0, 3]}}.')
+        first = next(iter(tasks))
+        raise UserError(f'--samples {samples}: give document numbers of tasks, such as {{"{first}": [0, 3]}}.')
     for name, ids in samples.items():
         if name not in tasks:
             raise UserError(
@@ -208,6 +209,8 @@ def _ascending(samples: object, tasks: Sequence[str]) -> dict[str, list[int]]:
             )
         if not (isinstance(ids, (list, tuple)) and ids and all(type(i) is int and i >= 0 for i in ids)):
             raise UserError(f"--samples {name!r}: {ids}; give a list of document numbers, 0 or more, at least one.")
+        if max(ids) >= (number := len(tasks[name].eval_docs)):
+            raise UserError(f"--samples {name!r}: {max(ids)}; the task has documents 0 to {number - 1}.")
     return {name: sorted(set(ids)) for name, ids in samples.items()}
 
 
