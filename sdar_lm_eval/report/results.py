@@ -244,6 +244,8 @@ class Results:
     def _warn_of_lost_lines(self, task: str, file: Path, number_of: Mapping[str, int]) -> None:
         """Warn once of a samples file that lacks documents: a full disk, or a copy that was cut, loses lines.
 
+        lm_eval before 0.4.13 counts all documents of a run with `--samples`, so the file may be whole.
+
         Args:
             task: the task.
             file: the samples file.
@@ -254,7 +256,8 @@ class Results:
         if number_of.get(filter_name, 0) < expected and task not in self._warned:
             self._warned.add(task)
             logger.warning(
-                "%s has %d of %d documents of the filter %s. Copy the whole file, or evaluate again.",
+                "%s has %d of %d documents of the filter %s. If --samples did not choose these, the file lost lines: "
+                "copy the whole file, or evaluate again.",
                 file,
                 number_of.get(filter_name, 0),
                 expected,
