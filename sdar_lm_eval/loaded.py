@@ -355,7 +355,7 @@ class LoadedModel:
 
 def _several(prompts: Prompt | Iterable[Prompt]) -> list[Prompt] | None:
     """The prompts of a list; None for a single prompt."""
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
         return None
     listed = list(prompts)
     return None if listed and isinstance(listed[0], Mapping) else cast("list[Prompt]", listed)

@@ -177,6 +177,7 @@ def test_sampled_answers_depend_on_the_seed_alone(model: LoadedModel) -> None:
         (5, {}, "5 is no prompt: give a text, or a list of"),
         ([5], {}, "5 is no prompt"),
         ([[]], {}, r"\[\] is no prompt"),
+        ({"role": "user", "content": "hi"}, {}, "is no prompt"),
         ([{"role": "user"}], {}, "is no prompt"),
         ([{"role": "user", "content": 3}], {}, "is no prompt"),
         ("a", {"stratgy": "static"}, "'stratgy' is unknown. Did you mean 'strategy'"),

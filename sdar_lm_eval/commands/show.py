@@ -17,7 +17,7 @@ from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.documents import Answer, Document, documents_of, is_likelihood, main_key
 from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.printing import printable
-from sdar_lm_eval.report.runs import Run, read_runs
+from sdar_lm_eval.report.runs import Run, metrics_of, read_runs
 from sdar_lm_eval.report.terminal import legend, written
 
 EXAMPLE = "sdar_lm_eval show demo_results --only wrong"
@@ -107,6 +107,8 @@ def _task(run: Run, name: str | None) -> str:
 
 def _metric(run: Run, task: str, name: str | None, filter_name: str | None) -> MetricKey:
     keys = [(metric.name, metric.filter) for metric in run.metrics(task)]
+    if not keys:
+        raise UserError(f"{run.label} has no score of {task}. Evaluate again, without --predict_only.")
     fitting = [key for key in keys if name in (None, key[0]) and filter_name in (None, key[1])]
     if not fitting:
         wanted = " ".join(f"--{n} {v}" for n, v in (("metric", name), ("filter", filter_name)) if v is not None)
@@ -159,9 +161,19 @@ def _extracted(answer: Answer, filter_name: str) -> str:
 
 
 def _title(run: Run, task: str, metric: MetricKey, documents: Sequence[Document], chosen: int) -> str:
+    # The documents' scores need not average to the metric: a perplexity is no mean.
+    values = [
+        each.value
+        for results in run.of_tasks[task]
+        for each in metrics_of(results, task)
+        if (each.name, each.filter) == metric
+    ]
     scores = [score for each in documents if (score := each.score(metric)) is not None]
-    mean = f", {metric[0]} of {metric[1]} {100 * sum(scores) / len(scores):.1f}%" if scores else ""
-    return printable(f"{run.label}: {task}{mean}; {chosen:,} of {len(documents):,} documents")
+    value = ""
+    if values:
+        is_share = all(0 <= each <= 1 for each in (*scores, *values))
+        value = f", {metric[0]} of {metric[1]} " + (f"{fmean(values):.1%}" if is_share else f"{fmean(values):.4g}")
+    return printable(f"{run.label}: {task}{value}; {chosen:,} of {len(documents):,} documents")
 
 
 def _table(documents: Sequence[Document], metric: MetricKey) -> Table:

@@ -204,4 +204,4 @@ def _write(tracker: Tracker, task: str, lines: Iterable[DenoisingLine]) -> None:
     try:
         write_denoising(file, task, lines)
     except OSError as error:
-        logger.error("%s cannot be written (%s). Results and samples are complete.", file, error.strerror)
+        logger.error("%s cannot be written (%s). The run has no denoising records of %s.", file, error.strerror, task)

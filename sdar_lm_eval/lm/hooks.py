@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Protocol, TypeGuard
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CachingLM
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import Task
 
 from sdar_lm_eval.errors import UserError, did_you_mean
@@ -84,6 +85,17 @@ _seed: ContextVar[int | None] = ContextVar("torch_random_seed", default=None)
 _tracker: ContextVar[Tracker | None] = ContextVar("evaluation_tracker", default=None)
 _evaluated: ContextVar[Watched | None] = ContextVar("evaluated", default=None)
 """The model of this package that the running `simple_evaluate` evaluated."""
+_shared_out: ContextVar[bool] = ContextVar("shared_out", default=False)
+
+
+@contextlib.contextmanager
+def samples_are_a_share() -> Iterator[None]:
+    """Have evaluations take `samples` as a machine's share of all documents: each gets the prompt of a whole run."""
+    before = _shared_out.set(True)
+    try:
+        yield
+    finally:
+        _shared_out.reset(before)
 
 
 def watch(evaluator: ModuleType) -> None:
@@ -104,7 +116,7 @@ def watch(evaluator: ModuleType) -> None:
         _check_limit(call.arguments.get("limit"))
         tasks = _tasks_of(call.arguments["task_dict"])
         if (samples := call.arguments.get("samples")) is not None:
-            call.arguments["samples"] = _ascending(samples, list(tasks))
+            call.arguments["samples"] = _ascending(samples, tasks)
         template = call.arguments.get("apply_chat_template")
         model.evaluation_begins(
             seed=_seed.get(), cached=model is not lm, template=template if isinstance(template, str) else None
@@ -179,15 +191,16 @@ def _check_limit(limit: object) -> None:
         raise UserError(f"--limit {limit}: give a number of documents above 0, or a part of them between 0 and 1.")
 
 
-def _ascending(samples: object, tasks: Sequence[str]) -> dict[str, list[int]]:
+def _ascending(samples: object, tasks: Mapping[str, Task]) -> dict[str, list[int]]:
     """`--samples` with ascending ids: lm_eval takes documents in ascending order, but names the k-th by the k-th id.
 
     Raises:
-        UserError: `samples` is no mapping from tasks to document numbers, has ids of a task that is not evaluated, or
-            has no ids of a task, for which lm_eval would evaluate everything.
+        UserError: `samples` is no mapping from tasks to document numbers, has ids of a task that is not evaluated, has
+            no ids of a task, for which lm_eval would evaluate everything, or an id that no document has.
     """
     if not isinstance(samples, Mapping):
-        raise UserError(f'--samples {samples}: give document numbers of tasks, such as {{"{tasks[0]}": [0, 3]}}.')
+        first = next(iter(tasks))
+        raise UserError(f'--samples {samples}: give document numbers of tasks, such as {{"{first}": [0, 3]}}.')
     for name, ids in samples.items():
         if name not in tasks:
             raise UserError(
@@ -196,6 +209,8 @@ def _ascending(samples: object, tasks: Sequence[str]) -> dict[str, list[int]]:
             )
         if not (isinstance(ids, (list, tuple)) and ids and all(type(i) is int and i >= 0 for i in ids)):
             raise UserError(f"--samples {name!r}: {ids}; give a list of document numbers, 0 or more, at least one.")
+        if max(ids) >= (number := len(tasks[name].eval_docs)):
+            raise UserError(f"--samples {name!r}: {max(ids)}; the task has documents 0 to {number - 1}.")
     return {name: sorted(set(ids)) for name, ids in samples.items()}
 
 
@@ -210,6 +225,9 @@ def _methods_replaced(task: Task, name: str, model: Watched) -> Iterator[None]:
     # Without `LM.gather_object`, lm_eval collects samples itself: a borrowed document could not be left out of them.
     if hasattr(LM, "gather_object"):
         replacements["doc_iterator"] = _iterate_or_borrow(task, borrowed)
+    if task.config.num_fewshot and not isinstance(getattr(task, "sampler", None), FirstNSampler):
+        iterate = replacements.get("doc_iterator", task.doc_iterator)
+        replacements |= _draw_examples_of_whole_run(task, iterate)
     task.__dict__.update(replacements)
     try:
         yield
@@ -292,6 +310,41 @@ def _iterate_or_borrow(task: Task, borrowed: list[bool]) -> Callable[..., Iterat
         return itertools.chain(first, documents)
 
     return doc_iterator
+
+
+def _draw_examples_of_whole_run(task: Task, iterate: Callable[..., Any]) -> dict[str, Callable[..., object]]:
+    """Return methods by which a process draws few-shot examples as one process with all documents does.
+
+    lm_eval draws the examples of one document after the other from one generator. So a process with a part of the
+    documents would send other prompts, and find no stored answer of other processes. Here the process also draws the
+    examples of the documents between its own.
+
+    Args:
+        task: the task.
+        iterate: the task's `doc_iterator`.
+    """
+    documents_of, build = task.doc_iterator, task.fewshot_context
+    others: Iterator[tuple[int, object]] = iter(())
+    skipped: Iterator[int] = iter(())  # for each own document, how many documents lie between it and the one before
+
+    def doc_iterator(*, rank: int = 0, world_size: int = 1, **settings: Any) -> Iterator[tuple[int, object]]:
+        nonlocal others, skipped
+        if settings.get("samples") and _shared_out.get():
+            places = settings["samples"]
+            others = documents_of(rank=0, world_size=1)
+            skipped = (place - before - 1 for before, place in itertools.pairwise([-1, *places]))
+        else:
+            others = documents_of(rank=0, world_size=1, **settings)
+            skipped = itertools.chain([rank], itertools.repeat(world_size - 1))
+        return iterate(rank=rank, world_size=world_size, **settings)  # type: ignore[no-any-return]
+
+    def fewshot_context(doc: object, *args: object, **settings: object) -> object:
+        for _, other in itertools.islice(others, next(skipped, 0)):
+            build(other, *args, **settings)
+        next(others, None)
+        return build(doc, *args, **settings)
+
+    return {"doc_iterator": doc_iterator, "fewshot_context": fewshot_context}
 
 
 @functools.cache

@@ -219,7 +219,7 @@ class Rounds:
                     missing.append((job, part))
             if job.finished:
                 if job.pieces:
-                    evaluation.counts.count(job.task, stored_scores=1)
+                    evaluation.counts.add_stored_score(job.task, job.total())
                 else:  # an empty text
                     evaluation.counts.add_score(job.task, job.total(), tokens=0)
                 self._trace_score(job, asked.config.method, stored=bool(job.pieces))

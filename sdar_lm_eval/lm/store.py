@@ -222,12 +222,11 @@ class CacheFile:
         try:
             self._file = sqlite3.connect(path, isolation_level=None)
             self._file.execute("PRAGMA synchronous = OFF")  # a killed process loses nothing; a power cut may
-            tables = {name for (name,) in self._file.execute("SELECT name FROM sqlite_master")}
-            if "sdar_records" not in tables:
-                self._file.execute(
-                    "CREATE TABLE sdar_records (made_by TEXT, key TEXT, record BLOB, UNIQUE (made_by, key))"
-                )
-                self._file.execute("CREATE TABLE sdar_fingerprints (made_by TEXT UNIQUE, settings TEXT)")
+            # Another process may be making the tables at this moment.
+            self._file.execute(
+                "CREATE TABLE IF NOT EXISTS sdar_records (made_by TEXT, key TEXT, record BLOB, UNIQUE (made_by, key))"
+            )
+            self._file.execute("CREATE TABLE IF NOT EXISTS sdar_fingerprints (made_by TEXT UNIQUE, settings TEXT)")
             self._warn_of_others(fingerprint)
             self._file.execute("INSERT OR IGNORE INTO sdar_fingerprints VALUES (?, ?)", (self._fingerprint, text))
         except (sqlite3.Error, ValueError) as error:

@@ -30,7 +30,7 @@ class Counts:
         stored_scores: log-likelihoods found in a store.
         clean_tokens: tokens of unmasked text that scoring ran through the model.
         noised_tokens: tokens of masked blocks that scoring ran through the model.
-        standard_errors: sum of the log-likelihoods' standard errors, in nats.
+        standard_errors: sum of the log-likelihoods' standard errors, in nats, those found in a store included.
         largest_standard_error: the largest of these standard errors, in nats.
         thoughts: answers with a thought, those found in a store included.
         unfinished_thoughts: answers that ended in their thought, those found in a store included.
@@ -119,6 +119,14 @@ class Counts:
             noised_tokens=result.noised_tokens,
             standard_errors=result.standard_error,
         )
+        self._note_error(task, result)
+
+    def add_stored_score(self, task: str, result: ScoreResult) -> None:
+        """Count a log-likelihood found in a store."""
+        self.count(task, stored_scores=1, standard_errors=result.standard_error)
+        self._note_error(task, result)
+
+    def _note_error(self, task: str, result: ScoreResult) -> None:
         for counts in (self, self.tasks[task]):
             counts.largest_standard_error = max(counts.largest_standard_error, result.standard_error)
 
@@ -192,8 +200,9 @@ class Counts:
         return generated | ({"likelihoods": self._scores()} if scored else {})
 
     def _scores(self) -> dict[str, object]:
-        mean = self.standard_errors / self.scored_requests if self.scored_requests else None
-        largest = self.largest_standard_error if self.scored_requests else None
+        number = self.scored_requests + self.stored_scores
+        mean = self.standard_errors / number if number else None
+        largest = self.largest_standard_error if number else None
         return {
             "requests": self.scored_requests,
             "stored_requests": self.stored_scores,

@@ -28,6 +28,7 @@ The version changes when a field is removed or changes its meaning. Readers igno
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import itertools
@@ -139,7 +140,7 @@ def denoising_file(samples: Path) -> Path:
 
 
 def write_denoising(file: Path, task: str, lines: Iterable[DenoisingLine]) -> None:
-    """Write a task's denoising file.
+    """Write a task's denoising file; no file is left where not all lines can be written.
 
     Args:
         file: the file, which is replaced.
@@ -149,11 +150,17 @@ def write_denoising(file: Path, task: str, lines: Iterable[DenoisingLine]) -> No
     Raises:
         OSError: the file cannot be written.
     """
-    # Level 9, the default, takes 20 times as long for files that are 6% smaller: minutes for long answers.
-    with gzip.open(file, "wt", compresslevel=4, encoding="utf-8", errors="surrogatepass", newline="\n") as out:
-        out.write(json.dumps({"format": FORMAT, "version": VERSION, "task": task}) + "\n")
-        for line in lines:
-            out.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+    try:
+        # Level 9, the default, takes 20 times as long for files that are 6% smaller: minutes for long answers.
+        with gzip.open(file, "wt", compresslevel=4, encoding="utf-8", errors="surrogatepass", newline="\n") as out:
+            out.write(json.dumps({"format": FORMAT, "version": VERSION, "task": task}) + "\n")
+            for line in lines:
+                out.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+    except BaseException:
+        # Readers of a run refuse a cut file, but do without a file.
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+        raise
 
 
 def read_denoising(file: Path) -> list[Denoising]:

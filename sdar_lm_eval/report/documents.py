@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+import numpy as np
+
 from sdar_lm_eval.report.columns import main_metric
 from sdar_lm_eval.report.denoising import Denoising
-from sdar_lm_eval.report.pairing import MetricKey, numbers_of
+from sdar_lm_eval.report.pairing import MetricKey, mean_kinds, numbers_of
 from sdar_lm_eval.report.results import Results, Sample
-from sdar_lm_eval.report.runs import Run
+from sdar_lm_eval.report.runs import Metric, Run, metrics_of
 
 NOTHING_EXTRACTED = ("", "[invalid]")
 """What a filter returns for an answer in which the filter finds nothing."""
@@ -106,6 +108,7 @@ def documents_of(run: Run, task: str) -> list[Document]:
             lines.setdefault((sample.document, sample.doc_hash), {})[sample.filter] = sample
         records = {(record.document, record.repeat): record for record in results.denoising(task)}
         of_likelihoods = is_likelihood(results, task)
+        scored = names - _without_scores(lines.values(), metrics_of(results, task), of_likelihoods)
         for key, of_filters in lines.items():
             sample = next(iter(of_filters.values()))
             first.setdefault(key, sample)
@@ -113,7 +116,7 @@ def documents_of(run: Run, task: str) -> list[Document]:
             answers.setdefault(key, []).extend(
                 Answer(
                     text,
-                    _scores(of_filters, names, repeat, len(texts)),
+                    _scores(of_filters, scored, repeat, len(texts)),
                     _extracted(of_filters, repeat),
                     record,
                     *sample.thought(repeat),
@@ -170,6 +173,29 @@ def _scores(
             numbers = numbers_of(value) if name in names else None
             if numbers is not None and all(map(math.isfinite, numbers)):
                 found[name, filter_name] = numbers[repeat] if len(numbers) == answers else fmean(numbers)
+    return found
+
+
+def _without_scores(
+    documents: Iterable[Mapping[str, Sample]], metrics: Iterable[Metric], of_likelihoods: bool
+) -> set[str]:
+    """The names of metrics whose values in the samples are lists, but no lists of scores.
+
+    A perplexity has (log-likelihood, number of words), and F1 has (gold answer, answer). The metric of such lists is no
+    mean of them. Accuracy over instructions has a score for each instruction.
+    """
+    listed = list(documents)
+    found = set()
+    for metric in metrics:
+        samples = [of_filters[metric.filter] for of_filters in listed if metric.filter in of_filters]
+        values = [(numbers_of(sample.line.content.get(metric.name)), sample) for sample in samples]
+        known = {("", i): np.array(numbers) for i, (numbers, _) in enumerate(values) if numbers is not None}
+        are_lists = any(
+            numbers is not None and len(numbers) not in (1, 1 if of_likelihoods else len(sample.responses))
+            for numbers, sample in values
+        )
+        if are_lists and not mean_kinds(known, metric.value):
+            found.add(metric.name)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ def convert(path: Path, task: str | None = None, filter_name: str | None = None)
         filter_name: the filter whose answers count.
 
     Raises:
-        UserError: there is no such run, task or filter, samples were not logged, or a file is not as lm_eval writes it.
+        UserError: there is no such run, task or filter, samples were not logged, the samples give another score than
+            the results, or a file is not as lm_eval writes it.
     """
     results = results_in(path, "configs")[-1]
     samples_of = {name: results.samples(name) for name in results.configs.content}
@@ -116,6 +118,7 @@ def convert(path: Path, task: str | None = None, filter_name: str | None = None)
     chosen = sorted((s for s in samples if s.filter == filter_name), key=lambda sample: sample.document)
     costs = _costs(results, path if path.is_dir() else path.parent, task)
     scores = {name: _metrics(results, task, name, samples) for name in filters}
+    _check_scores(results, task, scores)
     return {
         "config": _config(results, task),
         "metrics": {**scores[filter_name], "filter": filter_name, "by_filter": scores},
@@ -166,6 +169,21 @@ def _metrics(results: Results, task: str, filter_name: str, samples: Sequence[Sa
         "percentage": f"{correct / total:.2%}",
         "stderr": stderr if isinstance(stderr, float) and stderr == stderr else None,
     }
+
+
+def _check_scores(results: Results, task: str, scores: Mapping[str, FilterMetrics]) -> None:
+    """Raise `UserError` where the samples give another score than lm_eval computed: then some samples are missing."""
+    for key, value in results.scores.part(task).content.items():
+        name, comma, filter_name = key.partition(",")
+        if not comma or name != _METRIC or not isinstance(value, (int, float)):
+            continue
+        found = scores[filter_name]["accuracy"] if filter_name in scores else None
+        if found is None or not math.isclose(found, value, abs_tol=1e-9):
+            raise UserError(
+                f"{results.samples_file(task)} does not give the score of the results: {_METRIC} of {filter_name} is "
+                f"{value:.4f}, but {'missing in' if found is None else f'{found:.4f} by'} the samples. Copy the whole "
+                "folder of the run, or evaluate again."
+            )
 
 
 def _config(results: Results, task: str) -> dict[str, object]:

@@ -173,6 +173,7 @@ class Results:
 
     def __init__(self, file: Path, date: float, content: Mapping[str, object]) -> None:
         self.file, self.date, self.content = file, date, Fields(content, file)
+        self._warned: set[str] = set()  # tasks whose samples files were said to lack documents
 
     @property
     def scores(self) -> Fields:
@@ -220,12 +221,48 @@ class Results:
     def each_sample(self, task: str) -> Iterator[Sample]:
         """Yield the samples of a task one at a time: the prompts of a samples file may take much memory.
 
+        A WARNING names a samples file that lacks documents.
+
         Raises:
             UserError: as `samples`.
         """
         file = self.samples_file(task)
-        if file.exists():
-            yield from map(_sample, read_lines(file))
+        if not file.exists():
+            return
+        number_of = dict.fromkeys(self._filters(task), 0)
+        for line in read_lines(file):
+            sample = _sample(line)
+            number_of[sample.filter] = number_of.get(sample.filter, 0) + 1
+            yield sample
+        self._warn_of_lost_lines(task, file, number_of)
+
+    def _filters(self, task: str) -> list[str]:
+        """The filters whose output a task scored."""
+        names = (key.partition(",") for key in self.scores.part_or_empty(task).content)
+        return [filter_name for _, comma, filter_name in names if comma]
+
+    def _warn_of_lost_lines(self, task: str, file: Path, number_of: Mapping[str, int]) -> None:
+        """Warn once of a samples file that lacks documents: a full disk, or a copy that was cut, loses lines.
+
+        lm_eval before 0.4.13 counts all documents of a run with `--samples`, so the file may be whole.
+
+        Args:
+            task: the task.
+            file: the samples file.
+            number_of: filter -> number of documents in the samples file.
+        """
+        expected = self.content.part_or_empty("n-samples").part_or_empty(task).whole("effective") or 0
+        filter_name = min(number_of, key=number_of.__getitem__, default="")
+        if number_of.get(filter_name, 0) < expected and task not in self._warned:
+            self._warned.add(task)
+            logger.warning(
+                "%s has %d of %d documents of the filter %s. If --samples did not choose these, the file lost lines: "
+                "copy the whole file, or evaluate again.",
+                file,
+                number_of.get(filter_name, 0),
+                expected,
+                filter_name,
+            )
 
     def samples_file(self, task: str) -> Path:
         """Return the path of a task's samples file, which need not exist."""

@@ -160,9 +160,11 @@ def settings_of(results: Results, task: str) -> dict[str, object]:
         if config.get(name) is not None:
             settings[name] = config[name]
     settings |= results.ours.part_or_empty("thinking").content  # model_args on thoughts, as the user gave them
-    repeats = results.content.part_or_empty("configs").part_or_empty(task).content.get("repeats")
-    if repeats not in (None, 1):
-        settings["repeats"] = repeats
+    of_task = results.content.part_or_empty("configs").part_or_empty(task).content
+    if of_task.get("repeats") not in (None, 1):
+        settings["repeats"] = of_task["repeats"]
+    if of_task.get("metric_list") == [{"metric": "bypass"}]:  # such results must not replace those with scores
+        settings["predict_only"] = True
     if ours.get("seed") is not None:
         settings["seed"] = ours["seed"]
     shots = content.part_or_empty("n-shot").content.get(task)

@@ -15,6 +15,7 @@ from lm_eval.utils import setup_logging
 
 from sdar_lm_eval.autoload import manager_of_ours
 from sdar_lm_eval.errors import SDARError, UserError, did_you_mean
+from sdar_lm_eval.lm.hooks import samples_are_a_share
 from sdar_lm_eval.runs.settings import RUN_PROGRAMS, Run
 
 ANSWERS = "answers"
@@ -61,7 +62,7 @@ def answer_shard(run: Run, folder: Path, shard: int, shards: int, **model_args: 
         raise _AnsweredError  # the harness would filter and score returned answers
 
     lm.generate_until = answer
-    with contextlib.suppress(_AnsweredError):
+    with contextlib.suppress(_AnsweredError), samples_are_a_share():
         lm_eval.simple_evaluate(
             lm,
             tasks=call["tasks"] if share is None else list(share),

@@ -175,8 +175,40 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     make_run(folder / "another", [sample(3, "It is 42", 1.0)], [], dtype="float16")
     told = error_of(str(folder))
     assert "holds 2 runs. Name the results file or the folder of one:" in told and "another/results_1.json" in told
+    unscored = make_run(tmp_path / "unscored", [sample(3, "It is 42", 1.0)], [])
+    file = unscored / "results_1.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"results": {TASK: {"alias": TASK}}}))
+    assert "has no score of riddles. Evaluate again, without --predict_only." in error_of(str(unscored))
     (folder / f"samples_{TASK}_1.jsonl").unlink()
     assert "has no samples of riddles. Evaluate again with --log_samples." in error_of(str(folder / "results_1.json"))
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "value", "told", "verdicts"),
+    [
+        ("word_perplexity", [[-270.0, 33], [-90.0, 12]], 2979.96, "word_perplexity of last-word 2980", [None, None]),
+        ("f1", [[0, 0], [1, 1], [1, 0]], 2 / 3, "f1 of last-word 66.7%", [None] * 3),
+        ("instructions", [[True, False], [True]], 2 / 3, "instructions of last-word 66.7%", [0.5, 1.0]),
+        ("perplexity", [-2.0, -4.0], 20.0855, "perplexity of last-word 20.09", [-2.0, -4.0]),
+        ("acc", [1.0, 0.0, 1.0], 0.6, "acc of last-word 60.0%", [1.0, 0.0, 1.0]),  # of more documents than there are
+    ],
+)
+def test_the_metric_is_lm_evals_and_pairs_are_no_scores(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    metric: str,
+    values: list[Any],
+    value: float,
+    told: str,
+    verdicts: list[float | None],
+) -> None:
+    samples = [sample(i, "It is 42", 1.0, **{metric: each}) for i, each in enumerate(values)]
+    folder = make_run(tmp_path / "run", [each | {"acc": 1} for each in samples], [])
+    results = json.loads((folder / "results_1.json").read_text()) | {"results": {TASK: {f"{metric},last-word": value}}}
+    (folder / "results_1.json").write_text(json.dumps(results))
+    (folder / f"samples_{TASK}_1.jsonl").write_text("".join(json.dumps(each) + "\n" for each in samples))
+    assert f": {TASK}, {told}; {len(values)} of {len(values)}" in shown(capsys, str(folder))
+    assert [each["score"] for each in json.loads(shown(capsys, str(folder), "--json"))] == verdicts
 
 
 SAMPLED = {"resps": [["So 41", "It is 42", "Is it 43"]]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
@@ -142,14 +143,18 @@ def test_it_may_be_switched_off(tmp_path: Path) -> None:
 def test_a_full_disk_costs_the_records_alone(
     lm: SDARLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(file: Path, task: str, lines: Iterable[DenoisingLine]) -> None:
+        def cut() -> Iterator[DenoisingLine]:
+            yield next(iter(lines))
+            raise OSError(28, "No space left on device")
+
+        write_denoising(file, task, cut())
 
     monkeypatch.setattr("sdar_lm_eval.lm.denoising.write_denoising", full)
     tracker = EvaluationTracker(output_path=str(tmp_path))
     file = save(tracker, evaluate(lm, tracker, limit=1))
     assert records(file) == [] and len(results_in(file)[0].samples(TASK)) == 2
-    assert "(No space left on device). Results and samples are complete." in caplog.text
+    assert "(No space left on device). The run has no denoising records of" in caplog.text
 
 
 def test_scores_have_no_records(lm: SDARLM, tmp_path: Path) -> None:

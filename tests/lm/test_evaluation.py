@@ -267,6 +267,7 @@ def test_documents_are_named_by_their_place_in_the_data(
         ({"five": []}, r"--samples 'five': \[\]; give a list of document numbers, 0 or more, at least one"),
         ({"five": [-1]}, r"--samples 'five': \[-1\]; give a list of document numbers"),
         ({"five": ["1"]}, r"--samples 'five': \['1'\]; give a list of document numbers"),
+        ({"five": [0, 5]}, r"--samples 'five': 5; the task has documents 0 to 4\."),
         ({"five": 1}, r"--samples 'five': 1; give a list of document numbers"),
         ([1], r'--samples \[1\]: give document numbers of tasks, such as \{"five": \[0, 3\]\}'),
     ],

@@ -365,11 +365,15 @@ def test_a_cache_holds_scores_of_several_methods(make_lm: MakeLM, tmp_path: Path
 
 
 def test_scores_are_kept_in_a_folder_too(make_lm: MakeLM, tmp_path: Path) -> None:
-    scores = make_lm(answers=tmp_path).loglikelihood(pairs(3))
-    lm = make_lm(answers=tmp_path)
+    scores = make_lm(answers=tmp_path, likelihood="nelbo").loglikelihood(pairs(3))
+    lm = make_lm(answers=tmp_path, likelihood="nelbo")
     assert lm.loglikelihood(pairs(4))[:3] == scores
     assert len(lm.engine.asked) == 1
     assert (lm.counts.scored_requests, lm.counts.stored_scores) == (1, 3)
+    again = make_lm(answers=tmp_path, likelihood="nelbo")
+    again.loglikelihood(pairs(4))
+    info = again.get_model_info()["sdar_lm_eval"]
+    assert info["run"]["likelihoods"]["standard_error"] == {"mean": 0.3, "largest": 0.3}
 
 
 # Settings, trace, summary

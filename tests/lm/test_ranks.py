@@ -48,6 +48,12 @@ doc_to_target: 1
 filter_list: null
 metric_list: [{metric: acc}]
 """
+SHOTS = """
+include: gsm8k_sdar_demo.yaml
+task: demo_shots
+num_fewshot: 2
+fewshot_split: test
+"""
 SLOW = 2  # seconds that a rank is late, more than gloo waits by itself in `scenarios`
 LAUNCHER_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU",
@@ -97,6 +103,8 @@ def scenarios(folder: Path) -> dict[str, Any]:
     evaluate("with the one", "gsm8k_sdar_demo", limit=6, use_cache=blanks)
     evaluate("choices", "demo_choices", limit=3)
     evaluate("choices of one", "demo_choices", limit=1)
+    evaluate("examples", "demo_shots", limit=5)
+    evaluate("examples of chosen", "demo_shots", samples={"demo_shots": [5, 2, 9, 4]})
     return found
 
 
@@ -143,7 +151,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path: Path) -> Path:
     for name in ("one", "2", "3"):
         (tmp_path / name).mkdir()
-        for task, text in {"repeated": REPEATED, "choices": CHOICES}.items():
+        for task, text in {"repeated": REPEATED, "choices": CHOICES, "shots": SHOTS}.items():
             (tmp_path / name / f"demo_{task}.yaml").write_text(text.replace("gsm8k", f"{TASKS}/gsm8k", 1))
     return tmp_path
 
@@ -199,6 +207,7 @@ def check_ranks(of_ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     assert any(len(set(responses)) == 3 for _, _, responses, _ in answers)
     assert computed("choices") == share(3, 3)
     assert computed("choices of one") == share(1, 3)
+    assert computed("examples") == share(5)
     # The document of the run before was rank 0's there, and another rank's cache file has no blank for it.
     assert sum(computed("one, cached")) == 1
     assert sum(computed("with the one")) == 6 - (5 % len(of_ranks) == 0)

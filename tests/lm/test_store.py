@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import sqlite3
@@ -135,6 +136,22 @@ def test_a_locked_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=r"cannot be used \(database is locked\).* End the program that uses the file"):
         CacheFile(str(path), NATIVE)
     holder.close()
+
+
+def test_runs_that_begin_together_may_share_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "c.db")
+
+    class Late(sqlite3.Connection):
+        """Another process makes the tables just before this one does."""
+
+        def execute(self, query: str, *parameters: Any) -> sqlite3.Cursor:
+            if query.startswith("CREATE"):
+                monkeypatch.undo()
+                CacheFile(path, NATIVE).put("k", {"text": "x"})
+            return super().execute(query, *parameters)
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Late))
+    assert CacheFile(path, NATIVE).get("k") == {"text": "x"}
 
 
 def test_what_a_read_only_file_has_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

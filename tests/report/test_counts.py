@@ -55,8 +55,9 @@ def test_where_nothing_was_computed_there_are_no_figures() -> None:
     assert summary["tasks"]["a"]["tokens_per_forward"] is None
     assert str(counts).startswith("4 answers were there already; loaded in")
     scores = Counts()
-    scores.count("a", stored_scores=2)
-    assert scores.as_dict()["likelihoods"]["standard_error"] == {"mean": None, "largest": None}
+    for error in (0.5, 0.25):
+        scores.add_stored_score("a", ScoreResult(-1.0, False, error))
+    assert scores.as_dict()["likelihoods"]["standard_error"] == {"mean": 0.375, "largest": 0.5}
     assert str(scores).startswith("2 log-likelihoods were there already; loaded in")
     assert "0 requests, 0 new tokens" in str(Counts())
 

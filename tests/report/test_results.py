@@ -13,7 +13,7 @@ import pytest
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.gsm8k_json import convert
-from sdar_lm_eval.report.results import Fields, read_lines
+from sdar_lm_eval.report.results import Fields, read_lines, results_in
 
 SAMPLE = {
     "doc_id": 0, "doc": {"question": "1 + 1?", "answer": "#### 2"}, "target": "2", "resps": [["It is 2."]],
@@ -34,7 +34,9 @@ def _run(folder: Path, sample: dict[str, Any], **results: Any) -> Path:
 
 
 def test_a_whole_run(tmp_path: Path) -> None:
-    content = convert(_run(tmp_path, {"doc_id": 1, "exact_match": 0.0, "filtered_resps": [], "resps": []}))
+    scores = {"gsm8k": {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": "N/A"}}
+    sample = {"doc_id": 1, "exact_match": 0.0, "filtered_resps": [], "resps": []}
+    content = convert(_run(tmp_path, sample, results=scores))
     assert content["metrics"]["percentage"] == "50.00%" and content["metrics"]["stderr"] is None
     assert [result["generated_text"] for result in content["results"]] == ["It is 2.", ""]
     assert content["config"]["model_name"] == "x"
@@ -79,6 +81,32 @@ def test_true_is_no_number_and_what_is_missing_is_none(read: Callable[[Fields, s
     assert read(fields, "nothing") is None and read(fields, "missing") is None
     with pytest.raises(UserError, match=rf"results.json .*\(config.flag is True, not {expected}\)"):
         read(fields, "flag")
+
+
+def test_a_samples_file_that_lost_lines_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scores = {"gsm8k": {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 0.5}}
+    folder = _run(tmp_path, {"doc_id": 1}, results=scores, **{"n-samples": {"gsm8k": {"effective": 2}}})
+    (results,) = results_in(folder)
+    assert len(results.samples("gsm8k")) == len(results.samples("gsm8k")) == 2
+    (told,) = caplog.messages
+    assert "samples_gsm8k_1.jsonl has 0 of 2 documents of the filter flexible-extract" in told
+    with (folder / "samples_gsm8k_1.jsonl").open("a") as file:
+        file.writelines(json.dumps(SAMPLE | {"doc_id": i, "filter": "flexible-extract"}) + "\n" for i in range(2))
+    caplog.clear()
+    (results,) = results_in(folder)
+    assert len(results.samples("gsm8k")) == 4 and not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [
+        ({"exact_match,strict-match": 0.5}, "exact_match of strict-match is 0.5000, but 1.0000 by the samples"),
+        ({"exact_match,strict-match": 1.0, "exact_match,last": 0.5}, "last is 0.5000, but missing in the samples"),
+    ],
+)
+def test_samples_that_give_another_score_are_not_converted(tmp_path: Path, scores: dict[str, float], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        convert(_run(tmp_path, {"doc_id": 1}, results={"gsm8k": scores}))
 
 
 def test_damaged_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

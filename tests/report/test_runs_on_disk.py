@@ -59,6 +59,14 @@ def test_seeds_are_pooled_and_told(tmp_path: Path) -> None:
     assert settings["seed"] == (1234, "1, 2, 3") and settings["temperature"] == (0.0, 1.0)
 
 
+def test_results_of_predict_only_do_not_replace_scores(tmp_path: Path) -> None:
+    write(tmp_path / "scored", temperature=0.0)
+    (file,) = write(tmp_path / "predicted", temperature=0.0).glob("results*")
+    predicted = {"results": {TASK: {"bypass,none": 999}}, "configs": {TASK: {"metric_list": [{"metric": "bypass"}]}}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | predicted | {"date": 2.0}))
+    assert [run.metrics(TASK)[0].name for run in read_runs([tmp_path])] == ["acc", "bypass"]
+
+
 def test_a_run_that_is_named_twice_counts_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "a", temperature=0.0)
     write(tmp_path / "b", temperature=1.0)

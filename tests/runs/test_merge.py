@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
+import sdar_lm_eval.tasks
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.answers import AnswerFolder, Session, read_sessions
@@ -16,6 +18,7 @@ from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.gsm8k_json import convert
 from sdar_lm_eval.report.results import results_in
+from sdar_lm_eval.runs import merge, shards
 from sdar_lm_eval.runs.merge import RecordedLM, publish
 from sdar_lm_eval.runs.settings import Run, runs_from_flags
 from sdar_lm_eval.runs.shards import ANSWERS, answer_shard
@@ -81,6 +84,20 @@ def test_shards_become_one_result(tmp_path: Path) -> None:
     answer_shard(more, alone, 1, 1)
     assert sorted(len(session.answers) for session in read_sessions(alone / ANSWERS)) == [1, 7]
     assert _texts(publish(more, alone))[:7] == _texts(report)
+
+
+def test_documents_of_a_shard_have_the_few_shot_examples_of_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Path(sdar_lm_eval.tasks.__file__).with_name("gsm8k_sdar_demo.yaml")
+    (tmp_path / "shots.yaml").write_text(f"include: {task}\ntask: shots\nnum_fewshot: 2\nfewshot_split: test\n")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    for module in (shards, merge):
+        monkeypatch.setattr(module, "task_manager", lambda tasks: manager)
+    run = _run(tasks="shots", max_gen_length=4)
+    for shard in (1, 2, 3):
+        answer_shard(run, tmp_path, shard, 3)
+    publish(run, tmp_path)
 
 
 def test_a_result_of_other_sources_is_scored_again(tmp_path: Path) -> None:
