@@ -7,7 +7,8 @@ modules of lm_eval after the module's code has run:
     lm_eval.models      the registry gets this package's models by name, without importing them
     lm_eval.tasks       `TaskManager` looks into this package's task folder too
     lm_eval.config.evaluate_config
-                        a command that names this package's tasks only does not index lm_eval's thousands of tasks
+                        a command that names this package's tasks only does not index lm_eval's thousands of tasks; a
+                        wrong `--gen_kwargs` ends the command before the model is loaded
     lm_eval.evaluator   the evaluator tells this package's models of evaluations (`lm/evaluation.py`)
 
 After the first patch, lm_eval's command line prints this package's errors without a traceback. A Python process that
@@ -200,17 +201,18 @@ def manager_of_ours(tasks: Sequence[str]) -> TaskManager | None:
     return manager if tasks and set(tasks) <= set(manager.all_tasks) else None
 
 
-def _index_few_tasks(config: ModuleType) -> None:
+def _extend_commands(config: ModuleType) -> None:
     import functools
 
     settings: type[EvaluatorConfig] | None = getattr(config, "EvaluatorConfig", None)
-    if settings is None or hasattr(settings.process_tasks, "indexes_few_tasks"):
+    if settings is None or hasattr(settings.process_tasks, "checks_gen_kwargs"):
         return
     process: Callable[..., TaskManager] = settings.process_tasks
 
     @functools.wraps(process)
     def process_tasks(self: EvaluatorConfig, *args: object, **kwargs: object) -> TaskManager:
         global _our_tasks_suffice
+        _check_gen_kwargs(self)
         try:
             named = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []
             names = [name for some in named for name in str(some).split(",")]
@@ -222,8 +224,17 @@ def _index_few_tasks(config: ModuleType) -> None:
         finally:
             _our_tasks_suffice = False
 
-    process_tasks.indexes_few_tasks = True  # type: ignore[attr-defined]
+    process_tasks.checks_gen_kwargs = True  # type: ignore[attr-defined]
     settings.process_tasks = process_tasks
+
+
+def _check_gen_kwargs(config: EvaluatorConfig) -> None:
+    from sdar_lm_eval.engines.registry import MODELS
+
+    if getattr(config, "model", None) in MODELS and isinstance(given := getattr(config, "gen_kwargs", None), dict):
+        from sdar_lm_eval.settings import check_gen_kwargs
+
+        check_gen_kwargs(given)
 
 
 def _watch_evaluations(evaluator: ModuleType) -> None:
@@ -236,7 +247,7 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "lm_eval._cli": lambda _: None,  # patching alone shortens errors, here from the parsing of flags on
     "lm_eval.models": _add_models,
     "lm_eval.tasks": _add_tasks,
-    "lm_eval.config.evaluate_config": _index_few_tasks,
+    "lm_eval.config.evaluate_config": _extend_commands,
     "lm_eval.evaluator": _watch_evaluations,
 }
 
@@ -259,6 +270,11 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Tracebac
         message = command_line.message_of(error)
     if message is None:
         (_previous_excepthook or sys.__excepthook__)(kind, error, trace)
+    elif isinstance(error, KeyboardInterrupt):
+        from sdar_lm_eval.commands import INTERRUPTED
+
+        print(f"sdar_lm_eval: {message}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED)  # becomes the exit code
     else:
         print(f"sdar_lm_eval: error: {message}", file=sys.stderr)
 

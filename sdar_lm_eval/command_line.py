@@ -25,7 +25,7 @@ def message_of(error: BaseException) -> str | None:
     if not _names_our_models() and not nearly:
         return None
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted while no answers were made."
+        return "Interrupted while no answers were made."
     if unknown:
         return f"--model {unknown[1]} is unknown.{nearly} This package's: {', '.join(MODELS)}."
     if found := re.match(r"Tasks not found: (.*)", text):

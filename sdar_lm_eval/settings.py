@@ -19,7 +19,7 @@ from typing import Any, get_args, get_type_hints, overload
 from sdar_lm_eval import arguments
 from sdar_lm_eval.arguments import ChatMode, DecodingArguments, ModelArguments
 from sdar_lm_eval.checks import at_least_one, check_bool, check_number, if_given
-from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig
+from sdar_lm_eval.decoding import DECODING_SETTINGS, MAX_BLOCK_LENGTH, DecodingConfig
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, full_name
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.engines.types import LikelihoodConfig
@@ -224,14 +224,8 @@ def read_generation(gen_kwargs: Mapping[str, object], base: Mapping[str, object]
     Raises:
         UserError: an unknown name, or a value out of range.
     """
-    check_names(gen_kwargs, "gen_kwargs")
-    given = typed(_without_none(canonical(gen_kwargs)), DecodingArguments)
-    base = _without_none(canonical(base))
-    # DecodingConfig checks the values' types.
-    settings: dict[str, Any] = {name: value for name, value in (base | given).items() if name in DECODING_SETTINGS}
-    if settings.get("top_k") == -1:
-        settings["top_k"] = 0  # "off" in vLLM's spelling
-    decoding = DecodingConfig(**settings)
+    given, base = _read_gen_kwargs(gen_kwargs), _without_none(canonical(base))
+    decoding = _decoding_of(base | given)
     if not _is_sampled(given, base):
         _warn_of_unused_temperature(given, base)
         decoding = dataclasses.replace(decoding, temperature=0.0)
@@ -239,6 +233,31 @@ def read_generation(gen_kwargs: Mapping[str, object], base: Mapping[str, object]
         logger.warning("do_sample=true with temperature=0 is greedy; add temperature=1.0 to sample.")
     until = given["until"] if "until" in given else base.get("until")
     return Generation(decoding, _max_tokens(given, base), to_texts(until))
+
+
+def check_gen_kwargs(gen_kwargs: Mapping[str, object]) -> None:
+    """Check a request's settings as far as they need no checkpoint and no task: before anything is loaded.
+
+    Raises:
+        UserError: an unknown name, or a value out of range.
+    """
+    given = _read_gen_kwargs(gen_kwargs)
+    _decoding_of({"block_length": MAX_BLOCK_LENGTH} | given)  # the checkpoint's block length is not known
+    _max_tokens(given, {})
+    to_texts(given.get("until"))
+
+
+def _read_gen_kwargs(gen_kwargs: Mapping[str, object]) -> dict[str, object]:
+    check_names(gen_kwargs, "gen_kwargs")
+    return typed(_without_none(canonical(gen_kwargs)), DecodingArguments)
+
+
+def _decoding_of(settings: Mapping[str, object]) -> DecodingConfig:
+    # DecodingConfig checks the values' types.
+    own: dict[str, Any] = {name: value for name, value in settings.items() if name in DECODING_SETTINGS}
+    if own.get("top_k") == -1:
+        own["top_k"] = 0  # "off" in vLLM's spelling
+    return DecodingConfig(**own)
 
 
 @overload
@@ -300,7 +319,7 @@ def check_names(settings: Mapping[str, object], source: str, also: tuple[str, ..
     Raises:
         UserError: a name is unknown; the message suggests a close one and lists all known ones.
     """
-    known = tuple(dict.fromkeys((*also, *GENERATION_SETTINGS)))
+    spellings = tuple(dict.fromkeys((*also, *GENERATION_SETTINGS, *ALIASES)))
     for name, value in settings.items():
         if name in IGNORED:
             continue
@@ -310,11 +329,11 @@ def check_names(settings: Mapping[str, object], source: str, also: tuple[str, ..
                     f"{source}: {name}={value!r} is not supported, only {NEUTRAL[name]}; "
                     f"where a task asks for it, override it: --gen_kwargs {name}={NEUTRAL[name]}."
                 )
-        elif name not in known and name not in ALIASES:
-            hint = f" {HINTS[name]}" if name in HINTS else did_you_mean(name, (*known, *ALIASES))
+        elif name not in spellings:
+            hint = f" {HINTS[name]}" if name in HINTS else did_you_mean(name, spellings)
             if name in OF_THOUGHTS:
                 hint = f" The model takes it, for all tasks: --model_args {name}={value}."
-            raise UserError(f"{source}: {name!r} is unknown.{hint} Known: {', '.join(known)}.")
+            raise UserError(f"{source}: {name!r} is unknown.{hint} Known: {', '.join(spellings)}.")
 
 
 def to_number(name: str, value: object) -> float:
@@ -395,7 +414,12 @@ def _is_sampled(given: Mapping[str, object], base: Mapping[str, object]) -> bool
 
 def _warn_of_unused_temperature(given: Mapping[str, object], base: Mapping[str, object]) -> None:
     if to_number("temperature", given.get("temperature", 0)) > 0:
-        logger.warning("do_sample=false is greedy, so temperature=%g has no effect.", given["temperature"])
+        logger.warning(
+            "do_sample=false is greedy, so temperature=%g has no effect; --gen_kwargs do_sample=true,temperature=%g "
+            "samples.",
+            given["temperature"],
+            given["temperature"],
+        )
     elif given and _is_sampled({}, base):
         logger.warning(
             "The task asks for greedy decoding, so the sampling in model_args has no effect; "

@@ -17,7 +17,9 @@ import pytest
 import yaml
 
 from sdar_lm_eval import autoload
+from sdar_lm_eval.commands import INTERRUPTED
 from sdar_lm_eval.engines.registry import MODELS
+from sdar_lm_eval.errors import UserError
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -494,8 +496,6 @@ def test_errors_of_others_go_to_the_hook_before_ours(sandbox: Sandbox) -> None:
          "--tasks: humaneval_sdar runs programs that the model wrote. --confirm_run_unsafe_code allows them."),
         ("--model sdar --tasks gsm8k_sdr", "ValueError('Tasks not found: gsm8k_sdr')",
          "--tasks: gsm8k_sdr is unknown. Did you mean 'gsm8k_sdar'? `lm_eval ls tasks` lists all."),
-        ("--model=sdar", "KeyboardInterrupt()", "interrupted while no answers were made."),
-        ("", "__import__('sdar_lm_eval.errors').errors.Interrupted('3 of 5 are kept')", "3 of 5 are kept"),
     ],
 )  # fmt: skip
 def test_slips_of_the_pen_with_our_models_are_one_line(sandbox: Sandbox, arguments: str, error: str, says: str) -> None:
@@ -503,6 +503,21 @@ def test_slips_of_the_pen_with_our_models_are_one_line(sandbox: Sandbox, argumen
     done = sandbox.run(*command, *arguments.split())
     assert done.returncode != 0
     assert done.stderr == f"sdar_lm_eval: error: {says}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ("--model=sdar", "KeyboardInterrupt()", "Interrupted while no answers were made."),
+        ("", "__import__('sdar_lm_eval.errors').errors.Interrupted('3 of 5 are kept')", "3 of 5 are kept"),
+    ],
+)
+def test_an_interruption_is_no_error_and_has_its_exit_code(
+    sandbox: Sandbox, arguments: str, error: str, says: str
+) -> None:
+    command = commands(sandbox, f"import lm_eval.models\nraise {error}")["lm_eval"]
+    done = sandbox.run(*command, *arguments.split())
+    assert (done.returncode, done.stderr) == (INTERRUPTED, f"sdar_lm_eval: {says}\n")
 
 
 @pytest.mark.parametrize("arguments", ["", "--model hf", "--model"])
@@ -549,10 +564,21 @@ def indexed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
-def tasks_of(tasks: str | list[str], **settings: Any) -> TaskManager:
+def tasks_of(tasks: str | list[str], model: str = "sdar", **settings: Any) -> TaskManager:
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    return EvaluatorConfig(model="sdar", tasks=tasks, **settings).process_tasks()
+    return EvaluatorConfig(model=model, tasks=tasks, **settings).process_tasks()
+
+
+@pytest.mark.parametrize("gen_kwargs", [{"strategy": "statc"}, {"thresold": 0.5}, {"temperature": -1}, {"until": 3}])
+def test_wrong_gen_kwargs_end_a_command_before_the_model_is_loaded(
+    indexed: list[bool], gen_kwargs: dict[str, Any]
+) -> None:
+    for model in MODELS:
+        with pytest.raises(UserError, match=next(iter(gen_kwargs)).replace("strategy", "remasking_strategy")):
+            tasks_of("gsm8k_sdar", model, gen_kwargs=gen_kwargs)
+    assert indexed == []
+    tasks_of("gsm8k_sdar", "hf", gen_kwargs=gen_kwargs)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,14 @@ from sdar_lm_eval import arguments, settings
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.registry import ENGINES, EngineSpec
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.settings import MAX_TOKENS_SPELLINGS, ModelSettings, read_generation, to_bool, to_texts
+from sdar_lm_eval.settings import (
+    MAX_TOKENS_SPELLINGS,
+    ModelSettings,
+    check_gen_kwargs,
+    read_generation,
+    to_bool,
+    to_texts,
+)
 
 
 def read(gen_kwargs: dict[str, Any] | None = None, **base: Any) -> Any:
@@ -104,7 +111,11 @@ def test_the_random_strategy_is_drawn_though_greedy() -> None:
 @pytest.mark.parametrize(
     ("gen_kwargs", "base", "says"),
     [
-        ({"do_sample": False, "temperature": 0.7}, {}, "temperature=0.7 has no effect"),
+        (
+            {"do_sample": False, "temperature": 0.7},
+            {},
+            "; --gen_kwargs do_sample=true,temperature=0.7 samples",
+        ),
         ({"do_sample": True, "temperature": 0}, {}, "do_sample=true with temperature=0 is greedy"),
         ({"do_sample": False, "temperature": 0.0}, {"temperature": 0.7}, "sampling in model_args has no effect"),
         ({"do_sample": False}, {}, ""),
@@ -245,7 +256,7 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_list() -> None:
         UserError, match=r"gen_kwargs: 'confidence_treshold' is unknown. Did you mean 'confidence_thr"
     ) as c:
         read({"confidence_treshold": 0.9})
-    assert "max_gen_toks" in str(c.value)
+    assert "max_gen_toks" in str(c.value) and "threshold, steps" in str(c.value)
     with pytest.raises(UserError, match="'length_penalty' is unknown"):
         read({"length_penalty": 1.0})
 
@@ -334,15 +345,19 @@ def test_every_stock_task_can_be_read_but_those_with_beam_search() -> None:
 
 @given(
     st.dictionaries(
-        st.sampled_from(["do_sample", "temperature", "top_p", "until", "max_gen_toks", "max_tokens", "num_beams", "x"]),
+        st.sampled_from(
+            ["do_sample", "temperature", "top_p", "until", "max_gen_toks", "max_tokens", "num_beams", "steps", "x"]
+        ),
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.text(max_size=2)),
-    )
+    ),
+    st.sampled_from([4, 32]),
 )
-def test_whatever_arrives_is_read_or_refused(arriving: dict[str, Any]) -> None:
+def test_whatever_arrives_is_read_or_refused(arriving: dict[str, Any], block_length: int) -> None:
     try:
-        read_ = read(arriving)
+        read_ = read(arriving, block_length=block_length)
     except UserError:
         return
+    check_gen_kwargs(arriving)  # knows no block length, and refuses nothing that a checkpoint allows
     assert read_.max_gen_toks >= 1
     assert all(read_.until) or not read_.until
 

@@ -174,6 +174,7 @@ def run(arguments: argparse.Namespace) -> str:
             output=arguments.output_path,
             include_path=arguments.include_path,
             confirm_run_unsafe_code=arguments.confirm_run_unsafe_code,
+            metric=arguments.metric,
         )
     )
     if arguments.dry_run:
@@ -229,8 +230,8 @@ def _run(planned: Plan, arguments: argparse.Namespace) -> str:
         parts = [f"{each.task}\n\n{table(each)}" for each in summaries]
         if len(summaries) > 1:
             parts.append(f"All tasks\n\n{by_task(summaries)}")
-        again = shlex.quote(str(planned.output))
-        following = f"Compare them: sdar_lm_eval compare {again}; see them: sdar_lm_eval report {again} -o report.html"
+        runs = _as_arguments(planned)
+        following = f"Compare them: sdar_lm_eval compare {runs}; see them: sdar_lm_eval report {runs} -o report.html"
         text = "\n\n".join([*parts, *([f"Written: {', '.join(written)}\n{following}"] if written else [])])
     if not outcome.failed:
         return text
@@ -239,6 +240,14 @@ def _run(planned: Plan, arguments: argparse.Namespace) -> str:
         f"{len(outcome.failed)} of {total} evaluations failed. The same command runs these again.\n"
         + "\n".join(f"  {name}: {error}" for name, error in outcome.failed.items())
     )
+
+
+def _as_arguments(planned: Plan) -> str:
+    """Return the sweep's runs as arguments of `compare`: its folder, or the part of the folder that is this sweep's."""
+    folder = shlex.quote(str(planned.output))
+    if not planned.has_others:
+        return folder
+    return " ".join(f"{folder}/*/{shlex.quote(name)}" for name in dict.fromkeys(e.name for e in planned.evaluations))
 
 
 def _listed(planned: Plan, as_json: bool) -> str:

@@ -128,6 +128,7 @@ class Rounds:
         """Note what is sent, and return the answers that the store has; these are counted, judged and traced."""
         answers: dict[JobId, str] = {}
         keys: set[str] = set()
+        unrecorded = 0
         for job_id, job in jobs.items():
             evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
             record = self.store.get(job.key)
@@ -145,11 +146,18 @@ class Rounds:
                 self._trace_answer(job, {**record, **told, "stored": True})
                 if self._record and (written := Written.of_record(record)) is not None:
                     evaluation.written.add(job.task, job.document, job.repeat, written)
+                elif self._record:
+                    unrecorded += 1
         if answers:
             seconds = self.store.seconds_for(keys)
             evaluation.counts.stored_untimed += len(answers) if seconds is None else 0
             evaluation.counts.stored_seconds += seconds or 0.0
             logger.info("%d of %d answers are there already, and are not computed again.", len(answers), len(jobs))
+        if unrecorded:
+            logger.info(
+                "Without a denoising record: %d of them, made by a run that kept no records (record_steps=false).",
+                unrecorded,
+            )
         return answers
 
     def _note(self, job: Job, result: GenerationResult, evaluation: Evaluation) -> dict[str, object]:

@@ -314,7 +314,8 @@ def _document_warnings(
     alone_a, alone_b = len(scores_a.documents) - len(paired), len(scores_b.documents) - len(paired)
     if alone_a or alone_b:
         alone = [f"{n:,} only in run {name}" for n, name in ((alone_a, "A"), (alone_b, "B")) if n]
-        found.append(f"{task}: {_documents(len(paired))} are in both runs and are compared; {' and '.join(alone)}.")
+        both = "is in both runs and is" if len(paired) == 1 else "are in both runs and are"
+        found.append(f"{task}: {_documents(len(paired))} {both} compared; {' and '.join(alone)}.")
     pairs = [(scores_a.documents[key], scores_b.documents[key]) for key in paired]
     prompts = sum(bool(one.prompt and other.prompt) and one.prompt != other.prompt for one, other in pairs)
     targets = sum(one.target != other.target for one, other in pairs)

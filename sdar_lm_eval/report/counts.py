@@ -233,7 +233,8 @@ class Counts:
         if self.scored_requests:
             parts.append(
                 f"{self.scored_requests:,} log-likelihoods of {self.scored_tokens:,} tokens in "
-                f"{self.scoring_seconds:.1f} s (run: {self.clean_tokens:,} clean and {self.noised_tokens:,} noised)"
+                f"{self.scoring_seconds:.1f} s (forwards of {self.clean_tokens:,} clean and {self.noised_tokens:,} "
+                "noised tokens)"
             )
             if self.largest_standard_error:
                 parts[-1] += f", standard errors up to {self.largest_standard_error:.2g} nats"

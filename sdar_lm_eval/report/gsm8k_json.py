@@ -10,6 +10,7 @@ from typing import TypedDict
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.results import Results, Sample, read_lines, results_in
+from sdar_lm_eval.report.speed import ratio, work_of
 
 PREFERRED_FILTER = "flexible-extract"
 """The filter that counts where nobody chooses: as the original benchmark's, it takes the last number if need be."""
@@ -39,7 +40,10 @@ class Metrics(FilterMetrics):
 
 
 class Performance(TypedDict):
-    """Speed, null where it is unknown. Times cover all tasks of the run; tokens and forwards cover this task."""
+    """Speed, null where it is unknown; stored answers count too.
+
+    Times cover all tasks of the run; tokens and forwards cover this task.
+    """
 
     total_seconds: float | None
     seconds_per_question: float | None
@@ -213,17 +217,15 @@ def _config(results: Results, task: str) -> dict[str, object]:
 
 
 def _performance(results: Results, task: str, questions: int) -> Performance:
-    run = results.ours.part_or_empty("run")
-    of_task = run.part_or_empty("tasks").part_or_empty(task)
-    if not of_task.content:
-        of_task = run
-    seconds = run.number("generation_seconds")
+    work, run = work_of(results, task), results.ours.part_or_empty("run")
+    answers = (run.whole("requests") or 0) + (run.whole("stored_requests") or 0) or questions
+    per_second, per_forward = ratio([(work.tokens_of_all, work.seconds)]), ratio([(work.tokens, work.forwards)])
     return {
-        "total_seconds": seconds,
-        "seconds_per_question": None if seconds is None else round(seconds / (run.whole("requests") or questions), 4),
-        "tokens_per_second": run.number("tokens_per_second"),
-        "tokens_per_forward": of_task.number("tokens_per_forward"),
-        "new_tokens": of_task.whole("new_tokens"),
+        "total_seconds": None if not work.seconds else round(work.seconds, 2),
+        "seconds_per_question": None if not work.seconds else round(work.seconds / answers, 4),
+        "tokens_per_second": None if per_second is None else round(per_second, 1),
+        "tokens_per_forward": None if per_forward is None else round(per_forward, 3),
+        "new_tokens": work.tokens,
     }
 
 

@@ -155,7 +155,7 @@ def settings_in_words(points: Sequence[Point]) -> list[str]:
     """Return for each point, in words, the settings that tell it from other points.
 
     These are the settings that differ within the point's strategy, and the settings that are not the default and differ
-    between strategies.
+    between strategies. A single point has all settings that are not the default.
     """
     told = []
     settings = _telling(points)
@@ -164,7 +164,7 @@ def settings_in_words(points: Sequence[Point]) -> list[str]:
         chosen = {}
         for name, value in its.items():
             default = its.get("block_length") if name == "denoising_steps" else DEFAULTS.get(name)
-            of_others = any(other.get(name, value) != value for other in settings)
+            of_others = len(points) == 1 or any(other.get(name, value) != value for other in settings)
             if name != "remasking_strategy" and (_varies(name, alike) or (of_others and value != default)):
                 chosen[name] = value
         told.append(in_words(chosen))

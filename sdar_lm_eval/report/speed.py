@@ -26,17 +26,17 @@ class RunSpeed:
 
 def speed_of(run: Run, task: str) -> RunSpeed:
     """Return the speed of a run that has the task, over all its results files."""
-    works = [_work(results, task) for results in run.of_tasks[task]]
+    works = [work_of(results, task) for results in run.of_tasks[task]]
     return RunSpeed(
-        tokens_per_forward=_ratio([(work.tokens, work.forwards) for work in works]),
-        tokens_per_second=_ratio([(work.tokens_of_all, work.seconds) for work in works]),
+        tokens_per_forward=ratio([(work.tokens, work.forwards) for work in works]),
+        tokens_per_second=ratio([(work.tokens_of_all, work.seconds) for work in works]),
         note="; ".join(dict.fromkeys(work.note for work in works if work.note)),
     )
 
 
 @dataclass(frozen=True)
-class _Work:
-    """Tokens, forwards and time of the answers of a results file; None where a number is unknown.
+class Work:
+    """Tokens, forwards and time of a results file's answers, stored ones too; None where a number is unknown.
 
     Attributes:
         tokens: returned tokens of the task that were drawn.
@@ -53,11 +53,12 @@ class _Work:
     note: str = ""
 
 
-def _work(results: Results, task: str) -> _Work:
+def work_of(results: Results, task: str) -> Work:
+    """Return what a results file says of the work in a task."""
     run = results.ours.part_or_empty("run")
     of_task = run.part_or_empty("tasks").part_or_empty(task) if run.content.get("tasks") else run
     if not run.content:
-        return _Work(None, None, None, None, "the model reports no forwards and times")
+        return Work(None, None, None, None, "the model reports no forwards and times")
     stored, stored_of_task = run.part_or_empty("stored"), of_task.part_or_empty("stored")
     forwards = of_task.part_or_empty("forwards")
     computed = (forwards.whole("denoising") or 0) + (forwards.whole("commit") or 0)
@@ -65,9 +66,9 @@ def _work(results: Results, task: str) -> _Work:
     tokens -= of_task.part_or_empty("thoughts").whole("forced_tokens") or 0  # those of stored answers too
     seconds = run.number("generation_seconds") or 0.0
     if not run.whole("stored_requests"):
-        return _Work(tokens, computed, tokens_of_all, seconds)
+        return Work(tokens, computed, tokens_of_all, seconds)
     unknown = [name for name in ("new_tokens", "forwards", "seconds") if stored.content.get(name) is None]
-    return _Work(
+    return Work(
         _plus(tokens, stored_of_task.whole("new_tokens"), of_task),
         _plus(computed, stored_of_task.whole("forwards"), of_task),
         None if unknown else tokens_of_all + (stored.whole("new_tokens") or 0),
@@ -82,7 +83,7 @@ def _plus(computed: int, stored: int | None, counts: Fields) -> int | None:
     return None if stored is None else computed + stored
 
 
-def _ratio(parts: Sequence[tuple[float | None, float | None]]) -> float | None:
+def ratio(parts: Sequence[tuple[float | None, float | None]]) -> float | None:
     """Sum of the first numbers / sum of the second; None where a number is unknown, or the second sum is 0."""
     above, below = 0.0, 0.0
     for numerator, denominator in parts:

@@ -61,6 +61,7 @@ class SweepArguments:
         output: the sweep's folder; None: a folder in `sweeps/`, named after model and tasks.
         include_path: a folder with the user's own tasks; None: none.
         confirm_run_unsafe_code: whether the user agrees that programs which the model writes are run.
+        metric: "metric" or "metric,filter" that serves as accuracy; None: each task's own.
     """
 
     model: str
@@ -75,6 +76,7 @@ class SweepArguments:
     output: Path | None = None
     include_path: str | None = None
     confirm_run_unsafe_code: bool = False
+    metric: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,13 @@ class Plan:
     evaluations: tuple[Evaluation, ...]
     copies: int
 
+    @property
+    def has_others(self) -> bool:
+        """Whether the folder also has results that are not of this sweep: of another task, limit or seed."""
+        own = {(each.folder.name, each.name) for each in self.evaluations}
+        found = (file.relative_to(self.output).parts[:2] for file in self.output.rglob("results_*.json"))
+        return not own.issuperset(found)
+
 
 @dataclass(frozen=True)
 class _Checked:
@@ -175,6 +184,8 @@ def plan(sweep: SweepArguments) -> Plan:
     # lm_eval orders tasks by itself. Here the user's order comes first, then the tasks of groups.
     tasks = {name: loaded[name] for name in (*sweep.tasks, *loaded) if name in loaded}
     _check_tasks(tasks, sweep.confirm_run_unsafe_code)
+    if sweep.metric is not None:
+        _check_metric(tasks, sweep.metric)
     checkpoint = Checkpoint.open(settings.pretrained, settings.revision)
     prompts = Prompts(checkpoint, settings.chat_template, Thoughts.read(settings.thoughts, checkpoint))
     jobs = Jobs(checkpoint, prompts, settings.decoding, settings.max_length)
@@ -242,6 +253,16 @@ def _check_tasks(tasks: Mapping[str, Task], confirmed: bool) -> None:
             f"--tasks {', '.join(unsafe[:5])}: scored by running programs that the model writes. Give "
             "--confirm_run_unsafe_code to agree. Nothing was run."
         )
+
+
+def _check_metric(tasks: Mapping[str, Task], metric: str) -> None:
+    for name, task in tasks.items():
+        filters = [each["name"] for each in task.config.filter_list or [{"name": "none"}]]
+        metrics = list(task.aggregation())
+        known = [f"{each},{filter_name}" for each in metrics for filter_name in filters]
+        if metric not in (*metrics, *known):
+            hint = did_you_mean(metric, (*metrics, *known))
+            raise UserError(f"--metric {metric}: {name} has no such metric.{hint} Choose {' or '.join(known)}.")
 
 
 def _gen_kwargs(sweep: SweepArguments, combination: Combination) -> dict[str, object]:

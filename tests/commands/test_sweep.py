@@ -70,6 +70,13 @@ def test_a_sweep(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     higher = said(capsys, *words[:-2], "--y_max", "100", "--metric", "exact_match,flexible-extract")[1]
     assert "relative to 100.0%" in higher and "exact_match,flexible-extract ±" in higher
 
+    # A comparison of the whole folder would mix runs of different documents.
+    code, out, err = said(capsys, *DEMO, "--limit", "2", "--threshold", "0.5", *words[2:4], "--output_path", "s")
+    assert code == 0, err
+    named = "s/*/gsm8k_sdar_demo-first-2"
+    assert f"sdar_lm_eval compare {named}; see them: sdar_lm_eval report {named} -o" in out
+    assert "confidence_threshold=0.5" in out  # a single combination has its settings, too
+
 
 def test_several_tasks_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model_args", "pretrained=demo", "--tasks", "parallel_bench_sdar_puzzle_demo", "--limit", "2"]
@@ -118,9 +125,9 @@ def test_one_that_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         (["--threshold", "0.5", "--y_max", "0"], 1, "--y_max 0 is out of range: give a percentage above 0"),
         (["--threshold", "0.5", "--limit", "many"], 2, "invalid float value: 'many'"),
         (
-            ["--threshold", "0.5", "--metric", "f1", "--limit", "1"],
+            ["--threshold", "0.5", "--metric", "exact", "--dry-run"],
             1,
-            "does not have a metric 'f1'. Known: exact",
+            "--metric exact: gsm8k_sdar_demo has no such metric. Did you mean 'exact_match'? Choose exact_match,",
         ),
     ],
 )

@@ -129,15 +129,17 @@ def test_where_the_file_is(lm: SDARLM, tmp_path: Path, output: str) -> None:
     assert denoising_file(samples).parent == file.parent and len(records(file)) == 1
 
 
-def test_it_may_be_switched_off(tmp_path: Path) -> None:
+def test_it_may_be_switched_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = EvaluationTracker(output_path=str(tmp_path))
     with SDARLM("demo", max_gen_toks=8, record_steps=False, answers=tmp_path / "answers") as lm:
         assert records(save(tracker, evaluate(lm, tracker, limit=1))) == []
         assert not list(tmp_path.rglob("denoising_*"))
     answers = EvaluationTracker(output_path=str(tmp_path / "again"))
+    caplog.set_level("INFO")
     with SDARLM("demo", max_gen_toks=8, answers=tmp_path / "answers") as lm:  # finds an answer that has no record
         assert records(save(answers, evaluate(lm, answers, limit=1))) == []
         assert lm.counts.stored_requests == 1
+    assert "Without a denoising record: 1 of them" in caplog.text
 
 
 def test_a_full_disk_costs_the_records_alone(

@@ -66,6 +66,18 @@ def test_a_run_of_ours(runs: Any) -> None:
         assert result["correct"] == (result["predicted_answer"] == result["ground_truth"])
 
 
+def test_stored_answers_count_as_computed_ones_do(runs: Any, tmp_path: Path) -> None:
+    whole = convert(runs[0] / "ours")["performance"]
+    ours = {"pretrained": "demo", "confidence_threshold": 0.7, "answers": str(tmp_path / "answers")}
+    for limit in (2, 6):
+        evaluate(tmp_path / str(limit), "sdar", ours, gen_kwargs="max_gen_toks=40", limit=limit)
+    resumed = convert(tmp_path / "6")["performance"]
+    assert resumed["new_tokens"] == whole["new_tokens"]
+    assert resumed["tokens_per_forward"] == whole["tokens_per_forward"]
+    assert resumed["total_seconds"] > 0
+    assert resumed["seconds_per_question"] == pytest.approx(resumed["total_seconds"] / 6, abs=0.01)
+
+
 def test_another_model_s_run_has_what_lm_eval_knows(runs: Any) -> None:
     content = convert(runs[0] / "dummy", filter_name="strict-match")
     assert content["metrics"]["accuracy"] == 0.0 and content["metrics"]["filter"] == "strict-match"
