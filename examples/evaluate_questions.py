@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--model_args", default="", help="more of them: dtype=bfloat16,confidence_threshold=0.9")
     parser.add_argument("--max_gen_toks", type=int, default=128, help="limit of new tokens")
     arguments = parser.parse_args()
+    if not arguments.questions.is_file():
+        parser.error(f"--questions {arguments.questions} is no file. Give one with a JSON object on each line.")
     results = lm_eval.simple_evaluate(
         model="sdar",
         model_args=",".join(filter(None, [f"pretrained={arguments.pretrained}", arguments.model_args])),
