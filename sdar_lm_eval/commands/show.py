@@ -247,8 +247,12 @@ def _print_document(
             console.print("The answer ended while the model was thinking: its scored text is empty.", style="yellow")
         console.print()
         for filter_name in answer.extracted:
-            extracted = printable(_extracted(answer, filter_name))
-            console.print(Text.assemble((printable(f"{filter_name}: "), "dim"), extracted), soft_wrap=True)
+            extracted, name = printable(_extracted(answer, filter_name)), printable(filter_name)
+            if filter_name == "none":  # lm_eval's name where a task has no filters
+                if extracted == printable(answer.text):
+                    continue
+                name = "chosen" if of_likelihoods else "extracted"
+            console.print(Text.assemble((f"{name}: ", "dim"), extracted), soft_wrap=True)
         console.print(Text.assemble(("gold: ", "dim"), printable(document.gold)), soft_wrap=True)
 
 

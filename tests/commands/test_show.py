@@ -153,13 +153,28 @@ def test_a_run_without_records_and_several_answers(tmp_path: Path, capsys: pytes
 
 def test_a_run_of_log_likelihoods_lacks_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = {"gen_args_0": {"arg_0": "?", "arg_1": " no"}, "gen_args_1": {"arg_0": "?", "arg_1": " yes"}}
-    two = sample(1, "", 1.0, arguments=scores, resps=[[[-2.5, "False"]], [[-0.5, "True"]]])
-    folder = make_run(tmp_path / "run", [two], [])
+    more = {"arguments": scores, "resps": [[[-2.5, "False"]], [[-0.5, "True"]]], "filter": "none"}
+    folder = make_run(tmp_path / "run", [sample(1, "", 1.0, filtered_resps=["B"], **more)], [])
     file = folder / "results_1.json"
-    file.write_text(file.read_text().replace('"generate_until"', '"multiple_choice"'))
+    text = file.read_text().replace('"generate_until"', '"multiple_choice"')
+    file.write_text(text.replace("last-word", "none"))
     out = shown(capsys, str(folder), "--doc", "1")
     assert "▸     -0.500   yes" in out
     assert "no record" not in out
+    assert "\nchosen: B\n" in out
+
+
+def test_a_task_without_filters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """lm_eval names the missing filter "none". An answer that is scored whole is not printed twice."""
+    samples = [
+        sample(i, "It is 42", 1.0, filtered_resps=[kept], filter="none") for i, kept in enumerate(["It is 42", "42"])
+    ]
+    folder = make_run(tmp_path / "run", samples, [])
+    file = folder / "results_1.json"
+    file.write_text(file.read_text().replace("last-word", "none"))
+    whole, part = (shown(capsys, str(folder), "--doc", number) for number in "01")
+    assert whole.count("It is 42") == 1 and "none" not in whole + part
+    assert "\nextracted: 42\n" in part
 
 
 def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
