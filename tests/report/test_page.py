@@ -107,6 +107,7 @@ def test_the_numbers_of_the_comparison_are_those_of_compare(tmp_path: Path) -> N
     text = _Parsed(page_of(runs)).text
     assert one.p is not None and f"{one.p:.3f}" in text and f"{100 * one.difference:+.1f}" in text
     assert f"{100 * one.low:+.1f} to {100 * one.high:+.1f}" in text  # type: ignore[operator]
+    assert "hold for runs and documents that were chosen before any score was seen" in text
 
 
 def test_holm_counts_the_tests_that_the_page_shows(tmp_path: Path) -> None:
