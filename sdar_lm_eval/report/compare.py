@@ -323,6 +323,12 @@ def _document_warnings(
         found.append(f"{task}: the prompts of {prompts:,} of {_documents(len(paired))} differ.")
     if targets:
         found.append(f"{task}: the gold answers of {targets:,} of {_documents(len(paired))} differ.")
+    found += [
+        f"{task}: the prompts of {_documents(of_run.reworded)} differ between the repeats of run {name}. Interval and "
+        "p are over documents: they leave out what new few-shot examples change in all documents."
+        for name, of_run in (("A", scores_a), ("B", scores_b))
+        if of_run.reworded
+    ]
     versions = [run.results_of(task).content.part_or_empty("versions").content.get(task) for run in (a, b)]
     if versions[0] != versions[1]:
         found.append(f"{task}: the task's versions differ ({versions[0]} and {versions[1]}).")

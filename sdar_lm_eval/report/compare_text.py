@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from sdar_lm_eval.report.compare import EXACT, ChangedDocument, Comparison, Difference
+from sdar_lm_eval.report.compare import ChangedDocument, Comparison, Difference
 from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.statistics import ALPHA, FEWEST_DISCORDANT, POWER
 from sdar_lm_eval.report.text_table import aligned, with_error
@@ -24,11 +24,15 @@ MOST_SENTENCES = 8
 _LEGEND = (
     "± is one standard error. Scores from 0 to 1 are in per cent. The interval is the paired 95% interval of B - A.",
     f"detectable: the smallest true difference that the test finds (p < {ALPHA}) with probability {POWER}.",
+    "p and interval hold for runs and documents that were chosen before any score was seen.",
+    "The best of many runs looks better than it is, and so does a run that is extended until p is small.",
 )
+_UNTESTED = "Scores without a test are not in per cent."
 _NO_SETTING = "No setting that the files name differs."
 _HOLM = (
     f"p (Holm): p after Holm's adjustment for the number of tests. Where no score truly differs, at most {ALPHA:.0%} "
-    f"of such tables have a p (Holm) below {ALPHA}."
+    f"of such tables have a p (Holm) below {ALPHA}.",
+    "The intervals and detectable differences are not adjusted.",
 )
 
 
@@ -140,7 +144,7 @@ def sentences(comparisons: Sequence[Comparison]) -> list[str]:
             if few or each not in undecided:
                 found.append(f"{run}{_title(each, rows)}: {verdict(each, name)}")
         if not few and undecided:
-            found.append(f"{run}{len(undecided)} of {len(rows)} scores: No difference shown.")
+            found.append(f"{run}{len(undecided)} of {len(rows)} scores: No difference shown after Holm's adjustment.")
     return found
 
 
@@ -173,10 +177,12 @@ def verdict(difference: Difference, name: str = "B") -> str:
     if each.p >= ALPHA and each.documents < FEWEST_DISCORDANT:
         return f"No difference shown: {number} cannot show one."
     if each.p >= ALPHA and each.detectable is None:
-        return f"No difference: both runs have the same score in each of {number}."
+        return f"No difference shown: both runs have the same score in each of {number}."
     if each.p >= ALPHA:
         shown = _points(each, each.detectable) + _unit(each)
-        return f"No difference shown: with {number}, a true difference of {shown} is shown in {POWER:.0%} of cases."
+        # "p below", not "shown": among several tests, Holm's adjustment shows such a difference less often.
+        power = f"has p below {ALPHA} in {POWER:.0%} of cases"
+        return f"No difference shown: with {number}, a true difference of {shown} {power}."
     if each.higher_is_better is None:
         found = "higher" if each.difference > 0 else "lower"
     else:
@@ -211,16 +217,18 @@ def _rows(comparisons: Sequence[Comparison]) -> list[Difference]:
 
 
 def _notes(comparisons: Sequence[Comparison]) -> list[str]:
-    notes = [*_LEGEND, *([_HOLM] if _tests(comparisons) > 1 else [])]
+    notes = [*_LEGEND, *(_HOLM if _tests(comparisons) > 1 else ())]
     rows = _rows(comparisons)
+    if any(each.p is None and 0 <= each.a <= 1 and 0 <= each.b <= 1 for each in rows):
+        notes.append(_UNTESTED)
     equal = dict.fromkeys(name for each in rows for name in each.equal_filters)
     if equal:
         notes.append(f"(+N): N further filters give each document the same score in both runs: {', '.join(equal)}.")
     for each in rows:
-        if each.test == EXACT and each.p is not None and each.p >= ALPHA and _leaves_out_0(each):
+        if each.p is not None and each.p >= ALPHA and _leaves_out_0(each):  # few documents that differ
             return [
                 *notes,
-                f"The exact test is stricter than the interval: the interval may exclude 0 where p is above {ALPHA}.",
+                f"The test is stricter than the interval: the interval may exclude 0 where p is above {ALPHA}.",
             ]
     return notes
 

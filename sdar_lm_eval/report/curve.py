@@ -139,6 +139,11 @@ def table(summary: Summary, markdown: bool = False) -> str:
         f"AUP: accuracy under parallelism (d3LLM), relative to {summary.y_max:.1f}%. Points whose accuracy is more "
         f"than {TOLERANCE:g} percentage points below that of their curve's slowest point are left out.",
     ]
+    if len(summary.points) > 1:
+        notes.append(
+            "The best of several settings looks better than it is. Fronts and AUP have no standard error; "
+            "sdar_lm_eval compare tests differences of accuracy."
+        )
     repeats = max((point.repeats for point in summary.points), default=1)
     if repeats > 1:
         notes.append(f"Up to {repeats} answers to each document; standard errors are clustered by document.")

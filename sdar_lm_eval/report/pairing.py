@@ -67,10 +67,12 @@ class TaskScores:
     Attributes:
         documents: the documents, in the order of their indices.
         scores: metric -> its scores.
+        reworded: number of documents whose prompts differ between the run's repeats, as few-shot examples may.
     """
 
     documents: Mapping[Key, Document]
     scores: Mapping[MetricKey, Scores]
+    reworded: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def _task_scores(
     results: Sequence[Results], task: str, lines_of_results: Sequence[Sequence[_Line]], hashed: bool
 ) -> TaskScores:
     documents: dict[Key, Document] = {}
+    reworded: set[Key] = set()
     found: dict[MetricKey, list[Scores]] = {}
     for each, lines in zip(results, lines_of_results, strict=True):
         by_filter: dict[str, list[tuple[Key, _Line]]] = {}
@@ -174,12 +177,13 @@ def _task_scores(
             keys = keyed((_name(line, hashed), line.document.index) for line in members)
             by_filter[name] = list(zip(keys, members, strict=True))
             for key, line in by_filter[name]:
-                documents.setdefault(key, line.document)
+                if documents.setdefault(key, line.document).prompt != line.document.prompt:
+                    reworded.add(key)
         for metric in metrics_of(each, task):
             scores = _scores(each, task, metric, by_filter.get(metric.filter, ()))
             found.setdefault((metric.name, metric.filter), []).append(scores)
     ordered = dict(sorted(documents.items(), key=lambda item: item[1].index))
-    return TaskScores(ordered, {key: _joined(parts) for key, parts in found.items()})
+    return TaskScores(ordered, {key: _joined(parts) for key, parts in found.items()}, len(reworded))
 
 
 def _scores(results: Results, task: str, metric: Metric, lines: Sequence[tuple[Key, _Line]]) -> Scores:

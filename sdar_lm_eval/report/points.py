@@ -304,7 +304,8 @@ def _accuracy(run: Run, task: str, metric: Metric) -> tuple[float, float | None]
     with contextlib.suppress(UserError):  # a run without samples
         scores = read_pair(run, run, task)[0].scores[metric.name, metric.filter]
         if not scores.flaw:
-            values = cluster_values(list(scores.answers.values()))
+            # Some metrics, such as IFEval's of instructions, count each answer the same, not each document.
+            values = cluster_values(list(scores.answers.values()), weigh_answers="documents" not in scores.means)
             return float(values.mean()), mean_stderr(values)
     return statistics.fmean(_same(metrics_of(results, task), metric).value for results in of_task), None
 

@@ -154,8 +154,11 @@ def difference(score: Score, column: Column, published: float) -> Difference:
 
     Hazard: a few answers may all be right, or all wrong, by chance; the score's standard error is then 0. So this
     standard error is taken to be at least the standard error that the published score would have on as many answers (on
-    as many questions, where the score's standard error is 0). Where questions have several answers, the published score
-    is taken to be at least as uncertain as the run's score would be on all questions.
+    as many questions, where the score's standard error is 0).
+
+    The published score is taken to be at least as uncertain as the run's score would be on all questions, where the
+    run's standard error is not simply that of a share: where questions have several answers, and where the score is a
+    mean of subjects of different sizes, such as MMLU. The standard error of a share would be too small there.
     """
     stderr = None
     if score.stderr is not None:
@@ -163,7 +166,8 @@ def difference(score: Score, column: Column, published: float) -> Difference:
         answers = score.answers if score.stderr > 0 else 1
         of_few, of_all = (_stderr(published / 100, number * answers) or 0.0 for number in (score.questions, questions))
         own = max(score.stderr, of_few)
-        if score.answers > 1:
+        of_share = _stderr(score.value, score.questions) or 0.0
+        if score.answers > 1 or score.stderr > of_share * (1 + 1e-6):
             of_all = max(of_all, own * math.sqrt(score.questions / questions))
         stderr = 100 * math.hypot(own, of_all)
     return Difference(100 * score.value - published, stderr)
@@ -248,7 +252,8 @@ def _shown(metric: Metric) -> str:
 LEGEND = (
     f"± is one standard error. LARGER than chance: the difference exceeds {STANDARD_ERRORS} standard errors of two\n"
     "runs on different questions. Where the published run answered the same questions, chance plays a smaller part:\n"
-    "the test then errs towards `within chance`."
+    "the test then errs towards `within chance`. Without a true difference, chance calls 1 of 20 differences LARGER.\n"
+    "So of many differences, one LARGER proves little."
 )
 
 

@@ -99,6 +99,18 @@ def test_repeats_are_answers_of_the_same_documents(tmp_path: Path) -> None:
     assert found.difference == pytest.approx(5 / 12)
 
 
+def test_few_shot_examples_that_differ_between_repeats_are_told(tmp_path: Path) -> None:
+    """Examples change all documents at once, which no error over documents contains."""
+    for seed, prompt in enumerate(["Example 1. ", "Example 2. "]):
+        date = f"2026-01-0{seed + 1}T00-00-00.0"
+        write_run(tmp_path / "a", {"task": {ACC: A}}, date=date, seed=seed, prompt=prompt)
+    for seed in range(2):
+        date = f"2026-01-0{seed + 1}T00-00-00.0"
+        write_run(tmp_path / "b", {"task": {ACC: B}}, date=date, seed=seed, prompt="Example 1. ")
+    (told,) = compared(tmp_path / "a", tmp_path / "b").warnings
+    assert told.startswith("task: the prompts of 10 documents differ between the repeats of run A. Interval and p are")
+
+
 def test_documents_are_paired_by_what_they_are(tmp_path: Path) -> None:
     """Both runs have document 3 and two equal ones, 7; each at another place."""
     of_a, of_b = {"documents": [1, 3, 7, 7]}, {"documents": [7, 7, 3, 9]}

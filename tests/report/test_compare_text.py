@@ -52,12 +52,13 @@ RUNS = (Run("a", Path("a")), Run("b", Path("b")))
         ({**MEANS, "a": 12.5, "b": 15.0, "difference": 2.5}, "B is better: by 2.5 (p = 0.012)."),
         (
             {"p": 0.2, "p_holm": 0.2},
-            "No difference shown: with 1,000 documents, a true difference of 4.5 points is shown in 80% of cases.",
+            "No difference shown: with 1,000 documents, a true difference of 4.5 points has p below 0.05 in 80% of "
+            "cases.",
         ),
         ({"p": 1.0, "p_holm": 1.0, "documents": 5, "detectable": None},
          "No difference shown: 5 documents cannot show one."),
         ({**MEANS, "p": 1.0, "p_holm": 1.0, "detectable": None},
-         "No difference: both runs have the same score in each of 1,000 documents."),
+         "No difference shown: both runs have the same score in each of 1,000 documents."),
         ({"p": None, "p_holm": None, "test": "the reason"}, "No test: the reason."),
     ],
 )  # fmt: skip
@@ -72,7 +73,9 @@ def comparison(*differences: Difference, **settings: tuple[object, object]) -> C
 def test_many_tests_that_call_nothing_share_a_sentence() -> None:
     silent = [dataclasses.replace(CALLED, task=f"task{i}", p=0.5, p_holm=1.0) for i in range(9)]
     first, second = sentences([comparison(CALLED, *silent)])
-    assert first.startswith("task: B is better") and second == "9 of 10 scores: No difference shown."
+    assert first.startswith("task: B is better") and second == (
+        "9 of 10 scores: No difference shown after Holm's adjustment."
+    )
 
 
 def test_a_sentence_names_what_tells_it_apart() -> None:
@@ -89,10 +92,22 @@ def test_columns_that_say_something() -> None:
     assert rows[0][5:10] == ["50.0 ± 2.0", "55.0 ± 2.0", "+5.0", "+1.0 to +9.0", "0.012"]
 
 
-def test_an_interval_without_0_where_the_exact_test_calls_nothing_is_explained() -> None:
-    stricter = "The exact test is stricter than the interval"
-    assert stricter in as_text([comparison(dataclasses.replace(CALLED, p=0.06, p_holm=0.06))])
-    assert stricter not in as_text([comparison(CALLED)])
+@pytest.mark.parametrize("test", [{}, MEANS])
+def test_an_interval_without_0_where_the_test_calls_nothing_is_explained(test: dict[str, Any]) -> None:
+    stricter = "The test is stricter than the interval"
+    assert stricter in as_text([comparison(dataclasses.replace(CALLED, p=0.06, p_holm=0.06, **test))])
+    assert stricter not in as_text([comparison(dataclasses.replace(CALLED, **test))])
+
+
+def test_what_the_numbers_do_not_allow_is_said() -> None:
+    """Selection and optional stopping make small p; Holm's adjustment leaves the other columns as they are."""
+    for text in (as_text([comparison(CALLED)]), as_markdown([comparison(CALLED)])):
+        assert "The best of many runs looks better than it is" in text and "extended until p is small" in text
+        assert "are not adjusted" not in text and "not in per cent" not in text
+    assert "intervals and detectable differences are not adjusted" in as_text([comparison(CALLED, CALLED)])
+    untested = dataclasses.replace(CALLED, p=None, p_holm=None, low=None, high=None, test="the reason")
+    text = as_text([comparison(CALLED, untested)])
+    assert "0.5 ± 0.02" in text and "Scores without a test are not in per cent." in text
 
 
 def test_few_settings_of_many_runs_are_a_row_each() -> None:

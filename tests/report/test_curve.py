@@ -51,6 +51,7 @@ def test_the_table() -> None:
     assert lines[8].split() == ["the", "front", f"{front:.1f}", "2,", "2", "left", "out"]
     assert f"relative to {94.0:.1f}%" in table(summary()) and "Unknown speed: some answers came" in lines[-1]
     assert "relative to 97.0%" in table(summary(97.0))
+    assert "The best of several settings looks better than it is." in table(summary())
 
 
 def test_the_table_as_markdown() -> None:

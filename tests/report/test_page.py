@@ -19,7 +19,7 @@ from sdar_lm_eval.report.compare import changed_documents, compare_runs
 from sdar_lm_eval.report.denoising import read_denoising
 from sdar_lm_eval.report.page.data import collect
 from sdar_lm_eval.report.page.embedding import embedded, extract, printable
-from sdar_lm_eval.report.page.overview import key_of, settings_rows
+from sdar_lm_eval.report.page.overview import key_of, pairs_of, settings_rows
 from sdar_lm_eval.report.page.rendering import page_of
 from sdar_lm_eval.report.runs import Run, read_runs
 
@@ -107,6 +107,21 @@ def test_the_numbers_of_the_comparison_are_those_of_compare(tmp_path: Path) -> N
     text = _Parsed(page_of(runs)).text
     assert one.p is not None and f"{one.p:.3f}" in text and f"{100 * one.difference:+.1f}" in text
     assert f"{100 * one.low:+.1f} to {100 * one.high:+.1f}" in text  # type: ignore[operator]
+    assert "hold for runs and documents that were chosen before any score was seen" in text
+
+
+def test_holm_counts_the_tests_that_the_page_shows(tmp_path: Path) -> None:
+    """A group's pooled documents have a test in `compare`, and no row here."""
+    folders = [write_run(tmp_path / name, [[f"it is {7 + (name == 'a')}"]] * 7, task="part") for name in "ab"]
+    for folder, value in zip(folders, (0.0, 1.0), strict=True):
+        results = json.loads((folder / "results_1.json").read_text())
+        results["results"]["whole"] = {f"exact_match,{name}": value for name in ("strict-match", "flexible-extract")}
+        results["group_subtasks"] = {"whole": ["part"]}
+        (folder / "results_1.json").write_text(json.dumps(results))
+    runs = read_runs(folders)
+    assert len(compare_runs(*runs).groups) == 1
+    ((row,),) = (pair.rows for pair in pairs_of(runs, ["part"], collect(runs, ["part"])))
+    assert row.p == row.p_holm == "0.016"
 
 
 def test_repeats_of_another_seed_are_answers_of_one_run(tmp_path: Path) -> None:

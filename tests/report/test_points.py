@@ -239,6 +239,16 @@ def test_errors_of_repeats_are_clustered_by_document(tmp_path: Path) -> None:
     assert found.tokens_per_forward == 1.5 and found.tokens_per_second == 150.0
 
 
+def test_repeats_of_a_mean_over_answers_are_a_mean_over_answers(tmp_path: Path) -> None:
+    """As IFEval's instructions: a document has one to three, and each instruction counts the same."""
+    for seed, scores in enumerate([[[0], [1, 1, 0], [1, 1]], [[0], [1, 1, 1], [1, 1]]]):
+        mean = float(np.mean([value for each in scores for value in each]))
+        date = f"2026-01-0{seed + 1}T00-00-00.0"
+        write_run(tmp_path, {"t": {"acc,none": scores}}, date=date, aggregated={"acc,none": mean}, seed=seed)
+    (found,) = points_of(read_runs([tmp_path]), "t")
+    assert (found.repeats, found.accuracy) == (2, pytest.approx(100 * 9 / 12))
+
+
 def test_repeats_whose_samples_are_not_there(tmp_path: Path) -> None:
     run = repeated(tmp_path, np.array([[1.0, 1.0], [0.0, 1.0]]))
     for file in tmp_path.rglob("samples_*"):

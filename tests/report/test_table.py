@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sdar_lm_eval.commands import main
@@ -15,7 +17,7 @@ from sdar_lm_eval.report.columns import COLUMNS, SCI_COLUMNS, TABLES, TRADO_COLU
 from sdar_lm_eval.report.published import PUBLISHED, SIZES, published_as
 from sdar_lm_eval.report.table import Score, difference, read_tables
 
-GSM8K, HUMANEVAL = COLUMNS[1], COLUMNS[3]
+MMLU, GSM8K, HUMANEVAL = COLUMNS[0], COLUMNS[1], COLUMNS[3]
 PAPER_SETTINGS = {
     "block_length": 4,
     "denoising_steps": 4,
@@ -131,13 +133,13 @@ def test_the_science_model_has_a_row_for_each_protocol() -> None:
 
 
 def test_a_difference() -> None:
-    found = difference(Score(0.879, 0.009, 1319), GSM8K, 89.9)
+    found = difference(Score(0.879, 0.0089, 1319), GSM8K, 89.9)
     assert found.points == pytest.approx(-2.0)
     # of 89.9 % in 1,319 questions: sqrt(.899 * .101 / 1318) = 0.83 points
-    assert found.stderr == pytest.approx(math.hypot(0.9, 0.8300), abs=1e-3)
+    assert found.stderr == pytest.approx(math.hypot(0.89, 0.8300), abs=1e-3)
     assert found.verdict == "within chance"
-    assert difference(Score(0.874, 0.009, 1319), GSM8K, 89.9).verdict == "LARGER than chance"
-    assert difference(Score(0.924, 0.009, 1319), GSM8K, 89.9).verdict == "LARGER than chance"
+    assert difference(Score(0.874, 0.0089, 1319), GSM8K, 89.9).verdict == "LARGER than chance"
+    assert difference(Score(0.924, 0.0089, 1319), GSM8K, 89.9).verdict == "LARGER than chance"
     assert difference(Score(1.0, None, 1), GSM8K, 89.9).verdict == "unknown"
 
 
@@ -147,6 +149,21 @@ def test_a_few_answers_that_are_all_right_prove_nothing() -> None:
     assert found.stderr == pytest.approx(math.hypot(44.9, 3.52), abs=0.01)
     assert found.verdict == "within chance"
     assert difference(Score(0.0, 0.0, 20), HUMANEVAL, 72.0).verdict == "LARGER than chance"
+
+
+def test_a_mean_of_subjects_is_as_uncertain_in_the_published_run() -> None:
+    """Two runs on different questions of 57 subjects, whose sizes are about those of MMLU's."""
+    rng = np.random.default_rng(0)
+    sizes = np.repeat([100, 150, 300, 800, 1534], [24, 15, 14, 3, 1])  # (57,)
+    right = np.clip(rng.normal(0.75, 0.13, 57), 0.3, 0.97)
+    larger = 0
+    for _ in range(4000):
+        own, published = (rng.binomial(sizes, right) / sizes for _ in range(2))
+        stderr = math.sqrt((own * (1 - own) / (sizes - 1)).sum()) / 57
+        score = Score(own.mean(), stderr, sizes.sum())
+        column = dataclasses.replace(MMLU, questions=sizes.sum())
+        larger += difference(score, column, 100 * published.mean()).verdict == "LARGER than chance"
+    assert 0.04 <= larger / 4000 <= 0.06
 
 
 def test_standard_errors_are_the_harness_s(tmp_path: Path) -> None:
@@ -297,7 +314,7 @@ def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     results = _results({"gsm8k_sdar_paper": 0.5, "hellaswag": 0.4}, {"gsm8k_sdar_paper": 10, "hellaswag": 9})
     assert main(["table", str(_write(tmp_path, results))]) == 0
     out = capsys.readouterr().out
-    assert "not in a published table" in out and re_spaced(out.splitlines()[-5]).startswith("hellaswag other none 50.0")
+    assert "not in a published table" in out and re_spaced(out.splitlines()[-6]).startswith("hellaswag other none 50.0")
 
 
 def test_a_run_without_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,6 +386,7 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "humaneval_sdar beside SDAR-4B-Chat: 20 of 164 questions; num_fewshot=3 (published: 0)",
     ]
     assert lines[13] == "" and lines[14].startswith("± is one standard error.")
+    assert "chance calls 1 of 20 differences LARGER" in " ".join(lines[14:])
 
 
 def test_a_run_without_the_column_s_metric_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
