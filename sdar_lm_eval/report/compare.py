@@ -7,25 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sdar_lm_eval.errors import UserError, did_you_mean, listed
-from sdar_lm_eval.report.groups import groups_of, pooled
+from sdar_lm_eval.report.groups import groups_of, pooled, task_of
 from sdar_lm_eval.report.pairing import Key, MetricKey, Scores, TaskScores, read_pair
 from sdar_lm_eval.report.results import Sample
 from sdar_lm_eval.report.runs import Run, differing
 from sdar_lm_eval.report.several import smaller_passes
 from sdar_lm_eval.report.speed import RunSpeed, speed_of
 from sdar_lm_eval.report.statistics import (
+    FEWEST_IN_STRATUM,
     FloatArray,
     cluster_values,
     compare_means,
     compare_shares,
     holm,
     mean_stderr,
+    stratified_stderr,
+    weights_of_strata,
 )
 
 EXACT, PAIRED_T = "exact McNemar", "paired t"
@@ -362,7 +366,7 @@ def _differences(
             found.append(_untested(task, of_a, of_b, len(keys), flaw or "no document has a value in both runs"))
             continue
         answers_a, answers_b = [of_a.answers[key] for key in keys], [of_b.answers[key] for key in keys]
-        by_answer = "documents" not in means
+        by_answer = "answers" in means and "documents" not in means
         values_a, values_b = cluster_values(answers_a, by_answer), cluster_values(answers_b, by_answer)
         same = (name, values_a.tobytes(), values_b.tobytes())
         if same in values_of:
@@ -371,7 +375,19 @@ def _differences(
             continue
         values_of[same] = len(found)
         single = all(len(each) == 1 for each in (*answers_a, *answers_b))
-        found.append(_tested(task, of_a, of_b, values_a, values_b, single))
+        if means != {"tasks"}:
+            found.append(_tested(task, of_a, of_b, values_a, values_b, single))
+            continue
+        tasks = [task_of(key) for key in keys]
+        smallest, documents = min(Counter(tasks).items(), key=lambda item: item[1])
+        if documents < FEWEST_IN_STRATUM:
+            why = f"the group weighs its tasks equally, and {smallest} has only {_documents(documents)}"
+            found.append(_untested(task, of_a, of_b, len(keys), why))
+            continue
+        weights = weights_of_strata(tasks)
+        weighted = _tested(task, of_a, of_b, weights * values_a, weights * values_b, single=False)
+        stderr_a, stderr_b = stratified_stderr(values_a, tasks), stratified_stderr(values_b, tasks)
+        found.append(dataclasses.replace(weighted, a_stderr=stderr_a, b_stderr=stderr_b))
     return found
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+
+import numpy as np
 
 from sdar_lm_eval.report.pairing import Key, MetricKey, Scores, TaskScores, mean_kinds
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Run, metrics_of
+from sdar_lm_eval.report.statistics import cluster_values
 
 
 def groups_of(run: Run) -> dict[str, list[str]]:
@@ -24,8 +28,8 @@ def groups_of(run: Run) -> dict[str, list[str]]:
 def pooled(run: Run, group: str, of_tasks: Mapping[str, TaskScores]) -> TaskScores:
     """Return the scores of a group: those of the documents of all its tasks.
 
-    A metric of the group that is not the mean over these documents gets a flaw (`Scores.flaw`). A mean of the tasks'
-    means is such a metric.
+    A metric of the group that is a mean neither over these documents nor over the tasks' means gets a flaw
+    (`Scores.flaw`).
 
     Args:
         run: the run.
@@ -43,10 +47,15 @@ def pooled(run: Run, group: str, of_tasks: Mapping[str, TaskScores]) -> TaskScor
         flaw = next((part.flaw for part in parts.values() if part.flaw), "")
         if len(parts) < len(of_tasks):
             flaw = "some of the group's tasks do not have this metric"
-        means = frozenset[str]() if flaw or not answers else mean_kinds(answers, _mean_value(repeats, group, key))
-        scores[key] = Scores(
-            metric, answers, means, flaw or ("" if means else "the group's value is not a mean over documents")
-        )
+        means = frozenset[str]()
+        if answers and not flaw:
+            value = _mean_value(repeats, group, key)
+            means = mean_kinds(answers, value)
+            of_parts = [cluster_values(list(part.answers.values())).mean() for part in parts.values()]
+            if math.isclose(float(np.mean(of_parts)), value, rel_tol=1e-6, abs_tol=1e-9):
+                means |= {"tasks"}
+            flaw = "" if means else "the group's value is a mean neither over documents nor over tasks"
+        scores[key] = Scores(metric, answers, means, flaw)
     documents = {
         pooled_key(task, key): document for task, each in of_tasks.items() for key, document in each.documents.items()
     }
@@ -56,6 +65,11 @@ def pooled(run: Run, group: str, of_tasks: Mapping[str, TaskScores]) -> TaskScor
 def pooled_key(task: str, key: Key) -> Key:
     """Return a document's key among the documents of all tasks."""
     return f"{task}\0{key[0]}", key[1]
+
+
+def task_of(key: Key) -> str:
+    """Return the task of a document by its `pooled_key`."""
+    return key[0].partition("\0")[0]
 
 
 def _mean_value(repeats: list[Results], group: str, key: MetricKey) -> float:

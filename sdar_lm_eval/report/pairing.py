@@ -50,7 +50,8 @@ class Scores:
         metric: the metric's value over all documents, in the run's first results.
         answers: document -> (number of answers,) the values of its answers.
         means: which means of `answers` equal the metric's value. "documents": the mean over documents of each
-            document's mean. "answers": the mean over all answers.
+            document's mean. "answers": the mean over all answers. "tasks", of a group: the mean over its tasks of each
+            task's mean over documents.
         flaw: why the values cannot be tested; "" where they can.
     """
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from run_files import evaluate, write_run
@@ -172,9 +174,28 @@ def test_a_group_of_tasks(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     shutil.copytree(a, tmp_path / "a")
     (file,) = (tmp_path / "a").rglob("results*.json")
     content = json.loads(file.read_text())
-    content["results"]["mmlu_demo"]["acc,none"] += 0.01  # as a mean of the tasks' means might be
+    content["results"]["mmlu_demo"]["acc,none"] += 0.01
     file.write_text(json.dumps(content))
-    assert "mmlu_demo: No test: the group's value is not a mean over documents." in told(capsys, tmp_path / "a", b)
+    why = "the group's value is a mean neither over documents nor over tasks"
+    assert f"mmlu_demo: No test: {why}." in told(capsys, tmp_path / "a", b)
+
+
+def test_a_group_that_weighs_its_tasks_equally(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("scores-0", "scores-1"):
+        shutil.copytree(runs / name, tmp_path / name)
+        (file,) = (tmp_path / name).rglob("results*.json")
+        content = json.loads(file.read_text())
+        tasks = content["group_subtasks"]["mmlu_demo"]
+        content["results"]["mmlu_demo"]["acc,none"] = np.mean([content["results"][t]["acc,none"] for t in tasks])
+        file.write_text(json.dumps(content))
+    (comparison,) = json_of(capsys, tmp_path / "scores-0", tmp_path / "scores-1", "--tasks", "mmlu_demo")
+    (group,), tasks = comparison["groups"], comparison["differences"]
+    assert group["test"] == "paired t" and group["documents"] == 50
+    for name in ("a", "b", "difference"):
+        assert group[name] == pytest.approx(np.mean([each[name] for each in tasks]))
+    for name in ("a_stderr", "b_stderr"):
+        assert group[name] == pytest.approx(math.hypot(*(each[name] for each in tasks)) / 2)
+    assert group["low"] < group["difference"] < group["high"]
 
 
 def test_all_runs_of_a_folder(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -26,7 +27,9 @@ from sdar_lm_eval.report.statistics import (
     exact_mcnemar,
     holm,
     mean_stderr,
+    stratified_stderr,
     tango_interval,
+    weights_of_strata,
 )
 
 COUNTS = st.integers(0, 60)
@@ -249,3 +252,12 @@ def test_few_documents_that_differ_do_not_promise_a_difference(n: int, differ: i
     counts = _simulated(n, share, difference / size, 3000, seed=13)
     differences = [np.repeat([-size, size, 0.0], [down, up, n - down - up]) for down, up in counts]
     assert 0.77 <= _called([compare_means(np.zeros(n), each) for each in differences]) <= 0.88
+
+
+def test_weights_of_strata_give_the_mean_of_means() -> None:
+    strata, values = ["a"] * 30 + ["b"] * 50 + ["c"] * 20, np.random.default_rng(0).normal(size=100)
+    means = [values[:30].mean(), values[30:80].mean(), values[80:].mean()]
+    assert (weights_of_strata(strata) * values).mean() == pytest.approx(np.mean(means))
+    errors = [stats.sem(part) for part in (values[:30], values[30:80], values[80:])]
+    assert stratified_stderr(values, strata) == pytest.approx(math.sqrt(sum(each**2 for each in errors)) / 3)
+    assert stratified_stderr(values[:31], strata[:31]) is None
