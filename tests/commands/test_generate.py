@@ -322,6 +322,8 @@ def test_an_engine_without_steps_answers_at_once(
         (["a", *DEMO, "--gen_kwargs", "watch=3"], "gen_kwargs: 'watch' is unknown"),
         (["a", *DEMO, "--gen_kwargs", "steps=9"], "denoising_steps=9"),
         (["a\udcff", *DEMO], "is no Unicode text"),
+        (["a", *DEMO, "--system", "b\udcff"], "is no Unicode text"),
+        (["a", *DEMO, "--gen_kwargs", "until=b\udcff"], "is no Unicode text"),
         (["a", "--model_args", "pretrained=no/such", "chat_template=off"], "no/such"),
         (["a", "--model_args", "pretrained=demo,chat_template=off", "--system", "b"], "chat_template=off"),
     ],
