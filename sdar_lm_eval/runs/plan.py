@@ -109,13 +109,18 @@ class Evaluation:
         return gen_kwargs
 
     def results(self) -> Results | None:
-        """Return the newest results in the folder if they depend on `asked`; None where they do not, or are damaged."""
+        """Return the newest results in the folder if they depend on `asked`; None where they do not, or are damaged.
+
+        Results whose samples files lost lines are damaged too: `compare`, `report` and `show` read the samples.
+        """
         folder = self.folder / self.name
         if not any(folder.rglob("results_*.json")):
             return None
         with contextlib.suppress(UserError):  # damaged files count as missing
             newest = results_in(folder)[-1]
-            if newest.ours.content.get("asked") == self.asked:
+            tasks = self.asked["tasks"]
+            assert isinstance(tasks, dict)
+            if newest.ours.content.get("asked") == self.asked and all(map(newest.has_all_samples, tasks)):
                 return newest
         return None
 

@@ -179,6 +179,23 @@ def test_what_changes_is_computed_anew(tasks: str, tmp_path: Path, monkeypatch: 
     assert each() == [(0, 2), (0, 2)]
 
 
+@pytest.mark.parametrize("damage", ["lost lines", "no samples", "no scores"])
+def test_damaged_results_are_written_anew(damage: str, tasks: str, tmp_path: Path) -> None:
+    def sweep() -> Results:
+        return swept(plan(asked(tmp_path, tasks, grids=({"threshold": "0.5"},)))).runs[0].of_tasks["short"][0]
+
+    first = sweep()
+    samples, before = first.samples_file("short"), answers(first)
+    if damage == "lost lines":
+        samples.write_text(samples.read_text().partition("\n")[0] + "\n")
+    elif damage == "no samples":
+        samples.unlink()
+    else:
+        first.file.write_text(json.dumps({**first.content.content, "results": {}}))
+    again = sweep()
+    assert counts(again) == (0, 2) and answers(again) == before
+
+
 def test_answers_are_scored_again_where_a_function_of_the_task_changed(tmp_path: Path) -> None:
     folder, grids = tmp_path / "tasks", ({"threshold": "0.5"},)
     folder.mkdir()
