@@ -273,13 +273,13 @@ class LoadedModel:
         """
         return self._jobs.settings_of(settings)
 
-    def thinking_behind(self, prompt: Prompt) -> Thinking | None:
+    def thinking_behind(self, prompt: Prompt, **settings: Unpack[DecodingArguments]) -> Thinking | None:
         """Return how the thought of an answer to this prompt is found; None: no answer has a thought.
 
         Raises:
-            UserError: the prompt cannot be used.
+            UserError: the prompt or a setting cannot be used.
         """
-        (job,) = self._asked([prompt], None, {}).jobs.values()
+        (job,) = self._asked([prompt], None, settings).jobs.values()
         return job.request.thinking
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:

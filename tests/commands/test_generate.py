@@ -59,6 +59,12 @@ def test_piped_it_is_the_text_alone(answer: Answer, capfd: pytest.CaptureFixture
     assert f"{tokens} tokens in {forwards} forwards" in err and f"{tokens / forwards:.2f} tokens per forward" in err
 
 
+def test_piped_a_short_max_length_leaves_room_for_what_is_asked(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--model_args", "pretrained=demo,max_length=64", "--gen_kwargs", "max_gen_toks=4"]
+    assert main(["generate", "a", *words]) == 0
+    assert "tokens in" in capfd.readouterr().err
+
+
 def test_piped_text_comes_as_blocks_are_decided(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces: list[str] = []
 
