@@ -38,7 +38,7 @@ from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import SDARError, UserError
 from sdar_lm_eval.runs import summary
 from sdar_lm_eval.runs.flags import GPU, gpu_of, help_text, output_of
-from sdar_lm_eval.runs.settings import DEFAULT_TASK, Run, runs_from_flags, scored_by
+from sdar_lm_eval.runs.settings import DEFAULT_TASK, Run, runs_from_flags
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -440,10 +440,9 @@ def evaluate_all(runs: list[Run], output: Path, *, shards: int, gpu: str, timeou
 def report_of(run: Run, folder: str) -> summary.Report | None:
     """Return a run's report from the results volume, or None where there is none yet by this version of the package."""
     try:
-        report: summary.Report = json.loads(b"".join(results.read_file(f"{folder}/{run.name}/report.json")))
+        return summary.valid_report(b"".join(results.read_file(f"{folder}/{run.name}/report.json")))
     except FileNotFoundError:
         return None
-    return report if report.get("scored_by") == scored_by() else None
 
 
 if "--help" in sys.argv[1:] and Path(__file__).name in (Path(word.partition("::")[0]).name for word in sys.argv):

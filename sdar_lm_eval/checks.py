@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import SupportsFloat, SupportsIndex, TypeVar
 
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.files import shown
 
 Given = TypeVar("Given")
 Taken = TypeVar("Taken")
@@ -22,6 +23,18 @@ def check_range(given: str, allowed: bool, what: str) -> None:
     """
     if not allowed:
         raise UserError(f"{given} is out of range: it must be {what}.")
+
+
+def check_unicode(what: str, text: str) -> None:
+    """Raise unless a text is Unicode: a tokenizer takes no surrogates, which JSON and command lines can hold.
+
+    Raises:
+        UserError: the text has a surrogate. The message says `what` the text is ("the prompt").
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} {shown(text)} is no Unicode text: {error.reason}.") from error
 
 
 def check_number(name: str, value: object, *, whole: bool) -> int | float:

@@ -237,7 +237,7 @@ class LoadedModel:
         jobs = self._asked(prompts, None, settings).jobs.values()
         self._engine.prepare([job.request for job in jobs])
 
-    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Return log-likelihoods of continuations, as `SDARLM.loglikelihood` does, without the chat template.
 
         Args:
@@ -252,6 +252,7 @@ class LoadedModel:
         """
         if not isinstance(self._engine, Scorer):
             raise UserError(f"the {self._name} engine computes no log-likelihoods; load with engine='native'.")
+        pairs = list(pairs)  # an iterator can be read only once
         for pair in pairs:
             if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
                 raise UserError(f"{shown(pair)} is no pair of texts; give (context, continuation).")
@@ -272,13 +273,13 @@ class LoadedModel:
         """
         return self._jobs.settings_of(settings)
 
-    def thinking_behind(self, prompt: Prompt) -> Thinking | None:
+    def thinking_behind(self, prompt: Prompt, **settings: Unpack[DecodingArguments]) -> Thinking | None:
         """Return how the thought of an answer to this prompt is found; None: no answer has a thought.
 
         Raises:
-            UserError: the prompt cannot be used.
+            UserError: the prompt or a setting cannot be used.
         """
-        (job,) = self._asked([prompt], None, {}).jobs.values()
+        (job,) = self._asked([prompt], None, settings).jobs.values()
         return job.request.thinking
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
@@ -296,7 +297,13 @@ class LoadedModel:
         self.close()
 
     def _asked(self, prompts: Sequence[Prompt], seed: int | None, settings: Mapping[str, object]) -> Round:
-        """The jobs of prompts."""
+        """The jobs of prompts.
+
+        Raises:
+            UserError: a prompt or a setting cannot be used.
+        """
+        if isinstance(prompts, str):  # its characters would be the prompts
+            raise UserError(f"{shown(prompts)} is one text, and a list of prompts is needed: give [text].")
         texts = [self._text_of(prompt) for prompt in prompts]
         # Equal prompts are one Instance with repeats, as in an evaluation, so that each repeat gets its own seed.
         repeats = Counter(texts)
@@ -318,10 +325,6 @@ class LoadedModel:
             UserError: the prompt cannot be used.
         """
         if isinstance(prompt, str):
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(f"the prompt {shown(prompt)} is no Unicode text: {error.reason}.") from error
             return self._prompts.as_user_turn(prompt) if self._prompts.renders else prompt
         _check_conversation(prompt)
         if not self._prompts.renders:

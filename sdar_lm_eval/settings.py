@@ -18,7 +18,7 @@ from typing import Any, get_args, get_type_hints, overload
 
 from sdar_lm_eval import arguments
 from sdar_lm_eval.arguments import ChatMode, DecodingArguments, ModelArguments
-from sdar_lm_eval.checks import at_least_one, check_bool, check_number, if_given
+from sdar_lm_eval.checks import at_least_one, check_bool, check_number, check_unicode, if_given
 from sdar_lm_eval.decoding import DECODING_SETTINGS, MAX_BLOCK_LENGTH, DecodingConfig
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, full_name
 from sdar_lm_eval.engines.registry import ENGINES
@@ -384,6 +384,8 @@ def to_texts(value: object) -> tuple[str, ...]:
     texts = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"until={value!r} is neither a text nor a list of texts.")
+    for text in texts:
+        check_unicode("until", text)
     return tuple(dict.fromkeys(text for text in texts if text))
 
 

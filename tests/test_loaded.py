@@ -87,6 +87,7 @@ def test_log_likelihoods_are_an_evaluations(model: LoadedModel) -> None:
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
     with SDARLM(pretrained="demo") as lm:
         assert model.loglikelihood(pairs) == lm.loglikelihood(requests, disable_tqdm=True)
+    assert model.loglikelihood(pair for pair in pairs) == model.loglikelihood(pairs)
     with load("demo", likelihood="nelbo", mc_samples=2, seed=3) as sampled:
         assert sampled.loglikelihood(pairs) != model.loglikelihood(pairs)
 
@@ -180,6 +181,9 @@ def test_sampled_answers_depend_on_the_seed_alone(model: LoadedModel) -> None:
         ({"role": "user", "content": "hi"}, {}, "is no prompt"),
         ([{"role": "user"}], {}, "is no prompt"),
         ([{"role": "user", "content": 3}], {}, "is no prompt"),
+        ("\ud800", {}, "is no Unicode text"),
+        ([{"role": "user", "content": "\ud800"}], {}, "is no Unicode text"),
+        ("a", {"until": ["\ud800"]}, r"until '\\ud800' is no Unicode text"),
         ("a", {"stratgy": "static"}, "'stratgy' is unknown. Did you mean 'strategy'"),
         ("a", {"steps": 9}, "denoising_steps=9"),
         ("a", {"max_gen_toks": 10**6}, "must be below max_length"),
@@ -203,6 +207,10 @@ def test_what_cannot_be_loaded_is_said(model: LoadedModel, plain: LoadedModel) -
         plain.generate(USER_TURN)
     with pytest.raises(UserError, match="'ab' is no pair"):
         model.loglikelihood(["ab"])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="is no Unicode text"):
+        model.loglikelihood([("a", "\ud800")])
+    with pytest.raises(UserError, match="'ab' is one text, and a list of prompts is needed"):
+        next(model.stream("ab"))
 
 
 def test_after_close_calls_are_refused() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import importlib.metadata
 import io
@@ -75,6 +76,11 @@ def version() -> str:
     return f"sdar_lm_eval {__version__}, lm_eval {lm_eval}, Python {platform.python_version()}"
 
 
+def _discard_output() -> None:
+    """Send what standard output still holds to nowhere: Python flushes standard output at exit, which must not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str]) -> int:
     """Run a command of this package.
 
@@ -89,6 +95,8 @@ def main(argv: Sequence[str]) -> int:
     """
     name = argv[0]
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for lm_eval's command line (`autoload.py`)
+    if os.environ.get("COLUMNS", "").strip() == "0":  # the width is unknown, and rich would take 0 for the width
+        del os.environ["COLUMNS"]
     command = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     parser = argparse.ArgumentParser(
         prog=f"sdar_lm_eval {name}",
@@ -98,15 +106,24 @@ def main(argv: Sequence[str]) -> int:
     )
     command.add_arguments(parser)
     arguments = parser.parse_args(argv[1:])
+    if sys.stdout is None:  # closed by the shell's >&-, and rich and `generate` write to it
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal's encoding lacks is printed as an escape
         with contextlib.suppress(OSError):  # a file that became a pipe under it
             sys.stdout.reconfigure(errors="backslashreplace")
     try:
         text = command.run(arguments)
         if text is not None:
-            print(text, flush=True)
-    except BrokenPipeError:  # the reader, say `head`, ended. Python flushes stdout at exit, which must not fail
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, say `head`, ended
+        _discard_output()
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _discard_output()
+        print(f"sdar_lm_eval: error: the output cannot be written: {error.strerror}.", file=sys.stderr)
+        return 1
     except SDARError as error:
         print(printable(f"sdar_lm_eval: error: {error}"), file=sys.stderr)
         return 1

@@ -77,9 +77,11 @@ def _prompt(text: str, system: str | None) -> Prompt:
     """The prompt, as `generate` takes it.
 
     Raises:
-        UserError: the prompt is empty, or standard input is no text.
+        UserError: the prompt is empty, or standard input is closed or no text.
     """
     if text == "-":
+        if sys.stdin is None:
+            raise UserError("standard input is closed. Give the prompt as a text.")
         try:
             text = sys.stdin.read().removesuffix("\n")
         except UnicodeDecodeError as error:
@@ -120,7 +122,7 @@ def _write(model: LoadedModel, prompt: Prompt, gen_kwargs: dict[str, Any]) -> No
     """Write the answer's text to standard output, and its tokens, forwards and seconds to standard error."""
     from sdar_lm_eval.report.streaming import PlainText, cost
 
-    until, thinking = model.settings_of(**gen_kwargs).until, model.thinking_behind(prompt)
+    until, thinking = model.settings_of(**gen_kwargs).until, model.thinking_behind(prompt, **gen_kwargs)
     plain = PlainText(sys.stdout, model.checkpoint.decode, until, thinking)
     answer = _answer(model, prompt, gen_kwargs, plain.watch)
     plain.finish(answer.text + "\n")

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from sdar_lm_eval.arguments import ChatMode
 from sdar_lm_eval.chat_template import ChatTemplate
 from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.checks import check_unicode
 from sdar_lm_eval.cores import own_cores
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
@@ -300,11 +301,21 @@ class Prompts:
         return self._texts[token_ids]
 
     def _parts_of(self, text: str) -> tuple[str, ...]:
-        """The parts of a text. Every second part spells a special token, and is read as plain text."""
+        """The parts of a text. Every second part spells a special token, and is read as plain text.
+
+        Raises:
+            UserError: the text is no Unicode text.
+        """
+        check_unicode("the text", text)
         return self._rendered.get(_digest(text)) or (text,)
 
     def _context_and_whole(self, context: str, continuation: str, rendered: bool) -> tuple[TextInParts, TextInParts]:
-        """The context without trailing spaces, and the context with its continuation."""
+        """The context without trailing spaces, and the context with its continuation.
+
+        Raises:
+            UserError: the context or the continuation is no Unicode text.
+        """
+        check_unicode("the continuation", continuation)
         if not context:  # a rendered text gets no special tokens
             return NO_CONTEXT, (self._parts_of(continuation), True)
         *before, last = self._parts_of(context)

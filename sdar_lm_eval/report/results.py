@@ -236,6 +236,21 @@ class Results:
             yield sample
         self._warn_of_lost_lines(task, file, number_of)
 
+    def has_all_samples(self, task: str) -> bool:
+        """Return whether a task has scores, and a samples file with a line for each document and filter.
+
+        The run has to be one of all documents or of the first ones: of a run with `--samples`, lm_eval before 0.4.13
+        counts all documents.
+
+        Raises:
+            UserError: the samples file cannot be read.
+        """
+        filters, file = set(self._filters(task)), self.samples_file(task)
+        if not filters or not file.exists():
+            return False
+        documents = self.content.part_or_empty("n-samples").part_or_empty(task).whole("effective") or 0
+        return sum(line.endswith("\n") for line in _text_lines(file, whole=True)) >= documents * len(filters)
+
     def _filters(self, task: str) -> list[str]:
         """The filters whose output a task scored."""
         names = (key.partition(",") for key in self.scores.part_or_empty(task).content)

@@ -31,7 +31,7 @@ from sdar_lm_eval.runs.programs import RunPrograms, run_by, run_here
 from sdar_lm_eval.runs.saving import evaluate_into
 from sdar_lm_eval.runs.settings import Run, scored_by
 from sdar_lm_eval.runs.shards import ANSWERS, task_manager
-from sdar_lm_eval.runs.summary import Report
+from sdar_lm_eval.runs.summary import Report, valid_report
 
 REPORT = "report.json"
 """Name of the file in a published result's folder that the user gets."""
@@ -192,7 +192,8 @@ def publish(run: Run, folder: Path, run_programs: RunPrograms = run_here) -> Pat
     """Score all answers of a run in one pass, and write the results; do nothing where these are there already.
 
     The folder named by the run's tasks gets lm_eval's results and samples files, the answers that were used, and
-    report.json. The folder appears whole or not at all. Results of other sources of this package are replaced.
+    report.json. The folder appears whole or not at all. Damaged results, and results of other
+    sources of this package, are replaced.
 
     Args:
         run: the evaluation.
@@ -206,7 +207,7 @@ def publish(run: Run, folder: Path, run_programs: RunPrograms = run_here) -> Pat
         UserError: a document has no answer.
     """
     report = folder / run.name / REPORT
-    if report.exists() and json.loads(report.read_text("utf-8")).get("scored_by") == scored_by():
+    if report.exists() and valid_report(report.read_bytes()) is not None:
         return report
     setup_logging("INFO")
     stack = contextlib.ExitStack()

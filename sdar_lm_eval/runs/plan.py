@@ -8,17 +8,21 @@
         gsm8k_sdar-first-200-seed-1234/     sampled answers depend on the seed
         gsm8k_sdar-first-200-seed-1235/     a repeat
 
-`config.sdar_lm_eval.asked` of a results file has all that the results depend on: model, settings, limit, seed, and
-fingerprints of the tasks' YAML and Python files, the checkpoint and this package's sources.
+`config.sdar_lm_eval.asked` of a results file has all that the results depend on: model, settings, limit, seed,
+lm_eval's version, and fingerprints of the tasks' YAML files, Python files and documents, the checkpoint and this
+package's sources.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from lm_eval.api.task import Task
@@ -105,13 +109,18 @@ class Evaluation:
         return gen_kwargs
 
     def results(self) -> Results | None:
-        """Return the newest results in the folder if they depend on `asked`; None where they do not, or are damaged."""
+        """Return the newest results in the folder if they depend on `asked`; None where they do not, or are damaged.
+
+        Results whose samples files lost lines are damaged too: `compare`, `report` and `show` read the samples.
+        """
         folder = self.folder / self.name
         if not any(folder.rglob("results_*.json")):
             return None
         with contextlib.suppress(UserError):  # damaged files count as missing
             newest = results_in(folder)[-1]
-            if newest.ours.content.get("asked") == self.asked:
+            tasks = self.asked["tasks"]
+            assert isinstance(tasks, dict)
+            if newest.ours.content.get("asked") == self.asked and all(map(newest.has_all_samples, tasks)):
                 return newest
         return None
 
@@ -200,6 +209,9 @@ def plan(sweep: SweepArguments) -> Plan:
         "model": sweep.model,
         "model_args": model_args,
         "tasks": {name: hex_digest(task.config.to_dict(keep_callable=True)) for name, task in tasks.items()},
+        "documents": {name: _digest_of_documents(task, limit, sweep.num_fewshot) for name, task in tasks.items()},
+        "python_files": _digest_of_python_files(sweep.include_path),
+        "lm_eval": version("lm_eval"),
         "limit": limit,
         "num_fewshot": sweep.num_fewshot,
         "checkpoint": checkpoint.fingerprint,
@@ -263,6 +275,27 @@ def _check_metric(tasks: Mapping[str, Task], metric: str) -> None:
         if metric not in (*metrics, *known):
             hint = did_you_mean(metric, (*metrics, *known))
             raise UserError(f"--metric {metric}: {name} has no such metric.{hint} Choose {' or '.join(known)}.")
+
+
+def _digest_of_documents(task: Task, limit: float | None, num_fewshot: int | None) -> str:
+    """Return a hash of the documents that a task evaluates, and of those that its few-shot examples come from.
+
+    A task's YAML names a file or a data set of the hub, whose content may change under the same name.
+    """
+    first = limit if isinstance(limit, int) else None  # of a share of the documents, all count
+    shots = task.config.num_fewshot if num_fewshot is None else num_fewshot
+    return hex_digest([list(itertools.islice(task.eval_docs, first)), list(task.fewshot_docs()) if shots else []])
+
+
+def _digest_of_python_files(folder: str | None) -> str | None:
+    """Return a hash of the Python files in the folder of the user's tasks; None where there is no folder.
+
+    A task's functions may call functions of other files.
+    """
+    if folder is None:
+        return None
+    files = sorted(each.relative_to(folder) for each in Path(folder).rglob("*.py"))
+    return hex_digest([(str(each), hashlib.sha256((folder / each).read_bytes()).hexdigest()) for each in files])
 
 
 def _gen_kwargs(sweep: SweepArguments, combination: Combination) -> dict[str, object]:

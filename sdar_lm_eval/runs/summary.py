@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import TypedDict, final
@@ -9,7 +10,7 @@ from typing import TypedDict, final
 from sdar_lm_eval.report.gsm8k_json import Benchmark, FilterMetrics
 from sdar_lm_eval.report.text_table import aligned, with_error
 from sdar_lm_eval.runs.grid import Setting
-from sdar_lm_eval.runs.settings import SWEPT, Run
+from sdar_lm_eval.runs.settings import SWEPT, Run, scored_by
 
 
 @final
@@ -33,6 +34,15 @@ class TasksReport(TypedDict):
 
 
 Report = BenchmarkReport | TasksReport
+
+
+def valid_report(content: bytes) -> Report | None:
+    """Return the report in a report.json; None where the file is damaged, or of other sources of this package."""
+    try:
+        report = json.loads(content)
+    except ValueError:
+        return None
+    return report if isinstance(report, dict) and report.get("scored_by") == scored_by() else None  # type: ignore[return-value]
 
 
 def configuration(runs: Sequence[Run], machine: Mapping[str, object]) -> str:

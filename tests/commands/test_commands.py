@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from run_files import write_run
+from support import environment
 
 from sdar_lm_eval import __version__
 from sdar_lm_eval.commands import COMMANDS, LM_EVAL_COMMANDS, main, overview
@@ -64,3 +65,39 @@ def test_characters_that_the_terminals_encoding_lacks_are_printed_as_escapes(
     monkeypatch.setattr("sys.stdout", out)
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert rb"50.0 \xb1 50.0" in out.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+FULL = "sdar_lm_eval: error: the output cannot be written: No space left on device."
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("shell", "code", "told"),
+    [
+        ("compare a b > /dev/full", 1, FULL),
+        ("show a --doc 0 > /dev/full", 1, FULL),
+        ("compare a b >&-", 0, ""),
+        ("show a --doc 0 >&-", 0, ""),
+        ("generate a --model_args pretrained=demo >&- --gen_kwargs max_gen_toks=4", 0, "forwards"),
+        ("generate - <&-", 1, "sdar_lm_eval: error: standard input is closed. Give the prompt as a text."),
+    ],
+)
+def test_output_that_cannot_be_written_is_one_line(shell: str, code: int, told: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, {"task": {"acc,none": [1, 0]}})
+    command = f"{sys.executable} -m sdar_lm_eval {shell}"
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == code and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert code == 0 or len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "x"])
+def test_a_terminal_s_width_may_be_unknown(
+    columns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "a", {"task": {"acc,none": [1, 0]}})
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["show", str(tmp_path / "a"), "--doc", "0"]) == 0
+    assert "gold" in capsys.readouterr().out

@@ -59,6 +59,12 @@ def test_piped_it_is_the_text_alone(answer: Answer, capfd: pytest.CaptureFixture
     assert f"{tokens} tokens in {forwards} forwards" in err and f"{tokens / forwards:.2f} tokens per forward" in err
 
 
+def test_piped_a_short_max_length_leaves_room_for_what_is_asked(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--model_args", "pretrained=demo,max_length=64", "--gen_kwargs", "max_gen_toks=4"]
+    assert main(["generate", "a", *words]) == 0
+    assert "tokens in" in capfd.readouterr().err
+
+
 def test_piped_text_comes_as_blocks_are_decided(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces: list[str] = []
 
@@ -322,6 +328,8 @@ def test_an_engine_without_steps_answers_at_once(
         (["a", *DEMO, "--gen_kwargs", "watch=3"], "gen_kwargs: 'watch' is unknown"),
         (["a", *DEMO, "--gen_kwargs", "steps=9"], "denoising_steps=9"),
         (["a\udcff", *DEMO], "is no Unicode text"),
+        (["a", *DEMO, "--system", "b\udcff"], "is no Unicode text"),
+        (["a", *DEMO, "--gen_kwargs", "until=b\udcff"], "is no Unicode text"),
         (["a", "--model_args", "pretrained=no/such", "chat_template=off"], "no/such"),
         (["a", "--model_args", "pretrained=demo,chat_template=off", "--system", "b"], "chat_template=off"),
     ],

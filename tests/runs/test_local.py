@@ -179,6 +179,23 @@ def test_what_changes_is_computed_anew(tasks: str, tmp_path: Path, monkeypatch: 
     assert each() == [(0, 2), (0, 2)]
 
 
+@pytest.mark.parametrize("damage", ["lost lines", "no samples", "no scores"])
+def test_damaged_results_are_written_anew(damage: str, tasks: str, tmp_path: Path) -> None:
+    def sweep() -> Results:
+        return swept(plan(asked(tmp_path, tasks, grids=({"threshold": "0.5"},)))).runs[0].of_tasks["short"][0]
+
+    first = sweep()
+    samples, before = first.samples_file("short"), answers(first)
+    if damage == "lost lines":
+        samples.write_text(samples.read_text().partition("\n")[0] + "\n")
+    elif damage == "no samples":
+        samples.unlink()
+    else:
+        first.file.write_text(json.dumps({**first.content.content, "results": {}}))
+    again = sweep()
+    assert counts(again) == (0, 2) and answers(again) == before
+
+
 def test_answers_are_scored_again_where_a_function_of_the_task_changed(tmp_path: Path) -> None:
     folder, grids = tmp_path / "tasks", ({"threshold": "0.5"},)
     folder.mkdir()
@@ -195,6 +212,36 @@ def test_answers_are_scored_again_where_a_function_of_the_task_changed(tmp_path:
     assert sweep_of(1) == ((2, 0), 1)
     assert sweep_of(1) == ((2, 0), 1)  # the results that are there
     assert sweep_of(0) == ((0, 2), 0)
+
+
+def test_answers_are_scored_again_where_documents_or_helpers_of_the_task_changed(tmp_path: Path) -> None:
+    folder, grids = tmp_path / "tasks", ({"threshold": "0.5"},)
+    folder.mkdir()
+    (folder / "short.yaml").write_text(
+        "task: short\ndataset_path: json\ntest_split: test\noutput_type: generate_until\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl}}}}\n"
+        "doc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\ngeneration_kwargs: {until: [], max_gen_toks: 8}\n"
+        "process_results: !function scoring.score\nmetric_list: [{metric: acc}]\n"
+    )
+    (folder / "scoring.py").write_text(
+        "def score(doc, results):\n    from helper_of_scoring import factor\n\n"
+        "    return {'acc': factor() * int(doc['answer'])}\n"
+    )
+
+    def sweep_of(answer: int, factor: int) -> tuple[tuple[int, int], object]:
+        (folder / "questions.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": str(answer)}) + "\n")
+        (folder / "helper_of_scoring.py").write_text(f"def factor():\n    return {factor}\n")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(folder))
+            patch.delitem(sys.modules, "helper_of_scoring", raising=False)
+            (run,) = swept(plan(asked(tmp_path / "swept", str(folder), grids=grids))).runs
+        (results,) = run.of_tasks["short"]
+        return counts(results), results.scores.part("short").content["acc,none"]
+
+    assert sweep_of(1, 1) == ((1, 0), 1)
+    assert sweep_of(1, 1) == ((1, 0), 1)  # the results that are there
+    assert sweep_of(0, 1) == ((0, 1), 0)
+    assert sweep_of(1, 100) == ((0, 1), 100)
 
 
 def test_results_of_another_precision_are_computed_anew(tasks: str, tmp_path: Path) -> None:

@@ -100,15 +100,16 @@ def test_documents_of_a_shard_have_the_few_shot_examples_of_the_whole_run(
     publish(run, tmp_path)
 
 
-def test_a_result_of_other_sources_is_scored_again(tmp_path: Path) -> None:
+def test_a_result_that_is_damaged_or_of_other_sources_is_scored_again(tmp_path: Path) -> None:
     run = _run(num_samples=2)
     answer_shard(run, tmp_path, 1, 1)
     report = publish(run, tmp_path)
     first = report.read_text()
     answers = {path: path.read_bytes() for path in (tmp_path / ANSWERS).iterdir()}
-    report.write_text(json.dumps(json.loads(first) | {"results": [], "scored_by": "sources before"}))
-    publish(run, tmp_path)
-    assert json.loads(report.read_text()) == json.loads(first)
+    for other in (json.dumps(json.loads(first) | {"results": [], "scored_by": "sources before"}), first[:50], "[]"):
+        report.write_text(other)
+        publish(run, tmp_path)
+        assert json.loads(report.read_text()) == json.loads(first)
     assert len(list(report.parent.rglob("samples_*.jsonl"))) == 1
     assert {path: path.read_bytes() for path in (tmp_path / ANSWERS).iterdir()} == answers
 
