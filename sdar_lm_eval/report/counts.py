@@ -151,10 +151,10 @@ class Counts:
         """The summary for the results file; null where nothing was computed."""
         return {
             **self._work(),
-            **self._stored(seconds=None if self.stored_untimed else round(self.stored_seconds, 2)),
+            **self._stored(seconds=None if self.stored_untimed else round(self.stored_seconds, 4)),
             "tokens_per_second": _rounded(self.tokens_per_second, 1),
             "load_seconds": round(self.load_seconds, 2),
-            "generation_seconds": round(self.generation_seconds, 2) if self.requests else None,
+            "generation_seconds": round(self.generation_seconds, 4) if self.requests else None,
             **({"likelihoods": self._likelihoods()} if self.scored_requests or self.stored_scores else {}),
             "peak_memory_bytes": self.peak_memory_bytes,
             "tasks": {task: counts._of_task() for task, counts in self.tasks.items()},

@@ -149,6 +149,7 @@ def tango_interval(only_a: int, only_b: int, documents: int, level: float = 1 - 
     return float(low), float(high)
 
 
+@functools.lru_cache(maxsize=1024)  # pages and simulations ask again for the same numbers of documents
 def detectable_share(documents: int, discordance: float) -> float | None:
     """Return the smallest true difference of shares that McNemar's exact test finds with probability `POWER`.
 

@@ -69,7 +69,7 @@ def test_what_stored_answers_took_is_counted_apart() -> None:
     counts.add_stored("b", tokens=10, forwards=5)
     counts.stored_seconds = 1.234
     summary = counts.as_dict()
-    assert summary["stored"] == {"new_tokens": 16, "forwards": 9, "seconds": 1.23}
+    assert summary["stored"] == {"new_tokens": 16, "forwards": 9, "seconds": 1.234}
     assert (summary["new_tokens"], summary["requests"], summary["stored_requests"]) == (8, 1, 2)
     assert summary["tokens_per_forward"] == round(8 / 7, 3)  # of what was computed
     assert summary["tasks"]["a"]["stored"] == {"new_tokens": 6, "forwards": 4}
@@ -109,7 +109,7 @@ def test_the_summary_as_values_and_as_a_line() -> None:
         "tokens_per_forward": 1.543,
         "forwards": {"prefill": 1400, "denoising": 50000, "commit": 30000},
         "load_seconds": 12.34,
-        "generation_seconds": 61.73,
+        "generation_seconds": 61.728,
         "peak_memory_bytes": 3 << 30,
         "tasks": {},
     }

@@ -180,8 +180,8 @@ def _intervals(found: list[PairedTest]) -> list[tuple[float | None, float | None
 def test_several_answers_a_document() -> None:
     assert 0.04 <= _called(_repeats(200, 4, 0.0, 2000, seed=6)) <= 0.06
     # The mean share is 1/2, so the difference is half of the gain.
-    assert 0.935 <= _covered(_intervals(_repeats(200, 4, 0.1, 4000, seed=7)), 0.05) <= 0.965
-    assert 0.935 <= _covered(_intervals(_repeats(30, 8, 0.1, 4000, seed=8)), 0.05) <= 0.965
+    assert 0.935 <= _covered(_intervals(_repeats(200, 4, 0.1, 1500, seed=7)), 0.05) <= 0.965
+    assert 0.935 <= _covered(_intervals(_repeats(30, 8, 0.1, 1500, seed=8)), 0.05) <= 0.965
 
 
 def test_answers_are_not_taken_for_documents() -> None:
@@ -249,7 +249,7 @@ def test_few_documents_that_differ_do_not_promise_a_difference(n: int, differ: i
     difference = compare_means(np.zeros(n), observed).detectable
     assert difference is not None
     share = max(differ / n, difference / size)  # of documents that differ
-    counts = _simulated(n, share, difference / size, 3000, seed=13)
+    counts = _simulated(n, share, difference / size, 800, seed=13)
     differences = [np.repeat([-size, size, 0.0], [down, up, n - down - up]) for down, up in counts]
     assert 0.77 <= _called([compare_means(np.zeros(n), each) for each in differences]) <= 0.88
 
