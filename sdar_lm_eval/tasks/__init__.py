@@ -1,1 +1,1 @@
-"""lm-eval tasks: YAML files, and the functions that they name. README.md says what each reproduces."""
+"""lm-eval tasks: YAML files, and the functions that they name. docs/tasks.md says what each reproduces."""
