@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypedDict, TypeVar, get_type_hints
 
 from sdar_lm_eval.decoding import DecodingConfig
+from sdar_lm_eval.engines.native.strategies import spellings
 
 KEYWORD_ONLY, POSITIONAL_OR_KEYWORD = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
 
@@ -168,9 +169,8 @@ def takes(arguments: type[object], pretrained: str) -> Callable[[Class], Class]:
         arguments: the TypedDict of the class's keyword arguments.
         pretrained: default of the checkpoint.
     """
-    types, described = get_type_hints(arguments), dict[str, str]()
-    for documented in (DecodingConfig, DecodingArguments, ModelArguments, arguments):
-        described |= descriptions(documented)
+    types = get_type_hints(arguments)
+    described = decoding_descriptions() | descriptions(ModelArguments) | descriptions(arguments)
     options = [inspect.Parameter(name, KEYWORD_ONLY, default=None, annotation=kind) for name, kind in types.items()]
     checkpoint = inspect.Parameter("pretrained", POSITIONAL_OR_KEYWORD, default=pretrained, annotation=str)
     lines = [f"    {name} ({inspect.formatannotation(kind)}): {described[name]}" for name, kind in types.items()]
@@ -181,6 +181,13 @@ def takes(arguments: type[object], pretrained: str) -> Callable[[Class], Class]:
         return of
 
     return document
+
+
+def decoding_descriptions() -> dict[str, str]:
+    """Name -> description of the decoding settings; that of the strategy lists all strategies."""
+    described = descriptions(DecodingConfig) | descriptions(DecodingArguments)
+    rule = described["remasking_strategy"].removesuffix(", one of `STRATEGIES`.")
+    return described | {"remasking_strategy": f"{rule}: {spellings()}."}
 
 
 def descriptions(of: type[object]) -> dict[str, str]:

@@ -25,9 +25,7 @@ class DecodingConfig:
         block_length: tokens denoised together.
         denoising_steps: number of steps in a block's schedule, which gives each step a quota of tokens to unmask.
             None: `block_length`.
-        remasking_strategy: the rule by which a step chooses the positions that keep their token:
-            low_confidence_dynamic (short: dynamic), low_confidence_static (static), sequential, entropy_bounded
-            (entropy) or random.
+        remasking_strategy: the rule by which a step chooses the positions that keep their token, one of `STRATEGIES`.
         confidence_threshold: low_confidence_dynamic keeps every token whose confidence is strictly above this value.
         eb_threshold: entropy_bounded keeps tokens while the sum of their entropies, in nats, is below this value.
         temperature: divides the logits before a token is drawn; 0 draws the most probable token (greedy).

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -19,6 +20,15 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 def hex_digest(content: object, digits: int = 16) -> str:
     """Return the first hexadecimal digits of the SHA-256 of content as JSON, with the keys of mappings sorted."""
     return hashlib.sha256(_json(content)).hexdigest()[:digits]
+
+
+def digest_of_files(folder: Path, is_wanted: Callable[[Path], bool]) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of a folder's wanted files: their paths and contents."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if is_wanted(file):
+            digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def seed_from(content: object) -> int:

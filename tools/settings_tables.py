@@ -56,7 +56,7 @@ def kind(annotation: object) -> str:
 
 def decoding() -> str:
     """The decoding settings."""
-    described = arguments.descriptions(DecodingConfig) | arguments.descriptions(arguments.DecodingArguments)
+    described = arguments.decoding_descriptions()
     types = get_type_hints(arguments.DecodingArguments)
     lines = [(names(name), kind(types[name]), DEFAULTS.get(name, ""), described[name]) for name in types]
     return rows(lines, "setting", "type", "default", "meaning")

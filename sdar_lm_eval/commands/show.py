@@ -17,7 +17,7 @@ from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.documents import Answer, Document, documents_of, is_likelihood, main_key
 from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.printing import printable
-from sdar_lm_eval.report.runs import Run, metrics_of, read_runs
+from sdar_lm_eval.report.runs import Run, mean_value, read_runs
 from sdar_lm_eval.report.terminal import legend, written
 
 EXAMPLE = "sdar_lm_eval show demo_results --only wrong"
@@ -162,18 +162,13 @@ def _extracted(answer: Answer, filter_name: str) -> str:
 
 def _title(run: Run, task: str, metric: MetricKey, documents: Sequence[Document], chosen: int) -> str:
     # The documents' scores need not average to the metric: a perplexity is no mean.
-    values = [
-        each.value
-        for results in run.of_tasks[task]
-        for each in metrics_of(results, task)
-        if (each.name, each.filter) == metric
-    ]
+    value = mean_value(run.of_tasks[task], task, metric)
     scores = [score for each in documents if (score := each.score(metric)) is not None]
-    value = ""
-    if values:
-        is_share = all(0 <= each <= 1 for each in (*scores, *values))
-        value = f", {metric[0]} of {metric[1]} " + (f"{fmean(values):.1%}" if is_share else f"{fmean(values):.4g}")
-    return printable(f"{run.label}: {task}{value}; {chosen:,} of {len(documents):,} documents")
+    shown = f"{value:.1%}" if all(0 <= each <= 1 for each in (*scores, value)) else f"{value:.4g}"
+    name, filter_name = metric
+    return printable(
+        f"{run.label}: {task}, {name} of {filter_name} {shown}; {chosen:,} of {len(documents):,} documents"
+    )
 
 
 def _table(documents: Sequence[Document], metric: MetricKey) -> Table:

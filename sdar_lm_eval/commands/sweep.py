@@ -17,10 +17,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdar_lm_eval.arguments import descriptions
+from sdar_lm_eval.arguments import decoding_descriptions
 from sdar_lm_eval.commands.given import pairs
-from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig, in_words
-from sdar_lm_eval.engines.native.strategies import spellings
+from sdar_lm_eval.decoding import DECODING_SETTINGS, in_words
 from sdar_lm_eval.errors import EngineError, UserError
 from sdar_lm_eval.settings import ALIASES
 
@@ -93,10 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--confirm_run_unsafe_code", action="store_true", help="allow tasks that run programs written by the model"
     )
     grid = parser.add_argument_group("decoding settings, each with one value or several")
-    described = descriptions(DecodingConfig) | {
-        "denoising_steps": "denoising steps of a block",
-        "remasking_strategy": f"which tokens a step keeps: {spellings()}",
-    }
+    described = decoding_descriptions() | {"denoising_steps": "denoising steps of a block"}
     for name in DECODING_SETTINGS:
         short = [f"--{alias}" for alias, full in ALIASES.items() if full == name and alias != "block_size"]
         text = described[name].split(". ")[0].rstrip(".").replace("%", "%%")

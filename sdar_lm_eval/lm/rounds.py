@@ -155,7 +155,8 @@ class Rounds:
             logger.info("%d of %d answers are there already, and are not computed again.", len(answers), len(jobs))
         if unrecorded:
             logger.info(
-                "Without a denoising record: %d of them, made by a run that kept no records (record_steps=false).",
+                "Stored answers without a denoising record: %d. A run with record_steps=false, or of an earlier "
+                "version, made these answers.",
                 unrecorded,
             )
         return answers

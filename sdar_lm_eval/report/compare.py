@@ -375,20 +375,26 @@ def _differences(
             continue
         values_of[same] = len(found)
         single = all(len(each) == 1 for each in (*answers_a, *answers_b))
-        if means != {"tasks"}:
+        if means == {"tasks"}:
+            tasks = [task_of(key) for key in keys]
+            found.append(_tested_by_task(task, of_a, of_b, values_a, values_b, tasks))
+        else:
             found.append(_tested(task, of_a, of_b, values_a, values_b, single))
-            continue
-        tasks = [task_of(key) for key in keys]
-        smallest, documents = min(Counter(tasks).items(), key=lambda item: item[1])
-        if documents < FEWEST_IN_STRATUM:
-            why = f"the group weighs its tasks equally, and {smallest} has only {_documents(documents)}"
-            found.append(_untested(task, of_a, of_b, len(keys), why))
-            continue
-        weights = weights_of_strata(tasks)
-        weighted = _tested(task, of_a, of_b, weights * values_a, weights * values_b, single=False)
-        stderr_a, stderr_b = stratified_stderr(values_a, tasks), stratified_stderr(values_b, tasks)
-        found.append(dataclasses.replace(weighted, a_stderr=stderr_a, b_stderr=stderr_b))
     return found
+
+
+def _tested_by_task(
+    group: str, of_a: Scores, of_b: Scores, values_a: FloatArray, values_b: FloatArray, tasks: Sequence[str]
+) -> Difference:
+    """The difference of a group whose value is the mean of its tasks' means; `tasks` are the documents' tasks."""
+    smallest, documents = min(Counter(tasks).items(), key=lambda item: item[1])
+    if documents < FEWEST_IN_STRATUM:
+        why = f"the group weighs its tasks equally, and {smallest} has only {_documents(documents)}"
+        return _untested(group, of_a, of_b, len(tasks), why)
+    weights = weights_of_strata(tasks)
+    weighted = _tested(group, of_a, of_b, weights * values_a, weights * values_b, single=False)
+    stderr_a, stderr_b = stratified_stderr(values_a, tasks), stratified_stderr(values_b, tasks)
+    return dataclasses.replace(weighted, a_stderr=stderr_a, b_stderr=stderr_b)
 
 
 def _tested(

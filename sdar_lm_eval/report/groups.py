@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from sdar_lm_eval.report.pairing import Key, MetricKey, Scores, TaskScores, mean_kinds
-from sdar_lm_eval.report.results import Results
-from sdar_lm_eval.report.runs import Run, metrics_of
+from sdar_lm_eval.report.pairing import Key, Scores, TaskScores, is_value, mean_kinds
+from sdar_lm_eval.report.runs import Run, mean_value, metrics_of
 from sdar_lm_eval.report.statistics import cluster_values
 
 
@@ -49,10 +47,10 @@ def pooled(run: Run, group: str, of_tasks: Mapping[str, TaskScores]) -> TaskScor
             flaw = "some of the group's tasks do not have this metric"
         means = frozenset[str]()
         if answers and not flaw:
-            value = _mean_value(repeats, group, key)
+            value = mean_value(repeats, group, key)
             means = mean_kinds(answers, value)
             of_parts = [cluster_values(list(part.answers.values())).mean() for part in parts.values()]
-            if math.isclose(float(np.mean(of_parts)), value, rel_tol=1e-6, abs_tol=1e-9):
+            if is_value(float(np.mean(of_parts)), value):
                 means |= {"tasks"}
             flaw = "" if means else "the group's value is a mean neither over documents nor over tasks"
         scores[key] = Scores(metric, answers, means, flaw)
@@ -70,12 +68,6 @@ def pooled_key(task: str, key: Key) -> Key:
 def task_of(key: Key) -> str:
     """Return the task of a document by its `pooled_key`."""
     return key[0].partition("\0")[0]
-
-
-def _mean_value(repeats: list[Results], group: str, key: MetricKey) -> float:
-    """The mean of the metric's value over repeats."""
-    values = [m.value for results in repeats for m in metrics_of(results, group) if (m.name, m.filter) == key]
-    return sum(values) / len(values)
 
 
 def _tasks_in(name: str, subtasks: Mapping[str, object], above: frozenset[str]) -> Iterator[str]:

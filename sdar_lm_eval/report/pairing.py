@@ -124,10 +124,13 @@ def mean_kinds(answers: Mapping[Key, FloatArray], value: float) -> frozenset[str
     return frozenset(
         name
         for name, weigh_answers in (("documents", False), ("answers", True))
-        if math.isclose(
-            float(cluster_values(list(answers.values()), weigh_answers).mean()), value, rel_tol=1e-6, abs_tol=1e-9
-        )
+        if is_value(float(cluster_values(list(answers.values()), weigh_answers).mean()), value)
     )
+
+
+def is_value(mean: float, value: float) -> bool:
+    """Return whether a mean is a metric's value, up to rounding."""
+    return math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def keyed(documents: Iterable[tuple[str, int]]) -> Iterator[Key]:

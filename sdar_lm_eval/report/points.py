@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.columns import main_metric
 from sdar_lm_eval.report.pairing import read_pair
 from sdar_lm_eval.report.results import Fields
-from sdar_lm_eval.report.runs import Metric, Run, metrics_of
+from sdar_lm_eval.report.runs import Metric, Run, mean_value
 from sdar_lm_eval.report.speed import speed_of
 from sdar_lm_eval.report.statistics import cluster_values, mean_stderr
 
@@ -307,8 +306,4 @@ def _accuracy(run: Run, task: str, metric: Metric) -> tuple[float, float | None]
             # Some metrics, such as IFEval's of instructions, count each answer the same, not each document.
             values = cluster_values(list(scores.answers.values()), weigh_answers="documents" not in scores.means)
             return float(values.mean()), mean_stderr(values)
-    return statistics.fmean(_same(metrics_of(results, task), metric).value for results in of_task), None
-
-
-def _same(metrics: Sequence[Metric], metric: Metric) -> Metric:
-    return next(each for each in metrics if (each.name, each.filter) == (metric.name, metric.filter))
+    return mean_value(of_task, task, (metric.name, metric.filter)), None

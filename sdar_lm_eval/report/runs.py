@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.results import Results, results_in
@@ -143,6 +144,19 @@ def metrics_of(results: Results, task: str) -> list[Metric]:
             )
         )
     return found
+
+
+def mean_value(repeats: Sequence[Results], task: str, key: tuple[str, str]) -> float:
+    """Return the mean of a metric's value over repeats.
+
+    Args:
+        repeats: results files with the metric; one has it at least.
+        task: the task, or the group of tasks.
+        key: the metric's name and filter.
+    """
+    return fmean(
+        each.value for results in repeats for each in metrics_of(results, task) if (each.name, each.filter) == key
+    )
 
 
 def settings_of(results: Results, task: str) -> dict[str, object]:

@@ -192,8 +192,8 @@ def publish(run: Run, folder: Path, run_programs: RunPrograms = run_here) -> Pat
     """Score all answers of a run in one pass, and write the results; do nothing where these are there already.
 
     The folder named by the run's tasks gets lm_eval's results and samples files, the answers that were used, and
-    report.json. The folder appears whole or not at all. Damaged results, and results of other
-    sources of this package, are replaced.
+    report.json. The folder appears whole or not at all. Damaged results, and results of other sources of this package,
+    are replaced.
 
     Args:
         run: the evaluation.

@@ -16,7 +16,6 @@ package's sources.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import re
@@ -35,7 +34,7 @@ from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.files import expanded
-from sdar_lm_eval.hashing import hex_digest
+from sdar_lm_eval.hashing import digest_of_files, hex_digest
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.thoughts import Thoughts
@@ -205,12 +204,15 @@ def plan(sweep: SweepArguments) -> Plan:
     limit = None if sweep.limit is None else int(sweep.limit) if sweep.limit >= 1 else sweep.limit
     named = "+".join(sweep.tasks)
     output = expanded(sweep.output or Path("sweeps") / _file_name(f"{checkpoint.name}-{named}"))
+    python_files = None
+    if sweep.include_path is not None:  # a task's functions may call functions of other files
+        python_files = digest_of_files(Path(sweep.include_path), lambda file: file.suffix == ".py")
     common = {
         "model": sweep.model,
         "model_args": model_args,
         "tasks": {name: hex_digest(task.config.to_dict(keep_callable=True)) for name, task in tasks.items()},
         "documents": {name: _digest_of_documents(task, limit, sweep.num_fewshot) for name, task in tasks.items()},
-        "python_files": _digest_of_python_files(sweep.include_path),
+        "python_files": python_files,
         "lm_eval": version("lm_eval"),
         "limit": limit,
         "num_fewshot": sweep.num_fewshot,
@@ -285,17 +287,6 @@ def _digest_of_documents(task: Task, limit: float | None, num_fewshot: int | Non
     first = limit if isinstance(limit, int) else None  # of a share of the documents, all count
     shots = task.config.num_fewshot if num_fewshot is None else num_fewshot
     return hex_digest([list(itertools.islice(task.eval_docs, first)), list(task.fewshot_docs()) if shots else []])
-
-
-def _digest_of_python_files(folder: str | None) -> str | None:
-    """Return a hash of the Python files in the folder of the user's tasks; None where there is no folder.
-
-    A task's functions may call functions of other files.
-    """
-    if folder is None:
-        return None
-    files = sorted(each.relative_to(folder) for each in Path(folder).rglob("*.py"))
-    return hex_digest([(str(each), hashlib.sha256((folder / each).read_bytes()).hexdigest()) for each in files])
 
 
 def _gen_kwargs(sweep: SweepArguments, combination: Combination) -> dict[str, object]:

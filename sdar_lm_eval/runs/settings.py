@@ -21,6 +21,7 @@ from sdar_lm_eval import arguments
 from sdar_lm_eval.decoding import DecodingConfig, in_words
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.hashing import digest_of_files
 from sdar_lm_eval.revision import ANSWER_REVISION
 from sdar_lm_eval.runs.grid import Setting, combinations, listed, without_copies
 from sdar_lm_eval.settings import ALIASES, OF_THOUGHTS, read_generation, typed
@@ -323,8 +324,4 @@ def scored_by() -> str:
     A published result of other sources is scored again, since a task's filters or metrics may have changed. Its answers
     are kept.
     """
-    digest = hashlib.sha256()
-    for file in sorted(_PACKAGE.rglob("*")):
-        if file.suffix in (".py", ".jsonl") or "yaml" in file.name:
-            digest.update(file.relative_to(_PACKAGE).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest_of_files(_PACKAGE, lambda file: file.suffix in (".py", ".jsonl") or "yaml" in file.name)

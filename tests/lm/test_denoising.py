@@ -139,7 +139,7 @@ def test_it_may_be_switched_off(tmp_path: Path, caplog: pytest.LogCaptureFixture
     with SDARLM("demo", max_gen_toks=8, answers=tmp_path / "answers") as lm:  # finds an answer that has no record
         assert records(save(answers, evaluate(lm, answers, limit=1))) == []
         assert lm.counts.stored_requests == 1
-    assert "Without a denoising record: 1 of them" in caplog.text
+    assert "Stored answers without a denoising record: 1. A run with record_steps=false" in caplog.text
 
 
 def test_a_full_disk_costs_the_records_alone(
