@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,9 @@ def test_a_group_of_tasks(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"mmlu_demo: No test: {why}." in told(capsys, tmp_path / "a", b)
 
 
-def test_a_group_that_weighs_its_tasks_equally(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_group_that_weighs_its_tasks_equally(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("scores-0", "scores-1"):
         shutil.copytree(runs / name, tmp_path / name)
         (file,) = (tmp_path / name).rglob("results*.json")
@@ -196,6 +199,11 @@ def test_a_group_that_weighs_its_tasks_equally(runs: Path, tmp_path: Path, capsy
     for name in ("a_stderr", "b_stderr"):
         assert group[name] == pytest.approx(math.hypot(*(each[name] for each in tasks)) / 2)
     assert group["low"] < group["difference"] < group["high"]
+    monkeypatch.setattr("sdar_lm_eval.report.compare.FEWEST_IN_STRATUM", 21)
+    text = told(capsys, tmp_path / "scores-0", tmp_path / "scores-1", "--tasks", "mmlu_demo")
+    assert re.search(
+        r"mmlu_demo: No test: the group weighs its tasks equally, and mmlu_demo_t\S* has only 20 doc", text
+    )
 
 
 def test_all_runs_of_a_folder(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -242,6 +242,7 @@ def test_answers_are_scored_again_where_documents_or_helpers_of_the_task_changed
     assert sweep_of(1, 1) == ((1, 0), 1)  # the results that are there
     assert sweep_of(0, 1) == ((0, 1), 0)
     assert sweep_of(1, 100) == ((0, 1), 100)
+    assert sweep_of(1, 10) == ((0, 1), 10)  # the helper alone has changed
 
 
 def test_results_of_another_precision_are_computed_anew(tasks: str, tmp_path: Path) -> None:

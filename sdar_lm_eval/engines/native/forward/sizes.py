@@ -68,12 +68,14 @@ def chosen(sizes: Sequence[int], seconds: Sequence[float], rows: int = 1) -> tup
         seconds: the time of each size.
         rows: rows of a size of 1.
     """
-    costs = np.array(seconds) * np.maximum(np.array(sizes) * rows, FLAT)
+    numbers = np.array(sizes)
+    costs = np.array(seconds) * np.maximum(numbers * rows, FLAT)
     cheapest = np.minimum.accumulate(costs[::-1])[::-1]  # of the sizes from each size on
+    limits = cheapest * np.where(2 * numbers >= numbers[-1], MOST_COST, MOST_COST_OF_FEW)
     found, need = [], 0
     while need < len(sizes):
-        most = MOST_COST if 2 * sizes[need] >= sizes[-1] else MOST_COST_OF_FEW
-        last = need + int(np.flatnonzero(costs[need:] <= most * cheapest[need])[-1])
+        # A size also serves the needs between: of these, the first full batch has a lower limit.
+        last = need + int(np.flatnonzero(costs[need:] <= np.minimum.accumulate(limits[need:]))[-1])
         found.append(sizes[last])
         need = last + 1
     return tuple(found)
