@@ -1,17 +1,12 @@
 """How long the matrix products of a model alone take, forward by forward: a yardstick for engines.
 
     python benchmarks/floor.py --pretrained FOLDER --active 1 64 256     # FOLDER needs no weights
-    python benchmarks/floor.py --pretrained FOLDER --rows 256 512 1024   # of one layer as the engine runs it
 
 For each number of active sequences: milliseconds of the projections of all layers, and of the LM head, over one block
 of each sequence; and the tokens per second that follow, where a block of L tokens takes L denoising forwards (one token
 a step) or 1 (a block a step), and one forward more that stores its keys and values, without the LM head. Attention,
 norms, drawing and Python count as nothing. An engine can save a few percent of it by drawing at masked positions
 only and by sharing forwards. On a GPU the products run as a CUDA graph.
-
-`--rows` gives microseconds of a layer's products and activation by the engine's kernels, and of the LM head with the
-last layer's products but the first, which run at masked positions only. The GPU is kept busy meanwhile: it lowers its
-clock, and what is quickest then may not be when it is cool.
 """
 
 from __future__ import annotations
@@ -76,8 +71,8 @@ class Floor:
             for matrix in plain:
                 linear(inputs[matrix.shape[1]], matrix)
 
-        products = self._timed(layers) + self._seconds_of_experts(rows)
-        return products, self._timed(lambda: linear(inputs[self._head.shape[1]], self._head))
+        products = timed(layers, self._device) + self._seconds_of_experts(rows)
+        return products, timed(lambda: linear(inputs[self._head.shape[1]], self._head), self._device)
 
     def seconds_of_context(self, tokens: float) -> float:
         """Seconds in which a copy moves the keys and values of so many tokens, of all layers."""
@@ -114,7 +109,8 @@ class Floor:
         square = torch.randn(size, size, device=self._device).to(self._head.dtype)
         source = self._layers[0][2]
         target = torch.empty_like(source)
-        copying, multiplying = self._timed(lambda: target.copy_(source)), self._timed(lambda: linear(square, square))
+        copying = timed(lambda: target.copy_(source), self._device)
+        multiplying = timed(lambda: linear(square, square), self._device)
         return 2 * source.nbytes / copying, 2 * size**3 / multiplying
 
     def _inputs(self, rows: int) -> dict[int, torch.Tensor]:
@@ -122,56 +118,30 @@ class Floor:
         widths = {matrix.shape[-1] for matrix in (*self._layers[0], self._head)}
         return {width: torch.randn(rows, width, device=self._device).to(self._head.dtype) for width in sorted(widths)}
 
-    def seconds_as_run(self, rows: int) -> tuple[float, float]:
-        """Seconds of one layer's products and activation as the engine's kernels do them; of what is run to draw."""
-        from sdar_lm_eval.engines.native.forward import decoder
 
-        on_hopper = decoder.runs_on_hopper(self._layers[0][2])
-        inputs = self._inputs(rows)
-
-        def behind_attention(o: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-            decoder.product(inputs[o.shape[1]], o, splits=decoder.SPLITS)
-            active = decoder.activated(inputs[gate_up.shape[1]], gate_up, on_hopper=on_hopper)
-            decoder.product(active, down, splits=decoder.SPLITS)
-
-        def layers() -> None:
-            for qkv, *others in self._layers:
-                decoder.product(inputs[qkv.shape[1]], qkv)
-                behind_attention(*others)
-
-        def draw() -> None:
-            behind_attention(*self._layers[-1][1:])
-            linear(inputs[self._head.shape[1]], self._head)
-
-        return self._timed(layers, busy=0.1) / len(self._layers), self._timed(draw, busy=0.1)
-
-    def _timed(self, run: Callable[[], Any], repeats: int = 11, busy: float = 0) -> float:
-        """Median seconds; on a GPU that has been at it for so many."""
-        run()
-        if self._device == "cpu":
-            times = []
-            for _ in range(3):
-                started = time.perf_counter()
-                run()
-                times.append(time.perf_counter() - started)
-            return statistics.median(times)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        until = time.perf_counter() + busy
-        while time.perf_counter() < until:
-            graph.replay()
-            torch.cuda.synchronize()
+def timed(run: Callable[[], Any], device: str, repeats: int = 11) -> float:
+    """Median seconds; on a GPU, of a CUDA graph."""
+    run()
+    if device == "cpu":
         times = []
-        for _ in range(repeats):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) / 1000)
+        for _ in range(3):
+            started = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - started)
         return statistics.median(times)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return statistics.median(times)
 
 
 def tokens_per_second(
@@ -186,9 +156,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained", default="demo")
     parser.add_argument("--active", type=positive_int, nargs="+", default=[1, 4, 16, 32, 64, 128, 256])
-    parser.add_argument(
-        "--rows", type=positive_int, nargs="+", help="time a layer's products over so many rows instead"
-    )
     parser.add_argument("--block-length", type=positive_int, help="default: the checkpoint's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
@@ -197,17 +164,8 @@ def main() -> None:
         checkpoint = Checkpoint.open(args.pretrained)
     except UserError as error:
         parser.error(str(error))
-    if args.rows and (args.device == "cpu" or checkpoint.is_moe):
-        parser.error("--rows times the engine's kernels of a dense model, which needs a GPU")
     block = args.block_length or checkpoint.block_length
     floor = Floor(checkpoint.config, args.device)
-    if args.rows:
-        print("| rows | a layer, us | to draw, us |")
-        print("| ---: | ---: | ---: |")
-        for rows in args.rows:
-            layer, draw = floor.seconds_as_run(rows)
-            print(f"| {rows:,} | {1e6 * layer:.1f} | {1e6 * draw:.0f} |", flush=True)
-        return
     rows = []
     print("| active | layers, ms | LM head, ms | one token a step, tokens/s | a block a step, tokens/s |")
     print("| ---: | ---: | ---: | ---: | ---: |")

@@ -84,7 +84,7 @@ def test_a_missing_folder_is_one_line(
     assert f"{script}.py: error: pretrained='/nowhere': no such folder." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", ["throughput --active 4 0", "floor --rows 0", "whole_run --questions 0"])
+@pytest.mark.parametrize("arguments", ["throughput --active 4 0", "floor --active 0", "whole_run --questions 0"])
 def test_numbers_begin_with_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str
 ) -> None:

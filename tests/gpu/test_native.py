@@ -13,9 +13,11 @@ from support import random_checkpoint, read_weights, write_weights
 from sdar_lm_eval import Checkpoint, DecodingConfig, EngineError, GenerationRequest, make_engine
 from sdar_lm_eval.demo import golds
 from sdar_lm_eval.engines.agreement import Float32Judge
+from sdar_lm_eval.engines.native.forward.fused import FusedForward
 from sdar_lm_eval.engines.native.forward.graphs import Graphs
-from sdar_lm_eval.engines.native.forward.sizes import Timings
+from sdar_lm_eval.engines.native.forward.timings import Timings
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
+from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
 from sdar_lm_eval.thinking import Thinking
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
@@ -329,19 +331,47 @@ def test_python_collects_no_earlier_graph_during_a_capture():
     assert x.tolist() == [2.0] * 4
 
 
-def test_times_of_products_are_measured_once(demo, questions, monkeypatch, tmp_path):
+def test_times_are_measured_once(demo, questions, monkeypatch, tmp_path):
     """Another engine reads the times. Fewer slots need no other times; with or without them, the answers are equal."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured, names = Timings._measured, []
 
     def counted(self, run, rows):
-        names.append(len(rows))
+        names.append({name.split(",")[0] for name in rows})
         times = measured(self, run, rows)
-        assert all(0 < seconds < 1 for seconds in times)
+        assert all(0 < seconds < 1 for own in times.values() for seconds in own.values())
         return times
 
     monkeypatch.setattr(Timings, "_measured", counted)
     wanted = requests(demo, questions[:40])
     first, again, few = (tokens(demo, some, device="cuda", dtype="float32") for some in (wanted, wanted, wanted[:9]))
-    assert len(names) == 2  # a layer, and drawing
+    assert names == [{"products"}, {"the products of two layers"}, {"drawing"}]
     assert first == again and few == first[:9]
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_every_kernel_of_a_product_gives_nearly_the_same_scores(tmp_path, moe):
+    """In 16 bits, where experts have tiles of several sizes. The order of the kernels' sums differs."""
+    sizes = {"vocab_size": 711, "head_dim": 64, "hidden_size": 256, "intermediate_size": 512}
+    checkpoint = Checkpoint.open(str(random_checkpoint(tmp_path, **sizes, **({"moe": True} if moe else {}))))
+    engine = make_engine("native", checkpoint, device="cuda")
+    wanted = [ScoreRequest((1, 2, 3), tuple(range(4, 4 + n))) for n in (3, 9, 400)]
+
+    def scores():
+        results = dict(engine.score(wanted, LikelihoodConfig()))
+        return [results[i].log_likelihood for i in range(len(wanted))]
+
+    expected = scores()
+    for choice in engine.runner.forward.decoder.choices.values():
+        for wanted_kernel in choice.kernels if choice.measured else ():
+            choice.choose({
+                kernel: dict.fromkeys(rows, 1.0 if kernel == wanted_kernel else 2.0)
+                for kernel, rows in choice.measured.items()
+            })  # fmt: skip
+            assert scores() == pytest.approx(expected, rel=0.02)
+
+
+def test_reproducible_kernels_are_not_chosen_by_times(demo, monkeypatch):
+    """Two processes may measure different times."""
+    monkeypatch.setattr(FusedForward, "choose_kernels", lambda self: pytest.fail("chosen by times"))
+    make_engine("native", demo, device="cuda", reproducible=True).close()

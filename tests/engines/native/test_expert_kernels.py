@@ -25,8 +25,9 @@ def layer(dtype, *, experts=6, inputs=48, width=32, top_k=2, normalized=True):
     return Experts(*weights, top_k, normalized)
 
 
-def run(x, layer, visible=None, **options):
-    return experts.run(x, torch.nn.functional.linear(x, layer.router), layer, visible, **options)
+def run(x, layer, visible=None, tiles=None):
+    tiles = tiles or (experts.FLOAT32_TILES if x.dtype == torch.float32 else experts.FIXED_TILES)
+    return experts.run(x, torch.nn.functional.linear(x, layer.router), layer, visible, tiles=tiles)
 
 
 def reference(x, layer):
@@ -57,20 +58,19 @@ def reference(x, layer):
 def test_experts(dtype, tokens, shape):
     weights = layer(dtype, **shape)
     x = torch.randn(tokens, 48, device=DEVICE).to(dtype)
-    for batch_invariant in (False, True):
-        got = run(x, weights, batch_invariant=batch_invariant)
+    for tiles in (experts.FLOAT32_TILES,) if dtype == torch.float32 else experts.TILES:
+        got = run(x, weights, tiles=tiles)
         torch.testing.assert_close(got.float(), reference(x, weights), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("rows", [1, 16, 60, 200])
-def test_tiles_of_every_size(rows, monkeypatch):
+def test_tiles_of_every_size(rows):
     """Tiles of each size that a GPU takes, and rows that fill them in part, just, and several times."""
     weights, x = layer(torch.float32), torch.randn(rows, 48, device=DEVICE)
     expected = reference(x, weights)
     for size in (16, 32, 64, 128):
-        settings = experts.TileSettings(size, 32, 16, 16, 4, 2)
-        monkeypatch.setattr(experts, "tile_settings", lambda *_, settings=settings, **__: settings)
-        torch.testing.assert_close(run(x, weights), expected, rtol=2e-5, atol=2e-5)
+        tiles = experts.TileSettings(size, 32, 16, 16, 4, 2)
+        torch.testing.assert_close(run(x, weights, tiles=tiles), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_equal_logits_go_to_the_first_experts():
@@ -99,19 +99,7 @@ def test_padding_runs_through_no_expert_and_nan_stays_in_its_row():
 def test_a_row_does_not_depend_on_the_others(dtype):
     weights, x = layer(dtype, experts=8, inputs=64), torch.randn(100, 64, device=DEVICE).to(dtype)
     logits = torch.nn.functional.linear(x, weights.router)
-    together = experts.run(x, logits, weights, batch_invariant=True)
+    tiles = experts.FLOAT32_TILES if dtype == torch.float32 else experts.FIXED_TILES
+    together = experts.run(x, logits, weights, tiles=tiles)
     for rows in (slice(0, 1), slice(3, 90), slice(50, 53)):
-        assert torch.equal(experts.run(x[rows], logits[rows], weights, batch_invariant=True), together[:, rows])
-
-
-def test_tiles_of_every_size_are_compiled_ahead(monkeypatch):
-    """Sixteen bits have several sizes; the interpreter computes in float32, so only the choice is looked at."""
-    chosen = set()
-
-    def run(x, logits, weights, visible, *, batch_invariant):
-        rows, count = len(x) * weights.top_k, len(weights.router)
-        chosen.add((experts.tile_settings(rows, count, 2, batch_invariant=batch_invariant), visible is None))
-
-    monkeypatch.setattr(experts, "run", run)
-    experts.compile_for(layer(torch.float32, experts=128, inputs=16, width=16, top_k=8), batch_invariant=False)
-    assert chosen == {(tiles, masked) for tiles in experts.TILES for masked in (False, True)}
+        assert torch.equal(experts.run(x[rows], logits[rows], weights, tiles=tiles), together[:, rows])

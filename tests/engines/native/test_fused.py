@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.engines.native import engine as native_engine
 from sdar_lm_eval.engines.native import unmasking
-from sdar_lm_eval.engines.native.forward import decoder, fused, graphs, sizes
+from sdar_lm_eval.engines.native.forward import choices, decoder, fused, graphs, timings
 from sdar_lm_eval.engines.native.forward.modules import ModulesForward
 from sdar_lm_eval.engines.native.kernels import attention
 from sdar_lm_eval.engines.native.scoring import batches
@@ -59,7 +59,7 @@ def engine_with_kernels(checkpoint, **options):
 def test_the_same_tokens(either, monkeypatch):
     monkeypatch.setattr(attention, "SPLIT", 8)  # so that contexts are split
     monkeypatch.setattr(fused, "PREFILL_ROWS", 16)
-    monkeypatch.setattr(decoder, "LARGE", 1)  # so that products of few rows have their own kernel
+    monkeypatch.setattr(choices, "LARGE", 1)  # so that products of few rows have their own kernel
     settings = [
         {"temperature": 0, "remasking_strategy": "low_confidence_static", "block_length": 2},
         {"temperature": 1.0, "remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.3},
@@ -206,13 +206,13 @@ def measuring(checkpoint, tmp_path, monkeypatch):
     """A forward that measures, on a machine without times; times depend on the number of rows only."""
 
     def measure(self, run, rows):
-        for number in rows[:2]:
-            run(number)
-        return [float(number) for number in rows]
+        for name, numbers in rows.items():
+            run(name, numbers[0])
+        return {name: {number: float(number) for number in numbers} for name, numbers in rows.items()}
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(sizes.Timings, "_measured", measure)
+    monkeypatch.setattr(timings.Timings, "_measured", measure)
     forward = engine_with_kernels(checkpoint).runner.forward
     forward._device = NamedDevice("cpu")
     return forward
@@ -221,9 +221,53 @@ def measuring(checkpoint, tmp_path, monkeypatch):
 def test_a_measurement_leaves_the_random_numbers_of_torch_alone(measuring):
     """Otherwise a user's random numbers would depend on whether a file has the times."""
     before = torch.get_rng_state()
+    measuring.choose_kernels()
     assert measuring.sizes(4, 4)[-1] == 4
     assert measuring.draw_sizes(16, 8)[-1] == 16
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_every_kernel_of_a_product_gives_the_same_tokens(either, monkeypatch, number):
+    """Up to four kernels compute a product. Measured times choose one of them, here the one of this number."""
+    requests = [GenerationRequest((1, 2, 3 + i), 4, DecodingConfig(), seed=i) for i in range(2)]
+    engine, plain = (make_engine("native", either, device="cpu", kernels=kernels) for kernels in (True, False))
+    used = set()
+    for name, choice in engine.runner.forward.decoder.choices.items():
+        wanted = [*choice.kernels][number % len(choice.kernels)]
+        measured = choice.measured
+        if measured:
+            choice.choose({
+                kernel: dict.fromkeys(rows, 1.0 if kernel == wanted else 2.0) for kernel, rows in measured.items()
+            })  # fmt: skip
+        kernel = choice.kernels[wanted]
+        assert choice(8) is kernel.run
+        monkeypatch.setattr(choice, "_chosen", tuple(noting(each, name, used) for each in choice._chosen))
+    assert [r.token_ids for r in run(engine, requests)] == [r.token_ids for r in run(plain, requests)]
+    assert used == set(engine.runner.forward.decoder.choices)
+
+
+def noting(kernel, name, used):
+    def run(*args):
+        used.add(name)
+        return kernel.run(*args)
+
+    return dataclasses.replace(kernel, run=run)
+
+
+def test_kernels_are_chosen_by_measured_times(measuring, monkeypatch):
+    """Times here are the numbers of rows, so all kernels of a product are equal, and the first stays."""
+    timed = []
+    products = type(measuring.decoder).products
+    monkeypatch.setattr(
+        type(measuring.decoder),
+        "products",
+        lambda self, x, residual: (timed.append(len(x)), products(self, x, residual)),
+    )
+    measuring.choose_kernels()
+    assert timed == [4] * sum(len(choice.measured) for choice in measuring.decoder.choices.values())
+    for choice in measuring.decoder.choices.values():
+        assert choice.used[0].name == next(iter(choice.kernels))
 
 
 def test_experts_of_a_token_change_the_times(experts, monkeypatch):
@@ -342,7 +386,7 @@ def test_reproducible_to_the_bit(either, monkeypatch, products):
     monkeypatch.setattr(graphs, "REPRODUCIBLE_ROWS", REPRODUCIBLE_ROWS)
     if products == "row by row":
         hopper = types.SimpleNamespace(run_for=lambda *weights: True, product=row_by_row, gated=gated_row_by_row)
-        monkeypatch.setattr(decoder, "hopper", hopper)
+        monkeypatch.setattr(choices, "hopper", hopper)
     monkeypatch.setattr(native_engine, "PAGE_SIZE", 4)
     settings = [(6, DecodingConfig()), (6, DecodingConfig()), (1, DecodingConfig(top_k=5))]
     requests = [

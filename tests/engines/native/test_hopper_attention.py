@@ -12,6 +12,7 @@ hopper_attention = pytest.importorskip("sdar_lm_eval.engines.native.kernels.hopp
 
 from sdar_lm_eval.engines.native.forward import decoder  # noqa: E402  (needs triton)
 from sdar_lm_eval.engines.native.kernels.attention import SPLIT, WHOLE, Tiles  # noqa: E402
+from sdar_lm_eval.families.base import DenseMLP  # noqa: E402
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not ON_HOPPER, reason="takes a Hopper GPU")
@@ -100,14 +101,13 @@ def test_the_decoder_takes_the_kernel_where_the_kernel_runs_and_suits(monkeypatc
         return runs
 
     monkeypatch.setattr(hopper_attention, "runs", answer)
-    monkeypatch.setattr(decoder, "runs_on_hopper", lambda *weights: False)
     monkeypatch.setattr(decoder.layers, "add_norm", lambda x, *_: (x, x))
     monkeypatch.setattr(decoder.layers, "norm_rope_store", lambda qkv, *_: qkv[:, : 8 * 64].view(-1, 8, 64))
-    monkeypatch.setattr(decoder, "product", lambda x, weight, bias, splits: x @ weight.T)
     for name, module in (("hopper", hopper_attention), ("triton", decoder.attention)):
         monkeypatch.setattr(module, "attend", lambda query, *_, name=name: attended.append(name) or query)
     layer = types.SimpleNamespace(
-        qkv=torch.zeros((8 + 2 * 2) * 64, 32), o=torch.zeros(32, 8 * 64), mlp=types.SimpleNamespace(router=None),
+        qkv=torch.zeros((8 + 2 * 2) * 64, 32), o=torch.zeros(32, 8 * 64),
+        mlp=DenseMLP(torch.zeros(64, 32), torch.zeros(32, 32)),
         input_norm=None, q_norm=None, k_norm=None, qkv_bias=None, o_bias=None,
     )  # fmt: skip
     weights = types.SimpleNamespace(

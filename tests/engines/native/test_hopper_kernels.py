@@ -46,7 +46,7 @@ def test_the_last_turn_is_short(rows, turns):
 
 
 def test_work_for_the_kernel(monkeypatch):
-    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: 4)
     work = hopper.work_table(3, 2, 128, torch.device("cpu"))
     assert work.tolist() == [
         [[0, 2, 0, 0], [128, 2, 0, 0], [0, 2, 128, 0], [128, 2, 128, 0]],

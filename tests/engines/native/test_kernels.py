@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 layers = pytest.importorskip("sdar_lm_eval.engines.native.kernels.layers", exc_type=ImportError)
@@ -174,7 +175,7 @@ def test_batch_invariant_attention_is_set_alike_for_any_number_of_tiles_and_any_
     seen, settings = set(), kernels.attention_settings
 
     def keep(rows, programs, context, itemsize):
-        seen.add(settings(rows, programs, context, 2))
+        seen.add(next(settings(rows, programs, context, 2)))
         return settings(rows, programs, context, itemsize)
 
     monkeypatch.setattr(kernels, "attention_settings", keep)
@@ -193,6 +194,33 @@ def test_batch_invariant_attention_is_set_alike_for_any_number_of_tiles_and_any_
     for tiles, splits in ((1, 1), (many, 1), (many, 2)):
         attend(tiles, splits, batch_invariant=False)
     assert len(seen) == 3
+
+
+def test_attention_takes_settings_that_fit_the_shared_memory(dtype, monkeypatch):
+    """An H200 has room for all settings. Here the GPU has room for column blocks of 16 only."""
+    tried, kernel = [], kernels.attend_kernel
+
+    class Small:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                tried.append((args[-3], options["num_stages"]))
+                if args[-3] > most:
+                    raise triton.OutOfResources(300 << 10, 99 << 10, "shared memory")
+                kernel[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(kernels, "attend_kernel", Small())
+    query, (keys, values) = normal(4, 4, 64, dtype=dtype), (normal(3, 16, 2, 64, dtype=dtype) for _ in range(2))
+    one = torch.ones(1, dtype=torch.int64, device=DEVICE)
+    tiles = kernels.Tiles(one - 1, 4 * one, one[None], one - 1, one.repeat(4) * 9, 4, 512, 1)
+    most = 16
+    close(kernels.attend(query, keys, values, tiles, 1.0), attention(query, keys, values, tiles, 1.0), dtype)
+    columns = 32 if dtype == torch.float32 else 128
+    assert tried[:2] == [(columns, 3), (columns, 2)] and tried[-1] == (16, 2)
+    most = 8
+    with pytest.raises(triton.OutOfResources):
+        kernels.attend(query, keys, values, tiles, 1.0)
 
 
 def test_attend_over_blocks_of_a_prompt(dtype):

@@ -6,29 +6,26 @@ The decoder computes what transformers' Qwen3Model or Qwen3MoeModel computes, fr
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
+from sdar_lm_eval.engines.native.forward import choices
 from sdar_lm_eval.engines.native.forward.cache import PagedCache
-from sdar_lm_eval.engines.native.kernels import attention, experts, layers
+from sdar_lm_eval.engines.native.forward.choices import ANY, MEASURED, Choice
+from sdar_lm_eval.engines.native.forward.timings import Timings
+from sdar_lm_eval.engines.native.kernels import attention, layers
 from sdar_lm_eval.families.base import DecoderWeights, DenseMLP, LayerWeights
 
-hopper: Any
 hopper_attention: Any
 try:
-    from sdar_lm_eval.engines.native.kernels import hopper, hopper_attention
+    from sdar_lm_eval.engines.native.kernels import hopper_attention
 except (ImportError, AttributeError):  # Triton is older than 3.6
-    hopper = hopper_attention = None
+    hopper_attention = None
 
 HEAD_DIMS = (64, 128)
-# For few rows, reading the weights takes the time. `layers.few_rows` reads matrices of at least this many weights
-# faster than cuBLAS (SDAR-4B's products of a layer on an H100: 79 us instead of 88).
-LARGE = 1 << 20
-# Splits of K in products whose output is as narrow as the hidden state: without splits, programs are too few.
-SPLITS = 4
 
 
 class FusedDecoder:
@@ -40,22 +37,17 @@ class FusedDecoder:
         batch_invariant: whether products should be batch-invariant: a row's result does not depend on other rows.
 
     Attributes:
-        batch_invariant: whether products are batch-invariant: asked for, and `hopper` runs them, on a Hopper GPU.
+        batch_invariant: whether products are batch-invariant: asked for, and possible here.
+        choices: name of a product -> its choice of kernels.
     """
 
     def __init__(self, weights: DecoderWeights, cache: PagedCache, *, batch_invariant: bool = False) -> None:
         self._weights, self._device = weights, weights.norm.device
         self._half, self._scaling = weights.head_dim // 2, weights.head_dim**-0.5
         self._cos_sin = torch.empty(0, weights.head_dim, device=self._device)
-        self._tiles_are_fixed = batch_invariant
+        self.batch_invariant = batch_invariant and choices.can_be_batch_invariant(weights)
+        self.choices = choices.of_model(weights, batch_invariant=self.batch_invariant, tiles_are_fixed=batch_invariant)
         first = weights.layers[0]
-        mlps = {type(layer.mlp): layer.mlp for layer in weights.layers}.values()  # one of each kind
-        gates = [mlp.gate_up for mlp in mlps if isinstance(mlp, DenseMLP)]
-        plain = [mlp.down if isinstance(mlp, DenseMLP) else mlp.router for mlp in mlps]
-        self._gates_on_hopper = bool(gates) and runs_on_hopper(*gates)
-        biased = first.qkv_bias is not None or first.o_bias is not None
-        on_hopper = self._gates_on_hopper == bool(gates) and runs_on_hopper(first.qkv, first.o, *plain, weights.head)
-        self.batch_invariant = batch_invariant and on_hopper and not biased
         heads = first.o.shape[1] // weights.head_dim
         self._heads, self._group = heads, heads // cache.kv_heads
         self._page = first.qkv.new_zeros(1, cache.page_size, cache.kv_heads, weights.head_dim)
@@ -66,13 +58,16 @@ class FusedDecoder:
         return hopper_attention is not None and hopper_attention.runs(self._heads, self._page)
 
     def compile(self, tiles: Iterable[attention.Tiles]) -> None:
-        """Compile the attention of tiles with these settings, and the kernels of experts for tiles of every size."""
+        """Compile the attention of tiles with these settings, and the kernels of experts for all chosen tiles."""
         query = self._page.new_zeros(1, self._heads, self._page.shape[-1])
         for some in tiles:
             self._attention(some, self._page).attend(query, self._page, self._page, some, self._scaling)
-        for mlp in {type(layer.mlp): layer.mlp for layer in self._weights.layers}.values():
+        for mlp in choices.mlps_of(self._weights):
             if not isinstance(mlp, DenseMLP):
-                experts.compile_for(mlp, batch_invariant=self._tiles_are_fixed)
+                row, none = mlp.router.new_zeros(1, mlp.router.shape[1]), torch.zeros_like(some.visible[:1])
+                logits = row.new_zeros(1, len(mlp.router))
+                for kernel, visible in itertools.product(self.choices["experts"].used, (None, none)):
+                    kernel.run(row, logits, mlp, visible)
 
     def reserve(self, length: int) -> None:
         """Prepare rotary cosines and sines for positions below `length`."""
@@ -113,8 +108,8 @@ class FusedDecoder:
             new_keys, new_values = (keys, values) if branches is None else (branches.keys, branches.values)
             normed, added = layers.add_norm(x, residual, layer.input_norm, self._weights.eps)
             query = layers.norm_rope_store(
-                self._product(normed, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, self._cos_sin, positions,
-                kv_slots, new_keys, new_values, self._weights.eps,
+                self._product("qkv", normed, layer.qkv, layer.qkv_bias), layer.q_norm, layer.k_norm, self._cos_sin,
+                positions, kv_slots, new_keys, new_values, self._weights.eps,
             )  # fmt: skip
             if branches is None:
                 attended = kernel.attend(query, keys, values, tiles, self._scaling)
@@ -134,8 +129,42 @@ class FusedDecoder:
     def products(self, attended: torch.Tensor, residual: torch.Tensor) -> None:
         """Run the first and the last layer without attention, for measurements. Takes the arguments of `finish`."""
         for layer in (self._weights.layers[0], self._weights.layers[-1]):
-            self._product(residual, layer.qkv, layer.qkv_bias)
-            self._after_attention(layer, attended, residual.clone())
+            x, added = self._after_attention(layer, attended, residual.clone())
+            normed, _ = layers.add_norm(x, added, layer.input_norm, self._weights.eps)
+            self._product("qkv", normed, layer.qkv, layer.qkv_bias)
+
+    def choose(self, timings: Timings, rows: Callable[[int], Sequence[torch.Tensor]]) -> None:
+        """Choose the fastest kernels by the times of `products`. Without memory for a measurement, nothing changes.
+
+        Args:
+            timings: the machine's times.
+            rows: makes the arguments of `products` for a number of rows.
+        """
+        trials = {
+            f"products, {name} by {kernel}": (name, kernel, numbers)
+            for name, choice in self.choices.items()
+            for kernel, numbers in choice.measured.items()
+        }
+
+        def make() -> Callable[[str, int], None]:
+            attended, residual = rows(MEASURED[-1])
+
+            def run(trial: str, count: int) -> None:
+                name, kernel, _ = trials[trial]
+                chosen = self.choices[name]
+                self.choices[name] = Choice({ANY: chosen.kernels[kernel]})
+                try:
+                    self.products(attended[:count], residual[:count])
+                finally:
+                    self.choices[name] = chosen
+
+            return run
+
+        times = timings("kernels", {trial: numbers for trial, (_, _, numbers) in trials.items()}, make)
+        for name, choice in self.choices.items():
+            own = {kernel: times[trial] for trial, (of, kernel, _) in trials.items() if of == name and trial in times}
+            if own:
+                choice.choose(own)
 
     def _attention(self, tiles: attention.Tiles, keys: torch.Tensor) -> Any:
         """The module with the fastest attention of these tiles, over keys of (pages, page size, KV heads, size)."""
@@ -152,53 +181,18 @@ class FusedDecoder:
         self, layer: LayerWeights, attended: torch.Tensor, residual: torch.Tensor, visible: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's output projection and MLP; `visible` is 0 for padding."""
-        x = self._product(attended, layer.o, layer.o_bias, splits=SPLITS)
+        x = self._product("o", attended, layer.o, layer.o_bias)
         normed, residual = layers.add_norm(x, residual, layer.post_norm, self._weights.eps)
-        if not isinstance(layer.mlp, DenseMLP):
-            logits = self._product(normed, layer.mlp.router)
-            return experts.run(normed, logits, layer.mlp, visible, batch_invariant=self._tiles_are_fixed), residual
-        if self.batch_invariant:
-            active = hopper.gated(normed, layer.mlp.gate_up)
-        else:
-            active = activated(normed, layer.mlp.gate_up, on_hopper=self._gates_on_hopper)
-        return self._product(active, layer.mlp.down, splits=SPLITS), residual
+        if isinstance(layer.mlp, DenseMLP):
+            active = self._product("gate_up", normed, layer.mlp.gate_up)
+            return self._product("down", active, layer.mlp.down), residual
+        logits = self._product("router", normed, layer.mlp.router)
+        return self._product("experts", normed, logits, layer.mlp, visible), residual
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of last hidden states, (M, D) -> (M, V)."""
-        return self._product(hidden, self._weights.head) if self.batch_invariant else linear(hidden, self._weights.head)
+        return self._product("head", hidden, self._weights.head)
 
-    def _product(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, splits: int = 1
-    ) -> torch.Tensor:
-        if self.batch_invariant:
-            result: torch.Tensor = hopper.product(x, weight)
-            return result
-        return product(x, weight, bias, splits=splits)
-
-
-def runs_on_hopper(*weights: torch.Tensor) -> bool:
-    """Whether `hopper` runs products with these weights here; see `hopper.run_for`."""
-    return hopper is not None and hopper.run_for(*weights)
-
-
-def activated(x: torch.Tensor, gate_up: torch.Tensor, *, on_hopper: bool) -> torch.Tensor:
-    """silu(x @ gate.T) * (x @ up.T) of joined weights, by the fastest kernel for the number of rows."""
-    if _is_streamed(x, gate_up):
-        return layers.few_rows(x, gate_up, gated=True)
-    if on_hopper and len(x) >= hopper.FEWEST_ROWS:
-        result: torch.Tensor = hopper.gated(x, gate_up)
-        return result
-    return layers.silu_mul(linear(x, gate_up))
-
-
-def product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, splits: int = 1
-) -> torch.Tensor:
-    """x @ weight.T + bias; for few rows, it may be `splits` partial sums that `layers.add_norm` adds up."""
-    if bias is None and _is_streamed(x, weight, splits):
-        return layers.few_rows(x, weight, splits=splits)
-    return linear(x, weight, bias)
-
-
-def _is_streamed(x: torch.Tensor, weight: torch.Tensor, splits: int = 1) -> bool:
-    return len(x) <= layers.FEW_ROWS and weight.numel() >= LARGE and x.shape[1] % (16 * splits) == 0
+    def _product(self, name: str, x: torch.Tensor, *operands: Any) -> torch.Tensor:
+        """Run a product of `choices` by the kernel for the number of rows."""
+        return self.choices[name](len(x))(x, *operands)

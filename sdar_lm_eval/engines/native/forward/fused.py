@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from sdar_lm_eval.engines.native.forward import graphs
 from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
-from sdar_lm_eval.engines.native.forward.decoder import FusedDecoder, hopper
-from sdar_lm_eval.engines.native.forward.sizes import Timings, grid, measured, unmeasured
+from sdar_lm_eval.engines.native.forward.choices import Choice, hopper
+from sdar_lm_eval.engines.native.forward.decoder import FusedDecoder
+from sdar_lm_eval.engines.native.forward.sizes import grid, measured, unmeasured
+from sdar_lm_eval.engines.native.forward.timings import Timings
 from sdar_lm_eval.engines.native.kernels import attention, experts
+from sdar_lm_eval.engines.native.kernels.gpu import shared_memory
 from sdar_lm_eval.engines.native.kernels.layers import few_rows
 from sdar_lm_eval.engines.native.layout import Segments
 from sdar_lm_eval.engines.native.scheduler import Chunk
@@ -24,7 +27,6 @@ from sdar_lm_eval.engines.native.transfer import to_device
 from sdar_lm_eval.families.base import DecoderWeights, DenseMLP, Experts, LayerWeights
 
 SPLITS_BUDGET_BYTES = 1 << 30  # most memory of attention's partial results in prefill, one for each split of a context
-QUERY_BYTES = 128 << 10  # most memory of the queries that one program of the attention kernel holds
 PREFILL_ROWS = 256  # queries of a prompt, of all heads of a KV head, that one program of attention takes
 LONGEST_PAIR = 32  # tokens of a block and its predecessor, if they are one tile of attention
 
@@ -56,11 +58,21 @@ class FusedForward(Forward):
         self.fixed_rows = reproducible and not self.decoder.batch_invariant
         outputs = weights.layers[0].o.shape[1]  # heads * size
         self._widths = (outputs, len(weights.norm))
-        # One program of the attention kernel holds a block's queries of all heads that share a KV head.
+        # One program of the attention kernel holds a block's queries of all heads that share a KV head, in about half
+        # of the shared memory.
         shared = outputs // self.kv_heads
-        self.longest_block = min(QUERY_BYTES // (shared * self._dtype.itemsize), 128)
+        query_bytes = triton.next_power_of_2(shared_memory() // 2)
+        self.longest_block = min(query_bytes // (shared * self._dtype.itemsize), 128)
         self.prefill_tile = max(min(PREFILL_ROWS * weights.head_dim // shared, self.longest_block // 2), 1)
         self._block = 1
+        # Reproducible results need the same kernels in every process, and two processes may measure different times.
+        if self._device.type == "cuda" and not reproducible:
+            self.choose_kernels()
+
+    @torch.no_grad()
+    def choose_kernels(self) -> None:
+        """Choose the fastest kernels of the decoder's products. Needs a GPU."""
+        self.decoder.choose(self._timings, self._random_rows)
 
     def sizes(self, most: int, block: int) -> tuple[int, ...]:
         """See `Forward.sizes`."""
@@ -85,26 +97,30 @@ class FusedForward(Forward):
         if self._device.type == "cpu":
             return unmeasured(most, rows)
 
-        def times(largest: int) -> dict[int, float]:
-            def on_random_rows() -> Callable[[int], None]:
-                # torch's own generator belongs to the user: its state must not depend on a file of times.
-                generator = torch.Generator(self._device).manual_seed(0)
-                attended, residual = (
-                    torch.randn(grid(largest)[-1], width, generator=generator, device=self._device, dtype=self._dtype)
-                    for width in self._widths
-                )
-                return lambda count: run(attended[:count], residual[:count])
+        def times(largest: int) -> Mapping[int, float]:
+            def make() -> Callable[[str, int], None]:
+                attended, residual = self._random_rows(grid(largest)[-1])
+                return lambda _, count: run(attended[:count], residual[:count])
 
-            return self._timings(name, largest, on_random_rows)
+            return self._timings(name, {name: grid(largest)}, make).get(name, {})
 
         with torch.no_grad():
             return measured(most, rows, times)
+
+    def _random_rows(self, count: int) -> tuple[torch.Tensor, ...]:
+        """So many rows of attention's output, and of the residual."""
+        # torch's own generator belongs to the user: its state must not depend on a file of times.
+        generator = torch.Generator(self._device).manual_seed(0)
+        return tuple(
+            torch.randn(count, width, generator=generator, device=self._device, dtype=self._dtype)
+            for width in self._widths
+        )
 
     @functools.cached_property
     def _timings(self) -> Timings:
         layers = self.weights.layers[0], self.weights.layers[-1]
         shapes = [list(weight.shape) for layer in layers for weight in _weights_of(layer)]
-        code = [FusedForward, FusedDecoder, few_rows, experts.run, *([hopper.gated] if hopper else [])]
+        code = [FusedForward, FusedDecoder, Choice, few_rows, experts.run, *([hopper.gated] if hopper else [])]
         about = {
             "shapes": [*shapes, list(self.weights.head.shape)], "dtype": str(self._dtype),
             "top_k": [layer.mlp.top_k if isinstance(layer.mlp, Experts) else None for layer in layers],

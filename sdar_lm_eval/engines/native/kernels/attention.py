@@ -8,12 +8,14 @@ number of tiles unless they are fixed (`Tiles.batch_invariant`): without that, 1
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+
+from sdar_lm_eval.engines.native.kernels.gpu import multiprocessors
 
 SPLIT = 512  # fewest tokens of a context's split
 # Most tokens of a split where sequences of all lengths run together: every step waits for the longest program.
@@ -196,12 +198,6 @@ def padded_context(context: int) -> int:
     return SPLIT << (-(-context // SPLIT) - 1).bit_length()
 
 
-@functools.cache
-def multiprocessors() -> int:
-    """Multiprocessors of the current GPU; those of an H100 where there is none."""
-    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
-
-
 def splits_of(context: int, programs: int, longest: int) -> tuple[int, int]:
     """How contexts are cut: tokens of a split, and number of splits.
 
@@ -219,22 +215,29 @@ def splits_of(context: int, programs: int, longest: int) -> tuple[int, int]:
     return split, context // split
 
 
-def attention_settings(rows: int, programs: int, context: int, itemsize: int) -> tuple[int, int, int]:
-    """Column block, warps and stages, chosen on an H200 in bfloat16; float32 needs more shared memory.
+def attention_settings(rows: int, programs: int, context: int, itemsize: int) -> Iterator[tuple[int, int, int]]:
+    """Column block, warps and stages: the fastest on an H200, then settings that need less and less shared memory.
 
     Few rows leave the tensor cores idle, so reading sets the pace. A few programs keep more bytes in flight with wide
     column blocks, of which a multiprocessor holds only one program. Many programs with short contexts need few warps:
     more of these programs run at once, and each exchanges less between warps.
     """
     if itemsize > 2:
-        return 32, 2 if rows <= 32 else 4 if rows <= 64 else 8, 3
-    if rows <= 32:
+        columns, warps = 32, 2 if rows <= 32 else 4 if rows <= 64 else 8
+    elif rows <= 32:
+        columns, warps = 64, 4
         if programs <= 3 * multiprocessors():
-            return (128, 4, 3)
-        return (32, 2, 3) if context <= SPLIT and programs > 8 * multiprocessors() else (64, 4, 3)
-    if rows <= 128:
-        return (64, 4, 3) if rows <= 64 else (32, 4, 3)
-    return (64, 8, 3)
+            columns = 128
+        elif context <= SPLIT and programs > 8 * multiprocessors():
+            columns, warps = 32, 2
+    elif rows <= 128:
+        columns, warps = 64 if rows <= 64 else 32, 4
+    else:
+        columns, warps = 64, 8
+    yield columns, warps, 3
+    while columns >= 16:
+        yield columns, warps, 2
+        columns //= 2
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles: Tiles, scaling: float) -> torch.Tensor:
@@ -302,13 +305,19 @@ def _launch(
     programs, context = len(tiles.first) * kv_heads, tiles.split * tiles.splits
     if tiles.batch_invariant:
         programs, context = WHOLE, SPLIT
-    columns, warps, stages = attention_settings(rows, programs, context, query.dtype.itemsize)
-    attend_kernel[(kv_heads, len(tiles.first), tiles.splits)](
-        query, keys, values, tiles.first, tiles.count, tiles.pages, tiles.pages.shape[1], tiles.sequence,
-        tiles.visible, out, out if sums is None else sums, scaling, tokens, tiles.split if tiles.splits > 1 else WHOLE,
-        heads, kv_heads, size, page_size, rows, fewer, columns, sums is not None,
-        "ieee" if query.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    for columns, warps, stages in attention_settings(rows, programs, context, query.dtype.itemsize):
+        try:
+            attend_kernel[(kv_heads, len(tiles.first), tiles.splits)](
+                query, keys, values, tiles.first, tiles.count, tiles.pages, tiles.pages.shape[1], tiles.sequence,
+                tiles.visible, out, out if sums is None else sums, scaling, tokens,
+                tiles.split if tiles.splits > 1 else WHOLE, heads, kv_heads, size, page_size, rows, fewer, columns,
+                sums is not None, "ieee" if query.dtype == torch.float32 else "tf32", num_warps=warps,
+                num_stages=stages,
+            )  # fmt: skip
+            return
+        except triton.OutOfResources as error:  # this GPU has less shared memory than an H200
+            lacking = error
+    raise lacking
 
 
 def partial_results(query: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:

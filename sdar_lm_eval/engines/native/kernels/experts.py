@@ -10,7 +10,7 @@ A router picks K of E experts for each of T tokens, so T * K rows go through exp
 Nothing waits for the host and no shape depends on the routing, so a CUDA graph captures all of them. The grids have
 programs for the most tiles that T * K rows can need; programs without a tile end at once. The order of rows within an
 expert varies from run to run, since atomics decide it; results do not, because a row's sums depend on its own tokens
-and weights, and on the tile's sizes. The K outputs of a token are not added up here: `decoder.add_norm` adds them.
+and weights, and on the tile's tiles. The K outputs of a token are not added up here: `decoder.add_norm` adds them.
 
 The reference is transformers' Qwen3MoeSparseMoeBlock (models/qwen3_moe/modeling_qwen3_moe.py), whose rounding of logits
 and weights these kernels follow. Sorting rows by expert, for products by tiles of one expert, is the way of vLLM's and
@@ -19,7 +19,6 @@ SGLang's fused_moe kernels (vllm/model_executor/layers/fused_moe).
 
 from __future__ import annotations
 
-import bisect
 import math
 from dataclasses import dataclass
 
@@ -53,35 +52,20 @@ class TileSettings:
     stages: int
 
 
-# Tiles for 16 bits, and the most rows of an expert, on average, that each of them but the last is the fastest for:
-# measured on an H200 with 128 experts of 2,048 x 768.
+# Where an expert has few rows, reading its weights takes the time: small tiles make programs enough, and each copies
+# several steps ahead. Where an expert has many rows, multiplying takes the time: large tiles read operands less often.
+# A tile that is larger than an expert's rows is multiplied in vain.
 TILES = (
     TileSettings(16, 32, 64, 128, 4, 4),
     TileSettings(32, 64, 64, 128, 4, 3),
     TileSettings(64, 64, 128, 64, 4, 3),
     TileSettings(128, 128, 128, 64, 8, 3),
 )
+# Most rows of an expert, on average, for each of the tiles but the last, until times are known. Measured on an H200
+# with 128 experts of 2,048 x 768.
 ROWS_OF_TILES = (8, 24, 56)
-
-
-def tile_settings(rows: int, experts: int, itemsize: int, *, batch_invariant: bool = False) -> TileSettings:
-    """Sizes of tiles for so many rows.
-
-    Where an expert has few rows, reading its weights takes the time: small tiles make programs enough, and each copies
-    several steps ahead. Where an expert has many rows, multiplying takes the time: large tiles read operands less
-    often. A tile that is larger than an expert's rows is multiplied in vain.
-
-    Args:
-        rows: T * K, rows of all experts.
-        experts: E.
-        itemsize: bytes of an element.
-        batch_invariant: whether a row's result may not depend on the number of rows: then the sizes do not, either.
-    """
-    if itemsize > 2:
-        return TileSettings(16, 32, 32, 32, 4, 3)
-    if batch_invariant:
-        return TILES[2]
-    return TILES[bisect.bisect_left(ROWS_OF_TILES, rows / experts)]
+FIXED_TILES = TILES[2]  # where a row's result may not depend on the number of rows
+FLOAT32_TILES = TileSettings(16, 32, 32, 32, 4, 3)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -204,23 +188,13 @@ def down_kernel(
         tl.store(out + at, total.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
-def compile_for(experts: Experts, *, batch_invariant: bool) -> None:
-    """Compile the kernels for tiles of every size, with and without padding, by running some rows through experts."""
-    count, inputs = experts.router.shape
-    for each in (*ROWS_OF_TILES, ROWS_OF_TILES[-1] + 1):
-        x = experts.router.new_zeros(-(-each * count // experts.top_k), inputs)
-        logits = x.new_zeros(len(x), count)
-        for visible in (None, torch.zeros(len(x), dtype=torch.int64, device=x.device)):
-            run(x, logits, experts, visible, batch_invariant=batch_invariant)
-
-
 def run(
     x: torch.Tensor,
     logits: torch.Tensor,
     experts: Experts,
     visible: torch.Tensor | None = None,
     *,
-    batch_invariant: bool = False,
+    tiles: TileSettings,
 ) -> torch.Tensor:
     """Run tokens through a layer of experts.
 
@@ -229,7 +203,7 @@ def run(
         logits: (T, E), x @ router.T.
         experts: the layer's weights; their width is a multiple of 16.
         visible: (T,), 0 for padding, which no expert runs: its outputs are undefined. None: no token is padding.
-        batch_invariant: whether a row's result may not depend on the number of rows.
+        tiles: sizes of the products' tiles. A row's result depends on them, and not on the number of rows.
 
     Returns:
         (K, T, D): each token's outputs of its K experts, times their weights. Their sum is the layer's output.
@@ -237,8 +211,7 @@ def run(
     (tokens, inputs), (count, size) = x.shape, (len(experts.router), experts.down.shape[2])
     top, device = experts.top_k, x.device
     rows, precision = tokens * top, "ieee" if x.dtype == torch.float32 else "tf32"
-    sizes = tile_settings(rows, count, x.dtype.itemsize, batch_invariant=batch_invariant)
-    tiles = rows // sizes.rows + min(count, rows)  # the most that rows need, however they are routed
+    most_tiles = rows // tiles.rows + min(count, rows)  # the most that rows need, however they are routed
     columns = triton.next_power_of_2(count)
 
     chosen = torch.empty(tokens, top, dtype=torch.int32, device=device)
@@ -250,19 +223,19 @@ def run(
         experts.normalized, visible is not None, ROUTED, num_warps=1,
     )  # fmt: skip
     order = torch.empty(rows, dtype=torch.int32, device=device)
-    table = torch.empty(tiles, 4, dtype=torch.int32, device=device)
-    order_kernel[(triton.cdiv(max(rows, tiles), PLACED),)](
-        chosen, counts, taken, order, table, rows, tiles, count, columns, sizes.rows, PLACED, num_warps=4
+    table = torch.empty(most_tiles, 4, dtype=torch.int32, device=device)
+    order_kernel[(triton.cdiv(max(rows, most_tiles), PLACED),)](
+        chosen, counts, taken, order, table, rows, most_tiles, count, columns, tiles.rows, PLACED, num_warps=4
     )
     active = torch.empty(rows, size, dtype=x.dtype, device=device)
-    gate_up_kernel[(triton.cdiv(size, sizes.columns), tiles)](
-        x, experts.gate_up, active, order, table, inputs, size, top, sizes.rows, sizes.columns,
-        math.gcd(inputs, sizes.inputs), precision, num_warps=sizes.warps, num_stages=sizes.stages,
+    gate_up_kernel[(triton.cdiv(size, tiles.columns), most_tiles)](
+        x, experts.gate_up, active, order, table, inputs, size, top, tiles.rows, tiles.columns,
+        math.gcd(inputs, tiles.inputs), precision, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     out = torch.empty(top, tokens, inputs, dtype=x.dtype, device=device)
-    columns = sizes.down_columns
-    down_kernel[(triton.cdiv(inputs, columns), tiles)](
-        active, experts.down, weights, totals, out, order, table, size, inputs, tokens, top, sizes.rows, columns,
-        math.gcd(size, sizes.inputs), precision, num_warps=sizes.warps, num_stages=sizes.stages,
+    columns = tiles.down_columns
+    down_kernel[(triton.cdiv(inputs, columns), most_tiles)](
+        active, experts.down, weights, totals, out, order, table, size, inputs, tokens, top, tiles.rows, columns,
+        math.gcd(size, tiles.inputs), precision, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out

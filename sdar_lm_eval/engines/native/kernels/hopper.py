@@ -36,11 +36,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sdar_lm_eval.engines.native.kernels.gpu import multiprocessors
+
 logger = logging.getLogger(__name__)
 
-# Fewest rows of the gated product. With fewer, cuBLAS and `kernels.silu_mul` are faster: reading the weights takes the
-# time, and tiles are half empty.
-FEWEST_ROWS = 336
 STRIP = 64  # rows of a consumer group, the fewest of the instruction
 COLUMNS = 256  # columns of a tile, the most of the instruction; of the gated product, half are gate's and half up's
 INPUTS = 64  # inputs (of K) of a step: 128 bytes, a row of shared memory without bank conflicts
@@ -258,7 +257,7 @@ def work_table(strips: int, tiles: int, columns: int, device: torch.device) -> t
         columns: columns of a tile.
         device: device of the table.
     """
-    own = schedule(strips, tiles, multiprocessors(device))
+    own = schedule(strips, tiles, multiprocessors())
     work = np.zeros((max(map(len, own)) + 1, len(own), 4), np.int32)
     for program, program_tiles in enumerate(own):
         work[: len(program_tiles), program, :3] = np.array(program_tiles).reshape(-1, 3) * [STRIP, 1, columns]
@@ -268,9 +267,3 @@ def work_table(strips: int, tiles: int, columns: int, device: torch.device) -> t
 def is_hopper(device: torch.device) -> bool:
     """Whether a device is a Hopper GPU."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """The number of a GPU's streaming multiprocessors."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
