@@ -1,6 +1,6 @@
 """Which kernels the native engine chooses on this GPU, and how long the others take.
 
-    python benchmarks/kernels.py --pretrained FOLDER --random-weights
+    python benchmarks/kernel_times.py --pretrained FOLDER --random-weights
 
 The first tables have the times that chose the kernels of matrix products: microseconds of two layers without attention,
 by number of rows. The chosen kernel's time is bold.
