@@ -5,9 +5,9 @@
 The first tables have the times that chose the kernels of matrix products: microseconds of two layers without attention,
 by number of rows. The chosen kernel's time is bold.
 
-The last table compares the settings of attention by Triton, which are rules and not measured at a start, with all
-settings of a grid, and with the kernel for Hopper GPUs where it runs. A step has a block of each sequence, as in a run.
-Keys and values are too many for the GPU's cache.
+The last table is about attention, whose kernel and settings are chosen by rules, not by times. The table compares the
+chosen kernel with all settings of a grid, and with the kernel for Hopper GPUs where it runs. The tokens are one block of
+each sequence, as in a step. The GPU's cache has no room for the keys and values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sdar_lm_eval.engines.native.forward.decoder import FusedDecoder, hopper_att
 from sdar_lm_eval.engines.native.forward.fused import LONGEST_PAIR
 from sdar_lm_eval.engines.native.kernels import attention
 
-GRID = [(columns, warps, 3) for columns in (32, 64, 128) for warps in (2, 4, 8)]
+GRID = [(columns, warps) for columns in (32, 64, 128) for warps in (2, 4, 8)]
 PAGE = 16
 COLD_BYTES = 512 << 20  # together, keys and values that take turns have so many bytes at least
 
@@ -45,7 +45,7 @@ def main() -> None:
         checkpoint = Checkpoint.open(pretrained)
         engine: Any = make_engine("native", checkpoint, device="cuda")
         show_products(engine.runner.forward.decoder)
-        print("| block | sequences | context | chosen, us | fastest of the grid, us | columns, warps | Hopper, us |")
+        print("| block | sequences | context | chosen, us | fastest, us | the fastest | times the fastest |")
         print("| ---: | ---: | ---: | ---: | ---: | --- | ---: |")
         blocks = args.block_length or [checkpoint.block_length]
         for block, active, context in itertools.product(blocks, args.active, args.context):
@@ -92,21 +92,23 @@ def show_attention(config: dict[str, Any], block: int, active: int, context: int
 
         return 1e6 * timed(run, "cuda") / copies
 
+    on_hopper = hopper_attention is not None and hopper_attention.runs(heads, caches[0][0][:1])
+    suits = on_hopper and hopper_attention.suits(tiles, heads, kv_heads)
+    chosen = microseconds(hopper_attention if suits else attention)
+    times = {"the Hopper kernel": microseconds(hopper_attention)} if on_hopper else {}
     rules = attention.attention_settings
-    chosen, times = microseconds(attention), {}
-    for setting in GRID:
-        attention.attention_settings = lambda *_, setting=setting: iter([setting])  # type: ignore[assignment, misc]
+    for columns, warps in GRID:
+        attention.attention_settings = lambda *_, setting=(columns, warps, 3): iter([setting])  # type: ignore[assignment, misc]
         try:
-            times[setting] = microseconds(attention)
+            times[f"{columns} columns, {warps} warps"] = microseconds(attention)
         except triton.OutOfResources:
             continue
         finally:
             attention.attention_settings = rules
-    (columns, warps, _), fastest = min(times.items(), key=lambda item: item[1])
-    on_hopper = hopper_attention is not None and hopper_attention.runs(heads, caches[0][0][:1])
-    hopper = f"{microseconds(hopper_attention):.1f}" if on_hopper else ""
+    fastest = min(times, key=times.__getitem__)
     print(
-        f"| {block} | {active} | {context:,} | {chosen:.1f} | {fastest:.1f} | {columns}, {warps} | {hopper} |",
+        f"| {block} | {active} | {context:,} | {chosen:.1f} | {times[fastest]:.1f} | {fastest} | "
+        f"{chosen / times[fastest]:.2f} |",
         flush=True,
     )
 

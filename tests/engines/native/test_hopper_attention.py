@@ -64,24 +64,39 @@ def test_a_kernel_that_does_not_run_is_logged(tried, caplog):
     assert tried == [1]
 
 
-def some_tiles(tokens, context, *, batch_invariant=False):
+def some_tiles(tokens, context, *, tiles=1, batch_invariant=False):
     one = torch.ones(1, dtype=torch.int64)
-    return Tiles(one - 1, one, one[None], one - 1, one, tokens, context, 1, batch_invariant)
+    number = torch.zeros(tiles, dtype=torch.int64)
+    return Tiles(number, number + 1, one[None], number, one, tokens, context, 1, batch_invariant)
 
 
-def test_the_kernel_takes_long_contexts_and_many_rows():
-    assert not hopper_attention.suits(some_tiles(8, 512), 4)
-    assert hopper_attention.suits(some_tiles(8, 1024), 4)
-    assert not hopper_attention.suits(some_tiles(64, 512), 4)
-    assert hopper_attention.suits(some_tiles(64, 512), 8)
+@pytest.mark.parametrize(
+    ("tokens", "context", "tiles", "taken"),
+    [
+        # few programs
+        (8, 512, 1, False),
+        (8, 1024, 1, True),
+        (16, 512, 1, True),
+        # many programs
+        (8, 512, 64, False),
+        (16, 8192, 64, False),
+        (32, 512, 64, False),
+        (32, 1024, 64, True),
+        (64, 512, 64, True),
+    ],
+)
+def test_the_kernel_takes_what_it_is_the_fastest_for(tokens, context, tiles, taken):
+    """32 query heads share 8 KV heads. An H200 has 132 multiprocessors, and 64 tiles have 512 programs."""
+    assert hopper_attention.suits(some_tiles(tokens, context, tiles=tiles), 32, 8) == taken
 
 
 def test_the_kernel_takes_all_tiles_if_results_have_to_be_batch_invariant():
-    """The longest context of a batch must not decide, because the kernels round differently."""
+    """The longest context of a batch must not decide, because the kernels round differently. Nor must the batch."""
     assert all(
-        hopper_attention.suits(some_tiles(tokens, context, batch_invariant=True), 4)
+        hopper_attention.suits(some_tiles(tokens, context, tiles=tiles, batch_invariant=True), 32, 8)
         for tokens in (1, 4, 64)
         for context in (512, 1024, 8192)
+        for tiles in (1, 64)
     )
 
 

@@ -137,9 +137,7 @@ COMPILE = """
             "HEADS": 32, "KV_HEADS": 8, "SIZE": 128, "PAGE": page, "ROWS": rows, "FEWER": fewer or rows,
             "PARTIAL": splits > 1, "PRECISION": "ieee" if type_ == FP32 else "tf32",
         }
-        settings = attention.attention_settings(
-            rows, programs, splits * attention.SPLIT, 2 if type_ == BF16 else 4
-        )
+        settings = attention.attention_settings(rows, programs, 2 if type_ == BF16 else 4)
         fitting = (
             fits(attention.attend_kernel, types, {**constants, "COLUMNS": columns}, num_warps=warps, num_stages=stages)
             for columns, warps, stages in settings

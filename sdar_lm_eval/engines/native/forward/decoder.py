@@ -49,7 +49,7 @@ class FusedDecoder:
         self.choices = choices.of_model(weights, batch_invariant=self.batch_invariant, tiles_are_fixed=batch_invariant)
         first = weights.layers[0]
         heads = first.o.shape[1] // weights.head_dim
-        self._heads, self._group = heads, heads // cache.kv_heads
+        self._heads, self._kv_heads = heads, cache.kv_heads
         self._page = first.qkv.new_zeros(1, cache.page_size, cache.kv_heads, weights.head_dim)
 
     @functools.cached_property
@@ -64,7 +64,7 @@ class FusedDecoder:
             self._attention(some, self._page).attend(query, self._page, self._page, some, self._scaling)
         for mlp in choices.mlps_of(self._weights):
             if not isinstance(mlp, DenseMLP):
-                row, none = mlp.router.new_zeros(1, mlp.router.shape[1]), torch.zeros_like(some.visible[:1])
+                row, none = mlp.router.new_zeros(1, mlp.router.shape[1]), torch.zeros_like(some.visible)
                 logits = row.new_zeros(1, len(mlp.router))
                 for kernel, visible in itertools.product(self.choices["experts"].used, (None, none)):
                     kernel.run(row, logits, mlp, visible)
@@ -169,7 +169,7 @@ class FusedDecoder:
     def _attention(self, tiles: attention.Tiles, keys: torch.Tensor) -> Any:
         """The module with the fastest attention of these tiles, over keys of (pages, page size, KV heads, size)."""
         tried = keys.shape[1:] == self._page.shape[1:]  # the trial of the Hopper kernel has pages of this shape
-        suits = hopper_attention is not None and tried and hopper_attention.suits(tiles, self._group)
+        suits = hopper_attention is not None and tried and hopper_attention.suits(tiles, self._heads, self._kv_heads)
         return hopper_attention if suits and self._attends_on_hopper else attention
 
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

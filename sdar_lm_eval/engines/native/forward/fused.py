@@ -19,7 +19,7 @@ from sdar_lm_eval.engines.native.forward.decoder import FusedDecoder
 from sdar_lm_eval.engines.native.forward.sizes import grid, measured, unmeasured
 from sdar_lm_eval.engines.native.forward.timings import Timings
 from sdar_lm_eval.engines.native.kernels import attention, experts
-from sdar_lm_eval.engines.native.kernels.gpu import shared_memory
+from sdar_lm_eval.engines.native.kernels.gpu import multiprocessors, shared_memory
 from sdar_lm_eval.engines.native.kernels.layers import few_rows
 from sdar_lm_eval.engines.native.layout import Segments
 from sdar_lm_eval.engines.native.scheduler import Chunk
@@ -146,12 +146,18 @@ class FusedForward(Forward):
         cuts = [(attention.SPLIT, 1)]
         if context > attention.SPLIT:
             cuts += [(context, 1), (context // 2, 2)]
-        none, row = (torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(2))
         tokens = self._block if self._reproducible else self.prefill_tile
+        # The kernel also depends on the number of tiles, here of tiles without tokens.
+        few, many = 1, attention.MANY * multiprocessors() + 1
+        zeros = torch.zeros(many, dtype=torch.int64, device=self._device)
         self.decoder.compile(
-            attention.Tiles(row, none, row[None], row, none, tokens, split, splits, batch_invariant=self._reproducible)
+            attention.Tiles(
+                zeros[:tiles], zeros[:tiles], zeros[None, :1], zeros[:tiles], zeros[:1], tokens, split, splits,
+                batch_invariant=self._reproducible,
+            )
             for split, splits in cuts
-        )
+            for tiles in (few, many)
+        )  # fmt: skip
 
     def context_key(self, context: int) -> int:
         """See `Forward.context_key`."""

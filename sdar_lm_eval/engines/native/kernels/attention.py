@@ -21,6 +21,7 @@ SPLIT = 512  # fewest tokens of a context's split
 # Most tokens of a split where sequences of all lengths run together: every step waits for the longest program.
 LONGEST_SPLIT = 8192
 FILLING = 2  # attention programs that a multiprocessor needs to be busy
+MANY = 3  # attention programs that a multiprocessor runs at once, if each keeps many bytes in flight
 WHOLE = 1 << 30  # tokens of a context's only split, whatever its length
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -215,29 +216,35 @@ def splits_of(context: int, programs: int, longest: int) -> tuple[int, int]:
     return split, context // split
 
 
-def attention_settings(rows: int, programs: int, context: int, itemsize: int) -> Iterator[tuple[int, int, int]]:
+def attention_settings(rows: int, programs: int, itemsize: int) -> Iterator[tuple[int, int, int]]:
     """Column block, warps and stages: the fastest on an H200, then settings that need less and less shared memory.
 
     Few rows leave the tensor cores idle, so reading sets the pace. A few programs keep more bytes in flight with wide
-    column blocks, of which a multiprocessor holds only one program. Many programs with short contexts need few warps:
-    more of these programs run at once, and each exchanges less between warps.
+    column blocks, of which a multiprocessor holds only one program. Many programs need few warps: more of these
+    programs run at once, and each exchanges less between warps.
+
+    Args:
+        rows: query rows of a tile.
+        programs: programs of the launch.
+        itemsize: bytes of an element.
     """
     if itemsize > 2:
         columns, warps = 32, 2 if rows <= 32 else 4 if rows <= 64 else 8
-    elif rows <= 32:
-        columns, warps = 64, 4
-        if programs <= 3 * multiprocessors():
-            columns = 128
-        elif context <= SPLIT and programs > 8 * multiprocessors():
-            columns, warps = 32, 2
-    elif rows <= 128:
-        columns, warps = 64 if rows <= 64 else 32, 4
+    elif rows > 64:
+        columns, warps = (32, 4) if rows <= 128 else (64, 8)
+    elif are_many(programs):
+        columns, warps = 32, 2
     else:
-        columns, warps = 64, 8
+        columns, warps = 128 if rows <= 32 and programs <= multiprocessors() else 64, 4
     yield columns, warps, 3
     while columns >= 16:
         yield columns, warps, 2
         columns //= 2
+
+
+def are_many(programs: int) -> bool:
+    """Whether a launch of attention has more programs than a GPU runs at once."""
+    return programs > MANY * multiprocessors()
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles: Tiles, scaling: float) -> torch.Tensor:
@@ -302,10 +309,8 @@ def _launch(
     assert tiles.pages.is_contiguous()
     rows = max(16, triton.next_power_of_2(tiles.tokens * (heads // kv_heads)))
     fewer = rows // 2 if 16 < rows <= 64 else rows  # rows of a half full tile: a block without its predecessor
-    programs, context = len(tiles.first) * kv_heads, tiles.split * tiles.splits
-    if tiles.batch_invariant:
-        programs, context = WHOLE, SPLIT
-    for columns, warps, stages in attention_settings(rows, programs, context, query.dtype.itemsize):
+    programs = WHOLE if tiles.batch_invariant else len(tiles.first) * kv_heads * tiles.splits
+    for columns, warps, stages in attention_settings(rows, programs, query.dtype.itemsize):
         try:
             attend_kernel[(kv_heads, len(tiles.first), tiles.splits)](
                 query, keys, values, tiles.first, tiles.count, tiles.pages, tiles.pages.shape[1], tiles.sequence,

@@ -33,7 +33,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sdar_lm_eval.engines.native.kernels.attention import LOG2E, SPLIT, WHOLE, Tiles, combine_splits, partial_results
+from sdar_lm_eval.engines.native.kernels.attention import (
+    LOG2E,
+    SPLIT,
+    WHOLE,
+    Tiles,
+    are_many,
+    combine_splits,
+    partial_results,
+)
 from sdar_lm_eval.engines.native.kernels.hopper import is_hopper, load_tile, shared_layout, works
 
 SIZES = (64, 128)  # head sizes
@@ -42,7 +50,6 @@ ROWS = 64  # query rows of a consumer warpgroup: the fewest that the instruction
 COLUMNS = {1: 64, 2: 128}
 STAGES = 3  # stages of shared memory
 REGISTERS = {1: 128, 2: 168}  # number of consumer warpgroups -> registers of a thread, on average
-MANY_ROWS = 256  # above so many query rows of a tile, the kernel is faster than Triton's for contexts of any length
 CHANNELS = 64  # channels of a copy: 128 bytes, a row of shared memory without bank conflicts
 # Triton 3.9 renames `_reinterpret`.
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
@@ -357,16 +364,21 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles:
     return out
 
 
-def suits(tiles: Tiles, group: int) -> bool:
-    """Whether this kernel should take the tiles: Triton's kernel is faster for few rows with short contexts.
+def suits(tiles: Tiles, heads: int, kv_heads: int) -> bool:
+    """Whether this kernel should take the tiles. On an H200, Triton's kernel is faster for the others.
 
-    If results have to be batch-invariant, the choice must not depend on contexts, so this kernel takes all tiles.
+    If results have to be batch-invariant, the choice must not depend on other tiles, so this kernel takes all tiles.
 
     Args:
         tiles: the tiles.
-        group: query heads of a KV head.
+        heads, kv_heads: numbers of heads.
     """
-    return tiles.batch_invariant or tiles.split * tiles.splits > SPLIT or tiles.tokens * group > MANY_ROWS
+    if tiles.batch_invariant:
+        return True
+    rows, is_short = tiles.tokens * heads // kv_heads, tiles.split * tiles.splits <= SPLIT
+    if are_many(len(tiles.first) * kv_heads * tiles.splits):
+        return rows > 128 or (rows > 64 and not is_short)
+    return rows > 32 or not is_short
 
 
 def runs(heads: int, cache: torch.Tensor) -> bool:
