@@ -17,21 +17,25 @@ class Counts:
     Attributes:
         requests: answers computed.
         new_tokens: tokens of these answers, as far as they are returned.
-        stored_requests: answers found in a store.
-        stored_tokens: tokens of these answers, as far as they are returned.
-        stored_forwards: their denoising and commit forwards.
-        stored_seconds: time in which earlier processes computed these answers.
-        stored_unmeasured: how many of these answers have no tokens and forwards in the store.
-        stored_untimed: how many of these answers have no time in the store.
+        prompt_tokens: tokens of these answers' prompts.
+        prefill_forwards, denoising_forwards, commit_forwards: these answers' forwards by kind.
+        load_seconds: time of loading the model and of preparing the engine.
         generation_seconds: time of generation, prefill included.
         peak_memory_bytes: of the device on CUDA, else of the process.
         scored_requests: log-likelihoods computed.
         scored_tokens: tokens of these log-likelihoods.
-        stored_scores: log-likelihoods found in a store.
         clean_tokens: tokens of unmasked text that scoring ran through the model.
         noised_tokens: tokens of masked blocks that scoring ran through the model.
+        scoring_seconds: time of scoring.
         standard_errors: sum of the log-likelihoods' standard errors, in nats, those found in a store included.
         largest_standard_error: the largest of these standard errors, in nats.
+        stored_requests: answers found in a store.
+        stored_scores: log-likelihoods found in a store.
+        stored_tokens: tokens of the stored answers, as far as they are returned.
+        stored_forwards: their denoising and commit forwards.
+        stored_seconds: time in which earlier processes computed the stored answers.
+        stored_unmeasured: how many of the stored answers have no tokens and forwards in the store.
+        stored_untimed: how many of the stored answers have no time in the store.
         thoughts: answers with a thought, those found in a store included.
         unfinished_thoughts: answers that ended in their thought, those found in a store included.
         forced_tokens: new tokens that were not drawn: inserted think ends.
