@@ -189,7 +189,7 @@ def _without_scores(
     for metric in metrics:
         samples = [of_filters[metric.filter] for of_filters in listed if metric.filter in of_filters]
         values = [(numbers_of(sample.line.content.get(metric.name)), sample) for sample in samples]
-        known = {("", i): np.array(numbers) for i, (numbers, _) in enumerate(values) if numbers is not None}
+        known = [np.array(numbers) for numbers, _ in values if numbers is not None]
         are_lists = any(
             numbers is not None and len(numbers) not in (1, 1 if of_likelihoods else len(sample.responses))
             for numbers, sample in values

@@ -63,8 +63,7 @@ class RunFrames:
         """
         rows = []
         for task in self.run.tasks:
-            numbers = self.run.results_of(task).content.part_or_empty("n-samples").part_or_empty(task)
-            documents = numbers.whole("effective")
+            documents = self.run.results_of(task).answered(task)
             rows += [
                 (task, each.name, each.filter, each.value, each.stderr, each.higher_is_better, documents)
                 for each in self.run.metrics(task)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from sdar_lm_eval.report.columns import TABLES, Column
@@ -249,6 +250,8 @@ def _shown(metric: Metric) -> str:
     return f"{metric.value:.4g}" + ("" if metric.stderr is None else f" ± {metric.stderr:.2g}")
 
 
+_FOREIGN = "the source used other prompts and scorers"
+
 LEGEND = (
     f"± is one standard error. LARGER than chance: the difference exceeds {STANDARD_ERRORS} standard errors of two\n"
     "runs on different questions. Where the published run answered the same questions, chance plays a smaller part:\n"
@@ -257,16 +260,11 @@ LEGEND = (
 )
 
 
-_FOREIGN = "the source used other prompts and scorers"
-
-_ALL = tuple(column for columns in TABLES for column in columns)
-
-
 def _table(run: Run, rows: Sequence[Published]) -> Table:
     scores: dict[str, Score] = {}
     several: dict[str, list[Metric]] = {}
     used: set[str] = set()
-    for column in _ALL:
+    for column in itertools.chain.from_iterable(TABLES):
         # A results file may hold the newest results of one task, and results of another task that newer ones replace.
         newest = [
             each for each in run.results if all(each in run.of_tasks.get(task, []) for task in _tasks_of(each, column))
@@ -280,23 +278,17 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
                     "%s has no %s of %s, which the table shows: evaluate it again.", file, column.metric, column.task
                 )
             continue
-        each = [score for _, score in known]
-        scores[column.task] = Score(
-            value=sum(score.value for score in each) / len(each),
-            stderr=each[0].stderr,
-            questions=each[0].questions,
-            shots=each[0].shots,
-            settings=each[0].settings,
-            seeds=len(each),
-            answers=each[0].answers,
-        )
-        if found_several := _several_of(known[0][0], column):
+        first, score = known[0]
+        mean = sum(each.value for _, each in known) / len(known)
+        scores[column.task] = replace(score, value=mean, seeds=len(known))
+        if found_several := _several_of(first, column):
             several[column.task] = found_several
-        used |= {column.task, *_tasks_of(known[0][0], column)}
+        used |= {column.task, *_tasks_of(first, column)}
     others = {task: run.metrics(task) for task in run.tasks if task not in used}
-    own = published_as(str(run.settings(run.tasks[0]).get("pretrained")))
-    own = [row for row in own if (row.scores.keys() - row.foreign) & scores.keys()]
-    return Table(run, scores, rows or own, others, several)
+    if not rows:
+        own = published_as(str(run.settings(run.tasks[0]).get("pretrained")))
+        rows = [row for row in own if (row.scores.keys() - row.foreign) & scores.keys()]
+    return Table(run, scores, rows, others, several)
 
 
 def _several_of(results: Results, column: Column) -> list[Metric]:
@@ -310,8 +302,7 @@ def _several_of(results: Results, column: Column) -> list[Metric]:
 
 def _tasks_of(results: Results, column: Column) -> list[str]:
     """The tasks whose scores a column averages: the tasks of the column's group, or the column's own task."""
-    subtasks = results.content.part_or_empty("group_subtasks").content.get(column.task)
-    return list(map(str, subtasks)) if isinstance(subtasks, list) and subtasks else [column.task]
+    return results.groups.get(column.task, [column.task])
 
 
 def _score(results: Results, column: Column) -> Score | None:
