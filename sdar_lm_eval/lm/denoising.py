@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdar_lm_eval.engines.types import GenerationResult
-from sdar_lm_eval.lm.store import Forwards, Record
+from sdar_lm_eval.lm.store import Record
 from sdar_lm_eval.report.denoising import CONFIDENCE_SCALE, DenoisingLine, denoising_file, write_denoising
 
 logger = logging.getLogger(__name__)
@@ -50,28 +50,25 @@ class Written:
     steps: NDArray[np.int16] | None
     confidences: NDArray[np.int16] | None
     finish_reason: str
-    forwards: Forwards
+    forwards: Mapping[str, int]
     seconds: float
     forced_tokens: int = 0
 
     @classmethod
     def of_result(cls, result: GenerationResult, block_length: int, prompt_tokens: int) -> Written:
         """Return the denoising record of an engine's result."""
-        recorded = result.unmasked_at is not None and result.confidences is not None
+        steps = confidences = None
+        if result.unmasked_at is not None and result.confidences is not None:
+            steps = np.array(result.unmasked_at, np.int16)
+            confidences = np.rint(np.array(result.confidences, np.float32) * CONFIDENCE_SCALE).astype(np.int16)
         return cls(
             block_length=block_length,
             prompt_tokens=prompt_tokens,
             token_ids=np.array(result.token_ids, np.int32),
-            steps=np.array(result.unmasked_at, np.int16) if recorded else None,
-            confidences=np.rint(np.array(result.confidences, np.float32) * CONFIDENCE_SCALE).astype(np.int16)
-            if recorded
-            else None,
+            steps=steps,
+            confidences=confidences,
             finish_reason=result.finish_reason,
-            forwards={
-                "prefill": result.prefill_forwards,
-                "denoising": result.denoising_forwards,
-                "commit": result.commit_forwards,
-            },
+            forwards=result.forwards,
             seconds=round(result.seconds, 4),
             forced_tokens=result.forced_tokens,
         )
@@ -105,22 +102,18 @@ class Written:
 
     def as_line(self, document: int, repeat: int, texts: Sequence[str]) -> DenoisingLine:
         """Return the line of the denoising file; `texts` are the texts of the tokens."""
-        recorded = self.as_record()
-        return cast(
-            "DenoisingLine",
-            {
-                "document": document,
-                "repeat": repeat,
-                "block_length": self.block_length,
-                "prompt_tokens": self.prompt_tokens,
-                **recorded,
-                "texts": texts,
-                "finish_reason": self.finish_reason,
-                "forwards": self.forwards,
-                "seconds": self.seconds,
-                **({"forced_tokens": self.forced_tokens} if self.forced_tokens else {}),
-            },
-        )
+        line = {
+            "document": document,
+            "repeat": repeat,
+            "prompt_tokens": self.prompt_tokens,
+            **self.as_record(),
+            "texts": texts,
+            "finish_reason": self.finish_reason,
+            "forwards": self.forwards,
+            "seconds": self.seconds,
+            **({"forced_tokens": self.forced_tokens} if self.forced_tokens else {}),
+        }
+        return cast("DenoisingLine", line)
 
 
 @dataclass

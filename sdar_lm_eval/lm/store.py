@@ -27,14 +27,6 @@ from sdar_lm_eval.hashing import hex_digest
 logger = logging.getLogger(__name__)
 
 
-class Forwards(TypedDict):
-    """How often an answer's prompt, or a block of the answer, went through the model."""
-
-    prefill: int
-    denoising: int
-    commit: int
-
-
 class Record(TypedDict, total=False):
     """A finished answer (it has `text`) or score (it has `log_likelihood`), as a place returns it.
 
@@ -52,7 +44,7 @@ class Record(TypedDict, total=False):
     thought_ended: bool
     prompt_tokens: int
     new_tokens: int
-    forwards: Forwards
+    forwards: Mapping[str, int]
     seconds: float
     finish_reason: str
     forced_tokens: int

@@ -100,11 +100,7 @@ def cost_of(result: GenerationResult, prompt_tokens: int) -> dict[str, object]:
     return {
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(result.token_ids),
-        "forwards": {
-            "prefill": result.prefill_forwards,
-            "denoising": result.denoising_forwards,
-            "commit": result.commit_forwards,
-        },
+        "forwards": result.forwards,
         "seconds": round(result.seconds, 4),
         "finish_reason": result.finish_reason,
         **({"forced_tokens": result.forced_tokens} if result.forced_tokens else {}),
