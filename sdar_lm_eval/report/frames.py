@@ -75,17 +75,18 @@ class RunFrames:
     def samples(self) -> pd.DataFrame:
         """A row for each document, answer and filter; empty without --log_samples.
 
-        Columns are `SAMPLE_COLUMNS`, and a column for each metric with the value of the row's answer. Where a filter
-        makes one value of several answers, the rows of these answers all have that value, and `filtered` is missing in
-        all of these rows but the first. `repeat` numbers a document's answers from 0, over all seeds. A task that
-        compares log-likelihoods has one row for each document and filter, whose `response` is empty.
+        Columns are `SAMPLE_COLUMNS` and, before `response`, a column for each metric with the value of the row's
+        answer. Where a filter makes one value of several answers, the rows of these answers all have that value, and
+        `filtered` is missing in all of these rows but the first. `repeat` numbers a document's answers from 0, over all
+        seeds. A task that compares log-likelihoods has one row for each document and filter, whose `response` is empty.
 
         Raises:
             UserError: a samples file cannot be read.
         """
         rows = [row for task in self.run.tasks for row in self._sample_rows(task)]
         metrics = dict.fromkeys(metric.name for task in self.run.tasks for metric in self.run.metrics(task))
-        return pd.DataFrame(rows, columns=[*SAMPLE_COLUMNS[:5], *metrics, *SAMPLE_COLUMNS[5:]])
+        before = SAMPLE_COLUMNS.index("response")
+        return pd.DataFrame(rows, columns=[*SAMPLE_COLUMNS[:before], *metrics, *SAMPLE_COLUMNS[before:]])
 
     @cached_property
     def answers(self) -> pd.DataFrame:
