@@ -179,30 +179,9 @@ def render(table: Table) -> str:
     head = ["column", "task", "questions", "this run, %"]
     for row in table.rows:
         head += [f"{row.name}, %", "difference", ""]
-    lines = []
-    notes = []
-    for column in table.columns:
-        score = table.scores.get(column.task)
-        cells = [column.title, column.task, "", "not run"]
-        if score is not None:
-            cells[2:] = [f"{score.questions:,}", with_error(score.value, score.stderr, 100)]
-            if score.answers > 1:
-                notes.append(
-                    f"{column.task}: mean of {score.answers} answers to each question; the error is over questions"
-                )
-            if score.seeds > 1:
-                notes.append(f"{column.task}: mean of {score.seeds} seeds; the error is that of one seed")
-            notes += [note for row in table.rows for note in _notes(column, score, row)]
-        for row in table.rows:
-            published = row.scores.get(column.task)
-            if published is None:
-                cells += ["", "", ""]
-            elif score is None:
-                cells += [f"{published:.1f}", "", ""]
-            else:
-                found = difference(score, column, published)
-                cells += [f"{published:.1f}", with_error(found.points, found.stderr, sign="+"), found.verdict]
-        lines.append(cells)
+    scores = [(column, table.scores.get(column.task)) for column in table.columns]
+    lines = [_cells(column, score, table.rows) for column, score in scores]
+    notes = [note for column, score in scores if score is not None for note in _notes(column, score, table.rows)]
     if not lines:
         title = (
             f"{table.title}: no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci, "
@@ -214,6 +193,36 @@ def render(table: Table) -> str:
         title = f"{table.title}: the name is that of no published model (--published compares with one)"
     parts = [[title], aligned([head, *lines], left={0, 1, *range(6, len(head), 3)}) if lines else [], notes]
     return printable("\n\n".join("\n".join(part) for part in [*parts, _several(table), _others(table)] if part))
+
+
+def _cells(column: Column, score: Score | None, rows: Sequence[Published]) -> list[str]:
+    """A column of the published table as a line, with the cells of each published row."""
+    cells = [column.title, column.task, "", "not run"]
+    if score is not None:
+        cells[2:] = [f"{score.questions:,}", with_error(score.value, score.stderr, 100)]
+    for row in rows:
+        published = row.scores.get(column.task)
+        if published is None:
+            cells += ["", "", ""]
+        elif score is None:
+            cells += [f"{published:.1f}", "", ""]
+        else:
+            found = difference(score, column, published)
+            cells += [f"{published:.1f}", with_error(found.points, found.stderr, sign="+"), found.verdict]
+    return cells
+
+
+def _notes(column: Column, score: Score, rows: Sequence[Published]) -> list[str]:
+    """What a score is the mean of, and what besides chance may explain its differences from published rows."""
+    notes = []
+    if score.answers > 1:
+        notes.append(f"{column.task}: mean of {score.answers} answers to each question; the error is over questions")
+    if score.seeds > 1:
+        notes.append(f"{column.task}: mean of {score.seeds} seeds; the error is that of one seed")
+    for row in rows:
+        if column.task in row.scores and (reasons := _reasons(column, score, row)):
+            notes.append(f"{column.task} beside {row.name}: {'; '.join(reasons)}")
+    return notes
 
 
 def _several(table: Table) -> list[str]:
@@ -345,10 +354,8 @@ def _stderr(value: float, questions: int) -> float | None:
     return math.sqrt(value * (1 - value) / (questions - 1)) if questions > 1 else None
 
 
-def _notes(column: Column, score: Score, row: Published) -> list[str]:
+def _reasons(column: Column, score: Score, row: Published) -> list[str]:
     """What besides chance may explain a difference from a published row; empty where nothing is known."""
-    if column.task not in row.scores:
-        return []
     found = [
         f"{name}={score.settings[name]} (published: {value})"
         for name, value in row.decoding.items()
@@ -359,5 +366,4 @@ def _notes(column: Column, score: Score, row: Published) -> list[str]:
         found.insert(0, f"num_fewshot={score.shots} (published: {column.shots})")
     if column.questions is not None and score.questions < column.questions:
         found.insert(0, f"{score.questions:,} of {column.questions:,} questions")
-    found += [each for each in (caveat, column.caveat) if each]
-    return [f"{column.task} beside {row.name}: {'; '.join(found)}"] if found else []
+    return found + [each for each in (caveat, column.caveat) if each]
