@@ -49,7 +49,7 @@ def resolve(name: str, revision: str | None) -> Path:
         at = f" at revision {revision!r}" if revision else ""
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"pretrained={name!r}{at} is no folder here and cannot be had from the hub "
+            f"pretrained={name!r}{at} is no folder here and cannot be downloaded from the hub "
             f"({one_line(Exception(reason))}). Check the id and the network, or give a folder that holds the "
             "checkpoint, or demo."
         ) from error

@@ -202,7 +202,7 @@ def _tasks_of(task_dict: object, name: str = "") -> dict[str, Task]:
 
 def _check_limit(limit: object) -> None:
     if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
-        raise UserError(f"--limit {limit}: give a number of documents above 0, or a part of them between 0 and 1.")
+        raise UserError(f"--limit {limit}: give a number of documents above 0, or a share between 0 and 1.")
 
 
 def _ascending(samples: object, tasks: Mapping[str, Task]) -> dict[str, list[int]]:
@@ -365,6 +365,6 @@ def _draw_examples_of_whole_run(task: Task, iterate: Callable[..., Any]) -> dict
 def warn_of_cached_requests() -> None:
     """Say once that lm_eval's cache of built requests is not used."""
     logger.warning(
-        "--cache_requests is passed over: requests are built anew. lm_eval's key for them holds no gen_kwargs, "
-        "documents or wording, so lm_eval could send another run's requests."
+        "--cache_requests is ignored, and requests are built again: lm_eval's key of cached requests holds no "
+        "gen_kwargs, documents or wording, so the cache could give another run's requests."
     )

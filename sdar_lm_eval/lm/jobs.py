@@ -113,7 +113,7 @@ class Round:
         """Warn of prompts that lost their beginning."""
         if self.truncated:
             logger.warning(
-                "%d of %d prompts are longer than max_length - max_gen_toks allows; they lost their beginning.",
+                "%d of %d prompts are longer than max_length - max_gen_toks, and lost their beginning.",
                 self.truncated,
                 len(self.jobs),
             )
@@ -377,8 +377,8 @@ class Jobs:
             return context, by
         if self._is_new("user turns", None):
             logger.warning(
-                "Prompts that come from no evaluation of lm_eval become one user turn each, system instruction "
-                "included. Use lm_eval.simple_evaluate, or apply_chat_template."
+                "Each prompt from outside an evaluation of lm_eval becomes one user turn, system instruction included. "
+                "Use lm_eval.simple_evaluate, or apply_chat_template."
             )
         return self._prompts.as_user_turn(context), "sdar_lm_eval"
 

@@ -98,14 +98,14 @@ class Prompts:
         """Warn once of prompts that go into the template unasked, and once of log-likelihoods that are in none."""
         if task.templated_by == "sdar_lm_eval":
             self._warn_once(
-                "Prompts are put into the checkpoint's chat template, as by --apply_chat_template "
-                "(chat_template=%s; chat_template=off leaves them as they are).",
+                "The checkpoint's chat template is applied to prompts, as by --apply_chat_template (chat_template=%s). "
+                "chat_template=off leaves prompts as they are.",
                 self._mode,
             )
         if task.templated_by is None and task.scored and self.renders:
             self._warn_once(
-                "Log-likelihoods are of the text as it comes, in no chat template (chat_template=%s is for generated "
-                "answers); --apply_chat_template lets the harness apply it.",
+                "Log-likelihoods are computed without the chat template: chat_template=%s is for generated answers. "
+                "--apply_chat_template applies the template to all tasks.",
                 self._mode,
             )
 

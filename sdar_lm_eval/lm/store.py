@@ -232,7 +232,7 @@ class CacheFile:
         known = self._file.execute("SELECT 1 FROM sdar_records WHERE made_by = ?", (self._fingerprint,)).fetchone()
         if others and known is None:
             changed = differences(json.loads(others[-1][0]), fingerprint)
-            logger.warning("%s has answers of other settings, which are left alone (%s).", self.name, changed)
+            logger.warning("%s has answers of other settings, which are ignored (%s).", self.name, changed)
 
     def get(self, key: str) -> Record | None:
         """Return what is kept under the key; a damaged record counts as missing."""
@@ -241,7 +241,7 @@ class CacheFile:
             found = self._file.execute(query, (self._fingerprint, key)).fetchone()
             record = None if found is None else decode_line(found[0])
         except (sqlite3.Error, ValueError, TypeError, AttributeError) as error:
-            logger.warning("%s: a record cannot be read (%s), and is made again.", self.name, error)
+            logger.warning("%s: a record cannot be read (%s), and is computed again.", self.name, error)
             return None
         return as_record(record)
 

@@ -332,7 +332,7 @@ def results_in(path: Path, *parts: str) -> list[Results]:
         except (OSError, ValueError, RecursionError) as error:
             if file == path:
                 raise UserError(f"{file} cannot be read ({error}). Give the folder of a run of lm_eval.") from error
-            logger.warning("%s cannot be read (%s), and is passed over.", file, error)
+            logger.warning("%s cannot be read (%s), and is skipped.", file, error)
             continue
         if isinstance(content, dict) and content.keys() >= {*PARTS, *parts}:
             date = content["date"]
@@ -348,8 +348,8 @@ def read_lines(file: Path, whole: bool = True) -> Iterator[Fields]:
 
     Args:
         file: the file.
-        whole: whether the file must be intact. If False, a file that cannot be read is passed over with a WARNING, and
-            a line that is not JSON (a killed process leaves one) is passed over silently.
+        whole: whether the file must be intact. If False, a file that cannot be read is skipped with a WARNING, and a
+            line that is not JSON (a killed process leaves one) is skipped silently.
 
     Raises:
         UserError: `whole` is true, and the file cannot be read or a line is not JSON.
@@ -377,7 +377,7 @@ def _text_lines(file: Path, whole: bool) -> Iterator[str]:
     except (OSError, ValueError) as error:
         if whole:
             raise UserError(f"{file} cannot be read ({error}). Evaluate again with --log_samples.") from error
-        logger.warning("%s cannot be read (%s), and is passed over.", file, error)
+        logger.warning("%s cannot be read (%s), and is skipped.", file, error)
 
 
 def _sample(line: Fields) -> Sample:

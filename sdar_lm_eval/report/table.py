@@ -284,7 +284,10 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
             if column.task in run.tasks:
                 file = run.results_of(column.task).file
                 logger.warning(
-                    "%s has no %s of %s, which the table shows: evaluate it again.", file, column.metric, column.task
+                    "%s has no %s of %s, which the table needs. Evaluate the task again.",
+                    file,
+                    column.metric,
+                    column.task,
                 )
             continue
         first, score = known[0]
