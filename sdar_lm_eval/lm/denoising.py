@@ -28,20 +28,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Written:
-    """The denoising record of an answer, in memory: how the answer was written.
+    """The denoising record of an answer, in memory: `Denoising` without the answer's name and texts, in small types.
 
     Attributes:
-        block_length: tokens in a block.
-        prompt_tokens: number of tokens in the prompt.
-        token_ids: (T,) the answer's tokens.
-        steps: (T,) the step within its block that unmasked each token, from 0; None where the engine does not record
-            steps.
-        confidences: (T,) CONFIDENCE_SCALE times the probability of each token when it was drawn; None where `steps` is
-            None.
-        finish_reason: "stop", "length" or "repetition".
-        forwards: number of forwards by kind: of the prompt (prefill), of blocks (denoising, commit).
-        seconds: time from the answer's first forward to its last.
-        forced_tokens: number of tokens that were not drawn.
+        token_ids, steps: (T,) as in `Denoising`.
+        confidences: (T,) those of `Denoising`, times CONFIDENCE_SCALE.
+        All others: see `Denoising`.
     """
 
     block_length: int

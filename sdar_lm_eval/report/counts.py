@@ -224,24 +224,9 @@ class Counts:
             what = [(self.stored_requests, "answers"), (self.stored_scores, "log-likelihoods")]
             parts.append(" and ".join(f"{count:,} {name}" for count, name in what if count) + " were there already")
         if self.requests or not (self.scored_requests or parts):
-            parts.append(
-                f"{self.requests:,} requests, {self.new_tokens:,} new tokens in {self.generation_seconds:.1f} s"
-            )
-            if self.tokens_per_second is not None:
-                parts[-1] += f": {self.tokens_per_second:,.0f} tok/s"
-            if self.tokens_per_forward is not None:
-                parts[-1] += (
-                    f", {self.tokens_per_forward:.2f} tokens per forward (prefill {self.prefill_forwards:,}, denoising "
-                    f"{self.denoising_forwards:,}, commit {self.commit_forwards:,})"
-                )
+            parts.append(self._generation_in_words())
         if self.scored_requests:
-            parts.append(
-                f"{self.scored_requests:,} log-likelihoods of {self.scored_tokens:,} tokens in "
-                f"{self.scoring_seconds:.1f} s (forwards of {self.clean_tokens:,} clean and {self.noised_tokens:,} "
-                "noised tokens)"
-            )
-            if self.largest_standard_error:
-                parts[-1] += f", standard errors up to {self.largest_standard_error:.2g} nats"
+            parts.append(self._scoring_in_words())
         answers = self.requests + self.stored_requests
         if self.thoughts:
             parts.append(f"{self.unfinished_thoughts:,} of {answers:,} answers ended while thinking")
@@ -252,6 +237,26 @@ class Counts:
             "; ".join(parts)
             + f"; loaded in {self.load_seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"
         )
+
+    def _generation_in_words(self) -> str:
+        told = f"{self.requests:,} requests, {self.new_tokens:,} new tokens in {self.generation_seconds:.1f} s"
+        if self.tokens_per_second is not None:
+            told += f": {self.tokens_per_second:,.0f} tok/s"
+        if self.tokens_per_forward is not None:
+            told += (
+                f", {self.tokens_per_forward:.2f} tokens per forward (prefill {self.prefill_forwards:,}, denoising "
+                f"{self.denoising_forwards:,}, commit {self.commit_forwards:,})"
+            )
+        return told
+
+    def _scoring_in_words(self) -> str:
+        told = (
+            f"{self.scored_requests:,} log-likelihoods of {self.scored_tokens:,} tokens in {self.scoring_seconds:.1f} "
+            f"s (forwards of {self.clean_tokens:,} clean and {self.noised_tokens:,} noised tokens)"
+        )
+        if self.largest_standard_error:
+            told += f", standard errors up to {self.largest_standard_error:.2g} nats"
+        return told
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

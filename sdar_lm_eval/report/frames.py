@@ -8,7 +8,7 @@ compare("runs/threshold-0.6", "runs/threshold-0.85").table
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -116,9 +116,9 @@ class RunFrames:
             for sample in results.each_sample(task):
                 responses = _repeats(sample)
                 most = max(most, len(responses))
-                values = {name: numbers_of(sample.line.content.get(name)) for name in names}
+                values = {name: _values_of_answers(sample, name, len(responses)) for name in names}
                 for repeat, response in enumerate(responses):
-                    row: dict[str, object] = {
+                    yield {
                         "task": task,
                         "document": sample.document,
                         "filter": sample.filter,
@@ -128,13 +128,8 @@ class RunFrames:
                         "filtered": sample.extracted_from(repeat),
                         "target": sample.target,
                         "prompt": sample.prompt,
+                        **{name: of_answers[repeat] for name, of_answers in values.items()},
                     }
-                    for name, found in values.items():
-                        if found is not None and len(found) in (1, len(responses)):
-                            row[name] = found[repeat if len(found) > 1 else 0]
-                        else:
-                            row[name] = sample.line.content.get(name)
-                    yield row
             before += most
 
 
@@ -261,6 +256,15 @@ def _repeats(sample: Sample) -> tuple[str, ...]:
     """A document's answers; a single empty answer where the task compares log-likelihoods."""
     request = sample.line.part_or_empty("arguments").part_or_empty("gen_args_0").content
     return sample.responses if isinstance(request.get("arg_1"), dict) and sample.responses else ("",)
+
+
+def _values_of_answers(sample: Sample, metric: str, answers: int) -> Sequence[object]:
+    """A metric's value for each of a document's answers: one value, or one of another kind, is that of all answers."""
+    value = sample.line.content.get(metric)
+    numbers = numbers_of(value)
+    if numbers is None or len(numbers) not in (1, answers):
+        return [value] * answers
+    return numbers if len(numbers) == answers else numbers * answers
 
 
 def _answer_row(task: str, record: Denoising, before: int) -> tuple[object, ...]:
