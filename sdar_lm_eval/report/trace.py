@@ -57,7 +57,7 @@ class Trace:
                     f"trace={str(self._path)!r} cannot be written: {error.strerror}. Name a file in an existing folder."
                 ) from error
             if path != self._path:
-                logger.info("trace: %s has the lines of another run, so this run writes %s.", self._path, path)
+                logger.info("trace: %s exists already, so this run writes %s.", self._path, path)
             return file
         raise UserError(f"trace={str(self._path)!r} and {str(names[1])!r} are there already. Name another file.")
 
