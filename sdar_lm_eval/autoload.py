@@ -40,7 +40,10 @@ TASKS = os.path.join(os.path.dirname(os.path.realpath(__file__)), "tasks")  # no
 
 
 def install_unless_disabled() -> None:
-    """Install, unless SDAR_LM_EVAL_AUTOLOAD is 0. A start of Python and `import sdar_lm_eval` call it."""
+    """Install, and set OpenMP's wait policy, unless SDAR_LM_EVAL_AUTOLOAD is 0.
+
+    A start of Python and `import sdar_lm_eval` call this function.
+    """
     if os.environ.get("SDAR_LM_EVAL_AUTOLOAD") != "0":
         _set_wait_policy()
         install()
@@ -109,6 +112,7 @@ class _PatchingLoader(Loader):
 
 
 def _patch(module: ModuleType) -> None:
+    """Patch a module of lm_eval; errors are short from the first patch on."""
     _shorten_errors()
     try:
         _PATCHES[module.__name__](module)
@@ -244,7 +248,7 @@ def _watch_evaluations(evaluator: ModuleType) -> None:
 
 
 _PATCHES: dict[str, Callable[[ModuleType], None]] = {
-    "lm_eval._cli": lambda _: None,  # patching alone shortens errors, here from the parsing of flags on
+    "lm_eval._cli": lambda _: None,  # so that errors are short from the parsing of flags on
     "lm_eval.models": _add_models,
     "lm_eval.tasks": _add_tasks,
     "lm_eval.config.evaluate_config": _extend_commands,

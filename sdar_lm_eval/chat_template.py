@@ -86,7 +86,9 @@ class ChatTemplate:
         if not isinstance(source, str):
             raise UserError(f"{self._title} is {shown(source)}, which is no text. {_REMEDY}")
         if len(source) > MOST_SOURCE:
-            raise UserError(f"{self._title} has {len(source):,} characters, at most {MOST_SOURCE:,} do. {_REMEDY}")
+            raise UserError(
+                f"{self._title} has {len(source):,} characters, at most {MOST_SOURCE:,} are allowed. {_REMEDY}"
+            )
         self.source = source
         """Jinja2's text."""
         if taken := sorted(values.keys() & SET_BY_RENDERING):

@@ -35,11 +35,8 @@ def message_of(error: BaseException) -> str | None:
     if found := re.match(r"Attempted to run task: (\S+) which is marked as unsafe", text):
         return f"--tasks: {found[1]} runs programs that the model wrote. --confirm_run_unsafe_code allows them."
     last = traceback.extract_tb(error.__traceback__)[-1:]
-    if (
-        isinstance(error, ValueError) and last and {"_cli", "config"} & set(Path(last[0].filename).parts)
-    ):  # a flag's value
-        return text.splitlines()[0]
-    return None
+    is_of_flags = bool(last) and not {"_cli", "config"}.isdisjoint(Path(last[0].filename).parts)
+    return text.splitlines()[0] if isinstance(error, ValueError) and is_of_flags else None
 
 
 def _names_our_models() -> bool:

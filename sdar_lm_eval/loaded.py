@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal, cast, overload
 from lm_eval.api.instance import Instance
 
 from sdar_lm_eval.arguments import DecodingArguments, JetEngineArguments, LMDeployArguments, NativeArguments
-from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT, DEFAULT_SEED
+from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT
 from sdar_lm_eval.engines.registry import engine_named
 from sdar_lm_eval.engines.types import (
     BlockStep,
@@ -135,7 +135,7 @@ class LoadedModel:
     @property
     def seed(self) -> int:
         """The seed of sampled answers in calls that give no seed."""
-        return DEFAULT_SEED if self._settings.seed is None else self._settings.seed
+        return self._settings.seed_or(None)
 
     def __repr__(self) -> str:
         info = self.info
@@ -209,8 +209,7 @@ class LoadedModel:
         positions: dict[tuple[int, int], list[int]] = {}
         for position, job_id in enumerate(asked.order):
             positions.setdefault(job_id, []).append(position)
-        # Longest first, as in an evaluation.
-        ids = sorted(asked.jobs, key=lambda job_id: -len(asked.jobs[job_id].request.prompt_ids))
+        ids = asked.longest_first(asked.jobs)
         requests = [asked.jobs[job_id].request for job_id in ids]
         self._engine.prepare(requests)
         if watch is not None and isinstance(self._engine, Watchable):
@@ -344,11 +343,7 @@ class LoadedModel:
             steps=result.unmasked_at,
             confidences=result.confidences,
             finish_reason=result.finish_reason,
-            forwards={
-                "prefill": result.prefill_forwards,
-                "denoising": result.denoising_forwards,
-                "commit": result.commit_forwards,
-            },
+            forwards=result.forwards,
             seconds=result.seconds,
             forced_tokens=result.forced_tokens,
         )

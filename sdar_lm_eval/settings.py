@@ -20,7 +20,9 @@ from sdar_lm_eval import arguments
 from sdar_lm_eval.arguments import ChatMode, DecodingArguments, ModelArguments
 from sdar_lm_eval.checks import at_least_one, check_bool, check_number, check_unicode, if_given
 from sdar_lm_eval.decoding import DECODING_SETTINGS, MAX_BLOCK_LENGTH, DecodingConfig
+from sdar_lm_eval.defaults import DEFAULT_SEED
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, full_name
+from sdar_lm_eval.engines.native.strategies.base import Strategy
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.engines.types import LikelihoodConfig
 from sdar_lm_eval.errors import UserError, did_you_mean
@@ -125,6 +127,10 @@ class ModelSettings:
     def limits_length(self) -> bool:
         """Whether the user gave a length of answers for tasks that have none."""
         return any(name in self.decoding for name in MAX_TOKENS_SPELLINGS)
+
+    def seed_or(self, other: int | None) -> int:
+        """The seed of sampled answers: the user's in model_args, else `other`, else the default."""
+        return next(seed for seed in (self.seed, other, DEFAULT_SEED) if seed is not None)
 
     def likelihood_config(self, block_length: int) -> LikelihoodConfig:
         """How log-likelihoods are computed, in blocks of this length; warns of a setting without effect.
@@ -289,15 +295,15 @@ def warn_of_idle_knobs(given: Mapping[str, object], decoding: DecodingConfig, wh
         why: the end of the message's clause on the strategy.
     """
     default = DecodingConfig(block_length=decoding.block_length)
-    readers: dict[str, list[str]] = {}
-    for strategy in STRATEGIES.values():
-        for name in (strategy.setting, "denoising_steps" if strategy.uses_schedule else None):
-            if name is not None:
-                readers.setdefault(name, []).append(strategy.name)
-    for name, strategies in readers.items():
+    for name in sorted(decoding.idle & given.keys()):
         value = getattr(decoding, name)
-        if name in given and value != getattr(default, name) and decoding.remasking_strategy not in strategies:
-            warn_once_of_idle_knob(f"{name}={value}", decoding.remasking_strategy, " or ".join(strategies), why)
+        readers = [each.name for each in STRATEGIES.values() if _reads(each, name)]
+        if readers and value != getattr(default, name):  # greedy drawing, not the strategy, leaves out top_p
+            warn_once_of_idle_knob(f"{name}={value}", decoding.remasking_strategy, " or ".join(readers), why)
+
+
+def _reads(strategy: Strategy, setting: str) -> bool:
+    return strategy.setting == setting or (setting == "denoising_steps" and strategy.uses_schedule)
 
 
 @functools.cache
@@ -330,9 +336,10 @@ def check_names(settings: Mapping[str, object], source: str, also: tuple[str, ..
                     f"where a task asks for it, override it: --gen_kwargs {name}={NEUTRAL[name]}."
                 )
         elif name not in spellings:
-            hint = f" {HINTS[name]}" if name in HINTS else did_you_mean(name, spellings)
             if name in OF_THOUGHTS:
                 hint = f" The model takes it, for all tasks: --model_args {name}={value}."
+            else:
+                hint = f" {HINTS[name]}" if name in HINTS else did_you_mean(name, spellings)
             raise UserError(f"{source}: {name!r} is unknown.{hint} Known: {', '.join(spellings)}.")
 
 
@@ -356,9 +363,10 @@ def to_whole(name: str, value: object) -> int:
 
 def _number_in(value: object) -> object:
     """The number that a text says; any other value, and other texts, as they are."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(value)
     return value
 
 

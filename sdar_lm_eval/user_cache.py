@@ -34,7 +34,7 @@ def read_cached(name: str) -> dict[str, Any]:
         path = cache_file(name)
         return read_json(path) if path.exists() else {}
     except (OSError, RuntimeError, ValueError) as error:
-        logger.info("The cache file %s is left out: %s", name, error)
+        logger.info("The cache file %s is ignored: %s", name, error)
         return {}
 
 

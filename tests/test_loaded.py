@@ -227,7 +227,7 @@ def test_truncated_prompts_are_said(caplog: pytest.LogCaptureFixture) -> None:
     with load("demo", max_length=40) as model:
         answer = model.generate(QUESTIONS[0], max_gen_toks=8)
     assert len(answer.request.prompt_ids) == 32
-    assert "1 of 1 prompts are longer than max_length - max_gen_toks allows" in caplog.text
+    assert "1 of 1 prompts are longer than max_length - max_gen_toks, and lost their beginning" in caplog.text
 
 
 def test_steps_may_be_left_out() -> None:

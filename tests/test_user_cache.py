@@ -39,7 +39,7 @@ def test_a_broken_file_is_left_out(folder: Path, caplog: pytest.LogCaptureFixtur
     (folder / "file.json").write_bytes(content)
     with caplog.at_level(logging.INFO):
         assert read_cached("file.json") == {}
-    assert "The cache file file.json is left out" in caplog.text
+    assert "The cache file file.json is ignored" in caplog.text
 
 
 def test_what_cannot_be_written_is_lost_and_leaves_nothing_behind(

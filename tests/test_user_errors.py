@@ -127,7 +127,7 @@ def test_checkpoints(error_of: Lm_eval, tmp_path: Path) -> None:
     assert "pretrained='./missing': no such folder. Give an existing folder, a hub id" in error_of(
         "pretrained=./missing"
     )
-    assert "cannot be had from the hub" in error_of("pretrained=owner/name")
+    assert "cannot be downloaded from the hub" in error_of("pretrained=owner/name")
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in error_of("pretrained=./empty")
     copy_of_demo(tmp_path / "other", model_type="llama")

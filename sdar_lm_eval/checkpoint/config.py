@@ -97,12 +97,12 @@ def check_config(name: str, config: Config) -> Family:
             f"checkpoint {name!r} has use_sliding_window=true in its config.json, which this package does not support. "
             "Use a checkpoint without a sliding window."
         )
-    for part, whole in (("num_key_value_heads", "num_attention_heads"), ("num_experts_per_tok", "num_experts")):
-        small, large = config.get(part), config.get(whole)
-        if small is None or large is None or (whole == "num_experts" and not family.is_moe):
-            continue
-        if small > large or (whole == "num_attention_heads" and large % small):
-            raise _wrong(name, config, part, f"fit {whole}={large}")
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if heads is not None and kv_heads is not None and heads % kv_heads:
+        raise _wrong(name, config, "num_key_value_heads", f"fit num_attention_heads={heads}")
+    experts, used = config.get("num_experts"), config.get("num_experts_per_tok")
+    if family.is_moe and experts is not None and used is not None and used > experts:
+        raise _wrong(name, config, "num_experts_per_tok", f"fit num_experts={experts}")
     return family
 
 

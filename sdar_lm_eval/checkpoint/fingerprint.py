@@ -59,21 +59,21 @@ def _sha256_of(paths: Sequence[Path]) -> list[str]:
             entry = remembered.get(str(path.resolve()))
             if entry is not None and entry[0] == fact:
                 known[path] = entry[1]
-    unread = [path for path in paths if path not in known]
-    if unread:
-        if (size := sum(facts[path][0] for path in unread)) > LARGE:
-            logger.info("Hashing %.1f GB of weights, once: stored answers carry the hash.", size / 1e9)
-        begun = time.time()
-        with concurrent.futures.ThreadPoolExecutor(min(len(unread), own_cores(), 8)) as threads:
-            known |= zip(unread, threads.map(_read_sha256, unread), strict=True)
-        _remember(
-            {
-                str(path.resolve()): (facts[path], known[path])
-                for path in unread
-                if _facts(path) == facts[path] and facts[path][1] / 1e9 < begun - SETTLED_S
-            }
-        )
+    if unread := {path: fact for path, fact in facts.items() if path not in known}:
+        known |= _hashed(unread)
     return [known[path] for path in paths]
+
+
+def _hashed(facts: Mapping[Path, Facts]) -> dict[Path, str]:
+    """Read files, and remember their sha256, except of files that changed just before or meanwhile."""
+    if (size := sum(fact[0] for fact in facts.values())) > LARGE:
+        logger.info("Hashing %.1f GB of weights, once: stored answers carry the hash.", size / 1e9)
+    begun = time.time()
+    with concurrent.futures.ThreadPoolExecutor(min(len(facts), own_cores(), 8)) as threads:
+        found = dict(zip(facts, threads.map(_read_sha256, facts), strict=True))
+    settled = [p for p, fact in facts.items() if _facts(p) == fact and fact[1] / 1e9 < begun - SETTLED_S]
+    _remember({str(path.resolve()): (facts[path], found[path]) for path in settled})
+    return found
 
 
 def _name_at_hub(path: Path) -> str | None:

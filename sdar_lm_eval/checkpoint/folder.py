@@ -35,9 +35,9 @@ def resolve(name: str, revision: str | None) -> Path:
             )
         return folder
     if is_there or name.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        why = "not a folder. Give the folder that holds config.json"
-        if not is_there:
-            why = "no such folder. Give an existing folder"
+        why = "no such folder. Give an existing folder"
+        if is_there:
+            why = "not a folder. Give the folder that holds config.json"
         raise UserError(f"pretrained={name!r}: {why}, a hub id such as JetLM/SDAR-4B-Chat, or demo.")
     from huggingface_hub import snapshot_download
 
@@ -47,8 +47,9 @@ def resolve(name: str, revision: str | None) -> Path:
         )
     except Exception as error:
         at = f" at revision {revision!r}" if revision else ""
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"pretrained={name!r}{at} is no folder here and cannot be had from the hub "
-            f"({one_line(Exception(str(error).strip().partition(chr(10))[0] or type(error).__name__))}). "
-            "Check the id and the network, or give a folder that holds the checkpoint, or demo."
+            f"pretrained={name!r}{at} is no folder here and cannot be downloaded from the hub "
+            f"({one_line(Exception(reason))}). Check the id and the network, or give a folder that holds the "
+            "checkpoint, or demo."
         ) from error

@@ -139,10 +139,8 @@ def copy_tokenizer(name: str, folder: Path, target: Path, changes: Mapping[str, 
         )
     settings = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in has else {}
     settings.pop("auto_map", None)
-    if settings.get("tokenizer_class") in (
-        None,
-        "TokenizersBackend",
-    ):  # unnamed, or a name that only transformers 5 knows
+    # transformers 4 does not know TokenizersBackend, which transformers 5 writes.
+    if settings.get("tokenizer_class") in (None, "TokenizersBackend"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast" if "tokenizer.json" in has else "Qwen2Tokenizer"
     if not _is_template(settings.get("chat_template")):
         raise UserError(

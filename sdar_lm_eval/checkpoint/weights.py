@@ -205,7 +205,7 @@ def load(
         not_taken.discard("lm_head.weight")
     if not_taken:
         raise EngineError(
-            f"checkpoint {name!r} is whole, but transformers {transformers.__version__} did not take its "
+            f"checkpoint {name!r} is whole, but transformers {transformers.__version__} did not load its "
             f"{_listed(sorted(not_taken))}. Install another version of transformers."
         )
     if config.tie_word_embeddings:

@@ -148,6 +148,15 @@ class GenerationResult:
     confidences: tuple[float, ...] | None = None
     forced_tokens: int = 0
 
+    @property
+    def forwards(self) -> dict[str, int]:
+        """The number of forwards by kind, as files have them."""
+        return {
+            "prefill": self.prefill_forwards,
+            "denoising": self.denoising_forwards,
+            "commit": self.commit_forwards,
+        }
+
 
 Result = TypeVar("Result")
 Results = Generator[tuple[int, Result], None, None]

@@ -60,7 +60,7 @@ class AnswerFolder:
 
     Args:
         folder: made where it does not exist.
-        settings: the fingerprint; answers made with others are left alone.
+        settings: the fingerprint; answers made with others are ignored.
         model: called for the facts on model and engine, before the first answer is written and at the end.
 
     Raises:
@@ -82,7 +82,7 @@ class AnswerFolder:
         others = [session for session in sessions if session.settings != self._settings]
         if others:
             logger.warning(
-                "%s: %d files were made with other settings and are left alone (%s).",
+                "%s: %d files are of other settings, and are ignored (%s).",
                 self.name,
                 len(others),
                 differences(others[-1].settings, self._settings),
@@ -196,12 +196,12 @@ def read_session(path: Path) -> Session | None:
     """Return what is in a file; None, with a warning, where its first line cannot be read."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for its writer
-            logger.warning("%s is no regular file, and is passed over.", path)
+            logger.warning("%s is no regular file, and is skipped.", path)
             return None
         # Not splitlines(): a JSON string may hold U+2028 and its like.
         raw = path.read_bytes().split(b"\n")
     except OSError as error:
-        logger.warning("%s cannot be read (%s), and is passed over.", path, error.strerror)
+        logger.warning("%s cannot be read (%s), and is skipped.", path, error.strerror)
         return None
     lines: list[tuple[int, dict[str, object]]] = []
     damaged: list[int] = []
@@ -215,7 +215,7 @@ def read_session(path: Path) -> Session | None:
     settings, model, started = head.get("settings"), head.get("model"), head.get("started")
     if not (isinstance(settings, dict) and isinstance(model, dict) and isinstance(started, (int, float))):
         if any(raw):
-            logger.warning("%s begins with no readable settings, and is passed over.", path)
+            logger.warning("%s begins with no readable settings, and is skipped.", path)
         return None
     answers: dict[str, Record] = {}
     for number, content in lines[1:]:
@@ -228,7 +228,7 @@ def read_session(path: Path) -> Session | None:
             damaged.append(number)
     if damaged:
         logger.warning(
-            "%s: %d damaged lines (%s) are passed over, and their answers made again; %d good ones count.",
+            "%s: %d damaged lines (%s) are skipped, and their answers are computed again; %d good lines count.",
             path,
             len(damaged),
             ", ".join(map(str, sorted(damaged)[:5])) + (", …" if len(damaged) > 5 else ""),

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdar_lm_eval.engines.types import GenerationResult
-from sdar_lm_eval.lm.store import Forwards, Record
+from sdar_lm_eval.lm.store import Record
 from sdar_lm_eval.report.denoising import CONFIDENCE_SCALE, DenoisingLine, denoising_file, write_denoising
 
 logger = logging.getLogger(__name__)
@@ -28,20 +28,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Written:
-    """The denoising record of an answer, in memory: how the answer was written.
+    """The denoising record of an answer, in memory: `Denoising` without the answer's name and texts, in small types.
 
     Attributes:
-        block_length: tokens in a block.
-        prompt_tokens: number of tokens in the prompt.
-        token_ids: (T,) the answer's tokens.
-        steps: (T,) the step within its block that unmasked each token, from 0; None where the engine does not record
-            steps.
-        confidences: (T,) CONFIDENCE_SCALE times the probability of each token when it was drawn; None where `steps` is
-            None.
-        finish_reason: "stop", "length" or "repetition".
-        forwards: number of forwards by kind: of the prompt (prefill), of blocks (denoising, commit).
-        seconds: time from the answer's first forward to its last.
-        forced_tokens: number of tokens that were not drawn.
+        token_ids, steps: (T,) as in `Denoising`.
+        confidences: (T,) those of `Denoising`, times CONFIDENCE_SCALE.
+        All others: see `Denoising`.
     """
 
     block_length: int
@@ -50,28 +42,25 @@ class Written:
     steps: NDArray[np.int16] | None
     confidences: NDArray[np.int16] | None
     finish_reason: str
-    forwards: Forwards
+    forwards: Mapping[str, int]
     seconds: float
     forced_tokens: int = 0
 
     @classmethod
     def of_result(cls, result: GenerationResult, block_length: int, prompt_tokens: int) -> Written:
         """Return the denoising record of an engine's result."""
-        recorded = result.unmasked_at is not None and result.confidences is not None
+        steps = confidences = None
+        if result.unmasked_at is not None and result.confidences is not None:
+            steps = np.array(result.unmasked_at, np.int16)
+            confidences = np.rint(np.array(result.confidences, np.float32) * CONFIDENCE_SCALE).astype(np.int16)
         return cls(
             block_length=block_length,
             prompt_tokens=prompt_tokens,
             token_ids=np.array(result.token_ids, np.int32),
-            steps=np.array(result.unmasked_at, np.int16) if recorded else None,
-            confidences=np.rint(np.array(result.confidences, np.float32) * CONFIDENCE_SCALE).astype(np.int16)
-            if recorded
-            else None,
+            steps=steps,
+            confidences=confidences,
             finish_reason=result.finish_reason,
-            forwards={
-                "prefill": result.prefill_forwards,
-                "denoising": result.denoising_forwards,
-                "commit": result.commit_forwards,
-            },
+            forwards=result.forwards,
             seconds=round(result.seconds, 4),
             forced_tokens=result.forced_tokens,
         )
@@ -105,22 +94,18 @@ class Written:
 
     def as_line(self, document: int, repeat: int, texts: Sequence[str]) -> DenoisingLine:
         """Return the line of the denoising file; `texts` are the texts of the tokens."""
-        recorded = self.as_record()
-        return cast(
-            "DenoisingLine",
-            {
-                "document": document,
-                "repeat": repeat,
-                "block_length": self.block_length,
-                "prompt_tokens": self.prompt_tokens,
-                **recorded,
-                "texts": texts,
-                "finish_reason": self.finish_reason,
-                "forwards": self.forwards,
-                "seconds": self.seconds,
-                **({"forced_tokens": self.forced_tokens} if self.forced_tokens else {}),
-            },
-        )
+        line = {
+            "document": document,
+            "repeat": repeat,
+            "prompt_tokens": self.prompt_tokens,
+            **self.as_record(),
+            "texts": texts,
+            "finish_reason": self.finish_reason,
+            "forwards": self.forwards,
+            "seconds": self.seconds,
+            **({"forced_tokens": self.forced_tokens} if self.forced_tokens else {}),
+        }
+        return cast("DenoisingLine", line)
 
 
 @dataclass

@@ -24,6 +24,11 @@ TemplatedBy = Literal["lm_eval", "sdar_lm_eval"]
 Answer = TypeVar("Answer")
 
 
+def repeats_of(request: Instance) -> int:
+    """Return how many answers a request asks for, at least 1."""
+    return max(request.repeats or 1, 1)
+
+
 @dataclass(frozen=True)
 class TaskRequests:
     """What lm_eval knows of a task's requests beside the requests themselves.
@@ -165,7 +170,7 @@ class Evaluation:
             tokens: the answer's tokens.
         """
         instance = job.instance
-        repeat = job.repeat - instance.idx * max(instance.repeats or 1, 1)
+        repeat = job.repeat - instance.idx * repeats_of(instance)
         self.thoughts.setdefault(job.task, {})[job.document, instance.idx, repeat] = thought
         if thought is not None:
             self.counts.count(job.task, thoughts=1, unfinished_thoughts=int(not thought.ended))

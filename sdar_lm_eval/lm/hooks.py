@@ -15,6 +15,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar, Protocol, TypeGuard
 
@@ -25,7 +26,7 @@ from lm_eval.api.task import Task
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.lm.denoising import LinesOf, Tracker, keep_beside_samples, leave_samples_alone
-from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
+from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, repeats_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +82,23 @@ def is_watched(lm: object) -> TypeGuard[Watched]:
     return getattr(type(lm), "watched", False) is True
 
 
-_seed: ContextVar[int | None] = ContextVar("torch_random_seed", default=None)
-_tracker: ContextVar[Tracker | None] = ContextVar("evaluation_tracker", default=None)
-_evaluated: ContextVar[Watched | None] = ContextVar("evaluated", default=None)
-"""The model of this package that the running `simple_evaluate` evaluated."""
+@dataclass
+class _Call:
+    """A call of lm_eval's `simple_evaluate`.
+
+    Attributes:
+        seed: its seed for torch.
+        tracker: what saves its samples.
+        model: the model of this package that its `evaluate` evaluates; None: no such model, or not yet.
+    """
+
+    seed: int | None = None
+    tracker: Tracker | None = None
+    model: Watched | None = None
+
+
+_call: ContextVar[_Call | None] = ContextVar("call", default=None)
+"""The running `simple_evaluate`, which alone knows what a `_Call` has; None where `evaluate` is called by itself."""
 _shared_out: ContextVar[bool] = ContextVar("shared_out", default=False)
 
 
@@ -112,24 +126,26 @@ def watch(evaluator: ModuleType) -> None:
         model = lm.lm if isinstance(lm, CachingLM) else lm  # --use_cache wraps the model
         if not is_watched(model):
             return evaluate(*args, **kwargs)
-        _evaluated.set(model)
+        outer = _call.get() or _Call()
+        outer.model = model
         _check_limit(call.arguments.get("limit"))
         tasks = _tasks_of(call.arguments["task_dict"])
         if (samples := call.arguments.get("samples")) is not None:
             call.arguments["samples"] = _ascending(samples, tasks)
         template = call.arguments.get("apply_chat_template")
         model.evaluation_begins(
-            seed=_seed.get(), cached=model is not lm, template=template if isinstance(template, str) else None
+            seed=outer.seed, cached=model is not lm, template=template if isinstance(template, str) else None
         )
         try:
             with contextlib.ExitStack() as stack:
-                for task, name in {id(task): (task, name) for name, task in tasks.items()}.values():
+                once = {id(task): (task, name) for name, task in tasks.items()}  # one object may have two names
+                for task, name in once.values():
                     stack.enter_context(_methods_replaced(task, name, model))
                 results = evaluate(**call.arguments)
             if isinstance(results, dict) and "samples" in results:
                 model.add_thoughts(results["samples"])
-            if (tracker := _tracker.get()) is not None:
-                keep_beside_samples(tracker, model.written())
+            if outer.tracker is not None:
+                keep_beside_samples(outer.tracker, model.written())
             return results
         finally:
             model.evaluation_ends()
@@ -141,18 +157,16 @@ def watch(evaluator: ModuleType) -> None:
         tracker = call.arguments.get("evaluation_tracker")
         if tracker is not None:
             leave_samples_alone(tracker)
-        seed = _seed.set(call.arguments.get("torch_random_seed"))
-        kept, before = _tracker.set(tracker), _evaluated.set(None)
+        own = _Call(call.arguments.get("torch_random_seed"), tracker)
+        before = _call.set(own)
         try:
             results = simple_evaluate(*args, **kwargs)
             # lm_eval before 0.4.10 asks only its own Hugging Face models for their facts.
-            if results and "sdar_lm_eval" not in results["config"] and (model := _evaluated.get()) is not None:
-                results["config"].update(model.get_model_info())
+            if results and "sdar_lm_eval" not in results["config"] and own.model is not None:
+                results["config"].update(own.model.get_model_info())
             return results
         finally:
-            _seed.reset(seed)
-            _tracker.reset(kept)
-            _evaluated.reset(before)
+            _call.reset(before)
 
     evaluate_and_tell.tells_watched_models = True  # type: ignore[attr-defined]
     vars(evaluator).update(evaluate=evaluate_and_tell, simple_evaluate=simple_evaluate_and_tell)
@@ -188,7 +202,7 @@ def _tasks_of(task_dict: object, name: str = "") -> dict[str, Task]:
 
 def _check_limit(limit: object) -> None:
     if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
-        raise UserError(f"--limit {limit}: give a number of documents above 0, or a part of them between 0 and 1.")
+        raise UserError(f"--limit {limit}: give a number of documents above 0, or a share between 0 and 1.")
 
 
 def _ascending(samples: object, tasks: Mapping[str, Task]) -> dict[str, list[int]]:
@@ -242,7 +256,7 @@ def _filter_without_padding(task: Task) -> Callable[[], object]:
 
     def filter_own() -> object:
         for instance in task.instances:
-            del instance.resps[max(instance.repeats or 1, 1) :]
+            del instance.resps[repeats_of(instance) :]
         return apply_filters()
 
     return filter_own
@@ -351,6 +365,6 @@ def _draw_examples_of_whole_run(task: Task, iterate: Callable[..., Any]) -> dict
 def warn_of_cached_requests() -> None:
     """Say once that lm_eval's cache of built requests is not used."""
     logger.warning(
-        "--cache_requests is passed over: requests are built anew. lm_eval's key for them holds no gen_kwargs, "
-        "documents or wording, so lm_eval could send another run's requests."
+        "--cache_requests is ignored, and requests are built again: lm_eval's key of cached requests holds no "
+        "gen_kwargs, documents or wording, so the cache could give another run's requests."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lm_eval.api.instance import Instance
@@ -14,7 +14,7 @@ from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.hashing import seed_from
-from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
+from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, repeats_of
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record, differences, fields_of, key_of
 from sdar_lm_eval.settings import Generation, canonical, read_generation, warn_of_idle_knobs
@@ -66,14 +66,12 @@ class Job:
         thought, text = read(token_ids, self.request.thinking, decode)
         return thought, self._cut(text)
 
-    def recall(self, record: Record | None) -> tuple[Thought | None, str] | None:
+    def recall(self, record: Record) -> tuple[Thought | None, str] | None:
         """Return the thought and the text of a stored answer; None where the answer has to be made again.
 
         A version that knew no thoughts stored the whole answer as the text. A record of that version has no thought,
         and a thought in its text. A stop string may have ended that answer within the thought.
         """
-        if record is None:
-            return None
         if "thought" in record:
             return Thought(record["thought"], record["thought_ended"]), record["text"]
         if self.request.thinking is None:
@@ -104,11 +102,18 @@ class Round:
     truncated: int
     settings: dict[str, Generation]
 
+    def longest_first(self, ids: Iterable[JobId]) -> list[JobId]:
+        """Return jobs in the order in which engines run them.
+
+        Prompts of similar length are then prefilled together, and a long one does not run alone at the end.
+        """
+        return sorted(ids, key=lambda job_id: -len(self.jobs[job_id].request.prompt_ids))
+
     def warn_of_truncated(self) -> None:
         """Warn of prompts that lost their beginning."""
         if self.truncated:
             logger.warning(
-                "%d of %d prompts are longer than max_length - max_gen_toks allows; they lost their beginning.",
+                "%d of %d prompts are longer than max_length - max_gen_toks, and lost their beginning.",
                 self.truncated,
                 len(self.jobs),
             )
@@ -121,6 +126,16 @@ class _Settings:
     generation: Generation
     stop_ids: frozenset[int]
     stop_strings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An answer that the harness asks for: which repeat of which request."""
+
+    instance: Instance
+    repeat: int
+    task: TaskRequests
+    settings: _Settings
 
 
 class Jobs:
@@ -170,45 +185,33 @@ class Jobs:
         order: list[JobId] = []
         seen: collections.Counter[int] = collections.Counter()
         settings: dict[tuple[str, str], _Settings] = {}
-        asked: dict[JobId, tuple[Instance, _Settings]] = {}
+        asked: dict[JobId, _Asked] = {}
         for instance in requests:
             task = task_of(instance)
             name = task.name, json.dumps(instance.args[1], default=str)
             if name not in settings:
                 settings[name] = self._settings_of(instance.args[1], task)
             drawn = settings[name].generation.is_drawn
-            repeat = seen[id(instance)] % max(instance.repeats or 1, 1) if drawn else 0
+            repeat = seen[id(instance)] % repeats_of(instance) if drawn else 0
             seen[id(instance)] += 1
             order.append((id(instance), repeat))
-            asked[order[-1]] = instance, settings[name]
+            asked[order[-1]] = _Asked(instance, repeat, task, settings[name])
 
-        in_template = [self._in_template(instance, task_of(instance)) for instance, _ in asked.values()]
+        in_template = [self._in_template(each.instance, each.task) for each in asked.values()]
         prompts = [prompt for prompt, _ in in_template]
         ids_of = self._prompts.encode_prompts(prompts, [by is not None for _, by in in_template])
         jobs: dict[JobId, Job] = {}
         truncated = 0
-        for (job_id, (instance, its)), (prompt, by), ids in zip(asked.items(), in_template, ids_of, strict=True):
-            generation, repeat = its.generation, job_id[1]
+        for (job_id, each), (prompt, by), ids in zip(asked.items(), in_template, ids_of, strict=True):
+            generation = each.settings.generation
             room = self.room_for_prompt(generation.max_gen_toks)
             truncated += len(ids) > room
-            request = GenerationRequest(
-                prompt_ids=tuple(ids[-room:]) or (self._prompts.prefix_token_id,),
-                max_new_tokens=generation.max_gen_toks,
-                decoding=generation.decoding,
-                stop_ids=its.stop_ids,
-                stop_strings=its.stop_strings,
-                # From the request's content and not its position: the same with --limit and on any rank.
-                seed=seed_from([seed, instance.task_name, instance.args[0], repeat]),
-                record_steps=record_steps,
-                thinking=self._thinking_behind(prompt),
-                repetition=self._thoughts.repetition,
-            )
-            task = task_of(instance)
+            request = self._request(each, prompt, ids[-room:], seed, record_steps)
             jobs[job_id] = Job(
-                instance=instance,
-                task=task.name,
-                document=task.document(instance),
-                repeat=instance.idx * max(instance.repeats or 1, 1) + repeat,
+                instance=each.instance,
+                task=each.task.name,
+                document=each.task.document(each.instance),
+                repeat=each.instance.idx * repeats_of(each.instance) + each.repeat,
                 prompt=prompt,
                 templated_by=by,
                 request=request,
@@ -216,6 +219,24 @@ class Jobs:
                 key=_key_of(request, generation, self._thoughts.auto),
             )
         return Round(order, jobs, truncated, {task: its.generation for (task, _), its in settings.items()})
+
+    def _request(
+        self, asked: _Asked, prompt: str, ids: Sequence[int], seed: int, record_steps: bool
+    ) -> GenerationRequest:
+        """What the engine gets; `ids` are the tokens of `prompt` that have room."""
+        instance, settings = asked.instance, asked.settings
+        return GenerationRequest(
+            prompt_ids=tuple(ids) or (self._prompts.prefix_token_id,),
+            max_new_tokens=settings.generation.max_gen_toks,
+            decoding=settings.generation.decoding,
+            stop_ids=settings.stop_ids,
+            stop_strings=settings.stop_strings,
+            # From the request's content and not its position: the same with --limit and on any rank.
+            seed=seed_from([seed, instance.task_name, instance.args[0], asked.repeat]),
+            record_steps=record_steps,
+            thinking=self._thinking_behind(prompt),
+            repetition=self._thoughts.repetition,
+        )
 
     def settings_of(self, gen_kwargs: Mapping[str, object]) -> Generation:
         """The settings of a request whose task has none.
@@ -281,23 +302,26 @@ class Jobs:
             )
 
     def _settings_of(self, gen_kwargs: Mapping[str, object], task: TaskRequests) -> _Settings:
+        """Read a task's settings, and log what the user should know of them."""
         protocol = dict(task.decoding or {})
         generation = self.generation_of(gen_kwargs, protocol)
-        if gen_kwargs and generation.decoding.block_length != self.default.decoding.block_length:
-            self._warn_of_block_length(generation.decoding.block_length)
-        is_published = generation.decoding.remasking_strategy == protocol.get("remasking_strategy")
-        published = f" is published for {task.name}" if is_published else ""
-        warn_of_idle_knobs({**self._given, **canonical(gen_kwargs)}, generation.decoding, published or " decodes")
+        decoding = generation.decoding
+        if gen_kwargs and decoding.block_length != self.default.decoding.block_length:
+            self._warn_of_block_length(decoding.block_length)
+        is_published = decoding.remasking_strategy == protocol.get("remasking_strategy")
+        why = f" is published for {task.name}" if is_published else " decodes"
+        warn_of_idle_knobs({**self._given, **canonical(gen_kwargs)}, decoding, why)
         if protocol:
-            self._tell_of_protocol(task.name, protocol, generation.decoding.as_dict())
+            self._tell_of_protocol(task.name, protocol, decoding.as_dict())
         self._warn_of_thoughts_limit(generation.max_gen_toks)
-        stop_ids, stop_strings = set(self.stop_ids), []
-        for text in generation.until:
-            # Decoding leaves special tokens out, so a special token ends an answer by its id alone.
-            if (token := self._checkpoint.special_token(text)) is None:
-                stop_strings.append(text)
-            else:
-                stop_ids.add(token)
+        # Decoding leaves special tokens out, so a special token ends an answer by its id alone.
+        token_of = {text: self._checkpoint.special_token(text) for text in generation.until}
+        stop_ids = {token for token in token_of.values() if token is not None}
+        stop_strings = tuple(text for text, token in token_of.items() if token is None)
+        self._warn_of_stop_strings(stop_strings)
+        return _Settings(generation, frozenset(self.stop_ids) | stop_ids, stop_strings)
+
+    def _warn_of_stop_strings(self, stop_strings: Sequence[str]) -> None:
         for text in filter(self._checkpoint.has_special_tokens, stop_strings):
             if self._is_new("stop", text):
                 logger.warning(
@@ -305,7 +329,6 @@ class Jobs:
                     "are decoded without special tokens. Give the special token alone, or the other text alone.",
                     text,
                 )
-        return _Settings(generation, frozenset(stop_ids), tuple(stop_strings))
 
     def _is_new(self, kind: str, about: object) -> bool:
         """Whether the log has no message of this kind about this yet; from now on it has one."""
@@ -354,8 +377,8 @@ class Jobs:
             return context, by
         if self._is_new("user turns", None):
             logger.warning(
-                "Prompts that come from no evaluation of lm_eval become one user turn each, system instruction "
-                "included. Use lm_eval.simple_evaluate, or apply_chat_template."
+                "Each prompt from outside an evaluation of lm_eval becomes one user turn, system instruction included. "
+                "Use lm_eval.simple_evaluate, or apply_chat_template."
             )
         return self._prompts.as_user_turn(context), "sdar_lm_eval"
 

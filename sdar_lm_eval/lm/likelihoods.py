@@ -176,7 +176,7 @@ class Likelihoods:
         jobs = asked.jobs
         if asked.truncated:
             logger.warning(
-                "%d of %d contexts are longer than max_length=%d leaves room for; they lost their beginning.",
+                "%d of %d contexts do not fit into max_length=%d beside their continuations, and lost their beginning.",
                 asked.truncated,
                 len(jobs),
                 self._max_length,

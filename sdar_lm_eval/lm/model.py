@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
 
 from sdar_lm_eval.arguments import JetEngineArguments, LMDeployArguments, NativeArguments, takes
-from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT, DEFAULT_SEED
+from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.lm.answers import AnswerFolder
 from sdar_lm_eval.lm.denoising import LinesOf, WrittenAnswers
@@ -77,7 +77,7 @@ class SDARLM(TemplateLM):
         self.renders = self._prompts.renders
         self.max_length, self.max_gen_toks = self.jobs.max_length, self.jobs.default.max_gen_toks
 
-        self.evaluation = Evaluation(DEFAULT_SEED if settings.seed is None else settings.seed)
+        self.evaluation = Evaluation(settings.seed_or(None))
         self._evaluation_of_ranks = [self.evaluation]
         trace = None
         if settings.trace is not None:  # before the engine is loaded: a file that cannot be written is refused at once
@@ -160,16 +160,14 @@ class SDARLM(TemplateLM):
 
     def evaluation_begins(self, *, seed: int | None, cached: bool, template: str | None) -> None:
         """Count from zero, sample by lm_eval's seed unless model_args have one, and trace into another file."""
-        self._begin(DEFAULT_SEED if seed is None else seed)
+        self._begin(seed)
         self._prompts.choose(template)
         if not cached:  # the file is an earlier evaluation's
             self._cache = None
         self._open_store()  # a new store retries files that could not be written
 
-    def _begin(self, seed: int) -> None:
-        self.evaluation = self.evaluation.next(
-            seed if self._frontend.settings.seed is None else self._frontend.settings.seed
-        )
+    def _begin(self, seed: int | None = None) -> None:
+        self.evaluation = self.evaluation.next(self._frontend.settings.seed_or(seed))
         self._evaluation_of_ranks = [self.evaluation]
         self.rounds.begin_run()
 
@@ -295,7 +293,7 @@ class SDARLM(TemplateLM):
     def _current(self) -> Evaluation:
         """The evaluation that requests belong to; requests after an evaluation's end have counts of their own."""
         if self.evaluation.over:
-            self._begin(DEFAULT_SEED)
+            self._begin()
         return self.evaluation
 
     # Ranks

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 TOKENIZED_TOGETHER = 1000  # prompts, or pairs; the tokenizer's result takes five times the memory of the token ids
 BYTES = 4  # most bytes of a character in UTF-8, and so most tokens of one
 PROCESS = os.getpid()  # a forked process has another id
-# Replaces the n-th special token of a message's text while rendering: n between two Unicode noncharacters.
+# Stands for the n-th special token of the messages' texts (`_Marks`): n between two Unicode noncharacters.
 MARK = "\ufdd0{}\ufdd1"
 
 Message = dict[str, str]
@@ -98,14 +98,14 @@ class Prompts:
         """Warn once of prompts that go into the template unasked, and once of log-likelihoods that are in none."""
         if task.templated_by == "sdar_lm_eval":
             self._warn_once(
-                "Prompts are put into the checkpoint's chat template, as by --apply_chat_template "
-                "(chat_template=%s; chat_template=off leaves them as they are).",
+                "The checkpoint's chat template is applied to prompts, as by --apply_chat_template (chat_template=%s). "
+                "chat_template=off leaves prompts as they are.",
                 self._mode,
             )
         if task.templated_by is None and task.scored and self.renders:
             self._warn_once(
-                "Log-likelihoods are of the text as it comes, in no chat template (chat_template=%s is for generated "
-                "answers); --apply_chat_template lets the harness apply it.",
+                "Log-likelihoods are computed without the chat template: chat_template=%s is for generated answers. "
+                "--apply_chat_template applies the template to all tasks.",
                 self._mode,
             )
 
@@ -184,20 +184,11 @@ class Prompts:
         if not add_generation_prompt and (prefix or messages[-1]["content"].lstrip().startswith(self.thoughts.start)):
             *messages, last = messages
             begun, add_generation_prompt = last["content"], True
-        tokens: list[str] = []  # special tokens in the messages' texts
-
-        def mark(found: re.Match[str]) -> str:
-            tokens.append(found[0])
-            return MARK.format(len(tokens) - 1)
-
-        marked = [{**m, "content": self._special.sub(mark, m["content"])} for m in messages]
-        opened, start, rest = begun.partition(self.thoughts.start)
-        if opened.strip() or not start:
-            opened, start, rest = "", "", begun
-        text = self._template().render(marked, add_generation_prompt)
-        text += prefix + opened + start + self._special.sub(mark, rest)
-        parts = re.split(MARK.format(r"(\d+)"), text)  # text, number, text, number, …, text
-        parts[1::2] = [tokens[int(number)] for number in parts[1::2]]
+        marks = _Marks(self._special)
+        marked = [{**message, "content": marks.put(message["content"])} for message in messages]
+        opening, rest = _opening(begun, self.thoughts.start)  # the start of a thought stays a special token
+        text = self._template().render(marked, add_generation_prompt) + prefix + opening + marks.put(rest)
+        parts = marks.parts(text)
         rendered = "".join(parts)
         digest = _digest(rendered)
         self._rendered[digest] = tuple(parts) if len(parts) > 1 else ()
@@ -348,6 +339,38 @@ class Prompts:
     def _wants_special_tokens(self, text: str, rendered: bool) -> bool:
         bos = self.tokenizer.bos_token
         return not rendered and not (bos and text.startswith(bos))  # a template writes the BOS itself, if at all
+
+
+class _Marks:
+    """Stands marks for the special tokens in messages' texts, so that they are told from those that a template writes.
+
+    Args:
+        special: matches a special token.
+    """
+
+    def __init__(self, special: re.Pattern[str]) -> None:
+        self._special = special
+        self._tokens: list[str] = []
+
+    def put(self, text: str) -> str:
+        """Return a text with a mark in the place of each special token."""
+        return self._special.sub(self._mark, text)
+
+    def parts(self, rendered: str) -> list[str]:
+        """Divide a rendered text at its marks: text, special token, text, special token, …, text."""
+        parts = re.split(MARK.format(r"(\d+)"), rendered)
+        parts[1::2] = [self._tokens[int(number)] for number in parts[1::2]]
+        return parts
+
+    def _mark(self, found: re.Match[str]) -> str:
+        self._tokens.append(found[0])
+        return MARK.format(len(self._tokens) - 1)
+
+
+def _opening(begun: str, start: str) -> tuple[str, str]:
+    """Divide the beginning of an answer: a thought's start with the white space before it, or ""; the rest."""
+    before, found, rest = begun.partition(start)
+    return (before + found, rest) if found and not before.strip() else ("", begun)
 
 
 def _digest(text: str) -> bytes:

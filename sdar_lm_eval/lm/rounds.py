@@ -22,6 +22,7 @@ from sdar_lm_eval.report.counts import Counts
 from sdar_lm_eval.report.live import Live
 from sdar_lm_eval.report.run import Progress
 from sdar_lm_eval.report.trace import Trace, cost_of, denoising_of
+from sdar_lm_eval.thinking import Thought
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +86,7 @@ class Rounds:
         Raises:
             UserError, EngineError, Interrupted: as `SDARLM.generate_until`.
         """
-        counts = evaluation.counts
-        tracing = self._trace is not None
-        recording = self._record or tracing or self._verbose
+        recording = self._record or self._trace is not None or self._verbose
         asked = self._jobs.of(requests, evaluation.task_of, evaluation.seed, record_steps=recording)
         evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
         evaluation.template_hash = self._prompts.template_hash
@@ -96,29 +95,26 @@ class Rounds:
         judges = {job.task: evaluation.task_of(job.instance).judge for job in jobs.values()}
         live = Live(judges, len(jobs), whole=self._alone)
         answers = self._stored_answers(jobs, evaluation, live)
-        # Longest first: prompts of similar length are prefilled together, and a long one does not run alone at the end.
-        missing = [job_id for job_id in jobs if job_id not in answers]
-        missing.sort(key=lambda job_id: -len(jobs[job_id].request.prompt_ids))
+        missing = asked.longest_first(job_id for job_id in jobs if job_id not in answers)
         to_run = [jobs[job_id].request for job_id in missing]
-        self._prepare_engine(to_run, counts)
-        progress = Progress(counts, len(jobs), len(answers), show, live)
+        self._prepare_engine(to_run, evaluation.counts)
+        progress = Progress(evaluation.counts, len(jobs), len(answers), show, live)
         run = contextlib.closing(self._engine.generate(to_run))
         with self._round(progress, evaluation, answers, len(jobs)), run as results:
             for index, result in results:
                 job = jobs[missing[index]]
                 thought, text = job.read(result.token_ids, self._decode)
-                cost = cost_of(result, prompt_tokens=len(job.request.prompt_ids))
-                read = {"text": text, **({} if thought is None else thought.as_record())}
-                self.store.put(job.key, {**job.name, **read, **cost, **self._note(job, result, evaluation)})
+                self._keep(job, result, thought, text, evaluation)
                 answers[missing[index]] = text
-                counts.add(job.task, result, prompt_tokens=len(job.request.prompt_ids))
+                evaluation.counts.add(job.task, result, prompt_tokens=len(job.request.prompt_ids))
                 evaluation.note_end(job, thought, result.finish_reason, len(result.token_ids))
                 verdict = live.judge(job.instance, text)
                 if self._verbose:
                     progress.tell(live.example(job.instance, job.request, result, text, verdict, thought))
-                if tracing:
+                if self._trace is not None:
+                    cost = cost_of(result, prompt_tokens=len(job.request.prompt_ids))
                     steps = denoising_of(job.prompt, job.request, result, self._prompts.pieces)
-                    self._trace_answer(job, {**read, **cost, **steps})
+                    self._trace_answer(job, {**_as_record(text, thought), **cost, **steps})
                 progress.step()
         if len(answers) < len(jobs):
             raise EngineError(f"the {self._name} engine answered {len(answers)} of {len(jobs)} requests.")
@@ -132,22 +128,23 @@ class Rounds:
         for job_id, job in jobs.items():
             evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
             record = self.store.get(job.key)
-            if record is not None and (read := job.recall(record)) is not None:
-                thought, answers[job_id] = read
-                keys.add(job.key)
-                forwards = record.get("forwards")
-                made = None if forwards is None else forwards["denoising"] + forwards["commit"]
-                evaluation.counts.add_stored(job.task, record.get("new_tokens"), made)
-                reason, tokens = record.get("finish_reason", ""), record.get("new_tokens", 0)
-                evaluation.note_end(job, thought, reason, tokens)
-                evaluation.counts.count(job.task, stored_forced_tokens=record.get("forced_tokens", 0))
-                live.judge(job.instance, answers[job_id])
-                told = {"text": answers[job_id], **({} if thought is None else thought.as_record())}
-                self._trace_answer(job, {**record, **told, "stored": True})
-                if self._record and (written := Written.of_record(record)) is not None:
-                    evaluation.written.add(job.task, job.document, job.repeat, written)
-                elif self._record:
-                    unrecorded += 1
+            recalled = None if record is None else job.recall(record)
+            if record is None or recalled is None:
+                continue
+            thought, text = recalled
+            answers[job_id] = text
+            keys.add(job.key)
+            forwards = record.get("forwards")
+            made = None if forwards is None else forwards["denoising"] + forwards["commit"]
+            evaluation.counts.add_stored(job.task, record.get("new_tokens"), made)
+            evaluation.counts.count(job.task, stored_forced_tokens=record.get("forced_tokens", 0))
+            evaluation.note_end(job, thought, record.get("finish_reason", ""), record.get("new_tokens", 0))
+            live.judge(job.instance, text)
+            self._trace_answer(job, {**record, **_as_record(text, thought), "stored": True})
+            if self._record and (written := Written.of_record(record)) is not None:
+                evaluation.written.add(job.task, job.document, job.repeat, written)
+            elif self._record:
+                unrecorded += 1
         if answers:
             seconds = self.store.seconds_for(keys)
             evaluation.counts.stored_untimed += len(answers) if seconds is None else 0
@@ -161,14 +158,17 @@ class Rounds:
             )
         return answers
 
-    def _note(self, job: Job, result: GenerationResult, evaluation: Evaluation) -> dict[str, object]:
-        """Keep the denoising record of an answer; return what the store keeps of the record."""
-        if not self._record:
-            return {}
-        block_length = job.request.decoding.block_length
-        written = Written.of_result(result, block_length, prompt_tokens=len(job.request.prompt_ids))
-        evaluation.written.add(job.task, job.document, job.repeat, written)
-        return written.as_record()
+    def _keep(
+        self, job: Job, result: GenerationResult, thought: Thought | None, text: str, evaluation: Evaluation
+    ) -> None:
+        """Store an answer, with its denoising record where records are kept; the evaluation keeps the record too."""
+        prompt_tokens = len(job.request.prompt_ids)
+        record = {**job.name, **_as_record(text, thought), **cost_of(result, prompt_tokens)}
+        if self._record:
+            written = Written.of_result(result, job.request.decoding.block_length, prompt_tokens)
+            evaluation.written.add(job.task, job.document, job.repeat, written)
+            record |= written.as_record()
+        self.store.put(job.key, record)
 
     def score(
         self, kind: Kind, requests: Sequence[Instance], evaluation: Evaluation, show: bool
@@ -319,3 +319,8 @@ class Rounds:
                 **({"stored": True} if stored else {}),
             }
         )
+
+
+def _as_record(text: str, thought: Thought | None) -> dict[str, object]:
+    """An answer's text and, if it has one, its thought, as stored answers and traces have them."""
+    return {"text": text, **({} if thought is None else thought.as_record())}

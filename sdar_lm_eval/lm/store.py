@@ -27,14 +27,6 @@ from sdar_lm_eval.hashing import hex_digest
 logger = logging.getLogger(__name__)
 
 
-class Forwards(TypedDict):
-    """How often an answer's prompt, or a block of the answer, went through the model."""
-
-    prefill: int
-    denoising: int
-    commit: int
-
-
 class Record(TypedDict, total=False):
     """A finished answer (it has `text`) or score (it has `log_likelihood`), as a place returns it.
 
@@ -52,7 +44,7 @@ class Record(TypedDict, total=False):
     thought_ended: bool
     prompt_tokens: int
     new_tokens: int
-    forwards: Forwards
+    forwards: Mapping[str, int]
     seconds: float
     finish_reason: str
     forced_tokens: int
@@ -240,7 +232,7 @@ class CacheFile:
         known = self._file.execute("SELECT 1 FROM sdar_records WHERE made_by = ?", (self._fingerprint,)).fetchone()
         if others and known is None:
             changed = differences(json.loads(others[-1][0]), fingerprint)
-            logger.warning("%s has answers of other settings, which are left alone (%s).", self.name, changed)
+            logger.warning("%s has answers of other settings, which are ignored (%s).", self.name, changed)
 
     def get(self, key: str) -> Record | None:
         """Return what is kept under the key; a damaged record counts as missing."""
@@ -249,7 +241,7 @@ class CacheFile:
             found = self._file.execute(query, (self._fingerprint, key)).fetchone()
             record = None if found is None else decode_line(found[0])
         except (sqlite3.Error, ValueError, TypeError, AttributeError) as error:
-            logger.warning("%s: a record cannot be read (%s), and is made again.", self.name, error)
+            logger.warning("%s: a record cannot be read (%s), and is computed again.", self.name, error)
             return None
         return as_record(record)
 

@@ -66,11 +66,7 @@ class Thoughts:
             UserError: a value cannot be used, or asks for thoughts whose end is unknown.
         """
         prefix = _prefix(given.get("answer_prefix", ""))
-        template_args = _template_args(given.get("chat_template_args"))
-        if "enable_thinking" in given:
-            template_args["enable_thinking"] = given["enable_thinking"]
-        if "enable_thinking" in template_args:  # a template takes the text "false" for true
-            template_args["enable_thinking"] = to_bool("enable_thinking", template_args["enable_thinking"])
+        template_args = _template_args(given)
         auto = _thinking(checkpoint, END) if START in prefix or _knows(checkpoint.tokenizer) else None
         end = _end(given.get("think_end_token", "auto"), checkpoint)
         thinking = auto if end == "auto" else None if end is None else _thinking(checkpoint, end)
@@ -103,7 +99,17 @@ def _prefix(value: object) -> str:
     return re.sub(r"\\[nt\\]", lambda found: ESCAPES[found[0]], value)
 
 
-def _template_args(value: object) -> dict[str, object]:
+def _template_args(given: Mapping[str, object]) -> dict[str, object]:
+    """The values for the chat template: chat_template_args, and enable_thinking, which replaces the value in them."""
+    values = _mapping(given.get("chat_template_args"))
+    if "enable_thinking" in given:
+        values["enable_thinking"] = given["enable_thinking"]
+    if "enable_thinking" in values:  # a template takes the text "false" for true
+        values["enable_thinking"] = to_bool("enable_thinking", values["enable_thinking"])
+    return values
+
+
+def _mapping(value: object) -> dict[str, object]:
     example = '{"enable_thinking": false}'
     if isinstance(value, str):
         try:

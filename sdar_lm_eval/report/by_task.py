@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sdar_lm_eval.report.curve import Summary
 from sdar_lm_eval.report.points import settings_in_words
-from sdar_lm_eval.report.text_table import aligned
+from sdar_lm_eval.report.text_table import aligned, as_markdown
 
 
 def by_task(summaries: Sequence[Summary], markdown: bool = False) -> str:
@@ -24,11 +24,5 @@ def by_task(summaries: Sequence[Summary], markdown: bool = False) -> str:
     accuracies = [["accuracy, %", *(number for number, *_ in settings[1:])]]
     for summary in summaries:
         accuracies.append([summary.task, *(f"{point.accuracy:.1f}" for point in summary.points)])
-    if not markdown:
-        return "\n\n".join(["\n".join(aligned(settings, left={1, 2})), "\n".join(aligned(accuracies, left={0}))])
-    return "\n\n".join(
-        "\n".join(
-            "| " + " | ".join(row) + " |" for row in (head, [*marks, *["---:"] * (len(head) - len(marks))], *rows)
-        )
-        for (head, *rows), marks in ((settings, ["---:", "---", "---"]), (accuracies, ["---"]))
-    )
+    lines = as_markdown if markdown else aligned
+    return "\n\n".join("\n".join(lines(rows, left)) for rows, left in ((settings, {1, 2}), (accuracies, {0})))

@@ -67,28 +67,43 @@ _SCI = {
     "GPQA-diamond": ("exact_match,opencompass", 198, _RULE),
     "ProteinLMBench": ("exact_match,opencompass", 944, _TWIN),
 }
-SCI_COLUMNS = tuple(
-    Column(f"{title} ({protocol})", sampled(task) if protocol == "S" else task, metric, questions, caveat=caveat)
-    for protocol in ("G", "S")
-    for title, task in SCI_TASKS.items()
-    for metric, questions, caveat in [_SCI[title]]
-)
+
+
+def _sci(protocol: str) -> tuple[Column, ...]:
+    columns = []
+    for title, task in SCI_TASKS.items():
+        metric, questions, caveat = _SCI[title]
+        name = sampled(task) if protocol == "S" else task
+        columns.append(Column(f"{title} ({protocol})", name, metric, questions, caveat=caveat))
+    return tuple(columns)
+
+
+_SCI_GREEDY, _SCI_SAMPLED = _sci("G"), _sci("S")
+SCI_COLUMNS = (*_SCI_GREEDY, *_SCI_SAMPLED)
 """The reproducible columns of SDAR-30B-A3B-Sci's table (JetAstra/SDAR's README, part II): greedy (G), and sampled at
 temperature 1 (S)."""
 
-_TRADO_AIME = "no mean of three answers to each of 30 questions is the published score"
-TRADO_COLUMNS = tuple(
-    tuple(
-        Column(f"{title} ({named})", f"{task}{protocol}", "is_equal,last-box", questions, caveat=caveat)
-        for (title, task), questions, caveat in zip(
-            TRADO_TASKS.items(), (500, 1319, 30), ("", "", _TRADO_AIME), strict=True
+_TRADO = {
+    "MATH500": (500, ""),
+    "GSM8K": (1319, ""),
+    "AIME 2024": (30, "no mean of three answers to each of 30 questions is the published score"),
+}
+
+
+def _trado(protocol: str, ending: str) -> tuple[Column, ...]:
+    columns = []
+    for title, task in TRADO_TASKS.items():
+        questions, caveat = _TRADO[title]
+        columns.append(
+            Column(f"{title} ({protocol})", f"{task}{ending}", "is_equal,last-box", questions, caveat=caveat)
         )
-    )
-    for named, protocol in (("dynamic", ""), ("static", "_static"), ("thinking", "_think"))
-)
+    return tuple(columns)
+
+
+TRADO_COLUMNS = (_trado("dynamic", ""), _trado("static", "_static"), _trado("thinking", "_think"))
 """The reproducible columns of dLLM-RL's table, by protocol; the tasks are those of `tasks/trado*.yaml`."""
 
-TABLES = (COLUMNS, SCI_COLUMNS[: len(SCI_TASKS)], SCI_COLUMNS[len(SCI_TASKS) :], *TRADO_COLUMNS)
+TABLES = (COLUMNS, _SCI_GREEDY, _SCI_SAMPLED, *TRADO_COLUMNS)
 """The published tables, each with its columns: SDAR's, SDAR-30B-A3B-Sci's greedy and sampled, dLLM-RL's three."""
 
 

@@ -17,21 +17,25 @@ class Counts:
     Attributes:
         requests: answers computed.
         new_tokens: tokens of these answers, as far as they are returned.
-        stored_requests: answers found in a store.
-        stored_tokens: tokens of these answers, as far as they are returned.
-        stored_forwards: their denoising and commit forwards.
-        stored_seconds: time in which earlier processes computed these answers.
-        stored_unmeasured: how many of these answers have no tokens and forwards in the store.
-        stored_untimed: how many of these answers have no time in the store.
+        prompt_tokens: tokens of these answers' prompts.
+        prefill_forwards, denoising_forwards, commit_forwards: these answers' forwards by kind.
+        load_seconds: time of loading the model and of preparing the engine.
         generation_seconds: time of generation, prefill included.
         peak_memory_bytes: of the device on CUDA, else of the process.
         scored_requests: log-likelihoods computed.
         scored_tokens: tokens of these log-likelihoods.
-        stored_scores: log-likelihoods found in a store.
         clean_tokens: tokens of unmasked text that scoring ran through the model.
         noised_tokens: tokens of masked blocks that scoring ran through the model.
+        scoring_seconds: time of scoring.
         standard_errors: sum of the log-likelihoods' standard errors, in nats, those found in a store included.
         largest_standard_error: the largest of these standard errors, in nats.
+        stored_requests: answers found in a store.
+        stored_scores: log-likelihoods found in a store.
+        stored_tokens: tokens of the stored answers, as far as they are returned.
+        stored_forwards: their denoising and commit forwards.
+        stored_seconds: time in which earlier processes computed the stored answers.
+        stored_unmeasured: how many of the stored answers have no tokens and forwards in the store.
+        stored_untimed: how many of the stored answers have no time in the store.
         thoughts: answers with a thought, those found in a store included.
         unfinished_thoughts: answers that ended in their thought, those found in a store included.
         forced_tokens: new tokens that were not drawn: inserted think ends.
@@ -220,24 +224,9 @@ class Counts:
             what = [(self.stored_requests, "answers"), (self.stored_scores, "log-likelihoods")]
             parts.append(" and ".join(f"{count:,} {name}" for count, name in what if count) + " were there already")
         if self.requests or not (self.scored_requests or parts):
-            parts.append(
-                f"{self.requests:,} requests, {self.new_tokens:,} new tokens in {self.generation_seconds:.1f} s"
-            )
-            if self.tokens_per_second is not None:
-                parts[-1] += f": {self.tokens_per_second:,.0f} tok/s"
-            if self.tokens_per_forward is not None:
-                parts[-1] += (
-                    f", {self.tokens_per_forward:.2f} tokens per forward (prefill {self.prefill_forwards:,}, denoising "
-                    f"{self.denoising_forwards:,}, commit {self.commit_forwards:,})"
-                )
+            parts.append(self._generation_in_words())
         if self.scored_requests:
-            parts.append(
-                f"{self.scored_requests:,} log-likelihoods of {self.scored_tokens:,} tokens in "
-                f"{self.scoring_seconds:.1f} s (forwards of {self.clean_tokens:,} clean and {self.noised_tokens:,} "
-                "noised tokens)"
-            )
-            if self.largest_standard_error:
-                parts[-1] += f", standard errors up to {self.largest_standard_error:.2g} nats"
+            parts.append(self._scoring_in_words())
         answers = self.requests + self.stored_requests
         if self.thoughts:
             parts.append(f"{self.unfinished_thoughts:,} of {answers:,} answers ended while thinking")
@@ -248,6 +237,26 @@ class Counts:
             "; ".join(parts)
             + f"; loaded in {self.load_seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"
         )
+
+    def _generation_in_words(self) -> str:
+        told = f"{self.requests:,} requests, {self.new_tokens:,} new tokens in {self.generation_seconds:.1f} s"
+        if self.tokens_per_second is not None:
+            told += f": {self.tokens_per_second:,.0f} tok/s"
+        if self.tokens_per_forward is not None:
+            told += (
+                f", {self.tokens_per_forward:.2f} tokens per forward (prefill {self.prefill_forwards:,}, denoising "
+                f"{self.denoising_forwards:,}, commit {self.commit_forwards:,})"
+            )
+        return told
+
+    def _scoring_in_words(self) -> str:
+        told = (
+            f"{self.scored_requests:,} log-likelihoods of {self.scored_tokens:,} tokens in {self.scoring_seconds:.1f} "
+            f"s (forwards of {self.clean_tokens:,} clean and {self.noised_tokens:,} noised tokens)"
+        )
+        if self.largest_standard_error:
+            told += f", standard errors up to {self.largest_standard_error:.2g} nats"
+        return told
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

@@ -26,7 +26,7 @@ from sdar_lm_eval.report.points import (
     settings_in_words,
     value_of,
 )
-from sdar_lm_eval.report.text_table import aligned, with_error
+from sdar_lm_eval.report.text_table import aligned, as_markdown, with_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,15 +152,13 @@ def table(summary: Summary, markdown: bool = False) -> str:
 
 
 def _grid(rows: Sequence[Sequence[str]], markdown: bool) -> str:
-    if not markdown:
-        rows = [
-            [cell if cell.endswith("*") or column < 3 else f"{cell}  " for column, cell in enumerate(row)]
-            for row in rows
-        ]
-        return "\n".join(aligned(rows, left={0, 1}))
-    head, *body = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
-    rule = " | ".join("---" if column < 2 else "---:" for column in range(len(rows[0])))
-    return "\n".join(f"| {line} |" for line in (head, rule, *body))
+    if markdown:
+        return "\n".join(as_markdown(rows, left={0, 1}))
+    # Room for the star of a speed on the front keeps the digits of a column below each other.
+    padded = [
+        [cell if cell.endswith("*") or column < 3 else f"{cell}  " for column, cell in enumerate(row)] for row in rows
+    ]
+    return "\n".join(aligned(padded, left={0, 1}))
 
 
 def check_suffix(file: Path) -> None:

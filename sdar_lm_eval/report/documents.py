@@ -22,6 +22,10 @@ LAST_OF_PROMPT = 400
 """Characters of the prompt's end that stand for the question, where no field of the document is named as one."""
 
 
+_Name = tuple[int, str | None]
+"""A document's index and lm_eval's hash of it."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """An answer to a document.
@@ -99,11 +103,11 @@ def documents_of(run: Run, task: str) -> list[Document]:
     Raises:
         UserError: a file of the run cannot be read, or is not as lm_eval writes it.
     """
-    first: dict[tuple[int, str | None], Sample] = {}
-    answers: dict[tuple[int, str | None], list[Answer]] = {}
+    first: dict[_Name, Sample] = {}
+    answers: dict[_Name, list[Answer]] = {}
     names = {metric.name for metric in run.metrics(task)}
     for results in run.of_tasks[task]:
-        lines: dict[tuple[int, str | None], dict[str, Sample]] = {}
+        lines: dict[_Name, dict[str, Sample]] = {}
         for sample in results.each_sample(task):
             lines.setdefault((sample.document, sample.doc_hash), {})[sample.filter] = sample
         records = {(record.document, record.repeat): record for record in results.denoising(task)}
@@ -113,16 +117,11 @@ def documents_of(run: Run, task: str) -> list[Document]:
             sample = next(iter(of_filters.values()))
             first.setdefault(key, sample)
             texts = [_likelihoods(sample)] if of_likelihoods else list(sample.responses)
-            answers.setdefault(key, []).extend(
-                Answer(
-                    text,
-                    _scores(of_filters, scored, repeat, len(texts)),
-                    _extracted(of_filters, repeat),
-                    record,
-                    *sample.thought(repeat),
-                )
-                for repeat, (text, record) in enumerate(zip(texts, _records(key[0], texts, records), strict=True))
-            )
+            found = answers.setdefault(key, [])
+            for repeat, record in enumerate(_records(key[0], texts, records)):
+                scores = _scores(of_filters, scored, repeat, len(texts))
+                extracted = _extracted(of_filters, repeat)
+                found.append(Answer(texts[repeat], scores, extracted, record, *sample.thought(repeat)))
     return [
         Document(
             index=key[0],
@@ -189,7 +188,7 @@ def _without_scores(
     for metric in metrics:
         samples = [of_filters[metric.filter] for of_filters in listed if metric.filter in of_filters]
         values = [(numbers_of(sample.line.content.get(metric.name)), sample) for sample in samples]
-        known = {("", i): np.array(numbers) for i, (numbers, _) in enumerate(values) if numbers is not None}
+        known = [np.array(numbers) for numbers, _ in values if numbers is not None]
         are_lists = any(
             numbers is not None and len(numbers) not in (1, 1 if of_likelihoods else len(sample.responses))
             for numbers, sample in values

@@ -8,7 +8,7 @@ compare("runs/threshold-0.6", "runs/threshold-0.85").table
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -63,8 +63,7 @@ class RunFrames:
         """
         rows = []
         for task in self.run.tasks:
-            numbers = self.run.results_of(task).content.part_or_empty("n-samples").part_or_empty(task)
-            documents = numbers.whole("effective")
+            documents = self.run.results_of(task).answered(task)
             rows += [
                 (task, each.name, each.filter, each.value, each.stderr, each.higher_is_better, documents)
                 for each in self.run.metrics(task)
@@ -76,17 +75,18 @@ class RunFrames:
     def samples(self) -> pd.DataFrame:
         """A row for each document, answer and filter; empty without --log_samples.
 
-        Columns are `SAMPLE_COLUMNS`, and a column for each metric with the value of the row's answer. Where a filter
-        makes one value of several answers, the rows of these answers all have that value, and `filtered` is missing in
-        all of these rows but the first. `repeat` numbers a document's answers from 0, over all seeds. A task that
-        compares log-likelihoods has one row for each document and filter, whose `response` is empty.
+        Columns are `SAMPLE_COLUMNS` and, before `response`, a column for each metric with the value of the row's
+        answer. Where a filter makes one value of several answers, the rows of these answers all have that value, and
+        `filtered` is missing in all of these rows but the first. `repeat` numbers a document's answers from 0, over all
+        seeds. A task that compares log-likelihoods has one row for each document and filter, whose `response` is empty.
 
         Raises:
             UserError: a samples file cannot be read.
         """
         rows = [row for task in self.run.tasks for row in self._sample_rows(task)]
         metrics = dict.fromkeys(metric.name for task in self.run.tasks for metric in self.run.metrics(task))
-        return pd.DataFrame(rows, columns=[*SAMPLE_COLUMNS[:5], *metrics, *SAMPLE_COLUMNS[5:]])
+        before = SAMPLE_COLUMNS.index("response")
+        return pd.DataFrame(rows, columns=[*SAMPLE_COLUMNS[:before], *metrics, *SAMPLE_COLUMNS[before:]])
 
     @cached_property
     def answers(self) -> pd.DataFrame:
@@ -116,9 +116,9 @@ class RunFrames:
             for sample in results.each_sample(task):
                 responses = _repeats(sample)
                 most = max(most, len(responses))
-                values = {name: numbers_of(sample.line.content.get(name)) for name in names}
+                values = {name: _values_of_answers(sample, name, len(responses)) for name in names}
                 for repeat, response in enumerate(responses):
-                    row: dict[str, object] = {
+                    yield {
                         "task": task,
                         "document": sample.document,
                         "filter": sample.filter,
@@ -128,13 +128,8 @@ class RunFrames:
                         "filtered": sample.extracted_from(repeat),
                         "target": sample.target,
                         "prompt": sample.prompt,
+                        **{name: of_answers[repeat] for name, of_answers in values.items()},
                     }
-                    for name, found in values.items():
-                        if found is not None and len(found) in (1, len(responses)):
-                            row[name] = found[repeat if len(found) > 1 else 0]
-                        else:
-                            row[name] = sample.line.content.get(name)
-                    yield row
             before += most
 
 
@@ -261,6 +256,15 @@ def _repeats(sample: Sample) -> tuple[str, ...]:
     """A document's answers; a single empty answer where the task compares log-likelihoods."""
     request = sample.line.part_or_empty("arguments").part_or_empty("gen_args_0").content
     return sample.responses if isinstance(request.get("arg_1"), dict) and sample.responses else ("",)
+
+
+def _values_of_answers(sample: Sample, metric: str, answers: int) -> Sequence[object]:
+    """A metric's value for each of a document's answers: one value, or one of another kind, is that of all answers."""
+    value = sample.line.content.get(metric)
+    numbers = numbers_of(value)
+    if numbers is None or len(numbers) not in (1, answers):
+        return [value] * answers
+    return numbers if len(numbers) == answers else numbers * answers
 
 
 def _answer_row(task: str, record: Denoising, before: int) -> tuple[object, ...]:

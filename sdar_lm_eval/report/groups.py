@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -15,9 +15,9 @@ def groups_of(run: Run) -> dict[str, list[str]]:
     """Return group -> its tasks, for each group with a score in a run; a group within a group stands for its tasks."""
     found: dict[str, list[str]] = {}
     for results in run.results:
-        subtasks = results.content.part_or_empty("group_subtasks").content
-        for group in subtasks:
-            tasks = list(dict.fromkeys(_tasks_in(group, subtasks, frozenset())))
+        groups = results.groups
+        for group in groups:
+            tasks = list(dict.fromkeys(_tasks_in(group, groups, frozenset())))
             if tasks and group in results.scores.content and group not in run.of_tasks:
                 found.setdefault(group, tasks)
     return found
@@ -48,7 +48,7 @@ def pooled(run: Run, group: str, of_tasks: Mapping[str, TaskScores]) -> TaskScor
         means = frozenset[str]()
         if answers and not flaw:
             value = mean_value(repeats, group, key)
-            means = mean_kinds(answers, value)
+            means = mean_kinds(answers.values(), value)
             of_parts = [cluster_values(list(part.answers.values())).mean() for part in parts.values()]
             if is_value(float(np.mean(of_parts)), value):
                 means |= {"tasks"}
@@ -70,13 +70,11 @@ def task_of(key: Key) -> str:
     return key[0].partition("\0")[0]
 
 
-def _tasks_in(name: str, subtasks: Mapping[str, object], above: frozenset[str]) -> Iterator[str]:
-    """Yield the tasks of a group; `above` are the groups that contain the group."""
-    parts = subtasks.get(name)
-    if not isinstance(parts, list) or not parts:
-        if above:
-            yield name
+def _tasks_in(name: str, groups: Mapping[str, Sequence[str]], above: frozenset[str]) -> Iterator[str]:
+    """Yield the tasks of a group, or a task itself; `above` are the groups that contain it."""
+    if name not in groups:
+        yield name
         return
-    for part in parts:
-        if isinstance(part, str) and part not in above | {name}:
-            yield from _tasks_in(part, subtasks, above | {name})
+    for part in groups[name]:
+        if part not in above | {name}:
+            yield from _tasks_in(part, groups, above | {name})

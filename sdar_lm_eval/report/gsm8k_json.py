@@ -100,18 +100,7 @@ def convert(path: Path, task: str | None = None, filter_name: str | None = None)
     """
     results = results_in(path, "configs")[-1]
     samples_of = {name: results.samples(name) for name in results.configs.content}
-    known = [name for name, samples in samples_of.items() if is_gsm8k(samples)]
-    if not known:
-        what = "GSM8K's questions and answers, scored by exact_match"
-        if not all(samples_of.values()):
-            what = "samples (--log_samples)"
-        raise UserError(f"{str(path)!r} has no {what}: the run was of {', '.join(samples_of)}.")
-    if task is None and len(known) == 1:
-        task = known[0]
-    if task is None or task not in known:
-        given = "several tasks of GSM8K" if task is None else f"no task {task!r} of GSM8K"
-        hint = did_you_mean(task or "", known)
-        raise UserError(f"{str(path)!r} has {given}; give --task {' or '.join(known)}.{hint}")
+    task = _task_of(path, samples_of, task)
     samples = samples_of[task]
     filters = list(dict.fromkeys(sample.filter for sample in samples))
     if filter_name is None:
@@ -129,6 +118,26 @@ def convert(path: Path, task: str | None = None, filter_name: str | None = None)
         "performance": _performance(results, task, len(chosen)),
         "results": [_result(sample, costs.get(sample.document)) for sample in chosen],
     }
+
+
+def _task_of(path: Path, samples_of: Mapping[str, Sequence[Sample]], asked: str | None) -> str:
+    """Return the run's task of GSM8K: the only one, or the one that is asked for.
+
+    Raises:
+        UserError: as `convert`.
+    """
+    known = [name for name, samples in samples_of.items() if is_gsm8k(samples)]
+    if not known:
+        what = "samples (--log_samples)"
+        if all(samples_of.values()):
+            what = "GSM8K's questions and answers, scored by exact_match"
+        raise UserError(f"{str(path)!r} has no {what}: the run was of {', '.join(samples_of)}.")
+    task = known[0] if asked is None and len(known) == 1 else asked
+    if task is None or task not in known:
+        given = "several tasks of GSM8K" if task is None else f"no task {task!r} of GSM8K"
+        hint = did_you_mean(task or "", known)
+        raise UserError(f"{str(path)!r} has {given}; give --task {' or '.join(known)}.{hint}")
+    return task
 
 
 def is_gsm8k(samples: Sequence[Sample]) -> bool:

@@ -119,12 +119,13 @@ def numbers_of(value: object) -> tuple[float, ...] | None:
     return found if found and len(found) == len(values) else None
 
 
-def mean_kinds(answers: Mapping[Key, FloatArray], value: float) -> frozenset[str]:
-    """Return which means of the answers equal a metric's value, as `Scores.means`; the empty set where none does."""
+def mean_kinds(answers: Iterable[FloatArray], value: float) -> frozenset[str]:
+    """Return which means of the documents' answers equal a metric's value, as `Scores.means`; empty where none does."""
+    of_documents = list(answers)
     return frozenset(
         name
         for name, weigh_answers in (("documents", False), ("answers", True))
-        if is_value(float(cluster_values(list(answers.values()), weigh_answers).mean()), value)
+        if is_value(float(cluster_values(of_documents, weigh_answers).mean()), value)
     )
 
 
@@ -133,14 +134,15 @@ def is_value(mean: float, value: float) -> bool:
     return math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9)
 
 
-def keyed(documents: Iterable[tuple[str, int]]) -> Iterator[Key]:
-    """Yield the key of each document of a results file.
+def document_name(doc_hash: str | None, index: int, gold: str, *, hashed: bool) -> str:
+    """Return what identifies a document: its hash or, unless all documents are `hashed`, its index and gold answer."""
+    return doc_hash or "" if hashed else f"{index}: {gold}"
 
-    Args:
-        documents: (the document's hash, or its index and gold answer; its index). Equal documents come by rising index.
-    """
+
+def keyed(names: Iterable[str]) -> Iterator[Key]:
+    """Yield the key of each document by its `document_name`. Equal documents come by rising index."""
     seen: Counter[str] = Counter()
-    for name, _ in documents:
+    for name in names:
         yield name, seen[name]
         seen[name] += 1
 
@@ -164,10 +166,6 @@ def _line(sample: Sample, names: Iterable[str]) -> _Line:
     )
 
 
-def _name(line: _Line, hashed: bool) -> str:
-    return line.doc_hash or "" if hashed else f"{line.document.index}: {line.document.target}"
-
-
 def _task_scores(
     results: Sequence[Results], task: str, lines_of_results: Sequence[Sequence[_Line]], hashed: bool
 ) -> TaskScores:
@@ -178,8 +176,11 @@ def _task_scores(
         by_filter: dict[str, list[tuple[Key, _Line]]] = {}
         for name, group in itertools.groupby(lines, key=lambda line: line.filter):
             members = list(group)
-            keys = keyed((_name(line, hashed), line.document.index) for line in members)
-            by_filter[name] = list(zip(keys, members, strict=True))
+            names = (
+                document_name(line.doc_hash, line.document.index, line.document.target, hashed=hashed)
+                for line in members
+            )
+            by_filter[name] = list(zip(keyed(names), members, strict=True))
             for key, line in by_filter[name]:
                 if documents.setdefault(key, line.document).prompt != line.document.prompt:
                     reworded.add(key)
@@ -192,7 +193,7 @@ def _task_scores(
 
 def _scores(results: Results, task: str, metric: Metric, lines: Sequence[tuple[Key, _Line]]) -> Scores:
     """The scores of a metric in one results file."""
-    expected = results.content.part_or_empty("n-samples").part_or_empty(task).whole("effective")
+    expected = results.answered(task)
     given = {key: line.values[metric.name] for key, line in lines if metric.name in line.values}
     answers = {key: np.array(values) for key, values in given.items() if values is not None}
     flaw, means = "", frozenset[str]()
@@ -205,7 +206,7 @@ def _scores(results: Results, task: str, metric: Metric, lines: Sequence[tuple[K
     elif not all(np.isfinite(values).all() for values in answers.values()):
         flaw = "some of the samples' values are infinite or not a number"
     else:
-        means = mean_kinds(answers, metric.value)
+        means = mean_kinds(answers.values(), metric.value)
         flaw = "" if means else "the metric is not a mean over documents"
     return Scores(metric, answers, means, flaw)
 

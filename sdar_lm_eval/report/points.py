@@ -269,7 +269,6 @@ def _point(run: Run, task: str, metric: Metric, scale: float) -> Point:
     of_task = run.of_tasks[task]
     accuracy, stderr = _accuracy(run, task, metric)
     speed = speed_of(run, task)
-    samples = of_task[0].content.part_or_empty("n-samples").part_or_empty(task)
     return Point(
         label=run.label,
         model=of_task[0].model or run.label,
@@ -278,7 +277,7 @@ def _point(run: Run, task: str, metric: Metric, scale: float) -> Point:
         stderr=None if stderr is None else scale * stderr,
         tokens_per_forward=speed.tokens_per_forward,
         tokens_per_second=speed.tokens_per_second,
-        documents=samples.whole("effective"),
+        documents=of_task[0].answered(task),
         repeats=len(of_task),
         note=speed.note,
     )

@@ -97,13 +97,9 @@ def sampled(task: str) -> str:
 
 def _of_sci(name: str, *scores: float, decoding: Mapping[str, object]) -> Published:
     """A row of SDAR-30B-A3B-Sci's table, in the order of `SCI_TASKS`; a row of neither protocol serves both."""
-    protocols = [name.endswith(end) for end in ("-greedy", "-sampled")]
-    own: dict[str, float] = {}
-    for task, score in zip(SCI_TASKS.values(), scores, strict=True):
-        if not protocols[1]:
-            own[task] = score
-        if not protocols[0]:
-            own[sampled(task)] = score
+    greedy = dict(zip(SCI_TASKS.values(), scores, strict=True))
+    drawn = {sampled(task): score for task, score in greedy.items()}
+    own = greedy if name.endswith("-greedy") else drawn if name.endswith("-sampled") else greedy | drawn
     return Published(name, SCI, own, decoding, _UNDOCUMENTED)
 
 

@@ -18,7 +18,6 @@ logger = logging.getLogger(__name__)
 PARTS = {"results", "config", "date"}
 """Keys that a JSON file needs to be a results file."""
 
-
 QUESTION_KEYS = (
     "question", "problem", "query", "instruction", "prompt", "text", "input", "ctx", "context", "sentence", "goal",
 )  # fmt: skip
@@ -202,13 +201,26 @@ class Results:
     @property
     def model(self) -> str | None:
         """The checkpoint, as the user named it; None where the file does not say."""
+        return self.ours.text("pretrained") or self.model_args.text("pretrained") or self.content.text("model_name")
+
+    @property
+    def model_args(self) -> Fields:
+        """The user's model_args by name; lm_eval writes them as a mapping or as the text "name=value,name=value"."""
         given = self.config.content.get("model_args")
-        if isinstance(given, str):
-            arguments: Mapping[str, object] = dict(part.split("=", 1) for part in given.split(",") if "=" in part)
-            given_fields = Fields(arguments, self.file, "config.model_args.")
-        else:
-            given_fields = self.config.part_or_empty("model_args")
-        return self.ours.text("pretrained") or given_fields.text("pretrained") or self.content.text("model_name")
+        if not isinstance(given, str):
+            return self.config.part_or_empty("model_args")
+        arguments = dict(part.split("=", 1) for part in given.split(",") if "=" in part)
+        return Fields(arguments, self.file, "config.model_args.")
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Group of tasks -> the tasks and groups in it, for each group that has some."""
+        found = self.content.part_or_empty("group_subtasks").content
+        return {group: list(map(str, parts)) for group, parts in found.items() if isinstance(parts, list) and parts}
+
+    def answered(self, task: str) -> int | None:
+        """Return how many documents of a task were evaluated; None where the file does not say."""
+        return self.content.part_or_empty("n-samples").part_or_empty(task).whole("effective")
 
     def samples(self, task: str) -> list[Sample]:
         """Return the samples of a task; none where there is no samples file.
@@ -248,8 +260,8 @@ class Results:
         filters, file = set(self._filters(task)), self.samples_file(task)
         if not filters or not file.exists():
             return False
-        documents = self.content.part_or_empty("n-samples").part_or_empty(task).whole("effective") or 0
-        return sum(line.endswith("\n") for line in _text_lines(file, whole=True)) >= documents * len(filters)
+        lines = sum(line.endswith("\n") for line in _text_lines(file, whole=True))
+        return lines >= (self.answered(task) or 0) * len(filters)
 
     def _filters(self, task: str) -> list[str]:
         """The filters whose output a task scored."""
@@ -266,7 +278,7 @@ class Results:
             file: the samples file.
             number_of: filter -> number of documents in the samples file.
         """
-        expected = self.content.part_or_empty("n-samples").part_or_empty(task).whole("effective") or 0
+        expected = self.answered(task) or 0
         filter_name = min(number_of, key=number_of.__getitem__, default="")
         if number_of.get(filter_name, 0) < expected and task not in self._warned:
             self._warned.add(task)
@@ -320,7 +332,7 @@ def results_in(path: Path, *parts: str) -> list[Results]:
         except (OSError, ValueError, RecursionError) as error:
             if file == path:
                 raise UserError(f"{file} cannot be read ({error}). Give the folder of a run of lm_eval.") from error
-            logger.warning("%s cannot be read (%s), and is passed over.", file, error)
+            logger.warning("%s cannot be read (%s), and is skipped.", file, error)
             continue
         if isinstance(content, dict) and content.keys() >= {*PARTS, *parts}:
             date = content["date"]
@@ -336,8 +348,8 @@ def read_lines(file: Path, whole: bool = True) -> Iterator[Fields]:
 
     Args:
         file: the file.
-        whole: whether the file must be intact. If False, a file that cannot be read is passed over with a WARNING, and
-            a line that is not JSON (a killed process leaves one) is passed over silently.
+        whole: whether the file must be intact. If False, a file that cannot be read is skipped with a WARNING, and a
+            line that is not JSON (a killed process leaves one) is skipped silently.
 
     Raises:
         UserError: `whole` is true, and the file cannot be read or a line is not JSON.
@@ -365,7 +377,7 @@ def _text_lines(file: Path, whole: bool) -> Iterator[str]:
     except (OSError, ValueError) as error:
         if whole:
             raise UserError(f"{file} cannot be read ({error}). Evaluate again with --log_samples.") from error
-        logger.warning("%s cannot be read (%s), and is passed over.", file, error)
+        logger.warning("%s cannot be read (%s), and is skipped.", file, error)
 
 
 def _sample(line: Fields) -> Sample:

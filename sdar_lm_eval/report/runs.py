@@ -161,37 +161,31 @@ def mean_value(repeats: Sequence[Results], task: str, key: tuple[str, str]) -> f
 
 def settings_of(results: Results, task: str) -> dict[str, object]:
     """Return the settings that a task's answers and scores depend on: name -> value, for those in the file."""
-    config, content, ours = results.config.content, results.content, results.ours.content
+    config, content, ours = results.config.content, results.content, results.ours
+    of_task = content.part_or_empty("configs").part_or_empty(task)
     settings: dict[str, object] = {"model": config.get("model"), "pretrained": results.model}
-    settings |= {name: ours[name] for name in _OURS if ours.get(name) is not None}
+    settings |= _present(ours.content, _OURS)
     if decoding := results.decoding_of(task).content:
         settings |= decoding
     else:
-        settings |= _model_args(results) | dict(
-            results.content.part_or_empty("configs").part_or_empty(task).part_or_empty("generation_kwargs").content
-        )
-    for name in ("num_fewshot", "limit", *SEEDS):
-        if config.get(name) is not None:
-            settings[name] = config[name]
-    settings |= results.ours.part_or_empty("thinking").content  # model_args on thoughts, as the user gave them
-    of_task = results.content.part_or_empty("configs").part_or_empty(task).content
-    if of_task.get("repeats") not in (None, 1):
-        settings["repeats"] = of_task["repeats"]
-    if of_task.get("metric_list") == [{"metric": "bypass"}]:  # such results must not replace those with scores
+        settings |= {name: value for name, value in results.model_args.content.items() if name != "pretrained"}
+        settings |= of_task.part_or_empty("generation_kwargs").content
+    settings |= _present(config, ("num_fewshot", "limit", *SEEDS))
+    settings |= ours.part_or_empty("thinking").content  # model_args on thoughts, as the user gave them
+    if of_task.content.get("repeats") not in (None, 1):
+        settings["repeats"] = of_task.content["repeats"]
+    if of_task.content.get("metric_list") == [{"metric": "bypass"}]:  # such results must not replace those with scores
         settings["predict_only"] = True
-    if ours.get("seed") is not None:
-        settings["seed"] = ours["seed"]
-    shots = content.part_or_empty("n-shot").content.get(task)
-    settings |= {} if shots is None else {"num_fewshot": shots}
-    settings |= {
-        f"{name} of the task": version
-        for name, version in (("version", content.part_or_empty("versions").content.get(task)),)
-        if version is not None
-    }
-    for name in ("lm_eval_version", "transformers_version", "chat_template_sha", "system_instruction"):
-        if content.content.get(name) is not None:
-            settings[name] = content.content[name]
-    return settings
+    settings |= _present(ours.content, ("seed",))
+    for name, part in (("num_fewshot", "n-shot"), ("version of the task", "versions")):
+        if (value := content.part_or_empty(part).content.get(task)) is not None:
+            settings[name] = value
+    names = ("lm_eval_version", "transformers_version", "chat_template_sha", "system_instruction")
+    return settings | _present(content.content, names)
+
+
+def _present(content: Mapping[str, object], names: Iterable[str]) -> dict[str, object]:
+    return {name: content[name] for name in names if content.get(name) is not None}
 
 
 def differing(settings: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
@@ -209,16 +203,9 @@ def _number(value: object) -> float | None:
         return None
 
 
-def _model_args(results: Results) -> dict[str, object]:
-    given = results.config.content.get("model_args")
-    if isinstance(given, str):
-        given = dict(part.split("=", 1) for part in given.split(",") if "=" in part)
-    return {n: v for n, v in given.items() if n != "pretrained"} if isinstance(given, dict) else {}
-
-
 def _tasks_of(results: Results) -> list[str]:
     """The tasks of a results file, without groups."""
-    groups = {name for name, parts in results.content.part_or_empty("group_subtasks").content.items() if parts}
+    groups = results.groups
     return [task for task in results.scores.content if task not in groups]
 
 
@@ -252,15 +239,10 @@ def _belongs(results: Results, tasks: Sequence[str], run: Run) -> bool:
     shared = [task for task in tasks if task in run.of_tasks]
     # lm_eval does not write which documents --samples chose: a trial on some must not stand for a run on all.
     return all(
-        _answered(results, task) == _answered(run.results_of(task), task)
+        results.answered(task) == run.results_of(task).answered(task)
         and not differing([_without_seeds(run.settings(task)), _without_seeds(settings_of(results, task))])
         for task in shared
     )
-
-
-def _answered(results: Results, task: str) -> object:
-    """How many documents were answered; None where the file does not say."""
-    return results.content.part_or_empty("n-samples").part_or_empty(task).content.get("effective")
 
 
 def _without_seeds(settings: Mapping[str, object]) -> dict[str, object]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from sdar_lm_eval.report.columns import TABLES, Column
@@ -178,30 +179,9 @@ def render(table: Table) -> str:
     head = ["column", "task", "questions", "this run, %"]
     for row in table.rows:
         head += [f"{row.name}, %", "difference", ""]
-    lines = []
-    notes = []
-    for column in table.columns:
-        score = table.scores.get(column.task)
-        cells = [column.title, column.task, "", "not run"]
-        if score is not None:
-            cells[2:] = [f"{score.questions:,}", with_error(score.value, score.stderr, 100)]
-            if score.answers > 1:
-                notes.append(
-                    f"{column.task}: mean of {score.answers} answers to each question; the error is over questions"
-                )
-            if score.seeds > 1:
-                notes.append(f"{column.task}: mean of {score.seeds} seeds; the error is that of one seed")
-            notes += [note for row in table.rows for note in _notes(column, score, row)]
-        for row in table.rows:
-            published = row.scores.get(column.task)
-            if published is None:
-                cells += ["", "", ""]
-            elif score is None:
-                cells += [f"{published:.1f}", "", ""]
-            else:
-                found = difference(score, column, published)
-                cells += [f"{published:.1f}", with_error(found.points, found.stderr, sign="+"), found.verdict]
-        lines.append(cells)
+    scores = [(column, table.scores.get(column.task)) for column in table.columns]
+    lines = [_cells(column, score, table.rows) for column, score in scores]
+    notes = [note for column, score in scores if score is not None for note in _notes(column, score, table.rows)]
     if not lines:
         title = (
             f"{table.title}: no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci, "
@@ -213,6 +193,36 @@ def render(table: Table) -> str:
         title = f"{table.title}: the name is that of no published model (--published compares with one)"
     parts = [[title], aligned([head, *lines], left={0, 1, *range(6, len(head), 3)}) if lines else [], notes]
     return printable("\n\n".join("\n".join(part) for part in [*parts, _several(table), _others(table)] if part))
+
+
+def _cells(column: Column, score: Score | None, rows: Sequence[Published]) -> list[str]:
+    """A column of the published table as a line, with the cells of each published row."""
+    cells = [column.title, column.task, "", "not run"]
+    if score is not None:
+        cells[2:] = [f"{score.questions:,}", with_error(score.value, score.stderr, 100)]
+    for row in rows:
+        published = row.scores.get(column.task)
+        if published is None:
+            cells += ["", "", ""]
+        elif score is None:
+            cells += [f"{published:.1f}", "", ""]
+        else:
+            found = difference(score, column, published)
+            cells += [f"{published:.1f}", with_error(found.points, found.stderr, sign="+"), found.verdict]
+    return cells
+
+
+def _notes(column: Column, score: Score, rows: Sequence[Published]) -> list[str]:
+    """What a score is the mean of, and what besides chance may explain its differences from published rows."""
+    notes = []
+    if score.answers > 1:
+        notes.append(f"{column.task}: mean of {score.answers} answers to each question; the error is over questions")
+    if score.seeds > 1:
+        notes.append(f"{column.task}: mean of {score.seeds} seeds; the error is that of one seed")
+    for row in rows:
+        if column.task in row.scores and (reasons := _reasons(column, score, row)):
+            notes.append(f"{column.task} beside {row.name}: {'; '.join(reasons)}")
+    return notes
 
 
 def _several(table: Table) -> list[str]:
@@ -249,6 +259,8 @@ def _shown(metric: Metric) -> str:
     return f"{metric.value:.4g}" + ("" if metric.stderr is None else f" ± {metric.stderr:.2g}")
 
 
+_FOREIGN = "the source used other prompts and scorers"
+
 LEGEND = (
     f"± is one standard error. LARGER than chance: the difference exceeds {STANDARD_ERRORS} standard errors of two\n"
     "runs on different questions. Where the published run answered the same questions, chance plays a smaller part:\n"
@@ -257,16 +269,11 @@ LEGEND = (
 )
 
 
-_FOREIGN = "the source used other prompts and scorers"
-
-_ALL = tuple(column for columns in TABLES for column in columns)
-
-
 def _table(run: Run, rows: Sequence[Published]) -> Table:
     scores: dict[str, Score] = {}
     several: dict[str, list[Metric]] = {}
     used: set[str] = set()
-    for column in _ALL:
+    for column in itertools.chain.from_iterable(TABLES):
         # A results file may hold the newest results of one task, and results of another task that newer ones replace.
         newest = [
             each for each in run.results if all(each in run.of_tasks.get(task, []) for task in _tasks_of(each, column))
@@ -277,26 +284,23 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
             if column.task in run.tasks:
                 file = run.results_of(column.task).file
                 logger.warning(
-                    "%s has no %s of %s, which the table shows: evaluate it again.", file, column.metric, column.task
+                    "%s has no %s of %s, which the table needs. Evaluate the task again.",
+                    file,
+                    column.metric,
+                    column.task,
                 )
             continue
-        each = [score for _, score in known]
-        scores[column.task] = Score(
-            value=sum(score.value for score in each) / len(each),
-            stderr=each[0].stderr,
-            questions=each[0].questions,
-            shots=each[0].shots,
-            settings=each[0].settings,
-            seeds=len(each),
-            answers=each[0].answers,
-        )
-        if found_several := _several_of(known[0][0], column):
+        first, score = known[0]
+        mean = sum(each.value for _, each in known) / len(known)
+        scores[column.task] = replace(score, value=mean, seeds=len(known))
+        if found_several := _several_of(first, column):
             several[column.task] = found_several
-        used |= {column.task, *_tasks_of(known[0][0], column)}
+        used |= {column.task, *_tasks_of(first, column)}
     others = {task: run.metrics(task) for task in run.tasks if task not in used}
-    own = published_as(str(run.settings(run.tasks[0]).get("pretrained")))
-    own = [row for row in own if (row.scores.keys() - row.foreign) & scores.keys()]
-    return Table(run, scores, rows or own, others, several)
+    if not rows:
+        own = published_as(str(run.settings(run.tasks[0]).get("pretrained")))
+        rows = [row for row in own if (row.scores.keys() - row.foreign) & scores.keys()]
+    return Table(run, scores, rows, others, several)
 
 
 def _several_of(results: Results, column: Column) -> list[Metric]:
@@ -310,8 +314,7 @@ def _several_of(results: Results, column: Column) -> list[Metric]:
 
 def _tasks_of(results: Results, column: Column) -> list[str]:
     """The tasks whose scores a column averages: the tasks of the column's group, or the column's own task."""
-    subtasks = results.content.part_or_empty("group_subtasks").content.get(column.task)
-    return list(map(str, subtasks)) if isinstance(subtasks, list) and subtasks else [column.task]
+    return results.groups.get(column.task, [column.task])
 
 
 def _score(results: Results, column: Column) -> Score | None:
@@ -354,10 +357,8 @@ def _stderr(value: float, questions: int) -> float | None:
     return math.sqrt(value * (1 - value) / (questions - 1)) if questions > 1 else None
 
 
-def _notes(column: Column, score: Score, row: Published) -> list[str]:
+def _reasons(column: Column, score: Score, row: Published) -> list[str]:
     """What besides chance may explain a difference from a published row; empty where nothing is known."""
-    if column.task not in row.scores:
-        return []
     found = [
         f"{name}={score.settings[name]} (published: {value})"
         for name, value in row.decoding.items()
@@ -368,5 +369,4 @@ def _notes(column: Column, score: Score, row: Published) -> list[str]:
         found.insert(0, f"num_fewshot={score.shots} (published: {column.shots})")
     if column.questions is not None and score.questions < column.questions:
         found.insert(0, f"{score.questions:,} of {column.questions:,} questions")
-    found += [each for each in (caveat, column.caveat) if each]
-    return [f"{column.task} beside {row.name}: {'; '.join(found)}"] if found else []
+    return found + [each for each in (caveat, column.caveat) if each]

@@ -1,4 +1,4 @@
-"""Tables as plain text."""
+"""Tables as plain text and as Markdown."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[s
         ).rstrip()
         for row in filled
     ]
+
+
+def as_markdown(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
+    """Return the lines of a Markdown table; the arguments are those of `aligned`, and all rows have as many cells."""
+    head, *body = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
+    rule = " | ".join("---" if column in left else "---:" for column in range(len(rows[0])))
+    return [f"| {line} |" for line in (head, rule, *body)]
 
 
 def with_error(value: float, stderr: float | None, scale: float = 1.0, sign: str = "") -> str:

@@ -57,7 +57,7 @@ class Trace:
                     f"trace={str(self._path)!r} cannot be written: {error.strerror}. Name a file in an existing folder."
                 ) from error
             if path != self._path:
-                logger.info("trace: %s is another run's; this run's is %s.", self._path, path)
+                logger.info("trace: %s exists already, so this run writes %s.", self._path, path)
             return file
         raise UserError(f"trace={str(self._path)!r} and {str(names[1])!r} are there already. Name another file.")
 
@@ -100,11 +100,7 @@ def cost_of(result: GenerationResult, prompt_tokens: int) -> dict[str, object]:
     return {
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(result.token_ids),
-        "forwards": {
-            "prefill": result.prefill_forwards,
-            "denoising": result.denoising_forwards,
-            "commit": result.commit_forwards,
-        },
+        "forwards": result.forwards,
         "seconds": round(result.seconds, 4),
         "finish_reason": result.finish_reason,
         **({"forced_tokens": result.forced_tokens} if result.forced_tokens else {}),

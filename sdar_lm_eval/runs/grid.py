@@ -31,10 +31,9 @@ Combination = dict[str, Setting]
 MOST_COMBINATIONS = 10_000
 WHOLE_STEP, REAL_STEP = Decimal(1), Decimal("0.1")  # steps of ranges that give no step
 
-Run = TypeVar("Run")
+Item = TypeVar("Item")
 
 _KINDS = {name: kind for name, kind in get_type_hints(DecodingConfig).items() if name in DECODING_SETTINGS}
-
 
 Kind = type[int] | type[float] | type[str]
 
@@ -107,11 +106,11 @@ def combinations(texts: Mapping[str, str], flag_of: Callable[[str], str] = str) 
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
-def without_copies(runs: Iterable[Run], key: Callable[[Run], Hashable]) -> list[Run]:
-    """Return the first run of each key, in their order."""
-    first: dict[Hashable, Run] = {}
-    for run in runs:
-        first.setdefault(key(run), run)
+def without_copies(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[Item]:
+    """Return the first item of each key, in their order."""
+    first: dict[Hashable, Item] = {}
+    for item in items:
+        first.setdefault(key(item), item)
     return list(first.values())
 
 

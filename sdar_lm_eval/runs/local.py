@@ -90,21 +90,30 @@ def run(plan: Plan, tell: Tell) -> Outcome:
                     lm = lm or stack.enter_context(_loaded(plan))
                     found[index] = _evaluate(each, plan, lm)
                 except KeyboardInterrupt as interrupt:
-                    done = sum(results is not None for results in found)
-                    raise Interrupted(
-                        f"Interrupted. {done} of {len(found)} evaluations are finished in {plan.output}, and the "
-                        "answers so far are kept. Run the same command again to compute the others."
-                    ) from interrupt
+                    raise _interrupted(found, plan) from interrupt
                 except Exception as error:
-                    errors[index] = one_line(error) if isinstance(error, SDARError) else repr(error)
-                    if not isinstance(error, (SDARError, OSError)):
-                        logger.exception("%s failed.", in_words(each.settings))
+                    errors[index] = _told(error, each)
                     if isinstance(error, EngineError) and lm is not None:  # the engine may be unusable: load it anew
                         with contextlib.suppress(EngineError):
                             lm.close()
                         lm = None
             tell(index + 1, each, found[index], errors[index])
     return _outcome(plan, found, errors)
+
+
+def _interrupted(found: Sequence[Results | None], plan: Plan) -> Interrupted:
+    finished = sum(results is not None for results in found)
+    return Interrupted(
+        f"Interrupted. {finished} of {len(found)} evaluations are finished in {plan.output}, and the answers so far "
+        "are kept. Run the same command again to compute the others."
+    )
+
+
+def _told(error: Exception, evaluation: Evaluation) -> str:
+    """Return an evaluation's error in one line; an error that nobody raised on purpose is logged with its traceback."""
+    if not isinstance(error, (SDARError, OSError)):
+        logger.error("%s failed.", in_words(evaluation.settings), exc_info=error)
+    return one_line(error) if isinstance(error, SDARError) else repr(error)
 
 
 def _outcome(plan: Plan, found: Sequence[Results | None], errors: Sequence[str | None]) -> Outcome:

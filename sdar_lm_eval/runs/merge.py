@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import lm_eval.evaluator
 from lm_eval.api.instance import Instance
@@ -50,6 +50,9 @@ class RecordedLM(LM):
         seed: the run's.
         begin: called once the tasks are loaded, before the first request.
 
+    Attributes:
+        used: the records of the answers that were returned, each with the task, document and repeat that it answers.
+
     Raises:
         UserError: no answers at all, answers made with different settings, or a checkpoint that cannot be opened.
     """
@@ -80,7 +83,7 @@ class RecordedLM(LM):
         self.used: list[Record] = []
         watch(lm_eval.evaluator)
 
-    # What evaluation.py tells it
+    # What hooks.py asks of a model (`hooks.Watched`)
 
     @property
     def renders(self) -> bool:
@@ -133,18 +136,16 @@ class RecordedLM(LM):
         missing = []
         for job in asked.jobs.values():
             self._evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
-            line = self._answers.get(job.key)
-            read = None if line is None else job.recall(line)
-            if line is None or read is None:
+            record = self._answers.get(job.key)
+            recalled = None if record is None else job.recall(record)
+            if record is None or recalled is None:
                 missing.append((job.task, job.document))
-            else:
-                thought, self._texts[job.key] = read
-                self._evaluation.note_end(job, thought, line.get("finish_reason", ""), line.get("new_tokens", 0))
-                used = line.copy()
-                used["task"], used["document"], used["repeat"] = job.task, job.document, job.repeat
-                self.used.append(used)
-                if (written := Written.of_record(line)) is not None:
-                    self._evaluation.written.add(job.task, job.document, job.repeat, written)
+                continue
+            thought, self._texts[job.key] = recalled
+            self._evaluation.note_end(job, thought, record.get("finish_reason", ""), record.get("new_tokens", 0))
+            self.used.append(cast("Record", {**record, **job.name}))  # the record may name another document
+            if (written := Written.of_record(record)) is not None:
+                self._evaluation.written.add(job.task, job.document, job.repeat, written)
         if missing:
             documents = list(dict.fromkeys(missing))
             named = listed([f"{task} {document}" for task, document in documents], MOST_NAMED)

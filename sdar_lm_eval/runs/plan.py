@@ -19,7 +19,7 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -80,6 +80,11 @@ class SweepArguments:
     include_path: str | None = None
     confirm_run_unsafe_code: bool = False
     metric: str | None = None
+
+    @property
+    def whole_limit(self) -> float | None:
+        """The limit, as an int where it is a number of documents and no share."""
+        return int(self.limit) if self.limit is not None and self.limit >= 1 else self.limit
 
 
 @dataclass(frozen=True)
@@ -175,10 +180,7 @@ def plan(sweep: SweepArguments) -> Plan:
         UserError: a model, a task or a setting is unknown or refused. The message names a combination that is refused.
     """
     engine = _engine_of(sweep.model)
-    if sweep.repeats < 1:
-        raise UserError(f"--repeats {sweep.repeats} is out of range: it must be 1 or more.")
-    if sweep.limit is not None and not sweep.limit > 0:
-        raise UserError(f"--limit {sweep.limit:g}: give a number of documents above 0, or a share between 0 and 1.")
+    _check_numbers(sweep)
     model_args: dict[str, object] = {"pretrained": DEFAULT_CHECKPOINT, **sweep.model_args}
     if "answers" in model_args:
         raise UserError(
@@ -200,14 +202,30 @@ def plan(sweep: SweepArguments) -> Plan:
     grid = [each for texts in sweep.grids for each in combinations(texts, lambda name: f"--{name}")]
     checked = [_check(each, sweep, jobs, tasks, engine) for each in grid]
     kept = without_copies(checked, lambda each: each.key)
+    output = expanded(sweep.output or Path("sweeps") / _file_name(f"{checkpoint.name}-{'+'.join(sweep.tasks)}"))
+    asked = _asked(sweep, model_args, tasks, checkpoint)
+    evaluations = [
+        evaluation for combination in kept for evaluation in _evaluations(combination, sweep, seed, output, asked)
+    ]
+    return Plan(sweep, model_args, tuple(tasks), manager, output, tuple(evaluations), copies=len(checked) - len(kept))
 
-    limit = None if sweep.limit is None else int(sweep.limit) if sweep.limit >= 1 else sweep.limit
-    named = "+".join(sweep.tasks)
-    output = expanded(sweep.output or Path("sweeps") / _file_name(f"{checkpoint.name}-{named}"))
+
+def _check_numbers(sweep: SweepArguments) -> None:
+    if sweep.repeats < 1:
+        raise UserError(f"--repeats {sweep.repeats} is out of range: it must be 1 or more.")
+    if sweep.limit is not None and not sweep.limit > 0:
+        raise UserError(f"--limit {sweep.limit:g}: give a number of documents above 0, or a share between 0 and 1.")
+
+
+def _asked(
+    sweep: SweepArguments, model_args: Mapping[str, object], tasks: Mapping[str, Task], checkpoint: Checkpoint
+) -> dict[str, object]:
+    """Return what `Evaluation.asked` has in all combinations."""
     python_files = None
     if sweep.include_path is not None:  # a task's functions may call functions of other files
         python_files = digest_of_files(Path(sweep.include_path), lambda file: file.suffix == ".py")
-    common = {
+    limit = sweep.whole_limit
+    return {
         "model": sweep.model,
         "model_args": model_args,
         "tasks": {name: hex_digest(task.config.to_dict(keep_callable=True)) for name, task in tasks.items()},
@@ -219,23 +237,26 @@ def plan(sweep: SweepArguments) -> Plan:
         "checkpoint": checkpoint.fingerprint,
         "scored_by": scored_by(),
     }
-    evaluations = []
-    for combination in kept:
-        is_drawn = any(generation.is_drawn for generation in combination.generations)
-        gen_kwargs = _gen_kwargs(sweep, combination.settings)
-        for used in range(seed, seed + (sweep.repeats if is_drawn else 1)):
-            asked = {**common, "gen_kwargs": gen_kwargs, "seed": used if is_drawn else None}
-            name = named + ("" if limit is None else f"-first-{spelled(limit)}") + (f"-seed-{used}" if is_drawn else "")
-            evaluations.append(
-                Evaluation(
-                    settings=combination.settings,
-                    seed=used,
-                    folder=output / _file_name(_folder_name(combination.settings)),
-                    name=_file_name(name),
-                    asked=json.loads(json.dumps(asked, default=str)),
-                )
-            )
-    return Plan(sweep, model_args, tuple(tasks), manager, output, tuple(evaluations), copies=len(checked) - len(kept))
+
+
+def _evaluations(
+    combination: _Checked, sweep: SweepArguments, seed: int, output: Path, asked: Mapping[str, object]
+) -> Iterator[Evaluation]:
+    """Yield a combination's evaluations: one where nothing is drawn, else one for each repeat's seed from `seed` on."""
+    is_drawn = any(generation.is_drawn for generation in combination.generations)
+    gen_kwargs = _gen_kwargs(sweep, combination.settings)
+    name = "+".join(sweep.tasks)
+    if sweep.whole_limit is not None:
+        name += f"-first-{spelled(sweep.whole_limit)}"
+    for used in range(seed, seed + (sweep.repeats if is_drawn else 1)):
+        own = {**asked, "gen_kwargs": gen_kwargs, "seed": used if is_drawn else None}
+        yield Evaluation(
+            settings=combination.settings,
+            seed=used,
+            folder=output / _file_name(_folder_name(combination.settings)),
+            name=_file_name(f"{name}-seed-{used}" if is_drawn else name),
+            asked=json.loads(json.dumps(own, default=str)),
+        )
 
 
 def _engine_of(model: str) -> str:
@@ -308,7 +329,8 @@ def _check(
             published = (task.config.metadata or {}).get("sdar_decoding") or {}
             its = jobs.generation_of({**(task.config.generation_kwargs or {}), **gen_kwargs}, published)
             jobs.room_for_prompt(its.max_gen_toks)
-            for name, value, allowed in beyond_limits(engine, its.decoding):
+            if beyond := next(beyond_limits(engine, its.decoding), None):
+                name, value, allowed = beyond
                 raise UserError(
                     f"{name}={value} is not for --model {sweep.model}, which takes {', '.join(map(str, allowed))}. "
                     "Choose one of these, or --model sdar."

@@ -7,12 +7,11 @@ samples (0.0 is greedy), at most 512 new tokens for GSM8K.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -21,9 +20,9 @@ from sdar_lm_eval import arguments
 from sdar_lm_eval.decoding import DecodingConfig, in_words
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.hashing import digest_of_files
+from sdar_lm_eval.hashing import digest_of_files, hex_digest
 from sdar_lm_eval.revision import ANSWER_REVISION
-from sdar_lm_eval.runs.grid import Setting, combinations, listed, without_copies
+from sdar_lm_eval.runs.grid import Combination, Setting, combinations, listed, without_copies
 from sdar_lm_eval.settings import ALIASES, OF_THOUGHTS, read_generation, typed
 
 DEFAULT_TASK = "gsm8k_sdar"
@@ -170,8 +169,8 @@ class Run:
             **({"thoughts": dict(self.thoughts)} if self.thoughts else {}),
             **({"engine_args": dict(self.engine_args)} if self.engine_args else {}),
         }
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-        return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', self.model_name).strip('_')}-{self.engine}-{digest}"
+        model = re.sub(r"[^A-Za-z0-9.-]+", "_", self.model_name).strip("_")
+        return f"{model}-{self.engine}-{hex_digest(content, digits=12)}"
 
 
 def runs_from_flags(
@@ -230,26 +229,24 @@ def runs_from_flags(
     texts |= {ALIASES.get(name, name): text for name, text in (short or {}).items() if text is not None}
     grid = combinations(texts, _flag)
     several = [name for name in SWEPT if len({combination[name] for combination in grid}) > 1]
+    every = Run(
+        model_name=model_name,
+        revision=revision or None,
+        engine=engine,
+        tasks=listed_tasks,
+        num_samples=num_samples,
+        decoding=DecodingConfig(),
+        max_gen_length=max_gen_length,
+        seed=seed,
+        verbose=verbose,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
+        thoughts=tuple(_named_values("--thoughts", thoughts, OF_THOUGHTS).items()),
+        engine_args=_engine_args(engine_args, engine),
+    )
     runs = []
     for combination in grid:
-        settings: dict[str, Any] = dict(combination)  # DecodingConfig checks the values' types
         try:
-            decoding = DecodingConfig(**settings)
-            without_effect = [name for name in several if name in decoding.idle]
-            run = Run(
-                model_name=model_name,
-                revision=revision or None,
-                engine=engine,
-                tasks=listed_tasks,
-                num_samples=num_samples,
-                decoding=DecodingConfig(**{n: value for n, value in settings.items() if n not in without_effect}),
-                max_gen_length=max_gen_length,
-                seed=seed,
-                verbose=verbose,
-                confirm_run_unsafe_code=confirm_run_unsafe_code,
-                thoughts=tuple(_named_values("--thoughts", thoughts, OF_THOUGHTS).items()),
-                engine_args=_engine_args(engine_args, engine),
-            )
+            run = replace(every, decoding=_decoding_of(combination, several))
             read_generation(run.gen_kwargs, {})  # refuses what the model would
             _check_limits(engine, run.decoding)
         except UserError as error:
@@ -261,6 +258,13 @@ def runs_from_flags(
             ) from error
         runs.append(run)
     return without_copies(runs, lambda run: run.decoding)
+
+
+def _decoding_of(combination: Combination, swept: Sequence[str]) -> DecodingConfig:
+    """Return the settings of a combination; a swept setting that has no effect in it has its default."""
+    settings: dict[str, Any] = dict(combination)  # DecodingConfig checks the values' types
+    idle = DecodingConfig(**settings).idle.intersection(swept)
+    return DecodingConfig(**{name: value for name, value in settings.items() if name not in idle})
 
 
 def engine_arguments(engine: str) -> tuple[str, ...]:
@@ -301,7 +305,8 @@ def _flag(setting: str) -> str:
 
 def _check_limits(engine: str, decoding: DecodingConfig) -> None:
     """Refuse what an engine does not take. Engines refuse it themselves, but on a GPU that is paid for by then."""
-    for name, value, allowed in beyond_limits(engine, decoding):
+    if beyond := next(beyond_limits(engine, decoding), None):
+        name, value, allowed = beyond
         raise UserError(
             f"{_flag(name)} {value} is not for --engine {engine}, which takes {', '.join(map(str, allowed))}. "
             "Choose one of these, or --engine native."

@@ -34,6 +34,9 @@ ROOT_VARIABLE = "SDAR_DATA_DIR"
 
 _LONGER_KEYS = ("mmlu_pro_dir",)  # keys that begin as another data set's, and are no misspelling of it
 
+Config = str | tuple[str, ...] | None
+"""The hub's configuration, or several of which each has a part of the rows; None where the data set has one only."""
+
 RowT = TypeVar("RowT", bound=Mapping[str, object])
 RowT_co = TypeVar("RowT_co", bound=Mapping[str, object], covariant=True)
 
@@ -116,6 +119,25 @@ class HubFile:
 
 
 @dataclass(frozen=True)
+class _Folder:
+    """A folder that should hold a data set.
+
+    Attributes:
+        given: the folder as the user gave it, unchecked.
+        named_by: what named the folder, as the beginning of a message.
+        below: the data set's folder in it; "" where it is the data set's own.
+    """
+
+    given: object
+    named_by: str
+    below: str = ""
+
+    def __str__(self) -> str:
+        """The folder as messages show it."""
+        return repr(str(Path(str(self.given)) / self.below if self.below else self.given))
+
+
+@dataclass(frozen=True)
 class Source(Generic[RowT_co]):
     """A data set.
 
@@ -124,8 +146,7 @@ class Source(Generic[RowT_co]):
         folder: the data set's name in the folder for all, in the metadata key (`…_dir`) and in the environment
             variable (`SDAR_…_DIR`).
         hub: dataset id on the Hugging Face Hub, or a file there, or the archive of a data set that the hub lacks.
-        config: the hub's configuration, or several of which each has a part of the rows; None where the data set has
-            one only.
+        config: the data set's configuration.
         files: where a folder may hold a split, as glob patterns with `{split}` and `{config}`; the first that matches
             is read.
         where: what to put into a folder when the hub cannot be reached.
@@ -136,7 +157,7 @@ class Source(Generic[RowT_co]):
     title: str
     folder: str
     hub: str | HubFile | Archive
-    config: str | tuple[str, ...] | None
+    config: Config
     files: tuple[str, ...]
     where: str
     row: str
@@ -180,7 +201,7 @@ def documents(
                 raise UserError(f"Unknown metadata {name!r}: the {source.title} tasks know {known!r} only.{hint}")
     chosen = config or source.config
     if folder := next(_folders(source, metadata), None):
-        return _read_folder(source, *folder, split, chosen)
+        return _read_folder(source, folder, split, chosen)
     if isinstance(source.hub, Archive):
         return _read_archive(source, source.hub, split, chosen)
     if isinstance(source.hub, HubFile):
@@ -198,27 +219,27 @@ def warn_of_folders(source: Source[RowT], metadata: Mapping[str, object], task: 
         instead: a task that reads the folder.
     """
     if folder := next(_folders(source, metadata), None):
-        given, label, _ = folder
         logger.warning(
             "%s asks its own problems. %s %r, and the task does not read that folder. "
             "For the problems there: --tasks %s.",
             task,
-            label,
-            str(given),
+            folder.named_by,
+            str(folder.given),
             instead,
         )
 
 
-def _folders(source: Source[RowT], metadata: Mapping[str, object]) -> Iterator[tuple[object, str, str]]:
-    """Yield (folder as given, its name in messages, subfolder) for each folder that is named; the first one counts."""
-    for given, label, below in (
-        (metadata.get(source.key), f"{source.key} is", ""),
-        (os.environ.get(source.variable) or None, f"{source.variable} is", ""),
-        (metadata.get(ROOT_KEY), f"{ROOT_KEY}'s folder for {source.title} is", source.folder),
-        (os.environ.get(ROOT_VARIABLE) or None, f"{ROOT_VARIABLE}'s folder for {source.title} is", source.folder),
+def _folders(source: Source[RowT], metadata: Mapping[str, object]) -> Iterator[_Folder]:
+    """Yield each folder that the user named; the first one counts."""
+    in_root = f"folder for {source.title} is"
+    for folder in (
+        _Folder(metadata.get(source.key), f"{source.key} is"),
+        _Folder(os.environ.get(source.variable) or None, f"{source.variable} is"),
+        _Folder(metadata.get(ROOT_KEY), f"{ROOT_KEY}'s {in_root}", source.folder),
+        _Folder(os.environ.get(ROOT_VARIABLE) or None, f"{ROOT_VARIABLE}'s {in_root}", source.folder),
     ):
-        if given is not None:
-            yield given, label, below
+        if folder.given is not None:
+            yield folder
 
 
 def read_jsonl(source: Source[RowT], file: Path) -> list[RowT]:
@@ -257,7 +278,7 @@ def require(title: str, *modules: str) -> None:
         )
 
 
-def _read_hub(source: Source[RowT], hub: str, split: str, config: str | tuple[str, ...] | None) -> list[RowT]:
+def _read_hub(source: Source[RowT], hub: str, split: str, config: Config) -> list[RowT]:
     configs = config if isinstance(config, tuple) else (config,)
     try:
         rows = [row for each in configs for row in datasets.load_dataset(hub, each, split=split)]
@@ -266,7 +287,7 @@ def _read_hub(source: Source[RowT], hub: str, split: str, config: str | tuple[st
     return [_checked(source, row, f"{hub}, row {number}") for number, row in enumerate(rows)]
 
 
-def _read_hub_file(source: Source[RowT], hub: HubFile, config: str | tuple[str, ...] | None) -> list[RowT]:
+def _read_hub_file(source: Source[RowT], hub: HubFile, config: Config) -> list[RowT]:
     try:
         file = huggingface_hub.hf_hub_download(hub.id, hub.name.format(config=config), repo_type="dataset")
     except Exception as error:  # whatever the network, the hub's client or a cache can raise
@@ -274,9 +295,7 @@ def _read_hub_file(source: Source[RowT], hub: HubFile, config: str | tuple[str, 
     return _read_file(source, Path(file))
 
 
-def _read_archive(
-    source: Source[RowT], archive: Archive, split: str, config: str | tuple[str, ...] | None
-) -> list[RowT]:
+def _read_archive(source: Source[RowT], archive: Archive, split: str, config: Config) -> list[RowT]:
     manager = datasets.DownloadManager()
     try:
         file = Path(manager.download(archive.url))
@@ -286,7 +305,7 @@ def _read_archive(
         folder = manager.extract(str(file))
     except Exception as error:  # whatever the network, a proxy's page or a full disk can raise
         raise _unreachable(source, archive.url, error) from error
-    return _read_folder(source, folder, f"{archive.url} is unpacked in", "", split, config)
+    return _read_folder(source, _Folder(folder, f"{archive.url} is unpacked in"), split, config)
 
 
 def _unreachable(source: Source[RowT], where: str, error: Exception) -> UserError:
@@ -297,30 +316,28 @@ def _unreachable(source: Source[RowT], where: str, error: Exception) -> UserErro
     )
 
 
-def _read_folder(
-    source: Source[RowT], given: object, label: str, below: str, split: str, config: str | tuple[str, ...] | None
-) -> list[RowT]:
+def _read_folder(source: Source[RowT], folder: _Folder, split: str, config: Config) -> list[RowT]:
     names = [pattern.format(split=split, config=config) for pattern in source.files]
     if isinstance(source.hub, Archive):
         hub = source.hub.url
     else:
         hub = f"{source.hub.id if isinstance(source.hub, HubFile) else source.hub} from the Hugging Face Hub"
     remedy = f"Give a folder that holds {source.title}'s {names[0]}, or leave it out to load {hub}."
-    if not isinstance(given, (str, os.PathLike)) or not str(given).strip():
-        raise UserError(f"{label} {given!r}, which is no path. {remedy}")
-    shown = repr(str(Path(given) / below)) if below else repr(str(given))
+    if not isinstance(folder.given, (str, os.PathLike)) or not str(folder.given).strip():
+        raise UserError(f"{folder.named_by} {folder.given!r}, which is no path. {remedy}")
+    told = f"{folder.named_by} {folder}"
     try:
-        folder = Path(given).expanduser() / below
-        if folder.is_file():
-            raise UserError(f"{label} {shown}, a file: give the folder that holds {names[0]}.")
-        if not folder.is_dir():
-            raise UserError(f"{label} {shown}, and there is no such folder. {remedy}")
+        path = Path(folder.given).expanduser() / folder.below
+        if path.is_file():
+            raise UserError(f"{told}, a file: give the folder that holds {names[0]}.")
+        if not path.is_dir():
+            raise UserError(f"{told}, and there is no such folder. {remedy}")
         for name in names:
-            if files := sorted(folder.glob(name)):
+            if files := sorted(path.glob(name)):
                 return [row for file in files for row in _read_file(source, file)]
-        raise UserError(f"{label} {shown}, which holds no {names[0]} ({_contents(folder)}). {remedy}")
+        raise UserError(f"{told}, which holds no {names[0]} ({_contents(path)}). {remedy}")
     except (OSError, RuntimeError) as error:  # no permission; a ~user that does not exist
-        raise UserError(f"{label} {shown}, which cannot be read ({error}). {remedy}") from error
+        raise UserError(f"{told}, which cannot be read ({error}). {remedy}") from error
 
 
 def _read_file(source: Source[RowT], file: Path) -> list[RowT]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import re
 
-INVALID = "[invalid]"
+from sdar_lm_eval.tasks.extraction import INVALID
 
 LETTERS = "ABCD"
 

@@ -14,7 +14,8 @@ import datasets
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents
-from sdar_lm_eval.tasks.first_option import INVALID, first_option
+from sdar_lm_eval.tasks.extraction import INVALID
+from sdar_lm_eval.tasks.first_option import first_option
 from sdar_lm_eval.tasks.repeated import answers_of, matched
 from sdar_lm_eval.tasks.thoughts import without_thoughts
 

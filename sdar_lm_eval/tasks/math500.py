@@ -68,8 +68,8 @@ def require_parser(title: str) -> None:
     version = importlib.metadata.version("antlr4-python3-runtime")
     if not version.startswith(ANTLR):
         logger.warning(
-            "%s: math_verify reads formulas by antlr4-python3-runtime %s, and 50\\%% as 50. Scores compare with those "
-            "of antlr4-python3-runtime %s, which math-verify installs: pip install antlr4-python3-runtime==%s",
+            "%s: math_verify with antlr4-python3-runtime %s reads 50\\%% as 50. The scores are comparable with "
+            "antlr4-python3-runtime %s, which math-verify installs: pip install antlr4-python3-runtime==%s",
             title,
             version,
             ANTLR,

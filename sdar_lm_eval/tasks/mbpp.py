@@ -14,9 +14,8 @@ from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, document
 from sdar_lm_eval.tasks.programs import Job, extract_and_start, require_runner, scores
 from sdar_lm_eval.tasks.repeated import answers_of, metrics
 
-SECONDS = (
-    9.0  # OpenCompass's MBPPEvaluator (opencompass/datasets/mbpp.py) gives 10, and its alarm rings a second earlier
-)
+# OpenCompass's MBPPEvaluator (opencompass/datasets/mbpp.py) gives 10 seconds, and its alarm rings a second earlier.
+SECONDS = 9.0
 
 
 class Problem(TypedDict):

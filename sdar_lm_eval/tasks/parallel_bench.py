@@ -11,6 +11,7 @@ import datasets
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.tasks.data import dataset
+from sdar_lm_eval.tasks.extraction import INVALID
 from sdar_lm_eval.tasks.generated import KINDS, Answer, Document, Form, Size, documents, is_right
 from sdar_lm_eval.tasks.repeated import answers_of, metrics
 from sdar_lm_eval.tasks.thoughts import without_thoughts
@@ -18,8 +19,6 @@ from sdar_lm_eval.tasks.thoughts import without_thoughts
 DOCUMENTS, SHOTS = 100, 4
 SEED = "parallel_bench_seed"
 """The metadata entry that chooses other documents."""
-
-INVALID = "[invalid]"
 
 
 def load(*, kind: str, size: Size, **metadata: object) -> datasets.DatasetDict:

@@ -185,7 +185,7 @@ def test_a_revision_is_another_snapshot(hub: Path) -> None:
 
 @pytest.mark.parametrize(("name", "revision"), [("JetLM/not-there", None), (ID, "not-there")])
 def test_what_the_hub_does_not_have_is_one_error(hub: Path, name: str, revision: str | None) -> None:
-    with pytest.raises(UserError, match=r"not-there.*cannot be had from the hub.*Check the id and the network"):
+    with pytest.raises(UserError, match=r"not-there.*cannot be downloaded from the hub.*Check the id and the network"):
         Checkpoint.open(name, revision)
 
 

@@ -87,7 +87,8 @@ def test_a_damaged_line_is_named_and_the_good_ones_count(
     again = _folder(tmp_path)
     assert [again.get(key) is not None for key in ("a", "b", "c")] == [True, False, True]
     assert (
-        f"{path}: 1 damaged lines (3) are passed over, and their answers made again; 2 good ones count" in caplog.text
+        f"{path}: 1 damaged lines (3) are skipped, and their answers are computed again; 2 good lines count"
+        in caplog.text
     )
     again.put("b", {"text": "made again"})
     assert _folder(tmp_path).get("b")["text"] == "made again"  # type: ignore[index]
@@ -136,7 +137,7 @@ def test_a_first_line_that_a_full_disk_cut_costs_no_answer(tmp_path: Path, monke
 def test_a_file_without_settings_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture, head: bytes) -> None:
     (tmp_path / "broken.jsonl").write_bytes(head)
     assert read_sessions(tmp_path) == []
-    assert ("begins with no readable settings, and is passed over" in caplog.text) is bool(head)
+    assert ("begins with no readable settings, and is skipped" in caplog.text) is bool(head)
     nulls = {"settings": None, "model": None, "started": None}
     undated = {"settings": SETTINGS, "model": {}, "started": "now"}
     for first_line in (nulls, undated):
@@ -167,9 +168,7 @@ def test_other_settings_answers_are_left_alone(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         other = _folder(tmp_path, dtype="bfloat16")
     assert other.get("a") is None
-    assert (
-        "1 files were made with other settings and are left alone (dtype was 'float32', is 'bfloat16')" in caplog.text
-    )
+    assert "1 files are of other settings, and are ignored (dtype was 'float32', is 'bfloat16')" in caplog.text
 
 
 def test_the_first_answer_counts(tmp_path: Path) -> None:

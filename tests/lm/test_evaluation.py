@@ -111,7 +111,7 @@ def test_what_comes_behind_an_evaluation_is_no_part_of_it(
     late = Instance("generate_until", {}, ("Question 9", {"max_gen_toks": 8}), 0, ("five", 3, 1))
     lm.generate_until([late])
     assert sent(lm) == [TURN.format("Question 9")]
-    assert "come from no evaluation of lm_eval" in caplog.text
+    assert "from outside an evaluation of lm_eval" in caplog.text
     assert (run_of(results)["requests"], lm.counts.requests) == (2, 1)
     with pytest.raises(EngineError):  # nor behind one that failed
         lm.engine.answers_before_error = 0
@@ -309,7 +309,7 @@ def test_auto_is_the_harness_s_own_template(
         assert prompts[0] == prompts[1]
         assert prompts[0][0].startswith("<|im_start|>system\nYou are terse.")
         assert prompts[0][0].endswith(TURN.format("Question 0") + "The answer is" * (task == "prefix"))
-    assert caplog.text.count("are put into the checkpoint's chat template, as by --apply_chat_template") == 4
+    assert caplog.text.count("The checkpoint's chat template is applied to prompts, as by --apply_chat_template") == 4
 
 
 def test_plain_text_is_told_apart(make_lm: MakeLM, evaluate: Evaluate) -> None:
@@ -353,7 +353,7 @@ def test_tasks_of_several_kinds_are_templated_once(
         plain = {"Question 0 yes", "Question 0 no"}
         templated = {user_turn.format("Question 0") + choice for choice in ("yes", "no")}
         assert scored == {"<|endoftext|>Question 0", *(templated if apply else plain)}
-    assert caplog.text.count("Log-likelihoods are of the text as it comes") == (not apply)
+    assert caplog.text.count("Log-likelihoods are computed without the chat template") == (not apply)
 
 
 def test_a_system_turn_that_the_template_refuses_is_one_error(
@@ -397,7 +397,7 @@ def test_requests_of_another_run_are_never_sent(
     evaluate(fresh, GENERATE, **then)
     evaluate(again, GENERATE, cache_requests=True, rewrite_requests_cache=refresh, **then)
     assert again.engine.requests == fresh.engine.requests
-    assert caplog.text.count("--cache_requests is passed over: requests are built anew") == 1
+    assert caplog.text.count("--cache_requests is ignored, and requests are built again") == 1
     assert not (tmp_path / "requests").exists()
 
 

@@ -264,7 +264,10 @@ def test_long_contexts_lose_their_beginning(make_lm: MakeLM, caplog: pytest.LogC
     assert (*long.context_ids, *long.continuation_ids) == tuple(ids[-12:])
     assert lm.tok_decode(long.continuation_ids) == " 1 2"
     assert lm.tok_decode(short.context_ids) == "1"
-    assert "1 of 2 contexts are longer than max_length=12 leaves room for; they lost their beginning." in caplog.text
+    assert (
+        "1 of 2 contexts do not fit into max_length=12 beside their continuations, and lost their beginning."
+        in caplog.text
+    )
 
 
 def test_a_continuation_that_never_fits_is_refused_before_anything_runs(make_lm: MakeLM) -> None:

@@ -375,7 +375,7 @@ def test_a_prompt_becomes_one_user_turn_and_it_is_said_once(
     prompts = sorted(lm.tokenizer.decode(r.prompt_ids) for r in lm.engine.requests)
     assert prompts == [TURN.format(f"Question {i}") for i in range(5)]
     lm.prompt_of("q")
-    assert caplog.text.count("put into the checkpoint's chat template, as by --apply_chat_template") == 1
+    assert caplog.text.count("checkpoint's chat template is applied to prompts, as by --apply_chat_template") == 1
 
 
 def test_off_leaves_prompts_as_they_are(make_lm: MakeLM, caplog: pytest.LogCaptureFixture) -> None:
@@ -392,7 +392,7 @@ def test_the_harness_template_is_not_applied_again(
     prompt = "<|im_start|>system\nBe brief.<|im_end|>\n" + TURN.format("Question 0")
     assert lm.tokenizer.decode(lm.engine.requests[-1].prompt_ids) == prompt
     assert results["samples"]["five"][0]["arguments"][0][0] == prompt
-    assert "put into the checkpoint's chat template" not in caplog.text
+    assert "checkpoint's chat template is applied to prompts" not in caplog.text
     # The next evaluation with the same model is on its own.
     evaluate(lm, limit=1)
     expected = "Question 0" if mode == "off" else TURN.format("Question 0")
@@ -573,13 +573,13 @@ def test_answers_of_other_weights_are_left_alone_and_it_is_said(
         return len(lm.engine.requests)
 
     assert (ask("demo"), ask("demo")) == (2, 0)
-    assert "left alone" not in caplog.text
+    assert "ignored" not in caplog.text
     folder = checkpoint_with(tmp_path / "other")
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(-3, 2)
         file.write(b"\x01\x02\x03")
     assert (ask(folder), ask(folder), ask("demo")) == (2, 0, 0)
-    assert "which are left alone (checkpoint was '" in caplog.text or "are left alone (checkpoint was '" in caplog.text
+    assert "are ignored (checkpoint was '" in caplog.text
 
 
 def test_another_model_s_cache_file_may_be_shared(make_lm: MakeLM, tmp_path: Path) -> None:

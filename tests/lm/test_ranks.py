@@ -253,7 +253,7 @@ def test_a_killed_rank_ends_the_command_and_its_answers_stay(folder: Path) -> No
     computed = sum(map(len, after)) - sum(map(len, before))
     assert sum(map(len, after)) >= 25 - 2  # a rank that ends between cache and trace leaves its last answer untraced
     assert done.stdout.count("exact_match") == 2  # a table with a row for each of two filters
-    for said in ("on the native engine", "put into the checkpoint's chat template", "requests, "):
+    for said in ("on the native engine", "checkpoint's chat template is applied to prompts", "requests, "):
         assert done.stderr.count(said) == 1, said
     kept = 25 - computed
     assert f"2 ranks: {kept} answers were there already; {computed} requests" in done.stderr

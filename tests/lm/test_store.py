@@ -48,7 +48,7 @@ def test_a_record_is_found_by_who_made_it(tmp_path: Path, caplog: pytest.LogCapt
     assert not caplog.text
     other = CacheFile(path, NATIVE | {"dtype": "bfloat16"})
     assert other.get("k") is None
-    told = "has answers of other settings, which are left alone (dtype was 'float32', is 'bfloat16')"
+    told = "has answers of other settings, which are ignored (dtype was 'float32', is 'bfloat16')"
     assert caplog.text.count(told) == 1
     other.put("k", {"text": "two"})
     caplog.clear()

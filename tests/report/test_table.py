@@ -398,7 +398,7 @@ def test_a_run_without_the_column_s_metric_is_named(tmp_path: Path, caplog: pyte
     assert list(scores_of(_write(tmp_path, older))) == ["humaneval_sdar"]
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "has no exact_match,opencompass of gsm8k_sdar_paper, which the table shows" in record.getMessage()
+    assert "has no exact_match,opencompass of gsm8k_sdar_paper, which the table needs" in record.getMessage()
 
 
 def re_spaced(line: str) -> str:
@@ -448,7 +448,7 @@ def test_a_stray_file_blocks_no_folder(tmp_path: Path, caplog: pytest.LogCapture
     assert [message.split(" cannot be read (")[0] for message in caplog.messages] == [
         str(folder / f"{name}.json") for name in "abcd"
     ]
-    assert all(message.endswith("and is passed over.") for message in caplog.messages)
+    assert all(message.endswith("and is skipped.") for message in caplog.messages)
     for name in "abcd":
         with pytest.raises(UserError, match=f"{name}.json cannot be read"):
             read_tables([folder / f"{name}.json"])

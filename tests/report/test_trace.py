@@ -43,7 +43,7 @@ def test_each_run_has_a_file_of_its_own(tmp_path: Path, caplog: pytest.LogCaptur
     assert files[0] == path and all(file.match("trace-*.jsonl") for file in files[1:])
     assert [len(lines(file)) for file in files] == [2, 2, 2]
     assert len({str(lines(file)[0]["run"]) for file in files}) == 3
-    assert f"trace: {path} is another run's; this run's is {files[2]}" in caplog.text
+    assert f"trace: {path} exists already, so this run writes {files[2]}" in caplog.text
 
 
 def test_what_an_answer_took_and_how_it_was_written() -> None:

@@ -115,7 +115,7 @@ def test_a_parser_that_reads_per_cents_otherwise_is_told(
     assert not caplog.records
     monkeypatch.setattr("importlib.metadata.version", lambda _: "4.11.0")
     load()
-    assert "antlr4-python3-runtime 4.11.0, and 50\\% as 50" in caplog.text
+    assert "antlr4-python3-runtime 4.11.0 reads 50\\% as 50" in caplog.text
 
 
 def test_score(offline: Path) -> None:

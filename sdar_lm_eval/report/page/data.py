@@ -41,7 +41,7 @@ from typing import NamedTuple, TypedDict
 
 from sdar_lm_eval.report.denoising import CONFIDENCE_SCALE, Denoising
 from sdar_lm_eval.report.documents import Answer, Document, documents_of, is_likelihood, main_key
-from sdar_lm_eval.report.pairing import Key, MetricKey, keyed
+from sdar_lm_eval.report.pairing import Key, MetricKey, document_name, keyed
 from sdar_lm_eval.report.runs import Run, metrics_of
 
 Scores = list["float | None"]
@@ -121,12 +121,13 @@ def collect(runs: Sequence[Run], tasks: Iterable[str]) -> Documents:
 
 
 def _add_task(found: Documents, runs: Sequence[Run], task: str) -> None:
-    having = [results for run in runs for results in run.of_tasks.get(task, [])]
-    lower = {
+    files = [results for run in runs for results in run.of_tasks.get(task, [])]
+    lower_is_better = {
         (metric.name, metric.filter): metric.higher_is_better is False
-        for results in having
+        for results in files
         for metric in metrics_of(results, task)
     }
+    metrics = list(lower_is_better)
     main = next(main_key(run, task) for run in runs if task in run.of_tasks)
     of_runs = _by_key(runs, task)
     first = {key: document for each in reversed(of_runs) for key, document in each.items()}
@@ -135,16 +136,16 @@ def _add_task(found: Documents, runs: Sequence[Run], task: str) -> None:
     found.tasks.append(
         {
             "name": task,
-            "metrics": [(*names, is_lower) for names, is_lower in lower.items()],
+            "metrics": [(*metric, lower) for metric, lower in lower_is_better.items()],
             "filters": filters,
-            "main": 0 if main is None else list(lower).index(main),
-            "extracts": not any(is_likelihood(results, task) for results in having),
+            "main": 0 if main is None else metrics.index(main),
+            "extracts": not any(is_likelihood(results, task) for results in files),
         }
     )
     twins: Counter[int] = Counter()
     for key, document in sorted(first.items(), key=lambda item: (item[1].index, item[0])):
         its = [each.get(key) for each in of_runs]
-        outcomes = [_outcome(each, list(lower), filters) for each in its]
+        outcomes = [_outcome(each, metrics, filters) for each in its]
         found.rows.append(
             Row(number, document.index, document.question, document.gold, outcomes, twins[document.index])
         )
@@ -152,7 +153,7 @@ def _add_task(found: Documents, runs: Sequence[Run], task: str) -> None:
         answers = [each.answers if each else () for each in its]
         found.texts.append([[_text(answer, found.tokens) for answer in each] for each in answers])
         doc = json.dumps(document.doc, ensure_ascii=False, indent=1) if document.doc else ""
-        details = [[_detail(answer, list(lower), filters) for answer in each] for each in answers]
+        details = [[_detail(answer, metrics, filters) for answer in each] for each in answers]
         found.details.append((document.prompt, doc, details))
 
 
@@ -165,7 +166,7 @@ def _by_key(runs: Sequence[Run], task: str) -> list[dict[Key, Document]]:
     hashed = all(document.doc_hash is not None for each in of_runs for document in each)
     found = []
     for each in of_runs:
-        names = [(d.doc_hash or "" if hashed else f"{d.index}: {d.gold}", d.index) for d in each]
+        names = [document_name(d.doc_hash, d.index, d.gold, hashed=hashed) for d in each]
         found.append(dict(zip(keyed(names), each, strict=True)))
     return found
 

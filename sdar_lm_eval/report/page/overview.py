@@ -21,7 +21,7 @@ from sdar_lm_eval.report.page.embedding import printable
 from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.points import Point, points_of
 from sdar_lm_eval.report.results import Results
-from sdar_lm_eval.report.runs import Run, metrics_of
+from sdar_lm_eval.report.runs import Run, mean_value, metrics_of
 from sdar_lm_eval.report.statistics import mean_stderr
 from sdar_lm_eval.report.text_table import with_error
 
@@ -93,9 +93,8 @@ class DifferenceRow:
 
 @dataclass(frozen=True)
 class Pair:
-    """A comparison of run number `a`, the first, with run number `b`: settings that differ, warnings, differences."""
+    """A comparison of the first run with run number `b`: settings that differ, warnings, differences."""
 
-    a: int
     b: int
     settings: tuple[tuple[str, str, str], ...]
     warnings: tuple[str, ...]
@@ -201,7 +200,7 @@ def score_rows(
     """Return scores and speeds: groups of tasks first, then the tasks."""
     files = [[results for task in run.tasks for results in run.of_tasks[task]] for run in runs]
     groups = dict.fromkeys(
-        name for of_run in files for results in of_run for name in results.scores.content if _is_group(results, name)
+        name for of_run in files for results in of_run for name in results.scores.content if name in results.groups
     )
     rows = []
     for group in groups:
@@ -212,10 +211,6 @@ def score_rows(
         rows += _rows_of(task, of_runs, shares(documents, task), documents.scores(task))
         rows += speed_rows(task, of_task)
     return rows
-
-
-def _is_group(results: Results, name: str) -> bool:
-    return bool(results.content.part_or_empty("group_subtasks").content.get(name))
 
 
 def _rows_of(
@@ -230,19 +225,14 @@ def _rows_of(
             key = metric.name, metric.filter
             value, stderr = metric.value, metric.stderr
             if len(files) > 1:
-                repeats = [
-                    each.value for file in files for each in metrics_of(file, task) if (each.name, each.filter) == key
-                ]
-                value = sum(repeats) / len(repeats)
+                value = mean_value(files, task, key)
                 of_documents = [each for each in scores.get(key, [[]] * len(of_runs))[number] if each is not None]
                 stderr = mean_stderr(np.array(of_documents)) if of_documents else stderr
             share = key in are_shares or (not scores and metric.name in SHARES)
             row = cells.setdefault(key, [NONE] * len(of_runs))
             row[number] = _value(value, stderr, share)
-    counted = next((files[0] for files in of_runs if files), None)
-    numbers = counted.content.part_or_empty("n-samples").part_or_empty(task) if counted else None
-    effective = numbers.whole("effective") if numbers else None
-    documents = f"{effective:,}" if effective is not None else ""
+    answered = next((files[0].answered(task) for files in of_runs if files), None)
+    documents = "" if answered is None else f"{answered:,}"
     return [ScoreRow(task, name, filter_name, tuple(row), documents) for (name, filter_name), row in cells.items()]
 
 
@@ -254,26 +244,25 @@ def _value(value: float, stderr: float | None, share: bool, sign: str = "") -> s
 
 def pairs_of(runs: Sequence[Run], tasks: Sequence[str], documents: Documents) -> list[Pair]:
     """Return the comparison of each other run with the first. A warning says why two runs cannot be compared."""
-    compared: list[Comparison | str] = []
-    for other in runs[1:]:
+    comparisons: dict[int, Comparison] = {}
+    refused: list[Pair] = []
+    for number, other in enumerate(runs[1:], 1):
         try:
             shared = [task for task in tasks if task in runs[0].of_tasks and task in other.of_tasks]
             # The page has no rows of groups, so Holm's adjustment does not count their tests.
-            compared.append(dataclasses.replace(compare_runs(runs[0], other, tasks=shared), groups=()))
+            comparisons[number] = dataclasses.replace(compare_runs(runs[0], other, tasks=shared), groups=())
         except UserError as error:
-            compared.append(str(error))
-    whole = iter(adjusted([each for each in compared if isinstance(each, Comparison)]))
-    found = []
-    for number, each in enumerate(compared, 1):
-        if isinstance(each, str):
-            found.append(Pair(0, number, (), (each,), ()))
-            continue
-        comparison = next(whole)
-        settings = tuple((name, shown_value(a), shown_value(b)) for name, (a, b) in comparison.settings.items())
-        # `compare_runs` calls the other run B.
-        warnings = tuple(re.sub(r"\b([Rr]un) B\b", rf"\1 {key_of(number)}", text) for text in comparison.warnings)
-        found.append(Pair(0, number, settings, warnings, _difference_rows(comparison, number, documents)))
-    return found
+            refused.append(Pair(number, (), (str(error),), ()))
+    whole = zip(comparisons, adjusted(list(comparisons.values())), strict=True)
+    pairs = [*refused, *(_pair(number, comparison, documents) for number, comparison in whole)]
+    return sorted(pairs, key=lambda pair: pair.b)
+
+
+def _pair(number: int, comparison: Comparison, documents: Documents) -> Pair:
+    settings = tuple((name, shown_value(a), shown_value(b)) for name, (a, b) in comparison.settings.items())
+    # `compare_runs` calls the other run B.
+    warnings = tuple(re.sub(r"\b([Rr]un) B\b", rf"\1 {key_of(number)}", text) for text in comparison.warnings)
+    return Pair(number, settings, warnings, _difference_rows(comparison, number, documents))
 
 
 def _difference_rows(comparison: Comparison, number: int, documents: Documents) -> tuple[DifferenceRow, ...]:

@@ -57,8 +57,12 @@ def page_of(runs: Sequence[Run], tasks: Sequence[str] = (), title: str | None = 
     parts |= {f"details-{number}": embedded(chunk) for number, chunk in enumerate(chunks)}
     script = "".join((FOLDER / name).read_text("utf-8") for name in SCRIPTS)
     style = (FOLDER / "page.css").read_text("utf-8")
-    sections = [("runs", "Runs"), ("scores", "Scores"), *[("comparison", "Comparison")] * bool(comparisons)]
-    sections += [("charts", "Accuracy and speed")] * bool(charts)
+    sections = [("runs", "Runs"), ("scores", "Scores")]
+    if comparisons:
+        sections.append(("comparison", "Comparison"))
+    if charts:
+        sections.append(("charts", "Accuracy and speed"))
+    sections.append(("documents", "Documents"))
     scores = overview.score_rows(having, points, documents)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined
@@ -68,7 +72,7 @@ def page_of(runs: Sequence[Run], tasks: Sequence[str] = (), title: str | None = 
             policy=policy(script, style),
             title=title or _title(having, chosen),
             facts=_facts(having, chosen, len(documents.rows)),
-            sections=[*sections, ("documents", "Documents")],
+            sections=sections,
             runs=views,
             settings={"differing": differing, "common": common},
             scores=scores,

@@ -49,7 +49,7 @@ def ensure_right_attention(config: Config, block_length: int, dtype: torch.dtype
         )
     logger.warning(
         "The installed flash-attn is wrong where it splits a context among thread blocks, for heads of %d dimensions. "
-        "JetEngine is kept from it, so answers are right.",
+        "JetEngine runs it without splitting, so answers are right.",
         config["head_dim"],
     )
     module.flash_attn_with_kvcache = unsplit
