@@ -6,8 +6,8 @@ The first tables have the times that chose the kernels of matrix products: micro
 by number of rows. The chosen kernel's time is bold.
 
 The last table is about attention, whose kernel and settings are chosen by rules, not by times. The table compares the
-chosen kernel with all settings of a grid, and with the kernel for Hopper GPUs where it runs. The tokens are one block of
-each sequence, as in a step. The GPU's cache has no room for the keys and values.
+chosen kernel with all settings of a grid, and with the kernel for Hopper GPUs where it runs. The tokens are one block
+of each sequence, as in a step. The GPU's cache has no room for the keys and values.
 """
 
 from __future__ import annotations
