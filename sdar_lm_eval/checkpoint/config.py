@@ -99,10 +99,10 @@ def check_config(name: str, config: Config) -> Family:
         )
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads is not None and kv_heads is not None and heads % kv_heads:
-        raise _wrong(name, config, "num_key_value_heads", f"fit num_attention_heads={heads}")
+        raise _wrong(name, config, "num_key_value_heads", f"a divisor of num_attention_heads={heads}")
     experts, used = config.get("num_experts"), config.get("num_experts_per_tok")
     if family.is_moe and experts is not None and used is not None and used > experts:
-        raise _wrong(name, config, "num_experts_per_tok", f"fit num_experts={experts}")
+        raise _wrong(name, config, "num_experts_per_tok", f"at most num_experts={experts}")
     return family
 
 
