@@ -19,7 +19,8 @@ import pandas as pd
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report import compare_text
-from sdar_lm_eval.report.compare import ChangedDocument, Comparison, Difference, changed_documents, compare_runs
+from sdar_lm_eval.report.changed import ChangedDocument, changed_documents
+from sdar_lm_eval.report.compare import Comparison, Difference, compare_runs
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.pairing import numbers_of
 from sdar_lm_eval.report.results import Sample
@@ -169,7 +170,7 @@ class ComparisonFrames:
         return self.comparison.warnings
 
     def changed(self, task: str | None = None, metric: str | None = None, filter: str | None = None) -> pd.DataFrame:
-        """Return the documents whose scores differ; the columns are the fields of `compare.ChangedDocument`.
+        """Return the documents whose scores differ; the columns are the fields of `changed.ChangedDocument`.
 
         Args:
             task: the task; None: the comparison's first.
