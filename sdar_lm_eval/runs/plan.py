@@ -37,7 +37,7 @@ from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT, DEFAULT_SEED
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.files import expanded
+from sdar_lm_eval.files import expanded, require_folders
 from sdar_lm_eval.hashing import digest_of_files, hex_digest
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
@@ -201,6 +201,8 @@ def plan(sweep: SweepArguments) -> Plan:
     seed = _seed(sweep, model_args.pop("seed", None))
     arguments = {name: value for name, value in model_args.items() if name != "pretrained"}
     settings = ModelSettings.read(str(model_args["pretrained"]), arguments, engine)
+    if sweep.include_path is not None:
+        require_folders("--include_path", sweep.include_path)
     manager = task_manager(sweep.tasks, sweep.include_path)
     loaded = load_tasks(sweep.tasks, manager)
     # lm_eval orders tasks by itself. Here the user's order comes first, then the tasks of groups.

@@ -418,6 +418,7 @@ def test_an_interrupt_says_what_is_finished(tasks: str, tmp_path: Path, monkeypa
         ({"tasks": ("shorter",)}, "--tasks shorter: unknown to the harness"),
         ({"tasks": ("short", "scored")}, "--tasks scored: scored by log-likelihoods, which decoding settings do not"),
         ({"tasks": ("programs",)}, "--tasks programs: scored by running programs .* Give --confirm_run_unsafe_code"),
+        ({"include_path": "missing"}, "--include_path missing: no such folder"),
         ({"repeats": 0}, "--repeats 0 is out of range"),
         ({"limit": 0}, "--limit 0: give a number of documents above 0"),
     ],
@@ -426,7 +427,7 @@ def test_what_is_refused_before_anything_runs(
     question: Mapping[str, Any], message: str, tasks: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        plan(asked(tmp_path / "s", tasks, **question))
+        plan(asked(tmp_path / "s", **({"include_path": tasks} | question)))
     assert not (tmp_path / "s").exists()
 
 
