@@ -29,7 +29,8 @@ MOST_TOLD = 4
 
 _OURS = (
     "engine", "engine_version", "engine_commit", "checkpoint_fingerprint", "revision", "dtype", "chat_template",
-    "likelihood", "mc_samples", "max_length", "version", "answer_revision", "torch", "gpu", "device",
+    "likelihood", "mc_samples", "max_length", "version", "answer_revision", "torch", "gpu", "device", "kernels",
+    "reproducible", "tensor_parallel_size",
 )  # fmt: skip
 IDENTITY = ("model", "pretrained", "checkpoint_fingerprint", "dtype", "revision")
 """Settings in which the results files of one run are equal."""
