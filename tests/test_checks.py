@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("run"), {"task": {"acc,none": [1, 0, 1]}})
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda value: type(value).__name__)
 def test_a_wrong_type_is_a_user_error(wrong: Any, model: sdar_lm_eval.LoadedModel, run: Path) -> None:
     both, request = compare(run, run), {"prompt_ids": (1,), "max_new_tokens": 2, "decoding": DecodingConfig()}
     calls: dict[str, Call] = {
