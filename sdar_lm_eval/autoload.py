@@ -8,7 +8,7 @@ modules of lm_eval after the module's code has run:
     lm_eval.tasks       `TaskManager` looks into this package's task folder too
     lm_eval.config.evaluate_config
                         a command that names this package's tasks only does not index lm_eval's thousands of tasks; a
-                        wrong `--gen_kwargs` ends the command before the model is loaded
+                        wrong `--gen_kwargs` or `--include_path` ends the command before the model is loaded
     lm_eval.evaluator   the evaluator tells this package's models of evaluations (`lm/evaluation.py`)
 
 After the first patch, lm_eval's command line prints this package's errors without a traceback. A Python process that
@@ -209,14 +209,14 @@ def _extend_commands(config: ModuleType) -> None:
     import functools
 
     settings: type[EvaluatorConfig] | None = getattr(config, "EvaluatorConfig", None)
-    if settings is None or hasattr(settings.process_tasks, "checks_gen_kwargs"):
+    if settings is None or hasattr(settings.process_tasks, "checks_options"):
         return
     process: Callable[..., TaskManager] = settings.process_tasks
 
     @functools.wraps(process)
     def process_tasks(self: EvaluatorConfig, *args: object, **kwargs: object) -> TaskManager:
         global _our_tasks_suffice
-        _check_gen_kwargs(self)
+        _check_options(self)
         try:
             named = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []
             names = [name for some in named for name in str(some).split(",")]
@@ -228,16 +228,21 @@ def _extend_commands(config: ModuleType) -> None:
         finally:
             _our_tasks_suffice = False
 
-    process_tasks.checks_gen_kwargs = True  # type: ignore[attr-defined]
+    process_tasks.checks_options = True  # type: ignore[attr-defined]
     settings.process_tasks = process_tasks
 
 
-def _check_gen_kwargs(config: EvaluatorConfig) -> None:
+def _check_options(config: EvaluatorConfig) -> None:
     from sdar_lm_eval.engines.registry import MODELS
 
-    if getattr(config, "model", None) in MODELS and isinstance(given := getattr(config, "gen_kwargs", None), dict):
-        from sdar_lm_eval.settings import check_gen_kwargs
+    if getattr(config, "model", None) not in MODELS:
+        return
+    from sdar_lm_eval.files import require_folders
+    from sdar_lm_eval.settings import check_gen_kwargs
 
+    if given := getattr(config, "include_path", None):
+        require_folders("--include_path", given)
+    if isinstance(given := getattr(config, "gen_kwargs", None), dict):
         check_gen_kwargs(given)
 
 

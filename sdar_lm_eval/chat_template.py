@@ -8,6 +8,7 @@ as the format "%10000000000d", is not limited.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.runtime import Context
 
-from sdar_lm_eval.errors import UserError, listed
+from sdar_lm_eval.errors import UserError, did_you_mean, listed
 from sdar_lm_eval.files import one_line, shown
 
 MOST_SECONDS = 5.0  # a conversation takes about 0.0001
@@ -27,6 +28,12 @@ MOST_SOURCE = 200_000  # characters; the longest templates have some 20,000
 # Marks the end of a message that is to be continued: a Unicode noncharacter, and a space. A template that strips
 # messages removes the space.
 END = "\ufdd2 "
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Roles that chat templates commonly know. A template may name others."""
+
+USER_TURN = {"role": "user", "content": "2 + 2 = ?"}
+PROBE = "271828"  # digits, which no filter such as `upper` changes
 
 NO_VALUES: Mapping[str, object] = {}
 SET_BY_RENDERING = {"messages", "add_generation_prompt"}
@@ -99,8 +106,12 @@ class ChatTemplate:
             self._template = _compile(source, self._budget)
         except Exception as error:  # jinja2's, and those of Python's own compiler
             raise UserError(f"{self._title} cannot be compiled ({_line(error)}). {_REMEDY}") from error
-        self.unread = sorted(values.keys() - meta.find_undeclared_variables(self._template.environment.parse(source)))
+        tree = self._template.environment.parse(source)
+        # First, as `find_undeclared_variables` folds constants.
+        self._texts = {constant.value for constant in tree.find_all(nodes.Const) if isinstance(constant.value, str)}
+        self.unread = sorted(values.keys() - meta.find_undeclared_variables(tree))
         """Names of the values that the template does not read."""
+        self._knows = functools.cache(self._writes)
         self._render_one_turn()
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
@@ -112,9 +123,14 @@ class ChatTemplate:
                 continued.
 
         Raises:
-            UserError: the template refuses the conversation, fails, or exceeds its limits.
+            UserError: the template does not know a role, refuses the conversation, fails, or exceeds its limits.
         """
         all_roles = [message["role"] for message in messages]
+        for role in all_roles:
+            if not self._knows(role):
+                known = [each for each in ROLES if self._knows(each)]
+                hint = did_you_mean(role, known)
+                raise UserError(f"{self._title} writes no role {shown(role)}.{hint} Choose {', '.join(known)}.")
         roles = ", ".join(all_roles[:6]) + (" and so on" if len(all_roles) > 6 else "")
         try:
             return self._render(messages, add_generation_prompt)
@@ -125,6 +141,21 @@ class ChatTemplate:
                 f"{self._title} refuses a conversation of {roles} ({_line(error)}). If the template takes no system "
                 "turn, leave out --system_instruction; or use chat_template=off."
             ) from error
+
+    def _writes(self, role: str) -> bool:
+        """Whether the template knows a role, and writes the messages of that role.
+
+        A template without a rule for a role drops the message. A template that writes any role would write a mistyped
+        role too, which no checkpoint was trained on.
+        """
+        if role in ("user", "assistant"):
+            return True
+        if role not in ROLES and role not in self._texts:
+            return False
+        turn = {"role": role, "content": PROBE}
+        with contextlib.suppress(Exception):  # `render` says why the template refuses a conversation
+            return any(PROBE in self._render(each, True) for each in ([turn, USER_TURN], [USER_TURN, turn]))
+        return True
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         conversation: list[dict[str, str]] = [dict(message) for message in messages]
@@ -148,7 +179,7 @@ class ChatTemplate:
             UserError: the template fails for a user's turn.
         """
         try:
-            self._render([{"role": "user", "content": "2 + 2 = ?"}], add_generation_prompt=True)
+            self._render([USER_TURN], add_generation_prompt=True)
         except Unbounded as error:
             raise UserError(f"{self._title} {error}. {_REMEDY}") from error
         except jinja2.exceptions.SecurityError as error:

@@ -1,18 +1,39 @@
-"""Checks of typed values. A check returns the value, or raises one clear error. `settings.py` reads text."""
+"""Checks of typed values. A check returns the value, or raises one clear error. `settings.py` reads text.
+
+`checks_types` and `check_arguments` check the arguments of public functions by the functions' annotations.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import itertools
 import math
 import operator
-from collections.abc import Callable
-from typing import SupportsFloat, SupportsIndex, TypeVar
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from typing import (
+    Any,
+    ParamSpec,
+    SupportsFloat,
+    SupportsIndex,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import shown
 
 Given = TypeVar("Given")
 Taken = TypeVar("Taken")
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
+
+MOST_CHECKED = 100  # elements of a container: a user's mistake is in the first ones
 
 
 def check_range(given: str, allowed: bool, what: str) -> None:
@@ -79,3 +100,100 @@ def check_bool(name: str, value: object) -> bool:
 def if_given(check: Callable[[str, Given], Taken], name: str, value: Given | None) -> Taken | None:
     """Check an option with a function such as `at_least_one`; None, an option that is not given, stays None."""
     return None if value is None else check(name, value)
+
+
+def checks_types(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+    """Let a function refuse arguments of other types than those in its annotations, by a `UserError`.
+
+    Settings that a function takes as `**settings` have checks of their own.
+    """
+
+    @functools.wraps(function)
+    def checked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+        check_arguments(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def check_arguments(function: Callable[..., object], *args: object, **kwargs: object) -> None:
+    """Raise unless the arguments of a call have the types in the annotations of a function, or of a class's `__init__`.
+
+    An int passes for a float, and numbers of NumPy pass for int and float. Any iterable passes for a sequence, such as
+    a column of a data frame.
+
+    Raises:
+        UserError: an argument has another type. The message says which type the argument takes.
+    """
+    hints, given = _hints(function), dict[str, object]()
+    with contextlib.suppress(TypeError):  # Python's own error names arguments that are missing or too many
+        given = _signature(function).bind(*args, **kwargs).arguments
+    for name, value in given.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise UserError(f"{name}={shown(value)} is of type {type(value).__name__}. Give {_words(hints[name])}.")
+
+
+class _PublicNames(dict[str, object]):
+    """The package's public names, which an annotation may use without an import at run time."""
+
+    def __missing__(self, name: str) -> object:
+        import sdar_lm_eval
+
+        if name in sdar_lm_eval.__all__:
+            return getattr(sdar_lm_eval, name)
+        raise KeyError(name)
+
+
+_signature = functools.cache(inspect.signature)
+
+
+@functools.cache
+def _hints(function: Callable[..., object]) -> Mapping[str, Any]:
+    """Name -> type of the parameters, without those of `*args` and `**kwargs`."""
+    plain: Any = function
+    plain = inspect.unwrap(inspect.getattr_static(plain, "__init__") if isinstance(plain, type) else plain)
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [each.name for each in inspect.signature(plain).parameters.values() if each.kind not in several]
+    annotations = {name: plain.__annotations__[name] for name in names if name in plain.__annotations__}
+    return get_type_hints(types.SimpleNamespace(__annotations__=annotations), plain.__globals__, _PublicNames())
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value has a type; True for a protocol, which no value can be checked for."""
+    if type(value) is kind:  # the most frequent case, such as tokens
+        return True
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin in (int, float):
+        return isinstance(value, SupportsIndex if kind is int else SupportsFloat) and not isinstance(value, bool)
+    if origin is Sequence and not isinstance(value, (Mapping, Set)):
+        origin = Iterable
+    try:
+        if not isinstance(value, origin) or (isinstance(value, bytes) and origin in (Iterable, Collection)):
+            return False
+    except TypeError:
+        return True
+    return not (_holds_plain(kind) and isinstance(value, (Sequence, Set))) or all(
+        _fits(each, parts[0]) for each in itertools.islice(value, MOST_CHECKED)
+    )
+
+
+def _holds_plain(kind: Any) -> bool:
+    """Whether a type is that of a container of texts or whole numbers. Other elements have checks of their own."""
+    origin = get_origin(kind)
+    return isinstance(origin, type) and issubclass(origin, Collection) and get_args(kind)[0] in (str, int)
+
+
+def _words(kind: Any) -> str:
+    """The values of a type in words: "str, PathLike or None", "list of str"."""
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, types.UnionType):
+        *first, last = dict.fromkeys(map(_words, parts))
+        return f"{', '.join(first)} or {last}" if first else last
+    if origin is type(None):
+        return "None"
+    if origin is Callable:
+        return "a function"
+    name = "list" if origin in (Sequence, Iterable, Collection) else str(origin.__name__)
+    return name + (f" of {parts[0].__name__}" if _holds_plain(kind) else "")

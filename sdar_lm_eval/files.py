@@ -6,6 +6,7 @@ import json
 import os
 import reprlib
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,21 @@ def expanded(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError as error:
         raise UserError(f"{str(path)!r}: {error} Write the whole path.") from error
+
+
+def require_folders(option: str, paths: str | Path | Sequence[str | Path]) -> None:
+    """Raise unless a path, or each path of a list, is a folder. lm_eval passes over other paths without a word.
+
+    Args:
+        option: the option that the user gave.
+        paths: the option's value.
+
+    Raises:
+        UserError: a path is no folder.
+    """
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        if not os.path.isdir(path):  # noqa: PTH112  (False for a name that is too long, where Path raises)
+            raise UserError(f"{option} {path}: no such folder. Give the folder that has the YAML files of your tasks.")
 
 
 def require_regular(path: Path) -> os.stat_result:

@@ -19,11 +19,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Literal, cast, overload
 
 from lm_eval.api.instance import Instance
 
 from sdar_lm_eval.arguments import DecodingArguments, JetEngineArguments, LMDeployArguments, NativeArguments
+from sdar_lm_eval.checks import checks_types
 from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT
 from sdar_lm_eval.engines.registry import engine_named
 from sdar_lm_eval.engines.types import (
@@ -192,6 +194,7 @@ class LoadedModel:
         answers = dict(self.stream(asked, seed=seed, watch=watch, **settings))
         return answers[0] if several is None else [answers[i] for i in range(len(several))]
 
+    @checks_types
     def stream(
         self,
         prompts: Sequence[Prompt],
@@ -227,6 +230,7 @@ class LoadedModel:
                 for position in positions[ids[index]]:
                     yield position, answer
 
+    @checks_types
     def prepare(self, prompts: Sequence[Prompt], **settings: Unpack[DecodingArguments]) -> None:
         """Allocate memory and compile kernels for these prompts, so that `generate` spends its time on answers only.
 
@@ -236,6 +240,7 @@ class LoadedModel:
         jobs = self._asked(prompts, None, settings).jobs.values()
         self._engine.prepare([job.request for job in jobs])
 
+    @checks_types
     def loglikelihood(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Return log-likelihoods of continuations, as `SDARLM.loglikelihood` does, without the chat template.
 
@@ -281,6 +286,7 @@ class LoadedModel:
         (job,) = self._asked([prompt], None, settings).jobs.values()
         return job.request.thinking
 
+    @checks_types
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text of each token. Of several tokens that encode one character, the last has the character."""
         return self._prompts.pieces(token_ids)
@@ -375,17 +381,24 @@ def _check_conversation(prompt: Conversation) -> None:
 
 @overload
 def load(
-    pretrained: str = DEFAULT_CHECKPOINT,
+    pretrained: str | PathLike[str] = DEFAULT_CHECKPOINT,
     engine: Literal["native"] = "native",
     **model_args: Unpack[NativeArguments],
 ) -> LoadedModel: ...
 @overload
-def load(pretrained: str, engine: Literal["jetengine"], **model_args: Unpack[JetEngineArguments]) -> LoadedModel: ...
+def load(
+    pretrained: str | PathLike[str], engine: Literal["jetengine"], **model_args: Unpack[JetEngineArguments]
+) -> LoadedModel: ...
 @overload
-def load(pretrained: str, engine: Literal["lmdeploy"], **model_args: Unpack[LMDeployArguments]) -> LoadedModel: ...
+def load(
+    pretrained: str | PathLike[str], engine: Literal["lmdeploy"], **model_args: Unpack[LMDeployArguments]
+) -> LoadedModel: ...
 @overload
-def load(pretrained: str, engine: str, **model_args: object) -> LoadedModel: ...
-def load(pretrained: str = DEFAULT_CHECKPOINT, engine: str = "native", **model_args: object) -> LoadedModel:
+def load(pretrained: str | PathLike[str], engine: str, **model_args: object) -> LoadedModel: ...
+@checks_types
+def load(
+    pretrained: str | PathLike[str] = DEFAULT_CHECKPOINT, engine: str = "native", **model_args: object
+) -> LoadedModel:
     """Open a checkpoint, and load it into an engine.
 
     Args:
@@ -401,4 +414,4 @@ def load(pretrained: str = DEFAULT_CHECKPOINT, engine: str = "native", **model_a
         UserError: an unknown name, a value out of range, or a checkpoint that cannot be run.
         EngineError: a package or a GPU that the engine needs is missing.
     """
-    return LoadedModel.open(pretrained, engine, model_args)
+    return LoadedModel.open(fspath(pretrained), engine, model_args)

@@ -581,6 +581,19 @@ def test_wrong_gen_kwargs_end_a_command_before_the_model_is_loaded(
     tasks_of("gsm8k_sdar", "hf", gen_kwargs=gen_kwargs)
 
 
+def test_a_missing_folder_of_tasks_ends_a_command_before_the_tasks_are_indexed(
+    indexed: list[bool], tmp_path: Path
+) -> None:
+    (tmp_path / "file.yaml").write_text("task: mine\n")
+    for missing in ("missing", "file.yaml", "x" * 300, "~"):  # no shell expands ~ in --include_path=~
+        path = missing if missing == "~" else str(tmp_path / missing)
+        for given in (path, [str(tmp_path), path]):
+            with pytest.raises(UserError, match=rf"--include_path .*{missing}: no such folder\. Give the folder"):
+                tasks_of("gsm8k_sdar", include_path=given)
+    assert indexed == []
+    tasks_of("gsm8k_sdar", "hf", include_path=str(tmp_path / "missing"))  # another model's command stays as it is
+
+
 @pytest.mark.parametrize(
     "tasks",
     ["gsm8k_sdar", ["gsm8k_sdar", "math500_sdar"], "gsm8k_sdar,math500_sdar", "sdar_bench", ["mmlu_sdar,gsm8k_sdar"]],

@@ -78,11 +78,48 @@ def of(source: Any, special_tokens: Any = None) -> ChatTemplate:
 @pytest.mark.parametrize("name", SANE)
 def test_renders_as_transformers_does(tokenizer: Any, name: str) -> None:
     template = of(SANE[name], tokenizer.special_tokens_map)
+    drops_system = name in ("loop controls", "filters")
     for conversation in CONVERSATIONS:
+        if drops_system and conversation[0]["role"] == "system":
+            with pytest.raises(UserError, match=r"writes no role 'system'\. Choose "):
+                template.render(conversation)
+            continue
         expected = tokenizer.apply_chat_template(
             conversation, chat_template=SANE[name], tokenize=False, add_generation_prompt=True
         )
         assert template.render(conversation) == expected
+
+
+ANSWERED = [*USER, {"role": "assistant", "content": "5"}]
+# As Qwen3's: a rule for each role, and no rule for others.
+RULES = """{% if messages[0].role == 'system' %}<s>{{ messages[0].content }}{% endif %}
+{%- for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}{% elif m.role == 'assistant' %}<a>{{ m.content }}
+{%- elif m.role == 'tool' or m['role'] in ['observation'] %}<t>{{ m.content }}{% endif %}{% endfor %}"""
+STRICT = "{% if messages[-1].role == 'developer' %}{{ raise_exception('no') }}{% endif %}" + RULES
+MEANT = r"writes no role 'asistant'\. Did you mean 'assistant'\? Choose system, "
+
+
+@pytest.mark.parametrize(
+    ("source", "role", "told"),
+    [
+        (SANE["demo"], "asistant", MEANT + "developer, user, assistant, tool, function"),
+        (SANE["demo"], "", r"writes no role ''\. Choose system, developer, user, assistant, tool, function\."),
+        (RULES, "asistant", MEANT + r"user, assistant, tool\."),
+        (RULES, "developer", r"writes no role 'developer'\. .*Choose system, user, assistant, tool\."),
+        (RULES, "content", "writes no role 'content'"),
+        (STRICT, "developer", r"refuses a conversation of user, assistant, developer \(TemplateError: no\)"),
+    ],
+)  # fmt: skip
+def test_a_role_that_the_template_does_not_write_is_refused(source: str, role: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        of(source).render([*ANSWERED, {"role": role, "content": "x"}])
+
+
+def test_roles_that_the_template_writes_are_taken() -> None:
+    for source, roles in ((RULES, ("tool", "observation")), (SANE["demo"], ("tool", "developer", "function"))):
+        for role in roles:
+            assert "12.5" in of(source).render([*ANSWERED, {"role": role, "content": "12.5"}])
+    assert of(RULES).render([{"role": "system", "content": "Be terse."}, *USER]).startswith("<s>Be terse.")
 
 
 @pytest.mark.parametrize("name", ["demo", "loop", "stripped", "spaces", *(["SDAR"] if "SDAR" in SANE else [])])

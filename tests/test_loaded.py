@@ -181,6 +181,7 @@ def test_sampled_answers_depend_on_the_seed_alone(model: LoadedModel) -> None:
         ({"role": "user", "content": "hi"}, {}, "is no prompt"),
         ([{"role": "user"}], {}, "is no prompt"),
         ([{"role": "user", "content": 3}], {}, "is no prompt"),
+        ([*USER_TURN, {"role": "asistant", "content": "5"}], {}, "writes no role 'asistant'. Did you mean 'assistant'"),
         ("\ud800", {}, "is no Unicode text"),
         ([{"role": "user", "content": "\ud800"}], {}, "is no Unicode text"),
         ("a", {"until": ["\ud800"]}, r"until '\\ud800' is no Unicode text"),

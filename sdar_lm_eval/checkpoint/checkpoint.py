@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from sdar_lm_eval.checkpoint.fingerprint import fingerprint
 from sdar_lm_eval.checkpoint.folder import resolve
 from sdar_lm_eval.checkpoint.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, open_tokenizer
 from sdar_lm_eval.checkpoint.weights import INDEX, check_headers, check_layout, link_weights, load, weight_files
+from sdar_lm_eval.checks import checks_types
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.families.base import Family
 from sdar_lm_eval.files import one_line, read_json
@@ -67,7 +69,8 @@ class Checkpoint:
     revision: str | None = None
 
     @classmethod
-    def open(cls, name: str, revision: str | None = None) -> Checkpoint:
+    @checks_types
+    def open(cls, name: str | PathLike[str], revision: str | None = None) -> Checkpoint:
         """Open a checkpoint by hub id, folder or `demo`. Reads the headers of existing weight files.
 
         Args:
@@ -78,6 +81,7 @@ class Checkpoint:
             UserError: the folder or the id does not exist, there is no config.json, no family has the model type, no
                 mask token is named, or a value or a file cannot be used.
         """
+        name = fspath(name)
         folder = resolve(name, revision)
         try:
             return cls._open(name, folder, revision)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report import compare_text
-from sdar_lm_eval.report.compare import ChangedDocument, Comparison, adjusted, changed_documents, compare_runs
+from sdar_lm_eval.report.changed import ChangedDocument, changed_documents
+from sdar_lm_eval.report.compare import Comparison, adjusted, compare_runs
 from sdar_lm_eval.report.runs import Run, read_runs
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.documents import Answer, Document, documents_of, is_likelihood, main_key
 from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.printing import printable
-from sdar_lm_eval.report.runs import Run, mean_value, read_runs
+from sdar_lm_eval.report.runs import Run, mean_value, read_one_run
 from sdar_lm_eval.report.terminal import legend, written
 
 EXAMPLE = "sdar_lm_eval show demo_results --only wrong"
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> str | None:
     Raises:
         UserError: the path holds no run or several, or the run lacks the task, its samples, the metric or the document.
     """
-    run = _one_run(arguments.path)
+    run = read_one_run(arguments.path)
     task = _task(run, arguments.task)
     metric = _metric(run, task, arguments.metric, arguments.filter)
     every = documents_of(run, task)
@@ -85,14 +85,6 @@ def run(arguments: argparse.Namespace) -> str | None:
     else:
         _print_document(console, task, metric, chosen[0], arguments.tokens, is_likelihood(run.of_tasks[task][0], task))
     return None
-
-
-def _one_run(path: Path) -> Run:
-    runs = read_runs([path])
-    if len(runs) > 1:
-        listed = "".join(f"\n  {each.label}: {each.results[0].file}" for each in runs)
-        raise UserError(f"{str(path)!r} holds {len(runs)} runs. Name the results file or the folder of one:{listed}")
-    return runs[0]
 
 
 def _task(run: Run, name: str | None) -> str:

@@ -7,9 +7,11 @@ Modal and benchmarks read this table. This module imports no third-party package
 from __future__ import annotations
 
 import importlib
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sdar_lm_eval.checks import check_arguments, checks_types
 from sdar_lm_eval.errors import EngineError, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ MODELS = {spec.model: spec.lm for spec in ENGINES.values()}
 """Name for `lm_eval --model` -> "module:Class"."""
 
 
+@checks_types
 def engine_named(name: str) -> EngineSpec:
     """Return an engine's facts.
 
@@ -123,9 +126,18 @@ def make_engine(name: str, checkpoint: Checkpoint, **options: object) -> Engine:
         options: keyword arguments of the engine's class.
 
     Raises:
-        UserError: no engine has this name, or an option is out of range.
+        UserError: no engine has this name, or an option is unknown, of another type or out of range.
         EngineError: a package that the engine needs is not installed.
     """
     module, _, engine_class = engine_named(name).target.partition(":")
-    engine: Engine = getattr(importlib.import_module(module), engine_class)(checkpoint, **options)
+    made_by = getattr(importlib.import_module(module), engine_class)
+    try:
+        inspect.signature(made_by).bind(checkpoint, **options)
+    except TypeError as error:
+        raise UserError(
+            f"the {name} engine {error}. Known: {', '.join(inspect.signature(made_by).parameters)}."
+        ) from None
+    # Engines check their other options themselves.
+    check_arguments(made_by, checkpoint, **{each: options[each] for each in ("device", "dtype") if each in options})
+    engine: Engine = made_by(checkpoint, **options)
     return engine

@@ -26,7 +26,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, runtime_checkable
 
-from sdar_lm_eval.checks import check_number, check_range
+from sdar_lm_eval.checks import check_arguments, check_number, check_range
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
 from sdar_lm_eval.errors import UserError, did_you_mean
@@ -108,6 +108,7 @@ class GenerationRequest:
     repetition: Repetition | None = None
 
     def __post_init__(self) -> None:
+        check_arguments(GenerationRequest, **vars(self))
         if not self.prompt_ids:
             raise UserError("a generation request needs at least one prompt token; give the tokenizer's prefix token.")
         if self.max_new_tokens < 1:

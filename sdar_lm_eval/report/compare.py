@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdar_lm_eval.errors import UserError, did_you_mean, listed
+from sdar_lm_eval.report.changed import names_of
 from sdar_lm_eval.report.groups import groups_of, pooled, task_of
-from sdar_lm_eval.report.pairing import Key, MetricKey, Scores, TaskScores, read_pair
-from sdar_lm_eval.report.results import Sample
+from sdar_lm_eval.report.pairing import Key, Scores, TaskScores, read_pair
 from sdar_lm_eval.report.runs import Run, differing
 from sdar_lm_eval.report.several import smaller_passes
 from sdar_lm_eval.report.speed import RunSpeed, speed_of
@@ -51,7 +51,7 @@ class Difference:
         low: lower end of the difference's paired 95% interval; None where there is no interval.
         high: upper end of that interval.
         p: two-sided p of the test; None where there is no test.
-        p_holm: p after Holm's adjustment over all tests of the comparison, or of all comparisons in `adjusted`.
+        p_holm: p after Holm's adjustment over the family's tests, in the comparison or all comparisons of `adjusted`.
         test: "exact McNemar" or "paired t", or the reason why there is no test.
         documents: number of paired documents that have a value of the metric in both runs.
         only_a: number of documents that run a alone has right; None where scores are not 0 or 1.
@@ -59,6 +59,8 @@ class Difference:
         detectable: smallest true difference that the test finds with probability 0.8; None where it is unknown.
         higher_is_better: whether higher values are better; None where the results files do not say.
         equal_filters: further filters of the metric that give each document the same score as `filter`, in each run.
+        family: the smallest group that contains the task (or the group) and has a test of the metric; "" where none
+            does. A test within a group is exploratory.
     """
 
     task: str
@@ -80,6 +82,7 @@ class Difference:
     detectable: float | None
     higher_is_better: bool | None
     equal_filters: tuple[str, ...] = ()
+    family: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,31 +109,6 @@ class Comparison:
     speeds: Mapping[str, tuple[RunSpeed, RunSpeed]] = dataclasses.field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class ChangedDocument:
-    """A document whose scores differ between two runs.
-
-    Attributes:
-        document_a: the document's index in run a's data set.
-        document_b: the document's index in run b's data set.
-        question: the document's question.
-        target: the gold answer.
-        a: run a's score; the mean where there are several answers.
-        b: run b's score, likewise.
-        filtered_a: what the filter made of run a's first answer, or the choice that is likeliest in run a.
-        filtered_b: the same for run b.
-    """
-
-    document_a: int
-    document_b: int
-    question: str
-    target: str
-    a: float
-    b: float
-    filtered_a: str
-    filtered_b: str
-
-
 def compare_runs(
     a: Run,
     b: Run,
@@ -150,7 +128,8 @@ def compare_runs(
         filters: names of filters; empty: all.
 
     Returns:
-        The comparison, with Holm's adjustment over its tests. A warning names a task that cannot be compared.
+        The comparison, with Holm's adjustment over the tests of each family. A warning names a task that cannot be
+        compared.
 
     Raises:
         UserError: the runs share no task, metric or document, or one has no samples, or a samples file cannot be read.
@@ -182,15 +161,22 @@ def compare_runs(
     groups = _groups(a, b, read, metrics, filters)
     settings = differing_settings(a, b, shared)
     speeds = {task: (speed_of(a, task), speed_of(b, task)) for task in read}
-    found = Comparison(a, b, settings, tuple(warnings), tuple(differences), tuple(groups), speeds)
-    return adjusted([found])[0]
+    of_tasks, of_groups = (_with_families(rows, groups, a) for rows in (differences, groups))
+    return adjusted([Comparison(a, b, settings, tuple(warnings), of_tasks, of_groups, speeds)])[0]
 
 
 def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Return comparisons that are shown together, with Holm's adjustment over the tests of all of them."""
+    """Return comparisons that are shown together, with Holm's adjustment over each family's tests in all of them.
+
+    A group and its tasks in one family would make the group's own test hopeless: MMLU has 57 tasks.
+    """
     rows = [each for comparison in comparisons for each in (*comparison.groups, *comparison.differences)]
-    p_holm = iter(holm([each.p for each in rows if each.p is not None]))
-    new = iter([each if each.p is None else dataclasses.replace(each, p_holm=next(p_holm)) for each in rows])
+    p_of: dict[str, list[float]] = {}
+    for each in rows:
+        if each.p is not None:
+            p_of.setdefault(each.family, []).append(each.p)
+    p_holm = {family: iter(holm(p)) for family, p in p_of.items()}
+    new = (each if each.p is None else dataclasses.replace(each, p_holm=next(p_holm[each.family])) for each in rows)
     return [
         dataclasses.replace(
             comparison,
@@ -198,41 +184,6 @@ def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
             differences=tuple(next(new) for _ in comparison.differences),
         )
         for comparison in comparisons
-    ]
-
-
-def changed_documents(a: Run, b: Run, task: str, metric: str, filter: str) -> list[ChangedDocument]:
-    """Return the documents whose scores differ between two runs, ordered by index in run a.
-
-    Raises:
-        UserError: a run has no samples of the task, or no such metric, or a samples file cannot be read.
-    """
-    scores_a, scores_b = read_pair(a, b, task)
-    key = (metric, filter)
-    for run, scores in ((a, scores_a), (b, scores_b)):
-        if key not in scores.scores:
-            raise UserError(f"{run.label} has no {metric} of {filter} in {task}; choose {_names(scores.scores)}.")
-    answers_a, answers_b = scores_a.scores[key].answers, scores_b.scores[key].answers
-    changed = [
-        (each, float(answers_a[each].mean()), float(answers_b[each].mean()))
-        for each in scores_a.documents
-        if each in answers_a and each in answers_b and answers_a[each].mean() != answers_b[each].mean()
-    ]
-    indices_a = [scores_a.documents[each].index for each, _, _ in changed]
-    indices_b = [scores_b.documents[each].index for each, _, _ in changed]
-    samples_a, samples_b = _samples_of(a, task, filter, indices_a), _samples_of(b, task, filter, indices_b)
-    return [
-        ChangedDocument(
-            document_a=index_a,
-            document_b=index_b,
-            question=samples_a[index_a].question,
-            target=samples_a[index_a].target,
-            a=value_a,
-            b=value_b,
-            filtered_a=samples_a[index_a].extracted,
-            filtered_b=samples_b[index_b].extracted,
-        )
-        for (_, value_a, value_b), index_a, index_b in zip(changed, indices_a, indices_b, strict=True)
     ]
 
 
@@ -283,6 +234,23 @@ def _groups(
     return found
 
 
+def _with_families(rows: Sequence[Difference], groups: Sequence[Difference], run: Run) -> tuple[Difference, ...]:
+    """The rows with their families."""
+    tasks_of = {group: frozenset(tasks) for group, tasks in groups_of(run).items()}
+    tested = {(each.task, each.metric) for each in groups if each.p is not None}
+
+    def family(row: Difference) -> str:
+        own = tasks_of.get(row.task, frozenset([row.task]))
+        above = [
+            group
+            for group, tasks in tasks_of.items()
+            if (group, row.metric) in tested and own <= tasks and (row.task not in tasks_of or own != tasks)
+        ]
+        return min(above, key=lambda group: len(tasks_of[group]), default="")
+
+    return tuple(dataclasses.replace(row, family=family(row)) for row in rows)
+
+
 def _nothing_chosen(
     a: Run, b: Run, tasks: Iterable[str], metrics: Collection[str], filters: Collection[str]
 ) -> UserError:
@@ -293,11 +261,11 @@ def _nothing_chosen(
     shared = [key for key in of_a if key in of_b]
     if not shared:
         return UserError(
-            f"{a.label} and {b.label} share no metric: the first has {_names(of_a)}, the second {_names(of_b)}. "
+            f"{a.label} and {b.label} share no metric: the first has {names_of(of_a)}, the second {names_of(of_b)}. "
             "Evaluate both with one version of the task."
         )
     asked = [f"--metric {', '.join(metrics)}"] * bool(metrics) + [f"--filter {', '.join(filters)}"] * bool(filters)
-    return UserError(f"{' and '.join(asked)}: the runs share no such score; choose from {_names(shared)}.")
+    return UserError(f"{' and '.join(asked)}: the runs share no such score; choose from {names_of(shared)}.")
 
 
 def _paired(a: Run, b: Run, task: str, scores_a: TaskScores, scores_b: TaskScores) -> list[Key]:
@@ -453,20 +421,6 @@ def _untested(task: str, of_a: Scores, of_b: Scores, documents: int, why: str) -
         detectable=None,
         higher_is_better=a.higher_is_better,
     )
-
-
-def _samples_of(run: Run, task: str, filter: str, indices: Iterable[int]) -> dict[int, Sample]:
-    """Index -> the run's first sample of the document, for some documents."""
-    wanted, found = set(indices), dict[int, Sample]()
-    for results in run.of_tasks[task]:
-        for sample in results.each_sample(task) if wanted - found.keys() else ():
-            if sample.filter == filter and sample.document in wanted:
-                found.setdefault(sample.document, sample)
-    return found
-
-
-def _names(metrics: Iterable[MetricKey] | Mapping[MetricKey, Scores]) -> str:
-    return listed([f"{name} of {filter_name}" for name, filter_name in dict.fromkeys(metrics)])
 
 
 def _documents(number: int) -> str:

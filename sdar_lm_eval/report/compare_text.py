@@ -10,7 +10,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from sdar_lm_eval.report.compare import ChangedDocument, Comparison, Difference
+from sdar_lm_eval.report.changed import ChangedDocument
+from sdar_lm_eval.report.compare import Comparison, Difference
 from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.statistics import ALPHA, FEWEST_DISCORDANT, POWER
 from sdar_lm_eval.report.text_table import aligned, with_error
@@ -33,6 +34,10 @@ _HOLM = (
     f"p (Holm): p after Holm's adjustment for the number of tests. Where no score truly differs, at most {ALPHA:.0%} "
     f"of such tables have a p (Holm) below {ALPHA}.",
     "The intervals and detectable differences are not adjusted.",
+)
+_FAMILIES = (
+    "family: the group within which a test is exploratory. Holm's adjustment counts the tests of each family apart. "
+    f"So the {ALPHA:.0%} hold for the rows without a family, and for the rows of each family."
 )
 
 
@@ -118,15 +123,16 @@ def as_json(comparisons: Sequence[Comparison], documents: DocumentsOf | None = N
 def table(comparisons: Sequence[Comparison]) -> list[list[str]]:
     """Return the table's cells as text: the head, then a row for each difference."""
     several, holm = len(comparisons) > 1, _tests(comparisons) > 1
+    families = any(each.family for each in _rows(comparisons))
     head = ["run"] * several + ["task", "metric", "filter", "documents", "A", "B", "B - A", "95% interval", "p"]
-    rows = [[*head, *(["p (Holm)"] * holm), "only A", "only B", "detectable"]]
+    rows = [[*head, *(["p (Holm)"] * holm), *(["family"] * families), "only A", "only B", "detectable"]]
     for name, comparison in zip(_names(comparisons), comparisons, strict=True):
         for each in (*comparison.groups, *comparison.differences):
             filters = each.filter + (f" (+{len(each.equal_filters)})" if each.equal_filters else "")
             row = [name] * several + [each.task, each.metric, filters, f"{each.documents:,}"]
             row += [_value(each, each.a, each.a_stderr), _value(each, each.b, each.b_stderr)]
             row += [_points(each, each.difference, "+"), _interval(each), _p(each.p)]
-            row += [_p(each.p_holm)] * holm
+            row += [_p(each.p_holm)] * holm + [each.family] * families
             row += [_count(each.only_a), _count(each.only_b), _points(each, each.detectable)]
             rows.append(row)
     return rows
@@ -187,11 +193,12 @@ def verdict(difference: Difference, name: str = "B") -> str:
         found = "higher" if each.difference > 0 else "lower"
     else:
         found = "better" if (each.difference > 0) == each.higher_is_better else "worse"
+    exploratory = f"; exploratory, within {each.family}" if each.family else ""
     if each.p_holm >= ALPHA:
         holm = f"{_p_is(each.p)}; {_p(each.p_holm)} after Holm's adjustment for the number of tests"
-        return f"{name} may be {found}: {_change(each)} ({holm})."
+        return f"{name} may be {found}: {_change(each)} ({holm}{exploratory})."
     after = "" if each.p_holm == each.p else f"; {_p(each.p_holm)} after Holm's adjustment"
-    return f"{name} is {found}: {_change(each)} ({_p_is(each.p)}{after})."
+    return f"{name} is {found}: {_change(each)} ({_p_is(each.p)}{after}{exploratory})."
 
 
 def _change(each: Difference) -> str:
@@ -219,6 +226,8 @@ def _rows(comparisons: Sequence[Comparison]) -> list[Difference]:
 def _notes(comparisons: Sequence[Comparison]) -> list[str]:
     notes = [*_LEGEND, *(_HOLM if _tests(comparisons) > 1 else ())]
     rows = _rows(comparisons)
+    if any(each.family for each in rows):
+        notes.append(_FAMILIES)
     if any(each.p is None and 0 <= each.a <= 1 and 0 <= each.b <= 1 for each in rows):
         notes.append(_UNTESTED)
     equal = dict.fromkeys(name for each in rows for name in each.equal_filters)

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from sdar_lm_eval.checks import checks_types
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report import compare_text
-from sdar_lm_eval.report.compare import ChangedDocument, Comparison, Difference, changed_documents, compare_runs
+from sdar_lm_eval.report.changed import ChangedDocument, changed_documents
+from sdar_lm_eval.report.compare import Comparison, Difference, compare_runs
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.pairing import numbers_of
 from sdar_lm_eval.report.results import Sample
@@ -163,8 +165,9 @@ class ComparisonFrames:
         """Sentences about what else than the settings may explain differences between the runs."""
         return self.comparison.warnings
 
+    @checks_types
     def changed(self, task: str | None = None, metric: str | None = None, filter: str | None = None) -> pd.DataFrame:
-        """Return the documents whose scores differ; the columns are the fields of `compare.ChangedDocument`.
+        """Return the documents whose scores differ; the columns are the fields of `changed.ChangedDocument`.
 
         Args:
             task: the task; None: the comparison's first.
@@ -203,6 +206,7 @@ class ComparisonFrames:
         return "".join(parts)
 
 
+@checks_types
 def read_run(path: str | PathLike[str], label: str | None = None) -> RunFrames:
     """Return a run as data frames. The run may be of any model that lm_eval evaluated.
 
@@ -224,29 +228,30 @@ def read_run(path: str | PathLike[str], label: str | None = None) -> RunFrames:
     return RunFrames(found[0])
 
 
+@checks_types
 def compare(
     a: str | PathLike[str] | RunFrames,
     b: str | PathLike[str] | RunFrames,
     *,
-    tasks: Collection[str] = (),
-    metrics: Collection[str] = (),
-    filters: Collection[str] = (),
+    tasks: Collection[str] | None = None,
+    metrics: Collection[str] | None = None,
+    filters: Collection[str] | None = None,
 ) -> ComparisonFrames:
     """Compare two runs on the documents that both answered.
 
     Args:
         a: the baseline: a path as `read_run` takes, or what `read_run` returned.
         b: the run that is compared with the baseline, likewise.
-        tasks: names of tasks or groups of tasks; empty: all tasks that both runs have.
-        metrics: names of metrics; empty: all.
-        filters: names of filters; empty: all.
+        tasks: names of tasks or groups of tasks; None or empty: all tasks that both runs have.
+        metrics: names of metrics; None or empty: all.
+        filters: names of filters; None or empty: all.
 
     Raises:
         UserError: as `read_run`; or the runs share no task, metric or document, or one has no samples.
     """
     given = [each if isinstance(each, RunFrames) else read_run(each) for each in (a, b)]
     names = {
-        name: (value,) if isinstance(value, str) else value
+        name: () if value is None else (value,) if isinstance(value, str) else tuple(value)
         for name, value in (("tasks", tasks), ("metrics", metrics), ("filters", filters))
     }
     return ComparisonFrames(compare_runs(given[0].run, given[1].run, **names))

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.report.results import Results, Sample, read_lines, results_in
+from sdar_lm_eval.report.results import Results, Sample, read_lines
+from sdar_lm_eval.report.runs import read_one_run
 from sdar_lm_eval.report.speed import ratio, work_of
 
 PREFERRED_FILTER = "flexible-extract"
@@ -84,7 +85,7 @@ class _Cost:
 
 
 def convert(path: Path, task: str | None = None, filter_name: str | None = None) -> Benchmark:
-    """Return the benchmark's JSON of the newest run in a folder.
+    """Return the benchmark's JSON of the run in a folder; of several seeds or tasks, the newest results count.
 
     An answer's `generation_time` and `tokens_per_second` are known where the run has denoising records, or the run's
     `trace=` or `answers=` named a place in the folder.
@@ -95,10 +96,10 @@ def convert(path: Path, task: str | None = None, filter_name: str | None = None)
         filter_name: the filter whose answers count.
 
     Raises:
-        UserError: there is no such run, task or filter, samples were not logged, the samples give another score than
-            the results, or a file is not as lm_eval writes it.
+        UserError: the path holds no run or several, there is no such task or filter, samples were not logged, the
+            samples give another score than the results, or a file is not as lm_eval writes it.
     """
-    results = results_in(path, "configs")[-1]
+    results = max(read_one_run(path).results, key=lambda each: each.date)
     samples_of = {name: results.samples(name) for name in results.configs.content}
     task = _task_of(path, samples_of, task)
     samples = samples_of[task]

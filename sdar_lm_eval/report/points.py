@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig, in_words
@@ -19,13 +19,15 @@ from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.columns import main_metric
 from sdar_lm_eval.report.pairing import read_pair
 from sdar_lm_eval.report.results import Fields
-from sdar_lm_eval.report.runs import Metric, Run, mean_value
+from sdar_lm_eval.report.runs import IDENTITY, Metric, Run, differing, mean_value
 from sdar_lm_eval.report.speed import speed_of
 from sdar_lm_eval.report.statistics import cluster_values, mean_stderr
 
 DEFAULTS = DecodingConfig().as_dict()
 ALPHA = 3.0
 """The weight's exponent in `aup`."""
+OF_CURVES = (*IDENTITY, "num_fewshot", "limit")
+"""Settings, beside decoding settings, in which the points of one curve are equal."""
 TOLERANCE = 5.0
 """Percentage points of accuracy that a point may lose against its curve's slowest point, so as to count in AUP."""
 
@@ -45,6 +47,7 @@ class Point:
         documents: number of documents that were scored; None where it is unknown.
         repeats: number of evaluations in the run, each with its own seed.
         note: why a speed is unknown; "" where both are known.
+        identity: the settings of `OF_CURVES` that are known.
     """
 
     label: str
@@ -57,6 +60,7 @@ class Point:
     documents: int | None
     repeats: int
     note: str
+    identity: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def strategy(self) -> str:
@@ -124,7 +128,7 @@ def points_of(runs: Sequence[Run], task: str, metric: str | None = None) -> list
 
 
 def curves_of(points: Sequence[Point]) -> list[Curve]:
-    """Return the curves of points: one for each strategy and each choice of settings other than the dial.
+    """Return the curves of points: one for each model, each strategy and each choice of settings other than the dial.
 
     The dial is the first setting that differs between the strategy's points, in this order: the strategy's own setting,
     such as a threshold; the steps; the other decoding settings. Where every curve would have one point, all points of
@@ -132,9 +136,9 @@ def curves_of(points: Sequence[Point]) -> list[Curve]:
     """
     curves: list[Curve] = []
     of_points = _telling(points)
-    models = {point.model for point in points}
-    for model, strategy in dict.fromkeys((point.model, point.strategy) for point in points):
-        mine = [i for i, point in enumerate(points) if (point.model, point.strategy) == (model, strategy)]
+    models = _models(points)
+    for model, strategy in dict.fromkeys((models[i], point.strategy) for i, point in enumerate(points)):
+        mine = [i for i, point in enumerate(points) if (models[i], point.strategy) == (model, strategy)]
         own = STRATEGIES[strategy].setting if strategy in STRATEGIES else None
         settings = [of_points[i] for i in mine]
         dials = [name for name in (own, "denoising_steps", *DECODING_SETTINGS) if name and _varies(name, settings)]
@@ -144,10 +148,20 @@ def curves_of(points: Sequence[Point]) -> list[Curve]:
             groups.setdefault(in_words(told), []).append(points[i])
         if all(len(group) == 1 for group in groups.values()):
             groups = {"": [points[i] for i in mine]}
-        prefix = f"{model}: " if len(models) > 1 and model != strategy else ""
+        prefix = f"{model}: " if len(set(models)) > 1 and model != strategy else ""
         for words, group in groups.items():
             curves.append(Curve(prefix + strategy + (f", {words}" if words else ""), tuple(group)))
     return curves
+
+
+def _models(points: Sequence[Point]) -> list[str]:
+    """Each point's checkpoint, with those settings of `OF_CURVES` that tell points of one checkpoint apart."""
+    found = []
+    for point in points:
+        told = differing([each.identity for each in points if each.model == point.model])
+        words = ", ".join(f"{name}={str(point.identity.get(name))[:12]}" for name in told)
+        found.append(f"{point.model} ({words})" if words else point.model)
+    return found
 
 
 def settings_in_words(points: Sequence[Point]) -> list[str]:
@@ -280,6 +294,7 @@ def _point(run: Run, task: str, metric: Metric, scale: float) -> Point:
         documents=of_task[0].answered(task),
         repeats=len(of_task),
         note=speed.note,
+        identity={name: value for name, value in run.settings(task).items() if name in OF_CURVES},
     )
 
 

@@ -29,9 +29,11 @@ MOST_TOLD = 4
 
 _OURS = (
     "engine", "engine_version", "engine_commit", "checkpoint_fingerprint", "revision", "dtype", "chat_template",
-    "likelihood", "mc_samples", "max_length", "version", "answer_revision", "torch", "gpu", "device",
+    "likelihood", "mc_samples", "max_length", "version", "answer_revision", "torch", "gpu", "device", "kernels",
+    "reproducible", "tensor_parallel_size",
 )  # fmt: skip
-_IDENTITY = ("model", "pretrained", "checkpoint_fingerprint", "dtype", "revision")
+IDENTITY = ("model", "pretrained", "checkpoint_fingerprint", "dtype", "revision")
+"""Settings in which the results files of one run are equal."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,19 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
         else:
             kept.append(run)
     return kept
+
+
+def read_one_run(path: Path) -> Run:
+    """Return the run in a path.
+
+    Raises:
+        UserError: as `read_runs`, or the path holds several runs.
+    """
+    runs = read_runs([path])
+    if len(runs) > 1:
+        named = "".join(f"\n  {each.label}: {each.results[0].file}" for each in runs)
+        raise UserError(f"{str(path)!r} holds {len(runs)} runs. Name the results file or the folder of one:{named}")
+    return runs[0]
 
 
 def metrics_of(results: Results, task: str) -> list[Metric]:
@@ -234,7 +249,7 @@ def _belongs(results: Results, tasks: Sequence[str], run: Run) -> bool:
     """Whether results have a run's model and, in the tasks that both have, the run's settings except for seeds."""
     one = run.results_of(run.tasks[0])
     mine, theirs = settings_of(results, tasks[0]), settings_of(one, run.tasks[0])
-    if any(mine.get(name) != theirs.get(name) for name in _IDENTITY):
+    if any(mine.get(name) != theirs.get(name) for name in IDENTITY):
         return False
     shared = [task for task in tasks if task in run.of_tasks]
     # lm_eval does not write which documents --samples chose: a trial on some must not stand for a run on all.

@@ -23,7 +23,8 @@ from sdar_lm_eval.files import one_line
 from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Run
-from sdar_lm_eval.runs.plan import Evaluation, Plan
+from sdar_lm_eval.revision import ANSWER_REVISION
+from sdar_lm_eval.runs.plan import Evaluation, Plan, refuse_differences
 from sdar_lm_eval.runs.saving import evaluate_into
 from sdar_lm_eval.runs.shards import ANSWERS
 
@@ -70,8 +71,8 @@ def run(plan: Plan, tell: Tell) -> Outcome:
         tell: called after each evaluation, and for each evaluation whose results are there already.
 
     Raises:
-        UserError: another sweep works in the folder, the folder cannot be written, the model cannot be loaded, or the
-            process is one of several (torchrun).
+        UserError: another sweep works in the folder, the folder cannot be written or has results of another precision,
+            the model cannot be loaded, or the process is one of several (torchrun).
         EngineError: the engine cannot run here.
         Interrupted: the user ended the sweep; finished answers are kept.
     """
@@ -83,7 +84,7 @@ def run(plan: Plan, tell: Tell) -> Outcome:
         lm: SDARLM | None = None
         if None in found:
             lm = stack.enter_context(_loaded(plan))
-            found = [results if results is None or _is_of(lm, results) else None for results in found]
+            _check_precision(plan, lm)
         for index, each in enumerate(plan.evaluations):
             if found[index] is None:
                 try:
@@ -139,10 +140,12 @@ def _loaded(plan: Plan) -> SDARLM:
     return lm
 
 
-def _is_of(lm: SDARLM, results: Results) -> bool:
-    """Whether results are of the loaded model's dtype and engine version: others would differ by rounding."""
+def _check_precision(plan: Plan, lm: SDARLM) -> None:
+    """Refuse a folder whose results differ from the loaded model's by rounding, or by another way to answer."""
     info = lm.engine.info
-    return (results.ours.text("dtype"), results.ours.text("engine_version")) == (info.dtype, info.engine_version)
+    mine = {"dtype": info.dtype, "engine_version": info.engine_version, "answer_revision": ANSWER_REVISION}
+    for results in plan.earlier:
+        refuse_differences(plan.output, {name: results.ours.content.get(name) for name in mine}, mine)
 
 
 def _evaluate(evaluation: Evaluation, plan: Plan, lm: SDARLM) -> Results:

@@ -11,6 +11,10 @@
 `config.sdar_lm_eval.asked` of a results file has all that the results depend on: model, settings, limit, seed,
 lm_eval's version, and fingerprints of the tasks' YAML files, Python files and documents, the checkpoint and this
 package's sources.
+
+A folder holds the results of one model. A sweep that would add results of another model, or replace results by those of
+other settings, is refused. Where only a task, lm_eval or this package's sources changed, results are replaced: the
+answers stay, and are scored again.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,16 +37,23 @@ from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT, DEFAULT_SEED
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.files import expanded
+from sdar_lm_eval.files import expanded, require_folders
 from sdar_lm_eval.hashing import digest_of_files, hex_digest
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
+from sdar_lm_eval.lm.store import differences
 from sdar_lm_eval.lm.thoughts import Thoughts
-from sdar_lm_eval.report.results import Results, results_in
+from sdar_lm_eval.report.results import Fields, Results, results_in
 from sdar_lm_eval.runs.grid import Combination, combinations, without_copies
 from sdar_lm_eval.runs.settings import beyond_limits, scored_by
 from sdar_lm_eval.runs.shards import load_tasks, scoring_tasks, task_manager
 from sdar_lm_eval.settings import ALIASES, Generation, ModelSettings, canonical, to_whole
+
+BESIDE_ANSWERS = (
+    "device", "max_active", "batch_size", "max_batch_size", "kv_pages", "gpu_memory_utilization",
+    "cache_max_entry_count", "trace", "verbose", "trust_remote_code",
+)  # fmt: skip
+"""model_args without effect on answers: a sweep that ran out of memory goes on with another `max_active`."""
 
 LONGEST_NAME = 200  # most characters of a folder's name; file systems allow 255 bytes
 
@@ -140,6 +151,7 @@ class Plan:
         manager: loads the tasks.
         output: the sweep's folder.
         evaluations: in the order in which they run.
+        earlier: all results of sweeps that the folder has.
         copies: number of combinations left out, which differ from others only in settings without effect.
     """
 
@@ -149,6 +161,7 @@ class Plan:
     manager: TaskManager
     output: Path
     evaluations: tuple[Evaluation, ...]
+    earlier: tuple[Results, ...]
     copies: int
 
     @property
@@ -177,7 +190,8 @@ def plan(sweep: SweepArguments) -> Plan:
     """Check a sweep, and return its plan. Nothing is evaluated; a checkpoint of the hub is downloaded.
 
     Raises:
-        UserError: a model, a task or a setting is unknown or refused. The message names a combination that is refused.
+        UserError: a model, a task or a setting is unknown or refused, or the folder has results of another model or of
+            other settings. The message names a combination that is refused.
     """
     engine = _engine_of(sweep.model)
     _check_numbers(sweep)
@@ -189,6 +203,8 @@ def plan(sweep: SweepArguments) -> Plan:
     seed = _seed(sweep, model_args.pop("seed", None))
     arguments = {name: value for name, value in model_args.items() if name != "pretrained"}
     settings = ModelSettings.read(str(model_args["pretrained"]), arguments, engine)
+    if sweep.include_path is not None:
+        require_folders("--include_path", sweep.include_path)
     manager = task_manager(sweep.tasks, sweep.include_path)
     loaded = load_tasks(sweep.tasks, manager)
     # lm_eval orders tasks by itself. Here the user's order comes first, then the tasks of groups.
@@ -207,7 +223,10 @@ def plan(sweep: SweepArguments) -> Plan:
     evaluations = [
         evaluation for combination in kept for evaluation in _evaluations(combination, sweep, seed, output, asked)
     ]
-    return Plan(sweep, model_args, tuple(tasks), manager, output, tuple(evaluations), copies=len(checked) - len(kept))
+    earlier = _earlier(output)
+    _check_earlier(output, earlier, evaluations)
+    copies = len(checked) - len(kept)
+    return Plan(sweep, model_args, tuple(tasks), manager, output, tuple(evaluations), earlier, copies)
 
 
 def _check_numbers(sweep: SweepArguments) -> None:
@@ -256,6 +275,54 @@ def _evaluations(
             folder=output / _file_name(_folder_name(combination.settings)),
             name=_file_name(f"{name}-seed-{used}" if is_drawn else name),
             asked=json.loads(json.dumps(own, default=str)),
+        )
+
+
+def _earlier(output: Path) -> tuple[Results, ...]:
+    """The results of sweeps in a folder. Results that `lm_eval run` wrote into the folder are no sweep's."""
+    if not any(output.rglob("results_*.json")):
+        return ()
+    with contextlib.suppress(UserError):  # no file can be read
+        return tuple(each for each in results_in(output) if isinstance(each.ours.content.get("asked"), dict))
+    return ()
+
+
+def _check_earlier(output: Path, earlier: Sequence[Results], evaluations: Sequence[Evaluation]) -> None:
+    """Refuse results of another model, and those that an evaluation of other settings would replace."""
+    of_folders: dict[tuple[str, ...], Mapping[str, object]] = {
+        (each.folder.name, each.name): each.asked for each in evaluations
+    }
+    for results in earlier:
+        theirs = results.ours.part("asked")
+        replacing = of_folders.get(results.file.relative_to(output).parts[:2])
+        mine = Fields(replacing or evaluations[0].asked, results.file)
+        ignored = {*BESIDE_ANSWERS}
+        if theirs.text("checkpoint") == mine.text("checkpoint"):  # however its path is spelled
+            ignored |= {"pretrained", "revision"}
+        chosen = [
+            {name: each.content.get(name) for name in ("model", *(("num_fewshot", "gen_kwargs") if replacing else ()))}
+            | {name: v for name, v in each.part_or_empty("model_args").content.items() if name not in ignored}
+            | {"checkpoint": each.text("checkpoint")}
+            for each in (theirs, mine)
+        ]
+        refuse_differences(output, *chosen)
+
+
+def refuse_differences(output: Path, theirs: Mapping[str, object], mine: Mapping[str, object]) -> None:
+    """Refuse a sweep into a folder whose results have other settings.
+
+    Args:
+        output: the sweep's folder.
+        theirs: setting -> its value in the results.
+        mine: setting -> its value in the sweep.
+
+    Raises:
+        UserError: a value differs.
+    """
+    if told := differences(theirs, mine):
+        raise UserError(
+            f"--output_path {output} has results of another model or of other settings: {told}. Give another "
+            "--output_path, or the earlier settings."
         )
 
 

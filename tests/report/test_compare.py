@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import tempfile
@@ -17,8 +18,9 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.report.compare import Comparison, Difference, changed_documents, compare_runs
-from sdar_lm_eval.report.runs import read_runs
+from sdar_lm_eval.report.changed import changed_documents
+from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compare_runs
+from sdar_lm_eval.report.runs import Run, read_runs
 
 ACC = "acc,none"
 A = [1, 1, 0, 0, 1, 0, 1, 1, 0, 0]
@@ -195,6 +197,71 @@ def test_holm_is_over_all_tests(tmp_path: Path) -> None:
     assert [each.p_holm for each in found] == pytest.approx(list(expected))
     chosen = only(compared(a, b, tasks=["task2"]))
     assert chosen.p_holm == chosen.p == found[2].p
+
+
+def with_groups(folder: Path, groups: dict[str, list[str]], tasks: dict[str, list[str]], scores: dict[str, Any]) -> Any:
+    """A run of several tasks, and groups (name -> its parts) whose scores are means over the documents of `tasks`."""
+    write_run(folder, {task: {"acc,none": values} for task, values in scores.items()})
+    (file,) = folder.rglob("results_*.json")
+    content = json.loads(file.read_text())
+    for group, parts in tasks.items():
+        content["results"][group] = {"acc,none": np.mean(np.concatenate([scores[part] for part in parts]))}
+    content["group_subtasks"] = groups
+    file.write_text(json.dumps(content))
+    return folder
+
+
+def test_tasks_of_a_group_are_a_family_of_their_own(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    names = {"alone": 15, "s1": 12, "s2": 14, "h1": 11, "h2": 13, "h3": 10}
+    groups = {"mmlu": ["stem", "humanities"], "stem": ["s1", "s2"], "humanities": ["h1", "h2", "h3"]}
+    tasks = {**groups, "mmlu": ["s1", "s2", "h1", "h2", "h3"]}
+    runs = []
+    for name, share in (("a", 0.3), ("b", 0.8)):
+        scores = {task: (rng.random(number) < share).astype(float).tolist() for task, number in names.items()}
+        runs.append(with_groups(tmp_path / name, groups, tasks, scores))
+    found = compared(*runs)
+    rows = (*found.groups, *found.differences)
+    families: dict[str, list[Difference]] = {}
+    for each in rows:
+        families.setdefault(each.family, []).append(each)
+    assert {family: sorted(each.task for each in its) for family, its in families.items()} == {
+        "": ["alone", "mmlu"], "mmlu": ["humanities", "stem"], "stem": ["s1", "s2"], "humanities": ["h1", "h2", "h3"],
+    }  # fmt: skip
+    for its in families.values():
+        assert [each.p_holm for each in its] == pytest.approx(multipletests([e.p for e in its], method="holm")[1])
+    (subject,) = compared(*runs, tasks=["h2"]).differences  # the user asks for this task alone
+    assert (subject.family, subject.p_holm) == ("", subject.p)
+    untested = json.loads((file := next((tmp_path / "a").rglob("results_*.json"))).read_text())
+    untested["results"]["stem"]["acc,none"] += 0.01
+    file.write_text(json.dumps(untested))
+    again = compared(*runs)
+    assert {each.task: each.family for each in again.differences if each.task in ("s1", "h1")} == {
+        "s1": "mmlu", "h1": "humanities",
+    }  # fmt: skip
+
+
+def test_the_familywise_error_with_a_group_of_57_tasks() -> None:
+    """The group and two tasks decide: at most 5% of tables err there, and 5% in the group, with power for the group."""
+    rng = np.random.default_rng(11)
+    nothing = Difference("", "acc", "none", 0, 0, 0, 0, 0, 0, 0, 0, 0, "", 9, 0, 0, None, True)  # type: ignore[arg-type]
+    run = Run("", Path())
+
+    def table(p: Any) -> tuple[list[float], list[float]]:
+        rows = [dataclasses.replace(nothing, p=each, family="" if i < 3 else "mmlu") for i, each in enumerate(p)]
+        (found,) = adjusted([Comparison(run, run, {}, (), tuple(rows[1:]), tuple(rows[:1]))])
+        holm = [float(each.p_holm or 0) for each in (*found.groups, *found.differences)]
+        return holm[:3], holm[3:]
+
+    tables = [table(p) for p in rng.random((1500, 60))]
+    for part in (0, 1):
+        assert 0.035 <= np.mean([min(each[part]) < 0.05 for each in tables]) <= 0.065
+    shown = rng.random(60)
+    shown[0] = 0.01
+    decisive, of_group = table(shown)
+    assert decisive == pytest.approx(multipletests(shown[:3], method="holm")[1]) and decisive[0] == pytest.approx(0.03)
+    assert of_group == pytest.approx(multipletests(shown[3:], method="holm")[1])
+    assert multipletests(shown, method="holm")[1][0] > 0.5  # one family of 60
 
 
 def test_changed_documents(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 import written_runs
 from run_files import write_run
 
-from sdar_lm_eval.report.compare import Comparison, Difference, changed_documents, compare_runs
+from sdar_lm_eval.report.changed import changed_documents
+from sdar_lm_eval.report.compare import Comparison, Difference, compare_runs
 from sdar_lm_eval.report.compare_text import as_json, as_markdown, as_text, sentences, table, verdict
 from sdar_lm_eval.report.runs import Run, differing, read_runs
 
@@ -32,6 +33,11 @@ RUNS = (Run("a", Path("a")), Run("b", Path("b")))
             {"p_holm": 0.036},
             "B is better: 150 documents changed from wrong to right, 100 the other way (p = 0.012; 0.036 after Holm's "
             "adjustment).",
+        ),
+        (
+            {"p_holm": 0.036, "family": "mmlu"},
+            "B is better: 150 documents changed from wrong to right, 100 the other way (p = 0.012; 0.036 after Holm's "
+            "adjustment; exploratory, within mmlu).",
         ),
         (
             {"p_holm": 0.12},
@@ -87,6 +93,10 @@ def test_a_sentence_names_what_tells_it_apart() -> None:
 def test_columns_that_say_something() -> None:
     assert "p (Holm)" not in table([comparison(CALLED)])[0]
     assert table([comparison(CALLED, CALLED)])[0].index("p (Holm)") == 9
+    whole, part = CALLED, dataclasses.replace(CALLED, family="mmlu")
+    assert [row[10] for row in table([comparison(whole, part)])] == ["family", "", "mmlu"]
+    assert "family: the group within which a test is exploratory." in as_text([comparison(whole, part)])
+    assert "family" not in as_text([comparison(whole, whole)])
     head, *rows = table([comparison(CALLED), comparison(CALLED)])
     assert head[0] == "run" and [row[0] for row in rows] == ["B1", "B2"]
     assert rows[0][5:10] == ["50.0 ± 2.0", "55.0 ± 2.0", "+5.0", "+1.0 to +9.0", "0.012"]

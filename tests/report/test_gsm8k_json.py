@@ -129,6 +129,9 @@ def test_mistakes(runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "has no task 'gsm8k_sdar_demi' of GSM8K" in error_of(two, "--task", "gsm8k_sdar_demi")
     told = error_of(str(folder / "ours"), "--filter", "strict")
     assert "choose strict-match, flexible-extract. Did you mean 'strict-match'?" in told
+    for name in ("ours", "dummy"):
+        shutil.copytree(folder / name, tmp_path / "mixed" / name)
+    assert "mixed' holds 2 runs. Name the results file or the folder of one:" in error_of(str(tmp_path / "mixed"))
     assert "cannot be written" in error_of(str(folder / "ours"), "--output", str(tmp_path / "no" / "out.json"))
 
 

@@ -15,7 +15,8 @@ from written_runs import add_thoughts, large_run, record, write_run
 
 from sdar_lm_eval.commands import main
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.report.compare import changed_documents, compare_runs
+from sdar_lm_eval.report.changed import changed_documents
+from sdar_lm_eval.report.compare import compare_runs
 from sdar_lm_eval.report.denoising import read_denoising
 from sdar_lm_eval.report.page.data import collect
 from sdar_lm_eval.report.page.embedding import embedded, extract, printable
@@ -110,8 +111,7 @@ def test_the_numbers_of_the_comparison_are_those_of_compare(tmp_path: Path) -> N
     assert "hold for runs and documents that were chosen before any score was seen" in text
 
 
-def test_holm_counts_the_tests_that_the_page_shows(tmp_path: Path) -> None:
-    """A group's pooled documents have a test in `compare`, and no row here."""
+def test_a_group_has_a_row_and_its_tasks_a_family(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, [[f"it is {7 + (name == 'a')}"]] * 7, task="part") for name in "ab"]
     for folder, value in zip(folders, (0.0, 1.0), strict=True):
         results = json.loads((folder / "results_1.json").read_text())
@@ -119,9 +119,11 @@ def test_holm_counts_the_tests_that_the_page_shows(tmp_path: Path) -> None:
         results["group_subtasks"] = {"whole": ["part"]}
         (folder / "results_1.json").write_text(json.dumps(results))
     runs = read_runs(folders)
-    assert len(compare_runs(*runs).groups) == 1
-    ((row,),) = (pair.rows for pair in pairs_of(runs, ["part"], collect(runs, ["part"])))
-    assert row.p == row.p_holm == "0.016"
+    ((group, task),) = (pair.rows for pair in pairs_of(runs, ["part"], collect(runs, ["part"])))
+    assert (group.task, group.family, group.a, group.only_b_link) == ("whole", "", "0.0 ± 0.0", "")
+    assert (task.task, task.family, task.a) == ("part", "whole", "0.0 ± 0.0") and task.only_b_link
+    assert group.p == group.p_holm == task.p == task.p_holm == "0.016"
+    assert "0.016 within whole" in _Parsed(page_of(runs)).text
 
 
 def test_repeats_of_another_seed_are_answers_of_one_run(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from written_runs import add_thoughts, large_run, record, write_run
 
-from sdar_lm_eval.report.compare import changed_documents
+from sdar_lm_eval.report.changed import changed_documents
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.page.rendering import page_of
 from sdar_lm_eval.report.runs import Run, read_runs

@@ -118,6 +118,23 @@ def test_a_line_a_strategy_and_a_choice_of_other_settings() -> None:
     assert settings_in_words([*static, entropy])[:2] == ["block_length=4", "block_length=8"]
 
 
+def test_points_of_two_models_are_two_curves(tmp_path: Path) -> None:
+    def write_at(name: str, threshold: float, **facts: Any) -> Path:
+        folder = write(tmp_path / name, COMPUTED, confidence_threshold=threshold)
+        content = json.loads((folder / "results_2026.json").read_text())
+        content["config"]["sdar_lm_eval"] |= facts
+        (folder / "results_2026.json").write_text(json.dumps(content))
+        return folder
+
+    folders = [write_at(f"{t}", t, dtype="float32") for t in (0.5, 0.9)]
+    assert [curve.name for curve in curves_of(points_of(read_runs(folders), "t"))] == ["low_confidence_dynamic"]
+    folders += [write_at(f"other {t}", t, dtype="bfloat16", checkpoint_fingerprint="0123456789abcdef") for t in (0.5,)]
+    assert {curve.name: len(curve.points) for curve in curves_of(points_of(read_runs(folders), "t"))} == {
+        "demo (dtype=float32, checkpoint_fingerprint=None): low_confidence_dynamic": 2,
+        "demo (dtype=bfloat16, checkpoint_fingerprint=0123456789ab): low_confidence_dynamic": 1,
+    }
+
+
 def test_settings_that_tell_points_apart() -> None:
     points = [
         point(remasking_strategy="low_confidence_static", block_length=4, denoising_steps=4),

@@ -57,7 +57,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
             "(config.sdar_lm_eval.run.generation_seconds is nan, not a number)",
         ),
         ({}, {"configs": []}, "results_1.json is not as lm_eval writes it (configs is [], not an object)"),
-        ({}, {"results": {}}, "(results.gsm8k is missing). Evaluate again"),
+        ({}, {"results": {}}, "holds no results of a task. Evaluate with --output_path"),
         ({}, {"config": {"model_args": [1]}}, "(config.model_args is [1], not an object)"),
         (
             {},

@@ -59,6 +59,17 @@ def test_seeds_are_pooled_and_told(tmp_path: Path) -> None:
     assert settings["seed"] == (1234, "1, 2, 3") and settings["temperature"] == (0.0, 1.0)
 
 
+@pytest.mark.parametrize("option", ["kernels", "reproducible", "dtype", "tensor_parallel_size"])
+def test_engine_options_are_no_repeats(option: str, tmp_path: Path) -> None:
+    """Results of two options in one folder are two runs, whatever their seeds."""
+    for seed, value in ((1, 1), (2, 2)):
+        (file,) = write(tmp_path / str(seed), seed, temperature=1.0).glob("results*")
+        content = json.loads(file.read_text())
+        content["config"]["sdar_lm_eval"][option] = f"{value}" if option == "dtype" else value
+        file.write_text(json.dumps(content))
+    assert [len(run.of_tasks[TASK]) for run in read_runs([tmp_path])] == [1, 1]
+
+
 def test_results_of_predict_only_do_not_replace_scores(tmp_path: Path) -> None:
     write(tmp_path / "scored", temperature=0.0)
     (file,) = write(tmp_path / "predicted", temperature=0.0).glob("results*")

@@ -5,19 +5,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 from support import QUICK_START, ROOT, environment, fork_of
 
+from sdar_lm_eval import arguments
 from sdar_lm_eval.engines.native.engine import NativeEngine
+from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import EngineError, Interrupted, UserError
 from sdar_lm_eval.lm.answers import read_sessions
 from sdar_lm_eval.lm.model import SDARLM
@@ -25,7 +28,7 @@ from sdar_lm_eval.report.points import points_of
 from sdar_lm_eval.report.results import Results, results_in
 from sdar_lm_eval.report.runs import read_runs
 from sdar_lm_eval.runs import local
-from sdar_lm_eval.runs.plan import Plan, SweepArguments, plan
+from sdar_lm_eval.runs.plan import BESIDE_ANSWERS, Plan, SweepArguments, plan
 from sdar_lm_eval.runs.shards import ANSWERS
 
 GRIDS = ({"strategy": "static", "steps": "4,2"}, {"strategy": "dynamic", "threshold": "0.5"})
@@ -175,8 +178,6 @@ def test_what_changes_is_computed_anew(tasks: str, tmp_path: Path, monkeypatch: 
     (damaged,) = (first.evaluations[0].folder / first.evaluations[0].name).rglob("results_*.json")
     damaged.write_text(damaged.read_text()[:100])
     assert each() == [(0, 2), (0, 2)]
-    assert each(gen_kwargs={"max_gen_toks": 8}) == [(2, 0), (2, 0)]
-    assert each() == [(0, 2), (0, 2)]
 
 
 @pytest.mark.parametrize("damage", ["lost lines", "no samples", "no scores"])
@@ -245,15 +246,62 @@ def test_answers_are_scored_again_where_documents_or_helpers_of_the_task_changed
     assert sweep_of(1, 10) == ((0, 1), 10)  # the helper alone has changed
 
 
-def test_results_of_another_precision_are_computed_anew(tasks: str, tmp_path: Path) -> None:
+def test_results_of_another_precision_are_refused(tasks: str, tmp_path: Path) -> None:
     """As those of a GPU would be, where weights are loaded for a combination that is missing."""
     swept(plan(asked(tmp_path, tasks, grids=({"threshold": "0.5"},))))
     (file,) = tmp_path.rglob("results_*.json")
     content = json.loads(file.read_text())
     content["config"]["sdar_lm_eval"]["dtype"] = "bfloat16"
     file.write_text(json.dumps(content))
-    runs = swept(plan(asked(tmp_path, tasks, grids=({"threshold": "0.5,0.9"},)))).runs
-    assert [results.ours.text("dtype") for run in runs for results in run.of_tasks["short"]] == ["float32"] * 2
+    with pytest.raises(UserError, match=r"dtype was 'bfloat16', is 'float32'\. Give another --output_path"):
+        local.run(plan(asked(tmp_path, tasks, grids=({"threshold": "0.9"},))), silent)
+    assert [*tmp_path.rglob("results_*.json")] == [file]
+
+
+@pytest.fixture(scope="module")
+def finished(tasks: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("finished")
+    swept(plan(asked(output, tasks, grids=({"threshold": "0.5"},))))
+    return output
+
+
+@pytest.mark.parametrize(
+    ("question", "told"),
+    [
+        ({"model_args": {"pretrained": "demo", "dtype": "bfloat16"}}, "dtype was None, is 'bfloat16'"),
+        ({"model_args": {"pretrained": "demo", "reproducible": True}, "grids": ({"threshold": "0.9"},)},
+         "reproducible was None, is True"),
+        ({"model_args": {"pretrained": "demo", "reproducible": True}, "tasks": ("other",)}, "reproducible was None"),
+        ({"model": "sdar-lmdeploy"}, "model was 'sdar', is 'sdar-lmdeploy'"),
+        ({"gen_kwargs": {"max_gen_toks": 8}}, "gen_kwargs was .*'max_gen_toks': 8"),
+        ({"num_fewshot": 1}, "num_fewshot was None, is 1"),
+    ],
+)  # fmt: skip
+def test_results_of_another_model_or_of_other_settings_stay(
+    question: Mapping[str, Any], told: str, tasks: str, finished: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"--output_path .* other settings: .*{told}.* Give another --output_path"):
+        plan(asked(finished, tasks, **({"grids": ({"threshold": "0.5"},)} | question)))
+
+
+def test_a_checkpoint_is_its_content_not_its_path(tasks: str, finished: Path, tmp_path: Path) -> None:
+    def planned(folder: Path) -> Plan:
+        return plan(asked(finished, tasks, grids=({"threshold": "0.5"},), model_args={"pretrained": str(folder)}))
+
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "sdar_lm_eval" / "demo" / "checkpoint", copy)
+    assert planned(copy).evaluations
+    config = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps(config | {"changed": 1}))
+    with pytest.raises(UserError, match=r"pretrained was 'demo', is '.*copy'; checkpoint was '\w+', is '\w+'"):
+        planned(copy)
+
+
+def test_a_sweep_goes_on_with_fewer_sequences_at_once(tasks: str, finished: Path) -> None:
+    less_memory = {"pretrained": "demo", **dict.fromkeys(("max_active", "kv_pages"), 64), "batch_size": 2}
+    assert plan(asked(finished, tasks, grids=({"threshold": "0.5"},), model_args=less_memory)).evaluations
+    known = set().union(*(get_type_hints(getattr(arguments, spec.arguments)) for spec in ENGINES.values()))
+    assert known.issuperset(BESIDE_ANSWERS)
 
 
 def test_repeats_are_of_what_is_drawn(tasks: str, tmp_path: Path) -> None:
@@ -370,6 +418,7 @@ def test_an_interrupt_says_what_is_finished(tasks: str, tmp_path: Path, monkeypa
         ({"tasks": ("shorter",)}, "--tasks shorter: unknown to the harness"),
         ({"tasks": ("short", "scored")}, "--tasks scored: scored by log-likelihoods, which decoding settings do not"),
         ({"tasks": ("programs",)}, "--tasks programs: scored by running programs .* Give --confirm_run_unsafe_code"),
+        ({"include_path": "missing"}, "--include_path missing: no such folder"),
         ({"repeats": 0}, "--repeats 0 is out of range"),
         ({"limit": 0}, "--limit 0: give a number of documents above 0"),
     ],
@@ -378,7 +427,7 @@ def test_what_is_refused_before_anything_runs(
     question: Mapping[str, Any], message: str, tasks: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        plan(asked(tmp_path / "s", tasks, **question))
+        plan(asked(tmp_path / "s", **({"include_path": tasks} | question)))
     assert not (tmp_path / "s").exists()
 
 

@@ -82,6 +82,7 @@ class DifferenceRow:
     plot: Plot | None
     p: str
     p_holm: str
+    family: str
     test: str
     only_a: str
     only_a_link: str
@@ -249,8 +250,7 @@ def pairs_of(runs: Sequence[Run], tasks: Sequence[str], documents: Documents) ->
     for number, other in enumerate(runs[1:], 1):
         try:
             shared = [task for task in tasks if task in runs[0].of_tasks and task in other.of_tasks]
-            # The page has no rows of groups, so Holm's adjustment does not count their tests.
-            comparisons[number] = dataclasses.replace(compare_runs(runs[0], other, tasks=shared), groups=())
+            comparisons[number] = compare_runs(runs[0], other, tasks=shared)
         except UserError as error:
             refused.append(Pair(number, (), (str(error),), ()))
     whole = zip(comparisons, adjusted(list(comparisons.values())), strict=True)
@@ -267,8 +267,13 @@ def _pair(number: int, comparison: Comparison, documents: Documents) -> Pair:
 
 def _difference_rows(comparison: Comparison, number: int, documents: Documents) -> tuple[DifferenceRow, ...]:
     are_shares = {(each.task, *key) for each in comparison.differences for key in shares(documents, each.task)}
-    kinds = {each: (each.task, each.metric, each.filter) in are_shares for each in comparison.differences}
-    return tuple(_difference_row(each, number, share, _ends(kinds, share)) for each, share in kinds.items())
+    of_tasks = {each: (each.task, each.metric, each.filter) in are_shares for each in comparison.differences}
+    others = {(each.metric, each.filter) for each, share in of_tasks.items() if not share}
+    kinds = {each: (each.metric, each.filter) not in others for each in comparison.groups} | of_tasks
+    return tuple(
+        _difference_row(each, number if each in of_tasks else None, share, _ends(kinds, share))
+        for each, share in kinds.items()
+    )
 
 
 def _ends(kinds: Mapping[Difference, bool], kind: bool) -> tuple[float, float]:
@@ -277,7 +282,8 @@ def _ends(kinds: Mapping[Difference, bool], kind: bool) -> tuple[float, float]:
     return min([0.0, *ends]), max([0.0, *ends])
 
 
-def _difference_row(each: Difference, number: int, share: bool, ends: tuple[float, float]) -> DifferenceRow:
+def _difference_row(each: Difference, number: int | None, share: bool, ends: tuple[float, float]) -> DifferenceRow:
+    """The row of a difference, with links to the documents of run `number`; None: no links, as for a group."""
     plot, interval = None, NONE
     if each.low is not None and each.high is not None:
         interval = f"{_value(each.low, None, share, '+')} to {_value(each.high, None, share, '+')}"
@@ -288,7 +294,7 @@ def _difference_row(each: Difference, number: int, share: bool, ends: tuple[floa
             plot = Plot(*(round(place, 2) for place in places))
 
     def link(flag: str, count: int | None) -> str:
-        if not count:
+        if not count or number is None:
             return ""
         chosen = {"task": each.task, "score": f"{each.metric}, {each.filter}", "run": number, "show": f"changed,{flag}"}
         return "#" + urlencode(chosen)
@@ -304,6 +310,7 @@ def _difference_row(each: Difference, number: int, share: bool, ends: tuple[floa
         plot=plot,
         p=_probability(each.p),
         p_holm=_probability(each.p_holm),
+        family=each.family,
         test=each.test,
         only_a=NONE if each.only_a is None else f"{each.only_a:,}",
         only_a_link=link("wrong", each.only_a),
