@@ -21,7 +21,7 @@ SPLIT = 512  # fewest tokens of a context's split
 # Most tokens of a split where sequences of all lengths run together: every step waits for the longest program.
 LONGEST_SPLIT = 8192
 FILLING = 2  # attention programs that a multiprocessor needs to be busy
-MANY = 3  # attention programs that a multiprocessor runs at once, if each keeps many bytes in flight
+MANY = 8  # attention programs of a multiprocessor, above which each needs few warps
 WHOLE = 1 << 30  # tokens of a context's only split, whatever its length
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -232,7 +232,7 @@ def attention_settings(rows: int, programs: int, itemsize: int) -> Iterator[tupl
         columns, warps = 32, 2 if rows <= 32 else 4 if rows <= 64 else 8
     elif rows > 64:
         columns, warps = (32, 4) if rows <= 128 else (64, 8)
-    elif are_many(programs):
+    elif programs > MANY * multiprocessors():
         columns, warps = 32, 2
     else:
         columns, warps = 128 if rows <= 32 and programs <= multiprocessors() else 64, 4
@@ -240,11 +240,6 @@ def attention_settings(rows: int, programs: int, itemsize: int) -> Iterator[tupl
     while columns >= 16:
         yield columns, warps, 2
         columns //= 2
-
-
-def are_many(programs: int) -> bool:
-    """Whether a launch of attention has more programs than a GPU runs at once."""
-    return programs > MANY * multiprocessors()
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tiles: Tiles, scaling: float) -> torch.Tensor:

@@ -38,10 +38,10 @@ from sdar_lm_eval.engines.native.kernels.attention import (
     SPLIT,
     WHOLE,
     Tiles,
-    are_many,
     combine_splits,
     partial_results,
 )
+from sdar_lm_eval.engines.native.kernels.gpu import multiprocessors
 from sdar_lm_eval.engines.native.kernels.hopper import is_hopper, load_tile, shared_layout, works
 
 SIZES = (64, 128)  # head sizes
@@ -50,6 +50,7 @@ ROWS = 64  # query rows of a consumer warpgroup: the fewest that the instruction
 COLUMNS = {1: 64, 2: 128}
 STAGES = 3  # stages of shared memory
 REGISTERS = {1: 128, 2: 168}  # number of consumer warpgroups -> registers of a thread, on average
+FEW = 3  # attention programs of a multiprocessor, up to which this kernel is faster than Triton's for few rows
 CHANNELS = 64  # channels of a copy: 128 bytes, a row of shared memory without bank conflicts
 # Triton 3.9 renames `_reinterpret`.
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
@@ -373,12 +374,9 @@ def suits(tiles: Tiles, heads: int, kv_heads: int) -> bool:
         tiles: the tiles.
         heads, kv_heads: numbers of heads.
     """
-    if tiles.batch_invariant:
-        return True
-    rows, is_short = tiles.tokens * heads // kv_heads, tiles.split * tiles.splits <= SPLIT
-    if are_many(len(tiles.first) * kv_heads * tiles.splits):
-        return rows > 128 or (rows > 64 and not is_short)
-    return rows > 32 or not is_short
+    rows, programs = tiles.tokens * heads // kv_heads, len(tiles.first) * kv_heads * tiles.splits
+    is_long = tiles.split * tiles.splits > SPLIT
+    return tiles.batch_invariant or is_long or rows > 128 or (rows > 32 and programs <= FEW * multiprocessors())
 
 
 def runs(heads: int, cache: torch.Tensor) -> bool:
