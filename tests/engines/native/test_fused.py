@@ -96,9 +96,10 @@ def test_attention_of_prompts_is_compiled_ahead(checkpoint, monkeypatch, reprodu
     hopper = types.SimpleNamespace(
         attend=kernel("hopper"),
         runs=lambda heads, cache: on_hopper,
-        suits=lambda tiles, *_: tiles.batch_invariant or tiles.split * tiles.splits > 8 or len(tiles.first) > 300,
+        suits=lambda tiles, *_: tiles.batch_invariant or tiles.split * tiles.splits > 8 or len(tiles.first) > 30,
     )
     monkeypatch.setattr(decoder, "hopper_attention", hopper)
+    monkeypatch.setattr(fused, "multiprocessors", lambda: 4)
     monkeypatch.setattr(attention, "attend", kernel("triton"))
     engine = engine_with_kernels(checkpoint, reproducible=reproducible)
     requests = [GenerationRequest(tuple(range(n)), 1, DecodingConfig()) for n in (20, 5)]

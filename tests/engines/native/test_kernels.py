@@ -179,6 +179,7 @@ def test_batch_invariant_attention_is_set_alike_for_any_number_of_tiles_and_any_
         return settings(rows, programs, itemsize)
 
     monkeypatch.setattr(kernels, "attention_settings", keep)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda: 8)
     keys, values = (normal(3, 16, 2, 64, dtype=dtype) for _ in range(2))
 
     def attend(tiles, splits, *, batch_invariant):
