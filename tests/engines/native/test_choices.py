@@ -64,6 +64,7 @@ def test_the_chosen_kernel_is_nearly_the_fastest(data, count):
 def test_a_kernel_stays_while_it_is_nearly_the_fastest():
     """Every further kernel has to be compiled."""
     assert fastest({"a": {1: 1.0, 2: 1.009, 3: 1.02}, "b": {1: 1.1, 2: 1.0, 3: 1.0}}) == {1: "a", 2: "a", 3: "b"}
+    assert fastest({"default": {1: 1.009, 2: 1.02}, "b": {1: 1.0, 2: 1.0}}) == {1: "default", 2: "b"}
 
 
 def weights(mlp, dtype=torch.bfloat16, bias=None):

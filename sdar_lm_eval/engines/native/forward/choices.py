@@ -102,10 +102,11 @@ def fastest(times: Mapping[str, Mapping[int, float]]) -> dict[int, str]:
     """Number of rows, ascending -> name of the fastest kernel, or of the previous number's kernel if nearly as fast.
 
     Args:
-        times: name of a kernel -> number of rows -> seconds.
+        times: name of a kernel -> number of rows -> seconds. Before the first number, the first kernel counts as
+            chosen.
     """
     found: dict[int, str] = {}
-    chosen = ""
+    chosen = next(iter(times))
     for rows in sorted(set().union(*times.values())):
         seconds = {name: own[rows] for name, own in times.items() if rows in own}
         best = min(seconds, key=seconds.__getitem__)

@@ -160,7 +160,7 @@ class FusedDecoder:
 
             return run
 
-        times = timings("kernels", {trial: numbers for trial, (_, _, numbers) in trials.items()}, make)
+        times = timings("kernels of products", {trial: numbers for trial, (_, _, numbers) in trials.items()}, make)
         for name, choice in self.choices.items():
             own = {kernel: times[trial] for trial, (of, kernel, _) in trials.items() if of == name and trial in times}
             if own:

@@ -61,12 +61,12 @@ class Timings:
             # The error is gone here, and with it the tensors that its traceback held. The KV cache may need the memory.
             torch.cuda.empty_cache()
             if not measured:
-                logger.info("No memory is left to measure the times of %s, so default choices stand.", what)
+                logger.info("No memory is left to measure %s, so default choices stand.", what)
                 return {}
             self._known.update(measured)
             logger.info(
-                "Measured %d times of %s in %.1f s, for the cache file %s.",
-                sum(map(len, rows.values())), what, time.perf_counter() - started, self._file,
+                "Measured %s in %.1f s, %d durations in all, for the cache file %s.",
+                what, time.perf_counter() - started, sum(map(len, rows.values())), self._file,
             )  # fmt: skip
             keep_cached(self._file, self._known)
         return {name: self._known[name] for name in rows}
