@@ -259,18 +259,57 @@ def noting(kernel, name, used):
 
 
 def test_kernels_are_chosen_by_measured_times(measuring, monkeypatch):
-    """Times here are the numbers of rows, so all kernels of a product are equal, and the first stays."""
-    timed = []
-    products = type(measuring.decoder).products
-    monkeypatch.setattr(
-        type(measuring.decoder),
-        "products",
-        lambda self, x, residual: (timed.append(len(x)), products(self, x, residual)),
-    )
+    """The last kernel of each product is twice as fast. Each trial runs its own kernel, and restores the choice."""
+    ran, last = set(), {name: [*choice.kernels][-1] for name, choice in measuring.decoder.choices.items()}
+    fast = {f" {name} by {kernel}" for name, kernel in last.items()}
+
+    def measure(self, run, rows):
+        for trial, numbers in rows.items():
+            name = next(name for name in measuring.decoder.choices if f" {name} by " in trial)
+            chosen = measuring.decoder.choices[name]
+            run(trial, numbers[0])
+            assert measuring.decoder.choices[name] is chosen
+        return {
+            trial: dict.fromkeys(numbers, 1.0 if any(map(trial.endswith, fast)) else 2.0)
+            for trial, numbers in rows.items()
+        }
+
+    def noted(self, name, x, *operands):
+        ran.add((name, self.choices[name].kernel(len(x)).name))
+        return product(self, name, x, *operands)
+
+    product = decoder.FusedDecoder._product
+    monkeypatch.setattr(decoder.FusedDecoder, "_product", noted)
+    monkeypatch.setattr(timings.Timings, "_measured", measure)
     measuring.choose_kernels()
-    assert timed == [4] * sum(len(choice.measured) for choice in measuring.decoder.choices.values())
-    for choice in measuring.decoder.choices.values():
-        assert choice.used[0].name == next(iter(choice.kernels))
+    measured = {name: choice for name, choice in measuring.decoder.choices.items() if choice.measured}
+    assert measured.keys() == {"qkv", "o", "gate_up", "down"}
+    assert ran >= {(name, kernel) for name, choice in measured.items() for kernel in choice.kernels}
+    for name, choice in measured.items():
+        assert [each.name for each in choice.used] == [last[name], "cuBLAS"]  # which alone takes many rows
+
+
+def test_without_memory_for_a_measurement_the_kernels_stay(measuring, monkeypatch):
+    def no_memory(self, run, rows):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(timings.Timings, "_measured", no_memory)
+    before = {name: choice.used for name, choice in measuring.decoder.choices.items()}
+    measuring.choose_kernels()
+    assert {name: choice.used for name, choice in measuring.decoder.choices.items()} == before
+    assert not any(choice.times for choice in measuring.decoder.choices.values())
+
+
+def test_another_engine_chooses_by_the_same_times(measuring, checkpoint, monkeypatch):
+    measuring.choose_kernels()
+    again = engine_with_kernels(checkpoint).runner.forward
+    again._device = NamedDevice("cpu")
+    monkeypatch.setattr(timings.Timings, "_measured", lambda *_: pytest.fail("measured again"))
+    again.choose_kernels()
+    for name, choice in measuring.decoder.choices.items():
+        other = again.decoder.choices[name]
+        assert [each.name for each in other.used] == [each.name for each in choice.used]
+        assert other.times == choice.times
 
 
 def test_experts_of_a_token_change_the_times(experts, monkeypatch):
