@@ -7,13 +7,14 @@ by number of rows. The chosen kernel's time is bold.
 
 The last table is about attention, whose kernel and settings are chosen by rules, not by times. The table compares the
 chosen kernel with all settings of a grid, and with the kernel for Hopper GPUs where it runs. The tokens are one block
-of each sequence, as in a step. The GPU's cache has no room for the keys and values.
+of each sequence, as in a step. The GPU's cache has no room for the keys and values. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from typing import Any
 
 import torch
@@ -44,15 +45,19 @@ def main() -> None:
     with folder(parser, args) as pretrained, torch.no_grad():
         checkpoint = Checkpoint.open(pretrained)
         engine: Any = make_engine("native", checkpoint, device="cuda")
-        show_products(engine.runner.forward.decoder)
+        products = show_products(engine.runner.forward.decoder)
         print("| block | sequences | context | chosen, us | fastest, us | the fastest | times the fastest |")
         print("| ---: | ---: | ---: | ---: | ---: | --- | ---: |")
         blocks = args.block_length or [checkpoint.block_length]
-        for block, active, context in itertools.product(blocks, args.active, args.context):
-            show_attention(checkpoint.config, block, active, context)
+        rows = [
+            show_attention(checkpoint.config, *each) for each in itertools.product(blocks, args.active, args.context)
+        ]
+    facts = {"pretrained": args.pretrained, "gpu": torch.cuda.get_device_name()}
+    print(json.dumps({**facts, "products": products, "rows": rows}))
 
 
-def show_products(decoder: FusedDecoder) -> None:
+def show_products(decoder: FusedDecoder) -> dict[str, Any]:
+    """Print the measured times of products, and return them: name of a product -> kernel -> rows -> seconds."""
     for name, choice in decoder.choices.items():
         if not choice.times:
             continue
@@ -69,9 +74,11 @@ def show_products(decoder: FusedDecoder) -> None:
             ]
             print(f"| {rows:,} | {' | '.join(cells)} |")
         print(flush=True)
+    return {name: choice.times for name, choice in decoder.choices.items() if choice.times}
 
 
-def show_attention(config: dict[str, Any], block: int, active: int, context: int) -> None:
+def show_attention(config: dict[str, Any], block: int, active: int, context: int) -> dict[str, Any]:
+    """Measure attention of one step, print the table's row, and return the row."""
     heads, kv_heads, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     own = -(-context // PAGE)
     copies = -(-COLD_BYTES // (4 * active * own * PAGE * kv_heads * size))
@@ -111,6 +118,7 @@ def show_attention(config: dict[str, Any], block: int, active: int, context: int
         f"{chosen / times[fastest]:.2f} |",
         flush=True,
     )
+    return {"block": block, "active": active, "context": context, "chosen_us": chosen, "us": times}
 
 
 if __name__ == "__main__":

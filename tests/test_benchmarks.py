@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from support import QUICK_START, ROOT, environment
 
 
@@ -60,6 +61,11 @@ def test_several_processes_run_one_section(monkeypatch: pytest.MonkeyPatch, caps
         ("throughput --active 1 2 --prompts 2 --new-tokens 4 --shared-prefix 20 --floor", "of_the_floor"),
         ("likelihood --texts 4 --length 40 --kinds endings letters few-shot", "seconds"),
         ("floor --active 1 --device cpu", "layers_ms"),
+        pytest.param(
+            "kernel_times --active 1 2 --context 64",
+            "chosen_us",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU"),
+        ),
     ],
 )
 def test_each_runs(

@@ -141,16 +141,17 @@ class FusedDecoder:
             rows: makes the arguments of `products` for a number of rows.
         """
         trials = {
-            f"products, {name} by {kernel}": (name, kernel, numbers)
+            f"products, {name} by {kernel}": (name, kernel)
             for name, choice in self.choices.items()
-            for kernel, numbers in choice.measured.items()
+            for kernel in choice.measured
         }
+        rows_of = {trial: self.choices[name].measured[kernel] for trial, (name, kernel) in trials.items()}
 
         def make() -> Callable[[str, int], None]:
             attended, residual = rows(MEASURED[-1])
 
             def run(trial: str, count: int) -> None:
-                name, kernel, _ = trials[trial]
+                name, kernel = trials[trial]
                 chosen = self.choices[name]
                 self.choices[name] = Choice({ANY: chosen.kernels[kernel]})
                 try:
@@ -160,9 +161,9 @@ class FusedDecoder:
 
             return run
 
-        times = timings("kernels of products", {trial: numbers for trial, (_, _, numbers) in trials.items()}, make)
+        times = timings("kernels of products", rows_of, make)
         for name, choice in self.choices.items():
-            own = {kernel: times[trial] for trial, (of, kernel, _) in trials.items() if of == name and trial in times}
+            own = {kernel: times[trial] for trial, (of, kernel) in trials.items() if of == name and trial in times}
             if own:
                 choice.choose(own)
 
