@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,11 @@ import pytest
 # Tensors here are small: a second thread waits more than it computes, above all where the machine is shared. Read by
 # torch when it is imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Triton reads the variable when it is imported. A folder's conftest.py may import Triton before `pytest_configure` runs,
+# which asks torch whether there is a GPU.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 with contextlib.suppress(ImportError):  # tests/gpu does without
     import hypothesis
@@ -36,7 +42,7 @@ def prepare_torch() -> None:
     collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 
     if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when it is imported
+        os.environ["TRITON_INTERPRET"] = "1"
         with contextlib.suppress(ImportError):
             from triton.runtime import interpreter
 
