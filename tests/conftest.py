@@ -16,8 +16,8 @@ import pytest
 # torch when it is imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Triton reads the variable when it is imported. A folder's conftest.py may import Triton before `pytest_configure` runs,
-# which asks torch whether there is a GPU.
+# Triton reads the variable when it is imported. A folder's conftest.py may import Triton before `pytest_configure`
+# runs, which asks torch whether there is a GPU.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
