@@ -39,6 +39,13 @@ def expanded(path: Path) -> Path:
         raise UserError(f"{str(path)!r}: {error} Write the whole path.") from error
 
 
+def plain_text(value: object) -> str:
+    """Return a path, a text or another value as a str. `str` alone makes "Name.MEMBER" of an enum of texts."""
+    if isinstance(value, os.PathLike):
+        value = os.fsdecode(value)
+    return str.__str__(value) if isinstance(value, str) else str(value)
+
+
 def require_folders(option: str, paths: str | Path | Sequence[str | Path]) -> None:
     """Raise unless a path, or each path of a list, is a folder. lm_eval passes over other paths without a word.
 
@@ -101,8 +108,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """The value's repr for a message, shortened where it is long."""
-    return _SHORT.repr(value)
+    """The value's repr for a message, on one line, shortened where it is long."""
+    return " ".join(line.strip() for line in _SHORT.repr(value).splitlines())
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
