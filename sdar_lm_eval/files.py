@@ -47,18 +47,20 @@ def plain_text(value: object) -> str:
 
 
 def require_folders(option: str, paths: str | Path | Sequence[str | Path]) -> None:
-    """Raise unless a path, or each path of a list, is a folder. lm_eval passes over other paths without a word.
+    """Raise unless a path, or each path of a list, is a folder that can be read. lm_eval silently skips other paths.
 
     Args:
         option: the option that the user gave.
         paths: the option's value.
 
     Raises:
-        UserError: a path is no folder.
+        UserError: a path is no folder, or cannot be read.
     """
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        if not os.path.isdir(path):  # noqa: PTH112  (False for a name that is too long, where Path raises)
-            raise UserError(f"{option} {path}: no such folder. Give the folder that has the YAML files of your tasks.")
+        found = os.path.isdir(path)  # noqa: PTH112  (False for a name that is too long, where Path raises)
+        if not found or not os.access(path, os.R_OK | os.X_OK):
+            why = "the folder cannot be read" if found else "no such folder"
+            raise UserError(f"{option} {path}: {why}. Give the folder that has the YAML files of your tasks.")
 
 
 def require_regular(path: Path) -> os.stat_result:
