@@ -32,6 +32,8 @@ END = "\ufdd2 "
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """Roles that chat templates commonly know. A template may name others."""
 
+ALWAYS_WRITTEN = ("user", "assistant")
+
 USER_TURN = {"role": "user", "content": "2 + 2 = ?"}
 PROBE = "271828"  # digits, which no filter such as `upper` changes
 
@@ -111,7 +113,7 @@ class ChatTemplate:
         self._texts = {constant.value for constant in tree.find_all(nodes.Const) if isinstance(constant.value, str)}
         self.unread = sorted(values.keys() - meta.find_undeclared_variables(tree))
         """Names of the values that the template does not read."""
-        self._knows = functools.cache(self._writes)
+        self._first_left_out = functools.cache(self._find_left_out)
         self._render_one_turn()
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
@@ -123,39 +125,55 @@ class ChatTemplate:
                 continued.
 
         Raises:
-            UserError: the template does not know a role, refuses the conversation, fails, or exceeds its limits.
+            UserError: the template does not know a role, leaves out a message, refuses the conversation, fails, or
+                exceeds its limits.
         """
-        all_roles = [message["role"] for message in messages]
-        for role in all_roles:
-            if not self._knows(role):
-                known = [each for each in ROLES if self._knows(each)]
-                hint = did_you_mean(role, known)
-                raise UserError(f"{self._title} writes no role {shown(role)}.{hint} Choose {', '.join(known)}.")
+        all_roles = tuple(message["role"] for message in messages)
         roles = ", ".join(all_roles[:6]) + (" and so on" if len(all_roles) > 6 else "")
+        if (position := self._first_left_out(all_roles)) is not None:
+            role, known = all_roles[position], [each for each in ROLES if self._writes(each)]
+            if role in known:
+                raise UserError(
+                    f"{self._title} leaves out message {position + 1}, of role {shown(role)}, of a conversation of "
+                    f"{roles}. Move that message, or leave it out."
+                )
+            remedy = f" {_WITHOUT_SYSTEM}" if role == "system" else ""
+            hint = did_you_mean(role, known)
+            raise UserError(f"{self._title} writes no role {shown(role)}.{hint} Choose {', '.join(known)}.{remedy}")
         try:
             return self._render(messages, add_generation_prompt)
         except Unbounded as error:
             raise UserError(f"{self._title} {error} for a conversation of {roles}. {_REMEDY}") from error
         except Exception as error:  # a template can raise any exception
             raise UserError(
-                f"{self._title} refuses a conversation of {roles} ({_line(error)}). If the template takes no system "
-                "turn, leave out --system_instruction; or use chat_template=off."
+                f"{self._title} refuses a conversation of {roles} ({_line(error)}). {_WITHOUT_SYSTEM}"
             ) from error
 
-    def _writes(self, role: str) -> bool:
-        """Whether the template knows a role, and writes the messages of that role.
+    def _find_left_out(self, roles: tuple[str, ...]) -> int | None:
+        """The position of the first message in a conversation of these roles that the template does not write, if any.
 
-        A template without a rule for a role drops the message. A template that writes any role would write a mistyped
-        role too, which no checkpoint was trained on.
+        A template without a rule for a role, or for a role at a position, drops the message. A template that writes any
+        role would write a mistyped role too, which no checkpoint was trained on.
         """
-        if role in ("user", "assistant"):
-            return True
-        if role not in ROLES and role not in self._texts:
-            return False
-        turn = {"role": role, "content": PROBE}
-        with contextlib.suppress(Exception):  # `render` says why the template refuses a conversation
-            return any(PROBE in self._render(each, True) for each in ([turn, USER_TURN], [USER_TURN, turn]))
-        return True
+        for position, role in enumerate(roles):
+            if role not in ROLES and role not in self._texts:
+                return position
+        if others := [position for position, role in enumerate(roles) if role not in ALWAYS_WRITTEN]:
+            probes = [f"{PROBE}{position:06}" for position in range(len(roles))]
+            turns = [{"role": role, "content": probe} for role, probe in zip(roles, probes, strict=True)]
+            with contextlib.suppress(Exception):  # `render` says why the template refuses a conversation
+                text = self._render(turns, True)
+                return next((position for position in others if probes[position] not in text), None)
+        return None
+
+    def _writes(self, role: str) -> bool:
+        """Whether the template writes a message of a role before or behind a user's turn."""
+        for roles in ((role, "user"), ("user", role)):
+            with contextlib.suppress(Exception):
+                self._render([{"role": each, "content": PROBE} for each in roles], True)
+                if self._find_left_out(roles) is None:
+                    return True
+        return role in ALWAYS_WRITTEN
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         conversation: list[dict[str, str]] = [dict(message) for message in messages]
@@ -190,6 +208,10 @@ class ChatTemplate:
             raise UserError(f"{self._title} fails ({_line(error)}). {_REMEDY}") from error
 
 
+_WITHOUT_SYSTEM = (
+    "If the template takes no system turn, leave out --system_instruction and the task's `description`; or use "
+    "chat_template=off."
+)
 _REMEDY = "Correct chat_template.jinja or tokenizer_config.json, or use chat_template=off."
 
 

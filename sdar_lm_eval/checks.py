@@ -12,7 +12,7 @@ import itertools
 import math
 import operator
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import (
     Any,
     ParamSpec,
@@ -58,20 +58,27 @@ def check_unicode(what: str, text: str) -> None:
         raise UserError(f"{what} {shown(text)} is no Unicode text: {error.reason}.") from error
 
 
+def plain(value: object) -> object:
+    """Return a scalar of NumPy or torch as Python's own value, and any other value unchanged."""
+    scalar: Any = value
+    return scalar.item() if getattr(scalar, "ndim", None) == 0 and hasattr(scalar, "item") else value
+
+
 def check_number(name: str, value: object, *, whole: bool) -> int | float:
     """Return a number: an int if `whole`, else a finite float.
 
     Raises:
         UserError: the value is no such number.
     """
-    if whole and isinstance(value, SupportsIndex) and not isinstance(value, bool):
-        return operator.index(value)  # float would round large ints
-    number = math.nan
-    if isinstance(value, SupportsFloat) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):
-            number = float(value)
+    value, number = plain(value), math.nan
+    if not isinstance(value, bool):
+        with contextlib.suppress(OverflowError, TypeError, ValueError):  # as `fits` says of arrays
+            if whole and isinstance(value, SupportsIndex):
+                return operator.index(value)  # float would round large ints
+            if isinstance(value, SupportsFloat):
+                number = float(value)
     if not math.isfinite(number) or (whole and number != int(number)):
-        raise UserError(f"{name}={value!r} is not {'a whole number' if whole else 'a number'}.")
+        raise UserError(f"{name}={shown(value)} is not {'a whole number' if whole else 'a number'}.")
     return int(number) if whole else number
 
 
@@ -87,13 +94,14 @@ def at_least_one(name: str, value: object) -> int:
 
 
 def check_bool(name: str, value: object) -> bool:
-    """Return a bool. No other type is converted.
+    """Return a bool. No other type is converted, except a bool of NumPy or torch.
 
     Raises:
         UserError: the value is no bool.
     """
+    value = plain(value)
     if not isinstance(value, bool):
-        raise UserError(f"{name}={value!r} is neither true nor false. Give one of them.")
+        raise UserError(f"{name}={shown(value)} is neither true nor false. Give one of them.")
     return value
 
 
@@ -120,7 +128,7 @@ def check_arguments(function: Callable[..., object], *args: object, **kwargs: ob
     """Raise unless the arguments of a call have the types in the annotations of a function, or of a class's `__init__`.
 
     An int passes for a float, and numbers of NumPy pass for int and float. Any iterable passes for a sequence, such as
-    a column of a data frame.
+    a column of a data frame. An array with rows does not pass, nor does a data frame, whose elements are its columns.
 
     Raises:
         UserError: an argument has another type. The message says which type the argument takes.
@@ -129,7 +137,7 @@ def check_arguments(function: Callable[..., object], *args: object, **kwargs: ob
     with contextlib.suppress(TypeError):  # Python's own error names arguments that are missing or too many
         given = _signature(function).bind(*args, **kwargs).arguments
     for name, value in given.items():
-        if name in hints and not _fits(value, hints[name]):
+        if name in hints and not fits(value, hints[name]):
             raise UserError(f"{name}={shown(value)} is of type {type(value).__name__}. Give {_words(hints[name])}.")
 
 
@@ -158,24 +166,31 @@ def _hints(function: Callable[..., object]) -> Mapping[str, Any]:
     return get_type_hints(types.SimpleNamespace(__annotations__=annotations), plain.__globals__, _PublicNames())
 
 
-def _fits(value: object, kind: Any) -> bool:
-    """Whether a value has a type; True for a protocol, which no value can be checked for."""
+def fits(value: object, kind: Any) -> bool:
+    """Whether a value has a type, as `check_arguments`; True for a protocol, which no value can be checked for."""
     if type(value) is kind:  # the most frequent case, such as tokens
         return True
+    value = plain(value)
     origin, parts = get_origin(kind) or kind, get_args(kind)
     if origin in (Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
+        return any(fits(value, part) for part in parts)
     if origin in (int, float):
-        return isinstance(value, SupportsIndex if kind is int else SupportsFloat) and not isinstance(value, bool)
-    if origin is Sequence and not isinstance(value, (Mapping, Set)):
+        is_number = isinstance(value, SupportsIndex if kind is int else SupportsFloat) and not isinstance(value, bool)
+        return is_number and not hasattr(value, "ndim")  # an array has the methods of a number, too
+    if origin is Sequence and not isinstance(value, (Mapping, set, frozenset)):
         origin = Iterable
     try:
-        if not isinstance(value, origin) or (isinstance(value, bytes) and origin in (Iterable, Collection)):
+        if not isinstance(value, origin):
             return False
     except TypeError:
         return True
-    return not (_holds_plain(kind) and isinstance(value, (Sequence, Set))) or all(
-        _fits(each, parts[0]) for each in itertools.islice(value, MOST_CHECKED)
+    if origin in (Iterable, Collection) and (isinstance(value, bytes) or getattr(value, "ndim", 1) != 1):
+        return False
+    # An iterator's elements can be read only once.
+    return (
+        not (_holds_plain(kind) and isinstance(value, Iterable))
+        or isinstance(value, Iterator)
+        or all(fits(each, parts[0]) for each in itertools.islice(value, MOST_CHECKED))
     )
 
 

@@ -39,19 +39,28 @@ def expanded(path: Path) -> Path:
         raise UserError(f"{str(path)!r}: {error} Write the whole path.") from error
 
 
+def plain_text(value: object) -> str:
+    """Return a path, a text or another value as a str. `str` alone makes "Name.MEMBER" of an enum of texts."""
+    if isinstance(value, os.PathLike):
+        value = os.fsdecode(value)
+    return str.__str__(value) if isinstance(value, str) else str(value)
+
+
 def require_folders(option: str, paths: str | Path | Sequence[str | Path]) -> None:
-    """Raise unless a path, or each path of a list, is a folder. lm_eval passes over other paths without a word.
+    """Raise unless a path, or each path of a list, is a folder that can be read. lm_eval silently skips other paths.
 
     Args:
         option: the option that the user gave.
         paths: the option's value.
 
     Raises:
-        UserError: a path is no folder.
+        UserError: a path is no folder, or cannot be read.
     """
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        if not os.path.isdir(path):  # noqa: PTH112  (False for a name that is too long, where Path raises)
-            raise UserError(f"{option} {path}: no such folder. Give the folder that has the YAML files of your tasks.")
+        found = os.path.isdir(path)  # noqa: PTH112  (False for a name that is too long, where Path raises)
+        if not found or not os.access(path, os.R_OK | os.X_OK):
+            why = "the folder cannot be read" if found else "no such folder"
+            raise UserError(f"{option} {path}: {why}. Give the folder that has the YAML files of your tasks.")
 
 
 def require_regular(path: Path) -> os.stat_result:
@@ -101,8 +110,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """The value's repr for a message, shortened where it is long."""
-    return _SHORT.repr(value)
+    """The value's repr for a message, on one line, shortened where it is long."""
+    return " ".join(line.strip() for line in _SHORT.repr(value).splitlines())
 
 
 def one_line(error: BaseException, most: int = 300) -> str:

@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 from typing import TYPE_CHECKING, Literal, cast, overload
 
 from lm_eval.api.instance import Instance
 
 from sdar_lm_eval.arguments import DecodingArguments, JetEngineArguments, LMDeployArguments, NativeArguments
-from sdar_lm_eval.checks import checks_types
+from sdar_lm_eval.checks import checks_types, fits
 from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT
 from sdar_lm_eval.engines.registry import engine_named
 from sdar_lm_eval.engines.types import (
@@ -39,7 +40,7 @@ from sdar_lm_eval.engines.types import (
     Watchable,
 )
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.files import shown
+from sdar_lm_eval.files import plain_text, shown
 from sdar_lm_eval.lm.evaluation import TaskRequests
 from sdar_lm_eval.lm.frontend import Frontend
 from sdar_lm_eval.lm.jobs import Job, Round
@@ -289,7 +290,7 @@ class LoadedModel:
     @checks_types
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text of each token. Of several tokens that encode one character, the last has the character."""
-        return self._prompts.pieces(token_ids)
+        return self._prompts.pieces(list(map(operator.index, token_ids)))
 
     def close(self) -> None:
         """Free the engine's memory. Later calls raise EngineError; a second `close` does nothing."""
@@ -359,7 +360,7 @@ class LoadedModel:
 
 def _several(prompts: Prompt | Iterable[Prompt]) -> list[Prompt] | None:
     """The prompts of a list; None for a single prompt."""
-    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, str) or not fits(prompts, Sequence):
         return None
     listed = list(prompts)
     return None if listed and isinstance(listed[0], Mapping) else cast("list[Prompt]", listed)
@@ -414,4 +415,4 @@ def load(
         UserError: an unknown name, a value out of range, or a checkpoint that cannot be run.
         EngineError: a package or a GPU that the engine needs is missing.
     """
-    return LoadedModel.open(fspath(pretrained), engine, model_args)
+    return LoadedModel.open(plain_text(pretrained), engine, model_args)

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_type_hints, overload
 
 from sdar_lm_eval import arguments
 from sdar_lm_eval.arguments import ChatMode, DecodingArguments, ModelArguments
-from sdar_lm_eval.checks import at_least_one, check_bool, check_number, check_unicode, if_given
+from sdar_lm_eval.checks import at_least_one, check_bool, check_number, check_unicode, if_given, plain
 from sdar_lm_eval.decoding import DECODING_SETTINGS, MAX_BLOCK_LENGTH, DecodingConfig
 from sdar_lm_eval.defaults import DEFAULT_SEED
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, full_name
@@ -26,7 +26,7 @@ from sdar_lm_eval.engines.native.strategies.base import Strategy
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.engines.types import LikelihoodConfig
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.files import expanded
+from sdar_lm_eval.files import expanded, plain_text
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class ModelSettings:
         if to_bool("trust_remote_code", known.get("trust_remote_code", False)):
             logger.info("trust_remote_code is not needed: no code of a checkpoint is ever run.")
         return cls(
-            pretrained=str(pretrained),
+            pretrained=plain_text(pretrained),
             revision=_text(known, "revision"),
             dtype=_text(known, "dtype") or "auto",
             device=_text(known, "device") or "auto",
@@ -116,7 +116,7 @@ class ModelSettings:
             record_steps=to_bool("record_steps", known.get("record_steps", True)),
             verbose=to_bool("verbose", known.get("verbose", False)),
             answers=None if "answers" not in known else _path("answers", known["answers"]),
-            likelihood=str(known.get("likelihood", "chain")),
+            likelihood=plain_text(known.get("likelihood", "chain")),
             mc_samples=whole_number("mc_samples"),
             decoding=typed({name: known[name] for name in known if name in GENERATION_SETTINGS}, DecodingArguments),
             engine=typed({name: known[name] for name in known if name in of_engine}, taken),
@@ -158,7 +158,7 @@ def _own_names(of: type[object]) -> tuple[str, ...]:
 def _text(known: Mapping[str, object], name: str) -> str | None:
     if name not in known:
         return None
-    text = "" if isinstance(known[name], bool) else str(known[name])
+    text = "" if isinstance(known[name], bool) else plain_text(known[name])
     if not text.strip():
         raise UserError(f"{name}={known[name]!r} names nothing. Give a name, or leave {name} out.")
     return text
@@ -177,6 +177,7 @@ def _path(name: str, value: object) -> Path:
 
 def _chat_mode(value: object) -> ChatMode:
     # YAML and lm_eval's parser read `on` and `off` as booleans.
+    value = plain(value)
     text = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
     modes: tuple[ChatMode, ...] = get_args(ChatMode)
     for mode in modes:
@@ -376,7 +377,8 @@ def to_bool(name: str, value: object) -> bool:
     Raises:
         UserError: the value is neither.
     """
-    if isinstance(value, (bool, int)) and value in (0, 1):
+    value = plain(value)
+    if isinstance(value, int) and value in (0, 1):
         return bool(value)
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         return value.strip().lower() == "true"

@@ -20,6 +20,7 @@ from sdar_lm_eval import autoload
 from sdar_lm_eval.commands import INTERRUPTED
 from sdar_lm_eval.engines.registry import MODELS
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.files import require_folders
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -656,3 +657,9 @@ AnyTag.add_multi_constructor("!", lambda loader, suffix, node: str(node.value))
 
 def test_no_task_is_not_ours() -> None:
     assert autoload.manager_of_ours([]) is None
+
+
+def test_an_include_path_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root can read every folder
+    with pytest.raises(UserError, match=r"--include_path .*: the folder cannot be read\. Give the folder"):
+        require_folders("--include_path", [tmp_path.parent, tmp_path])

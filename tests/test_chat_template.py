@@ -108,6 +108,9 @@ MEANT = r"writes no role 'asistant'\. Did you mean 'assistant'\? Choose system, 
         (RULES, "developer", r"writes no role 'developer'\. .*Choose system, user, assistant, tool\."),
         (RULES, "content", "writes no role 'content'"),
         (STRICT, "developer", r"refuses a conversation of user, assistant, developer \(TemplateError: no\)"),
+        (STRICT, "asistant", r"Choose system, user, assistant, tool\."),
+        (RULES, "system", r"leaves out message 3, of role 'system', of a conversation of user, assistant, system\. "),
+        (SANE["loop controls"], "system", r"Choose developer, .*leave out --system_instruction and the task.s `desc"),
     ],
 )  # fmt: skip
 def test_a_role_that_the_template_does_not_write_is_refused(source: str, role: str, told: str) -> None:
@@ -120,6 +123,10 @@ def test_roles_that_the_template_writes_are_taken() -> None:
         for role in roles:
             assert "12.5" in of(source).render([*ANSWERED, {"role": role, "content": "12.5"}])
     assert of(RULES).render([{"role": "system", "content": "Be terse."}, *USER]).startswith("<s>Be terse.")
+    behind_an_answer = RULES.replace(
+        "m.role == 'tool'", "m.role == 'tool' and messages[loop.index0 - 1].role == 'assistant'"
+    )
+    assert of(behind_an_answer).render([*ANSWERED, {"role": "tool", "content": "12.5"}]).endswith("<t>12.5")
 
 
 @pytest.mark.parametrize("name", ["demo", "loop", "stripped", "spaces", *(["SDAR"] if "SDAR" in SANE else [])])
@@ -257,7 +264,8 @@ def test_what_harms_some_conversations_is_found_there(
 
 
 def test_a_template_that_wants_a_system_turn_is_not_refused_for_that() -> None:
-    template = of("{% if messages[0].role != 'system' %}{{ raise_exception('give a system turn') }}{% endif %}fine")
-    assert template.render(CONVERSATIONS[1]) == "fine"
+    wanted = "{% if messages[0].role != 'system' %}{{ raise_exception('give a system turn') }}{% endif %}"
+    template = of(wanted + "{{ messages[0].content }} {{ messages[1].content }}")
+    assert template.render([{"role": "system", "content": "Be terse."}, *USER]) == f"Be terse. {USER[0]['content']}"
     with pytest.raises(UserError, match=r"refuses a conversation of user \(TemplateError: give a system turn\)"):
         template.render(USER)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from run_files import write_run
 
 import sdar_lm_eval
@@ -86,12 +91,86 @@ def test_the_message_says_what_was_given_and_what_is_allowed(model: sdar_lm_eval
 
 
 def test_what_python_users_give_instead_of_a_list_is_taken(model: sdar_lm_eval.LoadedModel, run: Path) -> None:
-    for prompts in (pd.Series(["Hi"]), np.array(["Hi"]), ("Hi",), iter(["Hi"])):
+    for prompts in (pd.Series(["Hi"]), np.array(["Hi"]), ("Hi",), iter(["Hi"]), {"Hi": 1}.keys()):
         assert len(list(model.stream(prompts, max_gen_toks=4))) == 1  # type: ignore[arg-type]
-    assert model.pieces(np.array([5, 6])) == model.pieces([np.int64(5), np.int64(6)])  # type: ignore[arg-type, list-item]
+    request = GenerationRequest((5, 6), 2, DecodingConfig())
+    for ids in (
+        np.array([5, 6]),
+        [np.int64(5), 6],
+        torch.tensor([5, 6]),
+        pd.Series([5, 6]),
+        deque([5, 6]),
+        {5: 1, 6: 1}.keys(),
+    ):
+        for given in (ids, iter(ids)):
+            assert model.pieces(given) == ["&", "'"]  # type: ignore[arg-type]
+        assert model.checkpoint.decode(iter(ids)) == model.checkpoint.decode(ids) == "&'"  # type: ignore[arg-type]
+        assert GenerationRequest(ids, 2, DecodingConfig()) == request  # type: ignore[arg-type]
     for tasks in ("task", ["task"], {"task"}, pd.Series(["task"])):
         assert len(compare(run, run, tasks=tasks).table) == 1
     assert checks_types(lambda: 5)() == 5
+
+
+SEVERAL = [np.array([4, 8]), pd.Series([4, 8]), torch.tensor([4.5, 8]), torch.tensor(4.5)]
+
+
+@pytest.mark.parametrize("wrong", SEVERAL, ids=lambda value: f"{type(value).__name__} of {value.ndim} axes")
+def test_arrays_are_no_numbers(wrong: Any, model: sdar_lm_eval.LoadedModel) -> None:
+    for call in (
+        lambda: model.generate("Hi", seed=wrong),
+        lambda: model.settings_of(block_length=wrong),
+        lambda: load("demo", max_active=wrong),
+        lambda: DecodingConfig(block_length=wrong),
+        lambda: GenerationRequest((5,), wrong, DecodingConfig()),
+    ):
+        with pytest.raises(UserError, match=r"^[^\n]+$"):
+            call()
+
+
+def test_scalars_of_numpy_and_torch_are_numbers_and_bools(model: sdar_lm_eval.LoadedModel) -> None:
+    for number in (np.float32(0.5), torch.tensor(0.5)):
+        assert model.settings_of(threshold=number).decoding.confidence_threshold == 0.5  # type: ignore[call-arg]
+    assert model.settings_of(block_length=torch.tensor(4)).decoding.block_length == 4  # type: ignore[arg-type]
+    for true in (np.bool_(True), torch.tensor(True)):
+        assert not model.settings_of(do_sample=true, temperature=1).decoding.greedy  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="temperature=True is not a number"):
+            model.settings_of(temperature=true)  # type: ignore[arg-type]
+
+
+def test_containers_whose_elements_are_no_list_of_what_is_asked(model: sdar_lm_eval.LoadedModel, run: Path) -> None:
+    frame = pd.DataFrame({"task": ["Hi"]})  # its elements are the names of its columns
+    for call in (
+        lambda: model.generate(frame),  # type: ignore[call-overload]
+        lambda: model.generate({"Hi"}),  # type: ignore[call-overload]
+        lambda: model.generate(b"Hi"),  # type: ignore[call-overload]
+        lambda: compare(run, run, tasks=frame),  # type: ignore[arg-type]
+        lambda: compare(run, run, tasks=np.array([1])),  # type: ignore[arg-type]
+        lambda: model.pieces(np.array([[5]])),  # type: ignore[arg-type]
+        lambda: model.pieces(np.array([5.5])),  # type: ignore[arg-type]
+        lambda: model.checkpoint.decode(None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(UserError):
+            call()
+
+
+class Name(str, Enum):  # not StrEnum, whose members `str` converts to their values
+    CHECKPOINT, DTYPE, CHAT, STRATEGY = "demo", "float32", "auto", "dynamic"
+
+
+@dataclass
+class BytesPath:
+    path: Path
+
+    def __fspath__(self) -> bytes:
+        return os.fsencode(self.path)
+
+
+def test_enums_of_texts_and_paths_of_bytes_are_taken(run: Path) -> None:
+    with load(Name.CHECKPOINT, dtype=Name.DTYPE, chat_template=Name.CHAT, strategy=Name.STRATEGY) as model:  # type: ignore[call-overload]
+        assert model.checkpoint.name == Checkpoint.open(Name.CHECKPOINT).name == "demo"
+    given: Any = BytesPath(run)
+    assert len(read_run(given).samples) == 3
+    assert Checkpoint.open(BytesPath(CHECKPOINT)).fingerprint == model.checkpoint.fingerprint  # type: ignore[arg-type]
 
 
 def test_the_first_hundred_elements_are_checked_and_no_more(run: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ from sdar_lm_eval.checkpoint.weights import INDEX, check_headers, check_layout, 
 from sdar_lm_eval.checks import checks_types
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.families.base import Family
-from sdar_lm_eval.files import one_line, read_json
+from sdar_lm_eval.files import one_line, plain_text, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ class Checkpoint:
             UserError: the folder or the id does not exist, there is no config.json, no family has the model type, no
                 mask token is named, or a value or a file cannot be used.
         """
-        name = fspath(name)
+        name = plain_text(name)
         folder = resolve(name, revision)
         try:
             return cls._open(name, folder, revision)
@@ -138,10 +138,11 @@ class Checkpoint:
         """
         return open_tokenizer(self.name, self.folder, vocabulary_of(self.config, self.family))
 
+    @checks_types
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens without special tokens; white space is unchanged."""
         # transformers visits each token of a list in Python, so it gets an array.
-        ids = np.asarray(token_ids, dtype=np.int64)
+        ids = np.asarray(token_ids if hasattr(token_ids, "__array__") else list(token_ids), dtype=np.int64)
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def special_token(self, text: str) -> int | None:

@@ -24,9 +24,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from sdar_lm_eval.checks import check_arguments, check_number, check_range
+from sdar_lm_eval.checks import check_arguments, check_number, check_range, fits, plain
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
 from sdar_lm_eval.errors import UserError, did_you_mean
@@ -85,7 +85,7 @@ class GenerationRequest:
     """One prompt to be continued.
 
     Args:
-        prompt_ids: the prompt's tokens; at least one.
+        prompt_ids: the prompt's tokens, at least one; a list or an array of tokens becomes a tuple.
         max_new_tokens: most tokens of the answer.
         decoding: the decoding settings.
         stop_ids: tokens that end the answer; the answer does not include the stop token.
@@ -108,6 +108,9 @@ class GenerationRequest:
     repetition: Repetition | None = None
 
     def __post_init__(self) -> None:
+        given: Any = self.prompt_ids
+        if not isinstance(given, tuple) and fits(given, Sequence[int]):
+            object.__setattr__(self, "prompt_ids", tuple(map(plain, given)))  # the class is frozen
         check_arguments(GenerationRequest, **vars(self))
         if not self.prompt_ids:
             raise UserError("a generation request needs at least one prompt token; give the tokenizer's prefix token.")

@@ -19,6 +19,7 @@ import pandas as pd
 
 from sdar_lm_eval.checks import checks_types
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.files import plain_text
 from sdar_lm_eval.report import compare_text
 from sdar_lm_eval.report.changed import ChangedDocument, changed_documents
 from sdar_lm_eval.report.compare import Comparison, Difference, compare_runs
@@ -217,7 +218,7 @@ def read_run(path: str | PathLike[str], label: str | None = None) -> RunFrames:
     Raises:
         UserError: the path does not exist, or holds no run, or not exactly one run with this label.
     """
-    runs = read_runs([Path(path)])
+    runs = read_runs([Path(plain_text(path))])
     found = [run for run in runs if label is None or run.label == label] or [
         run for run in runs if str(label) in run.label
     ]

@@ -23,7 +23,7 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -283,8 +283,17 @@ def _earlier(output: Path) -> tuple[Results, ...]:
     if not any(output.rglob("results_*.json")):
         return ()
     with contextlib.suppress(UserError):  # no file can be read
-        return tuple(each for each in results_in(output) if isinstance(each.ours.content.get("asked"), dict))
+        return tuple(filter(_is_of_sweep, results_in(output)))
     return ()
+
+
+def _is_of_sweep(results: Results) -> bool:
+    """Whether a sweep wrote results. One damaged file must not hide the others, so it counts as missing."""
+    with contextlib.suppress(UserError):
+        asked = results.ours.part("asked")
+        known = asked.text("model"), asked.part("model_args"), asked.text("checkpoint"), results.ours.text("dtype")
+        return None not in known
+    return False
 
 
 def _check_earlier(output: Path, earlier: Sequence[Results], evaluations: Sequence[Evaluation]) -> None:
@@ -299,13 +308,22 @@ def _check_earlier(output: Path, earlier: Sequence[Results], evaluations: Sequen
         ignored = {*BESIDE_ANSWERS}
         if theirs.text("checkpoint") == mine.text("checkpoint"):  # however its path is spelled
             ignored |= {"pretrained", "revision"}
-        chosen = [
-            {name: each.content.get(name) for name in ("model", *(("num_fewshot", "gen_kwargs") if replacing else ()))}
-            | {name: v for name, v in each.part_or_empty("model_args").content.items() if name not in ignored}
+        names = ("model", *(("num_fewshot", "gen_kwargs") if replacing else ()))
+        was, now = (
+            {name: each.content.get(name) for name in names}
+            | _arguments_by_meaning(each, ignored)
             | {"checkpoint": each.text("checkpoint")}
             for each in (theirs, mine)
-        ]
-        refuse_differences(output, *chosen)
+        )
+        was["dtype"] = results.ours.text("dtype")  # the precision that `auto` chose
+        now.setdefault("dtype", was["dtype"])
+        refuse_differences(output, was, now)
+
+
+def _arguments_by_meaning(asked: Fields, ignored: Collection[str]) -> dict[str, object]:
+    """The model_args of `Evaluation.asked` by their full names, without those that leave the choice to the model."""
+    given = canonical(asked.part_or_empty("model_args").content)
+    return {name: value for name, value in given.items() if name not in ignored and value not in (None, "auto")}
 
 
 def refuse_differences(output: Path, theirs: Mapping[str, object], mine: Mapping[str, object]) -> None:

@@ -268,7 +268,7 @@ def finished(tasks: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("question", "told"),
     [
-        ({"model_args": {"pretrained": "demo", "dtype": "bfloat16"}}, "dtype was None, is 'bfloat16'"),
+        ({"model_args": {"pretrained": "demo", "dtype": "bfloat16"}}, "dtype was 'float32', is 'bfloat16'"),
         ({"model_args": {"pretrained": "demo", "reproducible": True}, "grids": ({"threshold": "0.9"},)},
          "reproducible was None, is True"),
         ({"model_args": {"pretrained": "demo", "reproducible": True}, "tasks": ("other",)}, "reproducible was None"),
@@ -284,6 +284,20 @@ def test_results_of_another_model_or_of_other_settings_stay(
         plan(asked(finished, tasks, **({"grids": ({"threshold": "0.5"},)} | question)))
 
 
+@pytest.mark.parametrize("damage", ["asked", "dtype", "run"])
+def test_a_damaged_file_hides_no_other_results(damage: str, tasks: str, finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "copy"
+    shutil.copytree(finished, output)
+    shutil.copytree(output / "threshold=0.5", output / "threshold=0.6")
+    (file,) = (output / "threshold=0.6").rglob("results_*.json")
+    content = json.loads(file.read_text())
+    content["config"]["sdar_lm_eval"] = {**content["config"]["sdar_lm_eval"], damage: 5} if damage != "run" else 5
+    file.write_text(json.dumps(content))
+    assert len(plan(asked(output, tasks, grids=({"threshold": "0.5,0.6"},))).earlier) == 1
+    with pytest.raises(UserError, match="num_fewshot was None, is 1"):
+        plan(asked(output, tasks, grids=({"threshold": "0.5"},), num_fewshot=1))
+
+
 def test_a_checkpoint_is_its_content_not_its_path(tasks: str, finished: Path, tmp_path: Path) -> None:
     def planned(folder: Path) -> Plan:
         return plan(asked(finished, tasks, grids=({"threshold": "0.5"},), model_args={"pretrained": str(folder)}))
@@ -295,6 +309,20 @@ def test_a_checkpoint_is_its_content_not_its_path(tasks: str, finished: Path, tm
     (copy / "generation_config.json").write_text(json.dumps(config | {"changed": 1}))
     with pytest.raises(UserError, match=r"pretrained was 'demo', is '.*copy'; checkpoint was '\w+', is '\w+'"):
         planned(copy)
+
+
+@pytest.mark.parametrize(
+    "same", [{"dtype": "float32"}, {"dtype": "auto"}, {"chat_template": "auto", "think_end_token": "auto"}, {"seed": 5}]
+)
+def test_model_args_are_compared_by_what_they_mean(same: Mapping[str, Any], tasks: str, finished: Path) -> None:
+    """The results' dtype is `auto`, which is float32 on the CPU."""
+    assert plan(asked(finished, tasks, model_args={"pretrained": "demo", **same})).evaluations
+
+
+def test_a_setting_may_have_its_short_name(tasks: str, tmp_path: Path) -> None:
+    for name in ("block", "block_length"):
+        model_args = {"pretrained": "demo", name: 2}
+        swept(plan(asked(tmp_path, tasks, grids=({"threshold": "0.5"},), model_args=model_args)))
 
 
 def test_a_sweep_goes_on_with_fewer_sequences_at_once(tasks: str, finished: Path) -> None:
