@@ -9,6 +9,7 @@ warm_up_requests    short requests for which an engine compiles the kernels of t
 older_objects_frozen  keeps Python's collector from objects that are older than a run
 peak_of_process     the most memory that this process has used
 check_rope          refuses rotary frequencies that depend on the batch
+check_tokens        refuses tokens that the checkpoint does not have
 not_finite          why a request whose logits are not finite has no answer
 environment         versions of the libraries that an engine uses
 """
@@ -21,13 +22,14 @@ import importlib
 import platform
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 import transformers
 
+from sdar_lm_eval.checkpoint.config import vocabulary_of
 from sdar_lm_eval.engines.types import GenerationRequest, Self
 from sdar_lm_eval.errors import EngineError, UserError, listed
 
@@ -261,6 +263,19 @@ def not_finite(dtype: str) -> str:
         f"the model's logits are not finite numbers (dtype {dtype.removeprefix('torch.')}). float16 overflows in some "
         "models: use dtype=bfloat16 or float32. Else the weights are bad."
     )
+
+
+def check_tokens(texts: Iterable[tuple[int, ...]], checkpoint: Checkpoint) -> None:
+    """Raise unless the checkpoint has all tokens of the texts. On a GPU, CUDA would fail until the process ends.
+
+    Raises:
+        UserError: a text has another token.
+    """
+    vocabulary = vocabulary_of(checkpoint.config, checkpoint.family)
+    for text in {id(text): text for text in texts}.values():  # requests can share a text, such as a long context
+        for token in (min(text), max(text)):
+            if not 0 <= token < vocabulary:
+                raise UserError(f"a request has the token {token}: {checkpoint.name} has tokens 0 to {vocabulary - 1}.")
 
 
 def check_rope(checkpoint: Checkpoint) -> None:

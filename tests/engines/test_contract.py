@@ -49,6 +49,20 @@ def test_no_requests(engine):
     assert list(engine.generate([])) == []
 
 
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_a_token_that_the_checkpoint_does_not_have(engine, tiny, token):
+    """The engine answers other requests afterwards."""
+    good, bad = GenerationRequest((1, 2, 3), 4, GREEDY), GenerationRequest((1, token, 3), 4, GREEDY)
+    last = tiny.config["vocab_size"] - 1
+    for begin in (engine.prepare, lambda requests: list(engine.generate(requests))):
+        with pytest.raises(UserError, match=f"has the token {token}: .* has tokens 0 to {last}"):
+            begin([good, bad])
+    if hasattr(engine, "score"):
+        with pytest.raises(UserError, match=f"has the token {token}"):
+            list(engine.score([ScoreRequest((1,), (2, token))], LikelihoodConfig()))
+    assert len(run(engine, [good])[0].token_ids) == 4
+
+
 def test_each_result_is_its_own_requests(engine, tiny):
     """Prompts and limits of all lengths: no answer depends on what runs beside it."""
     rng = random.Random(0)

@@ -23,7 +23,7 @@ from typing import Generic, Protocol, TypeVar
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.adapters.requests import Parts
-from sdar_lm_eval.engines.runs import Closable, Failures, OneRun, warm_up_requests
+from sdar_lm_eval.engines.runs import Closable, Failures, OneRun, check_tokens, warm_up_requests
 from sdar_lm_eval.engines.types import GenerationRequest, GenerationResult, Results
 
 logger = logging.getLogger(__name__)
@@ -128,6 +128,7 @@ class Adapter(Closable, abc.ABC, Generic[LoadedEngine, Size]):
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
         """See `Engine.prepare`: checks the requests, then loads and warms up the engine for the first part of them."""
         with self._one_run():
+            check_tokens((request.prompt_ids for request in requests), self._checkpoint)
             self._check(requests)
             if requests:
                 part = self._parts(requests)[0]
@@ -140,6 +141,7 @@ class Adapter(Closable, abc.ABC, Generic[LoadedEngine, Size]):
     def generate(self, requests: Sequence[GenerationRequest]) -> Results[GenerationResult]:
         """See `Engine.generate`. Requests with like settings run together."""
         with self._one_run():
+            check_tokens((request.prompt_ids for request in requests), self._checkpoint)
             self._check(requests)
             failures = Failures()
             yield from self._generate(requests, failures)

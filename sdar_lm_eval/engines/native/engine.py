@@ -25,6 +25,7 @@ from sdar_lm_eval.engines.runs import (
     Failures,
     OneRun,
     check_rope,
+    check_tokens,
     environment,
     is_out_of_memory,
     not_finite,
@@ -162,6 +163,7 @@ class NativeEngine(Closable):
         A size whose graph is not captured here gets one when it first occurs.
         """
         with self._one_run():
+            check_tokens((request.prompt_ids for request in requests), self._checkpoint)
             groups = self._groups(requests)
             if len(groups) == 1:
                 sequences = _sequences(requests, groups[0])
@@ -186,6 +188,7 @@ class NativeEngine(Closable):
     def generate_watched(self, requests: Sequence[GenerationRequest], watch: Watch | None) -> Results[GenerationResult]:
         """See `Watchable.generate_watched`. On a GPU a step is shown while the next one runs."""
         with self._one_run(), older_objects_frozen():
+            check_tokens((request.prompt_ids for request in requests), self._checkpoint)
             failures = Failures()
             for together in self._groups(requests):
                 yield from self._generate_group(requests, together, failures, watch)
@@ -262,6 +265,8 @@ class NativeEngine(Closable):
     def score(self, requests: Sequence[ScoreRequest], config: LikelihoodConfig) -> Results[ScoreResult]:
         """See `Scorer.score`. `max_active` bounds the requests of a batch, `kv_pages` its clean tokens."""
         with self._one_run():
+            texts = (text for request in requests for text in (request.context_ids, request.continuation_ids))
+            check_tokens(texts, self._checkpoint)
             self.runner.release()  # scoring may need all memory, and generation does not run meanwhile
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # so that the released memory counts as free
