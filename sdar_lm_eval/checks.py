@@ -93,6 +93,17 @@ def at_least_one(name: str, value: object) -> int:
     return number
 
 
+def check_limit(limit: object) -> None:
+    """Raise unless `--limit` is a number of documents, a share of them, or None.
+
+    Raises:
+        UserError: the limit is no number above 0.
+    """
+    if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
+        shown_limit = f"{limit:g}" if isinstance(limit, float) else limit
+        raise UserError(f"--limit {shown_limit}: give a number of documents above 0, or a share between 0 and 1.")
+
+
 def check_bool(name: str, value: object) -> bool:
     """Return a bool. No other type is converted, except a bool of NumPy or torch.
 

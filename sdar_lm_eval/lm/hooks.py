@@ -24,6 +24,7 @@ from lm_eval.api.model import LM, CachingLM
 from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import Task
 
+from sdar_lm_eval.checks import check_limit
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.lm.denoising import LinesOf, Tracker, keep_beside_samples, leave_samples_alone
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, repeats_of
@@ -128,7 +129,7 @@ def watch(evaluator: ModuleType) -> None:
             return evaluate(*args, **kwargs)
         outer = _call.get() or _Call()
         outer.model = model
-        _check_limit(call.arguments.get("limit"))
+        check_limit(call.arguments.get("limit"))
         tasks = _tasks_of(call.arguments["task_dict"])
         if (samples := call.arguments.get("samples")) is not None:
             call.arguments["samples"] = _ascending(samples, tasks)
@@ -198,11 +199,6 @@ def _tasks_of(task_dict: object, name: str = "") -> dict[str, Task]:
         for value in task_dict:
             tasks |= _tasks_of(value, name)
     return tasks
-
-
-def _check_limit(limit: object) -> None:
-    if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
-        raise UserError(f"--limit {limit}: give a number of documents above 0, or a share between 0 and 1.")
 
 
 def _ascending(samples: object, tasks: Mapping[str, Task]) -> dict[str, list[int]]:

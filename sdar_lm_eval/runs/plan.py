@@ -32,6 +32,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.checks import check_limit
 from sdar_lm_eval.decoding import DECODING_SETTINGS, in_words, spelled
 from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT, DEFAULT_SEED
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
@@ -232,8 +233,7 @@ def plan(sweep: SweepArguments) -> Plan:
 def _check_numbers(sweep: SweepArguments) -> None:
     if sweep.repeats < 1:
         raise UserError(f"--repeats {sweep.repeats} is out of range: it must be 1 or more.")
-    if sweep.limit is not None and not sweep.limit > 0:
-        raise UserError(f"--limit {sweep.limit:g}: give a number of documents above 0, or a share between 0 and 1.")
+    check_limit(sweep.limit)
 
 
 def _asked(
