@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Triton reads the variable when it is imported. A folder's conftest.py may import Triton before `pytest_configure`
 # runs, which asks torch whether there is a GPU.
-if not Path("/dev/nvidiactl").exists():
+if not any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg")):  # dxg: Windows's Linux
     os.environ["TRITON_INTERPRET"] = "1"
 
 with contextlib.suppress(ImportError):  # tests/gpu does without
