@@ -126,6 +126,24 @@ def test_attention_of_prompts_is_compiled_ahead(checkpoint, monkeypatch, reprodu
     assert {partial for _, _, partial in launched} == {False}  # a short context has no splits
 
 
+def test_all_chosen_tiles_of_experts_are_compiled_ahead(experts):
+    """Each with and without padding. Float32, as here, has one choice of tiles only, so the kernels are fakes."""
+    made, ran = engine_with_kernels(experts).runner.forward.decoder, set()
+
+    def kernel(name):
+        return choices.Kernel(name, lambda x, logits, mlp, visible: ran.add((name, x.shape, logits.shape, visible)))
+
+    made.choices["experts"] = choices.Choice({8: kernel("few"), choices.ANY: kernel("many")}, [kernel("not chosen")])
+    made.compile([])
+    mlp = made._weights.layers[1].mlp
+    shapes = (1, mlp.router.shape[1]), (1, len(mlp.router))
+    assert {(name, *its) for name, *its, _ in ran} == {(name, *shapes) for name in ("few", "many")}
+    for name in ("few", "many"):
+        paddings = [visible for own, _, _, visible in ran if own == name]
+        assert [None if visible is None else visible.tolist() for visible in paddings].count(None) == 1
+        assert [visible.tolist() for visible in paddings if visible is not None] == [[0]]
+
+
 @pytest.mark.parametrize(("method", "length"), [("chain", 4), ("nelbo", 3)])
 def test_kernels_and_modules_give_the_same_scores(either, monkeypatch, method, length):
     """Texts behind one token, continuations of one context, and alike contexts that share a prefix."""

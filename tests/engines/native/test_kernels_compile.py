@@ -117,11 +117,11 @@ COMPILE = """
         {"EXPERTS": 128, "COLUMNS": 128, "TILE": 64, "PLACED": experts.PLACED},
         num_warps=4,
     )
-    # Rows of two blocks of 4, few and many, of a prompt's tile, and of the longest block, which float32 and partial
-    # results need the most shared memory for. Scoring has pages of one token.
+    # Rows of two blocks of 4 or of 8, of a prompt's tile, and of the longest block. Float32 needs the most shared
+    # memory. Scoring has pages of one token.
     most = {type_: triton.next_power_of_2(SHARED * 512) // (128 * size) for type_, size in ((BF16, 2), (FP32, 4))}
     shapes = [(BF16, 32, 16, 1, 16, 1), (BF16, 32, 16, 1, 16, 2000), (BF16, 32, 16, 4, 16, 1000)]
-    shapes += [(BF16, 64, 32, 1, 16, 1000), (BF16, most[BF16] // 2, 0, 2, 1, 1000)]
+    shapes += [(BF16, 64, 32, 1, 16, 1000), *((BF16, most[BF16] // 2, 0, *cut, 1000) for cut in ((1, 16), (2, 1)))]
     longest = [(BF16, most[BF16], 0, 1, 16, 1000), (FP32, most[FP32], 0, 1, 16, 1000)]
     for type_, rows, fewer, splits, page, programs in (*shapes, *longest):
         if type_ == FP32:

@@ -62,11 +62,12 @@ class FusedDecoder:
         query = self._page.new_zeros(1, self._heads, self._page.shape[-1])
         for some in tiles:
             self._attention(some, self._page).attend(query, self._page, self._page, some, self._scaling)
+        padding = torch.zeros(1, dtype=torch.int64, device=self._device)
         for mlp in choices.mlps_of(self._weights):
             if not isinstance(mlp, DenseMLP):
-                row, none = mlp.router.new_zeros(1, mlp.router.shape[1]), torch.zeros_like(some.visible)
+                row = mlp.router.new_zeros(1, mlp.router.shape[1])
                 logits = row.new_zeros(1, len(mlp.router))
-                for kernel, visible in itertools.product(self.choices["experts"].used, (None, none)):
+                for kernel, visible in itertools.product(self.choices["experts"].used, (None, padding)):
                     kernel.run(row, logits, mlp, visible)
 
     def reserve(self, length: int) -> None:

@@ -41,13 +41,13 @@ class Timings:
     def __call__(
         self, what: str, rows: Mapping[str, Sequence[int]], make: Callable[[], Callable[[str, int], None]]
     ) -> dict[str, dict[int, float]]:
-        """The seconds of functions for each number of rows, or for more numbers; {} if memory lacks for a measurement.
+        """The seconds of functions for each number of rows, or for more numbers; {} if a measurement lacks memory.
 
         Args:
             what: what the functions are, for the log.
             rows: name of a function in the file -> numbers of rows.
-            make: makes what runs a function by name, for a number of rows. The function's kernels must depend on
-                nothing else. Called only if the file lacks a time.
+            make: returns a runner, which takes a function's name and a number of rows. The kernels of the function must
+                depend on nothing else. `make` is called only if the file lacks a time.
         """
         if any(not self._known.get(name, {}).keys() >= set(numbers) for name, numbers in rows.items()):
             started = time.perf_counter()
