@@ -227,7 +227,11 @@ def _run(planned: Plan, arguments: argparse.Namespace) -> str:
         if len(summaries) > 1:
             parts.append(f"All tasks\n\n{by_task(summaries)}")
         runs = _as_arguments(planned)
-        following = f"Compare them: sdar_lm_eval compare {runs}; see them: sdar_lm_eval report {runs} -o report.html"
+        see = f"sdar_lm_eval report {runs} -o report.html"
+        if any(len(each.points) > 1 for each in summaries):
+            following = f"Compare them: sdar_lm_eval compare {runs}; see them: {see}"
+        else:  # one run, which `compare` refuses
+            following = f"See it: {see}"
         text = "\n\n".join([*parts, *([f"Written: {', '.join(written)}\n{following}"] if written else [])])
     if not outcome.failed:
         return text

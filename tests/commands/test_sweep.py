@@ -44,6 +44,14 @@ def test_one_command_for_the_accuracy_table(capsys: pytest.CaptureFixture[str], 
     assert not list(tmp_path.iterdir())
 
 
+def test_one_point_has_nothing_to_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--limit", "1", "--gen_kwargs", "max_gen_toks=4", "--threshold", "0.5", "--output_path", "s"]
+    code, out, _ = said(capsys, *DEMO, *words)
+    assert code == 0 and out.splitlines()[-1] == "See it: sdar_lm_eval report s -o report.html"
+    assert "confidence_threshold=0.5" in out  # a single combination has its settings, too
+    assert main(["report", "s", "-o", "report.html"]) == 0
+
+
 def test_a_sweep(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = [*DEMO, "--limit", "4", "--gen_kwargs", "max_gen_toks=24", "--strategy", "dynamic,static"]
     words += ["--threshold", "0.5:0.6", "--output_path", "s", "--plot", "plots/a.png"]
@@ -71,11 +79,11 @@ def test_a_sweep(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "relative to 100.0%" in higher and "exact_match,flexible-extract ±" in higher
 
     # A comparison of the whole folder would mix runs of different documents.
-    code, out, err = said(capsys, *DEMO, "--limit", "2", "--threshold", "0.5", *words[2:4], "--output_path", "s")
+    code, out, err = said(capsys, *DEMO, "--limit", "2", "--threshold", "0.5,0.6", *words[2:4], "--output_path", "s")
     assert code == 0, err
     named = "s/*/gsm8k_sdar_demo-first-2"
     assert f"sdar_lm_eval compare {named}; see them: sdar_lm_eval report {named} -o" in out
-    assert "confidence_threshold=0.5" in out  # a single combination has its settings, too
+    assert "confidence_threshold=0.5" in out
 
 
 def test_several_tasks_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
