@@ -11,10 +11,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
 import torch
 from support import random_checkpoint, read_weights, write_weights
 
-from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, make_engine
+from sdar_lm_eval import Checkpoint, DecodingConfig, GenerationRequest, UserError, make_engine
 from sdar_lm_eval.demo import golds
 from sdar_lm_eval.engines.agreement import Float32Judge
 from sdar_lm_eval.tasks.extraction import flexible_extract
@@ -109,6 +110,30 @@ def check_mixture_of_experts(folder, name, **options):
     same = sum(a.token_ids[:1] == b.token_ids[:1] for a, b in zip(theirs, ours, strict=True))
     print(f"\nmixture of experts: {same} of 32 begin alike")
     assert same >= 26
+
+
+def check_refusals(engine, prompt, *more):
+    """An adapter refuses what its engine would answer wrongly. `more` are an engine's own: (request, reason)."""
+    for request, reason in [
+        (GenerationRequest(prompt, 4000, GREEDY), "tokens in whole blocks"),
+        (GenerationRequest(prompt, 8, DecodingConfig(repetition_penalty=1.1)), "repetition_penalty"),
+        *more,
+    ]:
+        with pytest.raises(UserError, match=reason):
+            run(engine, [request])
+
+
+def check_refusals_of_jetengine(engine, checkpoint, prompt):
+    masked = GenerationRequest((*prompt[:8], checkpoint.mask_token_id), 8, GREEDY)
+    check_refusals(engine, prompt, (masked, "mask token"))
+
+
+def check_refusals_of_lmdeploy(engine, prompt):
+    check_refusals(
+        engine,
+        prompt,
+        (GenerationRequest(prompt, 8, DecodingConfig(remasking_strategy="random")), "is not in LMDeploy"),
+    )
 
 
 def drawn_frequencies(demo, results):

@@ -12,13 +12,14 @@ from asking import (
     check_agreement,
     check_frequencies,
     check_mixture_of_experts,
+    check_refusals_of_jetengine,
     differing_answers,
     drawn_frequencies,
     first_token_logits,
     run,
 )
 
-from sdar_lm_eval import DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
+from sdar_lm_eval import DecodingConfig, EngineError, GenerationRequest, make_engine
 from sdar_lm_eval.engines.adapters.jetengine import loading
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
@@ -138,14 +139,7 @@ def test_short_prompts(demo, jetengine, native, questions, length):
 
 
 def test_what_it_would_get_wrong_is_refused(demo, jetengine, questions):
-    mask = demo.mask_token_id
-    for request, reason in [
-        (GenerationRequest((*questions[0][:8], mask), 8, GREEDY), "mask token"),
-        (GenerationRequest(questions[0], 4000, GREEDY), "places in whole blocks"),
-        (GenerationRequest(questions[0], 8, DecodingConfig(repetition_penalty=1.1)), "repetition_penalty"),
-    ]:
-        with pytest.raises(UserError, match=reason):
-            run(jetengine, [request])
+    check_refusals_of_jetengine(jetengine, demo, questions[0])
 
 
 def test_two_block_lengths_in_one_run(demo, jetengine, questions):

@@ -12,6 +12,7 @@ from asking import (
     check_agreement,
     check_frequencies,
     check_mixture_of_experts,
+    check_refusals_of_lmdeploy,
     check_rounding,
     differing_answers,
     drawn_frequencies,
@@ -19,7 +20,7 @@ from asking import (
     run,
 )
 
-from sdar_lm_eval import DecodingConfig, EngineError, GenerationRequest, UserError, make_engine
+from sdar_lm_eval import DecodingConfig, EngineError, GenerationRequest, make_engine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 
@@ -145,14 +146,8 @@ def test_pad_stop_and_mask_tokens_inside_a_prompt_stay(demo, lmdeploy, native, q
     assert sum(a.token_ids[:4] == b.token_ids[:4] for a, b in zip(theirs, ours, strict=True)) >= 6
 
 
-def test_what_it_would_get_wrong_is_refused(demo, lmdeploy, questions):
-    for request, reason in [
-        (GenerationRequest(questions[0], 4000, GREEDY), "places in whole blocks"),
-        (GenerationRequest(questions[0], 8, DecodingConfig(repetition_penalty=1.1)), "repetition_penalty"),
-        (GenerationRequest(questions[0], 8, DecodingConfig(remasking_strategy="random")), "is not in LMDeploy"),
-    ]:
-        with pytest.raises(UserError, match=reason):
-            run(lmdeploy, [request])
+def test_what_it_would_get_wrong_is_refused(lmdeploy, questions):
+    check_refusals_of_lmdeploy(lmdeploy, questions[0])
 
 
 # From here on the engine is made anew for other settings.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from asking import GREEDY, SHORT, native, random_prompts, run, tokens_of
+from asking import GREEDY, SHORT, check_refusals_of_jetengine, native, random_prompts, run, tokens_of
 from jetengine_standin import GIB, gpu_on_the_cpu
 from support import random_checkpoint, read_weights, write_weights
 from thinking_checkpoint import thinking_checkpoint
@@ -193,6 +193,9 @@ class TestPrompts:
         bad = GenerationRequest((1,) * 2040, 9, GREEDY)
         with pytest.raises(UserError, match=r"2,040 prompt and 9 new tokens needs 2,052 tokens.* takes 2,048. Lower"):
             next(of(tiny).generate([fits, bad]))
+
+    def test_refusals_that_the_real_jetengine_is_asked_for_too(self, jetengine, tiny):
+        check_refusals_of_jetengine(of(tiny), tiny, tuple(range(1, 10)))
 
     def test_longer_ones_after_shorter_ones(self, jetengine, tiny):
         """JetEngine has room for requests up to a length; for longer ones it is loaded once more."""

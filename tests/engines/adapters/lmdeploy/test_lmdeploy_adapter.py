@@ -16,7 +16,7 @@ import lm_eval
 import lmdeploy_standin
 import pytest
 import torch
-from asking import GREEDY, SHORT, native, random_prompts, run, tokens_of
+from asking import GREEDY, SHORT, check_refusals_of_lmdeploy, native, random_prompts, run, tokens_of
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from lmdeploy_standin import gpu_on_the_cpu, standin
@@ -513,6 +513,10 @@ class TestRefusals:
         for refused in (lambda: of(tiny).prepare(requests), lambda: next(iter(of(tiny).generate(requests)))):
             with pytest.raises(UserError, match=reason):
                 refused()
+        assert not lmdeploy.made
+
+    def test_those_that_the_real_lmdeploy_is_asked_for_too(self, lmdeploy, tiny):
+        check_refusals_of_lmdeploy(of(tiny), (1, 2, 3))
         assert not lmdeploy.made
 
     def test_more_than_the_checkpoint_has_places_for(self, lmdeploy, tiny):
