@@ -73,7 +73,7 @@ def _combinations() -> dict[str, Combination]:
     found = {"lowest": Combination("3.10", resolution="lowest-direct")}
     for python in ("3.10", "3.11", "3.12", "3.13"):
         found[f"python-{python}"] = Combination(python, torch)
-    for version in ("2.6.0", "2.8.0", "2.9.1", "2.11.0"):
+    for version in ("2.6.0", "2.8.0", "2.9.1", "2.11.0", "2.15.0"):
         found[f"torch-{version}"] = Combination("3.12", {"torch": version})
     for version in ("0.4.9", "0.4.9.1"):  # they import what transformers 5 has no longer
         found[f"lm-eval-{version}"] = Combination("3.11", {**torch, "lm-eval": version, "transformers": "4.57.6"})
