@@ -223,8 +223,11 @@ COMPILE_GLUON = """
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
 @pytest.mark.parametrize(
     ("script", "gpu"),
-    [(COMPILE, (90, 227)), (COMPILE_GLUON, (90, 227)), (COMPILE, (80, 163)), (COMPILE, (89, 99))],
-    ids=["triton", "gluon", "A100", "L40S"],
+    [
+        *[(COMPILE, (90, 227)), (COMPILE_GLUON, (90, 227))],
+        *[(COMPILE, gpu) for gpu in ((80, 163), (89, 99), (100, 227), (120, 99))],
+    ],
+    ids=["triton", "gluon", "A100", "L40S", "B200", "RTX 5090"],
 )
 def test_for_gpus(tmp_path, pytestconfig, script, gpu):
     if script is COMPILE_GLUON:
