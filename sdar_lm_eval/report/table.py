@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from sdar_lm_eval.report import text_table
 from sdar_lm_eval.report.columns import TABLES, Column
 from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.published import Published, published_as
@@ -254,9 +255,7 @@ def _others(table: Table) -> list[str]:
 
 
 def _shown(metric: Metric) -> str:
-    if 0 <= metric.value <= 1:
-        return with_error(metric.value, metric.stderr, 100)
-    return f"{metric.value:.4g}" + ("" if metric.stderr is None else f" ± {metric.stderr:.2g}")
+    return text_table.score(metric.value, metric.stderr, share=0 <= metric.value <= 1)
 
 
 _FOREIGN = "the source used other prompts and scorers"

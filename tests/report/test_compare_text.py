@@ -120,6 +120,12 @@ def test_what_the_numbers_do_not_allow_is_said() -> None:
     assert "0.5 ± 0.02" in text and "Scores without a test are not in per cent." in text
 
 
+def test_numbers_end_at_the_right_in_markdown_too() -> None:
+    lines = as_markdown([comparison(CALLED, threshold=(0.5, 0.9))]).splitlines()
+    assert lines[lines.index("| setting | A | B |") + 1] == "| --- | --- | --- |"
+    assert "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |" in lines
+
+
 def test_few_settings_of_many_runs_are_a_row_each() -> None:
     many = [comparison(CALLED, threshold=(0.5, share)) for share in (0.6, 0.7)]
     assert "  run  threshold\n  A    0.5\n  B1   0.6\n  B2   0.7\n" in as_text(many)
