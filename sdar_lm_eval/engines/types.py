@@ -26,7 +26,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from sdar_lm_eval.checks import check_arguments, check_number, check_range, fits, plain
+from sdar_lm_eval.checks import check_arguments, check_number, check_range, check_type, plain
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
 from sdar_lm_eval.errors import UserError, did_you_mean
@@ -109,7 +109,8 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         given: Any = self.prompt_ids
-        if not isinstance(given, tuple) and fits(given, Sequence[int]):
+        check_type("prompt_ids", given, Sequence[int])
+        if not isinstance(given, tuple):
             object.__setattr__(self, "prompt_ids", tuple(map(plain, given)))  # the class is frozen
         check_arguments(GenerationRequest, **vars(self))
         if not self.prompt_ids:
