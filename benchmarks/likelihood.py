@@ -77,7 +77,7 @@ def plain(model: Any, requests: list[ScoreRequest], tokens_a_forward: int) -> in
     return sum(longest)
 
 
-def timed(run: Callable[[], Any], repeats: int) -> tuple[Any, float]:
+def fastest_of(run: Callable[[], Any], repeats: int) -> tuple[Any, float]:
     """Result and least time of several runs, after one that is not counted."""
     result, times = run(), []
     for _ in range(repeats):
@@ -120,12 +120,12 @@ def main() -> None:
         requests = requests_of(kind, checkpoint, args)
         scored = sum(len(r.continuation_ids) for r in requests)
         model.config._attn_implementation = "sdpa"
-        run, seconds = timed(lambda requests=requests: plain(model, requests, tokens_a_forward), args.repeats)
+        run, seconds = fastest_of(lambda requests=requests: plain(model, requests, tokens_a_forward), args.repeats)
         model.config._attn_implementation = attention
         found = [("plain", run, seconds)]
         for method in args.methods:
             config = LikelihoodConfig(method, args.mc_samples, length)
-            results, seconds = timed(
+            results, seconds = fastest_of(
                 lambda requests=requests, config=config: [r for _, r in engine.score(requests, config)], args.repeats
             )
             found.append((method, sum(r.clean_tokens + r.noised_tokens for r in results), seconds))

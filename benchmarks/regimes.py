@@ -229,11 +229,13 @@ def measure(engine: str, folder: str, regimes: list[dict[str, Any]], gsm8k: str 
     for regime in wanted:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        print(json.dumps({"engine": engine, **asdict(regime), **timed(lm, regime, questions, runs, floor)}), flush=True)
+        print(
+            json.dumps({"engine": engine, **asdict(regime), **rates_of(lm, regime, questions, runs, floor)}), flush=True
+        )
     lm.close()
 
 
-def timed(lm: Any, regime: Regime, questions: Any, runs: int, floor: Any) -> dict[str, Any]:
+def rates_of(lm: Any, regime: Regime, questions: Any, runs: int, floor: Any) -> dict[str, Any]:
     """The rates of a regime's runs."""
     from throughput import cycled
 

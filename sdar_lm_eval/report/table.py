@@ -49,7 +49,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PublishedDifference:
     """A score minus a published one.
 
     Attributes:
@@ -151,7 +151,7 @@ def read_tables(paths: Iterable[Path], rows: Sequence[Published] = ()) -> list[T
     return [_table(run, rows) for run in read_runs(paths)]
 
 
-def difference(score: Score, column: Column, published: float) -> Difference:
+def difference(score: Score, column: Column, published: float) -> PublishedDifference:
     """Return a score's difference from a published score, which is in per cent.
 
     Hazard: a few answers may all be right, or all wrong, by chance; the score's standard error is then 0. So this
@@ -172,7 +172,7 @@ def difference(score: Score, column: Column, published: float) -> Difference:
         if score.answers > 1 or score.stderr > of_share * (1 + 1e-6):
             of_all = max(of_all, own * math.sqrt(score.questions / questions))
         stderr = 100 * math.hypot(own, of_all)
-    return Difference(100 * score.value - published, stderr)
+    return PublishedDifference(100 * score.value - published, stderr)
 
 
 def render(table: Table) -> str:

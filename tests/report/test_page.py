@@ -19,7 +19,7 @@ from sdar_lm_eval.report.changed import changed_documents
 from sdar_lm_eval.report.compare import compare_runs
 from sdar_lm_eval.report.denoising import read_denoising
 from sdar_lm_eval.report.page.data import collect
-from sdar_lm_eval.report.page.embedding import embedded, extract, printable
+from sdar_lm_eval.report.page.embedding import allowed_in_html, embedded, extract
 from sdar_lm_eval.report.page.overview import key_of, pairs_of, settings_rows
 from sdar_lm_eval.report.page.rendering import page_of
 from sdar_lm_eval.report.runs import Run, read_runs
@@ -73,7 +73,7 @@ def test_what_is_embedded_comes_back() -> None:
     value = {HOSTILE: [1, None, "…", HOSTILE]}
     text = embedded(value)
     assert ascii(extract(text)) == ascii(value) and re.fullmatch(r"[A-Za-z0-9+/=]+", text)
-    assert printable(f"a{HOSTILE}") == "a" + HOSTILE.replace("\x00", "\ufffd").replace("\ud800", "\ufffd")
+    assert allowed_in_html(f"a{HOSTILE}") == "a" + HOSTILE.replace("\x00", "\ufffd").replace("\ud800", "\ufffd")
 
 
 def test_the_policy_allows_the_script_and_the_style_and_nothing_else(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compar
 from sdar_lm_eval.report.curve import AXES, chart_svg
 from sdar_lm_eval.report.documents import main_key
 from sdar_lm_eval.report.page.data import Documents
-from sdar_lm_eval.report.page.embedding import printable
+from sdar_lm_eval.report.page.embedding import allowed_in_html
 from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.points import Point, points_of
 from sdar_lm_eval.report.results import Results
@@ -171,8 +171,10 @@ def charts_of(points: Sequence[tuple[str, Sequence[Point | None]]]) -> list[tupl
 
 def _drawable(point: Point) -> Point:
     """The point with names that matplotlib can draw."""
-    settings = {name: printable(value) if isinstance(value, str) else value for name, value in point.settings.items()}
-    return dataclasses.replace(point, model=printable(point.model), settings=settings)
+    settings = {
+        name: allowed_in_html(value) if isinstance(value, str) else value for name, value in point.settings.items()
+    }
+    return dataclasses.replace(point, model=allowed_in_html(point.model), settings=settings)
 
 
 def without_styles(svg: str) -> str:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.page import overview
 from sdar_lm_eval.report.page.data import collect
-from sdar_lm_eval.report.page.embedding import embedded, policy, printable
+from sdar_lm_eval.report.page.embedding import allowed_in_html, embedded, policy
 from sdar_lm_eval.report.runs import SEEDS, Run
 
 FOLDER = Path(__file__).parent
@@ -67,7 +67,7 @@ def page_of(runs: Sequence[Run], tasks: Sequence[str] = (), title: str | None = 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    return printable(
+    return allowed_in_html(
         environment.get_template("template.html").render(
             policy=policy(script, style),
             title=title or _title(having, chosen),
