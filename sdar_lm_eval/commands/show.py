@@ -18,7 +18,7 @@ from sdar_lm_eval.report.documents import Answer, Document, documents_of, is_lik
 from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.runs import Run, mean_value, read_one_run
-from sdar_lm_eval.report.terminal import legend, written
+from sdar_lm_eval.report.terminal import denoised_text, legend
 
 EXAMPLE = "sdar_lm_eval show demo_results --only wrong"
 
@@ -225,7 +225,7 @@ def _print_document(
             if not of_likelihoods:  # the model wrote nothing
                 console.print("The run has no record of how the answer was written.", style="dim")
         else:
-            console.print(_tokens(record) if tokens else written(record), soft_wrap=True)
+            console.print(_tokens(record) if tokens else denoised_text(record), soft_wrap=True)
             console.print()
             console.print(Text(_cost(record)))
             if record.finish_reason in ENDS:

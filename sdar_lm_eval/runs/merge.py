@@ -18,7 +18,7 @@ from lm_eval.utils import setup_logging
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError, listed
 from sdar_lm_eval.lm.answers import Session, read_sessions, seconds_for, united
-from sdar_lm_eval.lm.denoising import LinesOf, Written
+from sdar_lm_eval.lm.denoising import CompactDenoising, LinesOf
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, facts_of_evaluation, put_thoughts_into
 from sdar_lm_eval.lm.hooks import watch
 from sdar_lm_eval.lm.jobs import Jobs
@@ -118,9 +118,9 @@ class RecordedLM(LM):
         self._evaluation.add(task, requests)
         self._evaluation.template_hash = self._prompts.template_hash
 
-    def written(self) -> LinesOf:
-        """Return a function: task -> how its answers were written, as far as their records say."""
-        return lambda task: self._evaluation.written.lines(task, self._prompts.pieces)
+    def denoising_lines(self) -> LinesOf:
+        """Return a function: task -> the lines of its denoising file, as far as the answers' records have them."""
+        return lambda task: self._evaluation.denoising.lines(task, self._prompts.pieces)
 
     def evaluation_ends(self) -> None:
         """Do nothing: `get_model_info` still needs what was noted."""
@@ -144,8 +144,8 @@ class RecordedLM(LM):
             thought, self._texts[job.key] = recalled
             self._evaluation.note_end(job, thought, record.get("finish_reason", ""), record.get("new_tokens", 0))
             self.used.append(cast("Record", {**record, **job.name}))  # the record may name another document
-            if (written := Written.of_record(record)) is not None:
-                self._evaluation.written.add(job.task, job.document, job.repeat, written)
+            if (denoising := CompactDenoising.of_record(record)) is not None:
+                self._evaluation.denoising.add(job.task, job.document, job.repeat, denoising)
         if missing:
             documents = list(dict.fromkeys(missing))
             named = listed([f"{task} {document}" for task, document in documents], MOST_NAMED)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import sdar_lm_eval
-from sdar_lm_eval import arguments
+from sdar_lm_eval.arguments import ModelArguments, arguments_of
 from sdar_lm_eval.decoding import DecodingConfig, in_words
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
@@ -269,9 +269,8 @@ def _decoding_of(combination: Combination, swept: Sequence[str]) -> DecodingConf
 
 def engine_arguments(engine: str) -> tuple[str, ...]:
     """Return the names of an engine's model_args on speed, memory and precision, for one GPU."""
-    every = {*arguments.ModelArguments.__annotations__, *SEVERAL_GPUS}
-    its = getattr(arguments, ENGINES[engine].arguments).__annotations__
-    return (*ENGINE_ARGUMENTS, *(name for name in its if name not in every))
+    every = {*ModelArguments.__annotations__, *SEVERAL_GPUS}
+    return (*ENGINE_ARGUMENTS, *(name for name in arguments_of(engine).__annotations__ if name not in every))
 
 
 def _named_values(flag: str, text: str, known: Sequence[str]) -> dict[str, str]:
@@ -293,7 +292,7 @@ def _engine_args(text: str, engine: str) -> tuple[tuple[str, Setting], ...]:
     """Read --engine-args. An engine refuses other types too, but on a GPU that is paid for by then."""
     given = _named_values("--engine-args", text, engine_arguments(engine))
     try:
-        read = typed(given, getattr(arguments, ENGINES[engine].arguments))
+        read = typed(given, arguments_of(engine))
     except UserError as error:
         raise UserError(f"--engine-args {text}: {error}") from error
     return tuple(cast("dict[str, Setting]", read).items())
