@@ -226,9 +226,8 @@ def prepare(run: Run) -> Prepared | Failure:
     gpu=GPU,
     memory=MEMORY,
     timeout=TIMEOUT,
-    retries=modal.Retries(
-        max_retries=2, initial_delay=1.0, backoff_coefficient=1.0
-    ),  # a retry goes on from the answers so far
+    # A retry continues from the answers so far.
+    retries=modal.Retries(max_retries=2, initial_delay=1.0, backoff_coefficient=1.0),
     single_use_containers=True,  # an engine keeps the GPU's memory until its process ends
 )
 def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard: int, shards: int) -> Failure | None:
@@ -277,9 +276,8 @@ def run_programs(jobs: list[Job]) -> list[bool]:
     """Run programs that the model wrote: whether each passes its tests."""
     from sdar_lm_eval.runs.programs import run_here
 
-    os.sched_setaffinity(
-        0, sorted(os.sched_getaffinity(0))[:CORES]
-    )  # `run_here` runs one a core; their time limits are wall time
+    # `run_here` runs one program on each core, and the programs' time limits are wall time.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     return run_here(jobs)
 
 
