@@ -174,7 +174,7 @@ def _table(documents: Sequence[Document], metric: MetricKey) -> Table:
     for each in documents:
         records = [answer.denoising for answer in each.answers if answer.denoising is not None]
         tokens = f"{fmean(len(record.token_ids) for record in records):.0f}" if records else ""
-        forwards = f"{fmean(map(_forwards, records)):.0f}" if records else ""
+        forwards = f"{fmean(record.made_forwards for record in records):.0f}" if records else ""
         verdict = _verdict(each.score(metric))
         if each.is_cut:
             verdict.append(" cut", "yellow")
@@ -199,10 +199,6 @@ def _tokens(record: Denoising) -> Table:
             text = Text(repr(printable(record.texts[i])))
             table.add_row(str(i + 1), str(number), step, confidence, text)
     return table
-
-
-def _forwards(record: Denoising) -> int:
-    return record.forwards.get("denoising", 0) + record.forwards.get("commit", 0)
 
 
 def _print_document(
@@ -244,8 +240,8 @@ def _print_document(
 
 
 def _cost(record: Denoising) -> str:
-    made, tokens = _forwards(record), len(record.token_ids)
-    rate = f", {record.drawn_tokens / made:.2f} tokens per forward" if made else ""
+    tokens, tokens_per_forward = len(record.token_ids), record.tokens_per_forward
+    rate = "" if tokens_per_forward is None else f", {tokens_per_forward:.2f} tokens per forward"
     denoising, commit = (record.forwards.get(name, 0) for name in ("denoising", "commit"))
     return f"{tokens} tokens, {denoising} denoising and {commit} commit forwards{rate}, {record.seconds:.2f} s"
 

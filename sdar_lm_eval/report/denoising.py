@@ -109,6 +109,16 @@ class Denoising:
         return len(self.token_ids) - self.forced_tokens
 
     @property
+    def made_forwards(self) -> int:
+        """Number of forwards that denoised or committed blocks: those that tokens per forward counts."""
+        return self.forwards.get("denoising", 0) + self.forwards.get("commit", 0)
+
+    @property
+    def tokens_per_forward(self) -> float | None:
+        """Drawn tokens over denoising and commit forwards; None without forwards."""
+        return self.drawn_tokens / self.made_forwards if self.made_forwards else None
+
+    @property
     def blocks(self) -> list[range]:
         """For each block the indices into `token_ids` of its tokens."""
         end = len(self.token_ids)
