@@ -38,7 +38,7 @@ from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import SDARError, UserError
 from sdar_lm_eval.runs import summary
 from sdar_lm_eval.runs.flags import GPU, gpu_of, help_text, output_of
-from sdar_lm_eval.runs.settings import DEFAULT_TASK, Run, runs_from_flags
+from sdar_lm_eval.runs.settings import DEFAULT_TASK, RunSettings, runs_from_flags
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -194,7 +194,7 @@ class Prepared(TypedDict):
     volumes={MODELS: models, RESULTS: results_to_read},
     env={"HF_TOKEN": os.environ.get("HF_TOKEN")},  # optional: left out where it is not set
 )
-def prepare(run: Run) -> Prepared | Failure:
+def prepare(run: RunSettings) -> Prepared | Failure:
     """Fetch a run's checkpoint and documents to the volume: once, and before a GPU is paid for."""
     os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"]  # the hashes of weights stay there, so no GPU waits for them
     from sdar_lm_eval.checkpoint import Checkpoint
@@ -230,7 +230,9 @@ def prepare(run: Run) -> Prepared | Failure:
     retries=modal.Retries(max_retries=2, initial_delay=1.0, backoff_coefficient=1.0),
     single_use_containers=True,  # an engine keeps the GPU's memory until its process ends
 )
-def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard: int, shards: int) -> Failure | None:
+def evaluate(
+    run: RunSettings, folder: str, pretrained: str, revision: str | None, shard: int, shards: int
+) -> Failure | None:
     """Answer a shard of a run's documents into its folder on the results volume."""
     use_prepared_files()
     from sdar_lm_eval.runs.shards import answer_shard
@@ -249,7 +251,7 @@ def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard
 # A container sees a volume as it was when the container started. So each call has a container of its own: the second
 # call must see the answers that were written since the first.
 @app.function(**on_cpu, volumes={MODELS: models_to_read, RESULTS: results}, single_use_containers=True)
-def publish(runs: list[tuple[Run, str]]) -> list[Failure | None]:
+def publish(runs: list[tuple[RunSettings, str]]) -> list[Failure | None]:
     """Score each run's answers, all in one pass of the harness; the report stays on the results volume."""
     use_prepared_files()
     from sdar_lm_eval.runs import merge
@@ -294,7 +296,7 @@ def use_prepared_files() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def pretrained_of(run: Run) -> str:
+def pretrained_of(run: RunSettings) -> str:
     """Return the folder of a run's model on the models volume, or the model's name where there is none.
 
     Raises:
@@ -378,7 +380,7 @@ def main(
         sys.exit(1)
 
 
-def evaluate_all(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: int) -> list[str]:
+def evaluate_all(runs: list[RunSettings], output: Path, *, shards: int, gpu: str, timeout: int) -> list[str]:
     """Evaluate the runs without a result, print and write all results, and return the errors."""
     ready = prepare.remote(runs[0])
     if "error" in ready:
@@ -435,7 +437,7 @@ def evaluate_all(runs: list[Run], output: Path, *, shards: int, gpu: str, timeou
     return failed
 
 
-def report_of(run: Run, folder: str) -> summary.Report | None:
+def report_of(run: RunSettings, folder: str) -> summary.Report | None:
     """Return a run's report from the results volume, or None where there is none yet by this version of the package."""
     try:
         return summary.valid_report(b"".join(results.read_file(f"{folder}/{run.name}/report.json")))

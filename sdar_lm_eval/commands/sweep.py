@@ -25,7 +25,7 @@ from sdar_lm_eval.settings import ALIASES
 
 if TYPE_CHECKING:
     from sdar_lm_eval.report.results import Results
-    from sdar_lm_eval.runs.plan import Evaluation, Plan
+    from sdar_lm_eval.runs.plan import Plan, PlannedEvaluation
 
 EXAMPLE = (
     "sdar_lm_eval sweep --model_args pretrained=demo --tasks gsm8k_sdar_demo --strategy dynamic --threshold 0.5:0.9 "
@@ -188,7 +188,7 @@ def _run(planned: Plan, arguments: argparse.Namespace) -> str:
 
     total = len(planned.evaluations)
 
-    def tell(number: int, evaluation: Evaluation, results: Results | None, error: str | None) -> None:
+    def tell(number: int, evaluation: PlannedEvaluation, results: Results | None, error: str | None) -> None:
         told = f"failed: {error}"
         if results is not None:
             task = planned.tasks[0]

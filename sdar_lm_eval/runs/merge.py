@@ -29,7 +29,7 @@ from sdar_lm_eval.report.gsm8k_json import convert, is_gsm8k
 from sdar_lm_eval.report.results import results_in
 from sdar_lm_eval.runs.programs import RunPrograms, run_by, run_here
 from sdar_lm_eval.runs.saving import evaluate_into
-from sdar_lm_eval.runs.settings import Run, scored_by
+from sdar_lm_eval.runs.settings import RunSettings, scored_by
 from sdar_lm_eval.runs.shards import ANSWERS, task_manager
 from sdar_lm_eval.runs.summary import Report, valid_report
 
@@ -189,7 +189,7 @@ class RecordedLM(LM):
         return {"model_dtype": models[-1].get("dtype"), "sdar_lm_eval": models[-1] | facts}
 
 
-def publish(run: Run, folder: Path, run_programs: RunPrograms = run_here) -> Path:
+def publish(run: RunSettings, folder: Path, run_programs: RunPrograms = run_here) -> Path:
     """Score all answers of a run in one pass, and write the results; do nothing where these are there already.
 
     The folder named by the run's tasks gets lm_eval's results and samples files, the answers that were used, and
@@ -233,7 +233,7 @@ def publish(run: Run, folder: Path, run_programs: RunPrograms = run_here) -> Pat
     return report
 
 
-def _report(run: Run, folder: Path) -> Report:
+def _report(run: RunSettings, folder: Path) -> Report:
     """Return the benchmark's JSON for one task of GSM8K, else the scores: the samples files have the rest."""
     results = results_in(folder, "configs")[-1]
     tasks = list(results.configs.content)

@@ -20,7 +20,7 @@ from sdar_lm_eval.report.gsm8k_json import convert
 from sdar_lm_eval.report.results import results_in
 from sdar_lm_eval.runs import merge, shards
 from sdar_lm_eval.runs.merge import RecordedLM, publish
-from sdar_lm_eval.runs.settings import Run, runs_from_flags
+from sdar_lm_eval.runs.settings import RunSettings, runs_from_flags
 from sdar_lm_eval.runs.shards import ANSWERS, answer_shard
 
 FLAGS: dict[str, Any] = {
@@ -35,7 +35,7 @@ def _no_environment_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
 
 
-def _run(**flags: Any) -> Run:
+def _run(**flags: Any) -> RunSettings:
     (run,) = runs_from_flags(**(FLAGS | flags))
     return run
 
