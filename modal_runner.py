@@ -176,7 +176,7 @@ class Prepared(TypedDict):
 
     Keys:
         pretrained: a folder on the models volume, or a hub id.
-        revision: of a hub id: the commit.
+        revision: the commit of a hub id.
         fingerprint: the checkpoint's.
         documents: task -> how many are evaluated.
         begun: folders on the results volume that have answers.

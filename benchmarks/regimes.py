@@ -50,7 +50,7 @@ class Regime:
         block: the block length.
         active: sequences at once, and prompts of a run unless `prompts` says more.
         new_tokens: tokens of an answer.
-        threshold: of low_confidence_dynamic.
+        threshold: confidence_threshold of low_confidence_dynamic.
         prefix: tokens in front of each question; `share` questions have the same.
         share: questions with the same prefix; 0: all.
         prompts: prompts of a run.

@@ -200,7 +200,7 @@ class Generation:
     """The settings of one request.
 
     Attributes:
-        decoding: how to denoise; the temperature is 0 where the answer is greedy.
+        decoding: the decoding settings; the temperature is 0 where the answer is greedy.
         max_gen_toks: most new tokens.
         until: texts that end the answer, none of them empty.
     """

@@ -138,7 +138,7 @@ class GenerationResult:
         seconds: time from the request's first forward to its end.
         unmasked_at: for each new token, the step of its block that unmasked the token, from 0; None: not recorded.
         confidences: for each new token, its probability when the token was drawn; None: not recorded.
-        forced_tokens: how many of the new tokens were not drawn: the think end behind a thought that reached its limit
+        forced_tokens: number of new tokens that were not drawn: the think end behind a thought that reached its limit
             (`Thinking.max_tokens`). Of these tokens, `confidences` has 1. `unmasked_at` has the step after the last
             one of the block's kept tokens, and the block's later tokens count their steps from there on.
     """
@@ -312,8 +312,8 @@ class ScoreResult:
     """A continuation's score.
 
     Attributes:
-        log_likelihood: in nats. Under nelbo, the evidence lower bound. -inf where the continuation holds the mask
-            token, which is never generated.
+        log_likelihood: the log-likelihood in nats; under nelbo, the evidence lower bound. -inf where the continuation
+            holds the mask token, which is never generated.
         is_greedy: whether greedy decoding by `sequential`, one token a step, generates this continuation. Both methods
             agree.
         standard_error: standard error of log_likelihood in nats, from sampled masks; 0 where no masks were sampled.

@@ -113,7 +113,7 @@ class Evaluation:
     Attributes:
         seed: seed of sampled answers and masks.
         tasks: name -> the tasks whose requests lm_eval built.
-        counts: what was computed.
+        counts: the work that was done.
         decoding: task -> the settings that its answers were made with.
         sent: task -> what was sent.
         denoising: the denoising records of answers.
@@ -164,7 +164,7 @@ class Evaluation:
         """Note an answer's thought, and count thoughts and loops.
 
         Args:
-            job: what was answered.
+            job: the job that was answered.
             thought: the answer's thought; None: it has none.
             reason: why the answer ended.
             tokens: the answer's tokens.

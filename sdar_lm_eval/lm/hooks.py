@@ -88,8 +88,8 @@ class _Call:
     """A call of lm_eval's `simple_evaluate`.
 
     Attributes:
-        seed: its seed for torch.
-        tracker: what saves its samples.
+        seed: the call's seed for torch.
+        tracker: the object that saves the evaluation's samples.
         model: the model of this package that its `evaluate` evaluates; None: no such model, or not yet.
     """
 

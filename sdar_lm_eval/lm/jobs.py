@@ -41,9 +41,9 @@ class Job:
             task's repeats. A document with several requests has the repeats of its first request first.
         prompt: the text that is tokenized.
         templated_by: who put the prompt into the chat template; None where nobody did.
-        request: what the engine gets.
+        request: the request to the engine.
         until: the answer is cut before the earliest of these texts.
-        key: what the answer is stored under.
+        key: the answer's key in the store.
     """
 
     instance: Instance
@@ -92,8 +92,8 @@ class Round:
 
     Attributes:
         order: for each request of the call, its job.
-        jobs: by id; fewer than requests where one answer serves several.
-        truncated: how many prompts lost their beginning.
+        jobs: id -> job; there are fewer jobs than requests where one answer serves several.
+        truncated: number of prompts that lost their beginning.
         settings: task -> the settings that its answers are made with.
     """
 
@@ -387,7 +387,7 @@ def _key_of(request: GenerationRequest, generation: Generation, auto: Thinking |
     """A hash of all that the answer's text depends on beside checkpoint and engine.
 
     Args:
-        request: what the engine gets.
+        request: the request to the engine.
         generation: the request's settings.
         auto: the checkpoint's own rule for thoughts, which keys leave out.
     """

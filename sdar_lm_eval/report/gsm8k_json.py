@@ -91,7 +91,7 @@ def convert(path: Path, task: str | None = None, filter_name: str | None = None)
     `trace=` or `answers=` named a place in the folder.
 
     Args:
-        path: what `--output_path` named, or a results file.
+        path: the path that `--output_path` named, or a results file.
         task: the task's name; needed where the run has several GSM8K tasks.
         filter_name: the filter whose answers count.
 

@@ -38,7 +38,7 @@ class Verdict:
     """What the harness will find in an answer.
 
     Attributes:
-        predicted: what the filter makes of the answer.
+        predicted: the filter's value of the answer.
         gold: the task's `doc_to_target` of the document.
         correct: whether the metric counts the answer as right.
         filter: the name of the filter that was applied.

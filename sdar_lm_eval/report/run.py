@@ -19,7 +19,7 @@ class Progress:
     Args:
         counts: the evaluation's; the round's time is added to them.
         total: requests of the round.
-        stored: how many of these requests have answers from a store.
+        stored: number of these requests that have answers from a store.
         show: whether there is a bar.
         live: judges the answers; None for a round of log-likelihoods.
     """

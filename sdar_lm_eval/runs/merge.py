@@ -46,7 +46,7 @@ class RecordedLM(LM):
     template, as on the machines that answered.
 
     Args:
-        sessions: what the machines recorded, all with the same settings.
+        sessions: the machines' records, all with the same settings.
         seed: the run's.
         begin: called once the tasks are loaded, before the first request.
 

@@ -151,7 +151,7 @@ class Plan:
         tasks: the names of the tasks, with groups resolved into their tasks.
         manager: loads the tasks.
         output: the sweep's folder.
-        evaluations: in the order in which they run.
+        evaluations: the evaluations in the order in which they run.
         earlier: all results of sweeps that the folder has.
         copies: number of combinations left out, which differ from others only in settings without effect.
     """

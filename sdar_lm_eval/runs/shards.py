@@ -39,7 +39,7 @@ def answer_shard(run: RunSettings, folder: Path, shard: int, shards: int, **mode
         run: the evaluation.
         folder: the run's; this process adds a file to its `answers`.
         shard: this machine's number, 1 to `shards`.
-        shards: how many machines share the documents.
+        shards: number of machines that share the documents.
         model_args: further model_args.
 
     Raises:

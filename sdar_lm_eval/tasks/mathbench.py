@@ -86,8 +86,8 @@ class SetScore(float):
     lm-eval hands scores to aggregations without their documents, and means over stages need the stages.
 
     Attributes:
-        stage: as `Question.stage`.
-        set: as `Question.set`.
+        stage: the document's `Question.stage`.
+        set: the document's `Question.set`.
     """
 
     stage: str = ""

@@ -41,7 +41,7 @@ def write_answers(
         extracted: document -> what the filters extract, where it is not the last word.
         date: when the run began.
         seed: the run's.
-        prompt: what was sent, with the question's place.
+        prompt: the text that was sent, with the question's place.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines, scores = [], []

@@ -38,7 +38,7 @@ class WaitingLine(Kind):
     """A change of a line.
 
     Attributes:
-        wordings: what the question asks, with `{word}` and `{place}`, for each size.
+        wordings: size -> the question's wording, with `{word}` and `{place}`, for each size.
         change: (the line, `word`, `place`) -> the changed line. It is right for every place where `places` is given
             and the question does not name one.
         places: the number of places that a line of so many people has for the change; None: the change has no place.

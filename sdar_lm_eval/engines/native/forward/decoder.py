@@ -89,8 +89,8 @@ class FusedDecoder:
                 with `branches`, into `branches.keys`.
             tiles: the tiles of attention, and what their tokens see of the cache.
             cache: (layers, 2, pages, page size, KV heads, head size).
-            branches: what the tokens see beside the cache. The tokens' keys and values are stored in the branches, not
-                in the cache. None: the tokens see the cache only.
+            branches: keys and values that the tokens see beside the cache. The tokens' keys and values are stored in
+                the branches, not in the cache. None: the tokens see the cache only.
 
         Returns:
             The input of `finish`: the output of the last layer's attention, (T, heads * size), and the residual (T, D).
