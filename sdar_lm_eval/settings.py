@@ -185,7 +185,7 @@ def _chat_mode(value: object) -> ChatMode:
 
 
 def _batch_size(known: Mapping[str, object]) -> int | None:
-    """How many sequences run at once by the batch size; None for 1, which lm_eval passes by default."""
+    """Number of sequences at once that the batch size asks for; None for 1, which lm_eval passes by default."""
     name, value = "batch_size", known.get("batch_size", 1)
     if isinstance(value, str) and value.startswith("auto"):
         name, value = "max_batch_size", known.get("max_batch_size")

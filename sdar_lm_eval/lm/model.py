@@ -120,7 +120,7 @@ class SDARLM(TemplateLM):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, object] | None = None) -> SDARLM:
-        """The same from "name=value,name=value"."""
+        """Make a model from "name=value,name=value"."""
         from lm_eval.utils import simple_parse_args_string
 
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)

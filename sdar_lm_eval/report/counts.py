@@ -1,4 +1,4 @@
-"""What an evaluation generated and scored, of each task and of all."""
+"""Counts of an evaluation's work, for each task and for all tasks."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ FORMAT, VERSION = "sdar_lm_eval/denoising", 1
 CONFIDENCE_SCALE = 10_000
 
 _NOT_AS_WRITTEN = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
-"""What lines that this package did not write raise where they are read."""
+"""Errors that reading raises on lines that this package did not write."""
 
 
 class DenoisingLine(TypedDict):

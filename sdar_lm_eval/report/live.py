@@ -152,7 +152,7 @@ class Live:
 
 @dataclass
 class _Tally:
-    """How many of a task's answers were judged so far, and how many are right."""
+    """Number of a task's answers that were judged so far, and number of right answers."""
 
     judged: int = 0
     correct: int = 0

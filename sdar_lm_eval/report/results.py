@@ -186,7 +186,7 @@ class Results:
 
     @property
     def config(self) -> Fields:
-        """What lm_eval was called with."""
+        """The arguments of the call of lm_eval."""
         return self.content.part("config")
 
     @property

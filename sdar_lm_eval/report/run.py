@@ -38,7 +38,7 @@ class Progress:
 
     @property
     def computed(self) -> int:
-        """How many answers of the round were computed so far."""
+        """Number of the round's answers that were computed so far."""
         return self._counts.requests - self._requests_before
 
     def step(self) -> None:

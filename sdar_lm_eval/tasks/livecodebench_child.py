@@ -149,6 +149,6 @@ def is_same(printed: str, expected: str) -> bool:
 
 
 def _is_close(found: float, wanted: float) -> bool:
-    """As numpy's `isclose`."""
+    """Return whether two numbers are close, by the rule of numpy's `isclose`."""
     finite = math.isfinite(found) and math.isfinite(wanted)
     return found == wanted or (finite and abs(found - wanted) <= 1e-8 + 1e-5 * abs(wanted))

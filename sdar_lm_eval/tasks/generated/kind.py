@@ -19,7 +19,7 @@ SIZES: tuple[Size, ...] = ("chat", "demo")
 
 @dataclass(frozen=True)
 class Case:
-    """What a question asks.
+    """A question's content, without its wording.
 
     Attributes:
         given: the names, symbols, cells or words of the question.

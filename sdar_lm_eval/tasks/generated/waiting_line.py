@@ -84,7 +84,7 @@ class WaitingLine(Kind):
 
 
 class Shuffle(WaitingLine):
-    """The same people in any other order."""
+    """The same people in another order. Every other order is right."""
 
     def draw(self, draws: Draws, size: Size, number: int) -> Case:
         """Return a line, and one of the other orders as the answer."""
