@@ -399,26 +399,46 @@ def evaluate_all(runs: list[RunSettings], output: Path, *, shards: int, gpu: str
                 todo.remove(pair)
                 print(f"{pair[1]}: all answers are there already, so no GPU is needed")
     if todo:
-        documents = sum(ready["documents"].values())
-        shards = min(shards, documents)
-        print(f"{documents:,} documents" + (f" in {shards} shards" if shards > 1 else "") + f", {len(todo)} run(s)")
-        parts = [
-            (run, folder, ready["pretrained"], ready["revision"], shard, shards)
-            for run, folder in todo
-            for shard in range(1, shards + 1)
-        ]
-        on_gpu = evaluate.with_options(gpu=gpu, timeout=timeout, max_containers=len(parts))
-        for part, outcome in zip(parts, on_gpu.starmap(parts, return_exceptions=True), strict=True):
-            if outcome is not None:
-                raised = isinstance(outcome, BaseException)
-                error = f"{type(outcome).__name__}: {outcome}" if raised else outcome["error"]
-                failed.append(f"{part[1]}{summary.sweep_label(part[0], runs)}, shard {part[4]} of {shards}: {error}")
+        failed += answer_all(todo, ready, runs, shards=shards, gpu=gpu, timeout=timeout)
         # Even where a shard failed: `publish` names the documents that the other shards' answers do not cover.
         failed += [
             f"{folder}{summary.sweep_label(run, runs)}: {outcome['error']}"
             for (run, folder), outcome in zip(todo, publish.remote(todo), strict=True)
             if outcome
         ]
+    return failed + show_results(runs, folders, output)
+
+
+def answer_all(
+    todo: list[tuple[RunSettings, str]],
+    ready: Prepared,
+    runs: list[RunSettings],
+    *,
+    shards: int,
+    gpu: str,
+    timeout: int,
+) -> list[str]:
+    """Answer the documents of runs on GPUs, a machine for each shard of each run, and return the errors."""
+    documents = sum(ready["documents"].values())
+    shards = min(shards, documents)
+    print(f"{documents:,} documents" + (f" in {shards} shards" if shards > 1 else "") + f", {len(todo)} run(s)")
+    parts = [
+        (run, folder, ready["pretrained"], ready["revision"], shard, shards)
+        for run, folder in todo
+        for shard in range(1, shards + 1)
+    ]
+    on_gpu = evaluate.with_options(gpu=gpu, timeout=timeout, max_containers=len(parts))
+    failed = []
+    for part, outcome in zip(parts, on_gpu.starmap(parts, return_exceptions=True), strict=True):
+        if outcome is not None:
+            raised = isinstance(outcome, BaseException)
+            error = f"{type(outcome).__name__}: {outcome}" if raised else outcome["error"]
+            failed.append(f"{part[1]}{summary.sweep_label(part[0], runs)}, shard {part[4]} of {shards}: {error}")
+    return failed
+
+
+def show_results(runs: list[RunSettings], folders: list[str], output: Path) -> list[str]:
+    """Print the results on the volume, write them to `output`, and return the errors."""
     reports = [report_of(run, folder) for run, folder in zip(runs, folders, strict=True)]
     if len(runs) == 1:
         content: Mapping[str, object] | None = reports[0]
@@ -427,14 +447,15 @@ def evaluate_all(runs: list[RunSettings], output: Path, *, shards: int, gpu: str
     else:
         content = summary.sweep_json(reports, runs, folders)
         print(summary.sweep_table(reports, runs))
-    if content is not None:
-        try:
-            output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        except OSError as error:
-            kept = "The results are on the volume sdar-results: the same command with another file computes nothing."
-            return [*failed, f"--output-file {output} cannot be written: {error.strerror}. {kept}"]
-        print(f"Written: {output}")
-    return failed
+    if content is None:
+        return []
+    try:
+        output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    except OSError as error:
+        kept = "The results are on the volume sdar-results: the same command with another file computes nothing."
+        return [f"--output-file {output} cannot be written: {error.strerror}. {kept}"]
+    print(f"Written: {output}")
+    return []
 
 
 def report_of(run: RunSettings, folder: str) -> summary.Report | None:
