@@ -38,7 +38,7 @@ from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import SDARError, UserError
 from sdar_lm_eval.runs import summary
 from sdar_lm_eval.runs.flags import GPU, gpu_of, help_text, output_of
-from sdar_lm_eval.runs.settings import DEFAULT_TASK, Run, runs_from_flags
+from sdar_lm_eval.runs.settings import DEFAULT_TASK, RunSettings, runs_from_flags
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -176,7 +176,7 @@ class Prepared(TypedDict):
 
     Keys:
         pretrained: a folder on the models volume, or a hub id.
-        revision: of a hub id: the commit.
+        revision: the commit of a hub id.
         fingerprint: the checkpoint's.
         documents: task -> how many are evaluated.
         begun: folders on the results volume that have answers.
@@ -194,7 +194,7 @@ class Prepared(TypedDict):
     volumes={MODELS: models, RESULTS: results_to_read},
     env={"HF_TOKEN": os.environ.get("HF_TOKEN")},  # optional: left out where it is not set
 )
-def prepare(run: Run) -> Prepared | Failure:
+def prepare(run: RunSettings) -> Prepared | Failure:
     """Fetch a run's checkpoint and documents to the volume: once, and before a GPU is paid for."""
     os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"]  # the hashes of weights stay there, so no GPU waits for them
     from sdar_lm_eval.checkpoint import Checkpoint
@@ -226,12 +226,13 @@ def prepare(run: Run) -> Prepared | Failure:
     gpu=GPU,
     memory=MEMORY,
     timeout=TIMEOUT,
-    retries=modal.Retries(
-        max_retries=2, initial_delay=1.0, backoff_coefficient=1.0
-    ),  # a retry goes on from the answers so far
+    # A retry continues from the answers so far.
+    retries=modal.Retries(max_retries=2, initial_delay=1.0, backoff_coefficient=1.0),
     single_use_containers=True,  # an engine keeps the GPU's memory until its process ends
 )
-def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard: int, shards: int) -> Failure | None:
+def evaluate(
+    run: RunSettings, folder: str, pretrained: str, revision: str | None, shard: int, shards: int
+) -> Failure | None:
     """Answer a shard of a run's documents into its folder on the results volume."""
     use_prepared_files()
     from sdar_lm_eval.runs.shards import answer_shard
@@ -250,7 +251,7 @@ def evaluate(run: Run, folder: str, pretrained: str, revision: str | None, shard
 # A container sees a volume as it was when the container started. So each call has a container of its own: the second
 # call must see the answers that were written since the first.
 @app.function(**on_cpu, volumes={MODELS: models_to_read, RESULTS: results}, single_use_containers=True)
-def publish(runs: list[tuple[Run, str]]) -> list[Failure | None]:
+def publish(runs: list[tuple[RunSettings, str]]) -> list[Failure | None]:
     """Score each run's answers, all in one pass of the harness; the report stays on the results volume."""
     use_prepared_files()
     from sdar_lm_eval.runs import merge
@@ -277,9 +278,8 @@ def run_programs(jobs: list[Job]) -> list[bool]:
     """Run programs that the model wrote: whether each passes its tests."""
     from sdar_lm_eval.runs.programs import run_here
 
-    os.sched_setaffinity(
-        0, sorted(os.sched_getaffinity(0))[:CORES]
-    )  # `run_here` runs one a core; their time limits are wall time
+    # `run_here` runs one program on each core, and the programs' time limits are wall time.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     return run_here(jobs)
 
 
@@ -296,7 +296,7 @@ def use_prepared_files() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def pretrained_of(run: Run) -> str:
+def pretrained_of(run: RunSettings) -> str:
     """Return the folder of a run's model on the models volume, or the model's name where there is none.
 
     Raises:
@@ -380,7 +380,7 @@ def main(
         sys.exit(1)
 
 
-def evaluate_all(runs: list[Run], output: Path, *, shards: int, gpu: str, timeout: int) -> list[str]:
+def evaluate_all(runs: list[RunSettings], output: Path, *, shards: int, gpu: str, timeout: int) -> list[str]:
     """Evaluate the runs without a result, print and write all results, and return the errors."""
     ready = prepare.remote(runs[0])
     if "error" in ready:
@@ -399,26 +399,46 @@ def evaluate_all(runs: list[Run], output: Path, *, shards: int, gpu: str, timeou
                 todo.remove(pair)
                 print(f"{pair[1]}: all answers are there already, so no GPU is needed")
     if todo:
-        documents = sum(ready["documents"].values())
-        shards = min(shards, documents)
-        print(f"{documents:,} documents" + (f" in {shards} shards" if shards > 1 else "") + f", {len(todo)} run(s)")
-        parts = [
-            (run, folder, ready["pretrained"], ready["revision"], shard, shards)
-            for run, folder in todo
-            for shard in range(1, shards + 1)
-        ]
-        on_gpu = evaluate.with_options(gpu=gpu, timeout=timeout, max_containers=len(parts))
-        for part, outcome in zip(parts, on_gpu.starmap(parts, return_exceptions=True), strict=True):
-            if outcome is not None:
-                raised = isinstance(outcome, BaseException)
-                error = f"{type(outcome).__name__}: {outcome}" if raised else outcome["error"]
-                failed.append(f"{part[1]}{summary.sweep_label(part[0], runs)}, shard {part[4]} of {shards}: {error}")
+        failed += answer_all(todo, ready, runs, shards=shards, gpu=gpu, timeout=timeout)
         # Even where a shard failed: `publish` names the documents that the other shards' answers do not cover.
         failed += [
             f"{folder}{summary.sweep_label(run, runs)}: {outcome['error']}"
             for (run, folder), outcome in zip(todo, publish.remote(todo), strict=True)
             if outcome
         ]
+    return failed + show_results(runs, folders, output)
+
+
+def answer_all(
+    todo: list[tuple[RunSettings, str]],
+    ready: Prepared,
+    runs: list[RunSettings],
+    *,
+    shards: int,
+    gpu: str,
+    timeout: int,
+) -> list[str]:
+    """Answer the documents of runs on GPUs, a machine for each shard of each run, and return the errors."""
+    documents = sum(ready["documents"].values())
+    shards = min(shards, documents)
+    print(f"{documents:,} documents" + (f" in {shards} shards" if shards > 1 else "") + f", {len(todo)} run(s)")
+    parts = [
+        (run, folder, ready["pretrained"], ready["revision"], shard, shards)
+        for run, folder in todo
+        for shard in range(1, shards + 1)
+    ]
+    on_gpu = evaluate.with_options(gpu=gpu, timeout=timeout, max_containers=len(parts))
+    failed = []
+    for part, outcome in zip(parts, on_gpu.starmap(parts, return_exceptions=True), strict=True):
+        if outcome is not None:
+            raised = isinstance(outcome, BaseException)
+            error = f"{type(outcome).__name__}: {outcome}" if raised else outcome["error"]
+            failed.append(f"{part[1]}{summary.sweep_label(part[0], runs)}, shard {part[4]} of {shards}: {error}")
+    return failed
+
+
+def show_results(runs: list[RunSettings], folders: list[str], output: Path) -> list[str]:
+    """Print the results on the volume, write them to `output`, and return the errors."""
     reports = [report_of(run, folder) for run, folder in zip(runs, folders, strict=True)]
     if len(runs) == 1:
         content: Mapping[str, object] | None = reports[0]
@@ -427,17 +447,18 @@ def evaluate_all(runs: list[Run], output: Path, *, shards: int, gpu: str, timeou
     else:
         content = summary.sweep_json(reports, runs, folders)
         print(summary.sweep_table(reports, runs))
-    if content is not None:
-        try:
-            output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        except OSError as error:
-            kept = "The results are on the volume sdar-results: the same command with another file computes nothing."
-            return [*failed, f"--output-file {output} cannot be written: {error.strerror}. {kept}"]
-        print(f"Written: {output}")
-    return failed
+    if content is None:
+        return []
+    try:
+        output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    except OSError as error:
+        kept = "The results are on the volume sdar-results: the same command with another file computes nothing."
+        return [f"--output-file {output} cannot be written: {error.strerror}. {kept}"]
+    print(f"Written: {output}")
+    return []
 
 
-def report_of(run: Run, folder: str) -> summary.Report | None:
+def report_of(run: RunSettings, folder: str) -> summary.Report | None:
     """Return a run's report from the results volume, or None where there is none yet by this version of the package."""
     try:
         return summary.valid_report(b"".join(results.read_file(f"{folder}/{run.name}/report.json")))

@@ -1,5 +1,5 @@
-"""What the benchmarks share: arguments; a checkpoint with random weights, where the real ones are not at hand; the
-registered model without stop tokens, and the questions that it is asked; this CPU's name."""
+"""Code that the benchmarks share: types of arguments, a checkpoint with random weights, a model without stop tokens,
+questions, this CPU's name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sdar_lm_eval.tasks import gsm8k
 
 
 def positive_int(text: str) -> int:
-    """A number from 1 on, as an argument's type."""
+    """Read an argument: a whole number from 1 on."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return value
@@ -32,7 +32,10 @@ def positive_int(text: str) -> int:
 
 @contextlib.contextmanager
 def folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[str]:
-    """The checkpoint that --pretrained and --random-weights ask for; a user's mistake while it is used is one line."""
+    """The folder of the checkpoint that --pretrained and --random-weights ask for.
+
+    A UserError in the body ends the program with the error's text.
+    """
     made = with_random_weights(args.pretrained) if args.random_weights else contextlib.nullcontext(args.pretrained)
     try:
         with made as pretrained:
@@ -79,7 +82,7 @@ def draw_weights(folder: str, copy: Path) -> None:
 
 
 def make_model(engine: str, pretrained: str, model_args: str = "", max_active: int | None = None) -> Any:
-    """The model that `lm_eval --model` makes, but that no token ends its answers."""
+    """Make the model that `lm_eval --model` makes, without stop tokens."""
     from lm_eval.api.registry import get_model
 
     autoload.install()
@@ -90,18 +93,18 @@ def make_model(engine: str, pretrained: str, model_args: str = "", max_active: i
 
 
 def load_questions(gsm8k_dir: str | None) -> Any:
-    """GSM8K's test set from a folder; without one, the demo problems."""
+    """Load GSM8K's test set from a folder; without a folder, the demo problems."""
     return gsm8k.load(gsm8k_dir=gsm8k_dir)["test"] if gsm8k_dir else gsm8k.load_demo()["test"]
 
 
 def instance(number: int, doc: dict[str, Any], new_tokens: int, settings: dict[str, Any], front: str = "") -> Instance:
-    """A request for exactly so many new tokens, behind some text in front of the question."""
+    """A request for exactly `new_tokens` new tokens; its prompt is the text `front`, then the question."""
     settings = {"max_gen_toks": new_tokens, "until": [], **settings}
     return Instance("generate_until", doc, (front + PROMPT.format(**doc), settings), 0, metadata=("gsm8k", number, 1))
 
 
 def sampling(sample: bool) -> dict[str, Any]:
-    """Settings that draw at temperature 1, or the most probable token."""
+    """Settings that draw tokens at temperature 1, or that take the most probable token."""
     return {"do_sample": True, "temperature": 1.0} if sample else {"do_sample": False}
 
 

@@ -1,12 +1,12 @@
-"""How long the matrix products of a model alone take, forward by forward: a yardstick for engines.
+"""Time of a model's matrix products alone, for one forward: a yardstick for engines.
 
     python benchmarks/floor.py --pretrained FOLDER --active 1 64 256     # FOLDER needs no weights
 
-For each number of active sequences: milliseconds of the projections of all layers, and of the LM head, over one block
-of each sequence; and the tokens per second that follow, where a block of L tokens takes L denoising forwards (one token
-a step) or 1 (a block a step), and one forward more that stores its keys and values, without the LM head. Attention,
-norms, drawing and Python count as nothing. An engine can save a few percent of it by drawing at masked positions
-only and by sharing forwards. On a GPU the products run as a CUDA graph.
+For each number of active sequences, the table has the milliseconds of all layers' projections and of the LM head, over
+one block of each sequence. It also has the tokens per second that follow: a block of L tokens takes L denoising
+forwards (one token a step) or 1 (a block a step), and one more forward, without the LM head, to store the block's keys
+and values. Attention, norms, drawing and Python count as nothing. An engine that draws at masked positions only, and
+that shares forwards, needs a few percent less than this time. On a GPU the products run as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from sdar_lm_eval import Checkpoint, UserError
 class Floor:
     """Times a model's products, with random weights of its shape.
 
-    No library's product of experts is near what a GPU can do at all numbers of rows. So the experts' time is reckoned:
-    the longer of reading the weights of the experts that tokens hit where routing is even, at the rate of a copy, and
-    of multiplying the rows, at the rate of a large product.
+    No library's product of experts comes near a GPU's limit at all numbers of rows. So the experts' time is computed,
+    not measured. Even routing hits a share of the experts. Their time is the longer of two: reading the hit experts'
+    weights at the rate of a copy, and multiplying the rows at the rate of a large product.
 
     Args:
         config: the checkpoint's config.json.
@@ -63,7 +63,7 @@ class Floor:
 
     @functools.cache  # noqa: B019  (one Floor lives as long as its process)
     def seconds(self, rows: int) -> tuple[float, float]:
-        """Seconds of the layers' products and of the LM head's, over so many tokens."""
+        """Seconds of the layers' products and of the LM head's product, over `rows` tokens."""
         inputs = self._inputs(rows)
         plain = [matrix for layer in self._layers for matrix in layer if matrix.dim() == 2]
 
@@ -75,16 +75,16 @@ class Floor:
         return products, timed(lambda: linear(inputs[self._head.shape[1]], self._head), self._device)
 
     def seconds_of_context(self, tokens: float) -> float:
-        """Seconds in which a copy moves the keys and values of so many tokens, of all layers."""
+        """Seconds that a copy takes to move all layers' keys and values of `tokens` tokens."""
         return tokens * self._bytes_per_token / self._rates()[0]
 
     def seconds_of_prompts(self, count: int, tokens: float, context: float) -> float:
-        """Seconds in which prompts are stored: the layers' products, and attention at the rate of a large product.
+        """Seconds of a prefill: the layers' products, and attention at the rate of a large product.
 
         Args:
             count: number of prompts.
-            tokens: tokens of each that are not stored yet.
-            context: tokens of each.
+            tokens: number of tokens of each prompt that are not stored yet.
+            context: number of tokens of each prompt.
         """
         seen = tokens * (context - tokens / 2)
         attention = 4 * self._heads_size * seen * len(self._layers) / self._rates()[1]
@@ -92,7 +92,7 @@ class Floor:
         return count * (tokens * self.seconds(rows)[0] / rows + attention)
 
     def _seconds_of_experts(self, rows: int) -> float:
-        """Reckoned seconds of all layers' experts."""
+        """Computed seconds of all layers' experts."""
         weights = [matrix for layer in self._layers for matrix in layer if matrix.dim() == 3]
         if not weights:
             return 0.0
@@ -104,7 +104,7 @@ class Floor:
 
     @functools.cache  # noqa: B019  (one Floor lives as long as its process)
     def _rates(self) -> tuple[float, float]:
-        """Bytes that a copy moves in a second, and operations of a large product."""
+        """Bytes per second of a copy, and operations per second of a large product."""
         size = 8192 if self._device == "cuda" else 512
         square = torch.randn(size, size, device=self._device).to(self._head.dtype)
         source = self._layers[0][2]
@@ -114,13 +114,13 @@ class Floor:
         return 2 * source.nbytes / copying, 2 * size**3 / multiplying
 
     def _inputs(self, rows: int) -> dict[int, torch.Tensor]:
-        """Of every width that a matrix takes, so many rows."""
+        """Width -> `rows` random rows, for each width that a matrix takes."""
         widths = {matrix.shape[-1] for matrix in (*self._layers[0], self._head)}
         return {width: torch.randn(rows, width, device=self._device).to(self._head.dtype) for width in sorted(widths)}
 
 
 def timed(run: Callable[[], Any], device: str, repeats: int = 11) -> float:
-    """Median seconds; on a GPU, of a CUDA graph."""
+    """Median seconds of several runs; on a GPU, runs of a CUDA graph."""
     run()
     if device == "cpu":
         times = []
@@ -147,7 +147,7 @@ def timed(run: Callable[[], Any], device: str, repeats: int = 11) -> float:
 def tokens_per_second(
     products: tuple[float, float], tokens: float, denoising_forwards: float, commit_forwards: float
 ) -> float:
-    """What `Floor.seconds` of a forward allow, where so many forwards bring so many tokens."""
+    """Tokens per second where forwards take only the time of their products (`Floor.seconds`)."""
     layers, head = products
     return tokens / (denoising_forwards * (layers + head) + commit_forwards * layers)
 

@@ -1,9 +1,10 @@
-"""Where the GPU's time goes in a run of the native engine: by kernel, and in gaps between kernels.
+"""The GPU's time in a run of the native engine: by kernel, and in gaps between kernels.
 
     python benchmarks/gpu_time.py --pretrained FOLDER --random-weights --gsm8k FOLDER --active 256 --threshold 0
 
-One run like a row of `throughput.py`, under torch's profiler, after two without, the first of which captures CUDA
-graphs. Kernels of a matrix product have many names, and are added up as "products". The last line is JSON.
+The script does one run like a row of `throughput.py` under torch's profiler, after two runs without the profiler. The
+first of these captures CUDA graphs. Kernels of matrix products have many names; the table adds them up as "products".
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _short(name: str) -> str:
 
 
 def summary(events: Iterable[tuple[int, int, str]], most: int = 20) -> dict[str, Any]:
-    """Of (start, end, name) in nanoseconds: time with a kernel running, in kernels by name, and in gaps by length."""
+    """Sum up (start, end, name) in nanoseconds: time with a kernel running, time by kernel, time in gaps by length."""
     ordered = sorted(events)
     busy, until = 0, ordered[0][0]
     gaps: dict[str, int] = dict.fromkeys([*(f"up to {limit} us" for limit in GAPS), "longer"], 0)

@@ -23,9 +23,10 @@ from common import folder, positive_int
 from floor import timed
 
 from sdar_lm_eval import Checkpoint, make_engine
-from sdar_lm_eval.engines.native.forward.decoder import FusedDecoder, hopper_attention
+from sdar_lm_eval.engines.native.forward.decoder import FusedDecoder
 from sdar_lm_eval.engines.native.forward.fused import LONGEST_PAIR
 from sdar_lm_eval.engines.native.kernels import attention
+from sdar_lm_eval.engines.native.kernels.gluon import hopper_attention
 
 GRID = [(columns, warps) for columns in (32, 64, 128) for warps in (2, 4, 8)]
 PAGE = 16

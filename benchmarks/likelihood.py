@@ -1,4 +1,4 @@
-"""What log-likelihoods cost: time and tokens run, against one plain causal forward over the same texts.
+"""Time and tokens of log-likelihoods, against one plain causal forward over the same texts.
 
     python benchmarks/likelihood.py [--pretrained demo] [--device cpu] [--methods chain nelbo] [--block-length 4]
     python benchmarks/likelihood.py --pretrained FOLDER --random-weights     # FOLDER needs no weights; they are drawn
@@ -10,8 +10,9 @@ Four kinds of request, of random tokens:
 - `few-shot`: as `letters`, but all contexts begin with the same examples
 
 "plain" runs each context + continuation once through the same weights under a causal mask, batched by length, with the
-LM head on the continuation only: what an autoregressive model's score costs without sharing contexts. "tokens run"
-counts tokens that went through the layers, "of plain" the time over plain's. The last line is JSON.
+LM head on the continuation only: an autoregressive model's score costs as much where contexts are not shared. "tokens
+run" counts the tokens that went through the layers; "of plain" is a method's time over the time of "plain". The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def requests_of(kind: str, checkpoint: Checkpoint, args: argparse.Namespace) -> 
 
 @torch.no_grad()
 def plain(model: Any, requests: list[ScoreRequest], tokens_a_forward: int) -> int:
-    """Score under a causal mask; returns the tokens run, padding left out."""
+    """Score under a causal mask; return the number of tokens that went through the layers, without padding."""
     texts = sorted(requests, key=lambda r: -len(r.context_ids) - len(r.continuation_ids))
     longest = [len(r.context_ids) + len(r.continuation_ids) for r in texts]
     start = 0
@@ -77,8 +78,8 @@ def plain(model: Any, requests: list[ScoreRequest], tokens_a_forward: int) -> in
     return sum(longest)
 
 
-def timed(run: Callable[[], Any], repeats: int) -> tuple[Any, float]:
-    """Result and least time of several runs, after one that is not counted."""
+def fastest_of(run: Callable[[], Any], repeats: int) -> tuple[Any, float]:
+    """Return the result and the least time of several runs; a first run does not count."""
     result, times = run(), []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -120,12 +121,12 @@ def main() -> None:
         requests = requests_of(kind, checkpoint, args)
         scored = sum(len(r.continuation_ids) for r in requests)
         model.config._attn_implementation = "sdpa"
-        run, seconds = timed(lambda requests=requests: plain(model, requests, tokens_a_forward), args.repeats)
+        run, seconds = fastest_of(lambda requests=requests: plain(model, requests, tokens_a_forward), args.repeats)
         model.config._attn_implementation = attention
         found = [("plain", run, seconds)]
         for method in args.methods:
             config = LikelihoodConfig(method, args.mc_samples, length)
-            results, seconds = timed(
+            results, seconds = fastest_of(
                 lambda requests=requests, config=config: [r for _, r in engine.score(requests, config)], args.repeats
             )
             found.append((method, sum(r.clean_tokens + r.noised_tokens for r in results), seconds))

@@ -6,9 +6,10 @@
 The folder needs config.json and a tokenizer, no weights: they are drawn. A regime has a model (the folder's own shape,
 or SDAR-30B-A3B's with 12 of its 48 layers), a block length, and a number of sequences at once. Each engine has a
 process for each model and block length. Where there is a GPU for each engine, the engines run at the same time. A row
-runs `--runs` times behind `prepare`, one that takes long once: the first run is told apart from the best later one. The
-floor is `floor.py`'s: products, reading of keys and values, attention of prompts. Rows come as they are measured; the
-table at the end compares the engines. The last line is JSON.
+runs `--runs` times after `prepare`; a row that takes long runs once. The table shows the first run and the best later
+run. The floor is the time that `floor.py` gives for the products, for reading keys and values, and for attention of
+prompts. The script prints each row when it is measured, and a table that compares the engines at the end. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ STATIC, AT_ONCE = 0.9, 0.0  # thresholds: random weights are never so sure, and 
 
 @dataclass(frozen=True)
 class Regime:
-    """A row's workload.
+    """The work of a row.
 
     Attributes:
         name: the part of the table.
@@ -49,7 +50,7 @@ class Regime:
         block: the block length.
         active: sequences at once, and prompts of a run unless `prompts` says more.
         new_tokens: tokens of an answer.
-        threshold: of low_confidence_dynamic.
+        threshold: confidence_threshold of low_confidence_dynamic.
         prefix: tokens in front of each question; `share` questions have the same.
         share: questions with the same prefix; 0: all.
         prompts: prompts of a run.
@@ -128,7 +129,7 @@ def visible_gpus() -> list[str]:
 
 
 def drawn(args: argparse.Namespace, model: str, block: int, weights: Path) -> str:
-    """The folder of a model with drawn weights, made once, and with a block length."""
+    """The folder of a model with drawn weights and a block length. The weights are drawn once for each model."""
     from common import draw_weights
 
     whole, target = weights / model, weights / f"{model}-{block}"
@@ -157,7 +158,7 @@ def drawn(args: argparse.Namespace, model: str, block: int, weights: Path) -> st
 def in_process(
     args: argparse.Namespace, engine: str, gpu: str, folder: str, regimes: list[Regime]
 ) -> Iterator[dict[str, Any]]:
-    """Measure an engine's rows in a process of their own; a process that fails leaves its other rows."""
+    """Measure an engine's rows in a process of their own; rows that a process measured before it failed are kept."""
     asked = {
         "engine": engine, "folder": folder, "regimes": [asdict(regime) for regime in regimes],
         "gsm8k": args.gsm8k, "runs": args.runs,
@@ -229,11 +230,13 @@ def measure(engine: str, folder: str, regimes: list[dict[str, Any]], gsm8k: str 
     for regime in wanted:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        print(json.dumps({"engine": engine, **asdict(regime), **timed(lm, regime, questions, runs, floor)}), flush=True)
+        print(
+            json.dumps({"engine": engine, **asdict(regime), **rates_of(lm, regime, questions, runs, floor)}), flush=True
+        )
     lm.close()
 
 
-def timed(lm: Any, regime: Regime, questions: Any, runs: int, floor: Any) -> dict[str, Any]:
+def rates_of(lm: Any, regime: Regime, questions: Any, runs: int, floor: Any) -> dict[str, Any]:
     """The rates of a regime's runs."""
     from throughput import cycled
 
@@ -270,7 +273,7 @@ def timed(lm: Any, regime: Regime, questions: Any, runs: int, floor: Any) -> dic
 
 
 def requests(lm: Any, regime: Regime, questions: Any) -> list[Any]:
-    """The harness's requests of a regime, the texts in front of the questions drawn from the questions."""
+    """The harness's requests of a regime. A text in front of a question consists of worked problems."""
     from common import instance, sampling
     from throughput import front
 

@@ -1,22 +1,22 @@
-"""Tokens per second against the number of active sequences, through the whole of the harness's way to an engine.
+"""Tokens per second against the number of active sequences, from the harness's request to the text.
 
     python benchmarks/throughput.py                                                # the demo checkpoint, native engine
     python benchmarks/throughput.py --engine jetengine --pretrained FOLDER --random-weights --gsm8k FOLDER \\
         --active 128 256 --new-tokens 256 --strategy low_confidence_dynamic --threshold 0.9 --sample
 
 `--active N` sequences run at once, and each gets exactly `--new-tokens` new tokens (nothing stops early), so that runs
-compare. A run is one `generate_until` of the registered model: requests in, texts out, chat template, tokenizing and
-detokenizing included, loading not. Only returned tokens count. With random weights no confidence comes near 0.9, so
-that threshold unmasks one token a step, and threshold 0 a block a step. A step is a forward of a sequence, so a block
-and the one before it that share a forward count as two.
+compare. A run is one `generate_until` of the registered model, with chat template, tokenizing and detokenizing, without
+loading. Only returned tokens count. With random weights no confidence comes near 0.9, so threshold 0.9 unmasks one
+token a step, and threshold 0 a block a step. A step is a forward of a sequence; two blocks of a sequence that share a
+forward count as two steps.
 
-`--shared-prefix N` puts the same N tokens in front of each question, as few-shot tasks do; `--model-args
-share_prefixes=false` tells what sharing them is worth.
+`--shared-prefix N` puts the same N tokens in front of each question, as few-shot tasks do. A run with `--model-args
+share_prefixes=false` shows the speed without the sharing.
 
-On several GPUs, with a copy of the model each, start it by `torchrun --nproc_per_node 2` or `accelerate launch
---multi_gpu`: `--active` and `--prompts` are each process's own, questions are dealt out in turn, all begin a row
-together, and a row has all processes' tokens over the slowest one's time. With the row of one process at `--active 256`
-compare 256 of each of two (twice the work) and 128 of each of two (the same work). With `--model-args
+On several GPUs, each with a copy of the model, start the script by `torchrun --nproc_per_node 2` or `accelerate launch
+--multi_gpu`. `--active` and `--prompts` then count for each process, and the processes take questions in turn. All
+processes begin a row together, and a row has all processes' tokens over the slowest process's time. Compare one process
+at `--active 256` with two processes at 256 each (twice the work) and at 128 each (the same work). With `--model-args
 tensor_parallel_size=2` one process's GPUs share one copy. The last line is JSON.
 """
 
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def examples(docs: Any, tokens: int, tokenizer: Any) -> str:
-    """Worked problems, the last ones first, as much text as makes so many tokens."""
+    """The text of worked problems, the last problem first, cut to `tokens` tokens."""
     ids: list[int] = []
     for doc in itertools.cycle(list(docs)[::-1]):
         if len(ids) >= tokens:
@@ -118,14 +118,14 @@ def examples(docs: Any, tokens: int, tokenizer: Any) -> str:
 
 
 def front(questions: Any, number: int, tokens: int, tokenizer: Any) -> str:
-    """Worked problems, as much text as makes so many tokens: other ones for each number."""
+    """The text of worked problems, cut to `tokens` tokens. Each number has other problems."""
     begin = 31 * number
     own = [questions[(begin + i) % len(questions)] for i in range(len(questions))]
     return examples(own, tokens, tokenizer) if tokens else ""
 
 
 def cycled(instances: list[Instance], count: int, turn: int) -> list[Instance]:
-    """The next `count` instances, from the beginning again behind the last."""
+    """`count` instances for a turn; after the last instance the first one follows."""
     wanted = [instances[(turn * count + i) % len(instances)] for i in range(count)]
     return [dataclasses.replace(wanted[i]) for i in range(count)]  # the same one twice would be answered once
 
@@ -158,7 +158,7 @@ def row(
 
 
 def together(of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of all processes'; what is said of one is the slowest's."""
+    """One row for all processes. Facts of a single process are those of the slowest process."""
     slowest = max(of_ranks, key=lambda found: found["seconds"])
     tokens = sum(found["tokens"] for found in of_ranks)
     return slowest | {

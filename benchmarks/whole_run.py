@@ -1,26 +1,28 @@
-"""What a run of the native engine is made of: start, prefill, generation behind short and long contexts, all of GSM8K.
+"""Times of a native engine's run, by part: start, prefill, generation after short and long contexts, all of GSM8K.
 
     python benchmarks/whole_run.py                                                 # the demo checkpoint
     python benchmarks/whole_run.py --pretrained FOLDER --random-weights --gsm8k FOLDER --sections prefill contexts
 
-One process, which loads the weights once. `torchrun --nproc_per_node 2` runs the section gsm8k on two GPUs, with an
-equal share of the questions in each process. `throughput.py` has the speed against the number of sequences. Sections:
+One process loads the weights once and runs the sections. `torchrun --nproc_per_node 2` runs the section gsm8k on two
+GPUs, with an equal share of the questions in each process. `throughput.py` has the speed against the number of
+sequences. Sections:
 
 start     Seconds to the first token of a first request through the harness, by part. "Imports" counts from the start
           of the process (on Linux) to this script's first line of work: torch, transformers, lm_eval and this package.
-          Weight files are read once before they are loaded, so that reading them counts by itself; weights drawn with
-          --random-weights lie in memory by then. The total is without reading. Kernels that Triton has in its cache on
-          disk are not compiled again.
-prefill   Prompt tokens per second: distinct prompts of random tokens, and one block of each answer in one step, which
-          counts in the time. Beside it what the matrix products of a chunk of prefill alone allow (floor.py).
-contexts  Tokens per second and milliseconds a denoising step behind prompts of a length, one token a step. Prompts are
-          distinct: shared ones would have all sequences read the same few keys and values, from the GPU's L2 cache.
-          Prefill is not in the time, which begins when a short request that was admitted last is answered, and ends
-          with the last sequence but it; earlier ones get enough tokens to run throughout. The steps of that time are
-          known but for one. A decided block's KV is stored in the step that denoises the next block first.
-gsm8k     Every question once through the harness, in the chat template, exactly --answer-tokens new tokens each, two
-          tokens a step, refilled as slots become free. Nothing is warmed up: graphs are captured on the way. Several
-          processes begin together, and the slowest one's seconds count.
+          A reading of the weight files comes before the loading, and counts by itself; weights that --random-weights
+          drew are in memory by then. The total does not contain the reading. Triton does not compile kernels again
+          that its cache on disk has.
+prefill   Prompt tokens per second: distinct prompts of random tokens, and one block of each answer in one step, whose
+          time counts too. The next column has the speed of a chunk's matrix products alone (floor.py).
+contexts  Tokens per second and milliseconds of a denoising step after prompts of a length, one token a step. The
+          prompts are distinct: with shared prompts all sequences read the same few keys and values, from the GPU's L2
+          cache. The time has no prefill in it. It begins with the answer to a short request, which the engine admits
+          last, and ends with the answer to the last long request; the other long requests have enough new tokens to
+          run throughout. The number of steps in this time is exact to one step. The step that denoises a block first
+          also stores the keys and values of the block before.
+gsm8k     All questions once through the harness, in the chat template, with exactly --answer-tokens new tokens each,
+          two tokens a step. New questions take the slots that become free. There is no warm-up: the engine captures
+          graphs on the way. Several processes begin together, and the slowest process's seconds count.
 
 Prefill and contexts run twice, and the second run counts. The last line is JSON.
 """
@@ -287,7 +289,7 @@ def whole_gsm8k(lm: Any, questions: Any, args: argparse.Namespace) -> dict[str, 
 
 
 class Clock:
-    """Seconds since it was made, or since the last lap."""
+    """Measures seconds since its start, or since its last lap."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
@@ -307,7 +309,7 @@ def seconds_of_process() -> float | None:
 
 
 def read_all(paths: list[Path]) -> int:
-    """Read files, as fast as they come; returns their bytes."""
+    """Read files as fast as the disk gives them; return their number of bytes."""
     buffer, total = bytearray(1 << 24), 0
     for path in paths:
         with path.open("rb", buffering=0) as file:
@@ -317,7 +319,7 @@ def read_all(paths: list[Path]) -> int:
 
 
 def seconds_of_products(checkpoint: Checkpoint, device: torch.device, rows: int) -> float:
-    """Those of all layers over so many tokens. The weights they take are freed again."""
+    """Seconds of all layers' products over `rows` tokens. The products' weights do not stay in memory."""
     seconds, _ = Floor(checkpoint.config, device.type).seconds(rows)
     gc.collect()
     if device.type == "cuda":
@@ -326,7 +328,7 @@ def seconds_of_products(checkpoint: Checkpoint, device: torch.device, rows: int)
 
 
 def random_tokens(lm: Any, count: int, rng: random.Random) -> tuple[int, ...]:
-    """Any tokens but the mask."""
+    """Draw tokens other than the mask."""
     drawn = rng.choices(range(lm.checkpoint.config["vocab_size"] - 1), k=count)
     return tuple(token + (token >= lm.checkpoint.mask_token_id) for token in drawn)
 

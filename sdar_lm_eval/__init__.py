@@ -10,9 +10,8 @@ from sdar_lm_eval import autoload
 
 __version__ = "0.2.0"
 
-TYPE_CHECKING = (
-    False  # importing `typing` would slow down each start of Python, which imports this package (autoload.py)
-)
+# Importing `typing` would slow down each start of Python, which imports this package (autoload.py).
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sdar_lm_eval.checkpoint import Checkpoint
     from sdar_lm_eval.decoding import DecodingConfig

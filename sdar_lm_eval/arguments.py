@@ -10,6 +10,7 @@ from typing import Literal, TypedDict, TypeVar, get_type_hints
 
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.native.strategies import spellings
+from sdar_lm_eval.engines.registry import ENGINES
 
 KEYWORD_ONLY, POSITIONAL_OR_KEYWORD = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
 
@@ -157,6 +158,12 @@ class LMDeployArguments(ModelArguments, total=False):
     tensor_parallel_size: int
     data_parallel_size: int
     cache_max_entry_count: float
+
+
+def arguments_of(engine: str) -> type[object]:
+    """Return the TypedDict of an engine's model_args, by the engine's name in the registry."""
+    found: type[object] = globals()[ENGINES[engine].arguments]
+    return found
 
 
 Class = TypeVar("Class", bound=type)

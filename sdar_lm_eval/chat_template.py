@@ -45,7 +45,7 @@ Value = TypeVar("Value")
 
 
 class Tokenizer(Protocol):
-    """What is read of a transformers tokenizer."""
+    """The part of a transformers tokenizer that this module reads."""
 
     @property
     def chat_template(self) -> object:

@@ -148,8 +148,18 @@ def check_arguments(function: Callable[..., object], *args: object, **kwargs: ob
     with contextlib.suppress(TypeError):  # Python's own error names arguments that are missing or too many
         given = _signature(function).bind(*args, **kwargs).arguments
     for name, value in given.items():
-        if name in hints and not fits(value, hints[name]):
-            raise UserError(f"{name}={shown(value)} is of type {type(value).__name__}. Give {_words(hints[name])}.")
+        if name in hints:
+            check_type(name, value, hints[name])
+
+
+def check_type(name: str, value: object, kind: Any) -> None:
+    """Raise unless a value has a type, as `check_arguments`.
+
+    Raises:
+        UserError: the value has another type. The message says which type the argument takes.
+    """
+    if not fits(value, kind):
+        raise UserError(f"{name}={shown(value)} is of type {type(value).__name__}. Give {_words(kind)}.")
 
 
 class _PublicNames(dict[str, object]):
@@ -221,5 +231,8 @@ def _words(kind: Any) -> str:
         return "None"
     if origin is Callable:
         return "a function"
-    name = "list" if origin in (Sequence, Iterable, Collection) else str(origin.__name__)
+    if origin in (Sequence, Iterable, Collection):
+        name = "list, tuple or array" if int in parts else "list"
+    else:
+        name = str(origin.__name__)
     return name + (f" of {parts[0].__name__}" if _holds_plain(kind) else "")

@@ -36,7 +36,7 @@ class Ends(Protocol):
 
     @property
     def thinking(self) -> Thinking | None:
-        """How the answer's thought is found; None: the answer has no thought."""
+        """The rule that finds the answer's thought; None: the answer has no thought."""
 
     @property
     def repetition(self) -> Repetition | None:

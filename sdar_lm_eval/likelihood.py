@@ -57,7 +57,7 @@ class Pattern:
 
     Attributes:
         masked: indices of the masked tokens among 0..m-1, ascending.
-        scored: those of `masked` whose log-probabilities count.
+        scored: the positions of `masked` whose log-probabilities count.
         weight: factor of the sum of their log-probabilities.
     """
 
@@ -141,7 +141,7 @@ class Block:
     Attributes:
         start: position of the block's first token in the text.
         tokens: (L,) int64, the clean tokens; mask tokens after the text's end.
-        given: how many leading tokens belong to the context.
+        given: number of leading tokens that belong to the context.
         patterns: masks of the continuation's tokens.
         pairs: the draws, where the patterns were sampled.
     """

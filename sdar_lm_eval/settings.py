@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints, overload
 
-from sdar_lm_eval import arguments
-from sdar_lm_eval.arguments import ChatMode, DecodingArguments, ModelArguments
+from sdar_lm_eval.arguments import ChatMode, DecodingArguments, ModelArguments, arguments_of
 from sdar_lm_eval.checks import at_least_one, check_bool, check_number, check_unicode, if_given, plain
 from sdar_lm_eval.decoding import DECODING_SETTINGS, MAX_BLOCK_LENGTH, DecodingConfig
 from sdar_lm_eval.defaults import DEFAULT_SEED
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, full_name
 from sdar_lm_eval.engines.native.strategies.base import Strategy
-from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.engines.types import LikelihoodConfig
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.files import expanded, plain_text
@@ -93,7 +91,7 @@ class ModelSettings:
         Raises:
             UserError: an unknown name, or a value out of range.
         """
-        taken = getattr(arguments, ENGINES[engine].arguments)
+        taken = arguments_of(engine)
         of_engine = _own_names(taken)
         check_names(given, "model_args", also=("pretrained", *_names(ModelArguments), *of_engine))
         known = _without_none(canonical(given))
@@ -187,7 +185,7 @@ def _chat_mode(value: object) -> ChatMode:
 
 
 def _batch_size(known: Mapping[str, object]) -> int | None:
-    """How many sequences run at once by the batch size; None for 1, which lm_eval passes by default."""
+    """Number of sequences at once that the batch size asks for; None for 1, which lm_eval passes by default."""
     name, value = "batch_size", known.get("batch_size", 1)
     if isinstance(value, str) and value.startswith("auto"):
         name, value = "max_batch_size", known.get("max_batch_size")
@@ -202,7 +200,7 @@ class Generation:
     """The settings of one request.
 
     Attributes:
-        decoding: how to denoise; the temperature is 0 where the answer is greedy.
+        decoding: the decoding settings; the temperature is 0 where the answer is greedy.
         max_gen_toks: most new tokens.
         until: texts that end the answer, none of them empty.
     """

@@ -56,7 +56,7 @@ class Thought:
     """The thought of an answer.
 
     Attributes:
-        text: what stands before the last think end; the whole answer where the thought has no end.
+        text: the text before the last think end; the whole answer where the thought has no end.
         ended: whether the thought has an end. An answer whose thought has none is no answer: its text is empty.
     """
 
@@ -78,7 +78,7 @@ class Repetition:
 
     Attributes:
         tokens: the longest period.
-        times: how often a period of this length has to occur.
+        times: least number of times that a period of this length occurs.
     """
 
     tokens: int

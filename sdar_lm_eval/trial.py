@@ -13,11 +13,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sdar_lm_eval import arguments
-from sdar_lm_eval.arguments import DecodingArguments
+from sdar_lm_eval.arguments import DecodingArguments, arguments_of
 from sdar_lm_eval.demo import PROMPT, problems
 from sdar_lm_eval.engines.agreement import JUDGED, Divergence, Float32Judge, allowed
-from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import SDARError, UserError, did_you_mean, listed
 from sdar_lm_eval.files import one_line
 from sdar_lm_eval.loaded import Answer, LoadedModel
@@ -246,7 +244,7 @@ class Trials:
 
 def _taken_by(engine: str) -> set[str]:
     """The model_args that an engine takes."""
-    return set(getattr(arguments, ENGINES[engine].arguments).__annotations__)
+    return set(arguments_of(engine).__annotations__)
 
 
 def _strategy_trial(

@@ -3,6 +3,7 @@
 run(engine, requests)              results in the requests' order, each there once
 tokens_of(results)                 what has to be equal where answers are the same
 native(checkpoint, requests)       that of the native engine on the CPU, which is asked once for all who compare
+prompts(checkpoint, lengths)       random prompts; random_prompts: without special tokens of the demo's tokenizer
 ask(demo, questions, …)            requests for the demo's problems; extracted, accuracy: of their answers
 """
 
@@ -44,6 +45,13 @@ def native(checkpoint, requests):
 
 
 _native = {}
+
+
+def prompts(checkpoint, lengths, seed=0):
+    """Random prompts of any tokens of a checkpoint but the mask token."""
+    rng = random.Random(seed)
+    allowed = [t for t in range(checkpoint.config["vocab_size"]) if t != checkpoint.mask_token_id]
+    return [tuple(rng.choices(allowed, k=length)) for length in lengths]
 
 
 def random_prompts(lengths, seed=0):

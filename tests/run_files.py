@@ -67,7 +67,7 @@ def write_run(
     Args:
         folder: made if it is not there.
         scores: task -> "metric,filter" -> a value for each document.
-        date: in the files' names.
+        date: the date in the files' names.
         documents: the documents' indices; document i is the i-th of its data set, so equal indices are equal documents.
         aggregated: "metric,filter" -> the results file's value; default: the mean over documents.
         better: metric -> whether higher is better; default: it is.

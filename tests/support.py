@@ -169,7 +169,7 @@ def random_checkpoint(
     Args:
         folder: made if it is not there.
         moe: SDAR MoE rather than dense.
-        seed: of the weights.
+        seed: seed of the weights.
         shards: weight files; more than one come with an index.
         leave_out: keys that config.json does not name.
         settings: keys of config.json to set.

@@ -77,6 +77,12 @@ def test_the_message_says_what_was_given_and_what_is_allowed(model: sdar_lm_eval
         r"path=5 is of type int\. Give str or PathLike\.": lambda: read_run(5),  # type: ignore[arg-type]
         r"a=5 is of type int\. Give str, PathLike or RunFrames\.": lambda: compare(5, run),  # type: ignore[arg-type]
         r"tasks=\['a', 5\] is of type list\. Give list of str or None\.": lambda: compare(run, run, tasks=["a", 5]),  # type: ignore[list-item]
+        r"prompt_ids=5 is of type int\. Give list, tuple or array of int\.": (
+            lambda: GenerationRequest(5, 2, DecodingConfig())  # type: ignore[arg-type]
+        ),
+        r"prompt_ids='Hi' is of type str\. Give list, tuple or array of int\.": (
+            lambda: GenerationRequest("Hi", 2, DecodingConfig())  # type: ignore[arg-type]
+        ),
         r"watch=5 is of type int\. Give a function or None\.": lambda: model.generate("Hi", watch=5),  # type: ignore[call-overload]
         r"checkpoint='demo' is of type str\. Give Checkpoint\.": lambda: make_engine("native", "demo"),  # type: ignore[arg-type]
         r"engine got an unexpected keyword argument 'pages'\. Known: checkpoint, device, ": (

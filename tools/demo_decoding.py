@@ -32,7 +32,7 @@ class Rule:
     """How many of a block's most confident tokens a step keeps.
 
     Attributes:
-        name: what tables call it.
+        name: the name in tables.
         tokens: this many.
         threshold: all above this confidence, if they are more; None: no others.
     """

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import demo_training
-from demo_decoding import Question, table
+from demo_decoding import STOP, Question, table
 from demo_problems import problems
-from demo_training import BLOCK_SIZE, Chat, tokenized
+from demo_training import BLOCK_SIZE, END, MASK, Chat, tokenized
 
 from sdar_lm_eval.demo import PROMPT
 from sdar_lm_eval.tasks.generated import KINDS, Document, documents, is_right, stream
@@ -47,7 +47,8 @@ MOST_TEXTS = 600_000  # of word problems in the first training
 MOST_TASK_TEXTS = 300_000  # of tasks; of word problems beside them a third
 VOCAB_SIZE = 900
 TEST_PROBLEMS = 200
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>")
+TURN = "<|im_start|>"
+SPECIAL_TOKENS = (END, TURN, STOP, MASK)
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -64,7 +65,7 @@ SPLIT = (
 
 def chat(question: str, answer: str) -> Chat:
     """Return a user's turn and its answer in the chat template."""
-    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", f"{answer}<|im_end|>"
+    return f"{TURN}user\n{question}{STOP}\n{TURN}assistant\n", f"{answer}{STOP}"
 
 
 def problem_chats(seed: int) -> Iterator[Chat]:
@@ -114,7 +115,7 @@ def make_tokenizer(seed: int) -> Tokenizer:
 
 def make_config(tokenizer: Tokenizer) -> Config:
     """Return `config.json` of the demo model: SDAR's keys, with Qwen3's meaning."""
-    end, mask = tokenizer.token_to_id("<|endoftext|>"), tokenizer.token_to_id("<|MASK|>")
+    end, mask = tokenizer.token_to_id(END), tokenizer.token_to_id(MASK)
     return {
         "architectures": ["SDARForCausalLM"],
         "model_type": "sdar",
@@ -213,15 +214,14 @@ def write_checkpoint(folder: Path, model: Qwen3ForCausalLM, config: Config, toke
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    end = "<|endoftext|>"
-    stop_ids = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id(end)]
+    stop_ids = [tokenizer.token_to_id(STOP), tokenizer.token_to_id(END)]
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
-        "eos_token": end,
-        "pad_token": end,
-        "mask_token": "<|MASK|>",
-        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "eos_token": END,
+        "pad_token": END,
+        "mask_token": MASK,
+        "additional_special_tokens": [TURN, STOP],
         "clean_up_tokenization_spaces": False,
         "model_max_length": config["max_position_embeddings"],
     }

@@ -31,20 +31,20 @@ WHOLE = {
 }  # fmt: skip
 
 
-def _is_whole(value: Any, least: int = 0, most: int = 2**62) -> bool:
+def _is_whole(value: object, least: int = 0, most: int = 2**62) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _is_positive(value: Any) -> bool:
+def _is_positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _all(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _all(check: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, list) and all(map(check, value))
 
 
 # Keys, a check of their values, and what the check requires, in words.
-KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+KINDS: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (
         ("attention_bias", "norm_topk_prob", "tie_word_embeddings", "use_sliding_window"),
         lambda value: isinstance(value, bool),
@@ -138,7 +138,7 @@ def stop_ids_of(name: str, value: Any, vocabulary: int) -> tuple[int, ...]:
     return ids
 
 
-def check_mask_token(name: str, mask_token_id: Any, vocabulary: int) -> None:
+def check_mask_token(name: str, mask_token_id: object, vocabulary: int) -> None:
     """Check the mask token.
 
     Raises:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdar_lm_eval.commands.given import names
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report import compare_text
 from sdar_lm_eval.report.changed import ChangedDocument, changed_documents
@@ -38,15 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="the run to compare with (A): a number from 1, a label, or a part of a label; default: 1",
     )
-    parser.add_argument("--tasks", type=_names, default=(), metavar="T,…", help="only these tasks")
+    parser.add_argument("--tasks", type=names, default=(), metavar="T,…", help="only these tasks")
     parser.add_argument(
         "--metric",
-        type=_names,
+        type=names,
         default=(),
         metavar="M,…",
         help="only these metrics; default: all metrics, but of pass@k only the largest k",
     )
-    parser.add_argument("--filter", type=_names, default=(), metavar="F,…", help="only these filters")
+    parser.add_argument("--filter", type=names, default=(), metavar="F,…", help="only these filters")
     parser.add_argument("--list", action="store_true", help="list the documents whose scores differ between A and B")
     parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")
     parser.add_argument("--json", dest="format", action="store_const", const="json", help="short for --format json")
@@ -86,10 +87,6 @@ def run(arguments: argparse.Namespace) -> str:
     except OSError as error:
         raise UserError(f"--output {arguments.output} cannot be written: {error.strerror}.") from error
     return "\n".join([*compare_text.sentences(comparisons), f"Written to {arguments.output}."])
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in (part.strip() for part in text.split(",")) if name]
 
 
 def _baseline(runs: Sequence[Run], given: str | None) -> Run:

@@ -1,4 +1,4 @@
-"""The options `--model_args`, `--gen_kwargs`, `--engine` and `--model` of this package's own commands."""
+"""What options of this package's own commands have in common: pairs of name and value, lists of names, the engine."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ def pairs(option: str, words: Sequence[str]) -> dict[str, object]:
                 f"{option} {word}: cannot be read ({error}). Give name=value, several separated by commas, or JSON."
             ) from error
     return found
+
+
+def names(text: str) -> list[str]:
+    """Return the names in a text that separates names by commas, as an argument's type."""
+    return [name for part in text.split(",") if (name := part.strip())]
 
 
 def _reader() -> Callable[[str], dict[str, object]]:

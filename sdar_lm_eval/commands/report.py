@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sdar_lm_eval.commands.given import names
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import expanded
 from sdar_lm_eval.report.page.rendering import page_of
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", metavar="FILE", type=Path, default=Path("report.html"), help="default: %(default)s"
     )
-    parser.add_argument("--tasks", metavar="TASK,…", default="", help="only these tasks")
+    parser.add_argument("--tasks", type=names, metavar="TASK,…", default=(), help="only these tasks")
     parser.add_argument("--title", help="the page's title; default: model and tasks")
 
 
@@ -38,8 +39,7 @@ def run(arguments: argparse.Namespace) -> str:
     Raises:
         UserError: a run cannot be read, no run has one of the tasks, or the page cannot be written.
     """
-    tasks = [task.strip() for task in arguments.tasks.split(",") if task.strip()]
-    text = page_of(read_runs(arguments.paths), tasks, arguments.title)
+    text = page_of(read_runs(arguments.paths), arguments.tasks, arguments.title)
     output = expanded(arguments.output)
     try:
         output.write_text(text, "utf-8", newline="\n")

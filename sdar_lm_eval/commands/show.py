@@ -18,7 +18,7 @@ from sdar_lm_eval.report.documents import Answer, Document, documents_of, is_lik
 from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.runs import Run, mean_value, read_one_run
-from sdar_lm_eval.report.terminal import legend, written
+from sdar_lm_eval.report.terminal import denoised_text, legend
 
 EXAMPLE = "sdar_lm_eval show demo_results --only wrong"
 
@@ -174,7 +174,7 @@ def _table(documents: Sequence[Document], metric: MetricKey) -> Table:
     for each in documents:
         records = [answer.denoising for answer in each.answers if answer.denoising is not None]
         tokens = f"{fmean(len(record.token_ids) for record in records):.0f}" if records else ""
-        forwards = f"{fmean(map(_forwards, records)):.0f}" if records else ""
+        forwards = f"{fmean(record.made_forwards for record in records):.0f}" if records else ""
         verdict = _verdict(each.score(metric))
         if each.is_cut:
             verdict.append(" cut", "yellow")
@@ -201,10 +201,6 @@ def _tokens(record: Denoising) -> Table:
     return table
 
 
-def _forwards(record: Denoising) -> int:
-    return record.forwards.get("denoising", 0) + record.forwards.get("commit", 0)
-
-
 def _print_document(
     console: Console, task: str, metric: MetricKey, document: Document, tokens: bool, of_likelihoods: bool
 ) -> None:
@@ -225,7 +221,7 @@ def _print_document(
             if not of_likelihoods:  # the model wrote nothing
                 console.print("The run has no record of how the answer was written.", style="dim")
         else:
-            console.print(_tokens(record) if tokens else written(record), soft_wrap=True)
+            console.print(_tokens(record) if tokens else denoised_text(record), soft_wrap=True)
             console.print()
             console.print(Text(_cost(record)))
             if record.finish_reason in ENDS:
@@ -244,8 +240,8 @@ def _print_document(
 
 
 def _cost(record: Denoising) -> str:
-    made, tokens = _forwards(record), len(record.token_ids)
-    rate = f", {record.drawn_tokens / made:.2f} tokens per forward" if made else ""
+    tokens, tokens_per_forward = len(record.token_ids), record.tokens_per_forward
+    rate = "" if tokens_per_forward is None else f", {tokens_per_forward:.2f} tokens per forward"
     denoising, commit = (record.forwards.get(name, 0) for name in ("denoising", "commit"))
     return f"{tokens} tokens, {denoising} denoising and {commit} commit forwards{rate}, {record.seconds:.2f} s"
 

@@ -14,6 +14,7 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,10 @@ from sdar_lm_eval.errors import EngineError, UserError
 from sdar_lm_eval.settings import ALIASES
 
 if TYPE_CHECKING:
+    from sdar_lm_eval.report.curve import Summary
     from sdar_lm_eval.report.results import Results
-    from sdar_lm_eval.runs.plan import Evaluation, Plan
+    from sdar_lm_eval.report.runs import Run
+    from sdar_lm_eval.runs.plan import Plan, PlannedEvaluation
 
 EXAMPLE = (
     "sdar_lm_eval sweep --model_args pretrained=demo --tasks gsm8k_sdar_demo --strategy dynamic --threshold 0.5:0.9 "
@@ -179,16 +182,14 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 def _run(planned: Plan, arguments: argparse.Namespace) -> str:
-    from sdar_lm_eval.report.by_task import by_task
-    from sdar_lm_eval.report.curve import summarized, table, write_chart
-    from sdar_lm_eval.report.points import metric_of, points_of
+    from sdar_lm_eval.report.points import points_of
     from sdar_lm_eval.report.runs import Run
     from sdar_lm_eval.report.text_table import with_error
     from sdar_lm_eval.runs import local
 
     total = len(planned.evaluations)
 
-    def tell(number: int, evaluation: Evaluation, results: Results | None, error: str | None) -> None:
+    def tell(number: int, evaluation: PlannedEvaluation, results: Results | None, error: str | None) -> None:
         told = f"failed: {error}"
         if results is not None:
             task = planned.tasks[0]
@@ -199,40 +200,18 @@ def _run(planned: Plan, arguments: argparse.Namespace) -> str:
 
     _say(_counted(planned))
     outcome = local.run(planned, tell)
-    summaries = []
-    for task in planned.tasks:
-        if outcome.runs:
-            metric = metric_of(outcome.runs[0], task, arguments.metric)
-            name = f"{metric.name},{metric.filter}"
-            summaries.append(summarized(task, name, points_of(outcome.runs, task, name), arguments.y_max))
+    summaries = _summaries(outcome.runs, planned.tasks, arguments) if outcome.runs else []
     content = {
         "folder": str(planned.output),
         "tasks": [summary.as_dict() for summary in summaries],
         "failed": outcome.failed,
     }
-    text = json.dumps(content, indent=2, ensure_ascii=False)
+    as_json = json.dumps(content, indent=2, ensure_ascii=False)
+    parts = []
     if summaries:
-        _write(planned.output / POINTS, text)
-        tables = [f"## {each.task}\n\n{table(each, markdown=True)}" for each in summaries]
-        if len(summaries) > 1:
-            tables.append(f"## All tasks\n\n{by_task(summaries, markdown=True)}")
-        _write(planned.output / TABLE, "\n\n".join(tables))
-        write_chart(planned.output / CHART, summaries)
-        if arguments.plot is not None:
-            write_chart(arguments.plot, summaries)
-    if not arguments.json:
-        written = [str(planned.output / name) for name in (TABLE, POINTS, CHART)] * bool(summaries)
-        written += [str(arguments.plot)] * bool(summaries and arguments.plot)
-        parts = [f"{each.task}\n\n{table(each)}" for each in summaries]
-        if len(summaries) > 1:
-            parts.append(f"All tasks\n\n{by_task(summaries)}")
-        runs = _as_arguments(planned)
-        see = f"sdar_lm_eval report {runs} -o report.html"
-        if any(len(each.points) > 1 for each in summaries):
-            following = f"Compare them: sdar_lm_eval compare {runs}; see them: {see}"
-        else:  # one run, which `compare` refuses
-            following = f"See it: {see}"
-        text = "\n\n".join([*parts, *([f"Written: {', '.join(written)}\n{following}"] if written else [])])
+        files = _write_files(summaries, as_json, planned.output, arguments.plot)
+        parts = [*_tables(summaries), f"Written: {', '.join(map(str, files))}\n{_next_steps(planned, summaries)}"]
+    text = as_json if arguments.json else "\n\n".join(parts)
     if not outcome.failed:
         return text
     print(text, flush=True)
@@ -240,6 +219,50 @@ def _run(planned: Plan, arguments: argparse.Namespace) -> str:
         f"{len(outcome.failed)} of {total} evaluations failed. The same command runs these again.\n"
         + "\n".join(f"  {name}: {error}" for name, error in outcome.failed.items())
     )
+
+
+def _summaries(runs: Sequence[Run], tasks: Sequence[str], arguments: argparse.Namespace) -> list[Summary]:
+    """Return a summary for each task."""
+    from sdar_lm_eval.report.curve import summarized
+    from sdar_lm_eval.report.points import metric_of, points_of
+
+    found = []
+    for task in tasks:
+        metric = metric_of(runs[0], task, arguments.metric)
+        name = f"{metric.name},{metric.filter}"
+        found.append(summarized(task, name, points_of(runs, task, name), arguments.y_max))
+    return found
+
+
+def _tables(summaries: Sequence[Summary], markdown: bool = False) -> list[str]:
+    """Return a titled table for each task, then one for all tasks where there are several."""
+    from sdar_lm_eval.report.by_task import by_task
+    from sdar_lm_eval.report.curve import table
+
+    title = "## " if markdown else ""
+    tables = [f"{title}{each.task}\n\n{table(each, markdown)}" for each in summaries]
+    return tables + [f"{title}All tasks\n\n{by_task(summaries, markdown)}"] * (len(summaries) > 1)
+
+
+def _write_files(summaries: Sequence[Summary], as_json: str, folder: Path, plot: Path | None) -> list[Path]:
+    """Write the sweep's table, points and charts, and return the files."""
+    from sdar_lm_eval.report.curve import write_chart
+
+    _write(folder / POINTS, as_json)
+    _write(folder / TABLE, "\n\n".join(_tables(summaries, markdown=True)))
+    charts = [folder / CHART, *([plot] if plot is not None else [])]
+    for chart in charts:
+        write_chart(chart, summaries)
+    return [folder / TABLE, folder / POINTS, *charts]
+
+
+def _next_steps(planned: Plan, summaries: Sequence[Summary]) -> str:
+    """Return the commands that show the sweep's runs."""
+    runs = _as_arguments(planned)
+    see = f"sdar_lm_eval report {runs} -o report.html"
+    if any(len(each.points) > 1 for each in summaries):
+        return f"Compare them: sdar_lm_eval compare {runs}; see them: {see}"
+    return f"See it: {see}"  # one run, which `compare` refuses
 
 
 def _as_arguments(planned: Plan) -> str:

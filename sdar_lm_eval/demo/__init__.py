@@ -27,7 +27,7 @@ class HasTokenizer(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """With a chat template."""
+        """The tokenizer, which has a chat template."""
 
 
 def prompts(checkpoint: HasTokenizer) -> list[tuple[int, ...]]:

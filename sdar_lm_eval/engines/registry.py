@@ -35,8 +35,8 @@ class EngineSpec:
         block_lengths: block lengths that the engine supports; None: any.
         scores: whether the engine computes log-likelihoods.
         packages: packages that the engine runs on beside torch and transformers, by their names for pip.
-        find: what looks for all that the engine needs, "module:function". It imports no engine, and raises an
-            EngineError that says what is missing and how to install it. None: the engine runs anywhere.
+        find: "module:function" of a function that looks for all that the engine needs. It imports no engine, and
+            raises an EngineError that says what is missing and how to install it. None: the engine runs anywhere.
     """
 
     name: str

@@ -26,7 +26,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from sdar_lm_eval.checks import check_arguments, check_number, check_range, fits, plain
+from sdar_lm_eval.checks import check_arguments, check_number, check_range, check_type, plain
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
 from sdar_lm_eval.errors import UserError, did_you_mean
@@ -109,7 +109,8 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         given: Any = self.prompt_ids
-        if not isinstance(given, tuple) and fits(given, Sequence[int]):
+        check_type("prompt_ids", given, Sequence[int])
+        if not isinstance(given, tuple):
             object.__setattr__(self, "prompt_ids", tuple(map(plain, given)))  # the class is frozen
         check_arguments(GenerationRequest, **vars(self))
         if not self.prompt_ids:
@@ -137,7 +138,7 @@ class GenerationResult:
         seconds: time from the request's first forward to its end.
         unmasked_at: for each new token, the step of its block that unmasked the token, from 0; None: not recorded.
         confidences: for each new token, its probability when the token was drawn; None: not recorded.
-        forced_tokens: how many of the new tokens were not drawn: the think end behind a thought that reached its limit
+        forced_tokens: number of new tokens that were not drawn: the think end behind a thought that reached its limit
             (`Thinking.max_tokens`). Of these tokens, `confidences` has 1. `unmasked_at` has the step after the last
             one of the block's kept tokens, and the block's later tokens count their steps from there on.
     """
@@ -311,8 +312,8 @@ class ScoreResult:
     """A continuation's score.
 
     Attributes:
-        log_likelihood: in nats. Under nelbo, the evidence lower bound. -inf where the continuation holds the mask
-            token, which is never generated.
+        log_likelihood: the log-likelihood in nats; under nelbo, the evidence lower bound. -inf where the continuation
+            holds the mask token, which is never generated.
         is_greedy: whether greedy decoding by `sequential`, one token a step, generates this continuation. Both methods
             agree.
         standard_error: standard error of log_likelihood in nats, from sampled masks; 0 where no masks were sampled.

@@ -1,9 +1,10 @@
 """Denoising records of an evaluation: made as each answer finishes, written when lm_eval saves the samples.
 
-    GenerationResult -> Written -> a record of the store -> Written -> a line of the file (report/denoising.py)
+    GenerationResult -> CompactDenoising -> a line of the file (report/denoising.py)
+                        CompactDenoising <-> a record of the store
 
-An evaluation keeps the records of all answers in memory until lm_eval saves the samples. So a `Written` takes only
-8 bytes a token, and a line, which takes 100, is made as it is written.
+An evaluation keeps the records of all answers in memory until lm_eval saves the samples. A `CompactDenoising` takes
+8 bytes a token. A line takes 100, so a line is made only when the line is written.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Written:
+class CompactDenoising:
     """The denoising record of an answer, in memory: `Denoising` without the answer's name and texts, in small types.
 
     Attributes:
@@ -47,7 +48,7 @@ class Written:
     forced_tokens: int = 0
 
     @classmethod
-    def of_result(cls, result: GenerationResult, block_length: int, prompt_tokens: int) -> Written:
+    def of_result(cls, result: GenerationResult, block_length: int, prompt_tokens: int) -> CompactDenoising:
         """Return the denoising record of an engine's result."""
         steps = confidences = None
         if result.unmasked_at is not None and result.confidences is not None:
@@ -66,7 +67,7 @@ class Written:
         )
 
     @classmethod
-    def of_record(cls, record: Record) -> Written | None:
+    def of_record(cls, record: Record) -> CompactDenoising | None:
         """Return the denoising record of a stored answer; None where the store's record has none."""
         if "token_ids" not in record or "block_length" not in record:
             return None
@@ -109,17 +110,17 @@ class Written:
 
 
 @dataclass
-class WrittenAnswers:
+class DenoisingRecords:
     """The denoising records of an evaluation: task -> (document, repeat) -> record."""
 
-    of_tasks: dict[str, dict[tuple[int, int], Written]] = field(default_factory=dict)
+    of_tasks: dict[str, dict[tuple[int, int], CompactDenoising]] = field(default_factory=dict)
 
-    def add(self, task: str, document: int, repeat: int, written: Written) -> None:
+    def add(self, task: str, document: int, repeat: int, record: CompactDenoising) -> None:
         """Add the record of an answer; the record replaces an earlier one of the same document and repeat."""
-        self.of_tasks.setdefault(task, {})[document, repeat] = written
+        self.of_tasks.setdefault(task, {})[document, repeat] = record
 
     @classmethod
-    def of_ranks(cls, ranks: Sequence[WrittenAnswers]) -> WrittenAnswers:
+    def of_ranks(cls, ranks: Sequence[DenoisingRecords]) -> DenoisingRecords:
         """Return the records of all ranks (processes) together."""
         united = cls()
         for of_rank in ranks:

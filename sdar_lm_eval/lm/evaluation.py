@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 
 from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.hashing import hex_digest
-from sdar_lm_eval.lm.denoising import WrittenAnswers
+from sdar_lm_eval.lm.denoising import DenoisingRecords
 from sdar_lm_eval.report.counts import Counts
 from sdar_lm_eval.thinking import Thought
 
@@ -113,10 +113,10 @@ class Evaluation:
     Attributes:
         seed: seed of sampled answers and masks.
         tasks: name -> the tasks whose requests lm_eval built.
-        counts: what was computed.
+        counts: the work that was done.
         decoding: task -> the settings that its answers were made with.
         sent: task -> what was sent.
-        written: how answers were written.
+        denoising: the denoising records of answers.
         thoughts: task -> (document, request of the document, repeat of the request) -> the answer's thought, or None.
         template_hash: hash of the chat template in use.
         over: whether the evaluation has ended; requests that come now belong to no evaluation.
@@ -127,7 +127,7 @@ class Evaluation:
     counts: Counts = field(default_factory=Counts)
     decoding: dict[str, dict[str, object]] = field(default_factory=dict)
     sent: dict[str, SentPrompts] = field(default_factory=dict)
-    written: WrittenAnswers = field(default_factory=WrittenAnswers)
+    denoising: DenoisingRecords = field(default_factory=DenoisingRecords)
     thoughts: dict[str, dict[tuple[int, int, int], Thought | None]] = field(default_factory=dict)
     template_hash: str | None = None
     over: bool = False
@@ -164,7 +164,7 @@ class Evaluation:
         """Note an answer's thought, and count thoughts and loops.
 
         Args:
-            job: what was answered.
+            job: the job that was answered.
             thought: the answer's thought; None: it has none.
             reason: why the answer ended.
             tokens: the answer's tokens.

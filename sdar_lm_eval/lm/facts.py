@@ -41,7 +41,7 @@ def facts_of_model(
     Args:
         checkpoint: the model's checkpoint.
         jobs: has max_length and the decoding settings that hold where a task has none.
-        likelihood: how log-likelihoods are computed.
+        likelihood: settings of the log-likelihoods.
         info: the engine's facts.
         chat_template: the setting of that name.
         thoughts: the settings of thoughts.

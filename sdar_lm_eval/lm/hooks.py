@@ -65,8 +65,8 @@ class Watched(Protocol):
     def add_thoughts(self, samples: Mapping[str, Sequence[dict[str, Any]]]) -> None:
         """Put the thoughts of the last evaluation's answers into lm_eval's samples, by task."""
 
-    def written(self) -> LinesOf:
-        """Return a function: task -> how the last evaluation's answers were written; nothing where not recorded."""
+    def denoising_lines(self) -> LinesOf:
+        """Return a function: task -> the lines of its denoising file; none for a task without records."""
 
     def task_begins(self, task: TaskRequests, requests: Sequence[Instance]) -> None:
         """lm_eval has built a task's requests."""
@@ -88,8 +88,8 @@ class _Call:
     """A call of lm_eval's `simple_evaluate`.
 
     Attributes:
-        seed: its seed for torch.
-        tracker: what saves its samples.
+        seed: the call's seed for torch.
+        tracker: the object that saves the evaluation's samples.
         model: the model of this package that its `evaluate` evaluates; None: no such model, or not yet.
     """
 
@@ -146,7 +146,7 @@ def watch(evaluator: ModuleType) -> None:
             if isinstance(results, dict) and "samples" in results:
                 model.add_thoughts(results["samples"])
             if outer.tracker is not None:
-                keep_beside_samples(outer.tracker, model.written())
+                keep_beside_samples(outer.tracker, model.denoising_lines())
             return results
         finally:
             model.evaluation_ends()

@@ -41,9 +41,9 @@ class Job:
             task's repeats. A document with several requests has the repeats of its first request first.
         prompt: the text that is tokenized.
         templated_by: who put the prompt into the chat template; None where nobody did.
-        request: what the engine gets.
+        request: the request to the engine.
         until: the answer is cut before the earliest of these texts.
-        key: what the answer is stored under.
+        key: the answer's key in the store.
     """
 
     instance: Instance
@@ -92,8 +92,8 @@ class Round:
 
     Attributes:
         order: for each request of the call, its job.
-        jobs: by id; fewer than requests where one answer serves several.
-        truncated: how many prompts lost their beginning.
+        jobs: id -> job; there are fewer jobs than requests where one answer serves several.
+        truncated: number of prompts that lost their beginning.
         settings: task -> the settings that its answers are made with.
     """
 
@@ -120,7 +120,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class _Settings:
+class _TaskSettings:
     """Settings that all requests of a task with the same gen_kwargs share."""
 
     generation: Generation
@@ -135,7 +135,7 @@ class _Asked:
     instance: Instance
     repeat: int
     task: TaskRequests
-    settings: _Settings
+    settings: _TaskSettings
 
 
 class Jobs:
@@ -184,13 +184,13 @@ class Jobs:
         """
         order: list[JobId] = []
         seen: collections.Counter[int] = collections.Counter()
-        settings: dict[tuple[str, str], _Settings] = {}
+        settings: dict[tuple[str, str], _TaskSettings] = {}
         asked: dict[JobId, _Asked] = {}
         for instance in requests:
             task = task_of(instance)
             name = task.name, json.dumps(instance.args[1], default=str)
             if name not in settings:
-                settings[name] = self._settings_of(instance.args[1], task)
+                settings[name] = self._read_settings(instance.args[1], task)
             drawn = settings[name].generation.is_drawn
             repeat = seen[id(instance)] % repeats_of(instance) if drawn else 0
             seen[id(instance)] += 1
@@ -244,7 +244,7 @@ class Jobs:
         Raises:
             UserError: an unknown name, or a value out of range.
         """
-        return self._settings_of(gen_kwargs, TaskRequests(name="")).generation
+        return self._read_settings(gen_kwargs, TaskRequests(name="")).generation
 
     def check_limits(self, *, answers_limited: bool) -> None:
         """Warn of a block length and a max_length that the checkpoint was not trained for.
@@ -301,7 +301,7 @@ class Jobs:
                 self._checkpoint.block_length,
             )
 
-    def _settings_of(self, gen_kwargs: Mapping[str, object], task: TaskRequests) -> _Settings:
+    def _read_settings(self, gen_kwargs: Mapping[str, object], task: TaskRequests) -> _TaskSettings:
         """Read a task's settings, and log what the user should know of them."""
         protocol = dict(task.decoding or {})
         generation = self.generation_of(gen_kwargs, protocol)
@@ -319,7 +319,7 @@ class Jobs:
         stop_ids = {token for token in token_of.values() if token is not None}
         stop_strings = tuple(text for text, token in token_of.items() if token is None)
         self._warn_of_stop_strings(stop_strings)
-        return _Settings(generation, frozenset(self.stop_ids) | stop_ids, stop_strings)
+        return _TaskSettings(generation, frozenset(self.stop_ids) | stop_ids, stop_strings)
 
     def _warn_of_stop_strings(self, stop_strings: Sequence[str]) -> None:
         for text in filter(self._checkpoint.has_special_tokens, stop_strings):
@@ -387,7 +387,7 @@ def _key_of(request: GenerationRequest, generation: Generation, auto: Thinking |
     """A hash of all that the answer's text depends on beside checkpoint and engine.
 
     Args:
-        request: what the engine gets.
+        request: the request to the engine.
         generation: the request's settings.
         auto: the checkpoint's own rule for thoughts, which keys leave out.
     """

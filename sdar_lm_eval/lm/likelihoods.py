@@ -34,8 +34,8 @@ class ScoreJob:
         task: the task's name.
         document: the document's index in the data set.
         templated_by: who put the context into the chat template; None where nobody did.
-        pieces: what the engine gets.
-        keys: what each piece's result is stored under.
+        pieces: the requests to the engine.
+        keys: each piece's key in the store.
         results: index of a piece -> its result, for the pieces that are finished.
     """
 
@@ -66,12 +66,12 @@ class ScoreJob:
 
 @dataclass(frozen=True)
 class ScoreRound:
-    """What one call of the harness asks for.
+    """The work of one call of the harness.
 
     Attributes:
         order: for each request of the call, its job.
-        truncated: how many contexts lost their beginning.
-        config: how the engine computes them.
+        truncated: number of contexts that lost their beginning.
+        config: settings of the log-likelihoods.
     """
 
     order: list[ScoreJob]

@@ -22,7 +22,7 @@ from sdar_lm_eval.arguments import JetEngineArguments, LMDeployArguments, Native
 from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.lm.answers import AnswerFolder
-from sdar_lm_eval.lm.denoising import LinesOf, WrittenAnswers
+from sdar_lm_eval.lm.denoising import DenoisingRecords, LinesOf
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, put_thoughts_into
 from sdar_lm_eval.lm.facts import described, facts_of_model, fingerprint_of
 from sdar_lm_eval.lm.frontend import Frontend
@@ -94,7 +94,7 @@ class SDARLM(TemplateLM):
             prompts=self._prompts,
             decode=self.tok_decode,
             trace=trace,
-            record=settings.record_steps,
+            record_steps=settings.record_steps,
             verbose=settings.verbose,
             alone=self._world_size == 1,
         )
@@ -120,7 +120,7 @@ class SDARLM(TemplateLM):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, object] | None = None) -> SDARLM:
-        """The same from "name=value,name=value"."""
+        """Make a model from "name=value,name=value"."""
         from lm_eval.utils import simple_parse_args_string
 
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
@@ -190,10 +190,10 @@ class SDARLM(TemplateLM):
         self.evaluation.end()
         self._prompts.choose(None)
 
-    def written(self) -> LinesOf:
-        """Return a function: task -> how the last evaluation's answers were written, on all ranks."""
-        notes = WrittenAnswers.of_ranks([evaluation.written for evaluation in self._evaluation_of_ranks])
-        return lambda task: notes.lines(task, self._prompts.pieces)
+    def denoising_lines(self) -> LinesOf:
+        """Return a function: task -> the lines of its denoising file, of the last evaluation on all ranks."""
+        records = DenoisingRecords.of_ranks([evaluation.denoising for evaluation in self._evaluation_of_ranks])
+        return lambda task: records.lines(task, self._prompts.pieces)
 
     def add_thoughts(self, samples: Mapping[str, Sequence[dict[str, Any]]]) -> None:
         """Put the thoughts of the last evaluation's answers, on all ranks, into lm_eval's samples."""

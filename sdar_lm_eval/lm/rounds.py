@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 
 from sdar_lm_eval.engines.types import Engine, GenerationRequest, GenerationResult, Scorer
 from sdar_lm_eval.errors import EngineError, Interrupted, UserError
-from sdar_lm_eval.lm.denoising import Written
+from sdar_lm_eval.lm.denoising import CompactDenoising
 from sdar_lm_eval.lm.evaluation import Evaluation
 from sdar_lm_eval.lm.jobs import Job, JobId, Jobs
 from sdar_lm_eval.lm.likelihoods import Kind, Likelihoods, ScoreJob, ScoreRound, record_of, result_of
@@ -37,7 +37,7 @@ class Rounds:
         prompts: makes the text of each token, for traces.
         decode: makes an answer's text of its tokens.
         trace: gets a line for each finished request; None for no trace.
-        record: whether denoising records are kept.
+        record_steps: whether denoising records are kept.
         verbose: whether each example is logged.
         alone: whether this process has all of the run's documents.
 
@@ -55,13 +55,13 @@ class Rounds:
         prompts: Prompts,
         decode: Callable[[Sequence[int]], str],
         trace: Trace | None,
-        record: bool,
+        record_steps: bool,
         verbose: bool,
         alone: bool,
     ) -> None:
         self._engine, self._name = engine, name
         self._jobs, self._likelihoods, self._prompts, self._decode = jobs, likelihoods, prompts, decode
-        self._trace, self._record, self._verbose, self._alone = trace, record, verbose, alone
+        self._trace, self._record_steps, self._verbose, self._alone = trace, record_steps, verbose, alone
         self.store = Store([])
 
     def begin_run(self) -> None:
@@ -86,7 +86,7 @@ class Rounds:
         Raises:
             UserError, EngineError, Interrupted: as `SDARLM.generate_until`.
         """
-        recording = self._record or self._trace is not None or self._verbose
+        recording = self._record_steps or self._trace is not None or self._verbose
         asked = self._jobs.of(requests, evaluation.task_of, evaluation.seed, record_steps=recording)
         evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
         evaluation.template_hash = self._prompts.template_hash
@@ -141,9 +141,9 @@ class Rounds:
             evaluation.note_end(job, thought, record.get("finish_reason", ""), record.get("new_tokens", 0))
             live.judge(job.instance, text)
             self._trace_answer(job, {**record, **_as_record(text, thought), "stored": True})
-            if self._record and (written := Written.of_record(record)) is not None:
-                evaluation.written.add(job.task, job.document, job.repeat, written)
-            elif self._record:
+            if self._record_steps and (denoising := CompactDenoising.of_record(record)) is not None:
+                evaluation.denoising.add(job.task, job.document, job.repeat, denoising)
+            elif self._record_steps:
                 unrecorded += 1
         if answers:
             seconds = self.store.seconds_for(keys)
@@ -164,10 +164,10 @@ class Rounds:
         """Store an answer, with its denoising record where records are kept; the evaluation keeps the record too."""
         prompt_tokens = len(job.request.prompt_ids)
         record = {**job.name, **_as_record(text, thought), **cost_of(result, prompt_tokens)}
-        if self._record:
-            written = Written.of_result(result, job.request.decoding.block_length, prompt_tokens)
-            evaluation.written.add(job.task, job.document, job.repeat, written)
-            record |= written.as_record()
+        if self._record_steps:
+            denoising = CompactDenoising.of_result(result, job.request.decoding.block_length, prompt_tokens)
+            evaluation.denoising.add(job.task, job.document, job.repeat, denoising)
+            record |= denoising.as_record()
         self.store.put(job.key, record)
 
     def score(

@@ -59,7 +59,7 @@ class Thoughts:
         """Read the model_args on thoughts.
 
         Args:
-            given: those that the user gave, by name.
+            given: name -> value of the settings that the user gave.
             checkpoint: the opened checkpoint.
 
         Raises:

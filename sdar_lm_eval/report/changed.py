@@ -22,8 +22,8 @@ class ChangedDocument:
         target: the gold answer.
         a: run a's score; the mean where there are several answers.
         b: run b's score, likewise.
-        filtered_a: what the filter made of run a's first answer, or the choice that is likeliest in run a.
-        filtered_b: the same for run b.
+        filtered_a: the filter's value of run a's first answer, or the choice that is likeliest in run a.
+        filtered_b: the filter's value, or the choice, in run b.
     """
 
     document_a: int

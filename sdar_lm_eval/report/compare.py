@@ -108,6 +108,11 @@ class Comparison:
     groups: tuple[Difference, ...] = ()
     speeds: Mapping[str, tuple[RunSpeed, RunSpeed]] = dataclasses.field(default_factory=dict)
 
+    @property
+    def rows(self) -> tuple[Difference, ...]:
+        """The differences in the order of a table's rows: those of groups first."""
+        return (*self.groups, *self.differences)
+
 
 def compare_runs(
     a: Run,
@@ -170,7 +175,7 @@ def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
     A group and its tasks in one family would make the group's own test hopeless: MMLU has 57 tasks.
     """
-    rows = [each for comparison in comparisons for each in (*comparison.groups, *comparison.differences)]
+    rows = [each for comparison in comparisons for each in comparison.rows]
     p_of: dict[str, list[float]] = {}
     for each in rows:
         if each.p is not None:
@@ -287,17 +292,17 @@ def _document_warnings(
     if alone_a or alone_b:
         alone = [f"{n:,} only in run {name}" for n, name in ((alone_a, "A"), (alone_b, "B")) if n]
         both = "is in both runs and is" if len(paired) == 1 else "are in both runs and are"
-        found.append(f"{task}: {_documents(len(paired))} {both} compared; {' and '.join(alone)}.")
+        found.append(f"{task}: {documents_in_words(len(paired))} {both} compared; {' and '.join(alone)}.")
     pairs = [(scores_a.documents[key], scores_b.documents[key]) for key in paired]
     prompts = sum(bool(one.prompt and other.prompt) and one.prompt != other.prompt for one, other in pairs)
     targets = sum(one.target != other.target for one, other in pairs)
     if prompts:
-        found.append(f"{task}: the prompts of {prompts:,} of {_documents(len(paired))} differ.")
+        found.append(f"{task}: the prompts of {prompts:,} of {documents_in_words(len(paired))} differ.")
     if targets:
-        found.append(f"{task}: the gold answers of {targets:,} of {_documents(len(paired))} differ.")
+        found.append(f"{task}: the gold answers of {targets:,} of {documents_in_words(len(paired))} differ.")
     found += [
-        f"{task}: the prompts of {_documents(of_run.reworded)} differ between the repeats of run {name}. Interval and "
-        "p are over documents: they leave out what new few-shot examples change in all documents."
+        f"{task}: the prompts of {documents_in_words(of_run.reworded)} differ between the repeats of run {name}. "
+        "Interval and p are over documents: they leave out what new few-shot examples change in all documents."
         for name, of_run in (("A", scores_a), ("B", scores_b))
         if of_run.reworded
     ]
@@ -357,7 +362,7 @@ def _tested_by_task(
     """The difference of a group whose value is the mean of its tasks' means; `tasks` are the documents' tasks."""
     smallest, documents = min(Counter(tasks).items(), key=lambda item: item[1])
     if documents < FEWEST_IN_STRATUM:
-        why = f"the group weighs its tasks equally, and {smallest} has only {_documents(documents)}"
+        why = f"the group weighs its tasks equally, and {smallest} has only {documents_in_words(documents)}"
         return _untested(group, of_a, of_b, len(tasks), why)
     weights = weights_of_strata(tasks)
     weighted = _tested(group, of_a, of_b, weights * values_a, weights * values_b, single=False)
@@ -423,5 +428,6 @@ def _untested(task: str, of_a: Scores, of_b: Scores, documents: int, why: str) -
     )
 
 
-def _documents(number: int) -> str:
+def documents_in_words(number: int) -> str:
+    """Return "1 document", "1,000 documents"."""
     return "1 document" if number == 1 else f"{number:,} documents"

@@ -7,14 +7,15 @@ import dataclasses
 import io
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from sdar_lm_eval.report import text_table
 from sdar_lm_eval.report.changed import ChangedDocument
-from sdar_lm_eval.report.compare import Comparison, Difference
+from sdar_lm_eval.report.compare import Comparison, Difference, documents_in_words
 from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.statistics import ALPHA, FEWEST_DISCORDANT, POWER
-from sdar_lm_eval.report.text_table import aligned, with_error
+from sdar_lm_eval.report.text_table import aligned, escaped, score
 
 DocumentsOf = Mapping[tuple[int, int], Sequence[ChangedDocument]]
 """(index of a comparison, index into its `differences`) -> the documents whose scores differ."""
@@ -55,7 +56,7 @@ def as_text(comparisons: Sequence[Comparison], documents: DocumentsOf | None = N
         if (rows := _settings_rows(comparisons, names))
         else [_NO_SETTING],
         [f"Warning: {text}" for text in _warnings(comparisons, names)],
-        aligned(table(comparisons), left=(0, 1, 2, 3) if len(names) > 1 else (0, 1, 2)),
+        aligned(table(comparisons), left=_left(comparisons)),
         [*sentences(comparisons), *_speeds(comparisons)],
         _notes(comparisons),
     ]
@@ -69,15 +70,18 @@ def as_markdown(comparisons: Sequence[Comparison], documents: DocumentsOf | None
     parts = [
         [f"- A: {_code(comparisons[0].a.label)}"]
         + [f"- {name}: {_code(each.b.label)}" for name, each in zip(names, comparisons, strict=True)],
-        _markdown_table(rows) if (rows := _settings_rows(comparisons, names)) else [_NO_SETTING],
-        [f"- Warning: {_escaped(text)}" for text in _warnings(comparisons, names)],
-        _markdown_table(table(comparisons)),
-        [f"- {_escaped(line)}" for line in (*sentences(comparisons), *_speeds(comparisons))],
-        [_escaped(" ".join(_notes(comparisons)))],
+        text_table.as_markdown(rows, left=range(len(rows[0])))
+        if (rows := _settings_rows(comparisons, names))
+        else [_NO_SETTING],
+        [f"- Warning: {escaped(text)}" for text in _warnings(comparisons, names)],
+        text_table.as_markdown(table(comparisons), left=_left(comparisons)),
+        [f"- {escaped(line)}" for line in (*sentences(comparisons), *_speeds(comparisons))],
+        [escaped(" ".join(_notes(comparisons)))],
     ]
     for (i, j), changed in (documents or {}).items():
         head, *_ = _listed(comparisons[i], j, changed)
-        parts += [[_escaped(head)], _markdown_table(_document_rows(comparisons[i].differences[j], changed))]
+        rows = _document_rows(comparisons[i].differences[j], changed)
+        parts += [[escaped(head)], text_table.as_markdown(rows, left=range(len(rows[0])))]
     return printable("\n\n".join("\n".join(lines) for lines in parts if lines))
 
 
@@ -88,7 +92,7 @@ def as_csv(comparisons: Sequence[Comparison]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run_a", "run_b", *fields])
     for comparison in comparisons:
-        for each in (*comparison.groups, *comparison.differences):
+        for each in comparison.rows:
             values = dataclasses.asdict(each) | {"equal_filters": " ".join(each.equal_filters)}
             writer.writerow([comparison.a.label, comparison.b.label, *(values[name] for name in fields)])
     return out.getvalue().removesuffix("\n")
@@ -96,28 +100,24 @@ def as_csv(comparisons: Sequence[Comparison]) -> str:
 
 def as_json(comparisons: Sequence[Comparison], documents: DocumentsOf | None = None) -> str:
     """Return a JSON list with each comparison's runs, settings, warnings and differences, unrounded; NaN is null."""
-    content = [
-        {
-            "a": comparison.a.label,
-            "b": comparison.b.label,
-            "settings": {name: {"a": a, "b": b} for name, (a, b) in comparison.settings.items()},
-            "warnings": list(comparison.warnings),
-            "speeds": {
-                task: {"a": dataclasses.asdict(a), "b": dataclasses.asdict(b)}
-                for task, (a, b) in comparison.speeds.items()
-            },
-            "groups": [dataclasses.asdict(each) | {"verdict": verdict(each)} for each in comparison.groups],
-            "differences": [
-                dataclasses.asdict(each)
-                | {"verdict": verdict(each)}
-                | ({"changed": [dataclasses.asdict(one) for one in documents[i, j]]} if (i, j) in documents else {})
-                for j, each in enumerate(comparison.differences)
-            ],
-        }
-        for documents in [documents or {}]
-        for i, comparison in enumerate(comparisons)
-    ]
+    content = [_as_dict(comparison) for comparison in comparisons]
+    for (i, j), changed in (documents or {}).items():
+        content[i]["differences"][j]["changed"] = [dataclasses.asdict(one) for one in changed]
     return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _as_dict(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "a": comparison.a.label,
+        "b": comparison.b.label,
+        "settings": {name: {"a": a, "b": b} for name, (a, b) in comparison.settings.items()},
+        "warnings": comparison.warnings,
+        "speeds": {
+            task: {"a": dataclasses.asdict(a), "b": dataclasses.asdict(b)} for task, (a, b) in comparison.speeds.items()
+        },
+        "groups": [dataclasses.asdict(each) | {"verdict": verdict(each)} for each in comparison.groups],
+        "differences": [dataclasses.asdict(each) | {"verdict": verdict(each)} for each in comparison.differences],
+    }
 
 
 def table(comparisons: Sequence[Comparison]) -> list[list[str]]:
@@ -127,10 +127,11 @@ def table(comparisons: Sequence[Comparison]) -> list[list[str]]:
     head = ["run"] * several + ["task", "metric", "filter", "documents", "A", "B", "B - A", "95% interval", "p"]
     rows = [[*head, *(["p (Holm)"] * holm), *(["family"] * families), "only A", "only B", "detectable"]]
     for name, comparison in zip(_names(comparisons), comparisons, strict=True):
-        for each in (*comparison.groups, *comparison.differences):
+        for each in comparison.rows:
             filters = each.filter + (f" (+{len(each.equal_filters)})" if each.equal_filters else "")
             row = [name] * several + [each.task, each.metric, filters, f"{each.documents:,}"]
-            row += [_value(each, each.a, each.a_stderr), _value(each, each.b, each.b_stderr)]
+            share = _is_share(each)
+            row += [score(each.a, each.a_stderr, share=share), score(each.b, each.b_stderr, share=share)]
             row += [_points(each, each.difference, "+"), _interval(each), _p(each.p)]
             row += [_p(each.p_holm)] * holm + [each.family] * families
             row += [_count(each.only_a), _count(each.only_b), _points(each, each.detectable)]
@@ -143,7 +144,7 @@ def sentences(comparisons: Sequence[Comparison]) -> list[str]:
     found = []
     for name, comparison in zip(_names(comparisons), comparisons, strict=True):
         run = f"{name}, " if len(comparisons) > 1 else ""
-        rows = (*comparison.groups, *comparison.differences)
+        rows = comparison.rows
         few = len(rows) <= MOST_SENTENCES
         undecided = [each for each in rows if each.p_holm is not None and each.p_holm >= ALPHA]
         for each in rows:
@@ -179,7 +180,7 @@ def verdict(difference: Difference, name: str = "B") -> str:
     each = difference
     if each.p is None or each.p_holm is None:
         return f"No test: {each.test}."
-    number = "1 document" if each.documents == 1 else f"{each.documents:,} documents"
+    number = documents_in_words(each.documents)
     if each.p >= ALPHA and each.documents < FEWEST_DISCORDANT:
         return f"No difference shown: {number} cannot show one."
     if each.p >= ALPHA and each.detectable is None:
@@ -219,8 +220,12 @@ def _tests(comparisons: Sequence[Comparison]) -> int:
 
 
 def _rows(comparisons: Sequence[Comparison]) -> list[Difference]:
-    """The differences in the order of the table's rows: those of groups first."""
-    return [each for comparison in comparisons for each in (*comparison.groups, *comparison.differences)]
+    return [each for comparison in comparisons for each in comparison.rows]
+
+
+def _left(comparisons: Sequence[Comparison]) -> range:
+    """The columns of `table` that hold names."""
+    return range(4 if len(comparisons) > 1 else 3)
 
 
 def _notes(comparisons: Sequence[Comparison]) -> list[str]:
@@ -320,13 +325,7 @@ def _unit(each: Difference) -> str:
 def _points(each: Difference, value: float | None, sign: str = "") -> str:
     if value is None or math.isnan(value):
         return ""
-    return with_error(value, None, 100, sign) if _is_share(each) else f"{value:{sign}.4g}"
-
-
-def _value(each: Difference, value: float, stderr: float | None) -> str:
-    if _is_share(each):
-        return with_error(value, stderr, 100)
-    return f"{value:.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")
+    return score(value, None, share=_is_share(each), sign=sign)
 
 
 def _interval(each: Difference) -> str:
@@ -352,16 +351,6 @@ def _count(number: int | None) -> str:
 def _short(value: object, most: int = 60) -> str:
     text = "" if value is None else " ".join(str(value).split())
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    head, *body = ["| " + " | ".join(_escaped(cell) for cell in row) + " |" for row in rows]
-    return [head, "|" + " --- |" * len(rows[0]), *body]
-
-
-def _escaped(text: str) -> str:
-    """The text with Markdown's special characters escaped."""
-    return re.sub(r"([\\|*`<>\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def _code(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What an evaluation generated and scored, of each task and of all."""
+"""Counts of an evaluation's work, for each task and for all tasks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Counts:
         prefill_forwards, denoising_forwards, commit_forwards: these answers' forwards by kind.
         load_seconds: time of loading the model and of preparing the engine.
         generation_seconds: time of generation, prefill included.
-        peak_memory_bytes: of the device on CUDA, else of the process.
+        peak_memory_bytes: most memory in use: of the device on CUDA, else of the process.
         scored_requests: log-likelihoods computed.
         scored_tokens: tokens of these log-likelihoods.
         clean_tokens: tokens of unmasked text that scoring ran through the model.
@@ -34,12 +34,12 @@ class Counts:
         stored_tokens: tokens of the stored answers, as far as they are returned.
         stored_forwards: their denoising and commit forwards.
         stored_seconds: time in which earlier processes computed the stored answers.
-        stored_unmeasured: how many of the stored answers have no tokens and forwards in the store.
-        stored_untimed: how many of the stored answers have no time in the store.
+        stored_unmeasured: number of stored answers that have no tokens and forwards in the store.
+        stored_untimed: number of stored answers that have no time in the store.
         thoughts: answers with a thought, those found in a store included.
         unfinished_thoughts: answers that ended in their thought, those found in a store included.
         forced_tokens: new tokens that were not drawn: inserted think ends.
-        stored_forced_tokens: the same of answers found in a store.
+        stored_forced_tokens: forced tokens of answers found in a store.
         repetitions: answers that ended in a loop, those found in a store included.
         saved_tokens: tokens between the ends of these answers and their limits.
         tasks: task -> its counts, without times and memory, which are known of all tasks together only.

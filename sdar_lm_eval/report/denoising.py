@@ -50,7 +50,7 @@ FORMAT, VERSION = "sdar_lm_eval/denoising", 1
 CONFIDENCE_SCALE = 10_000
 
 _NOT_AS_WRITTEN = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
-"""What lines that this package did not write raise where they are read."""
+"""Errors that reading raises on lines that this package did not write."""
 
 
 class DenoisingLine(TypedDict):
@@ -107,6 +107,16 @@ class Denoising:
     def drawn_tokens(self) -> int:
         """Number of tokens that were drawn: those that tokens per forward counts."""
         return len(self.token_ids) - self.forced_tokens
+
+    @property
+    def made_forwards(self) -> int:
+        """Number of forwards that denoised or committed blocks: those that tokens per forward counts."""
+        return self.forwards.get("denoising", 0) + self.forwards.get("commit", 0)
+
+    @property
+    def tokens_per_forward(self) -> float | None:
+        """Drawn tokens over denoising and commit forwards; None without forwards."""
+        return self.drawn_tokens / self.made_forwards if self.made_forwards else None
 
     @property
     def blocks(self) -> list[range]:

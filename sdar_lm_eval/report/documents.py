@@ -157,7 +157,7 @@ def _records(
 
 
 def _extracted(of_filters: Mapping[str, Sample], repeat: int) -> dict[str, str | None]:
-    """What each filter made of an answer, as `Answer.extracted`."""
+    """Filter -> its value of an answer, as `Answer.extracted`."""
     found = {name: sample.extracted_from(repeat) for name, sample in of_filters.items()}
     return {name: None if text in NOTHING_EXTRACTED else text for name, text in found.items() if text is not None}
 

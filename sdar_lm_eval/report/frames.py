@@ -150,9 +150,7 @@ class ComparisonFrames:
     def table(self) -> pd.DataFrame:
         """A row for each difference, groups of tasks first; the columns are the fields of `compare.Difference`."""
         fields = [field.name for field in dataclasses.fields(Difference)]
-        rows = [
-            [getattr(each, name) for name in fields] for each in (*self.comparison.groups, *self.comparison.differences)
-        ]
+        rows = [[getattr(each, name) for name in fields] for each in self.comparison.rows]
         return pd.DataFrame(rows, columns=fields)
 
     @property

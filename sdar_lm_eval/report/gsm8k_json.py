@@ -10,7 +10,7 @@ from typing import TypedDict
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.results import Results, Sample, read_lines
-from sdar_lm_eval.report.runs import read_one_run
+from sdar_lm_eval.report.runs import metrics_of, read_one_run
 from sdar_lm_eval.report.speed import ratio, work_of
 
 PREFERRED_FILTER = "flexible-extract"
@@ -91,7 +91,7 @@ def convert(path: Path, task: str | None = None, filter_name: str | None = None)
     `trace=` or `answers=` named a place in the folder.
 
     Args:
-        path: what `--output_path` named, or a results file.
+        path: the path that `--output_path` named, or a results file.
         task: the task's name; needed where the run has several GSM8K tasks.
         filter_name: the filter whose answers count.
 
@@ -174,29 +174,27 @@ def _is_right(sample: Sample) -> bool:
 def _metrics(results: Results, task: str, filter_name: str, samples: Sequence[Sample]) -> FilterMetrics:
     of_filter = [_is_right(sample) for sample in samples if sample.filter == filter_name]
     correct, total = sum(of_filter), len(of_filter)
-    # A string, "N/A", where lm_eval computed none.
-    stderr = results.scores.part(task).content.get(f"{_METRIC}_stderr,{filter_name}")
+    own = (each for each in metrics_of(results, task) if (each.name, each.filter) == (_METRIC, filter_name))
     return {
         "accuracy": correct / total,
         "correct": correct,
         "total": total,
         "percentage": f"{correct / total:.2%}",
-        "stderr": stderr if isinstance(stderr, float) and stderr == stderr else None,
+        "stderr": next((each.stderr for each in own), None),
     }
 
 
 def _check_scores(results: Results, task: str, scores: Mapping[str, FilterMetrics]) -> None:
     """Raise `UserError` where the samples give another score than lm_eval computed: then some samples are missing."""
-    for key, value in results.scores.part(task).content.items():
-        name, comma, filter_name = key.partition(",")
-        if not comma or name != _METRIC or not isinstance(value, (int, float)):
+    for metric in metrics_of(results, task):
+        if metric.name != _METRIC:
             continue
-        found = scores[filter_name]["accuracy"] if filter_name in scores else None
-        if found is None or not math.isclose(found, value, abs_tol=1e-9):
+        found = scores[metric.filter]["accuracy"] if metric.filter in scores else None
+        if found is None or not math.isclose(found, metric.value, abs_tol=1e-9):
             raise UserError(
-                f"{results.samples_file(task)} does not give the score of the results: {_METRIC} of {filter_name} is "
-                f"{value:.4f}, but {'missing in' if found is None else f'{found:.4f} by'} the samples. Copy the whole "
-                "folder of the run, or evaluate again."
+                f"{results.samples_file(task)} does not give the score of the results: {_METRIC} of {metric.filter} is "
+                f"{metric.value:.4f}, but {'missing in' if found is None else f'{found:.4f} by'} the samples. Copy the "
+                "whole folder of the run, or evaluate again."
             )
 
 

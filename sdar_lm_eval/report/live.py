@@ -38,7 +38,7 @@ class Verdict:
     """What the harness will find in an answer.
 
     Attributes:
-        predicted: what the filter makes of the answer.
+        predicted: the filter's value of the answer.
         gold: the task's `doc_to_target` of the document.
         correct: whether the metric counts the answer as right.
         filter: the name of the filter that was applied.
@@ -152,7 +152,7 @@ class Live:
 
 @dataclass
 class _Tally:
-    """How many of a task's answers were judged so far, and how many are right."""
+    """Number of a task's answers that were judged so far, and number of right answers."""
 
     judged: int = 0
     correct: int = 0

@@ -121,7 +121,7 @@ class EngineStatus:
     Attributes:
         name: the engine's name.
         model: the name of its model for `lm_eval --model`.
-        lacks: what the engine lacks here, with the command that installs it; None where the engine can run.
+        lacks: the thing that the engine lacks here, with the command that installs it; None where the engine can run.
         note: the device that the engine runs on, and what its kernels lack; "cannot run here" where `lacks` is set.
     """
 

@@ -28,7 +28,7 @@ MetricKey = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Document:
+class PairedDocument:
     """A document of a task, as a run has it.
 
     Attributes:
@@ -71,7 +71,7 @@ class TaskScores:
         reworded: number of documents whose prompts differ between the run's repeats, as few-shot examples may.
     """
 
-    documents: Mapping[Key, Document]
+    documents: Mapping[Key, PairedDocument]
     scores: Mapping[MetricKey, Scores]
     reworded: int = 0
 
@@ -80,7 +80,7 @@ class TaskScores:
 class _Line:
     """The parts of a samples file's line that pairing needs; `values` has None for a metric that is not a number."""
 
-    document: Document
+    document: PairedDocument
     doc_hash: str | None
     filter: str
     values: Mapping[str, tuple[float, ...] | None]
@@ -159,7 +159,7 @@ def _read_lines(results: Results, task: str) -> list[_Line]:
 def _line(sample: Sample, names: Iterable[str]) -> _Line:
     content = sample.line.content
     return _Line(
-        document=Document(sample.document, sample.target, sample.prompt_hash or sample.prompt),
+        document=PairedDocument(sample.document, sample.target, sample.prompt_hash or sample.prompt),
         doc_hash=sample.doc_hash,
         filter=sample.filter,
         values={name: numbers_of(content[name]) for name in names if name in content},
@@ -169,7 +169,7 @@ def _line(sample: Sample, names: Iterable[str]) -> _Line:
 def _task_scores(
     results: Sequence[Results], task: str, lines_of_results: Sequence[Sequence[_Line]], hashed: bool
 ) -> TaskScores:
-    documents: dict[Key, Document] = {}
+    documents: dict[Key, PairedDocument] = {}
     reworded: set[Key] = set()
     found: dict[MetricKey, list[Scores]] = {}
     for each, lines in zip(results, lines_of_results, strict=True):

@@ -40,7 +40,7 @@ class Point:
         label: the run's label.
         model: the checkpoint.
         settings: the decoding settings that have an effect; empty for models that report none.
-        accuracy: in per cent; the metric's value where values are not shares.
+        accuracy: the accuracy in per cent; the metric's value where values are not shares.
         stderr: standard error of the accuracy, in its unit; None where it is unknown.
         tokens_per_forward: the speed by forwards; None where it is unknown.
         tokens_per_second: the speed by time; None where it is unknown.

@@ -95,7 +95,7 @@ class Sample:
         target: the gold answer.
         prompt: the first prompt that was sent for the document; "" where the line does not say.
         responses: the answers; for log-likelihoods each pair (log-likelihood, is greedy) as text.
-        filtered: what the filter made of the first answer.
+        filtered: the filter's value of the first answer.
         doc_hash: lm_eval's hash of the document; None in old files.
         prompt_hash: lm_eval's hash of `prompt`; None in old files.
         line: the whole line, which has a value under the name of each metric.
@@ -186,7 +186,7 @@ class Results:
 
     @property
     def config(self) -> Fields:
-        """What lm_eval was called with."""
+        """The arguments of the call of lm_eval."""
         return self.content.part("config")
 
     @property
@@ -312,7 +312,7 @@ def results_in(path: Path, *parts: str) -> list[Results]:
     A WARNING names each file of the folder that cannot be read.
 
     Args:
-        path: what `--output_path` named, or a file.
+        path: the path that `--output_path` named, or a file.
         parts: further keys that a file needs to be counted as a results file.
 
     Raises:

@@ -19,7 +19,7 @@ class Progress:
     Args:
         counts: the evaluation's; the round's time is added to them.
         total: requests of the round.
-        stored: how many of these requests have answers from a store.
+        stored: number of these requests that have answers from a store.
         show: whether there is a bar.
         live: judges the answers; None for a round of log-likelihoods.
     """
@@ -38,7 +38,7 @@ class Progress:
 
     @property
     def computed(self) -> int:
-        """How many answers of the round were computed so far."""
+        """Number of the round's answers that were computed so far."""
         return self._counts.requests - self._requests_before
 
     def step(self) -> None:

@@ -19,7 +19,7 @@ def is_better_when_higher(metric: str, said: object) -> bool | None:
 
     Args:
         metric: the metric's name.
-        said: what the results file says. For `agreement`, lm_eval writes what the task says of its own metric.
+        said: the results file's value. For `agreement`, lm_eval writes what the task says of its own metric.
     """
     found = _OF_SEVERAL.fullmatch(metric)
     if found is not None:

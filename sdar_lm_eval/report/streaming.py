@@ -154,8 +154,8 @@ class Screen:
 def cost(denoising: Denoising) -> str:
     """Return in words an answer's tokens, forwards and seconds, and why it ended."""
     tokens, forwards = len(denoising.token_ids), denoising.forwards
-    made = forwards["denoising"] + forwards["commit"]
-    rate = f"{denoising.drawn_tokens / made:.2f} tokens per forward, " if made else ""
+    made, tokens_per_forward = denoising.made_forwards, denoising.tokens_per_forward
+    rate = "" if tokens_per_forward is None else f"{tokens_per_forward:.2f} tokens per forward, "
     ended = ENDS.get(denoising.finish_reason, denoising.finish_reason)
     return (
         f"{tokens} tokens in {made} forwards ({forwards['denoising']} denoising, {forwards['commit']} commit): "

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from sdar_lm_eval.report import text_table
 from sdar_lm_eval.report.columns import TABLES, Column
 from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.published import Published, published_as
@@ -48,7 +49,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PublishedDifference:
     """A score minus a published one.
 
     Attributes:
@@ -150,7 +151,7 @@ def read_tables(paths: Iterable[Path], rows: Sequence[Published] = ()) -> list[T
     return [_table(run, rows) for run in read_runs(paths)]
 
 
-def difference(score: Score, column: Column, published: float) -> Difference:
+def difference(score: Score, column: Column, published: float) -> PublishedDifference:
     """Return a score's difference from a published score, which is in per cent.
 
     Hazard: a few answers may all be right, or all wrong, by chance; the score's standard error is then 0. So this
@@ -171,7 +172,7 @@ def difference(score: Score, column: Column, published: float) -> Difference:
         if score.answers > 1 or score.stderr > of_share * (1 + 1e-6):
             of_all = max(of_all, own * math.sqrt(score.questions / questions))
         stderr = 100 * math.hypot(own, of_all)
-    return Difference(100 * score.value - published, stderr)
+    return PublishedDifference(100 * score.value - published, stderr)
 
 
 def render(table: Table) -> str:
@@ -254,9 +255,7 @@ def _others(table: Table) -> list[str]:
 
 
 def _shown(metric: Metric) -> str:
-    if 0 <= metric.value <= 1:
-        return with_error(metric.value, metric.stderr, 100)
-    return f"{metric.value:.4g}" + ("" if metric.stderr is None else f" ± {metric.stderr:.2g}")
+    return text_table.score(metric.value, metric.stderr, share=0 <= metric.value <= 1)
 
 
 _FOREIGN = "the source used other prompts and scorers"

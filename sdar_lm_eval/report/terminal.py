@@ -29,7 +29,7 @@ def legend() -> Text:
     return text.append(f"   {BORDER} border between blocks   ₁ step within the block that unmasked the token, from 1")
 
 
-def written(denoising: Denoising) -> Text:
+def denoised_text(denoising: Denoising) -> Text:
     """Return an answer with its colours, steps and borders. A line break is shown as ⏎ before the new line begins."""
     text = Text()
     for number, block in enumerate(denoising.blocks):

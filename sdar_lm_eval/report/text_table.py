@@ -1,7 +1,8 @@
-"""Tables as plain text and as Markdown."""
+"""Tables as plain text and as Markdown, and the text of a score."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 
 
@@ -26,9 +27,28 @@ def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[s
 
 def as_markdown(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
     """Return the lines of a Markdown table; the arguments are those of `aligned`, and all rows have as many cells."""
-    head, *body = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
+    head, *body = [" | ".join(map(escaped, row)) for row in rows]
     rule = " | ".join("---" if column in left else "---:" for column in range(len(rows[0])))
     return [f"| {line} |" for line in (head, rule, *body)]
+
+
+def escaped(text: str) -> str:
+    """Return a text with Markdown's special characters escaped; a * between spaces, and a _ within a word, are none."""
+    return re.sub(r"([\\|`<>\[\]]|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w))", r"\\\1", text)
+
+
+def score(value: float, stderr: float | None, *, share: bool, sign: str = "") -> str:
+    """Return a score, and its standard error where that is known: in per cent if it is a share, else with 4 digits.
+
+    Args:
+        value: the score.
+        stderr: the score's standard error.
+        share: whether the score is a share, 0 to 1.
+        sign: "+" for a sign before positive scores too.
+    """
+    if share:
+        return with_error(value, stderr, 100, sign)
+    return f"{value:{sign}.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")
 
 
 def with_error(value: float, stderr: float | None, scale: float = 1.0, sign: str = "") -> str:

@@ -3,7 +3,7 @@
     grid.py        texts such as "0.5:0.99" -> values -> combinations of decoding settings
     plan.py        a sweep on this machine: its evaluations, checked before any runs
     local.py       runs them: the weights are loaded once, each combination is a resumable run
-    settings.py    a user's flags -> `Run`s (one, or the grid of a sweep) -> each run's call of the harness
+    settings.py    a user's flags -> the settings of each run (one run, or a sweep's) -> each run's call of the harness
     shards.py      answers a machine's share of a run's documents, into a folder (`sdar_lm_eval/lm/answers.py`)
     saving.py      an evaluation by the harness -> a folder of results and samples files
     merge.py       scores all answers of a run in one pass of the harness; refuses a run with missing answers

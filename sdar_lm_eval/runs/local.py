@@ -24,7 +24,7 @@ from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Run
 from sdar_lm_eval.revision import ANSWER_REVISION
-from sdar_lm_eval.runs.plan import Evaluation, Plan, refuse_differences
+from sdar_lm_eval.runs.plan import Plan, PlannedEvaluation, refuse_differences
 from sdar_lm_eval.runs.saving import evaluate_into
 from sdar_lm_eval.runs.shards import ANSWERS
 
@@ -37,7 +37,7 @@ LOCK = ".lock"
 class Tell(Protocol):
     """A function that is called after each evaluation."""
 
-    def __call__(self, number: int, evaluation: Evaluation, results: Results | None, error: str | None) -> None:
+    def __call__(self, number: int, evaluation: PlannedEvaluation, results: Results | None, error: str | None) -> None:
         """Report an evaluation.
 
         Args:
@@ -110,7 +110,7 @@ def _interrupted(found: Sequence[Results | None], plan: Plan) -> Interrupted:
     )
 
 
-def _told(error: Exception, evaluation: Evaluation) -> str:
+def _told(error: Exception, evaluation: PlannedEvaluation) -> str:
     """Return an evaluation's error in one line; an error that nobody raised on purpose is logged with its traceback."""
     if not isinstance(error, (SDARError, OSError)):
         logger.error("%s failed.", in_words(evaluation.settings), exc_info=error)
@@ -148,7 +148,7 @@ def _check_precision(plan: Plan, lm: SDARLM) -> None:
         refuse_differences(plan.output, {name: results.ours.content.get(name) for name in mine}, mine)
 
 
-def _evaluate(evaluation: Evaluation, plan: Plan, lm: SDARLM) -> Results:
+def _evaluate(evaluation: PlannedEvaluation, plan: Plan, lm: SDARLM) -> Results:
     lm.keep_answers(evaluation.folder / ANSWERS)
     evaluate_into(
         evaluation.folder / evaluation.name,

@@ -18,7 +18,7 @@ from lm_eval.utils import setup_logging
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError, listed
 from sdar_lm_eval.lm.answers import Session, read_sessions, seconds_for, united
-from sdar_lm_eval.lm.denoising import LinesOf, Written
+from sdar_lm_eval.lm.denoising import CompactDenoising, LinesOf
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, facts_of_evaluation, put_thoughts_into
 from sdar_lm_eval.lm.hooks import watch
 from sdar_lm_eval.lm.jobs import Jobs
@@ -29,7 +29,7 @@ from sdar_lm_eval.report.gsm8k_json import convert, is_gsm8k
 from sdar_lm_eval.report.results import results_in
 from sdar_lm_eval.runs.programs import RunPrograms, run_by, run_here
 from sdar_lm_eval.runs.saving import evaluate_into
-from sdar_lm_eval.runs.settings import Run, scored_by
+from sdar_lm_eval.runs.settings import RunSettings, scored_by
 from sdar_lm_eval.runs.shards import ANSWERS, task_manager
 from sdar_lm_eval.runs.summary import Report, valid_report
 
@@ -46,7 +46,7 @@ class RecordedLM(LM):
     template, as on the machines that answered.
 
     Args:
-        sessions: what the machines recorded, all with the same settings.
+        sessions: the machines' records, all with the same settings.
         seed: the run's.
         begin: called once the tasks are loaded, before the first request.
 
@@ -118,9 +118,9 @@ class RecordedLM(LM):
         self._evaluation.add(task, requests)
         self._evaluation.template_hash = self._prompts.template_hash
 
-    def written(self) -> LinesOf:
-        """Return a function: task -> how its answers were written, as far as their records say."""
-        return lambda task: self._evaluation.written.lines(task, self._prompts.pieces)
+    def denoising_lines(self) -> LinesOf:
+        """Return a function: task -> the lines of its denoising file, as far as the answers' records have them."""
+        return lambda task: self._evaluation.denoising.lines(task, self._prompts.pieces)
 
     def evaluation_ends(self) -> None:
         """Do nothing: `get_model_info` still needs what was noted."""
@@ -144,8 +144,8 @@ class RecordedLM(LM):
             thought, self._texts[job.key] = recalled
             self._evaluation.note_end(job, thought, record.get("finish_reason", ""), record.get("new_tokens", 0))
             self.used.append(cast("Record", {**record, **job.name}))  # the record may name another document
-            if (written := Written.of_record(record)) is not None:
-                self._evaluation.written.add(job.task, job.document, job.repeat, written)
+            if (denoising := CompactDenoising.of_record(record)) is not None:
+                self._evaluation.denoising.add(job.task, job.document, job.repeat, denoising)
         if missing:
             documents = list(dict.fromkeys(missing))
             named = listed([f"{task} {document}" for task, document in documents], MOST_NAMED)
@@ -189,7 +189,7 @@ class RecordedLM(LM):
         return {"model_dtype": models[-1].get("dtype"), "sdar_lm_eval": models[-1] | facts}
 
 
-def publish(run: Run, folder: Path, run_programs: RunPrograms = run_here) -> Path:
+def publish(run: RunSettings, folder: Path, run_programs: RunPrograms = run_here) -> Path:
     """Score all answers of a run in one pass, and write the results; do nothing where these are there already.
 
     The folder named by the run's tasks gets lm_eval's results and samples files, the answers that were used, and
@@ -233,7 +233,7 @@ def publish(run: Run, folder: Path, run_programs: RunPrograms = run_here) -> Pat
     return report
 
 
-def _report(run: Run, folder: Path) -> Report:
+def _report(run: RunSettings, folder: Path) -> Report:
     """Return the benchmark's JSON for one task of GSM8K, else the scores: the samples files have the rest."""
     results = results_in(folder, "configs")[-1]
     tasks = list(results.configs.content)

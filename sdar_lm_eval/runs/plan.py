@@ -100,7 +100,7 @@ class SweepArguments:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class PlannedEvaluation:
     """One evaluation of a sweep.
 
     Attributes:
@@ -151,7 +151,7 @@ class Plan:
         tasks: the names of the tasks, with groups resolved into their tasks.
         manager: loads the tasks.
         output: the sweep's folder.
-        evaluations: in the order in which they run.
+        evaluations: the evaluations in the order in which they run.
         earlier: all results of sweeps that the folder has.
         copies: number of combinations left out, which differ from others only in settings without effect.
     """
@@ -161,7 +161,7 @@ class Plan:
     tasks: tuple[str, ...]
     manager: TaskManager
     output: Path
-    evaluations: tuple[Evaluation, ...]
+    evaluations: tuple[PlannedEvaluation, ...]
     earlier: tuple[Results, ...]
     copies: int
 
@@ -239,7 +239,7 @@ def _check_numbers(sweep: SweepArguments) -> None:
 def _asked(
     sweep: SweepArguments, model_args: Mapping[str, object], tasks: Mapping[str, Task], checkpoint: Checkpoint
 ) -> dict[str, object]:
-    """Return what `Evaluation.asked` has in all combinations."""
+    """Return what `PlannedEvaluation.asked` has in all combinations."""
     python_files = None
     if sweep.include_path is not None:  # a task's functions may call functions of other files
         python_files = digest_of_files(Path(sweep.include_path), lambda file: file.suffix == ".py")
@@ -260,7 +260,7 @@ def _asked(
 
 def _evaluations(
     combination: _Checked, sweep: SweepArguments, seed: int, output: Path, asked: Mapping[str, object]
-) -> Iterator[Evaluation]:
+) -> Iterator[PlannedEvaluation]:
     """Yield a combination's evaluations: one where nothing is drawn, else one for each repeat's seed from `seed` on."""
     is_drawn = any(generation.is_drawn for generation in combination.generations)
     gen_kwargs = _gen_kwargs(sweep, combination.settings)
@@ -269,7 +269,7 @@ def _evaluations(
         name += f"-first-{spelled(sweep.whole_limit)}"
     for used in range(seed, seed + (sweep.repeats if is_drawn else 1)):
         own = {**asked, "gen_kwargs": gen_kwargs, "seed": used if is_drawn else None}
-        yield Evaluation(
+        yield PlannedEvaluation(
             settings=combination.settings,
             seed=used,
             folder=output / _file_name(_folder_name(combination.settings)),
@@ -296,7 +296,7 @@ def _is_of_sweep(results: Results) -> bool:
     return False
 
 
-def _check_earlier(output: Path, earlier: Sequence[Results], evaluations: Sequence[Evaluation]) -> None:
+def _check_earlier(output: Path, earlier: Sequence[Results], evaluations: Sequence[PlannedEvaluation]) -> None:
     """Refuse results of another model, and those that an evaluation of other settings would replace."""
     of_folders: dict[tuple[str, ...], Mapping[str, object]] = {
         (each.folder.name, each.name): each.asked for each in evaluations
@@ -321,7 +321,7 @@ def _check_earlier(output: Path, earlier: Sequence[Results], evaluations: Sequen
 
 
 def _arguments_by_meaning(asked: Fields, ignored: Collection[str]) -> dict[str, object]:
-    """The model_args of `Evaluation.asked` by their full names, without those that leave the choice to the model."""
+    """The model_args of `PlannedEvaluation.asked` by full name, without those that leave the choice to the model."""
     given = canonical(asked.part_or_empty("model_args").content)
     return {name: value for name, value in given.items() if name not in ignored and value not in (None, "auto")}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import sdar_lm_eval
-from sdar_lm_eval import arguments
+from sdar_lm_eval.arguments import ModelArguments, arguments_of
 from sdar_lm_eval.decoding import DecodingConfig, in_words
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
@@ -56,18 +56,18 @@ class HarnessCall(TypedDict):
 
 
 @dataclass(frozen=True)
-class Run:
-    """One evaluation.
+class RunSettings:
+    """The settings of one evaluation.
 
     Attributes:
         model_name: hub id, or the name of a folder among the models.
         revision: branch, tag or commit of a hub id.
         engine: one of `ENGINES` (engines/registry.py).
-        tasks: of the harness.
-        num_samples: documents of each task, the first ones; None: all.
-        decoding: how to denoise; temperature 0 is greedy.
-        max_gen_length: most new tokens; None: what each task says.
-        seed: of what is sampled.
+        tasks: names of the harness's tasks.
+        num_samples: number of documents of each task, from the first on; None: all documents.
+        decoding: the decoding settings; temperature 0 is greedy.
+        max_gen_length: limit of new tokens; None: each task's own limit.
+        seed: seed of sampled answers.
         verbose: log each example.
         confirm_run_unsafe_code: the user agrees that programs of the model are run.
         thoughts: (name, value) of the model_args on thoughts (`OF_THOUGHTS` in settings.py).
@@ -192,14 +192,14 @@ def runs_from_flags(
     thoughts: str = "",
     engine_args: str = "",
     short: Mapping[str, str | None] | None = None,
-) -> list[Run]:
+) -> list[RunSettings]:
     """Return the run that the flags ask for, or those of a sweep: all combinations of values, copies left out.
 
     Args:
         thoughts: model_args on thoughts, as name=value,name=value or JSON.
         engine_args: model_args of the engine, in the same forms.
         short: flags by their short names (`ALIASES` in settings.py); they replace the flag of the full name.
-        all others: the flags; see `Run`.
+        all others: the flags; see `RunSettings`.
 
     Raises:
         UserError: a value is unknown or out of range; says what is allowed.
@@ -229,7 +229,7 @@ def runs_from_flags(
     texts |= {ALIASES.get(name, name): text for name, text in (short or {}).items() if text is not None}
     grid = combinations(texts, _flag)
     several = [name for name in SWEPT if len({combination[name] for combination in grid}) > 1]
-    every = Run(
+    every = RunSettings(
         model_name=model_name,
         revision=revision or None,
         engine=engine,
@@ -269,9 +269,8 @@ def _decoding_of(combination: Combination, swept: Sequence[str]) -> DecodingConf
 
 def engine_arguments(engine: str) -> tuple[str, ...]:
     """Return the names of an engine's model_args on speed, memory and precision, for one GPU."""
-    every = {*arguments.ModelArguments.__annotations__, *SEVERAL_GPUS}
-    its = getattr(arguments, ENGINES[engine].arguments).__annotations__
-    return (*ENGINE_ARGUMENTS, *(name for name in its if name not in every))
+    every = {*ModelArguments.__annotations__, *SEVERAL_GPUS}
+    return (*ENGINE_ARGUMENTS, *(name for name in arguments_of(engine).__annotations__ if name not in every))
 
 
 def _named_values(flag: str, text: str, known: Sequence[str]) -> dict[str, str]:
@@ -293,7 +292,7 @@ def _engine_args(text: str, engine: str) -> tuple[tuple[str, Setting], ...]:
     """Read --engine-args. An engine refuses other types too, but on a GPU that is paid for by then."""
     given = _named_values("--engine-args", text, engine_arguments(engine))
     try:
-        read = typed(given, getattr(arguments, ENGINES[engine].arguments))
+        read = typed(given, arguments_of(engine))
     except UserError as error:
         raise UserError(f"--engine-args {text}: {error}") from error
     return tuple(cast("dict[str, Setting]", read).items())

@@ -16,7 +16,7 @@ from lm_eval.utils import setup_logging
 from sdar_lm_eval.autoload import manager_of_ours
 from sdar_lm_eval.errors import SDARError, UserError, did_you_mean
 from sdar_lm_eval.lm.hooks import samples_are_a_share
-from sdar_lm_eval.runs.settings import RUN_PROGRAMS, Run
+from sdar_lm_eval.runs.settings import RUN_PROGRAMS, RunSettings
 
 ANSWERS = "answers"
 """Name of the folder of answers in a run's folder."""
@@ -30,7 +30,7 @@ class _AnsweredError(Exception):
     """Ends an evaluation whose answers are there."""
 
 
-def answer_shard(run: Run, folder: Path, shard: int, shards: int, **model_args: str | None) -> None:
+def answer_shard(run: RunSettings, folder: Path, shard: int, shards: int, **model_args: str | None) -> None:
     """Answer a share of a run's documents, except those whose answers are in the folder already.
 
     Nothing is filtered or scored, so no program of the model runs here.
@@ -39,7 +39,7 @@ def answer_shard(run: Run, folder: Path, shard: int, shards: int, **model_args: 
         run: the evaluation.
         folder: the run's; this process adds a file to its `answers`.
         shard: this machine's number, 1 to `shards`.
-        shards: how many machines share the documents.
+        shards: number of machines that share the documents.
         model_args: further model_args.
 
     Raises:

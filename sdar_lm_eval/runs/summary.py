@@ -10,7 +10,7 @@ from typing import TypedDict, final
 from sdar_lm_eval.report.gsm8k_json import Benchmark, FilterMetrics
 from sdar_lm_eval.report.text_table import aligned, with_error
 from sdar_lm_eval.runs.grid import Setting
-from sdar_lm_eval.runs.settings import SWEPT, Run, scored_by
+from sdar_lm_eval.runs.settings import SWEPT, RunSettings, scored_by
 
 
 @final
@@ -45,7 +45,7 @@ def valid_report(content: bytes) -> Report | None:
     return report if isinstance(report, dict) and report.get("scored_by") == scored_by() else None  # type: ignore[return-value]
 
 
-def configuration(runs: Sequence[Run], machine: Mapping[str, object]) -> str:
+def configuration(runs: Sequence[RunSettings], machine: Mapping[str, object]) -> str:
     """Return what is printed before runs begin; `machine` has further rows, on where they run."""
     run = runs[0]
     varied = {name: list(dict.fromkeys(_value(run.swept[name]) for run in runs)) for name in SWEPT}
@@ -92,7 +92,7 @@ def result(report: Report) -> str:
     return "\n".join(lines)
 
 
-def sweep_table(reports: Sequence[Report | None], runs: Sequence[Run]) -> str:
+def sweep_table(reports: Sequence[Report | None], runs: Sequence[RunSettings]) -> str:
     """Return a sweep's table; a run without a report is `failed`."""
     varied = _varied(runs) or list(SWEPT)
     rows = [[*varied, "accuracy, %", "tokens/s", "tokens/forward"]]
@@ -107,14 +107,14 @@ def sweep_table(reports: Sequence[Report | None], runs: Sequence[Run]) -> str:
     return "\n".join(aligned(rows))
 
 
-def sweep_label(run: Run, runs: Sequence[Run]) -> str:
+def sweep_label(run: RunSettings, runs: Sequence[RunSettings]) -> str:
     """Return the settings in which a run differs from others of its sweep: " (temperature 0, …)"; "" for a lone run."""
     told = ", ".join(f"{name} {_value(run.swept[name])}" for name in _varied(runs))
     return f" ({told})" if told else ""
 
 
 def sweep_json(
-    reports: Sequence[Report | None], runs: Sequence[Run], folders: Sequence[str]
+    reports: Sequence[Report | None], runs: Sequence[RunSettings], folders: Sequence[str]
 ) -> dict[str, list[dict[str, object]]]:
     """Return a sweep's JSON: each run's settings, metrics and speed. The examples stay in the runs' own folders."""
     listed: list[dict[str, object]] = []
@@ -126,7 +126,7 @@ def sweep_json(
     return {"runs": listed}
 
 
-def _varied(runs: Sequence[Run]) -> list[str]:
+def _varied(runs: Sequence[RunSettings]) -> list[str]:
     return [name for name in SWEPT if len({run.swept[name] for run in runs}) > 1]
 
 

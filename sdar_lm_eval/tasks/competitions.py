@@ -1,4 +1,4 @@
-"""What the task files of AIME 2024, AIME 2025 and LiveMathBench name: the data, the filter, the score.
+"""Functions that the task files of AIME 2024, AIME 2025 and LiveMathBench name: the data, the filter, the score.
 
 Imports are absolute, since lm-eval opens this file by its path, outside of the package.
 """

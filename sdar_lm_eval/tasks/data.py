@@ -124,7 +124,7 @@ class _Folder:
 
     Attributes:
         given: the folder as the user gave it, unchecked.
-        named_by: what named the folder, as the beginning of a message.
+        named_by: the setting that named the folder, as the beginning of a message.
         below: the data set's folder in it; "" where it is the data set's own.
     """
 
@@ -142,14 +142,14 @@ class Source(Generic[RowT_co]):
     """A data set.
 
     Attributes:
-        title: what messages call it.
+        title: the data set's name in messages.
         folder: the data set's name in the folder for all, in the metadata key (`…_dir`) and in the environment
             variable (`SDAR_…_DIR`).
         hub: dataset id on the Hugging Face Hub, or a file there, or the archive of a data set that the hub lacks.
         config: the data set's configuration.
         files: where a folder may hold a split, as glob patterns with `{split}` and `{config}`; the first that matches
             is read.
-        where: what to put into a folder when the hub cannot be reached.
+        where: the files that a folder needs where the hub cannot be reached.
         row: a row as messages show it.
         parse: makes a row of its columns, or raises `RowError`.
     """
@@ -186,7 +186,7 @@ def documents(
 
     Args:
         source: the data set.
-        split: as the hub calls it.
+        split: the hub's name of the split.
         metadata: the run's metadata and model arguments, as lm-eval hands them to a task. Entries of other tasks and
             of the model are among them.
         config: the hub's configuration, where the tasks use several.

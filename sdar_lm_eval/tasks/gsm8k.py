@@ -1,4 +1,4 @@
-"""What the GSM8K task files name: the data, the gold answers, the filters.
+"""Functions that the GSM8K task files name: the data, the gold answers, the filters.
 
 Imports are absolute, since lm-eval opens this file by its path, outside of the package.
 """

@@ -1,4 +1,4 @@
-"""What the IFEval task file names: the data and the score, which is lm-eval's own.
+"""Functions that the IFEval task file names: the data and the score, which is lm-eval's own.
 
 Imports are absolute, since lm-eval opens this file by its path, outside of the package.
 """

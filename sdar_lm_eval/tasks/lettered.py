@@ -1,4 +1,4 @@
-"""What the task files of GPQA, MMLU-Pro and ProteinLMBench name: the data, the prompts, the filters, the score.
+"""Functions that task files of GPQA, MMLU-Pro and ProteinLMBench name: the data, the prompts, the filters, the score.
 
 Imports are absolute, since lm-eval opens this file by its path, outside of the package.
 """

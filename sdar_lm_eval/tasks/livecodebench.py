@@ -1,4 +1,4 @@
-"""What the LiveCodeBench task files name: the data, the prompt, the filter, the score.
+"""Functions that the LiveCodeBench task files name: the data, the prompt, the filter, the score.
 
 Imports are absolute, since lm-eval opens this file by its path, outside of the package.
 """

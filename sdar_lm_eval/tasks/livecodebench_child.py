@@ -33,9 +33,9 @@ def check(program: str, function: str | None, inputs: list[str], outputs: list[s
 
     Args:
         program: Python.
-        function: what a test calls, a function or a method of `Solution`; None: a test runs the program.
-        inputs: what each test gives: an argument a line as JSON, or what stdin has.
-        outputs: what each test expects: a value as JSON, or what stdout has.
+        function: name of the function, or method of `Solution`, that a test calls; None: a test runs the program.
+        inputs: input of each test: arguments as JSON, one in a line, or the text on stdin.
+        outputs: expected output of each test: a value as JSON, or the text on stdout.
         seconds: the time limit of each test. A test that takes longer ends the process.
 
     Raises:
@@ -149,6 +149,6 @@ def is_same(printed: str, expected: str) -> bool:
 
 
 def _is_close(found: float, wanted: float) -> bool:
-    """As numpy's `isclose`."""
+    """Return whether two numbers are close, by the rule of numpy's `isclose`."""
     finite = math.isfinite(found) and math.isfinite(wanted)
     return found == wanted or (finite and abs(found - wanted) <= 1e-8 + 1e-5 * abs(wanted))

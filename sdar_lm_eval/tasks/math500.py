@@ -1,4 +1,4 @@
-"""What the MATH500 task file names: the data and the score.
+"""Functions that the MATH500 task file names: the data and the score.
 
 Imports are absolute, since lm-eval opens this file by its path, outside of the package.
 """

@@ -1,4 +1,4 @@
-r"""What the MathBench task files name: the data, the prompts, the filter, the scores.
+r"""Functions that the MathBench task files name: the data, the prompts, the filter, the scores.
 
 MathBench (arXiv 2405.12209) has two parts, each with a set of questions for every stage of education and language.
 Single-choice questions are asked four times, with the options in four orders, and count only if all four answers are
@@ -86,8 +86,8 @@ class SetScore(float):
     lm-eval hands scores to aggregations without their documents, and means over stages need the stages.
 
     Attributes:
-        stage: as `Question.stage`.
-        set: as `Question.set`.
+        stage: the document's `Question.stage`.
+        set: the document's `Question.set`.
     """
 
     stage: str = ""

@@ -1,4 +1,4 @@
-"""What the MBPP task file names: the data, the filter, the score.
+"""Functions that the MBPP task file names: the data, the filter, the score.
 
 Imports are absolute, since lm-eval opens this file by its path, outside of the package.
 """

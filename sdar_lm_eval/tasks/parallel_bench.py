@@ -1,4 +1,4 @@
-"""What the task files of parallel_bench_sdar name: the documents, the filters, the score.
+"""Functions that the task files of parallel_bench_sdar name: the documents, the filters, the score.
 
 Imports are absolute, since lm-eval opens this file by its path, outside of the package.
 """

@@ -145,7 +145,7 @@ def compare(names: str, *operands: object) -> object:
     """Return what Python's comparison of the operands returns.
 
     Args:
-        names: of the operators, as `ast` names them, divided by spaces.
+        names: `ast`'s names of the operators, divided by spaces.
         operands: one more than operators.
 
     Raises:

@@ -48,7 +48,7 @@ Doc = TypeVar("Doc")
 
 
 class Job(NamedTuple):
-    """What to run.
+    """A program to run.
 
     Attributes:
         program: Python.

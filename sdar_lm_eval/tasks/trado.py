@@ -1,4 +1,4 @@
-"""What the TraDo task files name: the data, the filter, the score.
+"""Functions that the TraDo task files name: the data, the filter, the score.
 
 Imports are absolute, since lm-eval opens this file by its path, outside of the package.
 """

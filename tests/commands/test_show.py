@@ -10,7 +10,7 @@ import pytest
 
 from sdar_lm_eval.commands import main
 from sdar_lm_eval.report.denoising import Denoising, DenoisingLine, denoising_file, write_denoising
-from sdar_lm_eval.report.terminal import LEVELS, written
+from sdar_lm_eval.report.terminal import LEVELS, denoised_text
 
 TASK = "riddles"
 
@@ -134,7 +134,7 @@ def test_tokens_as_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_colours_say_the_confidence() -> None:
     low, middle, high = 0.3, 0.9, 0.999
     record = Denoising(0, 0, 4, 4, (1, 2, 3), ("a", "b", "c"), (0, 0, 1), (low, middle, high), "stop", {}, 0.1)
-    text = written(record)
+    text = denoised_text(record)
     styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
     assert text.plain == "a₁b₁c₂"
     assert (styles["a"], styles["b"]) == (LEVELS[0][1], LEVELS[-1][1]) and "c" not in styles

@@ -26,6 +26,12 @@ def test_readme_is_short() -> None:
     assert len(text.splitlines()) <= 160 and len(text.split()) <= 1500
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_no_line_of_prose_is_long(page: Path) -> None:
+    lines = FENCE.sub("", page.read_text("utf-8")).splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
+
+
 def anchors(text: str) -> set[str]:
     """The names that links to a page may have behind #, as GitHub and mkdocs make them."""
     headings = re.findall(r"^#+ (?:<a name=\"\w+\"></a>)?(.+)$", FENCE.sub("", text), re.MULTILINE)

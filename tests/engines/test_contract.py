@@ -1,4 +1,4 @@
-"""What every engine owes the harness: the native one, and the adapter over each version of JetEngine."""
+"""The contract of engines: the native engine, and the adapters of JetEngine (each version) and LMDeploy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import random
 
 import asking
 import pytest
-from asking import GREEDY, tokens_of
+from asking import GREEDY, prompts, tokens_of
 
 from sdar_lm_eval import DecodingConfig, EngineError, GenerationRequest, UserError
 from sdar_lm_eval.demo import prompts as demo_prompts
@@ -31,12 +31,6 @@ def demo_engine(open_engine, demo):
 @pytest.fixture(scope="module")
 def question(demo):
     return demo_prompts(demo)[asking.SHORT]
-
-
-def prompts(checkpoint, lengths, seed=0):
-    rng = random.Random(seed)
-    allowed = [t for t in range(checkpoint.config["vocab_size"]) if t != checkpoint.mask_token_id]
-    return [tuple(rng.choices(allowed, k=length)) for length in lengths]
 
 
 def run(engine, requests):

@@ -161,7 +161,7 @@ def test_a_full_disk_costs_the_records_alone(
 
 def test_scores_have_no_records(lm: SDARLM, tmp_path: Path) -> None:
     lm.evaluation_begins(seed=0, cached=False, template=None)
-    assert lm.loglikelihood([]) == [] and list(lm.written()(TASK)) == []
+    assert lm.loglikelihood([]) == [] and list(lm.denoising_lines()(TASK)) == []
 
 
 HEAD = {"format": FORMAT, "version": 1, "task": TASK}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -74,11 +73,6 @@ def make_lm(monkeypatch: pytest.MonkeyPatch) -> MakeLM:
         return ScoringLM(str(pretrained), **arguments)
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="sdar_lm_eval")
 
 
 def request(*arguments: str, doc_id: int = 0) -> Instance:

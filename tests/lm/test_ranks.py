@@ -75,7 +75,7 @@ def scenarios(folder: Path) -> dict[str, Any]:
         info = results and results["config"]["sdar_lm_eval"]
         found[name] = {"computed": computed, "results": results and _essence(results), "run": info and info["run"]}
         found[name]["written"] = info and [
-            [line["document"], line["repeat"], line["token_ids"], line["steps"]] for line in lm.written()(task)
+            [line["document"], line["repeat"], line["token_ids"], line["steps"]] for line in lm.denoising_lines()(task)
         ]
         found[name]["sent"] = info and [of["tokens_sha256"] for of in info["prompts"].values()]
 

@@ -99,7 +99,7 @@ def test_a_killed_run_computes_only_what_was_missing(folder: Path, monkeypatch: 
         expected = {(s["doc_id"], s["filter"]): s["resps"] for s in undisturbed["samples"][task]}
         assert {(s["doc_id"], s["filter"]): s["resps"] for s in samples} == expected
         kept = results_in(results)[0].denoising(task)
-        expected_lines = list(lm.written()(task))
+        expected_lines = list(lm.denoising_lines()(task))
         assert [(k.document, k.repeat, k.token_ids, k.steps) for k in kept] == [
             (line["document"], line["repeat"], tuple(line["token_ids"]), tuple(line["steps"] or ()))
             for line in expected_lines

@@ -142,7 +142,7 @@ def test_thoughts_never_score_never_stop_and_are_kept(
     assert [(line["text"], line["thought"], line["thought_ended"]) for line in lines] == [
         ("7r", "<think>Ae5C", True)
     ] * 5
-    assert {"".join(line["texts"]) for line in lm.written()("thinks")} == {"<think>Ae5C</think>7re"}
+    assert {"".join(line["texts"]) for line in lm.denoising_lines()("thinks")} == {"<think>Ae5C</think>7re"}
     lm.close()
     for again, settings in ((make(**kept), {}), (make(), {"use_cache": str(tmp_path / "cache")})):
         results = evaluate(again, tmp_path, **settings)
@@ -240,12 +240,12 @@ def test_a_limit_closes_thoughts(make: Callable[..., SDARLM], tmp_path: Path) ->
     assert run["thoughts"] == {"answers": 5, "unfinished": 0, "forced_tokens": 5}
     made = run["forwards"]["denoising"] + run["forwards"]["commit"]
     assert run["tokens_per_forward"] == pytest.approx((run["new_tokens"] - 5) / made, abs=0.001)
-    assert [line["forced_tokens"] for line in lm.written()("thinks")] == [1] * 5
+    assert [line["forced_tokens"] for line in lm.denoising_lines()("thinks")] == [1] * 5
     lm.close()
     again = make(max_thinking_toks=3, answers=str(tmp_path / "answers"))
     assert answers_of(evaluate(again, tmp_path)) == answers_of(results)
     assert (again.counts.requests, run_of(again)["thoughts"]) == (0, run["thoughts"])
-    assert list(again.written()("thinks")) == list(lm.written()("thinks"))
+    assert list(again.denoising_lines()("thinks")) == list(lm.denoising_lines()("thinks"))
     again.close()
     other = make(answers=str(tmp_path / "answers"))  # finds no answer of another limit
     evaluate(other, tmp_path, limit=1)
@@ -294,7 +294,7 @@ def test_a_loop_ends_a_thought_and_says_what_it_saves(
     saved = {"answers": len(loops), "saved_tokens": len(loops) * (24 - 11)}
     assert run_of(lm)["repetition"] == saved
     assert f"{len(loops)} of 15 answers ended in a loop, {13 * len(loops)} tokens before their limits" in caplog.text
-    assert {line["finish_reason"] for line in lm.written()("thinks")} == {"stop", "repetition"}
+    assert {line["finish_reason"] for line in lm.denoising_lines()("thinks")} == {"stop", "repetition"}
     again = SDARLM(thinker, **STATIC, stop_repetition="2:3", answers=str(tmp_path / "answers"))
     evaluate(again, tmp_path, DRAWN)
     assert (again.counts.requests, run_of(again)["repetition"]) == (0, saved)

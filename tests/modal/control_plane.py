@@ -104,7 +104,7 @@ class ControlPlane:
     """The server; it runs within a `with` block.
 
     Args:
-        folder: for shipped files, volumes and containers.
+        folder: the folder for shipped files, volumes and containers.
         trouble: called with a container's process id, again and again while the container runs, until it returns a
             signal to send: SIGINT preempts the container, any other signal ends its input with a failure.
         troubled: the function whose containers `trouble` is called for.

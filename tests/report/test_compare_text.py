@@ -120,6 +120,12 @@ def test_what_the_numbers_do_not_allow_is_said() -> None:
     assert "0.5 ± 0.02" in text and "Scores without a test are not in per cent." in text
 
 
+def test_numbers_end_at_the_right_in_markdown_too() -> None:
+    lines = as_markdown([comparison(CALLED, threshold=(0.5, 0.9))]).splitlines()
+    assert lines[lines.index("| setting | A | B |") + 1] == "| --- | --- | --- |"
+    assert "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |" in lines
+
+
 def test_few_settings_of_many_runs_are_a_row_each() -> None:
     many = [comparison(CALLED, threshold=(0.5, share)) for share in (0.6, 0.7)]
     assert "  run  threshold\n  A    0.5\n  B1   0.6\n  B2   0.7\n" in as_text(many)
@@ -169,7 +175,7 @@ def test_limits_of_thoughts_are_settings(tmp_path: Path) -> None:
 
 def test_how_many_tokens_a_forward_gives(tmp_path: Path) -> None:
     """A run of another model reports none, and has no sentence."""
-    folders = [written_runs.write_run(tmp_path / name, [["7"]] * 3, task="t") for name in "ab"]
+    folders = [written_runs.write_answers(tmp_path / name, [["7"]] * 3, task="t") for name in "ab"]
     (path,) = folders[1].glob("results_*.json")
     content = json.loads(path.read_text())
     content["config"]["sdar_lm_eval"]["run"]["forwards"]["denoising"] = 20
@@ -180,6 +186,6 @@ def test_how_many_tokens_a_forward_gives(tmp_path: Path) -> None:
     (speeds,) = (each["speeds"]["t"] for each in json.loads(as_json(found)))
     assert (speeds["a"]["tokens_per_second"], speeds["b"]["tokens_per_forward"]) == (900.0, 3.0)
 
-    other = written_runs.write_run(tmp_path / "c", [["7"]] * 3, task="t", model="hf")
+    other = written_runs.write_answers(tmp_path / "c", [["7"]] * 3, task="t", model="hf")
     found = [compare_runs(*read_runs([folders[0], other]))]
     assert "per forward" not in as_text(found) and json.loads(as_json(found))[0]["speeds"]["t"]["b"]["note"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from written_runs import add_thoughts, large_run, record, write_run
+from written_runs import add_thoughts, large_run, record, write_answers
 
 from sdar_lm_eval.commands import main
 from sdar_lm_eval.errors import UserError
@@ -19,7 +19,7 @@ from sdar_lm_eval.report.changed import changed_documents
 from sdar_lm_eval.report.compare import compare_runs
 from sdar_lm_eval.report.denoising import read_denoising
 from sdar_lm_eval.report.page.data import collect
-from sdar_lm_eval.report.page.embedding import embedded, extract, printable
+from sdar_lm_eval.report.page.embedding import allowed_in_html, embedded, extract
 from sdar_lm_eval.report.page.overview import key_of, pairs_of, settings_rows
 from sdar_lm_eval.report.page.rendering import page_of
 from sdar_lm_eval.report.runs import Run, read_runs
@@ -64,8 +64,8 @@ class _Parsed(HTMLParser):
 def _two(tmp_path: Path) -> list[Run]:
     answers_a = [["it is 7"], ["it is 8"], ["it is 7"], ["?"], ["it is 7"]]
     answers_b = [["so 7"], ["so 7"], ["so 8"], ["so 7"], ["so 7"]]
-    a = write_run(tmp_path / "a", answers_a, extracted=["7", "8", "7", "[invalid]", "7"], settings={"top_k": 1})
-    b = write_run(tmp_path / "b", answers_b, settings={"top_k": 2})
+    a = write_answers(tmp_path / "a", answers_a, extracted=["7", "8", "7", "[invalid]", "7"], settings={"top_k": 1})
+    b = write_answers(tmp_path / "b", answers_b, settings={"top_k": 2})
     return read_runs([a, b])
 
 
@@ -73,7 +73,7 @@ def test_what_is_embedded_comes_back() -> None:
     value = {HOSTILE: [1, None, "…", HOSTILE]}
     text = embedded(value)
     assert ascii(extract(text)) == ascii(value) and re.fullmatch(r"[A-Za-z0-9+/=]+", text)
-    assert printable(f"a{HOSTILE}") == "a" + HOSTILE.replace("\x00", "\ufffd").replace("\ud800", "\ufffd")
+    assert allowed_in_html(f"a{HOSTILE}") == "a" + HOSTILE.replace("\x00", "\ufffd").replace("\ud800", "\ufffd")
 
 
 def test_the_policy_allows_the_script_and_the_style_and_nothing_else(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_the_numbers_of_the_comparison_are_those_of_compare(tmp_path: Path) -> N
 
 
 def test_a_group_has_a_row_and_its_tasks_a_family(tmp_path: Path) -> None:
-    folders = [write_run(tmp_path / name, [[f"it is {7 + (name == 'a')}"]] * 7, task="part") for name in "ab"]
+    folders = [write_answers(tmp_path / name, [[f"it is {7 + (name == 'a')}"]] * 7, task="part") for name in "ab"]
     for folder, value in zip(folders, (0.0, 1.0), strict=True):
         results = json.loads((folder / "results_1.json").read_text())
         results["results"]["whole"] = {f"exact_match,{name}": value for name in ("strict-match", "flexible-extract")}
@@ -128,7 +128,7 @@ def test_a_group_has_a_row_and_its_tasks_a_family(tmp_path: Path) -> None:
 
 def test_repeats_of_another_seed_are_answers_of_one_run(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
-        write_run(tmp_path, [[f"it is {6 + seed % 2}"]], date=seed, seed=seed)
+        write_answers(tmp_path, [[f"it is {6 + seed % 2}"]], date=seed, seed=seed)
     (run,) = read_runs([tmp_path])
     documents = collect([run], ["gsm8k_sdar"])
     outcome = documents.rows[0].outcomes[0]
@@ -138,7 +138,7 @@ def test_repeats_of_another_seed_are_answers_of_one_run(tmp_path: Path) -> None:
 
 
 def test_a_score_of_the_first_of_several_answers_is_not_shown_beside_the_others(tmp_path: Path) -> None:
-    run = write_run(tmp_path, [["it is 7", "it is 8"]])
+    run = write_answers(tmp_path, [["it is 7", "it is 8"]])
     documents = collect(read_runs([run]), ["gsm8k_sdar"])
     outcome = documents.rows[0].outcomes[0]
     assert outcome is not None and outcome.scores == [1.0, 1.0]
@@ -149,7 +149,7 @@ def test_a_score_of_the_first_of_several_answers_is_not_shown_beside_the_others(
 def test_a_records_tokens_steps_and_confidences(tmp_path: Path) -> None:
     texts = ["it", " is", " ", "😀7", " and", " more"]
     line = record(0, texts, [1, 0, 0, 2, 0, 0], [1, 2, 3, 4, 5, 6], prompt_tokens=7, finish_reason="length")
-    folder = write_run(tmp_path, [["it is 😀7"]], records=[line])
+    folder = write_answers(tmp_path, [["it is 😀7"]], records=[line])
     (known,) = read_denoising(next(folder.glob("denoising*")))
     documents = collect(read_runs([folder]), ["gsm8k_sdar"])
     (units, tokens) = documents.texts[0][0][0]  # type: ignore[misc]
@@ -165,13 +165,13 @@ def test_a_records_tokens_steps_and_confidences(tmp_path: Path) -> None:
 
 
 def test_thoughts_stand_beside_their_answers(tmp_path: Path) -> None:
-    run = add_thoughts(write_run(tmp_path, [["it is 7"], [""], ["7"]]), {0: ("hm", True), 1: ("hm, hm", False)})
+    run = add_thoughts(write_answers(tmp_path, [["it is 7"], [""], ["7"]]), {0: ("hm", True), 1: ("hm, hm", False)})
     details = collect(read_runs([run]), ["gsm8k_sdar"]).details
     assert [answer[3:] for *_, ((answer,),) in details] == [[["hm", True]], [["hm, hm", False]], []]
 
 
 def test_log_likelihoods_are_shown_by_choice(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, [["7"]], task="mmlu_x")
+    folder = write_answers(tmp_path, [["7"]], task="mmlu_x")
     results = json.loads((folder / "results_1.json").read_text())
     results["configs"]["mmlu_x"]["output_type"] = "multiple_choice"
     results["results"]["mmlu_x"] = {"acc,none": 1.0}
@@ -190,7 +190,7 @@ def test_log_likelihoods_are_shown_by_choice(tmp_path: Path) -> None:
 
 def test_a_chat_models_messages_are_its_prompt(tmp_path: Path) -> None:
     """lm_eval's API models send a named tuple of one JSON text, which its samples file has as a list."""
-    folder = write_run(tmp_path, [["it is 7"]], model="local-chat-completions")
+    folder = write_answers(tmp_path, [["it is 7"]], model="local-chat-completions")
     samples = next(folder.glob("samples*"))
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
     for line in lines:
@@ -213,7 +213,7 @@ def test_the_chart_stands_in_the_page_without_styles(tmp_path: Path) -> None:
 def test_a_task_of_log_likelihoods_has_no_speeds(tmp_path: Path) -> None:
     runs = []
     for name in ("a", "b"):
-        folder = write_run(tmp_path / name, [["it is 7"]], settings={"x": name})
+        folder = write_answers(tmp_path / name, [["it is 7"]], settings={"x": name})
         results = json.loads((folder / "results_1.json").read_text())
         results["config"]["sdar_lm_eval"]["run"]["forwards"] = {}
         (folder / "results_1.json").write_text(json.dumps(results))
@@ -223,7 +223,7 @@ def test_a_task_of_log_likelihoods_has_no_speeds(tmp_path: Path) -> None:
 
 
 def test_a_date_that_no_calendar_has_is_not_shown(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, [["it is 7"]], date=10**9)
+    folder = write_answers(tmp_path, [["it is 7"]], date=10**9)
     assert "evaluated 2001-09-09" in _Parsed(page_of(read_runs([folder]))).text
     file = next(folder.glob("results*"))
     file.write_text(file.read_text().replace('"date": 1000000000.0', '"date": 1e300'))
@@ -231,7 +231,7 @@ def test_a_date_that_no_calendar_has_is_not_shown(tmp_path: Path) -> None:
 
 
 def test_groups_come_before_their_tasks(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, [["it is 7"], ["it is 8"]], task="part")
+    folder = write_answers(tmp_path, [["it is 7"], ["it is 8"]], task="part")
     results = json.loads((folder / "results_1.json").read_text())
     results["results"]["whole"] = {"acc,none": 0.25, "acc_stderr,none": 0.01}
     results["group_subtasks"] = {"whole": ["part"]}
@@ -242,10 +242,10 @@ def test_groups_come_before_their_tasks(tmp_path: Path) -> None:
 
 def test_hostile_texts_make_no_element(tmp_path: Path) -> None:
     plain = _Parsed(page_of(_two(tmp_path / "plain")))
-    folder = write_run(
+    folder = write_answers(
         tmp_path / "hostile", [[HOSTILE]] * 5, gold=[HOSTILE] * 5, questions=[HOSTILE] * 5, settings={"x": HOSTILE}
     )
-    write_run(
+    write_answers(
         tmp_path / "plain" / "a",
         [["it is 7"]] * 5,
         settings={"remasking_strategy": f"{HOSTILE}$\\frac{{", "confidence_threshold": HOSTILE},
@@ -265,7 +265,7 @@ def test_settings_that_differ_are_told_from_the_others(tmp_path: Path) -> None:
 
 
 def test_a_run_without_samples_has_its_scores(tmp_path: Path) -> None:
-    a, b = (write_run(tmp_path / name, [["it is 7"]], settings={"x": name}) for name in "ab")
+    a, b = (write_answers(tmp_path / name, [["it is 7"]], settings={"x": name}) for name in "ab")
     next(b.glob("samples*")).unlink()
     parsed = _Parsed(page_of(read_runs([a, b])))
     assert parsed.text.count("100.0") >= 2 and "has no samples of gsm8k_sdar" in parsed.text
@@ -273,7 +273,7 @@ def test_a_run_without_samples_has_its_scores(tmp_path: Path) -> None:
 
 
 def test_runs_that_share_no_task_are_shown_without_a_comparison(tmp_path: Path) -> None:
-    runs = read_runs([write_run(tmp_path / name, [["it is 7"]], task=name) for name in ("one", "two")])
+    runs = read_runs([write_answers(tmp_path / name, [["it is 7"]], task=name) for name in ("one", "two")])
     parsed = _Parsed(page_of(runs))
     assert [row[4][0] is None for row in parsed.part("index")["documents"]] == [False, True]
     assert "share no task" in parsed.text
@@ -289,7 +289,7 @@ def test_long_answers_take_less_than_ten_megabytes(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_run(tmp_path / "run", [["it is 7"]])
+    folder = write_answers(tmp_path / "run", [["it is 7"]])
     assert main(["report", str(folder), "-o", str(tmp_path / "r.html"), "--title", "A & B"]) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'r.html'}: 0.")
     assert "<title>A &amp; B</title>" in (tmp_path / "r.html").read_text("utf-8")
@@ -306,7 +306,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_a_broken_file_is_one_line(
     name: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_run(tmp_path, [["it is 7"]])
+    folder = write_answers(tmp_path, [["it is 7"]])
     (folder / name).write_bytes(content)
     assert main(["report", str(folder), "-o", str(tmp_path / "r.html")]) == 1
     error = capsys.readouterr().err

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from written_runs import add_thoughts, large_run, record, write_run
+from written_runs import add_thoughts, large_run, record, write_answers
 
 from sdar_lm_eval.report.changed import changed_documents
 from sdar_lm_eval.report.denoising import Denoising
@@ -55,10 +55,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
         record(6, ["plums", " make", " 9", "<|im_end|>", "."], [2, 1, 0, 0, 0], repeat=1),
     ]
     common = {"questions": [f"Question {n}?" + " long" * 60 * (n == 2) for n in range(12)]}
-    a = write_run(
+    a = write_answers(
         folder / "a", answers_a, records=records_a, extracted=last_words, settings={"threshold": 0.6}, **common
     )
-    b = write_run(folder / "b", answers_b, records=records_b, settings={"threshold": 0.85}, **common)
+    b = write_answers(folder / "b", answers_b, records=records_b, settings={"threshold": 0.85}, **common)
     return read_runs([a, b])
 
 
@@ -242,7 +242,7 @@ def test_thoughts(browser: Any, tmp_path: Path) -> None:
     """Folded above the answer; their tokens stand beside those that were scored."""
     tokens = ["<think>", "it is 7", "</think>", "\n", "it is", " 7", "."]
     records = [record(0, tokens, [0] * 7), record(1, ["<think>", "hm"], [0, 1], finish_reason="length")]
-    folder = write_run(tmp_path / "run", [["it is 7"], [""], ["7"]], records=records)
+    folder = write_answers(tmp_path / "run", [["it is 7"], [""], ["7"]], records=records)
     add_thoughts(folder, {0: ("<think>it is 7", True), 1: ("<think>hm", False)})
     for page in _opened(browser, _written(tmp_path / "report.html", read_runs([folder]))):
         _open(page, 0)
@@ -371,7 +371,7 @@ def test_names_and_roles(page: Any) -> None:
 
 def test_hostile_texts_stay_texts(browser: Any, tmp_path: Path) -> None:
     parts = [HOSTILE[:9], HOSTILE[9:]]
-    folder = write_run(
+    folder = write_answers(
         tmp_path / "run", [[HOSTILE]] * 2, gold=[HOSTILE, "7"], questions=[HOSTILE] * 2, task="t<b>",
         records=[record(0, parts, [0, 1])], settings={HOSTILE: HOSTILE}, extracted=[HOSTILE, "7"],
     )  # fmt: skip
@@ -419,7 +419,7 @@ def test_print_has_every_row(page: Any) -> None:
 
 
 def test_a_run_of_another_model_and_one_without_samples(browser: Any, tmp_path: Path) -> None:
-    a = write_run(tmp_path / "hf", [["it is 7"]], model="hf")
+    a = write_answers(tmp_path / "hf", [["it is 7"]], model="hf")
     file = _written(tmp_path / "report.html", read_runs([a]))
     for page in _opened(browser, file):
         _open(page, 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from scipy import stats
-from written_runs import write_run
+from written_runs import write_answers
 
 from sdar_lm_eval.commands import main
 from sdar_lm_eval.report.compare import compare_runs
@@ -28,7 +28,7 @@ def test_names_are_those_of_the_tasks() -> None:
 
 def _with_several(folder: Path, scores: list[list[float]], seed: int) -> Path:
     """A run whose documents have these scores of several answers, as the tasks write them."""
-    write_run(folder, [["7"] * len(of_doc) for of_doc in scores], settings={"seed": seed})
+    write_answers(folder, [["7"] * len(of_doc) for of_doc in scores], settings={"seed": seed})
     (file,) = folder.rglob("results_*.json")
     results = json.loads(file.read_text())
     (samples,) = folder.rglob("samples_*.jsonl")
@@ -81,7 +81,7 @@ def test_the_report_and_the_table_show_them(tmp_path: Path, capsys: pytest.Captu
 def test_thoughts_and_the_number_of_answers_are_settings(tmp_path: Path) -> None:
     """Runs that differ in them are told apart: none stands for the other, and none is a repeat of the other."""
     for date, (thinking, repeats) in enumerate([({}, 1), ({"max_thinking_toks": 4096}, 1), ({}, 8)], 1):
-        folder = write_run(tmp_path / "runs" / str(date), [["7"] * repeats, ["5"] * repeats], date=date)
+        folder = write_answers(tmp_path / "runs" / str(date), [["7"] * repeats, ["5"] * repeats], date=date)
         (file,) = folder.rglob("results_*.json")
         content = json.loads(file.read_text())
         content["config"]["sdar_lm_eval"] |= {"thinking": thinking} if thinking else {}

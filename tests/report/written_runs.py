@@ -12,7 +12,7 @@ from typing import Any
 from sdar_lm_eval.report.denoising import DenoisingLine, denoising_file, write_denoising
 
 
-def write_run(
+def write_answers(
     folder: Path,
     answers: Sequence[Sequence[str]],
     *,
@@ -41,7 +41,7 @@ def write_run(
         extracted: document -> what the filters extract, where it is not the last word.
         date: when the run began.
         seed: the run's.
-        prompt: what was sent, with the question's place.
+        prompt: the text that was sent, with the question's place.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines, scores = [], []
@@ -148,7 +148,7 @@ def large_run(folder: Path, documents: int, tokens: int, seed: int, shots: int =
         answers.append(["".join(texts)])
         records.append(record(document, texts, steps[:tokens], confidences, prompt_tokens=900))
     example = "Question: " + " ".join(shared.choices(vocabulary, k=60)) + "\nAnswer: " + "x " * 100 + "\n\n"
-    return write_run(
+    return write_answers(
         folder, answers, gold=gold, questions=questions, records=records, settings={"confidence_threshold": seed / 10},
         prompt=example * shots + "Question: {}\nAnswer:",
     )  # fmt: skip

@@ -20,7 +20,7 @@ from sdar_lm_eval.report.gsm8k_json import convert
 from sdar_lm_eval.report.results import results_in
 from sdar_lm_eval.runs import merge, shards
 from sdar_lm_eval.runs.merge import RecordedLM, publish
-from sdar_lm_eval.runs.settings import Run, runs_from_flags
+from sdar_lm_eval.runs.settings import RunSettings, runs_from_flags
 from sdar_lm_eval.runs.shards import ANSWERS, answer_shard
 
 FLAGS: dict[str, Any] = {
@@ -35,7 +35,7 @@ def _no_environment_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
 
 
-def _run(**flags: Any) -> Run:
+def _run(**flags: Any) -> RunSettings:
     (run,) = runs_from_flags(**(FLAGS | flags))
     return run
 
@@ -97,7 +97,8 @@ def test_documents_of_a_shard_have_the_few_shot_examples_of_the_whole_run(
     run = _run(tasks="shots", max_gen_length=4)
     for shard in (1, 2, 3):
         answer_shard(run, tmp_path, shard, 3)
-    publish(run, tmp_path)
+    # Answers to prompts with other examples do not count, and `publish` would refuse the run.
+    assert [each["idx"] for each in json.loads(publish(run, tmp_path).read_text())["results"]] == list(range(7))
 
 
 def test_a_result_that_is_damaged_or_of_other_sources_is_scored_again(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from sdar_lm_eval.runs.merge import publish
 from sdar_lm_eval.runs.programs import batches, run_here
-from sdar_lm_eval.runs.settings import Run, runs_from_flags
+from sdar_lm_eval.runs.settings import RunSettings, runs_from_flags
 from sdar_lm_eval.runs.shards import answer_shard
 from sdar_lm_eval.tasks import programs
 from sdar_lm_eval.tasks.programs import Job
@@ -42,7 +42,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Job]:
     return jobs
 
 
-def _run() -> Run:
+def _run() -> RunSettings:
     flags: dict[str, Any] = {
         "model_name": "demo", "num_samples": None, "block_length": "4", "denoising_steps": "4", "temperature": "0",
         "remasking_strategy": "dynamic", "confidence_threshold": "0.85", "max_gen_length": 4, "verbose": False,

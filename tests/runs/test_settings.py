@@ -15,7 +15,7 @@ from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.runs import settings
-from sdar_lm_eval.runs.settings import Run, runs_from_flags, scored_by
+from sdar_lm_eval.runs.settings import RunSettings, runs_from_flags, scored_by
 from sdar_lm_eval.settings import ALIASES, read_generation
 
 DEFAULTS: dict[str, Any] = {
@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def _runs(**flags: Any) -> list[Run]:
+def _runs(**flags: Any) -> list[RunSettings]:
     return runs_from_flags(**(DEFAULTS | flags))
 
 

@@ -12,7 +12,7 @@ from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.report.gsm8k_json import convert
 from sdar_lm_eval.report.table import read_tables
 from sdar_lm_eval.runs import summary
-from sdar_lm_eval.runs.settings import Run, runs_from_flags
+from sdar_lm_eval.runs.settings import RunSettings, runs_from_flags
 from sdar_lm_eval.runs.shards import task_manager
 
 FLAGS: dict[str, Any] = {
@@ -32,7 +32,7 @@ REPORT: dict[str, Any] = {
 }
 
 
-def _runs(**flags: Any) -> list[Run]:
+def _runs(**flags: Any) -> list[RunSettings]:
     return runs_from_flags(**(FLAGS | flags))
 
 

@@ -22,7 +22,7 @@ class Installed:
 
 
 def installed(package: str) -> Installed | None:
-    """What pip recorded of a package; None where pip did not install it."""
+    """pip's record of a package; None where pip did not install it."""
     try:
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:

@@ -12,7 +12,7 @@ from sdar_lm_eval.engines.native.forward import graphs
 from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.layout import Draws
 
-Drawn = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+DrawnTokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Tokens, their probabilities, and the entropies of their distributions in nats, (M,) each."""
 
 
@@ -52,7 +52,9 @@ class Drawing:
         # PyTorch's sum over a row depends on the number of rows.
         self.fixed_rows = forward.fixed_rows or (reproducible and not self.by_kernel)
         self._rows_at_once = graphs.REPRODUCIBLE_ROWS if self.fixed_rows else unmasking.rows_at_once(vocabulary)
-        self._draw: Callable[[Draws, torch.Tensor], Drawn] = self._by_kernel if self.by_kernel else self._by_pytorch
+        self._draw: Callable[[Draws, torch.Tensor], DrawnTokens] = (
+            self._by_kernel if self.by_kernel else self._by_pytorch
+        )
 
     def sizes(self) -> tuple[int, ...]:
         """The sizes M that steps are padded to, ascending; the last suffices for the draws of all slots."""
@@ -61,7 +63,7 @@ class Drawing:
             return graphs.multiples(graphs.REPRODUCIBLE_ROWS, most)
         return self._forward.draw_sizes(most, self._rows_at_once) if self.by_kernel else (most,)
 
-    def __call__(self, draws: Draws) -> Drawn:
+    def __call__(self, draws: Draws) -> DrawnTokens:
         """Draw for M positions, in parts where the logits of all would take too much memory."""
         parts = []
         for begin in range(0, len(draws.row), self._rows_at_once):
@@ -72,7 +74,7 @@ class Drawing:
         token, confidence, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
         return token, confidence, entropy
 
-    def _by_kernel(self, draws: Draws, logits: torch.Tensor) -> Drawn:
+    def _by_kernel(self, draws: Draws, logits: torch.Tensor) -> DrawnTokens:
         from sdar_lm_eval.engines.native.kernels import drawing as kernels
 
         return kernels.draw(
@@ -80,7 +82,7 @@ class Drawing:
             entropies=self._batch.needs_entropy,
         )  # fmt: skip
 
-    def _by_pytorch(self, draws: Draws, logits: torch.Tensor) -> Drawn:
+    def _by_pytorch(self, draws: Draws, logits: torch.Tensor) -> DrawnTokens:
         batch, slot, logits = self._batch, draws.slot, logits.float()
         logits[:, batch.mask_token_id] = -torch.inf
         if batch.seen is not None:

@@ -287,7 +287,7 @@ class NativeEngine(Closable):
             failures.raise_if_any(len(requests))
 
     def _pages_for(self, sequences: list[SequenceState], max_active: int) -> int:
-        """How many KV pages to allocate: those of the `max_active` longest requests, as far as memory allows."""
+        """Number of KV pages to allocate: those of the `max_active` longest requests, as far as memory allows."""
         needs = sorted((-(-sequence.longest // PAGE_SIZE) for sequence in sequences), reverse=True)
         wanted = sum(needs[:max_active])
         pages = min(wanted, self._kv_pages or self._pages_in_memory())

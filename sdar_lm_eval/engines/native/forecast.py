@@ -177,7 +177,7 @@ class _Slots:
         return int((self.active * (1 + self.uncommitted)).sum()), int(self.masked[self.active].sum())
 
     def fitting(self, slots: NDArray[np.bool_], segments: int, draws: int) -> NDArray[np.bool_]:
-        """Which of the slots fit into a step of these sizes; see `layout.py`."""
+        """The slots that fit into a step of these sizes; see `layout.py`."""
         fits: NDArray[np.bool_] = slots & ((slots * (1 + self.uncommitted)).cumsum() <= segments)
         fits &= (fits * self.masked).cumsum() <= draws
         return fits

@@ -77,7 +77,7 @@ def choose_segments(blocks: Blocks, settings: Settings, room: Room, count: int) 
     Args:
         blocks: the current blocks.
         settings: the slots' settings.
-        room: of the step.
+        room: the step's room for each slot.
         count: S. Slots whose blocks do not fit are left out; segments without a block are padding.
     """
     ends = (blocks.active * (1 + blocks.uncommitted.long())).cumsum(0)
@@ -100,7 +100,7 @@ def choose_draws(blocks: Blocks, settings: Settings, room: Room, count: int) -> 
     Args:
         blocks: the current blocks.
         settings: the slots' settings.
-        room: of the step, from `choose_segments`.
+        room: the step's room for each slot, as `choose_segments` left it.
         count: M. Draws without a position are padding.
     """
     masked = blocks.masked & room.fits[:, None]

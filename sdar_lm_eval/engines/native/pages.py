@@ -42,11 +42,11 @@ class PagePool:
 
     @property
     def free_pages(self) -> int:
-        """How many pages can be allocated now: no sequence holds them."""
+        """Number of pages that can be allocated now: no sequence holds them."""
         return self.num_pages - len(self._holders)
 
     def pages_for(self, tokens: int) -> int:
-        """How many pages hold this many tokens."""
+        """Number of pages that hold this many tokens."""
         return -(-tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int]:
@@ -84,7 +84,7 @@ class PagePool:
         return pages
 
     def idle(self, pages: Iterable[int]) -> int:
-        """How many of the pages no sequence holds. Holding the pages lowers `free_pages` by this number."""
+        """Number of these pages that no sequence holds. Holding the pages lowers `free_pages` by this number."""
         return sum(page not in self._holders for page in pages)
 
     def hold(self, pages: Sequence[int]) -> None:

@@ -138,7 +138,7 @@ class Transition:
             blocks: the blocks before the step.
             settings: the slots' settings.
             took_part: (N + 1,) bool, the slots that are denoised. Other slots stay as they are.
-            drawn: what was drawn for the masked positions.
+            drawn: the tokens drawn for the masked positions.
         """
         block, length = len(self.offsets), settings.length
         masked = blocks.masked & took_part[:, None]

@@ -15,7 +15,7 @@ LOGITS_BUDGET_BYTES = 1 << 30  # most memory of the float32 logits that are in m
 
 
 def rows_at_once(vocabulary: int) -> int:
-    """How many rows of float32 logits to compute at once."""
+    """Number of rows of float32 logits to compute at once."""
     return max(1, LOGITS_BUDGET_BYTES // (4 * vocabulary))
 
 

@@ -44,7 +44,7 @@ from sdar_lm_eval.report.documents import Answer, Document, documents_of, is_lik
 from sdar_lm_eval.report.pairing import Key, MetricKey, document_name, keyed
 from sdar_lm_eval.report.runs import Run, metrics_of
 
-Scores = list["float | None"]
+AnswerScores = list["float | None"]
 
 
 class TaskPart(TypedDict):
@@ -60,7 +60,7 @@ class TaskPart(TypedDict):
 class Outcome(NamedTuple):
     """A run's outcome in a document of `index`."""
 
-    scores: Scores
+    scores: AnswerScores
     extracted: list[str | None]
     cut: int | None
     answers: int
@@ -96,7 +96,7 @@ class Documents:
             "tokens": list(self.tokens),
         }
 
-    def scores(self, task: str) -> dict[MetricKey, list[Scores]]:
+    def scores(self, task: str) -> dict[MetricKey, list[AnswerScores]]:
         """Return metric -> for each run the scores of the task's documents, None where the run has no score."""
         number = next(number for number, each in enumerate(self.tasks) if each["name"] == task)
         outcomes = [row.outcomes for row in self.rows if row.task == number]

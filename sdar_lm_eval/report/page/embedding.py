@@ -30,7 +30,7 @@ def extract(element: str) -> object:
     return json.loads(zlib.decompress(base64.b64decode(element)))
 
 
-def printable(text: str) -> str:
+def allowed_in_html(text: str) -> str:
     """Return a text with U+FFFD in the place of each character that HTML does not allow."""
     return UNPRINTABLE.sub("\ufffd", text)
 

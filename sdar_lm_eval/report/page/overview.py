@@ -17,13 +17,13 @@ from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compar
 from sdar_lm_eval.report.curve import AXES, chart_svg
 from sdar_lm_eval.report.documents import main_key
 from sdar_lm_eval.report.page.data import Documents
-from sdar_lm_eval.report.page.embedding import printable
+from sdar_lm_eval.report.page.embedding import allowed_in_html
 from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.points import Point, points_of
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Run, mean_value, metrics_of
 from sdar_lm_eval.report.statistics import mean_stderr
-from sdar_lm_eval.report.text_table import with_error
+from sdar_lm_eval.report.text_table import score
 
 NONE = "–"
 """The text in the place of a value that a run lacks."""
@@ -171,8 +171,10 @@ def charts_of(points: Sequence[tuple[str, Sequence[Point | None]]]) -> list[tupl
 
 def _drawable(point: Point) -> Point:
     """The point with names that matplotlib can draw."""
-    settings = {name: printable(value) if isinstance(value, str) else value for name, value in point.settings.items()}
-    return dataclasses.replace(point, model=printable(point.model), settings=settings)
+    settings = {
+        name: allowed_in_html(value) if isinstance(value, str) else value for name, value in point.settings.items()
+    }
+    return dataclasses.replace(point, model=allowed_in_html(point.model), settings=settings)
 
 
 def without_styles(svg: str) -> str:
@@ -231,16 +233,10 @@ def _rows_of(
                 stderr = mean_stderr(np.array(of_documents)) if of_documents else stderr
             share = key in are_shares or (not scores and metric.name in SHARES)
             row = cells.setdefault(key, [NONE] * len(of_runs))
-            row[number] = _value(value, stderr, share)
+            row[number] = score(value, stderr, share=share)
     answered = next((files[0].answered(task) for files in of_runs if files), None)
     documents = "" if answered is None else f"{answered:,}"
     return [ScoreRow(task, name, filter_name, tuple(row), documents) for (name, filter_name), row in cells.items()]
-
-
-def _value(value: float, stderr: float | None, share: bool, sign: str = "") -> str:
-    if share:
-        return with_error(value, stderr, 100, sign)
-    return f"{value:{sign}.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")
 
 
 def pairs_of(runs: Sequence[Run], tasks: Sequence[str], documents: Documents) -> list[Pair]:
@@ -286,7 +282,7 @@ def _difference_row(each: Difference, number: int | None, share: bool, ends: tup
     """The row of a difference, with links to the documents of run `number`; None: no links, as for a group."""
     plot, interval = None, NONE
     if each.low is not None and each.high is not None:
-        interval = f"{_value(each.low, None, share, '+')} to {_value(each.high, None, share, '+')}"
+        interval = f"{score(each.low, None, share=share, sign='+')} to {score(each.high, None, share=share, sign='+')}"
         if ends[0] < ends[1]:
             places = (
                 5 + 90 * (value - ends[0]) / (ends[1] - ends[0]) for value in (0, each.low, each.high, each.difference)
@@ -303,9 +299,9 @@ def _difference_row(each: Difference, number: int | None, share: bool, ends: tup
         task=each.task,
         metric=each.metric,
         filters=", ".join((each.filter, *each.equal_filters)),
-        a=_value(each.a, each.a_stderr, share),
-        b=_value(each.b, each.b_stderr, share),
-        difference=_value(each.difference, None, share, "+"),
+        a=score(each.a, each.a_stderr, share=share),
+        b=score(each.b, each.b_stderr, share=share),
+        difference=score(each.difference, None, share=share, sign="+"),
         interval=interval,
         plot=plot,
         p=_probability(each.p),
@@ -317,7 +313,7 @@ def _difference_row(each: Difference, number: int | None, share: bool, ends: tup
         only_b=NONE if each.only_b is None else f"{each.only_b:,}",
         only_b_link=link("right", each.only_b),
         documents=f"{each.documents:,}",
-        detectable=NONE if each.detectable is None else _value(each.detectable, None, share),
+        detectable=NONE if each.detectable is None else score(each.detectable, None, share=share),
     )
 
 

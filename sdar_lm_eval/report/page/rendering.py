@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.page import overview
-from sdar_lm_eval.report.page.data import collect
-from sdar_lm_eval.report.page.embedding import embedded, policy, printable
+from sdar_lm_eval.report.page.data import Documents, collect
+from sdar_lm_eval.report.page.embedding import allowed_in_html, embedded, policy
 from sdar_lm_eval.report.runs import SEEDS, Run
 
 FOLDER = Path(__file__).parent
@@ -33,57 +33,67 @@ def page_of(runs: Sequence[Run], tasks: Sequence[str] = (), title: str | None = 
     Raises:
         UserError: no run has one of `tasks`, or a file of a run cannot be read or is not as lm_eval writes it.
     """
-    known = list(dict.fromkeys(task for run in runs for task in run.tasks))
-    for task in tasks:
-        if task not in known:
-            raise UserError(
-                f"--tasks {task}: no run has it; the runs have {', '.join(known)}.{did_you_mean(task, known)}"
-            )
-    chosen = [task for task in known if not tasks or task in tasks]
+    chosen = _chosen_tasks(runs, tasks)
     having = [run for run in runs if any(task in run.of_tasks for task in chosen)]
     documents = collect(having, chosen)
     differing, common = overview.settings_rows(having, chosen)
     points = [(task, overview.speeds_of(having, task)) for task in chosen]
     charts = overview.charts_of(points)
     comparisons = overview.pairs_of(having, chosen, documents)
-    names = _names(having, differing)
     views = [
         {"number": number, "key": overview.key_of(number), "name": name, "path": run.path}
-        for number, (run, name) in enumerate(zip(having, names, strict=True))
+        for number, (run, name) in enumerate(zip(having, _names(having, differing), strict=True))
     ]
-    chunks = [documents.details[start : start + CHUNK] for start in range(0, len(documents.details), CHUNK)]
-    parts = {name: embedded(value) for name, value in documents.parts.items()}
-    parts["runs"] = embedded([{"key": view["key"], "name": view["name"]} for view in views])
-    parts |= {f"details-{number}": embedded(chunk) for number, chunk in enumerate(chunks)}
+    sections = {
+        "runs": "Runs",
+        "scores": "Scores",
+        **({"comparison": "Comparison"} if comparisons else {}),
+        **({"charts": "Accuracy and speed"} if charts else {}),
+        "documents": "Documents",
+    }
     script = "".join((FOLDER / name).read_text("utf-8") for name in SCRIPTS)
     style = (FOLDER / "page.css").read_text("utf-8")
-    sections = [("runs", "Runs"), ("scores", "Scores")]
-    if comparisons:
-        sections.append(("comparison", "Comparison"))
-    if charts:
-        sections.append(("charts", "Accuracy and speed"))
-    sections.append(("documents", "Documents"))
-    scores = overview.score_rows(having, points, documents)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    return printable(
+    return allowed_in_html(
         environment.get_template("template.html").render(
             policy=policy(script, style),
             title=title or _title(having, chosen),
             facts=_facts(having, chosen, len(documents.rows)),
-            sections=sections,
+            sections=list(sections.items()),
             runs=views,
             settings={"differing": differing, "common": common},
-            scores=scores,
+            scores=overview.score_rows(having, points, documents),
             comparisons=comparisons,
             charts=[(task, Markup(svg)) for task, svg in charts],
-            parts=parts,
+            parts=_parts(documents, views),
             chunk=CHUNK,
             script=Markup(script),
             style=Markup(style),
         )
     )
+
+
+def _chosen_tasks(runs: Sequence[Run], tasks: Sequence[str]) -> list[str]:
+    """The tasks of the page, in the order of the runs' tasks."""
+    known = list(dict.fromkeys(task for run in runs for task in run.tasks))
+    for task in tasks:
+        if task not in known:
+            raise UserError(
+                f"--tasks {task}: no run has it; the runs have {', '.join(known)}.{did_you_mean(task, known)}"
+            )
+    return [task for task in known if not tasks or task in tasks]
+
+
+def _parts(documents: Documents, views: Sequence[Mapping[str, object]]) -> dict[str, str]:
+    """Name -> the embedded data that the page's scripts read."""
+    chunks = [documents.details[start : start + CHUNK] for start in range(0, len(documents.details), CHUNK)]
+    return {
+        **{name: embedded(value) for name, value in documents.parts.items()},
+        "runs": embedded([{"key": view["key"], "name": view["name"]} for view in views]),
+        **{f"details-{number}": embedded(chunk) for number, chunk in enumerate(chunks)},
+    }
 
 
 def _names(runs: Sequence[Run], differing: Sequence[overview.SettingRow]) -> list[str]:

@@ -67,7 +67,7 @@ class Grid(Form):
 
     Attributes:
         side: the number of rows, and of cells in a row.
-        separator: what stands between the cells of a row.
+        separator: text between the cells of a row.
     """
 
     side: int

@@ -19,12 +19,13 @@ SIZES: tuple[Size, ...] = ("chat", "demo")
 
 @dataclass(frozen=True)
 class Case:
-    """What a question asks.
+    """A question's content, without its wording.
 
     Attributes:
         given: the names, symbols, cells or words of the question.
         answer: one right answer.
-        key: what makes a case another one. No key is on both sides of the split into training and test.
+        key: the part of a case that tells it from other cases. No key is on both sides of the split into training and
+            test.
         word: the name to insert or to put in another's place; "" without one.
         place: the place that the question names, from 1; 0 without one.
     """

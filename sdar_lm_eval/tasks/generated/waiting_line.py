@@ -38,7 +38,7 @@ class WaitingLine(Kind):
     """A change of a line.
 
     Attributes:
-        wordings: what the question asks, with `{word}` and `{place}`, for each size.
+        wordings: size -> the question's wording, with `{word}` and `{place}`, for each size.
         change: (the line, `word`, `place`) -> the changed line. It is right for every place where `places` is given
             and the question does not name one.
         places: the number of places that a line of so many people has for the change; None: the change has no place.
@@ -84,7 +84,7 @@ class WaitingLine(Kind):
 
 
 class Shuffle(WaitingLine):
-    """The same people in any other order."""
+    """The same people in another order. Every other order is right."""
 
     def draw(self, draws: Draws, size: Size, number: int) -> Case:
         """Return a line, and one of the other orders as the answer."""

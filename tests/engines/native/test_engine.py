@@ -10,7 +10,7 @@ import asking
 import lmdeploy_standin
 import pytest
 import torch
-from asking import tokens_of
+from asking import prompts, tokens_of
 from oracle import generate as oracle
 from support import random_checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -38,12 +38,6 @@ def tiny(tmp_path_factory):
 def plain(tiny, demo):
     """The same weights in transformers' model class, for the oracle."""
     return {c.name: c.load_model(dtype=torch.float32, device="cpu", attention="sdpa") for c in (tiny, demo)}
-
-
-def prompts(checkpoint, lengths, seed=0):
-    rng = random.Random(seed)
-    allowed = [t for t in range(checkpoint.config["vocab_size"]) if t != checkpoint.mask_token_id]
-    return [tuple(rng.choices(allowed, k=length)) for length in lengths]
 
 
 def questions(checkpoint, count):
@@ -784,9 +778,8 @@ class TestErrors:
         checkpoint = Checkpoint.open(str(folder))
         model = checkpoint.load_model(dtype=torch.float32, device="cpu", attention="sdpa")
         rotary, x = model.model.rotary_emb, torch.zeros(1)
-        short, long = (
-            rotary(x, torch.arange(n)[None])[1][0, :8] for n in (8, 2000)
-        )  # frequencies of the same 8 positions
+        # The frequencies of the same 8 positions.
+        short, long = (rotary(x, torch.arange(n)[None])[1][0, :8] for n in (8, 2000))
         if torch.equal(short, long):
             make_engine("native", checkpoint, device="cpu")
             return

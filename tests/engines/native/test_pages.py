@@ -100,9 +100,8 @@ def test_a_prefix_is_matched_by_its_tokens_and_its_block_length():
     assert pool.match_prefix(prompt, 4) == pages
     assert pool.match_prefix(prompt[:9], 4) == pages[:2]
     assert pool.match_prefix((*prompt, 7, 7, 7, 7), 4) == pages
-    assert (
-        pool.match_prefix((*prompt[:7], 99, *prompt[8:]), 4) == pages[:1]
-    )  # equal tokens behind another prefix are another node
+    # Equal tokens behind another prefix are another node.
+    assert pool.match_prefix((*prompt[:7], 99, *prompt[8:]), 4) == pages[:1]
     assert pool.match_prefix((99, *prompt[1:]), 4) == []
     assert pool.match_prefix(prompt, 2) == []
 

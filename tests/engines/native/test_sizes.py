@@ -54,9 +54,8 @@ def test_padding_costs_little_whatever_is_needed(seconds, rows, data):
 
     for need in some:
         assert costs[next(size for size in found if size >= need)] <= limit(need)
-    for before, size in itertools.pairwise(
-        [0, *found[:-1]]
-    ):  # any larger size costs too much for a need that it serves
+    # Any larger size costs too much for a need that it serves.
+    for before, size in itertools.pairwise([0, *found[:-1]]):
         for larger in some[some.index(size) + 1 :]:
             assert any(costs[larger] > limit(need) for need in some if before < need <= larger)
 

@@ -167,9 +167,7 @@ def test_closed_thoughts(demo, ahead):
                     column += values
         assert tuple(map(tuple, told)) == (result.token_ids, result.unmasked_at, result.confidences)
         first, length = 3 + i, asked[i].decoding.block_length
-        position = (
-            len(asked[i].prompt_ids) + first
-        )  # of the think end: its step follows those of the block's kept tokens
+        position = len(asked[i].prompt_ids) + first  # of the think end, whose step follows the block's kept tokens
         kept = result.unmasked_at[max(0, first - position % length) : first] if position % length else ()
         assert result.unmasked_at[first] == max(kept, default=-1) + 1
         assert result.confidences[first : first + len(ends)] == (1,) * len(ends)

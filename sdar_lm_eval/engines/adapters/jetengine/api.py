@@ -33,7 +33,7 @@ class Numbered(Protocol):
 
 
 class Scheduler(Protocol):
-    """Which sequences run; a new one, of the same class, holds none."""
+    """JetEngine's choice of the sequences that run. A new scheduler, of the same class, holds no sequence."""
 
     running: Sequence[Numbered]
     waiting_prefill: Sequence[Numbered]  # 0.2.0

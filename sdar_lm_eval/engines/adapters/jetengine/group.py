@@ -68,7 +68,7 @@ class Group:
         loaded: JetEngine, with room for each of the requests.
         requests: all requests of the run.
         indices: positions of the group's requests.
-        counts: what the group adds its steps to.
+        counts: the counts to which the group adds its steps.
     """
 
     def __init__(

@@ -70,10 +70,10 @@ class Loaded:
     """JetEngine's LLM with the weights, and all the memory that it will ever take.
 
     Args:
-        setup: what the adapter was opened with.
+        setup: the settings that opened the adapter.
         jetengine: the package.
-        generator: what 0.2.0 draws tokens from.
-        size: what JetEngine is made for.
+        generator: the generator from which version 0.2.0 draws tokens.
+        size: the limits for which JetEngine is made.
 
     Attributes:
         llm: JetEngine's LLM, until it is closed.

@@ -1,4 +1,4 @@
-"""How much memory JetEngine is to take for the requests that it will run; no tensors.
+"""Memory that JetEngine takes for the requests that it will run; no tensors.
 
 At its start JetEngine fills a given part of the GPU's memory: what the weights and a prefill leave of that part becomes
 KV pages. Logits and CUDA graphs take memory beyond that part.

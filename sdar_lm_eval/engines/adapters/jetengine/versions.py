@@ -46,8 +46,8 @@ class Dialect:
     """All that is particular to a version of JetEngine: a new version is a new row of `DIALECTS`.
 
     Attributes:
-        version: as pip records it.
-        commit: of Labman42/JetEngine, for which the row was written.
+        version: the version that pip records.
+        commit: the commit of Labman42/JetEngine for which the row was written.
         file: of JetEngine's package, missing in the rows below; tells versions apart where nothing records a version.
         strategies: its remasking strategies.
         modules: the modules that it imports, each with the name of the package to install.

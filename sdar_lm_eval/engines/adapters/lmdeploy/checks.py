@@ -27,7 +27,7 @@ def check_gpus(checkpoint: Checkpoint, device: str, tensor_parallel: int, data_p
 
     Args:
         checkpoint: the opened checkpoint.
-        device: as the user names it.
+        device: the user's name of the device.
         tensor_parallel: GPUs that share the weights.
         data_parallel_size: copies of the model.
 

@@ -100,9 +100,9 @@ class Loaded:
     """LMDeploy's engine with the weights, in an event loop of its own.
 
     Args:
-        setup: what the adapter was opened with.
+        setup: the settings that opened the adapter.
         lmdeploy: the package.
-        size: what the engine is made for.
+        size: the limits for which the engine is made.
 
     Attributes:
         engine: LMDeploy's, until it is closed.

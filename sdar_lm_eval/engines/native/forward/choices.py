@@ -8,19 +8,13 @@ import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
 from sdar_lm_eval.engines.native.kernels import experts, layers
+from sdar_lm_eval.engines.native.kernels.gluon import hopper
 from sdar_lm_eval.families.base import DecoderWeights, DenseMLP, Experts
-
-hopper: Any
-try:
-    from sdar_lm_eval.engines.native.kernels import hopper
-except (ImportError, AttributeError):  # Triton is older than 3.6
-    hopper = None
 
 ANY = sys.maxsize  # rows
 # Numbers of rows that kernels are measured for. More rows take the kernel of the last number.

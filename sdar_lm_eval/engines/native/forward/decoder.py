@@ -17,13 +17,8 @@ from sdar_lm_eval.engines.native.forward.cache import PagedCache
 from sdar_lm_eval.engines.native.forward.choices import ANY, MEASURED, Choice
 from sdar_lm_eval.engines.native.forward.timings import Timings
 from sdar_lm_eval.engines.native.kernels import attention, layers
+from sdar_lm_eval.engines.native.kernels.gluon import hopper_attention
 from sdar_lm_eval.families.base import DecoderWeights, DenseMLP, LayerWeights
-
-hopper_attention: Any
-try:
-    from sdar_lm_eval.engines.native.kernels import hopper_attention
-except (ImportError, AttributeError):  # Triton is older than 3.6
-    hopper_attention = None
 
 HEAD_DIMS = (64, 128)
 
@@ -61,7 +56,7 @@ class FusedDecoder:
         """Compile the attention of tiles with these settings, and the kernels of experts for all chosen tiles."""
         query = self._page.new_zeros(1, self._heads, self._page.shape[-1])
         for some in tiles:
-            self._attention(some, self._page).attend(query, self._page, self._page, some, self._scaling)
+            self._attention(some, self._page)(query, self._page, self._page, some, self._scaling)
         padding = torch.zeros(1, dtype=torch.int64, device=self._device)
         for mlp in choices.mlps_of(self._weights):
             if not isinstance(mlp, DenseMLP):
@@ -94,13 +89,13 @@ class FusedDecoder:
                 with `branches`, into `branches.keys`.
             tiles: the tiles of attention, and what their tokens see of the cache.
             cache: (layers, 2, pages, page size, KV heads, head size).
-            branches: what the tokens see beside the cache. The tokens' keys and values are stored in the branches, not
-                in the cache. None: the tokens see the cache only.
+            branches: keys and values that the tokens see beside the cache. The tokens' keys and values are stored in
+                the branches, not in the cache. None: the tokens see the cache only.
 
         Returns:
             The input of `finish`: the output of the last layer's attention, (T, heads * size), and the residual (T, D).
         """
-        kernel = self._attention(tiles, cache[0, 0])
+        attend_to_pages = self._attention(tiles, cache[0, 0])
 
         def attend(
             layer: LayerWeights, kv: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
@@ -113,7 +108,7 @@ class FusedDecoder:
                 positions, kv_slots, new_keys, new_values, self._weights.eps,
             )  # fmt: skip
             if branches is None:
-                attended = kernel.attend(query, keys, values, tiles, self._scaling)
+                attended = attend_to_pages(query, keys, values, tiles, self._scaling)
             else:
                 attended = attention.attend_branches(query, keys, values, tiles, branches, self._scaling)
             return attended.flatten(1), added
@@ -168,11 +163,11 @@ class FusedDecoder:
             if own:
                 choice.choose(own)
 
-    def _attention(self, tiles: attention.Tiles, keys: torch.Tensor) -> Any:
-        """The module with the fastest attention of these tiles, over keys of (pages, page size, KV heads, size)."""
+    def _attention(self, tiles: attention.Tiles, keys: torch.Tensor) -> Callable[..., torch.Tensor]:
+        """The fastest attention of these tiles, over keys of (pages, page size, KV heads, size)."""
         tried = keys.shape[1:] == self._page.shape[1:]  # the trial of the Hopper kernel has pages of this shape
         suits = hopper_attention is not None and tried and hopper_attention.suits(tiles, self._heads, self._kv_heads)
-        return hopper_attention if suits and self._attends_on_hopper else attention
+        return hopper_attention.attend if suits and self._attends_on_hopper else attention.attend
 
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The last hidden states (T, D) of tokens, from their rows of a call's results. Overwrites `residual`."""

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from sdar_lm_eval.engines.native.forward import graphs
 from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.forward.cache import Addresses, PagedCache
-from sdar_lm_eval.engines.native.forward.choices import Choice, hopper
+from sdar_lm_eval.engines.native.forward.choices import Choice
 from sdar_lm_eval.engines.native.forward.decoder import FusedDecoder
 from sdar_lm_eval.engines.native.forward.sizes import grid, measured, unmeasured
 from sdar_lm_eval.engines.native.forward.timings import Timings
 from sdar_lm_eval.engines.native.kernels import attention, experts
+from sdar_lm_eval.engines.native.kernels.gluon import hopper
 from sdar_lm_eval.engines.native.kernels.gpu import multiprocessors, shared_memory
 from sdar_lm_eval.engines.native.kernels.layers import few_rows
 from sdar_lm_eval.engines.native.layout import Segments

@@ -44,7 +44,7 @@ class Timings:
         """The seconds of functions for each number of rows, or for more numbers; {} if a measurement lacks memory.
 
         Args:
-            what: what the functions are, for the log.
+            what: name of the functions in the log.
             rows: name of a function in the file -> numbers of rows.
             make: returns a runner, which takes a function's name and a number of rows. The kernels of the function must
                 depend on nothing else. `make` is called only if the file lacks a time.

@@ -6,6 +6,7 @@ drawing.py           tokens from logits
 experts.py           mixtures of experts
 hopper.py            products for Hopper GPUs
 hopper_attention.py  paged attention for Hopper GPUs
+gluon.py             both of these, if Triton can compile them
 gpu.py               properties of a GPU that kernels are sized by
 """
 

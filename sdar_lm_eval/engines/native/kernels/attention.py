@@ -200,7 +200,7 @@ def padded_context(context: int) -> int:
 
 
 def splits_of(context: int, programs: int, longest: int) -> tuple[int, int]:
-    """How contexts are cut: tokens of a split, and number of splits.
+    """The cuts of contexts: tokens of a split, and number of splits.
 
     Splits give a GPU enough programs. But each split writes partial results, which another kernel reads, so splits are
     as long as the number of programs allows.

@@ -9,8 +9,8 @@ A router picks K of E experts for each of T tokens, so T * K rows go through exp
 
 Nothing waits for the host and no shape depends on the routing, so a CUDA graph captures all of them. The grids have
 programs for the most tiles that T * K rows can need; programs without a tile end at once. The order of rows within an
-expert varies from run to run, since atomics decide it; results do not, because a row's sums depend on its own tokens
-and weights, and on the tile's tiles. The K outputs of a token are not added up here: `decoder.add_norm` adds them.
+expert varies from run to run, since atomics decide it. Results do not vary: a row's sums depend on its own token and
+weights, and on the sizes of a tile. The K outputs of a token are not added up here: `layers.add_norm` adds them.
 
 The reference is transformers' Qwen3MoeSparseMoeBlock (models/qwen3_moe/modeling_qwen3_moe.py), whose rounding of logits
 and weights these kernels follow. Sorting rows by expert, for products by tiles of one expert, is the way of vLLM's and

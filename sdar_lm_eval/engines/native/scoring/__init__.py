@@ -1,1 +1,1 @@
-"""Log-likelihoods: `scoring.py` runs batches of requests (`batches.py`) as rows of forwards (`rows.py`)."""
+"""Log-likelihoods: `scoring.py` runs batches of requests (`batches.py`) as rows (`rows.py`) of trunks (`trunks.py`)."""

@@ -10,9 +10,7 @@ through the LM head.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,9 +21,10 @@ from transformers import PreTrainedModel
 from sdar_lm_eval import likelihood
 from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.forward.base import Forward
-from sdar_lm_eval.engines.native.scoring.batches import Limits, Tokens, divide, shared_prefixes
-from sdar_lm_eval.engines.native.scoring.forwards import SCRATCH_SLOT, ModulesRows, RowsForward
-from sdar_lm_eval.engines.native.scoring.rows import Row, Trunk, clean_rows, laid_out, packed, spans
+from sdar_lm_eval.engines.native.scoring.batches import Limits, divide
+from sdar_lm_eval.engines.native.scoring.forwards import ModulesRows, RowsForward
+from sdar_lm_eval.engines.native.scoring.rows import Row, clean_rows, laid_out, packed, spans
+from sdar_lm_eval.engines.native.scoring.trunks import Trunks
 from sdar_lm_eval.engines.native.transfer import to_device
 from sdar_lm_eval.engines.runs import Failures, not_finite
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest, ScoreResult
@@ -75,60 +74,26 @@ class Scoring:
 
     def _run_batch(self, plans: list[likelihood.Plan], length: int) -> list[ScoreResult | None]:
         """Run one batch; results in the order of the plans, None where a score is not finite."""
-        prefix_of = shared_prefixes((plan.context for plan in plans), length, self._limits.least_saved)
-        prefixes: dict[Tokens, Trunk] = {}
-        contexts: dict[Tokens, Trunk] = {}
-        continuations: list[Trunk] = []
-        free = itertools.count(SCRATCH_SLOT + 1)
-
-        def trunk_behind(before: list[int], tokens: Tokens) -> Trunk:
-            return Trunk(before, tokens, before + list(itertools.islice(free, len(tokens))))
-
-        plans_of = Counter(plan.context for plan in plans)
-        clean = answers = 0
-        counts, ranges = [], []
-        for plan in plans:
-            before, begin = clean, answers
-            context = contexts.get(plan.context)
-            if context is None:
-                prefix = prefix_of[plan.context]
-                if prefix not in prefixes:
-                    prefixes[prefix] = trunk_behind([], prefix)
-                    clean += len(prefix)
-                context = trunk_behind(prefixes[prefix].kv_slots, plan.context[len(prefix) :])
-                contexts[plan.context] = context
-                clean += len(context.tokens)
-            continuation = trunk_behind(context.kv_slots, plan.clean)
-            continuations.append(continuation)
-            clean += len(plan.clean)
-            noised = 0
-            for block in plan.blocks:
-                # Copies of the first block see only the context, so several continuations may share these copies.
-                first = block.start == len(plan.context)
-                trunk, shares = (context, plans_of[plan.context] > 1) if first else (continuation, False)
-                noised += length * trunk.add(block, answers, self._mask_token_id, shares=shares)
-                answers += len(block.patterns)
-            ranges.append((begin, answers))
-            counts.append((clean - before, noised))
-
-        for trunks in (prefixes.values(), contexts.values(), continuations):
-            for rows in clean_rows(trunks, length, self._limits.clean_row_tokens):
+        trunks = Trunks.of(plans, length, self._mask_token_id, self._limits.least_saved)
+        for kind in (trunks.prefixes, trunks.contexts, trunks.continuations):
+            for rows in clean_rows(kind, length, self._limits.clean_row_tokens):
                 for rows_at_once in packed(rows, self._limits):
                     self._forward.run(rows_at_once)
-        sums = np.zeros(answers)
-        is_argmax = np.zeros(answers, dtype=np.bool_)
-        branching = (*contexts.values(), *continuations)
+        answers = trunks.shares[-1].end
+        sums, is_argmax = np.zeros(answers), np.zeros(answers, dtype=np.bool_)
+        branching = (*trunks.contexts, *trunks.continuations)
         copies = [span for trunk in branching for span in spans(trunk, length, self._limits.row_tokens)]
         for spans_at_once in packed(copies, self._limits):
             masked = [laid_out(span, self._mask_token_id) for span in spans_at_once]
             self._forward.run(masked)
             self._read_log_probabilities(masked, sums, is_argmax)
-        return [
-            plan.result(sums[begin:end], is_argmax[begin:end], clean_tokens=clean_tokens, noised_tokens=noised_tokens)
-            if np.isfinite(sums[begin:end]).all()
-            else None
-            for plan, (begin, end), (clean_tokens, noised_tokens) in zip(plans, ranges, counts, strict=True)
-        ]
+        results: list[ScoreResult | None] = []
+        for plan, share in zip(plans, trunks.shares, strict=True):
+            own = slice(share.begin, share.end)
+            tokens = {"clean_tokens": share.clean_tokens, "noised_tokens": share.noised_tokens}
+            finite = np.isfinite(sums[own]).all()
+            results.append(plan.result(sums[own], is_argmax[own], **tokens) if finite else None)
+        return results
 
     @torch.no_grad()
     def _read_log_probabilities(self, rows: list[Row], sums: NDArray[np.float64], is_argmax: NDArray[np.bool_]) -> None:

@@ -258,9 +258,8 @@ class TestEnds:
     def test_mask_tokens_that_are_drawn_are_left_out_and_counted(self, jetengine, tiny, tmp_path, caplog):
         checkpoint = variant(tiny, tmp_path / "masks")
         weights = read_weights(checkpoint.folder)
-        weights["lm_head.weight"][checkpoint.mask_token_id] = (
-            3 * weights["lm_head.weight"][6]
-        )  # often the most probable token
+        # The mask token is often the most probable one.
+        weights["lm_head.weight"][checkpoint.mask_token_id] = 3 * weights["lm_head.weight"][6]
         write_weights(checkpoint.folder, weights)
         engine = of(checkpoint)
         with caplog.at_level(logging.WARNING):

@@ -608,7 +608,8 @@ class TestSeveralGPUs:
             of(tiny, **options)
 
     def test_key_value_heads_can_be_fewer_than_gpus(self, tiny):
-        of(tiny, tensor_parallel_size=4)  # of 2 key-value heads
+        engine = of(tiny, tensor_parallel_size=4)
+        assert tiny.config["num_key_value_heads"] == 2 and engine.info.extra["tensor_parallel_size"] == 4
 
     def test_processes(self, tiny, monkeypatch):
         for module in (engine, checks):
