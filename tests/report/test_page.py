@@ -111,6 +111,20 @@ def test_the_numbers_of_the_comparison_are_those_of_compare(tmp_path: Path) -> N
     assert "hold for runs and documents that were chosen before any score was seen" in text
 
 
+def test_a_comparison_begins_with_its_conclusion(tmp_path: Path) -> None:
+    runs = read_runs([write_run(tmp_path / name, [[f"it is {7 + (name == 'a')}"]] * 7) for name in "abc"])
+    says = "is better: 7 documents changed from wrong to right, none the other way (p = 0.016"
+    assert f"gsm8k_sdar, exact_match: B {says})" in _Parsed(page_of(runs[:2])).text
+    assert f"gsm8k_sdar, exact_match: C {says}; 0.031 after Holm's adjustment)" in _Parsed(page_of(runs)).text
+    folders = [tmp_path / "many" / name for name in "ab"]
+    for number in range(9):
+        for folder in folders:
+            wrong = folder.name == "a" and number == 0
+            write_run(folder, [[f"it is {7 + wrong}"]] * 10, task=f"task{number}", date=number)
+    (pair,) = pairs_of(runs := read_runs(folders), runs[0].tasks, collect(runs, runs[0].tasks))
+    assert [each.split(":")[0] for each in pair.conclusions] == ["task0, exact_match", "8 of 9 scores"]
+
+
 def test_a_group_has_a_row_and_its_tasks_a_family(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, [[f"it is {7 + (name == 'a')}"]] * 7, task="part") for name in "ab"]
     for folder, value in zip(folders, (0.0, 1.0), strict=True):

@@ -14,6 +14,7 @@ import numpy as np
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compare_runs
+from sdar_lm_eval.report.compare_text import MOST_SENTENCES, verdict
 from sdar_lm_eval.report.curve import AXES, chart_svg
 from sdar_lm_eval.report.documents import main_key
 from sdar_lm_eval.report.page.data import Documents
@@ -22,7 +23,7 @@ from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.points import Point, points_of
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Run, mean_value, metrics_of
-from sdar_lm_eval.report.statistics import mean_stderr
+from sdar_lm_eval.report.statistics import ALPHA, mean_stderr
 from sdar_lm_eval.report.text_table import with_error
 
 NONE = "–"
@@ -94,12 +95,13 @@ class DifferenceRow:
 
 @dataclass(frozen=True)
 class Pair:
-    """A comparison of the first run with run number `b`: settings that differ, warnings, differences."""
+    """A comparison of the first run with run number `b`: settings that differ, warnings, differences, conclusions."""
 
     b: int
     settings: tuple[tuple[str, str, str], ...]
     warnings: tuple[str, ...]
     rows: tuple[DifferenceRow, ...]
+    conclusions: tuple[str, ...]
 
 
 def key_of(number: int) -> str:
@@ -252,7 +254,7 @@ def pairs_of(runs: Sequence[Run], tasks: Sequence[str], documents: Documents) ->
             shared = [task for task in tasks if task in runs[0].of_tasks and task in other.of_tasks]
             comparisons[number] = compare_runs(runs[0], other, tasks=shared)
         except UserError as error:
-            refused.append(Pair(number, (), (str(error),), ()))
+            refused.append(Pair(number, (), (str(error),), (), ()))
     whole = zip(comparisons, adjusted(list(comparisons.values())), strict=True)
     pairs = [*refused, *(_pair(number, comparison, documents) for number, comparison in whole)]
     return sorted(pairs, key=lambda pair: pair.b)
@@ -262,7 +264,20 @@ def _pair(number: int, comparison: Comparison, documents: Documents) -> Pair:
     settings = tuple((name, shown_value(a), shown_value(b)) for name, (a, b) in comparison.settings.items())
     # `compare_runs` calls the other run B.
     warnings = tuple(re.sub(r"\b([Rr]un) B\b", rf"\1 {key_of(number)}", text) for text in comparison.warnings)
-    return Pair(number, settings, warnings, _difference_rows(comparison, number, documents))
+    rows = _difference_rows(comparison, number, documents)
+    return Pair(number, settings, warnings, rows, _conclusions(comparison, number))
+
+
+def _conclusions(comparison: Comparison, number: int) -> tuple[str, ...]:
+    """A sentence for each difference; of many differences, those that are not shown have one sentence together."""
+    every = (*comparison.groups, *comparison.differences)
+    undecided = [each for each in every if each.p_holm is not None and each.p_holm >= ALPHA]
+    together = undecided if len(every) > MOST_SENTENCES else []
+    chosen = [each for each in every if each not in together]
+    told = [f"{each.task}, {each.metric}: {verdict(each, key_of(number))}" for each in chosen]
+    if together:
+        told.append(f"{len(together)} of {len(every)} scores: No difference shown after Holm's adjustment.")
+    return tuple(told)
 
 
 def _difference_rows(comparison: Comparison, number: int, documents: Documents) -> tuple[DifferenceRow, ...]:
