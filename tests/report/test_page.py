@@ -20,7 +20,7 @@ from sdar_lm_eval.report.compare import compare_runs
 from sdar_lm_eval.report.denoising import read_denoising
 from sdar_lm_eval.report.page.data import collect
 from sdar_lm_eval.report.page.embedding import embedded, extract, printable
-from sdar_lm_eval.report.page.overview import key_of, pairs_of, settings_rows
+from sdar_lm_eval.report.page.overview import key_of, pairs_of, rate_rows, settings_rows, speeds_of
 from sdar_lm_eval.report.page.rendering import page_of
 from sdar_lm_eval.report.runs import Run, read_runs
 
@@ -234,6 +234,29 @@ def test_a_task_of_log_likelihoods_has_no_speeds(tmp_path: Path) -> None:
         runs += read_runs([folder])
     text = page_of(runs)
     assert 'id="charts"' not in text and "tokens/s" not in _Parsed(text).text
+
+
+def test_tokens_per_second_are_the_runs_and_no_tasks(tmp_path: Path) -> None:
+    """lm_eval decodes all tasks of a run together, so a run of fewer tasks has another speed in the same task."""
+    first, other = (write_run(tmp_path / name, [["it is 7"]], task="one") for name in "ab")
+    more = write_run(tmp_path / "more", [["it is 7"]], task="two")
+    results, two = (json.loads((folder / "results_1.json").read_text()) for folder in (other, more))
+    for part in ("results", "configs", "n-samples"):
+        results[part] |= two[part]
+    (other / "results_1.json").write_text(json.dumps(results))
+    (more / "samples_two_1.jsonl").rename(other / "samples_two_1.jsonl")
+    runs = read_runs([first, other])
+    points = [(task, speeds_of(runs, task)) for task in ("one", "two")]
+    (row,) = rate_rows(points)
+    assert (row.task, len(row.of_runs)) == ("all tasks of the run", 2) and "–" not in row.of_runs
+    assert [each.task for each in rate_rows(points[:1])] == ["one"]
+    assert "all tasks of the run" in _Parsed(page_of(runs)).text
+    (other / "results_1.json").write_text(json.dumps(results | {"results": {"one": results["results"]["one"]}}))
+    two["config"]["sdar_lm_eval"]["run"]["generation_seconds"] *= 2
+    (other / "results_2.json").write_text(json.dumps(two | {"date": 2.0}))
+    runs = read_runs([first, other])
+    of_files = rate_rows([(task, speeds_of(runs, task)) for task in ("one", "two")])
+    assert [(each.task, each.of_runs) for each in of_files] == [("one", ("900", "900")), ("two", ("–", "450"))]
 
 
 def test_a_date_that_no_calendar_has_is_not_shown(tmp_path: Path) -> None:

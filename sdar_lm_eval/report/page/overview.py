@@ -15,7 +15,7 @@ import numpy as np
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compare_runs
 from sdar_lm_eval.report.compare_text import MOST_SENTENCES, verdict
-from sdar_lm_eval.report.curve import AXES, chart_svg
+from sdar_lm_eval.report.curve import chart_svg
 from sdar_lm_eval.report.documents import main_key
 from sdar_lm_eval.report.page.data import Documents
 from sdar_lm_eval.report.page.embedding import printable
@@ -149,16 +149,30 @@ def speeds_of(runs: Sequence[Run], task: str) -> list[Point | None]:
     return found
 
 
-def speed_rows(task: str, points: Sequence[Point | None]) -> list[ScoreRow]:
-    """Return the rows of the runs' speeds in a task; none where no run's tokens per forward are known."""
-    rows: list[ScoreRow] = []
-    if not any(point and point.tokens_per_forward for point in points):
-        return rows
-    for (name, speed), form in zip(AXES.items(), (",.2f", ",.0f"), strict=True):
-        values = [point and speed(point) for point in points]
-        cells = tuple(NONE if value is None else f"{value:{form}}" for value in values)
-        rows += [ScoreRow(task, name, "", cells, "")] if any(values) else []
-    return rows
+def forwards_rows(task: str, points: Sequence[Point | None]) -> list[ScoreRow]:
+    """Return the row of the runs' tokens per forward in a task; none where no run's are known."""
+    values = [None if point is None else point.tokens_per_forward for point in points]
+    return [_speed_row(task, "tokens per forward", values, ",.2f")] if any(values) else []
+
+
+def rate_rows(points: Sequence[tuple[str, Sequence[Point | None]]]) -> list[ScoreRow]:
+    """Return the row of the runs' tokens/s, which are over all tasks of a results file.
+
+    A run whose tasks have results files of their own has several such speeds: then each task has a row.
+    """
+    known = [
+        (task, [None if each is None else each.tokens_per_second for each in of_task])
+        for task, of_task in points
+        if any(each and each.tokens_per_forward for each in of_task)
+    ]
+    of_runs = [[value for value in of_run if value] for of_run in zip(*(values for _, values in known), strict=True)]
+    if len(known) > 1 and all(len(set(of_run)) < 2 for of_run in of_runs):
+        known = [("all tasks of the run", [next(iter(of_run), None) for of_run in of_runs])]
+    return [_speed_row(task, "tokens/s", values, ",.0f") for task, values in known if any(values)]
+
+
+def _speed_row(task: str, name: str, values: Sequence[float | None], form: str) -> ScoreRow:
+    return ScoreRow(task, name, "", tuple(NONE if value is None else f"{value:{form}}" for value in values), "")
 
 
 def charts_of(points: Sequence[tuple[str, Sequence[Point | None]]]) -> list[tuple[str, str]]:
@@ -212,8 +226,8 @@ def score_rows(
     for task, of_task in points:
         of_runs = [run.of_tasks.get(task, []) for run in runs]
         rows += _rows_of(task, of_runs, shares(documents, task), documents.scores(task))
-        rows += speed_rows(task, of_task)
-    return rows
+        rows += forwards_rows(task, of_task)
+    return rows + rate_rows(points)
 
 
 def _rows_of(
