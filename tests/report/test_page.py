@@ -259,6 +259,13 @@ def test_tokens_per_second_are_the_runs_and_no_tasks(tmp_path: Path) -> None:
     assert [(each.task, each.of_runs) for each in of_files] == [("one", ("900", "900")), ("two", ("–", "450"))]
 
 
+def test_runs_of_one_folder_have_the_folders_that_tell_them_apart(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_run(tmp_path / name, [["it is 7"]], settings={"x": name})
+    text = _Parsed(page_of(read_runs([tmp_path]))).text
+    assert str(tmp_path / "one") in text and str(tmp_path / "two") in text
+
+
 def test_a_date_that_no_calendar_has_is_not_shown(tmp_path: Path) -> None:
     folder = write_run(tmp_path, [["it is 7"]], date=10**9)
     assert "evaluated 2001-09-09" in _Parsed(page_of(read_runs([folder]))).text

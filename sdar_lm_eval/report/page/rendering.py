@@ -48,7 +48,7 @@ def page_of(runs: Sequence[Run], tasks: Sequence[str] = (), title: str | None = 
     comparisons = overview.pairs_of(having, chosen, documents)
     names = _names(having, differing)
     views = [
-        {"number": number, "key": overview.key_of(number), "name": name, "path": run.path}
+        {"number": number, "key": overview.key_of(number), "name": name, "folder": run.label}
         for number, (run, name) in enumerate(zip(having, names, strict=True))
     ]
     chunks = [documents.details[start : start + CHUNK] for start in range(0, len(documents.details), CHUNK)]
