@@ -21,13 +21,17 @@ def message_of(error: BaseException) -> str | None:
         return str(error)
     text = str(error)
     unknown = re.match(r"Attempted to load model '(.*?)', but no model", text)
-    nearly = did_you_mean(unknown[1], MODELS) if unknown else ""
-    if not _names_our_models() and not nearly:
+    if not _names_our_models() and not unknown:
         return None
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted while no answers were made."
     if unknown:
-        return f"--model {unknown[1]} is unknown.{nearly} This package's: {', '.join(MODELS)}."
+        theirs = text.partition("Supported model names: ")[2].split(", ")
+        nearly = did_you_mean(unknown[1], {*MODELS, *theirs})
+        return (
+            f"--model {unknown[1]} is unknown.{nearly} This package's: {', '.join(MODELS)}. "
+            "--model_args pretrained=… names the checkpoint."
+        )
     if found := re.match(r"Tasks not found: (.*)", text):
         ours = [path.stem for path in Path(__file__).with_name("tasks").rglob("*.yaml")]
         hints = "".join(dict.fromkeys(did_you_mean(name.strip(), ours) for name in found[1].split(",")))

@@ -39,7 +39,10 @@ ALIASES = {
     "block_size": "block_length",
 }
 """Short name -> setting."""
-HINTS = {"seed": "The seed is the model's: --model_args seed=N, or the third of --seed."}
+HINTS = {
+    "seed": "The seed is the model's: --model_args seed=N, or the third of --seed.",
+    "model": "The checkpoint is --model_args pretrained=…",
+}
 """Name that is no setting of a request -> where it belongs."""
 # Settings of other engines that stock tasks have, with the one value that has no effect.
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "n": 1}

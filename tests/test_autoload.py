@@ -486,13 +486,20 @@ def test_errors_of_others_go_to_the_hook_before_ours(sandbox: Sandbox) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, "theirs x\n", "")
 
 
+OURS = "This package's: sdar, sdar-jetengine, sdar-lmdeploy. --model_args pretrained=… names the checkpoint."
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
         ("--model sdarr", "ValueError(\"Attempted to load model 'sdarr', but no model for this name found!\")",
-         "--model sdarr is unknown. Did you mean 'sdar'? This package's: sdar, sdar-jetengine, sdar-lmdeploy."),
+         f"--model sdarr is unknown. Did you mean 'sdar'? {OURS}"),
         ("--model sdra", "ValueError(\"Attempted to load model 'sdra', but no model for this name found!\")",
-         "--model sdra is unknown. Did you mean 'sdar'? This package's: sdar, sdar-jetengine, sdar-lmdeploy."),
+         f"--model sdra is unknown. Did you mean 'sdar'? {OURS}"),
+        ("--model demo", "ValueError(\"Attempted to load model 'demo', but no model for this name found!\")",
+         f"--model demo is unknown. {OURS}"),
+        ("--model vlm", "ValueError(\"Attempted to load model 'vlm', but no model for this name found! "
+         "Supported model names: hf, vllm, sdar\")", f"--model vlm is unknown. Did you mean 'vllm'? {OURS}"),
         ("--model sdar", "ValueError('Attempted to run task: humaneval_sdar which is marked as unsafe. Set x=True')",
          "--tasks: humaneval_sdar runs programs that the model wrote. --confirm_run_unsafe_code allows them."),
         ("--model sdar --tasks gsm8k_sdr", "ValueError('Tasks not found: gsm8k_sdr')",

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from sdar_lm_eval.engines.types import BlockStep, Watch
     from sdar_lm_eval.loaded import Answer, LoadedModel, Prompt
 
-UNFINISHED_THOUGHT = "The answer ended while the model was thinking. Raise max_gen_toks, or set max_thinking_toks."
 EXAMPLE = 'sdar_lm_eval generate "Reverse: Tom Ada Leo" --model_args pretrained=demo --gen_kwargs strategy=static'
 
 
@@ -115,7 +114,7 @@ def _show(console: Console, model: LoadedModel, prompt: Prompt, gen_kwargs: dict
     console.print()
     console.print(cost(answer.denoising), style="dim")
     if answer.thought is not None and not answer.thought.ended:
-        console.print(UNFINISHED_THOUGHT, style="yellow")
+        console.print(_of_unfinished_thought(answer), style="yellow")
 
 
 def _write(model: LoadedModel, prompt: Prompt, gen_kwargs: dict[str, Any]) -> None:
@@ -130,7 +129,13 @@ def _write(model: LoadedModel, prompt: Prompt, gen_kwargs: dict[str, Any]) -> No
         print(_no_steps(model), file=sys.stderr)
     print(cost(answer.denoising), file=sys.stderr)
     if answer.thought is not None and not answer.thought.ended:
-        print(UNFINISHED_THOUGHT, file=sys.stderr)
+        print(_of_unfinished_thought(answer), file=sys.stderr)
+
+
+def _of_unfinished_thought(answer: Answer) -> str:
+    cut = answer.finish_reason == "length"
+    remedy = " Raise max_gen_toks, or set max_thinking_toks." if cut else ""
+    return f"The answer ended while the model was thinking.{remedy}"
 
 
 def _answer(model: LoadedModel, prompt: Prompt, gen_kwargs: dict[str, Any], watch: Watch | None = None) -> Answer:

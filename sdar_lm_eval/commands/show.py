@@ -1,4 +1,7 @@
-"""Lists a run's documents, right and wrong, or prints one document and the denoising of each answer."""
+"""Lists a run's documents, right and wrong, or prints one document and the denoising of each answer.
+
+With --doc, show takes several runs, and prints their answers to the document one below the other.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ from rich.text import Text
 
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report.denoising import Denoising
-from sdar_lm_eval.report.documents import Answer, Document, documents_of, is_likelihood, main_key
+from sdar_lm_eval.report.documents import Answer, Document, by_key, documents_of, is_likelihood, main_key
 from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.printing import printable
-from sdar_lm_eval.report.runs import Run, mean_value, read_one_run
+from sdar_lm_eval.report.runs import Run, mean_value, read_one_run, read_runs
 from sdar_lm_eval.report.terminal import denoised_text, legend
 
-EXAMPLE = "sdar_lm_eval show demo_results --only wrong"
+EXAMPLE = "sdar_lm_eval show runs/threshold-0.6 runs/threshold-0.85 --doc 7"
 
 KINDS = {
     "right": "score 1",
@@ -40,7 +43,11 @@ ENDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.add_argument(
-        "path", metavar="RUN", type=Path, help="the folder of --output_path; the run needs --log_samples"
+        "paths",
+        nargs="+",
+        metavar="RUN",
+        type=Path,
+        help="the folder of --output_path; the run needs --log_samples; several runs need --doc",
     )
     parser.add_argument("--task", help="the task; needed if the run has several tasks")
     parser.add_argument(
@@ -53,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", choices=KINDS, help="; ".join(f"{name}: {what}" for name, what in KINDS.items()))
     parser.add_argument("--search", metavar="TEXT", help="list only documents whose question or answer has this text")
-    parser.add_argument("--doc", type=int, metavar="N", help="print document N (lm_eval's doc_id) and its answers")
+    parser.add_argument(
+        "--doc", type=int, metavar="N", help="print document N (lm_eval's doc_id in the first run) and its answers"
+    )
     parser.add_argument(
         "--tokens", action="store_true", help="with --doc: a table of tokens, their blocks, steps and confidences"
     )
@@ -64,27 +73,74 @@ def run(arguments: argparse.Namespace) -> str | None:
     """Print the documents, or one of them, and return None; with --json, return them as JSON.
 
     Raises:
-        UserError: the path holds no run or several, or the run lacks the task, its samples, the metric or the document.
+        UserError: a path holds no run, several runs are given without --doc, or a run lacks the task, its samples, the
+            metric or the document.
     """
-    run = read_one_run(arguments.path)
+    if arguments.doc is not None:
+        return _show_document(read_runs(arguments.paths), arguments)
+    if len(arguments.paths) > 1:
+        raise UserError(
+            f"show lists the documents of one run, and {len(arguments.paths)} were given. --doc N prints the runs' "
+            "answers to document N; sdar_lm_eval compare RUN RUN --list lists the documents that differ."
+        )
+    run = read_one_run(arguments.paths[0])
     task = _task(run, arguments.task)
     metric = _metric(run, task, arguments.metric, arguments.filter)
-    every = documents_of(run, task)
-    if not every:
-        raise UserError(f"{run.label} has no samples of {task}. Evaluate again with --log_samples.")
-    if arguments.doc is not None:
-        chosen = [_document(every, task, arguments.doc)]
-    else:
-        chosen = [each for each in every if _is_kind(each, metric, arguments.only) and _has(each, arguments.search)]
+    every = _with_samples(run, task, documents_of(run, task))
+    chosen = [each for each in every if _is_kind(each, metric, arguments.only) and _has(each, arguments.search)]
     if arguments.json:
-        return json.dumps([_as_dict(each, metric) for each in chosen], indent=2, ensure_ascii=False)
+        return _as_json([_as_dict(run, each, metric) for each in chosen])
     console = Console(highlight=False)
-    if arguments.doc is None:
-        console.print(Text(_title(run, task, metric, every, len(chosen))), soft_wrap=True)
-        console.print(_table(chosen, metric))
-    else:
-        _print_document(console, task, metric, chosen[0], arguments.tokens, is_likelihood(run.of_tasks[task][0], task))
+    console.print(Text(_title(run, task, metric, every, len(chosen))), soft_wrap=True)
+    console.print(_table(chosen, metric))
     return None
+
+
+def _show_document(runs: Sequence[Run], arguments: argparse.Namespace) -> str | None:
+    """Print a document and the runs' answers, and return None; with --json, return them as JSON."""
+    task = _task(runs[0], arguments.task)
+    metrics = [_metric(run, _task(run, task), arguments.metric, arguments.filter) for run in runs]
+    documents = _same_document(runs, task, arguments.doc)
+    if arguments.json:
+        return _as_json([_as_dict(*each) for each in zip(runs, documents, metrics, strict=True)])
+    console = Console(highlight=False)
+    first = documents[0]
+    title = Text(printable(f"{task} {first.index}"), "bold")
+    console.print(title if len(runs) > 1 else Text.assemble(title, "  ", _verdict(first.score(metrics[0]))))
+    console.print()
+    console.print(Text(printable(first.prompt or first.question)), soft_wrap=True)
+    if not arguments.tokens and any(answer.denoising for each in documents for answer in each.answers):
+        console.print(legend(), soft_wrap=True)
+    for run, document, metric in zip(runs, documents, metrics, strict=True):
+        if len(runs) > 1:
+            console.print()
+            console.print(Text(printable(run.label), "bold"), soft_wrap=True)
+        _print_answers(console, metric, document, arguments.tokens, is_likelihood(run.of_tasks[task][0], task))
+        if document.prompt != first.prompt:
+            told = (
+                f"This run's prompt differs. `show` of this run alone, with --doc {document.index}, prints the prompt."
+            )
+            console.print(told, style="yellow", soft_wrap=True)
+    return None
+
+
+def _with_samples(run: Run, task: str, documents: Sequence[Document]) -> Sequence[Document]:
+    if not documents:
+        raise UserError(f"{run.label} has no samples of {task}. Evaluate again with --log_samples.")
+    return documents
+
+
+def _same_document(runs: Sequence[Run], task: str, index: int) -> list[Document]:
+    """Each run's document that the first run numbers `index`."""
+    of_runs = by_key(runs, task)
+    for run, found in zip(runs, of_runs, strict=True):
+        _with_samples(run, task, list(found.values()))
+    first = _document(list(of_runs[0].values()), task, index)
+    key = next(key for key, each in of_runs[0].items() if each is first)
+    for run, found in zip(runs, of_runs, strict=True):
+        if key not in found:
+            raise UserError(f"--doc {index}: {run.label} has no answer to this document of {runs[0].label}.")
+    return [found[key] for found in of_runs]
 
 
 def _task(run: Run, name: str | None) -> str:
@@ -201,15 +257,7 @@ def _tokens(record: Denoising) -> Table:
     return table
 
 
-def _print_document(
-    console: Console, task: str, metric: MetricKey, document: Document, tokens: bool, of_likelihoods: bool
-) -> None:
-    title = Text.assemble((printable(f"{task} {document.index}"), "bold"), "  ", _verdict(document.score(metric)))
-    console.print(title)
-    console.print()
-    console.print(Text(printable(document.prompt or document.question)), soft_wrap=True)
-    if not tokens and any(answer.denoising is not None for answer in document.answers):
-        console.print(legend())
+def _print_answers(console: Console, metric: MetricKey, document: Document, tokens: bool, of_likelihoods: bool) -> None:
     for number, answer in enumerate(document.answers):
         named = "answer" if len(document.answers) == 1 else f"answer {number + 1} of {len(document.answers)}"
         record = answer.denoising
@@ -252,8 +300,13 @@ def _thought(answer: Answer) -> dict[str, object]:
     return {"thought": answer.thought, "thought_ended": answer.thought_ended}
 
 
-def _as_dict(document: Document, metric: MetricKey) -> dict[str, object]:
+def _as_json(documents: Sequence[dict[str, object]]) -> str:
+    return json.dumps(documents, indent=2, ensure_ascii=False)
+
+
+def _as_dict(run: Run, document: Document, metric: MetricKey) -> dict[str, object]:
     return {
+        "run": run.label,
         "document": document.index,
         "score": document.score(metric),
         "question": document.question,

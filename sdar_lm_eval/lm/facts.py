@@ -74,5 +74,5 @@ def described(engine: str, info: EngineInfo, checkpoint: Checkpoint, default: Ge
     settings = ", ".join(f"{name}={value}" for name, value in default.as_dict().items())
     return (
         f"{checkpoint.name} on the {engine} engine ({info.device}, {info.dtype}, up to "
-        f"{info.max_active} sequences at once); unless a task says otherwise: {settings}"
+        f"{info.max_active} sequences at once); unless a task or --gen_kwargs says otherwise: {settings}"
     )

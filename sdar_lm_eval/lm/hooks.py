@@ -25,6 +25,7 @@ from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import Task
 
 from sdar_lm_eval.checks import check_limit
+from sdar_lm_eval.engines.registry import MODELS
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.lm.denoising import LinesOf, Tracker, keep_beside_samples, leave_samples_alone
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, repeats_of
@@ -160,8 +161,10 @@ def watch(evaluator: ModuleType) -> None:
             leave_samples_alone(tracker)
         own = _Call(call.arguments.get("torch_random_seed"), tracker)
         before = _call.set(own)
+        of_ours = call.arguments["model"] in MODELS or is_watched(call.arguments["model"])
         try:
-            results = simple_evaluate(*args, **kwargs)
+            with _without_advice() if of_ours else contextlib.nullcontext():
+                results = simple_evaluate(*args, **kwargs)
             # lm_eval before 0.4.10 asks only its own Hugging Face models for their facts.
             if results and "sdar_lm_eval" not in results["config"] and own.model is not None:
                 results["config"].update(own.model.get_model_info())
@@ -172,6 +175,27 @@ def watch(evaluator: ModuleType) -> None:
     evaluate_and_tell.tells_watched_models = True  # type: ignore[attr-defined]
     vars(evaluator).update(evaluate=evaluate_and_tell, simple_evaluate=simple_evaluate_and_tell)
     _check_caches_first()
+
+
+_ADVICE = {
+    "lm_eval.evaluator": "Recommend setting `apply_chat_template`",  # this package's models apply the template
+    "lm_eval.api.task": "Custom kwargs can be passed to `--metadata`",  # two lines for each of MMLU's 57 tasks
+}
+"""Logger of lm_eval -> words of advice that is wrong or of no use to users of this package's models."""
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Leave `_ADVICE` out of lm_eval's log."""
+    with contextlib.ExitStack() as stack:
+        for name, advice in _ADVICE.items():
+
+            def keeps(record: logging.LogRecord, advice: str = advice) -> bool:
+                return advice not in " ".join(record.getMessage().split())
+
+            logging.getLogger(name).addFilter(keeps)
+            stack.callback(logging.getLogger(name).removeFilter, keeps)
+        yield
 
 
 def _check_caches_first() -> None:

@@ -183,7 +183,8 @@ class SDARLM(TemplateLM):
         self.evaluation.add(task, requests)
         self.evaluation.template_hash = self._prompts.template_hash
         if self._rank == 0:
-            self._prompts.warn_of_template(task)
+            generates = any(request.request_type == "generate_until" for request in requests)
+            self._prompts.warn_of_template(task, generates=generates)
 
     def evaluation_ends(self) -> None:
         """Forget the evaluation's requests and its chat template; later requests belong to no evaluation."""

@@ -94,13 +94,19 @@ class Prompts:
         """Who put a request's context into the chat template: as the task says, or lm_eval by calling `render`."""
         return "lm_eval" if task.templated_by is None and self.is_rendered(context) else task.templated_by
 
-    def warn_of_template(self, task: TaskRequests) -> None:
-        """Warn once of prompts that go into the template unasked, and once of log-likelihoods that are in none."""
+    def warn_of_template(self, task: TaskRequests, *, generates: bool) -> None:
+        """Warn once each of prompts that go into the template unasked, and of answers and scores that are in none."""
         if task.templated_by == "sdar_lm_eval":
             self._warn_once(
                 "The checkpoint's chat template is applied to prompts, as by --apply_chat_template (chat_template=%s). "
                 "chat_template=off leaves prompts as they are.",
                 self._mode,
+            )
+        if generates and not self.has_template and self._mode == "auto":
+            self._warn_once(
+                "Checkpoint %r has no chat template, so prompts are sent as plain text. "
+                "A base model needs a stop string: --gen_kwargs until=….",
+                self._name,
             )
         if task.templated_by is None and task.scored and self.renders:
             self._warn_once(

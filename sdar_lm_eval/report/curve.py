@@ -134,7 +134,7 @@ def table(summary: Summary, markdown: bool = False) -> str:
         left_out = f", {its.left_out} left out" if its.left_out else ""
         worth.append([its.name, "none" if its.aup is None else f"{its.aup:.1f}", f"{its.points}{left_out}"])
     notes = [
-        "tokens/s: one measurement of each setting, which other work on the machine slows down.",
+        "tokens/s: one measurement of each setting, over all tasks. Other work on the machine lowers tokens/s.",
         f"Accuracy: {summary.metric} ± its standard error. * marks the Pareto front: faster points are less accurate.",
         f"AUP: accuracy under parallelism (d3LLM), relative to {summary.y_max:.1f}%. Points whose accuracy is more "
         f"than {TOLERANCE:g} percentage points below that of their curve's slowest point are left out.",

@@ -11,7 +11,7 @@ import numpy as np
 
 from sdar_lm_eval.report.columns import main_metric
 from sdar_lm_eval.report.denoising import Denoising
-from sdar_lm_eval.report.pairing import MetricKey, mean_kinds, numbers_of
+from sdar_lm_eval.report.pairing import Key, MetricKey, document_name, keyed, mean_kinds, numbers_of
 from sdar_lm_eval.report.results import Results, Sample
 from sdar_lm_eval.report.runs import Metric, Run, metrics_of
 
@@ -134,6 +134,24 @@ def documents_of(run: Run, task: str) -> list[Document]:
         )
         for key, sample in sorted(first.items(), key=lambda item: (item[0][0], item[0][1] or ""))
     ]
+
+
+def by_key(runs: Sequence[Run], task: str) -> list[dict[Key, Document]]:
+    """Return for each run key -> document, without documents that have no answer. `compare` pairs by the same keys.
+
+    Raises:
+        UserError: as `documents_of`.
+    """
+    of_runs = [
+        [document for document in documents_of(run, task) if document.answers] if task in run.of_tasks else []
+        for run in runs
+    ]
+    hashed = all(document.doc_hash is not None for each in of_runs for document in each)
+    found = []
+    for each in of_runs:
+        names = [document_name(d.doc_hash, d.index, d.gold, hashed=hashed) for d in each]
+        found.append(dict(zip(keyed(names), each, strict=True)))
+    return found
 
 
 def main_key(run: Run, task: str) -> MetricKey | None:

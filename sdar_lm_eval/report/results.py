@@ -326,7 +326,8 @@ def results_in(path: Path, *parts: str) -> list[Results]:
     if not exists:
         raise UserError(f"{str(path)!r} does not exist. Give what lm_eval's --output_path named.")
     found = []
-    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*.json") if file.is_file()):
+    files = [path] if path.suffix == ".json" and path.is_file() else path.rglob("*.json")
+    for file in sorted(file for file in files if file.is_file()):
         try:
             content = json.loads(read_bytes(file).decode("utf-8"))
         except (OSError, ValueError, RecursionError) as error:

@@ -81,6 +81,15 @@ def test_piped_text_comes_as_blocks_are_decided(answer: Answer, monkeypatch: pyt
     assert written[:3] == ["".join(texts[block.start : block.stop]) for block in answer.denoising.blocks[:3]]
 
 
+@pytest.mark.parametrize(("limit", "remedy"), [(2, " Raise max_gen_toks, or set max_thinking_toks."), (64, "")])
+def test_a_larger_limit_is_advised_only_where_the_limit_ended_the_thought(
+    limit: int, remedy: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model_args", "pretrained=demo,answer_prefix=<think>", "--gen_kwargs", f"max_gen_toks={limit}"]
+    assert main(["generate", "Mia has 3 books. Tom has 4 more.", *words]) == 0
+    assert capfd.readouterr().err.endswith(f"The answer ended while the model was thinking.{remedy}\n")
+
+
 def test_a_prompt_from_standard_input(answer: Answer, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(QUESTION + "\n"))
     assert main(["generate", "-", *DEMO, *STATIC]) == 0

@@ -177,6 +177,30 @@ def test_a_task_without_filters(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "\nextracted: 42\n" in part
 
 
+def test_the_answers_of_several_runs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second run has another numbering, so only the hash pairs its document with the first run's."""
+    other = sample(0, "So 41", 0.0, doc_hash="5", prompt="")
+    other["arguments"] = {"gen_args_0": {"arg_0": "Riddle 5?", "arg_1": {}}}
+    second = make_run(tmp_path / "second", [other], [line(0, ["So", " 41"])], dtype="float16")
+    out = shown(capsys, str(folder), str(second), "--doc", "5")
+    assert out.count("user: Riddle 5?") == 1
+    first, found, rest = out.partition(f"{second}\nanswer  ✗ wrong")
+    assert found and f"{folder}\nanswer  ✗ wrong" in first
+    assert "None₁⏎₂\n│at₃ all₁\n" in first and "So₁ 41₂" in rest
+    assert (
+        "This run's prompt differs. `show` of this run alone, with --doc 0, prints the prompt." in rest
+        and "differs" not in first
+    )
+    listed = json.loads(shown(capsys, str(folder), str(second), "--doc", "5", "--json"))
+    assert [(each["run"], each["document"], each["answers"][0]["text"]) for each in listed] == [
+        (str(folder), 5, "None\nat all"), (str(second), 0, "So 41"),
+    ]  # fmt: skip
+    (tmp_path / "both").mkdir()
+    for run in (folder, second):
+        run.rename(tmp_path / "both" / run.name)
+    assert shown(capsys, str(tmp_path / "both"), "--doc", "5").count("answer  ✗ wrong") == 2
+
+
 def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def error_of(*words: str) -> str:
         assert main(["show", *words]) == 1
@@ -190,6 +214,9 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     make_run(folder / "another", [sample(3, "It is 42", 1.0)], [], dtype="float16")
     told = error_of(str(folder))
     assert "holds 2 runs. Name the results file or the folder of one:" in told and "another/results_1.json" in told
+    several = str(folder / "results_1.json"), str(folder / "another")
+    assert "2 were given. --doc N prints the runs' answers to document N; sdar_lm_eval compare" in error_of(*several)
+    assert f"--doc 5: {several[1]} has no answer to this document of {several[0]}." in error_of(*several, "--doc", "5")
     unscored = make_run(tmp_path / "unscored", [sample(3, "It is 42", 1.0)], [])
     file = unscored / "results_1.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"results": {TASK: {"alias": TASK}}}))

@@ -425,6 +425,16 @@ def test_other_models_are_left_alone(make_lm: MakeLM, tmp_path: Path, monkeypatc
     assert "sdar_lm_eval" not in results["config"]
 
 
+@pytest.mark.parametrize("of_ours", [True, False])
+def test_advice_of_no_use_is_left_out(
+    make_lm: MakeLM, evaluate: Evaluate, caplog: pytest.LogCaptureFixture, of_ours: bool
+) -> None:
+    """lm_eval reads "chat" in a checkpoint's name, and advises a template that is applied anyway."""
+    evaluate(make_lm() if of_ours else OtherLM(), model_args="pretrained=JetLM/SDAR-4B-Chat")
+    for advice in ("Recommend setting `apply_chat_template`", "Custom kwargs can be passed to `--metadata`"):
+        assert (advice in " ".join(caplog.text.split())) == (not of_ours)
+
+
 def test_a_published_protocol_decodes_unless_somebody_says_otherwise(
     make_lm: MakeLM, evaluate: Evaluate, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -383,6 +383,16 @@ def test_off_leaves_prompts_as_they_are(make_lm: MakeLM, caplog: pytest.LogCaptu
     assert "chat template" not in caplog.text
 
 
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_a_checkpoint_without_template_is_warned_of_once(
+    make_lm: MakeLM, evaluate: Evaluate, caplog: pytest.LogCaptureFixture, tmp_path: Path, mode: str
+) -> None:
+    lm = make_lm(checkpoint_with(tmp_path / "base", template=None), chat_template=mode)
+    evaluate(lm)
+    evaluate(lm)
+    assert caplog.text.count("has no chat template, so prompts are sent as plain text") == (mode == "auto")
+
+
 @pytest.mark.parametrize("mode", ["auto", "on", "off"])
 def test_the_harness_template_is_not_applied_again(
     make_lm: MakeLM, evaluate: Evaluate, caplog: pytest.LogCaptureFixture, mode: str

@@ -20,7 +20,7 @@ from sdar_lm_eval.report.compare import compare_runs
 from sdar_lm_eval.report.denoising import read_denoising
 from sdar_lm_eval.report.page.data import collect
 from sdar_lm_eval.report.page.embedding import allowed_in_html, embedded, extract
-from sdar_lm_eval.report.page.overview import key_of, pairs_of, settings_rows
+from sdar_lm_eval.report.page.overview import key_of, pairs_of, rate_rows, settings_rows, speeds_of
 from sdar_lm_eval.report.page.rendering import page_of
 from sdar_lm_eval.report.runs import Run, read_runs
 
@@ -109,6 +109,20 @@ def test_the_numbers_of_the_comparison_are_those_of_compare(tmp_path: Path) -> N
     assert one.p is not None and f"{one.p:.3f}" in text and f"{100 * one.difference:+.1f}" in text
     assert f"{100 * one.low:+.1f} to {100 * one.high:+.1f}" in text  # type: ignore[operator]
     assert "hold for runs and documents that were chosen before any score was seen" in text
+
+
+def test_a_comparison_begins_with_its_conclusion(tmp_path: Path) -> None:
+    runs = read_runs([write_answers(tmp_path / name, [[f"it is {7 + (name == 'a')}"]] * 7) for name in "abc"])
+    says = "is better: 7 documents changed from wrong to right, none the other way (p = 0.016"
+    assert f"gsm8k_sdar, exact_match: B {says})" in _Parsed(page_of(runs[:2])).text
+    assert f"gsm8k_sdar, exact_match: C {says}; 0.031 after Holm's adjustment)" in _Parsed(page_of(runs)).text
+    folders = [tmp_path / "many" / name for name in "ab"]
+    for number in range(9):
+        for folder in folders:
+            wrong = folder.name == "a" and number == 0
+            write_answers(folder, [[f"it is {7 + wrong}"]] * 10, task=f"task{number}", date=number)
+    (pair,) = pairs_of(runs := read_runs(folders), runs[0].tasks, collect(runs, runs[0].tasks))
+    assert [each.split(":")[0] for each in pair.conclusions] == ["task0, exact_match", "8 of 9 scores"]
 
 
 def test_a_group_has_a_row_and_its_tasks_a_family(tmp_path: Path) -> None:
@@ -220,6 +234,36 @@ def test_a_task_of_log_likelihoods_has_no_speeds(tmp_path: Path) -> None:
         runs += read_runs([folder])
     text = page_of(runs)
     assert 'id="charts"' not in text and "tokens/s" not in _Parsed(text).text
+
+
+def test_tokens_per_second_are_the_runs_and_no_tasks(tmp_path: Path) -> None:
+    """lm_eval decodes all tasks of a run together, so a run of fewer tasks has another speed in the same task."""
+    first, other = (write_answers(tmp_path / name, [["it is 7"]], task="one") for name in "ab")
+    more = write_answers(tmp_path / "more", [["it is 7"]], task="two")
+    results, two = (json.loads((folder / "results_1.json").read_text()) for folder in (other, more))
+    for part in ("results", "configs", "n-samples"):
+        results[part] |= two[part]
+    (other / "results_1.json").write_text(json.dumps(results))
+    (more / "samples_two_1.jsonl").rename(other / "samples_two_1.jsonl")
+    runs = read_runs([first, other])
+    points = [(task, speeds_of(runs, task)) for task in ("one", "two")]
+    (row,) = rate_rows(points)
+    assert (row.task, len(row.of_runs)) == ("all tasks of the run", 2) and "–" not in row.of_runs
+    assert [each.task for each in rate_rows(points[:1])] == ["one"]
+    assert "all tasks of the run" in _Parsed(page_of(runs)).text
+    (other / "results_1.json").write_text(json.dumps(results | {"results": {"one": results["results"]["one"]}}))
+    two["config"]["sdar_lm_eval"]["run"]["generation_seconds"] *= 2
+    (other / "results_2.json").write_text(json.dumps(two | {"date": 2.0}))
+    runs = read_runs([first, other])
+    of_files = rate_rows([(task, speeds_of(runs, task)) for task in ("one", "two")])
+    assert [(each.task, each.of_runs) for each in of_files] == [("one", ("900", "900")), ("two", ("–", "450"))]
+
+
+def test_runs_of_one_folder_have_the_folders_that_tell_them_apart(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_answers(tmp_path / name, [["it is 7"]], settings={"x": name})
+    text = _Parsed(page_of(read_runs([tmp_path]))).text
+    assert str(tmp_path / "one") in text and str(tmp_path / "two") in text
 
 
 def test_a_date_that_no_calendar_has_is_not_shown(tmp_path: Path) -> None:

@@ -430,6 +430,8 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "holds no results file of lm_eval" in error_of(str(tmp_path))
     assert "'4' is unknown; choose 1.7B, 4B, 8B, 30B-A3B, SDAR-1.7B-Chat," in error_of("x", "--published", "4")
+    (tmp_path / "samples.jsonl").write_text("{}\n{}\n")
+    assert "samples.jsonl' holds no results file of lm_eval. Give what" in error_of(str(tmp_path / "samples.jsonl"))
     (tmp_path / "broken.json").write_text("{")
     assert "broken.json cannot be read" in error_of(str(tmp_path / "broken.json"))
 

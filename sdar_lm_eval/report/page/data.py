@@ -40,8 +40,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypedDict
 
 from sdar_lm_eval.report.denoising import CONFIDENCE_SCALE, Denoising
-from sdar_lm_eval.report.documents import Answer, Document, documents_of, is_likelihood, main_key
-from sdar_lm_eval.report.pairing import Key, MetricKey, document_name, keyed
+from sdar_lm_eval.report.documents import Answer, Document, by_key, is_likelihood, main_key
+from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.runs import Run, metrics_of
 
 AnswerScores = list["float | None"]
@@ -129,7 +129,7 @@ def _add_task(found: Documents, runs: Sequence[Run], task: str) -> None:
     }
     metrics = list(lower_is_better)
     main = next(main_key(run, task) for run in runs if task in run.of_tasks)
-    of_runs = _by_key(runs, task)
+    of_runs = by_key(runs, task)
     first = {key: document for each in reversed(of_runs) for key, document in each.items()}
     filters = list(dict.fromkeys(name for document in first.values() for name in document.answers[0].extracted))
     number = len(found.tasks)
@@ -155,20 +155,6 @@ def _add_task(found: Documents, runs: Sequence[Run], task: str) -> None:
         doc = json.dumps(document.doc, ensure_ascii=False, indent=1) if document.doc else ""
         details = [[_detail(answer, metrics, filters) for answer in each] for each in answers]
         found.details.append((document.prompt, doc, details))
-
-
-def _by_key(runs: Sequence[Run], task: str) -> list[dict[Key, Document]]:
-    """For each run key -> document; `compare` pairs documents by the same keys."""
-    of_runs = [
-        [document for document in documents_of(run, task) if document.answers] if task in run.of_tasks else []
-        for run in runs
-    ]
-    hashed = all(document.doc_hash is not None for each in of_runs for document in each)
-    found = []
-    for each in of_runs:
-        names = [document_name(d.doc_hash, d.index, d.gold, hashed=hashed) for d in each]
-        found.append(dict(zip(keyed(names), each, strict=True)))
-    return found
 
 
 def _outcome(document: Document | None, metrics: Sequence[MetricKey], filters: Sequence[str]) -> Outcome | None:

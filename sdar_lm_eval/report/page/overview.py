@@ -14,7 +14,8 @@ import numpy as np
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compare_runs
-from sdar_lm_eval.report.curve import AXES, chart_svg
+from sdar_lm_eval.report.compare_text import MOST_SENTENCES, verdict
+from sdar_lm_eval.report.curve import chart_svg
 from sdar_lm_eval.report.documents import main_key
 from sdar_lm_eval.report.page.data import Documents
 from sdar_lm_eval.report.page.embedding import allowed_in_html
@@ -22,7 +23,7 @@ from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.points import Point, points_of
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Run, mean_value, metrics_of
-from sdar_lm_eval.report.statistics import mean_stderr
+from sdar_lm_eval.report.statistics import ALPHA, mean_stderr
 from sdar_lm_eval.report.text_table import score
 
 NONE = "–"
@@ -94,12 +95,13 @@ class DifferenceRow:
 
 @dataclass(frozen=True)
 class Pair:
-    """A comparison of the first run with run number `b`: settings that differ, warnings, differences."""
+    """A comparison of the first run with run number `b`: settings that differ, warnings, differences, conclusions."""
 
     b: int
     settings: tuple[tuple[str, str, str], ...]
     warnings: tuple[str, ...]
     rows: tuple[DifferenceRow, ...]
+    conclusions: tuple[str, ...]
 
 
 def key_of(number: int) -> str:
@@ -147,16 +149,30 @@ def speeds_of(runs: Sequence[Run], task: str) -> list[Point | None]:
     return found
 
 
-def speed_rows(task: str, points: Sequence[Point | None]) -> list[ScoreRow]:
-    """Return the rows of the runs' speeds in a task; none where no run's tokens per forward are known."""
-    rows: list[ScoreRow] = []
-    if not any(point and point.tokens_per_forward for point in points):
-        return rows
-    for (name, speed), form in zip(AXES.items(), (",.2f", ",.0f"), strict=True):
-        values = [point and speed(point) for point in points]
-        cells = tuple(NONE if value is None else f"{value:{form}}" for value in values)
-        rows += [ScoreRow(task, name, "", cells, "")] if any(values) else []
-    return rows
+def forwards_rows(task: str, points: Sequence[Point | None]) -> list[ScoreRow]:
+    """Return the row of the runs' tokens per forward in a task; none where no run's are known."""
+    values = [None if point is None else point.tokens_per_forward for point in points]
+    return [_speed_row(task, "tokens per forward", values, ",.2f")] if any(values) else []
+
+
+def rate_rows(points: Sequence[tuple[str, Sequence[Point | None]]]) -> list[ScoreRow]:
+    """Return the row of the runs' tokens/s, which are over all tasks of a results file.
+
+    A run whose tasks have results files of their own has several such speeds: then each task has a row.
+    """
+    known = [
+        (task, [None if each is None else each.tokens_per_second for each in of_task])
+        for task, of_task in points
+        if any(each and each.tokens_per_forward for each in of_task)
+    ]
+    of_runs = [[value for value in of_run if value] for of_run in zip(*(values for _, values in known), strict=True)]
+    if len(known) > 1 and all(len(set(of_run)) < 2 for of_run in of_runs):
+        known = [("all tasks of the run", [next(iter(of_run), None) for of_run in of_runs])]
+    return [_speed_row(task, "tokens/s", values, ",.0f") for task, values in known if any(values)]
+
+
+def _speed_row(task: str, name: str, values: Sequence[float | None], form: str) -> ScoreRow:
+    return ScoreRow(task, name, "", tuple(NONE if value is None else f"{value:{form}}" for value in values), "")
 
 
 def charts_of(points: Sequence[tuple[str, Sequence[Point | None]]]) -> list[tuple[str, str]]:
@@ -212,8 +228,8 @@ def score_rows(
     for task, of_task in points:
         of_runs = [run.of_tasks.get(task, []) for run in runs]
         rows += _rows_of(task, of_runs, shares(documents, task), documents.scores(task))
-        rows += speed_rows(task, of_task)
-    return rows
+        rows += forwards_rows(task, of_task)
+    return rows + rate_rows(points)
 
 
 def _rows_of(
@@ -248,7 +264,7 @@ def pairs_of(runs: Sequence[Run], tasks: Sequence[str], documents: Documents) ->
             shared = [task for task in tasks if task in runs[0].of_tasks and task in other.of_tasks]
             comparisons[number] = compare_runs(runs[0], other, tasks=shared)
         except UserError as error:
-            refused.append(Pair(number, (), (str(error),), ()))
+            refused.append(Pair(number, (), (str(error),), (), ()))
     whole = zip(comparisons, adjusted(list(comparisons.values())), strict=True)
     pairs = [*refused, *(_pair(number, comparison, documents) for number, comparison in whole)]
     return sorted(pairs, key=lambda pair: pair.b)
@@ -258,7 +274,20 @@ def _pair(number: int, comparison: Comparison, documents: Documents) -> Pair:
     settings = tuple((name, shown_value(a), shown_value(b)) for name, (a, b) in comparison.settings.items())
     # `compare_runs` calls the other run B.
     warnings = tuple(re.sub(r"\b([Rr]un) B\b", rf"\1 {key_of(number)}", text) for text in comparison.warnings)
-    return Pair(number, settings, warnings, _difference_rows(comparison, number, documents))
+    rows = _difference_rows(comparison, number, documents)
+    return Pair(number, settings, warnings, rows, _conclusions(comparison, number))
+
+
+def _conclusions(comparison: Comparison, number: int) -> tuple[str, ...]:
+    """A sentence for each difference; of many differences, those that are not shown have one sentence together."""
+    every = comparison.rows
+    undecided = [each for each in every if each.p_holm is not None and each.p_holm >= ALPHA]
+    together = undecided if len(every) > MOST_SENTENCES else []
+    chosen = [each for each in every if each not in together]
+    told = [f"{each.task}, {each.metric}: {verdict(each, key_of(number))}" for each in chosen]
+    if together:
+        told.append(f"{len(together)} of {len(every)} scores: No difference shown after Holm's adjustment.")
+    return tuple(told)
 
 
 def _difference_rows(comparison: Comparison, number: int, documents: Documents) -> tuple[DifferenceRow, ...]:

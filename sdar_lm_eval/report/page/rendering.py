@@ -41,7 +41,7 @@ def page_of(runs: Sequence[Run], tasks: Sequence[str] = (), title: str | None = 
     charts = overview.charts_of(points)
     comparisons = overview.pairs_of(having, chosen, documents)
     views = [
-        {"number": number, "key": overview.key_of(number), "name": name, "path": run.path}
+        {"number": number, "key": overview.key_of(number), "name": name, "folder": run.label}
         for number, (run, name) in enumerate(zip(having, _names(having, differing), strict=True))
     ]
     sections = {
