@@ -25,7 +25,8 @@ from sdar_lm_eval.settings import ALIASES
 
 if TYPE_CHECKING:
     from sdar_lm_eval.report.results import Results
-    from sdar_lm_eval.runs.plan import Evaluation, Plan
+    from sdar_lm_eval.runs.earlier import Evaluation
+    from sdar_lm_eval.runs.plan import Plan
 
 EXAMPLE = (
     "sdar_lm_eval sweep --model_args pretrained=demo --tasks gsm8k_sdar_demo --strategy dynamic --threshold 0.5:0.9 "

@@ -1,20 +1,18 @@
-"""Decides whether a sweep may work in a folder that has results of earlier sweeps."""
+"""An evaluation of a sweep, and whether the sweep may work in a folder that has results of earlier sweeps."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.store import differences
 from sdar_lm_eval.report.results import Fields, Results, results_in
+from sdar_lm_eval.runs.grid import Combination
 from sdar_lm_eval.settings import GENERATION_SETTINGS, canonical
-
-if TYPE_CHECKING:
-    from sdar_lm_eval.runs.plan import Evaluation
 
 BESIDE_ANSWERS = (
     "device", "max_active", "batch_size", "max_batch_size", "kv_pages", "gpu_memory_utilization",
@@ -27,6 +25,50 @@ DEFAULTS = {
     "share_prefixes": True,
 }  # fmt: skip
 """model_args beside decoding settings -> the value that they have if the user gives none."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a sweep.
+
+    Attributes:
+        settings: the combination, without settings that have no effect.
+        seed: seed of sampled answers.
+        folder: the combination's folder.
+        name: name of the results' folder within `folder`.
+        asked: all that the results depend on, as JSON values.
+        effect: task -> the settings that decode its requests, and its number of few-shot examples (`num_fewshot`).
+    """
+
+    settings: Combination
+    seed: int
+    folder: Path
+    name: str
+    asked: Mapping[str, object]
+    effect: Mapping[str, Mapping[str, object]]
+
+    @property
+    def gen_kwargs(self) -> Mapping[str, object]:
+        """The combination's settings, and the settings that all combinations share."""
+        gen_kwargs = self.asked["gen_kwargs"]
+        assert isinstance(gen_kwargs, dict)
+        return gen_kwargs
+
+    def results(self) -> Results | None:
+        """Return the newest results in the folder if they depend on `asked`; None where they do not, or are damaged.
+
+        Results whose samples files lost lines are damaged too: `compare`, `report` and `show` read the samples.
+        """
+        folder = self.folder / self.name
+        if not any(folder.rglob("results_*.json")):
+            return None
+        with contextlib.suppress(UserError):  # damaged files count as missing
+            newest = results_in(folder)[-1]
+            tasks = self.asked["tasks"]
+            assert isinstance(tasks, dict)
+            if newest.ours.content.get("asked") == self.asked and all(map(newest.has_all_samples, tasks)):
+                return newest
+        return None
 
 
 def read_earlier(output: Path) -> tuple[Results, ...]:

@@ -24,8 +24,8 @@ from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Run
 from sdar_lm_eval.revision import ANSWER_REVISION
-from sdar_lm_eval.runs.earlier import refuse_differences
-from sdar_lm_eval.runs.plan import Evaluation, Plan
+from sdar_lm_eval.runs.earlier import Evaluation, refuse_differences
+from sdar_lm_eval.runs.plan import Plan
 from sdar_lm_eval.runs.saving import evaluate_into
 from sdar_lm_eval.runs.shards import ANSWERS
 

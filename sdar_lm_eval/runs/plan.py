@@ -19,7 +19,6 @@ answers stay, and are scored again.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import re
@@ -43,8 +42,8 @@ from sdar_lm_eval.hashing import digest_of_files, hex_digest
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.thoughts import Thoughts
-from sdar_lm_eval.report.results import Results, results_in
-from sdar_lm_eval.runs.earlier import check_earlier, read_earlier
+from sdar_lm_eval.report.results import Results
+from sdar_lm_eval.runs.earlier import Evaluation, check_earlier, read_earlier
 from sdar_lm_eval.runs.grid import Combination, combinations, without_copies
 from sdar_lm_eval.runs.settings import beyond_limits, scored_by
 from sdar_lm_eval.runs.shards import load_tasks, scoring_tasks, task_manager
@@ -91,50 +90,6 @@ class SweepArguments:
     def whole_limit(self) -> float | None:
         """The limit, as an int where it is a number of documents and no share."""
         return int(self.limit) if self.limit is not None and self.limit >= 1 else self.limit
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One evaluation of a sweep.
-
-    Attributes:
-        settings: the combination, without settings that have no effect.
-        seed: seed of sampled answers.
-        folder: the combination's folder.
-        name: name of the results' folder within `folder`.
-        asked: all that the results depend on, as JSON values.
-        effect: task -> the settings that decode its requests, and its number of few-shot examples (`num_fewshot`).
-    """
-
-    settings: Combination
-    seed: int
-    folder: Path
-    name: str
-    asked: Mapping[str, object]
-    effect: Mapping[str, Mapping[str, object]]
-
-    @property
-    def gen_kwargs(self) -> Mapping[str, object]:
-        """The combination's settings, and the settings that all combinations share."""
-        gen_kwargs = self.asked["gen_kwargs"]
-        assert isinstance(gen_kwargs, dict)
-        return gen_kwargs
-
-    def results(self) -> Results | None:
-        """Return the newest results in the folder if they depend on `asked`; None where they do not, or are damaged.
-
-        Results whose samples files lost lines are damaged too: `compare`, `report` and `show` read the samples.
-        """
-        folder = self.folder / self.name
-        if not any(folder.rglob("results_*.json")):
-            return None
-        with contextlib.suppress(UserError):  # damaged files count as missing
-            newest = results_in(folder)[-1]
-            tasks = self.asked["tasks"]
-            assert isinstance(tasks, dict)
-            if newest.ours.content.get("asked") == self.asked and all(map(newest.has_all_samples, tasks)):
-                return newest
-        return None
 
 
 @dataclass(frozen=True)
