@@ -21,7 +21,7 @@ from sdar_lm_eval.arguments import decoding_descriptions
 from sdar_lm_eval.commands.given import pairs
 from sdar_lm_eval.decoding import DECODING_SETTINGS, in_words
 from sdar_lm_eval.errors import EngineError, UserError
-from sdar_lm_eval.settings import ALIASES
+from sdar_lm_eval.spellings import ALIASES
 
 if TYPE_CHECKING:
     from sdar_lm_eval.report.results import Results

@@ -17,7 +17,8 @@ from sdar_lm_eval.hashing import seed_from
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, repeats_of
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record, differences, fields_of, key_of
-from sdar_lm_eval.settings import Generation, canonical, read_generation, warn_of_idle_knobs
+from sdar_lm_eval.settings import Generation, read_generation, warn_of_idle_knobs
+from sdar_lm_eval.spellings import canonical
 from sdar_lm_eval.thinking import Decode, Thinking, Thought, read, read_text
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.store import differences
 from sdar_lm_eval.report.results import Fields, Results, results_in
 from sdar_lm_eval.runs.grid import Combination
-from sdar_lm_eval.settings import GENERATION_SETTINGS, canonical
+from sdar_lm_eval.settings import GENERATION_SETTINGS
+from sdar_lm_eval.spellings import canonical
 
 BESIDE_ANSWERS = (
     "device", "max_active", "batch_size", "max_batch_size", "kv_pages", "gpu_memory_utilization",

@@ -15,7 +15,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from scripted_lm import BARE_TEMPLATE, DATA, SAMPLED, Evaluate, MakeLM, ScriptedLM, cached, checkpoint_with
 
-from sdar_lm_eval import settings
+from sdar_lm_eval import settings, spellings
 from sdar_lm_eval.errors import EngineError, Interrupted, UserError
 from sdar_lm_eval.lm import hooks
 
@@ -47,6 +47,29 @@ def tasks_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **tasks: str) -> Tas
 
 
 EXACT = "\ndoc_to_target: '{{answer}}'\nmetric_list: [{metric: exact_match}]"
+
+
+# A task's settings under the user's
+
+
+def test_gen_kwargs_beat_a_task_that_spells_a_setting_twice(
+    make_lm: MakeLM, evaluate: Evaluate, caplog: pytest.LogCaptureFixture
+) -> None:
+    spellings.warn_once_of_two_spellings.cache_clear()
+    lm, task = make_lm(), f"{GENERATE}\ngeneration_kwargs: "
+    twice = task + "{max_gen_toks: 9, max_new_tokens: 12, threshold: 0.6, confidence_threshold: 0.7}"
+
+    def decoded(**gen_kwargs: object) -> tuple[object, object]:
+        results = evaluate(lm, twice, gen_kwargs=gen_kwargs or None)
+        (decoding,) = results["config"]["sdar_lm_eval"]["decoding_of_tasks"].values()
+        return decoding["max_gen_toks"], decoding["confidence_threshold"]
+
+    assert decoded(max_gen_toks=7, threshold=0.5) == (7, 0.5)
+    assert decoded(max_tokens=7, confidence_threshold=0.5) == (7, 0.5)
+    assert "overrides" not in caplog.text
+    assert decoded() == decoded() == (12, 0.7)
+    assert caplog.text.count("max_new_tokens=12 overrides max_gen_toks=9, which") == 1
+    assert caplog.text.count("confidence_threshold=0.7 overrides confidence_threshold=0.6, which") == 1
 
 
 # One object, evaluated twice
