@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -580,6 +581,16 @@ def test_answers_of_other_weights_are_left_alone_and_it_is_said(
         file.write(b"\x01\x02\x03")
     assert (ask(folder), ask(folder), ask("demo")) == (2, 0, 0)
     assert "are ignored (checkpoint was '" in caplog.text
+
+
+def test_reproducible_answers_are_taken_from_reproducible_runs_alone(make_lm: MakeLM, tmp_path: Path) -> None:
+    def ask(reproducible: bool) -> int:
+        lm = make_lm()
+        lm.engine.info = dataclasses.replace(lm.engine.info, extra={"reproducible": reproducible})
+        cached(lm, tmp_path / "c.db").generate_until(requests_of(2))
+        return len(lm.engine.requests)
+
+    assert [ask(reproducible) for reproducible in (False, True, True, False)] == [2, 2, 0, 0]
 
 
 def test_another_model_s_cache_file_may_be_shared(make_lm: MakeLM, tmp_path: Path) -> None:
