@@ -95,13 +95,14 @@ class Round:
         order: for each request of the call, its job.
         jobs: by id; fewer than requests where one answer serves several.
         truncated: how many prompts lost their beginning.
-        settings: task -> the settings that its answers are made with.
+        settings: task -> the settings that its answers are made with; several where documents have settings of their
+            own.
     """
 
     order: list[JobId]
     jobs: dict[JobId, Job]
     truncated: int
-    settings: dict[str, Generation]
+    settings: dict[str, list[Generation]]
 
     def longest_first(self, ids: Iterable[JobId]) -> list[JobId]:
         """Return jobs in the order in which engines run them.
@@ -219,7 +220,10 @@ class Jobs:
                 until=generation.until,
                 key=_key_of(request, generation, self._thoughts.auto),
             )
-        return Round(order, jobs, truncated, {task: its.generation for (task, _), its in settings.items()})
+        of_tasks: dict[str, list[Generation]] = {}
+        for (task_name, _), its in settings.items():
+            of_tasks.setdefault(task_name, []).append(its.generation)
+        return Round(order, jobs, truncated, of_tasks)
 
     def _request(
         self, asked: _Asked, prompt: str, ids: Sequence[int], seed: int, record_steps: bool

@@ -88,7 +88,7 @@ class Rounds:
         """
         recording = self._record or self._trace is not None or self._verbose
         asked = self._jobs.of(requests, evaluation.task_of, evaluation.seed, record_steps=recording)
-        evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
+        evaluation.note_settings(asked.settings)
         evaluation.template_hash = self._prompts.template_hash
         asked.warn_of_truncated()
         jobs = asked.jobs

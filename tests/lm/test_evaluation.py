@@ -13,11 +13,12 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
-from scripted_lm import BARE_TEMPLATE, DATA, SAMPLED, Evaluate, MakeLM, ScriptedLM, cached, checkpoint_with
+from scripted_lm import BARE_TEMPLATE, DATA, SAMPLED, Evaluate, MakeLM, ScriptedLM, cached, checkpoint_with, request
 
 from sdar_lm_eval import settings, spellings
 from sdar_lm_eval.errors import EngineError, Interrupted, UserError
 from sdar_lm_eval.lm import hooks
+from sdar_lm_eval.lm.evaluation import facts_of_evaluation
 
 GENERATE = "output_type: generate_until"
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -70,6 +71,16 @@ def test_gen_kwargs_beat_a_task_that_spells_a_setting_twice(
     assert decoded() == decoded() == (12, 0.7)
     assert caplog.text.count("max_new_tokens=12 overrides max_gen_toks=9, which") == 1
     assert caplog.text.count("confidence_threshold=0.7 overrides confidence_threshold=0.6, which") == 1
+
+
+def test_settings_that_differ_between_documents_are_all_told(make_lm: MakeLM) -> None:
+    lm = make_lm()
+    for limits in ((8, 12), (12, 16)):  # as two ranks' shares
+        lm.generate_until([request(f"Question {n}", {"max_gen_toks": n, "until": ["\n"]}) for n in limits])
+    (told,) = lm.get_model_info()["sdar_lm_eval"]["decoding_of_tasks"].values()  # type: ignore[index]
+    assert (told["max_gen_toks"], told["until"], told["block_length"]) == ([8, 12, 16], ["\n"], 4)
+    both = facts_of_evaluation([lm.evaluation, lm.evaluation])["decoding_of_tasks"]
+    assert list(both.values()) == [told]
 
 
 # One object, evaluated twice
