@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -249,6 +250,8 @@ def _counted(row: Sequence[str], answered: Sequence[int | None]) -> str:
 
 
 def _value(value: float, stderr: float | None, share: bool, sign: str = "") -> str:
+    if math.isnan(value):
+        return NONE
     if share:
         return with_error(value, stderr, 100, sign)
     return f"{value:{sign}.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")
