@@ -97,7 +97,7 @@ class SentPrompts:
     """What was sent for a task.
 
     Attributes:
-        tokens: document -> hashes of its requests' token ids.
+        tokens: document -> hashes of its requests' token ids, each once.
         example: the first prompt as text.
         templated_by: who put the prompts into the chat template.
     """
@@ -109,7 +109,9 @@ class SentPrompts:
     def add(self, document: int, prompt: str, token_ids: Sequence[int], templated_by: TemplatedBy | None) -> None:
         """Note a request."""
         self.templated_by = templated_by
-        self.tokens.setdefault(document, []).append(hex_digest(token_ids))
+        hashes, digest = self.tokens.setdefault(document, []), hex_digest(token_ids)
+        if digest not in hashes:  # a drawn request has several answers
+            hashes.append(digest)
         self.example = prompt if self.example is None else self.example
 
 

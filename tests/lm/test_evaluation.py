@@ -352,6 +352,9 @@ def test_plain_text_is_told_apart(make_lm: MakeLM, evaluate: Evaluate) -> None:
     assert told["example"] == "Question 0"
     other = evaluate(make_lm(), GENERATE)["config"]["sdar_lm_eval"]["prompts"]["five"]
     assert other["tokens_sha256"] != told["tokens_sha256"]
+    drawn = f"generation_kwargs: {SAMPLED}\nrepeats: 3"
+    several = evaluate(make_lm(), GENERATE, drawn)["config"]["sdar_lm_eval"]["prompts"]["five"]
+    assert several["tokens_sha256"] == other["tokens_sha256"]  # the same prompts, each answered three times
 
 
 @pytest.mark.parametrize("apply", [False, True])
