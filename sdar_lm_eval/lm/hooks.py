@@ -287,8 +287,8 @@ def _build_in_template(task: Task, name: str, model: Watched, borrowed: Sequence
                 settings["fewshot_as_multiturn"] = True
         if task.OUTPUT_TYPE != "generate_until" and settings.get("chat_template") is not None:
             settings["chat_template"] = functools.partial(model.apply_chat_template, prefixed=False)
-        if task.config.generation_kwargs and (call := _call.get()) is not None:
-            task.config.generation_kwargs = overridden(task.config.generation_kwargs, call.gen_kwargs)
+        if task.OUTPUT_TYPE == "generate_until" and (call := _call.get()) is not None:
+            task.config.generation_kwargs = overridden(task.config.generation_kwargs or {}, call.gen_kwargs)
         build(**settings)
         samples, metadata = settings.get("samples"), task.config.metadata or {}
         model.task_begins(
