@@ -25,6 +25,7 @@ def fingerprint_of(engine: str, info: EngineInfo, checkpoint: Checkpoint) -> dic
         "engine_version": info.engine_version,
         "checkpoint": checkpoint.fingerprint,
         "dtype": info.dtype,
+        **({"engine_commit": info.engine_commit} if info.engine_commit else {}),
         **({"reproducible": "true"} if info.extra.get("reproducible") else {}),
     }
 

@@ -583,14 +583,17 @@ def test_answers_of_other_weights_are_left_alone_and_it_is_said(
     assert "are ignored (checkpoint was '" in caplog.text
 
 
-def test_reproducible_answers_are_taken_from_reproducible_runs_alone(make_lm: MakeLM, tmp_path: Path) -> None:
-    def ask(reproducible: bool) -> int:
+@pytest.mark.parametrize("changed", [{"extra": {"reproducible": True}}, {"engine_commit": "1" * 40}])
+def test_answers_of_an_engine_that_answers_otherwise_are_left_alone(
+    make_lm: MakeLM, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    def ask(**info: Any) -> int:
         lm = make_lm()
-        lm.engine.info = dataclasses.replace(lm.engine.info, extra={"reproducible": reproducible})
+        lm.engine.info = dataclasses.replace(lm.engine.info, **info)
         cached(lm, tmp_path / "c.db").generate_until(requests_of(2))
         return len(lm.engine.requests)
 
-    assert [ask(reproducible) for reproducible in (False, True, True, False)] == [2, 2, 0, 0]
+    assert [ask(), ask(**changed), ask(**changed), ask()] == [2, 2, 0, 0]
 
 
 def test_another_model_s_cache_file_may_be_shared(make_lm: MakeLM, tmp_path: Path) -> None:
