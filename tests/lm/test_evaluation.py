@@ -493,6 +493,14 @@ def test_ctrl_c_says_what_is_kept(make_lm: MakeLM, evaluate: Evaluate, tmp_path:
         evaluate(lm, GENERATE, use_cache=str(tmp_path / "c") if kept == "cache" else None)
 
 
+def test_ctrl_c_names_no_place_that_lacks_answers(make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path) -> None:
+    evaluate(make_lm(answers=tmp_path / "answers"), GENERATE, limit=2)
+    lm = make_lm(answers=tmp_path / "answers")
+    lm.engine.answers_before_error, lm.engine.error = 1, KeyboardInterrupt()  # type: ignore[assignment]
+    with pytest.raises(Interrupted, match=r"Interrupted\. 3 of 5 answers are in answers=\S*answers\. Run the same"):
+        evaluate(lm, GENERATE, use_cache=str(tmp_path / "new"))
+
+
 def test_a_cache_that_cannot_be_written_costs_no_answer(
     make_lm: MakeLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
