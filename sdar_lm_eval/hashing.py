@@ -1,7 +1,7 @@
 """Hashes of JSON content, for keys of stored answers and seeds of draws. A hash is the same on every machine.
 
-A function counts by its name and the content of the file that defines it. Other objects count by their text, without
-the memory address that Python's default text has.
+A function or a class counts by its name and the content of the file that defines it. Other objects count by their text,
+without the memory address that Python's default text has.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -50,8 +51,21 @@ def _jsonable(value: object) -> object:
 
 
 def _source(defined: object) -> str | None:
-    """The SHA-256 of the file that defines a function or a class; None where inspect finds no file."""
+    """The SHA-256 of the file that defines a function or a class; None where neither code nor inspect names a file."""
     try:
-        return hashlib.sha256(Path(inspect.getfile(inspect.unwrap(defined))).read_bytes()).hexdigest()  # type: ignore[arg-type]
+        return hashlib.sha256(Path(inspect.getfile(_code_of(defined))).read_bytes()).hexdigest()
     except (TypeError, OSError):
         return None
+
+
+def _code_of(defined: Any) -> Any:
+    """A function, or a function of a class or of its bases, if there is one, else the class.
+
+    Inspect finds a class's file by the name of its module. Some versions of lm_eval do not register the modules that
+    `!function` loads, so inspect would find no file, or that of another module with the same name.
+    """
+    if not inspect.isclass(defined):
+        return inspect.unwrap(defined)
+    members = (member for base in defined.__mro__ for member in vars(base).values())
+    functions = filter(inspect.isfunction, (inspect.unwrap(getattr(each, "__func__", each)) for each in members))
+    return next((each for each in functions if Path(each.__code__.co_filename).is_file()), defined)

@@ -289,8 +289,14 @@ class LoadedModel:
 
     @checks_types
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        """Return the text of each token. Of several tokens that encode one character, the last has the character."""
-        return self._prompts.pieces(list(map(operator.index, token_ids)))
+        """Return the text of each token. Of several tokens that encode one character, the last has the character.
+
+        Raises:
+            UserError: a token is no token id.
+        """
+        ids = list(map(operator.index, token_ids))
+        with self.checkpoint.refusing_large_ids(ids):
+            return self._prompts.pieces(ids)
 
     def close(self) -> None:
         """Free the engine's memory. Later calls raise EngineError; a second `close` does nothing."""

@@ -14,31 +14,23 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints, overload
+from typing import Any, get_args, get_type_hints
 
 from sdar_lm_eval.arguments import ChatMode, DecodingArguments, ModelArguments, arguments_of
 from sdar_lm_eval.checks import at_least_one, check_bool, check_number, check_unicode, if_given, plain
 from sdar_lm_eval.decoding import DECODING_SETTINGS, MAX_BLOCK_LENGTH, DecodingConfig
 from sdar_lm_eval.defaults import DEFAULT_SEED
-from sdar_lm_eval.engines.native.strategies import STRATEGIES, full_name
+from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.native.strategies.base import Strategy
 from sdar_lm_eval.engines.types import LikelihoodConfig
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.files import expanded, plain_text
+from sdar_lm_eval.spellings import ALIASES, MAX_TOKENS_SPELLINGS, canonical, warn_once_of_two_spellings
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_GEN_TOKS = 512
-MAX_TOKENS_SPELLINGS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 GENERATION_SETTINGS = (*DECODING_SETTINGS, *MAX_TOKENS_SPELLINGS, "until", "do_sample")
-ALIASES = {
-    "strategy": "remasking_strategy",
-    "threshold": "confidence_threshold",
-    "steps": "denoising_steps",
-    "block": "block_length",
-    "block_size": "block_length",
-}
-"""Short name -> setting."""
 HINTS = {
     "seed": "The seed is the model's: --model_args seed=N, or the third of --seed.",
     "model": "The checkpoint is --model_args pretrained=…",
@@ -268,26 +260,6 @@ def _decoding_of(settings: Mapping[str, object]) -> DecodingConfig:
     return DecodingConfig(**own)
 
 
-@overload
-def canonical(settings: Mapping[str, str]) -> Mapping[str, str]: ...
-@overload
-def canonical(settings: Mapping[str, object]) -> Mapping[str, object]: ...
-def canonical(settings: Mapping[str, object]) -> Mapping[str, object]:
-    """Return settings by their full names; of two spellings of a setting the later one counts.
-
-    lm_eval merges `--gen_kwargs` into a task's settings by `dict.update`, so a user's spelling comes after the task's.
-    """
-    full: dict[str, object] = {}
-    for name, value in settings.items():
-        setting = ALIASES.get(name, name)
-        if setting == "remasking_strategy":
-            value = full_name(value) if isinstance(value, str) else value
-        full.pop(setting, None)
-        full[setting] = value
-        log_alias_once(f"{name}={settings[name]}", f"{setting}={value}")
-    return full
-
-
 def warn_of_idle_knobs(given: Mapping[str, object], decoding: DecodingConfig, why: str) -> None:
     """Warn of a given setting, other than its default, that the strategy does not read.
 
@@ -312,13 +284,6 @@ def _reads(strategy: Strategy, setting: str) -> bool:
 def warn_once_of_idle_knob(setting: str, used: str, readers: str, why: str) -> None:
     """Warn, the first time, of a setting that the strategy `used` does not read, but `readers` do."""
     logger.warning("%s has no effect: %s%s; strategy=%s reads it.", setting, used, why, readers)
-
-
-@functools.cache
-def log_alias_once(given: str, full: str) -> None:
-    """Log, the first time, what a setting in a short form is read as."""
-    if given != full:
-        logger.info("%s is read as %s.", given, full)
 
 
 def check_names(settings: Mapping[str, object], source: str, also: tuple[str, ...] = ()) -> None:
@@ -448,6 +413,6 @@ def _max_tokens(given: Mapping[str, object], base: Mapping[str, object]) -> int:
             continue
         *unused, name = names
         if any(source[other] != source[name] for other in unused):
-            logger.info("%s=%s overrides %s.", name, source[name], ", ".join(f"{n}={source[n]}" for n in unused))
+            warn_once_of_two_spellings(f"{name}={source[name]}", ", ".join(f"{n}={source[n]}" for n in unused))
         return at_least_one(name, to_whole(name, source[name]))
     return DEFAULT_MAX_GEN_TOKS

@@ -19,7 +19,8 @@ from sdar_lm_eval.engines.agreement import JUDGED, Divergence, Float32Judge, all
 from sdar_lm_eval.errors import SDARError, UserError, did_you_mean, listed
 from sdar_lm_eval.files import one_line
 from sdar_lm_eval.loaded import Answer, LoadedModel
-from sdar_lm_eval.settings import ALIASES, GENERATION_SETTINGS
+from sdar_lm_eval.settings import GENERATION_SETTINGS
+from sdar_lm_eval.spellings import ALIASES
 from sdar_lm_eval.tokens import first_difference
 
 STRATEGIES = (*JUDGED, "low_confidence_dynamic")

@@ -159,6 +159,13 @@ def test_containers_whose_elements_are_no_list_of_what_is_asked(model: sdar_lm_e
             call()
 
 
+@pytest.mark.parametrize("token", [-1, 2**40, 2**70])
+def test_numbers_that_are_no_token_ids_are_named(token: int, model: sdar_lm_eval.LoadedModel) -> None:
+    for call in (model.pieces, model.checkpoint.decode):
+        with pytest.raises(UserError, match=f"has no token {token}. Give tokens of 0 to 710.$"):
+            call([5, token])
+
+
 class Name(str, Enum):  # not StrEnum, whose members `str` converts to their values
     CHECKPOINT, DTYPE, CHAT, STRATEGY = "demo", "float32", "auto", "dynamic"
 

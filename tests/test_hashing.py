@@ -20,18 +20,22 @@ class Filter:
     def __call__(self, answer):
         return answer
 
+class Choice(Filter):
+    weight = 2
+
 class Table:
     pass
 """
 HASHED = """
-import functools, sys
-sys.path.insert(0, sys.argv[1])
-import defined
+import functools, importlib.util, sys
 from sdar_lm_eval.hashing import hex_digest
+spec = importlib.util.spec_from_file_location("json", sys.argv[1] + "/defined.py")
+defined = importlib.util.module_from_spec(spec)  # not registered, and of a registered module's name
+spec.loader.exec_module(defined)
 contents = [
     {"filters": [{"function": defined.score}]}, functools.partial(defined.score, weight=2),
     functools.partial(defined.score, weight=3), defined.stored, defined.Filter, defined.Filter(), defined.Table(), len,
-    lambda: 0,
+    lambda: 0, defined.Choice,
 ]
 print(*map(hex_digest, contents))
 """
@@ -55,4 +59,4 @@ def test_the_content_of_its_file_counts(tmp_path: Path) -> None:
     before = hashes(tmp_path)
     (tmp_path / "defined.py").write_text(DEFINED.replace("return weight", "return 2 * weight"))
     changed = [new != old for new, old in zip(hashes(tmp_path), before, strict=True)]
-    assert changed == [True, True, True, True, True, True, False, False, False]
+    assert changed == [True, True, True, True, True, True, False, False, False, True]

@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.config.task import TaskConfig
 
-from sdar_lm_eval import arguments, settings
+from sdar_lm_eval import arguments, settings, spellings
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.registry import ENGINES, EngineSpec
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.settings import (
-    MAX_TOKENS_SPELLINGS,
     ModelSettings,
     check_gen_kwargs,
     read_generation,
     to_bool,
     to_texts,
 )
+from sdar_lm_eval.spellings import MAX_TOKENS_SPELLINGS
 
 
 def read(gen_kwargs: dict[str, Any] | None = None, **base: Any) -> Any:
@@ -148,11 +148,14 @@ def test_the_command_line_beats_the_task_whatever_they_call_it(in_yaml: str, com
 
 
 def test_two_lengths_in_one_place_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    spellings.warn_once_of_two_spellings.cache_clear()
     with caplog.at_level(logging.INFO):
         read({"max_gen_toks": 512, "max_new_tokens": 512})
         assert not caplog.text
         assert read({"max_gen_toks": 512, "max_new_tokens": 32, "max_tokens": None}).max_gen_toks == 32
-    assert "max_new_tokens=32 overrides max_gen_toks=512." in caplog.text
+        assert read({"strategy": "static", "remasking_strategy": "random"}).decoding.remasking_strategy == "random"
+    assert "max_new_tokens=32 overrides max_gen_toks=512, which is given in the same place." in caplog.text
+    assert "remasking_strategy=random overrides remasking_strategy=low_confidence_static, which is" in caplog.text
 
 
 @pytest.mark.parametrize(("value", "tokens"), [("32", 32), (1000.0, 1000), ("1e3", 1000)])
@@ -376,7 +379,7 @@ def test_whatever_arrives_is_read_or_refused(arriving: dict[str, Any], block_len
 )
 def test_short_names(caplog: pytest.LogCaptureFixture, short: dict[str, Any], setting: str, value: Any) -> None:
     caplog.set_level(logging.INFO)
-    settings.log_alias_once.cache_clear()
+    spellings.log_alias_once.cache_clear()
     model_args = ModelSettings.read("demo", short, "native").decoding
     for request, base in ((short, {}), ({}, model_args)):
         assert getattr(read_generation(request, base).decoding, setting) == value

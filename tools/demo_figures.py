@@ -26,7 +26,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sdar_lm_eval.settings import ALIASES
+from sdar_lm_eval.spellings import ALIASES
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs" / "measurements.md", ROOT / "README.md")

@@ -17,7 +17,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from sdar_lm_eval import arguments
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.registry import ENGINES
-from sdar_lm_eval.settings import ALIASES, DEFAULT_MAX_GEN_TOKS
+from sdar_lm_eval.settings import DEFAULT_MAX_GEN_TOKS
+from sdar_lm_eval.spellings import ALIASES
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 TABLE = re.compile(r"^<!-- table: (\w+) -->\n\n(?:(?:\|.*\n)+\n)?", re.MULTILINE)

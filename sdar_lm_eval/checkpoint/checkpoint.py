@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -140,10 +140,30 @@ class Checkpoint:
 
     @checks_types
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of tokens without special tokens; white space is unchanged."""
-        # transformers visits each token of a list in Python, so it gets an array.
-        ids = np.asarray(token_ids if hasattr(token_ids, "__array__") else list(token_ids), dtype=np.int64)
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """Return the text of tokens without special tokens; white space is unchanged.
+
+        Raises:
+            UserError: a token is no token id.
+        """
+        ids = token_ids if hasattr(token_ids, "__array__") else list(token_ids)
+        with self.refusing_large_ids(ids):
+            # transformers visits each token of a list in Python, so it gets an array.
+            array = np.asarray(ids, dtype=np.int64)
+            return self.tokenizer.decode(array, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @contextlib.contextmanager
+    def refusing_large_ids(self, token_ids: Iterable[int]) -> Iterator[None]:
+        """Name the token that the tokenizer refuses: a negative one, or one of more than 32 bits.
+
+        Raises:
+            UserError: the tokenizer refuses a token.
+        """
+        try:
+            yield
+        except OverflowError as error:
+            known = range(vocabulary_of(self.config, self.family))
+            token = next(token for token in map(int, token_ids) if token not in known)
+            raise UserError(f"{self.name} has no token {token}. Give tokens of 0 to {known[-1]}.") from error
 
     def special_token(self, text: str) -> int | None:
         """Return the special token that a text spells, which `decode` leaves out; None if the text spells none."""

@@ -22,13 +22,14 @@ from sdar_lm_eval.arguments import decoding_descriptions
 from sdar_lm_eval.commands.given import pairs
 from sdar_lm_eval.decoding import DECODING_SETTINGS, in_words
 from sdar_lm_eval.errors import EngineError, UserError
-from sdar_lm_eval.settings import ALIASES
+from sdar_lm_eval.spellings import ALIASES
 
 if TYPE_CHECKING:
     from sdar_lm_eval.report.curve import Summary
     from sdar_lm_eval.report.results import Results
     from sdar_lm_eval.report.runs import Run
-    from sdar_lm_eval.runs.plan import Plan, PlannedEvaluation
+    from sdar_lm_eval.runs.earlier import PlannedEvaluation
+    from sdar_lm_eval.runs.plan import Plan
 
 EXAMPLE = (
     "sdar_lm_eval sweep --model_args pretrained=demo --tasks gsm8k_sdar_demo --strategy dynamic --threshold 0.5:0.9 "

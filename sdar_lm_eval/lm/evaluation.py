@@ -61,6 +61,13 @@ class TaskRequests:
         return doc_id if self.documents is None else self.documents[doc_id]
 
 
+class Settings(Protocol):
+    """What is read of a `Generation`."""
+
+    def as_dict(self) -> dict[str, object]:
+        """The settings by name, as plain values."""
+
+
 class Answered(Protocol):
     """What is read of a `Job`."""
 
@@ -90,7 +97,7 @@ class SentPrompts:
     """What was sent for a task.
 
     Attributes:
-        tokens: document -> hashes of its requests' token ids.
+        tokens: document -> hashes of its requests' token ids, each once.
         example: the first prompt as text.
         templated_by: who put the prompts into the chat template.
     """
@@ -102,7 +109,9 @@ class SentPrompts:
     def add(self, document: int, prompt: str, token_ids: Sequence[int], templated_by: TemplatedBy | None) -> None:
         """Note a request."""
         self.templated_by = templated_by
-        self.tokens.setdefault(document, []).append(hex_digest(token_ids))
+        hashes, digest = self.tokens.setdefault(document, []), hex_digest(token_ids)
+        if digest not in hashes:  # a drawn request has several answers
+            hashes.append(digest)
         self.example = prompt if self.example is None else self.example
 
 
@@ -114,7 +123,7 @@ class Evaluation:
         seed: seed of sampled answers and masks.
         tasks: name -> the tasks whose requests lm_eval built.
         counts: the work that was done.
-        decoding: task -> the settings that its answers were made with.
+        decoding: task -> the settings that its answers were made with, several where documents have their own.
         sent: task -> what was sent.
         denoising: the denoising records of answers.
         thoughts: task -> (document, request of the document, repeat of the request) -> the answer's thought, or None.
@@ -125,7 +134,7 @@ class Evaluation:
     seed: int
     tasks: dict[str, TaskRequests] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
-    decoding: dict[str, dict[str, object]] = field(default_factory=dict)
+    decoding: dict[str, list[dict[str, object]]] = field(default_factory=dict)
     sent: dict[str, SentPrompts] = field(default_factory=dict)
     denoising: DenoisingRecords = field(default_factory=DenoisingRecords)
     thoughts: dict[str, dict[tuple[int, int, int], Thought | None]] = field(default_factory=dict)
@@ -159,6 +168,11 @@ class Evaluation:
     def sent_of(self, task: str) -> SentPrompts:
         """What was sent for a task."""
         return self.sent.setdefault(task, SentPrompts())
+
+    def note_settings(self, of_tasks: Mapping[str, Sequence[Settings]]) -> None:
+        """Note the settings that tasks' answers are made with."""
+        for task, settings in of_tasks.items():
+            self.decoding.setdefault(task, []).extend(each.as_dict() for each in settings)
 
     def note_end(self, job: Answered, thought: Thought | None, reason: str, tokens: int) -> None:
         """Note an answer's thought, and count thoughts and loops.
@@ -218,10 +232,11 @@ def facts_of_evaluation(ranks: Sequence[Evaluation]) -> EvaluationFacts:
         ranks: each process's account of the evaluation.
     """
     tasks = {name: task for of_rank in ranks for name, task in of_rank.tasks.items()}
-    decoding: dict[str, dict[str, object]] = {}
+    decoding: dict[str, list[dict[str, object]]] = {}
     prompts: dict[str, dict[str, object]] = {}
     for of_rank in ranks:
-        decoding |= of_rank.decoding
+        for task_name, settings in of_rank.decoding.items():
+            decoding.setdefault(task_name, []).extend(settings)
     for name in dict.fromkeys(name for of_rank in ranks for name in of_rank.sent):
         sent = [of_rank.sent[name] for of_rank in ranks if name in of_rank.sent]
         tokens = {document: hashes for of_rank in sent for document, hashes in of_rank.tokens.items()}
@@ -233,11 +248,20 @@ def facts_of_evaluation(ranks: Sequence[Evaluation]) -> EvaluationFacts:
             "example": sent[0].example,
         }
     return {
-        "decoding_of_tasks": decoding,
+        "decoding_of_tasks": {task_name: _united(settings) for task_name, settings in decoding.items()},
         "published_decoding_of_tasks": {name: dict(task.decoding) for name, task in tasks.items() if task.decoding},
         "prompts": prompts,
         "run": Counts.of_ranks([of_rank.counts for of_rank in ranks]).as_dict(),
     }
+
+
+def _united(settings: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    """The settings of a task: of a setting that differs between documents, the list of its values."""
+    values_of = {name: [each[name] for each in settings] for name in settings[0]}
+    distinct = {
+        name: [value for i, value in enumerate(values) if value not in values[:i]] for name, values in values_of.items()
+    }
+    return {name: values[0] if len(values) == 1 else values for name, values in distinct.items()}
 
 
 def put_thoughts_into(samples: Mapping[str, Sequence[dict[str, Any]]], ranks: Sequence[Evaluation]) -> None:

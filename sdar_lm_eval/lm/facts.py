@@ -15,13 +15,18 @@ from sdar_lm_eval.settings import Generation
 
 
 def fingerprint_of(engine: str, info: EngineInfo, checkpoint: Checkpoint) -> dict[str, str | int | None]:
-    """Return all that answers depend on beside what their keys hold (`store.py`)."""
+    """Return all that answers depend on beside what their keys hold (`store.py`).
+
+    `reproducible=true` promises the same bits in any batch. Answers that another run stored would break the promise.
+    """
     return {
         "revision": ANSWER_REVISION,
         "engine": engine,
         "engine_version": info.engine_version,
         "checkpoint": checkpoint.fingerprint,
         "dtype": info.dtype,
+        **({"engine_commit": info.engine_commit} if info.engine_commit else {}),
+        **({"reproducible": "true"} if info.extra.get("reproducible") else {}),
     }
 
 

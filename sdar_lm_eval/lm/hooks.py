@@ -15,7 +15,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, ClassVar, Protocol, TypeGuard
 
@@ -23,12 +23,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CachingLM
 from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import Task
+from lm_eval.utils import simple_parse_args_string
 
 from sdar_lm_eval.checks import check_limit
 from sdar_lm_eval.engines.registry import MODELS
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.lm.denoising import LinesOf, Tracker, keep_beside_samples, leave_samples_alone
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, repeats_of
+from sdar_lm_eval.spellings import overridden
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +93,13 @@ class _Call:
     Attributes:
         seed: the call's seed for torch.
         tracker: the object that saves the evaluation's samples.
+        gen_kwargs: the user's settings, which lm_eval merges into those of each task.
         model: the model of this package that its `evaluate` evaluates; None: no such model, or not yet.
     """
 
     seed: int | None = None
     tracker: Tracker | None = None
+    gen_kwargs: Mapping[str, object] = field(default_factory=dict)
     model: Watched | None = None
 
 
@@ -159,7 +163,10 @@ def watch(evaluator: ModuleType) -> None:
         tracker = call.arguments.get("evaluation_tracker")
         if tracker is not None:
             leave_samples_alone(tracker)
-        own = _Call(call.arguments.get("torch_random_seed"), tracker)
+        gen_kwargs = call.arguments.get("gen_kwargs") or {}
+        if isinstance(gen_kwargs, str):
+            gen_kwargs = simple_parse_args_string(gen_kwargs)
+        own = _Call(call.arguments.get("torch_random_seed"), tracker, gen_kwargs)
         before = _call.set(own)
         of_ours = call.arguments["model"] in MODELS or is_watched(call.arguments["model"])
         try:
@@ -304,6 +311,8 @@ def _build_in_template(task: Task, name: str, model: Watched, borrowed: Sequence
                 settings["fewshot_as_multiturn"] = True
         if task.OUTPUT_TYPE != "generate_until" and settings.get("chat_template") is not None:
             settings["chat_template"] = functools.partial(model.apply_chat_template, prefixed=False)
+        if task.OUTPUT_TYPE == "generate_until" and (call := _call.get()) is not None:
+            task.config.generation_kwargs = overridden(task.config.generation_kwargs or {}, call.gen_kwargs)
         build(**settings)
         samples, metadata = settings.get("samples"), task.config.metadata or {}
         model.task_begins(

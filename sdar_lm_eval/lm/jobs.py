@@ -17,7 +17,8 @@ from sdar_lm_eval.hashing import seed_from
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, repeats_of
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record, differences, fields_of, key_of
-from sdar_lm_eval.settings import Generation, canonical, read_generation, warn_of_idle_knobs
+from sdar_lm_eval.settings import Generation, read_generation, warn_of_idle_knobs
+from sdar_lm_eval.spellings import canonical
 from sdar_lm_eval.thinking import Decode, Thinking, Thought, read, read_text
 
 logger = logging.getLogger(__name__)
@@ -94,13 +95,14 @@ class Round:
         order: for each request of the call, its job.
         jobs: id -> job; there are fewer jobs than requests where one answer serves several.
         truncated: number of prompts that lost their beginning.
-        settings: task -> the settings that its answers are made with.
+        settings: task -> the settings that its answers are made with; several where documents have settings of their
+            own.
     """
 
     order: list[JobId]
     jobs: dict[JobId, Job]
     truncated: int
-    settings: dict[str, Generation]
+    settings: dict[str, list[Generation]]
 
     def longest_first(self, ids: Iterable[JobId]) -> list[JobId]:
         """Return jobs in the order in which engines run them.
@@ -218,7 +220,10 @@ class Jobs:
                 until=generation.until,
                 key=_key_of(request, generation, self._thoughts.auto),
             )
-        return Round(order, jobs, truncated, {task: its.generation for (task, _), its in settings.items()})
+        of_tasks: dict[str, list[Generation]] = {}
+        for (task_name, _), its in settings.items():
+            of_tasks.setdefault(task_name, []).append(its.generation)
+        return Round(order, jobs, truncated, of_tasks)
 
     def _request(
         self, asked: _Asked, prompt: str, ids: Sequence[int], seed: int, record_steps: bool

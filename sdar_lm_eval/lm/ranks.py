@@ -20,7 +20,9 @@ from sdar_lm_eval.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-SAME_ON_ALL_RANKS = ("sdar_lm_eval.checkpoint", "sdar_lm_eval.settings", "sdar_lm_eval.lm.jobs")
+SAME_ON_ALL_RANKS = (
+    "sdar_lm_eval.checkpoint", "sdar_lm_eval.settings", "sdar_lm_eval.spellings", "sdar_lm_eval.lm.jobs",
+)  # fmt: skip
 """Loggers whose messages are the same on all ranks, so that rank 0 alone logs them."""
 
 # All ranks must connect within PATIENCE_AT_START. After that, a rank waits for the slowest rank, however uneven the

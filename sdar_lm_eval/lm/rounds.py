@@ -88,7 +88,7 @@ class Rounds:
         """
         recording = self._record_steps or self._trace is not None or self._verbose
         asked = self._jobs.of(requests, evaluation.task_of, evaluation.seed, record_steps=recording)
-        evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
+        evaluation.note_settings(asked.settings)
         evaluation.template_hash = self._prompts.template_hash
         asked.warn_of_truncated()
         jobs = asked.jobs
@@ -108,7 +108,7 @@ class Rounds:
                 answers[missing[index]] = text
                 evaluation.counts.add(job.task, result, prompt_tokens=len(job.request.prompt_ids))
                 evaluation.note_end(job, thought, result.finish_reason, len(result.token_ids))
-                verdict = live.judge(job.instance, text)
+                verdict = live.judge(job.task, job.instance, text)
                 if self._verbose:
                     progress.tell(live.example(job.instance, job.request, result, text, verdict, thought))
                 if self._trace is not None:
@@ -139,7 +139,7 @@ class Rounds:
             evaluation.counts.add_stored(job.task, record.get("new_tokens"), made)
             evaluation.counts.count(job.task, stored_forced_tokens=record.get("forced_tokens", 0))
             evaluation.note_end(job, thought, record.get("finish_reason", ""), record.get("new_tokens", 0))
-            live.judge(job.instance, text)
+            live.judge(job.task, job.instance, text)
             self._trace_answer(job, {**record, **_as_record(text, thought), "stored": True})
             if self._record_steps and (denoising := CompactDenoising.of_record(record)) is not None:
                 evaluation.denoising.add(job.task, job.document, job.repeat, denoising)

@@ -17,7 +17,7 @@ import math
 import os
 import sqlite3
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, cast
 
@@ -147,10 +147,17 @@ class Store:
     def __init__(self, places: Sequence[Place]) -> None:
         self._places = list(places)
         self._writable = list(places)
+        self._partial: list[Place] = []
+        """Places that lack a record of another place."""
 
     def get(self, key: str) -> Record | None:
         """Return what is kept under the key, or None."""
-        return next((record for place in self._places if (record := place.get(key)) is not None), None)
+        records = [place.get(key) for place in self._places]
+        found = next((record for record in records if record is not None), None)
+        if found is not None:
+            lacking = (place for place, record in zip(self._places, records, strict=True) if record is None)
+            self._partial += [place for place in lacking if place not in self._partial]
+        return found
 
     def seconds_for(self, keys: Collection[str]) -> float | None:
         """Return the time in which earlier processes computed the records of these keys; None where it is unknown."""
@@ -181,7 +188,7 @@ class Store:
     @property
     def kept_in(self) -> str:
         """The names of the places that have all records of the run; "" where there are none."""
-        return " and ".join(place.name for place in self._writable)
+        return _names(place for place in self._writable if place not in self._partial)
 
     def _give_up(self, place: Place, error: Exception) -> None:
         self._writable.remove(place)
@@ -189,8 +196,12 @@ class Store:
             "%s cannot be written (%s). Its answers so far are kept, and later answers are kept in %s.",
             place.name,
             error,
-            self.kept_in or "memory alone, until the results are written",
+            _names(self._writable) or "memory alone, until the results are written",
         )
+
+
+def _names(places: Iterable[Place]) -> str:
+    return " and ".join(place.name for place in places)
 
 
 class CacheFile:

@@ -16,7 +16,7 @@ import numpy as np
 from sdar_lm_eval.errors import UserError, did_you_mean, listed
 from sdar_lm_eval.report.changed import names_of
 from sdar_lm_eval.report.groups import groups_of, pooled, task_of
-from sdar_lm_eval.report.pairing import Key, Scores, TaskScores, read_pair
+from sdar_lm_eval.report.pairing import LOST, Key, Scores, TaskScores, read_pair
 from sdar_lm_eval.report.runs import Run, differing
 from sdar_lm_eval.report.several import smaller_passes
 from sdar_lm_eval.report.speed import RunSpeed, speed_of
@@ -47,7 +47,7 @@ class Difference:
         a_stderr: standard error of `a`, clustered by document; None where it is unknown.
         b: run b's value, likewise.
         b_stderr: standard error of `b`, likewise.
-        difference: b - a; NaN where one of them is not finite.
+        difference: b - a; NaN where one of them is not finite, or where they are over different documents.
         low: lower end of the difference's paired 95% interval; None where there is no interval.
         high: upper end of that interval.
         p: two-sided p of the test; None where there is no test.
@@ -353,7 +353,15 @@ def _differences(
             found.append(_tested_by_task(task, of_a, of_b, values_a, values_b, tasks))
         else:
             found.append(_tested(task, of_a, of_b, values_a, values_b, single))
+    if len(paired) < max(len(scores_a.documents), len(scores_b.documents)):
+        return [each if each.test.startswith((EXACT, PAIRED_T, LOST)) else _of_other_documents(each) for each in found]
     return found
+
+
+def _of_other_documents(untested: Difference) -> Difference:
+    """A row without a test, whose values are over all documents of each run, where the runs have other documents."""
+    why = f"{untested.test}, and the values are over different documents"
+    return dataclasses.replace(untested, difference=math.nan, test=why)
 
 
 def _tested_by_task(

@@ -95,12 +95,13 @@ class RunFrames:
     def answers(self) -> pd.DataFrame:
         """A row for each denoising record of an answer; empty where the run has no records.
 
-        Columns are `ANSWER_COLUMNS`. `tokens`, `blocks` and `denoising_steps` are counts over the answer, the
-        `forwards_…` count forwards, and `seconds` is a time. `token_ids`, `texts`, `steps` and `confidences` are tuples
-        with an entry for each token; steps count from 0 within a block, and confidences are 0 to 1.
+        Columns are `ANSWER_COLUMNS`; `repeat` is that of `samples`. `tokens`, `blocks` and `denoising_steps` are counts
+        over the answer, the `forwards_…` count forwards, and `seconds` is a time. `token_ids`, `texts`, `steps` and
+        `confidences` are tuples with an entry for each token; steps count from 0 within a block, and confidences are 0
+        to 1.
 
         Raises:
-            UserError: a denoising file cannot be read.
+            UserError: a denoising file, or of several seeds a samples file, cannot be read.
         """
         rows = []
         for task in self.run.tasks:
@@ -108,7 +109,9 @@ class RunFrames:
             for results in self.run.of_tasks[task]:
                 records = results.denoising(task)
                 rows += [_answer_row(task, record, before) for record in records]
-                before += max((record.repeat + 1 for record in records), default=0)
+                if results is not self.run.of_tasks[task][-1]:
+                    # A run's answers may lack records, so that `repeat` is by the samples, as in `samples`.
+                    before += max((len(_repeats(sample)) for sample in results.each_sample(task)), default=0)
         return pd.DataFrame(rows, columns=list(ANSWER_COLUMNS))
 
     def _sample_rows(self, task: str) -> Iterator[Mapping[str, object]]:

@@ -76,10 +76,10 @@ class Live:
         self._answered = 0
         self._tallies = {task: _Tally() for task in sorted(tasks)}
 
-    def judge(self, instance: Instance, text: str) -> Verdict | None:
-        """Count an answer, and return its verdict; None for a task without a judge."""
+    def judge(self, task: str, instance: Instance, text: str) -> Verdict | None:
+        """Count an answer to a task's request, and return its verdict; None for a task without a judge."""
         self._answered += 1
-        judge = self._judges.get(str(instance.task_name))
+        judge = self._judges.get(task)
         if judge is None:
             return None
         try:
@@ -89,7 +89,7 @@ class Live:
             self._judges.clear()
             self.knows_accuracy = False
             return None
-        tally = self._tallies[str(instance.task_name)]
+        tally = self._tallies[task]
         tally.judged += 1
         tally.correct += verdict.correct
         tally.filter = verdict.filter

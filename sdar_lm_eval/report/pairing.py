@@ -27,6 +27,10 @@ MetricKey = tuple[str, str]
 """(name of a metric, name of its filter)"""
 
 
+LOST = "the samples file has"
+"""The beginning of the flaw of samples that lost lines. The metric's value is over the lost documents too."""
+
+
 @dataclass(frozen=True)
 class PairedDocument:
     """A document of a task, as a run has it.
@@ -198,7 +202,7 @@ def _scores(results: Results, task: str, metric: Metric, lines: Sequence[tuple[K
     answers = {key: np.array(values) for key, values in given.items() if values is not None}
     flaw, means = "", frozenset[str]()
     if expected is not None and len(lines) < expected:
-        flaw = f"the samples file has {len(lines):,} of {expected:,} documents"
+        flaw = f"{LOST} {len(lines):,} of {expected:,} documents"
     elif not given:
         flaw = "the samples have no values of this metric"
     elif len(answers) < len(given):

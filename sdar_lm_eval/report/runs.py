@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 SEEDS = ("seed", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 """Settings in which the repeats of a run may differ."""
 
+NOT_SCORED = "bypass"
+"""The metric of a run with `--predict_only`. lm_eval writes the value 999."""
+
 MOST_TOLD = 4
 """Most settings in a run's label. Where more are needed to tell runs apart, labels are file names."""
 
@@ -43,7 +46,7 @@ class Metric:
     Attributes:
         name: the metric's name in the task's YAML file.
         filter: the filter whose output was scored.
-        value: the value over all documents.
+        value: the value over all documents; NaN if the run did not score (`--predict_only`).
         stderr: lm_eval's standard error; None where it computed none.
         higher_is_better: whether higher values are better; None where neither results file nor name says.
     """
@@ -153,7 +156,7 @@ def metrics_of(results: Results, task: str) -> list[Metric]:
             Metric(
                 name=name,
                 filter=filter_name,
-                value=number,
+                value=math.nan if name == NOT_SCORED else number,
                 stderr=stderr if stderr is not None and math.isfinite(stderr) else None,
                 higher_is_better=is_better_when_higher(name, better.get(name)),
             )
@@ -182,6 +185,8 @@ def settings_of(results: Results, task: str) -> dict[str, object]:
     settings |= _present(ours.content, _OURS)
     if decoding := results.decoding_of(task).content:
         settings |= decoding
+    elif "decoding_of_tasks" in ours.content:  # a task of log-likelihoods: other model_args are in `_OURS`
+        settings |= _present(ours.part_or_empty("decoding").content, ("block_length",))
     else:
         settings |= {name: value for name, value in results.model_args.content.items() if name != "pretrained"}
         settings |= of_task.part_or_empty("generation_kwargs").content
@@ -189,12 +194,16 @@ def settings_of(results: Results, task: str) -> dict[str, object]:
     settings |= ours.part_or_empty("thinking").content  # model_args on thoughts, as the user gave them
     if of_task.content.get("repeats") not in (None, 1):
         settings["repeats"] = of_task.content["repeats"]
-    if of_task.content.get("metric_list") == [{"metric": "bypass"}]:  # such results must not replace those with scores
+    if of_task.content.get("metric_list") == [
+        {"metric": NOT_SCORED}
+    ]:  # such results must not replace those with scores
         settings["predict_only"] = True
     settings |= _present(ours.content, ("seed",))
     for name, part in (("num_fewshot", "n-shot"), ("version of the task", "versions")):
         if (value := content.part_or_empty(part).content.get(task)) is not None:
             settings[name] = value
+    if settings.get("num_fewshot") and content.content.get("fewshot_as_multiturn") is False:
+        settings["fewshot_as_multiturn"] = False  # lm_eval writes true or null for the default
     names = ("lm_eval_version", "transformers_version", "chat_template_sha", "system_instruction")
     return settings | _present(content.content, names)
 

@@ -107,8 +107,17 @@ class Table:
             "run": self.run.label,
             "model": self.model,
             "columns": [self._column(column) for column in self.columns],
-            "others": [{"task": task, **asdict(each)} for task, found in self.others.items() for each in found],
+            "others": [
+                {"task": task, "questions": self.answered(task), **asdict(each)}
+                | ({} if math.isfinite(each.value) else {"value": None})  # JSON has neither NaN nor infinity
+                for task, found in self.others.items()
+                for each in found
+            ],
         }
+
+    def answered(self, task: str) -> int | None:
+        """The number of questions (documents) of a task that were answered; None where the file does not say."""
+        return self.run.results_of(task).answered(task)
 
     def _column(self, column: Column) -> dict[str, object]:
         score = self.scores.get(column.task)
@@ -249,9 +258,17 @@ def _place(metric: str) -> tuple[bool, int, str]:
 
 def _others(table: Table) -> list[str]:
     """The scores of tasks that no published table has, as lm_eval has them."""
-    rows = [[task, each.name, each.filter, _shown(each)] for task, found in table.others.items() for each in found]
-    head = ["not in a published table", "metric", "filter", "value (shares in %)"]
+    rows = [
+        [task, each.name, each.filter, _count(table.answered(task)), _shown(each)]
+        for task, found in table.others.items()
+        for each in found
+    ]
+    head = ["not in a published table", "metric", "filter", "questions", "value (shares in %)"]
     return aligned([head, *rows], left={0, 1, 2}) if rows else []
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
 
 
 def _shown(metric: Metric) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Sequence
+
+NONE = "–"
+"""The text in the place of a value that a run lacks."""
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
@@ -41,11 +45,13 @@ def score(value: float, stderr: float | None, *, share: bool, sign: str = "") ->
     """Return a score, and its standard error where that is known: in per cent if it is a share, else with 4 digits.
 
     Args:
-        value: the score.
+        value: the score; NaN if the run did not score.
         stderr: the score's standard error.
         share: whether the score is a share, 0 to 1.
         sign: "+" for a sign before positive scores too.
     """
+    if math.isnan(value):
+        return NONE
     if share:
         return with_error(value, stderr, 100, sign)
     return f"{value:{sign}.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")

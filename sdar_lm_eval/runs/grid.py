@@ -20,7 +20,8 @@ from typing import TypeVar, get_type_hints
 from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig
 from sdar_lm_eval.engines.native.strategies import full_name
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.settings import ALIASES, to_number, to_whole
+from sdar_lm_eval.settings import to_number, to_whole
+from sdar_lm_eval.spellings import ALIASES
 
 Setting = bool | int | float | str
 """A value of model_args or gen_kwargs."""

@@ -24,7 +24,8 @@ from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Run
 from sdar_lm_eval.revision import ANSWER_REVISION
-from sdar_lm_eval.runs.plan import Plan, PlannedEvaluation, refuse_differences
+from sdar_lm_eval.runs.earlier import PlannedEvaluation, refuse_differences
+from sdar_lm_eval.runs.plan import Plan
 from sdar_lm_eval.runs.saving import evaluate_into
 from sdar_lm_eval.runs.shards import ANSWERS
 
@@ -143,7 +144,12 @@ def _loaded(plan: Plan) -> SDARLM:
 def _check_precision(plan: Plan, lm: SDARLM) -> None:
     """Refuse a folder whose results differ from the loaded model's by rounding, or by another way to answer."""
     info = lm.engine.info
-    mine = {"dtype": info.dtype, "engine_version": info.engine_version, "answer_revision": ANSWER_REVISION}
+    mine = {
+        "dtype": info.dtype,
+        "engine_version": info.engine_version,
+        "engine_commit": info.engine_commit,
+        "answer_revision": ANSWER_REVISION,
+    }
     for results in plan.earlier:
         refuse_differences(plan.output, {name: results.ours.content.get(name) for name in mine}, mine)
 

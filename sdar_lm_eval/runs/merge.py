@@ -132,7 +132,7 @@ class RecordedLM(LM):
             UserError: answers are missing; says how many and of which documents.
         """
         asked = self._jobs.of(requests, self._evaluation.task_of, self._evaluation.seed)
-        self._evaluation.decoding |= {task: settings.as_dict() for task, settings in asked.settings.items()}
+        self._evaluation.note_settings(asked.settings)
         missing = []
         for job in asked.jobs.values():
             self._evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)

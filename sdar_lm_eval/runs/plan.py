@@ -19,11 +19,10 @@ answers stay, and are scored again.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,19 +41,14 @@ from sdar_lm_eval.files import expanded, require_folders
 from sdar_lm_eval.hashing import digest_of_files, hex_digest
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
-from sdar_lm_eval.lm.store import differences
 from sdar_lm_eval.lm.thoughts import Thoughts
-from sdar_lm_eval.report.results import Fields, Results, results_in
+from sdar_lm_eval.report.results import Results
+from sdar_lm_eval.runs.earlier import PlannedEvaluation, check_earlier, read_earlier
 from sdar_lm_eval.runs.grid import Combination, combinations, without_copies
 from sdar_lm_eval.runs.settings import beyond_limits, scored_by
 from sdar_lm_eval.runs.shards import load_tasks, scoring_tasks, task_manager
-from sdar_lm_eval.settings import ALIASES, Generation, ModelSettings, canonical, to_whole
-
-BESIDE_ANSWERS = (
-    "device", "max_active", "batch_size", "max_batch_size", "kv_pages", "gpu_memory_utilization",
-    "cache_max_entry_count", "trace", "verbose", "trust_remote_code",
-)  # fmt: skip
-"""model_args without effect on answers: a sweep that ran out of memory goes on with another `max_active`."""
+from sdar_lm_eval.settings import Generation, ModelSettings, to_whole
+from sdar_lm_eval.spellings import ALIASES, canonical, overridden
 
 LONGEST_NAME = 200  # most characters of a folder's name; file systems allow 255 bytes
 
@@ -97,48 +91,6 @@ class SweepArguments:
     def whole_limit(self) -> float | None:
         """The limit, as an int where it is a number of documents and no share."""
         return int(self.limit) if self.limit is not None and self.limit >= 1 else self.limit
-
-
-@dataclass(frozen=True)
-class PlannedEvaluation:
-    """One evaluation of a sweep.
-
-    Attributes:
-        settings: the combination, without settings that have no effect.
-        seed: seed of sampled answers.
-        folder: the combination's folder.
-        name: name of the results' folder within `folder`.
-        asked: all that the results depend on, as JSON values.
-    """
-
-    settings: Combination
-    seed: int
-    folder: Path
-    name: str
-    asked: Mapping[str, object]
-
-    @property
-    def gen_kwargs(self) -> Mapping[str, object]:
-        """The combination's settings, and the settings that all combinations share."""
-        gen_kwargs = self.asked["gen_kwargs"]
-        assert isinstance(gen_kwargs, dict)
-        return gen_kwargs
-
-    def results(self) -> Results | None:
-        """Return the newest results in the folder if they depend on `asked`; None where they do not, or are damaged.
-
-        Results whose samples files lost lines are damaged too: `compare`, `report` and `show` read the samples.
-        """
-        folder = self.folder / self.name
-        if not any(folder.rglob("results_*.json")):
-            return None
-        with contextlib.suppress(UserError):  # damaged files count as missing
-            newest = results_in(folder)[-1]
-            tasks = self.asked["tasks"]
-            assert isinstance(tasks, dict)
-            if newest.ours.content.get("asked") == self.asked and all(map(newest.has_all_samples, tasks)):
-                return newest
-        return None
 
 
 @dataclass(frozen=True)
@@ -222,10 +174,12 @@ def plan(sweep: SweepArguments) -> Plan:
     output = expanded(sweep.output or Path("sweeps") / _file_name(f"{checkpoint.name}-{'+'.join(sweep.tasks)}"))
     asked = _asked(sweep, model_args, tasks, checkpoint)
     evaluations = [
-        evaluation for combination in kept for evaluation in _evaluations(combination, sweep, seed, output, asked)
+        evaluation
+        for combination in kept
+        for evaluation in _evaluations(combination, sweep, seed, output, asked, tasks)
     ]
-    earlier = _earlier(output)
-    _check_earlier(output, earlier, evaluations)
+    earlier = read_earlier(output)
+    check_earlier(output, earlier, evaluations, jobs)
     copies = len(checked) - len(kept)
     return Plan(sweep, model_args, tuple(tasks), manager, output, tuple(evaluations), earlier, copies)
 
@@ -248,7 +202,7 @@ def _asked(
         "model": sweep.model,
         "model_args": model_args,
         "tasks": {name: hex_digest(task.config.to_dict(keep_callable=True)) for name, task in tasks.items()},
-        "documents": {name: _digest_of_documents(task, limit, sweep.num_fewshot) for name, task in tasks.items()},
+        "documents": {name: _digest_of_documents(task, limit, _shots(task, sweep)) for name, task in tasks.items()},
         "python_files": python_files,
         "lm_eval": version("lm_eval"),
         "limit": limit,
@@ -258,12 +212,27 @@ def _asked(
     }
 
 
+def _shots(task: Task, sweep: SweepArguments) -> int:
+    """The number of few-shot examples in a task's prompts, by lm_eval's rule: a YAML's 0 cannot be overridden."""
+    own = task.config.num_fewshot
+    return int(own or 0) if own == 0 or sweep.num_fewshot is None else sweep.num_fewshot
+
+
 def _evaluations(
-    combination: _Checked, sweep: SweepArguments, seed: int, output: Path, asked: Mapping[str, object]
+    combination: _Checked,
+    sweep: SweepArguments,
+    seed: int,
+    output: Path,
+    asked: Mapping[str, object],
+    tasks: Mapping[str, Task],
 ) -> Iterator[PlannedEvaluation]:
     """Yield a combination's evaluations: one where nothing is drawn, else one for each repeat's seed from `seed` on."""
     is_drawn = any(generation.is_drawn for generation in combination.generations)
     gen_kwargs = _gen_kwargs(sweep, combination.settings)
+    effect = {
+        task: its.as_dict() | {"num_fewshot": _shots(tasks[task], sweep)}
+        for task, its in zip(tasks, combination.generations, strict=True)
+    }
     name = "+".join(sweep.tasks)
     if sweep.whole_limit is not None:
         name += f"-first-{spelled(sweep.whole_limit)}"
@@ -275,72 +244,7 @@ def _evaluations(
             folder=output / _file_name(_folder_name(combination.settings)),
             name=_file_name(f"{name}-seed-{used}" if is_drawn else name),
             asked=json.loads(json.dumps(own, default=str)),
-        )
-
-
-def _earlier(output: Path) -> tuple[Results, ...]:
-    """The results of sweeps in a folder. Results that `lm_eval run` wrote into the folder are no sweep's."""
-    if not any(output.rglob("results_*.json")):
-        return ()
-    with contextlib.suppress(UserError):  # no file can be read
-        return tuple(filter(_is_of_sweep, results_in(output)))
-    return ()
-
-
-def _is_of_sweep(results: Results) -> bool:
-    """Whether a sweep wrote results. One damaged file must not hide the others, so it counts as missing."""
-    with contextlib.suppress(UserError):
-        asked = results.ours.part("asked")
-        known = asked.text("model"), asked.part("model_args"), asked.text("checkpoint"), results.ours.text("dtype")
-        return None not in known
-    return False
-
-
-def _check_earlier(output: Path, earlier: Sequence[Results], evaluations: Sequence[PlannedEvaluation]) -> None:
-    """Refuse results of another model, and those that an evaluation of other settings would replace."""
-    of_folders: dict[tuple[str, ...], Mapping[str, object]] = {
-        (each.folder.name, each.name): each.asked for each in evaluations
-    }
-    for results in earlier:
-        theirs = results.ours.part("asked")
-        replacing = of_folders.get(results.file.relative_to(output).parts[:2])
-        mine = Fields(replacing or evaluations[0].asked, results.file)
-        ignored = {*BESIDE_ANSWERS}
-        if theirs.text("checkpoint") == mine.text("checkpoint"):  # however its path is spelled
-            ignored |= {"pretrained", "revision"}
-        names = ("model", *(("num_fewshot", "gen_kwargs") if replacing else ()))
-        was, now = (
-            {name: each.content.get(name) for name in names}
-            | _arguments_by_meaning(each, ignored)
-            | {"checkpoint": each.text("checkpoint")}
-            for each in (theirs, mine)
-        )
-        was["dtype"] = results.ours.text("dtype")  # the precision that `auto` chose
-        now.setdefault("dtype", was["dtype"])
-        refuse_differences(output, was, now)
-
-
-def _arguments_by_meaning(asked: Fields, ignored: Collection[str]) -> dict[str, object]:
-    """The model_args of `PlannedEvaluation.asked` by full name, without those that leave the choice to the model."""
-    given = canonical(asked.part_or_empty("model_args").content)
-    return {name: value for name, value in given.items() if name not in ignored and value not in (None, "auto")}
-
-
-def refuse_differences(output: Path, theirs: Mapping[str, object], mine: Mapping[str, object]) -> None:
-    """Refuse a sweep into a folder whose results have other settings.
-
-    Args:
-        output: the sweep's folder.
-        theirs: setting -> its value in the results.
-        mine: setting -> its value in the sweep.
-
-    Raises:
-        UserError: a value differs.
-    """
-    if told := differences(theirs, mine):
-        raise UserError(
-            f"--output_path {output} has results of another model or of other settings: {told}. Give another "
-            "--output_path, or the earlier settings."
+            effect=effect,
         )
 
 
@@ -385,13 +289,12 @@ def _check_metric(tasks: Mapping[str, Task], metric: str) -> None:
             raise UserError(f"--metric {metric}: {name} has no such metric.{hint} Choose {' or '.join(known)}.")
 
 
-def _digest_of_documents(task: Task, limit: float | None, num_fewshot: int | None) -> str:
+def _digest_of_documents(task: Task, limit: float | None, shots: int) -> str:
     """Return a hash of the documents that a task evaluates, and of those that its few-shot examples come from.
 
     A task's YAML names a file or a data set of the hub, whose content may change under the same name.
     """
     first = limit if isinstance(limit, int) else None  # of a share of the documents, all count
-    shots = task.config.num_fewshot if num_fewshot is None else num_fewshot
     return hex_digest([list(itertools.islice(task.eval_docs, first)), list(task.fewshot_docs()) if shots else []])
 
 
@@ -412,7 +315,7 @@ def _check(
         generations = []
         for task in tasks.values():
             published = (task.config.metadata or {}).get("sdar_decoding") or {}
-            its = jobs.generation_of({**(task.config.generation_kwargs or {}), **gen_kwargs}, published)
+            its = jobs.generation_of(overridden(task.config.generation_kwargs or {}, gen_kwargs), published)
             jobs.room_for_prompt(its.max_gen_toks)
             if beyond := next(beyond_limits(engine, its.decoding), None):
                 name, value, allowed = beyond

@@ -23,7 +23,8 @@ from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.hashing import digest_of_files, hex_digest
 from sdar_lm_eval.revision import ANSWER_REVISION
 from sdar_lm_eval.runs.grid import Combination, Setting, combinations, listed, without_copies
-from sdar_lm_eval.settings import ALIASES, OF_THOUGHTS, read_generation, typed
+from sdar_lm_eval.settings import OF_THOUGHTS, read_generation, typed
+from sdar_lm_eval.spellings import ALIASES
 
 DEFAULT_TASK = "gsm8k_sdar"
 

@@ -13,11 +13,12 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
-from scripted_lm import BARE_TEMPLATE, DATA, SAMPLED, Evaluate, MakeLM, ScriptedLM, cached, checkpoint_with
+from scripted_lm import BARE_TEMPLATE, DATA, SAMPLED, Evaluate, MakeLM, ScriptedLM, cached, checkpoint_with, request
 
-from sdar_lm_eval import settings
+from sdar_lm_eval import settings, spellings
 from sdar_lm_eval.errors import EngineError, Interrupted, UserError
 from sdar_lm_eval.lm import hooks
+from sdar_lm_eval.lm.evaluation import facts_of_evaluation
 
 GENERATE = "output_type: generate_until"
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -47,6 +48,39 @@ def tasks_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **tasks: str) -> Tas
 
 
 EXACT = "\ndoc_to_target: '{{answer}}'\nmetric_list: [{metric: exact_match}]"
+
+
+# A task's settings under the user's
+
+
+def test_gen_kwargs_beat_a_task_that_spells_a_setting_twice(
+    make_lm: MakeLM, evaluate: Evaluate, caplog: pytest.LogCaptureFixture
+) -> None:
+    spellings.warn_once_of_two_spellings.cache_clear()
+    lm, task = make_lm(), f"{GENERATE}\ngeneration_kwargs: "
+    twice = task + "{max_gen_toks: 9, max_new_tokens: 12, threshold: 0.6, confidence_threshold: 0.7}"
+
+    def decoded(**gen_kwargs: object) -> tuple[object, object]:
+        results = evaluate(lm, twice, gen_kwargs=gen_kwargs or None)
+        (decoding,) = results["config"]["sdar_lm_eval"]["decoding_of_tasks"].values()
+        return decoding["max_gen_toks"], decoding["confidence_threshold"]
+
+    assert decoded(max_gen_toks=7, threshold=0.5) == (7, 0.5)
+    assert decoded(max_tokens=7, confidence_threshold=0.5) == (7, 0.5)
+    assert "overrides" not in caplog.text
+    assert decoded() == decoded() == (12, 0.7)
+    assert caplog.text.count("max_new_tokens=12 overrides max_gen_toks=9, which") == 1
+    assert caplog.text.count("confidence_threshold=0.7 overrides confidence_threshold=0.6, which") == 1
+
+
+def test_settings_that_differ_between_documents_are_all_told(make_lm: MakeLM) -> None:
+    lm = make_lm()
+    for limits in ((8, 12), (12, 16)):  # as two ranks' shares
+        lm.generate_until([request(f"Question {n}", {"max_gen_toks": n, "until": ["\n"]}) for n in limits])
+    (told,) = lm.get_model_info()["sdar_lm_eval"]["decoding_of_tasks"].values()  # type: ignore[index]
+    assert (told["max_gen_toks"], told["until"], told["block_length"]) == ([8, 12, 16], ["\n"], 4)
+    both = facts_of_evaluation([lm.evaluation, lm.evaluation])["decoding_of_tasks"]
+    assert list(both.values()) == [told]
 
 
 # One object, evaluated twice
@@ -318,6 +352,9 @@ def test_plain_text_is_told_apart(make_lm: MakeLM, evaluate: Evaluate) -> None:
     assert told["example"] == "Question 0"
     other = evaluate(make_lm(), GENERATE)["config"]["sdar_lm_eval"]["prompts"]["five"]
     assert other["tokens_sha256"] != told["tokens_sha256"]
+    drawn = f"generation_kwargs: {SAMPLED}\nrepeats: 3"
+    several = evaluate(make_lm(), GENERATE, drawn)["config"]["sdar_lm_eval"]["prompts"]["five"]
+    assert several["tokens_sha256"] == other["tokens_sha256"]  # the same prompts, each answered three times
 
 
 @pytest.mark.parametrize("apply", [False, True])
@@ -464,6 +501,14 @@ def test_ctrl_c_says_what_is_kept(make_lm: MakeLM, evaluate: Evaluate, tmp_path:
     }[kept]
     with pytest.raises(Interrupted, match=told):
         evaluate(lm, GENERATE, use_cache=str(tmp_path / "c") if kept == "cache" else None)
+
+
+def test_ctrl_c_names_no_place_that_lacks_answers(make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path) -> None:
+    evaluate(make_lm(answers=tmp_path / "answers"), GENERATE, limit=2)
+    lm = make_lm(answers=tmp_path / "answers")
+    lm.engine.answers_before_error, lm.engine.error = 1, KeyboardInterrupt()  # type: ignore[assignment]
+    with pytest.raises(Interrupted, match=r"Interrupted\. 3 of 5 answers are in answers=\S*answers\. Run the same"):
+        evaluate(lm, GENERATE, use_cache=str(tmp_path / "new"))
 
 
 def test_a_cache_that_cannot_be_written_costs_no_answer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -590,6 +591,19 @@ def test_answers_of_other_weights_are_left_alone_and_it_is_said(
         file.write(b"\x01\x02\x03")
     assert (ask(folder), ask(folder), ask("demo")) == (2, 0, 0)
     assert "are ignored (checkpoint was '" in caplog.text
+
+
+@pytest.mark.parametrize("changed", [{"extra": {"reproducible": True}}, {"engine_commit": "1" * 40}])
+def test_answers_of_an_engine_that_answers_otherwise_are_left_alone(
+    make_lm: MakeLM, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    def ask(**info: Any) -> int:
+        lm = make_lm()
+        lm.engine.info = dataclasses.replace(lm.engine.info, **info)
+        cached(lm, tmp_path / "c.db").generate_until(requests_of(2))
+        return len(lm.engine.requests)
+
+    assert [ask(), ask(**changed), ask(**changed), ask()] == [2, 2, 0, 0]
 
 
 def test_another_model_s_cache_file_may_be_shared(make_lm: MakeLM, tmp_path: Path) -> None:

@@ -171,6 +171,19 @@ def test_metrics_without_a_test(tmp_path: Path, values: Any, told: str) -> None:
     assert (found.p, found.p_holm, found.low, found.high, found.detectable) == (None,) * 5
 
 
+def test_values_over_other_documents_have_no_difference(tmp_path: Path) -> None:
+    """A mean is taken over the common documents; another metric has the value over all documents of each run."""
+    whole = {ACC: A, "perplexity,none": [[-1.0, 2]] * len(A)}
+    a = write_run(tmp_path / "a", {"task": whole}, aggregated={ACC: 0.5, "perplexity,none": 8.5})
+    part = {name: values[:4] for name, values in whole.items()}
+    mean_of_part = sum(A[:4]) / 4
+    b = write_run(tmp_path / "b", {"task": part}, aggregated={ACC: mean_of_part, "perplexity,none": 9.0})
+    mean, other = compared(a, b).differences
+    assert (mean.documents, mean.difference, mean.test) == (4, 0.0, "exact McNemar")
+    assert (other.a, other.b) == (8.5, 9.0) and math.isnan(other.difference)
+    assert other.test == "the metric is not a mean over documents, and the values are over different documents"
+
+
 def test_a_samples_file_that_lost_lines_has_no_test(tmp_path: Path) -> None:
     a, b = (write_run(tmp_path / name, {"task": {ACC: A}}) for name in "ab")
     (file,) = b.glob("samples*")

@@ -74,6 +74,23 @@ def test_answers_have_how_they_were_written(folders: tuple[Path, Path]) -> None:
     assert (row["forwards_denoising"], row["finish_reason"], row["texts"]) == (5, "stop", tuple("abcdef"))
 
 
+def test_answers_and_samples_number_repeats_alike(tmp_path: Path) -> None:
+    """The first seed's answers came from a store without records, or are greedy and have one record for both."""
+    for seed in (0, 1):
+        folder = write_run(tmp_path, {"task": {"acc,none": [[1, 0]]}}, date=f"2026-01-0{seed + 1}T0", seed=seed)
+        (file,) = folder.glob(f"samples_task_2026-01-0{seed + 1}*")
+        line = json.loads(file.read_text()) | {"resps": [["one", "two"]]}
+        line["arguments"] = {"gen_args_0": {"arg_0": "?", "arg_1": {}}}
+        file.write_text(json.dumps(line) + "\n")
+    record = dict.fromkeys(("steps", "confidences")) | {
+        "document": 0, "block_length": 4, "prompt_tokens": 6, "token_ids": [7], "texts": ["a"], "finish_reason": "stop",
+        "forwards": {"prefill": 1, "denoising": 5, "commit": 2}, "seconds": 0.5,
+    }  # fmt: skip
+    last = folder / file.name.replace("samples", "denoising").replace("jsonl", "jsonl.gz")
+    write_denoising(last, "task", [{**record, "repeat": repeat} for repeat in (0, 1)])  # type: ignore[typeddict-item]
+    assert list(read_run(tmp_path).answers["repeat"]) == [2, 3]
+
+
 def test_a_comparison(folders: tuple[Path, Path]) -> None:
     found = compare(*folders)
     table = found.table.set_index(["metric", "filter"])

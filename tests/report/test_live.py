@@ -58,7 +58,9 @@ def test_how_blocks_were_denoised() -> None:
 def test_accuracy_while_answers_come_in() -> None:
     live = _live()
     assert live.knows_accuracy and live.title == "GSM8K Eval"
-    verdicts = [live.judge(_instance(), text) for text in (r"It is \boxed{18}.", "18.0 eggs", "19", "none")]
+    verdicts = [
+        live.judge("gsm8k_sdar", _instance(), text) for text in (r"It is \boxed{18}.", "18.0 eggs", "19", "none")
+    ]
     assert [(v.predicted, v.gold, v.correct) for v in verdicts if v] == [
         ("18", "18", True), ("18", "18", True), ("19", "18", False), ("[invalid]", "18", False),
     ]  # fmt: skip
@@ -69,6 +71,12 @@ def test_accuracy_while_answers_come_in() -> None:
     assert live.summary(6.0, 0, 0) == ["GSM8K Eval: accuracy 50.0% (2/4, flexible-extract), 6.0 s"]
 
 
+def test_a_task_may_have_another_name_in_an_evaluation() -> None:
+    live = Live({"mine": JUDGE}, 1)
+    live.judge("mine", _instance(), "18")
+    assert live.summary(1.0, 0, 0) == ["GSM8K Eval: accuracy 100.0% (1/1, flexible-extract), 1.0 s"]
+
+
 def test_each_task_has_an_accuracy_of_its_own() -> None:
     other = "gsm8k_sdar_hash"
     live = _live("gsm8k_sdar", other)
@@ -76,7 +84,7 @@ def test_each_task_has_an_accuracy_of_its_own() -> None:
     for task, text in (("gsm8k_sdar", "18"), ("gsm8k_sdar", "19"), (other, "18")):
         if task == other:
             assert live.bar(6.0, 2).endswith("] Acc: gsm8k_sdar 50.0% | 3.0s/q")  # none of the other's is there yet
-        live.judge(_instance(task), text)
+        live.judge(task, _instance(task), text)
     assert live.bar(6.0, 3).endswith("] Acc: gsm8k_sdar 50.0%, gsm8k_sdar_hash 100.0% | 2.0s/q")
     assert live.summary(6.0, 3, 300) == [
         "gsm8k_sdar: accuracy 50.0% (1/2, flexible-extract)",
@@ -88,7 +96,7 @@ def test_each_task_has_an_accuracy_of_its_own() -> None:
 def test_where_it_cannot_be_known_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     live = _live("gsm8k_sdar", "humaneval_sdar", total=2)
     assert not live.knows_accuracy
-    assert live.judge(_instance("humaneval_sdar"), "x") is None
+    assert live.judge("humaneval_sdar", _instance("humaneval_sdar"), "x") is None
     assert Live({}, 0).knows_accuracy is False
     counts = Counts()
     progress = Progress(counts, total=2, stored=0, show=True, live=live)
@@ -102,9 +110,9 @@ def test_where_it_cannot_be_known_there_is_none(capsys: pytest.CaptureFixture[st
 def test_a_judge_that_cannot_read_a_document_is_not_asked_again(caplog: pytest.LogCaptureFixture) -> None:
     live = _live(total=2)
     with caplog.at_level(logging.WARNING):
-        assert live.judge(_instance(doc={"question": "?"}), "18") is None
+        assert live.judge("gsm8k_sdar", _instance(doc={"question": "?"}), "18") is None
     assert "Live accuracy is switched off: KeyError: 'answer'" in caplog.text
-    assert not live.knows_accuracy and live.judge(_instance(), "18") is None
+    assert not live.knows_accuracy and live.judge("gsm8k_sdar", _instance(), "18") is None
     assert "Acc" not in live.bar(1.0, 1)
 
 
@@ -112,10 +120,10 @@ def test_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("COLUMNS", "120")
     live = _live()
     for text in ("18", "17"):  # an earlier run's
-        live.judge(_instance(), text)
+        live.judge("gsm8k_sdar", _instance(), text)
     counts = Counts()
     progress = Progress(counts, total=4, stored=2, show=True, live=live)
-    live.judge(_instance(), "18")
+    live.judge("gsm8k_sdar", _instance(), "18")
     counts.add("gsm8k_sdar", _result(), prompt_tokens=1)
     progress.step()
     progress.close(0)
@@ -128,7 +136,7 @@ def test_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 def test_a_rank_s_share_is_no_accuracy_of_the_run(caplog: pytest.LogCaptureFixture, whole: bool) -> None:
     live = _live(total=1, whole=whole)
     progress = Progress(Counts(), total=1, stored=0, show=False, live=live)
-    live.judge(_instance(), "18")
+    live.judge("gsm8k_sdar", _instance(), "18")
     progress.step()
     with caplog.at_level(logging.INFO):
         progress.close(0)
@@ -138,7 +146,7 @@ def test_a_rank_s_share_is_no_accuracy_of_the_run(caplog: pytest.LogCaptureFixtu
 def test_the_log_of_an_example() -> None:
     live = _live(total=10)
     result = _result(unmasked_at=(0, 1, 0, 2, 0, 0), confidences=(0.9, 0.5, 0.7, 0.25, 1.0, 0.5))
-    verdict = live.judge(_instance(), "18")
+    verdict = live.judge("gsm8k_sdar", _instance(), "18")
     assert live.example(_instance(), _request(5), result, "18", verdict).splitlines() == [
         "=" * 80,
         "Example 1/10",
@@ -192,7 +200,7 @@ def test_every_judge_finds_what_the_harness_finds(task: str, tmp_path: Path, mon
     found = manager.load_task_or_group(task)[task]
     live = Live({task: found.config.metadata["sdar_judge"]}, total=1)
     assert live.knows_accuracy
-    verdict = live.judge(_instance(task), r"It is \boxed{18}.")
+    verdict = live.judge(task, _instance(task), r"It is \boxed{18}.")
     assert verdict is not None and verdict.correct
     assert verdict.filter in {ensemble.name for ensemble in found._filters}
     assert verdict.filter == ("opencompass" if task == "gsm8k_sdar_paper" else "flexible-extract")

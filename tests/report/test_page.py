@@ -20,7 +20,7 @@ from sdar_lm_eval.report.compare import compare_runs
 from sdar_lm_eval.report.denoising import read_denoising
 from sdar_lm_eval.report.page.data import collect
 from sdar_lm_eval.report.page.embedding import allowed_in_html, embedded, extract
-from sdar_lm_eval.report.page.overview import key_of, pairs_of, rate_rows, settings_rows, speeds_of
+from sdar_lm_eval.report.page.overview import key_of, pairs_of, rate_rows, score_rows, settings_rows, speeds_of
 from sdar_lm_eval.report.page.rendering import page_of
 from sdar_lm_eval.report.runs import Run, read_runs
 
@@ -67,6 +67,19 @@ def _two(tmp_path: Path) -> list[Run]:
     a = write_answers(tmp_path / "a", answers_a, extracted=["7", "8", "7", "[invalid]", "7"], settings={"top_k": 1})
     b = write_answers(tmp_path / "b", answers_b, settings={"top_k": 2})
     return read_runs([a, b])
+
+
+def test_scores_of_other_numbers_of_documents_say_so(tmp_path: Path) -> None:
+    folders = [write_answers(tmp_path / name, [["7"]] * number) for name, number in (("a", 1200), ("b", 4), ("c", 4))]
+    folders.append(write_answers(tmp_path / "other", [["7"]], task="other"))
+    runs = read_runs(folders)
+
+    def counted(*runs: Run) -> set[str]:
+        task = runs[0].tasks[0]
+        return {row.documents for row in score_rows(runs, [(task, [None] * len(runs))], collect(runs, [task]))}
+
+    assert counted(*runs) == {"1,200 / 4 / 4 / –"}
+    assert counted(*runs[1:]) == {"4"}
 
 
 def test_what_is_embedded_comes_back() -> None:

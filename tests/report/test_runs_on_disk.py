@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,44 @@ def test_engine_options_are_no_repeats(option: str, tmp_path: Path) -> None:
     assert [len(run.of_tasks[TASK]) for run in read_runs([tmp_path])] == [1, 1]
 
 
+def written_with(folder: Path, **content: Any) -> Path:
+    """A run whose results file has other content, and whose model has other model_args or facts of its own."""
+    (file,) = write(folder, temperature=0.0).glob("results*")
+    written = json.loads(file.read_text())
+    written["config"] |= content.pop("config", {})
+    written["config"]["sdar_lm_eval"] |= content.pop("ours", {})
+    file.write_text(json.dumps(written | content))
+    return folder
+
+
+@pytest.mark.parametrize(("shots", "runs"), [(5, 2), (0, 1)])
+def test_examples_in_one_turn_or_in_several_are_two_runs(shots: int, runs: int, tmp_path: Path) -> None:
+    for name, several in (("a", None), ("b", True), ("c", False)):
+        written_with(tmp_path / name, **{"n-shot": {TASK: shots}, "fewshot_as_multiturn": several})
+    assert len(read_runs([tmp_path])) == runs
+
+
+def test_model_args_beside_the_scores_are_no_settings_of_log_likelihoods(tmp_path: Path) -> None:
+    runs = [
+        written_with(
+            tmp_path / name,
+            config={"model_args": {"pretrained": "demo", "answers": name, "batch_size": len(name)}},
+            ours={"decoding_of_tasks": {}, "decoding": {"block_length": length, "max_gen_toks": 5}},
+        )
+        for name, length in (("a", 4), ("bb", 4), ("ccc", 8))
+    ]
+    a, b, c = (read_runs([run])[0] for run in runs)
+    assert compare_runs(a, b).settings == {}
+    assert compare_runs(a, c).settings == {"block_length": (4, 8)}
+
+
 def test_results_of_predict_only_do_not_replace_scores(tmp_path: Path) -> None:
     write(tmp_path / "scored", temperature=0.0)
     (file,) = write(tmp_path / "predicted", temperature=0.0).glob("results*")
     predicted = {"results": {TASK: {"bypass,none": 999}}, "configs": {TASK: {"metric_list": [{"metric": "bypass"}]}}}
     file.write_text(json.dumps(json.loads(file.read_text()) | predicted | {"date": 2.0}))
-    assert [run.metrics(TASK)[0].name for run in read_runs([tmp_path])] == ["acc", "bypass"]
+    (scored,), (predicted,) = (run.metrics(TASK) for run in read_runs([tmp_path]))
+    assert (scored.name, predicted.name) == ("acc", "bypass") and math.isnan(predicted.value)  # 999 is no score
 
 
 def test_a_run_that_is_named_twice_counts_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -314,7 +314,9 @@ def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     results = _results({"gsm8k_sdar_paper": 0.5, "hellaswag": 0.4}, {"gsm8k_sdar_paper": 10, "hellaswag": 9})
     assert main(["table", str(_write(tmp_path, results))]) == 0
     out = capsys.readouterr().out
-    assert "not in a published table" in out and re_spaced(out.splitlines()[-6]).startswith("hellaswag other none 50.0")
+    assert "not in a published table" in out and re_spaced(out.splitlines()[-6]).startswith(
+        "hellaswag other none 9 50.0"
+    )
 
 
 def test_a_run_without_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,6 +329,13 @@ def test_a_run_without_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "trado_static and trado_think are." in out
     )
     assert "gsm8k_sdar_demo" in out.splitlines()[-1] and "larger than chance" not in out
+
+
+def test_what_json_lacks_is_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _write(tmp_path, _results({"hellaswag": math.inf}, {"hellaswag": 9}))
+    assert main(["table", str(folder), "--json"]) == 0
+    (table,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [(each["value"], each["questions"]) for each in table["others"]] == [(None, 9), (0.5, 9)]
 
 
 def test_rows_of_other_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import inspect
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import torch
 from support import QUICK_START, ROOT, environment, fork_of
 
 from sdar_lm_eval import arguments
+from sdar_lm_eval.engines.adapters.jetengine.engine import JetEngine
 from sdar_lm_eval.engines.native.engine import NativeEngine
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import EngineError, Interrupted, UserError
@@ -28,12 +30,14 @@ from sdar_lm_eval.report.points import points_of
 from sdar_lm_eval.report.results import Results, results_in
 from sdar_lm_eval.report.runs import read_runs
 from sdar_lm_eval.runs import local
-from sdar_lm_eval.runs.plan import BESIDE_ANSWERS, Plan, SweepArguments, plan
+from sdar_lm_eval.runs.earlier import BESIDE_ANSWERS, DEFAULTS
+from sdar_lm_eval.runs.plan import Plan, SweepArguments, plan
 from sdar_lm_eval.runs.shards import ANSWERS
+from sdar_lm_eval.settings import ModelSettings
 
 GRIDS = ({"strategy": "static", "steps": "4,2"}, {"strategy": "dynamic", "threshold": "0.5"})
 FOLDERS = ["strategy=static,steps=4", "strategy=static,steps=2", "strategy=dynamic,threshold=0.5"]
-TASK = f"include: {ROOT}/sdar_lm_eval/tasks/gsm8k_sdar_demo.yaml\ntask: short\n"
+TASK = f"include: {ROOT}/sdar_lm_eval/tasks/gsm8k_sdar_demo.yaml\ntask: short\nnum_fewshot: null\n"
 TASK += "generation_kwargs: {until: [], do_sample: false, max_gen_toks: 16}\n"
 SCORED = TASK.replace("task: short", "task: scored") + "output_type: loglikelihood_rolling\n"
 SCORED += "metric_list: [{metric: word_perplexity}]\n"
@@ -64,6 +68,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "short.yaml").write_text(TASK)
     (folder / "other.yaml").write_text(TASK.replace("task: short", "task: other").replace("16", "12"))
+    (folder / "fixed.yaml").write_text(TASK.replace("task: short\nnum_fewshot: null", "task: fixed\nnum_fewshot: 0"))
     (folder / "scored.yaml").write_text(SCORED)
     (folder / "programs.yaml").write_text(TASK.replace("task: short", "task: programs") + "unsafe_code: true\n")
     return str(folder)
@@ -275,6 +280,9 @@ def finished(tasks: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"model": "sdar-lmdeploy"}, "model was 'sdar', is 'sdar-lmdeploy'"),
         ({"gen_kwargs": {"max_gen_toks": 8}}, "gen_kwargs was .*'max_gen_toks': 8"),
         ({"num_fewshot": 1}, "num_fewshot was None, is 1"),
+        ({"model_args": {"pretrained": "demo", "block_length": 2}}, "block_length was None, is 2"),
+        ({"model_args": {"pretrained": "demo", "max_length": 99}}, "max_length was None, is 99"),
+        ({"model_args": {"pretrained": "demo", "max_length": 99}, "grids": ({"threshold": "0.9"},)}, "max_length"),
     ],
 )  # fmt: skip
 def test_results_of_another_model_or_of_other_settings_stay(
@@ -317,6 +325,36 @@ def test_a_checkpoint_is_its_content_not_its_path(tasks: str, finished: Path, tm
 def test_model_args_are_compared_by_what_they_mean(same: Mapping[str, Any], tasks: str, finished: Path) -> None:
     """The results' dtype is `auto`, which is float32 on the CPU."""
     assert plan(asked(finished, tasks, model_args={"pretrained": "demo", **same})).evaluations
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"num_fewshot": 0},
+        {"gen_kwargs": {"do_sample": False, "steps": 4, "max_new_tokens": 16}},
+        {"model_args": {"pretrained": "demo", "reproducible": False, "record_steps": True, "block_length": 4}},
+    ],
+)
+def test_a_default_that_is_named_is_no_other_setting(
+    same: Mapping[str, Any], tasks: str, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "copy"
+    shutil.copytree(finished, output)
+    for threshold, found in (("0.5", (0, 2)), ("0.6", (2, 0))):  # the results are replaced, the answers stay
+        (run,) = swept(plan(asked(output, tasks, grids=({"threshold": threshold},), **same))).runs
+        assert counts(run.of_tasks["short"][0]) == found
+
+
+def test_the_defaults_are_those_of_the_arguments() -> None:
+    of_engines = (inspect.signature(engine).parameters.values() for engine in (NativeEngine, JetEngine))
+    known = {each.name: each.default for of_engine in of_engines for each in of_engine}
+    known |= vars(ModelSettings.read("demo", {}, "native")) | {"answer_prefix": ""}
+    assert {name: known[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_a_task_without_examples_keeps_them_out(tasks: str) -> None:
+    both = plan(asked(None, tasks, tasks=("short", "fixed"), num_fewshot=1)).evaluations[0].effect
+    assert [both[task]["num_fewshot"] for task in ("short", "fixed")] == [1, 0]
 
 
 def test_a_setting_may_have_its_short_name(tasks: str, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.runs import settings
 from sdar_lm_eval.runs.settings import RunSettings, runs_from_flags, scored_by
-from sdar_lm_eval.settings import ALIASES, read_generation
+from sdar_lm_eval.settings import read_generation
+from sdar_lm_eval.spellings import ALIASES
 
 DEFAULTS: dict[str, Any] = {
     "model_name": "JetLM/SDAR-4B-Chat",

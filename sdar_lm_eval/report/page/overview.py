@@ -24,10 +24,7 @@ from sdar_lm_eval.report.points import Point, points_of
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Run, mean_value, metrics_of
 from sdar_lm_eval.report.statistics import ALPHA, mean_stderr
-from sdar_lm_eval.report.text_table import score
-
-NONE = "–"
-"""The text in the place of a value that a run lacks."""
+from sdar_lm_eval.report.text_table import NONE, score
 
 SHARES = ("acc", "acc_norm", "exact_match")
 """Metrics that are taken to be shares where a run has no samples that show it."""
@@ -50,7 +47,7 @@ class SettingRow:
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """The values of a metric: `of_runs` has each run's value as text, `documents` the first run's number of them."""
+    """The values of a metric in each run, and the number of documents: one, or each run's where the numbers differ."""
 
     task: str
     metric: str
@@ -250,9 +247,20 @@ def _rows_of(
             share = key in are_shares or (not scores and metric.name in SHARES)
             row = cells.setdefault(key, [NONE] * len(of_runs))
             row[number] = score(value, stderr, share=share)
-    answered = next((files[0].answered(task) for files in of_runs if files), None)
-    documents = "" if answered is None else f"{answered:,}"
-    return [ScoreRow(task, name, filter_name, tuple(row), documents) for (name, filter_name), row in cells.items()]
+    answered = [files[0].answered(task) if files else None for files in of_runs]
+    return [
+        ScoreRow(task, name, filter_name, tuple(row), _counted(row, answered))
+        for (name, filter_name), row in cells.items()
+    ]
+
+
+def _counted(row: Sequence[str], answered: Sequence[int | None]) -> str:
+    """The number of documents of the runs that have a value; each run's in turn where the numbers differ."""
+    counts = [None if value == NONE else number for value, number in zip(row, answered, strict=True)]
+    known = {number for number in counts if number is not None}
+    if len(known) > 1:
+        return " / ".join(NONE if number is None else f"{number:,}" for number in counts)
+    return "".join(f"{number:,}" for number in known)
 
 
 def pairs_of(runs: Sequence[Run], tasks: Sequence[str], documents: Documents) -> list[Pair]:

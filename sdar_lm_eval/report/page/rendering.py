@@ -14,6 +14,7 @@ from sdar_lm_eval.report.page import overview
 from sdar_lm_eval.report.page.data import Documents, collect
 from sdar_lm_eval.report.page.embedding import allowed_in_html, embedded, policy
 from sdar_lm_eval.report.runs import SEEDS, Run
+from sdar_lm_eval.report.text_table import NONE
 
 FOLDER = Path(__file__).parent
 SCRIPTS = ("documents.js", "denoising.js", "page.js")
@@ -103,7 +104,7 @@ def _names(runs: Sequence[Run], differing: Sequence[overview.SettingRow]) -> lis
         parts = [
             f"{row.name}={row.of_runs[number]}"
             for row in differing
-            if row.of_runs[number] != overview.NONE and row.name not in SEEDS
+            if row.of_runs[number] != NONE and row.name not in SEEDS
         ]
         found.append(", ".join(dict.fromkeys(parts)) if 0 < len(parts) <= 3 else run.path.name)
     return found
