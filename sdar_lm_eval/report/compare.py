@@ -97,7 +97,7 @@ class Comparison:
         warnings: sentences about what else than the settings may explain differences between run A and run B.
         differences: the differences of tasks, in the order of a's tasks and metrics.
         groups: the differences of groups of tasks that both runs have; `Difference.task` is the group's name.
-        speeds: task -> the speeds of run a and run b, of the tasks in `differences`.
+        speeds: task -> the speeds of run a and run b, of tasks in which the runs have the same documents.
     """
 
     a: Run
@@ -165,7 +165,11 @@ def compare_runs(
     warnings += [f"{error} The task is left out." for error in problems]
     groups = _groups(a, b, read, metrics, filters)
     settings = differing_settings(a, b, shared)
-    speeds = {task: (speed_of(a, task), speed_of(b, task)) for task in read}
+    speeds = {
+        task: (speed_of(a, task), speed_of(b, task))
+        for task, (scores_a, scores_b) in read.items()
+        if scores_a.documents.keys() == scores_b.documents.keys()  # a run's speed is over all of its documents
+    }
     of_tasks, of_groups = (_with_families(rows, groups, a) for rows in (differences, groups))
     return adjusted([Comparison(a, b, settings, tuple(warnings), of_tasks, of_groups, speeds)])[0]
 

@@ -186,6 +186,10 @@ def test_how_many_tokens_a_forward_gives(tmp_path: Path) -> None:
     (speeds,) = (each["speeds"]["t"] for each in json.loads(as_json(found)))
     assert (speeds["a"]["tokens_per_second"], speeds["b"]["tokens_per_forward"]) == (900.0, 3.0)
 
+    longer = written_runs.write_answers(tmp_path / "longer", [["7"]] * 4, task="t")  # over other documents
+    found = [compare_runs(*read_runs([folders[0], longer]))]
+    assert "per forward" not in as_text(found) and json.loads(as_json(found))[0]["speeds"] == {}
+
     other = written_runs.write_answers(tmp_path / "c", [["7"]] * 3, task="t", model="hf")
     found = [compare_runs(*read_runs([folders[0], other]))]
     assert "per forward" not in as_text(found) and json.loads(as_json(found))[0]["speeds"]["t"]["b"]["note"]
