@@ -258,7 +258,8 @@ def _ascending(samples: object, tasks: Mapping[str, Task]) -> dict[str, list[int
 
 @contextlib.contextmanager
 def _methods_replaced(task: Task, name: str, model: Watched) -> Iterator[None]:
-    """Replace methods of a task by attributes of the same names while an evaluation lasts."""
+    """Replace methods of a task by attributes of the same names, and its settings, while an evaluation lasts."""
+    generation_kwargs = task.config.generation_kwargs
     borrowed: list[bool] = []
     replacements: dict[str, Callable[..., object]] = {
         "build_all_requests": _build_in_template(task, name, model, borrowed),
@@ -274,6 +275,7 @@ def _methods_replaced(task: Task, name: str, model: Watched) -> Iterator[None]:
     try:
         yield
     finally:
+        task.config.generation_kwargs = generation_kwargs  # another model may evaluate the same task object
         for attribute in replacements:
             del task.__dict__[attribute]
 

@@ -14,7 +14,7 @@ import lm_eval.evaluator
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager, get_task_dict
 from scripted_lm import BARE_TEMPLATE, DATA, SAMPLED, Evaluate, MakeLM, ScriptedLM, cached, checkpoint_with, request
 
 from sdar_lm_eval import settings, spellings
@@ -73,6 +73,18 @@ def test_gen_kwargs_beat_a_task_that_spells_a_setting_twice(
     assert decoded() == decoded() == (12, 0.7)
     assert caplog.text.count("max_new_tokens=12 overrides max_gen_toks=9, which") == 1
     assert caplog.text.count("confidence_threshold=0.7 overrides confidence_threshold=0.6, which") == 1
+
+
+def test_a_task_object_keeps_its_settings_for_other_models(
+    make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = tasks_of(
+        tmp_path / "tasks", monkeypatch, five=f"{GENERATE}{EXACT}\ngeneration_kwargs: {{max_tokens: 12}}"
+    )
+    (task,) = get_task_dict(["five"], manager).values()
+    results = lm_eval.simple_evaluate(make_lm(), tasks=[task], gen_kwargs={"max_gen_toks": 7}, bootstrap_iters=0)
+    assert results["configs"]["five"]["generation_kwargs"] == {"max_gen_toks": 7, "until": ["\n\n"]}
+    assert task.config.generation_kwargs == {"max_tokens": 12, "max_gen_toks": 7, "until": ["\n\n"]}  # lm_eval's
 
 
 def test_settings_that_differ_between_documents_are_all_told(make_lm: MakeLM) -> None:

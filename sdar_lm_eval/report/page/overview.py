@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
@@ -302,7 +303,11 @@ def _conclusions(comparison: Comparison, number: int) -> tuple[str, ...]:
     undecided = [each for each in every if each.p_holm is not None and each.p_holm >= ALPHA]
     together = undecided if len(every) > MOST_SENTENCES else []
     chosen = [each for each in every if each not in together]
-    told = [f"{each.task}, {each.metric}: {verdict(each, key_of(number))}" for each in chosen]
+    filters_of = Counter((each.task, each.metric) for each in every)
+    told = []
+    for each in chosen:
+        filters = f", {each.filter}" if filters_of[each.task, each.metric] > 1 else ""
+        told.append(f"{each.task}, {each.metric}{filters}: {verdict(each, key_of(number))}")
     if together:
         told.append(f"{len(together)} of {len(every)} scores: No difference shown after Holm's adjustment.")
     return tuple(told)
