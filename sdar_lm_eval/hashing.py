@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,20 @@ def _source(defined: object) -> str | None:
 
 
 def _code_of(defined: Any) -> Any:
-    """A function, or a function of a class or of its bases, if there is one, else the class.
+    """A function, or of a class a function of its own file; of a class without functions the class, else its base.
 
     Inspect finds a class's file by the name of its module. Some versions of lm_eval do not register the modules that
     `!function` loads, so inspect would find no file, or that of another module with the same name.
     """
     if not inspect.isclass(defined):
         return inspect.unwrap(defined)
-    members = (member for base in defined.__mro__ for member in vars(base).values())
-    functions = filter(inspect.isfunction, (inspect.unwrap(getattr(each, "__func__", each)) for each in members))
-    return next((each for each in functions if Path(each.__code__.co_filename).is_file()), defined)
+    for each in defined.__mro__:
+        members = (inspect.unwrap(getattr(member, "__func__", member)) for member in vars(each).values())
+        functions = (member for member in members if inspect.isfunction(member))
+        own = (member for member in functions if member.__module__ == each.__module__)
+        if found := next((member for member in own if Path(member.__code__.co_filename).is_file()), None):
+            return found
+        outermost = each.__qualname__.partition(".")[0]
+        if hasattr(sys.modules.get(each.__module__), outermost):
+            return each
+    return defined

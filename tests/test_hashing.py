@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from sdar_lm_eval.hashing import hex_digest
 
 DEFINED = """
 import functools
@@ -45,6 +50,18 @@ def hashes(folder: Path) -> list[str]:
     """The hashes of functions, classes and objects of defined.py, in a process of their own."""
     command = [sys.executable, "-B", "-c", HASHED, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_a_class_without_functions_counts_by_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its base may be defined in another file."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "base_of_choice.py").write_text("class Base:\n    def __call__(self, answer):\n        return answer\n")
+    file = tmp_path / "own_choice.py"
+    file.write_text("from base_of_choice import Base\n\nclass Choice(Base):\n    weight = 1\n")
+    choice = importlib.import_module("own_choice").Choice
+    before = hex_digest(choice)
+    file.write_text(file.read_text().replace("weight = 1", "weight = 2"))
+    assert hex_digest(choice) != before
 
 
 def test_a_function_is_hashed_alike_in_each_process(tmp_path: Path) -> None:

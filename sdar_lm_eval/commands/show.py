@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.report import text_table
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.documents import Answer, Document, by_key, documents_of, is_likelihood, main_key
 from sdar_lm_eval.report.pairing import MetricKey
@@ -212,7 +213,8 @@ def _title(run: Run, task: str, metric: MetricKey, documents: Sequence[Document]
     # The documents' scores need not average to the metric: a perplexity is no mean.
     value = mean_value(run.of_tasks[task], task, metric)
     scores = [score for each in documents if (score := each.score(metric)) is not None]
-    shown = f"{value:.1%}" if all(0 <= each <= 1 for each in (*scores, value)) else f"{value:.4g}"
+    share = all(0 <= each <= 1 for each in (*scores, value))
+    shown = text_table.score(value, None, share=share) + "%" * share
     name, filter_name = metric
     return printable(
         f"{run.label}: {task}, {name} of {filter_name} {shown}; {chosen:,} of {len(documents):,} documents"

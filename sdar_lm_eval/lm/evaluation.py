@@ -5,6 +5,7 @@ lm_eval hands a model bare requests. `hooks.py` learns the rest from lm_eval and
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -172,7 +173,8 @@ class Evaluation:
     def note_settings(self, of_tasks: Mapping[str, Sequence[Settings]]) -> None:
         """Note the settings that tasks' answers are made with."""
         for task, settings in of_tasks.items():
-            self.decoding.setdefault(task, []).extend(each.as_dict() for each in settings)
+            noted = self.decoding.setdefault(task, [])
+            noted.extend(each for each in (its.as_dict() for its in settings) if each not in noted)
 
     def note_end(self, job: Answered, thought: Thought | None, reason: str, tokens: int) -> None:
         """Note an answer's thought, and count thoughts and loops.
@@ -256,10 +258,14 @@ def facts_of_evaluation(ranks: Sequence[Evaluation]) -> EvaluationFacts:
 
 
 def _united(settings: Sequence[Mapping[str, object]]) -> dict[str, object]:
-    """The settings of a task: of a setting that differs between documents, the list of its values."""
-    values_of = {name: [each[name] for each in settings] for name in settings[0]}
+    """The settings of a task: of a setting that differs between documents, the list of its values.
+
+    The values' order does not depend on how ranks share the documents: `compare` would report another order.
+    """
+    values_of = {name: {json.dumps(each[name]): each[name] for each in settings} for name in settings[0]}
     distinct = {
-        name: [value for i, value in enumerate(values) if value not in values[:i]] for name, values in values_of.items()
+        name: [values[text] for text in sorted(values, key=lambda text: (len(text), text))]
+        for name, values in values_of.items()
     }
     return {name: values[0] if len(values) == 1 else values for name, values in distinct.items()}
 

@@ -168,9 +168,10 @@ def watch(evaluator: ModuleType) -> None:
             gen_kwargs = simple_parse_args_string(gen_kwargs)
         own = _Call(call.arguments.get("torch_random_seed"), tracker, gen_kwargs)
         before = _call.set(own)
-        of_ours = call.arguments["model"] in MODELS or is_watched(call.arguments["model"])
+        model = call.arguments["model"]
+        of_ours = model in MODELS if isinstance(model, str) else is_watched(model)
         try:
-            with _without_advice() if of_ours else contextlib.nullcontext():
+            with _without_advice(own) if of_ours else contextlib.nullcontext():
                 results = simple_evaluate(*args, **kwargs)
             # lm_eval before 0.4.10 asks only its own Hugging Face models for their facts.
             if results and "sdar_lm_eval" not in results["config"] and own.model is not None:
@@ -192,13 +193,13 @@ _ADVICE = {
 
 
 @contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """Leave `_ADVICE` out of lm_eval's log."""
+def _without_advice(call: _Call) -> Iterator[None]:
+    """Leave `_ADVICE` out of lm_eval's log of a call. Another thread, or a call within the call, keeps the advice."""
     with contextlib.ExitStack() as stack:
         for name, advice in _ADVICE.items():
 
             def keeps(record: logging.LogRecord, advice: str = advice) -> bool:
-                return advice not in " ".join(record.getMessage().split())
+                return _call.get() is not call or advice not in " ".join(str(record.msg).split())
 
             logging.getLogger(name).addFilter(keeps)
             stack.callback(logging.getLogger(name).removeFilter, keeps)
@@ -257,7 +258,8 @@ def _ascending(samples: object, tasks: Mapping[str, Task]) -> dict[str, list[int
 
 @contextlib.contextmanager
 def _methods_replaced(task: Task, name: str, model: Watched) -> Iterator[None]:
-    """Replace methods of a task by attributes of the same names while an evaluation lasts."""
+    """Replace methods of a task by attributes of the same names, and its settings, while an evaluation lasts."""
+    generation_kwargs = task.config.generation_kwargs
     borrowed: list[bool] = []
     replacements: dict[str, Callable[..., object]] = {
         "build_all_requests": _build_in_template(task, name, model, borrowed),
@@ -273,6 +275,7 @@ def _methods_replaced(task: Task, name: str, model: Watched) -> Iterator[None]:
     try:
         yield
     finally:
+        task.config.generation_kwargs = generation_kwargs  # another model may evaluate the same task object
         for attribute in replacements:
             del task.__dict__[attribute]
 

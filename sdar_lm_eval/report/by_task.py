@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sdar_lm_eval.report.curve import Summary
 from sdar_lm_eval.report.points import settings_in_words
-from sdar_lm_eval.report.text_table import aligned, as_markdown
+from sdar_lm_eval.report.text_table import aligned, as_markdown, with_error
 
 
 def by_task(summaries: Sequence[Summary], markdown: bool = False) -> str:
@@ -23,6 +23,6 @@ def by_task(summaries: Sequence[Summary], markdown: bool = False) -> str:
         settings.append([str(number), point.strategy, words])
     accuracies = [["accuracy, %", *(number for number, *_ in settings[1:])]]
     for summary in summaries:
-        accuracies.append([summary.task, *(f"{point.accuracy:.1f}" for point in summary.points)])
+        accuracies.append([summary.task, *(with_error(point.accuracy, None) for point in summary.points)])
     lines = as_markdown if markdown else aligned
     return "\n\n".join("\n".join(lines(rows, left)) for rows, left in ((settings, {1, 2}), (accuracies, {0})))

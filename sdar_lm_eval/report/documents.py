@@ -13,7 +13,7 @@ from sdar_lm_eval.report.columns import main_metric
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.pairing import Key, MetricKey, document_name, keyed, mean_kinds, numbers_of
 from sdar_lm_eval.report.results import Results, Sample
-from sdar_lm_eval.report.runs import Metric, Run, metrics_of
+from sdar_lm_eval.report.runs import NOT_SCORED, Metric, Run, metrics_of
 
 NOTHING_EXTRACTED = ("", "[invalid]")
 """What a filter returns for an answer in which the filter finds nothing."""
@@ -152,6 +152,12 @@ def by_key(runs: Sequence[Run], task: str) -> list[dict[Key, Document]]:
         names = [document_name(d.doc_hash, d.index, d.gold, hashed=hashed) for d in each]
         found.append(dict(zip(keyed(names), each, strict=True)))
     return found
+
+
+def main_key_of(runs: Sequence[Run], task: str) -> MetricKey | None:
+    """Return the metric by which runs are judged: the main metric of the first run that scored the task."""
+    keys = [key for run in runs if task in run.of_tasks and (key := main_key(run, task)) is not None]
+    return next((key for key in keys if key[0] != NOT_SCORED), next(iter(keys), None))
 
 
 def main_key(run: Run, task: str) -> MetricKey | None:

@@ -40,7 +40,7 @@ class Point:
         label: the run's label.
         model: the checkpoint.
         settings: the decoding settings that have an effect; empty for models that report none.
-        accuracy: the accuracy in per cent; the metric's value where values are not shares.
+        accuracy: the accuracy in per cent; the metric's value where values are not shares; NaN if the run lacks it.
         stderr: standard error of the accuracy, in its unit; None where it is unknown.
         tokens_per_forward: the speed by forwards; None where it is unknown.
         tokens_per_second: the speed by time; None where it is unknown.
@@ -68,8 +68,8 @@ class Point:
         return str(self.settings.get("remasking_strategy", self.model))
 
     def as_dict(self) -> dict[str, object]:
-        """Return field -> value."""
-        return asdict(self)
+        """Return field -> value, None for an accuracy that is NaN or infinite, which JSON lacks."""
+        return asdict(self) | ({} if math.isfinite(self.accuracy) else {"accuracy": None})
 
 
 Speed = Callable[[Point], float | None]

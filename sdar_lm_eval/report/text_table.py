@@ -50,9 +50,7 @@ def score(value: float, stderr: float | None, *, share: bool, sign: str = "") ->
         share: whether the score is a share, 0 to 1.
         sign: "+" for a sign before positive scores too.
     """
-    if math.isnan(value):
-        return NONE
-    if share:
+    if share or math.isnan(value):
         return with_error(value, stderr, 100, sign)
     return f"{value:{sign}.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")
 
@@ -61,10 +59,12 @@ def with_error(value: float, stderr: float | None, scale: float = 1.0, sign: str
     """Return a value, and its standard error where that is known, as "85.0 ± 1.0".
 
     Args:
-        value: multiplied by `scale`, as is its error.
+        value: multiplied by `scale`, as is its error; NaN if the run did not score.
         stderr: the value's standard error.
         scale: 100 for per cent of a share.
         sign: "+" for a sign before positive values too.
     """
+    if math.isnan(value):
+        return NONE
     shown = round(scale * value, 1) + 0.0  # never -0.0
     return f"{shown:{sign}.1f}" + ("" if stderr is None else f" ± {scale * stderr:.1f}")

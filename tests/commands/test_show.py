@@ -221,6 +221,8 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     file = unscored / "results_1.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"results": {TASK: {"alias": TASK}}}))
     assert "has no score of riddles. Evaluate again, without --predict_only." in error_of(str(unscored))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"results": {TASK: {"bypass,last-word": 999}}}))
+    assert "bypass of last-word –; 1 of 1 documents" in shown(capsys, str(unscored))
     (folder / f"samples_{TASK}_1.jsonl").unlink()
     assert "has no samples of riddles. Evaluate again with --log_samples." in error_of(str(folder / "results_1.json"))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import lm_eval.evaluator
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager, get_task_dict
 from scripted_lm import BARE_TEMPLATE, DATA, SAMPLED, Evaluate, MakeLM, ScriptedLM, cached, checkpoint_with, request
 
 from sdar_lm_eval import settings, spellings
@@ -73,14 +75,35 @@ def test_gen_kwargs_beat_a_task_that_spells_a_setting_twice(
     assert caplog.text.count("confidence_threshold=0.7 overrides confidence_threshold=0.6, which") == 1
 
 
+def test_a_task_object_keeps_its_settings_for_other_models(
+    make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = tasks_of(
+        tmp_path / "tasks", monkeypatch, five=f"{GENERATE}{EXACT}\ngeneration_kwargs: {{max_tokens: 12}}"
+    )
+    (task,) = get_task_dict(["five"], manager).values()
+    results = lm_eval.simple_evaluate(make_lm(), tasks=[task], gen_kwargs={"max_gen_toks": 7}, bootstrap_iters=0)
+    assert results["configs"]["five"]["generation_kwargs"] == {"max_gen_toks": 7, "until": ["\n\n"]}
+    assert task.config.generation_kwargs == {"max_tokens": 12, "max_gen_toks": 7, "until": ["\n\n"]}  # lm_eval's
+
+
 def test_settings_that_differ_between_documents_are_all_told(make_lm: MakeLM) -> None:
     lm = make_lm()
     for limits in ((8, 12), (12, 16)):  # as two ranks' shares
         lm.generate_until([request(f"Question {n}", {"max_gen_toks": n, "until": ["\n"]}) for n in limits])
     (told,) = lm.get_model_info()["sdar_lm_eval"]["decoding_of_tasks"].values()  # type: ignore[index]
     assert (told["max_gen_toks"], told["until"], told["block_length"]) == ([8, 12, 16], ["\n"], 4)
-    both = facts_of_evaluation([lm.evaluation, lm.evaluation])["decoding_of_tasks"]
-    assert list(both.values()) == [told]
+    other = make_lm()
+    other.generate_until([request("Question", {"max_gen_toks": n, "until": ["\n"]}) for n in (16, 12, 8)])
+    both = facts_of_evaluation([other.evaluation, lm.evaluation])["decoding_of_tasks"]
+    assert list(both.values()) == [told]  # whichever rank has which document
+
+
+def test_calls_with_equal_settings_do_not_fill_the_memory(make_lm: MakeLM) -> None:
+    lm = make_lm()
+    for number in range(3):
+        lm.generate_until([request(f"Question {number}", {"max_gen_toks": 8})])
+    assert [len(noted) for noted in lm.evaluation.decoding.values()] == [1]
 
 
 # One object, evaluated twice
@@ -456,7 +479,9 @@ class OtherLM(LM):
 def test_other_models_are_left_alone(make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = tasks_of(tmp_path / "tasks", monkeypatch, five=GENERATE + EXACT)
     make_lm()
-    results = lm_eval.simple_evaluate(OtherLM(), tasks=["five"], task_manager=manager, bootstrap_iters=0)
+    model = dataclasses.make_dataclass("DataclassLM", [], bases=(OtherLM,))()  # it has no hash
+    LM.__init__(model)
+    results = lm_eval.simple_evaluate(model, tasks=["five"], task_manager=manager, bootstrap_iters=0)
     assert results is not None
     assert results["samples"]["five"][0]["arguments"][0][0] == "Question 0"
     assert "sdar_lm_eval" not in results["config"]
@@ -470,6 +495,26 @@ def test_advice_of_no_use_is_left_out(
     evaluate(make_lm() if of_ours else OtherLM(), model_args="pretrained=JetLM/SDAR-4B-Chat")
     for advice in ("Recommend setting `apply_chat_template`", "Custom kwargs can be passed to `--metadata`"):
         assert (advice in " ".join(caplog.text.split())) == (not of_ours)
+
+
+def test_advice_reaches_a_thread_that_evaluates_another_model(
+    make_lm: MakeLM, evaluate: Evaluate, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, log = make_lm(), logging.getLogger("lm_eval.evaluator")
+    advice, generate = "Recommend setting\n  `apply_chat_template`", lm.generate_until
+
+    def beside_another(requests: Any, **settings: Any) -> list[str]:
+        log.warning("%s: ours", advice)
+        log.warning(f"{advice} %d", "a mistake of lm_eval in a message ends no evaluation")
+        other = threading.Thread(target=log.warning, args=(f"{advice}: other",))
+        other.start()
+        other.join()
+        return generate(requests, **settings)
+
+    monkeypatch.setattr(lm, "generate_until", beside_another)
+    evaluate(lm)
+    log.warning(f"{advice}: later")
+    assert [text for text in ("other", "later") if f"{advice}: {text}" in caplog.text] == ["other", "later"]
 
 
 def test_a_published_protocol_decodes_unless_somebody_says_otherwise(

@@ -272,6 +272,25 @@ def test_tokens_per_second_are_the_runs_and_no_tasks(tmp_path: Path) -> None:
     assert [(each.task, each.of_runs) for each in of_files] == [("one", ("900", "900")), ("two", ("–", "450"))]
 
 
+def test_a_run_without_scores_before_one_with_scores(tmp_path: Path) -> None:
+    """Both have speeds, and the page judges by the metric of the run that was scored."""
+    predicted, other, scored = (
+        write_answers(tmp_path / name, [["it is 7"]]) for name in ("predicted", "other", "scored")
+    )
+    results = {"results": {"gsm8k_sdar": {"bypass,strict-match": 999, "bypass,flexible-extract": 999}}}
+    for file in (predicted / "results_1.json", other / "results_1.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | results))
+    unscored = read_runs([predicted, other])
+    (pair,) = pairs_of(unscored, ["gsm8k_sdar"], collect(unscored, ["gsm8k_sdar"]))
+    filters = [each.split(":")[0] for each in pair.conclusions]
+    assert filters == ["gsm8k_sdar, bypass, strict-match", "gsm8k_sdar, bypass, flexible-extract"]
+    runs = read_runs([predicted, scored])
+    assert [None if each is None else each.tokens_per_forward for each in speeds_of(runs, "gsm8k_sdar")] == [1.5, 1.5]
+    (task,) = collect(runs, ["gsm8k_sdar"]).tasks
+    assert task["metrics"][task["main"]][0] == "exact_match"
+    assert 'id="charts"' not in page_of(runs)
+
+
 def test_runs_of_one_folder_have_the_folders_that_tell_them_apart(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_answers(tmp_path / name, [["it is 7"]], settings={"x": name})

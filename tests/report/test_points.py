@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from run_files import write_run
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.report.curve import by_forward, by_second, summarized
+from sdar_lm_eval.report.by_task import by_task
+from sdar_lm_eval.report.curve import by_forward, by_second, summarized, table
 from sdar_lm_eval.report.points import (
     Curve,
     Point,
@@ -287,6 +288,8 @@ def test_an_accuracy_that_is_not_a_number_leaves_the_others_as_they_are(tmp_path
         assert found.fronts["tokens per forward"] == (points[2],) and found.y_max == 75.0
         (value,) = [each for each in found.values if each.name != "the front"]
         assert (value.aup, value.points) == (aup([(1, 50.0), (3, 75.0)], 75.0), 2)
+        assert "nan" not in table(found) + by_task([found, found])
+        assert "NaN" not in json.dumps(found.as_dict())
 
 
 def test_settings_may_be_lists() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 from sdar_lm_eval.report.text_table import aligned, as_markdown, score, with_error
 
 
@@ -13,6 +15,7 @@ def test_columns_are_aligned() -> None:
 
 def test_a_value_and_its_standard_error() -> None:
     assert with_error(0.85, 0.0098, 100) == "85.0 ± 1.0"
+    assert with_error(math.nan, None, 100) == score(math.nan, None, share=False) == "–"
     assert with_error(4.86, 1.3, sign="+") == "+4.9 ± 1.3" and with_error(-4.86, None, sign="+") == "-4.9"
 
 

@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypedDict
 
 from sdar_lm_eval.report.denoising import CONFIDENCE_SCALE, Denoising
-from sdar_lm_eval.report.documents import Answer, Document, by_key, is_likelihood, main_key
+from sdar_lm_eval.report.documents import Answer, Document, by_key, is_likelihood, main_key_of
 from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.runs import Run, metrics_of
 
@@ -128,7 +128,7 @@ def _add_task(found: Documents, runs: Sequence[Run], task: str) -> None:
         for metric in metrics_of(results, task)
     }
     metrics = list(lower_is_better)
-    main = next(main_key(run, task) for run in runs if task in run.of_tasks)
+    main = main_key_of(runs, task)
     of_runs = by_key(runs, task)
     first = {key: document for each in reversed(of_runs) for key, document in each.items()}
     filters = list(dict.fromkeys(name for document in first.values() for name in document.answers[0].extracted))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
@@ -16,7 +18,7 @@ from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compare_runs
 from sdar_lm_eval.report.compare_text import MOST_SENTENCES, verdict
 from sdar_lm_eval.report.curve import chart_svg
-from sdar_lm_eval.report.documents import main_key
+from sdar_lm_eval.report.documents import main_key_of
 from sdar_lm_eval.report.page.data import Documents
 from sdar_lm_eval.report.page.embedding import allowed_in_html
 from sdar_lm_eval.report.pairing import MetricKey
@@ -137,12 +139,20 @@ def shown_value(value: object) -> str:
 
 
 def speeds_of(runs: Sequence[Run], task: str) -> list[Point | None]:
-    """Return each run's point in a task, by the task's main metric; None where the run lacks the metric."""
-    main = next(main_key(run, task) for run in runs if task in run.of_tasks)
+    """Return each run's point in a task, by the runs' main metric; None where the run lacks the task, or any metric.
+
+    A run that lacks the main metric has a speed all the same, and NaN as its accuracy.
+    """
+    main = main_key_of(runs, task)
     found: list[Point | None] = []
     for run in runs:
-        has = task in run.of_tasks and main in [(metric.name, metric.filter) for metric in run.metrics(task)]
-        found.append(points_of([run], task, ",".join(main))[0] if main and has else None)
+        keys = [(metric.name, metric.filter) for metric in run.metrics(task)] if task in run.of_tasks else []
+        if main is not None and main in keys:
+            found += points_of([run], task, ",".join(main))
+        elif keys:
+            found.append(dataclasses.replace(points_of([run], task)[0], accuracy=math.nan, stderr=None))
+        else:
+            found.append(None)
     return found
 
 
@@ -173,10 +183,11 @@ def _speed_row(task: str, name: str, values: Sequence[float | None], form: str) 
 
 
 def charts_of(points: Sequence[tuple[str, Sequence[Point | None]]]) -> list[tuple[str, str]]:
-    """Return (task, SVG of accuracy against speed) for tasks in which two runs' tokens per forward are known."""
+    """Return (task, SVG of accuracy against speed) for tasks in which both are known of two runs."""
     found = []
     for task, of_runs in points:
-        known = [_drawable(point) for point in of_runs if point and point.tokens_per_forward]
+        scored = [point for point in of_runs if point and math.isfinite(point.accuracy)]
+        known = [_drawable(point) for point in scored if point.tokens_per_forward]
         if len(known) > 1:
             found.append((task, without_styles(chart_svg(known))))
     return found
@@ -292,7 +303,11 @@ def _conclusions(comparison: Comparison, number: int) -> tuple[str, ...]:
     undecided = [each for each in every if each.p_holm is not None and each.p_holm >= ALPHA]
     together = undecided if len(every) > MOST_SENTENCES else []
     chosen = [each for each in every if each not in together]
-    told = [f"{each.task}, {each.metric}: {verdict(each, key_of(number))}" for each in chosen]
+    filters_of = Counter((each.task, each.metric) for each in every)
+    told = []
+    for each in chosen:
+        filters = f", {each.filter}" if filters_of[each.task, each.metric] > 1 else ""
+        told.append(f"{each.task}, {each.metric}{filters}: {verdict(each, key_of(number))}")
     if together:
         told.append(f"{len(together)} of {len(every)} scores: No difference shown after Holm's adjustment.")
     return tuple(told)
