@@ -60,12 +60,14 @@ __all__ = [  # noqa: RUF022  (types first, then what makes them)
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name in _HOME_OF:
-        from importlib import import_module
+if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
 
-        return getattr(import_module(_HOME_OF[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in _HOME_OF:
+            from importlib import import_module
+
+            return getattr(import_module(_HOME_OF[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

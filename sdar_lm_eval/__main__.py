@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from sdar_lm_eval import autoload
-from sdar_lm_eval.commands import COMMANDS, LM_EVAL_COMMANDS, overview, version
+from sdar_lm_eval.commands import COMMANDS, LM_EVAL_COMMANDS, overview, printed, version
 from sdar_lm_eval.commands import main as run_command
 from sdar_lm_eval.errors import did_you_mean
 
@@ -22,11 +22,9 @@ def main() -> None:
     if words and words[0] in COMMANDS:
         sys.exit(run_command(words))
     if not words or words[0] in ("-h", "--help"):
-        print(overview())
-        return
+        sys.exit(printed(overview))
     if words[0] in ("-V", "--version"):
-        print(version())
-        return
+        sys.exit(printed(version))
     if not words[0].startswith("-") and words[0] not in LM_EVAL_COMMANDS:  # lm_eval would list its own commands only
         known = (*LM_EVAL_COMMANDS, *COMMANDS)
         print(

@@ -41,6 +41,19 @@ class DecodingArguments(TypedDict, total=False):
     until: str | list[str]
 
 
+class OtherSpellings(TypedDict, total=False):
+    """The other spellings of decoding settings (`spellings.py`), for type checkers."""
+
+    strategy: str
+    threshold: float
+    steps: int
+    block: int
+    block_size: int
+    max_new_tokens: int
+    max_tokens: int
+    max_completion_tokens: int
+
+
 class ModelArguments(DecodingArguments, total=False):
     """What `--model_args` takes for every engine, beside `pretrained`.
 

@@ -1,4 +1,4 @@
-"""Reads files that other programs wrote: only regular files that fit in memory. An error is one line."""
+"""Reads files that other programs wrote: only regular files that fit in memory. Checks folders. Errors are one line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import reprlib
 import stat
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,20 @@ def require_folders(option: str, paths: str | Path | Sequence[str | Path]) -> No
         if not found or not os.access(path, os.R_OK | os.X_OK):
             why = "the folder cannot be read" if found else "no such folder"
             raise UserError(f"{option} {path}: {why}. Give the folder that has the YAML files of your tasks.")
+
+
+def require_writable(option: str, folder: Path) -> None:
+    """Create a folder, and check that it takes files.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {folder} cannot be written: {error.strerror}. Name another folder.") from error
 
 
 def require_regular(path: Path) -> os.stat_result:

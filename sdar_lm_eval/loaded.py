@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Literal, cast, overload
 
 from lm_eval.api.instance import Instance
 
-from sdar_lm_eval.arguments import DecodingArguments, JetEngineArguments, LMDeployArguments, NativeArguments
 from sdar_lm_eval.checks import checks_types, fits
 from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT
 from sdar_lm_eval.engines.registry import engine_named
@@ -50,6 +49,21 @@ from sdar_lm_eval.thinking import Thinking, Thought
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from sdar_lm_eval import arguments
+
+    class Settings(arguments.DecodingArguments, arguments.OtherSpellings, total=False):
+        """Decoding settings in long or short form."""
+
+    class NativeSettings(arguments.NativeArguments, arguments.OtherSpellings, total=False):
+        """The native engine's model_args in long or short form."""
+
+    class JetEngineSettings(arguments.JetEngineArguments, arguments.OtherSpellings, total=False):
+        """JetEngine's model_args in long or short form."""
+
+    class LMDeploySettings(arguments.LMDeployArguments, arguments.OtherSpellings, total=False):
+        """LMDeploy's model_args in long or short form."""
+
 
 Message = Mapping[str, str]
 """A turn of a conversation: {"role": "user", "content": "…"}."""
@@ -151,7 +165,7 @@ class LoadedModel:
         *,
         seed: int | None = None,
         watch: Watch | None = None,
-        **settings: Unpack[DecodingArguments],
+        **settings: Unpack[Settings],
     ) -> Answer: ...
     @overload
     def generate(
@@ -160,7 +174,7 @@ class LoadedModel:
         *,
         seed: int | None = None,
         watch: Watch | None = None,
-        **settings: Unpack[DecodingArguments],
+        **settings: Unpack[Settings],
     ) -> list[Answer]: ...
     def generate(
         self,
@@ -168,7 +182,7 @@ class LoadedModel:
         *,
         seed: int | None = None,
         watch: Watch | None = None,
-        **settings: Unpack[DecodingArguments],
+        **settings: Unpack[Settings],
     ) -> Answer | list[Answer]:
         """Answer prompts.
 
@@ -202,7 +216,7 @@ class LoadedModel:
         *,
         seed: int | None = None,
         watch: Watch | None = None,
-        **settings: Unpack[DecodingArguments],
+        **settings: Unpack[Settings],
     ) -> Iterator[tuple[int, Answer]]:
         """Answer prompts; yield (position in `prompts`, answer) as each answer is finished.
 
@@ -232,7 +246,7 @@ class LoadedModel:
                     yield position, answer
 
     @checks_types
-    def prepare(self, prompts: Sequence[Prompt], **settings: Unpack[DecodingArguments]) -> None:
+    def prepare(self, prompts: Sequence[Prompt], **settings: Unpack[Settings]) -> None:
         """Allocate memory and compile kernels for these prompts, so that `generate` spends its time on answers only.
 
         Raises:
@@ -270,7 +284,7 @@ class LoadedModel:
         totals = [job.total() for job in asked.order]
         return [(total.log_likelihood, total.is_greedy) for total in totals]
 
-    def settings_of(self, **settings: Unpack[DecodingArguments]) -> Generation:
+    def settings_of(self, **settings: Unpack[Settings]) -> Generation:
         """Return the settings that `generate` would use: these, then the model's, then defaults.
 
         Raises:
@@ -278,7 +292,7 @@ class LoadedModel:
         """
         return self._jobs.settings_of(settings)
 
-    def thinking_behind(self, prompt: Prompt, **settings: Unpack[DecodingArguments]) -> Thinking | None:
+    def thinking_behind(self, prompt: Prompt, **settings: Unpack[Settings]) -> Thinking | None:
         """Return how the thought of an answer to this prompt is found; None: no answer has a thought.
 
         Raises:
@@ -390,15 +404,15 @@ def _check_conversation(prompt: Conversation) -> None:
 def load(
     pretrained: str | PathLike[str] = DEFAULT_CHECKPOINT,
     engine: Literal["native"] = "native",
-    **model_args: Unpack[NativeArguments],
+    **model_args: Unpack[NativeSettings],
 ) -> LoadedModel: ...
 @overload
 def load(
-    pretrained: str | PathLike[str], engine: Literal["jetengine"], **model_args: Unpack[JetEngineArguments]
+    pretrained: str | PathLike[str], engine: Literal["jetengine"], **model_args: Unpack[JetEngineSettings]
 ) -> LoadedModel: ...
 @overload
 def load(
-    pretrained: str | PathLike[str], engine: Literal["lmdeploy"], **model_args: Unpack[LMDeployArguments]
+    pretrained: str | PathLike[str], engine: Literal["lmdeploy"], **model_args: Unpack[LMDeploySettings]
 ) -> LoadedModel: ...
 @overload
 def load(pretrained: str | PathLike[str], engine: str, **model_args: object) -> LoadedModel: ...

@@ -34,6 +34,7 @@ GENERATION_SETTINGS = (*DECODING_SETTINGS, *MAX_TOKENS_SPELLINGS, "until", "do_s
 HINTS = {
     "seed": "The seed is the model's: --model_args seed=N, or the third of --seed.",
     "model": "The checkpoint is --model_args pretrained=…",
+    "stop": "Stop strings are until.",
 }
 """Name that is no setting of a request -> where it belongs."""
 # Settings of other engines that stock tasks have, with the one value that has no effect.

@@ -400,6 +400,7 @@ def test_of_a_short_and_a_full_name_the_later_one_holds() -> None:
     ("name", "hint"),
     [
         ("seed", "The seed is the model's: --model_args seed=N, or the third of --seed."),
+        ("stop", "Stop strings are until."),
         ("model", "The checkpoint is --model_args pretrained=…"),
         ("remasking", "Did you mean 'remasking_strategy'?"),
         ("low_confidence_threshold", "Did you mean 'confidence_threshold'?"),

@@ -20,7 +20,7 @@ import io
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sdar_lm_eval import __version__
 from sdar_lm_eval.errors import SDARError
@@ -105,14 +105,34 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_arguments(parser)
-    arguments = parser.parse_args(argv[1:])
+
+    def text_of() -> str | None:
+        try:
+            arguments = parser.parse_args(argv[1:])
+        finally:
+            sys.stdout.flush()  # argparse ignores that its help cannot be written
+        text: str | None = command.run(arguments)
+        return text
+
+    return printed(text_of)
+
+
+def printed(text_of: Callable[[], str | None]) -> int:
+    """Print a text to a standard output that may be closed, full, a pipe without reader, or ASCII only.
+
+    Args:
+        text_of: makes the text, and may print to standard output too.
+
+    Returns:
+        The exit code: 0; 1 after an error of this package, which is printed to standard error; 130 after Ctrl-C.
+    """
     if sys.stdout is None:  # closed by the shell's >&-, and rich and `generate` write to it
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal's encoding lacks is printed as an escape
         with contextlib.suppress(OSError):  # a file that became a pipe under it
             sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        text = command.run(arguments)
+        text = text_of()
         if text is not None:
             print(text)
         sys.stdout.flush()

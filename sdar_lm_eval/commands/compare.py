@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,9 +79,12 @@ def run(arguments: argparse.Namespace) -> str:
         text = compare_text.as_csv(comparisons)
     elif arguments.format == "json":
         text = compare_text.as_json(comparisons, documents)
+    elif arguments.format == "markdown":
+        text = compare_text.as_markdown(comparisons, documents)
     else:
-        render = compare_text.as_markdown if arguments.format == "markdown" else compare_text.as_text
-        text = render(comparisons, documents)
+        in_terminal = arguments.output is None and sys.stdout.isatty()
+        width = shutil.get_terminal_size().columns if in_terminal else None
+        text = compare_text.as_text(comparisons, documents, width)
     if arguments.output is None:
         return text
     try:

@@ -176,10 +176,15 @@ def leave_samples_alone(tracker: Tracker) -> None:
     vars(tracker).pop("save_results_samples", None)
 
 
+def output_folder(tracker: Tracker) -> Path:
+    """The folder into which lm_eval writes; its `--output_path` may be a file in this folder."""
+    path = Path(str(tracker.output_path))
+    return path.parent if path.suffix == ".json" else path
+
+
 def _write(tracker: Tracker, task: str, lines: Iterable[DenoisingLine]) -> None:
     """Write a task's denoising file. A file that cannot be written is logged as an ERROR; the evaluation goes on."""
-    path = Path(str(tracker.output_path))
-    folder = path.parent if path.suffix == ".json" else path
+    folder = output_folder(tracker)
     names: Mapping[str, object] = vars(tracker)
     # lm_eval does not return the samples file's name, which ends in the date of the results file.
     found = sorted(folder.rglob(f"samples_{glob.escape(task)}_{names.get('date_id')}.jsonl"))

@@ -28,7 +28,8 @@ from lm_eval.utils import simple_parse_args_string
 from sdar_lm_eval.checks import check_limit
 from sdar_lm_eval.engines.registry import MODELS
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.lm.denoising import LinesOf, Tracker, keep_beside_samples, leave_samples_alone
+from sdar_lm_eval.files import require_writable
+from sdar_lm_eval.lm.denoising import LinesOf, Tracker, keep_beside_samples, leave_samples_alone, output_folder
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, repeats_of
 from sdar_lm_eval.spellings import overridden
 
@@ -135,6 +136,9 @@ def watch(evaluator: ModuleType) -> None:
         outer = _call.get() or _Call()
         outer.model = model
         check_limit(call.arguments.get("limit"))
+        if outer.tracker is not None and outer.tracker.output_path and lm.rank == 0:
+            # lm_eval writes after the evaluation, and only warns where that fails
+            require_writable("--output_path", output_folder(outer.tracker))
         tasks = _tasks_of(call.arguments["task_dict"])
         if (samples := call.arguments.get("samples")) is not None:
             call.arguments["samples"] = _ascending(samples, tasks)

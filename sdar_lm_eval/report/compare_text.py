@@ -23,6 +23,9 @@ DocumentsOf = Mapping[tuple[int, int], Sequence[ChangedDocument]]
 MOST_SENTENCES = 8
 """Most differences of a comparison that get one sentence each. Of more, those without a finding share one sentence."""
 
+_QUESTION = 60
+"""Most characters of a question in a list of documents."""
+
 _LEGEND = (
     "± is one standard error. Scores from 0 to 1 are in per cent. The interval is the paired 95% interval of B - A.",
     f"detectable: the smallest true difference that the test finds (p < {ALPHA}) with probability {POWER}.",
@@ -42,12 +45,13 @@ _FAMILIES = (
 )
 
 
-def as_text(comparisons: Sequence[Comparison], documents: DocumentsOf | None = None) -> str:
+def as_text(comparisons: Sequence[Comparison], documents: DocumentsOf | None = None, width: int | None = None) -> str:
     """Return comparisons with one baseline as text for a terminal.
 
     Args:
         comparisons: comparisons of one run a with other runs, as `adjusted` returns them.
         documents: documents to list below the table; None: none.
+        width: the terminal's columns, into which the tables are made to fit; None: no limit.
     """
     names = _names(comparisons)
     parts = [
@@ -56,11 +60,11 @@ def as_text(comparisons: Sequence[Comparison], documents: DocumentsOf | None = N
         if (rows := _settings_rows(comparisons, names))
         else [_NO_SETTING],
         [f"Warning: {text}" for text in _warnings(comparisons, names)],
-        aligned(table(comparisons), left=_left(comparisons)),
+        _fitted(table(comparisons), len(_left(comparisons)), width),
         [*sentences(comparisons), *_speeds(comparisons)],
         _notes(comparisons),
     ]
-    parts += [_listed(comparisons[i], j, changed) for (i, j), changed in (documents or {}).items()]
+    parts += [_listed(comparisons[i], j, changed, width) for (i, j), changed in (documents or {}).items()]
     return printable("\n\n".join("\n".join(lines) for lines in parts if lines))
 
 
@@ -137,6 +141,29 @@ def table(comparisons: Sequence[Comparison]) -> list[list[str]]:
             row += [_count(each.only_a), _count(each.only_b), _points(each, each.detectable)]
             rows.append(row)
     return rows
+
+
+def _fitted(rows: Sequence[Sequence[str]], names: int, width: int | None) -> list[str]:
+    """The lines of `table`'s cells, whose first `names` columns hold names.
+
+    If the table is wider than `width`, columns with one value become lines above the table, and the other columns are
+    split into several tables, each of which repeats the names.
+    """
+    lines = aligned(rows, left=range(names))
+    if width is None or max(map(len, lines)) <= width:
+        return lines
+    columns = _transposed(rows)
+    same = [column[:2] for column in columns if len(set(column[1:])) == 1]
+    keys = [column for column in columns[:names] if column[:2] not in same]
+    blocks = [keys]
+    for column in columns[names:]:
+        if column[:2] not in same:
+            wider = [*blocks[-1], column]
+            fits = sum(max(map(len, cells)) + 2 for cells in wider) - 2 <= width
+            blocks[-1:] = [wider] if fits or blocks[-1] == keys else [blocks[-1], [*keys, column]]
+    parts = [aligned([each for each in same if each[1]], left=(0, 1))] if same else []
+    parts += [aligned(_transposed(block), left=range(len(keys))) for block in blocks if block]
+    return "\n\n".join("\n".join(part) for part in parts).splitlines()
 
 
 def sentences(comparisons: Sequence[Comparison]) -> list[str]:
@@ -281,15 +308,22 @@ def _warnings(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[s
     return [f"{name}: {text}" for name, each in zip(names, comparisons, strict=True) for text in each.warnings]
 
 
-def _listed(comparison: Comparison, index: int, changed: Sequence[ChangedDocument]) -> list[str]:
+def _listed(
+    comparison: Comparison, index: int, changed: Sequence[ChangedDocument], width: int | None = None
+) -> list[str]:
     each = comparison.differences[index]
     head = f"{each.task}, {each.metric}, {each.filter}: {len(changed):,} of {each.documents:,} documents differ"
     if not changed:
         return [head + "."]
-    return [head + ":", *("  " + line for line in aligned(_document_rows(each, changed), left=range(7)))]
+    lines = aligned(_document_rows(each, changed), left=range(7))
+    excess = max(map(len, lines)) + 2 - width if width is not None else 0
+    if excess > 0:
+        lines = aligned(_document_rows(each, changed, max(_QUESTION - excess, 20)), left=range(7))
+    return [head + ":", *("  " + line for line in lines)]
 
 
-def _document_rows(each: Difference, changed: Sequence[ChangedDocument]) -> list[list[str]]:
+def _document_rows(each: Difference, changed: Sequence[ChangedDocument], question: int = _QUESTION) -> list[list[str]]:
+    """A head and a row for each document, with the first `question` characters of its question."""
     right = each.only_a is not None
     rows = [
         ["document", "right" if right else "A", "" if right else "B", "question", "A's answer", "B's answer", "gold"]
@@ -298,7 +332,10 @@ def _document_rows(each: Difference, changed: Sequence[ChangedDocument]) -> list
         better = "A" if (one.a > one.b) == (each.higher_is_better is not False) else "B"
         scores = [f"only {better}", ""] if right else [f"{one.a:.4g}", f"{one.b:.4g}"]
         number = str(one.document_a) if one.document_a == one.document_b else f"{one.document_a} / {one.document_b}"
-        texts = [_short(one.question), *(_short(text, 24) for text in (one.filtered_a, one.filtered_b, one.target))]
+        texts = [
+            _short(one.question, question),
+            *(_short(text, 24) for text in (one.filtered_a, one.filtered_b, one.target)),
+        ]
         rows.append([number, *scores, *texts])
     return [[*row[:2], *row[3:]] for row in rows] if right else rows
 

@@ -193,7 +193,7 @@ def _locked(folder: Path) -> Iterator[None]:
     except NotImplementedError:  # the folder's file system has no locks
         logger.warning("%s cannot be locked. Start no second sweep in this folder.", folder)
     except OSError as error:
-        raise UserError(f"--output_path {folder} cannot be written to: {error.strerror}.") from error
+        raise UserError(f"--output_path {folder} cannot be written: {error.strerror}. Name another folder.") from error
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
+import os
 import platform
 import subprocess
 import sys
@@ -67,6 +68,33 @@ def test_characters_that_the_terminals_encoding_lacks_are_printed_as_escapes(
     assert rb"50.0 \xb1 50.0" in out.buffer.getvalue()  # type: ignore[attr-defined]
 
 
+HELP = ([], ["--help"], ["--version"], ["compare", "--help"])
+
+
+@pytest.mark.parametrize("words", HELP, ids=" ".join)
+def test_help_is_printed_whatever_the_encoding(words: list[str]) -> None:
+    ascii_only = {**environment(), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "sdar_lm_eval", *words], capture_output=True, text=True, env=ascii_only
+    )
+    assert done.returncode == 0 and "sdar_lm_eval" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize("words", HELP, ids=" ".join)
+def test_help_may_have_no_reader(words: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "sdar_lm_eval", *words],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    os.close(writer)
+    assert done.returncode == 0 and done.stderr == ""
+
+
 FULL = "sdar_lm_eval: error: the output cannot be written: No space left on device."
 
 
@@ -76,6 +104,7 @@ FULL = "sdar_lm_eval: error: the output cannot be written: No space left on devi
     [
         ("compare a b > /dev/full", 1, FULL),
         ("show a --doc 0 > /dev/full", 1, FULL),
+        ("--help > /dev/full", 1, FULL),
         ("compare a b >&-", 0, ""),
         ("show a --doc 0 >&-", 0, ""),
         ("generate a --model_args pretrained=demo >&- --gen_kwargs max_gen_toks=4", 0, "forwards"),

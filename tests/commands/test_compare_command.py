@@ -278,3 +278,20 @@ def test_folders_that_hold_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["compare", str(good), str(tmp_path / "pipe.json")]) == 1
     other = write_run(tmp_path / "other", {"task": {"acc,none": [1, 1]}})
     assert "2 documents cannot show one" in told(capsys, good, other)
+
+
+def test_only_a_terminal_has_a_width(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, scores in (("a", [1, 0]), ("b", [1, 1])):
+        write_run(tmp_path / name, {"task": {"acc,none": scores}})
+    monkeypatch.setenv("COLUMNS", "80")
+    words = ["compare", str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(words) == 0
+    in_file = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(words) == 0
+    in_terminal = capsys.readouterr().out
+    assert "metric  filter  documents" in in_file and "metric        acc\n" in in_terminal
+    file = tmp_path / "comparison.txt"
+    assert main([*words, "--output", str(file)]) == 0 and file.read_text("utf-8") == in_file

@@ -284,3 +284,11 @@ def test_pieces_of_bytes_that_encode_no_character() -> None:
     loop = [0x9F] * 3000
     assert "".join(prompts.pieces([*loop, *"日b".encode()])) == "\ufffd" * 3000 + "日b"
     assert max(read) <= 6
+
+
+@pytest.mark.parametrize("output", ["file/runs", "file", "file/results.json"])
+def test_an_output_path_that_cannot_be_written_is_said_before_the_evaluation(output: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    lm = SDARLM("demo")
+    with pytest.raises(UserError, match=r"--output_path .*file.* cannot be written: .*\. Name another folder\."):
+        evaluate(lm, EvaluationTracker(output_path=str(tmp_path / output)))

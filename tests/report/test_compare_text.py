@@ -11,7 +11,7 @@ import pytest
 import written_runs
 from run_files import write_run
 
-from sdar_lm_eval.report.changed import changed_documents
+from sdar_lm_eval.report.changed import ChangedDocument, changed_documents
 from sdar_lm_eval.report.compare import Comparison, Difference, compare_runs
 from sdar_lm_eval.report.compare_text import as_json, as_markdown, as_text, sentences, table, verdict
 from sdar_lm_eval.report.runs import Run, differing, read_runs
@@ -193,3 +193,55 @@ def test_how_many_tokens_a_forward_gives(tmp_path: Path) -> None:
     other = written_runs.write_answers(tmp_path / "c", [["7"]] * 3, task="t", model="hf")
     found = [compare_runs(*read_runs([folders[0], other]))]
     assert "per forward" not in as_text(found) and json.loads(as_json(found))[0]["speeds"]["t"]["b"]["note"]
+
+
+def test_a_table_wider_than_the_terminal_is_a_list_of_a_single_row() -> None:
+    wide, narrow = (as_text([comparison(CALLED)], width=width) for width in (None, 80))
+    assert wide == as_text([comparison(CALLED)], width=200) and wide != narrow
+    listed = """
+task          task
+metric        acc
+filter        none
+documents     1,000
+A             50.0 ± 2.0
+B             55.0 ± 2.0
+B - A         +5.0
+95% interval  +1.0 to +9.0
+p             0.012
+only A        100
+only B        150
+detectable    4.5
+
+task: B is better"""
+    assert listed in narrow
+
+
+def test_a_table_wider_than_the_terminal_is_split_and_repeats_only_names_that_differ() -> None:
+    other = dataclasses.replace(CALLED, task="another_task", b=0.6, difference=0.1, low=0.06, high=0.14, only_b=200)
+    split = """
+metric      acc
+filter      none
+documents   1,000
+A           50.0 ± 2.0
+p           0.012
+p (Holm)    0.012
+only A      100
+detectable  4.5
+
+task                   B  B - A   95% interval
+task          55.0 ± 2.0   +5.0   +1.0 to +9.0
+another_task  60.0 ± 2.0  +10.0  +6.0 to +14.0
+
+task          only B
+task             150
+another_task     200
+
+task: B is better"""
+    assert split in as_text([comparison(CALLED, other)], width=50)
+
+
+def test_questions_are_shorter_in_a_narrow_terminal() -> None:
+    of_documents = {(0, 0): [ChangedDocument(3, 3, "Why? " * 20, "42", 0.0, 1.0, "41", "42")]}
+    wide, narrow = (as_text([comparison(CALLED)], of_documents, width).splitlines()[-2:] for width in (None, 80))
+    assert len(wide[0]) > len(narrow[0]) == 80
+    assert narrow[1].split() == ["3", "only", "B", *["Why?"] * 5, "Why?…", "41", "42", "42"]
