@@ -7,7 +7,9 @@ import dataclasses
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from string import ascii_uppercase
 from typing import Any
 
 from sdar_lm_eval.report import text_table
@@ -136,8 +138,8 @@ def table(comparisons: Sequence[Comparison]) -> list[list[str]]:
             row = [name] * several + [each.task, each.metric, filters, f"{each.documents:,}"]
             share = _is_share(each)
             row += [score(each.a, each.a_stderr, share=share), score(each.b, each.b_stderr, share=share)]
-            row += [_points(each, each.difference, "+"), _interval(each), _p(each.p)]
-            row += [_p(each.p_holm)] * holm + [each.family] * families
+            row += [_points(each, each.difference, "+"), _interval(each), p_as_text(each.p)]
+            row += [p_as_text(each.p_holm)] * holm + [each.family] * families
             row += [_count(each.only_a), _count(each.only_b), _points(each, each.detectable)]
             rows.append(row)
     return rows
@@ -223,9 +225,9 @@ def verdict(difference: Difference, name: str = "B") -> str:
         found = "better" if (each.difference > 0) == each.higher_is_better else "worse"
     exploratory = f"; exploratory, within {each.family}" if each.family else ""
     if each.p_holm >= ALPHA:
-        holm = f"{_p_is(each.p)}; {_p(each.p_holm)} after Holm's adjustment for the number of tests"
+        holm = f"{_p_is(each.p)}; {p_as_text(each.p_holm)} after Holm's adjustment for the number of tests"
         return f"{name} may be {found}: {_change(each)} ({holm}{exploratory})."
-    after = "" if each.p_holm == each.p else f"; {_p(each.p_holm)} after Holm's adjustment"
+    after = "" if each.p_holm == each.p else f"; {p_as_text(each.p_holm)} after Holm's adjustment"
     return f"{name} is {found}: {_change(each)} ({_p_is(each.p)}{after}{exploratory})."
 
 
@@ -239,7 +241,18 @@ def _change(each: Difference) -> str:
 
 def _names(comparisons: Sequence[Comparison]) -> list[str]:
     """The names that tables give to the runs that are compared with A."""
-    return ["B"] if len(comparisons) == 1 else [f"B{number}" for number in range(1, len(comparisons) + 1)]
+    return [key_of(number) for number in range(1, len(comparisons) + 1)]
+
+
+def key_of(number: int) -> str:
+    """Return the letter that stands for a run, from 0: A to Z, then AA, AB, …"""
+    rest, last = divmod(number, len(ascii_uppercase))
+    return (key_of(rest - 1) if rest else "") + ascii_uppercase[last]
+
+
+def warnings_of(comparison: Comparison, name: str) -> tuple[str, ...]:
+    """Return the warnings of a comparison whose run B has another name beside other runs."""
+    return tuple(re.sub(r"\b([Rr]un) B\b", rf"\1 {name}", text) for text in comparison.warnings)
 
 
 def _tests(comparisons: Sequence[Comparison]) -> int:
@@ -305,7 +318,8 @@ def _transposed(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 def _warnings(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[str]:
     if len(comparisons) == 1:
         return list(comparisons[0].warnings)
-    return [f"{name}: {text}" for name, each in zip(names, comparisons, strict=True) for text in each.warnings]
+    of_runs = zip(names, comparisons, strict=True)
+    return [f"{name}: {text}" for name, comparison in of_runs for text in warnings_of(comparison, name)]
 
 
 def _listed(
@@ -371,14 +385,15 @@ def _interval(each: Difference) -> str:
     return "" if each.low is None else f"{_points(each, each.low, '+')} to {_points(each, each.high, '+')}"
 
 
-def _p(p: float | None) -> str:
+def p_as_text(p: float | None) -> str:
+    """Return a p-value as tables show it; "" for None."""
     if p is None:
         return ""
     return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
 
 
 def _p_is(p: float) -> str:
-    return f"p {_p(p)}" if p < 0.0001 else f"p = {_p(p)}"
+    return f"p {p_as_text(p)}" if p < 0.0001 else f"p = {p_as_text(p)}"
 
 
 def _count(number: int | None) -> str:

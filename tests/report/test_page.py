@@ -17,10 +17,11 @@ from sdar_lm_eval.commands import main
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.changed import changed_documents
 from sdar_lm_eval.report.compare import compare_runs
+from sdar_lm_eval.report.compare_text import key_of, p_as_text
 from sdar_lm_eval.report.denoising import read_denoising
 from sdar_lm_eval.report.page.data import collect
 from sdar_lm_eval.report.page.embedding import allowed_in_html, embedded, extract
-from sdar_lm_eval.report.page.overview import key_of, pairs_of, rate_rows, score_rows, settings_rows, speeds_of
+from sdar_lm_eval.report.page.overview import pairs_of, rate_rows, score_rows, settings_rows, speeds_of
 from sdar_lm_eval.report.page.rendering import page_of
 from sdar_lm_eval.report.runs import Run, read_runs
 
@@ -119,7 +120,7 @@ def test_the_numbers_of_the_comparison_are_those_of_compare(tmp_path: Path) -> N
     runs = _two(tmp_path)
     one = compare_runs(*runs).differences[0]
     text = _Parsed(page_of(runs)).text
-    assert one.p is not None and f"{one.p:.3f}" in text and f"{100 * one.difference:+.1f}" in text
+    assert one.p is not None and p_as_text(one.p) in text and f"{100 * one.difference:+.1f}" in text
     assert f"{100 * one.low:+.1f} to {100 * one.high:+.1f}" in text  # type: ignore[operator]
     assert "hold for runs and documents that were chosen before any score was seen" in text
 

@@ -9,14 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from string import ascii_uppercase
 from urllib.parse import urlencode
 
 import numpy as np
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compare_runs
-from sdar_lm_eval.report.compare_text import MOST_SENTENCES, verdict
+from sdar_lm_eval.report.compare_text import MOST_SENTENCES, key_of, p_as_text, verdict, warnings_of
 from sdar_lm_eval.report.curve import chart_svg
 from sdar_lm_eval.report.documents import main_key_of
 from sdar_lm_eval.report.page.data import Documents
@@ -101,12 +100,6 @@ class Pair:
     warnings: tuple[str, ...]
     rows: tuple[DifferenceRow, ...]
     conclusions: tuple[str, ...]
-
-
-def key_of(number: int) -> str:
-    """Return the letter that stands for a run: A to Z, then AA, AB, …"""
-    rest, last = divmod(number, len(ascii_uppercase))
-    return (key_of(rest - 1) if rest else "") + ascii_uppercase[last]
 
 
 def settings_rows(runs: Sequence[Run], tasks: Sequence[str]) -> tuple[list[SettingRow], list[SettingRow]]:
@@ -291,8 +284,7 @@ def pairs_of(runs: Sequence[Run], tasks: Sequence[str], documents: Documents) ->
 
 def _pair(number: int, comparison: Comparison, documents: Documents) -> Pair:
     settings = tuple((name, shown_value(a), shown_value(b)) for name, (a, b) in comparison.settings.items())
-    # `compare_runs` calls the other run B.
-    warnings = tuple(re.sub(r"\b([Rr]un) B\b", rf"\1 {key_of(number)}", text) for text in comparison.warnings)
+    warnings = warnings_of(comparison, key_of(number))
     rows = _difference_rows(comparison, number, documents)
     return Pair(number, settings, warnings, rows, _conclusions(comparison, number))
 
@@ -356,8 +348,8 @@ def _difference_row(each: Difference, number: int | None, share: bool, ends: tup
         difference=score(each.difference, None, share=share, sign="+"),
         interval=interval,
         plot=plot,
-        p=_probability(each.p),
-        p_holm=_probability(each.p_holm),
+        p=p_as_text(each.p) or NONE,
+        p_holm=p_as_text(each.p_holm) or NONE,
         family=each.family,
         test=each.test,
         only_a=NONE if each.only_a is None else f"{each.only_a:,}",
@@ -367,9 +359,3 @@ def _difference_row(each: Difference, number: int | None, share: bool, ends: tup
         documents=f"{each.documents:,}",
         detectable=NONE if each.detectable is None else score(each.detectable, None, share=share),
     )
-
-
-def _probability(p: float | None) -> str:
-    if p is None:
-        return NONE
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
