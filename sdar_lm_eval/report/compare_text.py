@@ -169,18 +169,29 @@ def _fitted(rows: Sequence[Sequence[str]], names: int, width: int | None) -> lis
 
 
 def sentences(comparisons: Sequence[Comparison]) -> list[str]:
-    """Return a sentence for each difference, preceded by its task, and by metric and filter where these are needed."""
+    """Return the sentences of `conclusions`, which several comparisons precede by the run's name."""
     found = []
     for name, comparison in zip(_names(comparisons), comparisons, strict=True):
         run = f"{name}, " if len(comparisons) > 1 else ""
-        rows = comparison.rows
-        few = len(rows) <= MOST_SENTENCES
-        undecided = [each for each in rows if each.p_holm is not None and each.p_holm >= ALPHA]
-        for each in rows:
-            if few or each not in undecided:
-                found.append(f"{run}{_title(each, rows)}: {verdict(each, name)}")
-        if not few and undecided:
-            found.append(f"{run}{len(undecided)} of {len(rows)} scores: No difference shown after Holm's adjustment.")
+        found += [f"{run}{text}" for text in conclusions(comparison, name)]
+    return found
+
+
+def conclusions(comparison: Comparison, name: str) -> list[str]:
+    """Return a sentence for each difference; of many differences, those that are not shown have one sentence together.
+
+    A sentence begins with the task, and with metric and filter where these are needed.
+
+    Args:
+        comparison: the comparison.
+        name: the compared run's name in the sentences.
+    """
+    rows = comparison.rows
+    undecided = [each for each in rows if each.p_holm is not None and each.p_holm >= ALPHA]
+    together = undecided if len(rows) > MOST_SENTENCES else []
+    found = [f"{_title(each, rows)}: {verdict(each, name)}" for each in rows if each not in together]
+    if together:
+        found.append(f"{len(together)} of {len(rows)} scores: No difference shown after Holm's adjustment.")
     return found
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlencode
@@ -15,7 +14,7 @@ import numpy as np
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compare_runs
-from sdar_lm_eval.report.compare_text import MOST_SENTENCES, key_of, p_as_text, verdict, warnings_of
+from sdar_lm_eval.report.compare_text import conclusions, key_of, p_as_text, warnings_of
 from sdar_lm_eval.report.curve import chart_svg
 from sdar_lm_eval.report.documents import main_key_of
 from sdar_lm_eval.report.page.data import Documents
@@ -24,7 +23,7 @@ from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.points import Point, points_of
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Run, mean_value, metrics_of
-from sdar_lm_eval.report.statistics import ALPHA, mean_stderr
+from sdar_lm_eval.report.statistics import mean_stderr
 from sdar_lm_eval.report.text_table import NONE, score
 
 SHARES = ("acc", "acc_norm", "exact_match")
@@ -286,23 +285,7 @@ def _pair(number: int, comparison: Comparison, documents: Documents) -> Pair:
     settings = tuple((name, shown_value(a), shown_value(b)) for name, (a, b) in comparison.settings.items())
     warnings = warnings_of(comparison, key_of(number))
     rows = _difference_rows(comparison, number, documents)
-    return Pair(number, settings, warnings, rows, _conclusions(comparison, number))
-
-
-def _conclusions(comparison: Comparison, number: int) -> tuple[str, ...]:
-    """A sentence for each difference; of many differences, those that are not shown have one sentence together."""
-    every = comparison.rows
-    undecided = [each for each in every if each.p_holm is not None and each.p_holm >= ALPHA]
-    together = undecided if len(every) > MOST_SENTENCES else []
-    chosen = [each for each in every if each not in together]
-    filters_of = Counter((each.task, each.metric) for each in every)
-    told = []
-    for each in chosen:
-        filters = f", {each.filter}" if filters_of[each.task, each.metric] > 1 else ""
-        told.append(f"{each.task}, {each.metric}{filters}: {verdict(each, key_of(number))}")
-    if together:
-        told.append(f"{len(together)} of {len(every)} scores: No difference shown after Holm's adjustment.")
-    return tuple(told)
+    return Pair(number, settings, warnings, rows, tuple(conclusions(comparison, key_of(number))))
 
 
 def _difference_rows(comparison: Comparison, number: int, documents: Documents) -> tuple[DifferenceRow, ...]:
