@@ -9,7 +9,6 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from string import ascii_uppercase
 from typing import Any
 
 from sdar_lm_eval.report import text_table
@@ -149,7 +148,7 @@ def _fitted(rows: Sequence[Sequence[str]], names: int, width: int | None) -> lis
     """The lines of `table`'s cells, whose first `names` columns hold names.
 
     If the table is wider than `width`, columns with one value become lines above the table, and the other columns are
-    split into several tables, each of which repeats the names.
+    split into several tables, each of which repeats the names. Runs with the same values have no table of names alone.
     """
     lines = aligned(rows, left=range(names))
     if width is None or max(map(len, lines)) <= width:
@@ -164,7 +163,7 @@ def _fitted(rows: Sequence[Sequence[str]], names: int, width: int | None) -> lis
             fits = sum(max(map(len, cells)) + 2 for cells in wider) - 2 <= width
             blocks[-1:] = [wider] if fits or blocks[-1] == keys else [blocks[-1], [*keys, column]]
     parts = [aligned([each for each in same if each[1]], left=(0, 1))] if same else []
-    parts += [aligned(_transposed(block), left=range(len(keys))) for block in blocks if block]
+    parts += [aligned(_transposed(block), left=range(len(keys))) for block in blocks if block != keys]
     return "\n\n".join("\n".join(part) for part in parts).splitlines()
 
 
@@ -251,14 +250,8 @@ def _change(each: Difference) -> str:
 
 
 def _names(comparisons: Sequence[Comparison]) -> list[str]:
-    """The names that tables give to the runs that are compared with A."""
-    return [key_of(number) for number in range(1, len(comparisons) + 1)]
-
-
-def key_of(number: int) -> str:
-    """Return the letter that stands for a run, from 0: A to Z, then AA, AB, …"""
-    rest, last = divmod(number, len(ascii_uppercase))
-    return (key_of(rest - 1) if rest else "") + ascii_uppercase[last]
+    """The names that tables give to the runs that are compared with A. The columns of B are those of B1, B2, …"""
+    return ["B"] if len(comparisons) == 1 else [f"B{number}" for number in range(1, len(comparisons) + 1)]
 
 
 def warnings_of(comparison: Comparison, name: str) -> tuple[str, ...]:

@@ -212,8 +212,8 @@ def test_all_runs_of_a_folder(runs: Path, tmp_path: Path, capsys: pytest.Capture
     for name in ("sdar-0.5", "sdar-0.85", "hf-0"):
         shutil.copytree(runs / name, tmp_path / name)
     text = told(capsys, tmp_path)
-    assert text.startswith(f"A: {tmp_path / 'sdar-0.5'}\n") and "\nB: " in text and "\nC: " in text
-    assert "  setting " in text and "C, gsm8k_sdar_demo: " in text and "p (Holm)" in text
+    assert text.startswith(f"A: {tmp_path / 'sdar-0.5'}\n") and "\nB1: " in text and "\nB2: " in text
+    assert "  setting " in text and "B2, gsm8k_sdar_demo: " in text and "p (Holm)" in text
     first, second = json_of(capsys, tmp_path, "--baseline", "sdar-0.85")
     assert "0.85" in first["a"] == second["a"]
     tests = [each["p"] for comparison in (first, second) for each in comparison["differences"]]

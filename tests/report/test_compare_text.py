@@ -98,7 +98,7 @@ def test_columns_that_say_something() -> None:
     assert "family: the group within which a test is exploratory." in as_text([comparison(whole, part)])
     assert "family" not in as_text([comparison(whole, whole)])
     head, *rows = table([comparison(CALLED), comparison(CALLED)])
-    assert head[0] == "run" and [row[0] for row in rows] == ["B", "C"]
+    assert head[0] == "run" and [row[0] for row in rows] == ["B1", "B2"]
     assert rows[0][5:10] == ["50.0 ± 2.0", "55.0 ± 2.0", "+5.0", "+1.0 to +9.0", "0.012"]
 
 
@@ -128,13 +128,13 @@ def test_numbers_end_at_the_right_in_markdown_too() -> None:
 
 def test_few_settings_of_many_runs_are_a_row_each() -> None:
     many = [comparison(CALLED, threshold=(0.5, share)) for share in (0.6, 0.7)]
-    assert "  run  threshold\n  A    0.5\n  B    0.6\n  C    0.7\n" in as_text(many)
+    assert "  run  threshold\n  A    0.5\n  B1   0.6\n  B2   0.7\n" in as_text(many)
     lines = as_text([comparison(CALLED, x=(1, 2), y=(1, None), z=(1, 3)), comparison(CALLED, x=(1, 5))]).splitlines()
     assert lines[lines.index("Settings that differ:") + 1 :][:4] == [
-        "  setting  A  B  C",
-        "  x        1  2  5",
-        "  y        1     1",
-        "  z        1  3  1",
+        "  setting  A  B1  B2",
+        "  x        1  2   5",
+        "  y        1      1",
+        "  z        1  3   1",
     ]
 
 
@@ -238,6 +238,8 @@ another_task     200
 
 task: B is better"""
     assert split in as_text([comparison(CALLED, other)], width=50)
+    alike = as_text([comparison(CALLED), comparison(CALLED)], width=50)
+    assert "detectable    4.5\n\nB1, task: B1 is better" in alike  # no table of the runs' names alone
 
 
 def test_questions_are_shorter_in_a_narrow_terminal() -> None:

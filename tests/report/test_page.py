@@ -17,11 +17,11 @@ from sdar_lm_eval.commands import main
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.changed import changed_documents
 from sdar_lm_eval.report.compare import compare_runs
-from sdar_lm_eval.report.compare_text import key_of, p_as_text
+from sdar_lm_eval.report.compare_text import p_as_text
 from sdar_lm_eval.report.denoising import read_denoising
 from sdar_lm_eval.report.page.data import collect
 from sdar_lm_eval.report.page.embedding import allowed_in_html, embedded, extract
-from sdar_lm_eval.report.page.overview import pairs_of, rate_rows, score_rows, settings_rows, speeds_of
+from sdar_lm_eval.report.page.overview import key_of, pairs_of, rate_rows, score_rows, settings_rows, speeds_of
 from sdar_lm_eval.report.page.rendering import page_of
 from sdar_lm_eval.report.runs import Run, read_runs
 

@@ -8,13 +8,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 from urllib.parse import urlencode
 
 import numpy as np
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compare_runs
-from sdar_lm_eval.report.compare_text import conclusions, key_of, p_as_text, warnings_of
+from sdar_lm_eval.report.compare_text import conclusions, p_as_text, warnings_of
 from sdar_lm_eval.report.curve import chart_svg
 from sdar_lm_eval.report.documents import main_key_of
 from sdar_lm_eval.report.page.data import Documents
@@ -99,6 +100,12 @@ class Pair:
     warnings: tuple[str, ...]
     rows: tuple[DifferenceRow, ...]
     conclusions: tuple[str, ...]
+
+
+def key_of(number: int) -> str:
+    """Return the letter that stands for a run, from 0: A to Z, then AA, AB, …"""
+    rest, last = divmod(number, len(ascii_uppercase))
+    return (key_of(rest - 1) if rest else "") + ascii_uppercase[last]
 
 
 def settings_rows(runs: Sequence[Run], tasks: Sequence[str]) -> tuple[list[SettingRow], list[SettingRow]]:

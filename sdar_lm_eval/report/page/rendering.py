@@ -10,7 +10,6 @@ import jinja2
 from markupsafe import Markup
 
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.report.compare_text import key_of
 from sdar_lm_eval.report.page import overview
 from sdar_lm_eval.report.page.data import Documents, collect
 from sdar_lm_eval.report.page.embedding import allowed_in_html, embedded, policy
@@ -43,7 +42,7 @@ def page_of(runs: Sequence[Run], tasks: Sequence[str] = (), title: str | None = 
     charts = overview.charts_of(points)
     comparisons = overview.pairs_of(having, chosen, documents)
     views = [
-        {"number": number, "key": key_of(number), "name": name, "folder": run.label}
+        {"number": number, "key": overview.key_of(number), "name": name, "folder": run.label}
         for number, (run, name) in enumerate(zip(having, _names(having, differing), strict=True))
     ]
     sections = {
