@@ -90,7 +90,9 @@ def run(arguments: argparse.Namespace) -> str:
     try:
         arguments.output.write_text(text + "\n", "utf-8", "surrogatepass")
     except OSError as error:
-        raise UserError(f"--output {arguments.output} cannot be written: {error.strerror}.") from error
+        raise UserError(
+            f"--output {arguments.output} cannot be written: {error.strerror}. Name another file."
+        ) from error
     return "\n".join([*compare_text.sentences(comparisons), f"Written to {arguments.output}."])
 
 

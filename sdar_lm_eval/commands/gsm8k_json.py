@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace) -> str:
     try:
         Path(arguments.output).write_text(text + "\n", "utf-8")
     except OSError as error:
-        raise UserError(f"--output {arguments.output} cannot be written: {error.strerror}.") from error
+        raise UserError(
+            f"--output {arguments.output} cannot be written: {error.strerror}. Name another file."
+        ) from error
     metrics = content["metrics"]
     return f"{arguments.output}: {metrics['percentage']} ({metrics['correct']}/{metrics['total']})"

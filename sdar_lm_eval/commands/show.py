@@ -140,7 +140,10 @@ def _same_document(runs: Sequence[Run], task: str, index: int) -> list[Document]
     key = next(key for key, each in of_runs[0].items() if each is first)
     for run, found in zip(runs, of_runs, strict=True):
         if key not in found:
-            raise UserError(f"--doc {index}: {run.label} has no answer to this document of {runs[0].label}.")
+            raise UserError(
+                f"--doc {index}: {run.label} has no answer to this document of {runs[0].label}. Leave out the run, "
+                "or evaluate the document with the run's settings."
+            )
     return [found[key] for found in of_runs]
 
 

@@ -216,7 +216,9 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "holds 2 runs. Name the results file or the folder of one:" in told and "another/results_1.json" in told
     several = str(folder / "results_1.json"), str(folder / "another")
     assert "2 were given. --doc N prints the runs' answers to document N; sdar_lm_eval compare" in error_of(*several)
-    assert f"--doc 5: {several[1]} has no answer to this document of {several[0]}." in error_of(*several, "--doc", "5")
+    assert f"--doc 5: {several[1]} has no answer to this document of {several[0]}. Leave out the run, or" in error_of(
+        *several, "--doc", "5"
+    )
     unscored = make_run(tmp_path / "unscored", [sample(3, "It is 42", 1.0)], [])
     file = unscored / "results_1.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"results": {TASK: {"alias": TASK}}}))

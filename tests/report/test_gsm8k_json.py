@@ -132,7 +132,8 @@ def test_mistakes(runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for name in ("ours", "dummy"):
         shutil.copytree(folder / name, tmp_path / "mixed" / name)
     assert "mixed' holds 2 runs. Name the results file or the folder of one:" in error_of(str(tmp_path / "mixed"))
-    assert "cannot be written" in error_of(str(folder / "ours"), "--output", str(tmp_path / "no" / "out.json"))
+    told = error_of(str(folder / "ours"), "--output", str(tmp_path / "no" / "out.json"))
+    assert "cannot be written: No such file or directory. Name another file." in told
 
 
 def test_a_line_that_a_killed_run_left_unfinished(runs: Any, tmp_path: Path) -> None:
