@@ -74,7 +74,7 @@ REGIMES = [
     *[
         Regime("blocks", "dense", block, 64, tokens, threshold)
         for block in (8, 16, 32, 64)
-        for threshold, tokens in ((STATIC, 64), (AT_ONCE, 256))
+        for threshold, tokens in ((STATIC, 256 if block < 32 else 64), (AT_ONCE, 256))
     ],
     *[Regime("blocks of 256 sequences", "dense", block, 256, 256, AT_ONCE) for block in (16, 64)],
     Regime("long answers", "dense", 4, 128, 2048, STATIC),

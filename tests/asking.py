@@ -100,6 +100,18 @@ def check_rounding(demo, requests, theirs, ours, differing):
         assert found.rounding <= 0.1
 
 
+def check_odd_tokens(demo, engine, odd, questions):
+    """Odd tokens inside a prompt are read like others: rounding to bfloat16 explains each block of the answers."""
+    judge = Float32Judge(demo)
+    requests = [GenerationRequest((*question[:9], *odd, *question), 40, GREEDY) for question in questions[:8]]
+    worst = [
+        max(judge.roundings(request, answer.token_ids))
+        for request, answer in zip(requests, run(engine, requests), strict=True)
+    ]
+    print("\nodd tokens, nats of rounding:", ", ".join(f"{nats:.4f}" for nats in worst))
+    assert max(worst) <= 0.1
+
+
 def check_mixture_of_experts(folder, name, **options):
     """An engine beside the native one, with random weights in the layout of SDAR-30B-A3B: 128 experts, 8 a token."""
     random_checkpoint(
