@@ -128,6 +128,11 @@ class Checkpoint:
         """Whether layers have experts."""
         return self.family.is_moe
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of rows of the embedding: every token id is below it. A config.json may leave it to the default."""
+        return vocabulary_of(self.config, self.family)
+
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, opened from a copy of its files without references to code.
@@ -136,7 +141,7 @@ class Checkpoint:
             UserError: the folder has no tokenizer, transformers cannot read it, or it has tokens that the embedding
                 lacks.
         """
-        return open_tokenizer(self.name, self.folder, vocabulary_of(self.config, self.family))
+        return open_tokenizer(self.name, self.folder, self.vocabulary)
 
     @checks_types
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -161,9 +166,8 @@ class Checkpoint:
         try:
             yield
         except OverflowError as error:
-            known = range(vocabulary_of(self.config, self.family))
-            token = next(token for token in map(int, token_ids) if token not in known)
-            raise UserError(f"{self.name} has no token {token}. Give tokens of 0 to {known[-1]}.") from error
+            token = next(token for token in map(int, token_ids) if not 0 <= token < self.vocabulary)
+            raise UserError(f"{self.name} has no token {token}. Give tokens of 0 to {self.vocabulary - 1}.") from error
 
     def special_token(self, text: str) -> int | None:
         """Return the special token that a text spells, which `decode` leaves out; None if the text spells none."""

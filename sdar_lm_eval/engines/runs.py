@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 
-from sdar_lm_eval.checkpoint.config import vocabulary_of
 from sdar_lm_eval.engines.types import GenerationRequest, Self
 from sdar_lm_eval.errors import EngineError, UserError, listed
 
@@ -271,7 +270,7 @@ def check_tokens(texts: Iterable[tuple[int, ...]], checkpoint: Checkpoint) -> No
     Raises:
         UserError: a text has another token.
     """
-    vocabulary = vocabulary_of(checkpoint.config, checkpoint.family)
+    vocabulary = checkpoint.vocabulary
     for text in {id(text): text for text in texts}.values():  # requests can share a text, such as a long context
         for token in (min(text), max(text)):
             if not 0 <= token < vocabulary:

@@ -235,7 +235,7 @@ class Loaded:
 def wanted_active(setup: Setup, fixed: Fixed, number: int) -> int:
     """How many sequences at once to make the engine for, of `number` requests: a power of 2, or the most possible."""
     _, total = torch.cuda.mem_get_info(setup.device)
-    logits = fixed.block_length * setup.checkpoint.config["vocab_size"] * BYTES_PER_LOGIT
+    logits = fixed.block_length * setup.checkpoint.vocabulary * BYTES_PER_LOGIT
     most = max(1, min(setup.max_active or MAX_ACTIVE, int(LOGITS_SHARE * total / logits)))
     return min(most, 1 << (number - 1).bit_length())
 
