@@ -189,7 +189,7 @@ def _hints(function: Callable[..., object]) -> Mapping[str, Any]:
 
 def fits(value: object, kind: Any) -> bool:
     """Whether a value has a type, as `check_arguments`; True for a protocol, which no value can be checked for."""
-    if type(value) is kind:  # the most frequent case, such as tokens
+    if type(value) is kind:  # the most frequent case
         return True
     value = plain(value)
     origin, parts = get_origin(kind) or kind, get_args(kind)
@@ -207,12 +207,10 @@ def fits(value: object, kind: Any) -> bool:
         return True
     if origin in (Iterable, Collection) and (isinstance(value, bytes) or getattr(value, "ndim", 1) != 1):
         return False
-    # An iterator's elements can be read only once.
-    return (
-        not (_holds_plain(kind) and isinstance(value, Iterable))
-        or isinstance(value, Iterator)
-        or all(fits(each, parts[0]) for each in itertools.islice(value, MOST_CHECKED))
-    )
+    if not _holds_plain(kind) or not isinstance(value, Iterable) or isinstance(value, Iterator):
+        return True  # an iterator's elements can be read only once
+    inner = parts[0]
+    return all(type(each) is inner or fits(each, inner) for each in itertools.islice(value, MOST_CHECKED))
 
 
 def _holds_plain(kind: Any) -> bool:
