@@ -179,12 +179,12 @@ _signature = functools.cache(inspect.signature)
 @functools.cache
 def _hints(function: Callable[..., object]) -> Mapping[str, Any]:
     """Name -> type of the parameters, without those of `*args` and `**kwargs`."""
-    plain: Any = function
-    plain = inspect.unwrap(inspect.getattr_static(plain, "__init__") if isinstance(plain, type) else plain)
+    bare: Any = function
+    bare = inspect.unwrap(inspect.getattr_static(bare, "__init__") if isinstance(bare, type) else bare)
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    names = [each.name for each in inspect.signature(plain).parameters.values() if each.kind not in several]
-    annotations = {name: plain.__annotations__[name] for name in names if name in plain.__annotations__}
-    return get_type_hints(types.SimpleNamespace(__annotations__=annotations), plain.__globals__, _PublicNames())
+    names = [each.name for each in inspect.signature(bare).parameters.values() if each.kind not in several]
+    annotations = {name: bare.__annotations__[name] for name in names if name in bare.__annotations__}
+    return get_type_hints(types.SimpleNamespace(__annotations__=annotations), bare.__globals__, _PublicNames())
 
 
 def fits(value: object, kind: Any) -> bool:

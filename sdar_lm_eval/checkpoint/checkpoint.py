@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sdar_lm_eval.checkpoint.config import (
-    Config,
     block_length_of,
     check_config,
     check_mask_token,
@@ -31,7 +30,7 @@ from sdar_lm_eval.checkpoint.tokenizer import TOKENIZER_FILES, Tokenizer, copy_t
 from sdar_lm_eval.checkpoint.weights import INDEX, check_headers, check_layout, link_weights, load, weight_files
 from sdar_lm_eval.checks import checks_types
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.families.base import Family
+from sdar_lm_eval.families.base import Config, Family
 from sdar_lm_eval.files import one_line, plain_text, read_json
 
 if TYPE_CHECKING:

@@ -6,10 +6,9 @@ import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.checks import check_number
-from sdar_lm_eval.engines.adapters.requests import listed
-from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.errors import UserError, listed
 
-DTYPES = ("bfloat16", "float16")
+HALF = ("bfloat16", "float16")
 
 
 def gpu_named(device: str, engine: str) -> torch.device:
@@ -53,7 +52,7 @@ def check_tensor_parallel(size: int) -> None:
 
 
 def half_precision(dtype: str, checkpoint: Checkpoint, engine: str) -> str:
-    """The name of a dtype of `DTYPES`; "auto" is the checkpoint's own dtype if `DTYPES` has it, else bfloat16.
+    """The name of a dtype of `HALF`; "auto" is the checkpoint's own dtype if `HALF` has it, else bfloat16.
 
     Raises:
         UserError: another dtype.
@@ -61,9 +60,9 @@ def half_precision(dtype: str, checkpoint: Checkpoint, engine: str) -> str:
     dtype = dtype.removeprefix("torch.")
     own = str(checkpoint.config.get("torch_dtype") or checkpoint.config.get("dtype"))
     if dtype == "auto":
-        return own if own in DTYPES else "bfloat16"
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r}: {engine} takes {listed(DTYPES)} or auto; for others use --model sdar.")
+        return own if own in HALF else "bfloat16"
+    if dtype not in HALF:
+        raise UserError(f"dtype={dtype!r}: {engine} takes {listed(HALF)} or auto; for others use --model sdar.")
     return dtype
 
 

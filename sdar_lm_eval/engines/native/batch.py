@@ -7,8 +7,9 @@ the engine calls three methods:
     masked_positions   chooses the positions that a token is drawn for (`layout.py`)
     advance            keeps some of the drawn tokens, by each sequence's strategy (`transition.py`)
 
-The methods run on the device; the host reads an `Outcome` later. On a GPU `torch.compile` makes a few kernels of each
-method, and a CUDA graph replays these kernels. So the methods have fixed shapes and never read a value on the host.
+The methods run on the device; the host reads a `StepOutcome` later. On a GPU `torch.compile` makes a few kernels of
+each method, and a CUDA graph replays these kernels. So the methods have fixed shapes and never read a value on the
+host.
 
 Shapes: N slots and one more for padding, L positions of a block, S segments, M draws.
 """
@@ -32,7 +33,7 @@ NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutcome:
     """The result of a step, on the host. Arrays have a row for each slot.
 
     Attributes:
@@ -233,14 +234,14 @@ def _packed(changes: Changes) -> torch.Tensor:
     return torch.cat([part[:-1].flatten() for part in parts])
 
 
-def unpack(numbers: NDArray[np.int32], slots: int, block: int) -> Outcome:
+def unpack(numbers: NDArray[np.int32], slots: int, block: int) -> StepOutcome:
     """Read an outcome of N slots and blocks of L positions from `BatchState.packed`; `numbers` has to stay as it is."""
     blocks = slots * block
     tokens, unmasked_at, confidence = numbers[: 3 * blocks].reshape(3, slots, block)
     columns = numbers[3 * blocks :].reshape(6, slots)
     took_part, committed, decided, stuck, goes_on = columns[:5].astype(np.bool_)
     confidences = confidence.view(np.float32)
-    return Outcome(tokens, unmasked_at, confidences, took_part, committed, decided, stuck, goes_on, columns[5])
+    return StepOutcome(tokens, unmasked_at, confidences, took_part, committed, decided, stuck, goes_on, columns[5])
 
 
 def _padded(lists: Iterable[Sequence[int]], width: int, padding: int) -> NDArray[np.int64]:

@@ -95,7 +95,7 @@ class Drawn(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What a step did to the blocks: the attributes of `batch.Outcome` on the device, N + 1 rows each.
+    """What a step did to the blocks: the attributes of `batch.StepOutcome` on the device, N + 1 rows each.
 
     Attributes:
         kept: (N + 1, L) bool, the positions that this step unmasked.

@@ -10,7 +10,7 @@ import torch
 
 from sdar_lm_eval import DecodingConfig, GenerationRequest
 from sdar_lm_eval.engines.native import forecast
-from sdar_lm_eval.engines.native.batch import BatchState, Outcome, unpack
+from sdar_lm_eval.engines.native.batch import BatchState, StepOutcome, unpack
 from sdar_lm_eval.engines.native.forecast import Forecast
 from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
@@ -179,7 +179,7 @@ def one_slot(*, new_tokens):
 def outcome(*, decided, goes_on, masked):
     """The outcome of a step that the only slot took part in."""
     flags = (np.array([flag]) for flag in (True, False, decided, False, goes_on))
-    return Outcome(None, None, None, *flags, np.array([masked]))
+    return StepOutcome(None, None, None, *flags, np.array([masked]))
 
 
 def test_a_slot_that_did_not_fit_has_not_advanced(monkeypatch):

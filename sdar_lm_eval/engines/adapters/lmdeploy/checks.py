@@ -5,10 +5,10 @@ from __future__ import annotations
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.adapters.config import HEAD_DIMS
 from sdar_lm_eval.engines.adapters.options import check_tensor_parallel, world_size
-from sdar_lm_eval.engines.adapters.requests import Decodes, listed
+from sdar_lm_eval.engines.adapters.requests import Decodes
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.engines.runs import check_rope
-from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.errors import UserError, listed
 
 SPEC = ENGINES["lmdeploy"]
 DECODES = Decodes(

@@ -21,7 +21,7 @@ from sdar_lm_eval.engines.adapters.lmdeploy import api
 from sdar_lm_eval.engines.adapters.lmdeploy.config import SDARConfig, SDARMoeConfig, config_for_lmdeploy
 from sdar_lm_eval.engines.adapters.lmdeploy.hooks import Forwards, give_seeds, log_kept, register_model_types
 from sdar_lm_eval.engines.adapters.lmdeploy.loop import LoopThread
-from sdar_lm_eval.engines.adapters.processes import end_processes, free_memory, processes_started
+from sdar_lm_eval.engines.adapters.processes import end_processes, processes_started, return_memory
 from sdar_lm_eval.engines.adapters.requests import check_lengths
 from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import EngineError
@@ -195,7 +195,7 @@ class Loaded:
         self._workers = []
         with contextlib.suppress(AttributeError):  # there is none if the start failed
             del self.engine
-        free_memory()
+        return_memory()
 
     @property
     def lost(self) -> bool:

@@ -28,7 +28,7 @@ from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines.adapters import adapter
 from sdar_lm_eval.engines.adapters.lmdeploy import checks, engine, group, loading, versions
 from sdar_lm_eval.engines.adapters.lmdeploy.config import config_for_lmdeploy
-from sdar_lm_eval.engines.adapters.lmdeploy.hooks import Count
+from sdar_lm_eval.engines.adapters.lmdeploy.hooks import ForwardCounts
 from sdar_lm_eval.lm.model import SDARLMDeployLM
 
 DYNAMIC = DecodingConfig(temperature=0)
@@ -230,7 +230,7 @@ class TestEnds:
         engine = of(demo)
         loaded = types.SimpleNamespace(
             setup=engine.setup, lmdeploy=engine.lmdeploy, sessions=iter([1]),
-            forwards=types.SimpleNamespace(take=lambda _: Count()),
+            forwards=types.SimpleNamespace(take=lambda _: ForwardCounts()),
         )  # fmt: skip
         request = GenerationRequest((1, 2, 3), len(given), GREEDY, stop_strings=("日",))
         result = asyncio.run(group.Group(loaded, [request], [0]).answer(Instance(), request))
