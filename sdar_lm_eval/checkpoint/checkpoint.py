@@ -20,7 +20,7 @@ from sdar_lm_eval.checkpoint.config import (
     check_config,
     check_mask_token,
     max_length_of,
-    stop_ids_of,
+    read_stop_ids,
     transformers_config,
     vocabulary_of,
 )
@@ -97,14 +97,14 @@ class Checkpoint:
         vocabulary = vocabulary_of(config, family)
         generation_config = folder / "generation_config.json"
         generation = read_json(generation_config) if generation_config.exists() else {}
-        stop_ids = stop_ids_of(name, generation.get("eos_token_id"), vocabulary)
-        stop_ids = stop_ids or stop_ids_of(name, config.get("eos_token_id"), vocabulary)
+        stop_ids = read_stop_ids(name, generation.get("eos_token_id"), vocabulary)
+        stop_ids = stop_ids or read_stop_ids(name, config.get("eos_token_id"), vocabulary)
         mask_token_id = config.get("mask_token_id")
         tokenizer = None
         if mask_token_id is None or not stop_ids:
             tokenizer = open_tokenizer(name, folder, vocabulary)
             mask_token_id = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
-            stop_ids = stop_ids or stop_ids_of(name, tokenizer.eos_token_id, vocabulary)
+            stop_ids = stop_ids or read_stop_ids(name, tokenizer.eos_token_id, vocabulary)
         check_mask_token(name, mask_token_id, vocabulary)
         assert isinstance(mask_token_id, int)
         opened = cls(

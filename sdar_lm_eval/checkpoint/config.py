@@ -121,7 +121,7 @@ def max_length_of(config: Config, family: Family) -> int:
     return config.get("max_position_embeddings") or family.defaults["max_position_embeddings"]
 
 
-def stop_ids_of(name: str, value: Any, vocabulary: int) -> tuple[int, ...]:
+def read_stop_ids(name: str, value: Any, vocabulary: int) -> tuple[int, ...]:
     """Read `eos_token_id`: one token id, a list of ids, or None.
 
     Raises:

@@ -40,7 +40,7 @@ def rope_theta(config: Config) -> float:
     return base
 
 
-def check_mask_token(engine: str, taken: int, checkpoint: Checkpoint) -> None:
+def check_same_mask_token(engine: str, taken: int, checkpoint: Checkpoint) -> None:
     """Compare the mask token that an engine took with the checkpoint's.
 
     Raises:

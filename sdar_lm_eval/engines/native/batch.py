@@ -201,18 +201,18 @@ class BatchState:
         """Choose the masked positions to draw tokens for, M = `count`; see `choose_draws`."""
         return choose_draws(self.blocks, self.settings, self.room, count)
 
-    def advance(self, token: torch.Tensor, confidence: torch.Tensor, entropy: torch.Tensor) -> None:
+    def advance(self, drawn: Drawn) -> None:
         """Keep the drawn tokens that each strategy selects. Begin the next block where the answer goes on.
 
         Writes the outcome to `packed`.
 
         Args:
-            token, confidence, entropy: (M,), what was drawn for the positions of `masked_positions`.
+            drawn: (M,), what was drawn for the positions of `masked_positions`.
         """
         masked = self.blocks.masked & self.room.fits[:, None]
         # The index of each masked position's draw, (N + 1, L)
-        draw = (self.room.first_draw[:, None] + masked.cumsum(1) - 1).clamp(0, len(token) - 1)
-        drawn = Drawn(token[draw], confidence[draw], entropy[draw])
+        draw = (self.room.first_draw[:, None] + masked.cumsum(1) - 1).clamp(0, len(drawn.token) - 1)
+        drawn = Drawn(drawn.token[draw], drawn.confidence[draw], drawn.entropy[draw])
         after, changes = self.transition(self.blocks, self.settings, self.room.fits, drawn)
         if self.seen is not None:
             # Column by column of the block: shapes must not depend on the number of kept tokens.

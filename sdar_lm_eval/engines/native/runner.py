@@ -311,8 +311,7 @@ class Runner:
 
     def _draw(self, count: int) -> None:
         """Draw tokens for `count` masked positions, and advance the batch."""
-        token, confidence, entropy = self._drawing(self._masked_positions(self.batch, count))
-        self._advance(self.batch, token, confidence, entropy)
+        self._advance(self.batch, self._drawing(self._masked_positions(self.batch, count)))
 
 
 def lay_out(batch: BatchState, cache: PagedCache, count: int) -> tuple[Segments, Addresses]:

@@ -36,8 +36,8 @@ class SequenceState:
             forward or by an older sequence that shares the pages. Whole blocks.
         slot: row of the batch state on the device; -1 while waiting.
         in_batch: whether the batch on the device holds the sequence; before that, its prompt is prefilled.
-        epoch: number of times that the sequence left a slot. The result of a step that was launched in an earlier
-            epoch is discarded.
+        epoch: number of times that the sequence left its slot, or the batch on the device. The result of a step that
+            was launched in an earlier epoch is discarded.
         pages: KV pages that the sequence holds, in order.
         started_at: `time.perf_counter()` at the first forward; None before it.
         forced_tokens: decided tokens that no step drew.

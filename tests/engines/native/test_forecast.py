@@ -14,6 +14,7 @@ from sdar_lm_eval.engines.native.batch import BatchState, StepOutcome, unpack
 from sdar_lm_eval.engines.native.forecast import Forecast
 from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
+from sdar_lm_eval.engines.native.transition import Drawn
 
 SLOTS, BLOCK = 12, 8
 MASK = 99
@@ -56,7 +57,7 @@ class Device:
     def step(self, segments, draws):
         self.state.segments(segments)
         self.state.masked_positions(draws)
-        self.state.advance(torch.arange(draws) % 50, self.confidence(draws), torch.rand(draws))
+        self.state.advance(Drawn(torch.arange(draws) % 50, self.confidence(draws), torch.rand(draws)))
         return unpack(self.state.packed.numpy().copy(), SLOTS, BLOCK)
 
 

@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.adapters.config import check_mask_token, register_configs
+from sdar_lm_eval.engines.adapters.config import check_same_mask_token, register_configs
 from sdar_lm_eval.engines.adapters.jetengine import api
 from sdar_lm_eval.engines.adapters.jetengine.config import SDARConfig, SDARMoeConfig, config_for_jetengine
 from sdar_lm_eval.engines.adapters.jetengine.hooks import prints_to_log, torch_defaults_kept
@@ -119,7 +119,7 @@ class Loaded:
             pages = -(-difference // bytes_per_page(setup.config, setup.tensor_parallel_size))
             self.llm.config.num_kvcache_blocks = max(self.pages - pages, 0)
         try:
-            check_mask_token("JetEngine", self.llm.config.mask_token_id, setup.checkpoint)
+            check_same_mask_token("JetEngine", self.llm.config.mask_token_id, setup.checkpoint)
         except EngineError:
             self.close()
             raise

@@ -15,7 +15,7 @@ import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.decoding import DecodingConfig
-from sdar_lm_eval.engines.adapters.config import check_mask_token, register_configs
+from sdar_lm_eval.engines.adapters.config import check_same_mask_token, register_configs
 from sdar_lm_eval.engines.adapters.installed import Installed
 from sdar_lm_eval.engines.adapters.lmdeploy import api
 from sdar_lm_eval.engines.adapters.lmdeploy.config import SDARConfig, SDARMoeConfig, config_for_lmdeploy
@@ -131,7 +131,7 @@ class Loaded:
                 "short, lower max_active or cache_max_entry_count, or raise tensor_parallel_size."
             ) from error
         try:
-            check_mask_token("LMDeploy", self.engine.model_config.dllm_mask_token, setup.checkpoint)
+            check_same_mask_token("LMDeploy", self.engine.model_config.dllm_mask_token, setup.checkpoint)
         except EngineError:
             self.close()
             raise
