@@ -12,12 +12,13 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import jinja2
 from jinja2 import meta, nodes
 from jinja2.runtime import Context
 
+from sdar_lm_eval.checkpoint.tokenizer import Tokenizer
 from sdar_lm_eval.errors import UserError, did_you_mean, listed
 from sdar_lm_eval.files import one_line, shown
 
@@ -41,19 +42,8 @@ NO_VALUES: Mapping[str, object] = {}
 SET_BY_RENDERING = {"messages", "add_generation_prompt"}
 
 Message = Mapping[str, str]
+"""A turn of a conversation: {"role": "user", "content": "…"}."""
 Value = TypeVar("Value")
-
-
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that this module reads."""
-
-    @property
-    def chat_template(self) -> object:
-        """A text, several by name, or None; unchecked."""
-
-    @property
-    def special_tokens_map(self) -> Mapping[str, object]:
-        """Role -> token, such as `eos_token`."""
 
 
 class Unbounded(Exception):  # noqa: N818

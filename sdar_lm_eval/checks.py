@@ -179,17 +179,17 @@ _signature = functools.cache(inspect.signature)
 @functools.cache
 def _hints(function: Callable[..., object]) -> Mapping[str, Any]:
     """Name -> type of the parameters, without those of `*args` and `**kwargs`."""
-    plain: Any = function
-    plain = inspect.unwrap(inspect.getattr_static(plain, "__init__") if isinstance(plain, type) else plain)
+    bare: Any = function
+    bare = inspect.unwrap(inspect.getattr_static(bare, "__init__") if isinstance(bare, type) else bare)
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    names = [each.name for each in inspect.signature(plain).parameters.values() if each.kind not in several]
-    annotations = {name: plain.__annotations__[name] for name in names if name in plain.__annotations__}
-    return get_type_hints(types.SimpleNamespace(__annotations__=annotations), plain.__globals__, _PublicNames())
+    names = [each.name for each in inspect.signature(bare).parameters.values() if each.kind not in several]
+    annotations = {name: bare.__annotations__[name] for name in names if name in bare.__annotations__}
+    return get_type_hints(types.SimpleNamespace(__annotations__=annotations), bare.__globals__, _PublicNames())
 
 
 def fits(value: object, kind: Any) -> bool:
     """Whether a value has a type, as `check_arguments`; True for a protocol, which no value can be checked for."""
-    if type(value) is kind:  # the most frequent case, such as tokens
+    if type(value) is kind:  # the most frequent case
         return True
     value = plain(value)
     origin, parts = get_origin(kind) or kind, get_args(kind)
@@ -207,12 +207,10 @@ def fits(value: object, kind: Any) -> bool:
         return True
     if origin in (Iterable, Collection) and (isinstance(value, bytes) or getattr(value, "ndim", 1) != 1):
         return False
-    # An iterator's elements can be read only once.
-    if isinstance(value, Iterator) or not (_holds_plain(kind) and isinstance(value, Iterable)):
-        return True
-    some = list(itertools.islice(value, MOST_CHECKED))
-    # Requests have many tokens, and comparing types is faster than checking each token.
-    return {parts[0]}.issuperset(map(type, some)) or all(fits(each, parts[0]) for each in some)
+    if not _holds_plain(kind) or not isinstance(value, Iterable) or isinstance(value, Iterator):
+        return True  # an iterator's elements can be read only once
+    inner = parts[0]
+    return all(type(each) is inner or fits(each, inner) for each in itertools.islice(value, MOST_CHECKED))
 
 
 def _holds_plain(kind: Any) -> bool:

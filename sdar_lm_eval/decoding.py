@@ -63,40 +63,19 @@ class DecodingConfig:
                 object.__setattr__(self, field.name, check_number(field.name, value, whole=whole))
         if self.denoising_steps is None:
             object.__setattr__(self, "denoising_steps", self.block_length)
-        steps = self.steps
-        check_range(
-            f"block_length={self.block_length}",
-            1 <= self.block_length <= MAX_BLOCK_LENGTH,
-            f"a whole number from 1 to {MAX_BLOCK_LENGTH}",
-        )
-        check_range(
-            f"denoising_steps={steps}",
-            1 <= steps <= self.block_length,
-            f"a whole number from 1 to block_length ({self.block_length})",
-        )
-        check_range(
-            f"confidence_threshold={self.confidence_threshold}",
-            0 <= self.confidence_threshold <= 1,
-            "a probability from 0 to 1",
-        )
-        check_range(
-            f"eb_threshold={self.eb_threshold}",
-            0 <= self.eb_threshold <= 1e6,
-            "an entropy in nats, from 0 to 1,000,000",
-        )
-        # Engines divide and multiply logits in float32: the bounds of these settings keep logits finite.
-        check_range(
-            f"temperature={self.temperature}",
-            self.temperature == 0 or 1e-4 <= self.temperature <= 1e4,
-            "0 (greedy), or from 0.0001 to 10,000",
-        )
-        check_range(f"top_k={self.top_k}", self.top_k >= 0, "0 (off) or more")
-        check_range(f"top_p={self.top_p}", 0 < self.top_p <= 1, "above 0 and at most 1 (off)")
-        check_range(
-            f"repetition_penalty={self.repetition_penalty}",
-            0.01 <= self.repetition_penalty <= 100,
-            "from 0.01 to 100 (1 is off)",
-        )
+        length, temperature = self.block_length, self.temperature
+        # Engines divide and multiply logits in float32: these bounds of temperature and penalty keep logits finite.
+        for name, allowed, what in (
+            ("block_length", 1 <= length <= MAX_BLOCK_LENGTH, f"a whole number from 1 to {MAX_BLOCK_LENGTH}"),
+            ("denoising_steps", 1 <= self.steps <= length, f"a whole number from 1 to block_length ({length})"),
+            ("confidence_threshold", 0 <= self.confidence_threshold <= 1, "a probability from 0 to 1"),
+            ("eb_threshold", 0 <= self.eb_threshold <= 1e6, "an entropy in nats, from 0 to 1,000,000"),
+            ("temperature", temperature == 0 or 1e-4 <= temperature <= 1e4, "0 (greedy), or from 0.0001 to 10,000"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100 (1 is off)"),
+        ):
+            check_range(f"{name}={getattr(self, name)}", allowed, what)
 
     @property
     def steps(self) -> int:

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from sdar_lm_eval.thinking import Decode, Loops, Repetition, Thinking
+from sdar_lm_eval.tokens import BYTES
 
 CLOSE = "close"
 """The reason that ends no answer: its thought has reached its limit, and is closed."""
-
-BYTES = 4  # most bytes of a character in UTF-8, and so most tokens of one
 
 CHUNK = 64  # tokens that are read at a time of a whole answer, so that no long text is decoded again and again
 

@@ -64,8 +64,12 @@ def require_folders(option: str, paths: str | Path | Sequence[str | Path]) -> No
             raise UserError(f"{option} {path}: {why}. Give the folder that has the YAML files of your tasks.")
 
 
-def require_writable(option: str, folder: Path) -> None:
+def require_writable(given: str, folder: Path) -> None:
     """Create a folder, and check that it takes files.
+
+    Args:
+        given: the option and the value that name the folder.
+        folder: the folder.
 
     Raises:
         UserError: it does not.
@@ -75,7 +79,7 @@ def require_writable(option: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{option} {folder} cannot be written: {error.strerror}. Name another folder.") from error
+        raise UserError(f"{given} cannot be written: {error.strerror}. Name another folder.") from error
 
 
 def require_regular(path: Path) -> os.stat_result:

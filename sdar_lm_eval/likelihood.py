@@ -28,8 +28,8 @@ has the same mean, and a standard error.
 Sources: Block Diffusion, arXiv 2503.09573, section 3; the weights by integrating its continuous-time bound; the orders
 from Autoregressive Diffusion Models, arXiv 2110.02037.
 
-An engine runs the rows of a `Plan`, and passes the sums of the rows' log-probabilities to `Plan.result`. A block may
-have a million rows, so a `Plan` stores rows as packed bits, and expands a few rows at a time to tokens.
+An engine runs the rows of a `ScorePlan`, and passes the sums of the rows' log-probabilities to `ScorePlan.result`. A
+block may have a million rows, so a `ScorePlan` stores rows as packed bits, and expands a few rows at a time to tokens.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class ScorePlan:
     """The forwards that one request's score needs.
 
     Attributes:
@@ -215,7 +215,7 @@ class Plan:
         )
 
 
-def plan(request: ScoreRequest, config: LikelihoodConfig, mask_token_id: int) -> Plan:
+def plan(request: ScoreRequest, config: LikelihoodConfig, mask_token_id: int) -> ScorePlan:
     """Return the forwards that score a request."""
     length = config.block_length
     tokens = request.context_ids + request.continuation_ids
@@ -237,7 +237,7 @@ def plan(request: ScoreRequest, config: LikelihoodConfig, mask_token_id: int) ->
             patterns, pairs = sampled_patterns(m, config.mc_samples, random.Random(seed))
         padded = np.array([*block, *[mask_token_id] * (length - len(block))], dtype=np.int64)
         blocks.append(Block(start, padded, given, patterns, pairs))
-    return Plan(tokens[:first], tokens[first:last], tuple(blocks))
+    return ScorePlan(tokens[:first], tokens[first:last], tuple(blocks))
 
 
 def most_patterns(config: LikelihoodConfig) -> int:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal, cast, overload
 
 from lm_eval.api.instance import Instance
 
+from sdar_lm_eval.chat_template import Message
 from sdar_lm_eval.checks import checks_types, fits
 from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT
 from sdar_lm_eval.engines.registry import engine_named
@@ -65,8 +66,6 @@ if TYPE_CHECKING:
         """LMDeploy's model_args in long or short form."""
 
 
-Message = Mapping[str, str]
-"""A turn of a conversation: {"role": "user", "content": "…"}."""
 Conversation = Sequence[Message]
 Prompt = str | Conversation
 """A conversation, or a text, of which the chat template makes a user's turn where it is in use."""

@@ -7,7 +7,6 @@ explains the difference.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from sdar_lm_eval.settings import GENERATION_SETTINGS
 from sdar_lm_eval.spellings import ALIASES
 from sdar_lm_eval.tokens import first_difference
 
-STRATEGIES = (*JUDGED, "low_confidence_dynamic")
+TRIED = (*JUDGED, "low_confidence_dynamic")
 """Strategies that all engines have."""
 MAX_GEN_TOKS = 128
 WARM_UP = 32
@@ -124,8 +123,7 @@ class Trial:
         """Return the trial as values that JSON has; a rounding that is infinite or NaN is None."""
 
         def divergence(d: Divergence) -> dict[str, object]:
-            plain = dataclasses.asdict(d)
-            return {name: None if not math.isfinite(value) else value for name, value in plain.items()}
+            return {name: value if math.isfinite(value) else None for name, value in vars(d).items()}
 
         return {
             "engine": self.engine,
@@ -187,7 +185,7 @@ class Trials:
         given = {name: value for name, value in self._model_args.items() if name in OF_CHECKPOINT}
         seconds: dict[str, float] = {}
         with LoadedModel.open(self._pretrained, "native", {**given, "device": "cpu", "dtype": "float32"}) as model:
-            for strategy in STRATEGIES:
+            for strategy in TRIED:
                 self._expected[strategy], seconds[strategy] = self._ask(model, strategy)
         # Loaded after the engine is closed, so that the weights are in memory only once.
         self._float32 = judge = Float32Judge(model.checkpoint)
@@ -205,7 +203,7 @@ class Trials:
         try:
             with LoadedModel.open(self._pretrained, engine, self._arguments_of(engine)) as model:
                 device, dtype = model.info.device, model.info.dtype
-                for strategy in STRATEGIES:
+                for strategy in TRIED:
                     answers, seconds = self._ask(model, strategy)
                     found.append(_strategy_trial(strategy, answers, self._judge(strategy, answers), seconds))
         except Exception as error:  # engines' packages raise any type; the other engines are asked all the same

@@ -26,7 +26,7 @@ from sdar_lm_eval.engines.native.engine import NativeEngine
 from sdar_lm_eval.engines.native.scoring import batches
 from sdar_lm_eval.engines.native.scoring.batches import Limits
 from sdar_lm_eval.engines.native.scoring.forwards import ModulesRows
-from sdar_lm_eval.engines.native.scoring.rows import Row
+from sdar_lm_eval.engines.native.scoring.rows import ForwardRow
 from sdar_lm_eval.engines.native.scoring.scoring import Scoring
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest, ScoreResult
 from sdar_lm_eval.errors import EngineError
@@ -366,7 +366,7 @@ def test_scores_do_not_depend_on_the_batch(folder: Path, monkeypatch: pytest.Mon
     engine, forwards, run = open_engine(folder), collections.Counter[str](), ModulesRows.run
 
     def counted(name: str, engine: NativeEngine) -> list[ScoreResult]:
-        def count(self: ModulesRows, rows: Sequence[Row]) -> None:
+        def count(self: ModulesRows, rows: Sequence[ForwardRow]) -> None:
             forwards[name] += 1
             run(self, rows)
 

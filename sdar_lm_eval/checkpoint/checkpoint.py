@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sdar_lm_eval.checkpoint.config import (
-    Config,
     block_length_of,
     check_config,
     check_mask_token,
     max_length_of,
-    stop_ids_of,
+    read_stop_ids,
     transformers_config,
     vocabulary_of,
 )
@@ -31,7 +30,7 @@ from sdar_lm_eval.checkpoint.tokenizer import TOKENIZER_FILES, Tokenizer, copy_t
 from sdar_lm_eval.checkpoint.weights import INDEX, check_headers, check_layout, link_weights, load, weight_files
 from sdar_lm_eval.checks import checks_types
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.families.base import Family
+from sdar_lm_eval.families.base import Config, Family
 from sdar_lm_eval.files import one_line, plain_text, read_json
 
 if TYPE_CHECKING:
@@ -98,14 +97,14 @@ class Checkpoint:
         vocabulary = vocabulary_of(config, family)
         generation_config = folder / "generation_config.json"
         generation = read_json(generation_config) if generation_config.exists() else {}
-        stop_ids = stop_ids_of(name, generation.get("eos_token_id"), vocabulary)
-        stop_ids = stop_ids or stop_ids_of(name, config.get("eos_token_id"), vocabulary)
+        stop_ids = read_stop_ids(name, generation.get("eos_token_id"), vocabulary)
+        stop_ids = stop_ids or read_stop_ids(name, config.get("eos_token_id"), vocabulary)
         mask_token_id = config.get("mask_token_id")
         tokenizer = None
         if mask_token_id is None or not stop_ids:
             tokenizer = open_tokenizer(name, folder, vocabulary)
             mask_token_id = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
-            stop_ids = stop_ids or stop_ids_of(name, tokenizer.eos_token_id, vocabulary)
+            stop_ids = stop_ids or read_stop_ids(name, tokenizer.eos_token_id, vocabulary)
         check_mask_token(name, mask_token_id, vocabulary)
         assert isinstance(mask_token_id, int)
         opened = cls(
@@ -128,6 +127,11 @@ class Checkpoint:
         """Whether layers have experts."""
         return self.family.is_moe
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of rows of the embedding: every token id is below it. A config.json may leave it to the default."""
+        return vocabulary_of(self.config, self.family)
+
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, opened from a copy of its files without references to code.
@@ -136,7 +140,7 @@ class Checkpoint:
             UserError: the folder has no tokenizer, transformers cannot read it, or it has tokens that the embedding
                 lacks.
         """
-        return open_tokenizer(self.name, self.folder, vocabulary_of(self.config, self.family))
+        return open_tokenizer(self.name, self.folder, self.vocabulary)
 
     @checks_types
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -161,9 +165,8 @@ class Checkpoint:
         try:
             yield
         except OverflowError as error:
-            known = range(vocabulary_of(self.config, self.family))
-            token = next(token for token in map(int, token_ids) if token not in known)
-            raise UserError(f"{self.name} has no token {token}. Give tokens of 0 to {known[-1]}.") from error
+            token = next(token for token in map(int, token_ids) if not 0 <= token < self.vocabulary)
+            raise UserError(f"{self.name} has no token {token}. Give tokens of 0 to {self.vocabulary - 1}.") from error
 
     def special_token(self, text: str) -> int | None:
         """Return the special token that a text spells, which `decode` leaves out; None if the text spells none."""

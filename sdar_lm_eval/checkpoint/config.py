@@ -5,22 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.families import FAMILIES
-from sdar_lm_eval.families.base import Family
+from sdar_lm_eval.families.base import Config, Family
 from sdar_lm_eval.files import one_line, shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
-
-Config = Mapping[str, Any]
 
 # Key -> the largest plausible value. A larger value is a mistake, and transformers would build a model of this size.
 WHOLE = {
@@ -123,7 +121,7 @@ def max_length_of(config: Config, family: Family) -> int:
     return config.get("max_position_embeddings") or family.defaults["max_position_embeddings"]
 
 
-def stop_ids_of(name: str, value: Any, vocabulary: int) -> tuple[int, ...]:
+def read_stop_ids(name: str, value: Any, vocabulary: int) -> tuple[int, ...]:
     """Read `eos_token_id`: one token id, a list of ids, or None.
 
     Raises:

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdar_lm_eval.checkpoint.config import Config
 from sdar_lm_eval.errors import EngineError, UserError, listed
-from sdar_lm_eval.families.base import Family, Shapes, transformers_version
+from sdar_lm_eval.families.base import Config, Family, Shapes, transformers_version
 from sdar_lm_eval.files import one_line, read_json, require_regular, shown
 
 if TYPE_CHECKING:

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 
-from sdar_lm_eval.checkpoint.config import vocabulary_of
 from sdar_lm_eval.engines.types import GenerationRequest, Self
 from sdar_lm_eval.errors import EngineError, UserError, listed
 
@@ -136,14 +135,12 @@ class Failures:
         if not self._reasons:
             return
         failed = sum(map(len, self._reasons.values()))
-        told = " ".join(f"Number {_listed(indices)}: {reason}" for reason, indices in self._reasons.items())
+        told = " ".join(
+            f"Number {listed(sorted(indices), MOST_LISTED)}: {reason}" for reason, indices in self._reasons.items()
+        )
         raise EngineError(
             f"{failed} of {total} requests have no answer; the other answers are kept (--use_cache). {told}"
         )
-
-
-def _listed(indices: list[int]) -> str:
-    return listed(list(map(str, sorted(indices))), MOST_LISTED)
 
 
 class Allowance:
@@ -211,8 +208,9 @@ def warm_up_requests(requests: Sequence[GenerationRequest], count: int) -> list[
         prompt = longest.prompt_ids if number == 0 else requests[0].prompt_ids[: 2 * length]
         blocks = 3 if number == 0 else 1 + number % 2
         new_tokens = min(length * blocks, most - len(prompt), longest.max_new_tokens if number == 0 else most)
-        plain = dataclasses.replace(requests[0], stop_strings=(), thinking=None, repetition=None)
-        return dataclasses.replace(plain, prompt_ids=prompt, max_new_tokens=new_tokens)
+        return dataclasses.replace(
+            requests[0], prompt_ids=prompt, max_new_tokens=new_tokens, stop_strings=(), thinking=None, repetition=None
+        )
 
     return [of(number) for number in range(count)]
 
@@ -271,7 +269,7 @@ def check_tokens(texts: Iterable[tuple[int, ...]], checkpoint: Checkpoint) -> No
     Raises:
         UserError: a text has another token.
     """
-    vocabulary = vocabulary_of(checkpoint.config, checkpoint.family)
+    vocabulary = checkpoint.vocabulary
     for text in {id(text): text for text in texts}.values():  # requests can share a text, such as a long context
         for token in (min(text), max(text)):
             if not 0 <= token < vocabulary:

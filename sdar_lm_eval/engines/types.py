@@ -109,8 +109,8 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         given: Any = self.prompt_ids
-        check_type("prompt_ids", given, Sequence[int])
         if not isinstance(given, tuple):
+            check_type("prompt_ids", given, Sequence[int])
             object.__setattr__(self, "prompt_ids", tuple(map(plain, given)))  # the class is frozen
         check_arguments(GenerationRequest, **vars(self))
         if not self.prompt_ids:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 """Name of a weight -> its shape."""
 
-Config = Mapping[str, object]
-"""The content of config.json, parsed and checked."""
+Config = Mapping[str, Any]
+"""The content of config.json."""
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.hashing import hex_digest
 from sdar_lm_eval.lm.denoising import DenoisingRecords
 from sdar_lm_eval.report.counts import Counts
+from sdar_lm_eval.settings import Generation
 from sdar_lm_eval.thinking import Thought
 
 logger = logging.getLogger(__name__)
 
 TemplatedBy = Literal["lm_eval", "sdar_lm_eval"]
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
 def repeats_of(request: Instance) -> int:
@@ -60,13 +61,6 @@ class TaskRequests:
         """The document's index in the data set; lm_eval's `doc_id` is an index into the chosen documents."""
         doc_id = int(request.doc_id or 0)
         return doc_id if self.documents is None else self.documents[doc_id]
-
-
-class Settings(Protocol):
-    """What is read of a `Generation`."""
-
-    def as_dict(self) -> dict[str, object]:
-        """The settings by name, as plain values."""
 
 
 class Answered(Protocol):
@@ -170,7 +164,7 @@ class Evaluation:
         """What was sent for a task."""
         return self.sent.setdefault(task, SentPrompts())
 
-    def note_settings(self, of_tasks: Mapping[str, Sequence[Settings]]) -> None:
+    def note_settings(self, of_tasks: Mapping[str, Sequence[Generation]]) -> None:
         """Note the settings that tasks' answers are made with."""
         for task, settings in of_tasks.items():
             noted = self.decoding.setdefault(task, [])
@@ -195,8 +189,8 @@ class Evaluation:
             self.counts.count(job.task, repetitions=1, saved_tokens=saved)
 
     def answer_own(
-        self, requests: Sequence[Instance], answer: Callable[[Sequence[Instance]], Sequence[Answer]], blank: Answer
-    ) -> list[Answer]:
+        self, requests: Sequence[Instance], answer: Callable[[Sequence[Instance]], Sequence[T]], blank: T
+    ) -> list[T]:
         """Answer the requests of this rank's documents. Nobody reads a borrowed document's answer, so it is blank."""
         answers = iter(answer([request for request in requests if not self.task_of(request).borrowed]))
         return [blank if self.task_of(request).borrowed else next(answers) for request in requests]

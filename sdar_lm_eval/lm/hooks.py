@@ -121,10 +121,20 @@ def samples_are_a_share() -> Iterator[None]:
 
 def watch(evaluator: ModuleType) -> None:
     """Have lm_eval's `evaluate` tell watched models what they evaluate. A second call does nothing."""
-    evaluate, simple_evaluate = evaluator.evaluate, evaluator.simple_evaluate
-    if hasattr(evaluate, "tells_watched_models"):
+    if hasattr(evaluator.evaluate, "tells_watched_models"):
         return
-    signature, simple_signature = inspect.signature(evaluate), inspect.signature(simple_evaluate)
+    evaluate, simple_evaluate = (
+        _wrapped_evaluate(evaluator.evaluate),
+        _wrapped_simple_evaluate(evaluator.simple_evaluate),
+    )
+    evaluate.tells_watched_models = True  # type: ignore[attr-defined]
+    vars(evaluator).update(evaluate=evaluate, simple_evaluate=simple_evaluate)
+    _check_caches_first()
+
+
+def _wrapped_evaluate(evaluate: Callable[..., object]) -> Callable[..., object]:
+    """Return an `evaluate` that tells a watched model what it evaluates."""
+    signature = inspect.signature(evaluate)
 
     @functools.wraps(evaluate)
     def evaluate_and_tell(*args: object, **kwargs: object) -> object:
@@ -138,7 +148,8 @@ def watch(evaluator: ModuleType) -> None:
         check_limit(call.arguments.get("limit"))
         if outer.tracker is not None and outer.tracker.output_path and lm.rank == 0:
             # lm_eval writes after the evaluation, and only warns where that fails
-            require_writable("--output_path", output_folder(outer.tracker))
+            folder = output_folder(outer.tracker)
+            require_writable(f"--output_path {folder}", folder)
         tasks = _tasks_of(call.arguments["task_dict"])
         if (samples := call.arguments.get("samples")) is not None:
             call.arguments["samples"] = _ascending(samples, tasks)
@@ -160,9 +171,16 @@ def watch(evaluator: ModuleType) -> None:
         finally:
             model.evaluation_ends()
 
+    return evaluate_and_tell
+
+
+def _wrapped_simple_evaluate(simple_evaluate: Callable[..., Any]) -> Callable[..., object]:
+    """Return a `simple_evaluate` whose `_Call` the `evaluate` within it knows."""
+    signature = inspect.signature(simple_evaluate)
+
     @functools.wraps(simple_evaluate)
     def simple_evaluate_and_tell(*args: object, **kwargs: object) -> object:
-        call = simple_signature.bind(*args, **kwargs)
+        call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         tracker = call.arguments.get("evaluation_tracker")
         if tracker is not None:
@@ -184,9 +202,7 @@ def watch(evaluator: ModuleType) -> None:
         finally:
             _call.reset(before)
 
-    evaluate_and_tell.tells_watched_models = True  # type: ignore[attr-defined]
-    vars(evaluator).update(evaluate=evaluate_and_tell, simple_evaluate=simple_evaluate_and_tell)
-    _check_caches_first()
+    return simple_evaluate_and_tell
 
 
 _ADVICE = {

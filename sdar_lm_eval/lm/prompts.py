@@ -20,18 +20,14 @@ from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy
 from sdar_lm_eval.lm.thoughts import Thoughts
 from sdar_lm_eval.thinking import is_open
-from sdar_lm_eval.tokens import first_difference
+from sdar_lm_eval.tokens import BYTES, first_difference
 
 logger = logging.getLogger(__name__)
 
 TOKENIZED_TOGETHER = 1000  # prompts, or pairs; the tokenizer's result takes five times the memory of the token ids
-BYTES = 4  # most bytes of a character in UTF-8, and so most tokens of one
 PROCESS = os.getpid()  # a forked process has another id
 # Stands for the n-th special token of the messages' texts (`_Marks`): n between two Unicode noncharacters.
 MARK = "\ufdd0{}\ufdd1"
-
-Message = dict[str, str]
-"""As chat templates take it: `{"role": "user", "content": "…"}`."""
 
 TextInParts = tuple[tuple[str, ...], bool]
 """A text's parts (see `Prompts._parts_of`), and whether the text is in the chat template."""

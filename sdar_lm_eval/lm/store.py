@@ -63,11 +63,8 @@ def key_of(kind: str, content: object) -> str:
 
 
 def fields_of(request: object) -> dict[str, Any]:
-    """Return what `dataclasses.asdict` returns, without a copy of each token: a prompt may have thousands of tokens."""
-    return {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-        for name, value in vars(request).items()
-    }
+    """Return a request's fields by name, and those of its settings. No value is copied: a prompt has many tokens."""
+    return {name: vars(value) if dataclasses.is_dataclass(value) else value for name, value in vars(request).items()}
 
 
 def differences(theirs: Mapping[str, object], mine: Mapping[str, object]) -> str:

@@ -132,7 +132,7 @@ def _end(value: object, checkpoint: Checkpoint) -> str | int | None:
     if isinstance(value, str) and re.fullmatch("[0-9]+", value):  # as in lm_eval's hf model
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
-        tokens = checkpoint.config["vocab_size"]
+        tokens = checkpoint.vocabulary
         check_range(f"think_end_token={value}", 0 <= value < tokens, f"a token of the checkpoint, 0 to {tokens - 1}")
         return value
     if not isinstance(value, str) or not value.strip():

@@ -24,7 +24,7 @@ from lm_eval.api.model import LM
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from scripted_lm import GREEDY, MakeLM, request
-from support import QUICK_START, REAL_FOLDER, environment
+from support import QUICK_START, REAL_FOLDER, environment, random_checkpoint
 from thinking_checkpoint import thinking_checkpoint
 from transformers import AutoTokenizer
 
@@ -413,6 +413,12 @@ def test_keys_change_with_new_features_only(make_lm: MakeLM, thinker: str) -> No
 def test_what_is_refused(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         SDARLM("demo", **settings)
+
+
+def test_a_think_end_by_number_in_the_default_vocabulary(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(random_checkpoint(tmp_path, vocab_size=151936, leave_out=["vocab_size"]))
+    with pytest.raises(UserError, match=r"think_end_token=151936 is out of range: .* 0 to 151935"):
+        Thoughts.read({"think_end_token": 151936}, checkpoint)
 
 
 @pytest.mark.parametrize("end", ["OFF", "None", "none", "False"])

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from transformers import AutoConfig, PretrainedConfig
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import EngineError
+from sdar_lm_eval.families.base import Config
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
-
-Config = Mapping[str, Any]
-"""config.json, parsed."""
 
 
 class BareConfig(PretrainedConfig):  # type: ignore[misc]
@@ -45,7 +40,7 @@ def rope_theta(config: Config) -> float:
     return base
 
 
-def check_mask_token(engine: str, taken: int, checkpoint: Checkpoint) -> None:
+def check_same_mask_token(engine: str, taken: int, checkpoint: Checkpoint) -> None:
     """Compare the mask token that an engine took with the checkpoint's.
 
     Raises:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.checks import check_number
-from sdar_lm_eval.engines.adapters.requests import listed
-from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.checks import check_number, check_range
+from sdar_lm_eval.errors import UserError, listed
 
-DTYPES = ("bfloat16", "float16")
+HALF = ("bfloat16", "float16")
 
 
 def gpu_named(device: str, engine: str) -> torch.device:
@@ -25,8 +24,9 @@ def gpu_named(device: str, engine: str) -> torch.device:
     if resolved.type != "cuda":
         raise UserError(f"device={device!r}: {engine} runs on a GPU only; choose cuda or cuda:N, or use --model sdar.")
     index = torch.cuda.current_device() if resolved.index is None else resolved.index
-    if index >= torch.cuda.device_count():
-        raise UserError(f"device={device!r}: this machine has {torch.cuda.device_count()} usable GPU(s).")
+    if index >= (gpus := torch.cuda.device_count()):
+        choices = ", ".join(f"cuda:{number}" for number in range(gpus))
+        raise UserError(f"device={device!r}: this machine has {gpus} usable GPU(s); choose {choices} or auto.")
     return torch.device("cuda", index)
 
 
@@ -37,8 +37,7 @@ def to_share(name: str, value: float) -> float:
         UserError: the value is not between 0 and 1, both excluded.
     """
     share = check_number(name, value, whole=False)
-    if not 0 < share < 1:
-        raise UserError(f"{name}={value} must be between 0 and 1.")
+    check_range(f"{name}={value}", 0 < share < 1, "above 0 and below 1")
     return share
 
 
@@ -49,11 +48,11 @@ def check_tensor_parallel(size: int) -> None:
         UserError: the machine has fewer.
     """
     if size > (gpus := torch.cuda.device_count()):
-        raise UserError(f"tensor_parallel_size={size}: this machine has {gpus} usable GPU(s).")
+        raise UserError(f"tensor_parallel_size={size}: this machine has {gpus} usable GPU(s). Give {gpus} or fewer.")
 
 
 def half_precision(dtype: str, checkpoint: Checkpoint, engine: str) -> str:
-    """The name of a dtype of `DTYPES`; "auto" is the checkpoint's own dtype if `DTYPES` has it, else bfloat16.
+    """The name of a dtype of `HALF`; "auto" is the checkpoint's own dtype if `HALF` has it, else bfloat16.
 
     Raises:
         UserError: another dtype.
@@ -61,9 +60,9 @@ def half_precision(dtype: str, checkpoint: Checkpoint, engine: str) -> str:
     dtype = dtype.removeprefix("torch.")
     own = str(checkpoint.config.get("torch_dtype") or checkpoint.config.get("dtype"))
     if dtype == "auto":
-        return own if own in DTYPES else "bfloat16"
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r}: {engine} takes {listed(DTYPES)} or auto; for others use --model sdar.")
+        return own if own in HALF else "bfloat16"
+    if dtype not in HALF:
+        raise UserError(f"dtype={dtype!r}: {engine} takes {listed(HALF)} or auto; for others use --model sdar.")
     return dtype
 
 

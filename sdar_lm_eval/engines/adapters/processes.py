@@ -33,7 +33,7 @@ def end_processes(processes: Iterable[BaseProcess], patience: float) -> None:
             process.join()
 
 
-def free_memory() -> None:
+def return_memory() -> None:
     """Give a GPU's memory back that no tensor uses any more."""
     gc.collect()
     torch.cuda.empty_cache()

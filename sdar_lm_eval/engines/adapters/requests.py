@@ -11,7 +11,7 @@ from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.ending import CLOSE, Ending, end_of_answer
 from sdar_lm_eval.engines.types import GenerationRequest, GenerationResult
-from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.errors import UserError, listed
 from sdar_lm_eval.hashing import seed_from
 
 Key = TypeVar("Key", bound=Hashable)
@@ -93,11 +93,6 @@ def check_lengths(requests: Iterable[GenerationRequest], limit: int, who: str) -
                 f"a request of {len(request.prompt_ids):,} prompt and {request.max_new_tokens:,} new tokens needs "
                 f"{request.longest:,} tokens in whole blocks; {who} {limit:,}. Lower max_gen_toks or max_length."
             )
-
-
-def listed(values: Iterable[object]) -> str:
-    """Values as messages list them."""
-    return ", ".join(map(str, values))
 
 
 # Groups

@@ -7,8 +7,9 @@ the engine calls three methods:
     masked_positions   chooses the positions that a token is drawn for (`layout.py`)
     advance            keeps some of the drawn tokens, by each sequence's strategy (`transition.py`)
 
-The methods run on the device; the host reads an `Outcome` later. On a GPU `torch.compile` makes a few kernels of each
-method, and a CUDA graph replays these kernels. So the methods have fixed shapes and never read a value on the host.
+The methods run on the device; the host reads a `StepOutcome` later. On a GPU `torch.compile` makes a few kernels of
+each method, and a CUDA graph replays these kernels. So the methods have fixed shapes and never read a value on the
+host.
 
 Shapes: N slots and one more for padding, L positions of a block, S segments, M draws.
 """
@@ -32,7 +33,7 @@ NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutcome:
     """The result of a step, on the host. Arrays have a row for each slot.
 
     Attributes:
@@ -200,18 +201,18 @@ class BatchState:
         """Choose the masked positions to draw tokens for, M = `count`; see `choose_draws`."""
         return choose_draws(self.blocks, self.settings, self.room, count)
 
-    def advance(self, token: torch.Tensor, confidence: torch.Tensor, entropy: torch.Tensor) -> None:
+    def advance(self, drawn: Drawn) -> None:
         """Keep the drawn tokens that each strategy selects. Begin the next block where the answer goes on.
 
         Writes the outcome to `packed`.
 
         Args:
-            token, confidence, entropy: (M,), what was drawn for the positions of `masked_positions`.
+            drawn: (M,), what was drawn for the positions of `masked_positions`.
         """
         masked = self.blocks.masked & self.room.fits[:, None]
         # The index of each masked position's draw, (N + 1, L)
-        draw = (self.room.first_draw[:, None] + masked.cumsum(1) - 1).clamp(0, len(token) - 1)
-        drawn = Drawn(token[draw], confidence[draw], entropy[draw])
+        draw = (self.room.first_draw[:, None] + masked.cumsum(1) - 1).clamp(0, len(drawn.token) - 1)
+        drawn = Drawn(drawn.token[draw], drawn.confidence[draw], drawn.entropy[draw])
         after, changes = self.transition(self.blocks, self.settings, self.room.fits, drawn)
         if self.seen is not None:
             # Column by column of the block: shapes must not depend on the number of kept tokens.
@@ -233,14 +234,14 @@ def _packed(changes: Changes) -> torch.Tensor:
     return torch.cat([part[:-1].flatten() for part in parts])
 
 
-def unpack(numbers: NDArray[np.int32], slots: int, block: int) -> Outcome:
+def unpack(numbers: NDArray[np.int32], slots: int, block: int) -> StepOutcome:
     """Read an outcome of N slots and blocks of L positions from `BatchState.packed`; `numbers` has to stay as it is."""
     blocks = slots * block
     tokens, unmasked_at, confidence = numbers[: 3 * blocks].reshape(3, slots, block)
     columns = numbers[3 * blocks :].reshape(6, slots)
     took_part, committed, decided, stuck, goes_on = columns[:5].astype(np.bool_)
     confidences = confidence.view(np.float32)
-    return Outcome(tokens, unmasked_at, confidences, took_part, committed, decided, stuck, goes_on, columns[5])
+    return StepOutcome(tokens, unmasked_at, confidences, took_part, committed, decided, stuck, goes_on, columns[5])
 
 
 def _padded(lists: Iterable[Sequence[int]], width: int, padding: int) -> NDArray[np.int64]:

@@ -11,9 +11,7 @@ from sdar_lm_eval.engines.native.batch import BatchState
 from sdar_lm_eval.engines.native.forward import graphs
 from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.layout import Draws
-
-DrawnTokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Tokens, their probabilities, and the entropies of their distributions in nats, (M,) each."""
+from sdar_lm_eval.engines.native.transition import Drawn
 
 
 class Drawing:
@@ -52,9 +50,7 @@ class Drawing:
         # PyTorch's sum over a row depends on the number of rows.
         self.fixed_rows = forward.fixed_rows or (reproducible and not self.by_kernel)
         self._rows_at_once = graphs.REPRODUCIBLE_ROWS if self.fixed_rows else unmasking.rows_at_once(vocabulary)
-        self._draw: Callable[[Draws, torch.Tensor], DrawnTokens] = (
-            self._by_kernel if self.by_kernel else self._by_pytorch
-        )
+        self._draw: Callable[[Draws, torch.Tensor], Drawn] = self._by_kernel if self.by_kernel else self._by_pytorch
 
     def sizes(self) -> tuple[int, ...]:
         """The sizes M that steps are padded to, ascending; the last suffices for the draws of all slots."""
@@ -63,26 +59,24 @@ class Drawing:
             return graphs.multiples(graphs.REPRODUCIBLE_ROWS, most)
         return self._forward.draw_sizes(most, self._rows_at_once) if self.by_kernel else (most,)
 
-    def __call__(self, draws: Draws) -> DrawnTokens:
+    def __call__(self, draws: Draws) -> Drawn:
         """Draw for M positions, in parts where the logits of all would take too much memory."""
         parts = []
         for begin in range(0, len(draws.row), self._rows_at_once):
             part = Draws(*(column[begin : begin + self._rows_at_once] for column in draws))
             parts.append(self._draw(part, self._forward.logits(self._forward.hidden(part.row))))
-        if len(parts) == 1:
-            return parts[0]
-        token, confidence, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-        return token, confidence, entropy
+        return parts[0] if len(parts) == 1 else Drawn(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def _by_kernel(self, draws: Draws, logits: torch.Tensor) -> DrawnTokens:
+    def _by_kernel(self, draws: Draws, logits: torch.Tensor) -> Drawn:
         from sdar_lm_eval.engines.native.kernels import drawing as kernels
 
-        return kernels.draw(
+        drawn = kernels.draw(
             logits, draws.temperature, draws.number, draws.greedy, self._batch.mask_token_id,
             entropies=self._batch.needs_entropy,
         )  # fmt: skip
+        return Drawn(*drawn)
 
-    def _by_pytorch(self, draws: Draws, logits: torch.Tensor) -> DrawnTokens:
+    def _by_pytorch(self, draws: Draws, logits: torch.Tensor) -> Drawn:
         batch, slot, logits = self._batch, draws.slot, logits.float()
         logits[:, batch.mask_token_id] = -torch.inf
         if batch.seen is not None:
@@ -94,7 +88,7 @@ class Drawing:
         if self._greedy:
             token, confidence = unmasking.draw_greedy(logits)
             entropy = unmasking.entropy(logits.softmax(-1)) if batch.needs_entropy else nothing
-            results.append((token, confidence, entropy))
+            results.append(Drawn(token, confidence, entropy))
         if self._sampled:
             probabilities = unmasking.filtered_probabilities(
                 logits, draws.temperature, batch.settings.top_k[slot], batch.settings.top_p[slot],
@@ -102,11 +96,10 @@ class Drawing:
             )  # fmt: skip
             token, confidence = unmasking.draw_sampled(probabilities, draws.number)
             entropy = unmasking.entropy(probabilities) if batch.needs_entropy else nothing
-            results.append((token, confidence, entropy))
+            results.append(Drawn(token, confidence, entropy))
         if len(results) == 1:
             return results[0]
-        token, confidence, entropy = (torch.where(draws.greedy, a, b) for a, b in zip(*results, strict=True))
-        return token, confidence, entropy
+        return Drawn(*(torch.where(draws.greedy, a, b) for a, b in zip(*results, strict=True)))
 
 
 def _aligned(logits: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdar_lm_eval.engines.native.batch import Outcome
+from sdar_lm_eval.engines.native.batch import StepOutcome
 from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 
@@ -83,7 +83,7 @@ class Forecast:
         self._in_flight = segments, draws
         self._launched += 1
 
-    def learn(self, outcome: Outcome) -> None:
+    def learn(self, outcome: StepOutcome) -> None:
         """Update the known state with the outcome of the oldest step in flight."""
         known = self._known
         present = known.active & (self._entered <= self._learned)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from sdar_lm_eval.ending import CLOSE, Ending
-from sdar_lm_eval.engines.native.batch import Outcome
+from sdar_lm_eval.engines.native.batch import StepOutcome
 from sdar_lm_eval.engines.native.runner import Runner
 from sdar_lm_eval.engines.native.scheduler import Scheduler, SequenceState
 from sdar_lm_eval.engines.runs import is_out_of_memory
@@ -37,8 +37,8 @@ class Loop:
     """Runs sequences until they are finished.
 
     On a GPU the next step is launched before the step in flight is done. The device knows which sequences are finished,
-    except by a stop string: the host finds stop strings one step late. A sequence that a stop string ends runs one more
-    step, whose result is discarded.
+    except by a stop string or a loop (`GenerationRequest.repetition`): the host finds both one step late. Such a
+    sequence runs one more step, whose result is discarded.
 
     Args:
         scheduler: plans the steps.
@@ -161,7 +161,7 @@ class Loop:
                 self._finished.append((sequence.index, _result(sequence, reason)))
                 del self._endings[sequence.index]
 
-    def _decide(self, sequence: SequenceState, outcome: Outcome) -> str:
+    def _decide(self, sequence: SequenceState, outcome: StepOutcome) -> str:
         """Append the new tokens of a decided block; return why the answer or its thought ends in it, or ""."""
         slot, first = sequence.slot, len(sequence.tokens) - sequence.block_start
         new = outcome.tokens[slot, first : sequence.block_length].tolist()
@@ -229,7 +229,7 @@ class Loop:
         )
 
 
-def _block_step(sequence: SequenceState, slot: int, start: int, outcome: Outcome, reason: str) -> BlockStep:
+def _block_step(sequence: SequenceState, slot: int, start: int, outcome: StepOutcome, reason: str) -> BlockStep:
     """What a step made of a sequence's block; `start` is the number of new tokens before the block."""
     decided = bool(outcome.decided[slot])
     first = (len(sequence.request.prompt_ids) + start) % sequence.block_length

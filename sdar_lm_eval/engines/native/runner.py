@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from sdar_lm_eval.engines.native.batch import BatchState, Outcome, unpack
+from sdar_lm_eval.engines.native.batch import BatchState, StepOutcome, unpack
 from sdar_lm_eval.engines.native.compiling import compiled
 from sdar_lm_eval.engines.native.drawing import Drawing
 from sdar_lm_eval.engines.native.forecast import Forecast
@@ -294,7 +294,7 @@ class Runner:
         self._forecast.launched(segments, draws)
         return True
 
-    def collect(self) -> Outcome:
+    def collect(self) -> StepOutcome:
         """Wait for the oldest step in flight, and return its outcome."""
         buffer, event = self._in_flight.popleft()
         if event is not None:
@@ -311,8 +311,7 @@ class Runner:
 
     def _draw(self, count: int) -> None:
         """Draw tokens for `count` masked positions, and advance the batch."""
-        token, confidence, entropy = self._drawing(self._masked_positions(self.batch, count))
-        self._advance(self.batch, token, confidence, entropy)
+        self._advance(self.batch, self._drawing(self._masked_positions(self.batch, count)))
 
 
 def lay_out(batch: BatchState, cache: PagedCache, count: int) -> tuple[Segments, Addresses]:

@@ -36,8 +36,8 @@ class SequenceState:
             forward or by an older sequence that shares the pages. Whole blocks.
         slot: row of the batch state on the device; -1 while waiting.
         in_batch: whether the batch on the device holds the sequence; before that, its prompt is prefilled.
-        epoch: number of times that the sequence left a slot. The result of a step that was launched in an earlier
-            epoch is discarded.
+        epoch: number of times that the sequence left its slot, or the batch on the device. The result of a step that
+            was launched in an earlier epoch is discarded.
         pages: KV pages that the sequence holds, in order.
         started_at: `time.perf_counter()` at the first forward; None before it.
         forced_tokens: decided tokens that no step drew.
@@ -111,7 +111,7 @@ class Chunk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """What the engine does between two steps, in this order.
 
     Attributes:
@@ -167,7 +167,7 @@ class Scheduler:
         """Whether anything waits or runs."""
         return bool(self.waiting or self.running)
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         """Plan what happens before the next step. Calling it means that the plan before was carried out."""
         if self.waiting and len(self.running) >= self._active_limit.now:
             self._active_limit.count_full_step()
@@ -192,7 +192,7 @@ class Scheduler:
         for pages, start, end in written:
             touched = pages[start // self.pool.page_size : self.pool.pages_for(end)]
             assert all(map(self.pool.may_write, touched)), "a page that other sequences read would be written"
-        return Plan(vacated, paged, prefill, starting)
+        return StepPlan(vacated, paged, prefill, starting)
 
     def prefilled(self, sequence: SequenceState, end: int) -> None:
         """Take note that the KV of a sequence's tokens up to `end` is stored."""

@@ -87,7 +87,13 @@ class Settings(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What was drawn for each position; (N + 1, L) each. The values of positions without a draw are undefined."""
+    """What was drawn for some positions, a value each.
+
+    Attributes:
+        token: the drawn tokens.
+        confidence: the probabilities of the tokens.
+        entropy: the entropies of the distributions, in nats; 0 where no strategy reads them.
+    """
 
     token: torch.Tensor
     confidence: torch.Tensor
@@ -95,7 +101,7 @@ class Drawn(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What a step did to the blocks: the attributes of `batch.Outcome` on the device, N + 1 rows each.
+    """What a step did to the blocks: the attributes of `batch.StepOutcome` on the device, N + 1 rows each.
 
     Attributes:
         kept: (N + 1, L) bool, the positions that this step unmasked.
@@ -138,7 +144,7 @@ class Transition:
             blocks: the blocks before the step.
             settings: the slots' settings.
             took_part: (N + 1,) bool, the slots that are denoised. Other slots stay as they are.
-            drawn: the tokens drawn for the masked positions.
+            drawn: (N + 1, L), the tokens of masked positions; the values of other positions are undefined.
         """
         block, length = len(self.offsets), settings.length
         masked = blocks.masked & took_part[:, None]

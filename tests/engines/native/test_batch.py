@@ -19,6 +19,7 @@ from sdar_lm_eval.engines.native.compiling import compiled
 from sdar_lm_eval.engines.native.random_numbers import DRAW, uniform
 from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
+from sdar_lm_eval.engines.native.transition import Drawn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKEND = "inductor" if DEVICE.type == "cuda" else "eager"
@@ -60,7 +61,7 @@ def drawn(count, step):
         confidence[0] = torch.nan
     if step % 3 == 0:
         confidence = (4 * confidence).round() / 4  # many equal values
-    return torch.randint(0, VOCABULARY - 1, (count,), device=DEVICE), confidence, entropy
+    return Drawn(torch.randint(0, VOCABULARY - 1, (count,), device=DEVICE), confidence, entropy)
 
 
 def tensors(state):
@@ -119,7 +120,7 @@ def test_which_slots_fit_into_a_step(slots, block):
             assert float(positions.temperature[index]) == float(before["temperature"][slot])
         assert state.room.fits.nonzero()[:, 0].tolist() == took_part
         waited += int(before["active"].sum()) - len(took_part)
-        state.advance(*drawn(draws, step))
+        state.advance(drawn(draws, step))
     assert waited > 0 or slots == 1
 
 
@@ -141,8 +142,8 @@ def test_compiled_it_is_the_same(slots, block):
         for one, other in zip(plain.masked_positions(draws), positions_of(fast, draws), strict=True):
             assert torch.equal(one, other)
         given = drawn(draws, step)
-        plain.advance(*given)
-        advance(fast, *given)
+        plain.advance(given)
+        advance(fast, given)
         ours = tensors(fast)
         for name, value in tensors(plain).items():
             assert torch.equal(ours[name].nan_to_num(7), value.nan_to_num(7)), name

@@ -10,10 +10,11 @@ import torch
 
 from sdar_lm_eval import DecodingConfig, GenerationRequest
 from sdar_lm_eval.engines.native import forecast
-from sdar_lm_eval.engines.native.batch import BatchState, Outcome, unpack
+from sdar_lm_eval.engines.native.batch import BatchState, StepOutcome, unpack
 from sdar_lm_eval.engines.native.forecast import Forecast
 from sdar_lm_eval.engines.native.scheduler import SequenceState
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
+from sdar_lm_eval.engines.native.transition import Drawn
 
 SLOTS, BLOCK = 12, 8
 MASK = 99
@@ -56,7 +57,7 @@ class Device:
     def step(self, segments, draws):
         self.state.segments(segments)
         self.state.masked_positions(draws)
-        self.state.advance(torch.arange(draws) % 50, self.confidence(draws), torch.rand(draws))
+        self.state.advance(Drawn(torch.arange(draws) % 50, self.confidence(draws), torch.rand(draws)))
         return unpack(self.state.packed.numpy().copy(), SLOTS, BLOCK)
 
 
@@ -179,7 +180,7 @@ def one_slot(*, new_tokens):
 def outcome(*, decided, goes_on, masked):
     """The outcome of a step that the only slot took part in."""
     flags = (np.array([flag]) for flag in (True, False, decided, False, goes_on))
-    return Outcome(None, None, None, *flags, np.array([masked]))
+    return StepOutcome(None, None, None, *flags, np.array([masked]))
 
 
 def test_a_slot_that_did_not_fit_has_not_advanced(monkeypatch):

@@ -9,10 +9,10 @@ from sdar_lm_eval.engines.adapters.jetengine.hooks import tail_of
 from sdar_lm_eval.engines.adapters.jetengine.loading import Setup
 from sdar_lm_eval.engines.adapters.jetengine.versions import version_with
 from sdar_lm_eval.engines.adapters.options import check_tensor_parallel, world_size
-from sdar_lm_eval.engines.adapters.requests import Decodes, check_requests, listed
+from sdar_lm_eval.engines.adapters.requests import Decodes, check_requests
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.engines.types import GenerationRequest
-from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.errors import UserError, listed
 
 
 def check_setup(setup: Setup) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sdar_lm_eval.engines.adapters.config import BareConfig, Config, plain_config, rope_theta
+from sdar_lm_eval.engines.adapters.config import BareConfig, plain_config, rope_theta
+from sdar_lm_eval.families.base import Config
 
 
 class SDARConfig(BareConfig):

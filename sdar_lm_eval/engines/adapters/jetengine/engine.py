@@ -22,14 +22,15 @@ from sdar_lm_eval.engines.adapters.adapter import Adapter
 from sdar_lm_eval.engines.adapters.installed import import_errors, version_of
 from sdar_lm_eval.engines.adapters.jetengine import api
 from sdar_lm_eval.engines.adapters.jetengine.checks import check, check_setup
-from sdar_lm_eval.engines.adapters.jetengine.group import Alike, Counts, Group
+from sdar_lm_eval.engines.adapters.jetengine.group import Alike, Group, StepCounts
 from sdar_lm_eval.engines.adapters.jetengine.loading import Loaded, Setup, wanted_size
 from sdar_lm_eval.engines.adapters.jetengine.memory import CAPTURED, Size
 from sdar_lm_eval.engines.adapters.jetengine.versions import INSTALL, find_jetengine
 from sdar_lm_eval.engines.adapters.options import gpu_named, half_precision, to_share
-from sdar_lm_eval.engines.adapters.requests import grouped, listed
+from sdar_lm_eval.engines.adapters.requests import grouped
 from sdar_lm_eval.engines.runs import Failures, environment
 from sdar_lm_eval.engines.types import EngineInfo, GenerationRequest, GenerationResult
+from sdar_lm_eval.errors import listed
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class JetEngine(Adapter[Loaded, Size]):
             self.jetengine = api.package()
         self._may_split = True
         self._generator = torch.Generator(self.setup.device)
-        self._counts = Counts()
+        self._counts = StepCounts()
 
     @property
     def info(self) -> EngineInfo:
@@ -140,7 +141,7 @@ class JetEngine(Adapter[Loaded, Size]):
 
     def _warm_up(self, loaded: Loaded, requests: Sequence[GenerationRequest]) -> None:
         """Warm up, and count none of these steps. JetEngine compiles for up to a minute."""
-        counts, self._counts = self._counts, Counts()
+        counts, self._counts = self._counts, StepCounts()
         try:
             super()._warm_up(loaded, requests)
         finally:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 
-from sdar_lm_eval.engines.adapters.config import Config
 from sdar_lm_eval.engines.adapters.jetengine import api
 from sdar_lm_eval.engines.adapters.jetengine.memory import PAGE_SIZE
 from sdar_lm_eval.errors import EngineError
+from sdar_lm_eval.families.base import Config
 
 logger = logging.getLogger(__name__)
 

@@ -27,8 +27,8 @@ IDLE_STEPS = 4  # steps without progress that are a standstill; else every secon
 
 
 @dataclass
-class Counts:
-    """Counts of what happened in the runs of an engine; they go into the results file."""
+class StepCounts:
+    """What happened in the steps of an engine's runs; the results file has these counts."""
 
     steps: int = 0
     steps_without_graph: int = 0
@@ -72,7 +72,7 @@ class Group:
     """
 
     def __init__(
-        self, loaded: Loaded, requests: Sequence[GenerationRequest], indices: Sequence[int], counts: Counts
+        self, loaded: Loaded, requests: Sequence[GenerationRequest], indices: Sequence[int], counts: StepCounts
     ) -> None:
         self._loaded, self._llm, self._setup = loaded, loaded.llm, loaded.setup
         self._requests, self._indices, self._counts = requests, indices, counts

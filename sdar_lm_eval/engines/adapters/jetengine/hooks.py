@@ -19,10 +19,10 @@ from collections.abc import Iterator
 
 import torch
 
-from sdar_lm_eval.engines.adapters.config import Config
 from sdar_lm_eval.engines.adapters.jetengine import api
 from sdar_lm_eval.engines.adapters.jetengine.flash_attention import ensure_right_attention
 from sdar_lm_eval.engines.types import GenerationRequest
+from sdar_lm_eval.families.base import Config
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.engines.adapters.config import Config, check_mask_token, register_configs
+from sdar_lm_eval.engines.adapters.config import check_same_mask_token, register_configs
 from sdar_lm_eval.engines.adapters.jetengine import api
 from sdar_lm_eval.engines.adapters.jetengine.config import SDARConfig, SDARMoeConfig, config_for_jetengine
 from sdar_lm_eval.engines.adapters.jetengine.hooks import prints_to_log, torch_defaults_kept
@@ -28,10 +28,11 @@ from sdar_lm_eval.engines.adapters.jetengine.memory import (
     size_for,
 )
 from sdar_lm_eval.engines.adapters.jetengine.versions import Dialect
-from sdar_lm_eval.engines.adapters.processes import end_processes, free_memory, processes_started
+from sdar_lm_eval.engines.adapters.processes import end_processes, processes_started, return_memory
 from sdar_lm_eval.engines.runs import is_out_of_memory
 from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import EngineError, SDARError, UserError
+from sdar_lm_eval.families.base import Config
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class Loaded:
             pages = -(-difference // bytes_per_page(setup.config, setup.tensor_parallel_size))
             self.llm.config.num_kvcache_blocks = max(self.pages - pages, 0)
         try:
-            check_mask_token("JetEngine", self.llm.config.mask_token_id, setup.checkpoint)
+            check_same_mask_token("JetEngine", self.llm.config.mask_token_id, setup.checkpoint)
         except EngineError:
             self.close()
             raise
@@ -144,7 +145,7 @@ class Loaded:
         end_processes(self.workers, PATIENCE)
         del self.llm
         self.closed = True
-        free_memory()
+        return_memory()
 
     def kill(self) -> None:
         """End JetEngine after this process failed in a step: its worker processes wait for this process for ever."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sdar_lm_eval.engines.adapters.config import Config
 from sdar_lm_eval.engines.types import GenerationRequest
+from sdar_lm_eval.families.base import Config
 
 PAGE_SIZE = 256  # tokens; the smallest that JetEngine takes
 CAPTURED: tuple[int, ...] = (1, 2, 4, 8, *range(16, 257, 16))  # sequences at once for which there is a CUDA graph

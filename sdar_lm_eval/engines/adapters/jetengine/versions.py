@@ -18,11 +18,11 @@ from typing import Protocol
 
 import torch
 
-from sdar_lm_eval.engines.adapters.config import Config
 from sdar_lm_eval.engines.adapters.installed import check_nothing_is_missing, installed, is_there
 from sdar_lm_eval.engines.adapters.jetengine import api, hooks
 from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import EngineError
+from sdar_lm_eval.families.base import Config
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.adapters.config import HEAD_DIMS
 from sdar_lm_eval.engines.adapters.options import check_tensor_parallel, world_size
-from sdar_lm_eval.engines.adapters.requests import Decodes, listed
+from sdar_lm_eval.engines.adapters.requests import Decodes
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.engines.runs import check_rope
-from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.errors import UserError, listed
 
 SPEC = ENGINES["lmdeploy"]
 DECODES = Decodes(
@@ -53,8 +53,9 @@ def check_gpus(checkpoint: Checkpoint, device: str, tensor_parallel: int, data_p
             f"device={device!r} with tensor_parallel_size={tensor_parallel}: LMDeploy takes the first GPUs. Choose "
             "others by CUDA_VISIBLE_DEVICES, and leave out device."
         )
+    config = checkpoint.full_config()
     for name in ("num_attention_heads", "num_key_value_heads", "moe_intermediate_size", "intermediate_size"):
-        value = checkpoint.config.get(name)
+        value = config.get(name)
         if name == "num_key_value_heads" and value and tensor_parallel % value == 0:
             continue  # each GPU has one key-value head, some of them the same one
         if value and value % tensor_parallel:
@@ -71,14 +72,13 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
         UserError: says what runs it.
     """
     check_rope(checkpoint)
-    config = checkpoint.config
+    config = checkpoint.full_config()
 
     def refuse(what: str) -> None:
         raise UserError(f"LMDeploy cannot run {checkpoint.name!r}: {what}. Use --model sdar.")
 
-    if config.get("hidden_act", "silu") != "silu":  # models/sdar.py: SDARMLP
+    if config["hidden_act"] != "silu":  # models/sdar.py: SDARMLP
         refuse(f"its hidden_act is {config['hidden_act']!r}; LMDeploy takes silu for all")
-    size = checkpoint.full_config()["head_dim"]
-    if size not in HEAD_DIMS:
-        refuse(f"its heads have {size} dimensions; tried are {listed(HEAD_DIMS)}")
+    if config["head_dim"] not in HEAD_DIMS:
+        refuse(f"its heads have {config['head_dim']} dimensions; tried are {listed(HEAD_DIMS)}")
     checkpoint.check_weights()

@@ -20,28 +20,22 @@ class SDARMoeConfig(SDARConfig):
 
 
 def config_for_lmdeploy(checkpoint: Checkpoint, dtype: str) -> dict[str, object]:
-    """config.json with every key that LMDeploy reads, so that no config class's default counts.
+    """config.json with every key that LMDeploy reads, so that no default of LMDeploy's counts.
 
     LMDeploy reads `rope_parameters` under transformers 4 too (nn/rotary_embedding.py: get_rope_parameters), and applies
     `sliding_window` whatever `use_sliding_window` says (models/sdar.py).
     """
-    config = checkpoint.config
+    config = checkpoint.full_config()
     own = config.get("rope_parameters") or {}
     rope = {"rope_type": "default", **(config.get("rope_scaling") or {}), **own}
     rope["rope_theta"] = rope_theta(config)
     if "type" in rope:  # the older key of rope_type
         rope["rope_type"] = rope.pop("type")
     return {
-        "attention_bias": False,
         "bos_token_id": None,
-        "decoder_sparse_step": 1,
         "eos_token_id": None,
-        "mlp_only_layers": [],
-        "norm_topk_prob": True,
-        "tie_word_embeddings": False,
         **plain_config(config, "rope_theta", "attn_implementation"),
         "architectures": ["SDARMoeForCausalLM" if checkpoint.is_moe else "SDARForCausalLM"],
-        "head_dim": checkpoint.full_config()["head_dim"],
         "mask_token_id": checkpoint.mask_token_id,
         "model_type": MODEL_TYPES[config["model_type"]],
         "pad_token_id": None,

@@ -154,7 +154,7 @@ class Group:
         would forbid these tokens rather than ignore them (messages.py: SamplingParam.from_gen_config).
         """
         greedy, temperature, top_k, top_p = Draw.of(request.decoding)
-        vocabulary = self._checkpoint.config["vocab_size"]
+        vocabulary = self._checkpoint.vocabulary
         settings = self._loaded.lmdeploy.GenerationConfig(
             max_new_tokens=request.max_new_tokens,
             do_sample=not greedy,

@@ -103,7 +103,7 @@ def give_seeds(engine: api.Engine, block_length: int) -> None:
 
 
 @dataclass
-class Count:
+class ForwardCounts:
     """Forwards of one request."""
 
     prefill: int = 0
@@ -115,7 +115,7 @@ class Forwards:
     """Counts each session's forwards, where LMDeploy updates its requests after a forward."""
 
     def __init__(self, engine: api.Engine) -> None:
-        self._counts: dict[int, Count] = collections.defaultdict(Count)
+        self._counts: dict[int, ForwardCounts] = collections.defaultdict(ForwardCounts)
         strategy = engine.seq_strategy
         update = strategy.update_running
 
@@ -137,6 +137,6 @@ class Forwards:
 
         strategy.update_running = counted
 
-    def take(self, session: int) -> Count:
+    def take(self, session: int) -> ForwardCounts:
         """Return a finished session's forwards, and forget them."""
-        return self._counts.pop(session, Count())
+        return self._counts.pop(session, ForwardCounts())

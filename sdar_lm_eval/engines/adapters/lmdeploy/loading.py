@@ -15,13 +15,13 @@ import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.decoding import DecodingConfig
-from sdar_lm_eval.engines.adapters.config import check_mask_token, register_configs
+from sdar_lm_eval.engines.adapters.config import check_same_mask_token, register_configs
 from sdar_lm_eval.engines.adapters.installed import Installed
 from sdar_lm_eval.engines.adapters.lmdeploy import api
 from sdar_lm_eval.engines.adapters.lmdeploy.config import SDARConfig, SDARMoeConfig, config_for_lmdeploy
 from sdar_lm_eval.engines.adapters.lmdeploy.hooks import Forwards, give_seeds, log_kept, register_model_types
 from sdar_lm_eval.engines.adapters.lmdeploy.loop import LoopThread
-from sdar_lm_eval.engines.adapters.processes import end_processes, free_memory, processes_started
+from sdar_lm_eval.engines.adapters.processes import end_processes, processes_started, return_memory
 from sdar_lm_eval.engines.adapters.requests import check_lengths
 from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import EngineError
@@ -131,7 +131,7 @@ class Loaded:
                 "short, lower max_active or cache_max_entry_count, or raise tensor_parallel_size."
             ) from error
         try:
-            check_mask_token("LMDeploy", self.engine.model_config.dllm_mask_token, setup.checkpoint)
+            check_same_mask_token("LMDeploy", self.engine.model_config.dllm_mask_token, setup.checkpoint)
         except EngineError:
             self.close()
             raise
@@ -195,7 +195,7 @@ class Loaded:
         self._workers = []
         with contextlib.suppress(AttributeError):  # there is none if the start failed
             del self.engine
-        free_memory()
+        return_memory()
 
     @property
     def lost(self) -> bool:
@@ -235,7 +235,7 @@ class Loaded:
 def wanted_active(setup: Setup, fixed: Fixed, number: int) -> int:
     """How many sequences at once to make the engine for, of `number` requests: a power of 2, or the most possible."""
     _, total = torch.cuda.mem_get_info(setup.device)
-    logits = fixed.block_length * setup.checkpoint.config["vocab_size"] * BYTES_PER_LOGIT
+    logits = fixed.block_length * setup.checkpoint.vocabulary * BYTES_PER_LOGIT
     most = max(1, min(setup.max_active or MAX_ACTIVE, int(LOGITS_SHARE * total / logits)))
     return min(most, 1 << (number - 1).bit_length())
 

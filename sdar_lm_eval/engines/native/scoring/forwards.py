@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sdar_lm_eval.engines.native.forward.attention import hidden_states
 from sdar_lm_eval.engines.native.scoring.branches import BranchBatch, attention_bias
-from sdar_lm_eval.engines.native.scoring.rows import Integers, Row
+from sdar_lm_eval.engines.native.scoring.rows import ForwardRow, Integers
 from sdar_lm_eval.engines.native.transfer import to_device
 
 SCRATCH_SLOT = 0  # the KV slot that padding reads and writes
@@ -40,7 +40,7 @@ class RowsForward(ABC):
         self._cache.zero_()
 
     @abstractmethod
-    def run(self, rows: Sequence[Row]) -> None:
+    def run(self, rows: Sequence[ForwardRow]) -> None:
         """Run rows of one kind: rows of clean tokens, whose keys and values are stored, or rows of masked copies."""
 
     @abstractmethod
@@ -67,7 +67,7 @@ class ModulesRows(RowsForward):
         self._cache = torch.zeros(shape, dtype=self.dtype, device=self._device)
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Row]) -> None:
+    def run(self, rows: Sequence[ForwardRow]) -> None:
         """See `RowsForward.run`."""
         stored, new = (max(sizes) for sizes in zip(*(row.size for row in rows), strict=True))
         b, config = len(rows), self._model.config

@@ -10,7 +10,7 @@ import torch
 from sdar_lm_eval.engines.native.forward.fused import FusedForward, flattened
 from sdar_lm_eval.engines.native.kernels import attention
 from sdar_lm_eval.engines.native.scoring.forwards import SCRATCH_SLOT, RowsForward
-from sdar_lm_eval.engines.native.scoring.rows import Integers, Row
+from sdar_lm_eval.engines.native.scoring.rows import ForwardRow, Integers
 from sdar_lm_eval.engines.native.transfer import on_device, to_device
 
 
@@ -38,7 +38,7 @@ class FusedRows(RowsForward):
         self._cache = torch.zeros(shape, dtype=self.dtype, device=self._device)
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Row]) -> None:
+    def run(self, rows: Sequence[ForwardRow]) -> None:
         """See `RowsForward.run`."""
         size = np.array([len(row.tokens) for row in rows])
         self._first = size.cumsum() - size  # index of each row's first token

@@ -127,7 +127,7 @@ class Span:
 
 
 @dataclass
-class Row:
+class ForwardRow:
     """One row of a forward; arrays are (Q,) unless another shape is given.
 
     Attributes:
@@ -154,7 +154,7 @@ class Row:
         return len(self.prefix), len(self.tokens)
 
 
-def clean_rows(trunks: Iterable[Trunk], length: int, row_tokens: int) -> Iterator[list[Row]]:
+def clean_rows(trunks: Iterable[Trunk], length: int, row_tokens: int) -> Iterator[list[ForwardRow]]:
     """Rows of the trunks' own tokens. Each list of rows needs the KV of the lists before."""
     trunks = list(trunks)
     step = max(row_tokens // length, 1) * length
@@ -166,7 +166,7 @@ def clean_rows(trunks: Iterable[Trunk], length: int, row_tokens: int) -> Iterato
                 continue
             stored = len(trunk.prefix) + start
             rows.append(
-                Row(
+                ForwardRow(
                     prefix=np.array(trunk.kv_slots[:stored], dtype=np.int64),
                     tokens=tokens,
                     positions=stored + np.arange(len(tokens)),
@@ -189,7 +189,7 @@ def spans(trunk: Trunk, length: int, row_tokens: int) -> Iterator[Span]:
         yield Span(trunk, begin, end, last.block.start, length)
 
 
-def laid_out(span: Span, mask_token_id: int) -> Row:
+def laid_out(span: Span, mask_token_id: int) -> ForwardRow:
     """Lay out the row of a span: its tokens, and the queries to its copies."""
     length, trunk = span.length, span.trunk
     tokens, starts, queries = [], [], []
@@ -210,7 +210,7 @@ def laid_out(span: Span, mask_token_id: int) -> Row:
         begin += size
     start = np.concatenate(starts)
     first = np.repeat(np.arange(span.end - span.begin) * length, length)
-    return Row(
+    return ForwardRow(
         prefix=np.array(trunk.kv_slots[: span.stored], dtype=np.int64),
         tokens=np.concatenate(tokens),
         positions=start + np.tile(np.arange(length), span.end - span.begin),
@@ -221,7 +221,7 @@ def laid_out(span: Span, mask_token_id: int) -> Row:
     )
 
 
-Sized = TypeVar("Sized", Row, Span)
+Sized = TypeVar("Sized", ForwardRow, Span)
 
 
 def packed(rows: Iterable[Sized], limits: Limits) -> Iterator[list[Sized]]:

@@ -23,7 +23,7 @@ from sdar_lm_eval.engines.native import unmasking
 from sdar_lm_eval.engines.native.forward.base import Forward
 from sdar_lm_eval.engines.native.scoring.batches import Limits, divide
 from sdar_lm_eval.engines.native.scoring.forwards import ModulesRows, RowsForward
-from sdar_lm_eval.engines.native.scoring.rows import Row, clean_rows, laid_out, packed, spans
+from sdar_lm_eval.engines.native.scoring.rows import ForwardRow, clean_rows, laid_out, packed, spans
 from sdar_lm_eval.engines.native.scoring.trunks import Trunks
 from sdar_lm_eval.engines.native.transfer import to_device
 from sdar_lm_eval.engines.runs import Failures, not_finite
@@ -72,7 +72,7 @@ class Scoring:
             if unscored:
                 self._forward.clear()
 
-    def _run_batch(self, plans: list[likelihood.Plan], length: int) -> list[ScoreResult | None]:
+    def _run_batch(self, plans: list[likelihood.ScorePlan], length: int) -> list[ScoreResult | None]:
         """Run one batch; results in the order of the plans, None where a score is not finite."""
         trunks = Trunks.of(plans, length, self._mask_token_id, self._limits.least_saved)
         for kind in (trunks.prefixes, trunks.contexts, trunks.continuations):
@@ -96,7 +96,9 @@ class Scoring:
         return results
 
     @torch.no_grad()
-    def _read_log_probabilities(self, rows: list[Row], sums: NDArray[np.float64], is_argmax: NDArray[np.bool_]) -> None:
+    def _read_log_probabilities(
+        self, rows: list[ForwardRow], sums: NDArray[np.float64], is_argmax: NDArray[np.bool_]
+    ) -> None:
         """Compute the log-probabilities of the last forward's queries.
 
         Args:

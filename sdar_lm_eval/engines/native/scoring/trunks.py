@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sdar_lm_eval.engines.native.scoring.batches import Tokens, shared_prefixes
 from sdar_lm_eval.engines.native.scoring.forwards import SCRATCH_SLOT
 from sdar_lm_eval.engines.native.scoring.rows import Trunk
-from sdar_lm_eval.likelihood import Plan
+from sdar_lm_eval.likelihood import ScorePlan
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Trunks:
     shares: list[Share]
 
     @classmethod
-    def of(cls, plans: Sequence[Plan], length: int, mask_token_id: int, least_saved: int) -> Trunks:
+    def of(cls, plans: Sequence[ScorePlan], length: int, mask_token_id: int, least_saved: int) -> Trunks:
         """Lay out the trunks of plans, with the masked copies of their blocks.
 
         Args:

@@ -28,7 +28,7 @@ from sdar_lm_eval.demo import prompts as demo_prompts
 from sdar_lm_eval.engines.adapters import adapter
 from sdar_lm_eval.engines.adapters.lmdeploy import checks, engine, group, loading, versions
 from sdar_lm_eval.engines.adapters.lmdeploy.config import config_for_lmdeploy
-from sdar_lm_eval.engines.adapters.lmdeploy.hooks import Count
+from sdar_lm_eval.engines.adapters.lmdeploy.hooks import ForwardCounts
 from sdar_lm_eval.lm.model import SDARLMDeployLM
 
 DYNAMIC = DecodingConfig(temperature=0)
@@ -230,7 +230,7 @@ class TestEnds:
         engine = of(demo)
         loaded = types.SimpleNamespace(
             setup=engine.setup, lmdeploy=engine.lmdeploy, sessions=iter([1]),
-            forwards=types.SimpleNamespace(take=lambda _: Count()),
+            forwards=types.SimpleNamespace(take=lambda _: ForwardCounts()),
         )  # fmt: skip
         request = GenerationRequest((1, 2, 3), len(given), GREEDY, stop_strings=("日",))
         result = asyncio.run(group.Group(loaded, [request], [0]).answer(Instance(), request))
@@ -412,17 +412,23 @@ class TestFolder:
             "bos_token_id",
             "eos_token_id",
             "torch_dtype",
+            "rms_norm_eps",
+            "tie_word_embeddings",
         )
         self.check(lmdeploy, variant(tmp_path, leave_out=names))
 
+    def test_the_default_vocabulary(self, lmdeploy, tmp_path):
+        random_checkpoint(tmp_path, head_dim=32, vocab_size=151936, leave_out=["vocab_size"])
+        checkpoint = Checkpoint.open(tmp_path)
+        self.check(lmdeploy, checkpoint)
+        sampled = dataclasses.replace(SAMPLED, top_k=151936)
+        assert run(of(checkpoint), [GenerationRequest((1, 2), 4, sampled)])
+
     def test_keys_of_experts_that_are_not_there(self, lmdeploy, tmp_path):
+        """LMDeploy gets transformers' defaults, by which the native engine decodes too."""
         names = ("mlp_only_layers", "decoder_sparse_step", "norm_topk_prob")
-        checkpoint = variant(tmp_path, moe=True)
-        written = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in written.items() if k not in names}))
-        config = config_for_lmdeploy(Checkpoint.open(str(tmp_path)), "bfloat16")
-        assert (config["mlp_only_layers"], config["decoder_sparse_step"], config["norm_topk_prob"]) == ([], 1, True)
-        assert checkpoint.is_moe
+        config = config_for_lmdeploy(variant(tmp_path, moe=True, leave_out=names), "bfloat16")
+        assert [config[name] for name in names] == [[], 1, False]
 
     def test_keys_that_would_trip_it(self, lmdeploy, tiny, tmp_path):
         checkpoint = variant(tmp_path, pad_token_id=151643, quantization_config=None)
@@ -527,9 +533,9 @@ class TestRefusals:
         ("options", "reason"),
         [
             ({"device": "cpu"}, "device='cpu'.*GPU only"),
-            ({"device": "cuda:3"}, "has 1 usable GPU"),
+            ({"device": "cuda:3"}, r"has 1 usable GPU\(s\); choose cuda:0 or auto\."),
             ({"dtype": "float32"}, "dtype='float32'.*bfloat16, float16"),
-            ({"cache_max_entry_count": 1}, "cache_max_entry_count=1 must be between 0 and 1"),
+            ({"cache_max_entry_count": 1}, "cache_max_entry_count=1 is out of range: it must be above 0 and below 1"),
             ({"cache_max_entry_count": "all"}, "'all' is not a number"),
             ({"max_active": 0}, "max_active=0 is out of range"),
             ({"tensor_parallel_size": 0}, "tensor_parallel_size=0 is out of range"),
@@ -606,6 +612,10 @@ class TestSeveralGPUs:
     def test_what_cannot_be_shared_out(self, tiny, options, reason):
         with pytest.raises(UserError, match=reason):
             of(tiny, **options)
+
+    def test_a_default_number_of_heads_cannot_be_shared_out(self, tmp_path):
+        with pytest.raises(UserError, match="does not divide num_attention_heads=32"):
+            of(variant(tmp_path, leave_out=["num_attention_heads"]), tensor_parallel_size=3)
 
     def test_key_value_heads_can_be_fewer_than_gpus(self, tiny):
         engine = of(tiny, tensor_parallel_size=4)
