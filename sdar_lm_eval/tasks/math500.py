@@ -9,11 +9,14 @@ import contextlib
 import functools
 import importlib.metadata
 import logging
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import datasets
 
+from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.tasks.data import Columns, Source, dataset, documents, require
 from sdar_lm_eval.tasks.repeated import answers_of, metrics
 
@@ -50,7 +53,7 @@ def load(**metadata: object) -> datasets.DatasetDict:
     """Return the 500 problems of PRM800K's test split.
 
     Raises:
-        UserError: the data cannot be used, or math_verify is not installed.
+        UserError: the data cannot be used, or math_verify cannot be used.
     """
     require_parser(MATH500.title)
     return dataset(test=documents(MATH500, "test", metadata))
@@ -62,9 +65,14 @@ def require_parser(title: str) -> None:
     With antlr4-python3-runtime 4.11 or 4.9, which other packages ask for, math_verify reads 50\% as 50.
 
     Raises:
-        UserError: math_verify is not installed.
+        UserError: math_verify is not installed, or cannot stop the formulas that take too long.
     """
     require(title, "math_verify")
+    if hasattr(signal, "SIGALRM") and threading.current_thread() is not threading.main_thread():
+        raise UserError(
+            f"{title} is scored by math_verify, whose time limits work in the main thread only, and this is the thread "
+            f"{threading.current_thread().name!r}. Call lm_eval in the main thread, or in a process of its own."
+        )
     version = importlib.metadata.version("antlr4-python3-runtime")
     if not version.startswith(ANTLR):
         logger.warning(

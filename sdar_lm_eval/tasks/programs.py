@@ -18,11 +18,12 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -143,11 +144,24 @@ runner: Callable[[], Runner] = _processes
 """Returns what runs programs: several at a time, each in a process of its own. `runs/programs.py` replaces it."""
 
 
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """Make a temporary folder, and remove the folder with what a program leaves in it."""
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    try:
+        yield folder.name
+    finally:
+        with contextlib.suppress(RecursionError):  # from shutil, where folders are nested deeper than Python's stack
+            folder.cleanup()
+        if Path(folder.name).exists() and (remove := shutil.which("rm")):
+            subprocess.run([remove, "-rf", folder.name], stderr=subprocess.DEVNULL, check=False)
+
+
 def _run(job: Job) -> bool:
     secret = secrets.token_bytes(16)
     content = json.dumps({**job._asdict(), "path": list(map(str, sys.path)), "memory": MEMORY, "file": FILE}).encode()
     given = len(content).to_bytes(8, "big") + content + secret
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with _folder() as folder:
         variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
         variables |= dict.fromkeys(("HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP"), folder)
         variables |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")

@@ -149,7 +149,8 @@ def test_it_is_silent_and_leaves_nothing(
         "os.write(1, b'said'); os.write(2, b'said')\n"
         "os.system('echo said')\nopen('file', 'w').write('x')\n"
         "os.makedirs('a/b'); open('a/b/c', 'w').close(); os.chmod('a', 0)\n"
-        "tempfile.mkdtemp(); open(os.path.expanduser('~/x'), 'w').close()"
+        "tempfile.mkdtemp(); open(os.path.expanduser('~/x'), 'w').close()\n"
+        "for _ in range(2000): os.mkdir('d'); os.chdir('d')"  # deeper than Python's stack
     )
     for guard in (False, True):
         passes(Job(program, "", 5.0, guard))
