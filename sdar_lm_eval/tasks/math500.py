@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 ANTLR = "4.13.2"
 """The version of antlr4-python3-runtime that `pip install math-verify` brings."""
 
+FORMS_SECONDS = 1
+"""The time limit of a comparison of two wrong answers: 32 answers have 496 of them. math_verify's own limit is 5."""
+
 
 class Problem(TypedDict):
     """A document; the answer is LaTeX."""
@@ -106,7 +109,7 @@ def _forms(answers: Sequence[str], scores: Sequence[float]) -> list[int | None]:
     """A number for each answer: 0 for right ones, the same for wrong ones whose formulas are equal; None: no formula.
 
     A wrong answer's formula is compared with the first formula of each number, since math_verify's equality is not
-    transitive.
+    transitive. Formulas that math_verify does not find equal within `FORMS_SECONDS` count as different.
     """
     from math_verify import verify
 
@@ -117,7 +120,8 @@ def _forms(answers: Sequence[str], scores: Sequence[float]) -> list[int | None]:
             found.append(0)
             continue
         formulas = _formulas(answer)
-        number = next((n for n, first in enumerate(firsts, 1) if formulas and verify(formulas, first)), None)
+        equal = (verify(formulas, first, timeout_seconds=FORMS_SECONDS) for first in firsts if formulas)
+        number = next((n for n, found_equal in enumerate(equal, 1) if found_equal), None)
         if formulas and number is None:
             firsts.append(formulas)
             number = len(firsts)
