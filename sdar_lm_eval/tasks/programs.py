@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,7 @@ FILE = 2**28
 
 _CHILD = Path(__file__).with_name("program_child.py")
 _START_SECONDS = 10.0  # for a process to start on a busy machine; its program's own seconds are counted inside
+_FREE_SECONDS = 60.0  # for programs that fork without end to reach their time limits
 # A program sees these environment variables only: others hold tokens and keys.
 _VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT")
 
@@ -166,15 +168,7 @@ def _run(job: Job) -> bool:
         variables |= dict.fromkeys(("HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP"), folder)
         variables |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         variables["PYTHONHASHSEED"] = "0"  # a set has the same order in every run
-        with subprocess.Popen(
-            [sys.executable, "-S", str(_CHILD)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env=variables,
-            start_new_session=True,
-        ) as process:
+        with _started_in(folder, variables) as process:
             try:
                 report = process.communicate(given, timeout=_START_SECONDS + job.seconds)[0]
             except subprocess.TimeoutExpired as late:  # too slow, or processes of the program keep the pipe open
@@ -182,6 +176,26 @@ def _run(job: Job) -> bool:
             finally:
                 _end(process)
     return secrets.compare_digest(report, secret)
+
+
+def _started_in(folder: str, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a process. While another program has taken all processes that the system allows, wait for its end."""
+    deadline = time.monotonic() + _FREE_SECONDS
+    while True:
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-S", str(_CHILD)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=folder,
+                env=variables,
+                start_new_session=True,
+            )
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
