@@ -76,7 +76,7 @@ def load(*, competition: str, **metadata: object) -> datasets.DatasetDict:
     """Return the problems of a competition: 30 of an AIME, those of I before those of II.
 
     Raises:
-        UserError: the data cannot be used, or math_verify is not installed.
+        UserError: the data cannot be used, or math_verify cannot be used.
     """
     source, split, config = _COMPETITIONS[competition]
     require_parser(source.title)

@@ -9,11 +9,14 @@ import contextlib
 import functools
 import importlib.metadata
 import logging
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import datasets
 
+from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.tasks.data import Columns, Source, dataset, documents, require
 from sdar_lm_eval.tasks.repeated import answers_of, metrics
 
@@ -21,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 ANTLR = "4.13.2"
 """The version of antlr4-python3-runtime that `pip install math-verify` brings."""
+
+FORMS_SECONDS = 1
+"""The time limit of a comparison of two wrong answers: 32 answers have 496 of them. math_verify's own limit is 5."""
 
 
 class Problem(TypedDict):
@@ -50,7 +56,7 @@ def load(**metadata: object) -> datasets.DatasetDict:
     """Return the 500 problems of PRM800K's test split.
 
     Raises:
-        UserError: the data cannot be used, or math_verify is not installed.
+        UserError: the data cannot be used, or math_verify cannot be used.
     """
     require_parser(MATH500.title)
     return dataset(test=documents(MATH500, "test", metadata))
@@ -62,9 +68,14 @@ def require_parser(title: str) -> None:
     With antlr4-python3-runtime 4.11 or 4.9, which other packages ask for, math_verify reads 50\% as 50.
 
     Raises:
-        UserError: math_verify is not installed.
+        UserError: math_verify is not installed, or cannot stop the formulas that take too long.
     """
     require(title, "math_verify")
+    if hasattr(signal, "SIGALRM") and threading.current_thread() is not threading.main_thread():
+        raise UserError(
+            f"{title} is scored by math_verify, whose time limits work in the main thread only, and this is the thread "
+            f"{threading.current_thread().name!r}. Call lm_eval in the main thread, or in a process of its own."
+        )
     version = importlib.metadata.version("antlr4-python3-runtime")
     if not version.startswith(ANTLR):
         logger.warning(
@@ -98,7 +109,7 @@ def _forms(answers: Sequence[str], scores: Sequence[float]) -> list[int | None]:
     """A number for each answer: 0 for right ones, the same for wrong ones whose formulas are equal; None: no formula.
 
     A wrong answer's formula is compared with the first formula of each number, since math_verify's equality is not
-    transitive.
+    transitive. Formulas that math_verify does not find equal within `FORMS_SECONDS` count as different.
     """
     from math_verify import verify
 
@@ -109,7 +120,8 @@ def _forms(answers: Sequence[str], scores: Sequence[float]) -> list[int | None]:
             found.append(0)
             continue
         formulas = _formulas(answer)
-        number = next((n for n, first in enumerate(firsts, 1) if formulas and verify(formulas, first)), None)
+        equal = (verify(formulas, first, timeout_seconds=FORMS_SECONDS) for first in firsts if formulas)
+        number = next((n for n, found_equal in enumerate(equal, 1) if found_equal), None)
         if formulas and number is None:
             firsts.append(formulas)
             number = len(firsts)

@@ -18,11 +18,13 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -41,6 +43,7 @@ FILE = 2**28
 
 _CHILD = Path(__file__).with_name("program_child.py")
 _START_SECONDS = 10.0  # for a process to start on a busy machine; its program's own seconds are counted inside
+_FREE_SECONDS = 60.0  # for programs that fork without end to reach their time limits
 # A program sees these environment variables only: others hold tokens and keys.
 _VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT")
 
@@ -143,24 +146,29 @@ runner: Callable[[], Runner] = _processes
 """Returns what runs programs: several at a time, each in a process of its own. `runs/programs.py` replaces it."""
 
 
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """Make a temporary folder, and remove the folder with what a program leaves in it."""
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    try:
+        yield folder.name
+    finally:
+        with contextlib.suppress(RecursionError):  # from shutil, where folders are nested deeper than Python's stack
+            folder.cleanup()
+        if Path(folder.name).exists() and (remove := shutil.which("rm")):
+            subprocess.run([remove, "-rf", folder.name], stderr=subprocess.DEVNULL, check=False)
+
+
 def _run(job: Job) -> bool:
     secret = secrets.token_bytes(16)
     content = json.dumps({**job._asdict(), "path": list(map(str, sys.path)), "memory": MEMORY, "file": FILE}).encode()
     given = len(content).to_bytes(8, "big") + content + secret
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with _folder() as folder:
         variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
         variables |= dict.fromkeys(("HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP"), folder)
         variables |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         variables["PYTHONHASHSEED"] = "0"  # a set has the same order in every run
-        with subprocess.Popen(
-            [sys.executable, "-S", str(_CHILD)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env=variables,
-            start_new_session=True,
-        ) as process:
+        with _started_in(folder, variables) as process:
             try:
                 report = process.communicate(given, timeout=_START_SECONDS + job.seconds)[0]
             except subprocess.TimeoutExpired as late:  # too slow, or processes of the program keep the pipe open
@@ -168,6 +176,26 @@ def _run(job: Job) -> bool:
             finally:
                 _end(process)
     return secrets.compare_digest(report, secret)
+
+
+def _started_in(folder: str, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a process. While another program has taken all processes that the system allows, wait for its end."""
+    deadline = time.monotonic() + _FREE_SECONDS
+    while True:
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-S", str(_CHILD)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=folder,
+                env=variables,
+                start_new_session=True,
+            )
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

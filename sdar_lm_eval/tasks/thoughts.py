@@ -20,6 +20,7 @@ def without_thoughts(response: str) -> str:
     The models of this package cut thoughts themselves (`sdar_lm_eval/thinking.py`), and return no text for a thought
     that does not end. Their answers hold no thought, so they stay as they are.
     """
-    if THINK not in response:
-        return response.rpartition(END)[2].strip() if END in response else response.strip()
-    return _PAIRS.sub("", response).strip()
+    until_last_end, last_end, rest = response.rpartition(END)
+    if THINK in response:  # behind the last end, the pattern would search the whole rest for each beginning
+        rest = _PAIRS.sub("", until_last_end + last_end) + rest
+    return rest.strip()

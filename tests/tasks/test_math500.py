@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import miniature
 import pytest
 from scripted import evaluate, load_task, prompts
 
+from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.tasks.math500 import is_equal, is_equal_by_default, load, score
 
 # OpenCompass at SDAR c2041a8, opencompass/configs/datasets/math/math_prm800k_500_0shot_cot_gen_11c4b5.py
@@ -116,6 +118,16 @@ def test_a_parser_that_reads_per_cents_otherwise_is_told(
     monkeypatch.setattr("importlib.metadata.version", lambda _: "4.11.0")
     load()
     assert "antlr4-python3-runtime 4.11.0 reads 50\\% as 50" in caplog.text
+
+
+@pytest.mark.parametrize("task", ["math500_sdar", "aime2024_sdar"])
+def test_another_thread_is_refused_before_answers_are_made(task: str, offline: Path) -> None:
+    """There math_verify raises an error at the first answer."""
+    with (
+        ThreadPoolExecutor(thread_name_prefix="worker") as threads,
+        pytest.raises(UserError, match=r"main thread only, and this is the thread 'worker_0'\. Call"),
+    ):
+        threads.submit(load_task, task).result()
 
 
 def test_score(offline: Path) -> None:

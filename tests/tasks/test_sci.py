@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ def sci(monkeypatch: pytest.MonkeyPatch, _no_folder_from_outside: None) -> Path:
 )
 def test_what_is_left_of_thoughts(response: str, rest: str) -> None:
     assert without_thoughts(response) == rest
+
+
+@pytest.mark.parametrize("text", ["{}", "<think>{}", "A</think>{}", "<think>A</think>{}"])
+def test_a_model_that_only_begins_thoughts_is_scored_at_once(text: str) -> None:
+    """As many beginnings as an answer has tokens: the verdict took half a minute."""
+    begun = "<think>" * 32_768
+    start = time.perf_counter()
+    assert without_thoughts(text.format(begun)).endswith(begun)
+    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize(
