@@ -177,9 +177,10 @@ class SDARLM(TemplateLM):
         Raises:
             UserError: the task asks for log-likelihoods that the model refuses; so no other task has run before.
         """
-        for request in requests[:1]:
+        for request in requests:
             if request.request_type != "generate_until":
                 self.rounds.scorer_of(request)
+                break
         self.evaluation.add(task, requests)
         self.evaluation.template_hash = self._prompts.template_hash
         if self._rank == 0:
