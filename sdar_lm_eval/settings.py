@@ -43,6 +43,8 @@ OF_THOUGHTS = (
     "think_end_token", "enable_thinking", "chat_template_args", "answer_prefix", "max_thinking_toks", "stop_repetition",
 )  # fmt: skip
 """model_args that `lm/thoughts.py` reads."""
+ANY_CHECKPOINT = {"block_length": MAX_BLOCK_LENGTH}
+"""Base settings where the checkpoint's block length is not known."""
 IGNORED = ("use_cache",)  # a setting of transformers that changes no answer
 
 
@@ -236,16 +238,20 @@ def read_generation(gen_kwargs: Mapping[str, object], base: Mapping[str, object]
     return Generation(decoding, _max_tokens(given, base), to_texts(until))
 
 
-def check_gen_kwargs(gen_kwargs: Mapping[str, object]) -> None:
-    """Check a request's settings as far as they need no checkpoint and no task: before anything is loaded.
+def check_gen_kwargs(gen_kwargs: Mapping[str, object], base: Mapping[str, object] = ANY_CHECKPOINT) -> int:
+    """Check a request's settings before anything runs; returns the most new tokens.
+
+    Args:
+        gen_kwargs: the request's settings.
+        base: as for `read_generation`. By default, the settings are checked as far as they need no checkpoint.
 
     Raises:
         UserError: an unknown name, or a value out of range.
     """
-    given = _read_gen_kwargs(gen_kwargs)
-    _decoding_of({"block_length": MAX_BLOCK_LENGTH} | given)  # the checkpoint's block length is not known
-    _max_tokens(given, {})
+    given, base = _read_gen_kwargs(gen_kwargs), _without_none(canonical(base))
+    _decoding_of(base | given)
     to_texts(given.get("until"))
+    return _max_tokens(given, base)
 
 
 def _read_gen_kwargs(gen_kwargs: Mapping[str, object]) -> dict[str, object]:

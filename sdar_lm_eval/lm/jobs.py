@@ -17,7 +17,7 @@ from sdar_lm_eval.hashing import seed_from
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, repeats_of
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record, differences, fields_of, key_of
-from sdar_lm_eval.settings import Generation, read_generation, warn_of_idle_knobs
+from sdar_lm_eval.settings import Generation, check_gen_kwargs, read_generation, warn_of_idle_knobs
 from sdar_lm_eval.spellings import canonical
 from sdar_lm_eval.thinking import Decode, Thinking, Thought, read, read_text
 
@@ -294,7 +294,26 @@ class Jobs:
         Raises:
             UserError: a name is unknown, or a value is out of range.
         """
-        return read_generation(gen_kwargs, {"block_length": self._checkpoint.block_length, **published, **self._given})
+        return read_generation(gen_kwargs, self._base(published))
+
+    def _base(self, published: Mapping[str, object]) -> dict[str, object]:
+        return {"block_length": self._checkpoint.block_length, **published, **self._given}
+
+    def check(self, task: TaskRequests, requests: Sequence[Instance]) -> None:
+        """Check the settings of a task's generating requests before any task runs.
+
+        Raises:
+            UserError: a name is unknown, a value is out of range, no prompt has room, or answer_prefix has no place.
+        """
+        gen_kwargs = [request.args[1] for request in requests if request.request_type == "generate_until"]
+        for distinct in {json.dumps(each, default=str): each for each in gen_kwargs}.values():
+            self.room_for_prompt(check_gen_kwargs(distinct, self._base(task.decoding or {})))
+        in_template = task.templated_by is not None or self._prompts.renders
+        if gen_kwargs and self._thoughts.answer_prefix and task.begins_answers and not in_template:
+            raise UserError(
+                f"answer_prefix={self._thoughts.answer_prefix!r}: {task.name} begins its answers itself (gen_prefix). "
+                "Outside of a chat template the prefix has no place. Leave answer_prefix out."
+            )
 
     def room_for_prompt(self, max_gen_toks: int) -> int:
         """Most tokens of a prompt whose answer has at most `max_gen_toks`.
@@ -385,11 +404,6 @@ class Jobs:
         context = str(instance.args[0])
         by = self._prompts.templated_by(task, context)
         if by is None and not self._prompts.renders:
-            if self._thoughts.answer_prefix and task.begins_answers:
-                raise UserError(
-                    f"answer_prefix={self._thoughts.answer_prefix!r}: {task.name} begins its answers itself "
-                    "(gen_prefix). Outside of a chat template the prefix has no place. Leave answer_prefix out."
-                )
             return context + self._thoughts.answer_prefix, by
         if by is not None:
             return context, by

@@ -175,8 +175,9 @@ class SDARLM(TemplateLM):
         """Note what lm_eval knows of a task's requests.
 
         Raises:
-            UserError: the task asks for log-likelihoods that the model refuses; so no other task has run before.
+            UserError: the model refuses the task's settings, or its log-likelihoods; so no other task has run before.
         """
+        self.jobs.check(task, requests)
         for request in requests:
             if request.request_type != "generate_until":
                 self.rounds.scorer_of(request)

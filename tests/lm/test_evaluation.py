@@ -692,6 +692,31 @@ def test_an_engine_that_cannot_score_says_so_before_a_class_generates(make_lm: M
     assert lm.engine.requests == []
 
 
+@pytest.mark.parametrize(
+    ("gen_kwargs", "model_args", "told"),
+    [
+        ({"num_beams": 4}, {}, "num_beams=4 is not supported"),
+        ({"threshold": 2}, {}, "confidence_threshold"),
+        ({"max_gen_toks": 64}, {"max_length": 64}, "must be below max_length"),
+        ({"gen_prefix": "So"}, {"answer_prefix": "So", "chat_template": "off"}, "begins its answers itself"),
+    ],
+)
+def test_a_task_with_wrong_settings_is_refused_before_others_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gen_kwargs: dict[str, Any], model_args: dict[str, Any], told: str
+) -> None:
+    prefix = f"\ngen_prefix: {gen_kwargs.pop('gen_prefix')}" if "gen_prefix" in gen_kwargs else ""
+    manager = tasks_of(
+        tmp_path / "tasks",
+        monkeypatch,
+        first="output_type: loglikelihood\ndoc_to_target: '{{answer}}'",
+        second=f"{GENERATE}{EXACT}{prefix}\ngeneration_kwargs: {json.dumps(gen_kwargs)}",
+    )
+    with SDARLM("demo", **model_args) as lm:
+        with pytest.raises(UserError, match=told):
+            lm_eval.simple_evaluate(lm, tasks=["first", "second"], task_manager=manager, bootstrap_iters=0)
+        assert lm.counts.scored_requests == 0
+
+
 # Equal questions
 
 
