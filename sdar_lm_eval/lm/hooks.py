@@ -33,6 +33,7 @@ from sdar_lm_eval.files import require_writable
 from sdar_lm_eval.hashing import hex_digest
 from sdar_lm_eval.lm.denoising import LinesOf, Tracker, keep_beside_samples, leave_samples_alone, output_folder
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, repeats_of
+from sdar_lm_eval.settings import read_published
 from sdar_lm_eval.spellings import overridden
 
 logger = logging.getLogger(__name__)
@@ -341,7 +342,7 @@ def _build_in_template(task: Task, name: str, model: Watched, borrowed: Sequence
                 documents=tuple(samples) if isinstance(samples, Sequence) and samples else None,
                 scored=any(request.request_type == "loglikelihood" for request in task.instances),
                 borrowed=any(borrowed),
-                decoding=metadata.get("sdar_decoding"),
+                decoding=read_published(metadata) or None,
                 begins_answers=bool(getattr(task.config, "gen_prefix", None)),
                 judge=metadata.get("sdar_judge"),
                 copies=_copies(task) if "generate_until" in types else {},

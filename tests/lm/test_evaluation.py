@@ -538,6 +538,31 @@ def test_a_published_protocol_decodes_unless_somebody_says_otherwise(
         assert said in caplog.text
 
 
+def test_a_published_protocol_may_have_short_names(
+    make_lm: MakeLM, evaluate: Evaluate, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = evaluate(make_lm(), GENERATE, "metadata: {sdar_decoding: {strategy: dynamic, threshold: '0.7'}}")["config"]
+    published = {"remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.7}
+    assert info["sdar_lm_eval"]["published_decoding_of_tasks"] == {"five": published}
+    assert published.items() <= info["sdar_lm_eval"]["decoding_of_tasks"]["five"].items()
+    assert "five is decoded as published: remasking_strategy=low_confidence_dynamic" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("decoding", "told"),
+    [
+        ("static", "'static' is no mapping. Give one"),
+        ("{stragety: static}", "'stragety' is no decoding setting. Did you mean"),
+        ("{max_gen_toks: 5}", "'max_gen_toks' is no decoding setting"),
+    ],
+)
+def test_a_published_protocol_that_cannot_be_read_is_refused(
+    make_lm: MakeLM, evaluate: Evaluate, decoding: str, told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        evaluate(make_lm(), GENERATE, f"metadata: {{sdar_decoding: {decoding}}}")
+
+
 @pytest.mark.parametrize("kept", ["cache", "folder", None])
 def test_ctrl_c_says_what_is_kept(make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path, kept: str | None) -> None:
     lm = make_lm(answers=tmp_path / "answers" if kept == "folder" else None)
