@@ -742,6 +742,19 @@ def test_a_task_with_wrong_settings_is_refused_before_others_are_scored(
         assert lm.counts.scored_requests == 0
 
 
+def test_a_continuation_that_never_fits_is_refused_before_other_tasks_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = f"output_type: loglikelihood\ndoc_to_target: '{'{{answer}} ' * 60}'"
+    manager = tasks_of(tmp_path / "tasks", monkeypatch, first=GENERATE + EXACT, second=long)
+    with SDARLM("demo", max_length=60, max_gen_toks=8) as lm:
+        with pytest.raises(UserError, match="a continuation of"):
+            lm_eval.simple_evaluate(
+                lm, tasks=["first", "second"], task_manager=manager, bootstrap_iters=0, gen_kwargs="max_gen_toks=8"
+            )
+        assert lm.counts.requests == 0
+
+
 # Equal questions
 
 
