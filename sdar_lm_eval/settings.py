@@ -24,7 +24,7 @@ from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.native.strategies.base import Strategy
 from sdar_lm_eval.engines.types import LikelihoodConfig
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.files import expanded, plain_text
+from sdar_lm_eval.files import expanded, plain_text, shown
 from sdar_lm_eval.spellings import ALIASES, MAX_TOKENS_SPELLINGS, canonical, warn_once_of_two_spellings
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ OF_THOUGHTS = (
     "think_end_token", "enable_thinking", "chat_template_args", "answer_prefix", "max_thinking_toks", "stop_repetition",
 )  # fmt: skip
 """model_args that `lm/thoughts.py` reads."""
+ANY_CHECKPOINT = {"block_length": MAX_BLOCK_LENGTH}
+"""Base settings where the checkpoint's block length is not known."""
 IGNORED = ("use_cache",)  # a setting of transformers that changes no answer
 
 
@@ -236,16 +238,42 @@ def read_generation(gen_kwargs: Mapping[str, object], base: Mapping[str, object]
     return Generation(decoding, _max_tokens(given, base), to_texts(until))
 
 
-def check_gen_kwargs(gen_kwargs: Mapping[str, object]) -> None:
-    """Check a request's settings as far as they need no checkpoint and no task: before anything is loaded.
+def check_gen_kwargs(gen_kwargs: Mapping[str, object], base: Mapping[str, object] = ANY_CHECKPOINT) -> int:
+    """Check a request's settings before anything runs; returns the most new tokens.
+
+    Args:
+        gen_kwargs: the request's settings.
+        base: as for `read_generation`. By default, the settings are checked as far as they need no checkpoint.
 
     Raises:
         UserError: an unknown name, or a value out of range.
     """
-    given = _read_gen_kwargs(gen_kwargs)
-    _decoding_of({"block_length": MAX_BLOCK_LENGTH} | given)  # the checkpoint's block length is not known
-    _max_tokens(given, {})
+    given, base = _read_gen_kwargs(gen_kwargs), _without_none(canonical(base))
+    _decoding_of(base | given)
     to_texts(given.get("until"))
+    return _max_tokens(given, base)
+
+
+def read_published(metadata: object) -> dict[str, object]:
+    """Read the decoding of a task's published protocol: `sdar_decoding` of the task's metadata, by full names.
+
+    Raises:
+        UserError: the decoding is no mapping, or has a name that is no decoding setting.
+    """
+    given = metadata.get("sdar_decoding") if isinstance(metadata, Mapping) else None
+    published = {} if given is None else given
+    if not isinstance(published, Mapping):
+        raise UserError(
+            f"metadata: sdar_decoding: {shown(given)} is no mapping. Give one, such as {{strategy: static}}."
+        )
+    known = (*DECODING_SETTINGS, *ALIASES)
+    for name in published:
+        if name not in known:
+            raise UserError(
+                f"metadata: sdar_decoding: {name!r} is no decoding setting.{did_you_mean(name, known)} "
+                f"Known: {', '.join(known)}. Other settings are for generation_kwargs."
+            )
+    return typed(canonical(published), DecodingArguments)
 
 
 def _read_gen_kwargs(gen_kwargs: Mapping[str, object]) -> dict[str, object]:

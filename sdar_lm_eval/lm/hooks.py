@@ -13,6 +13,7 @@ import functools
 import inspect
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,15 +23,17 @@ from typing import Any, ClassVar, Protocol, TypeGuard
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CachingLM
 from lm_eval.api.samplers import FirstNSampler
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.utils import simple_parse_args_string
 
 from sdar_lm_eval.checks import check_limit
 from sdar_lm_eval.engines.registry import MODELS
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.files import require_writable
+from sdar_lm_eval.hashing import hex_digest
 from sdar_lm_eval.lm.denoising import LinesOf, Tracker, keep_beside_samples, leave_samples_alone, output_folder
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, repeats_of
+from sdar_lm_eval.settings import read_published
 from sdar_lm_eval.spellings import overridden
 
 logger = logging.getLogger(__name__)
@@ -320,10 +323,11 @@ def _build_in_template(task: Task, name: str, model: Watched, borrowed: Sequence
         if settings.get("cache_requests") or settings.get("rewrite_requests_cache"):
             warn_of_cached_requests()
             settings |= {"cache_requests": False, "rewrite_requests_cache": False}
+        types = _request_types(task)
         templated_by: TemplatedBy | None = "lm_eval" if settings.get("apply_chat_template") else None
-        if task.OUTPUT_TYPE == "loglikelihood_rolling":  # lm_eval puts its texts into no template
+        if types == {"loglikelihood_rolling"}:  # lm_eval puts its texts into no template
             templated_by = None
-        if templated_by is None and model.renders and task.OUTPUT_TYPE == "generate_until":
+        if templated_by is None and model.renders and types == {"generate_until"}:
             templated_by = "sdar_lm_eval"
             settings |= {
                 "apply_chat_template": True,
@@ -332,27 +336,59 @@ def _build_in_template(task: Task, name: str, model: Watched, borrowed: Sequence
             }
             if settings.get("fewshot_as_multiturn", False) is None:  # lm_eval's default under --apply_chat_template
                 settings["fewshot_as_multiturn"] = True
-        if task.OUTPUT_TYPE != "generate_until" and settings.get("chat_template") is not None:
-            settings["chat_template"] = functools.partial(model.apply_chat_template, prefixed=False)
+        renders: list[None] = []
+        if settings.get("chat_template") is not None:
+            prefixed = "generate_until" in types
+
+            def render(*args: Any, **options: Any) -> str:
+                renders.append(None)
+                return model.apply_chat_template(*args, **options, prefixed=prefixed)
+
+            settings["chat_template"] = render
         if task.OUTPUT_TYPE == "generate_until" and (call := _call.get()) is not None:
             task.config.generation_kwargs = overridden(task.config.generation_kwargs or {}, call.gen_kwargs)
         build(**settings)
+        if not renders:  # a task of a class of its own may make prompts without the template
+            templated_by = None
         samples, metadata = settings.get("samples"), task.config.metadata or {}
         model.task_begins(
             TaskRequests(
                 name=name,
                 templated_by=templated_by,
                 documents=tuple(samples) if isinstance(samples, Sequence) and samples else None,
-                scored=task.OUTPUT_TYPE in ("loglikelihood", "multiple_choice"),
+                scored=any(request.request_type == "loglikelihood" for request in task.instances),
                 borrowed=any(borrowed),
-                decoding=metadata.get("sdar_decoding"),
+                decoding=read_published(metadata) or None,
                 begins_answers=bool(getattr(task.config, "gen_prefix", None)),
                 judge=metadata.get("sdar_judge"),
+                copies=_copies(task) if "generate_until" in types else {},
             ),
             task.instances,
         )
 
     return build_all_requests
+
+
+def _request_types(task: Task) -> set[str]:
+    """The types of a task's requests; the class of a task may make other requests than its OUTPUT_TYPE says."""
+    if type(task).construct_requests is ConfigurableTask.construct_requests:
+        return {str(task.OUTPUT_TYPE)}
+    doc: Any = next(iter(task.eval_docs))
+    settings: dict[str, Any] = {"apply_chat_template": False, "chat_template": None}
+    made = task.construct_requests(doc=doc, ctx=str(task.doc_to_text(doc)), metadata=(None, 0, 1), **settings)
+    return {request.request_type for request in (made if isinstance(made, list) else [made])}
+
+
+def _copies(task: Task) -> dict[int, int]:
+    """Document -> the number of earlier documents with the same content, for documents that have any."""
+    seen: Counter[str] = Counter()
+    copies = {}
+    for document, content in enumerate(task.eval_docs):
+        digest = hex_digest(content)
+        if seen[digest]:
+            copies[document] = seen[digest]
+        seen[digest] += 1
+    return copies
 
 
 def _iterate_or_borrow(task: Task, borrowed: list[bool]) -> Callable[..., Iterator[tuple[int, object]]]:

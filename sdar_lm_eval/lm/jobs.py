@@ -17,7 +17,7 @@ from sdar_lm_eval.hashing import seed_from
 from sdar_lm_eval.lm.evaluation import TaskRequests, TemplatedBy, repeats_of
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record, differences, fields_of, key_of
-from sdar_lm_eval.settings import Generation, read_generation, warn_of_idle_knobs
+from sdar_lm_eval.settings import Generation, check_gen_kwargs, read_generation, warn_of_idle_knobs
 from sdar_lm_eval.spellings import canonical
 from sdar_lm_eval.thinking import Decode, Thinking, Thought, read, read_text
 
@@ -132,12 +132,18 @@ class _TaskSettings:
 
 @dataclass(frozen=True)
 class _Asked:
-    """An answer that the harness asks for: which repeat of which request."""
+    """An answer that the harness asks for: which repeat of which request.
+
+    Attributes:
+        twins: numbers of earlier requests with the same prompt that draw other tokens: of documents with the same
+            content, and of the same document.
+    """
 
     instance: Instance
     repeat: int
     task: TaskRequests
     settings: _TaskSettings
+    twins: tuple[int, int]
 
 
 class Jobs:
@@ -188,6 +194,7 @@ class Jobs:
         seen: collections.Counter[int] = collections.Counter()
         settings: dict[tuple[str, str], _TaskSettings] = {}
         asked: dict[JobId, _Asked] = {}
+        alike: dict[tuple[str, int, str], list[int]] = {}  # the id() of each request of a document with equal prompts
         for instance in requests:
             task = task_of(instance)
             name = task.name, json.dumps(instance.args[1], default=str)
@@ -197,7 +204,12 @@ class Jobs:
             repeat = seen[id(instance)] % repeats_of(instance) if drawn else 0
             seen[id(instance)] += 1
             order.append((id(instance), repeat))
-            asked[order[-1]] = _Asked(instance, repeat, task, settings[name])
+            document = task.document(instance)
+            same = alike.setdefault((task.name, document, str(instance.args[0])), [])
+            if id(instance) not in same:
+                same.append(id(instance))
+            twins = task.copies.get(document, 0), same.index(id(instance))
+            asked[order[-1]] = _Asked(instance, repeat, task, settings[name], twins)
 
         in_template = [self._in_template(each.instance, each.task) for each in asked.values()]
         prompts = [prompt for prompt, _ in in_template]
@@ -230,6 +242,7 @@ class Jobs:
     ) -> GenerationRequest:
         """What the engine gets; `ids` are the tokens of `prompt` that have room."""
         instance, settings = asked.instance, asked.settings
+        drawn_by = [seed, instance.task_name, instance.args[0], asked.repeat]
         return GenerationRequest(
             prompt_ids=tuple(ids) or (self._prompts.prefix_token_id,),
             max_new_tokens=settings.generation.max_gen_toks,
@@ -237,7 +250,7 @@ class Jobs:
             stop_ids=settings.stop_ids,
             stop_strings=settings.stop_strings,
             # From the request's content and not its position: the same with --limit and on any rank.
-            seed=seed_from([seed, instance.task_name, instance.args[0], asked.repeat]),
+            seed=seed_from([*drawn_by, *asked.twins] if any(asked.twins) else drawn_by),
             record_steps=record_steps,
             thinking=self._thinking_behind(prompt),
             repetition=self._thoughts.repetition,
@@ -281,7 +294,26 @@ class Jobs:
         Raises:
             UserError: a name is unknown, or a value is out of range.
         """
-        return read_generation(gen_kwargs, {"block_length": self._checkpoint.block_length, **published, **self._given})
+        return read_generation(gen_kwargs, self._base(published))
+
+    def _base(self, published: Mapping[str, object]) -> dict[str, object]:
+        return {"block_length": self._checkpoint.block_length, **published, **self._given}
+
+    def check(self, task: TaskRequests, requests: Sequence[Instance]) -> None:
+        """Check the settings of a task's generating requests before any task runs.
+
+        Raises:
+            UserError: a name is unknown, a value is out of range, no prompt has room, or answer_prefix has no place.
+        """
+        gen_kwargs = [request.args[1] for request in requests if request.request_type == "generate_until"]
+        for distinct in {json.dumps(each, default=str): each for each in gen_kwargs}.values():
+            self.room_for_prompt(check_gen_kwargs(distinct, self._base(task.decoding or {})))
+        in_template = task.templated_by is not None or self._prompts.renders
+        if gen_kwargs and self._thoughts.answer_prefix and task.begins_answers and not in_template:
+            raise UserError(
+                f"answer_prefix={self._thoughts.answer_prefix!r}: {task.name} begins its answers itself (gen_prefix). "
+                "Outside of a chat template the prefix has no place. Leave answer_prefix out."
+            )
 
     def room_for_prompt(self, max_gen_toks: int) -> int:
         """Most tokens of a prompt whose answer has at most `max_gen_toks`.
@@ -372,18 +404,13 @@ class Jobs:
         context = str(instance.args[0])
         by = self._prompts.templated_by(task, context)
         if by is None and not self._prompts.renders:
-            if self._thoughts.answer_prefix and task.begins_answers:
-                raise UserError(
-                    f"answer_prefix={self._thoughts.answer_prefix!r}: {task.name} begins its answers itself "
-                    "(gen_prefix). Outside of a chat template the prefix has no place. Leave answer_prefix out."
-                )
             return context + self._thoughts.answer_prefix, by
         if by is not None:
             return context, by
         if self._is_new("user turns", None):
             logger.warning(
-                "Each prompt from outside an evaluation of lm_eval becomes one user turn, system instruction included. "
-                "Use lm_eval.simple_evaluate, or apply_chat_template."
+                "Each prompt that lm_eval did not put into the chat template becomes one user turn, system instruction "
+                "included. Use lm_eval.simple_evaluate with a task of a YAML file, or apply_chat_template."
             )
         return self._prompts.as_user_turn(context), "sdar_lm_eval"
 

@@ -140,6 +140,19 @@ class Likelihoods:
         self._warn_of_texts(asked)
         return asked
 
+    def check(self, requests: Sequence[Instance]) -> None:
+        """Check the lengths of a task's continuations before any task runs.
+
+        Raises:
+            UserError: a continuation is too long.
+        """
+        scored = [request for request in requests if request.request_type == "loglikelihood"]
+        # A text has at most as many tokens as bytes, so most continuations fit without a look at their tokens.
+        long = [request for request in scored if len(str(request.args[1]).encode(errors="replace")) >= self._max_length]
+        for pairs in self._pairs("loglikelihood", long, [False] * len(long)):
+            for pair in pairs:
+                self.truncated(*pair)
+
     def truncated(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[ScoreRequest, bool]:
         """Return a score request of at most `max_length` tokens, and whether its context lost its beginning.
 

@@ -175,11 +175,14 @@ class SDARLM(TemplateLM):
         """Note what lm_eval knows of a task's requests.
 
         Raises:
-            UserError: the task asks for log-likelihoods that the model refuses; so no other task has run before.
+            UserError: the model refuses the task's settings or log-likelihoods; no other task has run before.
         """
-        for request in requests[:1]:
+        self.jobs.check(task, requests)
+        for request in requests:
             if request.request_type != "generate_until":
                 self.rounds.scorer_of(request)
+                break
+        self._frontend.likelihoods.check(requests)
         self.evaluation.add(task, requests)
         self.evaluation.template_hash = self._prompts.template_hash
         if self._rank == 0:

@@ -47,7 +47,7 @@ from sdar_lm_eval.runs.earlier import PlannedEvaluation, check_earlier, read_ear
 from sdar_lm_eval.runs.grid import Combination, combinations, without_copies
 from sdar_lm_eval.runs.settings import beyond_limits, scored_by
 from sdar_lm_eval.runs.shards import load_tasks, scoring_tasks, task_manager
-from sdar_lm_eval.settings import Generation, ModelSettings, to_whole
+from sdar_lm_eval.settings import Generation, ModelSettings, read_published, to_whole
 from sdar_lm_eval.spellings import ALIASES, canonical, overridden
 
 LONGEST_NAME = 200  # most characters of a folder's name; file systems allow 255 bytes
@@ -314,8 +314,8 @@ def _check(
     try:
         generations = []
         for task in tasks.values():
-            published = (task.config.metadata or {}).get("sdar_decoding") or {}
-            its = jobs.generation_of(overridden(task.config.generation_kwargs or {}, gen_kwargs), published)
+            of_task = overridden(task.config.generation_kwargs or {}, gen_kwargs)
+            its = jobs.generation_of(of_task, read_published(task.config.metadata))
             jobs.room_for_prompt(its.max_gen_toks)
             if beyond := next(beyond_limits(engine, its.decoding), None):
                 name, value, allowed = beyond

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import lm_eval.evaluator
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager, get_task_dict
 from scripted_lm import BARE_TEMPLATE, DATA, SAMPLED, Evaluate, MakeLM, ScriptedLM, cached, checkpoint_with, request
 
@@ -21,6 +23,7 @@ from sdar_lm_eval import settings, spellings
 from sdar_lm_eval.errors import EngineError, Interrupted, UserError
 from sdar_lm_eval.lm import hooks
 from sdar_lm_eval.lm.evaluation import facts_of_evaluation
+from sdar_lm_eval.lm.model import SDARLM
 
 GENERATE = "output_type: generate_until"
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -168,7 +171,7 @@ def test_what_comes_behind_an_evaluation_is_no_part_of_it(
     late = Instance("generate_until", {}, ("Question 9", {"max_gen_toks": 8}), 0, ("five", 3, 1))
     lm.generate_until([late])
     assert sent(lm) == [TURN.format("Question 9")]
-    assert "from outside an evaluation of lm_eval" in caplog.text
+    assert "Each prompt that lm_eval did not put into the chat template" in caplog.text
     assert (run_of(results)["requests"], lm.counts.requests) == (2, 1)
     with pytest.raises(EngineError):  # nor behind one that failed
         lm.engine.answers_before_error = 0
@@ -535,6 +538,31 @@ def test_a_published_protocol_decodes_unless_somebody_says_otherwise(
         assert said in caplog.text
 
 
+def test_a_published_protocol_may_have_short_names(
+    make_lm: MakeLM, evaluate: Evaluate, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = evaluate(make_lm(), GENERATE, "metadata: {sdar_decoding: {strategy: dynamic, threshold: '0.7'}}")["config"]
+    published = {"remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.7}
+    assert info["sdar_lm_eval"]["published_decoding_of_tasks"] == {"five": published}
+    assert published.items() <= info["sdar_lm_eval"]["decoding_of_tasks"]["five"].items()
+    assert "five is decoded as published: remasking_strategy=low_confidence_dynamic" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("decoding", "told"),
+    [
+        ("static", "'static' is no mapping. Give one"),
+        ("{stragety: static}", "'stragety' is no decoding setting. Did you mean"),
+        ("{max_gen_toks: 5}", "'max_gen_toks' is no decoding setting"),
+    ],
+)
+def test_a_published_protocol_that_cannot_be_read_is_refused(
+    make_lm: MakeLM, evaluate: Evaluate, decoding: str, told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        evaluate(make_lm(), GENERATE, f"metadata: {{sdar_decoding: {decoding}}}")
+
+
 @pytest.mark.parametrize("kept", ["cache", "folder", None])
 def test_ctrl_c_says_what_is_kept(make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path, kept: str | None) -> None:
     lm = make_lm(answers=tmp_path / "answers" if kept == "folder" else None)
@@ -591,3 +619,162 @@ def test_evaluate_tells_whoever_imported_it(make_lm: MakeLM) -> None:
     make_lm()
     assert hasattr(lm_eval.evaluator.evaluate, "tells_watched_models")
     assert lm_eval.evaluate is lm_eval.evaluator.evaluate
+
+
+# Tasks of classes of their own
+
+
+class _Mixed(ConfigurableTask):
+    """A generated answer and a log-likelihood for each document, as lm_eval's SQuADv2."""
+
+    def construct_requests(self, doc: Any, ctx: Any, **settings: Any) -> Any:
+        of = {"doc": doc, "metadata": settings["metadata"]}
+        return [
+            Instance("generate_until", arguments=(ctx, {"until": ["\n"]}), idx=0, **of),
+            Instance("loglikelihood", arguments=(ctx, " none"), idx=0, **of),
+        ]
+
+    def process_results(self, doc: Any, results: Any) -> dict[str, float]:
+        return {"exact_match": float(isinstance(results[0], str))}
+
+
+class _Scored(_Mixed):
+    """Log-likelihoods alone, though the task's output type is the default, as in lm_eval's SCROLLS."""
+
+    def construct_requests(self, doc: Any, ctx: Any, **settings: Any) -> Any:
+        return super().construct_requests(doc, ctx, **settings)[1:]
+
+
+class _Plain(ConfigurableTask):
+    """Writes its prompts without the chat template that it is given."""
+
+    def fewshot_context(self, doc: Any, *_: Any, **__: Any) -> str:
+        return str(self.doc_to_text(doc))
+
+
+class _Thrice(ConfigurableTask):
+    """Three requests with one prompt for each document."""
+
+    def construct_requests(self, doc: Any, ctx: Any, **settings: Any) -> Any:
+        made = [super(_Thrice, self).construct_requests(doc, ctx, **settings) for _ in range(3)]
+        for number, instance in enumerate(made):
+            instance.idx = number
+        return made
+
+    def process_results(self, doc: Any, results: Any) -> dict[str, float]:
+        return {"exact_match": float(len(set(results)))}
+
+
+@pytest.fixture
+def of_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ConfigurableTask]:
+    def make(kind: type[ConfigurableTask], lines: str = "") -> ConfigurableTask:
+        manager = tasks_of(tmp_path / "tasks", monkeypatch, five=GENERATE + EXACT + lines)
+        (task,) = get_task_dict(["five"], manager).values()
+        task.__class__ = kind
+        return task
+
+    return make
+
+
+@pytest.mark.parametrize("kind", [_Mixed, _Scored])
+@pytest.mark.parametrize("asked", [False, True])
+def test_log_likelihoods_of_a_class_are_in_the_template_only_where_the_user_asks(
+    kind: type[ConfigurableTask], asked: bool, of_class: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = SDARLM("demo", answer_prefix="So")
+    scored: list[str] = []
+    score = lm.rounds.score
+
+    def note(kind: Any, requests: Any, *rest: Any) -> Any:
+        scored.extend(request.args[0] for request in requests)
+        return score(kind, requests, *rest)
+
+    monkeypatch.setattr(lm.rounds, "score", note)
+    results = lm_eval.simple_evaluate(
+        lm, tasks=[of_class(kind)], limit=1, apply_chat_template=asked, bootstrap_iters=0,
+        gen_kwargs={"max_gen_toks": 8},
+    )  # fmt: skip
+    prefix = "So" if kind is _Mixed else ""  # a generated answer begins with the prefix
+    assert scored == [TURN.format("Question 0") + prefix if asked else "Question 0"]
+    told = results["config"]["sdar_lm_eval"]["prompts"]["five"]
+    assert told["chat_template_applied_by"] == ("lm_eval" if asked else None)
+
+
+def test_a_class_that_leaves_out_the_template_is_sent_in_it(
+    make_lm: MakeLM, of_class: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = make_lm()
+    results = lm_eval.simple_evaluate(lm, tasks=[of_class(_Plain)], limit=1, bootstrap_iters=0)
+    assert sent(lm) == [TURN.format("Question 0")]
+    assert results["config"]["sdar_lm_eval"]["prompts"]["five"]["chat_template_applied_by"] == "sdar_lm_eval"
+    assert "becomes one user turn" in caplog.text
+
+
+def test_an_engine_that_cannot_score_says_so_before_a_class_generates(make_lm: MakeLM, of_class: Any) -> None:
+    lm = make_lm()
+    with pytest.raises(UserError, match="asks for log-likelihoods"):
+        lm_eval.simple_evaluate(lm, tasks=[of_class(_Mixed)], bootstrap_iters=0)
+    assert lm.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("gen_kwargs", "model_args", "told"),
+    [
+        ({"num_beams": 4}, {}, "num_beams=4 is not supported"),
+        ({"threshold": 2}, {}, "confidence_threshold"),
+        ({"max_gen_toks": 64}, {"max_length": 64}, "must be below max_length"),
+        ({"gen_prefix": "So"}, {"answer_prefix": "So", "chat_template": "off"}, "begins its answers itself"),
+    ],
+)
+def test_a_task_with_wrong_settings_is_refused_before_others_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gen_kwargs: dict[str, Any], model_args: dict[str, Any], told: str
+) -> None:
+    prefix = f"\ngen_prefix: {gen_kwargs.pop('gen_prefix')}" if "gen_prefix" in gen_kwargs else ""
+    manager = tasks_of(
+        tmp_path / "tasks",
+        monkeypatch,
+        first="output_type: loglikelihood\ndoc_to_target: '{{answer}}'",
+        second=f"{GENERATE}{EXACT}{prefix}\ngeneration_kwargs: {json.dumps(gen_kwargs)}",
+    )
+    with SDARLM("demo", **model_args) as lm:
+        with pytest.raises(UserError, match=told):
+            lm_eval.simple_evaluate(lm, tasks=["first", "second"], task_manager=manager, bootstrap_iters=0)
+        assert lm.counts.scored_requests == 0
+
+
+def test_a_continuation_that_never_fits_is_refused_before_other_tasks_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = f"output_type: loglikelihood\ndoc_to_target: '{'{{answer}} ' * 60}'"
+    manager = tasks_of(tmp_path / "tasks", monkeypatch, first=GENERATE + EXACT, second=long)
+    with SDARLM("demo", max_length=60, max_gen_toks=8) as lm:
+        with pytest.raises(UserError, match="a continuation of"):
+            lm_eval.simple_evaluate(
+                lm, tasks=["first", "second"], task_manager=manager, bootstrap_iters=0, gen_kwargs="max_gen_toks=8"
+            )
+        assert lm.counts.requests == 0
+
+
+# Equal questions
+
+
+def test_copies_of_a_document_draw_answers_of_their_own(make_lm: MakeLM, evaluate: Evaluate) -> None:
+    def drawn(lm: ScriptedLM, *more: str, **settings: Any) -> dict[int, str]:
+        lines = (GENERATE, f"generation_kwargs: {json.dumps(SAMPLED)}", *more)
+        samples = evaluate(lm, *lines, **settings)["samples"]["five"]
+        return {sample["doc_id"]: sample["resps"][0][0] for sample in samples}
+
+    plain = drawn(make_lm())
+    copies = "process_docs: !function data.copies"
+    six = drawn(make_lm(), copies)
+    assert len(set(six.values())) == 6
+    assert (six[0], six[1]) == (plain[0], plain[1])  # the first one draws as it does alone
+    assert drawn(make_lm(), copies, samples={"five": [3, 4]}) == {3: six[3], 4: six[4]}
+    assert drawn(make_lm(), copies, limit=4) == {number: six[number] for number in range(4)}
+    assert len(set(drawn(make_lm(), copies, gen_kwargs={"do_sample": False}).values())) == 2
+
+
+def test_requests_of_one_document_draw_answers_of_their_own(make_lm: MakeLM, of_class: Any) -> None:
+    task = of_class(_Thrice, f"\ngeneration_kwargs: {json.dumps(SAMPLED)}")
+    results = lm_eval.simple_evaluate(make_lm(), tasks=[task], bootstrap_iters=0)
+    assert results["results"]["five"]["exact_match,none"] == 3
