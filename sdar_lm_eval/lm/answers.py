@@ -75,7 +75,8 @@ class AnswerFolder:
             with tempfile.TemporaryFile(dir=self._folder):
                 pass
         except OSError as error:
-            raise UserError(f"{self.name} cannot be a folder that is written to: {error.strerror}.") from error
+            told = f"{self.name} cannot be written: {error.strerror}. Name a folder that can be written."
+            raise UserError(told) from error
         self._settings: Mapping[str, object] = json.loads(json.dumps(settings))
         self._model = model
         sessions = read_sessions(self._folder)
@@ -158,7 +159,8 @@ def read_sessions(folder: Path) -> list[Session]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"the folder of answers {folder} cannot be read: {error.strerror}.") from error
+        told = f"the folder of answers {folder} cannot be read: {error.strerror}. Name a folder that can be read."
+        raise UserError(told) from error
     return [session for name in names if (session := read_session(folder / name)) is not None]
 
 

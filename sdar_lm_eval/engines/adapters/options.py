@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.checks import check_number
+from sdar_lm_eval.checks import check_number, check_range
 from sdar_lm_eval.engines.adapters.requests import listed
 from sdar_lm_eval.errors import UserError
 
@@ -25,8 +25,9 @@ def gpu_named(device: str, engine: str) -> torch.device:
     if resolved.type != "cuda":
         raise UserError(f"device={device!r}: {engine} runs on a GPU only; choose cuda or cuda:N, or use --model sdar.")
     index = torch.cuda.current_device() if resolved.index is None else resolved.index
-    if index >= torch.cuda.device_count():
-        raise UserError(f"device={device!r}: this machine has {torch.cuda.device_count()} usable GPU(s).")
+    if index >= (gpus := torch.cuda.device_count()):
+        known = ", ".join(f"cuda:{each}" for each in range(gpus))
+        raise UserError(f"device={device!r}: this machine has {gpus} usable GPU(s); choose {known} or auto.")
     return torch.device("cuda", index)
 
 
@@ -37,8 +38,7 @@ def to_share(name: str, value: float) -> float:
         UserError: the value is not between 0 and 1, both excluded.
     """
     share = check_number(name, value, whole=False)
-    if not 0 < share < 1:
-        raise UserError(f"{name}={value} must be between 0 and 1.")
+    check_range(f"{name}={value}", 0 < share < 1, "above 0 and below 1")
     return share
 
 
@@ -49,7 +49,7 @@ def check_tensor_parallel(size: int) -> None:
         UserError: the machine has fewer.
     """
     if size > (gpus := torch.cuda.device_count()):
-        raise UserError(f"tensor_parallel_size={size}: this machine has {gpus} usable GPU(s).")
+        raise UserError(f"tensor_parallel_size={size}: this machine has {gpus} usable GPU(s). Give at most {gpus}.")
 
 
 def half_precision(dtype: str, checkpoint: Checkpoint, engine: str) -> str:

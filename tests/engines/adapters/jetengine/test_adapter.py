@@ -810,10 +810,10 @@ class TestRefusals:
         [
             ({"dtype": "float32"}, "dtype='float32': JetEngine takes bfloat16, float16 or auto; for others use "),
             ({"device": "cpu"}, "device='cpu': JetEngine runs on a GPU only; choose cuda or cuda:N, or use --model sd"),
-            ({"device": "cuda:3"}, "device='cuda:3': this machine has 1 usable GPU"),
+            ({"device": "cuda:3"}, "device='cuda:3': this machine has 1 usable GPU(s); choose cuda:0 or auto."),
             ({"device": "gpu"}, "device='gpu' is unknown; choose cuda, cuda:N or auto"),
             ({"max_active": 0}, "max_active=0 is out of range: it must be 1 or more"),
-            ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5 must be between 0 and 1"),
+            ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5 is out of range: it must be above 0 and"),
             ({"gpu_memory_utilization": "most"}, "gpu_memory_utilization='most' is not a number"),
             ({"tensor_parallel_size": 0}, "tensor_parallel_size=0 is out of range: it must be 1 or more"),
             ({"enforce_eager": "yes"}, "enforce_eager='yes' is neither true nor false"),
@@ -839,7 +839,7 @@ class TestRefusals:
 
     def test_gpus_that_010_does_not_take(self, jetengine_010, tiny, tmp_path, monkeypatch):
         even = Checkpoint.open(str(random_checkpoint(tmp_path, head_dim=32, vocab_size=712)))
-        with pytest.raises(UserError, match="tensor_parallel_size=2: this machine has 1 usable GPU"):
+        with pytest.raises(UserError, match=r"tensor_parallel_size=2: this machine has 1 usable GPU\(s\)\. Give at m"):
             of(even, tensor_parallel_size=2)
         gpu_on_the_cpu(monkeypatch, gpus=2)
         with pytest.raises(UserError, match=r"device='cuda:1': JetEngine 0.1.0 takes the first.*CUDA_VISIBLE_DEVICES"):

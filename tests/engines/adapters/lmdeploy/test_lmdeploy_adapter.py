@@ -527,9 +527,9 @@ class TestRefusals:
         ("options", "reason"),
         [
             ({"device": "cpu"}, "device='cpu'.*GPU only"),
-            ({"device": "cuda:3"}, "has 1 usable GPU"),
+            ({"device": "cuda:3"}, r"has 1 usable GPU\(s\); choose cuda:0 or auto"),
             ({"dtype": "float32"}, "dtype='float32'.*bfloat16, float16"),
-            ({"cache_max_entry_count": 1}, "cache_max_entry_count=1 must be between 0 and 1"),
+            ({"cache_max_entry_count": 1}, "cache_max_entry_count=1 is out of range: it must be above 0 and below 1"),
             ({"cache_max_entry_count": "all"}, "'all' is not a number"),
             ({"max_active": 0}, "max_active=0 is out of range"),
             ({"tensor_parallel_size": 0}, "tensor_parallel_size=0 is out of range"),
