@@ -1,4 +1,4 @@
-"""Time of a model's matrix products alone, for one forward: a yardstick for engines.
+"""Time of a model's matrix products alone, for one forward: the floor below an engine's time.
 
     python benchmarks/floor.py --pretrained FOLDER --active 1 64 256     # FOLDER needs no weights
 

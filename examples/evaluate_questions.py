@@ -3,8 +3,8 @@
     python examples/evaluate_questions.py
     python examples/evaluate_questions.py --questions FILE.jsonl --pretrained JetLM/SDAR-4B-Chat --max_gen_toks 512
 
-Each line of the file is {"question": "…", "answer": "…"}. An answer is right if its last number is the answer's. The
-same task as a YAML file works with `lm_eval --include_path FOLDER`, with every model of the harness.
+Each line of the file is {"question": "…", "answer": "…"}. The model's answer is right if its last number equals
+"answer". The same task as a YAML file works with `lm_eval --include_path FOLDER`, with every model of the harness.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     python examples/score_texts.py --pretrained JetLM/SDAR-4B-Chat --question "What is France's capital?" Paris Rome
 
 A log-likelihood is in nats. By lm_eval's rule, white space at the prompt's end belongs to the candidate. The share is
-the candidate's probability among the candidates. `--plain` scores texts that follow a text, without the chat template.
-The default likelihood is the probability with which sequential decoding writes the candidate. `--likelihood nelbo` is
-the evidence lower bound.
+the candidate's probability among the candidates. `--plain` leaves out the chat template, so the candidates follow the
+question directly. The default likelihood is the probability with which sequential decoding writes the candidate.
+`--likelihood nelbo` is the evidence lower bound.
 """
 
 from __future__ import annotations

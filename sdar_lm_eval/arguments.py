@@ -83,17 +83,14 @@ class ModelArguments(DecodingArguments, total=False):
             follows. Default: no limit.
         stop_repetition: N:K, such as 50:4, ends an answer whose last N*K tokens repeat with a period of N tokens or
             fewer; the finish reason is `repetition`. Default: no such end. JetEngine does not support stop_repetition.
-        trace: file that gets a JSON line for each finished request (report/trace.py); each run and rank has its own
-            file.
-        record_steps: keep the step and confidence of each token beside lm_eval's samples (report/denoising.py);
-            default: true.
-        verbose: log each example as its answer finishes, with right or wrong if the task has a judge (report/live.py).
+        trace: file that gets a JSON line for each finished request; each run and rank has its own file.
+        record_steps: keep the step and confidence of each token beside lm_eval's samples; default: true.
+        verbose: log each example as its answer finishes, with right or wrong if the task has live accuracy.
         answers: folder that keeps finished answers, from which a later run continues; several processes may share the
             folder.
-        likelihood: chain (exact) or nelbo (the evidence lower bound), see `sdar_lm_eval/likelihood.py`; at
-            temperature 1, whatever the decoding settings.
-        mc_samples: number of mask patterns that nelbo draws for a block, even; default: 256. nelbo computes a block
-            with no more patterns exactly.
+        likelihood: chain (exact) or nelbo (the evidence lower bound); at temperature 1, whatever the decoding settings.
+        mc_samples: even number of mask patterns that nelbo draws for a block; default: 256. If a block has no more
+            patterns, nelbo is exact.
         batch_size: `--batch_size N` with N > 1 sets max_active. With 1 (lm_eval's default) or auto, the engine
             chooses max_active.
         max_batch_size: sets max_active under `--batch_size auto`.
@@ -130,7 +127,8 @@ class NativeArguments(ModelArguments, total=False):
     Attributes:
         kv_pages: size of the KV cache, in pages of 16 tokens; default: what the requests need, as far as memory
             allows.
-        kernels: run with Triton kernels and CUDA graphs; default: on GPUs, where triton is installed.
+        kernels: run with Triton kernels and CUDA graphs; default: true on GPUs of compute capability 8.0 or later where
+            triton is installed.
         reproducible: whether answers are the same to the bit in any batch, not only up to rounding; needs the kernels.
             Default: false.
         share_prefixes: whether prompts with a common prefix share the prefix's keys and values. Default: true; false

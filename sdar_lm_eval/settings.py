@@ -388,7 +388,7 @@ def to_texts(value: object) -> tuple[str, ...]:
     """
     texts = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"until={value!r} is neither a text nor a list of texts.")
+        raise UserError(f"until={value!r} is neither a text nor a list of texts. Give one of these.")
     for text in texts:
         check_unicode("until", text)
     return tuple(dict.fromkeys(text for text in texts if text))

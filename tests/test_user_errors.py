@@ -114,7 +114,7 @@ def test_model_args(error_of: Lm_eval, model_args: str, says: str) -> None:
         ("--gen_kwargs temprature=1", "gen_kwargs: 'temprature' is unknown. Did you mean 'temperature'?"),
         ("--gen_kwargs max_new_tokens=4096", "max_gen_toks=4096 must be below max_length=2048"),
         ("--gen_kwargs block_length=none", "block_length='none' is not a whole number"),
-        ("--gen_kwargs until=5", "until=5 is neither a text nor a list of texts"),
+        ("--gen_kwargs until=5", "until=5 is neither a text nor a list of texts. Give one of these"),
         ("--include_path missing", "--include_path missing: no such folder. Give the folder that has the YAML files"),
         ("--batch_size many", "batch_size='many' is not a whole number"),
         pytest.param("--device cuda", "device='cuda': this machine has no usable GPU(s)", marks=NO_GPU),

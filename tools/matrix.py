@@ -39,14 +39,16 @@ TESTS = (
 DEMO = "--model sdar --model_args pretrained=demo --tasks gsm8k_sdar_demo --limit 20 --output_path demo"
 
 HEAD = """\
-# Versions
+# Tested versions
 
-`python tools/matrix.py` installs each combination below into a fresh environment. The script then runs {files} files of
-the test suite, among them the golden answers, and the command line on 20 problems of the demo. All runs are on the CPU.
-Versions that a combination does not name are the newest that the package index offers with the named versions. The
-combination `lowest` takes the oldest version of each requirement that `pyproject.toml` allows. lm-eval 0.4.9 and
-0.4.9.1 cannot be imported beside transformers 5, so these two combinations have transformers 4. "demo" counts the
-problems with the right answer.
+This page lists the versions of Python, torch, transformers and lm-eval with which the package was tested, each with
+the outcome of the tests. `python tools/matrix.py` installs each combination below into a fresh environment. The
+script then runs {files} files of the test suite, among them the golden answers, and the command line on 20 problems
+of the demo. All runs are on the CPU. Versions that a combination does not name are the newest that the package index
+offers with the named versions. The combination `lowest` takes the oldest version of each requirement that
+`pyproject.toml` allows. lm-eval 0.4.9 and 0.4.9.1 cannot be imported beside transformers 5, so these two combinations
+have transformers 4. The column "demo" counts the problems with the right answer. Combinations that were tried on
+different dates ran different numbers of tests.
 
 | combination | Python | torch | transformers | lm-eval | tests | demo | date |
 | --- | --- | --- | --- | --- | --- | --- | --- |

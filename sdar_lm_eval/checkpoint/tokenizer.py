@@ -135,7 +135,8 @@ def copy_tokenizer(name: str, folder: Path, target: Path, changes: Mapping[str, 
     has = {path.name for path in present}
     if not ("tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has):
         raise UserError(
-            f"checkpoint {name!r} has no tokenizer: {folder} holds no tokenizer.json, nor vocab.json and merges.txt."
+            f"checkpoint {name!r} has no tokenizer: {folder} holds no tokenizer.json, nor vocab.json and merges.txt. "
+            "Save the tokenizer into this folder."
         )
     settings = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in has else {}
     settings.pop("auto_map", None)

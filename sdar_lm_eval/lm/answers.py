@@ -152,7 +152,8 @@ def read_sessions(folder: Path) -> list[Session]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"the folder of answers {folder} cannot be read: {error.strerror}.") from error
+        told = f"the folder of answers {folder} cannot be read: {error.strerror}. Name a folder that can be read."
+        raise UserError(told) from error
     return [session for name in names if (session := read_session(folder / name)) is not None]
 
 

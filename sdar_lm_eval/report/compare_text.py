@@ -29,6 +29,7 @@ _QUESTION = 60
 
 _LEGEND = (
     "± is one standard error. Scores from 0 to 1 are in per cent. The interval is the paired 95% interval of B - A.",
+    "only A and only B count the documents that A alone or B alone has right.",
     f"detectable: the smallest true difference that the test finds (p < {ALPHA}) with probability {POWER}.",
     "p and interval hold for runs and documents that were chosen before any score was seen.",
     "The best of many runs looks better than it is, and so does a run that is extended until p is small.",

@@ -195,6 +195,11 @@ def test_how_many_tokens_a_forward_gives(tmp_path: Path) -> None:
     assert "per forward" not in as_text(found) and json.loads(as_json(found))[0]["speeds"]["t"]["b"]["note"]
 
 
+def test_each_column_of_figures_is_explained() -> None:
+    _, _, notes = as_text([comparison(CALLED)]).rpartition("\n\n")
+    assert all(name in notes for name in ("±", "B - A", "interval", "p ", "only A", "only B", "detectable"))
+
+
 def test_a_table_wider_than_the_terminal_is_a_list_of_a_single_row() -> None:
     wide, narrow = (as_text([comparison(CALLED)], width=width) for width in (None, 80))
     assert wide == as_text([comparison(CALLED)], width=200) and wide != narrow
