@@ -7,7 +7,7 @@ import os
 import reprlib
 import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,36 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong = 2, 80, 40
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 4
+
+
+class _Short(reprlib.Repr):
+    """Short texts of values, as JSON has them: that is how users write settings. A text alone is in single quotes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxlong = 2, 80, 40
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 4
+
+    def repr_str(self, x: str, level: int) -> str:
+        text = super().repr_str(x, level)
+        return text if level == self.maxlevel or '"' in text else f'"{text[1:-1]}"'
+
+    def repr_bool(self, x: bool, level: int) -> str:
+        return str(x).lower()
+
+    def repr_NoneType(self, x: None, level: int) -> str:  # noqa: N802  (reprlib's name)
+        return "null"
+
+    def repr_tuple(self, x: tuple[object, ...], level: int) -> str:
+        return self.repr_list(list(x), level)
+
+    def repr_set(self, x: Collection[object], level: int) -> str:
+        return self.repr_list(sorted(x, key=str), level)
+
+    repr_frozenset = repr_set
+
+
+_SHORT = _Short()
 
 
 def expanded(path: Path) -> Path:
@@ -125,7 +152,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """The value's repr for a message, on one line, shortened where it is long."""
+    """The value on one line of a message: as JSON, a text alone in single quotes, shortened where it is long."""
     return " ".join(line.strip() for line in _SHORT.repr(value).splitlines())
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sdar_lm_eval.decoding import spelled
 from sdar_lm_eval.report import text_table
 from sdar_lm_eval.report.changed import ChangedDocument
 from sdar_lm_eval.report.compare import Comparison, Difference, documents_in_words
@@ -405,7 +406,7 @@ def _count(number: int | None) -> str:
 
 
 def _short(value: object, most: int = 60) -> str:
-    text = "" if value is None else " ".join(str(value).split())
+    text = "" if value is None else " ".join(spelled(value).split())
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

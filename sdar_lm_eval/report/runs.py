@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+from sdar_lm_eval.decoding import spelled
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.results import Results, results_in
 from sdar_lm_eval.report.several import is_better_when_higher
@@ -317,7 +318,7 @@ def _label(runs: Sequence[Run]) -> None:
             continue
         told = _telling_apart([run.settings(run.tasks[0]) for run in alike])
         for number, run in enumerate(alike):
-            parts = [f"{name}={values[number]}" for name, values in told.items() if values[number] is not None]
+            parts = [f"{name}={spelled(values[number])}" for name, values in told.items() if values[number] is not None]
             run.label = f"{path} ({', '.join(parts)})" if parts else str(run.results_of(run.tasks[0]).file)
     for number, run in enumerate(runs):
         if any(run.label == other.label for other in runs[:number]):

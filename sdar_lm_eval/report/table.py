@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from sdar_lm_eval.decoding import spelled
 from sdar_lm_eval.report import text_table
 from sdar_lm_eval.report.columns import TABLES, Column
 from sdar_lm_eval.report.printing import printable
@@ -376,7 +377,7 @@ def _stderr(value: float, questions: int) -> float | None:
 def _reasons(column: Column, score: Score, row: Published) -> list[str]:
     """What besides chance may explain a difference from a published row; empty where nothing is known."""
     found = [
-        f"{name}={score.settings[name]} (published: {value})"
+        f"{name}={spelled(score.settings[name])} (published: {spelled(value)})"
         for name, value in row.decoding.items()
         if name in score.settings and score.settings[name] != value
     ]

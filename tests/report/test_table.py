@@ -353,7 +353,7 @@ def test_rows_of_other_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert "91.3" in out and "90.4" in out
     (note,) = [line for line in out.splitlines() if line.startswith("gsm8k_sdar_paper beside dLLM-RL")]
-    assert "temperature=0.0 (published: 1.0)" in note and "the source used other prompts and scorers" in note
+    assert "temperature=0 (published: 1)" in note and "the source used other prompts and scorers" in note
     assert main([*words, "--json"]) == 0
     (table,) = json.loads(capsys.readouterr().out)
     gsm8k = next(column for column in table["columns"] if column["task"] == "gsm8k_sdar_paper")
@@ -390,7 +390,7 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert rows["MATH500"] == "MATH500 math500_sdar not run 72.8"
     assert rows["MathBench"] == "MathBench mathbench_sdar not run 74.7"
     assert lines[11:13] == [
-        "gsm8k_sdar_paper beside SDAR-4B-Chat: block_length=8 (published: 4); repetition_penalty=1.2 (published: 1.0); "
+        "gsm8k_sdar_paper beside SDAR-4B-Chat: block_length=8 (published: 4); repetition_penalty=1.2 (published: 1); "
         "max_gen_toks=512 (published: 4096)",
         "humaneval_sdar beside SDAR-4B-Chat: 20 of 164 questions; num_fewshot=3 (published: 0)",
     ]

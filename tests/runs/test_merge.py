@@ -148,7 +148,7 @@ def _keys(*instances: Instance) -> list[str]:
 
 
 def test_answers_of_different_settings_are_refused() -> None:
-    with pytest.raises(UserError, match=r"a\.jsonl and b\.jsonl \(dtype was None, is 'float32'\)\. Move away"):
+    with pytest.raises(UserError, match=r"a\.jsonl and b\.jsonl \(dtype was not given, is 'float32'\)\. Move away"):
         RecordedLM([_session(), _session("b.jsonl", {"engine": "native", "dtype": "float32"})], seed=0)
 
 
