@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import reprlib
 import stat
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,18 +92,43 @@ def require_folders(option: str, paths: str | Path | Sequence[str | Path]) -> No
             raise UserError(f"{option} {path}: {why}. Give the folder that has the YAML files of your tasks.")
 
 
-def require_writable(option: str, folder: Path) -> None:
+@contextlib.contextmanager
+def writing(given: str, kind: str = "folder") -> Iterator[None]:
+    """Make one clear error of an OSError in the block, which writes what the user named.
+
+    Args:
+        given: option and path, as the user gave them.
+        kind: what the user should name instead: a folder or a file.
+
+    Raises:
+        UserError: the path cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{given} cannot be written: {error.strerror}. Name another {kind}.") from error
+
+
+def require_writable(given: str, folder: Path) -> None:
     """Create a folder, and check that it takes files.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not; the message begins with `given`.
     """
-    try:
+    with writing(given):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise UserError(f"{option} {folder} cannot be written: {error.strerror}. Name another folder.") from error
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a text into the file that `--output` named.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with writing(f"--output {path}", "file"):
+        expanded(path).write_text(text, "utf-8", "surrogatepass", newline="\n")
 
 
 def require_regular(path: Path) -> os.stat_result:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sdar_lm_eval.commands.given import names
 from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.files import write_output
 from sdar_lm_eval.report import compare_text
 from sdar_lm_eval.report.changed import ChangedDocument, changed_documents
 from sdar_lm_eval.report.compare import Comparison, adjusted, compare_runs
@@ -87,12 +88,7 @@ def run(arguments: argparse.Namespace) -> str:
         text = compare_text.as_text(comparisons, documents, width)
     if arguments.output is None:
         return text
-    try:
-        arguments.output.write_text(text + "\n", "utf-8", "surrogatepass")
-    except OSError as error:
-        raise UserError(
-            f"--output {arguments.output} cannot be written: {error.strerror}. Name another file."
-        ) from error
+    write_output(arguments.output, text + "\n")
     return "\n".join([*compare_text.sentences(comparisons), f"Written to {arguments.output}."])
 
 

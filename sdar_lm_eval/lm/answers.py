@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import stat
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.files import expanded
+from sdar_lm_eval.files import expanded, require_writable
 from sdar_lm_eval.lm.store import Record, as_record, decode_line, differences, encode_line
 
 logger = logging.getLogger(__name__)
@@ -70,12 +69,7 @@ class AnswerFolder:
     def __init__(self, folder: Path, settings: Mapping[str, object], model: Callable[[], Mapping[str, object]]) -> None:
         self.name = f"answers={folder}"
         self._folder = expanded(folder)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._folder):
-                pass
-        except OSError as error:
-            raise UserError(f"{self.name} cannot be a folder that is written to: {error.strerror}.") from error
+        require_writable(self.name, self._folder)
         self._settings: Mapping[str, object] = json.loads(json.dumps(settings))
         self._model = model
         sessions = read_sessions(self._folder)

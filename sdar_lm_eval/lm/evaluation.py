@@ -45,6 +45,7 @@ class TaskRequests:
         decoding: the decoding of the task's published protocol (`metadata: {sdar_decoding: …}` of its YAML).
         begins_answers: whether the task begins the answers itself (its `gen_prefix`).
         judge: the function that predicts how answers will score (`metadata: {sdar_judge: …}`, see report/live.py).
+        filters: the names of the task's filters; empty where they are unknown.
     """
 
     name: str
@@ -55,6 +56,7 @@ class TaskRequests:
     decoding: Mapping[str, object] | None = None
     begins_answers: bool = False
     judge: Mapping[str, str] | None = None
+    filters: tuple[str, ...] = ()
 
     def document(self, request: Instance) -> int:
         """The document's index in the data set; lm_eval's `doc_id` is an index into the chosen documents."""

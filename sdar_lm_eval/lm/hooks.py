@@ -138,7 +138,8 @@ def watch(evaluator: ModuleType) -> None:
         check_limit(call.arguments.get("limit"))
         if outer.tracker is not None and outer.tracker.output_path and lm.rank == 0:
             # lm_eval writes after the evaluation, and only warns where that fails
-            require_writable("--output_path", output_folder(outer.tracker))
+            folder = output_folder(outer.tracker)
+            require_writable(f"--output_path {folder}", folder)
         tasks = _tasks_of(call.arguments["task_dict"])
         if (samples := call.arguments.get("samples")) is not None:
             call.arguments["samples"] = _ascending(samples, tasks)
@@ -332,6 +333,7 @@ def _build_in_template(task: Task, name: str, model: Watched, borrowed: Sequence
                 decoding=metadata.get("sdar_decoding"),
                 begins_answers=bool(getattr(task.config, "gen_prefix", None)),
                 judge=metadata.get("sdar_judge"),
+                filters=tuple(each["name"] for each in task.config.filter_list or ()),
             ),
             task.instances,
         )

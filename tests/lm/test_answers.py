@@ -192,7 +192,7 @@ def test_time_is_counted_once_and_pauses_are_not() -> None:
 def test_a_folder_that_cannot_be_used_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/answers")):
-        with pytest.raises(UserError, match=r"answers=.* cannot be a folder that is written to: "):
+        with pytest.raises(UserError, match=r"answers=.* cannot be written: .*\. Name another folder\."):
             _folder(folder)
     with pytest.raises(UserError, match=r"'~nobody-of-that-name/x': .* Write the whole path"):
         _folder(Path("~nobody-of-that-name/x"))

@@ -413,7 +413,7 @@ def test_one_that_fails_is_told_and_the_others_go_on(
     assert [run.label for run in outcome.runs] == ["confidence_threshold=0.8"]
     assert list(outcome.failed) == [f"confidence_threshold={t}, seed 1234" for t in (0.5, 0.6, 0.7)]
     first, second, third = outcome.failed.values()
-    assert "cannot be a folder that is written to" in first
+    assert "cannot be written" in first
     assert (second, third) == ("out of memory", "ZeroDivisionError('a mistake')")
     assert "confidence_threshold=0.7 failed" in caplog.text and "a mistake" in caplog.text
     planned.evaluations[0].folder.unlink()
@@ -447,6 +447,10 @@ def test_one_sweep_at_a_time(tasks: str, tmp_path: Path, monkeypatch: pytest.Mon
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"Another sweep works in .*s\. Wait until that sweep ends"):
             local.run(planned, silent)
+    (tmp_path / "s" / local.LOCK).unlink()
+    (tmp_path / "s" / local.LOCK).mkdir()  # as a lock file of another user, a folder cannot be opened
+    with pytest.raises(UserError, match=r"--output_path .*s cannot be written: .*\. Name another folder\."):
+        local.run(planned, silent)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="A sweep runs in one process"):
         local.run(planned, silent)

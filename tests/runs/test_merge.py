@@ -166,6 +166,20 @@ def test_a_drawn_repeat_is_never_taken_for_another() -> None:
         RecordedLM([_session(**recorded)], seed=0).generate_until([drawn, drawn])
 
 
+def test_equal_requests_of_two_documents_count_twice() -> None:
+    """As on one machine, whose engine answers both; the repeats of a greedy request are one answer."""
+    first, second = _instance(0), Instance("generate_until", {}, ("prompt 0", {}), 0, ("t", 1, 2))
+    (key,) = set(_keys(first, second))
+    forwards = {"prefill": 1, "denoising": 6, "commit": 2}
+    counted = {"new_tokens": 8, "prompt_tokens": 5, "forwards": forwards}
+    line = {"key": key, "text": "same", "at": 2.0, "task": "t", "document": 0, "repeat": 0, **counted}
+    recorded = RecordedLM([Session(Path("a.jsonl"), {"engine": "native"}, MODEL, 0.0, {key: line})], seed=0)
+    assert recorded.generate_until([first, first, second, second]) == ["same"] * 4
+    run: Any = recorded.get_model_info()["sdar_lm_eval"]
+    assert run["run"]["requests"] == run["run"]["tasks"]["t"]["requests"] == 2
+    assert (run["run"]["new_tokens"], run["run"]["forwards"]["denoising"]) == (16, 12)
+
+
 def test_many_missing_documents_are_counted() -> None:
     with pytest.raises(UserError, match=r"20 of 20 documents have no answer yet: t 0, .*, t 7 and 12 more\."):
         RecordedLM([_session()], seed=0).generate_until([_instance(number) for number in range(20)])
