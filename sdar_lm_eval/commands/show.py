@@ -88,6 +88,8 @@ def run(arguments: argparse.Namespace) -> str | None:
     task = _task(run, arguments.task)
     metric = _metric(run, task, arguments.metric, arguments.filter)
     every = _with_samples(run, task, documents_of(run, task))
+    if arguments.only in ("right", "wrong"):
+        _require_scores(run, task, metric, every, arguments.only)
     chosen = [each for each in every if _is_kind(each, metric, arguments.only) and _has(each, arguments.search)]
     if arguments.json:
         return _as_json([_as_dict(run, each, metric) for each in chosen])
@@ -159,15 +161,27 @@ def _task(run: Run, name: str | None) -> str:
 
 def _metric(run: Run, task: str, name: str | None, filter_name: str | None) -> MetricKey:
     keys = [(metric.name, metric.filter) for metric in run.metrics(task)]
-    if not keys:
-        raise UserError(f"{run.label} has no score of {task}. Evaluate again, without --predict_only.")
     fitting = [key for key in keys if name in (None, key[0]) and filter_name in (None, key[1])]
     if not fitting:
+        run.require_scores(task)
         wanted = " ".join(f"--{n} {v}" for n, v in (("metric", name), ("filter", filter_name)) if v is not None)
-        listed = ", ".join(f"{metric} of {each}" for metric, each in keys) or "none"
+        listed = ", ".join(f"{metric} of {each}" for metric, each in keys)
         raise UserError(f"{task} has no such score: {wanted}. Its scores: {listed}.")
     chosen = main_key(run, task)
     return chosen if chosen in fitting else fitting[0]
+
+
+def _require_scores(run: Run, task: str, metric: MetricKey, documents: Sequence[Document], only: str) -> None:
+    """Raise unless a document can be right or wrong by the metric: a perplexity has no score of single documents."""
+    run.require_scores(task)
+    if all(each.score(metric) is None for each in documents):
+        known = {key: None for each in documents for answer in each.answers for key in answer.scores}
+        scored = [f"{name} of {filter_name}" for name, filter_name in known]
+        remedy = f"Choose --metric and --filter of {', '.join(scored)}, or leave --only out." if scored else ""
+        raise UserError(
+            f"--only {only}: {metric[0]} of {metric[1]} in {task} has no score of single documents. "
+            f"{remedy or 'Leave --only out.'}"
+        )
 
 
 def _document(documents: Sequence[Document], task: str, index: int) -> Document:

@@ -103,6 +103,19 @@ class Run:
         """Return the metrics of a task's first results."""
         return metrics_of(self.results_of(task), task)
 
+    def is_scored(self, task: str) -> bool:
+        """Return whether the run has more than a task's answers (`--predict_only`)."""
+        return any(metric.name != NOT_SCORED for metric in self.metrics(task))
+
+    def require_scores(self, task: str) -> None:
+        """Raise unless the run scored a task.
+
+        Raises:
+            UserError: the run did not.
+        """
+        if not self.is_scored(task):
+            raise UserError(f"{self.label} has no score of {task}. Evaluate again, without --predict_only.")
+
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
     """Return the runs in some paths, in the order of the paths; within a path, the oldest run first.

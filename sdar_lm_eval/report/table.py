@@ -301,10 +301,11 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
             if column.task in run.tasks:
                 file = run.results_of(column.task).file
                 logger.warning(
-                    "%s has no %s of %s, which the table needs. Evaluate the task again.",
+                    "%s has no %s of %s, which the table needs. Evaluate the task again%s.",
                     file,
                     column.metric,
                     column.task,
+                    "" if run.is_scored(column.task) else ", without --predict_only",
                 )
             continue
         first, score = known[0]

@@ -225,6 +225,8 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "has no score of riddles. Evaluate again, without --predict_only." in error_of(str(unscored))
     file.write_text(json.dumps(json.loads(file.read_text()) | {"results": {TASK: {"bypass,last-word": 999}}}))
     assert "bypass of last-word –; 1 of 1 documents" in shown(capsys, str(unscored))
+    for choice in (("--only", "right"), ("--only", "wrong"), ("--metric", "exact_match")):
+        assert "has no score of riddles. Evaluate again, without --predict_only." in error_of(str(unscored), *choice)
     (folder / f"samples_{TASK}_1.jsonl").unlink()
     assert "has no samples of riddles. Evaluate again with --log_samples." in error_of(str(folder / "results_1.json"))
 
@@ -255,6 +257,18 @@ def test_the_metric_is_lm_evals_and_pairs_are_no_scores(
     (folder / f"samples_{TASK}_1.jsonl").write_text("".join(json.dumps(each) + "\n" for each in samples))
     assert f": {TASK}, {told}; {len(values)} of {len(values)}" in shown(capsys, str(folder))
     assert [each["score"] for each in json.loads(shown(capsys, str(folder), "--json"))] == verdicts
+    if verdicts == [None] * len(values):
+        assert main(["show", str(folder), "--only", "wrong"]) == 1
+        assert f"--only wrong: {metric} of last-word in {TASK} has no score of single documents. Leave" in (
+            capsys.readouterr().err
+        )
+
+
+def test_the_prompt_of_a_served_model_is_a_conversation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Riddle 5?", "type": "text"}]
+    sent = {"arguments": {"gen_args_0": {"arg_0": [json.dumps(messages)], "arg_1": {}}}}  # as lm_eval writes it
+    folder = make_run(tmp_path / "run", [sample(5, "It is 42", 1.0) | sent], [])
+    assert "\nsystem: Be brief.\n\nuser: Riddle 5?\n" in shown(capsys, str(folder), "--doc", "5")
 
 
 SAMPLED = {"resps": [["So 41", "It is 42", "Is it 43"]]}

@@ -407,7 +407,12 @@ def test_a_run_without_the_column_s_metric_is_named(tmp_path: Path, caplog: pyte
     assert list(scores_of(_write(tmp_path, older))) == ["humaneval_sdar"]
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "has no exact_match,opencompass of gsm8k_sdar_paper, which the table needs" in record.getMessage()
+    assert record.getMessage().endswith(
+        "has no exact_match,opencompass of gsm8k_sdar_paper, which the table needs. Evaluate the task again."
+    )
+    older["results"]["gsm8k_sdar_paper"] = {"bypass,strict-match": 999}
+    scores_of(_write(tmp_path / "unscored", older))
+    assert caplog.records[-1].getMessage().endswith("Evaluate the task again, without --predict_only.")
 
 
 def re_spaced(line: str) -> str:
