@@ -251,6 +251,30 @@ def test_answers_are_scored_again_where_documents_or_helpers_of_the_task_changed
     assert sweep_of(1, 10) == ((0, 1), 10)  # the helper alone has changed
 
 
+def test_a_file_that_makes_prompts_or_gold_answers_is_part_of_the_sweep(tmp_path: Path) -> None:
+    """As answers have keys of what was sent, new prompts are answered; new gold answers only score again."""
+    folder, grids = tmp_path / "tasks", ({"threshold": "0.5"},)
+    folder.mkdir()
+    (folder / "short.yaml").write_text(
+        "include: " + TASK.partition("include: ")[2].partition("\n")[0] + "\ntask: short\n"
+        "doc_to_text: !function asking.text\ndoc_to_target: !function asking.gold\n"
+        "generation_kwargs: {until: [], max_gen_toks: 8}\n"
+    )
+    read = f"open({str(folder)!r} + '/' + name).read()"
+    (folder / "asking.py").write_text(
+        f"def text(doc, name='text.txt'):\n    return doc['question'] + {read}\n\n"
+        f"def gold(doc, name='gold.txt'):\n    return {read}\n"
+    )
+
+    def sweep_of(text: str, gold: str) -> tuple[int, int]:
+        (folder / "text.txt").write_text(text)
+        (folder / "gold.txt").write_text(gold)
+        (run,) = swept(plan(asked(tmp_path / "swept", str(folder), grids=grids))).runs
+        return counts(run.of_tasks["short"][0])
+
+    assert [sweep_of("a", "1"), sweep_of("b", "1"), sweep_of("b", "2")] == [(2, 0), (2, 0), (0, 2)]
+
+
 def test_results_of_another_precision_are_refused(tasks: str, tmp_path: Path) -> None:
     """As those of a GPU would be, where weights are loaded for a combination that is missing."""
     swept(plan(asked(tmp_path, tasks, grids=({"threshold": "0.5"},))))
