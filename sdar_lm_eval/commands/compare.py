@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from sdar_lm_eval.report import compare_text
 from sdar_lm_eval.report.changed import ChangedDocument, changed_documents
 from sdar_lm_eval.report.compare import Comparison, adjusted, compare_runs
 from sdar_lm_eval.report.runs import Run, read_runs
+from sdar_lm_eval.report.text_table import columns_of_terminal
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +82,7 @@ def run(arguments: argparse.Namespace) -> str:
     elif arguments.format == "markdown":
         text = compare_text.as_markdown(comparisons, documents)
     else:
-        in_terminal = arguments.output is None and sys.stdout.isatty()
-        width = shutil.get_terminal_size().columns if in_terminal else None
+        width = columns_of_terminal() if arguments.output is None else None
         text = compare_text.as_text(comparisons, documents, width)
     if arguments.output is None:
         return text

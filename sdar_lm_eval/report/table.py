@@ -18,7 +18,7 @@ from sdar_lm_eval.report.published import Published, published_as
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Metric, Run, metrics_of, read_runs
 from sdar_lm_eval.report.several import is_of_several
-from sdar_lm_eval.report.text_table import aligned, with_error
+from sdar_lm_eval.report.text_table import fitted, with_error
 
 logger = logging.getLogger(__name__)
 
@@ -185,8 +185,8 @@ def difference(score: Score, column: Column, published: float) -> PublishedDiffe
     return PublishedDifference(100 * score.value - published, stderr)
 
 
-def render(table: Table) -> str:
-    """Return a table as text."""
+def render(table: Table, width: int | None = None) -> str:
+    """Return a table as text; `width` is as for `fitted`."""
     head = ["column", "task", "questions", "this run, %"]
     for row in table.rows:
         head += [f"{row.name}, %", "difference", ""]
@@ -202,8 +202,10 @@ def render(table: Table) -> str:
         title = f"{table.title} beside " + "; ".join(f"{row.name} ({row.source})" for row in table.rows)
     else:
         title = f"{table.title}: the name is that of no published model (--published compares with one)"
-    parts = [[title], aligned([head, *lines], left={0, 1, *range(6, len(head), 3)}) if lines else [], notes]
-    return printable("\n\n".join("\n".join(part) for part in [*parts, _several(table), _others(table)] if part))
+    parts = [[title], fitted([head, *lines], {0, 1, *range(6, len(head), 3)}, width, 1) if lines else [], notes]
+    return printable(
+        "\n\n".join("\n".join(part) for part in [*parts, _several(table, width), _others(table, width)] if part)
+    )
 
 
 def _cells(column: Column, score: Score | None, rows: Sequence[Published]) -> list[str]:
@@ -236,7 +238,7 @@ def _notes(column: Column, score: Score, rows: Sequence[Published]) -> list[str]
     return notes
 
 
-def _several(table: Table) -> list[str]:
+def _several(table: Table, width: int | None) -> list[str]:
     """The metrics of several answers to a question, a row for each task, where n is the number of answers."""
     of_tasks = {
         task: {re.sub(r"majority@\d+", "majority@n", each.name): each for each in found}
@@ -248,7 +250,7 @@ def _several(table: Table) -> list[str]:
         for task, found in of_tasks.items()
     ]
     head = ["several answers", "n", *(f"{name}, %" for name in names)]
-    return aligned([head, *rows], left={0}) if rows else []
+    return fitted([head, *rows], {0}, width) if rows else []
 
 
 def _place(metric: str) -> tuple[bool, int, str]:
@@ -257,7 +259,7 @@ def _place(metric: str) -> tuple[bool, int, str]:
     return match is None, -1 if match is None else int(match[1]), metric if match is None else ""
 
 
-def _others(table: Table) -> list[str]:
+def _others(table: Table, width: int | None) -> list[str]:
     """The scores of tasks that no published table has, as lm_eval has them."""
     rows = [
         [task, each.name, each.filter, _count(table.answered(task)), _shown(each)]
@@ -265,7 +267,7 @@ def _others(table: Table) -> list[str]:
         for each in found
     ]
     head = ["not in a published table", "metric", "filter", "questions", "value (shares in %)"]
-    return aligned([head, *rows], left={0, 1, 2}) if rows else []
+    return fitted([head, *rows], {0, 1, 2}, width) if rows else []
 
 
 def _count(number: int | None) -> str:
@@ -279,10 +281,12 @@ def _shown(metric: Metric) -> str:
 _FOREIGN = "the source used other prompts and scorers"
 
 LEGEND = (
-    f"± is one standard error. LARGER than chance: the difference exceeds {STANDARD_ERRORS} standard errors of two\n"
-    "runs on different questions. Where the published run answered the same questions, chance plays a smaller part:\n"
-    "the test then errs towards `within chance`. Without a true difference, chance calls 1 of 20 differences LARGER.\n"
-    "So of many differences, one LARGER proves little."
+    f"± is one standard error. LARGER than chance: the difference exceeds {STANDARD_ERRORS} standard errors of two "
+    "runs on different questions.\n"
+    "Where the published run answered the same questions, chance plays a smaller part: the test then errs towards "
+    "`within chance`.\n"
+    "Without a true difference, chance calls 1 of 20 differences LARGER. So of many differences, one LARGER proves "
+    "little."
 )
 
 

@@ -15,7 +15,7 @@ from sdar_lm_eval.commands import main
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.columns import COLUMNS, SCI_COLUMNS, TABLES, TRADO_COLUMNS
 from sdar_lm_eval.report.published import PUBLISHED, SIZES, published_as
-from sdar_lm_eval.report.table import Score, difference, read_tables
+from sdar_lm_eval.report.table import Score, difference, read_tables, render
 
 MMLU, GSM8K, HUMANEVAL = COLUMNS[0], COLUMNS[1], COLUMNS[3]
 PAPER_SETTINGS = {
@@ -314,7 +314,7 @@ def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     results = _results({"gsm8k_sdar_paper": 0.5, "hellaswag": 0.4}, {"gsm8k_sdar_paper": 10, "hellaswag": 9})
     assert main(["table", str(_write(tmp_path, results))]) == 0
     out = capsys.readouterr().out
-    assert "not in a published table" in out and re_spaced(out.splitlines()[-6]).startswith(
+    assert "not in a published table" in out and re_spaced(out.splitlines()[-5]).startswith(
         "hellaswag other none 9 50.0"
     )
 
@@ -380,6 +380,10 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         config=config,
     ) | {"n-shot": {"gsm8k_sdar_paper": 0, "humaneval_sdar": 3}}
     folder = _write(tmp_path, results)
+    for width in (80, 60):
+        text = render(read_tables([folder])[0], width)
+        table = [line for line in text.splitlines()[1:] if not line.startswith(("gsm8k_sdar_paper", "humaneval_sdar"))]
+        assert max(map(len, table)) <= width and text.count("LARGER than chance") == 1
     assert main(["table", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"JetLM/SDAR-4B-Chat, {folder} beside SDAR-4B-Chat (arXiv 2510.06303, table 1)"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 
-from sdar_lm_eval.report.text_table import aligned, as_markdown, score, with_error
+from sdar_lm_eval.report.text_table import aligned, as_markdown, fitted, score, with_error
 
 
 def test_columns_are_aligned() -> None:
@@ -11,6 +11,15 @@ def test_columns_are_aligned() -> None:
         "gsm8k    9.5  good",
         "a       10.0",
     ]
+
+
+def test_a_table_fits_into_a_terminal() -> None:
+    rows = [["task", "shots", "score", "verdict"], ["gsm8k", "0", "9.5", "good"], ["a", "0", "10.0", ""]]
+    assert fitted(rows, {0, 3}, 28, names=1) == aligned(rows, left={0, 3})
+    # A column with one value is above the table, and what stands at the left still does.
+    assert fitted(rows, {0, 3}, 20, names=1) == [
+        "shots  0", "", "task   score", "gsm8k    9.5", "a       10.0", "", "task   verdict", "gsm8k  good", "a",
+    ]  # fmt: skip
 
 
 def test_a_value_and_its_standard_error() -> None:
