@@ -109,9 +109,9 @@ def with_error(value: float, stderr: float | None, scale: float = 1.0, sign: str
         value: multiplied by `scale`, as is its error; NaN if the run did not score.
         stderr: the value's standard error.
         scale: 100 for per cent of a share.
-        sign: "+" for a sign before positive values too.
+        sign: "+" for a sign before positive values too; what rounds to 0 has no sign.
     """
     if math.isnan(value):
         return NONE
     shown = round(scale * value, 1) + 0.0  # never -0.0
-    return f"{shown:{sign}.1f}" + ("" if stderr is None else f" ± {scale * stderr:.1f}")
+    return f"{shown:{sign if shown else ''}.1f}" + ("" if stderr is None else f" ± {scale * stderr:.1f}")

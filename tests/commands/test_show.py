@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_files import write_run
 
 from sdar_lm_eval.commands import main
 from sdar_lm_eval.report.denoising import Denoising, DenoisingLine, denoising_file, write_denoising
@@ -262,6 +263,13 @@ def test_the_metric_is_lm_evals_and_pairs_are_no_scores(
         assert f"--only wrong: {metric} of last-word in {TASK} has no score of single documents. Leave" in (
             capsys.readouterr().err
         )
+
+
+def test_right_is_0_where_lower_values_are_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(write_run(tmp_path / "run", {"task": {"error,none": [1, 0, 0.5]}}, better={"error": False}))
+    of_kinds = [json.loads(shown(capsys, folder, "--only", kind, "--json")) for kind in ("right", "wrong")]
+    assert [[each["document"] for each in listed] for listed in of_kinds] == [[1], [0, 2]]
+    assert shown(capsys, folder).count("✗ wrong") == shown(capsys, folder, "--doc", "0").count("✗ wrong") - 1 == 1
 
 
 def test_the_prompt_of_a_served_model_is_a_conversation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ def test_a_table_fits_into_a_terminal() -> None:
 def test_a_value_and_its_standard_error() -> None:
     assert with_error(0.85, 0.0098, 100) == "85.0 ± 1.0"
     assert with_error(math.nan, None, 100) == score(math.nan, None, share=False) == "–"
+    assert with_error(-0.0003, None, 100, "+") == with_error(0.0, None, sign="+") == "0.0"
     assert with_error(4.86, 1.3, sign="+") == "+4.9 ± 1.3" and with_error(-4.86, None, sign="+") == "-4.9"
 
 
