@@ -92,12 +92,11 @@ class Run:
         return settings_of(self.results_of(task), task)
 
     def told(self, task: str) -> dict[str, object]:
-        """Return the settings of a task. Of lm_eval's seeds, only the seed of each repeat is among the settings."""
-        settings = self.settings(task)
-        if len(self.of_tasks[task]) > 1:
-            seeds = [settings_of(each, task).get("seed") for each in self.of_tasks[task]]
-            settings = _without_seeds(settings) | {"seed": ", ".join(map(str, seeds))}
-        return settings
+        """Return the settings of a task. Of several repeats, the first of `SEEDS` that differs stands for all seeds."""
+        repeats = [settings_of(each, task) for each in self.of_tasks[task]]
+        seeds = {name: ", ".join(map(spelled, of_repeats)) for name, of_repeats in differing(repeats).items()}
+        told = next((name for name in SEEDS if name in seeds), None)
+        return repeats[0] if told is None else _without_seeds(repeats[0]) | {told: seeds[told]}
 
     def metrics(self, task: str) -> list[Metric]:
         """Return the metrics of a task's first results."""

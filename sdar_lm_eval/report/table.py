@@ -16,7 +16,7 @@ from sdar_lm_eval.report.columns import TABLES, Column
 from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.published import Published, published_as
 from sdar_lm_eval.report.results import Results
-from sdar_lm_eval.report.runs import Metric, Run, metrics_of, read_runs
+from sdar_lm_eval.report.runs import Metric, Run, mean_value, metrics_of, read_runs
 from sdar_lm_eval.report.several import is_of_several
 from sdar_lm_eval.report.text_table import fitted, with_error
 
@@ -77,7 +77,7 @@ class Table:
         run: the run.
         scores: task of a column -> the run's score; without the columns that the run lacks.
         rows: the published rows to compare with.
-        others: task -> its metrics, of the tasks that are no column of a published table.
+        others: task -> its metrics, of the tasks that are no column of a published table; values are means over seeds.
         several: task of a column -> its metrics of several answers (report/several.py), of the column's filter.
     """
 
@@ -231,7 +231,7 @@ def _notes(column: Column, score: Score, rows: Sequence[Published]) -> list[str]
     if score.answers > 1:
         notes.append(f"{column.task}: mean of {score.answers} answers to each question; the error is over questions")
     if score.seeds > 1:
-        notes.append(f"{column.task}: mean of {score.seeds} seeds; the error is that of one seed")
+        notes.append(_of_seeds(column.task, score.seeds))
     for row in rows:
         if column.task in row.scores and (reasons := _reasons(column, score, row)):
             notes.append(f"{column.task} beside {row.name}: {'; '.join(reasons)}")
@@ -267,7 +267,14 @@ def _others(table: Table, width: int | None) -> list[str]:
         for each in found
     ]
     head = ["not in a published table", "metric", "filter", "questions", "value (shares in %)"]
-    return fitted([head, *rows], {0, 1, 2}, width) if rows else []
+    notes = [
+        _of_seeds(task, len(table.run.of_tasks[task])) for task in table.others if len(table.run.of_tasks[task]) > 1
+    ]
+    return [*fitted([head, *rows], {0, 1, 2}, width), *([""] if notes else []), *notes] if rows else []
+
+
+def _of_seeds(task: str, seeds: int) -> str:
+    return f"{task}: mean of {seeds} seeds; the error is that of one seed"
 
 
 def _count(number: int | None) -> str:
@@ -318,7 +325,14 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
         if found_several := _several_of(first, column):
             several[column.task] = found_several
         used |= {column.task, *_tasks_of(first, column)}
-    others = {task: run.metrics(task) for task in run.tasks if task not in used}
+    others = {
+        task: [
+            replace(each, value=mean_value(run.of_tasks[task], task, (each.name, each.filter)))
+            for each in run.metrics(task)
+        ]
+        for task in run.tasks
+        if task not in used
+    }
     if not rows:
         own = published_as(str(run.settings(run.tasks[0]).get("pretrained")))
         rows = [row for row in own if (row.scores.keys() - row.foreign) & scores.keys()]

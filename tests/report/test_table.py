@@ -303,11 +303,15 @@ def test_seeds_are_a_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     runs = []
     for seed, score in ((1, 0.5), (2, 0.7)):
         config = {"model": "sdar", "sdar_lm_eval": {"pretrained": "JetLM/SDAR-4B-Chat", "seed": seed}}
-        runs.append(_results({"gsm8k_sdar_paper": score}, {"gsm8k_sdar_paper": 10}, config=config))
+        of_tasks = {"gsm8k_sdar_paper": score, "mine": score}
+        runs.append(_results(of_tasks, dict.fromkeys(of_tasks, 10), config=config))
     folder = _write(tmp_path, *runs)
     assert scores_of(folder)["gsm8k_sdar_paper"].value == pytest.approx(0.6)
     assert main(["table", str(folder)]) == 0
-    assert "gsm8k_sdar_paper: mean of 2 seeds; the error is that of one seed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for task in ("gsm8k_sdar_paper", "mine"):  # the second is in no published table
+        assert f"{task}: mean of 2 seeds; the error is that of one seed" in out
+    assert next(re_spaced(line) for line in out.splitlines() if line.startswith("mine ")).endswith(" 10 60.0")
 
 
 def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
