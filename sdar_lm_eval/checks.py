@@ -159,7 +159,8 @@ def check_type(name: str, value: object, kind: Any) -> None:
         UserError: the value has another type. The message says which type the argument takes.
     """
     if not fits(value, kind):
-        raise UserError(f"{name}={shown(value)} is of type {type(value).__name__}. Give {_words(kind)}.")
+        given = "None" if value is None else shown(value)
+        raise UserError(f"{name}={given} is of type {type(value).__name__}. Give {_words(kind)}.")
 
 
 class _PublicNames(dict[str, object]):

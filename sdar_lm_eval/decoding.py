@@ -6,6 +6,7 @@ This module holds no tensor and does not import torch.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from sdar_lm_eval.checks import check_number, check_range
 from sdar_lm_eval.defaults import DEFAULT_BLOCK_LENGTH
 from sdar_lm_eval.engines.native.strategies import STRATEGIES, spellings
 from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.files import shown
 
 MAX_BLOCK_LENGTH = 1024
 
@@ -55,7 +57,7 @@ class DecodingConfig:
             if field.name == "remasking_strategy":
                 if not isinstance(value, str) or value not in STRATEGIES:
                     raise UserError(
-                        f"remasking_strategy={value!r} is unknown; choose one of {spellings()}."
+                        f"remasking_strategy={shown(value)} is unknown; choose one of {spellings()}."
                         + did_you_mean(str(value), [*STRATEGIES, *filter(None, (s.short for s in STRATEGIES.values()))])
                     )
             elif not (field.name == "denoising_steps" and value is None):
@@ -125,5 +127,9 @@ def in_words(settings: Mapping[str, object]) -> str:
 
 
 def spelled(value: object) -> str:
-    """Return a setting's value as users write it: 1.0 is 1."""
-    return f"{value:.10g}" if isinstance(value, float) else str(value)
+    """Return a setting's value as users write it: 1.0 is 1, None is none, lists and mappings are JSON."""
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

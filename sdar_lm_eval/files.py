@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import reprlib
 import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,36 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong = 2, 80, 40
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 4
+
+
+class _Short(reprlib.Repr):
+    """Short texts of values, as JSON has them: that is how users write settings. A text alone is in single quotes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxlong = 2, 80, 40
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 4
+
+    def repr_str(self, x: str, level: int) -> str:
+        text = super().repr_str(x, level)
+        return text if level == self.maxlevel or '"' in text else f'"{text[1:-1]}"'
+
+    def repr_bool(self, x: bool, level: int) -> str:
+        return str(x).lower()
+
+    def repr_NoneType(self, x: None, level: int) -> str:  # noqa: N802  (reprlib's name)
+        return "null"
+
+    def repr_tuple(self, x: tuple[object, ...], level: int) -> str:
+        return self.repr_list(list(x), level)
+
+    def repr_set(self, x: Collection[object], level: int) -> str:
+        return self.repr_list(sorted(x, key=str), level)
+
+    repr_frozenset = repr_set
+
+
+_SHORT = _Short()
 
 
 def expanded(path: Path) -> Path:
@@ -64,6 +92,23 @@ def require_folders(option: str, paths: str | Path | Sequence[str | Path]) -> No
             raise UserError(f"{option} {path}: {why}. Give the folder that has the YAML files of your tasks.")
 
 
+@contextlib.contextmanager
+def writing(given: str, kind: str = "folder") -> Iterator[None]:
+    """Make one clear error of an OSError in the block, which writes what the user named.
+
+    Args:
+        given: option and path, as the user gave them.
+        kind: what the user should name instead: a folder or a file.
+
+    Raises:
+        UserError: the path cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{given} cannot be written: {error.strerror}. Name another {kind}.") from error
+
+
 def require_writable(given: str, folder: Path) -> None:
     """Create a folder, and check that it takes files.
 
@@ -72,14 +117,22 @@ def require_writable(given: str, folder: Path) -> None:
         folder: the folder.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not; the message begins with `given`.
     """
-    try:
+    with writing(given):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise UserError(f"{given} cannot be written: {error.strerror}. Name another folder.") from error
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a text into the file that `--output` named.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with writing(f"--output {path}", "file"):
+        expanded(path).write_text(text, "utf-8", "surrogatepass", newline="\n")
 
 
 def require_regular(path: Path) -> os.stat_result:
@@ -129,7 +182,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """The value's repr for a message, on one line, shortened where it is long."""
+    """The value on one line of a message: as JSON, a text alone in single quotes, shortened where it is long."""
     return " ".join(line.strip() for line in _SHORT.repr(value).splitlines())
 
 

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 from sdar_lm_eval.arguments import ChatMode, DecodingArguments, ModelArguments, arguments_of
 from sdar_lm_eval.checks import at_least_one, check_bool, check_number, check_unicode, if_given, plain
-from sdar_lm_eval.decoding import DECODING_SETTINGS, MAX_BLOCK_LENGTH, DecodingConfig
+from sdar_lm_eval.decoding import DECODING_SETTINGS, MAX_BLOCK_LENGTH, DecodingConfig, spelled
 from sdar_lm_eval.defaults import DEFAULT_SEED
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.native.strategies.base import Strategy
@@ -156,7 +156,7 @@ def _text(known: Mapping[str, object], name: str) -> str | None:
         return None
     text = "" if isinstance(known[name], bool) else plain_text(known[name])
     if not text.strip():
-        raise UserError(f"{name}={known[name]!r} names nothing. Give a name, or leave {name} out.")
+        raise UserError(f"{name}={shown(known[name])} names nothing. Give a name, or leave {name} out.")
     return text
 
 
@@ -167,7 +167,7 @@ def _path(name: str, value: object) -> Path:
         UserError: the value is no path.
     """
     if not isinstance(value, (str, Path)) or not str(value).strip():
-        raise UserError(f"{name}={value!r} is no path. Give one, or leave {name} out.")
+        raise UserError(f"{name}={shown(value)} is no path. Give one, or leave {name} out.")
     return Path(value)
 
 
@@ -179,7 +179,7 @@ def _chat_mode(value: object) -> ChatMode:
     for mode in modes:
         if text == mode:
             return mode
-    raise UserError(f"chat_template={value!r} is unknown; choose {', '.join(modes)}.")
+    raise UserError(f"chat_template={shown(value)} is unknown; choose {', '.join(modes)}.")
 
 
 def _batch_size(known: Mapping[str, object]) -> int | None:
@@ -302,7 +302,7 @@ def warn_of_idle_knobs(given: Mapping[str, object], decoding: DecodingConfig, wh
         value = getattr(decoding, name)
         readers = [each.name for each in STRATEGIES.values() if _reads(each, name)]
         if readers and value != getattr(default, name):  # greedy drawing, not the strategy, leaves out top_p
-            warn_once_of_idle_knob(f"{name}={value}", decoding.remasking_strategy, " or ".join(readers), why)
+            warn_once_of_idle_knob(f"{name}={spelled(value)}", decoding.remasking_strategy, " or ".join(readers), why)
 
 
 def _reads(strategy: Strategy, setting: str) -> bool:
@@ -328,12 +328,12 @@ def check_names(settings: Mapping[str, object], source: str, also: tuple[str, ..
         if name in NEUTRAL:
             if value is not None and str(value) != str(NEUTRAL[name]):
                 raise UserError(
-                    f"{source}: {name}={value!r} is not supported, only {NEUTRAL[name]}; "
+                    f"{source}: {name}={shown(value)} is not supported, only {NEUTRAL[name]}; "
                     f"where a task asks for it, override it: --gen_kwargs {name}={NEUTRAL[name]}."
                 )
         elif name not in spellings:
             if name in OF_THOUGHTS:
-                hint = f" The model takes it, for all tasks: --model_args {name}={value}."
+                hint = f" The model takes it, for all tasks: --model_args {name}={spelled(value)}."
             else:
                 hint = f" {HINTS[name]}" if name in HINTS else did_you_mean(name, spellings)
             raise UserError(f"{source}: {name!r} is unknown.{hint} Known: {', '.join(spellings)}.")
@@ -388,7 +388,7 @@ def to_texts(value: object) -> tuple[str, ...]:
     """
     texts = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"until={value!r} is neither a text nor a list of texts. Give one of these.")
+        raise UserError(f"until={shown(value)} is neither a text nor a list of texts. Give one of these.")
     for text in texts:
         check_unicode("until", text)
     return tuple(dict.fromkeys(text for text in texts if text))

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import overload
 
+from sdar_lm_eval.decoding import spelled
 from sdar_lm_eval.engines.native.strategies import full_name
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,9 @@ def canonical(settings: Mapping[str, object]) -> Mapping[str, object]:
             value = full_name(value) if isinstance(value, str) else value
         earlier = full.pop(setting, None)
         if earlier is not None and str(earlier) != str(value):  # as texts: a mistaken value may be an array
-            warn_once_of_two_spellings(f"{name}={settings[name]}", f"{setting}={earlier}")
+            warn_once_of_two_spellings(f"{name}={spelled(settings[name])}", f"{setting}={spelled(earlier)}")
         full[setting] = value
-        log_alias_once(f"{name}={settings[name]}", f"{setting}={value}")
+        log_alias_once(f"{name}={spelled(settings[name])}", f"{setting}={spelled(value)}")
     return full
 
 

@@ -218,7 +218,7 @@ HOSTILE = {
     "no text": (5, "is 5, which is no text"),
     "too long": ("x" * 200_001, "has 200,001 characters"),
     "several": ({"a": LOOP, "b": LOOP}, "is one of several ('a', 'b'), and none of them is called 'default'"),
-    "several, no text": ({"default": None}, "is None, which is no text"),
+    "several, no text": ({"default": None}, "is null, which is no text"),
 }
 
 

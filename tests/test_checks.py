@@ -76,7 +76,7 @@ def test_the_message_says_what_was_given_and_what_is_allowed(model: sdar_lm_eval
     told = {
         r"path=5 is of type int\. Give str or PathLike\.": lambda: read_run(5),  # type: ignore[arg-type]
         r"a=5 is of type int\. Give str, PathLike or RunFrames\.": lambda: compare(5, run),  # type: ignore[arg-type]
-        r"tasks=\['a', 5\] is of type list\. Give list of str or None\.": lambda: compare(run, run, tasks=["a", 5]),  # type: ignore[list-item]
+        r'tasks=\["a", 5\] is of type list\. Give list of str or None\.': lambda: compare(run, run, tasks=["a", 5]),  # type: ignore[list-item]
         r"prompt_ids=5 is of type int\. Give list, tuple or array of int\.": (
             lambda: GenerationRequest(5, 2, DecodingConfig())  # type: ignore[arg-type]
         ),
@@ -139,7 +139,7 @@ def test_scalars_of_numpy_and_torch_are_numbers_and_bools(model: sdar_lm_eval.Lo
     assert model.settings_of(block_length=torch.tensor(4)).decoding.block_length == 4  # type: ignore[arg-type]
     for true in (np.bool_(True), torch.tensor(True)):
         assert not model.settings_of(do_sample=true, temperature=1).decoding.greedy  # type: ignore[arg-type]
-        with pytest.raises(UserError, match="temperature=True is not a number"):
+        with pytest.raises(UserError, match="temperature=true is not a number"):
             model.settings_of(temperature=true)  # type: ignore[arg-type]
 
 

@@ -16,6 +16,7 @@ from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.registry import make_engine
 from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.files import shown
 from sdar_lm_eval.settings import to_whole
 
 
@@ -59,7 +60,7 @@ def test_numbers_of_another_type_become_the_setting_s():
 
 @pytest.mark.parametrize("value", ["8", True, 2.5, math.inf, [8]])
 def test_text_is_no_number_here(value):
-    with pytest.raises(UserError, match=rf"block_length={re.escape(repr(value))} is not a whole number"):
+    with pytest.raises(UserError, match=rf"block_length={re.escape(shown(value))} is not a whole number"):
         DecodingConfig(block_length=value)
 
 
@@ -86,7 +87,8 @@ def test_greedy(settings, greedy):
     [
         ("block_length", 0, "block_length=0 is out of range: it must be a whole number from 1 to 1024"),
         ("block_length", 4.5, "block_length=4.5 is not a whole number"),
-        ("block_length", True, "block_length=True is not a whole number"),
+        ("remasking_strategy", ["static", None], 'remasking_strategy=["static", null] is unknown'),
+        ("block_length", True, "block_length=true is not a whole number"),
         (
             "denoising_steps",
             5,
@@ -102,7 +104,7 @@ def test_greedy(settings, greedy):
         ("eb_threshold", 1e39, "from 0 to 1,000,000"),
         ("temperature", math.nan, "temperature=nan is not a number"),
         ("temperature", math.inf, "is not a number"),
-        ("temperature", None, "temperature=None is not a number"),
+        ("temperature", None, "temperature=null is not a number"),
         ("top_k", -1, "top_k=-1"),
         ("top_p", 0, "top_p=0.0 is out of range: it must be above 0"),
         ("top_p", 1.1, "top_p=1.1"),

@@ -137,7 +137,7 @@ def check_layout(name: str, config: PretrainedConfig, family: Family, files: Seq
         "missing": sorted(wanted.keys() - found.keys()),
         "unexpected": sorted(weight for weight in found.keys() - wanted.keys() if not weight.endswith(ignored)),
         "of another shape": [
-            f"{weight} {shown(list(found[weight]))} in place of {list(shape)}"
+            f"{weight} {shown(found[weight])} in place of {shown(shape)}"
             for weight, shape in sorted(wanted.items())
             if found.get(weight, shape) != shape
         ],

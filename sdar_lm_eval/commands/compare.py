@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sdar_lm_eval.commands.given import names
 from sdar_lm_eval.errors import UserError, did_you_mean
+from sdar_lm_eval.files import write_output
 from sdar_lm_eval.report import compare_text
 from sdar_lm_eval.report.changed import ChangedDocument, changed_documents
 from sdar_lm_eval.report.compare import Comparison, adjusted, compare_runs
 from sdar_lm_eval.report.runs import Run, read_runs
+from sdar_lm_eval.report.text_table import columns_of_terminal
 
 logger = logging.getLogger(__name__)
 
@@ -82,17 +82,11 @@ def run(arguments: argparse.Namespace) -> str:
     elif arguments.format == "markdown":
         text = compare_text.as_markdown(comparisons, documents)
     else:
-        in_terminal = arguments.output is None and sys.stdout.isatty()
-        width = shutil.get_terminal_size().columns if in_terminal else None
+        width = columns_of_terminal() if arguments.output is None else None
         text = compare_text.as_text(comparisons, documents, width)
     if arguments.output is None:
         return text
-    try:
-        arguments.output.write_text(text + "\n", "utf-8", "surrogatepass")
-    except OSError as error:
-        raise UserError(
-            f"--output {arguments.output} cannot be written: {error.strerror}. Name another file."
-        ) from error
+    write_output(arguments.output, text + "\n")
     return "\n".join([*compare_text.sentences(comparisons), f"Written to {arguments.output}."])
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.files import write_output
 from sdar_lm_eval.report.gsm8k_json import PREFERRED_FILTER, convert
 
 EXAMPLE = "sdar_lm_eval gsm8k-json demo_results --output gsm8k_results.json"
@@ -34,11 +34,6 @@ def run(arguments: argparse.Namespace) -> str:
     text = json.dumps(content, indent=2, ensure_ascii=False)
     if arguments.output is None:
         return text
-    try:
-        Path(arguments.output).write_text(text + "\n", "utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--output {arguments.output} cannot be written: {error.strerror}. Name another file."
-        ) from error
+    write_output(Path(arguments.output), text + "\n")
     metrics = content["metrics"]
     return f"{arguments.output}: {metrics['percentage']} ({metrics['correct']}/{metrics['total']})"

@@ -9,8 +9,7 @@ import argparse
 from pathlib import Path
 
 from sdar_lm_eval.commands.given import names
-from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.files import expanded
+from sdar_lm_eval.files import write_output
 from sdar_lm_eval.report.page.rendering import page_of
 from sdar_lm_eval.report.runs import read_runs
 
@@ -40,11 +39,5 @@ def run(arguments: argparse.Namespace) -> str:
         UserError: a run cannot be read, no run has one of the tasks, or the page cannot be written.
     """
     text = page_of(read_runs(arguments.paths), arguments.tasks, arguments.title)
-    output = expanded(arguments.output)
-    try:
-        output.write_text(text, "utf-8", newline="\n")
-    except OSError as error:
-        raise UserError(
-            f"--output {arguments.output} cannot be written: {error.strerror}. Name another file."
-        ) from error
+    write_output(arguments.output, text)
     return f"{arguments.output}: {len(text) / 1e6:,.1f} MB"

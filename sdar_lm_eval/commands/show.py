@@ -27,8 +27,8 @@ from sdar_lm_eval.report.terminal import denoised_text, legend
 EXAMPLE = "sdar_lm_eval show runs/threshold-0.6 runs/threshold-0.85 --doc 7"
 
 KINDS = {
-    "right": "score 1",
-    "wrong": "score below 1",
+    "right": "score 1, or 0 where lower values are better",
+    "wrong": "another score from 0 to 1",
     "invalid": "the filter found nothing in the answer",
     "cut": "the answer ended at the limit of new tokens",
     "thinking": "the answer ended while the model was thinking",
@@ -88,12 +88,15 @@ def run(arguments: argparse.Namespace) -> str | None:
     task = _task(run, arguments.task)
     metric = _metric(run, task, arguments.metric, arguments.filter)
     every = _with_samples(run, task, documents_of(run, task))
-    chosen = [each for each in every if _is_kind(each, metric, arguments.only) and _has(each, arguments.search)]
+    if arguments.only in ("right", "wrong"):
+        _require_scores(run, task, metric, every, arguments.only)
+    lower = _is_lower_better(run, task, metric)
+    chosen = [each for each in every if _is_kind(each, metric, arguments.only, lower) and _has(each, arguments.search)]
     if arguments.json:
         return _as_json([_as_dict(run, each, metric) for each in chosen])
     console = Console(highlight=False)
     console.print(Text(_title(run, task, metric, every, len(chosen))), soft_wrap=True)
-    console.print(_table(chosen, metric))
+    console.print(_table(chosen, metric, lower))
     return None
 
 
@@ -107,16 +110,18 @@ def _show_document(runs: Sequence[Run], arguments: argparse.Namespace) -> str | 
     console = Console(highlight=False)
     first = documents[0]
     title = Text(printable(f"{task} {first.index}"), "bold")
-    console.print(title if len(runs) > 1 else Text.assemble(title, "  ", _verdict(first.score(metrics[0]))))
+    lower = [_is_lower_better(run, task, metric) for run, metric in zip(runs, metrics, strict=True)]
+    console.print(title if len(runs) > 1 else Text.assemble(title, "  ", _verdict(first.score(metrics[0]), lower[0])))
     console.print()
     console.print(Text(printable(first.prompt or first.question)), soft_wrap=True)
     if not arguments.tokens and any(answer.denoising for each in documents for answer in each.answers):
         console.print(legend(), soft_wrap=True)
-    for run, document, metric in zip(runs, documents, metrics, strict=True):
+    for run, document, metric, is_lower in zip(runs, documents, metrics, lower, strict=True):
         if len(runs) > 1:
             console.print()
             console.print(Text(printable(run.label), "bold"), soft_wrap=True)
-        _print_answers(console, metric, document, arguments.tokens, is_likelihood(run.of_tasks[task][0], task))
+        of_likelihoods = is_likelihood(run.of_tasks[task][0], task)
+        _print_answers(console, metric, is_lower, document, arguments.tokens, of_likelihoods)
         if document.prompt != first.prompt:
             told = (
                 f"This run's prompt differs. `show` of this run alone, with --doc {document.index}, prints the prompt."
@@ -159,15 +164,27 @@ def _task(run: Run, name: str | None) -> str:
 
 def _metric(run: Run, task: str, name: str | None, filter_name: str | None) -> MetricKey:
     keys = [(metric.name, metric.filter) for metric in run.metrics(task)]
-    if not keys:
-        raise UserError(f"{run.label} has no score of {task}. Evaluate again, without --predict_only.")
     fitting = [key for key in keys if name in (None, key[0]) and filter_name in (None, key[1])]
     if not fitting:
+        run.require_scores(task)
         wanted = " ".join(f"--{n} {v}" for n, v in (("metric", name), ("filter", filter_name)) if v is not None)
-        listed = ", ".join(f"{metric} of {each}" for metric, each in keys) or "none"
+        listed = ", ".join(f"{metric} of {each}" for metric, each in keys)
         raise UserError(f"{task} has no such score: {wanted}. Its scores: {listed}.")
     chosen = main_key(run, task)
     return chosen if chosen in fitting else fitting[0]
+
+
+def _require_scores(run: Run, task: str, metric: MetricKey, documents: Sequence[Document], only: str) -> None:
+    """Raise unless a document can be right or wrong by the metric: a perplexity has no score of single documents."""
+    run.require_scores(task)
+    if all(each.score(metric) is None for each in documents):
+        known = {key: None for each in documents for answer in each.answers for key in answer.scores}
+        scored = [f"{name} of {filter_name}" for name, filter_name in known]
+        remedy = f"Choose --metric and --filter of {', '.join(scored)}, or leave --only out." if scored else ""
+        raise UserError(
+            f"--only {only}: {metric[0]} of {metric[1]} in {task} has no score of single documents. "
+            f"{remedy or 'Leave --only out.'}"
+        )
 
 
 def _document(documents: Sequence[Document], task: str, index: int) -> Document:
@@ -181,12 +198,16 @@ def _document(documents: Sequence[Document], task: str, index: int) -> Document:
     return found
 
 
-def _is_kind(document: Document, metric: MetricKey, kind: str | None) -> bool:
-    score = document.score(metric)
+def _is_lower_better(run: Run, task: str, key: MetricKey) -> bool:
+    return any(each.higher_is_better is False for each in run.metrics(task) if (each.name, each.filter) == key)
+
+
+def _is_kind(document: Document, metric: MetricKey, kind: str | None, lower: bool) -> bool:
+    score, right = document.score(metric), 0 if lower else 1
     is_kind: dict[str | None, Callable[[], bool]] = {
         None: lambda: True,
-        "right": lambda: score == 1,
-        "wrong": lambda: score is not None and score < 1,
+        "right": lambda: score == right,
+        "wrong": lambda: score is not None and score != right and 0 <= score <= 1,
         "invalid": lambda: document.is_invalid(metric[1]),
         "cut": lambda: document.is_cut,
         "thinking": lambda: document.ended_while_thinking,
@@ -200,11 +221,11 @@ def _has(document: Document, text: str | None) -> bool:
     )
 
 
-def _verdict(score: float | None) -> Text:
+def _verdict(score: float | None, lower: bool) -> Text:
     if score is None:
         return Text("no score", "dim")
     if score in (0, 1):
-        return Text("✓ right", "green") if score else Text("✗ wrong", "red")
+        return Text("✓ right", "green") if bool(score) is not lower else Text("✗ wrong", "red")
     return Text(f"{score:.3g}")
 
 
@@ -224,7 +245,7 @@ def _title(run: Run, task: str, metric: MetricKey, documents: Sequence[Document]
     )
 
 
-def _table(documents: Sequence[Document], metric: MetricKey) -> Table:
+def _table(documents: Sequence[Document], metric: MetricKey, lower: bool) -> Table:
     table = Table(box=None, pad_edge=False, expand=True)
     most = max((each.index for each in documents), default=0)
     for name in ("doc", "tokens", "forwards"):
@@ -236,7 +257,7 @@ def _table(documents: Sequence[Document], metric: MetricKey) -> Table:
         records = [answer.denoising for answer in each.answers if answer.denoising is not None]
         tokens = f"{fmean(len(record.token_ids) for record in records):.0f}" if records else ""
         forwards = f"{fmean(record.made_forwards for record in records):.0f}" if records else ""
-        verdict = _verdict(each.score(metric))
+        verdict = _verdict(each.score(metric), lower)
         if each.is_cut:
             verdict.append(" cut", "yellow")
         if each.ended_while_thinking:
@@ -262,11 +283,13 @@ def _tokens(record: Denoising) -> Table:
     return table
 
 
-def _print_answers(console: Console, metric: MetricKey, document: Document, tokens: bool, of_likelihoods: bool) -> None:
+def _print_answers(
+    console: Console, metric: MetricKey, lower: bool, document: Document, tokens: bool, of_likelihoods: bool
+) -> None:
     for number, answer in enumerate(document.answers):
         named = "answer" if len(document.answers) == 1 else f"answer {number + 1} of {len(document.answers)}"
         record = answer.denoising
-        console.rule(Text.assemble(f"{named}  ", _verdict(answer.scores.get(metric))), align="left")
+        console.rule(Text.assemble(f"{named}  ", _verdict(answer.scores.get(metric), lower)), align="left")
         if record is None:
             if answer.thought:
                 console.print(Text(printable(answer.thought), "dim"), soft_wrap=True)

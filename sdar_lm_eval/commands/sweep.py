@@ -185,7 +185,7 @@ def run(arguments: argparse.Namespace) -> str:
 def _run(planned: Plan, arguments: argparse.Namespace) -> str:
     from sdar_lm_eval.report.points import points_of
     from sdar_lm_eval.report.runs import Run
-    from sdar_lm_eval.report.text_table import with_error
+    from sdar_lm_eval.report.text_table import columns_of_terminal, with_error
     from sdar_lm_eval.runs import local
 
     total = len(planned.evaluations)
@@ -211,7 +211,10 @@ def _run(planned: Plan, arguments: argparse.Namespace) -> str:
     parts = []
     if summaries:
         files = _write_files(summaries, as_json, planned.output, arguments.plot)
-        parts = [*_tables(summaries), f"Written: {', '.join(map(str, files))}\n{_next_steps(planned, summaries)}"]
+        parts = [
+            *_tables(summaries, width=columns_of_terminal()),
+            f"Written: {', '.join(map(str, files))}\n{_next_steps(planned, summaries)}",
+        ]
     text = as_json if arguments.json else "\n\n".join(parts)
     if not outcome.failed:
         return text
@@ -235,14 +238,14 @@ def _summaries(runs: Sequence[Run], tasks: Sequence[str], arguments: argparse.Na
     return found
 
 
-def _tables(summaries: Sequence[Summary], markdown: bool = False) -> list[str]:
+def _tables(summaries: Sequence[Summary], markdown: bool = False, width: int | None = None) -> list[str]:
     """Return a titled table for each task, then one for all tasks where there are several."""
     from sdar_lm_eval.report.by_task import by_task
     from sdar_lm_eval.report.curve import table
 
     title = "## " if markdown else ""
-    tables = [f"{title}{each.task}\n\n{table(each, markdown)}" for each in summaries]
-    return tables + [f"{title}All tasks\n\n{by_task(summaries, markdown)}"] * (len(summaries) > 1)
+    tables = [f"{title}{each.task}\n\n{table(each, markdown, width)}" for each in summaries]
+    return tables + [f"{title}All tasks\n\n{by_task(summaries, markdown, width)}"] * (len(summaries) > 1)
 
 
 def _write_files(summaries: Sequence[Summary], as_json: str, folder: Path, plot: Path | None) -> list[Path]:

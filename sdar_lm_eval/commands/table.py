@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sdar_lm_eval.report.published import PUBLISHED, SIZES, published
 from sdar_lm_eval.report.table import LEGEND, read_tables, render
+from sdar_lm_eval.report.text_table import columns_of_terminal
 
 EXAMPLE = "sdar_lm_eval table runs --published 8B --published dLLM-RL:SDAR-8B-Chat-static"
 
@@ -36,4 +37,5 @@ def run(arguments: argparse.Namespace) -> str:
     if arguments.json:
         return json.dumps([table.as_dict() for table in tables], indent=2, ensure_ascii=False)
     legend = [LEGEND] if any(table.scores for table in tables) else []
-    return "\n\n".join([*map(render, tables), *legend])
+    width = columns_of_terminal()
+    return "\n\n".join([*(render(table, width) for table in tables), *legend])

@@ -112,7 +112,9 @@ class GenerationRequest:
         if not isinstance(given, tuple):
             check_type("prompt_ids", given, Sequence[int])
             object.__setattr__(self, "prompt_ids", tuple(map(plain, given)))  # the class is frozen
-        check_arguments(GenerationRequest, **vars(self))
+        check_arguments(
+            GenerationRequest, **{**vars(self), "prompt_ids": ()}
+        )  # a prompt may be long: one check is enough
         if not self.prompt_ids:
             raise UserError("a generation request needs at least one prompt token; give the tokenizer's prefix token.")
         if self.max_new_tokens < 1:

@@ -47,6 +47,7 @@ class TaskRequests:
         begins_answers: whether the task begins the answers itself (its `gen_prefix`).
         judge: the function that predicts how answers will score (`metadata: {sdar_judge: …}`, see report/live.py).
         copies: document -> the number of earlier documents with the same content, for documents that have any.
+        filters: the names of the task's filters; empty where they are unknown.
     """
 
     name: str
@@ -58,6 +59,7 @@ class TaskRequests:
     begins_answers: bool = False
     judge: Mapping[str, str] | None = None
     copies: Mapping[int, int] = field(default_factory=dict)
+    filters: tuple[str, ...] = ()
 
     def document(self, request: Instance) -> int:
         """The document's index in the data set; lm_eval's `doc_id` is an index into the chosen documents."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import sdar_lm_eval
 from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.decoding import in_words
 from sdar_lm_eval.engines.types import EngineInfo, LikelihoodConfig
 from sdar_lm_eval.lm.evaluation import Evaluation, facts_of_evaluation
 from sdar_lm_eval.lm.jobs import Jobs
@@ -76,7 +77,7 @@ def facts_of_model(
 
 def described(engine: str, info: EngineInfo, checkpoint: Checkpoint, default: Generation) -> str:
     """Return the line that is logged once a model is open."""
-    settings = ", ".join(f"{name}={value}" for name, value in default.as_dict().items())
+    settings = in_words(default.as_dict())
     return (
         f"{checkpoint.name} on the {engine} engine ({info.device}, {info.dtype}, up to "
         f"{info.max_active} sequences at once); unless a task or --gen_kwargs says otherwise: {settings}"

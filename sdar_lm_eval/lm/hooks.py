@@ -362,6 +362,7 @@ def _build_in_template(task: Task, name: str, model: Watched, borrowed: Sequence
                 begins_answers=bool(getattr(task.config, "gen_prefix", None)),
                 judge=metadata.get("sdar_judge"),
                 copies=_copies(task) if "generate_until" in types else {},
+                filters=tuple(each["name"] for each in task.config.filter_list or ()),
             ),
             task.instances,
         )

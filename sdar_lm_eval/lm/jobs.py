@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lm_eval.api.instance import Instance
 
 from sdar_lm_eval.checkpoint import Checkpoint
+from sdar_lm_eval.decoding import in_words
 from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.hashing import seed_from
@@ -392,8 +393,8 @@ class Jobs:
         if changed := differences(published, {name: used[name] for name in published}):
             logger.warning("%s is not decoded as published: %s.", task, changed)
         else:
-            told = ", ".join(f"{name}={value}" for name, value in published.items())
-            logger.info("%s is decoded as published: %s. model_args and gen_kwargs override it.", task, told)
+            told = "%s is decoded as published: %s. model_args and gen_kwargs override it."
+            logger.info(told, task, in_words(published))
 
     def _thinking_behind(self, prompt: str) -> Thinking | None:
         """How the thought of an answer to this prompt is found."""

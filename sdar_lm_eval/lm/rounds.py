@@ -92,8 +92,9 @@ class Rounds:
         evaluation.template_hash = self._prompts.template_hash
         asked.warn_of_truncated()
         jobs = asked.jobs
-        judges = {job.task: evaluation.task_of(job.instance).judge for job in jobs.values()}
-        live = Live(judges, len(jobs), whole=self._alone)
+        tasks = {job.task: evaluation.task_of(job.instance) for job in jobs.values()}
+        judges, filters = ({name: getattr(task, each) for name, task in tasks.items()} for each in ("judge", "filters"))
+        live = Live(judges, len(jobs), whole=self._alone, filters=filters)
         answers = self._stored_answers(jobs, evaluation, live)
         missing = asked.longest_first(job_id for job_id in jobs if job_id not in answers)
         to_run = [jobs[job_id].request for job_id in missing]

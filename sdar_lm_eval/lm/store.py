@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypedDict, cast
 
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.files import shown
 from sdar_lm_eval.hashing import hex_digest
 
 logger = logging.getLogger(__name__)
@@ -69,11 +70,15 @@ def fields_of(request: object) -> dict[str, Any]:
 
 def differences(theirs: Mapping[str, object], mine: Mapping[str, object]) -> str:
     """Return in words where two settings differ."""
-    return "; ".join(
-        f"{name} was {theirs.get(name)!r}, is {mine.get(name)!r}"
-        for name in {**theirs, **mine}
-        if theirs.get(name) != mine.get(name)
-    )
+    found = []
+    for name in {**theirs, **mine}:
+        was, now = theirs.get(name), mine.get(name)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            found.append(differences(was, now))
+        elif was != now:
+            before, after = ("not given" if value is None else shown(value) for value in (was, now))
+            found.append(f"{name} was {before}, is {after}")
+    return "; ".join(filter(None, found))
 
 
 def as_record(content: object) -> Record | None:

@@ -95,7 +95,9 @@ class Thoughts:
 
 def _prefix(value: object) -> str:
     if not isinstance(value, str):
-        raise UserError(f"answer_prefix={value!r} is no text. Give one, such as '<think>', or leave answer_prefix out.")
+        raise UserError(
+            f"answer_prefix={shown(value)} is no text. Give one, such as '<think>', or leave answer_prefix out."
+        )
     return re.sub(r"\\[nt\\]", lambda found: ESCAPES[found[0]], value)
 
 
@@ -136,7 +138,9 @@ def _end(value: object, checkpoint: Checkpoint) -> str | int | None:
         check_range(f"think_end_token={value}", 0 <= value < tokens, f"a token of the checkpoint, 0 to {tokens - 1}")
         return value
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"think_end_token={value!r} names nothing. Give a text such as {END}, a token id, auto or off.")
+        raise UserError(
+            f"think_end_token={shown(value)} names nothing. Give a text such as {END}, a token id, auto or off."
+        )
     return value
 
 
@@ -183,7 +187,7 @@ def _repetition(value: object) -> Repetition | None:
     tokens, times = map(int, found.groups()) if found else (0, 0)
     if not (tokens >= 1 and times >= 2 and tokens * times <= 100_000):
         raise UserError(
-            f"stop_repetition={value!r}: give N:K, such as 50:4, to end an answer whose last N*K tokens repeat with a "
-            "period of at most N tokens. N is 1 or more, K is 2 or more."
+            f"stop_repetition={shown(value)}: give N:K, such as 50:4, to end an answer whose last N*K tokens repeat "
+            "with a period of at most N tokens. N is 1 or more, K is 2 or more."
         )
     return Repetition(tokens, times)

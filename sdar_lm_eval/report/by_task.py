@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 from sdar_lm_eval.report.curve import Summary
 from sdar_lm_eval.report.points import settings_in_words
-from sdar_lm_eval.report.text_table import aligned, as_markdown, with_error
+from sdar_lm_eval.report.text_table import as_markdown, fitted, with_error
 
 
-def by_task(summaries: Sequence[Summary], markdown: bool = False) -> str:
+def by_task(summaries: Sequence[Summary], markdown: bool = False, width: int | None = None) -> str:
     """Return the table, with the settings of its numbered columns above it.
 
     Args:
         summaries: summaries of tasks that were evaluated together. Each has a point for each setting, in the same
             order.
         markdown: whether the tables are Markdown; False: plain text in columns.
+        width: of plain text, as for `fitted`.
     """
     points = summaries[0].points
     settings = [["", "strategy", "setting"]]
@@ -24,5 +25,8 @@ def by_task(summaries: Sequence[Summary], markdown: bool = False) -> str:
     accuracies = [["accuracy, %", *(number for number, *_ in settings[1:])]]
     for summary in summaries:
         accuracies.append([summary.task, *(with_error(point.accuracy, None) for point in summary.points)])
-    lines = as_markdown if markdown else aligned
-    return "\n\n".join("\n".join(lines(rows, left)) for rows, left in ((settings, {1, 2}), (accuracies, {0})))
+    tables = [
+        as_markdown(rows, left) if markdown else fitted(rows, left, width, names=1)
+        for rows, left in ((settings, {1, 2}), (accuracies, {0}))
+    ]
+    return "\n\n".join(map("\n".join, tables))

@@ -16,7 +16,7 @@ import numpy as np
 from sdar_lm_eval.errors import UserError, did_you_mean, listed
 from sdar_lm_eval.report.changed import names_of
 from sdar_lm_eval.report.groups import groups_of, pooled, task_of
-from sdar_lm_eval.report.pairing import LOST, Key, Scores, TaskScores, read_pair
+from sdar_lm_eval.report.pairing import LOST, Key, MetricKey, Scores, TaskScores, read_pair
 from sdar_lm_eval.report.runs import Run, differing
 from sdar_lm_eval.report.several import smaller_passes
 from sdar_lm_eval.report.speed import RunSpeed, speed_of
@@ -150,6 +150,7 @@ def compare_runs(
     read: dict[str, tuple[TaskScores, TaskScores]] = {}
     for task in shared:
         try:
+            _require_shared_metric(a, b, task)
             scores_a, scores_b = read_pair(a, b, task)
             paired = _paired(a, b, task, scores_a, scores_b)
         except UserError as error:  # other tasks may be comparable
@@ -263,18 +264,26 @@ def _with_families(rows: Sequence[Difference], groups: Sequence[Difference], run
 def _nothing_chosen(
     a: Run, b: Run, tasks: Iterable[str], metrics: Collection[str], filters: Collection[str]
 ) -> UserError:
-    """The error for runs that share no metric, or none of the metrics and filters that the user named."""
-    of_a, of_b = (
-        [(metric.name, metric.filter) for task in tasks for metric in run.metrics(task)] for run in (a, b)
-    )  # fmt: skip
+    """The error for runs that share none of the metrics and filters that the user named."""
+    of_a, of_b = ([key for task in tasks for key in _metric_keys(run, task)] for run in (a, b))
     shared = [key for key in of_a if key in of_b]
-    if not shared:
-        return UserError(
-            f"{a.label} and {b.label} share no metric: the first has {names_of(of_a)}, the second {names_of(of_b)}. "
-            "Evaluate both with one version of the task."
-        )
     asked = [f"--metric {', '.join(metrics)}"] * bool(metrics) + [f"--filter {', '.join(filters)}"] * bool(filters)
     return UserError(f"{' and '.join(asked)}: the runs share no such score; choose from {names_of(shared)}.")
+
+
+def _metric_keys(run: Run, task: str) -> list[MetricKey]:
+    return [(metric.name, metric.filter) for metric in run.metrics(task)]
+
+
+def _require_shared_metric(a: Run, b: Run, task: str) -> None:
+    for run in (a, b):
+        run.require_scores(task)
+    of_a, of_b = _metric_keys(a, task), _metric_keys(b, task)
+    if set(of_a).isdisjoint(of_b):
+        raise UserError(
+            f"{task}: {a.label} and {b.label} share no metric: the first has {names_of(of_a)}, the second "
+            f"{names_of(of_b)}. Evaluate both with one version of the task."
+        )
 
 
 def _paired(a: Run, b: Run, task: str, scores_a: TaskScores, scores_b: TaskScores) -> list[Key]:

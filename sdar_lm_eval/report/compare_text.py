@@ -11,12 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sdar_lm_eval.decoding import spelled
 from sdar_lm_eval.report import text_table
 from sdar_lm_eval.report.changed import ChangedDocument
 from sdar_lm_eval.report.compare import Comparison, Difference, documents_in_words
 from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.statistics import ALPHA, FEWEST_DISCORDANT, POWER
-from sdar_lm_eval.report.text_table import aligned, escaped, score
+from sdar_lm_eval.report.text_table import aligned, escaped, fitted, score, transposed
 
 DocumentsOf = Mapping[tuple[int, int], Sequence[ChangedDocument]]
 """(index of a comparison, index into its `differences`) -> the documents whose scores differ."""
@@ -53,7 +54,7 @@ def as_text(comparisons: Sequence[Comparison], documents: DocumentsOf | None = N
     Args:
         comparisons: comparisons of one run a with other runs, as `adjusted` returns them.
         documents: documents to list below the table; None: none.
-        width: the terminal's columns, into which the tables are made to fit; None: no limit.
+        width: as for `fitted`.
     """
     names = _names(comparisons)
     parts = [
@@ -62,7 +63,7 @@ def as_text(comparisons: Sequence[Comparison], documents: DocumentsOf | None = N
         if (rows := _settings_rows(comparisons, names))
         else [_NO_SETTING],
         [f"Warning: {text}" for text in _warnings(comparisons, names)],
-        _fitted(table(comparisons), len(_left(comparisons)), width),
+        fitted(table(comparisons), _left(comparisons), width),
         [*sentences(comparisons), *_speeds(comparisons)],
         _notes(comparisons),
     ]
@@ -143,29 +144,6 @@ def table(comparisons: Sequence[Comparison]) -> list[list[str]]:
             row += [_count(each.only_a), _count(each.only_b), _points(each, each.detectable)]
             rows.append(row)
     return rows
-
-
-def _fitted(rows: Sequence[Sequence[str]], names: int, width: int | None) -> list[str]:
-    """The lines of `table`'s cells, whose first `names` columns hold names.
-
-    If the table is wider than `width`, columns with one value become lines above the table, and the other columns are
-    split into several tables, each of which repeats the names. Runs with the same values have no table of names alone.
-    """
-    lines = aligned(rows, left=range(names))
-    if width is None or max(map(len, lines)) <= width:
-        return lines
-    columns = _transposed(rows)
-    same = [column[:2] for column in columns if len(set(column[1:])) == 1]
-    keys = [column for column in columns[:names] if column[:2] not in same]
-    blocks = [keys]
-    for column in columns[names:]:
-        if column[:2] not in same:
-            wider = [*blocks[-1], column]
-            fits = sum(max(map(len, cells)) + 2 for cells in wider) - 2 <= width
-            blocks[-1:] = [wider] if fits or blocks[-1] == keys else [blocks[-1], [*keys, column]]
-    parts = [aligned([each for each in same if each[1]], left=(0, 1))] if same else []
-    parts += [aligned(_transposed(block), left=range(len(keys))) for block in blocks if block != keys]
-    return "\n\n".join("\n".join(part) for part in parts).splitlines()
 
 
 def sentences(comparisons: Sequence[Comparison]) -> list[str]:
@@ -313,11 +291,7 @@ def _settings_rows(comparisons: Sequence[Comparison], names: Sequence[str]) -> l
     ]
     rows = [["run", *settings], ["A", *of_a], *([name, *values] for name, values in zip(names, of_b, strict=True))]
     narrow = len(settings) <= len(names)
-    return rows if narrow else _transposed([["setting", *settings], *rows[1:]])
-
-
-def _transposed(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    return [list(column) for column in zip(*rows, strict=True)]
+    return rows if narrow else transposed([["setting", *settings], *rows[1:]])
 
 
 def _warnings(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[str]:
@@ -406,7 +380,7 @@ def _count(number: int | None) -> str:
 
 
 def _short(value: object, most: int = 60) -> str:
-    text = "" if value is None else " ".join(str(value).split())
+    text = "" if value is None else " ".join(spelled(value).split())
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

@@ -26,7 +26,7 @@ from sdar_lm_eval.report.points import (
     settings_in_words,
     value_of,
 )
-from sdar_lm_eval.report.text_table import aligned, as_markdown, with_error
+from sdar_lm_eval.report.text_table import as_markdown, fitted, with_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,12 +114,13 @@ def summarized(task: str, metric: str, points: Sequence[Point], y_max: float | N
     return Summary(task, metric, tuple(points), fronts, tuple(value_of(each, best) for each in curves), best)
 
 
-def table(summary: Summary, markdown: bool = False) -> str:
+def table(summary: Summary, markdown: bool = False, width: int | None = None) -> str:
     """Return a summary as a table, with notes below.
 
     Args:
         summary: the summary.
         markdown: whether the table is Markdown; False: plain text in columns.
+        width: of plain text, as for `fitted`.
     """
     rows = [["strategy", "setting", "accuracy, %", *AXES]]
     for point, words in zip(summary.points, settings_in_words(summary.points), strict=True):
@@ -148,17 +149,19 @@ def table(summary: Summary, markdown: bool = False) -> str:
     if repeats > 1:
         notes.append(f"Up to {repeats} answers to each document; standard errors are clustered by document.")
     notes += dict.fromkeys(f"Unknown speed: {point.note}." for point in summary.points if point.note)
-    return "\n\n".join([_grid(rows, markdown), _grid(worth, markdown), ("\n\n" if markdown else "\n").join(notes)])
+    return "\n\n".join(
+        [_grid(rows, markdown, width), _grid(worth, markdown, width), ("\n\n" if markdown else "\n").join(notes)]
+    )
 
 
-def _grid(rows: Sequence[Sequence[str]], markdown: bool) -> str:
+def _grid(rows: Sequence[Sequence[str]], markdown: bool, width: int | None) -> str:
     if markdown:
         return "\n".join(as_markdown(rows, left={0, 1}))
     # Room for the star of a speed on the front keeps the digits of a column below each other.
     padded = [
         [cell if cell.endswith("*") or column < 3 else f"{cell}  " for column, cell in enumerate(row)] for row in rows
     ]
-    return "\n".join(aligned(padded, left={0, 1}))
+    return "\n".join(fitted(padded, {0, 1}, width))
 
 
 def check_suffix(file: Path) -> None:

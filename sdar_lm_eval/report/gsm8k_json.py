@@ -132,7 +132,10 @@ def _task_of(path: Path, samples_of: Mapping[str, Sequence[Sample]], asked: str 
         what = "samples (--log_samples)"
         if all(samples_of.values()):
             what = "GSM8K's questions and answers, scored by exact_match"
-        raise UserError(f"{str(path)!r} has no {what}: the run was of {', '.join(samples_of)}.")
+        raise UserError(
+            f"{str(path)!r} has no {what}: the run was of {', '.join(samples_of)}. Evaluate a task of GSM8K with "
+            "--log_samples, and without --predict_only."
+        )
     task = known[0] if asked is None and len(known) == 1 else asked
     if task is None or task not in known:
         given = "several tasks of GSM8K" if task is None else f"no task {task!r} of GSM8K"

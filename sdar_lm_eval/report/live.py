@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,18 +60,26 @@ class Live:
         tasks: task -> its `sdar_judge`; None for a task without one.
         total: the number of answers to come.
         whole: whether these are all answers of the round; False: one rank's share.
+        filters: task -> the names of its filters, as far as they are known.
 
     Raises:
         UserError: a task's `sdar_judge` is incomplete, or names a function that cannot be imported.
     """
 
-    def __init__(self, tasks: Mapping[str, Mapping[str, str] | None], total: int, whole: bool = True) -> None:
+    def __init__(
+        self,
+        tasks: Mapping[str, Mapping[str, str] | None],
+        total: int,
+        whole: bool = True,
+        filters: Mapping[str, Collection[str]] | None = None,
+    ) -> None:
         known = {task: judge for task, judge in sorted(tasks.items()) if judge is not None}
         self._judges = {task: _load(task, judge) for task, judge in known.items()}
         # An accuracy over only some tasks would mislead.
         self.knows_accuracy = bool(tasks) and len(known) == len(tasks)
         self.title = " ".join(dict.fromkeys(judge["title"] for judge in known.values())) + " Eval"
         self.whole = whole
+        self._filters = filters or {}
         self._total = total
         self._answered = 0
         self._tallies = {task: _Tally() for task in sorted(tasks)}
@@ -84,8 +92,14 @@ class Live:
             return None
         try:
             verdict = judge(instance.doc, text)
+            if (known := self._filters.get(task)) and verdict.filter not in known:  # a variant has filters of its own
+                raise UserError(
+                    f"the judge of {task} applies the filter {verdict.filter}, which is none of the task's "
+                    f"({', '.join(known)}). Name another judge in the task's YAML (metadata: sdar_judge:)."
+                )
         except Exception as error:  # say, a user's variant with other documents; the run is worth more than a verdict
-            logger.warning("Live accuracy is switched off: %s: %s", type(error).__name__, error)
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            logger.warning("Live accuracy is switched off: %s", why)
             self._judges.clear()
             self.knows_accuracy = False
             return None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig, in_words
+from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig, in_words, spelled
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.columns import main_metric
@@ -159,7 +159,7 @@ def _models(points: Sequence[Point]) -> list[str]:
     found = []
     for point in points:
         told = differing([each.identity for each in points if each.model == point.model])
-        words = ", ".join(f"{name}={str(point.identity.get(name))[:12]}" for name in told)
+        words = ", ".join(f"{name}={spelled(point.identity.get(name))[:12]}" for name in told)
         found.append(f"{point.model} ({words})" if words else point.model)
     return found
 

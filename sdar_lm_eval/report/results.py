@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdar_lm_eval.decoding import spelled
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import expanded, read_bytes, require_regular, shown
 from sdar_lm_eval.report.denoising import Denoising, denoising_file, read_denoising
@@ -363,7 +364,9 @@ def read_lines(file: Path, whole: bool = True) -> Iterator[Fields]:
         except (ValueError, RecursionError) as error:
             if not whole:
                 continue
-            raise UserError(f"{file}, line {number}: not JSON ({error}).") from error
+            raise UserError(
+                f"{file}, line {number}: not JSON ({error}). Copy the whole file, or evaluate again."
+            ) from error
         if isinstance(content, dict):
             yield Fields(content, file, f"line {number}: ")
 
@@ -389,7 +392,7 @@ def _sample(line: Fields) -> Sample:
         raise line.malformed("filter", "a string")
     sent = line.part_or_empty("arguments").part_or_empty("gen_args_0").content.get("arg_0")
     if isinstance(sent, list) and len(sent) == 1:  # chat messages as JSON: a named tuple of lm_eval's API models
-        sent = sent[0]
+        sent = _conversation(str(sent[0]))
     return Sample(
         document=document,
         filter=filter_name,
@@ -402,6 +405,15 @@ def _sample(line: Fields) -> Sample:
         prompt_hash=line.text("prompt_hash"),
         line=line,
     )
+
+
+def _conversation(text: str) -> str:
+    """Chat messages that are JSON as "role: content", a blank line between them; any other text unchanged."""
+    try:
+        messages = json.loads(text)
+        return "\n\n".join(f"{each['role']}: {spelled(each['content'])}" for each in messages)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return text
 
 
 def _log_likelihood(pair: object) -> float | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+from sdar_lm_eval.decoding import spelled
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.results import Results, results_in
 from sdar_lm_eval.report.several import is_better_when_higher
@@ -91,16 +92,28 @@ class Run:
         return settings_of(self.results_of(task), task)
 
     def told(self, task: str) -> dict[str, object]:
-        """Return the settings of a task. Of lm_eval's seeds, only the seed of each repeat is among the settings."""
-        settings = self.settings(task)
-        if len(self.of_tasks[task]) > 1:
-            seeds = [settings_of(each, task).get("seed") for each in self.of_tasks[task]]
-            settings = _without_seeds(settings) | {"seed": ", ".join(map(str, seeds))}
-        return settings
+        """Return the settings of a task. Of several repeats, the first of `SEEDS` that differs stands for all seeds."""
+        repeats = [settings_of(each, task) for each in self.of_tasks[task]]
+        seeds = {name: ", ".join(map(spelled, of_repeats)) for name, of_repeats in differing(repeats).items()}
+        told = next((name for name in SEEDS if name in seeds), None)
+        return repeats[0] if told is None else _without_seeds(repeats[0]) | {told: seeds[told]}
 
     def metrics(self, task: str) -> list[Metric]:
         """Return the metrics of a task's first results."""
         return metrics_of(self.results_of(task), task)
+
+    def is_scored(self, task: str) -> bool:
+        """Return whether the run has more than a task's answers (`--predict_only`)."""
+        return any(metric.name != NOT_SCORED for metric in self.metrics(task))
+
+    def require_scores(self, task: str) -> None:
+        """Raise unless the run scored a task.
+
+        Raises:
+            UserError: the run did not.
+        """
+        if not self.is_scored(task):
+            raise UserError(f"{self.label} has no score of {task}. Evaluate again, without --predict_only.")
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
@@ -317,7 +330,7 @@ def _label(runs: Sequence[Run]) -> None:
             continue
         told = _telling_apart([run.settings(run.tasks[0]) for run in alike])
         for number, run in enumerate(alike):
-            parts = [f"{name}={values[number]}" for name, values in told.items() if values[number] is not None]
+            parts = [f"{name}={spelled(values[number])}" for name, values in told.items() if values[number] is not None]
             run.label = f"{path} ({', '.join(parts)})" if parts else str(run.results_of(run.tasks[0]).file)
     for number, run in enumerate(runs):
         if any(run.label == other.label for other in runs[:number]):

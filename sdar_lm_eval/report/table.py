@@ -10,14 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from sdar_lm_eval.decoding import spelled
 from sdar_lm_eval.report import text_table
 from sdar_lm_eval.report.columns import TABLES, Column
 from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.published import Published, published_as
 from sdar_lm_eval.report.results import Results
-from sdar_lm_eval.report.runs import Metric, Run, metrics_of, read_runs
+from sdar_lm_eval.report.runs import Metric, Run, mean_value, metrics_of, read_runs
 from sdar_lm_eval.report.several import is_of_several
-from sdar_lm_eval.report.text_table import aligned, with_error
+from sdar_lm_eval.report.text_table import fitted, with_error
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Table:
         run: the run.
         scores: task of a column -> the run's score; without the columns that the run lacks.
         rows: the published rows to compare with.
-        others: task -> its metrics, of the tasks that are no column of a published table.
+        others: task -> its metrics, of the tasks that are no column of a published table; values are means over seeds.
         several: task of a column -> its metrics of several answers (report/several.py), of the column's filter.
     """
 
@@ -184,8 +185,8 @@ def difference(score: Score, column: Column, published: float) -> PublishedDiffe
     return PublishedDifference(100 * score.value - published, stderr)
 
 
-def render(table: Table) -> str:
-    """Return a table as text."""
+def render(table: Table, width: int | None = None) -> str:
+    """Return a table as text; `width` is as for `fitted`."""
     head = ["column", "task", "questions", "this run, %"]
     for row in table.rows:
         head += [f"{row.name}, %", "difference", ""]
@@ -201,8 +202,10 @@ def render(table: Table) -> str:
         title = f"{table.title} beside " + "; ".join(f"{row.name} ({row.source})" for row in table.rows)
     else:
         title = f"{table.title}: the name is that of no published model (--published compares with one)"
-    parts = [[title], aligned([head, *lines], left={0, 1, *range(6, len(head), 3)}) if lines else [], notes]
-    return printable("\n\n".join("\n".join(part) for part in [*parts, _several(table), _others(table)] if part))
+    parts = [[title], fitted([head, *lines], {0, 1, *range(6, len(head), 3)}, width, 1) if lines else [], notes]
+    return printable(
+        "\n\n".join("\n".join(part) for part in [*parts, _several(table, width), _others(table, width)] if part)
+    )
 
 
 def _cells(column: Column, score: Score | None, rows: Sequence[Published]) -> list[str]:
@@ -228,14 +231,14 @@ def _notes(column: Column, score: Score, rows: Sequence[Published]) -> list[str]
     if score.answers > 1:
         notes.append(f"{column.task}: mean of {score.answers} answers to each question; the error is over questions")
     if score.seeds > 1:
-        notes.append(f"{column.task}: mean of {score.seeds} seeds; the error is that of one seed")
+        notes.append(_of_seeds(column.task, score.seeds))
     for row in rows:
         if column.task in row.scores and (reasons := _reasons(column, score, row)):
             notes.append(f"{column.task} beside {row.name}: {'; '.join(reasons)}")
     return notes
 
 
-def _several(table: Table) -> list[str]:
+def _several(table: Table, width: int | None) -> list[str]:
     """The metrics of several answers to a question, a row for each task, where n is the number of answers."""
     of_tasks = {
         task: {re.sub(r"majority@\d+", "majority@n", each.name): each for each in found}
@@ -247,7 +250,7 @@ def _several(table: Table) -> list[str]:
         for task, found in of_tasks.items()
     ]
     head = ["several answers", "n", *(f"{name}, %" for name in names)]
-    return aligned([head, *rows], left={0}) if rows else []
+    return fitted([head, *rows], {0}, width) if rows else []
 
 
 def _place(metric: str) -> tuple[bool, int, str]:
@@ -256,7 +259,7 @@ def _place(metric: str) -> tuple[bool, int, str]:
     return match is None, -1 if match is None else int(match[1]), metric if match is None else ""
 
 
-def _others(table: Table) -> list[str]:
+def _others(table: Table, width: int | None) -> list[str]:
     """The scores of tasks that no published table has, as lm_eval has them."""
     rows = [
         [task, each.name, each.filter, _count(table.answered(task)), _shown(each)]
@@ -264,7 +267,14 @@ def _others(table: Table) -> list[str]:
         for each in found
     ]
     head = ["not in a published table", "metric", "filter", "questions", "value (shares in %)"]
-    return aligned([head, *rows], left={0, 1, 2}) if rows else []
+    notes = [
+        _of_seeds(task, len(table.run.of_tasks[task])) for task in table.others if len(table.run.of_tasks[task]) > 1
+    ]
+    return [*fitted([head, *rows], {0, 1, 2}, width), *([""] if notes else []), *notes] if rows else []
+
+
+def _of_seeds(task: str, seeds: int) -> str:
+    return f"{task}: mean of {seeds} seeds; the error is that of one seed"
 
 
 def _count(number: int | None) -> str:
@@ -278,10 +288,12 @@ def _shown(metric: Metric) -> str:
 _FOREIGN = "the source used other prompts and scorers"
 
 LEGEND = (
-    f"± is one standard error. LARGER than chance: the difference exceeds {STANDARD_ERRORS} standard errors of two\n"
-    "runs on different questions. Where the published run answered the same questions, chance plays a smaller part:\n"
-    "the test then errs towards `within chance`. Without a true difference, chance calls 1 of 20 differences LARGER.\n"
-    "So of many differences, one LARGER proves little."
+    f"± is one standard error. LARGER than chance: the difference exceeds {STANDARD_ERRORS} standard errors of two "
+    "runs on different questions.\n"
+    "Where the published run answered the same questions, chance plays a smaller part: the test then errs towards "
+    "`within chance`.\n"
+    "Without a true difference, chance calls 1 of 20 differences LARGER. So of many differences, one LARGER proves "
+    "little."
 )
 
 
@@ -300,10 +312,11 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
             if column.task in run.tasks:
                 file = run.results_of(column.task).file
                 logger.warning(
-                    "%s has no %s of %s, which the table needs. Evaluate the task again.",
+                    "%s has no %s of %s, which the table needs. Evaluate the task again%s.",
                     file,
                     column.metric,
                     column.task,
+                    "" if run.is_scored(column.task) else ", without --predict_only",
                 )
             continue
         first, score = known[0]
@@ -312,7 +325,14 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
         if found_several := _several_of(first, column):
             several[column.task] = found_several
         used |= {column.task, *_tasks_of(first, column)}
-    others = {task: run.metrics(task) for task in run.tasks if task not in used}
+    others = {
+        task: [
+            replace(each, value=mean_value(run.of_tasks[task], task, (each.name, each.filter)))
+            for each in run.metrics(task)
+        ]
+        for task in run.tasks
+        if task not in used
+    }
     if not rows:
         own = published_as(str(run.settings(run.tasks[0]).get("pretrained")))
         rows = [row for row in own if (row.scores.keys() - row.foreign) & scores.keys()]
@@ -376,7 +396,7 @@ def _stderr(value: float, questions: int) -> float | None:
 def _reasons(column: Column, score: Score, row: Published) -> list[str]:
     """What besides chance may explain a difference from a published row; empty where nothing is known."""
     found = [
-        f"{name}={score.settings[name]} (published: {value})"
+        f"{name}={spelled(score.settings[name])} (published: {spelled(value)})"
         for name, value in row.decoding.items()
         if name in score.settings and score.settings[name] != value
     ]

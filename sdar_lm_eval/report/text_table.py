@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
+import sys
 from collections.abc import Collection, Sequence
 
 NONE = "–"
@@ -27,6 +29,51 @@ def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[s
         ).rstrip()
         for row in filled
     ]
+
+
+def fitted(
+    rows: Sequence[Sequence[str]], left: Collection[int], width: int | None, names: int | None = None
+) -> list[str]:
+    """Return the lines of a table, made to fit into a terminal's columns.
+
+    If the table is wider than `width`, columns with one value become lines above the table, and the other columns are
+    split into several tables, each of which repeats the names. Rows with the same names have no table of names alone.
+
+    Args:
+        rows: as for `aligned`, all with as many cells.
+        left: as for `aligned`.
+        width: the terminal's columns; None: no limit.
+        names: number of columns, from the first on, that hold the names of rows; default: those in `left`.
+    """
+    lines = aligned(rows, left)
+    if width is None or max(map(len, lines)) <= width:
+        return lines
+    columns = transposed(rows)
+    number = len(left) if names is None else names
+    same = [column[:2] for column in columns if len(set(column[1:])) == 1]
+    others = [place for place, column in enumerate(columns) if len(set(column[1:])) > 1]
+    keys = [place for place in others if place < number]
+    blocks = [keys]
+    for place in others[len(keys) :]:
+        wider = [*blocks[-1], place]
+        fits = sum(max(map(len, columns[each])) + 2 for each in wider) - 2 <= width
+        blocks[-1:] = [wider] if fits or blocks[-1] == keys else [blocks[-1], [*keys, place]]
+    parts = [aligned([each for each in same if each[1]], left=(0, 1))] if any(each[1] for each in same) else []
+    for block in blocks:
+        if block != keys:
+            at_left = {at for at, place in enumerate(block) if place in left}
+            parts.append(aligned(transposed([columns[place] for place in block]), at_left))
+    return "\n\n".join("\n".join(part) for part in parts).splitlines()
+
+
+def transposed(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return a table's columns as rows."""
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def columns_of_terminal() -> int | None:
+    """Return how many columns the terminal has that gets the standard output; None where a file gets it."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def as_markdown(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
@@ -62,9 +109,9 @@ def with_error(value: float, stderr: float | None, scale: float = 1.0, sign: str
         value: multiplied by `scale`, as is its error; NaN if the run did not score.
         stderr: the value's standard error.
         scale: 100 for per cent of a share.
-        sign: "+" for a sign before positive values too.
+        sign: "+" for a sign before positive values too; what rounds to 0 has no sign.
     """
     if math.isnan(value):
         return NONE
     shown = round(scale * value, 1) + 0.0  # never -0.0
-    return f"{shown:{sign}.1f}" + ("" if stderr is None else f" ± {scale * stderr:.1f}")
+    return f"{shown:{sign if shown else ''}.1f}" + ("" if stderr is None else f" ± {scale * stderr:.1f}")

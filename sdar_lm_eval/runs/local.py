@@ -19,7 +19,7 @@ from lm_eval.api.registry import get_model
 
 from sdar_lm_eval.decoding import in_words
 from sdar_lm_eval.errors import EngineError, Interrupted, SDARError, UserError
-from sdar_lm_eval.files import one_line
+from sdar_lm_eval.files import one_line, require_writable, writing
 from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Run
@@ -182,18 +182,18 @@ def _locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another sweep works in the folder, or the folder cannot be written.
     """
+    given = f"--output_path {folder}"
+    require_writable(given, folder)
     lock = FileLock(folder / LOCK)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(
-            f"Another sweep works in {folder}. Wait until that sweep ends, or give another --output_path."
-        ) from None
-    except NotImplementedError:  # the folder's file system has no locks
-        logger.warning("%s cannot be locked. Start no second sweep in this folder.", folder)
-    except OSError as error:
-        raise UserError(f"--output_path {folder} cannot be written: {error.strerror}. Name another folder.") from error
+    with writing(given):  # the lock file may be another user's
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(
+                f"Another sweep works in {folder}. Wait until that sweep ends, or give another --output_path."
+            ) from None
+        except NotImplementedError:  # the folder's file system has no locks
+            logger.warning("%s cannot be locked. Start no second sweep in this folder.", folder)
     try:
         yield
     finally:

@@ -172,7 +172,7 @@ class RecordedLM(LM):
         counts = copy.deepcopy(self._evaluation.counts)  # of thoughts; the rest follows
         counts.load_seconds = max((run.get("load_seconds", 0.0) for run in runs), default=0.0)
         counts.peak_memory_bytes = max((run.get("peak_memory_bytes", 0) for run in runs), default=0)
-        for line in {line["key"]: line for line in self.used}.values():
+        for line in self.used:  # also equal requests of several documents: each was answered
             counts.count(
                 line["task"],
                 requests=1,

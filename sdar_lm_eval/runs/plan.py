@@ -9,8 +9,8 @@
         gsm8k_sdar-first-200-seed-1235/     a repeat
 
 `config.sdar_lm_eval.asked` of a results file has all that the results depend on: model, settings, limit, seed,
-lm_eval's version, and fingerprints of the tasks' YAML files, Python files and documents, the checkpoint and this
-package's sources.
+lm_eval's version, and fingerprints of the tasks' YAML files, Python files, documents, prompts and gold answers, of the
+checkpoint and of this package's sources.
 
 A folder holds the results of one model. A sweep that would add results of another model, or replace results by those of
 other settings, is refused. Where only a task, lm_eval or this package's sources changed, results are replaced: the
@@ -292,10 +292,12 @@ def _check_metric(tasks: Mapping[str, Task], metric: str) -> None:
 def _digest_of_documents(task: Task, limit: float | None, shots: int) -> str:
     """Return a hash of the documents that a task evaluates, and of those that its few-shot examples come from.
 
-    A task's YAML names a file or a data set of the hub, whose content may change under the same name.
+    A task's YAML names a file or a data set of the hub, whose content may change under the same name. So may a file
+    that the task's Python reads for prompts and gold answers, which the hash has for each document.
     """
     first = limit if isinstance(limit, int) else None  # of a share of the documents, all count
-    return hex_digest([list(itertools.islice(task.eval_docs, first)), list(task.fewshot_docs()) if shots else []])
+    documents = itertools.chain(itertools.islice(task.eval_docs, first), task.fewshot_docs() if shots else ())
+    return hex_digest([(doc, task.doc_to_text(doc), task.doc_to_target(doc)) for doc in documents])
 
 
 def _gen_kwargs(sweep: SweepArguments, combination: Combination) -> dict[str, object]:

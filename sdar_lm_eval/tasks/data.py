@@ -25,7 +25,7 @@ import datasets
 import huggingface_hub
 
 from sdar_lm_eval.errors import UserError, did_you_mean, listed
-from sdar_lm_eval.files import require_regular
+from sdar_lm_eval.files import require_regular, shown
 
 logger = logging.getLogger(__name__)
 
@@ -67,28 +67,29 @@ class Columns:
         """Return a column's string, which may be blank."""
         value = self._value(column)
         if not isinstance(value, str):
-            raise RowError(f"{column!r} is a {type(value).__name__}, not a string.")
+            raise RowError(f"{column!r} is {shown(value)}, not a string.")
         return value
 
     def whole(self, column: str) -> int:
         """Return a column's whole number."""
         value = self._value(column)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise RowError(f"{column!r} is a {type(value).__name__}, not a whole number.")
+            raise RowError(f"{column!r} is {shown(value)}, not a whole number.")
         return value
 
     def items(self, column: str) -> list[object]:
         """Return a column's list, which is not empty."""
         value = self._value(column)
         if not isinstance(value, list):
-            raise RowError(f"{column!r} is a {type(value).__name__}, not a list.")
+            raise RowError(f"{column!r} is {shown(value)}, not a list.")
         if not value:
             raise RowError(f"{column!r} is empty.")
         return value
 
     def _value(self, column: str) -> object:
         if column not in self._row:
-            raise RowError(f"no {column!r}, only {sorted(self._row)}. Each line must be one {self._example}.")
+            known = listed(list(map(repr, sorted(self._row))))
+            raise RowError(f"no {column!r}, only {known}. Each line must be one {self._example}.")
         return self._row[column]
 
 
@@ -324,7 +325,7 @@ def _read_folder(source: Source[RowT], folder: _Folder, split: str, config: Conf
         hub = f"{source.hub.id if isinstance(source.hub, HubFile) else source.hub} from the Hugging Face Hub"
     remedy = f"Give a folder that holds {source.title}'s {names[0]}, or leave it out to load {hub}."
     if not isinstance(folder.given, (str, os.PathLike)) or not str(folder.given).strip():
-        raise UserError(f"{folder.named_by} {folder.given!r}, which is no path. {remedy}")
+        raise UserError(f"{folder.named_by} {shown(folder.given)}, which is no path. {remedy}")
     told = f"{folder.named_by} {folder}"
     try:
         path = Path(folder.given).expanduser() / folder.below
@@ -387,7 +388,7 @@ def _checked(source: Source[RowT], row: object, where: str) -> RowT:
         UserError: the row cannot be used.
     """
     if not isinstance(row, Mapping):
-        raise UserError(f"{where}: a {type(row).__name__}, not an object. Each line must be one {source.row}.")
+        raise UserError(f"{where}: {shown(row)} is no object. Each line must be one {source.row}.")
     try:
         return source.parse(Columns(row, source.row))
     except RowError as error:

@@ -13,6 +13,7 @@ from typing import TypedDict
 import datasets
 
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.files import shown
 from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents, require
 
 
@@ -82,10 +83,11 @@ def _require_scorable(rows: Iterable[Prompt]) -> None:
         try:
             score(row, ["An answer."])
         except Exception as error:  # whatever an instruction's code makes of wrong arguments
+            instructions, arguments = shown(row["instruction_id_list"]), shown(row["kwargs"])
             raise UserError(
                 f"IFEval: the prompt with key {row['key']} cannot be scored ({type(error).__name__}: {error}). Its "
-                f"'instruction_id_list' is {row['instruction_id_list']}, its 'kwargs' {row['kwargs']}: both must be "
-                f"as {IFEVAL.hub} has them."
+                f"'instruction_id_list' is {instructions}, its 'kwargs' {arguments}: both must be as {IFEVAL.hub} has "
+                "them."
             ) from error
 
 

@@ -13,6 +13,7 @@ from typing import TypedDict
 import datasets
 
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.files import shown
 from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents
 from sdar_lm_eval.tasks.extraction import INVALID
 from sdar_lm_eval.tasks.first_option import first_option
@@ -45,7 +46,7 @@ def _texts(row: Columns, column: str, at_most: int) -> list[str]:
     given = row.items(column)
     texts = [text for text in given if isinstance(text, str)]
     if len(texts) < len(given) or len(given) > at_most:
-        raise RowError(f"{column!r} is {given!r}, not a list of at most {at_most} strings.")
+        raise RowError(f"{column!r} is {shown(given)}, not a list of at most {at_most} strings.")
     return texts
 
 
@@ -57,7 +58,7 @@ def _gpqa_row(row: Columns) -> GPQARow:
 def _mmlu_pro_row(row: Columns) -> Categorized:
     options, answer = _texts(row, "options", 16), row.text("answer")
     if answer not in tuple(string.ascii_uppercase[:16]):
-        raise RowError(f"'answer' is {answer!r}, not a letter from A to P.")
+        raise RowError(f"'answer' is {shown(answer)}, not a letter from A to P.")
     return Categorized(question=row.text("question"), options=options, answer=answer, category=row.text("category"))
 
 

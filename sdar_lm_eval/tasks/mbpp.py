@@ -10,6 +10,7 @@ from typing import TypedDict
 
 import datasets
 
+from sdar_lm_eval.files import shown
 from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents
 from sdar_lm_eval.tasks.programs import Job, extract_and_start, require_runner, scores
 from sdar_lm_eval.tasks.repeated import answers_of, metrics
@@ -30,7 +31,7 @@ def _problem(row: Columns) -> Problem:
     task_id, prompt, given = row.whole("task_id"), row.text("prompt"), row.items("test_list")
     assertions = [test for test in given if isinstance(test, str) and test.strip()]
     if len(assertions) < len(given):
-        raise RowError(f"'test_list' is {given!r}, not a list of strings such as 'assert f(2) == 4'.")
+        raise RowError(f"'test_list' is {shown(given)}, not a list of strings such as 'assert f(2) == 4'.")
     return Problem(task_id=task_id, prompt=prompt, test_list=assertions)
 
 

@@ -11,6 +11,7 @@ from typing import TypedDict
 
 import datasets
 
+from sdar_lm_eval.files import shown
 from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents
 from sdar_lm_eval.tasks.first_option import LETTERS, first_option
 from sdar_lm_eval.tasks.repeated import answers_of, matched
@@ -36,7 +37,7 @@ def _row(row: Columns) -> Row:
     question, given, answer = row.text("question"), row.items("choices"), row.whole("answer")
     choices = [choice for choice in given if isinstance(choice, str)]
     if not len(given) == len(choices) == len(LETTERS):
-        raise RowError(f"'choices' is {given!r}, not {len(LETTERS)} strings.")
+        raise RowError(f"'choices' is {shown(given)}, not {len(LETTERS)} strings.")
     if not 0 <= answer < len(LETTERS):
         raise RowError(f"'answer' is {answer}, not 0 to {len(LETTERS) - 1}.")
     return Row(question=question, choices=choices, answer=answer)

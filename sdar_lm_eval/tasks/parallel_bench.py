@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import datasets
 
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.files import shown
 from sdar_lm_eval.tasks.data import dataset
 from sdar_lm_eval.tasks.extraction import INVALID
 from sdar_lm_eval.tasks.generated import KINDS, Answer, Document, Form, Size, documents, is_right
@@ -34,7 +35,7 @@ def load(*, kind: str, size: Size, **metadata: object) -> datasets.DatasetDict:
     """
     seed = metadata.get(SEED, 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise UserError(f"{SEED} is {seed!r}. Give a whole number from 0; each gives other documents.")
+        raise UserError(f"{SEED} is {shown(seed)}. Give a whole number from 0; each gives other documents.")
     return dataset(
         test=documents(kind, size, DOCUMENTS, seed=seed, held_out=True),
         dev=documents(kind, size, SHOTS, seed=seed, held_out=False),

@@ -221,7 +221,9 @@ def test_all_runs_of_a_folder(runs: Path, tmp_path: Path, capsys: pytest.Capture
     assert adjusted[tests.index(min(tests))] == pytest.approx(2 * min(tests))
 
 
-def test_formats(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_formats(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     a, b = runs / "hf-0", runs / "sdar-0.85"
     text = told(capsys, a, b, "--format", "csv")
     (row,) = csv.DictReader(io.StringIO(text))
@@ -233,9 +235,9 @@ def test_formats(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert f"| {DEMO} | exact_match |" in markdown and "- Warning: gsm8k" in markdown
     assert len(rows) > 3 and all(line.endswith((" |", "---|")) for line in rows)
-    output = tmp_path / "out.csv"
-    said = told(capsys, a, b, "--format", "csv", "--output", output)
-    assert output.read_text() == text and said.endswith(f"Written to {output}.\n")
+    monkeypatch.setenv("HOME", str(tmp_path))  # the shell leaves the ~ of --output=~/out.csv
+    said = told(capsys, a, b, "--format", "csv", "--output=~/out.csv")
+    assert (tmp_path / "out.csv").read_text() == text and said.endswith("Written to ~/out.csv.\n")
 
 
 def test_mistakes(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

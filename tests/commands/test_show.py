@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_files import write_run
 
 from sdar_lm_eval.commands import main
 from sdar_lm_eval.report.denoising import Denoising, DenoisingLine, denoising_file, write_denoising
@@ -225,6 +226,8 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "has no score of riddles. Evaluate again, without --predict_only." in error_of(str(unscored))
     file.write_text(json.dumps(json.loads(file.read_text()) | {"results": {TASK: {"bypass,last-word": 999}}}))
     assert "bypass of last-word –; 1 of 1 documents" in shown(capsys, str(unscored))
+    for choice in (("--only", "right"), ("--only", "wrong"), ("--metric", "exact_match")):
+        assert "has no score of riddles. Evaluate again, without --predict_only." in error_of(str(unscored), *choice)
     (folder / f"samples_{TASK}_1.jsonl").unlink()
     assert "has no samples of riddles. Evaluate again with --log_samples." in error_of(str(folder / "results_1.json"))
 
@@ -255,6 +258,25 @@ def test_the_metric_is_lm_evals_and_pairs_are_no_scores(
     (folder / f"samples_{TASK}_1.jsonl").write_text("".join(json.dumps(each) + "\n" for each in samples))
     assert f": {TASK}, {told}; {len(values)} of {len(values)}" in shown(capsys, str(folder))
     assert [each["score"] for each in json.loads(shown(capsys, str(folder), "--json"))] == verdicts
+    if verdicts == [None] * len(values):
+        assert main(["show", str(folder), "--only", "wrong"]) == 1
+        assert f"--only wrong: {metric} of last-word in {TASK} has no score of single documents. Leave" in (
+            capsys.readouterr().err
+        )
+
+
+def test_right_is_0_where_lower_values_are_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(write_run(tmp_path / "run", {"task": {"error,none": [1, 0, 0.5]}}, better={"error": False}))
+    of_kinds = [json.loads(shown(capsys, folder, "--only", kind, "--json")) for kind in ("right", "wrong")]
+    assert [[each["document"] for each in listed] for listed in of_kinds] == [[1], [0, 2]]
+    assert shown(capsys, folder).count("✗ wrong") == shown(capsys, folder, "--doc", "0").count("✗ wrong") - 1 == 1
+
+
+def test_the_prompt_of_a_served_model_is_a_conversation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Riddle 5?", "type": "text"}]
+    sent = {"arguments": {"gen_args_0": {"arg_0": [json.dumps(messages)], "arg_1": {}}}}  # as lm_eval writes it
+    folder = make_run(tmp_path / "run", [sample(5, "It is 42", 1.0) | sent], [])
+    assert "\nsystem: Be brief.\n\nuser: Riddle 5?\n" in shown(capsys, str(folder), "--doc", "5")
 
 
 SAMPLED = {"resps": [["So 41", "It is 42", "Is it 43"]]}

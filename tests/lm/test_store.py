@@ -16,7 +16,7 @@ import pytest
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.types import GenerationRequest, ScoreRequest
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.store import CacheFile, Store, as_record, encode_line, fields_of, key_of
+from sdar_lm_eval.lm.store import CacheFile, Store, as_record, differences, encode_line, fields_of, key_of
 from sdar_lm_eval.thinking import Repetition, Thinking
 
 NATIVE = {"engine": "native", "dtype": "float32"}
@@ -39,6 +39,13 @@ def test_keys_do_not_depend_on_the_order_of_settings() -> None:
 )
 def test_the_fields_of_a_request_are_those_of_dataclasses(asked: Any) -> None:
     assert fields_of(asked) == dataclasses.asdict(asked)
+
+
+def test_differences_are_told_as_users_write_settings() -> None:
+    theirs = {"dtype": "float32", "gen_kwargs": {"until": ["a", "b"], "steps": 2}, "tasks": {"x": None}}
+    mine = {"dtype": "float32", "gen_kwargs": {"steps": 2}, "tasks": {"x": None}, "reproducible": True}
+    told = 'until was ["a", "b"], is not given; reproducible was not given, is true'
+    assert differences(theirs, mine) == told
 
 
 def test_a_record_is_found_by_who_made_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

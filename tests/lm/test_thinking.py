@@ -398,7 +398,7 @@ def test_keys_change_with_new_features_only(make_lm: MakeLM, thinker: str) -> No
             {"think_end_token": 711},
             "think_end_token=711 is out of range: .* a token of the checkpoint, 0 to 710",
         ),
-        ({"think_end_token": True}, "think_end_token=True names nothing"),
+        ({"think_end_token": True}, "think_end_token=true names nothing"),
         ({"chat_template_args": "[1]"}, "chat_template_args=.* is no mapping"),
         ({"chat_template_args": "{"}, "is no JSON"),
         ({"chat_template_args": {"messages": []}}, "chat_template_args has messages, which rendering sets"),

@@ -33,6 +33,14 @@ def test_the_columns_are_the_settings() -> None:
     ]
 
 
+def test_a_narrow_terminal() -> None:
+    assert by_task(summaries(), width=30).split("\n\n")[-2:] == [
+        "accuracy, %     1     2     3\ncopy         94.0  24.0  68.0\nshuffle      47.0  12.0  34.0",
+        "accuracy, %     4     5\ncopy         93.5  50.0\nshuffle      46.8  25.0",
+    ]
+    assert by_task(summaries(), width=80) == by_task(summaries())
+
+
 def test_markdown() -> None:
     rows = by_task(summaries(), markdown=True).splitlines()
     assert rows[:3] == [

@@ -312,8 +312,12 @@ def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
         compared(a, write_run(tmp_path / "c", {"another": {ACC: A}}))
     with pytest.raises(UserError, match=r"task: .*a and .*d answered no common document"):
         compared(a, write_run(tmp_path / "d", {"task": {ACC: A}}, documents=range(20, 30)))
-    with pytest.raises(UserError, match=r"share no metric: the first has acc of none, the second f1 of none"):
+    with pytest.raises(UserError, match=r"task: .* share no metric: the first has acc of none, the second f1 of none"):
         compared(a, write_run(tmp_path / "e", {"task": {"f1,none": A}}))
+    unscored, other = (write_run(tmp_path / n, {"task": {"bypass,none": [999] * len(A)}}) for n in ("g", "h"))
+    for runs in ((a, unscored), (unscored, a), (unscored, other)):
+        with pytest.raises(UserError, match=r"g has no score of task\. Evaluate again, without --predict_only\."):
+            compared(*runs, metrics=["acc"])
     with pytest.raises(UserError, match=r"--tasks tusk: the runs do not share this task; choose task, more. Did you"):
         compared(a, write_run(tmp_path / "f", {"task": {ACC: A}, "more": {ACC: A}}), tasks=["tusk"])
     with pytest.raises(
@@ -323,12 +327,13 @@ def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
 
 
 def test_a_task_that_cannot_be_compared_leaves_the_others(tmp_path: Path) -> None:
-    a = write_run(tmp_path / "a", {"task": {ACC: A}, "more": {ACC: A}, "alone": {ACC: A}})
-    b = write_run(tmp_path / "b", {"task": {ACC: B}, "more": {ACC: A}})
+    a = write_run(tmp_path / "a", {"task": {ACC: A}, "more": {ACC: A}, "other": {ACC: A}, "alone": {ACC: A}})
+    b = write_run(tmp_path / "b", {"task": {ACC: B}, "more": {ACC: A}, "other": {"f1,none": A}})
     next(b.glob("samples_more*")).write_text('{"doc_id": 0, "fil')
     comparison = compared(a, b)
     assert only(comparison).task == "task"
-    alone, broken = comparison.warnings
+    alone, broken, other = comparison.warnings
+    assert "share no metric: the first has acc of none, the second f1 of none." in other
     assert (
         alone == "Run A alone has alone." and "line 1: not JSON" in broken and broken.endswith("The task is left out.")
     )

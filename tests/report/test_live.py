@@ -116,6 +116,20 @@ def test_a_judge_that_cannot_read_a_document_is_not_asked_again(caplog: pytest.L
     assert "Acc" not in live.bar(1.0, 1)
 
 
+def test_the_judge_of_other_filters_is_not_asked_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A variant whose YAML replaces the filters keeps the judge of the task that it includes."""
+    yaml = f"include: {TASKS}/gsm8k_sdar_demo.yaml\ntask: mine\nfilter_list:\n  - name: first-line\n    filter:\n"
+    (tmp_path / "mine.yaml").write_text(yaml + "      - function: take_first\n")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    with caplog.at_level(logging.INFO):
+        lm_eval.simple_evaluate(
+            "sdar", model_args={"pretrained": "demo"}, tasks=["mine"], limit=2, task_manager=manager, bootstrap_iters=0
+        )
+    assert caplog.text.count("Live accuracy is switched off") == 1
+    told = "the judge of mine applies the filter flexible-extract, which is none of the task's (first-line). Name"
+    assert told in caplog.text and "accuracy 1" not in caplog.text
+
+
 def test_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     live = _live()

@@ -131,7 +131,7 @@ def test_points_of_two_models_are_two_curves(tmp_path: Path) -> None:
     assert [curve.name for curve in curves_of(points_of(read_runs(folders), "t"))] == ["low_confidence_dynamic"]
     folders += [write_at(f"other {t}", t, dtype="bfloat16", checkpoint_fingerprint="0123456789abcdef") for t in (0.5,)]
     assert {curve.name: len(curve.points) for curve in curves_of(points_of(read_runs(folders), "t"))} == {
-        "demo (dtype=float32, checkpoint_fingerprint=None): low_confidence_dynamic": 2,
+        "demo (dtype=float32, checkpoint_fingerprint=none): low_confidence_dynamic": 2,
         "demo (dtype=bfloat16, checkpoint_fingerprint=0123456789ab): low_confidence_dynamic": 1,
     }
 

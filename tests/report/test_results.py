@@ -46,7 +46,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     ("sample", "results", "told"),
     [
         ({"doc_id": "0"}, {}, "samples_gsm8k_1.jsonl is not as lm_eval writes it (line 2: doc_id is '0', not a whole"),
-        ({"doc_id": None}, {}, "(line 2: doc_id is None, not a whole number)"),
+        ({"doc_id": None}, {}, "(line 2: doc_id is null, not a whole number)"),
         ({"filter": 1}, {}, "(line 2: filter is 1, not a string)"),
         ({"exact_match": "yes"}, {}, "(line 2: exact_match is 'yes', not 0 or 1)"),
         ({"exact_match": 0.5}, {}, "(line 2: exact_match is 0.5, not 0 or 1)"),
@@ -79,7 +79,7 @@ def test_what_lm_eval_would_not_write(sample: Any, results: Any, told: str, tmp_
 def test_true_is_no_number_and_what_is_missing_is_none(read: Callable[[Fields, str], Any], expected: str) -> None:
     fields = Fields({"flag": True, "nothing": None}, Path("results.json"), "config.")
     assert read(fields, "nothing") is None and read(fields, "missing") is None
-    with pytest.raises(UserError, match=rf"results.json .*\(config.flag is True, not {expected}\)"):
+    with pytest.raises(UserError, match=rf"results.json .*\(config.flag is true, not {expected}\)"):
         read(fields, "flag")
 
 

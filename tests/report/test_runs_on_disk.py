@@ -60,6 +60,17 @@ def test_seeds_are_pooled_and_told(tmp_path: Path) -> None:
     assert settings["seed"] == (1234, "1, 2, 3") and settings["temperature"] == (0.0, 1.0)
 
 
+def test_seeds_of_another_model_are_told_by_lm_evals_name(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        file = write(tmp_path / str(seed), seed) / "results_1.json"
+        content = json.loads(file.read_text())
+        del content["config"]["sdar_lm_eval"]
+        file.write_text(json.dumps(content))
+    (run,) = read_runs([tmp_path])
+    told = run.told(TASK)
+    assert told["random_seed"] == "1, 2" and "seed" not in told
+
+
 @pytest.mark.parametrize("option", ["kernels", "reproducible", "dtype", "tensor_parallel_size"])
 def test_engine_options_are_no_repeats(option: str, tmp_path: Path) -> None:
     """Results of two options in one folder are two runs, whatever their seeds."""

@@ -15,7 +15,7 @@ from sdar_lm_eval.commands import main
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.columns import COLUMNS, SCI_COLUMNS, TABLES, TRADO_COLUMNS
 from sdar_lm_eval.report.published import PUBLISHED, SIZES, published_as
-from sdar_lm_eval.report.table import Score, difference, read_tables
+from sdar_lm_eval.report.table import Score, difference, read_tables, render
 
 MMLU, GSM8K, HUMANEVAL = COLUMNS[0], COLUMNS[1], COLUMNS[3]
 PAPER_SETTINGS = {
@@ -303,18 +303,22 @@ def test_seeds_are_a_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     runs = []
     for seed, score in ((1, 0.5), (2, 0.7)):
         config = {"model": "sdar", "sdar_lm_eval": {"pretrained": "JetLM/SDAR-4B-Chat", "seed": seed}}
-        runs.append(_results({"gsm8k_sdar_paper": score}, {"gsm8k_sdar_paper": 10}, config=config))
+        of_tasks = {"gsm8k_sdar_paper": score, "mine": score}
+        runs.append(_results(of_tasks, dict.fromkeys(of_tasks, 10), config=config))
     folder = _write(tmp_path, *runs)
     assert scores_of(folder)["gsm8k_sdar_paper"].value == pytest.approx(0.6)
     assert main(["table", str(folder)]) == 0
-    assert "gsm8k_sdar_paper: mean of 2 seeds; the error is that of one seed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for task in ("gsm8k_sdar_paper", "mine"):  # the second is in no published table
+        assert f"{task}: mean of 2 seeds; the error is that of one seed" in out
+    assert next(re_spaced(line) for line in out.splitlines() if line.startswith("mine ")).endswith(" 10 60.0")
 
 
 def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = _results({"gsm8k_sdar_paper": 0.5, "hellaswag": 0.4}, {"gsm8k_sdar_paper": 10, "hellaswag": 9})
     assert main(["table", str(_write(tmp_path, results))]) == 0
     out = capsys.readouterr().out
-    assert "not in a published table" in out and re_spaced(out.splitlines()[-6]).startswith(
+    assert "not in a published table" in out and re_spaced(out.splitlines()[-5]).startswith(
         "hellaswag other none 9 50.0"
     )
 
@@ -353,7 +357,7 @@ def test_rows_of_other_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert "91.3" in out and "90.4" in out
     (note,) = [line for line in out.splitlines() if line.startswith("gsm8k_sdar_paper beside dLLM-RL")]
-    assert "temperature=0.0 (published: 1.0)" in note and "the source used other prompts and scorers" in note
+    assert "temperature=0 (published: 1)" in note and "the source used other prompts and scorers" in note
     assert main([*words, "--json"]) == 0
     (table,) = json.loads(capsys.readouterr().out)
     gsm8k = next(column for column in table["columns"] if column["task"] == "gsm8k_sdar_paper")
@@ -380,6 +384,10 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         config=config,
     ) | {"n-shot": {"gsm8k_sdar_paper": 0, "humaneval_sdar": 3}}
     folder = _write(tmp_path, results)
+    for width in (80, 60):
+        text = render(read_tables([folder])[0], width)
+        table = [line for line in text.splitlines()[1:] if not line.startswith(("gsm8k_sdar_paper", "humaneval_sdar"))]
+        assert max(map(len, table)) <= width and text.count("LARGER than chance") == 1
     assert main(["table", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"JetLM/SDAR-4B-Chat, {folder} beside SDAR-4B-Chat (arXiv 2510.06303, table 1)"
@@ -390,7 +398,7 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert rows["MATH500"] == "MATH500 math500_sdar not run 72.8"
     assert rows["MathBench"] == "MathBench mathbench_sdar not run 74.7"
     assert lines[11:13] == [
-        "gsm8k_sdar_paper beside SDAR-4B-Chat: block_length=8 (published: 4); repetition_penalty=1.2 (published: 1.0); "
+        "gsm8k_sdar_paper beside SDAR-4B-Chat: block_length=8 (published: 4); repetition_penalty=1.2 (published: 1); "
         "max_gen_toks=512 (published: 4096)",
         "humaneval_sdar beside SDAR-4B-Chat: 20 of 164 questions; num_fewshot=3 (published: 0)",
     ]
@@ -407,7 +415,12 @@ def test_a_run_without_the_column_s_metric_is_named(tmp_path: Path, caplog: pyte
     assert list(scores_of(_write(tmp_path, older))) == ["humaneval_sdar"]
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "has no exact_match,opencompass of gsm8k_sdar_paper, which the table needs" in record.getMessage()
+    assert record.getMessage().endswith(
+        "has no exact_match,opencompass of gsm8k_sdar_paper, which the table needs. Evaluate the task again."
+    )
+    older["results"]["gsm8k_sdar_paper"] = {"bypass,strict-match": 999}
+    scores_of(_write(tmp_path / "unscored", older))
+    assert caplog.records[-1].getMessage().endswith("Evaluate the task again, without --predict_only.")
 
 
 def re_spaced(line: str) -> str:

@@ -251,6 +251,30 @@ def test_answers_are_scored_again_where_documents_or_helpers_of_the_task_changed
     assert sweep_of(1, 10) == ((0, 1), 10)  # the helper alone has changed
 
 
+def test_a_file_that_makes_prompts_or_gold_answers_is_part_of_the_sweep(tmp_path: Path) -> None:
+    """As answers have keys of what was sent, new prompts are answered; new gold answers only score again."""
+    folder, grids = tmp_path / "tasks", ({"threshold": "0.5"},)
+    folder.mkdir()
+    (folder / "short.yaml").write_text(
+        "include: " + TASK.partition("include: ")[2].partition("\n")[0] + "\ntask: short\n"
+        "doc_to_text: !function asking.text\ndoc_to_target: !function asking.gold\n"
+        "generation_kwargs: {until: [], max_gen_toks: 8}\n"
+    )
+    read = f"open({str(folder)!r} + '/' + name).read()"
+    (folder / "asking.py").write_text(
+        f"def text(doc, name='text.txt'):\n    return doc['question'] + {read}\n\n"
+        f"def gold(doc, name='gold.txt'):\n    return {read}\n"
+    )
+
+    def sweep_of(text: str, gold: str) -> tuple[int, int]:
+        (folder / "text.txt").write_text(text)
+        (folder / "gold.txt").write_text(gold)
+        (run,) = swept(plan(asked(tmp_path / "swept", str(folder), grids=grids))).runs
+        return counts(run.of_tasks["short"][0])
+
+    assert [sweep_of("a", "1"), sweep_of("b", "1"), sweep_of("b", "2")] == [(2, 0), (2, 0), (0, 2)]
+
+
 def test_results_of_another_precision_are_refused(tasks: str, tmp_path: Path) -> None:
     """As those of a GPU would be, where weights are loaded for a combination that is missing."""
     swept(plan(asked(tmp_path, tasks, grids=({"threshold": "0.5"},))))
@@ -275,13 +299,13 @@ def finished(tasks: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"model_args": {"pretrained": "demo", "dtype": "bfloat16"}}, "dtype was 'float32', is 'bfloat16'"),
         ({"model_args": {"pretrained": "demo", "reproducible": True}, "grids": ({"threshold": "0.9"},)},
-         "reproducible was None, is True"),
-        ({"model_args": {"pretrained": "demo", "reproducible": True}, "tasks": ("other",)}, "reproducible was None"),
+         "reproducible was not given, is true"),
+        ({"model_args": {"pretrained": "demo", "reproducible": True}, "tasks": ("other",)}, "reproducible was not"),
         ({"model": "sdar-lmdeploy"}, "model was 'sdar', is 'sdar-lmdeploy'"),
-        ({"gen_kwargs": {"max_gen_toks": 8}}, "gen_kwargs was .*'max_gen_toks': 8"),
-        ({"num_fewshot": 1}, "num_fewshot was None, is 1"),
-        ({"model_args": {"pretrained": "demo", "block_length": 2}}, "block_length was None, is 2"),
-        ({"model_args": {"pretrained": "demo", "max_length": 99}}, "max_length was None, is 99"),
+        ({"gen_kwargs": {"max_gen_toks": 8}}, "max_gen_toks was not given, is 8"),
+        ({"num_fewshot": 1}, "num_fewshot was not given, is 1"),
+        ({"model_args": {"pretrained": "demo", "block_length": 2}}, "block_length was not given, is 2"),
+        ({"model_args": {"pretrained": "demo", "max_length": 99}}, "max_length was not given, is 99"),
         ({"model_args": {"pretrained": "demo", "max_length": 99}, "grids": ({"threshold": "0.9"},)}, "max_length"),
     ],
 )  # fmt: skip
@@ -302,7 +326,7 @@ def test_a_damaged_file_hides_no_other_results(damage: str, tasks: str, finished
     content["config"]["sdar_lm_eval"] = {**content["config"]["sdar_lm_eval"], damage: 5} if damage != "run" else 5
     file.write_text(json.dumps(content))
     assert len(plan(asked(output, tasks, grids=({"threshold": "0.5,0.6"},))).earlier) == 1
-    with pytest.raises(UserError, match="num_fewshot was None, is 1"):
+    with pytest.raises(UserError, match="num_fewshot was not given, is 1"):
         plan(asked(output, tasks, grids=({"threshold": "0.5"},), num_fewshot=1))
 
 
@@ -447,6 +471,10 @@ def test_one_sweep_at_a_time(tasks: str, tmp_path: Path, monkeypatch: pytest.Mon
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"Another sweep works in .*s\. Wait until that sweep ends"):
             local.run(planned, silent)
+    (tmp_path / "s" / local.LOCK).unlink()
+    (tmp_path / "s" / local.LOCK).mkdir()  # as a lock file of another user, a folder cannot be opened
+    with pytest.raises(UserError, match=r"--output_path .*s cannot be written: .*\. Name another folder\."):
+        local.run(planned, silent)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="A sweep runs in one process"):
         local.run(planned, silent)

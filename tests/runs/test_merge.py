@@ -148,7 +148,7 @@ def _keys(*instances: Instance) -> list[str]:
 
 
 def test_answers_of_different_settings_are_refused() -> None:
-    with pytest.raises(UserError, match=r"a\.jsonl and b\.jsonl \(dtype was None, is 'float32'\)\. Move away"):
+    with pytest.raises(UserError, match=r"a\.jsonl and b\.jsonl \(dtype was not given, is 'float32'\)\. Move away"):
         RecordedLM([_session(), _session("b.jsonl", {"engine": "native", "dtype": "float32"})], seed=0)
 
 
@@ -164,6 +164,20 @@ def test_a_drawn_repeat_is_never_taken_for_another() -> None:
     del recorded[keys[1]]
     with pytest.raises(UserError, match="1 of 1 documents have no answer yet: t 0"):
         RecordedLM([_session(**recorded)], seed=0).generate_until([drawn, drawn])
+
+
+def test_equal_requests_of_two_documents_count_twice() -> None:
+    """As on one machine, whose engine answers both; the repeats of a greedy request are one answer."""
+    first, second = _instance(0), Instance("generate_until", {}, ("prompt 0", {}), 0, ("t", 1, 2))
+    (key,) = set(_keys(first, second))
+    forwards = {"prefill": 1, "denoising": 6, "commit": 2}
+    counted = {"new_tokens": 8, "prompt_tokens": 5, "forwards": forwards}
+    line = {"key": key, "text": "same", "at": 2.0, "task": "t", "document": 0, "repeat": 0, **counted}
+    recorded = RecordedLM([Session(Path("a.jsonl"), {"engine": "native"}, MODEL, 0.0, {key: line})], seed=0)
+    assert recorded.generate_until([first, first, second, second]) == ["same"] * 4
+    run: Any = recorded.get_model_info()["sdar_lm_eval"]
+    assert run["run"]["requests"] == run["run"]["tasks"]["t"]["requests"] == 2
+    assert (run["run"]["new_tokens"], run["run"]["forwards"]["denoising"]) == (16, 12)
 
 
 def test_many_missing_documents_are_counted() -> None:

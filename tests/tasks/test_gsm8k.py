@@ -80,12 +80,12 @@ def test_separators_inside_a_string_do_not_end_a_line(write_folder: WriteFolder)
         (json.dumps(GOOD) + json.dumps(GOOD), "not JSON"),
         ("[" * 100_000, "not JSON"),
         ('{"question": "\\ud800", "answer": "#### 1"}', "not JSON"),
-        ([GOOD], "a list, not an object"),
-        ("18", "a int, not an object"),
-        ({"question": "How many?"}, "no 'answer', only ['question']"),
-        ({"problem": "How many?", "answer": "#### 1"}, "no 'question', only ['answer', 'problem']"),
-        ({**GOOD, "question": 5}, "'question' is a int, not a string"),
-        ({**GOOD, "answer": None}, "'answer' is a NoneType, not a string"),
+        ([GOOD], '[{"answer": "#### 18", "question": "'),
+        ("18", "18 is no object"),
+        ({"question": "How many?"}, "no 'answer', only 'question'"),
+        ({"problem": "How many?", "answer": "#### 1"}, "no 'question', only 'answer', 'problem'"),
+        ({**GOOD, "question": 5}, "'question' is 5, not a string"),
+        ({**GOOD, "answer": None}, "'answer' is null, not a string"),
         ({**GOOD, "question": " \n"}, "'question' is empty"),
         ({**GOOD, "answer": ""}, "'answer' is empty"),
         ({**GOOD, "answer": "18"}, "'answer' has no number after '####'"),
@@ -133,8 +133,8 @@ def test_a_bad_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remedy = "Give a folder that holds GSM8K's test.jsonl, or leave it out to load openai/gsm8k"
     refused = _refusal(gsm8k_dir=missing)
     assert refused.startswith(f"gsm8k_dir is {missing!r}, and there is no such folder. {remedy}")
-    for given in (5, "", " ", True):
-        assert _refusal(gsm8k_dir=given).startswith(f"gsm8k_dir is {given!r}, which is no path. {remedy}")
+    for given, shown in ((5, "5"), ("", "''"), (" ", "' '"), (True, "true")):
+        assert _refusal(gsm8k_dir=given).startswith(f"gsm8k_dir is {shown}, which is no path. {remedy}")
     assert "cannot be read" in _refusal(gsm8k_dir="~nobody-of-this-name/gsm8k")
     assert "xxxxx" in _refusal(gsm8k_dir="x" * 5000)  # longer than a path can be
     monkeypatch.setenv("SDAR_GSM8K_DIR", missing)

@@ -242,7 +242,7 @@ def test_of_more_options_than_four_the_first_four_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"options": ["a", "b", "c"]}, "'options' is ['a', 'b', 'c'], not 4 strings."),
+        ({"options": ["a", "b", "c"]}, '\'options\' is ["a", "b", "c"], not 4 strings.'),
         ({"answer": "E"}, "'answer' is 'E', not A, B, C or D."),
         ({"answer": "AB"}, "'answer' is 'AB', not A, B, C or D."),
         ({"question": " "}, "'question' is empty."),

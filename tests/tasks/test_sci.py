@@ -204,7 +204,11 @@ def test_the_folder_of_mmlu_pro_is_no_misspelt_one_of_mmlu(offline: Path) -> Non
     ("source", "rows", "message"),
     [
         (lettered.MMLU_PRO, [miniature.MMLU_PRO[0] | {"answer": "Q"}], "'answer' is 'Q', not a letter from A to P."),
-        (lettered.MMLU_PRO, [miniature.MMLU_PRO[0] | {"options": ["a", 2]}], "'options' is ['a', 2], not a list of at"),
+        (
+            lettered.MMLU_PRO,
+            [miniature.MMLU_PRO[0] | {"options": ["a", 2]}],
+            "'options' is [\"a\", 2], not a list of at",
+        ),
         (
             lettered.PROTEINLMBENCH,
             [miniature.PROTEINLMBENCH[0] | {"answer": "B"}],
@@ -230,7 +234,7 @@ def test_a_row_whose_answer_is_no_option_is_never_right(tmp_path: Path) -> None:
 def test_broken_csv(tmp_path: Path) -> None:
     file = tmp_path / "gpqa_diamond.csv"
     for content, message in (
-        (b"Question,Correct Answer\nx,y\n", ", row 1: no 'Incorrect Answer 1', only ['Correct Answer', 'Question']"),
+        (b"Question,Correct Answer\nx,y\n", ", row 1: no 'Incorrect Answer 1', only 'Correct Answer', 'Question'"),
         (b'Question,"Correct\n', ": not a CSV file that can be read ("),
         (b"\xff\xfe", ": not a CSV file that can be read ("),
     ):
