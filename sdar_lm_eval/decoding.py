@@ -61,7 +61,7 @@ class DecodingConfig:
                         + did_you_mean(str(value), [*STRATEGIES, *filter(None, (s.short for s in STRATEGIES.values()))])
                     )
             elif not (field.name == "denoising_steps" and value is None):
-                whole = field.name in ("block_length", "denoising_steps", "top_k")
+                whole = str(field.type).startswith("int")  # "int | None" too: annotations are text
                 object.__setattr__(self, field.name, check_number(field.name, value, whole=whole))
         if self.denoising_steps is None:
             object.__setattr__(self, "denoising_steps", self.block_length)

@@ -115,7 +115,8 @@ def _show_document(runs: Sequence[Run], arguments: argparse.Namespace) -> str | 
     console.print()
     console.print(Text(printable(first.prompt or first.question)), soft_wrap=True)
     if not arguments.tokens and any(answer.denoising for each in documents for answer in each.answers):
-        console.print(legend(), soft_wrap=True)
+        coloured = console.color_system is not None and not console.no_color
+        console.print(legend(coloured), soft_wrap=True)
     for run, document, metric, is_lower in zip(runs, documents, metrics, lower, strict=True):
         if len(runs) > 1:
             console.print()

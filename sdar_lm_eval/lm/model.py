@@ -18,7 +18,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
 
-from sdar_lm_eval.arguments import JetEngineArguments, LMDeployArguments, NativeArguments, takes
+from sdar_lm_eval.arguments import JetEngineArguments, LMDeployArguments, NativeArguments, arguments_of, takes
 from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.lm.answers import AnswerFolder
@@ -401,5 +401,7 @@ def __getattr__(name: str) -> type[SDARLM]:
     """The lm_eval model of an engine that the registry names, and that has no class in this module."""
     for spec in ENGINES.values():
         if spec.lm == f"{__name__}:{name}":
-            return type(name, (SDARLM,), {"ENGINE": spec.name, "__module__": __name__})
+            about = f"`lm_eval --model {spec.model}`: an SDAR checkpoint on the engine {spec.name}."
+            model = type(name, (SDARLM,), {"ENGINE": spec.name, "__module__": __name__, "__doc__": about})
+            return takes(arguments_of(spec.name), DEFAULT_CHECKPOINT)(model)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,7 @@ from sdar_lm_eval.report.runs import IDENTITY, Metric, Run, differing, mean_valu
 from sdar_lm_eval.report.speed import speed_of
 from sdar_lm_eval.report.statistics import cluster_values, mean_stderr
 
-DEFAULTS = DecodingConfig().as_dict()
+DEFAULTS = DecodingConfig(temperature=0.0).as_dict()
 ALPHA = 3.0
 """The weight's exponent in `aup`."""
 OF_CURVES = (*IDENTITY, "num_fewshot", "limit")
@@ -139,7 +139,7 @@ def curves_of(points: Sequence[Point]) -> list[Curve]:
     models = _models(points)
     for model, strategy in dict.fromkeys((models[i], point.strategy) for i, point in enumerate(points)):
         mine = [i for i, point in enumerate(points) if (models[i], point.strategy) == (model, strategy)]
-        own = STRATEGIES[strategy].setting if strategy in STRATEGIES else None
+        own = _own_setting(strategy)
         settings = [of_points[i] for i in mine]
         dials = [name for name in (own, "denoising_steps", *DECODING_SETTINGS) if name and _varies(name, settings)]
         groups: dict[str, list[Point]] = {}
@@ -168,7 +168,8 @@ def settings_in_words(points: Sequence[Point]) -> list[str]:
     """Return for each point, in words, the settings that tell it from other points.
 
     These are the settings that differ within the point's strategy, and the settings that are not the default and differ
-    between strategies. A single point has all settings that are not the default.
+    between strategies. A single point has all settings that are not the default. A point without such settings has its
+    strategy's own setting, or its steps.
     """
     told = []
     settings = _telling(points)
@@ -180,8 +181,14 @@ def settings_in_words(points: Sequence[Point]) -> list[str]:
             of_others = len(points) == 1 or any(other.get(name, value) != value for other in settings)
             if name != "remasking_strategy" and (_varies(name, alike) or (of_others and value != default)):
                 chosen[name] = value
-        told.append(in_words(chosen))
+        own = _own_setting(point.strategy) or "denoising_steps"
+        told.append(in_words(chosen or {name: value for name, value in point.settings.items() if name == own}))
     return told
+
+
+def _own_setting(strategy: str) -> str | None:
+    """The setting that a strategy's rules read; None for a strategy without one, and for other models."""
+    return STRATEGIES[strategy].setting if strategy in STRATEGIES else None
 
 
 def _telling(points: Sequence[Point]) -> list[Mapping[str, object]]:

@@ -21,12 +21,15 @@ def style_of(confidence: float) -> str:
     return next((style for limit, style in LEVELS if confidence < limit), "")
 
 
-def legend() -> Text:
-    """Return a line that explains the colours and marks."""
-    text = Text("confidence: ")
-    for limit, style in LEVELS:
-        text.append(f"below {limit:g}", style).append("  ")
-    return text.append(f"   {BORDER} border between blocks   ₁ step within the block that unmasked the token, from 1")
+def legend(coloured: bool = True) -> Text:
+    """Return a line that explains the marks and, if `coloured`, the colours."""
+    text = Text()
+    if coloured:
+        text.append("confidence: ")
+        for limit, style in LEVELS:
+            text.append(f"below {limit:g}", style).append("  ")
+        text.append("   ")
+    return text.append(f"{BORDER} border between blocks   ₁ step within the block that unmasked the token, from 1")
 
 
 def denoised_text(denoising: Denoising) -> Text:

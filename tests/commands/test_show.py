@@ -141,6 +141,17 @@ def test_colours_say_the_confidence() -> None:
     assert (styles["a"], styles["b"]) == (LEVELS[0][1], LEVELS[-1][1]) and "c" not in styles
 
 
+def test_the_legend_explains_colours_where_there_are_colours(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = str(documents(shown(capsys, str(folder)))[0])
+    plain = shown(capsys, str(folder), "--doc", first)
+    assert "border between blocks" in plain and "below 0.5" not in plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert "below 0.5" in shown(capsys, str(folder), "--doc", first)
+
+
 def test_a_run_without_records_and_several_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two = sample(1, "a 1", 1.0, resps=[["a 1", "b 2"]])
     out = shown(capsys, str(make_run(tmp_path / "hf", [two], [])), "--doc", "1")

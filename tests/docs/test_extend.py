@@ -31,7 +31,12 @@ def evaluate(model, arguments, task):
 with load("demo") as model:
     asked = ({"strategy": "timid", "timid_count": 2}, {"strategy": "static"})
     answers = [model.generate("Tom has 5 pens.", max_gen_toks=16, **settings) for settings in asked]
+    try:
+        sdar_lm_eval.DecodingConfig(timid_count=1.5)
+    except sdar_lm_eval.UserError as error:
+        mistake = str(error)
     told = {
+        "mistake": mistake,
         "package": sdar_lm_eval.__path__[0],
         "steps": [list(answer.denoising.steps) for answer in answers],
         "confidences": [list(answer.denoising.confidences) for answer in answers],
@@ -71,7 +76,7 @@ def run(folder: Path, *words: str) -> str:
     done = subprocess.run(
         [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout
 
 
@@ -79,6 +84,7 @@ def test_each_example_works(folder: Path) -> None:
     printed = run(folder, "-c", PROGRAM)
     told = json.loads(printed.partition("told:")[2])
     assert Path(told["package"]).parent == folder
+    assert "timid_count=1.5" in told["mistake"] and "whole number" in told["mistake"]
 
     # Both see the same first forward: timid keeps the least confident token, static the most confident one.
     timid, static = (of[steps.index(0)] for steps, of in zip(told["steps"], told["confidences"], strict=True))
@@ -95,6 +101,23 @@ def test_each_example_works(folder: Path) -> None:
 def test_the_command_of_the_page(folder: Path) -> None:
     assert run(folder, "-m", "sdar_lm_eval", "hello", "runs") == "Hello, runs.\n"
     assert "greet a run" in run(folder, "-m", "sdar_lm_eval", "--help")
+
+
+def test_the_packages_tests_hold(folder: Path) -> None:
+    """Another strategy and another engine break no test that goes over all of them. The pages have no new rows here."""
+    for each in ("tests", "tools", "docs", "README.md", "modal_runner.py", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / each).is_dir() else shutil.copy
+        copy(ROOT / each, folder / each)
+    page = folder / "docs" / "settings.md"
+    page.write_text(page.read_text("utf-8") + "\n<!-- table: echo -->\n\n", "utf-8")
+    run(folder, "tools/settings_tables.py")
+    assert "`timid_count`" in page.read_text("utf-8")
+    files = (
+        "docs/test_site.py::test_all_settings_are_listed", "engines/native/test_strategies.py",
+        "engines/native/test_watching.py", "engines/test_registry.py", "test_decoding.py", "test_reading_settings.py",
+    )  # fmt: skip
+    options = ("-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not pages_name_them")
+    run(folder, "-m", "pytest", *(f"tests/{each}" for each in files), *options)
 
 
 def test_the_code_keeps_the_rules(folder: Path) -> None:

@@ -57,6 +57,7 @@ def test_an_engine_is_a_file_and_an_entry(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(ENGINES, "toy", spec)
     module, _, name = lm.partition(":")
     model = getattr(importlib.import_module(module), name)
+    assert "--model sdar-toy" in model.__doc__ and "max_active (int" in model.__doc__
     results = lm_eval.simple_evaluate(
         model(pretrained="demo"),
         tasks=["gsm8k_sdar_demo"],
@@ -69,7 +70,7 @@ def test_an_engine_is_a_file_and_an_entry(tmp_path: Path, monkeypatch: pytest.Mo
     assert results["config"]["sdar_lm_eval"]["engine"] == "toy"
     with pytest.raises(UserError, match="'kv_pages' is unknown"):
         model(pretrained="demo", kv_pages=4)
-    with pytest.raises(UserError, match=r"'toi' is unknown; known: native, .*, toy\. Did you mean 'toy'"):
+    with pytest.raises(UserError, match=r"'toi' is unknown; known: .*native, .*, toy\. Did you mean 'toy'"):
         make_engine("toi", None)  # type: ignore[arg-type]
 
 

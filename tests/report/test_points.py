@@ -150,6 +150,21 @@ def test_settings_that_tell_points_apart() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"remasking_strategy": "low_confidence_static", "denoising_steps": 4}, "denoising_steps=4"),
+        ({"remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.85}, "confidence_threshold=0.85"),
+    ],
+)
+def test_a_point_with_defaults_only_has_its_strategys_setting(settings: dict[str, Any], told: str) -> None:
+    """An evaluation is greedy by default, so temperature 0 tells no point from another."""
+    others = {"block_length": 4, "denoising_steps": 4, "temperature": 0.0}
+    assert settings_in_words([point(**{**others, **settings})]) == [told]
+    sampled = {**others, **settings, "temperature": 1.0}
+    assert settings_in_words([point(**sampled)]) == ["temperature=1"]
+
+
 DECODING = {
     "block_length": 4, "denoising_steps": 4, "remasking_strategy": "low_confidence_dynamic",
     "confidence_threshold": 0.5, "eb_threshold": 0.35, "temperature": 1.0, "top_k": 0, "top_p": 1.0,

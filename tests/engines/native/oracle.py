@@ -11,6 +11,9 @@ import torch
 from sdar_lm_eval.engines.native.random_numbers import DRAW, ORDER, uniform
 from sdar_lm_eval.engines.types import GenerationRequest
 
+STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded", "random")
+"""The strategies whose rules `keep` has."""
+
 
 def block_causal_mask(length: int, block: int) -> torch.Tensor:
     """True where position i (row) sees position j (column): (1, 1, length, length)."""

@@ -11,6 +11,7 @@ import lmdeploy_standin
 import pytest
 import torch
 from asking import prompts, tokens_of
+from oracle import STRATEGIES
 from oracle import generate as oracle
 from support import random_checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -24,8 +25,6 @@ from sdar_lm_eval.engines.native import forecast
 from sdar_lm_eval.engines.native.forward.graphs import Graphs, rounded_up
 from sdar_lm_eval.engines.native.scheduler import Scheduler
 from sdar_lm_eval.errors import EngineError
-
-STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded", "random")
 
 
 @pytest.fixture(scope="module")

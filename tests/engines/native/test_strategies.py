@@ -106,6 +106,8 @@ def test_each_declares_what_it_uses(strategy):
     masked[:, 0] = True
     confidence, entropy, number, again = torch.rand(4, rows, block)
     quota, setting = torch.randint(1, block + 1, (rows,)), torch.rand(rows)
+    if strategy.setting and isinstance(getattr(DecodingConfig(), strategy.setting), int):  # a number of tokens
+        setting = quota.flip(0).float()
     drawn = []
 
     def rules(entropy, number):
@@ -226,7 +228,9 @@ STRATEGY = Strategy(
     @pytest.mark.parametrize("temperature", [0, 1.0])
     @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside all others"])
     def test_without_kernels(self, checkpoint, monkeypatch, others, temperature):
-        requests = self.requests(STRATEGIES if others else [self.NAME] * 3, temperature=temperature)
+        requests = self.requests(
+            [*oracle.STRATEGIES, self.NAME] if others else [self.NAME] * 3, temperature=temperature
+        )
         self.check(checkpoint, requests, make_engine("native", checkpoint, device="cpu"), monkeypatch)
 
     @pytest.mark.parametrize(
@@ -237,14 +241,14 @@ STRATEGY = Strategy(
         pytest.importorskip("triton")
         engine = make_engine("native", checkpoint, device="cpu", kernels=True)
         assert engine.runner.forward.captures
-        names = [*STRATEGIES] if others else [self.NAME]
+        names = [*oracle.STRATEGIES, self.NAME] if others else [self.NAME]
         self.check(checkpoint, self.requests(names, temperature=0), engine, monkeypatch)
 
     @pytest.mark.slow
     def test_a_gpu_compiles_its_rule(self, checkpoint, monkeypatch):
         """Only the compiler's front end runs here; it refuses the same rules as on a GPU."""
         compile_as_a_gpu_does(monkeypatch)
-        requests = self.requests([*STRATEGIES], temperature=1.0)
+        requests = self.requests([*oracle.STRATEGIES, self.NAME], temperature=1.0)
         self.check(checkpoint, requests, make_engine("native", checkpoint, device="cpu"), monkeypatch)
 
     def test_is_named_where_names_are(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
 
 import pytest
@@ -83,13 +84,13 @@ def requests(tiny):
                 confidence_threshold=0.4,
                 eb_threshold=2.0,
                 denoising_steps=(4, 2, 3)[i % 3],
-                repetition_penalty=(1.0, 1.3)[i // 5],
+                repetition_penalty=(1.0, 1.3)[i // len(STRATEGIES)],
             ),
             stop_ids=frozenset(range(0, 700, 20)),
             seed=i,
         )
         for i, (name, prompt) in enumerate(
-            zip([*STRATEGIES, *STRATEGIES], random_prompts(range(3, 13), seed=3), strict=True)
+            zip(itertools.cycle(STRATEGIES), random_prompts(range(3, 3 + 2 * len(STRATEGIES)), seed=3), strict=False)
         )
     ]
 
