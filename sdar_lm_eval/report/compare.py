@@ -338,12 +338,8 @@ def _differences(
     left_out = set() if metrics else smaller_passes(name for name, _ in scores_a.scores.keys() & scores_b.scores.keys())
     for (name, filter_name), of_a in scores_a.scores.items():
         of_b = scores_b.scores.get((name, filter_name))
-        if (
-            of_b is None
-            or name in left_out
-            or (metrics and name not in metrics)
-            or (filters and filter_name not in filters)
-        ):
+        is_wanted = name in (metrics or [name]) and filter_name in (filters or [filter_name])
+        if of_b is None or name in left_out or not is_wanted:
             continue
         keys = [key for key in paired if key in of_a.answers and key in of_b.answers]
         means = of_a.means & of_b.means
