@@ -109,12 +109,11 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         given: Any = self.prompt_ids
+        check_type("prompt_ids", given, Sequence[int])
         if not isinstance(given, tuple):
-            check_type("prompt_ids", given, Sequence[int])
             object.__setattr__(self, "prompt_ids", tuple(map(plain, given)))  # the class is frozen
-        check_arguments(
-            GenerationRequest, **{**vars(self), "prompt_ids": ()}
-        )  # a prompt may be long: one check is enough
+        # A prompt may be long, so its tokens are checked once.
+        check_arguments(GenerationRequest, **vars(self) | {"prompt_ids": ()})
         if not self.prompt_ids:
             raise UserError("a generation request needs at least one prompt token; give the tokenizer's prefix token.")
         if self.max_new_tokens < 1:
