@@ -61,7 +61,7 @@ def test_a_model_that_only_begins_thoughts_is_scored_at_once(text: str) -> None:
     begun = "<think>" * 32_768
     start = time.perf_counter()
     assert without_thoughts(text.format(begun)).endswith(begun)
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 10  # what is quadratic takes half a minute
 
 
 @pytest.mark.parametrize(
