@@ -55,7 +55,7 @@ def check_unicode(what: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{what} {shown(text)} is no Unicode text: {error.reason}.") from error
+        raise UserError(f"{what} {shown(text)} is no Unicode text: {error.reason}. Give text in UTF-8.") from error
 
 
 def plain(value: object) -> object:

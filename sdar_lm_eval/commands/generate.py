@@ -84,7 +84,7 @@ def _prompt(text: str, system: str | None) -> Prompt:
         try:
             text = sys.stdin.read().removesuffix("\n")
         except UnicodeDecodeError as error:
-            raise UserError(f"standard input is no text: {error}.") from error
+            raise UserError(f"standard input is no text in UTF-8: {error}. Convert the text to UTF-8.") from error
     if not text:
         raise UserError("the prompt is empty. Give a text, or - to read it from standard input.")
     if system is None:

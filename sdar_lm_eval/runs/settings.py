@@ -280,7 +280,7 @@ def _named_values(flag: str, text: str, known: Sequence[str]) -> dict[str, str]:
         try:
             given = {name: v if isinstance(v, str) else json.dumps(v) for name, v in json.loads(text).items()}
         except ValueError as error:
-            raise UserError(f"{flag} {text} is no JSON: {error}.") from error
+            raise UserError(f"{flag} {text} is no JSON: {error}. Give JSON, or name=value,name=value.") from error
     else:
         given = {name: value for name, _, value in (part.partition("=") for part in text.split(",") if part)}
     for name, value in given.items():
