@@ -91,8 +91,8 @@ class Checkpoint:
     def _open(cls, name: str, folder: Path, revision: str | None) -> Checkpoint:
         if not (folder / "config.json").exists():
             raise UserError(
-                f"checkpoint {name!r} has no config.json: {folder} is not a checkpoint's folder. Give the folder that has "
-                "config.json, the tokenizer and the weights."
+                f"checkpoint {name!r} has no config.json: {folder} is not a checkpoint's folder. Give the folder that "
+                "has config.json, the tokenizer and the weights."
             )
         config = read_json(folder / "config.json")
         family = check_config(name, config)
