@@ -374,7 +374,9 @@ def _request_types(task: Task) -> set[str]:
     """The types of a task's requests; the class of a task may make other requests than its OUTPUT_TYPE says."""
     if type(task).construct_requests is ConfigurableTask.construct_requests:
         return {str(task.OUTPUT_TYPE)}
-    doc: Any = next(iter(task.eval_docs))
+    doc: Any = next(iter(task.eval_docs), None)
+    if doc is None:  # lm_eval refuses a task without documents
+        return set()
     settings: dict[str, Any] = {"apply_chat_template": False, "chat_template": None}
     made = task.construct_requests(doc=doc, ctx=str(task.doc_to_text(doc)), metadata=(None, 0, 1), **settings)
     return {request.request_type for request in (made if isinstance(made, list) else [made])}

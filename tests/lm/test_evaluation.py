@@ -706,6 +706,14 @@ def test_log_likelihoods_of_a_class_are_in_the_template_only_where_the_user_asks
     assert told["chat_template_applied_by"] == ("lm_eval" if asked else None)
 
 
+def test_a_class_without_documents_has_the_error_of_lm_eval(
+    make_lm: MakeLM, of_class: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Mixed, "eval_docs", property(lambda self: []))
+    with pytest.raises(ValueError, match="did not find any docs"):
+        evaluate_objects(make_lm(), tasks=[of_class(_Mixed)], bootstrap_iters=0)
+
+
 def test_a_class_that_leaves_out_the_template_is_sent_in_it(
     make_lm: MakeLM, of_class: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
