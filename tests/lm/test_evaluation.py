@@ -40,10 +40,16 @@ def run_of(results: dict[str, Any]) -> dict[str, Any]:
     return dict(results["config"]["sdar_lm_eval"]["run"])
 
 
-def evaluate_objects(lm: SDARLM, **settings: Any) -> dict[str, Any]:
-    """Evaluate Task objects. A manager without lm_eval's tasks spares the six seconds that reading them takes."""
-    found: dict[str, Any] = lm_eval.simple_evaluate(lm, task_manager=TaskManager(include_defaults=False), **settings)
-    return found
+@pytest.fixture
+def evaluate_objects(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Evaluate Task objects of the folder "tasks". Reading lm_eval's own tasks would take six seconds."""
+
+    def run(lm: SDARLM, **settings: Any) -> dict[str, Any]:
+        manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+        found: dict[str, Any] = lm_eval.simple_evaluate(lm, task_manager=manager, **settings)
+        return found
+
+    return run
 
 
 def tasks_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **tasks: str) -> TaskManager:
@@ -85,14 +91,15 @@ def test_gen_kwargs_beat_a_task_that_spells_a_setting_twice(
 
 
 def test_a_task_object_keeps_its_settings_for_other_models(
-    make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluate_objects: Any
 ) -> None:
     manager = tasks_of(
         tmp_path / "tasks", monkeypatch, five=f"{GENERATE}{EXACT}\ngeneration_kwargs: {{max_tokens: 12}}"
     )
     (task,) = get_task_dict(["five"], manager).values()
     results = evaluate_objects(make_lm(), tasks=[task], gen_kwargs={"max_gen_toks": 7}, bootstrap_iters=0)
-    assert results["configs"]["five"]["generation_kwargs"] == {"max_gen_toks": 7, "until": ["\n\n"]}
+    told = results["configs"]["five"]["generation_kwargs"]
+    assert told | {"max_tokens": 12} == {"max_tokens": 12, "max_gen_toks": 7, "until": ["\n\n"]}  # 0.4.9 tells both
     assert task.config.generation_kwargs == {"max_tokens": 12, "max_gen_toks": 7, "until": ["\n\n"]}  # lm_eval's
 
 
@@ -500,8 +507,8 @@ def test_other_models_are_left_alone(make_lm: MakeLM, tmp_path: Path, monkeypatc
 def test_advice_of_no_use_is_left_out(
     make_lm: MakeLM, evaluate: Evaluate, caplog: pytest.LogCaptureFixture, of_ours: bool
 ) -> None:
-    """lm_eval reads "chat" in a checkpoint's name, and advises a template that is applied anyway."""
-    evaluate(make_lm() if of_ours else OtherLM(), model_args="pretrained=JetLM/SDAR-4B-Chat")
+    """lm_eval reads "inst" or "chat" in a checkpoint's name, and advises a template that is applied anyway."""
+    evaluate(make_lm() if of_ours else OtherLM(), model_args="pretrained=SDAR-4B-Chat-Instruct")
     for advice in ("Recommend setting `apply_chat_template`", "Custom kwargs can be passed to `--metadata`"):
         assert (advice in " ".join(caplog.text.split())) == (not of_ours)
 
@@ -685,7 +692,7 @@ def of_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., C
 @pytest.mark.parametrize("kind", [_Mixed, _Scored])
 @pytest.mark.parametrize("asked", [False, True])
 def test_log_likelihoods_of_a_class_are_in_the_template_only_where_the_user_asks(
-    kind: type[ConfigurableTask], asked: bool, of_class: Any, monkeypatch: pytest.MonkeyPatch
+    kind: type[ConfigurableTask], asked: bool, of_class: Any, monkeypatch: pytest.MonkeyPatch, evaluate_objects: Any
 ) -> None:
     lm = SDARLM("demo", answer_prefix="So")
     scored: list[str] = []
@@ -707,7 +714,7 @@ def test_log_likelihoods_of_a_class_are_in_the_template_only_where_the_user_asks
 
 
 def test_a_class_without_documents_has_the_error_of_lm_eval(
-    make_lm: MakeLM, of_class: Any, monkeypatch: pytest.MonkeyPatch
+    make_lm: MakeLM, of_class: Any, monkeypatch: pytest.MonkeyPatch, evaluate_objects: Any
 ) -> None:
     monkeypatch.setattr(_Mixed, "eval_docs", property(lambda self: []))
     with pytest.raises(ValueError, match="did not find any docs"):
@@ -715,7 +722,7 @@ def test_a_class_without_documents_has_the_error_of_lm_eval(
 
 
 def test_a_class_that_leaves_out_the_template_is_sent_in_it(
-    make_lm: MakeLM, of_class: Any, caplog: pytest.LogCaptureFixture
+    make_lm: MakeLM, of_class: Any, caplog: pytest.LogCaptureFixture, evaluate_objects: Any
 ) -> None:
     lm = make_lm()
     results = evaluate_objects(lm, tasks=[of_class(_Plain)], limit=1, bootstrap_iters=0)
@@ -724,7 +731,9 @@ def test_a_class_that_leaves_out_the_template_is_sent_in_it(
     assert "becomes one user turn" in caplog.text
 
 
-def test_an_engine_that_cannot_score_says_so_before_a_class_generates(make_lm: MakeLM, of_class: Any) -> None:
+def test_an_engine_that_cannot_score_says_so_before_a_class_generates(
+    make_lm: MakeLM, of_class: Any, evaluate_objects: Any
+) -> None:
     lm = make_lm()
     with pytest.raises(UserError, match="asks for log-likelihoods"):
         evaluate_objects(lm, tasks=[of_class(_Mixed)], bootstrap_iters=0)
@@ -788,7 +797,9 @@ def test_copies_of_a_document_draw_answers_of_their_own(make_lm: MakeLM, evaluat
     assert len(set(drawn(make_lm(), copies, gen_kwargs={"do_sample": False}).values())) == 2
 
 
-def test_requests_of_one_document_draw_answers_of_their_own(make_lm: MakeLM, of_class: Any) -> None:
+def test_requests_of_one_document_draw_answers_of_their_own(
+    make_lm: MakeLM, of_class: Any, evaluate_objects: Any
+) -> None:
     task = of_class(_Thrice, f"\ngeneration_kwargs: {json.dumps(SAMPLED)}")
     results = evaluate_objects(make_lm(), tasks=[task], bootstrap_iters=0)
     assert results["results"]["five"]["exact_match,none"] == 3
