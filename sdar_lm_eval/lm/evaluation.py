@@ -46,7 +46,8 @@ class TaskRequests:
         decoding: the decoding of the task's published protocol (`metadata: {sdar_decoding: …}` of its YAML).
         begins_answers: whether the task begins the answers itself (its `gen_prefix`).
         judge: the function that predicts how answers will score (`metadata: {sdar_judge: …}`, see report/live.py).
-        copies: document -> the number of earlier documents with the same content, for documents that have any.
+        copies: returns document -> the number of earlier documents with the same content, for documents that have
+            any. Only drawn answers need these numbers, and counting reads all documents.
         filters: the names of the task's filters; empty where they are unknown.
     """
 
@@ -58,7 +59,7 @@ class TaskRequests:
     decoding: Mapping[str, object] | None = None
     begins_answers: bool = False
     judge: Mapping[str, str] | None = None
-    copies: Mapping[int, int] = field(default_factory=dict)
+    copies: Callable[[], Mapping[int, int]] = dict
     filters: tuple[str, ...] = ()
 
     def document(self, request: Instance) -> int:

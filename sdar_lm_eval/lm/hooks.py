@@ -361,7 +361,7 @@ def _build_in_template(task: Task, name: str, model: Watched, borrowed: Sequence
                 decoding=read_published(metadata) or None,
                 begins_answers=bool(getattr(task.config, "gen_prefix", None)),
                 judge=metadata.get("sdar_judge"),
-                copies=_copies(task) if "generate_until" in types else {},
+                copies=functools.cache(functools.partial(_copies, task)),
                 filters=tuple(each["name"] for each in task.config.filter_list or ()),
             ),
             task.instances,

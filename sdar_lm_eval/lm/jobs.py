@@ -205,11 +205,13 @@ class Jobs:
             repeat = seen[id(instance)] % repeats_of(instance) if drawn else 0
             seen[id(instance)] += 1
             order.append((id(instance), repeat))
-            document = task.document(instance)
-            same = alike.setdefault((task.name, document, str(instance.args[0])), [])
-            if id(instance) not in same:
-                same.append(id(instance))
-            twins = task.copies.get(document, 0), same.index(id(instance))
+            twins = 0, 0
+            if drawn:
+                document = task.document(instance)
+                same = alike.setdefault((task.name, document, str(instance.args[0])), [])
+                if id(instance) not in same:
+                    same.append(id(instance))
+                twins = task.copies().get(document, 0), same.index(id(instance))
             asked[order[-1]] = _Asked(instance, repeat, task, settings[name], twins)
 
         in_template = [self._in_template(each.instance, each.task) for each in asked.values()]

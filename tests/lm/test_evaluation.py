@@ -781,6 +781,14 @@ def test_a_continuation_that_never_fits_is_refused_before_other_tasks_generate(
 # Equal questions
 
 
+def test_greedy_answers_need_no_look_for_copies(
+    make_lm: MakeLM, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look reads all documents of a task, also with a limit."""
+    monkeypatch.setattr(hooks, "_copies", lambda task: pytest.fail("read the documents"))
+    evaluate(make_lm())
+
+
 def test_copies_of_a_document_draw_answers_of_their_own(make_lm: MakeLM, evaluate: Evaluate) -> None:
     def drawn(lm: ScriptedLM, *more: str, **settings: Any) -> dict[int, str]:
         lines = (GENERATE, f"generation_kwargs: {json.dumps(SAMPLED)}", *more)
