@@ -4,6 +4,7 @@ model.py         SDARLM: the methods that the harness calls
 frontend.py      the checkpoint and what makes an engine's requests, which load() has in common with SDARLM
 rounds.py        a round of requests: stored answers are found, the others are computed
 evaluation.py    the evaluation, task and document that a request belongs to, which lm_eval does not tell its models
+account.py       what a rank did in an evaluation: counts, settings, prompts, thoughts; ranks send it to rank 0
 hooks.py         wrappers around lm_eval's functions, from which evaluation.py learns the task and document
 prompts.py       text -> tokens: chat template, special tokens, pairs of context and continuation
 jobs.py          harness requests -> engine requests with seeds and keys

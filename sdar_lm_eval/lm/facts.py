@@ -8,7 +8,7 @@ import sdar_lm_eval
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.decoding import in_words
 from sdar_lm_eval.engines.types import EngineInfo, LikelihoodConfig
-from sdar_lm_eval.lm.evaluation import Evaluation, facts_of_evaluation
+from sdar_lm_eval.lm.account import Account, facts_of_evaluation
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.thoughts import Thoughts
 from sdar_lm_eval.revision import ANSWER_REVISION
@@ -40,7 +40,7 @@ def facts_of_model(
     chat_template: str,
     thoughts: Thoughts,
     world_size: int,
-    evaluations: Sequence[Evaluation],
+    accounts: Sequence[Account],
 ) -> dict[str, object]:
     """Return what `results["config"]["sdar_lm_eval"]` has.
 
@@ -52,7 +52,7 @@ def facts_of_model(
         chat_template: the setting of that name.
         thoughts: the settings of thoughts.
         world_size: the number of ranks.
-        evaluations: each rank's account of the last evaluation; on ranks above 0, the rank's own alone.
+        accounts: each rank's account of the last evaluation; on ranks above 0, the rank's own alone.
     """
     return {
         "version": sdar_lm_eval.__version__,
@@ -64,14 +64,14 @@ def facts_of_model(
         "block_size": checkpoint.block_length,
         "stop_ids": list(checkpoint.stop_ids),
         "max_length": jobs.max_length,
-        "seed": evaluations[0].seed,
+        "seed": accounts[0].seed,
         "chat_template": chat_template,
         **({"thinking": dict(thoughts.given)} if thoughts.given else {}),
         "ranks": world_size,
         "decoding": jobs.default.as_dict(),
         **likelihood.as_dict(),
         **info.as_dict(),
-        **facts_of_evaluation(evaluations),
+        **facts_of_evaluation(accounts),
     }
 
 

@@ -21,9 +21,10 @@ from lm_eval.api.model import CacheHook, TemplateLM
 from sdar_lm_eval.arguments import JetEngineArguments, LMDeployArguments, NativeArguments, arguments_of, takes
 from sdar_lm_eval.defaults import DEFAULT_CHECKPOINT
 from sdar_lm_eval.engines.registry import ENGINES
+from sdar_lm_eval.lm.account import Account, put_thoughts_into
 from sdar_lm_eval.lm.answers import AnswerFolder
 from sdar_lm_eval.lm.denoising import DenoisingRecords, LinesOf
-from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, put_thoughts_into
+from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests
 from sdar_lm_eval.lm.facts import described, facts_of_model, fingerprint_of
 from sdar_lm_eval.lm.frontend import Frontend
 from sdar_lm_eval.lm.hooks import watch
@@ -77,8 +78,8 @@ class SDARLM(TemplateLM):
         self.renders = self._prompts.renders
         self.max_length, self.max_gen_toks = self.jobs.max_length, self.jobs.default.max_gen_toks
 
-        self.evaluation = Evaluation(settings.seed_or(None))
-        self._evaluation_of_ranks = [self.evaluation]
+        self.evaluation = Evaluation(Account(settings.seed_or(None)))
+        self._accounts = [self.evaluation.account]
         trace = None
         if settings.trace is not None:  # before the engine is loaded: a file that cannot be written is refused at once
             trace = Trace(self.ranks.path_of_rank(settings.trace), self._facts)
@@ -101,7 +102,7 @@ class SDARLM(TemplateLM):
         self._cache: CacheFile | None = None
         self._answers: AnswerFolder | None = None
         self.keep_answers(settings.answers)
-        self.evaluation.counts.load_seconds = time.perf_counter() - started
+        self.evaluation.account.counts.load_seconds = time.perf_counter() - started
         logger.info("%s", described(self.ENGINE, self.engine.info, self.checkpoint, self.jobs.default))
         self.ranks.log_own_warnings()
 
@@ -168,7 +169,7 @@ class SDARLM(TemplateLM):
 
     def _begin(self, seed: int | None = None) -> None:
         self.evaluation = self.evaluation.next(self._frontend.settings.seed_or(seed))
-        self._evaluation_of_ranks = [self.evaluation]
+        self._accounts = [self.evaluation.account]
         self.rounds.begin_run()
 
     def task_begins(self, task: TaskRequests, requests: Sequence[Instance]) -> None:
@@ -184,7 +185,7 @@ class SDARLM(TemplateLM):
                 break
         self._frontend.likelihoods.check(requests)
         self.evaluation.add(task, requests)
-        self.evaluation.template_hash = self._prompts.template_hash
+        self.evaluation.account.template_hash = self._prompts.template_hash
         if self._rank == 0:
             generates = any(request.request_type == "generate_until" for request in requests)
             self._prompts.warn_of_template(task, generates=generates)
@@ -196,12 +197,12 @@ class SDARLM(TemplateLM):
 
     def denoising_lines(self) -> LinesOf:
         """Return a function: task -> the lines of its denoising file, of the last evaluation on all ranks."""
-        records = DenoisingRecords.of_ranks([evaluation.denoising for evaluation in self._evaluation_of_ranks])
+        records = DenoisingRecords.of_ranks([account.denoising for account in self._accounts])
         return lambda task: records.lines(task, self._prompts.pieces)
 
     def add_thoughts(self, samples: Mapping[str, Sequence[dict[str, Any]]]) -> None:
         """Put the thoughts of the last evaluation's answers, on all ranks, into lm_eval's samples."""
-        put_thoughts_into(samples, self._evaluation_of_ranks)
+        put_thoughts_into(samples, self._accounts)
 
     # Text and tokens
 
@@ -288,7 +289,7 @@ class SDARLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Score ((context, continuation), context ids, continuation ids), without store, trace or summary."""
         pairs = [(context_ids, continuation_ids) for _, context_ids, continuation_ids in requests]
-        return self.rounds.score_tokens(pairs, self.evaluation.seed)
+        return self.rounds.score_tokens(pairs, self.evaluation.account.seed)
 
     def _score(self, kind: Kind, requests: Sequence[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
         evaluation, show = self._current(), self._rank == 0 and not disable_tqdm
@@ -317,10 +318,10 @@ class SDARLM(TemplateLM):
 
     def barrier(self) -> None:
         """Wait for all ranks, and collect their counts on rank 0. lm_eval calls this after each kind of request."""
-        evaluations = self.ranks.gather_object(self.evaluation)
-        if evaluations is not None:
-            self._evaluation_of_ranks = evaluations
-            counts = Counts.of_ranks([evaluation.counts for evaluation in evaluations])
+        accounts = self.ranks.gather_object(self.evaluation.account)
+        if accounts is not None:
+            self._accounts = accounts
+            counts = Counts.of_ranks([account.counts for account in accounts])
             logger.info("%d ranks: %s", self._world_size, counts)
         self.ranks.barrier()
 
@@ -329,7 +330,7 @@ class SDARLM(TemplateLM):
     @property
     def counts(self) -> Counts:
         """What this process computed in the current evaluation."""
-        return self.evaluation.counts
+        return self.evaluation.account.counts
 
     def get_model_info(self) -> dict[str, object]:
         """Facts for `results["config"]`: on the model, and on what the last evaluation did."""
@@ -343,12 +344,12 @@ class SDARLM(TemplateLM):
         return facts_of_model(
             self.checkpoint,
             self.jobs,
-            self._frontend.likelihoods.config(self.evaluation.seed),
+            self._frontend.likelihoods.config(self.evaluation.account.seed),
             self.engine.info,
             chat_template=self._frontend.settings.chat_template,
             thoughts=self._prompts.thoughts,
             world_size=self._world_size,
-            evaluations=self._evaluation_of_ranks,
+            accounts=self._accounts,
         )
 
     # Closing

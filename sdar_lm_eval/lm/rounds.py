@@ -12,6 +12,7 @@ from lm_eval.api.instance import Instance
 
 from sdar_lm_eval.engines.types import Engine, GenerationRequest, GenerationResult, Scorer
 from sdar_lm_eval.errors import EngineError, Interrupted, UserError
+from sdar_lm_eval.lm.account import Account
 from sdar_lm_eval.lm.denoising import CompactDenoising
 from sdar_lm_eval.lm.evaluation import Evaluation
 from sdar_lm_eval.lm.jobs import Job, JobId, Jobs
@@ -87,28 +88,29 @@ class Rounds:
             UserError, EngineError, Interrupted: as `SDARLM.generate_until`.
         """
         recording = self._record_steps or self._trace is not None or self._verbose
-        asked = self._jobs.of(requests, evaluation.task_of, evaluation.seed, record_steps=recording)
-        evaluation.note_settings(asked.settings)
-        evaluation.template_hash = self._prompts.template_hash
+        account = evaluation.account
+        asked = self._jobs.of(requests, evaluation.task_of, account.seed, record_steps=recording)
+        account.note_settings(asked.settings)
+        account.template_hash = self._prompts.template_hash
         asked.warn_of_truncated()
         jobs = asked.jobs
         tasks = {job.task: evaluation.task_of(job.instance) for job in jobs.values()}
         judges, filters = ({name: getattr(task, each) for name, task in tasks.items()} for each in ("judge", "filters"))
         live = Live(judges, len(jobs), whole=self._alone, filters=filters)
-        answers = self._stored_answers(jobs, evaluation, live)
+        answers = self._stored_answers(jobs, account, live)
         missing = asked.longest_first(job_id for job_id in jobs if job_id not in answers)
         to_run = [jobs[job_id].request for job_id in missing]
-        self._prepare_engine(to_run, evaluation.counts)
-        progress = Progress(evaluation.counts, len(jobs), len(answers), show, live)
+        self._prepare_engine(to_run, account.counts)
+        progress = Progress(account.counts, len(jobs), len(answers), show, live)
         run = contextlib.closing(self._engine.generate(to_run))
-        with self._round(progress, evaluation, answers, len(jobs)), run as results:
+        with self._round(progress, account, answers, len(jobs)), run as results:
             for index, result in results:
                 job = jobs[missing[index]]
                 thought, text = job.read(result.token_ids, self._decode)
-                self._keep(job, result, thought, text, evaluation)
+                self._keep(job, result, thought, text, account)
                 answers[missing[index]] = text
-                evaluation.counts.add(job.task, result, prompt_tokens=len(job.request.prompt_ids))
-                evaluation.note_end(job, thought, result.finish_reason, len(result.token_ids))
+                account.counts.add(job.task, result, prompt_tokens=len(job.request.prompt_ids))
+                account.note_end(job, thought, result.finish_reason, len(result.token_ids))
                 verdict = live.judge(job.task, job.instance, text)
                 if self._verbose:
                     progress.tell(live.example(job.instance, job.request, result, text, verdict, thought))
@@ -121,13 +123,13 @@ class Rounds:
             raise EngineError(f"the {self._name} engine answered {len(answers)} of {len(jobs)} requests.")
         return [answers[job_id] for job_id in asked.order]
 
-    def _stored_answers(self, jobs: Mapping[JobId, Job], evaluation: Evaluation, live: Live) -> dict[JobId, str]:
+    def _stored_answers(self, jobs: Mapping[JobId, Job], account: Account, live: Live) -> dict[JobId, str]:
         """Note what is sent, and return the answers that the store has; these are counted, judged and traced."""
         answers: dict[JobId, str] = {}
         keys: set[str] = set()
         unrecorded = 0
         for job_id, job in jobs.items():
-            evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
+            account.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
             record = self.store.get(job.key)
             recalled = None if record is None else job.recall(record)
             if record is None or recalled is None:
@@ -137,19 +139,19 @@ class Rounds:
             keys.add(job.key)
             forwards = record.get("forwards")
             made = None if forwards is None else forwards["denoising"] + forwards["commit"]
-            evaluation.counts.add_stored(job.task, record.get("new_tokens"), made)
-            evaluation.counts.count(job.task, stored_forced_tokens=record.get("forced_tokens", 0))
-            evaluation.note_end(job, thought, record.get("finish_reason", ""), record.get("new_tokens", 0))
+            account.counts.add_stored(job.task, record.get("new_tokens"), made)
+            account.counts.count(job.task, stored_forced_tokens=record.get("forced_tokens", 0))
+            account.note_end(job, thought, record.get("finish_reason", ""), record.get("new_tokens", 0))
             live.judge(job.task, job.instance, text)
             self._trace_answer(job, {**record, **_as_record(text, thought), "stored": True})
             if self._record_steps and (denoising := CompactDenoising.of_record(record)) is not None:
-                evaluation.denoising.add(job.task, job.document, job.repeat, denoising)
+                account.denoising.add(job.task, job.document, job.repeat, denoising)
             elif self._record_steps:
                 unrecorded += 1
         if answers:
             seconds = self.store.seconds_for(keys)
-            evaluation.counts.stored_untimed += len(answers) if seconds is None else 0
-            evaluation.counts.stored_seconds += seconds or 0.0
+            account.counts.stored_untimed += len(answers) if seconds is None else 0
+            account.counts.stored_seconds += seconds or 0.0
             logger.info("%d of %d answers are there already, and are not computed again.", len(answers), len(jobs))
         if unrecorded:
             logger.info(
@@ -159,15 +161,13 @@ class Rounds:
             )
         return answers
 
-    def _keep(
-        self, job: Job, result: GenerationResult, thought: Thought | None, text: str, evaluation: Evaluation
-    ) -> None:
-        """Store an answer, with its denoising record where records are kept; the evaluation keeps the record too."""
+    def _keep(self, job: Job, result: GenerationResult, thought: Thought | None, text: str, account: Account) -> None:
+        """Store an answer, with its denoising record where records are kept; the account keeps the record too."""
         prompt_tokens = len(job.request.prompt_ids)
         record = {**job.name, **_as_record(text, thought), **cost_of(result, prompt_tokens)}
         if self._record_steps:
             denoising = CompactDenoising.of_result(result, job.request.decoding.block_length, prompt_tokens)
-            evaluation.denoising.add(job.task, job.document, job.repeat, denoising)
+            account.denoising.add(job.task, job.document, job.repeat, denoising)
             record |= denoising.as_record()
         self.store.put(job.key, record)
 
@@ -188,24 +188,24 @@ class Rounds:
         if not requests:
             return []
         scorer = self.scorer_of(requests[0])
-        counts = evaluation.counts
-        asked = self._likelihoods.of(kind, requests, evaluation.task_of, evaluation.seed)
+        account = evaluation.account
+        asked = self._likelihoods.of(kind, requests, evaluation.task_of, account.seed)
         jobs, config = asked.jobs, asked.config
-        missing = self._missing_pieces(asked, evaluation)
+        missing = self._missing_pieces(asked, account)
         computed_tokens: Counter[int] = Counter()
         for job, part in missing:
             computed_tokens[id(job)] += len(job.pieces[part].continuation_ids)
         finished = dict.fromkeys(id(job) for job in jobs if job.finished)
-        progress = Progress(counts, len(jobs), len(finished), show, None)
+        progress = Progress(account.counts, len(jobs), len(finished), show, None)
         run = contextlib.closing(scorer.score([job.pieces[part] for job, part in missing], config))
-        with self._round(progress, evaluation, finished, len(jobs)), run as results:
+        with self._round(progress, account, finished, len(jobs)), run as results:
             for index, result in results:
                 job, part = missing[index]
                 self.store.put(job.keys[part], record_of(result))
                 job.results[part] = result
                 if job.finished:
                     finished[id(job)] = None
-                    counts.add_score(job.task, job.total(), tokens=computed_tokens[id(job)])
+                    account.counts.add_score(job.task, job.total(), tokens=computed_tokens[id(job)])
                     self._trace_score(job, config.method, stored=False)
                     progress.step()
         if len(finished) < len(jobs):
@@ -213,7 +213,7 @@ class Rounds:
         scores = {id(job): job.total() for job in jobs}
         return [(scores[id(job)].log_likelihood, scores[id(job)].is_greedy) for job in asked.order]
 
-    def _missing_pieces(self, asked: ScoreRound, evaluation: Evaluation) -> list[tuple[ScoreJob, int]]:
+    def _missing_pieces(self, asked: ScoreRound, account: Account) -> list[tuple[ScoreJob, int]]:
         """Note what is sent, take results from the store, and return (job, index of its piece) for each piece without.
 
         Jobs that are finished thereby are counted and traced.
@@ -222,16 +222,16 @@ class Rounds:
         for job in asked.jobs:
             for part, (piece, key) in enumerate(zip(job.pieces, job.keys, strict=True)):
                 tokens = (*piece.context_ids, *piece.continuation_ids)
-                evaluation.sent_of(job.task).add(job.document, str(job.instance.args[0]), tokens, job.templated_by)
+                account.sent_of(job.task).add(job.document, str(job.instance.args[0]), tokens, job.templated_by)
                 if (record := self.store.get(key)) is not None:
                     job.results[part] = result_of(record)
                 else:
                     missing.append((job, part))
             if job.finished:
                 if job.pieces:
-                    evaluation.counts.add_stored_score(job.task, job.total())
+                    account.counts.add_stored_score(job.task, job.total())
                 else:  # an empty text
-                    evaluation.counts.add_score(job.task, job.total(), tokens=0)
+                    account.counts.add_score(job.task, job.total(), tokens=0)
                 self._trace_score(job, asked.config.method, stored=bool(job.pieces))
         if stored := sum(bool(job.pieces) for job in asked.jobs if job.finished):
             logger.info(
@@ -278,7 +278,7 @@ class Rounds:
         counts.load_seconds += time.perf_counter() - started
 
     @contextlib.contextmanager
-    def _round(self, progress: Progress, evaluation: Evaluation, finished: Sized, total: int) -> Iterator[None]:
+    def _round(self, progress: Progress, account: Account, finished: Sized, total: int) -> Iterator[None]:
         """Begin a round of requests, and end it whether or not an error ends it."""
         self.store.begin()
         try:
@@ -294,7 +294,7 @@ class Rounds:
             progress.close(self._engine.peak_memory_bytes())
             self.store.close()
             if self._alone:  # else rank 0 logs the counts of all ranks
-                logger.info("%s", evaluation.counts)
+                logger.info("%s", account.counts)
 
     def _trace_answer(self, job: Job, line: Mapping[str, object]) -> None:
         if self._trace is not None:

@@ -17,9 +17,10 @@ from lm_eval.utils import setup_logging
 
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError, listed
+from sdar_lm_eval.lm.account import Account, facts_of_evaluation, put_thoughts_into
 from sdar_lm_eval.lm.answers import Session, read_sessions, seconds_for, united
 from sdar_lm_eval.lm.denoising import CompactDenoising, LinesOf
-from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests, facts_of_evaluation, put_thoughts_into
+from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests
 from sdar_lm_eval.lm.hooks import watch
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
@@ -78,7 +79,7 @@ class RecordedLM(LM):
         thoughts = Thoughts.read(model.get("thinking", {}), checkpoint)
         self._prompts = Prompts(checkpoint, model["chat_template"], thoughts)
         self._jobs = Jobs(checkpoint, self._prompts, {}, model["max_length"])
-        self._evaluation = Evaluation(seed)
+        self._evaluation = Evaluation(Account(seed))
         self._texts: dict[str, str] = {}  # key -> what is scored of the answer
         self.used: list[Record] = []
         watch(lm_eval.evaluator)
@@ -103,7 +104,7 @@ class RecordedLM(LM):
 
     def add_thoughts(self, samples: Mapping[str, Sequence[dict[str, Any]]]) -> None:
         """Put the thoughts of the answers into lm_eval's samples."""
-        put_thoughts_into(samples, [self._evaluation])
+        put_thoughts_into(samples, [self._evaluation.account])
 
     def check_cache(self, path: str) -> None:
         """Do nothing: `publish` uses no cache."""
@@ -116,14 +117,15 @@ class RecordedLM(LM):
     def task_begins(self, task: TaskRequests, requests: Sequence[Instance]) -> None:
         """Note what lm_eval knows of a task's requests."""
         self._evaluation.add(task, requests)
-        self._evaluation.template_hash = self._prompts.template_hash
+        self._evaluation.account.template_hash = self._prompts.template_hash
 
     def denoising_lines(self) -> LinesOf:
         """Return a function: task -> the lines of its denoising file, as far as the answers' records have them."""
-        return lambda task: self._evaluation.denoising.lines(task, self._prompts.pieces)
+        return lambda task: self._evaluation.account.denoising.lines(task, self._prompts.pieces)
 
     def evaluation_ends(self) -> None:
-        """Do nothing: `get_model_info` still needs what was noted."""
+        """Forget the tasks and their requests."""
+        self._evaluation.end()
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the recorded answers.
@@ -131,21 +133,22 @@ class RecordedLM(LM):
         Raises:
             UserError: answers are missing; says how many and of which documents.
         """
-        asked = self._jobs.of(requests, self._evaluation.task_of, self._evaluation.seed)
-        self._evaluation.note_settings(asked.settings)
+        account = self._evaluation.account
+        asked = self._jobs.of(requests, self._evaluation.task_of, account.seed)
+        account.note_settings(asked.settings)
         missing = []
         for job in asked.jobs.values():
-            self._evaluation.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
+            account.sent_of(job.task).add(job.document, job.prompt, job.request.prompt_ids, job.templated_by)
             record = self._answers.get(job.key)
             recalled = None if record is None else job.recall(record)
             if record is None or recalled is None:
                 missing.append((job.task, job.document))
                 continue
             thought, self._texts[job.key] = recalled
-            self._evaluation.note_end(job, thought, record.get("finish_reason", ""), record.get("new_tokens", 0))
+            account.note_end(job, thought, record.get("finish_reason", ""), record.get("new_tokens", 0))
             self.used.append(cast("Record", {**record, **job.name}))  # the record may name another document
             if (denoising := CompactDenoising.of_record(record)) is not None:
-                self._evaluation.denoising.add(job.task, job.document, job.repeat, denoising)
+                account.denoising.add(job.task, job.document, job.repeat, denoising)
         if missing:
             documents = list(dict.fromkeys(missing))
             named = listed([f"{task} {document}" for task, document in documents], MOST_NAMED)
@@ -169,7 +172,7 @@ class RecordedLM(LM):
         runs = [model.pop("run", {}) for model in models]
         mine = {line["key"] for line in self.used}
         sessions = [session for session in self._sessions if mine & session.answers.keys()]
-        counts = copy.deepcopy(self._evaluation.counts)  # of thoughts; the rest follows
+        counts = copy.deepcopy(self._evaluation.account.counts)  # of thoughts; the rest follows
         counts.load_seconds = max((run.get("load_seconds", 0.0) for run in runs), default=0.0)
         counts.peak_memory_bytes = max((run.get("peak_memory_bytes", 0) for run in runs), default=0)
         for line in self.used:  # also equal requests of several documents: each was answered
@@ -184,7 +187,7 @@ class RecordedLM(LM):
                 forced_tokens=line.get("forced_tokens", 0),
             )
         counts.generation_seconds = seconds_for(sessions, mine)
-        facts = facts_of_evaluation([dataclasses.replace(self._evaluation, counts=counts)])
+        facts = facts_of_evaluation([dataclasses.replace(self._evaluation.account, counts=counts)])
         facts["run"]["sessions"] = len(sessions)
         return {"model_dtype": models[-1].get("dtype"), "sdar_lm_eval": models[-1] | facts}
 

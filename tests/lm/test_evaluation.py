@@ -22,7 +22,7 @@ from scripted_lm import BARE_TEMPLATE, DATA, SAMPLED, Evaluate, MakeLM, Scripted
 from sdar_lm_eval import settings, spellings
 from sdar_lm_eval.errors import EngineError, Interrupted, UserError
 from sdar_lm_eval.lm import hooks
-from sdar_lm_eval.lm.evaluation import facts_of_evaluation
+from sdar_lm_eval.lm.account import facts_of_evaluation
 from sdar_lm_eval.lm.model import SDARLM
 
 GENERATE = "output_type: generate_until"
@@ -111,7 +111,7 @@ def test_settings_that_differ_between_documents_are_all_told(make_lm: MakeLM) ->
     assert (told["max_gen_toks"], told["until"], told["block_length"]) == ([8, 12, 16], ["\n"], 4)
     other = make_lm()
     other.generate_until([request("Question", {"max_gen_toks": n, "until": ["\n"]}) for n in (16, 12, 8)])
-    both = facts_of_evaluation([other.evaluation, lm.evaluation])["decoding_of_tasks"]
+    both = facts_of_evaluation([other.evaluation.account, lm.evaluation.account])["decoding_of_tasks"]
     assert list(both.values()) == [told]  # whichever rank has which document
 
 
@@ -119,7 +119,7 @@ def test_calls_with_equal_settings_do_not_fill_the_memory(make_lm: MakeLM) -> No
     lm = make_lm()
     for number in range(3):
         lm.generate_until([request(f"Question {number}", {"max_gen_toks": 8})])
-    assert [len(noted) for noted in lm.evaluation.decoding.values()] == [1]
+    assert [len(noted) for noted in lm.evaluation.account.decoding.values()] == [1]
 
 
 # One object, evaluated twice

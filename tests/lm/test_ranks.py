@@ -10,6 +10,7 @@ import datetime
 import json
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -23,11 +24,13 @@ import pytest
 import torch
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
+from scripted_lm import SAMPLED, Evaluate, MakeLM
 from support import QUICK_START, environment, fork_of
 
 import sdar_lm_eval.tasks
 from sdar_lm_eval.errors import EngineError
 from sdar_lm_eval.lm import ranks
+from sdar_lm_eval.lm.account import facts_of_evaluation
 from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.lm.ranks import SAME_ON_ALL_RANKS, Ranks
 
@@ -277,6 +280,36 @@ def test_a_process_alone_needs_no_others() -> None:
     assert (alone.rank, alone.world_size) == (0, 1)
     assert alone.gather_object("x") == ["x"]
     alone.barrier()
+
+
+def test_rank_0_reads_of_another_rank_what_that_rank_noted(
+    make_lm: MakeLM, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of an evaluation, in the form that ranks send."""
+    lm = make_lm()
+    answer = lm.generate_until
+
+    def answer_and_meet(*args: Any) -> list[str]:
+        texts = answer(*args)
+        lm.barrier()
+        return texts
+
+    def over_the_wire(obj: object) -> list[object]:
+        sent.append(obj)
+        return [pickle.loads(pickle.dumps(obj))]
+
+    sent: list[object] = []
+    monkeypatch.setattr(lm, "generate_until", answer_and_meet)
+    monkeypatch.setattr(lm.ranks, "gather_object", over_the_wire)
+    published = "metadata: {sdar_decoding: {denoising_steps: 2}}"
+    evaluate(lm, f"generation_kwargs: {json.dumps(SAMPLED)}", "output_type: generate_until", "repeats: 3", published)
+    assert sent == [lm.evaluation.account]
+    facts: Any = lm.get_model_info()["sdar_lm_eval"]
+    assert facts | {"run": None} == facts | facts_of_evaluation([lm.evaluation.account]) | {"run": None}
+    assert facts["run"]["requests"] == lm.counts.requests == 15
+    assert facts["published_decoding_of_tasks"] == {"five": {"denoising_steps": 2}}
+    assert "Question 0" in facts["prompts"]["five"]["example"]
+    assert len(list(lm.denoising_lines()("five"))) == 15
 
 
 def test_accelerate_that_started_one_process_is_told_apart(

@@ -164,7 +164,7 @@ def test_an_answer_prefix_stands_behind_the_opening(
     lm = SDARLM(thinker, **STATIC, answer_prefix=prefix)
     results = evaluate(lm, tmp_path, limit=2, **settings)
     prefix = prefix.replace("\\n", "\n")
-    example = str(lm.evaluation.sent["thinks"].example)
+    example = str(lm.evaluation.account.sent["thinks"].example)
     assert example.endswith(f"Question 0<|im_end|>\n<|im_start|>assistant\n{prefix}")
     assert example.count("<think>") == 1
     thought = "Ae5C" if prefix == "<think>" else "<think>Ae5C"  # the script knows no "\n", and opens a thought
@@ -179,7 +179,7 @@ def test_a_tasks_own_beginning_of_the_answer_follows_the_prefix(thinker: str, tm
     for prefix, begun, tail in (("<think>", "Ae", "<think>Ae"), ("", "<think>A", "<think>A"), ("", "So", "So")):
         lm = SDARLM(thinker, **STATIC, **({"answer_prefix": prefix} if prefix else {}))
         results = evaluate(lm, tmp_path, f'gen_prefix: "{begun}"\n{UNTIL}', limit=1, apply_chat_template=True)
-        assert str(lm.evaluation.sent["thinks"].example).endswith(f"<|im_start|>assistant\n{tail}")
+        assert str(lm.evaluation.account.sent["thinks"].example).endswith(f"<|im_start|>assistant\n{tail}")
         ((text, thought),) = answers_of(results).values()
         assert text == "7r"
         assert thought == ended({"Ae": "5C", "<think>A": "e5C", "So": "<think>Ae5C"}[begun])
@@ -200,7 +200,7 @@ def test_a_prompt_that_opens_a_thought_says_that_the_model_thinks(make_lm: MakeL
 def test_a_task_that_writes_the_template_itself(thinker: str, tmp_path: Path) -> None:
     lm = SDARLM(thinker, **STATIC, chat_template="off", answer_prefix="<think>")
     results = evaluate(lm, tmp_path, UNTIL, limit=1)
-    assert lm.evaluation.sent["thinks"].example == "Question 0<think>"
+    assert lm.evaluation.account.sent["thinks"].example == "Question 0<think>"
     assert answers_of(results) == {(0, 0): ("7r", ended("Ae5C"))}
 
 
@@ -214,7 +214,7 @@ def test_log_likelihoods_have_no_prefix_and_no_thoughts(thinker: str, tmp_path: 
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     lm = SDARLM(thinker, answer_prefix="<think>")
     lm_eval.simple_evaluate(lm, tasks=["thinks"], task_manager=manager, limit=1, apply_chat_template=True)
-    assert str(lm.evaluation.sent["thinks"].example).endswith("<|im_start|>assistant\n")
+    assert str(lm.evaluation.account.sent["thinks"].example).endswith("<|im_start|>assistant\n")
     with pytest.raises(UserError, match="asks for log-likelihoods, and enable_thinking=true for thoughts"):
         lm_eval.simple_evaluate(SDARLM(thinker, enable_thinking=True), tasks=["thinks"], task_manager=manager, limit=1)
 

@@ -11,6 +11,7 @@ from lm_eval.tasks import TaskManager
 import sdar_lm_eval.tasks
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.lm.account import Account
 from sdar_lm_eval.lm.answers import AnswerFolder, Session, read_sessions
 from sdar_lm_eval.lm.evaluation import Evaluation
 from sdar_lm_eval.lm.jobs import Jobs
@@ -143,7 +144,7 @@ def _instance(number: int, **gen_kwargs: Any) -> Instance:
 
 def _keys(*instances: Instance) -> list[str]:
     demo = Checkpoint.open("demo")
-    asked = Jobs(demo, Prompts(demo), {}, 2048).of(instances, Evaluation(seed=0).task_of, seed=0)
+    asked = Jobs(demo, Prompts(demo), {}, 2048).of(instances, Evaluation(Account(seed=0)).task_of, seed=0)
     return [asked.jobs[job_id].key for job_id in asked.order]
 
 
