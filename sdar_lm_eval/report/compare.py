@@ -307,10 +307,17 @@ def _document_warnings(
         both = "is in both runs and is" if len(paired) == 1 else "are in both runs and are"
         found.append(f"{task}: {documents_in_words(len(paired))} {both} compared; {' and '.join(alone)}.")
     pairs = [(scores_a.documents[key], scores_b.documents[key]) for key in paired]
-    prompts = sum(bool(one.prompt and other.prompt) and one.prompt != other.prompt for one, other in pairs)
+    alike = [(one, other) for one, other in pairs if one.as_messages == other.as_messages]
+    prompts = sum(bool(one.prompt and other.prompt) and one.prompt != other.prompt for one, other in alike)
     targets = sum(one.target != other.target for one, other in pairs)
     if prompts:
         found.append(f"{task}: the prompts of {prompts:,} of {documents_in_words(len(paired))} differ.")
+    if len(alike) < len(pairs):
+        served, whole = ("A", "B") if pairs[0][0].as_messages else ("B", "A")
+        found.append(
+            f"{task}: run {served} sent chat messages, and its server put them into a chat template. Run {whole} sent "
+            "whole prompts. The files do not say whether the prompts are equal."
+        )
     if targets:
         found.append(f"{task}: the gold answers of {targets:,} of {documents_in_words(len(paired))} differ.")
     found += [

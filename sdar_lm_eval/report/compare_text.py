@@ -62,6 +62,7 @@ def as_text(comparisons: Sequence[Comparison], documents: DocumentsOf | None = N
         ["Settings that differ:", *("  " + line for line in aligned(rows, left=range(len(rows[0]))))]
         if (rows := _settings_rows(comparisons, names))
         else [_NO_SETTING],
+        _settings_of_some(comparisons, names),
         [f"Warning: {text}" for text in _warnings(comparisons, names)],
         fitted(table(comparisons), _left(comparisons), width),
         [*sentences(comparisons), *_speeds(comparisons)],
@@ -80,6 +81,7 @@ def as_markdown(comparisons: Sequence[Comparison], documents: DocumentsOf | None
         text_table.as_markdown(rows, left=range(len(rows[0])))
         if (rows := _settings_rows(comparisons, names))
         else [_NO_SETTING],
+        [f"- {escaped(line)}" for line in _settings_of_some(comparisons, names)],
         [f"- Warning: {escaped(text)}" for text in _warnings(comparisons, names)],
         text_table.as_markdown(table(comparisons), left=_left(comparisons)),
         [f"- {escaped(line)}" for line in (*sentences(comparisons), *_speeds(comparisons))],
@@ -277,11 +279,12 @@ def _leaves_out_0(each: Difference) -> bool:
 
 def _settings_rows(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[list[str]]:
     """A head and a row for each setting that differs; a row for each run where there are no more settings than runs."""
-    settings = list(dict.fromkeys(name for comparison in comparisons for name in comparison.settings))
+    listed_apart = _named_by_some(comparisons)
+    settings = list(dict.fromkeys(name for each in comparisons for name in each.settings if name not in listed_apart))
     if not settings:
         return []
     if len(comparisons) == 1:
-        rows = [[name, _short(a), _short(b)] for name, (a, b) in comparisons[0].settings.items()]
+        rows = [[name, *map(_short, comparisons[0].settings[name])] for name in settings]
         return [["setting", "A", "B"], *rows]
     of_runs = [each.settings for each in comparisons]
     of_a = [next(_short(each[name][0]) for each in of_runs if name in each) for name in settings]
@@ -292,6 +295,39 @@ def _settings_rows(comparisons: Sequence[Comparison], names: Sequence[str]) -> l
     rows = [["run", *settings], ["A", *of_a], *([name, *values] for name, values in zip(names, of_b, strict=True))]
     narrow = len(settings) <= len(names)
     return rows if narrow else transposed([["setting", *settings], *rows[1:]])
+
+
+def _named_by_some(comparisons: Sequence[Comparison]) -> dict[str, object]:
+    """Setting -> its value, of settings that only the files of runs of some lm_eval model name, with one value.
+
+    Each lm_eval model has settings of its own, so these tell the models apart and not the runs.
+    """
+    values: dict[str, list[object]] = {}
+    rows = set()
+    for comparison in comparisons:
+        for name, pair in comparison.settings.items():
+            values.setdefault(name, []).extend(value for value in pair if value is not None)
+            if "model" not in comparison.settings or None not in pair:
+                rows.add(name)
+    return {
+        name: found[0]
+        for name, found in values.items()
+        if name not in rows and all(value == found[0] for value in found)
+    }
+
+
+def _settings_of_some(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[str]:
+    """A line for each set of runs whose files alone name some settings."""
+    named: dict[tuple[str, ...], list[str]] = {}
+    for name, value in _named_by_some(comparisons).items():
+        pairs = [each.settings.get(name) for each in comparisons]
+        by_a = any(pair is not None and pair[0] is not None for pair in pairs)
+        by_others = (by_a if pair is None else pair[1] is not None for pair in pairs)
+        holders = ("A",) * by_a + tuple(run for run, by in zip(names, by_others, strict=True) if by)
+        named.setdefault(holders, []).append(f"{name}={_short(value)}")
+    return [
+        f"Only the files of {' and '.join(runs)} name: {', '.join(found)}." for runs, found in sorted(named.items())
+    ]
 
 
 def _warnings(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[str]:

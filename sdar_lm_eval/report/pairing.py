@@ -39,11 +39,13 @@ class PairedDocument:
         index: the document's index in the data set.
         target: the gold answer.
         prompt: lm_eval's hash of the first prompt that was sent; the prompt itself where the file has no hashes.
+        as_messages: whether the prompt was sent as chat messages.
     """
 
     index: int
     target: str
     prompt: str
+    as_messages: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,9 @@ def _read_lines(results: Results, task: str) -> list[_Line]:
 def _line(sample: Sample, names: Iterable[str]) -> _Line:
     content = sample.line.content
     return _Line(
-        document=PairedDocument(sample.document, sample.target, sample.prompt_hash or sample.prompt),
+        document=PairedDocument(
+            sample.document, sample.target, sample.prompt_hash or sample.prompt, sample.as_messages
+        ),
         doc_hash=sample.doc_hash,
         filter=sample.filter,
         values={name: numbers_of(content[name]) for name in names if name in content},

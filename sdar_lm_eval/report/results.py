@@ -95,6 +95,7 @@ class Sample:
         doc: the document; empty where the task's documents are no objects.
         target: the gold answer.
         prompt: the first prompt that was sent for the document; "" where the line does not say.
+        as_messages: whether chat messages were sent, which a server puts into a chat template; `prompt` is their text.
         responses: the answers; for log-likelihoods each pair (log-likelihood, is greedy) as text.
         filtered: the filter's value of the first answer.
         doc_hash: lm_eval's hash of the document; None in old files.
@@ -107,6 +108,7 @@ class Sample:
     doc: Mapping[str, object]
     target: str
     prompt: str
+    as_messages: bool
     responses: tuple[str, ...]
     filtered: str
     doc_hash: str | None
@@ -391,7 +393,9 @@ def _sample(line: Fields) -> Sample:
     if filter_name is None:
         raise line.malformed("filter", "a string")
     sent = line.part_or_empty("arguments").part_or_empty("gen_args_0").content.get("arg_0")
-    if isinstance(sent, list) and len(sent) == 1:  # chat messages as JSON: a named tuple of lm_eval's API models
+    as_messages = False
+    if isinstance(sent, list) and len(sent) == 1:  # as JSON: a named tuple of lm_eval's API models
+        as_messages = True
         sent = _conversation(str(sent[0]))
     return Sample(
         document=document,
@@ -399,6 +403,7 @@ def _sample(line: Fields) -> Sample:
         doc=doc if isinstance(doc, dict) else {},
         target=str(line.content.get("target")),
         prompt=sent if isinstance(sent, str) else "",
+        as_messages=as_messages,
         responses=tuple(_flat(line.content.get("resps"))),
         filtered=_first(line.content.get("filtered_resps")),
         doc_hash=line.text("doc_hash"),

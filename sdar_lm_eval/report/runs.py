@@ -201,7 +201,8 @@ def settings_of(results: Results, task: str) -> dict[str, object]:
     elif "decoding_of_tasks" in ours.content:  # a task of log-likelihoods: other model_args are in `_OURS`
         settings |= _present(ours.part_or_empty("decoding").content, ("block_length",))
     else:
-        settings |= {name: value for name, value in results.model_args.content.items() if name != "pretrained"}
+        named = ("model", "pretrained")  # two spellings of the checkpoint; `model` above is the engine's
+        settings |= {name: value for name, value in results.model_args.content.items() if name not in named}
         settings |= of_task.part_or_empty("generation_kwargs").content
     settings |= _present(config, ("num_fewshot", "limit", *SEEDS))
     settings |= ours.part_or_empty("thinking").content  # model_args on thoughts, as the user gave them

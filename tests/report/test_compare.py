@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from run_files import write_run
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
+from written_runs import write_answers
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.changed import changed_documents
@@ -140,6 +141,21 @@ def test_what_differs_in_what_was_asked_is_told(tmp_path: Path) -> None:
     assert not two(tmp_path, {ACC: A}, {ACC: B}, {"hashes": False}, {"hashes": False}).warnings
     (told,) = two(tmp_path, {ACC: A}, {ACC: B}, {"hashes": False}, {"hashes": False, "prompt": "Please: "}).warnings
     assert "prompts of 10 of 10" in told
+
+
+def test_prompts_that_a_server_puts_into_a_template_are_not_called_different(tmp_path: Path) -> None:
+    """lm_eval's API models write chat messages, and their model_args name the checkpoint `model`."""
+    served = write_answers(tmp_path / "served", [["7"]] * 3, model="local-chat-completions", messages=True)
+    whole = write_answers(tmp_path / "whole", [["7"]] * 3)
+    (a, b), told = read_runs([served, whole]), "gsm8k_sdar: run {} sent chat messages, and its server put them into a"
+    for pair, name in (((a, b), "A"), ((b, a), "B")):
+        comparison = compare_runs(*pair)
+        (warning,) = comparison.warnings
+        assert warning.startswith(told.format(name))
+        assert set(comparison.settings["model"]) == {"local-chat-completions", "sdar"}
+        assert "pretrained" not in comparison.settings
+    other = write_answers(tmp_path / "other", [["7"]] * 3, model="local-chat-completions", messages=True)
+    assert not compare_runs(a, *read_runs([other])).warnings
 
 
 def test_settings_that_differ_in_all_tasks_are_told_once(tmp_path: Path) -> None:

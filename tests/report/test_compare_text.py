@@ -138,6 +138,38 @@ def test_few_settings_of_many_runs_are_a_row_each() -> None:
     ]
 
 
+def test_settings_that_one_model_alone_has_are_a_line() -> None:
+    """Two lm_eval models share few settings; a page of half-empty rows would hide those that they share."""
+    ours = {"engine": ("native", None), "steps": (4, None), "threshold": (0.9, None)}
+    served = comparison(CALLED, model=("sdar", "vllm"), limit=(None, 5), url=(None, "u"), **ours)
+    lines = as_text([served]).splitlines()
+    assert lines[lines.index("Settings that differ:") + 1 :][:6] == [
+        "  setting  A     B",
+        "  model    sdar  vllm",
+        "",
+        "Only the files of A name: engine=native, steps=4, threshold=0.9.",
+        "Only the files of B name: limit=5, url=u.",
+        "",
+    ]
+    assert "- Only the files of B name: limit=5, url=u." in as_markdown([served])
+    assert json.loads(as_json([served]))[0]["settings"]["engine"] == {"a": "native", "b": None}
+
+    another = comparison(CALLED, threshold=(0.9, 0.8), steps=(4, None))  # of one model: each difference is a choice
+    other_url = comparison(CALLED, model=("sdar", "vllm"), url=(None, "v"), **ours)
+    lines = as_text([served, another, other_url]).splitlines()
+    assert lines[lines.index("Settings that differ:") + 1 :][:9] == [
+        "  setting    A     B1    B2    B3",
+        "  model      sdar  vllm  sdar  vllm",
+        "  url              u           v",
+        "  steps      4",
+        "  threshold  0.9         0.8",
+        "",
+        "Only the files of A and B2 name: engine=native.",
+        "Only the files of B1 name: limit=5.",
+        "",
+    ]
+
+
 def test_markdown_and_json_hold_whatever_labels_and_documents_say(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", {"ta|sk": {"acc,no*ne": [0, 1, float("nan")]}}, beams=[1])
     b = write_run(tmp_path / "b", {"ta|sk": {"acc,no*ne": [0, 1, float("inf")]}}, beams=[2])

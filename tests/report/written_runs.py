@@ -26,6 +26,7 @@ def write_answers(
     date: int = 1,
     seed: int = 1234,
     prompt: str = "Question: {}\nAnswer:",
+    messages: bool = False,
 ) -> Path:
     """Write a run of one task, whose filters take the last word of an answer, and return its folder.
 
@@ -42,6 +43,7 @@ def write_answers(
         date: when the run began.
         seed: the run's.
         prompt: the text that was sent, with the question's place.
+        messages: whether it was sent as a chat message.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines, scores = [], []
@@ -50,6 +52,9 @@ def write_answers(
         question = questions[document] if questions else f"What is question {document}?"
         found = extracted[document] if extracted else (texts[0].split() or ["[invalid]"])[-1]
         scores.append(float(found == target))
+        sent: Any = prompt.format(question)
+        if messages:  # as lm_eval's API models write it
+            sent = [json.dumps([{"role": "user", "content": sent}])]
         doc = {"question": question, "answer": f"#### {target}"}
         for name in ("strict-match", "flexible-extract"):
             lines.append(
@@ -57,13 +62,13 @@ def write_answers(
                     "doc_id": document,
                     "doc": doc,
                     "target": target,
-                    "arguments": {"gen_args_0": {"arg_0": prompt.format(question), "arg_1": {"until": []}}},
+                    "arguments": {"gen_args_0": {"arg_0": sent, "arg_1": {"until": []}}},
                     "resps": [list(texts)],
                     "filtered_resps": [found],
                     "filter": name,
                     "metrics": ["exact_match"],
                     "doc_hash": hashlib.sha256(json.dumps(doc).encode()).hexdigest(),
-                    "prompt_hash": "0",
+                    "prompt_hash": str(int(messages)),
                     "target_hash": "0",
                     "exact_match": scores[-1],
                 }
@@ -84,9 +89,10 @@ def write_answers(
         "configs": {task: {"output_type": "generate_until"}},
         "config": {
             "model": model,
-            "model_args": {"pretrained": "m"},
+            "model_args": {"model" if messages else "pretrained": "m"},
             **({"sdar_lm_eval": ours} if model == "sdar" else {"gen_kwargs": settings or {}}),
         },
+        "model_name": "m",
         "date": float(date),
         "n-samples": {task: {"original": len(answers), "effective": len(answers)}},
         "higher_is_better": {task: {"exact_match": True}},
