@@ -51,6 +51,8 @@ class EngineInfo:
         engine_version, engine_commit: version and commit of the engine's package; None for this package's own engine,
             and for a commit that pip does not know.
         deviations: setting -> how the engine's rule differs from that of `DecodingConfig`; None: no rule differs.
+        answer_options: options of this engine that change answers: name -> value; False or None where an option is
+            off. A run takes stored answers only of equal options.
         extra: options and counts that only this engine has.
         environment: versions of libraries and Python, the GPU's name.
     """
@@ -62,10 +64,11 @@ class EngineInfo:
     engine_version: str | None = None
     engine_commit: str | None = None
     deviations: Mapping[str, str] | None = None
+    answer_options: Mapping[str, Fact] = field(default_factory=dict)
     extra: Mapping[str, Fact] = field(default_factory=dict)
     environment: Mapping[str, str | None] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Fact | dict[str, str]]:
+    def as_dict(self) -> dict[str, Fact | dict[str, Fact] | dict[str, str]]:
         """All facts by name in one mapping, as the results file holds them."""
         package = {"engine_version": self.engine_version, "engine_commit": self.engine_commit}
         return {
@@ -75,6 +78,7 @@ class EngineInfo:
             "dtype": self.dtype,
             "max_active": self.max_active,
             **self.extra,
+            **({"answer_options": dict(self.answer_options)} if self.answer_options else {}),
             **({} if self.deviations is None else {"deviations": dict(self.deviations)}),
             **self.environment,
         }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import sdar_lm_eval
 from sdar_lm_eval.checkpoint import Checkpoint
-from sdar_lm_eval.decoding import in_words
+from sdar_lm_eval.decoding import in_words, spelled
 from sdar_lm_eval.engines.types import EngineInfo, LikelihoodConfig
 from sdar_lm_eval.lm.account import Account, facts_of_evaluation
 from sdar_lm_eval.lm.jobs import Jobs
@@ -16,10 +16,7 @@ from sdar_lm_eval.settings import Generation
 
 
 def fingerprint_of(engine: str, info: EngineInfo, checkpoint: Checkpoint) -> dict[str, str | int | None]:
-    """Return all that answers depend on beside what their keys hold (`store.py`).
-
-    `reproducible=true` promises the same bits in any batch. Answers that another run stored would break the promise.
-    """
+    """Return all that answers depend on beside what their keys hold (`store.py`)."""
     return {
         "revision": ANSWER_REVISION,
         "engine": engine,
@@ -27,7 +24,7 @@ def fingerprint_of(engine: str, info: EngineInfo, checkpoint: Checkpoint) -> dic
         "checkpoint": checkpoint.fingerprint,
         "dtype": info.dtype,
         **({"engine_commit": info.engine_commit} if info.engine_commit else {}),
-        **({"reproducible": "true"} if info.extra.get("reproducible") else {}),
+        **{name: spelled(value) for name, value in info.answer_options.items() if value not in (None, False)},
     }
 
 

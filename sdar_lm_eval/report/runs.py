@@ -196,6 +196,7 @@ def settings_of(results: Results, task: str) -> dict[str, object]:
     of_task = content.part_or_empty("configs").part_or_empty(task)
     settings: dict[str, object] = {"model": config.get("model"), "pretrained": results.model}
     settings |= _present(ours.content, _OURS)
+    settings |= ours.part_or_empty("answer_options").content
     if decoding := results.decoding_of(task).content:
         settings |= decoding
     elif "decoding_of_tasks" in ours.content:  # a task of log-likelihoods: other model_args are in `_OURS`

@@ -593,7 +593,7 @@ def test_answers_of_other_weights_are_left_alone_and_it_is_said(
     assert "are ignored (checkpoint was '" in caplog.text
 
 
-@pytest.mark.parametrize("changed", [{"extra": {"reproducible": True}}, {"engine_commit": "1" * 40}])
+@pytest.mark.parametrize("changed", [{"answer_options": {"quantization": "fp8"}}, {"engine_commit": "1" * 40}])
 def test_answers_of_an_engine_that_answers_otherwise_are_left_alone(
     make_lm: MakeLM, tmp_path: Path, changed: dict[str, Any]
 ) -> None:
@@ -604,6 +604,8 @@ def test_answers_of_an_engine_that_answers_otherwise_are_left_alone(
         return len(lm.engine.requests)
 
     assert [ask(), ask(**changed), ask(**changed), ask()] == [2, 2, 0, 0]
+    off = {"answer_options": {"quantization": None, "reproducible": False}}
+    assert ask(**off) == 0  # options that are off need no mention: answers from before the options hold
 
 
 def test_another_model_s_cache_file_may_be_shared(make_lm: MakeLM, tmp_path: Path) -> None:

@@ -71,13 +71,22 @@ def test_seeds_of_another_model_are_told_by_lm_evals_name(tmp_path: Path) -> Non
     assert told["random_seed"] == "1, 2" and "seed" not in told
 
 
-@pytest.mark.parametrize("option", ["kernels", "reproducible", "dtype", "tensor_parallel_size"])
-def test_engine_options_are_no_repeats(option: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("kernels", (False, True)),
+        ("reproducible", (False, True)),
+        ("dtype", ("float32", "float16")),
+        ("tensor_parallel_size", (1, 2)),
+        ("answer_options", ({"quantization": "fp8"}, {"quantization": "int4"})),
+    ],
+)
+def test_engine_options_are_no_repeats(option: str, values: tuple[Any, Any], tmp_path: Path) -> None:
     """Results of two options in one folder are two runs, whatever their seeds."""
-    for seed, value in ((1, 1), (2, 2)):
+    for seed, value in zip((1, 2), values, strict=True):
         (file,) = write(tmp_path / str(seed), seed, temperature=1.0).glob("results*")
         content = json.loads(file.read_text())
-        content["config"]["sdar_lm_eval"][option] = f"{value}" if option == "dtype" else value
+        content["config"]["sdar_lm_eval"][option] = value
         file.write_text(json.dumps(content))
     assert [len(run.of_tasks[TASK]) for run in read_runs([tmp_path])] == [1, 1]
 

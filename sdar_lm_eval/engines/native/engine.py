@@ -134,9 +134,9 @@ class NativeEngine(Closable):
             device=str(self.device),
             dtype=str(self._dtype).removeprefix("torch."),
             max_active=self._max_active or DEFAULT_ACTIVE[self.device.type],
+            answer_options={"reproducible": self._reproducible},
             extra={
                 "kernels": self._kernels,
-                "reproducible": self._reproducible,
                 "preemptions": self._preemptions,
                 "shared_prompt_tokens": self._shared_prompt_tokens,
             },
