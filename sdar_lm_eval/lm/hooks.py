@@ -14,7 +14,7 @@ import inspect
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -349,6 +349,7 @@ def _build_in_template(task: Task, name: str, model: Watched, borrowed: Sequence
         if task.OUTPUT_TYPE == "generate_until" and (call := _call.get()) is not None:
             task.config.generation_kwargs = overridden(task.config.generation_kwargs or {}, call.gen_kwargs)
         build(**settings)
+        _number(task.instances)
         if not renders:  # a task of a class of its own may make prompts without the template
             templated_by = None
         samples, metadata = settings.get("samples"), task.config.metadata or {}
@@ -381,6 +382,20 @@ def _request_types(task: Task) -> set[str]:
     settings: dict[str, Any] = {"apply_chat_template": False, "chat_template": None}
     made = task.construct_requests(doc=doc, ctx=str(task.doc_to_text(doc)), metadata=(None, 0, 1), **settings)
     return {request.request_type for request in (made if isinstance(made, list) else [made])}
+
+
+def _number(requests: Iterable[Instance]) -> None:
+    """Number the requests of each document whose numbers repeat, in lm_eval's order, which is by number.
+
+    A task class may leave all numbers at 0. Traces, thoughts and denoising records name an answer by the number.
+    """
+    of_documents: dict[object, list[Instance]] = {}
+    for request in requests:
+        of_documents.setdefault(request.doc_id, []).append(request)
+    for together in of_documents.values():
+        if len({request.idx for request in together}) < len(together):
+            for number, request in enumerate(sorted(together, key=lambda request: request.idx)):
+                request.idx = number
 
 
 def _copies(task: Task) -> dict[int, int]:

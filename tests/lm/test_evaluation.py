@@ -811,3 +811,19 @@ def test_requests_of_one_document_draw_answers_of_their_own(
     task = of_class(_Thrice, f"\ngeneration_kwargs: {json.dumps(SAMPLED)}")
     results = evaluate_objects(make_lm(), tasks=[task], bootstrap_iters=0)
     assert results["results"]["five"]["exact_match,none"] == 3
+
+
+def test_requests_that_a_class_leaves_unnumbered_keep_their_records(
+    make_lm: MakeLM, of_class: Any, evaluate_objects: Any
+) -> None:
+    class Unnumbered(_Thrice):
+        def construct_requests(self, *args: Any, **settings: Any) -> Any:
+            made = super().construct_requests(*args, **settings)
+            for instance in made:
+                instance.idx = 0
+            return made
+
+    lm = make_lm()
+    evaluate_objects(lm, tasks=[of_class(Unnumbered, "\nrepeats: 2")], bootstrap_iters=0)
+    named = [(line["document"], line["repeat"]) for line in lm.denoising_lines()("five")]
+    assert named == [(document, repeat) for document in range(5) for repeat in (0, 2, 4)]
