@@ -41,9 +41,9 @@ from sdar_lm_eval.engines.types import (
 )
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import plain_text, shown
-from sdar_lm_eval.lm.evaluation import TaskRequests
 from sdar_lm_eval.lm.frontend import Frontend
 from sdar_lm_eval.lm.jobs import Job, Round
+from sdar_lm_eval.lm.task_requests import TaskRequests
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.settings import Generation, ModelSettings, to_whole
 from sdar_lm_eval.thinking import Thinking, Thought

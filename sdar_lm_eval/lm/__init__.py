@@ -3,9 +3,10 @@
 model.py         SDARLM: the methods that the harness calls
 frontend.py      the checkpoint and what makes an engine's requests, which load() has in common with SDARLM
 rounds.py        a round of requests: stored answers are found, the others are computed
-evaluation.py    the evaluation, task and document that a request belongs to, which lm_eval does not tell its models
+hooks.py         wrappers around lm_eval's functions: models learn of evaluations and tasks, which lm_eval does not tell
+task_requests.py what lm_eval knows of a task's requests: its name, documents, chat template, published decoding
+evaluation.py    the state of an evaluation: each request's task, and the account
 account.py       what a rank did in an evaluation: counts, settings, prompts, thoughts; ranks send it to rank 0
-hooks.py         wrappers around lm_eval's functions, from which evaluation.py learns the task and document
 prompts.py       text -> tokens: chat template, special tokens, pairs of context and continuation
 jobs.py          harness requests -> engine requests with seeds and keys
 likelihoods.py   harness requests for log-likelihoods -> score requests, and the sums of their results

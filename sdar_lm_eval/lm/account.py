@@ -5,47 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, TypedDict
 
-from lm_eval.api.instance import Instance
-
-from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.hashing import hex_digest
 from sdar_lm_eval.lm.denoising import DenoisingRecords
+from sdar_lm_eval.lm.jobs import Job
+from sdar_lm_eval.lm.task_requests import TemplatedBy, repeats_of
 from sdar_lm_eval.report.counts import Counts
 from sdar_lm_eval.settings import Generation
 from sdar_lm_eval.thinking import Thought
-
-TemplatedBy = Literal["lm_eval", "sdar_lm_eval"]
-
-
-def repeats_of(request: Instance) -> int:
-    """Return how many answers a request asks for, at least 1."""
-    return max(request.repeats or 1, 1)
-
-
-class Answered(Protocol):
-    """What is read of a `Job`."""
-
-    @property
-    def instance(self) -> Instance:
-        """The harness's request."""
-
-    @property
-    def task(self) -> str:
-        """The task's name."""
-
-    @property
-    def document(self) -> int:
-        """The document's index in the data set."""
-
-    @property
-    def repeat(self) -> int:
-        """The answer's number among the answers of the document, over all requests of the document."""
-
-    @property
-    def request(self) -> GenerationRequest:
-        """What the engine got."""
 
 
 @dataclass
@@ -105,7 +73,7 @@ class Account:
             noted = self.decoding.setdefault(task, [])
             noted.extend(each for each in (its.as_dict() for its in settings) if each not in noted)
 
-    def note_end(self, job: Answered, thought: Thought | None, reason: str, tokens: int) -> None:
+    def note_end(self, job: Job, thought: Thought | None, reason: str, tokens: int) -> None:
         """Note an answer's thought, and count thoughts and loops.
 
         Args:

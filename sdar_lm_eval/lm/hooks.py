@@ -31,9 +31,8 @@ from sdar_lm_eval.engines.registry import MODELS
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.files import require_writable
 from sdar_lm_eval.hashing import hex_digest
-from sdar_lm_eval.lm.account import TemplatedBy, repeats_of
 from sdar_lm_eval.lm.denoising import LinesOf, Tracker, keep_beside_samples, leave_samples_alone, output_folder
-from sdar_lm_eval.lm.evaluation import TaskRequests
+from sdar_lm_eval.lm.task_requests import TaskRequests, TemplatedBy, repeats_of
 from sdar_lm_eval.settings import read_published
 from sdar_lm_eval.spellings import overridden
 

@@ -15,10 +15,9 @@ from sdar_lm_eval.decoding import in_words
 from sdar_lm_eval.engines.types import GenerationRequest
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.hashing import seed_from
-from sdar_lm_eval.lm.account import TemplatedBy, repeats_of
-from sdar_lm_eval.lm.evaluation import TaskRequests
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record, differences, fields_of, key_of
+from sdar_lm_eval.lm.task_requests import TaskRequests, TemplatedBy, repeats_of
 from sdar_lm_eval.settings import Generation, check_gen_kwargs, read_generation, warn_of_idle_knobs
 from sdar_lm_eval.spellings import canonical
 from sdar_lm_eval.thinking import Decode, Thinking, Thought, read, read_text

@@ -15,10 +15,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest, ScoreResult
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.account import TemplatedBy
 from sdar_lm_eval.lm.jobs import TaskOf
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record, fields_of, key_of
+from sdar_lm_eval.lm.task_requests import TemplatedBy
 
 logger = logging.getLogger(__name__)
 

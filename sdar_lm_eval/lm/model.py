@@ -24,7 +24,7 @@ from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.lm.account import Account, put_thoughts_into
 from sdar_lm_eval.lm.answers import AnswerFolder
 from sdar_lm_eval.lm.denoising import DenoisingRecords, LinesOf
-from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests
+from sdar_lm_eval.lm.evaluation import Evaluation
 from sdar_lm_eval.lm.facts import described, facts_of_model, fingerprint_of
 from sdar_lm_eval.lm.frontend import Frontend
 from sdar_lm_eval.lm.hooks import watch
@@ -32,6 +32,7 @@ from sdar_lm_eval.lm.likelihoods import Kind
 from sdar_lm_eval.lm.ranks import Ranks
 from sdar_lm_eval.lm.rounds import Rounds
 from sdar_lm_eval.lm.store import CacheFile, Store, bypass, check_cache_file
+from sdar_lm_eval.lm.task_requests import TaskRequests
 from sdar_lm_eval.report.counts import Counts
 from sdar_lm_eval.report.trace import Trace
 from sdar_lm_eval.settings import ModelSettings

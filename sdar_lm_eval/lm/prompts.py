@@ -17,8 +17,7 @@ from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.checks import check_unicode
 from sdar_lm_eval.cores import own_cores
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.account import TemplatedBy
-from sdar_lm_eval.lm.evaluation import TaskRequests
+from sdar_lm_eval.lm.task_requests import TaskRequests, TemplatedBy
 from sdar_lm_eval.lm.thoughts import Thoughts
 from sdar_lm_eval.thinking import is_open
 from sdar_lm_eval.tokens import BYTES, first_difference

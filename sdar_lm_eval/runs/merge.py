@@ -20,11 +20,12 @@ from sdar_lm_eval.errors import UserError, listed
 from sdar_lm_eval.lm.account import Account, facts_of_evaluation, put_thoughts_into
 from sdar_lm_eval.lm.answers import Session, read_sessions, seconds_for, united
 from sdar_lm_eval.lm.denoising import CompactDenoising, LinesOf
-from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests
+from sdar_lm_eval.lm.evaluation import Evaluation
 from sdar_lm_eval.lm.hooks import watch
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record, differences
+from sdar_lm_eval.lm.task_requests import TaskRequests
 from sdar_lm_eval.lm.thoughts import Thoughts
 from sdar_lm_eval.report.gsm8k_json import convert, is_gsm8k
 from sdar_lm_eval.report.results import results_in
