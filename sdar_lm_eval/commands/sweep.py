@@ -228,13 +228,14 @@ def _run(planned: Plan, arguments: argparse.Namespace) -> str:
 def _summaries(runs: Sequence[Run], tasks: Sequence[str], arguments: argparse.Namespace) -> list[Summary]:
     """Return a summary for each task."""
     from sdar_lm_eval.report.curve import summarized
-    from sdar_lm_eval.report.points import metric_of, points_of
+    from sdar_lm_eval.report.points import metric_of, points_of, scores_of
 
     found = []
     for task in tasks:
         metric = metric_of(runs[0], task, arguments.metric)
         name = f"{metric.name},{metric.filter}"
-        found.append(summarized(task, name, points_of(runs, task, name), arguments.y_max))
+        points, scores = points_of(runs, task, name), scores_of(runs, task, name)
+        found.append(summarized(task, name, points, arguments.y_max, scores))
     return found
 
 

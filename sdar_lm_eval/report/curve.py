@@ -15,17 +15,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.report.points import (
-    TOLERANCE,
-    Curve,
-    CurveValue,
-    Point,
-    Speed,
-    curves_of,
-    pareto_front,
-    settings_in_words,
-    value_of,
-)
+from sdar_lm_eval.report.aup import DRAWS, TOLERANCE, CurveValue, Interval, value_of, values_of
+from sdar_lm_eval.report.points import Curve, Point, Speed, curves_of, pareto_front, settings_in_words
+from sdar_lm_eval.report.statistics import FloatArray
 from sdar_lm_eval.report.text_table import as_markdown, fitted, with_error
 
 if TYPE_CHECKING:
@@ -91,14 +83,17 @@ class Summary:
                 }
                 for point, words in zip(self.points, told, strict=True)
             ],
-            "aup": [
-                {"curve": value.name, "aup": value.aup, "points": value.points, "left_out": value.left_out}
-                for value in self.values
-            ],
+            "aup": [value.as_dict() for value in self.values],
         }
 
 
-def summarized(task: str, metric: str, points: Sequence[Point], y_max: float | None = None) -> Summary:
+def summarized(
+    task: str,
+    metric: str,
+    points: Sequence[Point],
+    y_max: float | None = None,
+    scores: Sequence[FloatArray] = (),
+) -> Summary:
     """Return the summary of a task's points.
 
     Args:
@@ -106,12 +101,16 @@ def summarized(task: str, metric: str, points: Sequence[Point], y_max: float | N
         metric: "metric,filter" that counts as the accuracy.
         points: the points.
         y_max: the best accuracy of all models and methods that are compared, in per cent; None: the best of the points.
+        scores: for each point, its scores as `values_of` takes them; empty: AUP has no intervals.
     """
     known = (point.accuracy for point in points if math.isfinite(point.accuracy))
     best = max(known, default=0.0) if y_max is None else y_max
     fronts = {title: tuple(pareto_front(points, speed)) for title, speed in AXES.items()}
-    curves = [Curve("the front", fronts["tokens per forward"]), *curves_of(points)]
-    return Summary(task, metric, tuple(points), fronts, tuple(value_of(each, best) for each in curves), best)
+    # The scores chose the front, so they cannot say how far chance moves its AUP.
+    front = value_of(Curve("the front", fronts["tokens per forward"]), best)
+    of_points = {id(point): each for point, each in zip(points, scores, strict=True)} if scores else {}
+    values = (front, *values_of(curves_of(points), best, of_points))
+    return Summary(task, metric, tuple(points), fronts, values, best)
 
 
 def table(summary: Summary, markdown: bool = False, width: int | None = None) -> str:
@@ -130,20 +129,21 @@ def table(summary: Summary, markdown: bool = False, width: int | None = None) ->
             star = " *" if point in summary.fronts[title] else ""
             speeds.append("unknown" if value is None else f"{value:{form}}{star}")
         rows.append([point.strategy, words, with_error(point.accuracy, point.stderr), *speeds])
-    worth = [["AUP", "", "points"]]
-    for its in summary.values:
-        left_out = f", {its.left_out} left out" if its.left_out else ""
-        worth.append([its.name, "none" if its.aup is None else f"{its.aup:.1f}", f"{its.points}{left_out}"])
+    worth = _aup_rows(summary.values)
     notes = [
         "tokens/s: one measurement of each setting, over all tasks. Other work on the machine lowers tokens/s.",
         f"Accuracy: {summary.metric} ± its standard error. * marks the Pareto front: faster points are less accurate.",
         f"AUP: accuracy under parallelism (d3LLM), relative to {summary.y_max:.1f}%. Points whose accuracy is more "
         f"than {TOLERANCE:g} percentage points below that of their curve's slowest point are left out.",
     ]
+    if any(value.interval is not None for value in summary.values):
+        notes.append(
+            f"95% intervals of AUP and of its differences: {DRAWS:,} draws of documents, the same documents for all "
+            "curves. Tokens per forward count as exact. The front has no interval, because the scores chose the front."
+        )
     if len(summary.points) > 1:
         notes.append(
-            "The best of several settings looks better than it is. Fronts and AUP have no standard error; "
-            "sdar_lm_eval compare tests differences of accuracy."
+            "The best of several settings looks better than it is. sdar_lm_eval compare tests differences of accuracy."
         )
     repeats = max((point.repeats for point in summary.points), default=1)
     if repeats > 1:
@@ -152,6 +152,24 @@ def table(summary: Summary, markdown: bool = False, width: int | None = None) ->
     return "\n\n".join(
         [_grid(rows, markdown, width), _grid(worth, markdown, width), ("\n\n" if markdown else "\n").join(notes)]
     )
+
+
+def _aup_rows(values: Sequence[CurveValue]) -> list[list[str]]:
+    """A head and a row for each curve; columns of intervals only where some curve has an interval."""
+    first, *others = [value.name for value in values if value.interval is not None] or [""]
+    rows = [["AUP", "", *["95% interval"] * bool(first), *[f"minus {first}"] * bool(others), "points"]]
+    for its in values:
+        cells = [its.name, "none" if its.aup is None else f"{its.aup:.1f}"]
+        if first:
+            cells.append(_span(its.interval))
+        if others:
+            cells.append("" if its.ahead is None else f"{its.ahead:+.1f} ({_span(its.ahead_interval, '+')})")
+        rows.append([*cells, f"{its.points}, {its.left_out} left out" if its.left_out else f"{its.points}"])
+    return rows
+
+
+def _span(interval: Interval | None, sign: str = "") -> str:
+    return "" if interval is None else f"{interval[0]:{sign}.1f} to {interval[1]:{sign}.1f}"
 
 
 def _grid(rows: Sequence[Sequence[str]], markdown: bool, width: int | None) -> str:

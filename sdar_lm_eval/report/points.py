@@ -1,4 +1,4 @@
-"""Operating points: accuracy and speed of each run, the Pareto front of the points, and the AUP of their curves.
+"""Operating points: accuracy and speed of each run, the Pareto front of the points, and their curves.
 
 Tokens per forward is the number of returned tokens, divided by the number of denoising and commit forwards. Forwards
 are counted for each sequence. Tokens per second is the number of returned tokens, divided by the time of generation;
@@ -13,23 +13,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig, in_words, spelled
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.columns import main_metric
-from sdar_lm_eval.report.pairing import read_pair
+from sdar_lm_eval.report.pairing import Key, read_pair
 from sdar_lm_eval.report.results import Fields
 from sdar_lm_eval.report.runs import IDENTITY, Metric, Run, differing, mean_value
 from sdar_lm_eval.report.speed import speed_of
-from sdar_lm_eval.report.statistics import cluster_values, mean_stderr
+from sdar_lm_eval.report.statistics import FloatArray, cluster_values, mean_stderr
 
 DEFAULTS = DecodingConfig(temperature=0.0).as_dict()
-ALPHA = 3.0
-"""The weight's exponent in `aup`."""
 OF_CURVES = (*IDENTITY, "num_fewshot", "limit")
 """Settings, beside decoding settings, in which the points of one curve are equal."""
-TOLERANCE = 5.0
-"""Percentage points of accuracy that a point may lose against its curve's slowest point, so as to count in AUP."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,31 @@ def points_of(runs: Sequence[Run], task: str, metric: str | None = None) -> list
         UserError: a run has no such metric, or its files are not as lm_eval writes them.
     """
     chosen = [(run, metric_of(run, task, metric)) for run in runs if task in run.of_tasks]
-    scale = 100.0 if all(0 <= each.value <= 1 for _, each in chosen if math.isfinite(each.value)) else 1.0
+    scale = _scale(chosen)
     return [_point(run, task, each, scale) for run, each in chosen]
+
+
+def scores_of(runs: Sequence[Run], task: str, metric: str | None = None) -> list[FloatArray]:
+    """Return the scores of the points of `points_of`, in the same order, document by document.
+
+    Args:
+        runs, task, metric: as for `points_of`.
+
+    Returns:
+        For each point (n,) scores of the same n documents, whose mean is the point's accuracy. Empty where some run has
+        no scores of documents, or where runs have other documents.
+    """
+    chosen = [(run, metric_of(run, task, metric)) for run in runs if task in run.of_tasks]
+    values = [document_values(run, task, each) for run, each in chosen]
+    known = [its for its in values if its is not None]
+    if len(known) < len(values) or any(its.keys() != known[0].keys() for its in known):
+        return []
+    return [_scale(chosen) * np.array([its[document] for document in known[0]]) for its in known]
+
+
+def _scale(chosen: Sequence[tuple[Run, Metric]]) -> float:
+    """What a value is multiplied by: 100 where all values are shares."""
+    return 100.0 if all(0 <= each.value <= 1 for _, each in chosen if math.isfinite(each.value)) else 1.0
 
 
 def curves_of(points: Sequence[Point]) -> list[Curve]:
@@ -221,71 +242,6 @@ def pareto_front(points: Sequence[Point], speed: Speed) -> list[Point]:
     return [point for _, point in sorted(front, key=lambda pair: pair[0])]
 
 
-def aup(curve: Sequence[tuple[float, float]], y_max: float) -> float:
-    """Return the accuracy under parallelism (AUP) of a curve, in per cent times tokens per forward.
-
-    Sort the points by tokens per forward r, with accuracies y, and let W(y) = min(exp(-3 (1 - y / y_max)), 1). AUP is
-    r_1 y_1 + sum over i >= 2 of (r_i - r_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2. Points whose accuracy is more
-    than 5 percentage points below y_1 are left out.
-
-    Source: d3LLM (hao-ai-lab/d3LLM at e5bfcac), AUP_leaderboard/aup_utils.py.
-
-    Args:
-        curve: (tokens per forward, above 0; accuracy in per cent), in any order.
-        y_max: the best accuracy of all curves that are compared, in per cent.
-
-    Raises:
-        ValueError: there is no point, a number of tokens per forward or y_max is not above 0, or the fastest point's
-            accuracy is more than 5 percentage points below the slowest point's.
-    """
-    if not curve or y_max <= 0 or any(speed <= 0 for speed, _ in curve):
-        raise ValueError("AUP needs points, with tokens per forward and y_max above 0.")
-    ordered = sorted(curve, key=lambda point: point[0])
-    floor = ordered[0][1] - TOLERANCE
-    if ordered[-1][1] < floor:
-        raise ValueError(
-            f"The fastest point's accuracy, {ordered[-1][1]:g}, is more than {TOLERANCE:g} below the slowest point's, "
-            f"{ordered[0][1]:g}: AUP is defined for curves that end within these {TOLERANCE:g}."
-        )
-    kept = [(speed, y) for speed, y in ordered if y >= floor]
-    weighted = [y * min(math.exp(-ALPHA * (1 - y / y_max)), 1.0) for _, y in kept]
-    area = kept[0][0] * kept[0][1]
-    for i in range(1, len(kept)):
-        area += (kept[i][0] - kept[i - 1][0]) * (weighted[i] + weighted[i - 1]) / 2
-    return area
-
-
-@dataclass(frozen=True)
-class CurveValue:
-    """The AUP of a curve.
-
-    Attributes:
-        name: the curve's name.
-        aup: the AUP of the points that count (`aup`); None where no point's tokens per forward is known.
-        points: number of points that count.
-        left_out: number of points left out, whose accuracy is more than 5 percentage points below the slowest point's.
-    """
-
-    name: str
-    aup: float | None
-    points: int
-    left_out: int
-
-
-def value_of(curve: Curve, y_max: float) -> CurveValue:
-    """Return the AUP of a curve's points that lose at most 5 percentage points against the slowest point.
-
-    `aup` refuses a curve whose fastest point lost more. A sweep includes such points on purpose, so `value_of` leaves
-    them out before it calls `aup`, and counts them.
-    """
-    finite = [point for point in curve.points if math.isfinite(point.accuracy)]
-    known = [(p.tokens_per_forward, p.accuracy) for p in finite if p.tokens_per_forward]
-    known.sort(key=lambda point: point[0])
-    kept = [(speed, y) for speed, y in known if y >= known[0][1] - TOLERANCE]
-    value = aup(kept, y_max) if kept and y_max > 0 else None
-    return CurveValue(curve.name, value, len(kept), len(known) - len(kept))
-
-
 def _point(run: Run, task: str, metric: Metric, scale: float) -> Point:
     of_task = run.of_tasks[task]
     accuracy, stderr = _accuracy(run, task, metric)
@@ -321,10 +277,20 @@ def _accuracy(run: Run, task: str, metric: Metric) -> tuple[float, float | None]
     of_task = run.of_tasks[task]
     if len(of_task) == 1:
         return metric.value, metric.stderr
+    if (values := document_values(run, task, metric)) is not None:
+        of_documents = np.array(list(values.values()))
+        return float(of_documents.mean()), mean_stderr(of_documents)
+    return mean_value(of_task, task, (metric.name, metric.filter)), None
+
+
+def document_values(run: Run, task: str, metric: Metric) -> dict[Key, float] | None:
+    """Return a value for each document, such that the values' mean is the metric; None where no file has such values.
+
+    Some metrics, such as IFEval's of instructions, count each answer the same, not each document (`cluster_values`).
+    """
     with contextlib.suppress(UserError):  # a run without samples
         scores = read_pair(run, run, task)[0].scores[metric.name, metric.filter]
         if not scores.flaw:
-            # Some metrics, such as IFEval's of instructions, count each answer the same, not each document.
             values = cluster_values(list(scores.answers.values()), weigh_answers="documents" not in scores.means)
-            return float(values.mean()), mean_stderr(values)
-    return mean_value(of_task, task, (metric.name, metric.filter)), None
+            return dict(zip(scores.answers, values.tolist(), strict=True))
+    return None

@@ -69,6 +69,10 @@ def test_a_sweep(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     ]
     assert all(file.stat().st_size for file in written)
     points = json.loads(Path("s/points.json").read_text())
+    front, dynamic, static = points["tasks"][0]["aup"]
+    assert front["interval"] is None and dynamic["interval"][0] <= dynamic["aup"] <= dynamic["interval"][1]
+    assert static["ahead"] == static["aup"] - dynamic["aup"]
+    assert re.search(r"^low_confidence_static .* to .* [+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\) ", out, re.MULTILINE)
 
     code, out, err = said(capsys, *words[:-2], "--json")  # nothing is computed again
     again = json.loads(out)

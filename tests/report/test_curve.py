@@ -10,8 +10,9 @@ from xml.etree import ElementTree
 import pytest
 
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.aup import aup
 from sdar_lm_eval.report.curve import Summary, chart_svg, summarized, table, write_chart
-from sdar_lm_eval.report.points import Point, aup
+from sdar_lm_eval.report.points import Point
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -73,7 +74,10 @@ def test_the_json() -> None:
     assert [value["curve"] for value in values] == [
         "the front", "low_confidence_static", "low_confidence_dynamic", "sequential"
     ]  # fmt: skip
-    assert values[2] == {"curve": "low_confidence_dynamic", "aup": aup([(1.4, 93.5)], 97.0), "points": 1, "left_out": 1}
+    assert values[2] == {
+        "curve": "low_confidence_dynamic", "aup": aup([(1.4, 93.5)], 97.0), "points": 1, "left_out": 1,
+        "interval": None, "ahead": None, "ahead_interval": None,
+    }  # fmt: skip
 
 
 def test_the_same_points_are_the_same_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Points of runs on disk, the front, AUP."""
+"""Points of runs on disk, and the front."""
 
 from __future__ import annotations
 
@@ -19,56 +19,22 @@ from hypothesis import strategies as st
 from run_files import write_run
 
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.aup import aup
 from sdar_lm_eval.report.by_task import by_task
 from sdar_lm_eval.report.curve import by_forward, by_second, summarized, table
 from sdar_lm_eval.report.points import (
-    Curve,
     Point,
-    aup,
     curves_of,
     pareto_front,
     points_of,
     settings_in_words,
-    value_of,
 )
 from sdar_lm_eval.report.results import results_in
 from sdar_lm_eval.report.runs import Run, read_runs
 
-# AUP_leaderboard/aup_utils.py of hao-ai-lab/d3LLM at e5bfcac, run with these points.
-WORKED = [
-    ([(1, 80), (2, 79), (3, 77), (4, 76)], 80, 297.60625783145287),
-    ([(3, 77), (1, 80), (4, 76), (2, 79)], 80, 297.60625783145287),
-    ([(1, 80), (2, 79), (3, 77), (4, 76)], 90, 237.16336090727282),
-    ([(1, 80), (2, 82), (3, 74), (4, 76)], 80, 308.4138062083044),
-    ([(1, 80), (2, 82)], 80, 161.0),
-    ([(2.5, 80)], 90, 200.0),
-]
-
-
-@pytest.mark.parametrize(("curve", "y_max", "value"), WORKED)
-def test_aup_is_the_published_function(curve: list[tuple[float, float]], y_max: float, value: float) -> None:
-    assert aup(curve, y_max) == pytest.approx(value, rel=1e-12, abs=1e-12)
-
-
-def test_where_aup_is_not_defined() -> None:
-    with pytest.raises(ValueError, match=r"The fastest point's accuracy, 74\.9, is more than 5 below .* point's, 80"):
-        aup([(1, 80), (2, 78), (3, 74.9)], 80)
-    for curve, y_max in (([], 80), ([(1, 80)], 0), ([(0, 80)], 80)):
-        with pytest.raises(ValueError, match="AUP needs points"):
-            aup(curve, y_max)
-    assert aup([(1, 80), (2, 78), (3, 75)], 80) > 0  # exactly 5 below
-
 
 def point(forward: float | None = 1.0, accuracy: float = 50.0, second: float | None = None, **settings: Any) -> Point:
     return Point("run", "demo", settings, accuracy, 1.0, forward, second, 200, 1, "")
-
-
-def test_a_curve_counts_up_to_where_it_loses_too_much() -> None:
-    curve = Curve("c", tuple(point(speed, y) for speed, y in [(3, 74.9), (1, 80), (2, 78)]))
-    value = value_of(curve, 80.0)
-    assert (value.points, value.left_out) == (2, 1)
-    assert value.aup == aup([(1, 80), (2, 78)], 80)
-    assert value_of(Curve("c", (point(None),)), 80.0).aup is None
 
 
 CLOUD = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), max_size=12)
