@@ -53,7 +53,7 @@ def test_one_point_has_nothing_to_compare(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_sweep(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = [*DEMO, "--limit", "4", "--gen_kwargs", "max_gen_toks=24", "--strategy", "dynamic,static"]
+    words = [*DEMO, "--limit", "4", "--gen_kwargs", "max_gen_toks=64", "--strategy", "dynamic,static"]
     words += ["--threshold", "0.5:0.6", "--output_path", "s", "--plot", "plots/a.png"]
     code, out, err = said(capsys, *words)
     assert code == 0, err
