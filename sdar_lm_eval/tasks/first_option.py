@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 
 from sdar_lm_eval.tasks.extraction import INVALID
 
 LETTERS = "ABCD"
 
+_SENTENCE = r"\s?(\S+)(?:。|$)"
 _SAYS = r"[Tt]he {}:?\s+\(?@"
-_BOXES = r"[Tt]he {}:?.*?boxed{{@}}"
+# Up to the next such words only: a text that repeats them without end would be read once for each of them.
+_BOXES = r"[Tt]he {0}:?(?:(?![Tt]he {0}).)*?boxed{{@}}"
 # In this order; @ stands for a letter. A pattern's first group, or all of the match where that group is empty, holds
 # the letter; where the group holds several, the first of the alphabet counts; where it holds none, the next rule does.
 _RULES = (
@@ -39,7 +42,7 @@ _RULES = (
     *(rf"{words}\s?([@][.。$]?$)" for words in ("所以", "所有")),
     *(rf"{before}@[{after}]?$" for before, after in ((r"[\s，：:,]", r"。，,\."), (r"[\s，,：:][故即]", r"。\."))),
     *(rf"{before}@[。\.]?$" for before in (r"[\s，,：:]因此", r"[是为。]\s?", r"因此\s?", r"显然\s?")),
-    *(rf"{words}\s?(\S+)(?:。|$)" for words in ("答案是", "答案应该是", "答案为")),
+    *(words + _SENTENCE for words in ("答案是", "答案应该是", "答案为")),
     r"(?i:answer\s*:\s*)(?i:@)",
     _SAYS.format("answer is"),
     _SAYS.format("answer is").replace("@", r"\*?\*?@"),
@@ -68,15 +71,42 @@ def first_option(response: str, options: str = LETTERS) -> str:
     """
     text = response.strip()
     for rule in _rules_for(options):
-        if match := rule.search(text):
-            found = match[1] or match[0]
-            for letter in options:
-                if letter in found:
-                    return letter
+        found = rule(text)
+        for letter in options:
+            if letter in found:
+                return letter
     return INVALID
 
 
+Rule = Callable[[str], str]
+"""Returns the part of a text that has the letter; "" where the rule does not hold."""
+
+
 @functools.cache
-def _rules_for(options: str) -> tuple[re.Pattern[str], ...]:
+def _rules_for(options: str) -> tuple[Rule, ...]:
     one = f"[{options}]"
-    return tuple(re.compile(rule.replace("[@]", one).replace("@", f"({one})"), re.DOTALL) for rule in _RULES)
+    return tuple(
+        functools.partial(_sentence_behind, rule.removesuffix(_SENTENCE))
+        if rule.endswith(_SENTENCE)
+        else functools.partial(_found, re.compile(rule.replace("[@]", one).replace("@", f"({one})"), re.DOTALL))
+        for rule in _RULES
+    )
+
+
+def _found(pattern: re.Pattern[str], text: str) -> str:
+    match = pattern.search(text)
+    return "" if match is None else match[1] or match[0]
+
+
+def _sentence_behind(words: str, text: str) -> str:
+    r"""Return what `words\s?(\S+)(?:。|$)` finds.
+
+    The pattern would read a run of characters without spaces once for each `words` in the run. Where the first `words`
+    in a run fail, so do the others, except for those at the end of the run, which a space follows.
+    """
+    for match in re.finditer(rf"{words}\s?((?:(?!{words}\s)\S)+)", text):
+        if match.end() == len(text):
+            return match[1]
+        if (stop := match[1].rfind("。")) > 0:
+            return match[1][:stop]
+    return ""

@@ -33,10 +33,33 @@ def _sub(pattern: str, new: str) -> Step:
     return partial(re.compile(pattern).sub, new)
 
 
+def _up_to(end: str, step: Step) -> Step:
+    """Apply a step to the text up to the last `end`, with which each match of the step's pattern ends.
+
+    Behind it, a text in a loop would be read once for each beginning of a match.
+    """
+
+    def up_to(text: str) -> str:
+        length = text.rfind(end) + len(end) if end in text else 0
+        return step(text[:length]) + text[length:]
+
+    return up_to
+
+
+def _unbraced(command: str) -> Step:
+    """Replace `command{…}` by what is inside."""
+    return _up_to("}", _sub(rf"\\{command}\{{(.*?)\}}", r"\1"))
+
+
 def _last(pattern: str) -> Step:
     """Reduce a text to the group of the pattern's last match; a text without a match stays."""
     found = re.compile(pattern).findall
     return lambda text: (found(text) or [text])[-1]
+
+
+def _last_box_inside(text: str) -> str:
+    found = re.findall(r"oxed\{(.*?)\}", text[: text.rfind("}") + 1])
+    return found[-1] if found else text
 
 
 def _through(steps: Iterable[Step], text: str) -> str:
@@ -116,7 +139,8 @@ def stripped(text: str) -> str:
 
 
 def _without_unit(text: str) -> str:
-    return re.sub(r"\\text{.*?}$", "", text).strip() or text
+    unit = text.find("\\text{")
+    return (text[:unit] if unit >= 0 and text.endswith("}") else text).strip() or text
 
 
 def _infinity(text: str) -> str:
@@ -177,14 +201,12 @@ REMOVED = (
 _NORMAL_FORM: list[Step] = [
     *_replace(*SUBSTITUTIONS, ("\\le", "<")),
     *_remove(*REMOVED, "\n", "\r", "\f"),
-    _sub(r"\\text\{\((.*?)\)\}", r"\1"),
-    _sub(r"\\text\{(.*?)\}", r"\1"),
-    _sub(r"\\textbf\{(.*?)\}", r"\1"),
-    _sub(r"\\overline\{(.*?)\}", r"\1"),
-    _sub(r"\\boxed\{(.*)\}", r"\1"),
+    _up_to(")}", _sub(r"\\text\{\((.*?)\)\}", r"\1")),
+    *map(_unbraced, ("text", "textbf", "overline")),
+    _up_to("}", _sub(r"\\boxed\{(.*)\}", r"\1")),
     _last(r"finalansweris(.*)"),
     _last(r"answer?is:?(.*)"),
-    _last(r"oxed\{(.*?)\}"),
+    _last_box_inside,
     _last(r"\$(.*?)\$"),
     str.strip,
     _latex_fraction,
@@ -206,9 +228,10 @@ _STRIPPED: list[Step] = [
     _infinity,
     *_replace(("+\\inity", "\\infty")),
     *_remove("and", "\\mathbf"),
-    _sub(r"\\mbox{.*?}", ""),
+    _up_to("}", _sub(r"\\mbox{.*?}", "")),
     _imaginary,
-    _sub(r"(\d+)\.0+([^\d])", r"\1\2"),
-    _sub(r"(\d+)\.0+$", r"\1"),
+    # A match begins with a run of digits: inside of a long run, each digit would read the rest of the run.
+    _sub(r"(?<!\d)(\d+)\.0+([^\d])", r"\1\2"),
+    _sub(r"(?<!\d)(\d+)\.0+$", r"\1"),
 ]
 _STRIPPED_AT_LAST: list[Step] = [_sub(r"\\sqrt(\w+)", r"\\sqrt{\1}"), *_remove(" "), _braced_fractions, _slash]
