@@ -284,7 +284,8 @@ class Rounds:
         try:
             yield
         except KeyboardInterrupt as interrupt:
-            made, kept = f"Interrupted. {len(finished)} of {total} answers", self.store.kept_in
+            whose = "" if self._alone else " of this process"
+            made, kept = f"Interrupted. {len(finished)} of {total} answers{whose}", self.store.kept_in
             raise Interrupted(
                 f"{made} are in {kept}. Run the same command again to compute the others."
                 if kept

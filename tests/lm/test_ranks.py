@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from scripted_lm import SAMPLED, Evaluate, MakeLM
 from support import QUICK_START, environment, fork_of
 
 import sdar_lm_eval.tasks
-from sdar_lm_eval.errors import EngineError
+from sdar_lm_eval.errors import EngineError, OtherRankError
 from sdar_lm_eval.lm import ranks
 from sdar_lm_eval.lm.account import facts_of_evaluation
 from sdar_lm_eval.lm.model import SDARLM
@@ -280,6 +281,24 @@ def test_a_process_alone_needs_no_others() -> None:
     assert (alone.rank, alone.world_size) == (0, 1)
     assert alone.gather_object("x") == ["x"]
     alone.barrier()
+
+
+def test_a_rank_that_lost_another_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = Ranks()
+    several.world_size, several._group = 2, None
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:17075.")
+
+    exchanges: list[tuple[str, Callable[[], object]]] = [
+        ("all_gather", lambda: several.all_gather(torch.tensor(1))),
+        ("gather_object", lambda: several.gather_object({})),
+        ("barrier", several.barrier),
+    ]
+    for name, exchange in exchanges:
+        monkeypatch.setattr(torch.distributed, name, broken)
+        with pytest.raises(OtherRankError, match=r"^Another process of the run ended, so rank 0 ends too\..*finished"):
+            exchange()
 
 
 def test_rank_0_reads_of_another_rank_what_that_rank_noted(
