@@ -313,8 +313,9 @@ class SDARLM(TemplateLM):
         return self.ranks.all_gather(tensor)
 
     def gather_object(self, obj: object, dst: int = 0) -> list[object] | None:
-        """Collect each rank's samples or metrics on rank `dst`, without those of borrowed documents."""
-        return self.ranks.gather_object(self.evaluation.without_borrowed(obj), dst)
+        """Collect the ranks' samples or metrics on rank `dst`, by document, without those of borrowed documents."""
+        parts = self.ranks.gather_object(self.evaluation.without_borrowed(obj), dst)
+        return None if parts is None else self.evaluation.in_document_order(parts)
 
     def barrier(self) -> None:
         """Wait for all ranks, and collect their counts on rank 0. lm_eval calls this after each kind of request."""

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from support import QUICK_START, environment, fork_of
 import sdar_lm_eval.tasks
 from sdar_lm_eval.errors import EngineError, OtherRankError
 from sdar_lm_eval.lm import ranks
-from sdar_lm_eval.lm.account import facts_of_evaluation
+from sdar_lm_eval.lm.account import Account, facts_of_evaluation
+from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests
 from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.lm.ranks import SAME_ON_ALL_RANKS, Ranks
 
@@ -117,9 +118,9 @@ def _essence(results: Any) -> dict[str, Any]:
     for task, of_task in results["samples"].items():
         # lm_eval logs the answers to its padding with the document that it copied: they stand behind its own.
         own = results["configs"][task]["repeats"]
-        samples[task] = sorted(
+        samples[task] = [
             (s["doc_id"], s["filter"], _rounded(s["resps"][0][:own]), s["doc"]["question"]) for s in of_task
-        )
+        ]
     return {"scores": results["results"], "samples": samples}
 
 
@@ -329,6 +330,27 @@ def test_rank_0_reads_of_another_rank_what_that_rank_noted(
     assert facts["published_decoding_of_tasks"] == {"five": {"denoising_steps": 2}}
     assert "Question 0" in facts["prompts"]["five"]["example"]
     assert len(list(lm.denoising_lines()("five"))) == 15
+
+
+def test_what_ranks_gather_is_in_the_order_of_one_process() -> None:
+    """Of three ranks with five documents, of which two filters make samples; the third rank lacks a metric."""
+    evaluation = Evaluation(Account(0), {"t": TaskRequests("t")})
+
+    def samples(documents: Iterable[int]) -> list[object]:
+        own = list(documents)
+        return [{"doc_id": document, "filter": name} for name in ("strict", "loose") for document in own]
+
+    metrics: list[object] = [
+        {"t": {("acc", "strict"): [0, 3], ("acc", "loose"): [0, 3]}},
+        {"t": {("acc", "strict"): [1, 4], ("acc", "loose"): [1, 4]}},
+        {"t": {("acc", "strict"): [2]}},
+    ]
+    first, *others = evaluation.in_document_order([{"t": samples(range(rank, 5, 3))} for rank in range(3)])
+    assert (first, others) == ({"t": samples(range(5))}, [{"t": []}] * 2)
+    first, *others = evaluation.in_document_order(metrics)
+    assert first == {"t": {("acc", "strict"): [0, 1, 2, 3, 4], ("acc", "loose"): [0, 1, 3, 4]}}
+    assert others == [{"t": {("acc", "strict"): [], ("acc", "loose"): []}}] * 2
+    assert evaluation.in_document_order(["x", "y"]) == ["x", "y"]
 
 
 def test_accelerate_that_started_one_process_is_told_apart(
