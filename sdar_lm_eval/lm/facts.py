@@ -68,6 +68,7 @@ def facts_of_model(
         "decoding": jobs.default.as_dict(),
         **likelihood.as_dict(),
         **info.as_dict(),
+        **{name: sum(account.of_engine[name] for account in accounts) for name in info.counted},
         **facts_of_evaluation(accounts),
     }
 

@@ -84,6 +84,7 @@ class SDARLM(TemplateLM):
         if settings.trace is not None:  # before the engine is loaded: a file that cannot be written is refused at once
             trace = Trace(self.ranks.path_of_rank(settings.trace), self._facts)
         self.engine = frontend.start(self.ENGINE, self.ranks.device_of_rank(settings.device))
+        self._counted_before = self.engine.info.counts
         self._device = self.engine.info.device
         if self._device == "cpu":
             self.ranks.share_cpu()
@@ -169,6 +170,7 @@ class SDARLM(TemplateLM):
 
     def _begin(self, seed: int | None = None) -> None:
         self.evaluation = self.evaluation.next(self._frontend.settings.seed_or(seed))
+        self._counted_before = self.engine.info.counts
         self._accounts = [self.evaluation.account]
         self.rounds.begin_run()
 
@@ -319,7 +321,7 @@ class SDARLM(TemplateLM):
 
     def barrier(self) -> None:
         """Wait for all ranks, and collect their counts on rank 0. lm_eval calls this after each kind of request."""
-        accounts = self.ranks.gather_object(self.evaluation.account)
+        accounts = self.ranks.gather_object(self._account())
         if accounts is not None:
             self._accounts = accounts
             counts = Counts.of_ranks([account.counts for account in accounts])
@@ -327,6 +329,13 @@ class SDARLM(TemplateLM):
         self.ranks.barrier()
 
     # Facts for the results file
+
+    def _account(self) -> Account:
+        """This process's account, with the work of the engine up to now."""
+        account = self.evaluation.account
+        account.of_engine = self.engine.info.counts
+        account.of_engine.subtract(self._counted_before)
+        return account
 
     @property
     def counts(self) -> Counts:
@@ -350,7 +359,7 @@ class SDARLM(TemplateLM):
             chat_template=self._frontend.settings.chat_template,
             thoughts=self._prompts.thoughts,
             world_size=self._world_size,
-            accounts=self._accounts,
+            accounts=[self._account(), *self._accounts[1:]],
         )
 
     # Closing

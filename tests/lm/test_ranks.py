@@ -6,7 +6,9 @@ too. The second one kills a process of the command line, and runs the same comma
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import functools
 import json
 import logging
 import os
@@ -330,6 +332,30 @@ def test_rank_0_reads_of_another_rank_what_that_rank_noted(
     assert facts["published_decoding_of_tasks"] == {"five": {"denoising_steps": 2}}
     assert "Question 0" in facts["prompts"]["five"]["example"]
     assert len(list(lm.denoising_lines()("five"))) == 15
+
+
+def test_the_engine_s_own_counts_are_of_the_evaluation_and_of_all_ranks(
+    make_lm: MakeLM, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make_lm()
+    generate, info = lm.engine.generate, lm.engine.info
+
+    def preempting(requests: Any) -> Any:
+        before = lm.engine.info.counts["preemptions"]
+        lm.engine.info = dataclasses.replace(info, extra={"preemptions": before + 2}, counted=("preemptions",))
+        lm.barrier()
+        return generate(requests)
+
+    monkeypatch.setattr(lm.engine, "generate", preempting)
+    for number in (1, 3, 1):
+        monkeypatch.setattr(lm.ranks, "gather_object", functools.partial(_as_sent_by, number))
+        evaluate(lm)
+        facts: Any = lm.get_model_info()["sdar_lm_eval"]
+        assert facts["preemptions"] == 2 * number
+
+
+def _as_sent_by(ranks: int, obj: object) -> list[object]:
+    return [pickle.loads(pickle.dumps(obj)) for _ in range(ranks)]
 
 
 def test_what_ranks_gather_is_in_the_order_of_one_process() -> None:
