@@ -25,7 +25,7 @@ from sdar_lm_eval.lm.account import Account, put_thoughts_into
 from sdar_lm_eval.lm.answers import AnswerFolder
 from sdar_lm_eval.lm.denoising import DenoisingRecords, LinesOf
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests
-from sdar_lm_eval.lm.facts import described, facts_of_model, fingerprint_of
+from sdar_lm_eval.lm.facts import described, facts_of_model, fingerprint_of, settings_of_answers
 from sdar_lm_eval.lm.frontend import Frontend
 from sdar_lm_eval.lm.hooks import watch
 from sdar_lm_eval.lm.likelihoods import Kind
@@ -106,6 +106,7 @@ class SDARLM(TemplateLM):
         self.evaluation.account.counts.load_seconds = time.perf_counter() - started
         logger.info("%s", described(self.ENGINE, self.engine.info, self.checkpoint, self.jobs.default))
         self.ranks.log_own_warnings()
+        self._require_same_on_all_ranks()
 
     # How the harness makes a model
 
@@ -327,6 +328,21 @@ class SDARLM(TemplateLM):
             counts = Counts.of_ranks([account.counts for account in accounts])
             logger.info("%d ranks: %s", self._world_size, counts)
         self.ranks.barrier()
+
+    def _require_same_on_all_ranks(self) -> None:
+        """Refuse ranks that would give other answers than rank 0.
+
+        Raises:
+            UserError: a rank has another setting, version, precision or checkpoint.
+        """
+        seed, thoughts = self.evaluation.account.seed, self._prompts.thoughts
+        likelihood = self._frontend.likelihoods.config(seed)
+        settings = settings_of_answers(self.jobs, likelihood, self._frontend.settings.chat_template, thoughts)
+        default = {"thinking": dict(thoughts.given), "decoding": None, **self.jobs.default.as_dict()}
+        # The ranks of a machine read the same files, so that one of them hashes the weights, if there are others.
+        hashes = not self.ranks.one_machine and self.ranks.local_rank == 0
+        fingerprint = fingerprint_of(self.ENGINE, self.engine.info, self.checkpoint if hashes else None)
+        self.ranks.require_same({**settings, **default, "seed": seed, **fingerprint})
 
     # Facts for the results file
 

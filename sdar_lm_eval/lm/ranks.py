@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from sdar_lm_eval.cores import own_cores
-from sdar_lm_eval.errors import EngineError, OtherRankError
+from sdar_lm_eval.errors import EngineError, OtherRankError, UserError
+from sdar_lm_eval.files import shown
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)) == self.world_size
         if self.world_size == 1:
             if "RANK" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
                 logger.warning(
@@ -140,6 +142,22 @@ class Ranks:
         if self.world_size > 1:
             with self._exchange():
                 dist.barrier(group=self._group)
+
+    def require_same(self, facts: Mapping[str, object]) -> None:
+        """Raise on rank 0 if a rank has another value of a fact. Machines may have other files, versions or commands.
+
+        Raises:
+            UserError: a rank has others.
+            OtherRankError: another process ended.
+        """
+        for rank, theirs in enumerate(self.gather_object(facts) or []):
+            others = [name for name in facts if name in theirs and theirs[name] != facts[name]]
+            told = "; ".join(f"{name} is {shown(theirs[name])} there, {shown(facts[name])} here" for name in others)
+            if told:
+                raise UserError(
+                    f"Rank {rank} would give other answers than rank 0: {told}. Give all machines the same checkpoint, "
+                    "versions and command."
+                )
 
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ too. The second one kills a process of the command line, and runs the same comma
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -31,7 +32,7 @@ from scripted_lm import SAMPLED, Evaluate, MakeLM
 from support import QUICK_START, environment, fork_of
 
 import sdar_lm_eval.tasks
-from sdar_lm_eval.errors import EngineError, OtherRankError
+from sdar_lm_eval.errors import EngineError, OtherRankError, UserError
 from sdar_lm_eval.lm import ranks
 from sdar_lm_eval.lm.account import Account, facts_of_evaluation
 from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests
@@ -356,6 +357,34 @@ def test_the_engine_s_own_counts_are_of_the_evaluation_and_of_all_ranks(
 
 def _as_sent_by(ranks: int, obj: object) -> list[object]:
     return [pickle.loads(pickle.dumps(obj)) for _ in range(ranks)]
+
+
+def test_ranks_that_would_give_other_answers_are_refused(make_lm: MakeLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines may have other weights and versions, and their users may type other settings."""
+    sent: list[Any] = []
+
+    def gather(_: Ranks, obj: Any) -> list[object]:
+        sent.append(obj)
+        return [obj, pickle.loads(pickle.dumps(obj)) | changes]
+
+    monkeypatch.setattr(Ranks, "gather_object", gather)
+    changes: dict[str, object] = {}
+    make_lm(threshold=0.9, seed=5)
+    assert sent[-1]["confidence_threshold"] == 0.9 and sent[-1]["seed"] == 5
+    assert "checkpoint" not in sent[-1]  # the ranks of a machine read the same files
+    changes = {"confidence_threshold": 0.85, "thinking": {"enable_thinking": True}}
+    with pytest.raises(UserError) as refused:
+        make_lm(threshold=0.9)
+    assert str(refused.value) == (
+        'Rank 1 would give other answers than rank 0: thinking is {"enable_thinking": true} there, {} here; '
+        "confidence_threshold is 0.85 there, 0.9 here. Give all machines the same checkpoint, versions and command."
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # more than one machine
+    for rank, refusal in ((0, r"checkpoint is 'x' there, '\w+' here"), (1, None)):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        changes = {"checkpoint": "x"}
+        with pytest.raises(UserError, match=refusal) if refusal else contextlib.nullcontext():
+            make_lm()
 
 
 def test_what_ranks_gather_is_in_the_order_of_one_process() -> None:
