@@ -273,16 +273,20 @@ def _shorten_errors() -> None:
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print an error of this package without its traceback, on lm_eval's command line."""
     message = None
-    if _is_command_line() and os.environ.get("SDAR_LM_EVAL_TRACEBACK", "0") in ("", "0"):
+    if _is_command_line():
         from sdar_lm_eval import command_line
 
-        message = command_line.message_of(error)
+        command_line.let_others_speak(error)
+        if os.environ.get("SDAR_LM_EVAL_TRACEBACK", "0") in ("", "0"):
+            message = command_line.message_of(error)
     if message is None:
         (_previous_excepthook or sys.__excepthook__)(kind, error, trace)
     elif isinstance(error, KeyboardInterrupt):
         from sdar_lm_eval.commands import INTERRUPTED
 
-        print(f"sdar_lm_eval: {message}", file=sys.stderr)
+        if command_line.is_first_of_machine():
+            # torch.distributed's hook, which calls this one, loses what sys.stderr gets before a SystemExit.
+            print(f"sdar_lm_eval: {message}", file=sys.__stderr__)
         raise SystemExit(INTERRUPTED)  # becomes the exit code
     else:
         print(f"sdar_lm_eval: error: {message}", file=sys.stderr)

@@ -6,13 +6,15 @@ already. The harness prints a traceback for a mistyped model, task or flag; `mes
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 
 from sdar_lm_eval.engines.registry import MODELS
-from sdar_lm_eval.errors import Interrupted, SDARError, did_you_mean
+from sdar_lm_eval.errors import Interrupted, OtherRankError, SDARError, did_you_mean
 
 
 def message_of(error: BaseException) -> str | None:
@@ -24,7 +26,9 @@ def message_of(error: BaseException) -> str | None:
     if not _names_our_models() and not unknown:
         return None
     if isinstance(error, KeyboardInterrupt):
-        return "Interrupted while no answers were made."
+        # A launcher repeats the signal of Ctrl-C, which may interrupt the handling of the first one.
+        first = error.__context__
+        return str(first) if isinstance(first, Interrupted) else "Interrupted while no answers were made."
     if unknown:
         theirs = text.partition("Supported model names: ")[2].split(", ")
         nearly = did_you_mean(unknown[1], {*MODELS, *theirs})
@@ -41,6 +45,28 @@ def message_of(error: BaseException) -> str | None:
     last = traceback.extract_tb(error.__traceback__)[-1:]
     is_of_flags = bool(last) and not {"_cli", "config"}.isdisjoint(Path(last[0].filename).parts)
     return text.splitlines()[0] if isinstance(error, ValueError) and is_of_flags else None
+
+
+LEAD = 2.0
+"""Seconds that the first process of a machine has to print an error, before the machine's other processes do."""
+
+
+def is_first_of_machine() -> bool:
+    """Whether the launcher started no process before this one on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def let_others_speak(error: BaseException) -> None:
+    """Wait while another process of a data parallel run may print this error, or the error's cause.
+
+    Once a process has ended with an error, the launcher ends the others: a mistake that all processes meet is printed
+    once, and a process that lost another one stays silent.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or isinstance(error, KeyboardInterrupt):
+        return
+    is_ours = isinstance(error, SDARError) or _names_our_models()
+    if is_ours and (isinstance(error, OtherRankError) or not is_first_of_machine()):
+        time.sleep(LEAD + int(os.environ.get("LOCAL_RANK", "0")))  # one after the other
 
 
 def _names_our_models() -> bool:

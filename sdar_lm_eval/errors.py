@@ -3,6 +3,7 @@
     SDARError(Exception)
     ├── UserError(SDARError, ValueError)       a wrong input; the message says what is allowed and what to do
     └── EngineError(SDARError, RuntimeError)   an engine failed; finished answers are kept
+        └── OtherRankError(EngineError)        another process of the run ended
     Interrupted(KeyboardInterrupt)             Ctrl-C during generation; the message says how many answers are kept
 
 On lm_eval's command line, an SDARError prints as one line, without a traceback (`SDAR_LM_EVAL_TRACEBACK=1` shows it).
@@ -24,6 +25,10 @@ class UserError(SDARError, ValueError):
 
 class EngineError(SDARError, RuntimeError):
     """An engine cannot run, or stopped."""
+
+
+class OtherRankError(EngineError):
+    """Another process of a data parallel run ended, whose message has the cause."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from sdar_lm_eval import autoload
+from sdar_lm_eval import autoload, command_line
 from sdar_lm_eval.commands import INTERRUPTED
 from sdar_lm_eval.engines.registry import MODELS
-from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.errors import EngineError, Interrupted, OtherRankError, UserError
 from sdar_lm_eval.files import require_folders
 
 if TYPE_CHECKING:
@@ -526,6 +526,63 @@ def test_an_interruption_is_no_error_and_has_its_exit_code(
     command = commands(sandbox, f"import lm_eval.models\nraise {error}")["lm_eval"]
     done = sandbox.run(*command, *arguments.split())
     assert (done.returncode, done.stderr) == (INTERRUPTED, f"sdar_lm_eval: {says}\n")
+
+
+RANKS_HOOK = """
+import io, sys, lm_eval.models
+from sdar_lm_eval.errors import Interrupted
+ours = sys.excepthook
+
+def torchs(*error):
+    before, sys.stderr = sys.stderr, io.StringIO()
+    try:
+        ours(*error)
+    finally:
+        said, sys.stderr = sys.stderr.getvalue(), before
+    sys.stderr.write(said)
+
+sys.excepthook = torchs
+try:
+    raise Interrupted("3 of 5 are kept")
+finally:
+    raise KeyboardInterrupt
+"""
+
+
+@pytest.mark.parametrize(("local_rank", "says"), [("0", "sdar_lm_eval: 3 of 5 are kept\n"), ("1", "")])
+def test_an_interruption_of_ranks_is_told_once_a_machine(sandbox: Sandbox, local_rank: str, says: str) -> None:
+    """Through the hook of torch.distributed, and where the launcher repeats the signal."""
+    command = commands(sandbox, RANKS_HOOK)["lm_eval"]
+    done = sandbox.run(*command, "--model", "sdar", WORLD_SIZE="4", LOCAL_RANK=local_rank)
+    assert (done.returncode, done.stderr) == (INTERRUPTED, says)
+
+
+@pytest.mark.parametrize(
+    ("error", "model", "waits"),
+    [
+        (UserError("x"), "hf", [0, 3, 4]),
+        (EngineError("x"), "sdar", [0, 3, 4]),
+        (ValueError("x"), "sdar", [0, 3, 4]),
+        (OtherRankError("x"), "sdar", [2, 3, 4]),
+        (Interrupted("x"), "sdar", [0, 0, 0]),
+        (ValueError("x"), "hf", [0, 0, 0]),
+    ],
+)
+def test_a_rank_lets_the_ranks_before_it_speak(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, model: str, waits: list[int]
+) -> None:
+    """The launcher ends the ranks that wait."""
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", "--model", model])
+    slept = [0.0] * len(waits)
+    for rank in range(len(waits)):
+        monkeypatch.setattr(command_line.time, "sleep", lambda seconds, rank=rank: slept.__setitem__(rank, seconds))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        command_line.let_others_speak(error)
+        assert not slept[rank]
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        command_line.let_others_speak(error)
+    assert slept == waits
 
 
 @pytest.mark.parametrize("arguments", ["", "--model hf", "--model"])

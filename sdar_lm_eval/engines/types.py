@@ -22,6 +22,7 @@ This module holds no tensor and does not import torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -54,6 +55,7 @@ class EngineInfo:
         answer_options: options of this engine that change answers: name -> value; False or None where an option is
             off. A run takes stored answers only of equal options.
         extra: options and counts that only this engine has.
+        counted: names in `extra` of the work done since the engine was loaded.
         environment: versions of libraries and Python, the GPU's name.
     """
 
@@ -66,7 +68,13 @@ class EngineInfo:
     deviations: Mapping[str, str] | None = None
     answer_options: Mapping[str, Fact] = field(default_factory=dict)
     extra: Mapping[str, Fact] = field(default_factory=dict)
+    counted: tuple[str, ...] = ()
     environment: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """The work done since the engine was loaded."""
+        return Counter({name: int(self.extra[name] or 0) for name in self.counted})
 
     def as_dict(self) -> dict[str, Fact | dict[str, Fact] | dict[str, str]]:
         """All facts by name in one mapping, as the results file holds them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
@@ -52,6 +53,7 @@ class Account:
         denoising: the denoising records of answers.
         thoughts: task -> (document, request of the document, repeat of the request) -> the answer's thought, or None.
         template_hash: hash of the chat template in use.
+        of_engine: the work that only this engine counts.
     """
 
     seed: int
@@ -62,6 +64,7 @@ class Account:
     denoising: DenoisingRecords = field(default_factory=DenoisingRecords)
     thoughts: dict[str, dict[tuple[int, int, int], Thought | None]] = field(default_factory=dict)
     template_hash: str | None = None
+    of_engine: Counter[str] = field(default_factory=Counter)
 
     def sent_of(self, task: str) -> SentPrompts:
         """What was sent for a task."""

@@ -26,6 +26,7 @@ from typing import Any
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import expanded, require_writable
 from sdar_lm_eval.lm.store import Record, as_record, decode_line, differences, encode_line
+from sdar_lm_eval.report.counts import EarlierWork
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +96,10 @@ class AnswerFolder:
         """Return the answer under the key, this process's own answers included, or None."""
         return self._known.get(key)
 
-    def seconds_for(self, keys: Collection[str]) -> float | None:
-        """Return the time in which earlier processes computed answers; None where this process computed some."""
-        earlier = {key for session in self._sessions for key in session.answers}
-        return seconds_for(self._sessions, keys) if earlier.issuperset(keys) else None
+    def earlier(self, keys: Collection[str]) -> dict[str, EarlierWork] | None:
+        """Return the work of earlier processes that computed answers; None where this process computed some."""
+        known = {key for session in self._sessions for key in session.answers}
+        return earlier_work(self._sessions, keys) if known.issuperset(keys) else None
 
     def put(self, key: str, record: Mapping[str, object]) -> None:
         """Write an answer."""
@@ -166,25 +167,18 @@ def united(sessions: Iterable[Session]) -> dict[str, Record]:
     return answers
 
 
-def busy_seconds(sessions: Iterable[Session]) -> float:
-    """Return for how many seconds at least one of the sessions was answering."""
-    total, reached = 0.0, 0.0
-    for session in sorted(sessions, key=lambda session: session.started):
-        total += max(0.0, session.ended - max(reached, session.started))
-        reached = max(reached, session.ended)
-    return total
-
-
-def seconds_for(sessions: Iterable[Session], keys: Collection[str]) -> float:
-    """Return for how many seconds sessions were busy with the answers under some keys.
-
-    The sessions' time counts in proportion to the tokens under these keys.
-    """
-    used = [session for session in sessions if session.answers.keys() & keys]
-    lines = {key: line for session in used for key, line in session.answers.items()}
-    tokens = sum(line.get("new_tokens", 0) for line in lines.values())
-    wanted = sum(line.get("new_tokens", 0) for key, line in lines.items() if key in keys)
-    return busy_seconds(used) * (wanted / tokens if tokens else 1.0)
+def earlier_work(sessions: Iterable[Session], keys: Collection[str]) -> dict[str, EarlierWork]:
+    """Return file name -> the work of the file's process, for sessions that have an answer under one of the keys."""
+    return {
+        session.path.name: EarlierWork(
+            session.started,
+            session.ended,
+            tokens=sum(line.get("new_tokens", 0) for line in session.answers.values()),
+            used=sum(line.get("new_tokens", 0) for key, line in session.answers.items() if key in keys),
+        )
+        for session in sessions
+        if session.answers.keys() & keys
+    }
 
 
 def read_session(path: Path) -> Session | None:

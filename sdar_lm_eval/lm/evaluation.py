@@ -5,9 +5,10 @@ lm_eval hands a model bare requests. `hooks.py` learns the rest from lm_eval and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lm_eval.api.instance import Instance
 
@@ -71,6 +72,37 @@ class Evaluation:
             return of_tasks
         borrowed = {task.name for task in self.tasks.values() if task.borrowed}
         return {task: _emptied(found) if task in borrowed else found for task, found in of_tasks.items()}
+
+    def in_document_order(self, parts: list[object]) -> list[object]:
+        """Return lm_eval's samples or metrics by task of all ranks in the order of one process: all in the first part.
+
+        lm_eval puts rank after rank. Bootstrapped standard errors and lm_eval's hash of a task depend on the order.
+
+        Args:
+            parts: what each rank sent. Rank r of n has the documents r, r + n, r + 2n, …
+        """
+        of_ranks = [part for part in parts if isinstance(part, dict) and part.keys() == self.tasks.keys()]
+        if len(of_ranks) < len(parts):
+            return parts
+        united = {task: _united([of_rank[task] for of_rank in of_ranks]) for task in self.tasks}
+        emptied = {task: _emptied(found) for task, found in united.items()}
+        return [united, *[emptied] * (len(parts) - 1)]
+
+
+def _united(found: Sequence[Any]) -> dict[object, list[object]] | list[object]:
+    """A task's metrics or samples of all ranks; a metric that some documents lack may be missing on a rank."""
+    if isinstance(found[0], dict):
+        names = dict.fromkeys(name for of_rank in found for name in of_rank)
+        return {name: _in_turn([of_rank.get(name, []) for of_rank in found]) for name in names}
+    samples = _in_turn(found)
+    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+    return sorted(samples, key=lambda sample: (filters.index(sample["filter"]), sample["doc_id"]))
+
+
+def _in_turn(of_ranks: Sequence[Sequence[Any]]) -> list[Any]:
+    missing = object()
+    turns = itertools.zip_longest(*of_ranks, fillvalue=missing)
+    return [value for turn in turns for value in turn if value is not missing]
 
 
 def _emptied(found: object) -> dict[object, list[object]] | list[object]:

@@ -15,16 +15,29 @@ from sdar_lm_eval.revision import ANSWER_REVISION
 from sdar_lm_eval.settings import Generation
 
 
-def fingerprint_of(engine: str, info: EngineInfo, checkpoint: Checkpoint) -> dict[str, str | int | None]:
-    """Return all that answers depend on beside what their keys hold (`store.py`)."""
+def fingerprint_of(engine: str, info: EngineInfo, checkpoint: Checkpoint | None) -> dict[str, str | int | None]:
+    """Return all that answers depend on beside what their keys hold (`store.py`); None: without the checkpoint."""
     return {
         "revision": ANSWER_REVISION,
         "engine": engine,
         "engine_version": info.engine_version,
-        "checkpoint": checkpoint.fingerprint,
+        **({} if checkpoint is None else {"checkpoint": checkpoint.fingerprint}),
         "dtype": info.dtype,
         **({"engine_commit": info.engine_commit} if info.engine_commit else {}),
         **{name: spelled(value) for name, value in info.answer_options.items() if value not in (None, False)},
+    }
+
+
+def settings_of_answers(
+    jobs: Jobs, likelihood: LikelihoodConfig, chat_template: str, thoughts: Thoughts
+) -> dict[str, object]:
+    """Return the settings of a model that answers depend on."""
+    return {
+        "max_length": jobs.max_length,
+        "chat_template": chat_template,
+        **({"thinking": dict(thoughts.given)} if thoughts.given else {}),
+        "decoding": jobs.default.as_dict(),
+        **likelihood.as_dict(),
     }
 
 
@@ -60,14 +73,11 @@ def facts_of_model(
         "mask_token_id": checkpoint.mask_token_id,
         "block_size": checkpoint.block_length,
         "stop_ids": list(checkpoint.stop_ids),
-        "max_length": jobs.max_length,
         "seed": accounts[0].seed,
-        "chat_template": chat_template,
-        **({"thinking": dict(thoughts.given)} if thoughts.given else {}),
         "ranks": world_size,
-        "decoding": jobs.default.as_dict(),
-        **likelihood.as_dict(),
+        **settings_of_answers(jobs, likelihood, chat_template, thoughts),
         **info.as_dict(),
+        **{name: sum(account.of_engine[name] for account in accounts) for name in info.counted},
         **facts_of_evaluation(accounts),
     }
 

@@ -25,7 +25,7 @@ from sdar_lm_eval.lm.account import Account, put_thoughts_into
 from sdar_lm_eval.lm.answers import AnswerFolder
 from sdar_lm_eval.lm.denoising import DenoisingRecords, LinesOf
 from sdar_lm_eval.lm.evaluation import Evaluation
-from sdar_lm_eval.lm.facts import described, facts_of_model, fingerprint_of
+from sdar_lm_eval.lm.facts import described, facts_of_model, fingerprint_of, settings_of_answers
 from sdar_lm_eval.lm.frontend import Frontend
 from sdar_lm_eval.lm.hooks import watch
 from sdar_lm_eval.lm.likelihoods import Kind
@@ -85,6 +85,7 @@ class SDARLM(TemplateLM):
         if settings.trace is not None:  # before the engine is loaded: a file that cannot be written is refused at once
             trace = Trace(self.ranks.path_of_rank(settings.trace), self._facts)
         self.engine = frontend.start(self.ENGINE, self.ranks.device_of_rank(settings.device))
+        self._counted_before = self.engine.info.counts
         self._device = self.engine.info.device
         if self._device == "cpu":
             self.ranks.share_cpu()
@@ -106,6 +107,7 @@ class SDARLM(TemplateLM):
         self.evaluation.account.counts.load_seconds = time.perf_counter() - started
         logger.info("%s", described(self.ENGINE, self.engine.info, self.checkpoint, self.jobs.default))
         self.ranks.log_own_warnings()
+        self._require_same_on_all_ranks()
 
     # How the harness makes a model
 
@@ -170,6 +172,7 @@ class SDARLM(TemplateLM):
 
     def _begin(self, seed: int | None = None) -> None:
         self.evaluation = self.evaluation.next(self._frontend.settings.seed_or(seed))
+        self._counted_before = self.engine.info.counts
         self._accounts = [self.evaluation.account]
         self.rounds.begin_run()
 
@@ -314,19 +317,42 @@ class SDARLM(TemplateLM):
         return self.ranks.all_gather(tensor)
 
     def gather_object(self, obj: object, dst: int = 0) -> list[object] | None:
-        """Collect each rank's samples or metrics on rank `dst`, without those of borrowed documents."""
-        return self.ranks.gather_object(self.evaluation.without_borrowed(obj), dst)
+        """Collect the ranks' samples or metrics on rank `dst`, by document, without those of borrowed documents."""
+        parts = self.ranks.gather_object(self.evaluation.without_borrowed(obj), dst)
+        return None if parts is None else self.evaluation.in_document_order(parts)
 
     def barrier(self) -> None:
         """Wait for all ranks, and collect their counts on rank 0. lm_eval calls this after each kind of request."""
-        accounts = self.ranks.gather_object(self.evaluation.account)
+        accounts = self.ranks.gather_object(self._account())
         if accounts is not None:
             self._accounts = accounts
             counts = Counts.of_ranks([account.counts for account in accounts])
             logger.info("%d ranks: %s", self._world_size, counts)
         self.ranks.barrier()
 
+    def _require_same_on_all_ranks(self) -> None:
+        """Refuse ranks that would give other answers than rank 0.
+
+        Raises:
+            UserError: a rank has another setting, version, precision or checkpoint.
+        """
+        seed, thoughts = self.evaluation.account.seed, self._prompts.thoughts
+        likelihood = self._frontend.likelihoods.config(seed)
+        settings = settings_of_answers(self.jobs, likelihood, self._frontend.settings.chat_template, thoughts)
+        default = {"thinking": dict(thoughts.given), "decoding": None, **self.jobs.default.as_dict()}
+        # The ranks of a machine read the same files, so that one of them hashes the weights, if there are others.
+        hashes = not self.ranks.one_machine and self.ranks.local_rank == 0
+        fingerprint = fingerprint_of(self.ENGINE, self.engine.info, self.checkpoint if hashes else None)
+        self.ranks.require_same({**settings, **default, "seed": seed, **fingerprint})
+
     # Facts for the results file
+
+    def _account(self) -> Account:
+        """This process's account, with the work of the engine up to now."""
+        account = self.evaluation.account
+        account.of_engine = self.engine.info.counts
+        account.of_engine.subtract(self._counted_before)
+        return account
 
     @property
     def counts(self) -> Counts:
@@ -350,7 +376,7 @@ class SDARLM(TemplateLM):
             chat_template=self._frontend.settings.chat_template,
             thoughts=self._prompts.thoughts,
             world_size=self._world_size,
-            accounts=self._accounts,
+            accounts=[self._account(), *self._accounts[1:]],
         )
 
     # Closing

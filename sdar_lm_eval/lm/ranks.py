@@ -6,9 +6,11 @@ The processes exchange only counts and finished answers, so they use gloo on the
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import logging
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from sdar_lm_eval.cores import own_cores
-from sdar_lm_eval.errors import EngineError
+from sdar_lm_eval.errors import EngineError, OtherRankError, UserError
+from sdar_lm_eval.files import shown
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)) == self.world_size
         if self.world_size == 1:
             if "RANK" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
                 logger.warning(
@@ -103,23 +107,64 @@ class Ranks:
             torch.set_num_threads(own_cores())
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Concatenate each rank's tensor, on the tensor's device; a scalar counts as one element."""
+        """Concatenate each rank's tensor, on the tensor's device; a scalar counts as one element.
+
+        Raises:
+            OtherRankError: another process ended.
+        """
         if self.world_size == 1:
             return tensor
         own = tensor.reshape(-1).cpu()
         parts = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(parts, own, group=self._group)
+        with self._exchange():
+            dist.all_gather(parts, own, group=self._group)
         return torch.cat(parts).to(tensor.device)
 
     def gather_object(self, obj: T, dst: int = 0) -> list[T] | None:
-        """Collect each rank's object on rank `dst`; None on the others."""
+        """Collect each rank's object on rank `dst`; None on the others.
+
+        Raises:
+            OtherRankError: another process ended.
+        """
         if self.world_size == 1:
             return [obj]
         collected = [obj] * self.world_size if self.rank == dst else None  # gather_object replaces each
-        dist.gather_object(obj, collected, dst=dst, group=self._group)
+        with self._exchange():
+            dist.gather_object(obj, collected, dst=dst, group=self._group)
         return collected
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all ranks.
+
+        Raises:
+            OtherRankError: another process ended.
+        """
         if self.world_size > 1:
-            dist.barrier(group=self._group)
+            with self._exchange():
+                dist.barrier(group=self._group)
+
+    def require_same(self, facts: Mapping[str, object]) -> None:
+        """Raise on rank 0 if a rank has another value of a fact. Machines may have other files, versions or commands.
+
+        Raises:
+            UserError: a rank has others.
+            OtherRankError: another process ended.
+        """
+        for rank, theirs in enumerate(self.gather_object(facts) or []):
+            others = [name for name in facts if name in theirs and theirs[name] != facts[name]]
+            told = "; ".join(f"{name} is {shown(theirs[name])} there, {shown(facts[name])} here" for name in others)
+            if told:
+                raise UserError(
+                    f"Rank {rank} would give other answers than rank 0: {told}. Give all machines the same checkpoint, "
+                    "versions and command."
+                )
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # gloo's, for a closed connection
+            raise OtherRankError(
+                f"Another process of the run ended, so rank {self.rank} ends too. The message of the other process, or "
+                "the report of the launcher, says why. answers=FOLDER or --use_cache FILE keeps finished answers."
+            ) from error

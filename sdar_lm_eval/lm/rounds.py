@@ -149,9 +149,9 @@ class Rounds:
             elif self._record_steps:
                 unrecorded += 1
         if answers:
-            seconds = self.store.seconds_for(keys)
-            account.counts.stored_untimed += len(answers) if seconds is None else 0
-            account.counts.stored_seconds += seconds or 0.0
+            earlier = self.store.earlier(keys)
+            account.counts.stored_untimed += len(answers) if earlier is None else 0
+            account.counts.add_earlier(earlier or {})
             logger.info("%d of %d answers are there already, and are not computed again.", len(answers), len(jobs))
         if unrecorded:
             logger.info(
@@ -284,7 +284,8 @@ class Rounds:
         try:
             yield
         except KeyboardInterrupt as interrupt:
-            made, kept = f"Interrupted. {len(finished)} of {total} answers", self.store.kept_in
+            whose = "" if self._alone else " of this process"
+            made, kept = f"Interrupted. {len(finished)} of {total} answers{whose}", self.store.kept_in
             raise Interrupted(
                 f"{made} are in {kept}. Run the same command again to compute the others."
                 if kept

@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypedDict, cast
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import shown
 from sdar_lm_eval.hashing import hex_digest
+from sdar_lm_eval.report.counts import EarlierWork
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +123,8 @@ class Place(Protocol):
     def get(self, key: str) -> Record | None:
         """Return what is kept under the key."""
 
-    def seconds_for(self, keys: Collection[str]) -> float | None:
-        """Return the time in which earlier processes computed the records of these keys; None where it is unknown."""
+    def earlier(self, keys: Collection[str]) -> Mapping[str, EarlierWork] | None:
+        """Return the work of earlier processes that made the records of these keys; None where it is unknown."""
 
     def put(self, key: str, record: Mapping[str, object]) -> None:
         """Keep a record. The record survives a process that is killed after `put` returns.
@@ -161,10 +162,10 @@ class Store:
             self._partial += [place for place in lacking if place not in self._partial]
         return found
 
-    def seconds_for(self, keys: Collection[str]) -> float | None:
-        """Return the time in which earlier processes computed the records of these keys; None where it is unknown."""
-        known = (place.seconds_for(keys) for place in self._places)
-        return next((seconds for seconds in known if seconds is not None), None)
+    def earlier(self, keys: Collection[str]) -> Mapping[str, EarlierWork] | None:
+        """Return the work of earlier processes that made the records of these keys; None where it is unknown."""
+        known = (place.earlier(keys) for place in self._places)
+        return next((work for work in known if work is not None), None)
 
     def put(self, key: str, record: Mapping[str, object]) -> None:
         """Keep a record in each place that can be written."""
@@ -258,7 +259,7 @@ class CacheFile:
             return None
         return as_record(record)
 
-    def seconds_for(self, keys: Collection[str]) -> None:
+    def earlier(self, keys: Collection[str]) -> None:
         """Return None: the file has no times at which records were kept."""
 
     def put(self, key: str, record: Mapping[str, object]) -> None:

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 from sdar_lm_eval.engines.types import GenerationResult, ScoreResult
 
 _LARGEST = ("load_seconds", "generation_seconds", "peak_memory_bytes", "scoring_seconds", "largest_standard_error")
+
+
+@dataclass(frozen=True)
+class EarlierWork:
+    """The answers of an earlier process, of which an evaluation takes some from a store.
+
+    Attributes:
+        started, ended: when the process began to answer and finished its last answer, in seconds since 1970.
+        tokens: the tokens of the process's answers.
+        used: the tokens of the answers that the evaluation takes.
+    """
+
+    started: float
+    ended: float
+    tokens: int
+    used: int
+
+
+def seconds_of(earlier: Collection[EarlierWork]) -> float:
+    """Return for how many seconds at least one of the processes was busy, in proportion to the tokens that are used."""
+    total, reached = 0.0, 0.0
+    for each in sorted(earlier, key=lambda each: each.started):
+        total += max(0.0, each.ended - max(reached, each.started))
+        reached = max(reached, each.ended)
+    tokens = sum(each.tokens for each in earlier)
+    return total * (sum(each.used for each in earlier) / tokens if tokens else 1.0)
 
 
 @dataclass
@@ -33,7 +59,6 @@ class Counts:
         stored_scores: log-likelihoods found in a store.
         stored_tokens: tokens of the stored answers, as far as they are returned.
         stored_forwards: their denoising and commit forwards.
-        stored_seconds: time in which earlier processes computed the stored answers.
         stored_unmeasured: number of stored answers that have no tokens and forwards in the store.
         stored_untimed: number of stored answers that have no time in the store.
         thoughts: answers with a thought, those found in a store included.
@@ -42,6 +67,7 @@ class Counts:
         stored_forced_tokens: forced tokens of answers found in a store.
         repetitions: answers that ended in a loop, those found in a store included.
         saved_tokens: tokens between the ends of these answers and their limits.
+        earlier: name of an earlier process's file -> the work of the process, for stored answers whose times are known.
         tasks: task -> its counts, without times and memory, which are known of all tasks together only.
     """
 
@@ -65,7 +91,6 @@ class Counts:
     stored_scores: int = 0
     stored_tokens: int = 0
     stored_forwards: int = 0
-    stored_seconds: float = 0.0
     stored_unmeasured: int = 0
     stored_untimed: int = 0
     thoughts: int = 0
@@ -74,17 +99,20 @@ class Counts:
     stored_forced_tokens: int = 0
     repetitions: int = 0
     saved_tokens: int = 0
+    earlier: dict[str, EarlierWork] = field(default_factory=dict)
     tasks: dict[str, Counts] = field(default_factory=dict)
 
     @classmethod
     def of_ranks(cls, ranks: Sequence[Counts]) -> Counts:
         """Unite the counts of processes that ran side by side: sums of work, maxima of times and memory."""
-        names = [each.name for each in fields(cls) if each.name != "tasks"]
+        names = [each.name for each in fields(cls) if each.name not in ("earlier", "tasks")]
         united = cls(
             **{name: (max if name in _LARGEST else sum)(getattr(counts, name) for counts in ranks) for name in names}
         )
         for task in dict.fromkeys(task for counts in ranks for task in counts.tasks):
             united.tasks[task] = cls.of_ranks([counts.tasks[task] for counts in ranks if task in counts.tasks])
+        for counts in ranks:
+            united.add_earlier(counts.earlier)
         return united
 
     def add(self, task: str, result: GenerationResult, prompt_tokens: int) -> None:
@@ -112,6 +140,17 @@ class Counts:
             self.count(task, stored_requests=1, stored_unmeasured=1)
         else:
             self.count(task, stored_requests=1, stored_tokens=tokens, stored_forwards=forwards)
+
+    def add_earlier(self, earlier: Mapping[str, EarlierWork]) -> None:
+        """Note the work of earlier processes, of which other calls or ranks may use other answers."""
+        for name, work in earlier.items():
+            known = self.earlier.get(name)
+            self.earlier[name] = work if known is None else replace(work, used=known.used + work.used)
+
+    @property
+    def stored_seconds(self) -> float:
+        """The time in which earlier processes computed the stored answers."""
+        return seconds_of(self.earlier.values())
 
     def add_score(self, task: str, result: ScoreResult, tokens: int) -> None:
         """Count a computed log-likelihood of `tokens` tokens."""

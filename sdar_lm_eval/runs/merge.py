@@ -18,7 +18,7 @@ from lm_eval.utils import setup_logging
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.errors import UserError, listed
 from sdar_lm_eval.lm.account import Account, facts_of_evaluation, put_thoughts_into
-from sdar_lm_eval.lm.answers import Session, read_sessions, seconds_for, united
+from sdar_lm_eval.lm.answers import Session, earlier_work, read_sessions, united
 from sdar_lm_eval.lm.denoising import CompactDenoising, LinesOf
 from sdar_lm_eval.lm.evaluation import Evaluation
 from sdar_lm_eval.lm.hooks import watch
@@ -27,6 +27,7 @@ from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.lm.store import Record, differences
 from sdar_lm_eval.lm.task_requests import TaskRequests
 from sdar_lm_eval.lm.thoughts import Thoughts
+from sdar_lm_eval.report.counts import seconds_of
 from sdar_lm_eval.report.gsm8k_json import convert, is_gsm8k
 from sdar_lm_eval.report.results import results_in
 from sdar_lm_eval.runs.programs import RunPrograms, run_by, run_here
@@ -187,7 +188,7 @@ class RecordedLM(LM):
                 commit_forwards=line["forwards"]["commit"],
                 forced_tokens=line.get("forced_tokens", 0),
             )
-        counts.generation_seconds = seconds_for(sessions, mine)
+        counts.generation_seconds = seconds_of(earlier_work(sessions, mine).values())
         facts = facts_of_evaluation([dataclasses.replace(self._evaluation.account, counts=counts)])
         facts["run"]["sessions"] = len(sessions)
         return {"model_dtype": models[-1].get("dtype"), "sdar_lm_eval": models[-1] | facts}

@@ -24,6 +24,7 @@ from sdar_lm_eval.files import shown
 from sdar_lm_eval.tasks.data import Archive, Columns, RowError, Source, dataset, documents
 from sdar_lm_eval.tasks.first_option import LETTERS, first_option
 from sdar_lm_eval.tasks.opencompass_math import prediction
+from sdar_lm_eval.tasks.set_score import SetScore
 
 ORDERS = ("ABCD", "BCDA", "CDAB", "DABC")
 """The orders of the options. Order `BCDA` shows option B as A, C as B, D as C and A as D."""
@@ -79,27 +80,6 @@ class Asked(Question, total=False):
     """A document in one of its `orders`, by default in the first."""
 
     order: str
-
-
-class SetScore(float):
-    """The score of a document, 0.0 or 1.0, that knows the document's stage and set of questions.
-
-    lm-eval hands scores to aggregations without their documents, and means over stages need the stages.
-
-    Attributes:
-        stage: the document's `Question.stage`.
-        set: the document's `Question.set`.
-    """
-
-    stage: str = ""
-    set: str = ""
-
-    @classmethod
-    def of(cls, doc: Question, right: bool) -> SetScore:
-        """Return a document's score."""
-        score = cls(right)
-        score.stage, score.set = doc["stage"], doc["set"]
-        return score
 
 
 def _choice_row(row: Columns) -> Row:
@@ -205,7 +185,8 @@ def answer_of(doc: Question, response: str) -> str:
 
 def score(doc: Question, results: Sequence[str]) -> dict[str, float | None]:
     """Return whether the answers in all orders are right, for each metric; None for the other stages' metrics."""
-    right = SetScore.of(doc, all(found == gold(doc, order) for found, order in zip(results, orders(doc), strict=True)))
+    rights = [found == gold(doc, order) for found, order in zip(results, orders(doc), strict=True)]
+    right = SetScore.of(doc["stage"], doc["set"], all(rights))
     stages = next(part for part in PARTS.values() if doc["stage"] in part)
     return {
         "stage_mean": right,

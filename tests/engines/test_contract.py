@@ -173,8 +173,8 @@ def test_the_harness_learns_what_it_needs(engine, tiny):
 
 
 FACTS = {
-    "native": "engine device dtype max_active kernels reproducible preemptions shared_prompt_tokens torch transformers "
-    "python",
+    "native": "engine device dtype max_active kernels preemptions shared_prompt_tokens answer_options torch "
+    "transformers python",
     "jetengine": "engine engine_version engine_commit device dtype max_active tensor_parallel_size cuda_graphs steps "
     "steps_without_graph standstills mask_tokens_drawn flash_attn_splits deviations torch transformers "
     "flashinfer-python flash-attn python gpu",

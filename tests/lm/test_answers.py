@@ -14,9 +14,10 @@ from lm_eval.tasks import TaskManager
 
 from sdar_lm_eval.autoload import TASKS
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.answers import AnswerFolder, Session, busy_seconds, read_sessions, seconds_for, united
+from sdar_lm_eval.lm.answers import AnswerFolder, Session, earlier_work, read_sessions, united
 from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.lm.store import decode_line, encode_line
+from sdar_lm_eval.report.counts import Counts, EarlierWork, seconds_of
 
 SETTINGS = {"engine": "native", "dtype": "float32"}
 
@@ -179,16 +180,6 @@ def test_the_first_answer_counts(tmp_path: Path) -> None:
     assert united(read_sessions(tmp_path))["k"]["text"] == "answer 1"
 
 
-def test_time_is_counted_once_and_pauses_are_not() -> None:
-    def session(started: float, *at: float) -> Session:
-        return Session(Path(), {}, {}, started, {str(second): {"at": second} for second in at})
-
-    # 0 to 10, beside it 4 to 12, a pause, 20 to 25, within it 21 to 22, and one without an answer
-    sessions = [session(20, 5.0), session(0, 3.0, 10.0), session(4, 8.0), session(21, 1.0), session(90)]
-    assert busy_seconds(sessions) == pytest.approx(12 + 5)
-    assert busy_seconds([]) == 0
-
-
 def test_a_folder_that_cannot_be_used_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/answers")):
@@ -227,23 +218,41 @@ def test_a_run_goes_on_from_the_folder(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_time_of_some_answers_is_their_share_of_the_tokens(tmp_path: Path) -> None:
-    def session(started: float, **tokens: int) -> Session:
+    def session(name: str, started: float, **tokens: int) -> Session:
         lines = {key: {"text": "", "at": 10.0, "new_tokens": number} for key, number in tokens.items()}
-        return Session(tmp_path, SETTINGS, {}, started, lines)  # type: ignore[arg-type]
+        return Session(tmp_path / name, SETTINGS, {}, started, lines)  # type: ignore[arg-type]
 
-    sessions = [session(0.0, a=30, b=10), session(100.0, c=50), session(105.0, d=10)]
-    assert seconds_for(sessions, {"a"}) == pytest.approx(10 * 30 / 40)
-    assert seconds_for(sessions, {"a", "b"}) == pytest.approx(10)
-    assert seconds_for(sessions, {"c", "d"}) == pytest.approx(15)  # the two overlap
-    assert seconds_for(sessions, {"a", "b", "c", "d"}) == pytest.approx(25)
-    assert seconds_for(sessions, set()) == 0
+    sessions = [session("1", 0.0, a=30, b=10), session("2", 100.0, c=50), session("3", 105.0, d=10)]
+
+    def seconds(*ranks: str) -> float:
+        """Of ranks that each find the answers under some keys."""
+        each = [Counts() for _ in ranks]
+        for counts, keys in zip(each, ranks, strict=True):
+            counts.add_earlier(earlier_work(sessions, set(keys)))
+        return Counts.of_ranks(each).stored_seconds
+
+    assert seconds("a") == pytest.approx(10 * 30 / 40)
+    assert seconds("ab") == seconds("a", "b") == pytest.approx(10)
+    assert seconds("cd") == seconds("c", "d") == pytest.approx(15)  # the two overlap
+    assert seconds("abcd") == seconds("bc", "ad") == seconds("a", "", "bcd") == pytest.approx(25)
+    assert seconds("") == seconds("", "") == 0
+
+
+def test_time_is_counted_once_and_pauses_are_not() -> None:
+    # 0 to 10, beside it 4 to 12, a pause, 20 to 25, and within it 21 to 22
+    spans = [(20, 25), (0, 10), (4, 12), (21, 22)]
+    assert seconds_of([EarlierWork(*span, tokens=2, used=2) for span in spans]) == pytest.approx(12 + 5)
+    assert seconds_of([EarlierWork(*span, tokens=0, used=0) for span in spans]) == pytest.approx(12 + 5)
+    assert seconds_of([]) == 0
 
 
 def test_the_time_of_own_answers_is_another_s(tmp_path: Path) -> None:
     """A folder knows what earlier processes took; its own time is counted by the run."""
     first = _folder(tmp_path)
     first.put("a", {"text": "1", "new_tokens": 4})
-    assert first.seconds_for({"a"}) is None
+    assert first.earlier({"a"}) is None
     first.close()
     second = _folder(tmp_path)
-    assert second.seconds_for({"a"}) == pytest.approx(0, abs=1) and second.seconds_for({"a", "b"}) is None
+    (work,) = (second.earlier({"a"}) or {}).values()
+    assert (work.tokens, work.used) == (4, 4) and work.ended - work.started == pytest.approx(0, abs=1)
+    assert second.earlier({"a", "b"}) is None

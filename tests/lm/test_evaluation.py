@@ -589,6 +589,14 @@ def test_ctrl_c_says_what_is_kept(make_lm: MakeLM, evaluate: Evaluate, tmp_path:
         evaluate(lm, GENERATE, use_cache=str(tmp_path / "c") if kept == "cache" else None)
 
 
+def test_ctrl_c_among_ranks_counts_the_answers_of_this_process(make_lm: MakeLM, evaluate: Evaluate) -> None:
+    lm = make_lm()
+    lm.rounds._alone = False
+    lm.engine.answers_before_error, lm.engine.error = 3, KeyboardInterrupt()  # type: ignore[assignment]
+    with pytest.raises(Interrupted, match=r"Interrupted\. 3 of 5 answers of this process were made\."):
+        evaluate(lm, GENERATE)
+
+
 def test_ctrl_c_names_no_place_that_lacks_answers(make_lm: MakeLM, evaluate: Evaluate, tmp_path: Path) -> None:
     evaluate(make_lm(answers=tmp_path / "answers"), GENERATE, limit=2)
     lm = make_lm(answers=tmp_path / "answers")

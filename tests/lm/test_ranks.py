@@ -6,7 +6,10 @@ too. The second one kills a process of the command line, and runs the same comma
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime
+import functools
 import json
 import logging
 import os
@@ -15,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +32,10 @@ from scripted_lm import SAMPLED, Evaluate, MakeLM
 from support import QUICK_START, environment, fork_of
 
 import sdar_lm_eval.tasks
-from sdar_lm_eval.errors import EngineError
+from sdar_lm_eval.errors import EngineError, OtherRankError, UserError
 from sdar_lm_eval.lm import ranks
-from sdar_lm_eval.lm.account import facts_of_evaluation
+from sdar_lm_eval.lm.account import Account, facts_of_evaluation
+from sdar_lm_eval.lm.evaluation import Evaluation, TaskRequests
 from sdar_lm_eval.lm.model import SDARLM
 from sdar_lm_eval.lm.ranks import SAME_ON_ALL_RANKS, Ranks
 
@@ -116,9 +121,9 @@ def _essence(results: Any) -> dict[str, Any]:
     for task, of_task in results["samples"].items():
         # lm_eval logs the answers to its padding with the document that it copied: they stand behind its own.
         own = results["configs"][task]["repeats"]
-        samples[task] = sorted(
+        samples[task] = [
             (s["doc_id"], s["filter"], _rounded(s["resps"][0][:own]), s["doc"]["question"]) for s in of_task
-        )
+        ]
     return {"scores": results["results"], "samples": samples}
 
 
@@ -282,6 +287,24 @@ def test_a_process_alone_needs_no_others() -> None:
     alone.barrier()
 
 
+def test_a_rank_that_lost_another_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = Ranks()
+    several.world_size, several._group = 2, None
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:17075.")
+
+    exchanges: list[tuple[str, Callable[[], object]]] = [
+        ("all_gather", lambda: several.all_gather(torch.tensor(1))),
+        ("gather_object", lambda: several.gather_object({})),
+        ("barrier", several.barrier),
+    ]
+    for name, exchange in exchanges:
+        monkeypatch.setattr(torch.distributed, name, broken)
+        with pytest.raises(OtherRankError, match=r"^Another process of the run ended, so rank 0 ends too\..*finished"):
+            exchange()
+
+
 def test_rank_0_reads_of_another_rank_what_that_rank_noted(
     make_lm: MakeLM, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +333,79 @@ def test_rank_0_reads_of_another_rank_what_that_rank_noted(
     assert facts["published_decoding_of_tasks"] == {"five": {"denoising_steps": 2}}
     assert "Question 0" in facts["prompts"]["five"]["example"]
     assert len(list(lm.denoising_lines()("five"))) == 15
+
+
+def test_the_engine_s_own_counts_are_of_the_evaluation_and_of_all_ranks(
+    make_lm: MakeLM, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make_lm()
+    generate, info = lm.engine.generate, lm.engine.info
+
+    def preempting(requests: Any) -> Any:
+        before = lm.engine.info.counts["preemptions"]
+        lm.engine.info = dataclasses.replace(info, extra={"preemptions": before + 2}, counted=("preemptions",))
+        lm.barrier()
+        return generate(requests)
+
+    monkeypatch.setattr(lm.engine, "generate", preempting)
+    for number in (1, 3, 1):
+        monkeypatch.setattr(lm.ranks, "gather_object", functools.partial(_as_sent_by, number))
+        evaluate(lm)
+        facts: Any = lm.get_model_info()["sdar_lm_eval"]
+        assert facts["preemptions"] == 2 * number
+
+
+def _as_sent_by(ranks: int, obj: object) -> list[object]:
+    return [pickle.loads(pickle.dumps(obj)) for _ in range(ranks)]
+
+
+def test_ranks_that_would_give_other_answers_are_refused(make_lm: MakeLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines may have other weights and versions, and their users may type other settings."""
+    sent: list[Any] = []
+
+    def gather(_: Ranks, obj: Any) -> list[object]:
+        sent.append(obj)
+        return [obj, pickle.loads(pickle.dumps(obj)) | changes]
+
+    monkeypatch.setattr(Ranks, "gather_object", gather)
+    changes: dict[str, object] = {}
+    make_lm(threshold=0.9, seed=5)
+    assert sent[-1]["confidence_threshold"] == 0.9 and sent[-1]["seed"] == 5
+    assert "checkpoint" not in sent[-1]  # the ranks of a machine read the same files
+    changes = {"confidence_threshold": 0.85, "thinking": {"enable_thinking": True}}
+    with pytest.raises(UserError) as refused:
+        make_lm(threshold=0.9)
+    assert str(refused.value) == (
+        'Rank 1 would give other answers than rank 0: thinking is {"enable_thinking": true} there, {} here; '
+        "confidence_threshold is 0.85 there, 0.9 here. Give all machines the same checkpoint, versions and command."
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # more than one machine
+    for rank, refusal in ((0, r"checkpoint is 'x' there, '\w+' here"), (1, None)):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        changes = {"checkpoint": "x"}
+        with pytest.raises(UserError, match=refusal) if refusal else contextlib.nullcontext():
+            make_lm()
+
+
+def test_what_ranks_gather_is_in_the_order_of_one_process() -> None:
+    """Of three ranks with five documents, of which two filters make samples; the third rank lacks a metric."""
+    evaluation = Evaluation(Account(0), {"t": TaskRequests("t")})
+
+    def samples(documents: Iterable[int]) -> list[object]:
+        own = list(documents)
+        return [{"doc_id": document, "filter": name} for name in ("strict", "loose") for document in own]
+
+    metrics: list[object] = [
+        {"t": {("acc", "strict"): [0, 3], ("acc", "loose"): [0, 3]}},
+        {"t": {("acc", "strict"): [1, 4], ("acc", "loose"): [1, 4]}},
+        {"t": {("acc", "strict"): [2]}},
+    ]
+    first, *others = evaluation.in_document_order([{"t": samples(range(rank, 5, 3))} for rank in range(3)])
+    assert (first, others) == ({"t": samples(range(5))}, [{"t": []}] * 2)
+    first, *others = evaluation.in_document_order(metrics)
+    assert first == {"t": {("acc", "strict"): [0, 1, 2, 3, 4], ("acc", "loose"): [0, 1, 3, 4]}}
+    assert others == [{"t": {("acc", "strict"): [], ("acc", "loose"): []}}] * 2
+    assert evaluation.in_document_order(["x", "y"]) == ["x", "y"]
 
 
 def test_accelerate_that_started_one_process_is_told_apart(

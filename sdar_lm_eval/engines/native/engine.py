@@ -140,6 +140,7 @@ class NativeEngine(Closable):
                 "preemptions": self._preemptions,
                 "shared_prompt_tokens": self._shared_prompt_tokens,
             },
+            counted=("preemptions", "shared_prompt_tokens"),
             environment=environment(self.device),
         )
 

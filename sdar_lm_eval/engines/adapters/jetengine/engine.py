@@ -104,6 +104,7 @@ class JetEngine(Adapter[Loaded, Size]):
                 **dataclasses.asdict(self._counts),
                 "flash_attn_splits": self._may_split,
             },
+            counted=tuple(dataclasses.asdict(self._counts)),
             environment=environment(
                 setup.device, {name: version_of(name) for name in ("flashinfer-python", "flash-attn")}
             ),
