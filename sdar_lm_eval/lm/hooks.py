@@ -33,7 +33,7 @@ from sdar_lm_eval.files import require_writable
 from sdar_lm_eval.hashing import hex_digest
 from sdar_lm_eval.lm.account import TemplatedBy, repeats_of
 from sdar_lm_eval.lm.denoising import LinesOf, Tracker, keep_beside_samples, leave_samples_alone, output_folder
-from sdar_lm_eval.lm.evaluation import TaskRequests
+from sdar_lm_eval.lm.evaluation import TaskRequests, filters_of
 from sdar_lm_eval.settings import read_published
 from sdar_lm_eval.spellings import overridden
 
@@ -364,7 +364,7 @@ def _build_in_template(task: Task, name: str, model: Watched, borrowed: Sequence
                 begins_answers=bool(getattr(task.config, "gen_prefix", None)),
                 judge=metadata.get("sdar_judge"),
                 copies=functools.cache(functools.partial(_copies, task)),
-                filters=tuple(each["name"] for each in task.config.filter_list or ()),
+                filters=filters_of(task),
             ),
             task.instances,
         )

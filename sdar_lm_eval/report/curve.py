@@ -136,7 +136,8 @@ def table(summary: Summary, markdown: bool = False, width: int | None = None) ->
         worth.append([its.name, "none" if its.aup is None else f"{its.aup:.1f}", f"{its.points}{left_out}"])
     notes = [
         "tokens/s: one measurement of each setting, over all tasks. Other work on the machine lowers tokens/s.",
-        f"Accuracy: {summary.metric} ± its standard error. * marks the Pareto front: faster points are less accurate.",
+        f"Accuracy: {summary.metric}{_of_documents(summary.points)} ± one standard error. * marks the Pareto front: "
+        "faster points are less accurate.",
         f"AUP: accuracy under parallelism (d3LLM), relative to {summary.y_max:.1f}%. Points whose accuracy is more "
         f"than {TOLERANCE:g} percentage points below that of their curve's slowest point are left out.",
     ]
@@ -152,6 +153,11 @@ def table(summary: Summary, markdown: bool = False, width: int | None = None) ->
     return "\n\n".join(
         [_grid(rows, markdown, width), _grid(worth, markdown, width), ("\n\n" if markdown else "\n").join(notes)]
     )
+
+
+def _of_documents(points: Sequence[Point]) -> str:
+    numbers = sorted({point.documents for point in points if point.documents is not None})
+    return f" of {' or '.join(f'{number:,}' for number in numbers)} documents" if numbers else ""
 
 
 def _grid(rows: Sequence[Sequence[str]], markdown: bool, width: int | None) -> str:
