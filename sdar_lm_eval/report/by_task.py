@@ -19,7 +19,7 @@ def by_task(summaries: Sequence[Summary], markdown: bool = False, width: int | N
         width: of plain text, as for `fitted`.
     """
     points = summaries[0].points
-    settings = [["", "strategy", "setting"]]
+    settings = [["#", "strategy", "setting"]]
     for number, (point, words) in enumerate(zip(points, settings_in_words(points), strict=True), 1):
         settings.append([str(number), point.strategy, words])
     accuracies = [["accuracy, %", *(number for number, *_ in settings[1:])]]

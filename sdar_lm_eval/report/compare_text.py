@@ -218,7 +218,8 @@ def verdict(difference: Difference, name: str = "B") -> str:
     if each.p_holm >= ALPHA:
         holm = f"{_p_is(each.p)}; {p_as_text(each.p_holm)} after Holm's adjustment for the number of tests"
         return f"{name} may be {found}: {_change(each)} ({holm}{exploratory})."
-    after = "" if each.p_holm == each.p else f"; {p_as_text(each.p_holm)} after Holm's adjustment"
+    holm = p_as_text(each.p_holm)
+    after = "" if holm == p_as_text(each.p) else f"; {holm} after Holm's adjustment"
     return f"{name} is {found}: {_change(each)} ({_p_is(each.p)}{after}{exploratory})."
 
 

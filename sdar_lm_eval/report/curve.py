@@ -130,7 +130,7 @@ def table(summary: Summary, markdown: bool = False, width: int | None = None) ->
             star = " *" if point in summary.fronts[title] else ""
             speeds.append("unknown" if value is None else f"{value:{form}}{star}")
         rows.append([point.strategy, words, with_error(point.accuracy, point.stderr), *speeds])
-    worth = [["AUP", "", "points"]]
+    worth = [["curve", "AUP", "points"]]
     for its in summary.values:
         left_out = f", {its.left_out} left out" if its.left_out else ""
         worth.append([its.name, "none" if its.aup is None else f"{its.aup:.1f}", f"{its.points}{left_out}"])

@@ -189,7 +189,7 @@ def render(table: Table, width: int | None = None) -> str:
     """Return a table as text; `width` is as for `fitted`."""
     head = ["column", "task", "questions", "this run, %"]
     for row in table.rows:
-        head += [f"{row.name}, %", "difference", ""]
+        head += [f"{row.name}, %", "difference" if len(table.rows) == 1 else f"difference from {row.name}"]
     scores = [(column, table.scores.get(column.task)) for column in table.columns]
     lines = [_cells(column, score, table.rows) for column, score in scores]
     notes = [note for column, score in scores if score is not None for note in _notes(column, score, table.rows)]
@@ -202,7 +202,7 @@ def render(table: Table, width: int | None = None) -> str:
         title = f"{table.title} beside " + "; ".join(f"{row.name} ({row.source})" for row in table.rows)
     else:
         title = f"{table.title}: the name is that of no published model (--published compares with one)"
-    parts = [[title], fitted([head, *lines], {0, 1, *range(6, len(head), 3)}, width, 1) if lines else [], notes]
+    parts = [[title], fitted([head, *lines], {0, 1, *range(5, len(head), 2)}, width, 1) if lines else [], notes]
     return printable(
         "\n\n".join("\n".join(part) for part in [*parts, _several(table, width), _others(table, width)] if part)
     )
@@ -216,12 +216,12 @@ def _cells(column: Column, score: Score | None, rows: Sequence[Published]) -> li
     for row in rows:
         published = row.scores.get(column.task)
         if published is None:
-            cells += ["", "", ""]
+            cells += ["", ""]
         elif score is None:
-            cells += [f"{published:.1f}", "", ""]
+            cells += [f"{published:.1f}", ""]
         else:
             found = difference(score, column, published)
-            cells += [f"{published:.1f}", with_error(found.points, found.stderr, sign="+"), found.verdict]
+            cells += [f"{published:.1f}", f"{with_error(found.points, found.stderr, sign='+')}, {found.verdict}"]
     return cells
 
 

@@ -117,7 +117,7 @@ def test_several_tasks_stand_side_by_side(capsys: pytest.CaptureFixture[str]) ->
     assert [row[0] for row in expected] == [f"parallel_bench_sdar_{kind}_demo" for kind in ("latin_square", "sudoku")]
     lines = [line.split() for line in out[out.index("All tasks") :].splitlines()]
     assert lines[7:9] == expected and lines[6] == ["accuracy,", "%", "1", "2"]
-    assert "## All tasks\n\n|  | strategy | setting |" in Path("s/table.md").read_text()
+    assert "## All tasks\n\n| # | strategy | setting |" in Path("s/table.md").read_text()
 
 
 def test_one_that_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

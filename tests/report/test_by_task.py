@@ -19,7 +19,7 @@ def summaries() -> list[Summary]:
 def test_the_columns_are_the_settings() -> None:
     settings, accuracies = by_task(summaries()).split("\n\n")
     assert [line.split() for line in settings.splitlines()] == [
-        ["strategy", "setting"],
+        ["#", "strategy", "setting"],
         ["1", "low_confidence_static", "denoising_steps=4"],
         ["2", "low_confidence_static", "denoising_steps=1"],
         ["3", "low_confidence_dynamic", "confidence_threshold=0.5"],
@@ -44,7 +44,7 @@ def test_a_narrow_terminal() -> None:
 def test_markdown() -> None:
     rows = by_task(summaries(), markdown=True).splitlines()
     assert rows[:3] == [
-        "|  | strategy | setting |",
+        "| # | strategy | setting |",
         "| ---: | --- | --- |",
         "| 1 | low_confidence_static | denoising_steps=4 |",
     ]
