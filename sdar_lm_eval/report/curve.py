@@ -110,7 +110,7 @@ def summarized(task: str, metric: str, points: Sequence[Point], y_max: float | N
     known = (point.accuracy for point in points if math.isfinite(point.accuracy))
     best = max(known, default=0.0) if y_max is None else y_max
     fronts = {title: tuple(pareto_front(points, speed)) for title, speed in AXES.items()}
-    curves = [Curve("the front", fronts["tokens per forward"]), *curves_of(points)]
+    curves = [Curve("Pareto front", fronts["tokens per forward"]), *curves_of(points)]
     return Summary(task, metric, tuple(points), fronts, tuple(value_of(each, best) for each in curves), best)
 
 
@@ -287,7 +287,7 @@ def _legend(figure: Figure, styles: Mapping[str, tuple[str, str]], ink: str) -> 
     lines.append(
         Line2D(
             [], [], color=ink, linestyle=(0, (1, 2)), marker="o", markersize=9, markerfacecolor="none", linewidth=0.8,
-            label="front: each faster point is less accurate",
+            label="Pareto front: faster points are less accurate",
         )
     )  # fmt: skip
     figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8)

@@ -7,7 +7,6 @@ both are of all tasks that were evaluated together. The counts include answers t
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,11 +16,10 @@ from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig, in_words, s
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.columns import main_metric
-from sdar_lm_eval.report.pairing import read_pair
+from sdar_lm_eval.report.pairing import over_seeds
 from sdar_lm_eval.report.results import Fields
-from sdar_lm_eval.report.runs import IDENTITY, Metric, Run, differing, mean_value
+from sdar_lm_eval.report.runs import IDENTITY, Metric, Run, differing
 from sdar_lm_eval.report.speed import speed_of
-from sdar_lm_eval.report.statistics import cluster_values, mean_stderr
 
 DEFAULTS = DecodingConfig(temperature=0.0).as_dict()
 ALPHA = 3.0
@@ -288,7 +286,9 @@ def value_of(curve: Curve, y_max: float) -> CurveValue:
 
 def _point(run: Run, task: str, metric: Metric, scale: float) -> Point:
     of_task = run.of_tasks[task]
-    accuracy, stderr = _accuracy(run, task, metric)
+    key = metric.name, metric.filter
+    metric = next(each for each in over_seeds(run, task) if (each.name, each.filter) == key)
+    accuracy, stderr = metric.value, metric.stderr
     speed = speed_of(run, task)
     return Point(
         label=run.label,
@@ -311,20 +311,3 @@ def _effective(decoding: Fields) -> Mapping[str, object]:
         return DecodingConfig(**known).effective if known else {}
     except UserError:  # settings of another version of this package
         return known
-
-
-def _accuracy(run: Run, task: str, metric: Metric) -> tuple[float, float | None]:
-    """The metric's value and standard error.
-
-    A document's answers in several repeats are not independent, so their standard error is clustered by document.
-    """
-    of_task = run.of_tasks[task]
-    if len(of_task) == 1:
-        return metric.value, metric.stderr
-    with contextlib.suppress(UserError):  # a run without samples
-        scores = read_pair(run, run, task)[0].scores[metric.name, metric.filter]
-        if not scores.flaw:
-            # Some metrics, such as IFEval's of instructions, count each answer the same, not each document.
-            values = cluster_values(list(scores.answers.values()), weigh_answers="documents" not in scores.means)
-            return float(values.mean()), mean_stderr(values)
-    return mean_value(of_task, task, (metric.name, metric.filter)), None

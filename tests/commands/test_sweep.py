@@ -62,7 +62,7 @@ def test_a_sweep(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert re.search(r"3/3 remasking_strategy=low_confidence_static: [\d.]+ ± [\d.]+% of 4 documents of gsm8k", err)
     rows = out[out.index("strategy ") :].splitlines()
     assert [row.split()[0] for row in rows[1:4]] == ["low_confidence_dynamic"] * 2 + ["low_confidence_static"]
-    assert "confidence_threshold=0.5" in rows[1] and "AUP" in out and "the front" in out
+    assert "confidence_threshold=0.5" in rows[1] and "AUP" in out and "Pareto front" in out
     written = [Path("s") / name for name in ("table.md", "points.json", "accuracy.svg")] + [Path("plots/a.png")]
     assert out.splitlines()[-2:] == [
         "Written: " + ", ".join(map(str, written)),

@@ -48,7 +48,7 @@ def test_the_table() -> None:
     ]
     assert len({line.index("*") for line in lines[1:5]}) == 1  # stars stand below each other
     front = aup([(0.76, 94.0), (1.4, 93.5)], 94.0)
-    assert lines[8].split() == ["the", "front", f"{front:.1f}", "2,", "2", "left", "out"]
+    assert lines[8].split() == ["Pareto", "front", f"{front:.1f}", "2,", "2", "left", "out"]
     assert f"relative to {94.0:.1f}%" in table(summary()) and "Unknown speed: some answers came" in lines[-1]
     assert "relative to 97.0%" in table(summary(97.0))
     assert "The best of several settings looks better than it is." in table(summary())
@@ -71,7 +71,7 @@ def test_the_json() -> None:
     values = content["aup"]
     assert isinstance(values, list)
     assert [value["curve"] for value in values] == [
-        "the front", "low_confidence_static", "low_confidence_dynamic", "sequential"
+        "Pareto front", "low_confidence_static", "low_confidence_dynamic", "sequential"
     ]  # fmt: skip
     assert values[2] == {"curve": "low_confidence_dynamic", "aup": aup([(1.4, 93.5)], 97.0), "points": 1, "left_out": 1}
 
