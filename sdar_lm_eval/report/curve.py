@@ -125,7 +125,7 @@ def table(summary: Summary, markdown: bool = False, width: int | None = None) ->
     rows = [["strategy", "setting", "accuracy, %", *AXES]]
     for point, words in zip(summary.points, settings_in_words(summary.points), strict=True):
         speeds = []
-        for (title, speed), form in zip(AXES.items(), (".2f", ",.0f"), strict=True):
+        for (title, speed), form in zip(AXES.items(), (_form(summary), ",.0f"), strict=True):
             value = speed(point)
             star = " *" if point in summary.fronts[title] else ""
             speeds.append("unknown" if value is None else f"{value:{form}}{star}")
@@ -153,6 +153,13 @@ def table(summary: Summary, markdown: bool = False, width: int | None = None) ->
     return "\n\n".join(
         [_grid(rows, markdown, width), _grid(worth, markdown, width), ("\n\n" if markdown else "\n").join(notes)]
     )
+
+
+def _form(summary: Summary) -> str:
+    """The format of tokens per forward: two to four decimals, as many as tell the points on the front apart."""
+    speeds = {point.tokens_per_forward for point in summary.fronts["tokens per forward"]}
+    forms = (".2f", ".3f", ".4f")
+    return next((form for form in forms if len({f"{speed:{form}}" for speed in speeds}) == len(speeds)), forms[-1])
 
 
 def _of_documents(points: Sequence[Point]) -> str:
@@ -240,7 +247,7 @@ def _draw(tasks: Mapping[str, Sequence[Point]], file: IO[bytes], suffix: str, in
             for axes, (name, speed) in zip(row, AXES.items(), strict=True):
                 _panel(axes, points, speed, styles, ink or "black")
                 axes.set_xlabel(name)
-            row[0].set_ylabel("accuracy, %")
+            row[0].set_ylabel("accuracy ± standard error, %")
             if len(tasks) > 1:
                 row[0].set_title(title, loc="left")
         _legend(figure, styles, ink or "black")

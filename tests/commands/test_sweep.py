@@ -113,10 +113,13 @@ def test_several_tasks_stand_side_by_side(capsys: pytest.CaptureFixture[str]) ->
     code, out, err = said(capsys, *words, "--steps", "4,1", "--strategy", "static", "--output_path", "s")
     assert code == 0, err
     content = json.loads(Path("s/points.json").read_text())
-    expected = [[task["task"], *(f"{point['accuracy']:.1f}" for point in task["points"])] for task in content["tasks"]]
+    expected = [
+        [task["task"], *(f"{point['accuracy']:.1f} ± {point['stderr']:.1f}" for point in task["points"])]
+        for task in content["tasks"]
+    ]
     assert [row[0] for row in expected] == [f"parallel_bench_sdar_{kind}_demo" for kind in ("latin_square", "sudoku")]
-    lines = [line.split() for line in out[out.index("All tasks") :].splitlines()]
-    assert lines[7:9] == expected and lines[6] == ["accuracy,", "%", "1", "2"]
+    lines = [re.split(" {2,}", line) for line in out[out.index("All tasks") :].splitlines()]
+    assert lines[7:9] == expected and lines[6] == ["accuracy, %", "1", "2"]
     assert "## All tasks\n\n| # | strategy | setting |" in Path("s/table.md").read_text()
 
 

@@ -27,16 +27,16 @@ def test_the_columns_are_the_settings() -> None:
         ["5", "sequential", "denoising_steps=2"],
     ]
     assert accuracies.splitlines() == [
-        "accuracy, %     1     2     3     4     5",
-        "copy         94.0  24.0  68.0  93.5  50.0",
-        "shuffle      47.0  12.0  34.0  46.8  25.0",
+        "accuracy, %           1           2           3           4     5",
+        "copy         94.0 ± 1.5  24.0 ± 1.5  68.0 ± 1.5  93.5 ± 1.5  50.0",
+        "shuffle      47.0 ± 1.5  12.0 ± 1.5  34.0 ± 1.5  46.8 ± 1.5  25.0",
     ]
 
 
 def test_a_narrow_terminal() -> None:
-    assert by_task(summaries(), width=30).split("\n\n")[-2:] == [
-        "accuracy, %     1     2     3\ncopy         94.0  24.0  68.0\nshuffle      47.0  12.0  34.0",
-        "accuracy, %     4     5\ncopy         93.5  50.0\nshuffle      46.8  25.0",
+    assert by_task(summaries(), width=40).split("\n\n")[-2:] == [
+        "accuracy, %           3           4\ncopy         68.0 ± 1.5  93.5 ± 1.5\nshuffle      34.0 ± 1.5  46.8 ± 1.5",
+        "accuracy, %     5\ncopy         50.0\nshuffle      25.0",
     ]
     assert by_task(summaries(), width=80) == by_task(summaries())
 
@@ -51,6 +51,6 @@ def test_markdown() -> None:
     assert rows[-4:] == [
         "| accuracy, % | 1 | 2 | 3 | 4 | 5 |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| copy | 94.0 | 24.0 | 68.0 | 93.5 | 50.0 |",
-        "| shuffle | 47.0 | 12.0 | 34.0 | 46.8 | 25.0 |",
+        "| copy | 94.0 ± 1.5 | 24.0 ± 1.5 | 68.0 ± 1.5 | 93.5 ± 1.5 | 50.0 |",
+        "| shuffle | 47.0 ± 1.5 | 12.0 ± 1.5 | 34.0 ± 1.5 | 46.8 ± 1.5 | 25.0 |",
     ]

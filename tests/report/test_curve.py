@@ -54,6 +54,15 @@ def test_the_table() -> None:
     assert "The best of several settings looks better than it is." in table(summary())
 
 
+def test_rounding_hides_no_difference_of_speed_on_the_front() -> None:
+    near = [
+        dataclasses.replace(POINTS[0], tokens_per_forward=speed, accuracy=a)
+        for speed, a in ((1.4473, 95), (1.4479, 92))
+    ]
+    lines = table(summarized("demo_task", "exact_match,strict-match", near)).splitlines()
+    assert " 1.447 *" in lines[1] and " 1.448 *" in lines[2]
+
+
 def test_the_table_as_markdown() -> None:
     rows = [line for line in table(summary(), markdown=True).splitlines() if line.startswith("|")]
     assert rows[0] == "| strategy | setting | accuracy, % | tokens per forward | tokens/s |"
@@ -106,7 +115,13 @@ def test_the_chart_of_a_page() -> None:
     svg = ElementTree.fromstring(text)
     assert svg.tag == f"{SVG}svg" and text == chart_svg(POINTS)
     told = texts_of(svg)
-    expected = ["accuracy, %", "tokens per forward", "tokens/s", "low_confidence_static", "low_confidence_dynamic"]
+    expected = [
+        "accuracy ± standard error, %",
+        "tokens per forward",
+        "tokens/s",
+        "low_confidence_static",
+        "low_confidence_dynamic",
+    ]
     assert set(expected) <= set(told)
     styles = [part.get("style") or "" for part in svg.iter()]
     assert all("fill: currentColor" in (part.get("style") or "") for part in svg.iter(f"{SVG}text"))
