@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from sdar_lm_eval.report.published import Published, published_as
 from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Metric, Run, metrics_of, read_runs
 from sdar_lm_eval.report.several import is_of_several
-from sdar_lm_eval.report.text_table import fitted, with_error
+from sdar_lm_eval.report.text_table import as_markdown, escaped, fitted, with_error
 
 logger = logging.getLogger(__name__)
 
@@ -189,8 +189,8 @@ def difference(score: Score, column: Column, published: float) -> PublishedDiffe
     return PublishedDifference(100 * score.value - published, stderr)
 
 
-def render(table: Table, width: int | None = None) -> str:
-    """Return a table as text; `width` is as for `fitted`."""
+def render(table: Table, width: int | None = None, markdown: bool = False) -> str:
+    """Return a table as text, or as Markdown; `width` is as for `fitted`."""
     head = ["column", "task", "questions", "this run, %"]
     for row in table.rows:
         head += [f"{row.name}, %", "difference" if len(table.rows) == 1 else f"difference from {row.name}"]
@@ -206,10 +206,19 @@ def render(table: Table, width: int | None = None) -> str:
         title = f"{table.title} beside " + "; ".join(f"{row.name} ({row.source})" for row in table.rows)
     else:
         title = f"{table.title}: the name is that of no published model (--published compares with one)"
-    parts = [[title], fitted([head, *lines], {0, 1, *range(5, len(head), 2)}, width, 1) if lines else [], notes]
-    return printable(
-        "\n\n".join("\n".join(part) for part in [*parts, _several(table, width), _others(table, width)] if part)
-    )
+    rows = _grid([head, *lines], {0, 1, *range(5, len(head), 2)}, width, markdown, 1) if lines else []
+    several, (others, notes_of_others) = _several(table, width, markdown), _others(table, width, markdown)
+    if markdown:
+        title = f"## {escaped(title)}"
+        notes, notes_of_others = ([f"- {escaped(note)}" for note in each] for each in (notes, notes_of_others))
+    parts = [[title], rows, notes, several, others, notes_of_others]
+    return printable("\n\n".join("\n".join(part) for part in parts if part))
+
+
+def _grid(
+    rows: Sequence[Sequence[str]], left: Collection[int], width: int | None, markdown: bool, names: int | None = None
+) -> list[str]:
+    return as_markdown(rows, left) if markdown else fitted(rows, left, width, names)
 
 
 def _cells(column: Column, score: Score | None, rows: Sequence[Published]) -> list[str]:
@@ -242,7 +251,7 @@ def _notes(column: Column, score: Score, rows: Sequence[Published]) -> list[str]
     return notes
 
 
-def _several(table: Table, width: int | None) -> list[str]:
+def _several(table: Table, width: int | None, markdown: bool) -> list[str]:
     """The metrics of several answers to a question, a row for each task, where n is the number of answers."""
     of_tasks = {
         task: {re.sub(r"majority@\d+", "majority@n", each.name): each for each in found}
@@ -254,7 +263,7 @@ def _several(table: Table, width: int | None) -> list[str]:
         for task, found in of_tasks.items()
     ]
     head = ["several answers", "n", *(f"{name}, %" for name in names)]
-    return fitted([head, *rows], {0}, width) if rows else []
+    return _grid([head, *rows], {0}, width, markdown) if rows else []
 
 
 def _place(metric: str) -> tuple[bool, int, str]:
@@ -263,8 +272,8 @@ def _place(metric: str) -> tuple[bool, int, str]:
     return match is None, -1 if match is None else int(match[1]), metric if match is None else ""
 
 
-def _others(table: Table, width: int | None) -> list[str]:
-    """The scores of tasks that no published table has, as lm_eval has them."""
+def _others(table: Table, width: int | None, markdown: bool) -> tuple[list[str], list[str]]:
+    """The scores of tasks that no published table has, and notes on them."""
     rows = [
         [task, each.name, each.filter, _count(table.answered(task)), _shown(each)]
         for task, found in table.others.items()
@@ -276,7 +285,7 @@ def _others(table: Table, width: int | None) -> list[str]:
         for task, metrics in table.others.items()
         if (seeds := len(table.run.of_tasks[task])) > 1
     ]
-    return [*fitted([head, *rows], {0, 1, 2}, width), *([""] if notes else []), *notes] if rows else []
+    return _grid([head, *rows], {0, 1, 2}, width, markdown) if rows else [], notes
 
 
 def _of_seeds(task: str, seeds: int, error: str) -> str:
@@ -293,8 +302,10 @@ def _shown(metric: Metric) -> str:
 
 _FOREIGN = "the source used other prompts and scorers"
 
+ERRORS = "± is one standard error."
+
 LEGEND = (
-    f"± is one standard error. LARGER than chance: the difference exceeds {STANDARD_ERRORS} standard errors of two "
+    f"{ERRORS} LARGER than chance: the difference exceeds {STANDARD_ERRORS} standard errors of two "
     "runs on different questions.\n"
     "Where the published run answered the same questions, chance plays a smaller part: the test then errs towards "
     "`within chance`.\n"

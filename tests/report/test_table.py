@@ -333,7 +333,8 @@ def test_a_run_without_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci, sdar_sci_s, trado, "
         "trado_static and trado_think are." in out
     )
-    assert "gsm8k_sdar_demo" in out.splitlines()[-1] and "larger than chance" not in out
+    *_, row, _, legend = out.splitlines()
+    assert "gsm8k_sdar_demo" in row and legend == "± is one standard error." and "chance" not in out
 
 
 def test_what_json_lacks_is_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,6 +400,13 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
                     head[found.start() :].startswith("difference from SDAR-") for found in DIFFERENCE.finditer(line)
                 )
         assert len(DIFFERENCE.findall(text)) == 6
+    assert main(["table", str(folder), "--format", "markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| column | task | questions | this run, % | SDAR-4B-Chat, % | difference |"
+    assert lines[5] == "| GSM8K | gsm8k_sdar_paper | 1,319 | 85.0 ± 1.0 | 89.9 | -4.9 ± 1.3, LARGER than chance |"
+    assert {line.count("|") for line in lines[2:11]} == {7} and lines[12].startswith(
+        "- gsm8k_sdar_paper beside SDAR-4B"
+    )
     assert main(["table", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"JetLM/SDAR-4B-Chat, {folder} beside SDAR-4B-Chat (arXiv 2510.06303, table 1)"
