@@ -3,7 +3,7 @@
     python examples/sweep_and_plot.py
     python examples/sweep_and_plot.py --pretrained JetLM/SDAR-4B-Chat --task gsm8k_sdar --limit 200
 
-`sdar_lm_eval sweep` does the work, and draws a chart by itself. This script reads the points that the sweep writes, for
+`sdar_lm_eval sweep` does the work, and draws a chart by itself. This script reads the points that the sweep prints, for
 a chart of one's own. The same command again computes only what is missing.
 """
 
@@ -24,8 +24,8 @@ def sweep(arguments: argparse.Namespace) -> pd.DataFrame:
     command = [sys.executable, "-m", "sdar_lm_eval", "sweep", "--model_args", f"pretrained={arguments.pretrained}"]
     command += ["--tasks", arguments.task, "--limit", str(arguments.limit), "--output_path", str(arguments.output)]
     grids = ["--strategy", "dynamic", "--threshold", arguments.thresholds, "--and", "--strategy", "static"]
-    subprocess.run([*command, *grids, "--steps", "4"], check=True)
-    (task,) = json.loads((arguments.output / "points.json").read_text(encoding="utf-8"))["tasks"]
+    done = subprocess.run([*command, *grids, "--steps", "4", "--json"], check=True, stdout=subprocess.PIPE, text=True)
+    (task,) = json.loads(done.stdout)["tasks"]
     points = pd.DataFrame(task["points"])
     return points.join(pd.json_normalize(points.pop("settings").tolist()))
 

@@ -19,9 +19,9 @@ from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report import text_table
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.documents import Answer, Document, by_key, documents_of, is_likelihood, main_key
-from sdar_lm_eval.report.pairing import MetricKey
+from sdar_lm_eval.report.pairing import MetricKey, over_seeds
 from sdar_lm_eval.report.printing import printable
-from sdar_lm_eval.report.runs import Run, mean_value, read_one_run, read_runs
+from sdar_lm_eval.report.runs import Run, read_one_run, read_runs
 from sdar_lm_eval.report.terminal import denoised_text, legend
 
 EXAMPLE = "sdar_lm_eval show runs/threshold-0.6 runs/threshold-0.85 --doc 7"
@@ -236,10 +236,10 @@ def _extracted(answer: Answer, filter_name: str) -> str:
 
 def _title(run: Run, task: str, metric: MetricKey, documents: Sequence[Document], chosen: int) -> str:
     # The documents' scores need not average to the metric: a perplexity is no mean.
-    value = mean_value(run.of_tasks[task], task, metric)
+    found = next(each for each in over_seeds(run, task) if (each.name, each.filter) == metric)
     scores = [score for each in documents if (score := each.score(metric)) is not None]
-    share = all(0 <= each <= 1 for each in (*scores, value))
-    shown = text_table.score(value, None, share=share) + "%" * share
+    share = all(0 <= each <= 1 for each in (*scores, found.value))
+    shown = text_table.score(found.value, found.stderr, share=share) + "%" * share
     name, filter_name = metric
     return printable(
         f"{run.label}: {task}, {name} of {filter_name} {shown}; {chosen:,} of {len(documents):,} documents"

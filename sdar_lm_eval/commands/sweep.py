@@ -9,18 +9,20 @@ finished answers. After an interruption, the same command computes only what is 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdar_lm_eval.arguments import decoding_descriptions
 from sdar_lm_eval.commands.given import pairs
-from sdar_lm_eval.decoding import DECODING_SETTINGS, in_words
+from sdar_lm_eval.decoding import DECODING_SETTINGS
 from sdar_lm_eval.errors import EngineError, UserError
 from sdar_lm_eval.spellings import ALIASES
 
@@ -36,8 +38,8 @@ EXAMPLE = (
     "--and --strategy static --steps 1,2,4"
 )
 
-TABLE, POINTS, CHART = "table.md", "points.json", "accuracy.svg"
-"""Files that a sweep writes into its folder."""
+TABLE, POINTS, CHART = "table{}.md", "points{}.json", "accuracy{}.svg"
+"""Files that a sweep writes into its folder; the first sweep's have "" in the place of {}, the second's "-2"."""
 
 
 class _Setting(argparse.Action):
@@ -183,6 +185,7 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 def _run(planned: Plan, arguments: argparse.Namespace) -> str:
+    from sdar_lm_eval.report.compare import documents_in_words
     from sdar_lm_eval.report.points import points_of
     from sdar_lm_eval.report.runs import Run
     from sdar_lm_eval.report.text_table import columns_of_terminal, with_error
@@ -194,23 +197,29 @@ def _run(planned: Plan, arguments: argparse.Namespace) -> str:
         told = f"failed: {error}"
         if results is not None:
             task = planned.tasks[0]
-            alone = Run(in_words(evaluation.settings), evaluation.folder, {task: [results]})
+            alone = Run(evaluation.label, evaluation.folder, {task: [results]})
             (point,) = points_of([alone], task, arguments.metric)
-            told = f"{with_error(point.accuracy, point.stderr)}% of {task}"
-        _say(f"{number}/{total} {in_words(evaluation.settings)}, seed {evaluation.seed}: {told}")
+            documents = "" if point.documents is None else f"{documents_in_words(point.documents)} of "
+            told = f"{with_error(point.accuracy, point.stderr)}% of {documents}{task}"
+        _say(f"{number}/{total} {evaluation.title}: {told}")
 
     _say(_counted(planned))
     outcome = local.run(planned, tell)
     summaries = _summaries(outcome.runs, planned.tasks, arguments) if outcome.runs else []
     content = {
         "folder": str(planned.output),
+        "sweep": {
+            "evaluations": [f"{each.folder.name}/{each.name}" for each in planned.evaluations],
+            "metric": arguments.metric,
+            "y_max": arguments.y_max,
+        },
         "tasks": [summary.as_dict() for summary in summaries],
         "failed": outcome.failed,
     }
     as_json = json.dumps(content, indent=2, ensure_ascii=False)
     parts = []
     if summaries:
-        files = _write_files(summaries, as_json, planned.output, arguments.plot)
+        files = _write_files(summaries, content, planned.output, arguments.plot)
         parts = [
             *_tables(summaries, width=columns_of_terminal()),
             f"Written: {', '.join(map(str, files))}\n{_next_steps(planned, summaries)}",
@@ -249,16 +258,32 @@ def _tables(summaries: Sequence[Summary], markdown: bool = False, width: int | N
     return tables + [f"{title}All tasks\n\n{by_task(summaries, markdown, width)}"] * (len(summaries) > 1)
 
 
-def _write_files(summaries: Sequence[Summary], as_json: str, folder: Path, plot: Path | None) -> list[Path]:
-    """Write the sweep's table, points and charts, and return the files."""
+def _write_files(
+    summaries: Sequence[Summary], content: Mapping[str, object], folder: Path, plot: Path | None
+) -> list[Path]:
+    """Write the sweep's table, points and charts, and return the files. Files of other sweeps stay."""
     from sdar_lm_eval.report.curve import write_chart
 
-    _write(folder / POINTS, as_json)
-    _write(folder / TABLE, "\n\n".join(_tables(summaries, markdown=True)))
-    charts = [folder / CHART, *([plot] if plot is not None else [])]
-    for chart in charts:
-        write_chart(chart, summaries)
-    return [folder / TABLE, folder / POINTS, *charts]
+    table, points, chart = (folder / name.format(_suffix(folder, content["sweep"])) for name in (TABLE, POINTS, CHART))
+    _write(points, json.dumps(content, indent=2, ensure_ascii=False))
+    _write(table, "\n\n".join(_tables(summaries, markdown=True)))
+    charts = [chart, *([plot] if plot is not None else [])]
+    for each in charts:
+        write_chart(each, summaries)
+    return [table, points, *charts]
+
+
+def _suffix(folder: Path, sweep: object) -> str:
+    """Return what tells a sweep's files from those of other sweeps in the folder; the same sweep has the same files."""
+    for number in itertools.count(1):
+        suffix = f"-{number}" if number > 1 else ""
+        points = folder / POINTS.format(suffix)
+        if not points.exists():
+            break
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a damaged file may be any sweep's, so it stays
+            if json.loads(points.read_text("utf-8")).get("sweep") == sweep:
+                break
+    return suffix
 
 
 def _next_steps(planned: Plan, summaries: Sequence[Summary]) -> str:
@@ -286,10 +311,7 @@ def _listed(planned: Plan, as_json: bool) -> str:
             for each in planned.evaluations
         ]
         return json.dumps({"folder": str(planned.output), "copies": planned.copies, "evaluations": rows}, indent=2)
-    lines = [
-        f"  {in_words(each.settings)}, seed {each.seed}" + (" (finished)" if each.results() else "")
-        for each in planned.evaluations
-    ]
+    lines = [f"  {each.title}" + (" (finished)" if each.results() else "") for each in planned.evaluations]
     return "\n".join([_counted(planned), *lines])
 
 

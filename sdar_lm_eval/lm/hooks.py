@@ -32,7 +32,7 @@ from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.files import require_writable
 from sdar_lm_eval.hashing import hex_digest
 from sdar_lm_eval.lm.denoising import LinesOf, Tracker, keep_beside_samples, leave_samples_alone, output_folder
-from sdar_lm_eval.lm.task_requests import TaskRequests, TemplatedBy, repeats_of
+from sdar_lm_eval.lm.task_requests import TaskRequests, TemplatedBy, filters_of, repeats_of
 from sdar_lm_eval.settings import read_published
 from sdar_lm_eval.spellings import overridden
 
@@ -363,7 +363,7 @@ def _build_in_template(task: Task, name: str, model: Watched, borrowed: Sequence
                 begins_answers=bool(getattr(task.config, "gen_prefix", None)),
                 judge=metadata.get("sdar_judge"),
                 copies=functools.cache(functools.partial(_copies, task)),
-                filters=tuple(each["name"] for each in task.config.filter_list or ()),
+                filters=filters_of(task),
             ),
             task.instances,
         )

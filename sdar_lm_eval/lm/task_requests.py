@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from lm_eval.api.instance import Instance
+from lm_eval.api.task import Task
+
+from sdar_lm_eval.report.live import Filter
 
 TemplatedBy = Literal["lm_eval", "sdar_lm_eval"]
 
@@ -33,7 +37,7 @@ class TaskRequests:
         judge: the function that predicts how answers will score (`metadata: {sdar_judge: …}`, see report/live.py).
         copies: returns document -> the number of earlier documents with the same content, for documents that have
             any. Only drawn answers need these numbers, and counting reads all documents.
-        filters: the names of the task's filters; empty where they are unknown.
+        filters: the task's filters by name; empty where they are unknown.
     """
 
     name: str
@@ -45,9 +49,21 @@ class TaskRequests:
     begins_answers: bool = False
     judge: Mapping[str, str] | None = None
     copies: Callable[[], Mapping[int, int]] = dict
-    filters: tuple[str, ...] = ()
+    filters: Mapping[str, Filter] = field(default_factory=dict)
 
     def document(self, request: Instance) -> int:
         """The document's index in the data set; lm_eval's `doc_id` is an index into the chosen documents."""
         doc_id = int(request.doc_id or 0)
         return doc_id if self.documents is None else self.documents[doc_id]
+
+
+def filters_of(task: Task) -> dict[str, Filter]:
+    """Return a task's filters by name; no filter where the task's class filters in its own way."""
+
+    def apply(ensemble: Any, doc: Mapping[str, object], text: str) -> tuple[object, str]:
+        request = Instance("generate_until", dict(doc), (text,), 0, resps=[text])
+        ensemble.apply([request])
+        value = request.filtered_resps[ensemble.name]
+        return value[0] if isinstance(value, list) and len(value) == 1 else value, str(task.doc_to_target(request.doc))
+
+    return {each.name: functools.partial(apply, each) for each in getattr(task, "_filters", ())}

@@ -19,12 +19,12 @@ def by_task(summaries: Sequence[Summary], markdown: bool = False, width: int | N
         width: of plain text, as for `fitted`.
     """
     points = summaries[0].points
-    settings = [["", "strategy", "setting"]]
+    settings = [["#", "strategy", "setting"]]
     for number, (point, words) in enumerate(zip(points, settings_in_words(points), strict=True), 1):
         settings.append([str(number), point.strategy, words])
     accuracies = [["accuracy, %", *(number for number, *_ in settings[1:])]]
     for summary in summaries:
-        accuracies.append([summary.task, *(with_error(point.accuracy, None) for point in summary.points)])
+        accuracies.append([summary.task, *(with_error(point.accuracy, point.stderr) for point in summary.points)])
     tables = [
         as_markdown(rows, left) if markdown else fitted(rows, left, width, names=1)
         for rows, left in ((settings, {1, 2}), (accuracies, {0}))

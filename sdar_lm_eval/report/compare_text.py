@@ -65,8 +65,8 @@ def as_text(comparisons: Sequence[Comparison], documents: DocumentsOf | None = N
         _settings_of_some(comparisons, names),
         [f"Warning: {text}" for text in _warnings(comparisons, names)],
         fitted(table(comparisons), _left(comparisons), width),
-        [*sentences(comparisons), *_speeds(comparisons)],
-        _notes(comparisons),
+        [*sentences(comparisons), *speeds(comparisons)],
+        notes(comparisons),
     ]
     parts += [_listed(comparisons[i], j, changed, width) for (i, j), changed in (documents or {}).items()]
     return printable("\n\n".join("\n".join(lines) for lines in parts if lines))
@@ -84,8 +84,8 @@ def as_markdown(comparisons: Sequence[Comparison], documents: DocumentsOf | None
         [f"- {escaped(line)}" for line in _settings_of_some(comparisons, names)],
         [f"- Warning: {escaped(text)}" for text in _warnings(comparisons, names)],
         text_table.as_markdown(table(comparisons), left=_left(comparisons)),
-        [f"- {escaped(line)}" for line in (*sentences(comparisons), *_speeds(comparisons))],
-        [escaped(" ".join(_notes(comparisons)))],
+        [f"- {escaped(line)}" for line in (*sentences(comparisons), *speeds(comparisons))],
+        [escaped(" ".join(notes(comparisons)))],
     ]
     for (i, j), changed in (documents or {}).items():
         head, *_ = _listed(comparisons[i], j, changed)
@@ -175,8 +175,11 @@ def conclusions(comparison: Comparison, name: str) -> list[str]:
     return found
 
 
-def _speeds(comparisons: Sequence[Comparison]) -> list[str]:
-    """A sentence for each task of which both runs report forwards. Times depend on the machine: only JSON has them."""
+def speeds(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return a sentence for each task of which both runs report forwards.
+
+    Times depend on the machine, so only JSON has them.
+    """
     found = []
     for name, comparison in zip(_names(comparisons), comparisons, strict=True):
         for task, (a, b) in comparison.speeds.items():
@@ -218,7 +221,8 @@ def verdict(difference: Difference, name: str = "B") -> str:
     if each.p_holm >= ALPHA:
         holm = f"{_p_is(each.p)}; {p_as_text(each.p_holm)} after Holm's adjustment for the number of tests"
         return f"{name} may be {found}: {_change(each)} ({holm}{exploratory})."
-    after = "" if each.p_holm == each.p else f"; {p_as_text(each.p_holm)} after Holm's adjustment"
+    holm = p_as_text(each.p_holm)
+    after = "" if holm == p_as_text(each.p) else f"; {holm} after Holm's adjustment"
     return f"{name} is {found}: {_change(each)} ({_p_is(each.p)}{after}{exploratory})."
 
 
@@ -253,23 +257,24 @@ def _left(comparisons: Sequence[Comparison]) -> range:
     return range(4 if len(comparisons) > 1 else 3)
 
 
-def _notes(comparisons: Sequence[Comparison]) -> list[str]:
-    notes = [*_LEGEND, *(_HOLM if _tests(comparisons) > 1 else ())]
+def notes(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return sentences that explain the columns of `table`."""
+    found = [*_LEGEND, *(_HOLM if _tests(comparisons) > 1 else ())]
     rows = _rows(comparisons)
     if any(each.family for each in rows):
-        notes.append(_FAMILIES)
+        found.append(_FAMILIES)
     if any(each.p is None and 0 <= each.a <= 1 and 0 <= each.b <= 1 for each in rows):
-        notes.append(_UNTESTED)
+        found.append(_UNTESTED)
     equal = dict.fromkeys(name for each in rows for name in each.equal_filters)
     if equal:
-        notes.append(f"(+N): N further filters give each document the same score in both runs: {', '.join(equal)}.")
+        found.append(f"(+N): N further filters give each document the same score in both runs: {', '.join(equal)}.")
     for each in rows:
         if each.p is not None and each.p >= ALPHA and _leaves_out_0(each):  # few documents that differ
             return [
-                *notes,
+                *found,
                 f"The test is stricter than the interval: the interval may exclude 0 where p is above {ALPHA}.",
             ]
-    return notes
+    return found
 
 
 def _leaves_out_0(each: Difference) -> bool:

@@ -107,7 +107,7 @@ def summarized(
     best = max(known, default=0.0) if y_max is None else y_max
     fronts = {title: tuple(pareto_front(points, speed)) for title, speed in AXES.items()}
     # The scores chose the front, so they cannot say how far chance moves its AUP.
-    front = value_of(Curve("the front", fronts["tokens per forward"]), best)
+    front = value_of(Curve("Pareto front", fronts["tokens per forward"]), best)
     of_points = {id(point): each for point, each in zip(points, scores, strict=True)} if scores else {}
     values = (front, *values_of(curves_of(points), best, of_points))
     return Summary(task, metric, tuple(points), fronts, values, best)
@@ -124,15 +124,15 @@ def table(summary: Summary, markdown: bool = False, width: int | None = None) ->
     rows = [["strategy", "setting", "accuracy, %", *AXES]]
     for point, words in zip(summary.points, settings_in_words(summary.points), strict=True):
         speeds = []
-        for (title, speed), form in zip(AXES.items(), (".2f", ",.0f"), strict=True):
+        for (title, speed), form in zip(AXES.items(), (_form(summary), ",.0f"), strict=True):
             value = speed(point)
             star = " *" if point in summary.fronts[title] else ""
             speeds.append("unknown" if value is None else f"{value:{form}}{star}")
         rows.append([point.strategy, words, with_error(point.accuracy, point.stderr), *speeds])
-    worth = _aup_rows(summary.values)
     notes = [
         "tokens/s: one measurement of each setting, over all tasks. Other work on the machine lowers tokens/s.",
-        f"Accuracy: {summary.metric} ± its standard error. * marks the Pareto front: faster points are less accurate.",
+        f"Accuracy: {summary.metric}{_of_documents(summary.points)} ± one standard error. * marks the Pareto front: "
+        "faster points are less accurate.",
         f"AUP: accuracy under parallelism (d3LLM), relative to {summary.y_max:.1f}%. Points whose accuracy is more "
         f"than {TOLERANCE:g} percentage points below that of their curve's slowest point are left out.",
     ]
@@ -149,15 +149,16 @@ def table(summary: Summary, markdown: bool = False, width: int | None = None) ->
     if repeats > 1:
         notes.append(f"Up to {repeats} answers to each document; standard errors are clustered by document.")
     notes += dict.fromkeys(f"Unknown speed: {point.note}." for point in summary.points if point.note)
-    return "\n\n".join(
-        [_grid(rows, markdown, width), _grid(worth, markdown, width), ("\n\n" if markdown else "\n").join(notes)]
-    )
+    if not markdown:  # room for the star of a speed on the front keeps the digits of a column below each other
+        rows = [[*row[:3], *(cell if cell.endswith("*") else f"{cell}  " for cell in row[3:])] for row in rows]
+    tables = _grid(rows, {0, 1}, markdown, width), _grid(_aup_rows(summary.values), {0}, markdown, width)
+    return "\n\n".join([*tables, ("\n\n" if markdown else "\n").join(notes)])
 
 
 def _aup_rows(values: Sequence[CurveValue]) -> list[list[str]]:
     """A head and a row for each curve; columns of intervals only where some curve has an interval."""
     first, *others = [value.name for value in values if value.interval is not None] or [""]
-    rows = [["AUP", "", *["95% interval"] * bool(first), *[f"minus {first}"] * bool(others), "points"]]
+    rows = [["curve", "AUP", *["95% interval"] * bool(first), *[f"minus {first}"] * bool(others), "points"]]
     for its in values:
         cells = [its.name, "none" if its.aup is None else f"{its.aup:.1f}"]
         if first:
@@ -172,14 +173,20 @@ def _span(interval: Interval | None, sign: str = "") -> str:
     return "" if interval is None else f"{interval[0]:{sign}.1f} to {interval[1]:{sign}.1f}"
 
 
-def _grid(rows: Sequence[Sequence[str]], markdown: bool, width: int | None) -> str:
-    if markdown:
-        return "\n".join(as_markdown(rows, left={0, 1}))
-    # Room for the star of a speed on the front keeps the digits of a column below each other.
-    padded = [
-        [cell if cell.endswith("*") or column < 3 else f"{cell}  " for column, cell in enumerate(row)] for row in rows
-    ]
-    return "\n".join(fitted(padded, {0, 1}, width))
+def _form(summary: Summary) -> str:
+    """The format of tokens per forward: two to four decimals, as many as tell the points on the front apart."""
+    speeds = {point.tokens_per_forward for point in summary.fronts["tokens per forward"]}
+    forms = (".2f", ".3f", ".4f")
+    return next((form for form in forms if len({f"{speed:{form}}" for speed in speeds}) == len(speeds)), forms[-1])
+
+
+def _of_documents(points: Sequence[Point]) -> str:
+    numbers = sorted({point.documents for point in points if point.documents is not None})
+    return f" of {' or '.join(f'{number:,}' for number in numbers)} documents" if numbers else ""
+
+
+def _grid(rows: Sequence[Sequence[str]], left: set[int], markdown: bool, width: int | None) -> str:
+    return "\n".join(as_markdown(rows, left) if markdown else fitted(rows, left, width))
 
 
 def check_suffix(file: Path) -> None:
@@ -252,7 +259,7 @@ def _draw(tasks: Mapping[str, Sequence[Point]], file: IO[bytes], suffix: str, in
             for axes, (name, speed) in zip(row, AXES.items(), strict=True):
                 _panel(axes, points, speed, styles, ink or "black")
                 axes.set_xlabel(name)
-            row[0].set_ylabel("accuracy, %")
+            row[0].set_ylabel("accuracy ± standard error, %")
             if len(tasks) > 1:
                 row[0].set_title(title, loc="left")
         _legend(figure, styles, ink or "black")
@@ -299,7 +306,7 @@ def _legend(figure: Figure, styles: Mapping[str, tuple[str, str]], ink: str) -> 
     lines.append(
         Line2D(
             [], [], color=ink, linestyle=(0, (1, 2)), marker="o", markersize=9, markerfacecolor="none", linewidth=0.8,
-            label="front: each faster point is less accurate",
+            label="Pareto front: faster points are less accurate",
         )
     )  # fmt: skip
     figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8)

@@ -24,7 +24,7 @@ from sdar_lm_eval.report import compare_text
 from sdar_lm_eval.report.changed import ChangedDocument, changed_documents
 from sdar_lm_eval.report.compare import Comparison, Difference, compare_runs
 from sdar_lm_eval.report.denoising import Denoising
-from sdar_lm_eval.report.pairing import numbers_of
+from sdar_lm_eval.report.pairing import numbers_of, over_seeds
 from sdar_lm_eval.report.results import Sample
 from sdar_lm_eval.report.runs import Run, read_runs
 
@@ -57,9 +57,10 @@ class RunFrames:
 
     @cached_property
     def scores(self) -> pd.DataFrame:
-        """A row for each task, metric and filter, from the task's first results.
+        """A row for each task, metric and filter.
 
-        Columns are task, metric, filter, value, stderr, higher_is_better and documents (their number).
+        Columns are task, metric, filter, value, stderr, higher_is_better and documents (their number). Of several
+        seeds, `value` is the mean, and `stderr` is clustered by document, or missing without --log_samples.
 
         Raises:
             UserError: a results file is not as lm_eval writes it.
@@ -69,7 +70,7 @@ class RunFrames:
             documents = self.run.results_of(task).answered(task)
             rows += [
                 (task, each.name, each.filter, each.value, each.stderr, each.higher_is_better, documents)
-                for each in self.run.metrics(task)
+                for each in over_seeds(self.run, task)
             ]
         columns = ["task", "metric", "filter", "value", "stderr", "higher_is_better", "documents"]
         return pd.DataFrame(rows, columns=columns)
@@ -196,7 +197,7 @@ class ComparisonFrames:
         return compare_text.as_text([self.comparison])
 
     def _repr_html_(self) -> str:
-        """Return the HTML that a notebook shows: labels, settings, warnings, table, a sentence for each difference."""
+        """Return the HTML that a notebook shows: what `print` shows, with the tables as HTML."""
         head, *rows = compare_text.table([self.comparison])
         parts = [
             f"<p>A: {escape(self.comparison.a.label)}<br>B: {escape(self.comparison.b.label)}</p>",
@@ -204,6 +205,8 @@ class ComparisonFrames:
             *(f"<p>Warning: {escape(text)}</p>" for text in self.warnings),
             pd.DataFrame(rows, columns=head).to_html(index=False),
             *(f"<p>{escape(text)}</p>" for text in compare_text.sentences([self.comparison])),
+            *(f"<p>{escape(text)}</p>" for text in compare_text.speeds([self.comparison])),
+            f"<p>{escape(' '.join(compare_text.notes([self.comparison])))}</p>",
         ]
         return "".join(parts)
 

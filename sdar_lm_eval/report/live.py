@@ -17,12 +17,13 @@ from __future__ import annotations
 import importlib
 import itertools
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sdar_lm_eval.engines.types import GenerationRequest, GenerationResult
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.files import shown
 from sdar_lm_eval.thinking import Thought
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Verdict:
 
 
 Judge = Callable[[Mapping[str, object], str], Verdict]
+Filter = Callable[[Mapping[str, object], str], tuple[object, str]]
+"""Returns what a task's filter of lm_eval makes of a document's only answer, and the document's `doc_to_target`."""
 
 
 class Live:
@@ -60,7 +63,7 @@ class Live:
         tasks: task -> its `sdar_judge`; None for a task without one.
         total: the number of answers to come.
         whole: whether these are all answers of the round; False: one rank's share.
-        filters: task -> the names of its filters, as far as they are known.
+        filters: task -> its filters by name, each of one document's answer, as far as they are known.
 
     Raises:
         UserError: a task's `sdar_judge` is incomplete, or names a function that cannot be imported.
@@ -71,7 +74,7 @@ class Live:
         tasks: Mapping[str, Mapping[str, str] | None],
         total: int,
         whole: bool = True,
-        filters: Mapping[str, Collection[str]] | None = None,
+        filters: Mapping[str, Mapping[str, Filter]] | None = None,
     ) -> None:
         known = {task: judge for task, judge in sorted(tasks.items()) if judge is not None}
         self._judges = {task: _load(task, judge) for task, judge in known.items()}
@@ -92,11 +95,8 @@ class Live:
             return None
         try:
             verdict = judge(instance.doc, text)
-            if (known := self._filters.get(task)) and verdict.filter not in known:  # a variant has filters of its own
-                raise UserError(
-                    f"the judge of {task} applies the filter {verdict.filter}, which is none of the task's "
-                    f"({', '.join(known)}). Name another judge in the task's YAML (metadata: sdar_judge:)."
-                )
+            if known := self._filters.get(task):
+                _check(task, verdict, known, instance.doc, text)
         except Exception as error:  # say, a user's variant with other documents; the run is worth more than a verdict
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             logger.warning("Live accuracy is switched off: %s", why)
@@ -216,6 +216,23 @@ def _question(instance: Instance) -> str:
     doc = instance.doc
     question = doc.get("question") if isinstance(doc, Mapping) else None
     return str(question if isinstance(question, str) else instance.args[0])
+
+
+def _check(task: str, verdict: Verdict, filters: Mapping[str, Filter], doc: Mapping[str, object], text: str) -> None:
+    """Raise `UserError` unless a task finds what its judge found: a variant may have filters and gold of its own."""
+    if verdict.filter not in filters:
+        found = f"which is none of the task's ({', '.join(filters)})"
+    elif (theirs := filters[verdict.filter](doc, text)) != (verdict.predicted, verdict.gold):
+        found = (
+            f"and finds {shown(verdict.predicted)} (gold: {shown(verdict.gold)}) where the task finds "
+            f"{shown(theirs[0])} (gold: {shown(theirs[1])})"
+        )
+    else:
+        return
+    raise UserError(
+        f"the judge of {task} applies the filter {verdict.filter}, {found}. Name another judge in the task's YAML "
+        "(metadata: sdar_judge:)."
+    )
 
 
 def _load(task: str, judge: Mapping[str, str]) -> Judge:

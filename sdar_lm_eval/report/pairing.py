@@ -6,19 +6,20 @@ Where a samples file has no hashes, index and gold answer identify a document.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.results import Results, Sample
-from sdar_lm_eval.report.runs import Metric, Run, metrics_of
-from sdar_lm_eval.report.statistics import FloatArray, cluster_values
+from sdar_lm_eval.report.runs import Metric, Run, mean_value, metrics_of
+from sdar_lm_eval.report.statistics import FloatArray, cluster_values, mean_stderr
 
 Key = tuple[str, int]
 """Identifies a document: (its hash, or its index and gold answer; its number among documents equal in these)."""
@@ -108,6 +109,43 @@ def read_pair(a: Run, b: Run, task: str) -> tuple[TaskScores, TaskScores]:
         for run, lines in zip((a, b), lines_of, strict=True)
     )  # fmt: skip
     return first, second
+
+
+def document_values(run: Run, task: str) -> dict[MetricKey, dict[Key, float]]:
+    """Return for each metric of a task a value for each document, such that the values' mean is the metric.
+
+    Metrics without such values are left out: those of a run without samples, and those that are no mean. Some metrics,
+    such as IFEval's of instructions, count each answer the same, not each document (`cluster_values`).
+    """
+    found: dict[MetricKey, dict[Key, float]] = {}
+    with contextlib.suppress(UserError):  # a run without samples
+        for key, scores in read_pair(run, run, task)[0].scores.items():
+            if not scores.flaw:
+                by_answer = "documents" not in scores.means
+                values = cluster_values(list(scores.answers.values()), weigh_answers=by_answer)
+                found[key] = dict(zip(scores.answers, values.tolist(), strict=True))
+    return found
+
+
+def over_seeds(run: Run, task: str) -> list[Metric]:
+    """Return a task's metrics, as means over all seeds of a run.
+
+    A document's answers with several seeds are not independent, so their standard error is clustered by document. It is
+    None without samples.
+    """
+    of_task, metrics = run.of_tasks[task], run.metrics(task)
+    if len(of_task) == 1:
+        return metrics
+    of_documents = document_values(run, task)
+    found = []
+    for metric in metrics:
+        key = metric.name, metric.filter
+        value, stderr = mean_value(of_task, task, key), None
+        if key in of_documents:
+            values = np.array(list(of_documents[key].values()))
+            value, stderr = float(values.mean()), mean_stderr(values)
+        found.append(replace(metric, value=value, stderr=stderr))
+    return found
 
 
 def numbers_of(value: object) -> tuple[float, ...] | None:

@@ -7,7 +7,6 @@ both are of all tasks that were evaluated together. The counts include answers t
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,11 +18,11 @@ from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig, in_words, s
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.columns import main_metric
-from sdar_lm_eval.report.pairing import Key, read_pair
+from sdar_lm_eval.report.pairing import document_values, over_seeds
 from sdar_lm_eval.report.results import Fields
-from sdar_lm_eval.report.runs import IDENTITY, Metric, Run, differing, mean_value
+from sdar_lm_eval.report.runs import IDENTITY, Metric, Run, differing
 from sdar_lm_eval.report.speed import speed_of
-from sdar_lm_eval.report.statistics import FloatArray, cluster_values, mean_stderr
+from sdar_lm_eval.report.statistics import FloatArray
 
 DEFAULTS = DecodingConfig(temperature=0.0).as_dict()
 OF_CURVES = (*IDENTITY, "num_fewshot", "limit")
@@ -136,7 +135,7 @@ def scores_of(runs: Sequence[Run], task: str, metric: str | None = None) -> list
         no scores of documents, or where runs have other documents.
     """
     chosen = [(run, metric_of(run, task, metric)) for run in runs if task in run.of_tasks]
-    values = [document_values(run, task, each) for run, each in chosen]
+    values = [document_values(run, task).get((each.name, each.filter)) for run, each in chosen]
     known = [its for its in values if its is not None]
     if len(known) < len(values) or any(its.keys() != known[0].keys() for its in known):
         return []
@@ -244,7 +243,9 @@ def pareto_front(points: Sequence[Point], speed: Speed) -> list[Point]:
 
 def _point(run: Run, task: str, metric: Metric, scale: float) -> Point:
     of_task = run.of_tasks[task]
-    accuracy, stderr = _accuracy(run, task, metric)
+    key = metric.name, metric.filter
+    metric = next(each for each in over_seeds(run, task) if (each.name, each.filter) == key)
+    accuracy, stderr = metric.value, metric.stderr
     speed = speed_of(run, task)
     return Point(
         label=run.label,
@@ -267,30 +268,3 @@ def _effective(decoding: Fields) -> Mapping[str, object]:
         return DecodingConfig(**known).effective if known else {}
     except UserError:  # settings of another version of this package
         return known
-
-
-def _accuracy(run: Run, task: str, metric: Metric) -> tuple[float, float | None]:
-    """The metric's value and standard error.
-
-    A document's answers in several repeats are not independent, so their standard error is clustered by document.
-    """
-    of_task = run.of_tasks[task]
-    if len(of_task) == 1:
-        return metric.value, metric.stderr
-    if (values := document_values(run, task, metric)) is not None:
-        of_documents = np.array(list(values.values()))
-        return float(of_documents.mean()), mean_stderr(of_documents)
-    return mean_value(of_task, task, (metric.name, metric.filter)), None
-
-
-def document_values(run: Run, task: str, metric: Metric) -> dict[Key, float] | None:
-    """Return a value for each document, such that the values' mean is the metric; None where no file has such values.
-
-    Some metrics, such as IFEval's of instructions, count each answer the same, not each document (`cluster_values`).
-    """
-    with contextlib.suppress(UserError):  # a run without samples
-        scores = read_pair(run, run, task)[0].scores[metric.name, metric.filter]
-        if not scores.flaw:
-            values = cluster_values(list(scores.answers.values()), weigh_answers="documents" not in scores.means)
-            return dict(zip(scores.answers, values.tolist(), strict=True))
-    return None

@@ -6,19 +6,20 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from sdar_lm_eval.decoding import spelled
 from sdar_lm_eval.report import text_table
 from sdar_lm_eval.report.columns import TABLES, Column
+from sdar_lm_eval.report.pairing import over_seeds
 from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.published import Published, published_as
 from sdar_lm_eval.report.results import Results
-from sdar_lm_eval.report.runs import Metric, Run, mean_value, metrics_of, read_runs
+from sdar_lm_eval.report.runs import Metric, Run, metrics_of, read_runs
 from sdar_lm_eval.report.several import is_of_several
-from sdar_lm_eval.report.text_table import fitted, with_error
+from sdar_lm_eval.report.text_table import as_markdown, escaped, fitted, with_error
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,14 @@ class Score:
 
     Attributes:
         value: the mean score, 0 to 1; over the seeds where there are several.
-        stderr: standard error of the first seed's mean; None where it is unknown, as for a single question.
+        stderr: standard error; None where it is unknown, as for a single question. Of several seeds, the error is
+            clustered by question (`over_seeds`), or that of the first seed (`of_one_seed`).
         questions: number of questions (documents) that were answered.
         shots: number of few-shot examples before each question; None where the file does not say.
         settings: the run's decoding settings; empty for a model of another package.
         seeds: number of results files, each with its own seed, that `value` is the mean of.
         answers: number of answers to each question; the question's score is the mean of theirs.
+        of_one_seed: whether `stderr` is that of the first of several seeds, since samples are missing.
     """
 
     value: float
@@ -47,6 +50,7 @@ class Score:
     settings: Mapping[str, object] = field(default_factory=dict)
     seeds: int = 1
     answers: int = 1
+    of_one_seed: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ def difference(score: Score, column: Column, published: float) -> PublishedDiffe
     stderr = None
     if score.stderr is not None:
         questions = column.questions or score.questions
-        answers = score.answers if score.stderr > 0 else 1
+        answers = score.answers * (1 if score.of_one_seed else score.seeds) if score.stderr > 0 else 1
         of_few, of_all = (_stderr(published / 100, number * answers) or 0.0 for number in (score.questions, questions))
         own = max(score.stderr, of_few)
         of_share = _stderr(score.value, score.questions) or 0.0
@@ -185,11 +189,11 @@ def difference(score: Score, column: Column, published: float) -> PublishedDiffe
     return PublishedDifference(100 * score.value - published, stderr)
 
 
-def render(table: Table, width: int | None = None) -> str:
-    """Return a table as text; `width` is as for `fitted`."""
+def render(table: Table, width: int | None = None, markdown: bool = False) -> str:
+    """Return a table as text, or as Markdown; `width` is as for `fitted`."""
     head = ["column", "task", "questions", "this run, %"]
     for row in table.rows:
-        head += [f"{row.name}, %", "difference", ""]
+        head += [f"{row.name}, %", "difference" if len(table.rows) == 1 else f"difference from {row.name}"]
     scores = [(column, table.scores.get(column.task)) for column in table.columns]
     lines = [_cells(column, score, table.rows) for column, score in scores]
     notes = [note for column, score in scores if score is not None for note in _notes(column, score, table.rows)]
@@ -202,10 +206,19 @@ def render(table: Table, width: int | None = None) -> str:
         title = f"{table.title} beside " + "; ".join(f"{row.name} ({row.source})" for row in table.rows)
     else:
         title = f"{table.title}: the name is that of no published model (--published compares with one)"
-    parts = [[title], fitted([head, *lines], {0, 1, *range(6, len(head), 3)}, width, 1) if lines else [], notes]
-    return printable(
-        "\n\n".join("\n".join(part) for part in [*parts, _several(table, width), _others(table, width)] if part)
-    )
+    rows = _grid([head, *lines], {0, 1, *range(5, len(head), 2)}, width, markdown, 1) if lines else []
+    several, (others, notes_of_others) = _several(table, width, markdown), _others(table, width, markdown)
+    if markdown:
+        title = f"## {escaped(title)}"
+        notes, notes_of_others = ([f"- {escaped(note)}" for note in each] for each in (notes, notes_of_others))
+    parts = [[title], rows, notes, several, others, notes_of_others]
+    return printable("\n\n".join("\n".join(part) for part in parts if part))
+
+
+def _grid(
+    rows: Sequence[Sequence[str]], left: Collection[int], width: int | None, markdown: bool, names: int | None = None
+) -> list[str]:
+    return as_markdown(rows, left) if markdown else fitted(rows, left, width, names)
 
 
 def _cells(column: Column, score: Score | None, rows: Sequence[Published]) -> list[str]:
@@ -216,12 +229,12 @@ def _cells(column: Column, score: Score | None, rows: Sequence[Published]) -> li
     for row in rows:
         published = row.scores.get(column.task)
         if published is None:
-            cells += ["", "", ""]
+            cells += ["", ""]
         elif score is None:
-            cells += [f"{published:.1f}", "", ""]
+            cells += [f"{published:.1f}", ""]
         else:
             found = difference(score, column, published)
-            cells += [f"{published:.1f}", with_error(found.points, found.stderr, sign="+"), found.verdict]
+            cells += [f"{published:.1f}", f"{with_error(found.points, found.stderr, sign='+')}, {found.verdict}"]
     return cells
 
 
@@ -231,14 +244,14 @@ def _notes(column: Column, score: Score, rows: Sequence[Published]) -> list[str]
     if score.answers > 1:
         notes.append(f"{column.task}: mean of {score.answers} answers to each question; the error is over questions")
     if score.seeds > 1:
-        notes.append(_of_seeds(column.task, score.seeds))
+        notes.append(_of_seeds(column.task, score.seeds, "that of one seed" if score.of_one_seed else "over questions"))
     for row in rows:
         if column.task in row.scores and (reasons := _reasons(column, score, row)):
             notes.append(f"{column.task} beside {row.name}: {'; '.join(reasons)}")
     return notes
 
 
-def _several(table: Table, width: int | None) -> list[str]:
+def _several(table: Table, width: int | None, markdown: bool) -> list[str]:
     """The metrics of several answers to a question, a row for each task, where n is the number of answers."""
     of_tasks = {
         task: {re.sub(r"majority@\d+", "majority@n", each.name): each for each in found}
@@ -250,7 +263,7 @@ def _several(table: Table, width: int | None) -> list[str]:
         for task, found in of_tasks.items()
     ]
     head = ["several answers", "n", *(f"{name}, %" for name in names)]
-    return fitted([head, *rows], {0}, width) if rows else []
+    return _grid([head, *rows], {0}, width, markdown) if rows else []
 
 
 def _place(metric: str) -> tuple[bool, int, str]:
@@ -259,8 +272,8 @@ def _place(metric: str) -> tuple[bool, int, str]:
     return match is None, -1 if match is None else int(match[1]), metric if match is None else ""
 
 
-def _others(table: Table, width: int | None) -> list[str]:
-    """The scores of tasks that no published table has, as lm_eval has them."""
+def _others(table: Table, width: int | None, markdown: bool) -> tuple[list[str], list[str]]:
+    """The scores of tasks that no published table has, and notes on them."""
     rows = [
         [task, each.name, each.filter, _count(table.answered(task)), _shown(each)]
         for task, found in table.others.items()
@@ -268,13 +281,15 @@ def _others(table: Table, width: int | None) -> list[str]:
     ]
     head = ["not in a published table", "metric", "filter", "questions", "value (shares in %)"]
     notes = [
-        _of_seeds(task, len(table.run.of_tasks[task])) for task in table.others if len(table.run.of_tasks[task]) > 1
+        _of_seeds(task, seeds, "over questions" if any(each.stderr is not None for each in metrics) else "unknown")
+        for task, metrics in table.others.items()
+        if (seeds := len(table.run.of_tasks[task])) > 1
     ]
-    return [*fitted([head, *rows], {0, 1, 2}, width), *([""] if notes else []), *notes] if rows else []
+    return _grid([head, *rows], {0, 1, 2}, width, markdown) if rows else [], notes
 
 
-def _of_seeds(task: str, seeds: int) -> str:
-    return f"{task}: mean of {seeds} seeds; the error is that of one seed"
+def _of_seeds(task: str, seeds: int, error: str) -> str:
+    return f"{task}: mean of {seeds} seeds; the error is {error}"
 
 
 def _count(number: int | None) -> str:
@@ -287,8 +302,10 @@ def _shown(metric: Metric) -> str:
 
 _FOREIGN = "the source used other prompts and scorers"
 
+ERRORS = "± is one standard error."
+
 LEGEND = (
-    f"± is one standard error. LARGER than chance: the difference exceeds {STANDARD_ERRORS} standard errors of two "
+    f"{ERRORS} LARGER than chance: the difference exceeds {STANDARD_ERRORS} standard errors of two "
     "runs on different questions.\n"
     "Where the published run answered the same questions, chance plays a smaller part: the test then errs towards "
     "`within chance`.\n"
@@ -321,22 +338,25 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
             continue
         first, score = known[0]
         mean = sum(each.value for _, each in known) / len(known)
-        scores[column.task] = replace(score, value=mean, seeds=len(known))
+        score = replace(score, value=mean, seeds=len(known))
+        if score.seeds > 1:
+            stderr = _stderr_of_seeds(run, column)
+            score = replace(score, of_one_seed=stderr is None, stderr=score.stderr if stderr is None else stderr)
+        scores[column.task] = score
         if found_several := _several_of(first, column):
             several[column.task] = found_several
         used |= {column.task, *_tasks_of(first, column)}
-    others = {
-        task: [
-            replace(each, value=mean_value(run.of_tasks[task], task, (each.name, each.filter)))
-            for each in run.metrics(task)
-        ]
-        for task in run.tasks
-        if task not in used
-    }
+    others = {task: over_seeds(run, task) for task in run.tasks if task not in used}
     if not rows:
         own = published_as(str(run.settings(run.tasks[0]).get("pretrained")))
         rows = [row for row in own if (row.scores.keys() - row.foreign) & scores.keys()]
     return Table(run, scores, rows, others, several)
+
+
+def _stderr_of_seeds(run: Run, column: Column) -> float | None:
+    """The standard error over all seeds; None without samples, and for a column of several tasks."""
+    found = over_seeds(run, column.task) if column.task in run.of_tasks else []
+    return next((each.stderr for each in found if f"{each.name},{each.filter}" == column.metric), None)
 
 
 def _several_of(results: Results, column: Column) -> list[Metric]:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdar_lm_eval.decoding import in_words
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.store import differences
@@ -34,7 +35,7 @@ class PlannedEvaluation:
 
     Attributes:
         settings: the combination, without settings that have no effect.
-        seed: seed of sampled answers.
+        seed: seed of sampled answers; None where nothing is drawn.
         folder: the combination's folder.
         name: name of the results' folder within `folder`.
         asked: all that the results depend on, as JSON values.
@@ -42,11 +43,21 @@ class PlannedEvaluation:
     """
 
     settings: Combination
-    seed: int
+    seed: int | None
     folder: Path
     name: str
     asked: Mapping[str, object]
     effect: Mapping[str, Mapping[str, object]]
+
+    @property
+    def label(self) -> str:
+        """The combination in words."""
+        return in_words(self.settings) or "unchanged"
+
+    @property
+    def title(self) -> str:
+        """The combination in words, and the seed of sampled answers."""
+        return self.label if self.seed is None else f"{self.label}, seed {self.seed}"
 
     @property
     def gen_kwargs(self) -> Mapping[str, object]:

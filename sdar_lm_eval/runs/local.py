@@ -17,7 +17,7 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 from lm_eval.api.registry import get_model
 
-from sdar_lm_eval.decoding import in_words
+from sdar_lm_eval.defaults import DEFAULT_SEED
 from sdar_lm_eval.errors import EngineError, Interrupted, SDARError, UserError
 from sdar_lm_eval.files import one_line, require_writable, writing
 from sdar_lm_eval.lm.model import SDARLM
@@ -55,7 +55,7 @@ class Outcome:
 
     Attributes:
         runs: a run for each combination that has results; repeats are several results of one task.
-        failed: settings and seed of an evaluation that failed -> its error.
+        failed: title of an evaluation that failed -> its error.
     """
 
     runs: list[Run] = field(default_factory=list)
@@ -114,7 +114,7 @@ def _interrupted(found: Sequence[Results | None], plan: Plan) -> Interrupted:
 def _told(error: Exception, evaluation: PlannedEvaluation) -> str:
     """Return an evaluation's error in one line; an error that nobody raised on purpose is logged with its traceback."""
     if not isinstance(error, (SDARError, OSError)):
-        logger.error("%s failed.", in_words(evaluation.settings), exc_info=error)
+        logger.error("%s failed.", evaluation.title, exc_info=error)
     return one_line(error) if isinstance(error, SDARError) else repr(error)
 
 
@@ -123,12 +123,11 @@ def _outcome(plan: Plan, found: Sequence[Results | None], errors: Sequence[str |
     of_folders: dict[Path, Run] = {}
     outcome = Outcome()
     for each, results, failure in zip(plan.evaluations, found, errors, strict=True):
-        label = in_words(each.settings) or "unchanged"
         if failure is not None:
-            outcome.failed[f"{label}, seed {each.seed}"] = failure
+            outcome.failed[each.title] = failure
         if results is not None:
             if each.folder not in of_folders:
-                of_folders[each.folder] = Run(label, each.folder, {task: [] for task in plan.tasks})
+                of_folders[each.folder] = Run(each.label, each.folder, {task: [] for task in plan.tasks})
             for task in plan.tasks:
                 of_folders[each.folder].of_tasks[task].append(results)
     outcome.runs = list(of_folders.values())
@@ -167,7 +166,7 @@ def _evaluate(evaluation: PlannedEvaluation, plan: Plan, lm: SDARLM) -> Results:
         gen_kwargs=dict(evaluation.gen_kwargs),
         limit=evaluation.asked["limit"],
         task_manager=plan.manager,
-        torch_random_seed=evaluation.seed,
+        torch_random_seed=DEFAULT_SEED if evaluation.seed is None else evaluation.seed,
         confirm_run_unsafe_code=plan.sweep.confirm_run_unsafe_code,
     )
     results = evaluation.results()

@@ -236,13 +236,13 @@ def _evaluations(
     name = "+".join(sweep.tasks)
     if sweep.whole_limit is not None:
         name += f"-first-{spelled(sweep.whole_limit)}"
-    for used in range(seed, seed + (sweep.repeats if is_drawn else 1)):
-        own = {**asked, "gen_kwargs": gen_kwargs, "seed": used if is_drawn else None}
+    for used in range(seed, seed + sweep.repeats) if is_drawn else [None]:
+        own = {**asked, "gen_kwargs": gen_kwargs, "seed": used}
         yield PlannedEvaluation(
             settings=combination.settings,
             seed=used,
             folder=output / _file_name(_folder_name(combination.settings)),
-            name=_file_name(f"{name}-seed-{used}" if is_drawn else name),
+            name=_file_name(name if used is None else f"{name}-seed-{used}"),
             asked=json.loads(json.dumps(own, default=str)),
             effect=effect,
         )

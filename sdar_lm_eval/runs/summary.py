@@ -95,7 +95,7 @@ def result(report: Report) -> str:
 def sweep_table(reports: Sequence[Report | None], runs: Sequence[RunSettings]) -> str:
     """Return a sweep's table; a run without a report is `failed`."""
     varied = _varied(runs) or list(SWEPT)
-    rows = [[*varied, "accuracy, %", "tokens/s", "tokens/forward"]]
+    rows = [[*varied, "accuracy, %", "tokens/s", "tokens per forward"]]
     for run, report in zip(runs, reports, strict=True):
         row = [_value(run.swept[name]) for name in varied]
         if report is None:

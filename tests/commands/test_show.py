@@ -103,7 +103,7 @@ def test_which_documents(
     folder: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], found: list[int]
 ) -> None:
     out = shown(capsys, str(folder), *words)
-    assert f"riddles, acc of last-word 66.7%; {len(found)} of 3 documents" in out
+    assert f"riddles, acc of last-word 66.7 ± 10.0%; {len(found)} of 3 documents" in out
     assert documents(out) == found
     listed = json.loads(shown(capsys, str(folder), *words, "--json"))
     assert [each["document"] for each in listed] == found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ def test_one_command_for_the_accuracy_table(capsys: pytest.CaptureFixture[str], 
     code, out, _ = said(capsys, *DEMO, *OF_DOCS, "--dry-run")
     lines = out.splitlines()
     assert code == 0 and lines[0] == "18 evaluations in sweeps/demo-gsm8k_sdar_demo" and len(lines) == 19
-    assert lines[1] == "  remasking_strategy=low_confidence_static, denoising_steps=4, seed 1234"
-    assert lines[18] == "  remasking_strategy=entropy_bounded, eb_threshold=1, seed 1234"
+    assert lines[1] == "  remasking_strategy=low_confidence_static, denoising_steps=4"
+    assert lines[18] == "  remasking_strategy=entropy_bounded, eb_threshold=1"
     assert not list(tmp_path.iterdir())
 
 
@@ -58,10 +59,10 @@ def test_a_sweep(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, err = said(capsys, *words)
     assert code == 0, err
     assert "; 1 left out as equal but for settings without effect" in err
-    assert re.search(r"3/3 remasking_strategy=low_confidence_static, seed 1234: [\d.]+ ± [\d.]+% of gsm8k", err)
+    assert re.search(r"3/3 remasking_strategy=low_confidence_static: [\d.]+ ± [\d.]+% of 4 documents of gsm8k", err)
     rows = out[out.index("strategy ") :].splitlines()
     assert [row.split()[0] for row in rows[1:4]] == ["low_confidence_dynamic"] * 2 + ["low_confidence_static"]
-    assert "confidence_threshold=0.5" in rows[1] and "AUP" in out and "the front" in out
+    assert "confidence_threshold=0.5" in rows[1] and "AUP" in out and "Pareto front" in out
     written = [Path("s") / name for name in ("table.md", "points.json", "accuracy.svg")] + [Path("plots/a.png")]
     assert out.splitlines()[-2:] == [
         "Written: " + ", ".join(map(str, written)),
@@ -80,14 +81,35 @@ def test_a_sweep(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     listed = json.loads(said(capsys, *words[:-2], "--json", "--dry-run")[1])
     assert [each["finished"] for each in listed["evaluations"]] == [True] * 3 and listed["copies"] == 1
     higher = said(capsys, *words[:-2], "--y_max", "100", "--metric", "exact_match,flexible-extract")[1]
-    assert "relative to 100.0%" in higher and "exact_match,flexible-extract ±" in higher
+    assert "relative to 100.0%" in higher and "exact_match,flexible-extract of 4 documents ±" in higher
 
     # A comparison of the whole folder would mix runs of different documents.
     code, out, err = said(capsys, *DEMO, "--limit", "2", "--threshold", "0.5,0.6", *words[2:4], "--output_path", "s")
     assert code == 0, err
     named = "s/*/gsm8k_sdar_demo-first-2"
     assert f"sdar_lm_eval compare {named}; see them: sdar_lm_eval report {named} -o" in out
+    assert "Written: s/table-3.md, s/points-3.json, s/accuracy-3.svg" in out  # the third sweep in the folder
+    assert "of 2 documents ±" in Path("s/table-3.md").read_text()
+    assert "relative to 100.0%" in Path("s/table-2.md").read_text()
+    assert json.loads(Path("s/points.json").read_text()) == points
     assert "confidence_threshold=0.5" in out
+
+
+def test_outside_of_a_repository_git_is_silent(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    words = ["--limit", "1", "--gen_kwargs", "max_gen_toks=4", "--threshold", "0.5", "--output_path", "s"]
+    assert main(["sweep", *DEMO, *words]) == 0
+    assert "not a git repository" not in capfd.readouterr().err
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a", "--allow-empty"], check=True
+    )
+    assert main(["sweep", *DEMO, *words[:-1], "t"]) == 0
+    (file,) = Path("t").rglob("results_*.json")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert commit.startswith(json.loads(file.read_text())["git_hash"])
 
 
 def test_several_tasks_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,11 +117,14 @@ def test_several_tasks_stand_side_by_side(capsys: pytest.CaptureFixture[str]) ->
     code, out, err = said(capsys, *words, "--steps", "4,1", "--strategy", "static", "--output_path", "s")
     assert code == 0, err
     content = json.loads(Path("s/points.json").read_text())
-    expected = [[task["task"], *(f"{point['accuracy']:.1f}" for point in task["points"])] for task in content["tasks"]]
+    expected = [
+        [task["task"], *(f"{point['accuracy']:.1f} ± {point['stderr']:.1f}" for point in task["points"])]
+        for task in content["tasks"]
+    ]
     assert [row[0] for row in expected] == [f"parallel_bench_sdar_{kind}_demo" for kind in ("latin_square", "sudoku")]
-    lines = [line.split() for line in out[out.index("All tasks") :].splitlines()]
-    assert lines[7:9] == expected and lines[6] == ["accuracy,", "%", "1", "2"]
-    assert "## All tasks\n\n|  | strategy | setting |" in Path("s/table.md").read_text()
+    lines = [re.split(" {2,}", line) for line in out[out.index("All tasks") :].splitlines()]
+    assert lines[7:9] == expected and lines[6] == ["accuracy, %", "1", "2"]
+    assert "## All tasks\n\n| # | strategy | setting |" in Path("s/table.md").read_text()
 
 
 def test_one_that_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +138,9 @@ def test_one_that_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     monkeypatch.setattr(NativeEngine, "generate", fail)
     words = [*DEMO, "--limit", "2", "--gen_kwargs", "max_gen_toks=8", "--threshold", "0.5,0.9"]
     code, out, err = said(capsys, *words)
-    assert code == 1 and "1/2 confidence_threshold=0.5, seed 1234: failed: out of memory" in err
+    assert code == 1 and "1/2 confidence_threshold=0.5: failed: out of memory" in err
     assert "sdar_lm_eval: error: 1 of 2 evaluations failed. The same command runs these again." in err
-    assert "  confidence_threshold=0.5, seed 1234: out of memory" in err
+    assert "  confidence_threshold=0.5: out of memory" in err
     assert "low_confidence_dynamic" in out and Path("sweeps/demo-gsm8k_sdar_demo/table.md").exists()
     monkeypatch.undo()
 

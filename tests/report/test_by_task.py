@@ -19,7 +19,7 @@ def summaries() -> list[Summary]:
 def test_the_columns_are_the_settings() -> None:
     settings, accuracies = by_task(summaries()).split("\n\n")
     assert [line.split() for line in settings.splitlines()] == [
-        ["strategy", "setting"],
+        ["#", "strategy", "setting"],
         ["1", "low_confidence_static", "denoising_steps=4"],
         ["2", "low_confidence_static", "denoising_steps=1"],
         ["3", "low_confidence_dynamic", "confidence_threshold=0.5"],
@@ -27,16 +27,16 @@ def test_the_columns_are_the_settings() -> None:
         ["5", "sequential", "denoising_steps=2"],
     ]
     assert accuracies.splitlines() == [
-        "accuracy, %     1     2     3     4     5",
-        "copy         94.0  24.0  68.0  93.5  50.0",
-        "shuffle      47.0  12.0  34.0  46.8  25.0",
+        "accuracy, %           1           2           3           4     5",
+        "copy         94.0 ± 1.5  24.0 ± 1.5  68.0 ± 1.5  93.5 ± 1.5  50.0",
+        "shuffle      47.0 ± 1.5  12.0 ± 1.5  34.0 ± 1.5  46.8 ± 1.5  25.0",
     ]
 
 
 def test_a_narrow_terminal() -> None:
-    assert by_task(summaries(), width=30).split("\n\n")[-2:] == [
-        "accuracy, %     1     2     3\ncopy         94.0  24.0  68.0\nshuffle      47.0  12.0  34.0",
-        "accuracy, %     4     5\ncopy         93.5  50.0\nshuffle      46.8  25.0",
+    assert by_task(summaries(), width=40).split("\n\n")[-2:] == [
+        "accuracy, %           3           4\ncopy         68.0 ± 1.5  93.5 ± 1.5\nshuffle      34.0 ± 1.5  46.8 ± 1.5",
+        "accuracy, %     5\ncopy         50.0\nshuffle      25.0",
     ]
     assert by_task(summaries(), width=80) == by_task(summaries())
 
@@ -44,13 +44,13 @@ def test_a_narrow_terminal() -> None:
 def test_markdown() -> None:
     rows = by_task(summaries(), markdown=True).splitlines()
     assert rows[:3] == [
-        "|  | strategy | setting |",
+        "| # | strategy | setting |",
         "| ---: | --- | --- |",
         "| 1 | low_confidence_static | denoising_steps=4 |",
     ]
     assert rows[-4:] == [
         "| accuracy, % | 1 | 2 | 3 | 4 | 5 |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| copy | 94.0 | 24.0 | 68.0 | 93.5 | 50.0 |",
-        "| shuffle | 47.0 | 12.0 | 34.0 | 46.8 | 25.0 |",
+        "| copy | 94.0 ± 1.5 | 24.0 ± 1.5 | 68.0 ± 1.5 | 93.5 ± 1.5 | 50.0 |",
+        "| shuffle | 47.0 ± 1.5 | 12.0 ± 1.5 | 34.0 ± 1.5 | 46.8 ± 1.5 | 25.0 |",
     ]

@@ -49,10 +49,19 @@ def test_the_table() -> None:
     ]
     assert len({line.index("*") for line in lines[1:5]}) == 1  # stars stand below each other
     front = aup([(0.76, 94.0), (1.4, 93.5)], 94.0)
-    assert lines[8].split() == ["the", "front", f"{front:.1f}", "2,", "2", "left", "out"]
+    assert lines[8].split() == ["Pareto", "front", f"{front:.1f}", "2,", "2", "left", "out"]
     assert f"relative to {94.0:.1f}%" in table(summary()) and "Unknown speed: some answers came" in lines[-1]
     assert "relative to 97.0%" in table(summary(97.0))
     assert "The best of several settings looks better than it is." in table(summary())
+
+
+def test_rounding_hides_no_difference_of_speed_on_the_front() -> None:
+    near = [
+        dataclasses.replace(POINTS[0], tokens_per_forward=speed, accuracy=a)
+        for speed, a in ((1.4473, 95), (1.4479, 92))
+    ]
+    lines = table(summarized("demo_task", "exact_match,strict-match", near)).splitlines()
+    assert " 1.447 *" in lines[1] and " 1.448 *" in lines[2]
 
 
 def test_the_table_as_markdown() -> None:
@@ -72,7 +81,7 @@ def test_the_json() -> None:
     values = content["aup"]
     assert isinstance(values, list)
     assert [value["curve"] for value in values] == [
-        "the front", "low_confidence_static", "low_confidence_dynamic", "sequential"
+        "Pareto front", "low_confidence_static", "low_confidence_dynamic", "sequential"
     ]  # fmt: skip
     assert values[2] == {
         "curve": "low_confidence_dynamic", "aup": aup([(1.4, 93.5)], 97.0), "points": 1, "left_out": 1,
@@ -110,7 +119,13 @@ def test_the_chart_of_a_page() -> None:
     svg = ElementTree.fromstring(text)
     assert svg.tag == f"{SVG}svg" and text == chart_svg(POINTS)
     told = texts_of(svg)
-    expected = ["accuracy, %", "tokens per forward", "tokens/s", "low_confidence_static", "low_confidence_dynamic"]
+    expected = [
+        "accuracy ± standard error, %",
+        "tokens per forward",
+        "tokens/s",
+        "low_confidence_static",
+        "low_confidence_dynamic",
+    ]
     assert set(expected) <= set(told)
     styles = [part.get("style") or "" for part in svg.iter()]
     assert all("fill: currentColor" in (part.get("style") or "") for part in svg.iter(f"{SVG}text"))

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from run_files import DATE, write_run
 from support import environment
 
 import sdar_lm_eval
 from sdar_lm_eval import UserError, compare, read_run
+from sdar_lm_eval.commands import main
 from sdar_lm_eval.report.denoising import DenoisingLine, write_denoising
 from sdar_lm_eval.report.frames import ANSWER_COLUMNS
 
@@ -91,6 +94,25 @@ def test_answers_and_samples_number_repeats_alike(tmp_path: Path) -> None:
     assert list(read_run(tmp_path).answers["repeat"]) == [2, 3]
 
 
+def test_commands_agree_on_a_run_of_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = np.array([[1, 1, 0, 0, 1, 0, 1, 1], [1, 1, 0, 1, 1, 0, 1, 1], [1, 0, 0, 0, 1, 0, 1, 1]])
+    tasks = {"gsm8k_sdar_paper": "exact_match,opencompass", "mine": "acc,none"}
+    for seed, row in enumerate(scores):
+        of_tasks = {task: {metric: row.tolist()} for task, metric in tasks.items()}
+        write_run(tmp_path, of_tasks, date=f"2026-01-0{seed + 1}T0", seed=seed)
+    of_documents = pd.Series(scores.mean(axis=0))
+    value, stderr = of_documents.mean(), of_documents.sem()
+    frame = read_run(tmp_path).scores
+    assert list(frame["value"]) == pytest.approx([value] * 2) and list(frame["stderr"]) == pytest.approx([stderr] * 2)
+    assert main(["table", str(tmp_path), "--published", "4B"]) == 0
+    shown = f"{100 * value:.1f} ± {100 * stderr:.1f}"
+    out = capsys.readouterr().out
+    assert out.count(shown) == 2
+    assert all(f"{task}: mean of 3 seeds; the error is over questions" in out for task in tasks)
+    assert main(["show", str(tmp_path), "--task", "mine"]) == 0
+    assert f"acc of none {shown}%; 8 of 8 documents" in capsys.readouterr().out
+
+
 def test_a_comparison(folders: tuple[Path, Path]) -> None:
     found = compare(*folders)
     table = found.table.set_index(["metric", "filter"])
@@ -101,6 +123,7 @@ def test_a_comparison(folders: tuple[Path, Path]) -> None:
     text, page = repr(found), found._repr_html_()
     for part in ("beams", "prompts of 3 of 3", "No difference shown: 3 documents cannot show one."):
         assert part in text and part in page
+    assert "± is one standard error." in page and "detectable: the smallest true difference" in page
     assert list(found.changed()["document_a"]) == [1]
     assert list(found.changed(filter="flexible")["document_a"]) == [2]
     assert list(found.changed(metric="f1")["b"]) == [0.5, 0.5]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,6 +129,35 @@ def test_the_judge_of_other_filters_is_not_asked_again(tmp_path: Path, caplog: p
     assert caplog.text.count("Live accuracy is switched off") == 1
     told = "the judge of mine applies the filter flexible-extract, which is none of the task's (first-line). Name"
     assert told in caplog.text and "accuracy 1" not in caplog.text
+
+
+FILTERS = """
+filter_list:
+  - name: flexible-extract
+    filter:
+      - function: regex
+        regex_pattern: '(\\d)'
+      - function: take_first
+"""
+
+
+@pytest.mark.parametrize(
+    ("yaml", "told"),
+    [(FILTERS, r"'(\d+)' \(gold: '\1'\) where the task finds '\d' \(gold: '\1'\)"),
+     ("doc_to_target: '0'\n", r"'(\d+)' \(gold: '\1'\) where the task finds '\1' \(gold: '0'\)")],
+)  # fmt: skip
+def test_the_judge_of_another_filter_of_the_same_name_or_of_other_gold_is_not_asked_again(
+    yaml: str, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mine.yaml").write_text(f"include: {TASKS}/gsm8k_sdar_demo.yaml\ntask: mine\n{yaml}")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    with caplog.at_level(logging.INFO):
+        lm_eval.simple_evaluate(
+            "sdar", model_args={"pretrained": "demo"}, tasks=["mine"], limit=2, task_manager=manager, bootstrap_iters=0
+        )
+    assert caplog.text.count("Live accuracy is switched off") == 1 and "accuracy 1" not in caplog.text
+    start = "the judge of mine applies the filter flexible-extract, and finds "
+    assert re.search(start + told + r"\. Name another judge", caplog.text)
 
 
 def test_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

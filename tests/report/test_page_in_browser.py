@@ -412,6 +412,10 @@ def test_print_has_every_row(page: Any) -> None:
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert _documents(page) == list(range(12))
     assert page.locator("#bar").is_hidden()
+    scrolling = page.locator(".scroll, figure").evaluate_all(
+        "(all) => all.map((one) => getComputedStyle(one).overflowX)"
+    )
+    assert set(scrolling) == {"visible"}  # paper does not scroll
     tops = page.locator("#rows .row").evaluate_all("(rows) => rows.map((row) => row.getBoundingClientRect().top)")
     assert tops == sorted(set(tops))
     _open(page, 0)

@@ -267,7 +267,7 @@ def test_an_accuracy_that_is_not_a_number_leaves_the_others_as_they_are(tmp_path
     for order in itertools.permutations(points):
         found = summarized("t", "acc,none", order)
         assert found.fronts["tokens per forward"] == (points[2],) and found.y_max == 75.0
-        (value,) = [each for each in found.values if each.name != "the front"]
+        (value,) = [each for each in found.values if each.name != "Pareto front"]
         assert (value.aup, value.points) == (aup([(1, 50.0), (3, 75.0)], 75.0), 2)
         assert "nan" not in table(found) + by_task([found, found])
         assert "NaN" not in json.dumps(found.as_dict())

@@ -14,10 +14,11 @@ import pytest
 from sdar_lm_eval.commands import main
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.columns import COLUMNS, SCI_COLUMNS, TABLES, TRADO_COLUMNS
-from sdar_lm_eval.report.published import PUBLISHED, SIZES, published_as
+from sdar_lm_eval.report.published import PUBLISHED, SIZES, published, published_as
 from sdar_lm_eval.report.table import Score, difference, read_tables, render
 
 MMLU, GSM8K, HUMANEVAL = COLUMNS[0], COLUMNS[1], COLUMNS[3]
+DIFFERENCE = re.compile(r"[+-]\d+\.\d ± \d+\.\d, (within|LARGER than) chance")
 PAPER_SETTINGS = {
     "block_length": 4,
     "denoising_steps": 4,
@@ -223,7 +224,7 @@ def test_questions_with_several_answers(tmp_path: Path, capsys: pytest.CaptureFi
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("beside SDAR-30B-A3B-Sci-sampled (JetAstra/SDAR's README, part II)")
     rows = {line.split("  ")[0]: re_spaced(line) for line in lines[3:11]}
-    assert rows["AIME 2024 (S)"] == "AIME 2024 (S) aime2024_sdar_s 30 70.0 ± 6.0 73.4 -3.4 ± 8.5 within chance"
+    assert rows["AIME 2024 (S)"] == "AIME 2024 (S) aime2024_sdar_s 30 70.0 ± 6.0 73.4 -3.4 ± 8.5, within chance"
     assert list(rows) == [column.title for column in SCI_COLUMNS[8:]]
     assert "aime2024_sdar_s: mean of 32 answers to each question; the error is over questions" in lines
 
@@ -275,7 +276,7 @@ def test_a_trado_run_beside_the_published_rows(tmp_path: Path, capsys: pytest.Ca
     (row,) = [re_spaced(line) for line in lines if line.startswith("MATH500 (dynamic)")]
     # The published score is as uncertain as the run's on 500 questions: 5 points * sqrt(100 / 500).
     stderr = math.hypot(5, 5 / math.sqrt(5))
-    assert row == f"MATH500 (dynamic) trado_math500 100 70.0 ± 5.0 67.4 +2.6 ± {stderr:.1f} within chance"
+    assert row == f"MATH500 (dynamic) trado_math500 100 70.0 ± 5.0 67.4 +2.6 ± {stderr:.1f}, within chance"
     assert "trado_math500 beside dLLM-RL:SDAR-4B-Chat-dynamic: 100 of 500 questions" in lines
     assert "trado_math500: mean of 3 answers to each question; the error is over questions" in lines
 
@@ -309,8 +310,8 @@ def test_seeds_are_a_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert scores_of(folder)["gsm8k_sdar_paper"].value == pytest.approx(0.6)
     assert main(["table", str(folder)]) == 0
     out = capsys.readouterr().out
-    for task in ("gsm8k_sdar_paper", "mine"):  # the second is in no published table
-        assert f"{task}: mean of 2 seeds; the error is that of one seed" in out
+    assert "gsm8k_sdar_paper: mean of 2 seeds; the error is that of one seed" in out  # there are no samples
+    assert "mine: mean of 2 seeds; the error is unknown" in out  # the task is in no published table
     assert next(re_spaced(line) for line in out.splitlines() if line.startswith("mine ")).endswith(" 10 60.0")
 
 
@@ -332,7 +333,8 @@ def test_a_run_without_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci, sdar_sci_s, trado, "
         "trado_static and trado_think are." in out
     )
-    assert "gsm8k_sdar_demo" in out.splitlines()[-1] and "larger than chance" not in out
+    *_, row, _, legend = out.splitlines()
+    assert "gsm8k_sdar_demo" in row and legend == "± is one standard error." and "chance" not in out
 
 
 def test_what_json_lacks_is_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -388,13 +390,30 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         text = render(read_tables([folder])[0], width)
         table = [line for line in text.splitlines()[1:] if not line.startswith(("gsm8k_sdar_paper", "humaneval_sdar"))]
         assert max(map(len, table)) <= width and text.count("LARGER than chance") == 1
+    rows = [published("4B"), published("8B")]
+    for width in (60, 80, 100):  # each verdict stands beside its difference, under the name of the published row
+        text = render(read_tables([folder], rows)[0], width)
+        for block in text.split("\n\n")[1:-1]:
+            head, *body = block.splitlines()
+            for line in body:
+                assert all(
+                    head[found.start() :].startswith("difference from SDAR-") for found in DIFFERENCE.finditer(line)
+                )
+        assert len(DIFFERENCE.findall(text)) == 6
+    assert main(["table", str(folder), "--format", "markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| column | task | questions | this run, % | SDAR-4B-Chat, % | difference |"
+    assert lines[5] == "| GSM8K | gsm8k_sdar_paper | 1,319 | 85.0 ± 1.0 | 89.9 | -4.9 ± 1.3, LARGER than chance |"
+    assert {line.count("|") for line in lines[2:11]} == {7} and lines[12].startswith(
+        "- gsm8k_sdar_paper beside SDAR-4B"
+    )
     assert main(["table", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"JetLM/SDAR-4B-Chat, {folder} beside SDAR-4B-Chat (arXiv 2510.06303, table 1)"
     rows = {line.split("  ")[0]: re_spaced(line) for line in lines[2:10]}
     assert rows["column"] == "column task questions this run, % SDAR-4B-Chat, % difference"
-    assert rows["GSM8K"] == "GSM8K gsm8k_sdar_paper 1,319 85.0 ± 1.0 89.9 -4.9 ± 1.3 LARGER than chance"
-    assert rows["HumanEval"] == "HumanEval humaneval_sdar 20 70.0 ± 10.5 72.0 -2.0 ± 11.1 within chance"
+    assert rows["GSM8K"] == "GSM8K gsm8k_sdar_paper 1,319 85.0 ± 1.0 89.9 -4.9 ± 1.3, LARGER than chance"
+    assert rows["HumanEval"] == "HumanEval humaneval_sdar 20 70.0 ± 10.5 72.0 -2.0 ± 11.1, within chance"
     assert rows["MATH500"] == "MATH500 math500_sdar not run 72.8"
     assert rows["MathBench"] == "MathBench mathbench_sdar not run 74.7"
     assert lines[11:13] == [

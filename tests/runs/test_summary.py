@@ -77,7 +77,7 @@ def test_a_sweep_s_table_and_json() -> None:
     runs = _runs(confidence_threshold="0.8,0.9", block_length="4,8")
     reports = [REPORT, None, REPORT | {"metrics": METRICS | {"stderr": None}}, REPORT]
     assert [line.split() for line in summary.sweep_table(reports, runs).splitlines()] == [
-        ["block_length", "confidence_threshold", "accuracy,", "%", "tokens/s", "tokens/forward"],
+        ["block_length", "confidence_threshold", "accuracy,", "%", "tokens/s", "tokens", "per", "forward"],
         ["4", "0.8", "75.0", "±", "3.9", "2,345.6", "1.43"],
         ["4", "0.9", "failed"],
         ["8", "0.8", "75.0", "2,345.6", "1.43"],
