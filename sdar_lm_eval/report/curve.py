@@ -139,7 +139,8 @@ def table(summary: Summary, markdown: bool = False, width: int | None = None) ->
     if any(value.interval is not None for value in summary.values):
         notes.append(
             f"95% intervals of AUP and of its differences: {DRAWS:,} draws of documents, the same documents for all "
-            "curves. Tokens per forward count as exact. The front has no interval, because the scores chose the front."
+            "curves. Tokens per forward count as exact. The Pareto front has no interval, because "
+            "the scores chose its points."
         )
     if len(summary.points) > 1:
         notes.append(
