@@ -12,19 +12,26 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.results import Results, Sample
-from sdar_lm_eval.report.runs import Metric, Run, metrics_of
+from sdar_lm_eval.report.runs import Metric, MetricKey, Run, metrics_of
 from sdar_lm_eval.report.statistics import FloatArray, cluster_values
 
-Key = tuple[str, int]
-"""Identifies a document: (its hash, or its index and gold answer; its number among documents equal in these)."""
 
-MetricKey = tuple[str, str]
-"""(name of a metric, name of its filter)"""
+class DocumentKey(NamedTuple):
+    """Identifies a document of a task, or of a group of tasks (`groups.pooled_key`).
+
+    Attributes:
+        name: the document's hash, or its index and gold answer (`document_name`).
+        number: the document's number among documents with this name, from 0.
+    """
+
+    name: str
+    number: int
 
 
 LOST = "the samples file has"
@@ -62,7 +69,7 @@ class Scores:
     """
 
     metric: Metric
-    answers: Mapping[Key, FloatArray]
+    answers: Mapping[DocumentKey, FloatArray]
     means: frozenset[str]
     flaw: str = ""
 
@@ -77,7 +84,7 @@ class TaskScores:
         reworded: number of documents whose prompts differ between the run's repeats, as few-shot examples may.
     """
 
-    documents: Mapping[Key, PairedDocument]
+    documents: Mapping[DocumentKey, PairedDocument]
     scores: Mapping[MetricKey, Scores]
     reworded: int = 0
 
@@ -145,11 +152,11 @@ def document_name(doc_hash: str | None, index: int, gold: str, *, hashed: bool) 
     return doc_hash or "" if hashed else f"{index}: {gold}"
 
 
-def keyed(names: Iterable[str]) -> Iterator[Key]:
+def keyed(names: Iterable[str]) -> Iterator[DocumentKey]:
     """Yield the key of each document by its `document_name`. Equal documents come by rising index."""
     seen: Counter[str] = Counter()
     for name in names:
-        yield name, seen[name]
+        yield DocumentKey(name, seen[name])
         seen[name] += 1
 
 
@@ -177,11 +184,11 @@ def _line(sample: Sample, names: Iterable[str]) -> _Line:
 def _task_scores(
     results: Sequence[Results], task: str, lines_of_results: Sequence[Sequence[_Line]], hashed: bool
 ) -> TaskScores:
-    documents: dict[Key, PairedDocument] = {}
-    reworded: set[Key] = set()
+    documents: dict[DocumentKey, PairedDocument] = {}
+    reworded: set[DocumentKey] = set()
     found: dict[MetricKey, list[Scores]] = {}
     for each, lines in zip(results, lines_of_results, strict=True):
-        by_filter: dict[str, list[tuple[Key, _Line]]] = {}
+        by_filter: dict[str, list[tuple[DocumentKey, _Line]]] = {}
         for name, group in itertools.groupby(lines, key=lambda line: line.filter):
             members = list(group)
             names = (
@@ -194,12 +201,12 @@ def _task_scores(
                     reworded.add(key)
         for metric in metrics_of(each, task):
             scores = _scores(each, task, metric, by_filter.get(metric.filter, ()))
-            found.setdefault((metric.name, metric.filter), []).append(scores)
+            found.setdefault(metric.key, []).append(scores)
     ordered = dict(sorted(documents.items(), key=lambda item: item[1].index))
     return TaskScores(ordered, {key: _joined(parts) for key, parts in found.items()}, len(reworded))
 
 
-def _scores(results: Results, task: str, metric: Metric, lines: Sequence[tuple[Key, _Line]]) -> Scores:
+def _scores(results: Results, task: str, metric: Metric, lines: Sequence[tuple[DocumentKey, _Line]]) -> Scores:
     """The scores of a metric in one results file."""
     expected = results.answered(task)
     given = {key: line.values[metric.name] for key, line in lines if metric.name in line.values}
@@ -223,7 +230,7 @@ def _joined(parts: Sequence[Scores]) -> Scores:
     """The scores of all repeats together: a document's answers are those of every repeat."""
     if len(parts) == 1:
         return parts[0]
-    answers: dict[Key, list[FloatArray]] = {}
+    answers: dict[DocumentKey, list[FloatArray]] = {}
     for part in parts:
         for key, values in part.answers.items():
             answers.setdefault(key, []).append(values)

@@ -104,9 +104,9 @@ def metric_of(run: Run, task: str, name: str | None = None) -> Metric:
     if name is None and (chosen := main_metric(task, metrics)) is not None:
         return chosen
     for metric in metrics:
-        if name in (metric.name, f"{metric.name},{metric.filter}"):
+        if name in (metric.name, metric.key.in_results):
             return metric
-    known = ", ".join(f"{metric.name},{metric.filter}" for metric in metrics)
+    known = ", ".join(metric.key.in_results for metric in metrics)
     asked = "any metric" if name is None else f"a metric {name!r}"
     raise UserError(f"{task} of {run.label} does not have {asked}. Known: {known or 'none'}.")
 
@@ -322,9 +322,9 @@ def _accuracy(run: Run, task: str, metric: Metric) -> tuple[float, float | None]
     if len(of_task) == 1:
         return metric.value, metric.stderr
     with contextlib.suppress(UserError):  # a run without samples
-        scores = read_pair(run, run, task)[0].scores[metric.name, metric.filter]
+        scores = read_pair(run, run, task)[0].scores[metric.key]
         if not scores.flaw:
             # Some metrics, such as IFEval's of instructions, count each answer the same, not each document.
             values = cluster_values(list(scores.answers.values()), weigh_answers="documents" not in scores.means)
             return float(values.mean()), mean_stderr(values)
-    return mean_value(of_task, task, (metric.name, metric.filter)), None
+    return mean_value(of_task, task, metric.key), None
