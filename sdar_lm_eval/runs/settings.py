@@ -22,7 +22,7 @@ from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.hashing import digest_of_files, hex_digest
 from sdar_lm_eval.revision import ANSWER_REVISION
-from sdar_lm_eval.runs.grid import Combination, Setting, combinations, listed, without_copies
+from sdar_lm_eval.runs.grid import Combination, Setting, combinations, parts_of, without_copies
 from sdar_lm_eval.settings import OF_THOUGHTS, read_generation, typed
 from sdar_lm_eval.spellings import ALIASES
 
@@ -214,8 +214,8 @@ def runs_from_flags(
             raise UserError(f"{flag} {number} is out of range: it must be 1 or more.")
     if seed < 0:
         raise UserError(f"--seed {seed} is out of range: it must be 0 or more.")
-    listed_tasks = tuple(dict.fromkeys(listed("--tasks", tasks)))
-    if not confirm_run_unsafe_code and (programs := [task for task in listed_tasks if task in RUN_PROGRAMS]):
+    names = tuple(dict.fromkeys(parts_of("--tasks", tasks)))
+    if not confirm_run_unsafe_code and (programs := [task for task in names if task in RUN_PROGRAMS]):
         raise UserError(
             f"--tasks {', '.join(programs)}: scored by running programs that the model writes. They run in a container "
             "without network, token and volumes; say --confirm-run-unsafe-code to agree. Nothing was run."
@@ -234,7 +234,7 @@ def runs_from_flags(
         model_name=model_name,
         revision=revision or None,
         engine=engine,
-        tasks=listed_tasks,
+        tasks=names,
         num_samples=num_samples,
         decoding=DecodingConfig(),
         max_gen_length=max_gen_length,
