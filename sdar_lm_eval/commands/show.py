@@ -33,11 +33,11 @@ KINDS = {
     "thinking": "the answer ended while the model was thinking",
 }
 """Value of `--only` -> the documents that it lists."""
-ENDS = {
+REMARKS = {
     "length": "The answer ended at the limit of new tokens.",
     "repetition": "The answer ended in a loop (stop_repetition).",
 }
-"""Finish reason -> what is said of it."""
+"""Finish reason -> what `show` says of an answer that ended so."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -307,8 +307,8 @@ def _print_answers(
             console.print(_tokens(record) if as_table else denoised_text(record), soft_wrap=True)
             console.print()
             console.print(Text(_cost(record)))
-            if record.finish_reason in ENDS:
-                console.print(ENDS[record.finish_reason], style="yellow")
+            if record.finish_reason in REMARKS:
+                console.print(REMARKS[record.finish_reason], style="yellow")
         if answer.ended_while_thinking:
             console.print("The answer ended while the model was thinking: its scored text is empty.", style="yellow")
         console.print()
