@@ -93,7 +93,7 @@ def combinations(texts: Mapping[str, str], flag_of: Callable[[str], str] = str) 
     """Return all combinations of the values of some settings; the last setting varies fastest.
 
     Args:
-        texts: name or short name of a setting (`ALIASES` in settings.py) -> its values as text.
+        texts: name or short name of a setting (`ALIASES` in spellings.py) -> its values as text.
         flag_of: full name of a setting -> its name in messages.
 
     Raises:

@@ -199,7 +199,7 @@ def runs_from_flags(
     Args:
         thoughts: model_args on thoughts, as name=value,name=value or JSON.
         engine_args: model_args of the engine, in the same forms.
-        short: flags by their short names (`ALIASES` in settings.py); they replace the flag of the full name.
+        short: flags by their short names (`ALIASES` in spellings.py); they replace the flag of the full name.
         all others: the flags; see `RunSettings`.
 
     Raises:
