@@ -112,6 +112,6 @@ def instance(number: int, doc: dict[str, Any], new_tokens: int, settings: dict[s
     return Instance("generate_until", doc, (front + PROMPT.format(**doc), settings), 0, metadata=("gsm8k", number, 1))
 
 
-def sampling(sample: bool) -> dict[str, Any]:
+def sampling(*, sample: bool) -> dict[str, Any]:
     """Settings that draw tokens at temperature 1, or that take the most probable token."""
     return {"do_sample": True, "temperature": 1.0} if sample else {"do_sample": False}

@@ -44,7 +44,7 @@ def main() -> None:
         settings = {
             "remasking_strategy": args.strategy,
             "confidence_threshold": args.threshold,
-            **sampling(True),
+            **sampling(sample=True),
         }
 
         fronts = [front(questions, i, args.prefix, lm.tokenizer) for i in range(args.active)]

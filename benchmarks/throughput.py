@@ -63,7 +63,7 @@ def main() -> None:
         settings = {
             "remasking_strategy": args.strategy,
             "confidence_threshold": args.threshold,
-            **sampling(args.sample),
+            **sampling(sample=args.sample),
         }
 
         ranks = lm.ranks

@@ -141,7 +141,7 @@ def start(
 ) -> dict[str, Any]:
     clock = Clock()
     for part in ("first token", "first token of a second request"):
-        lm.generate_until([instance(0, questions[0], 1, sampling(args.sample))], disable_tqdm=True)
+        lm.generate_until([instance(0, questions[0], 1, sampling(sample=args.sample))], disable_tqdm=True)
         parts[part] = clock.lap()
     second = parts.pop("first token of a second request")
     assert second is not None
@@ -248,7 +248,7 @@ def whole_gsm8k(lm: Any, questions: Any, args: argparse.Namespace) -> dict[str, 
     settings = {
         "remasking_strategy": "low_confidence_static",
         "denoising_steps": max(lm.checkpoint.block_length // 2, 1),
-        **sampling(args.sample),
+        **sampling(sample=args.sample),
     }
     count = min(args.questions or len(questions), len(questions))
     instances = [instance(i, questions[i], args.answer_tokens, settings) for i in range(count)]

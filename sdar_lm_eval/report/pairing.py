@@ -111,7 +111,7 @@ def read_pair(a: Run, b: Run, task: str) -> tuple[TaskScores, TaskScores]:
             raise UserError(f"{run.label} has no samples of {task}. Evaluate again with --log_samples.")
     hashed = all(line.doc_hash is not None for lines in lines_of for each in lines for line in each)
     first, second = (
-        _task_scores(run.of_tasks[task], task, lines, hashed)
+        _task_scores(run.of_tasks[task], task, lines, hashed=hashed)
         for run, lines in zip((a, b), lines_of, strict=True)
     )  # fmt: skip
     return first, second
@@ -181,24 +181,29 @@ def _line(sample: Sample, names: Iterable[str]) -> _Line:
     )
 
 
+def _by_filter(lines: Iterable[_Line], *, hashed: bool) -> dict[str, list[tuple[DocumentKey, _Line]]]:
+    """Filter -> the lines of its documents, each with the document's key; `lines` are as `_read_lines` returns them."""
+    found = {}
+    for name, group in itertools.groupby(lines, key=lambda line: line.filter):
+        members = list(group)
+        documents = [(line.doc_hash, line.document.index, line.document.target) for line in members]
+        keys = keyed(document_name(*document, hashed=hashed) for document in documents)
+        found[name] = list(zip(keys, members, strict=True))
+    return found
+
+
 def _task_scores(
-    results: Sequence[Results], task: str, lines_of_results: Sequence[Sequence[_Line]], hashed: bool
+    results: Sequence[Results], task: str, lines_of_results: Sequence[Sequence[_Line]], *, hashed: bool
 ) -> TaskScores:
+    """What the lines of the repeats' samples files, in the order of `results`, say about a task."""
     documents: dict[DocumentKey, PairedDocument] = {}
     reworded: set[DocumentKey] = set()
     found: dict[MetricKey, list[Scores]] = {}
     for each, lines in zip(results, lines_of_results, strict=True):
-        by_filter: dict[str, list[tuple[DocumentKey, _Line]]] = {}
-        for name, group in itertools.groupby(lines, key=lambda line: line.filter):
-            members = list(group)
-            names = (
-                document_name(line.doc_hash, line.document.index, line.document.target, hashed=hashed)
-                for line in members
-            )
-            by_filter[name] = list(zip(keyed(names), members, strict=True))
-            for key, line in by_filter[name]:
-                if documents.setdefault(key, line.document).prompt != line.document.prompt:
-                    reworded.add(key)
+        by_filter = _by_filter(lines, hashed=hashed)
+        for key, line in itertools.chain.from_iterable(by_filter.values()):
+            if documents.setdefault(key, line.document).prompt != line.document.prompt:
+                reworded.add(key)
         for metric in metrics_of(each, task):
             scores = _scores(each, task, metric, by_filter.get(metric.filter, ()))
             found.setdefault(metric.key, []).append(scores)

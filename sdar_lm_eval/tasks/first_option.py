@@ -68,11 +68,9 @@ def first_option(response: str, options: str = LETTERS) -> str:
     """
     text = response.strip()
     for rule in _rules_for(options):
-        if match := rule.search(text):
-            found = match[1] or match[0]
-            for letter in options:
-                if letter in found:
-                    return letter
+        match = rule.search(text)
+        if match and (letters := [letter for letter in options if letter in (match[1] or match[0])]):
+            return letters[0]
     return INVALID
 
 
