@@ -198,11 +198,11 @@ def prepare(run: RunSettings) -> Prepared | Failure:
     """Fetch a run's checkpoint and documents to the volume: once, and before a GPU is paid for."""
     os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"]  # the hashes of weights stay there, so no GPU waits for them
     from sdar_lm_eval.checkpoint import Checkpoint
-    from sdar_lm_eval.runs.shards import ANSWERS, documents_of
+    from sdar_lm_eval.runs.shards import ANSWERS, document_counts
 
     try:
         pretrained = pretrained_of(run)
-        documents = documents_of(run.tasks, run.num_samples)
+        documents = document_counts(run.tasks, run.num_samples)
         checkpoint = Checkpoint.open(pretrained, run.revision)
         fingerprint = checkpoint.fingerprint
     except SDARError as error:
@@ -386,18 +386,21 @@ def evaluate_all(runs: list[RunSettings], output: Path, *, shards: int, gpu: str
     if "error" in ready:
         return [ready["error"]]
     folders = [run.folder(ready["fingerprint"], [gpu, *pins(run.engine)]) for run in runs]
-    failed = []
-    todo = [(run, folder) for run, folder in zip(runs, folders, strict=True) if report_of(run, folder) is None]
+    todo = []
     for run, folder in zip(runs, folders, strict=True):
-        done = (run, folder) not in todo
-        told = summary.sweep_label(run, runs) + (", there already: nothing is computed" if done else "")
+        told = summary.sweep_label(run, runs)
+        if report_of(run, folder) is None:
+            todo.append((run, folder))
+        else:
+            told += ", there already: nothing is computed"
         print(f"Results: sdar-results/{folder}/{run.name}{told}")
-    begun = [pair for pair in todo if pair[1] in ready["begun"]]
+    begun = [(run, folder) for run, folder in todo if folder in ready["begun"]]
     if begun:  # all answers may be there, say of a larger run: scoring finds out, without a GPU
-        for pair, outcome in zip(begun, publish.remote(begun), strict=True):
+        for (run, folder), outcome in zip(begun, publish.remote(begun), strict=True):
             if outcome is None:
-                todo.remove(pair)
-                print(f"{pair[1]}: all answers are there already, so no GPU is needed")
+                todo.remove((run, folder))
+                print(f"{folder}: all answers are there already, so no GPU is needed")
+    failed = []
     if todo:
         failed += answer_all(todo, ready, runs, shards=shards, gpu=gpu, timeout=timeout)
         # Even where a shard failed: `publish` names the documents that the other shards' answers do not cover.
@@ -429,11 +432,12 @@ def answer_all(
     ]
     on_gpu = evaluate.with_options(gpu=gpu, timeout=timeout, max_containers=len(parts))
     failed = []
-    for part, outcome in zip(parts, on_gpu.starmap(parts, return_exceptions=True), strict=True):
+    outcomes = on_gpu.starmap(parts, return_exceptions=True)
+    for (run, folder, _, _, shard, _), outcome in zip(parts, outcomes, strict=True):
         if outcome is not None:
             raised = isinstance(outcome, BaseException)
             error = f"{type(outcome).__name__}: {outcome}" if raised else outcome["error"]
-            failed.append(f"{part[1]}{summary.sweep_label(part[0], runs)}, shard {part[4]} of {shards}: {error}")
+            failed.append(f"{folder}{summary.sweep_label(run, runs)}, shard {shard} of {shards}: {error}")
     return failed
 
 

@@ -1,12 +1,10 @@
-"""Code that the benchmarks share: types of arguments, a checkpoint with random weights, a model without stop tokens,
-questions, this CPU's name."""
+"""What the benchmarks share: arguments, a checkpoint with random weights, a model without stop tokens, questions."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +19,17 @@ from sdar_lm_eval import Checkpoint, UserError, autoload
 from sdar_lm_eval.demo import PROMPT
 from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.tasks import gsm8k
+
+
+def parser_of(description: str | None, *, of_runs: bool = True) -> argparse.ArgumentParser:
+    """A parser of the arguments that benchmarks share; `of_runs`: also those on the questions and the model."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained", default="demo")
+    parser.add_argument("--random-weights", action="store_true", help="the folder needs no weights; they are drawn")
+    if of_runs:
+        parser.add_argument("--gsm8k", help="folder with GSM8K's test.jsonl; default: the demo problems")
+        parser.add_argument("--model-args", default="", help="more of them: name=value,name=value")
+    return parser
 
 
 def positive_int(text: str) -> int:
@@ -103,14 +112,6 @@ def instance(number: int, doc: dict[str, Any], new_tokens: int, settings: dict[s
     return Instance("generate_until", doc, (front + PROMPT.format(**doc), settings), 0, metadata=("gsm8k", number, 1))
 
 
-def sampling(sample: bool) -> dict[str, Any]:
+def sampling(*, sample: bool) -> dict[str, Any]:
     """Settings that draw tokens at temperature 1, or that take the most probable token."""
     return {"do_sample": True, "temperature": 1.0} if sample else {"do_sample": False}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -9,7 +9,6 @@ The last line is JSON.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import heapq
 import json
@@ -17,7 +16,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from common import folder, instance, load_questions, make_model, positive_int, sampling
+from common import folder, instance, load_questions, make_model, parser_of, positive_int, sampling
 from throughput import front
 from torch.profiler import ProfilerActivity, profile
 
@@ -27,10 +26,7 @@ LONGEST = 10  # gaps that are shown one by one
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained", default="demo")
-    parser.add_argument("--random-weights", action="store_true", help="the folder needs no weights; they are drawn")
-    parser.add_argument("--gsm8k", help="folder with GSM8K's test.jsonl; default: the demo problems")
+    parser = parser_of(__doc__)
     parser.add_argument("--active", type=positive_int, default=256)
     parser.add_argument("--new-tokens", type=positive_int, default=64)
     parser.add_argument(
@@ -38,7 +34,6 @@ def main() -> None:
     )
     parser.add_argument("--strategy", default="low_confidence_dynamic")
     parser.add_argument("--threshold", type=float, default=0.9)
-    parser.add_argument("--model-args", default="", help="more of them: name=value,name=value")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no GPU here")
@@ -49,7 +44,7 @@ def main() -> None:
         settings = {
             "remasking_strategy": args.strategy,
             "confidence_threshold": args.threshold,
-            **sampling(True),
+            **sampling(sample=True),
         }
 
         fronts = [front(questions, i, args.prefix, lm.tokenizer) for i in range(args.active)]

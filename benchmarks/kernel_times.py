@@ -12,14 +12,13 @@ of each sequence, as in a step. The GPU's cache has no room for the keys and val
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from typing import Any
 
 import torch
 import triton
-from common import folder, positive_int
+from common import folder, parser_of, positive_int
 from floor import timed
 
 from sdar_lm_eval import Checkpoint, make_engine
@@ -34,9 +33,7 @@ COLD_BYTES = 512 << 20  # together, keys and values that take turns have so many
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained", default="demo")
-    parser.add_argument("--random-weights", action="store_true", help="the folder needs no weights; they are drawn")
+    parser = parser_of(__doc__, of_runs=False)
     parser.add_argument("--active", type=positive_int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--context", type=positive_int, nargs="+", default=[512, 2048])
     parser.add_argument("--block-length", type=positive_int, nargs="+", help="default: the checkpoint's")

@@ -25,11 +25,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import cpu_name, folder
+from common import folder, parser_of
 
 from sdar_lm_eval import Checkpoint, make_engine
 from sdar_lm_eval.engines.native.scoring.batches import Limits
 from sdar_lm_eval.engines.types import LikelihoodConfig, ScoreRequest
+from sdar_lm_eval.report.machine import cpu_name
 
 KINDS = ["rolling", "endings", "letters", "few-shot"]
 
@@ -89,9 +90,7 @@ def fastest_of(run: Callable[[], Any], repeats: int) -> tuple[Any, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained", default="demo")
-    parser.add_argument("--random-weights", action="store_true", help="the folder needs no weights; they are drawn")
+    parser = parser_of(__doc__, of_runs=False)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--no-kernels", action="store_true", help="run transformers' modules also on a GPU")

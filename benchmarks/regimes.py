@@ -279,7 +279,7 @@ def requests(lm: Any, regime: Regime, questions: Any) -> list[Any]:
 
     settings = {
         "remasking_strategy": "low_confidence_dynamic", "confidence_threshold": regime.threshold,
-        "block_length": regime.block, "denoising_steps": regime.block, **sampling(True),
+        "block_length": regime.block, "denoising_steps": regime.block, **sampling(sample=True),
     }  # fmt: skip
     count = regime.prompts or regime.active
     fronts: dict[int, str] = {}

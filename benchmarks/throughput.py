@@ -30,22 +30,21 @@ import time
 from typing import Any
 
 import torch
-from common import cpu_name, folder, instance, load_questions, make_model, positive_int, sampling
+from common import folder, instance, load_questions, make_model, parser_of, positive_int, sampling
 from floor import Floor, tokens_per_second
 from lm_eval.api.instance import Instance
 
 from sdar_lm_eval import Checkpoint
 from sdar_lm_eval.engines.registry import ENGINES
+from sdar_lm_eval.report.counts import Counts
+from sdar_lm_eval.report.machine import cpu_name
 
 WARM_UP = 32  # new tokens of a row's run that does not count: kernels are compiled in it, and CUDA graphs captured
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--engine", default="native", choices=ENGINES)
-    parser.add_argument("--pretrained", default="demo")
-    parser.add_argument("--random-weights", action="store_true", help="the folder needs no weights; they are drawn")
-    parser.add_argument("--gsm8k", help="folder with GSM8K's test.jsonl; default: the demo problems")
     parser.add_argument("--active", type=positive_int, nargs="+", default=[1, 4, 16, 32, 64])
     parser.add_argument("--prompts", type=positive_int, default=64, help="least prompts of a row, --active a round")
     parser.add_argument("--new-tokens", type=positive_int, default=64)
@@ -54,7 +53,6 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--sample", action="store_true", help="draw at temperature 1; default: greedy")
     parser.add_argument("--floor", action="store_true", help="beside what the matrix products alone allow (floor.py)")
-    parser.add_argument("--model-args", default="", help="more of them: name=value,name=value")
     args = parser.parse_args()
 
     with folder(parser, args) as pretrained:
@@ -65,14 +63,15 @@ def main() -> None:
         settings = {
             "remasking_strategy": args.strategy,
             "confidence_threshold": args.threshold,
-            **sampling(args.sample),
+            **sampling(sample=args.sample),
         }
+
+        ranks = lm.ranks
 
         def of(new_tokens: int) -> list[Instance]:
             made = [instance(i, doc, new_tokens, settings, front) for i, doc in enumerate(questions)]
             return made[ranks.rank :: ranks.world_size]
 
-        ranks = lm.ranks
         instances, warm_up = of(args.new_tokens), of(min(WARM_UP, args.new_tokens))
         largest = cycled(instances, max(args.active), 0)
         lm.engine.prepare([job.request for job in lm.jobs.of(largest, lm.evaluation.task_of, 0).jobs.values()])
@@ -137,7 +136,7 @@ def time_products(args: argparse.Namespace, pretrained: str) -> dict[int, tuple[
 
 
 def row(
-    active: int, before: Any, after: Any, seconds: float, new_tokens: int, products: tuple[float, float] | None
+    active: int, before: Counts, after: Counts, seconds: float, new_tokens: int, products: tuple[float, float] | None
 ) -> dict[str, Any]:
     tokens = after.new_tokens - before.new_tokens
     assert tokens == (after.requests - before.requests) * new_tokens, "an answer ended early"

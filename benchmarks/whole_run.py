@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import importlib.metadata
 import json
 import os
 import random
@@ -43,14 +42,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import cpu_name, folder, instance, load_questions, make_model, positive_int, sampling
+from common import folder, instance, load_questions, make_model, parser_of, positive_int, sampling
 from floor import Floor
 
 from sdar_lm_eval import Checkpoint
 from sdar_lm_eval.decoding import DecodingConfig
+from sdar_lm_eval.engines.adapters.installed import version_of
 from sdar_lm_eval.engines.native.engine import PREFILL_CHUNK
 from sdar_lm_eval.engines.native.options import resolve_device
 from sdar_lm_eval.engines.types import GenerationRequest
+from sdar_lm_eval.report.machine import cpu_name
 
 COUNTED = ("new_tokens", "denoising_forwards", "prompt_tokens")  # of `lm.counts`
 SECTIONS = ("start", "prefill", "contexts", "gsm8k")
@@ -80,15 +81,11 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     imports = seconds_of_process()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS)
-    parser.add_argument("--pretrained", default="demo")
-    parser.add_argument("--random-weights", action="store_true", help="the folder needs no weights; they are drawn")
-    parser.add_argument("--gsm8k", help="folder with GSM8K's test.jsonl; default: the demo problems")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--active", type=positive_int, help="sequences at once; default: the engine's")
     parser.add_argument("--sample", action="store_true", help="draw at temperature 1; default: greedy")
-    parser.add_argument("--model-args", default="", help="more of them: name=value,name=value")
     sizes = parser.add_argument_group("sizes", "defaults are small on the CPU")
     sizes.add_argument("--prefill", type=positive_int, nargs="+", help="tokens of a prompt")
     sizes.add_argument("--prefill-tokens", type=positive_int, help="tokens of all prompts of a row")
@@ -128,7 +125,7 @@ def main() -> None:
         if "gsm8k" in args.sections:
             found["gsm8k"] = whole_gsm8k(lm, questions, args)
         facts = {
-            "triton": version("triton"),
+            "triton": version_of("triton"),
             "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
             "peak_memory_bytes": lm.engine.peak_memory_bytes(),
@@ -144,7 +141,7 @@ def start(
 ) -> dict[str, Any]:
     clock = Clock()
     for part in ("first token", "first token of a second request"):
-        lm.generate_until([instance(0, questions[0], 1, sampling(args.sample))], disable_tqdm=True)
+        lm.generate_until([instance(0, questions[0], 1, sampling(sample=args.sample))], disable_tqdm=True)
         parts[part] = clock.lap()
     second = parts.pop("first token of a second request")
     assert second is not None
@@ -251,7 +248,7 @@ def whole_gsm8k(lm: Any, questions: Any, args: argparse.Namespace) -> dict[str, 
     settings = {
         "remasking_strategy": "low_confidence_static",
         "denoising_steps": max(lm.checkpoint.block_length // 2, 1),
-        **sampling(args.sample),
+        **sampling(sample=args.sample),
     }
     count = min(args.questions or len(questions), len(questions))
     instances = [instance(i, questions[i], args.answer_tokens, settings) for i in range(count)]
@@ -331,13 +328,6 @@ def random_tokens(lm: Any, count: int, rng: random.Random) -> tuple[int, ...]:
     """Draw tokens other than the mask."""
     drawn = rng.choices(range(lm.checkpoint.config["vocab_size"] - 1), k=count)
     return tuple(token + (token >= lm.checkpoint.mask_token_id) for token in drawn)
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -55,6 +56,17 @@ def test_hooks_are_what_make_check_runs() -> None:
     assert check is not None
     commands = [line.strip().removesuffix(" .") for line in check[1].splitlines()]
     assert hooks == [command.replace("$(BIN)", ".venv/bin") for command in commands]
+
+
+def test_a_package_that_lists_modules_lists_all_of_them() -> None:
+    lists = 0
+    for file in (ROOT / "sdar_lm_eval").rglob("__init__.py"):
+        text = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
+        if len(re.findall(r"^ *\w+\.py\b", text, re.MULTILINE)) > 1:
+            lists += 1
+            own = {module.name for module in file.parent.glob("*.py")} - {"__init__.py"}
+            assert own <= set(re.findall(r"\b\w+\.py\b", text)), file
+    assert lists > 5
 
 
 def test_the_version_has_one_place() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -70,14 +70,14 @@ def run(arguments: argparse.Namespace) -> str | None:
         found_versions, found_devices, found = versions(), devices(), engine_statuses(names)
     trials: list[Trial] = []
     if not arguments.json:
-        parts = [
-            _versions(found_versions),
-            _devices(list(map(str, found_devices)), no_gpu()),
-            "\n".join(map(str, found)),
-        ]
-        print("\n\n".join(parts), flush=True)
+        rows = [[name, version or "not installed"] for name, version in found_versions.items()]
+        parts = [aligned(rows, left=(0, 1)), [*map(str, found_devices), *filter(None, [no_gpu()])], map(str, found)]
+        print("\n\n".join(map("\n".join, parts)), flush=True)
     if arguments.run:
-        trials = _try(arguments, model_args, found)
+        for trial in _trials(arguments, model_args, found):
+            trials.append(trial)
+            if not arguments.json:
+                _print_trial(trial)
     if arguments.json:
         facts = {
             "versions": found_versions,
@@ -101,30 +101,28 @@ def run(arguments: argparse.Namespace) -> str | None:
     return None
 
 
-def _try(arguments: argparse.Namespace, model_args: dict[str, object], found: Sequence[EngineStatus]) -> list[Trial]:
-    """Ask the reference, then each engine that can run here, and print each trial. Return the trials."""
+def _trials(
+    arguments: argparse.Namespace, model_args: dict[str, object], found: Sequence[EngineStatus]
+) -> Iterator[Trial]:
+    """Yield the reference's trial, then that of each engine that can run here; nothing where no engine can."""
     from sdar_lm_eval.trial import Trials
 
     pretrained = str(model_args.pop("pretrained", arguments.pretrained))
     able = [each.name for each in found if each.lacks is None]
     if not able:
-        return []
+        return
     asked = Trials(pretrained, model_args, able, arguments.limit)
-    trials: list[Trial] = []
     status = Console(stderr=True).status
     with status("the native engine answers in float32 on the CPU"):
-        trials.append(asked.reference())
-    _print_trial(trials[-1], arguments.json)
+        trial = asked.reference()
+    yield trial
     for name in able:
         with status(f"{name} answers"):
-            trials.append(asked.trial(name))
-        _print_trial(trials[-1], arguments.json)
-    return trials
+            trial = asked.trial(name)
+        yield trial
 
 
-def _print_trial(trial: Trial, quiet: bool) -> None:
-    if quiet:
-        return
+def _print_trial(trial: Trial) -> None:
     title = "reference: " * trial.is_reference + trial.verdict()
     rows = [
         [
@@ -136,11 +134,3 @@ def _print_trial(trial: Trial, quiet: bool) -> None:
         for each in trial.strategies
     ]
     print("\n" + "\n".join([title, *(aligned(rows, left=(0, 2)) if rows else [])]), flush=True)
-
-
-def _versions(found: dict[str, str | None]) -> str:
-    return "\n".join(aligned([[name, version or "not installed"] for name, version in found.items()], left=(0, 1)))
-
-
-def _devices(found: list[str], no_gpu: str) -> str:
-    return "\n".join([*found, *([no_gpu] if no_gpu else [])])

@@ -103,7 +103,7 @@ def _show(console: Console, model: LoadedModel, prompt: Prompt, gen_kwargs: dict
         try:
             answer = _answer(model, prompt, gen_kwargs, _slowly(screen.watch, delay))
         except KeyboardInterrupt:
-            screen.__exit__()
+            screen.stop()
             console.print(f"interrupted after {screen.tokens} tokens", style="dim")
             raise
     if not model.shows_steps:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -19,9 +19,9 @@ from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.report import text_table
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.documents import Answer, Document, by_key, documents_of, is_likelihood, main_key
-from sdar_lm_eval.report.pairing import MetricKey, over_seeds
+from sdar_lm_eval.report.pairing import over_seeds
 from sdar_lm_eval.report.printing import printable
-from sdar_lm_eval.report.runs import Run, read_one_run, read_runs
+from sdar_lm_eval.report.runs import Metric, Run, read_one_run, read_runs
 from sdar_lm_eval.report.terminal import denoised_text, legend
 
 EXAMPLE = "sdar_lm_eval show runs/threshold-0.6 runs/threshold-0.85 --doc 7"
@@ -34,11 +34,11 @@ KINDS = {
     "thinking": "the answer ended while the model was thinking",
 }
 """Value of `--only` -> the documents that it lists."""
-ENDS = {
+REMARKS = {
     "length": "The answer ended at the limit of new tokens.",
     "repetition": "The answer ended in a loop (stop_repetition).",
 }
-"""Finish reason -> what is said of it."""
+"""Finish reason -> what `show` says of an answer that ended so."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,13 +90,12 @@ def run(arguments: argparse.Namespace) -> str | None:
     every = _with_samples(run, task, documents_of(run, task))
     if arguments.only in ("right", "wrong"):
         _require_scores(run, task, metric, every, arguments.only)
-    lower = _is_lower_better(run, task, metric)
-    chosen = [each for each in every if _is_kind(each, metric, arguments.only, lower) and _has(each, arguments.search)]
+    chosen = [each for each in every if _is_kind(each, metric, arguments.only) and _has(each, arguments.search)]
     if arguments.json:
         return _as_json([_as_dict(run, each, metric) for each in chosen])
     console = Console(highlight=False)
     console.print(Text(_title(run, task, metric, every, len(chosen))), soft_wrap=True)
-    console.print(_table(chosen, metric, lower))
+    console.print(_table(chosen, metric))
     return None
 
 
@@ -110,19 +109,19 @@ def _show_document(runs: Sequence[Run], arguments: argparse.Namespace) -> str | 
     console = Console(highlight=False)
     first = documents[0]
     title = Text(printable(f"{task} {first.index}"), "bold")
-    lower = [_is_lower_better(run, task, metric) for run, metric in zip(runs, metrics, strict=True)]
-    console.print(title if len(runs) > 1 else Text.assemble(title, "  ", _verdict(first.score(metrics[0]), lower[0])))
+    verdict = _verdict(first.score(metrics[0].key), metrics[0])
+    console.print(title if len(runs) > 1 else Text.assemble(title, "  ", verdict))
     console.print()
     console.print(Text(printable(first.prompt or first.question)), soft_wrap=True)
     if not arguments.tokens and any(answer.denoising for each in documents for answer in each.answers):
         coloured = console.color_system is not None and not console.no_color
         console.print(legend(coloured), soft_wrap=True)
-    for run, document, metric, is_lower in zip(runs, documents, metrics, lower, strict=True):
+    for run, document, metric in zip(runs, documents, metrics, strict=True):
         if len(runs) > 1:
             console.print()
             console.print(Text(printable(run.label), "bold"), soft_wrap=True)
-        of_likelihoods = is_likelihood(run.of_tasks[task][0], task)
-        _print_answers(console, metric, is_lower, document, arguments.tokens, of_likelihoods)
+        of_likelihoods = is_likelihood(run.results_of(task), task)
+        _print_answers(console, metric, document, as_table=arguments.tokens, of_likelihoods=of_likelihoods)
         if document.prompt != first.prompt:
             told = (
                 f"This run's prompt differs. `show` of this run alone, with --doc {document.index}, prints the prompt."
@@ -163,28 +162,25 @@ def _task(run: Run, name: str | None) -> str:
     raise UserError(f"{run.label} {given}; give --task {' or '.join(run.tasks)}.{hint}")
 
 
-def _metric(run: Run, task: str, name: str | None, filter_name: str | None) -> MetricKey:
-    keys = [(metric.name, metric.filter) for metric in run.metrics(task)]
-    fitting = [key for key in keys if name in (None, key[0]) and filter_name in (None, key[1])]
+def _metric(run: Run, task: str, name: str | None, filter_name: str | None) -> Metric:
+    metrics = run.metrics(task)
+    fitting = [each for each in metrics if name in (None, each.name) and filter_name in (None, each.filter)]
     if not fitting:
         run.require_scores(task)
         wanted = " ".join(f"--{n} {v}" for n, v in (("metric", name), ("filter", filter_name)) if v is not None)
-        listed = ", ".join(f"{metric} of {each}" for metric, each in keys)
-        raise UserError(f"{task} has no such score: {wanted}. Its scores: {listed}.")
+        raise UserError(f"{task} has no such score: {wanted}. Its scores: {', '.join(str(m.key) for m in metrics)}.")
     chosen = main_key(run, task)
-    return chosen if chosen in fitting else fitting[0]
+    return next((each for each in fitting if each.key == chosen), fitting[0])
 
 
-def _require_scores(run: Run, task: str, metric: MetricKey, documents: Sequence[Document], only: str) -> None:
+def _require_scores(run: Run, task: str, metric: Metric, documents: Sequence[Document], only: str) -> None:
     """Raise unless a document can be right or wrong by the metric: a perplexity has no score of single documents."""
     run.require_scores(task)
-    if all(each.score(metric) is None for each in documents):
-        known = {key: None for each in documents for answer in each.answers for key in answer.scores}
-        scored = [f"{name} of {filter_name}" for name, filter_name in known]
-        remedy = f"Choose --metric and --filter of {', '.join(scored)}, or leave --only out." if scored else ""
+    if all(each.score(metric.key) is None for each in documents):
+        known = dict.fromkeys(str(key) for each in documents for answer in each.answers for key in answer.scores)
+        remedy = f"Choose --metric and --filter of {', '.join(known)}, or leave --only out." if known else ""
         raise UserError(
-            f"--only {only}: {metric[0]} of {metric[1]} in {task} has no score of single documents. "
-            f"{remedy or 'Leave --only out.'}"
+            f"--only {only}: {metric.key} in {task} has no score of single documents. {remedy or 'Leave --only out.'}"
         )
 
 
@@ -199,21 +195,26 @@ def _document(documents: Sequence[Document], task: str, index: int) -> Document:
     return found
 
 
-def _is_lower_better(run: Run, task: str, key: MetricKey) -> bool:
-    return any(each.higher_is_better is False for each in run.metrics(task) if (each.name, each.filter) == key)
+def _right(metric: Metric) -> int:
+    """The score of a right answer."""
+    return 0 if metric.higher_is_better is False else 1
 
 
-def _is_kind(document: Document, metric: MetricKey, kind: str | None, lower: bool) -> bool:
-    score, right = document.score(metric), 0 if lower else 1
-    is_kind: dict[str | None, Callable[[], bool]] = {
-        None: lambda: True,
-        "right": lambda: score == right,
-        "wrong": lambda: score is not None and score != right and 0 <= score <= 1,
-        "invalid": lambda: document.is_invalid(metric[1]),
-        "cut": lambda: document.is_cut,
-        "thinking": lambda: document.ended_while_thinking,
-    }
-    return is_kind[kind]()
+def _is_kind(document: Document, metric: Metric, kind: str | None) -> bool:
+    """Whether `--only` KIND lists a document."""
+    score, right = document.score(metric.key), _right(metric)
+    match kind:
+        case "right":
+            return score == right
+        case "wrong":
+            return score is not None and score != right and 0 <= score <= 1
+        case "invalid":
+            return document.is_invalid(metric.filter)
+        case "cut":
+            return document.is_cut
+        case "thinking":
+            return document.ended_while_thinking
+    return True
 
 
 def _has(document: Document, text: str | None) -> bool:
@@ -222,11 +223,11 @@ def _has(document: Document, text: str | None) -> bool:
     )
 
 
-def _verdict(score: float | None, lower: bool) -> Text:
+def _verdict(score: float | None, metric: Metric) -> Text:
     if score is None:
         return Text("no score", "dim")
     if score in (0, 1):
-        return Text("✓ right", "green") if bool(score) is not lower else Text("✗ wrong", "red")
+        return Text("✓ right", "green") if score == _right(metric) else Text("✗ wrong", "red")
     return Text(f"{score:.3g}")
 
 
@@ -234,19 +235,16 @@ def _extracted(answer: Answer, filter_name: str) -> str:
     return answer.extracted.get(filter_name) or "nothing"
 
 
-def _title(run: Run, task: str, metric: MetricKey, documents: Sequence[Document], chosen: int) -> str:
+def _title(run: Run, task: str, metric: Metric, documents: Sequence[Document], chosen: int) -> str:
     # The documents' scores need not average to the metric: a perplexity is no mean.
-    found = next(each for each in over_seeds(run, task) if (each.name, each.filter) == metric)
-    scores = [score for each in documents if (score := each.score(metric)) is not None]
+    found = next(each for each in over_seeds(run, task) if each.key == metric.key)
+    scores = [score for each in documents if (score := each.score(metric.key)) is not None]
     share = all(0 <= each <= 1 for each in (*scores, found.value))
     shown = text_table.score(found.value, found.stderr, share=share) + "%" * share
-    name, filter_name = metric
-    return printable(
-        f"{run.label}: {task}, {name} of {filter_name} {shown}; {chosen:,} of {len(documents):,} documents"
-    )
+    return printable(f"{run.label}: {task}, {metric.key} {shown}; {chosen:,} of {len(documents):,} documents")
 
 
-def _table(documents: Sequence[Document], metric: MetricKey, lower: bool) -> Table:
+def _table(documents: Sequence[Document], metric: Metric) -> Table:
     table = Table(box=None, pad_edge=False, expand=True)
     most = max((each.index for each in documents), default=0)
     for name in ("doc", "tokens", "forwards"):
@@ -258,12 +256,12 @@ def _table(documents: Sequence[Document], metric: MetricKey, lower: bool) -> Tab
         records = [answer.denoising for answer in each.answers if answer.denoising is not None]
         tokens = f"{fmean(len(record.token_ids) for record in records):.0f}" if records else ""
         forwards = f"{fmean(record.made_forwards for record in records):.0f}" if records else ""
-        verdict = _verdict(each.score(metric), lower)
+        verdict = _verdict(each.score(metric.key), metric)
         if each.is_cut:
             verdict.append(" cut", "yellow")
         if each.ended_while_thinking:
             verdict.append(" thinking", "yellow")
-        extracted = ", ".join(dict.fromkeys(_extracted(answer, metric[1]) for answer in each.answers))
+        extracted = ", ".join(dict.fromkeys(_extracted(answer, metric.filter) for answer in each.answers))
         texts = (" ".join(printable(text).split()) for text in (extracted, each.gold, each.question))
         table.add_row(str(each.index), tokens, forwards, verdict, *map(Text, texts))
     return table
@@ -285,25 +283,34 @@ def _tokens(record: Denoising) -> Table:
 
 
 def _print_answers(
-    console: Console, metric: MetricKey, lower: bool, document: Document, tokens: bool, of_likelihoods: bool
+    console: Console, metric: Metric, document: Document, *, as_table: bool, of_likelihoods: bool
 ) -> None:
+    """Print a document's answers: their texts or denoising, `as_table` a row for each token; then what was extracted.
+
+    Args:
+        console: prints.
+        metric: decides right and wrong.
+        document: the document.
+        as_table: whether denoised answers are tables of tokens.
+        of_likelihoods: whether the task compares log-likelihoods.
+    """
     for number, answer in enumerate(document.answers):
         named = "answer" if len(document.answers) == 1 else f"answer {number + 1} of {len(document.answers)}"
         record = answer.denoising
-        console.rule(Text.assemble(f"{named}  ", _verdict(answer.scores.get(metric), lower)), align="left")
+        console.rule(Text.assemble(f"{named}  ", _verdict(answer.scores.get(metric.key), metric)), align="left")
         if record is None:
-            if answer.thought:
-                console.print(Text(printable(answer.thought), "dim"), soft_wrap=True)
+            if answer.thought is not None and answer.thought.text:
+                console.print(Text(printable(answer.thought.text), "dim"), soft_wrap=True)
             console.print(Text(printable(answer.text)), soft_wrap=True)
             if not of_likelihoods:  # the model wrote nothing
                 console.print("The run has no record of how the answer was written.", style="dim")
         else:
-            console.print(_tokens(record) if tokens else denoised_text(record), soft_wrap=True)
+            console.print(_tokens(record) if as_table else denoised_text(record), soft_wrap=True)
             console.print()
             console.print(Text(_cost(record)))
-            if record.finish_reason in ENDS:
-                console.print(ENDS[record.finish_reason], style="yellow")
-        if answer.thought is not None and not answer.thought_ended:
+            if record.finish_reason in REMARKS:
+                console.print(REMARKS[record.finish_reason], style="yellow")
+        if answer.ended_while_thinking:
             console.print("The answer ended while the model was thinking: its scored text is empty.", style="yellow")
         console.print()
         for filter_name in answer.extracted:
@@ -323,30 +330,24 @@ def _cost(record: Denoising) -> str:
     return f"{tokens} tokens, {denoising} denoising and {commit} commit forwards{rate}, {record.seconds:.2f} s"
 
 
-def _thought(answer: Answer) -> dict[str, object]:
-    if answer.thought is None:
-        return {}
-    return {"thought": answer.thought, "thought_ended": answer.thought_ended}
-
-
 def _as_json(documents: Sequence[dict[str, object]]) -> str:
     return json.dumps(documents, indent=2, ensure_ascii=False)
 
 
-def _as_dict(run: Run, document: Document, metric: MetricKey) -> dict[str, object]:
+def _as_dict(run: Run, document: Document, metric: Metric) -> dict[str, object]:
     return {
         "run": run.label,
         "document": document.index,
-        "score": document.score(metric),
+        "score": document.score(metric.key),
         "question": document.question,
         "prompt": document.prompt,
         "gold": document.gold,
         "answers": [
             {
                 "text": answer.text,
-                **_thought(answer),
+                **({} if answer.thought is None else answer.thought.as_record()),
                 "extracted": dict(answer.extracted),
-                "scores": [{"metric": m, "filter": f, "value": v} for (m, f), v in answer.own_scores.items()],
+                "scores": [{"metric": m.name, "filter": m.filter, "value": v} for m, v in answer.own_scores.items()],
                 "denoising": None if answer.denoising is None else answer.denoising.as_dict(),
             }
             for answer in document.answers

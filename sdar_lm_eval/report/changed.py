@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sdar_lm_eval.errors import UserError, listed
-from sdar_lm_eval.report.pairing import MetricKey, Scores, read_pair
+from sdar_lm_eval.report.pairing import read_pair
 from sdar_lm_eval.report.results import Sample
-from sdar_lm_eval.report.runs import Run
+from sdar_lm_eval.report.runs import MetricKey, Run
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ def changed_documents(a: Run, b: Run, task: str, metric: str, filter: str) -> li
         UserError: a run has no samples of the task, or no such metric, or a samples file cannot be read.
     """
     scores_a, scores_b = read_pair(a, b, task)
-    key = (metric, filter)
+    key = MetricKey(metric, filter)
     for run, scores in ((a, scores_a), (b, scores_b)):
         if key not in scores.scores:
-            raise UserError(f"{run.label} has no {metric} of {filter} in {task}; choose {names_of(scores.scores)}.")
+            raise UserError(f"{run.label} has no {key} in {task}; choose {listed(list(scores.scores))}.")
     answers_a, answers_b = scores_a.scores[key].answers, scores_b.scores[key].answers
     changed = [
         (each, float(answers_a[each].mean()), float(answers_b[each].mean()))
@@ -69,11 +69,6 @@ def changed_documents(a: Run, b: Run, task: str, metric: str, filter: str) -> li
         )
         for (_, value_a, value_b), index_a, index_b in zip(changed, indices_a, indices_b, strict=True)
     ]
-
-
-def names_of(metrics: Iterable[MetricKey] | Mapping[MetricKey, Scores]) -> str:
-    """Return metrics and filters in words."""
-    return listed([f"{name} of {filter_name}" for name, filter_name in dict.fromkeys(metrics)])
 
 
 def _samples_of(run: Run, task: str, filter: str, indices: Iterable[int]) -> dict[int, Sample]:

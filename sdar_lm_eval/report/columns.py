@@ -116,4 +116,4 @@ def main_metric(task: str, metrics: Sequence[Metric]) -> Metric | None:
     """
     columns = {column.task: column.metric for table in TABLES for column in table}
     wanted = columns.get(task)
-    return next((each for each in metrics if f"{each.name},{each.filter}" == wanted), next(iter(metrics), None))
+    return next((each for each in metrics if each.key.in_results == wanted), next(iter(metrics), None))

@@ -8,16 +8,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sdar_lm_eval.errors import UserError, did_you_mean, listed
-from sdar_lm_eval.report.changed import names_of
 from sdar_lm_eval.report.groups import groups_of, pooled, task_of
-from sdar_lm_eval.report.pairing import LOST, Key, MetricKey, Scores, TaskScores, read_pair
-from sdar_lm_eval.report.runs import Run, differing
+from sdar_lm_eval.report.pairing import LOST, DocumentKey, Scores, TaskScores, read_pair
+from sdar_lm_eval.report.runs import MetricKey, Run, differing
 from sdar_lm_eval.report.several import smaller_passes
 from sdar_lm_eval.report.speed import RunSpeed, speed_of
 from sdar_lm_eval.report.statistics import (
@@ -83,6 +82,11 @@ class Difference:
     higher_is_better: bool | None
     equal_filters: tuple[str, ...] = ()
     family: str = ""
+
+    @property
+    def key(self) -> MetricKey:
+        """The metric and its filter."""
+        return MetricKey(self.metric, self.filter)
 
 
 @dataclass(frozen=True)
@@ -266,13 +270,13 @@ def _nothing_chosen(
 ) -> UserError:
     """The error for runs that share none of the metrics and filters that the user named."""
     of_a, of_b = ([key for task in tasks for key in _metric_keys(run, task)] for run in (a, b))
-    shared = [key for key in of_a if key in of_b]
+    shared = [key for key in dict.fromkeys(of_a) if key in of_b]
     asked = [f"--metric {', '.join(metrics)}"] * bool(metrics) + [f"--filter {', '.join(filters)}"] * bool(filters)
-    return UserError(f"{' and '.join(asked)}: the runs share no such score; choose from {names_of(shared)}.")
+    return UserError(f"{' and '.join(asked)}: the runs share no such score; choose from {listed(shared)}.")
 
 
 def _metric_keys(run: Run, task: str) -> list[MetricKey]:
-    return [(metric.name, metric.filter) for metric in run.metrics(task)]
+    return [metric.key for metric in run.metrics(task)]
 
 
 def _require_shared_metric(a: Run, b: Run, task: str) -> None:
@@ -281,12 +285,12 @@ def _require_shared_metric(a: Run, b: Run, task: str) -> None:
     of_a, of_b = _metric_keys(a, task), _metric_keys(b, task)
     if set(of_a).isdisjoint(of_b):
         raise UserError(
-            f"{task}: {a.label} and {b.label} share no metric: the first has {names_of(of_a)}, the second "
-            f"{names_of(of_b)}. Evaluate both with one version of the task."
+            f"{task}: {a.label} and {b.label} share no metric: the first has {listed(of_a)}, the second "
+            f"{listed(of_b)}. Evaluate both with one version of the task."
         )
 
 
-def _paired(a: Run, b: Run, task: str, scores_a: TaskScores, scores_b: TaskScores) -> list[Key]:
+def _paired(a: Run, b: Run, task: str, scores_a: TaskScores, scores_b: TaskScores) -> list[DocumentKey]:
     paired = [key for key in scores_a.documents if key in scores_b.documents]
     if not paired:
         raise UserError(
@@ -297,7 +301,7 @@ def _paired(a: Run, b: Run, task: str, scores_a: TaskScores, scores_b: TaskScore
 
 
 def _document_warnings(
-    a: Run, b: Run, task: str, scores_a: TaskScores, scores_b: TaskScores, paired: Sequence[Key]
+    a: Run, b: Run, task: str, scores_a: TaskScores, scores_b: TaskScores, paired: Sequence[DocumentKey]
 ) -> list[str]:
     """Warnings about documents, prompts, gold answers and versions of a task that differ between the runs."""
     found = []
@@ -336,42 +340,39 @@ def _differences(
     task: str,
     scores_a: TaskScores,
     scores_b: TaskScores,
-    paired: Sequence[Key],
+    paired: Sequence[DocumentKey],
     metrics: Collection[str],
     filters: Collection[str],
 ) -> list[Difference]:
-    found: list[Difference] = []
-    values_of: dict[tuple[str, bytes, bytes], int] = {}  # scores of both runs -> their index in `found`
-    left_out = set() if metrics else smaller_passes(name for name, _ in scores_a.scores.keys() & scores_b.scores.keys())
-    for (name, filter_name), of_a in scores_a.scores.items():
-        of_b = scores_b.scores.get((name, filter_name))
-        is_wanted = name in (metrics or [name]) and filter_name in (filters or [filter_name])
-        if of_b is None or name in left_out or not is_wanted:
+    found: dict[Hashable, Difference] = {}  # the metric's key, or the metric's name and both runs' values -> a row
+    left_out = set() if metrics else smaller_passes(key.name for key in scores_a.scores.keys() & scores_b.scores.keys())
+    for metric, of_a in scores_a.scores.items():
+        of_b = scores_b.scores.get(metric)
+        is_wanted = metric.name in (metrics or [metric.name]) and metric.filter in (filters or [metric.filter])
+        if of_b is None or metric.name in left_out or not is_wanted:
             continue
         keys = [key for key in paired if key in of_a.answers and key in of_b.answers]
         means = of_a.means & of_b.means
         flaw = of_a.flaw or of_b.flaw or ("" if means else "the runs average the metric differently")
         if flaw or not keys:
-            found.append(_untested(task, of_a, of_b, len(keys), flaw or "no document has a value in both runs"))
+            found[metric] = _untested(task, of_a, of_b, len(keys), flaw or "no document has a value in both runs")
             continue
         answers_a, answers_b = [of_a.answers[key] for key in keys], [of_b.answers[key] for key in keys]
         by_answer = "answers" in means and "documents" not in means
         values_a, values_b = cluster_values(answers_a, by_answer), cluster_values(answers_b, by_answer)
-        same = (name, values_a.tobytes(), values_b.tobytes())
-        if same in values_of:
-            earlier = found[values_of[same]]
-            found[values_of[same]] = dataclasses.replace(earlier, equal_filters=(*earlier.equal_filters, filter_name))
-            continue
-        values_of[same] = len(found)
-        single = all(len(each) == 1 for each in (*answers_a, *answers_b))
-        if means == {"tasks"}:
+        values = (metric.name, values_a.tobytes(), values_b.tobytes())
+        if (equal := found.get(values)) is not None:
+            found[values] = dataclasses.replace(equal, equal_filters=(*equal.equal_filters, metric.filter))
+        elif means == {"tasks"}:
             tasks = [task_of(key) for key in keys]
-            found.append(_tested_by_task(task, of_a, of_b, values_a, values_b, tasks))
+            found[values] = _tested_by_task(task, of_a, of_b, values_a, values_b, tasks)
         else:
-            found.append(_tested(task, of_a, of_b, values_a, values_b, single))
-    if len(paired) < max(len(scores_a.documents), len(scores_b.documents)):
-        return [each if each.test.startswith((EXACT, PAIRED_T, LOST)) else _of_other_documents(each) for each in found]
-    return found
+            single = all(len(each) == 1 for each in (*answers_a, *answers_b))
+            found[values] = _tested(task, of_a, of_b, values_a, values_b, single)
+    rows = list(found.values())
+    if len(paired) == len(scores_a.documents) == len(scores_b.documents):
+        return rows
+    return [each if each.p is not None or each.test.startswith(LOST) else _of_other_documents(each) for each in rows]
 
 
 def _of_other_documents(untested: Difference) -> Difference:

@@ -359,19 +359,17 @@ def _listed(
 def _document_rows(each: Difference, changed: Sequence[ChangedDocument], question: int = _QUESTION) -> list[list[str]]:
     """A head and a row for each document, with the first `question` characters of its question."""
     right = each.only_a is not None
-    rows = [
-        ["document", "right" if right else "A", "" if right else "B", "question", "A's answer", "B's answer", "gold"]
-    ]
+    rows = [["document", *(["right"] if right else ["A", "B"]), "question", "A's answer", "B's answer", "gold"]]
     for one in changed:
         better = "A" if (one.a > one.b) == (each.higher_is_better is not False) else "B"
-        scores = [f"only {better}", ""] if right else [f"{one.a:.4g}", f"{one.b:.4g}"]
+        scores = [f"only {better}"] if right else [f"{one.a:.4g}", f"{one.b:.4g}"]
         number = str(one.document_a) if one.document_a == one.document_b else f"{one.document_a} / {one.document_b}"
         texts = [
             _short(one.question, question),
             *(_short(text, 24) for text in (one.filtered_a, one.filtered_b, one.target)),
         ]
         rows.append([number, *scores, *texts])
-    return [[*row[:2], *row[3:]] for row in rows] if right else rows
+    return rows
 
 
 def _title(each: Difference, among: Sequence[Difference]) -> str:

@@ -6,14 +6,16 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 
 from sdar_lm_eval.report.columns import main_metric
 from sdar_lm_eval.report.denoising import Denoising
-from sdar_lm_eval.report.pairing import Key, MetricKey, document_name, keyed, mean_kinds, numbers_of
-from sdar_lm_eval.report.results import Results, Sample
-from sdar_lm_eval.report.runs import NOT_SCORED, Metric, Run, metrics_of
+from sdar_lm_eval.report.pairing import DocumentKey, document_name, keyed, mean_kinds, numbers_of
+from sdar_lm_eval.report.results import Results, Sample, first_of
+from sdar_lm_eval.report.runs import NOT_SCORED, Metric, MetricKey, Run, metrics_of
+from sdar_lm_eval.thinking import Thought
 
 NOTHING_EXTRACTED = ("", "[invalid]")
 """What a filter returns for an answer in which the filter finds nothing."""
@@ -22,8 +24,11 @@ LAST_OF_PROMPT = 400
 """Characters of the prompt's end that stand for the question, where no field of the document is named as one."""
 
 
-_Name = tuple[int, str | None]
-"""A document's index and lm_eval's hash of it."""
+class _Identity(NamedTuple):
+    """A document's index, and lm_eval's hash of the document, None in old files."""
+
+    document: int
+    doc_hash: str | None
 
 
 @dataclass(frozen=True)
@@ -37,21 +42,24 @@ class Answer:
         extracted: filter -> what the filter extracted; None where the filter found nothing. Where a filter makes one
             value of several answers, the first answer alone has the value.
         denoising: the answer's denoising record; None where the run has no record.
-        thought: the answer's thought; None where it has none.
-        thought_ended: whether the thought has an end; an answer whose thought has none is scored as "".
+        thought: the answer's thought; None where it has none. An answer whose thought has no end is scored as "".
     """
 
     text: str
     scores: Mapping[MetricKey, float]
     extracted: Mapping[str, str | None]
     denoising: Denoising | None
-    thought: str | None = None
-    thought_ended: bool = True
+    thought: Thought | None = None
+
+    @property
+    def ended_while_thinking(self) -> bool:
+        """Whether the answer ended in its thought."""
+        return self.thought is not None and not self.thought.ended
 
     @property
     def own_scores(self) -> dict[MetricKey, float]:
         """The scores of filters that made something of this answer."""
-        return {key: score for key, score in self.scores.items() if key[1] in self.extracted}
+        return {key: score for key, score in self.scores.items() if key.filter in self.extracted}
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Document:
     @property
     def ended_while_thinking(self) -> bool:
         """Whether at least one answer ended in its thought."""
-        return any(answer.thought is not None and not answer.thought_ended for answer in self.answers)
+        return any(answer.ended_while_thinking for answer in self.answers)
 
     @property
     def is_cut(self) -> bool:
@@ -103,40 +111,40 @@ def documents_of(run: Run, task: str) -> list[Document]:
     Raises:
         UserError: a file of the run cannot be read, or is not as lm_eval writes it.
     """
-    first: dict[_Name, Sample] = {}
-    answers: dict[_Name, list[Answer]] = {}
+    first: dict[_Identity, Sample] = {}
+    answers: dict[_Identity, list[Answer]] = {}
     names = {metric.name for metric in run.metrics(task)}
     for results in run.of_tasks[task]:
-        lines: dict[_Name, dict[str, Sample]] = {}
+        lines: dict[_Identity, dict[str, Sample]] = {}
         for sample in results.each_sample(task):
-            lines.setdefault((sample.document, sample.doc_hash), {})[sample.filter] = sample
+            lines.setdefault(_Identity(sample.document, sample.doc_hash), {})[sample.filter] = sample
         records = {(record.document, record.repeat): record for record in results.denoising(task)}
         of_likelihoods = is_likelihood(results, task)
         scored = names - _without_scores(lines.values(), metrics_of(results, task), of_likelihoods)
-        for key, of_filters in lines.items():
+        for identity, of_filters in lines.items():
             sample = next(iter(of_filters.values()))
-            first.setdefault(key, sample)
+            first.setdefault(identity, sample)
             texts = [_likelihoods(sample)] if of_likelihoods else list(sample.responses)
-            found = answers.setdefault(key, [])
-            for repeat, record in enumerate(_records(key[0], texts, records)):
+            found = answers.setdefault(identity, [])
+            for repeat, record in enumerate(_records(identity.document, texts, records)):
                 scores = _scores(of_filters, scored, repeat, len(texts))
                 extracted = _extracted(of_filters, repeat)
-                found.append(Answer(texts[repeat], scores, extracted, record, *sample.thought(repeat)))
+                found.append(Answer(texts[repeat], scores, extracted, record, sample.thought(repeat)))
     return [
         Document(
-            index=key[0],
-            doc_hash=key[1],
+            index=identity.document,
+            doc_hash=identity.doc_hash,
             question=sample.named_question or sample.prompt[-LAST_OF_PROMPT:],
             prompt=sample.prompt,
             gold=_gold(sample),
             doc=sample.doc,
-            answers=answers[key],
+            answers=answers[identity],
         )
-        for key, sample in sorted(first.items(), key=lambda item: (item[0][0], item[0][1] or ""))
+        for identity, sample in sorted(first.items(), key=lambda item: (item[0].document, item[0].doc_hash or ""))
     ]
 
 
-def by_key(runs: Sequence[Run], task: str) -> list[dict[Key, Document]]:
+def by_key(runs: Sequence[Run], task: str) -> list[dict[DocumentKey, Document]]:
     """Return for each run key -> document, without documents that have no answer. `compare` pairs by the same keys.
 
     Raises:
@@ -157,13 +165,13 @@ def by_key(runs: Sequence[Run], task: str) -> list[dict[Key, Document]]:
 def main_key_of(runs: Sequence[Run], task: str) -> MetricKey | None:
     """Return the metric by which runs are judged: the main metric of the first run that scored the task."""
     keys = [key for run in runs if task in run.of_tasks and (key := main_key(run, task)) is not None]
-    return next((key for key in keys if key[0] != NOT_SCORED), next(iter(keys), None))
+    return next((key for key in keys if key.name != NOT_SCORED), next(iter(keys), None))
 
 
 def main_key(run: Run, task: str) -> MetricKey | None:
     """The metric and filter that decide right and wrong where nobody chooses; None where the task has no metric."""
     metric = main_metric(task, run.metrics(task))
-    return None if metric is None else (metric.name, metric.filter)
+    return None if metric is None else metric.key
 
 
 def is_likelihood(results: Results, task: str) -> bool:
@@ -195,7 +203,7 @@ def _scores(
         for name, value in sample.line.content.items():
             numbers = numbers_of(value) if name in names else None
             if numbers is not None and all(map(math.isfinite, numbers)):
-                found[name, filter_name] = numbers[repeat] if len(numbers) == answers else fmean(numbers)
+                found[MetricKey(name, filter_name)] = numbers[repeat] if len(numbers) == answers else fmean(numbers)
     return found
 
 
@@ -224,22 +232,19 @@ def _without_scores(
 
 def _likelihoods(sample: Sample) -> str:
     """A line for each continuation with its log-likelihood; ▸ marks the largest."""
-    arguments, scored = sample.line.part_or_empty("arguments"), sample.line.content.get("resps")
-    values = [_leaf(each) for each in scored] if isinstance(scored, list) else []
+    scored = sample.line.content.get("resps")
+    values = [_number(first_of(each)) for each in scored] if isinstance(scored, list) else []
     lines = []
-    for number, value in enumerate(values):
-        continuation = arguments.part_or_empty(f"gen_args_{number}").content.get("arg_1")
+    for request, value in enumerate(values):
         mark = "▸" if len(values) > 1 and value == max(values) else " "
-        lines.append(f"{mark} {value:10.3f}  {continuation if isinstance(continuation, str) else ''}".rstrip())
+        lines.append(f"{mark} {value:10.3f}  {sample.continuation(request) or ''}".rstrip())
     return "\n".join(lines)
 
 
-def _leaf(nested: object) -> float:
-    """The first number in lists of any depth; NaN where there is none."""
-    while isinstance(nested, list):
-        nested = nested[0] if nested else None
+def _number(text: str) -> float:
+    """The number that a text is; NaN where the text is none."""
     try:
-        return float(str(nested))
+        return float(text)
     except ValueError:
         return math.nan
 

@@ -153,9 +153,7 @@ class ComparisonFrames:
     @property
     def table(self) -> pd.DataFrame:
         """A row for each difference, groups of tasks first; the columns are the fields of `compare.Difference`."""
-        fields = [field.name for field in dataclasses.fields(Difference)]
-        rows = [[getattr(each, name) for name in fields] for each in self.comparison.rows]
-        return pd.DataFrame(rows, columns=fields)
+        return _frame(self.comparison.rows, Difference)
 
     @property
     def settings(self) -> pd.DataFrame:
@@ -187,9 +185,7 @@ class ComparisonFrames:
                 (names for names in own if all(a in (None, b) for a, b in zip(asked, names, strict=True))), None
             )
             if found is not None:
-                rows = changed_documents(self.comparison.a, self.comparison.b, *found)
-                columns = [field.name for field in dataclasses.fields(ChangedDocument)]
-                return pd.DataFrame([dataclasses.asdict(row) for row in rows], columns=columns)
+                return _frame(changed_documents(self.comparison.a, self.comparison.b, *found), ChangedDocument)
         asked_for = ", ".join(name for name in asked if name is not None)
         raise UserError(f"The comparison has no score {asked_for}; `table` lists the scores that it has.")
 
@@ -262,10 +258,16 @@ def compare(
     return ComparisonFrames(compare_runs(given[0].run, given[1].run, **names))
 
 
+def _frame(
+    rows: Sequence[Difference] | Sequence[ChangedDocument], kind: type[Difference | ChangedDocument]
+) -> pd.DataFrame:
+    """A row for each instance of a dataclass; the columns are the class's fields, even where there is no row."""
+    return pd.DataFrame(list(rows), columns=[field.name for field in dataclasses.fields(kind)])
+
+
 def _repeats(sample: Sample) -> tuple[str, ...]:
     """A document's answers; a single empty answer where the task compares log-likelihoods."""
-    request = sample.line.part_or_empty("arguments").part_or_empty("gen_args_0").content
-    return sample.responses if isinstance(request.get("arg_1"), dict) and sample.responses else ("",)
+    return sample.responses if sample.asks_for_answers and sample.responses else ("",)
 
 
 def _values_of_answers(sample: Sample, metric: str, answers: int) -> Sequence[object]:
@@ -277,26 +279,25 @@ def _values_of_answers(sample: Sample, metric: str, answers: int) -> Sequence[ob
     return numbers if len(numbers) == answers else numbers * answers
 
 
-def _answer_row(task: str, record: Denoising, before: int) -> tuple[object, ...]:
+def _answer_row(task: str, record: Denoising, before: int) -> dict[str, object]:
+    """Column -> value, in the order of `ANSWER_COLUMNS`; `before` is the number of answers with earlier seeds."""
     steps, confidences = record.global_steps, record.confidences
-    return (
-        task,
-        record.document,
-        before + record.repeat,
-        record.block_length,
-        record.prompt_tokens,
-        len(record.token_ids),
-        len(record.blocks),
-        len(set(steps)) if steps is not None else None,
-        sum(confidences) / len(confidences) if confidences else None,
-        min(confidences) if confidences else None,
-        record.finish_reason,
-        record.forwards.get("prefill"),
-        record.forwards.get("denoising"),
-        record.forwards.get("commit"),
-        record.seconds,
-        record.token_ids,
-        record.texts,
-        record.steps,
-        record.confidences,
-    )
+    return {
+        "task": task,
+        "document": record.document,
+        "repeat": before + record.repeat,
+        "block_length": record.block_length,
+        "prompt_tokens": record.prompt_tokens,
+        "tokens": len(record.token_ids),
+        "blocks": len(record.blocks),
+        "denoising_steps": len(set(steps)) if steps is not None else None,
+        "mean_confidence": sum(confidences) / len(confidences) if confidences else None,
+        "min_confidence": min(confidences) if confidences else None,
+        "finish_reason": record.finish_reason,
+        **{f"forwards_{kind}": record.forwards.get(kind) for kind in ("prefill", "denoising", "commit")},
+        "seconds": record.seconds,
+        "token_ids": record.token_ids,
+        "texts": record.texts,
+        "steps": record.steps,
+        "confidences": record.confidences,
+    }

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from sdar_lm_eval.report.pairing import Key, Scores, TaskScores, is_value, mean_kinds
+from sdar_lm_eval.report.pairing import DocumentKey, Scores, TaskScores, is_value, mean_kinds
 from sdar_lm_eval.report.runs import Run, mean_value, metrics_of
 from sdar_lm_eval.report.statistics import cluster_values
 
@@ -37,8 +37,7 @@ def pooled(run: Run, group: str, of_tasks: Mapping[str, TaskScores]) -> TaskScor
     repeats = [results for results in run.results if group in results.scores.content]
     scores = {}
     for metric in metrics_of(repeats[0], group):
-        key = (metric.name, metric.filter)
-        parts = {task: each.scores[key] for task, each in of_tasks.items() if key in each.scores}
+        parts = {task: each.scores[metric.key] for task, each in of_tasks.items() if metric.key in each.scores}
         answers = {
             pooled_key(task, each): values for task, part in parts.items() for each, values in part.answers.items()
         }
@@ -47,27 +46,27 @@ def pooled(run: Run, group: str, of_tasks: Mapping[str, TaskScores]) -> TaskScor
             flaw = "some of the group's tasks do not have this metric"
         means = frozenset[str]()
         if answers and not flaw:
-            value = mean_value(repeats, group, key)
+            value = mean_value(repeats, group, metric.key)
             means = mean_kinds(answers.values(), value)
             of_parts = [cluster_values(list(part.answers.values())).mean() for part in parts.values()]
             if is_value(float(np.mean(of_parts)), value):
                 means |= {"tasks"}
             flaw = "" if means else "the group's value is a mean neither over documents nor over tasks"
-        scores[key] = Scores(metric, answers, means, flaw)
+        scores[metric.key] = Scores(metric, answers, means, flaw)
     documents = {
         pooled_key(task, key): document for task, each in of_tasks.items() for key, document in each.documents.items()
     }
     return TaskScores(documents, scores)
 
 
-def pooled_key(task: str, key: Key) -> Key:
+def pooled_key(task: str, key: DocumentKey) -> DocumentKey:
     """Return a document's key among the documents of all tasks."""
-    return f"{task}\0{key[0]}", key[1]
+    return DocumentKey(f"{task}\0{key.name}", key.number)
 
 
-def task_of(key: Key) -> str:
+def task_of(key: DocumentKey) -> str:
     """Return the task of a document by its `pooled_key`."""
-    return key[0].partition("\0")[0]
+    return key.name.partition("\0")[0]
 
 
 def _tasks_in(name: str, groups: Mapping[str, Sequence[str]], above: frozenset[str]) -> Iterator[str]:

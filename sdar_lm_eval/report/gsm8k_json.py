@@ -177,7 +177,7 @@ def _is_right(sample: Sample) -> bool:
 def _metrics(results: Results, task: str, filter_name: str, samples: Sequence[Sample]) -> FilterMetrics:
     of_filter = [_is_right(sample) for sample in samples if sample.filter == filter_name]
     correct, total = sum(of_filter), len(of_filter)
-    own = (each for each in metrics_of(results, task) if (each.name, each.filter) == (_METRIC, filter_name))
+    own = (each for each in metrics_of(results, task) if each.key == (_METRIC, filter_name))
     return {
         "accuracy": correct / total,
         "correct": correct,

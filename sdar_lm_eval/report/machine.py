@@ -100,18 +100,21 @@ def _driver() -> str | None:
     return next((line.strip() for line in done.stdout.splitlines() if line.strip()), None)
 
 
-def _cpu() -> Device:
-    model = platform.processor() or platform.machine()
+def cpu_name() -> str:
+    """Return the maker's name of the CPU, or else the name of its architecture."""
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = info.read_text("utf-8", "replace").splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    lines = info.read_text("utf-8", "replace").splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _cpu() -> Device:
     memory = free = None
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         page = os.sysconf("SC_PAGE_SIZE")
         memory = page * os.sysconf("SC_PHYS_PAGES")
         free = page * os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else None
-    return Device("cpu", model, memory, free, None, f"{os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    return Device("cpu", cpu_name(), memory, free, None, f"{os.cpu_count()} cores, {torch.get_num_threads()} threads")
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,26 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.results import Results, Sample
-from sdar_lm_eval.report.runs import Metric, Run, mean_value, metrics_of
+from sdar_lm_eval.report.runs import Metric, MetricKey, Run, mean_value, metrics_of
 from sdar_lm_eval.report.statistics import FloatArray, cluster_values, mean_stderr
 
-Key = tuple[str, int]
-"""Identifies a document: (its hash, or its index and gold answer; its number among documents equal in these)."""
 
-MetricKey = tuple[str, str]
-"""(name of a metric, name of its filter)"""
+class DocumentKey(NamedTuple):
+    """Identifies a document of a task, or of a group of tasks (`groups.pooled_key`).
+
+    Attributes:
+        name: the document's hash, or its index and gold answer (`document_name`).
+        number: the document's number among documents with this name, from 0.
+    """
+
+    name: str
+    number: int
 
 
 LOST = "the samples file has"
@@ -63,7 +70,7 @@ class Scores:
     """
 
     metric: Metric
-    answers: Mapping[Key, FloatArray]
+    answers: Mapping[DocumentKey, FloatArray]
     means: frozenset[str]
     flaw: str = ""
 
@@ -78,7 +85,7 @@ class TaskScores:
         reworded: number of documents whose prompts differ between the run's repeats, as few-shot examples may.
     """
 
-    documents: Mapping[Key, PairedDocument]
+    documents: Mapping[DocumentKey, PairedDocument]
     scores: Mapping[MetricKey, Scores]
     reworded: int = 0
 
@@ -105,19 +112,19 @@ def read_pair(a: Run, b: Run, task: str) -> tuple[TaskScores, TaskScores]:
             raise UserError(f"{run.label} has no samples of {task}. Evaluate again with --log_samples.")
     hashed = all(line.doc_hash is not None for lines in lines_of for each in lines for line in each)
     first, second = (
-        _task_scores(run.of_tasks[task], task, lines, hashed)
+        _task_scores(run.of_tasks[task], task, lines, hashed=hashed)
         for run, lines in zip((a, b), lines_of, strict=True)
     )  # fmt: skip
     return first, second
 
 
-def document_values(run: Run, task: str) -> dict[MetricKey, dict[Key, float]]:
+def document_values(run: Run, task: str) -> dict[MetricKey, dict[DocumentKey, float]]:
     """Return for each metric of a task a value for each document, such that the values' mean is the metric.
 
     Metrics without such values are left out: those of a run without samples, and those that are no mean. Some metrics,
     such as IFEval's of instructions, count each answer the same, not each document (`cluster_values`).
     """
-    found: dict[MetricKey, dict[Key, float]] = {}
+    found: dict[MetricKey, dict[DocumentKey, float]] = {}
     with contextlib.suppress(UserError):  # a run without samples
         for key, scores in read_pair(run, run, task)[0].scores.items():
             if not scores.flaw:
@@ -139,10 +146,9 @@ def over_seeds(run: Run, task: str) -> list[Metric]:
     of_documents = document_values(run, task)
     found = []
     for metric in metrics:
-        key = metric.name, metric.filter
-        value, stderr = mean_value(of_task, task, key), None
-        if key in of_documents:
-            values = np.array(list(of_documents[key].values()))
+        value, stderr = mean_value(of_task, task, metric.key), None
+        if metric.key in of_documents:
+            values = np.array(list(of_documents[metric.key].values()))
             value, stderr = float(values.mean()), mean_stderr(values)
         found.append(replace(metric, value=value, stderr=stderr))
     return found
@@ -183,11 +189,11 @@ def document_name(doc_hash: str | None, index: int, gold: str, *, hashed: bool) 
     return doc_hash or "" if hashed else f"{index}: {gold}"
 
 
-def keyed(names: Iterable[str]) -> Iterator[Key]:
+def keyed(names: Iterable[str]) -> Iterator[DocumentKey]:
     """Yield the key of each document by its `document_name`. Equal documents come by rising index."""
     seen: Counter[str] = Counter()
     for name in names:
-        yield name, seen[name]
+        yield DocumentKey(name, seen[name])
         seen[name] += 1
 
 
@@ -212,32 +218,37 @@ def _line(sample: Sample, names: Iterable[str]) -> _Line:
     )
 
 
+def _by_filter(lines: Iterable[_Line], *, hashed: bool) -> dict[str, list[tuple[DocumentKey, _Line]]]:
+    """Filter -> the lines of its documents, each with the document's key; `lines` are as `_read_lines` returns them."""
+    found = {}
+    for name, group in itertools.groupby(lines, key=lambda line: line.filter):
+        members = list(group)
+        documents = [(line.doc_hash, line.document.index, line.document.target) for line in members]
+        keys = keyed(document_name(*document, hashed=hashed) for document in documents)
+        found[name] = list(zip(keys, members, strict=True))
+    return found
+
+
 def _task_scores(
-    results: Sequence[Results], task: str, lines_of_results: Sequence[Sequence[_Line]], hashed: bool
+    results: Sequence[Results], task: str, lines_of_results: Sequence[Sequence[_Line]], *, hashed: bool
 ) -> TaskScores:
-    documents: dict[Key, PairedDocument] = {}
-    reworded: set[Key] = set()
+    """What the lines of the repeats' samples files, in the order of `results`, say about a task."""
+    documents: dict[DocumentKey, PairedDocument] = {}
+    reworded: set[DocumentKey] = set()
     found: dict[MetricKey, list[Scores]] = {}
     for each, lines in zip(results, lines_of_results, strict=True):
-        by_filter: dict[str, list[tuple[Key, _Line]]] = {}
-        for name, group in itertools.groupby(lines, key=lambda line: line.filter):
-            members = list(group)
-            names = (
-                document_name(line.doc_hash, line.document.index, line.document.target, hashed=hashed)
-                for line in members
-            )
-            by_filter[name] = list(zip(keyed(names), members, strict=True))
-            for key, line in by_filter[name]:
-                if documents.setdefault(key, line.document).prompt != line.document.prompt:
-                    reworded.add(key)
+        by_filter = _by_filter(lines, hashed=hashed)
+        for key, line in itertools.chain.from_iterable(by_filter.values()):
+            if documents.setdefault(key, line.document).prompt != line.document.prompt:
+                reworded.add(key)
         for metric in metrics_of(each, task):
             scores = _scores(each, task, metric, by_filter.get(metric.filter, ()))
-            found.setdefault((metric.name, metric.filter), []).append(scores)
+            found.setdefault(metric.key, []).append(scores)
     ordered = dict(sorted(documents.items(), key=lambda item: item[1].index))
     return TaskScores(ordered, {key: _joined(parts) for key, parts in found.items()}, len(reworded))
 
 
-def _scores(results: Results, task: str, metric: Metric, lines: Sequence[tuple[Key, _Line]]) -> Scores:
+def _scores(results: Results, task: str, metric: Metric, lines: Sequence[tuple[DocumentKey, _Line]]) -> Scores:
     """The scores of a metric in one results file."""
     expected = results.answered(task)
     given = {key: line.values[metric.name] for key, line in lines if metric.name in line.values}
@@ -261,7 +272,7 @@ def _joined(parts: Sequence[Scores]) -> Scores:
     """The scores of all repeats together: a document's answers are those of every repeat."""
     if len(parts) == 1:
         return parts[0]
-    answers: dict[Key, list[FloatArray]] = {}
+    answers: dict[DocumentKey, list[FloatArray]] = {}
     for part in parts:
         for key, values in part.answers.items():
             answers.setdefault(key, []).append(values)

@@ -101,9 +101,9 @@ def metric_of(run: Run, task: str, name: str | None = None) -> Metric:
     if name is None and (chosen := main_metric(task, metrics)) is not None:
         return chosen
     for metric in metrics:
-        if name in (metric.name, f"{metric.name},{metric.filter}"):
+        if name in (metric.name, metric.key.in_results):
             return metric
-    known = ", ".join(f"{metric.name},{metric.filter}" for metric in metrics)
+    known = ", ".join(metric.key.in_results for metric in metrics)
     asked = "any metric" if name is None else f"a metric {name!r}"
     raise UserError(f"{task} of {run.label} does not have {asked}. Known: {known or 'none'}.")
 
@@ -135,7 +135,7 @@ def scores_of(runs: Sequence[Run], task: str, metric: str | None = None) -> list
         no scores of documents, or where runs have other documents.
     """
     chosen = [(run, metric_of(run, task, metric)) for run in runs if task in run.of_tasks]
-    values = [document_values(run, task).get((each.name, each.filter)) for run, each in chosen]
+    values = [document_values(run, task).get(each.key) for run, each in chosen]
     known = [its for its in values if its is not None]
     if len(known) < len(values) or any(its.keys() != known[0].keys() for its in known):
         return []
@@ -243,8 +243,7 @@ def pareto_front(points: Sequence[Point], speed: Speed) -> list[Point]:
 
 def _point(run: Run, task: str, metric: Metric, scale: float) -> Point:
     of_task = run.of_tasks[task]
-    key = metric.name, metric.filter
-    metric = next(each for each in over_seeds(run, task) if (each.name, each.filter) == key)
+    metric = next(each for each in over_seeds(run, task) if each.key == metric.key)
     accuracy, stderr = metric.value, metric.stderr
     speed = speed_of(run, task)
     return Point(

@@ -13,6 +13,7 @@ from sdar_lm_eval.decoding import spelled
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.files import expanded, read_bytes, require_regular, shown
 from sdar_lm_eval.report.denoising import Denoising, denoising_file, read_denoising
+from sdar_lm_eval.thinking import Thought
 
 logger = logging.getLogger(__name__)
 
@@ -140,8 +141,8 @@ class Sample:
         known = [value for value in likelihoods if value is not None]
         if len(known) < 2 or len(known) < len(likelihoods):
             return self.filtered
-        request = self.line.part_or_empty("arguments").part_or_empty(f"gen_args_{known.index(max(known))}")
-        return str(request.content.get("arg_1", self.filtered)).strip()
+        likeliest = self.continuation(known.index(max(known)))
+        return (self.filtered if likeliest is None else likeliest).strip()
 
     def extracted_from(self, repeat: int) -> str | None:
         """What was scored of an answer, from 0; None where the filter has one value for several answers: the first's.
@@ -151,17 +152,27 @@ class Sample:
         of_requests = self.line.content.get("filtered_resps")
         values = of_requests[0] if isinstance(of_requests, list) and len(of_requests) == 1 else None
         if len(self.responses) > 1 and isinstance(values, list) and len(values) == len(self.responses):
-            return _first(values[repeat])
+            return first_of(values[repeat])
         return self.extracted if repeat == 0 else None
 
-    def thought(self, number: int) -> tuple[str | None, bool]:
-        """The thought of one of `responses`, or None; and whether the thought has an end."""
+    def continuation(self, request: int) -> str | None:
+        """Return the text whose log-likelihood a request asked for; None where the request asked for an answer."""
+        text = _arguments(self.line, request).get("arg_1")
+        return text if isinstance(text, str) else None
+
+    @property
+    def asks_for_answers(self) -> bool:
+        """Whether the requests asked for generated answers; False: for log-likelihoods."""
+        return isinstance(_arguments(self.line, 0).get("arg_1"), dict)
+
+    def thought(self, number: int) -> Thought | None:
+        """Return the thought of one of `responses`; None where the response has none."""
         of_requests = self.line.content.get("thoughts")
         thoughts = [each for answers in of_requests for each in answers] if isinstance(of_requests, list) else []
         found = thoughts[number] if number < len(thoughts) else None
         if not isinstance(found, dict) or not isinstance(found.get("text"), str):
-            return None, True
-        return found["text"], found.get("ended") is not False
+            return None
+        return Thought(found["text"], ended=found.get("ended") is not False)
 
 
 class Results:
@@ -392,7 +403,7 @@ def _sample(line: Fields) -> Sample:
         raise line.malformed("doc_id", "a whole number")
     if filter_name is None:
         raise line.malformed("filter", "a string")
-    sent = line.part_or_empty("arguments").part_or_empty("gen_args_0").content.get("arg_0")
+    sent = _arguments(line, 0).get("arg_0")
     as_messages = False
     if isinstance(sent, list) and len(sent) == 1:  # as JSON: a named tuple of lm_eval's API models
         as_messages = True
@@ -405,11 +416,16 @@ def _sample(line: Fields) -> Sample:
         prompt=sent if isinstance(sent, str) else "",
         as_messages=as_messages,
         responses=tuple(_flat(line.content.get("resps"))),
-        filtered=_first(line.content.get("filtered_resps")),
+        filtered=first_of(line.content.get("filtered_resps")),
         doc_hash=line.text("doc_hash"),
         prompt_hash=line.text("prompt_hash"),
         line=line,
     )
+
+
+def _arguments(line: Fields, request: int) -> Mapping[str, object]:
+    """The arguments of a request: "arg_0" is what was sent, "arg_1" the generation's settings or the continuation."""
+    return line.part_or_empty("arguments").part_or_empty(f"gen_args_{request}").content
 
 
 def _conversation(text: str) -> str:
@@ -440,8 +456,8 @@ def _flat(nested: object) -> Iterator[str]:
         yield str(nested)
 
 
-def _first(nested: object) -> str:
-    """Return the first of the answers in lists of any depth."""
+def first_of(nested: object) -> str:
+    """Return the first value in lists of any depth, as text; "" where there is none."""
     while isinstance(nested, list):
         nested = nested[0] if nested else ""
     return str(nested)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from sdar_lm_eval.decoding import spelled
 from sdar_lm_eval.errors import UserError
@@ -40,6 +41,26 @@ IDENTITY = ("model", "pretrained", "checkpoint_fingerprint", "dtype", "revision"
 """Settings in which the results files of one run are equal."""
 
 
+class MetricKey(NamedTuple):
+    """Identifies a metric of a task. As text, "exact_match of strict-match".
+
+    Attributes:
+        name: the metric's name in the task's YAML file.
+        filter: the filter whose output was scored.
+    """
+
+    name: str
+    filter: str
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.filter}"
+
+    @property
+    def in_results(self) -> str:
+        """The metric as results files and options spell it: "exact_match,strict-match"."""
+        return f"{self.name},{self.filter}"
+
+
 @dataclass(frozen=True)
 class Metric:
     """The value of a metric of a task.
@@ -57,6 +78,11 @@ class Metric:
     value: float
     stderr: float | None
     higher_is_better: bool | None
+
+    @property
+    def key(self) -> MetricKey:
+        """The metric's name and filter."""
+        return MetricKey(self.name, self.filter)
 
 
 @dataclass
@@ -183,11 +209,9 @@ def mean_value(repeats: Sequence[Results], task: str, key: tuple[str, str]) -> f
     Args:
         repeats: results files with the metric; one has it at least.
         task: the task, or the group of tasks.
-        key: the metric's name and filter.
+        key: the metric's name and filter (`MetricKey`).
     """
-    return fmean(
-        each.value for results in repeats for each in metrics_of(results, task) if (each.name, each.filter) == key
-    )
+    return fmean(each.value for results in repeats for each in metrics_of(results, task) if each.key == key)
 
 
 def settings_of(results: Results, task: str) -> dict[str, object]:

@@ -116,17 +116,20 @@ class Screen:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
         """Stop drawing. The decided text and the last block stay on the screen."""
         self._live.stop()
 
     def watch(self, step: BlockStep) -> None:
         """Show the state of a block after a denoising step."""
-        line = self._line + self._block(step)
+        text = self._line + self._block(step)
         if not step.decided:
-            self._live.update(line)
+            self._live.update(text)
             return
         self.tokens = step.start + len(step.token_ids)
-        *whole, self._line = line.wrap(self._console, self._console.width) or [Text()]
+        *whole, self._line = text.wrap(self._console, self._console.width) or [Text()]
         self._live.update(self._line)
         for line in whole:
             self._console.print(line)

@@ -52,8 +52,8 @@ def kind_of(setting: str) -> Kind:
     return next(known for known in (int, float, str) if kind == known or kind == known | None)
 
 
-def listed(flag: str, text: str) -> list[str]:
-    """Return the parts of a text that commas separate.
+def parts_of(flag: str, text: str) -> list[str]:
+    """Return the parts of a flag's text that commas separate.
 
     Raises:
         UserError: a part is empty.
@@ -79,7 +79,7 @@ def values_of(setting: str, text: str, flag: str | None = None) -> list[Setting]
     flag = flag or setting
     kind = kind_of(setting)
     values: list[Setting] = []
-    for part in listed(flag, text):
+    for part in parts_of(flag, text):
         if kind is str:
             values.append(full_name(part))
         elif ":" in part:
@@ -93,7 +93,7 @@ def combinations(texts: Mapping[str, str], flag_of: Callable[[str], str] = str) 
     """Return all combinations of the values of some settings; the last setting varies fastest.
 
     Args:
-        texts: name or short name of a setting (`ALIASES` in settings.py) -> its values as text.
+        texts: name or short name of a setting (`ALIASES` in spellings.py) -> its values as text.
         flag_of: full name of a setting -> its name in messages.
 
     Raises:

@@ -162,11 +162,11 @@ class RecordedLM(LM):
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Refuse: only generated answers are recorded."""
-        raise UserError(f"task {requests[0].task_name!r} asks for log-likelihoods, which are not recorded.")
+        raise _not_recorded(requests)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
         """Refuse: only generated answers are recorded."""
-        raise UserError(f"task {requests[0].task_name!r} asks for log-likelihoods, which are not recorded.")
+        raise _not_recorded(requests)
 
     def get_model_info(self) -> dict[str, object]:
         """Return facts for `results["config"]`: the model's on the machines that answered, and their work in sum."""
@@ -192,6 +192,10 @@ class RecordedLM(LM):
         facts = facts_of_evaluation([dataclasses.replace(self._evaluation.account, counts=counts)])
         facts["run"]["sessions"] = len(sessions)
         return {"model_dtype": models[-1].get("dtype"), "sdar_lm_eval": models[-1] | facts}
+
+
+def _not_recorded(requests: Sequence[Instance]) -> UserError:
+    return UserError(f"task {requests[0].task_name!r} asks for log-likelihoods, which are not recorded.")
 
 
 def publish(run: RunSettings, folder: Path, run_programs: RunPrograms = run_here) -> Path:

@@ -49,7 +49,9 @@ def evaluate_into(
     results["config"] |= {"model": model, "model_args": dict(model_args)}
     if facts is not None:
         results["config"]["sdar_lm_eval"] |= facts
-    tracker.general_config_tracker.log_experiment_args(model, dict(model_args), None, None, True)
+    tracker.general_config_tracker.log_experiment_args(
+        model, dict(model_args), system_instruction=None, chat_template=None, fewshot_as_multiturn=True
+    )
     samples = results.pop("samples")
     tracker.save_results_aggregated(results=results, samples=samples)
     for task in results["configs"]:

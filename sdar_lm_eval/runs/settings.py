@@ -22,7 +22,7 @@ from sdar_lm_eval.engines.registry import ENGINES
 from sdar_lm_eval.errors import UserError, did_you_mean
 from sdar_lm_eval.hashing import digest_of_files, hex_digest
 from sdar_lm_eval.revision import ANSWER_REVISION
-from sdar_lm_eval.runs.grid import Combination, Setting, combinations, listed, without_copies
+from sdar_lm_eval.runs.grid import Combination, Setting, combinations, parts_of, without_copies
 from sdar_lm_eval.settings import OF_THOUGHTS, read_generation, typed
 from sdar_lm_eval.spellings import ALIASES
 
@@ -199,7 +199,7 @@ def runs_from_flags(
     Args:
         thoughts: model_args on thoughts, as name=value,name=value or JSON.
         engine_args: model_args of the engine, in the same forms.
-        short: flags by their short names (`ALIASES` in settings.py); they replace the flag of the full name.
+        short: flags by their short names (`ALIASES` in spellings.py); they replace the flag of the full name.
         all others: the flags; see `RunSettings`.
 
     Raises:
@@ -209,17 +209,11 @@ def runs_from_flags(
         raise UserError(f"--engine {engine} is unknown; choose {', '.join(ENGINES)}.{did_you_mean(engine, ENGINES)}")
     if not model_name.strip():
         raise UserError("--model-name is empty. Give a hub id such as JetLM/SDAR-4B-Chat, or a folder's name.")
-    for flag, number in (("--num-samples", num_samples), ("--max-gen-length", max_gen_length)):
-        if number is not None and number < 1:
-            raise UserError(f"{flag} {number} is out of range: it must be 1 or more.")
-    if seed < 0:
-        raise UserError(f"--seed {seed} is out of range: it must be 0 or more.")
-    listed_tasks = tuple(dict.fromkeys(listed("--tasks", tasks)))
-    if not confirm_run_unsafe_code and (programs := [task for task in listed_tasks if task in RUN_PROGRAMS]):
-        raise UserError(
-            f"--tasks {', '.join(programs)}: scored by running programs that the model writes. They run in a container "
-            "without network, token and volumes; say --confirm-run-unsafe-code to agree. Nothing was run."
-        )
+    numbers = (("--num-samples", num_samples, 1), ("--max-gen-length", max_gen_length, 1), ("--seed", seed, 0))
+    for flag, number, least in numbers:
+        if number is not None and number < least:
+            raise UserError(f"{flag} {number} is out of range: it must be {least} or more.")
+    names = _tasks_of(tasks, confirm_run_unsafe_code)
     texts = {
         "block_length": block_length,
         "denoising_steps": denoising_steps,
@@ -234,7 +228,7 @@ def runs_from_flags(
         model_name=model_name,
         revision=revision or None,
         engine=engine,
-        tasks=listed_tasks,
+        tasks=names,
         num_samples=num_samples,
         decoding=DecodingConfig(),
         max_gen_length=max_gen_length,
@@ -244,21 +238,42 @@ def runs_from_flags(
         thoughts=tuple(_named_values("--thoughts", thoughts, OF_THOUGHTS).items()),
         engine_args=_engine_args(engine_args, engine),
     )
-    runs = []
-    for combination in grid:
-        try:
-            run = replace(every, decoding=_decoding_of(combination, several))
-            read_generation(run.gen_kwargs, {})  # refuses what the model would
-            _check_limits(engine, run.decoding)
-        except UserError as error:
-            if not several:
-                raise
-            raise UserError(
-                f"{error} The sweep asks for it at {in_words({name: combination[name] for name in several})}. Nothing "
-                "was run: leave that value out, or sweep in several commands."
-            ) from error
-        runs.append(run)
-    return without_copies(runs, lambda run: run.decoding)
+    return without_copies([_run_of(every, combination, several) for combination in grid], lambda run: run.decoding)
+
+
+def _tasks_of(tasks: str, confirm_run_unsafe_code: bool) -> tuple[str, ...]:
+    """The tasks that --tasks names, each once.
+
+    Raises:
+        UserError: a name is empty, or a task runs programs and the user does not agree.
+    """
+    names = tuple(dict.fromkeys(parts_of("--tasks", tasks)))
+    if not confirm_run_unsafe_code and (programs := [task for task in names if task in RUN_PROGRAMS]):
+        raise UserError(
+            f"--tasks {', '.join(programs)}: scored by running programs that the model writes. They run in a container "
+            "without network, token and volumes; say --confirm-run-unsafe-code to agree. Nothing was run."
+        )
+    return names
+
+
+def _run_of(every: RunSettings, combination: Combination, swept: Sequence[str]) -> RunSettings:
+    """The run of a combination; `every` has the settings that all runs share.
+
+    Raises:
+        UserError: the model or the engine would refuse the combination.
+    """
+    try:
+        run = replace(every, decoding=_decoding_of(combination, swept))
+        read_generation(run.gen_kwargs, {})  # refuses what the model would
+        _check_limits(run.engine, run.decoding)
+    except UserError as error:
+        if not swept:
+            raise
+        raise UserError(
+            f"{error} The sweep asks for it at {in_words({name: combination[name] for name in swept})}. Nothing was "
+            "run: leave that value out, or sweep in several commands."
+        ) from error
+    return run
 
 
 def _decoding_of(combination: Combination, swept: Sequence[str]) -> DecodingConfig:

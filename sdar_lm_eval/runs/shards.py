@@ -51,7 +51,7 @@ def answer_shard(run: RunSettings, folder: Path, shard: int, shards: int, **mode
     call = run.harness_call(**model_args, answers=str(folder / ANSWERS))
     share: dict[str, list[int]] | None = None
     if shards > 1:
-        share = share_of(documents_of(run.tasks, run.num_samples, manager), shard, shards)
+        share = share_of(document_counts(run.tasks, run.num_samples, manager), shard, shards)
         if not share:
             return
     lm = get_model(call["model"]).create_from_arg_obj(call["model_args"])
@@ -88,7 +88,9 @@ def task_manager(tasks: Sequence[str], include_path: str | None = None) -> TaskM
     return manager_of_ours(tasks) or TaskManager()
 
 
-def documents_of(tasks: Sequence[str], num_samples: int | None, manager: TaskManager | None = None) -> dict[str, int]:
+def document_counts(
+    tasks: Sequence[str], num_samples: int | None, manager: TaskManager | None = None
+) -> dict[str, int]:
     """Return how many documents of each task are evaluated, groups resolved into their tasks.
 
     Raises:

@@ -67,24 +67,36 @@ class Columns:
         """Return a column's string, which may be blank."""
         value = self._value(column)
         if not isinstance(value, str):
-            raise RowError(f"{column!r} is {shown(value)}, not a string.")
+            raise self.malformed(column, "a string")
         return value
 
     def whole(self, column: str) -> int:
         """Return a column's whole number."""
         value = self._value(column)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise RowError(f"{column!r} is {shown(value)}, not a whole number.")
+            raise self.malformed(column, "a whole number")
         return value
 
     def items(self, column: str) -> list[object]:
         """Return a column's list, which is not empty."""
         value = self._value(column)
         if not isinstance(value, list):
-            raise RowError(f"{column!r} is {shown(value)}, not a list.")
+            raise self.malformed(column, "a list")
         if not value:
             raise RowError(f"{column!r} is empty.")
         return value
+
+    def texts(self, column: str, expected: str) -> list[str]:
+        """Return a column's list of strings, which is not empty; `expected` says in the error what it has to be."""
+        items = self.items(column)
+        texts = [item for item in items if isinstance(item, str)]
+        if len(texts) < len(items):
+            raise self.malformed(column, expected)
+        return texts
+
+    def malformed(self, column: str, expected: str) -> RowError:
+        """Return the error for a column whose value is not what was expected."""
+        return RowError(f"{column!r} is {shown(self._row[column])}, not {expected}.")
 
     def _value(self, column: str) -> object:
         if column not in self._row:

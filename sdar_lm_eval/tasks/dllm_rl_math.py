@@ -16,7 +16,20 @@ import re
 from collections.abc import Hashable
 
 from sdar_lm_eval.tasks.extraction import INVALID
-from sdar_lm_eval.tasks.opencompass_math import REMOVED, SUBSTITUTIONS
+from sdar_lm_eval.tasks.latex import (
+    REMOVED,
+    SUBSTITUTIONS,
+    bare_value,
+    braced_fractions,
+    closing_brace,
+    remove,
+    replace,
+    sub,
+    through,
+    unbraced,
+    up_to,
+    without_commas,
+)
 
 _LONG = 128  # characters; longer texts that repeat themselves are never equal
 _REPEATED = 0.2  # the share of a text's substrings that occurred before, above which the text repeats itself
@@ -24,13 +37,9 @@ _REPEATED = 0.2  # the share of a text's substrings that occurred before, above 
 
 def last_box(response: str) -> str:
     r"""Return the text of the last `\boxed{}`; `[invalid]` where there is none, or its braces are not balanced."""
-    inside = response.rpartition("\\boxed{")[2] if "\\boxed{" in response else ""
-    depth = 1
-    for brace in re.finditer("[{}]", inside):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return inside[: brace.start()]
-    return INVALID
+    _, box, inside = response.rpartition("\\boxed{")
+    end = closing_brace(inside) if box else None
+    return INVALID if end is None else inside[:end]
 
 
 def is_equal(answer: str, gold: str) -> bool:
@@ -75,57 +84,27 @@ def math_form(text: str) -> str:
     Raises:
         ValueError: the text has several units (`\text{ `), or ends in `\sqrt` or `\frac`.
     """
-    for old, new in _MATH_REPLACED:
-        text = text.replace(old, new)
-    text, *units = text.split("\\text{ ")
+    text, *units = through(_WITHOUT_MARKUP, text).split("\\text{ ")
     if len(units) > 1:
         raise ValueError("several units")
-    text = text.replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
-    if text.startswith("."):
-        text = "0" + text
-    left, equals, right = text.partition("=")
-    if equals and "=" not in right and len(left) <= 2:
-        text = right
-    before, *after = text.split("\\sqrt")
-    text = "\\sqrt".join([before, *(part if _first(part) == "{" else f"{{{part[0]}}}{part[1:]}" for part in after)])
-    text = _braced_fractions(text.replace(" ", ""))
+    before, *after = through(_VALUE, text).split("\\sqrt")
+    if "" in after:
+        raise ValueError("nothing follows a root")
+    roots = (part if part.startswith("{") else f"{{{part[0]}}}{part[1:]}" for part in after)
+    text = "\\sqrt".join([before, *roots]).replace(" ", "")
+    # The first fraction without two parts decides: dLLM-RL's code fails at one without any, and stops at one with one.
+    if next((part for part in text.split("\\frac")[1:] if len(part) < 2 and part != "{"), None) == "":
+        raise ValueError("nothing follows a fraction")
+    text = braced_fractions(text)
     if text == "0.5":
         return "\\frac{1}{2}"
     whole = re.fullmatch(r"(0|-?[1-9]\d*)/(0|-?[1-9]\d*)", text, re.ASCII)
     return f"\\frac{{{whole[1]}}}{{{whole[2]}}}" if whole else text
 
 
-def _braced_fractions(text: str) -> str:
-    r"""Put braces around both parts of `\frac12` and `\frac1{72}`; a text with a fraction of one part stays."""
-    before, *after = text.split("\\frac")
-    found = [before]
-    for part in after:
-        if _first(part) == "{":
-            found.append(part)
-        elif len(part) < 2:
-            return text
-        else:
-            found.append(f"{{{part[0]}}}" + (part[1:] if part[1] == "{" else f"{{{part[1]}}}{part[2:]}"))
-    return "\\frac".join(found)
-
-
-def _first(part: str) -> str:
-    if not part:
-        raise ValueError("nothing follows")
-    return part[0]
-
-
 def minerva_form(text: str) -> str:
     """Return a text in dLLM-RL's variant of Minerva's normal form (arXiv 2206.14858, appendix D.1)."""
-    for old, new in SUBSTITUTIONS:
-        text = text.replace(old, new)
-    for word in REMOVED:
-        text = text.replace(word, "")
-    for pattern, new in _MINERVA_REPLACED:
-        text = pattern.sub(new, text)
-    text = text.replace("$", "")
-    digits = text.replace(",", "")
-    return digits if digits.isdigit() else text
+    return through(_MINERVA, text)
 
 
 def _any_repeats_itself(*texts: str) -> bool:
@@ -169,19 +148,20 @@ def distinct_substrings(text: str) -> int:
     return number
 
 
-# fmt: off
-_MATH_REPLACED = (
-    ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""), ("\\right", ""),
-    ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""), ("$", ""), (",", ""),
-)
-# fmt: on
-_MINERVA_REPLACED = tuple(
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r".*?\$(.*?)\$.*", r"$\1$"),
-        *((rf"\\{name}\{{(.*?)\}}", r"\1") for name in ("text", "textbf", "overline")),
-        (r"\\boxed\{(.*)\}", r"\1"),
-        (r"frac([^{])(.)", r"frac{\1}{\2}"),
-        (r"sqrt([^{])", r"sqrt{\1}"),
-    )
-)
+_WITHOUT_MARKUP = [
+    *remove("\n", "\\!"),
+    *replace(("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac")),
+    *remove("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$", "$", ","),
+]
+_VALUE = [*replace(("\\%", ""), (" .", " 0."), ("{.", "{0.")), bare_value]
+_MINERVA = [
+    *replace(*SUBSTITUTIONS),
+    *remove(*REMOVED),
+    sub(r".*?\$(.*?)\$.*", r"$\1$"),
+    *map(unbraced, ("text", "textbf", "overline")),
+    up_to("}", sub(r"\\boxed\{(.*)\}", r"\1")),
+    sub(r"frac([^{])(.)", r"frac{\1}{\2}"),
+    sub(r"sqrt([^{])", r"sqrt{\1}"),
+    *remove("$"),
+    without_commas,
+]

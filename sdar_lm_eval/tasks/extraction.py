@@ -20,6 +20,8 @@ import unicodedata
 from collections.abc import Iterator
 from fractions import Fraction
 
+from sdar_lm_eval.tasks.latex import closing_brace
+
 INVALID = "[invalid]"
 
 # A longer number is no answer but noise, such as one digit repeated up to the length limit.
@@ -54,7 +56,6 @@ _NUMBER_OR_NAME = re.compile(rf"[A-Za-z][0-9A-Za-z_]*|{_NUMBER}", re.VERBOSE)
 
 # The backslash is optional: it is lost where a response went through an escaping step.
 _BOX = re.compile(r"(?:boxed|fbox)\s*\{")
-_BRACE = re.compile(r"[{}]")
 _HASHES = re.compile(r"(?<!#)####(?!#)([^#\n]*)")
 _HASHES_LEAD = re.compile(r"[^0-9A-Za-z.-]*(?:(?:the |final )*answer(?: is)?[^0-9A-Za-z.-]*)?", re.IGNORECASE)
 _HEADING_REST = re.compile(r"\s*[.):]\s\W*[^\W\d_]")
@@ -123,14 +124,8 @@ def _boxes(text: str) -> Iterator[tuple[int, str]]:
     limits = [*(start.start() for start in starts[1:]), len(text)]
     for start, limit in zip(starts, limits, strict=False):  # limits are one more where there is no box
         inside = text[start.end() : limit]
-        depth = 1
-        for brace in _BRACE.finditer(inside):
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                yield start.start(), inside[: brace.start()]
-                break
-        else:
-            yield start.start(), inside.lstrip().partition("\n")[0]
+        end = closing_brace(inside)
+        yield start.start(), inside.lstrip().partition("\n")[0] if end is None else inside[:end]
 
 
 def _boxed_number(content: str) -> str | None:

@@ -72,9 +72,8 @@ def first_option(response: str, options: str = LETTERS) -> str:
     text = response.strip()
     for rule in _rules_for(options):
         found = rule(text)
-        for letter in options:
-            if letter in found:
-                return letter
+        if letters := [letter for letter in options if letter in found]:
+            return letters[0]
     return INVALID
 
 

@@ -13,8 +13,7 @@ from typing import TypedDict
 import datasets
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.files import shown
-from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents
+from sdar_lm_eval.tasks.data import Columns, Source, dataset, documents
 from sdar_lm_eval.tasks.extraction import INVALID
 from sdar_lm_eval.tasks.first_option import first_option
 from sdar_lm_eval.tasks.repeated import answers_of, matched
@@ -43,10 +42,10 @@ class GPQARow(TypedDict):
 
 
 def _texts(row: Columns, column: str, at_most: int) -> list[str]:
-    given = row.items(column)
-    texts = [text for text in given if isinstance(text, str)]
-    if len(texts) < len(given) or len(given) > at_most:
-        raise RowError(f"{column!r} is {shown(given)}, not a list of at most {at_most} strings.")
+    expected = f"a list of at most {at_most} strings"
+    texts = row.texts(column, expected)
+    if len(texts) > at_most:
+        raise row.malformed(column, expected)
     return texts
 
 
@@ -58,7 +57,7 @@ def _gpqa_row(row: Columns) -> GPQARow:
 def _mmlu_pro_row(row: Columns) -> Categorized:
     options, answer = _texts(row, "options", 16), row.text("answer")
     if answer not in tuple(string.ascii_uppercase[:16]):
-        raise RowError(f"'answer' is {shown(answer)}, not a letter from A to P.")
+        raise row.malformed("answer", "a letter from A to P")
     return Categorized(question=row.text("question"), options=options, answer=answer, category=row.text("category"))
 
 
@@ -67,7 +66,7 @@ def _protein_row(row: Columns) -> Question:
     options = [option.rpartition(": ")[2] for option in _texts(row, "options", 26)]
     number = row.text("answer").rpartition(" ")[2]
     if number not in map(str, range(1, 27)):
-        raise RowError(f"'answer' is {row.text('answer')!r}, not such as 'option 1'.")
+        raise row.malformed("answer", "such as 'option 1'")
     # As in OpenCompass, a row whose answer is none of its options is asked, and never right.
     return Question(question=row.text("question"), options=options, answer=string.ascii_uppercase[int(number) - 1])
 

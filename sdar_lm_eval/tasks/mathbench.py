@@ -20,8 +20,7 @@ import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
-from sdar_lm_eval.files import shown
-from sdar_lm_eval.tasks.data import Archive, Columns, RowError, Source, dataset, documents
+from sdar_lm_eval.tasks.data import Archive, Columns, Source, dataset, documents
 from sdar_lm_eval.tasks.first_option import LETTERS, first_option
 from sdar_lm_eval.tasks.opencompass_math import prediction
 from sdar_lm_eval.tasks.set_score import SetScore
@@ -86,9 +85,9 @@ def _choice_row(row: Columns) -> Row:
     question, given, answer = row.text("question"), row.items("options"), row.text("answer")
     options = [str(option) for option in given if isinstance(option, (str, int, float))]
     if len(options) < len(given) or len(options) < len(LETTERS):
-        raise RowError(f"'options' is {shown(given)}, not {len(LETTERS)} strings.")
+        raise row.malformed("options", f"{len(LETTERS)} strings")
     if answer not in tuple(LETTERS):
-        raise RowError(f"'answer' is {shown(answer)}, not A, B, C or D.")
+        raise row.malformed("answer", "A, B, C or D")
     # As in OpenCompass, of more options than four the first four count.
     return Row(question=question.strip(), options=options[: len(LETTERS)], answer=answer)
 

@@ -10,8 +10,7 @@ from typing import TypedDict
 
 import datasets
 
-from sdar_lm_eval.files import shown
-from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents
+from sdar_lm_eval.tasks.data import Columns, Source, dataset, documents
 from sdar_lm_eval.tasks.programs import Job, extract_and_start, require_runner, scores
 from sdar_lm_eval.tasks.repeated import answers_of, metrics
 
@@ -28,10 +27,10 @@ class Problem(TypedDict):
 
 
 def _problem(row: Columns) -> Problem:
-    task_id, prompt, given = row.whole("task_id"), row.text("prompt"), row.items("test_list")
-    assertions = [test for test in given if isinstance(test, str) and test.strip()]
-    if len(assertions) < len(given):
-        raise RowError(f"'test_list' is {shown(given)}, not a list of strings such as 'assert f(2) == 4'.")
+    expected = "a list of strings such as 'assert f(2) == 4'"
+    task_id, prompt, assertions = row.whole("task_id"), row.text("prompt"), row.texts("test_list", expected)
+    if not all(map(str.strip, assertions)):
+        raise row.malformed("test_list", expected)
     return Problem(task_id=task_id, prompt=prompt, test_list=assertions)
 
 

@@ -11,8 +11,7 @@ from typing import TypedDict
 
 import datasets
 
-from sdar_lm_eval.files import shown
-from sdar_lm_eval.tasks.data import Columns, RowError, Source, dataset, documents
+from sdar_lm_eval.tasks.data import Columns, Source, dataset, documents
 from sdar_lm_eval.tasks.first_option import LETTERS, first_option
 from sdar_lm_eval.tasks.repeated import answers_of, matched
 
@@ -34,12 +33,12 @@ class Question(Row):
 
 
 def _row(row: Columns) -> Row:
-    question, given, answer = row.text("question"), row.items("choices"), row.whole("answer")
-    choices = [choice for choice in given if isinstance(choice, str)]
-    if not len(given) == len(choices) == len(LETTERS):
-        raise RowError(f"'choices' is {shown(given)}, not {len(LETTERS)} strings.")
+    expected = f"{len(LETTERS)} strings"
+    question, choices, answer = row.text("question"), row.texts("choices", expected), row.whole("answer")
+    if len(choices) != len(LETTERS):
+        raise row.malformed("choices", expected)
     if not 0 <= answer < len(LETTERS):
-        raise RowError(f"'answer' is {answer}, not 0 to {len(LETTERS) - 1}.")
+        raise row.malformed("answer", f"0 to {len(LETTERS) - 1}")
     return Row(question=question, choices=choices, answer=answer)
 
 

@@ -11,61 +11,23 @@ them. Each step below is a step there, and the order of the steps decides scores
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from functools import partial
 
-Step = Callable[[str], str]
-
-
-def _replace(*pairs: tuple[str, str]) -> list[Step]:
-    return [partial(_replaced, old=old, new=new) for old, new in pairs]
-
-
-def _replaced(text: str, old: str, new: str) -> str:
-    return text.replace(old, new)
-
-
-def _remove(*words: str) -> list[Step]:
-    return _replace(*((word, "") for word in words))
-
-
-def _sub(pattern: str, new: str) -> Step:
-    return partial(re.compile(pattern).sub, new)
-
-
-def _up_to(end: str, step: Step) -> Step:
-    """Apply a step to the text up to the last `end`, with which each match of the step's pattern ends.
-
-    Behind it, a text in a loop would be read once for each beginning of a match.
-    """
-
-    def up_to(text: str) -> str:
-        length = text.rfind(end) + len(end) if end in text else 0
-        return step(text[:length]) + text[length:]
-
-    return up_to
-
-
-def _unbraced(command: str) -> Step:
-    """Replace `command{…}` by what is inside."""
-    return _up_to("}", _sub(rf"\\{command}\{{(.*?)\}}", r"\1"))
-
-
-def _last(pattern: str) -> Step:
-    """Reduce a text to the group of the pattern's last match; a text without a match stays."""
-    found = re.compile(pattern).findall
-    return lambda text: (found(text) or [text])[-1]
-
-
-def _last_box_inside(text: str) -> str:
-    found = re.findall(r"oxed\{(.*?)\}", text[: text.rfind("}") + 1])
-    return found[-1] if found else text
-
-
-def _through(steps: Iterable[Step], text: str) -> str:
-    for step in steps:
-        text = step(text)
-    return text
+from sdar_lm_eval.tasks.latex import (
+    REMOVED,
+    SUBSTITUTIONS,
+    Step,
+    bare_value,
+    braced_fractions,
+    closing_brace,
+    last,
+    remove,
+    replace,
+    sub,
+    through,
+    unbraced,
+    up_to,
+    without_commas,
+)
 
 
 def prediction(response: str) -> str:
@@ -98,27 +60,18 @@ def best_form(response: str, gold: str) -> str:
 
 
 def _last_box(response: str) -> str | None:
-    start = response.rfind("\\boxed")
-    if start < 0:
+    _, box, after = response.rpartition("\\boxed")
+    end = closing_brace(after[1:]) if box and after.startswith("{") else None
+    if end is None:
         return None
-    depth = 0
-    for brace in re.finditer("[{}]", response[start:]):
-        depth += 1 if brace[0] == "{" else -1
-        if brace[0] == "}" and depth == 0:
-            box = response[start : start + brace.end()]
-            break
-    else:
-        return None
-    if not box.startswith("\\boxed{"):
-        return None
-    inside = box[len("\\boxed{") : -1]
+    inside = after[1 : 1 + end]
     doubled = re.match(r"\{(.*)\}$", inside)
     return doubled[1] if doubled else inside
 
 
 def normal_form(text: str) -> str:
     """Return a text in the form of `normalize_final_answer`, after Minerva's (arXiv 2206.14858, appendix D.1)."""
-    return _through(_NORMAL_FORM, text)
+    return through(_NORMAL_FORM, text)
 
 
 def stripped(text: str) -> str:
@@ -127,15 +80,7 @@ def stripped(text: str) -> str:
     Raises:
         ValueError: the text has one slash, and no whole numbers on both sides of it.
     """
-    text = _through(_STRIPPED, text.strip())
-    if not text:
-        return text
-    if text.startswith("."):
-        text = "0" + text
-    left, equals, right = text.partition("=")
-    if equals and "=" not in right and len(left) <= 2:
-        text = right
-    return _through(_STRIPPED_AT_LAST, text)
+    return through(_STRIPPED, text.strip())
 
 
 def _without_unit(text: str) -> str:
@@ -152,20 +97,6 @@ def _imaginary(text: str) -> str:
     return text if "i" in text else text.replace("j", "i")
 
 
-def _braced_fractions(text: str) -> str:
-    r"""Put braces around both parts of `\frac12` and `\frac1{72}`; a text with a fraction of one part stays."""
-    before, *after = text.split("\\frac")
-    if any(len(part) < 2 for part in after if not part.startswith("{")):
-        return text
-    braced = (
-        part
-        if part.startswith("{")
-        else f"{{{part[0]}}}" + (part[1:] if part[1] == "{" else f"{{{part[1]}}}{part[2:]}")
-        for part in after
-    )
-    return "\\frac".join([before, *braced])
-
-
 def _slash(text: str) -> str:
     if text.count("/") != 1:
         return text
@@ -177,61 +108,44 @@ def _latex_fraction(text: str) -> str:
     return text if "\\frac" in text else text.replace("rac", "\\frac")
 
 
-def _without_commas(text: str) -> str:
-    digits = text.replace(",", "")
-    return digits if digits.isdigit() else text
-
-
-# fmt: off
-SUBSTITUTIONS = (
-    ("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), (" ", ""), ("mbox", "text"), (",\\text{and}", ","),
-    ("\\text{and}", ","), ("\\text{m}", "\\text{}"),
-)
-"""What Minerva's normal form replaces first (arXiv 2206.14858, appendix D.1)."""
-
-REMOVED = (
-    "square", "ways", "integers", "dollars", "mph", "inches", "ft", "hours", "km", "units", "\\ldots", "sue", "points",
-    "feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students",
-    "childrentickets", "multiples", "\\text{s}", "\\text{.}", "\\text{\ns}", "\\text{}^2", "\\text{}^3", "\\text{\n}",
-    "\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots",
-)
-"""What Minerva's normal form removes then, in this order."""
-# fmt: on
-
 _NORMAL_FORM: list[Step] = [
-    *_replace(*SUBSTITUTIONS, ("\\le", "<")),
-    *_remove(*REMOVED, "\n", "\r", "\f"),
-    _up_to(")}", _sub(r"\\text\{\((.*?)\)\}", r"\1")),
-    *map(_unbraced, ("text", "textbf", "overline")),
-    _up_to("}", _sub(r"\\boxed\{(.*)\}", r"\1")),
-    _last(r"finalansweris(.*)"),
-    _last(r"answer?is:?(.*)"),
-    _last_box_inside,
-    _last(r"\$(.*?)\$"),
+    *replace(*SUBSTITUTIONS, ("\\le", "<")),
+    *remove(*REMOVED, "\n", "\r", "\f"),
+    up_to(")}", sub(r"\\text\{\((.*?)\)\}", r"\1")),
+    *map(unbraced, ("text", "textbf", "overline")),
+    up_to("}", sub(r"\\boxed\{(.*)\}", r"\1")),
+    last(r"finalansweris(.*)"),
+    last(r"answer?is:?(.*)"),
+    last(r"oxed\{(.*?)\}", end="}"),
+    last(r"\$(.*?)\$"),
     str.strip,
     _latex_fraction,
-    _sub(r"frac([^{])(.)", r"frac{\1}{\2}"),
-    _sub(r"sqrt([^{])", r"sqrt{\1}"),
-    *_remove("$"),
-    _without_commas,
+    sub(r"frac([^{])(.)", r"frac{\1}{\2}"),
+    sub(r"sqrt([^{])", r"sqrt{\1}"),
+    *remove("$"),
+    without_commas,
 ]
 _STRIPPED: list[Step] = [
-    *_remove("\n"),
+    *remove("\n"),
     lambda text: text.rstrip("."),
-    *_remove("\\!", "\\ "),
-    *_replace(("\\\\", "\\"), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac")),
-    *_remove("\\left", "\\right"),
+    *remove("\\!", "\\ "),
+    *replace(("\\\\", "\\"), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac")),
+    *remove("\\left", "\\right"),
     _without_unit,
-    *_remove("^{\\circ}", "^\\circ", "\\$", "$", "\\text", "x\\in", "\\%", "%"),
-    *_replace((" .", " 0."), ("{.", "{0.")),
-    *_remove("\\cdot"),
+    *remove("^{\\circ}", "^\\circ", "\\$", "$", "\\text", "x\\in", "\\%", "%"),
+    *replace((" .", " 0."), ("{.", "{0.")),
+    *remove("\\cdot"),
     _infinity,
-    *_replace(("+\\inity", "\\infty")),
-    *_remove("and", "\\mathbf"),
-    _up_to("}", _sub(r"\\mbox{.*?}", "")),
+    *replace(("+\\inity", "\\infty")),
+    *remove("and", "\\mathbf"),
+    up_to("}", sub(r"\\mbox{.*?}", "")),
     _imaginary,
     # A match begins with a run of digits: inside of a long run, each digit would read the rest of the run.
-    _sub(r"(?<!\d)(\d+)\.0+([^\d])", r"\1\2"),
-    _sub(r"(?<!\d)(\d+)\.0+$", r"\1"),
+    sub(r"(?<!\d)(\d+)\.0+([^\d])", r"\1\2"),
+    sub(r"(?<!\d)(\d+)\.0+$", r"\1"),
+    bare_value,
+    sub(r"\\sqrt(\w+)", r"\\sqrt{\1}"),
+    *remove(" "),
+    braced_fractions,
+    _slash,
 ]
-_STRIPPED_AT_LAST: list[Step] = [_sub(r"\\sqrt(\w+)", r"\\sqrt{\1}"), *_remove(" "), _braced_fractions, _slash]

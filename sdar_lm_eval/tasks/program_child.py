@@ -1,4 +1,4 @@
-"""The process that a program of HumanEval or MBPP runs in. programs.py starts it as a script, without this package.
+"""The process that a program of the model runs in. programs.py starts it as a script, without this package.
 
 The process reads the job from stdin: its length (8 bytes), the job as JSON, and a secret. The process writes the secret
 to stdout once program and tests ended without an exception and in time. Otherwise the process writes nothing.

@@ -1,4 +1,4 @@
-"""Runs the programs of HumanEval and MBPP, each in a process and a temporary folder of its own, several at a time.
+"""Runs programs that the model wrote, each in a process and a temporary folder of its own, several at a time.
 
     start(jobs)     begin to run programs in the background
     passes(job)     whether a program passes its tests

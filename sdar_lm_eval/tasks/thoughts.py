@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-THINK, END = "<think>", "</think>"
+from sdar_lm_eval.thinking import END, START
 
-_PAIRS = re.compile(f"{THINK}.*?{END}", re.DOTALL)
+_PAIRS = re.compile(f"{START}.*?{END}", re.DOTALL)
 
 
 def without_thoughts(response: str) -> str:
@@ -21,6 +21,6 @@ def without_thoughts(response: str) -> str:
     that does not end. Their answers hold no thought, so they stay as they are.
     """
     until_last_end, last_end, rest = response.rpartition(END)
-    if THINK in response:  # behind the last end, the pattern would search the whole rest for each beginning
+    if START in response:  # behind the last end, the pattern would search the whole rest for each beginning
         rest = _PAIRS.sub("", until_last_end + last_end) + rest
     return rest.strip()

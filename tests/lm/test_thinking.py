@@ -38,6 +38,7 @@ from sdar_lm_eval.loaded import load
 from sdar_lm_eval.report.documents import documents_of
 from sdar_lm_eval.report.runs import read_runs
 from sdar_lm_eval.tasks.thoughts import without_thoughts
+from sdar_lm_eval.thinking import Thought
 
 DATA = """
 from datasets import Dataset, DatasetDict
@@ -313,7 +314,7 @@ def test_saved_runs_have_the_thoughts(thinker: str, tmp_path: Path) -> None:
     (run,) = read_runs([tmp_path / "results"])
     for document in documents_of(run, "thinks"):
         (answer,) = document.answers
-        assert (answer.text, answer.thought, answer.denoising is not None) == ("7r", "<think>Ae5C", True)
+        assert (answer.text, answer.thought, answer.denoising is not None) == ("7r", Thought("<think>Ae5C", True), True)
 
 
 @pytest.mark.parametrize("end", ["</think>", 712, "712"])

@@ -5,7 +5,7 @@ from lm_eval.tasks import TaskManager
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.runs import shards
-from sdar_lm_eval.runs.shards import documents_of, share_of, task_manager
+from sdar_lm_eval.runs.shards import document_counts, share_of, task_manager
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7, 20])
@@ -20,9 +20,9 @@ def test_each_document_is_in_one_share(number: int) -> None:
 
 
 def test_documents_of_tasks() -> None:
-    assert documents_of(["gsm8k_sdar_demo"], None) == {"gsm8k_sdar_demo": 200}
-    assert documents_of(["gsm8k_sdar_demo"], 12) == {"gsm8k_sdar_demo": 12}
-    assert documents_of(["gsm8k_sdar_demo"], 999) == {"gsm8k_sdar_demo": 200}
+    assert document_counts(["gsm8k_sdar_demo"], None) == {"gsm8k_sdar_demo": 200}
+    assert document_counts(["gsm8k_sdar_demo"], 12) == {"gsm8k_sdar_demo": 12}
+    assert document_counts(["gsm8k_sdar_demo"], 999) == {"gsm8k_sdar_demo": 200}
 
 
 def test_groups_are_their_tasks() -> None:
@@ -45,14 +45,14 @@ def test_the_harness_s_tasks_are_read_only_where_they_are_asked_for(monkeypatch:
 def test_tasks_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = task_manager(["gsm8k_sdar_demo"])
     with pytest.raises(UserError, match=r"--tasks gsm8k_zdar: unknown to the harness\. Did you mean 'gsm8k_sdar'\?"):
-        documents_of(["gsm8k_zdar"], None, ours)
+        document_counts(["gsm8k_zdar"], None, ours)
 
     class Task:
         OUTPUT_TYPE = "multiple_choice"
 
     monkeypatch.setattr(shards, "get_task_dict", lambda *_: {"arc": Task()})
     with pytest.raises(UserError, match="--tasks arc: ask for log-likelihoods"):
-        documents_of(["gsm8k_sdar_demo"], None, ours)
+        document_counts(["gsm8k_sdar_demo"], None, ours)
 
 
 def test_programs_that_the_harness_would_run_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_programs_that_the_harness_would_run_itself(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(shards, "get_task_dict", lambda *_: {"humaneval": Task()})
     with pytest.raises(UserError, match=r"--tasks humaneval: .* Choose humaneval_sdar or mbpp_sdar, whose programs"):
-        documents_of(["gsm8k_sdar_demo"], None)
+        document_counts(["gsm8k_sdar_demo"], None)
 
 
 @pytest.mark.parametrize(
@@ -86,4 +86,4 @@ def test_tasks_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, error: Exc
 
     monkeypatch.setattr(shards, "get_task_dict", broken)
     with pytest.raises(UserError, match=told):
-        documents_of(["gsm8k_sdar_demo"], None)
+        document_counts(["gsm8k_sdar_demo"], None)

@@ -41,8 +41,7 @@ from typing import NamedTuple, TypedDict
 
 from sdar_lm_eval.report.denoising import CONFIDENCE_SCALE, Denoising
 from sdar_lm_eval.report.documents import Answer, Document, by_key, is_likelihood, main_key_of
-from sdar_lm_eval.report.pairing import MetricKey
-from sdar_lm_eval.report.runs import Run, metrics_of
+from sdar_lm_eval.report.runs import MetricKey, Run, metrics_of
 
 AnswerScores = list["float | None"]
 
@@ -101,7 +100,7 @@ class Documents:
         number = next(number for number, each in enumerate(self.tasks) if each["name"] == task)
         outcomes = [row.outcomes for row in self.rows if row.task == number]
         return {
-            (name, filter_name): [
+            MetricKey(name, filter_name): [
                 [each and each.scores[place] for each in of_run] for of_run in zip(*outcomes, strict=True)
             ]
             for place, (name, filter_name, _) in enumerate(self.tasks[number]["metrics"])
@@ -123,9 +122,7 @@ def collect(runs: Sequence[Run], tasks: Iterable[str]) -> Documents:
 def _add_task(found: Documents, runs: Sequence[Run], task: str) -> None:
     files = [results for run in runs for results in run.of_tasks.get(task, [])]
     lower_is_better = {
-        (metric.name, metric.filter): metric.higher_is_better is False
-        for results in files
-        for metric in metrics_of(results, task)
+        metric.key: metric.higher_is_better is False for results in files for metric in metrics_of(results, task)
     }
     metrics = list(lower_is_better)
     main = main_key_of(runs, task)
@@ -179,7 +176,7 @@ def _text(answer: Answer, tokens: dict[str, int]) -> object:
 def _detail(answer: Answer, metrics: Sequence[MetricKey], filters: Sequence[str]) -> list[object]:
     scores = [answer.own_scores.get(metric) for metric in metrics]
     detail: list[object] = [scores, [answer.extracted.get(name, "") for name in filters], _record(answer.denoising)]
-    return detail if answer.thought is None else [*detail, [answer.thought, answer.thought_ended]]
+    return detail if answer.thought is None else [*detail, [answer.thought.text, answer.thought.ended]]
 
 
 def _record(record: Denoising | None) -> dict[str, object] | None:

@@ -20,10 +20,9 @@ from sdar_lm_eval.report.curve import chart_svg
 from sdar_lm_eval.report.documents import main_key_of
 from sdar_lm_eval.report.page.data import Documents
 from sdar_lm_eval.report.page.embedding import allowed_in_html
-from sdar_lm_eval.report.pairing import MetricKey
 from sdar_lm_eval.report.points import Point, points_of
 from sdar_lm_eval.report.results import Results
-from sdar_lm_eval.report.runs import Run, mean_value, metrics_of
+from sdar_lm_eval.report.runs import MetricKey, Run, mean_value, metrics_of
 from sdar_lm_eval.report.statistics import mean_stderr
 from sdar_lm_eval.report.text_table import NONE, score
 
@@ -145,9 +144,9 @@ def speeds_of(runs: Sequence[Run], task: str) -> list[Point | None]:
     main = main_key_of(runs, task)
     found: list[Point | None] = []
     for run in runs:
-        keys = [(metric.name, metric.filter) for metric in run.metrics(task)] if task in run.of_tasks else []
+        keys = [metric.key for metric in run.metrics(task)] if task in run.of_tasks else []
         if main is not None and main in keys:
-            found += points_of([run], task, ",".join(main))
+            found += points_of([run], task, main.in_results)
         elif keys:
             found.append(dataclasses.replace(points_of([run], task)[0], accuracy=math.nan, stderr=None))
         else:
@@ -215,7 +214,7 @@ def shares(documents: Documents, task: str) -> set[MetricKey]:
     found = set()
     for key, of_runs in documents.scores(task).items():
         values = [value for of_run in of_runs for value in of_run if value is not None]
-        if all(0 <= value <= 1 for value in values) and (values or key[0] in SHARES):
+        if all(0 <= value <= 1 for value in values) and (values or key.name in SHARES):
             found.add(key)
     return found
 
@@ -224,13 +223,12 @@ def score_rows(
     runs: Sequence[Run], points: Sequence[tuple[str, Sequence[Point | None]]], documents: Documents
 ) -> list[ScoreRow]:
     """Return scores and speeds: groups of tasks first, then the tasks."""
-    files = [[results for task in run.tasks for results in run.of_tasks[task]] for run in runs]
     groups = dict.fromkeys(
-        name for of_run in files for results in of_run for name in results.scores.content if name in results.groups
+        name for run in runs for results in run.results for name in results.scores.content if name in results.groups
     )
     rows = []
     for group in groups:
-        having = [[results for results in of_run if group in results.scores.content][:1] for of_run in files]
+        having = [[results for results in run.results if group in results.scores.content][:1] for run in runs]
         rows += _rows_of(group, having, set(), {})
     for task, of_task in points:
         of_runs = [run.of_tasks.get(task, []) for run in runs]
@@ -248,14 +246,14 @@ def _rows_of(
     cells: dict[MetricKey, list[str]] = {}
     for number, files in enumerate(of_runs):
         for metric in metrics_of(files[0], task) if files else ():
-            key = metric.name, metric.filter
             value, stderr = metric.value, metric.stderr
             if len(files) > 1:
-                value = mean_value(files, task, key)
-                of_documents = [each for each in scores.get(key, [[]] * len(of_runs))[number] if each is not None]
+                value = mean_value(files, task, metric.key)
+                of_run = scores[metric.key][number] if metric.key in scores else ()
+                of_documents = [each for each in of_run if each is not None]
                 stderr = mean_stderr(np.array(of_documents)) if of_documents else stderr
-            share = key in are_shares or (not scores and metric.name in SHARES)
-            row = cells.setdefault(key, [NONE] * len(of_runs))
+            share = metric.key in are_shares or (not scores and metric.name in SHARES)
+            row = cells.setdefault(metric.key, [NONE] * len(of_runs))
             row[number] = score(value, stderr, share=share)
     answered = [files[0].answered(task) if files else None for files in of_runs]
     return [
@@ -296,10 +294,10 @@ def _pair(number: int, comparison: Comparison, documents: Documents) -> Pair:
 
 
 def _difference_rows(comparison: Comparison, number: int, documents: Documents) -> tuple[DifferenceRow, ...]:
-    are_shares = {(each.task, *key) for each in comparison.differences for key in shares(documents, each.task)}
-    of_tasks = {each: (each.task, each.metric, each.filter) in are_shares for each in comparison.differences}
-    others = {(each.metric, each.filter) for each, share in of_tasks.items() if not share}
-    kinds = {each: (each.metric, each.filter) not in others for each in comparison.groups} | of_tasks
+    shares_of = {task: shares(documents, task) for task in {each.task for each in comparison.differences}}
+    of_tasks = {each: each.key in shares_of[each.task] for each in comparison.differences}
+    others = {each.key for each, share in of_tasks.items() if not share}
+    kinds = {each: each.key not in others for each in comparison.groups} | of_tasks
     return tuple(
         _difference_row(each, number if each in of_tasks else None, share, _ends(kinds, share))
         for each, share in kinds.items()
