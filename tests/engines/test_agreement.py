@@ -152,7 +152,7 @@ def test_the_search_finds_the_least_of_all_paths(tiny, strategy):
             assert rounding == pytest.approx(expected, abs=1e-4) and expected > 0.5
 
 
-@pytest.mark.parametrize("strategy", ["low_confidence_static", "sequential"])
+@pytest.mark.parametrize("strategy", ["low_confidence_static", pytest.param("sequential", marks=pytest.mark.slow)])
 def test_float32_needs_no_rounding_and_bfloat16_little(demo, judge, strategy):
     decoding = DecodingConfig(temperature=0, remasking_strategy=strategy)
     requests = ask(demo, prompts(demo), decoding, count=7)
