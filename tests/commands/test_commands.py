@@ -107,7 +107,7 @@ FULL = "sdar_lm_eval: error: the output cannot be written: No space left on devi
         ("show a --doc 0 > /dev/full", 1, FULL),
         ("--help > /dev/full", 1, FULL),
         ("compare a b >&-", 0, ""),
-        ("show a --doc 0 >&-", 0, ""),
+        pytest.param("show a --doc 0 >&-", 0, "", marks=pytest.mark.slow),
         pytest.param(f"{WITHOUT_OUTPUT} >&-", 0, "forwards", marks=pytest.mark.slow),
         ("generate - <&-", 1, "sdar_lm_eval: error: standard input is closed. Give the prompt as a text."),
     ],
