@@ -380,6 +380,7 @@ def test_keys_change_with_new_features_only(make_lm: MakeLM, thinker: str) -> No
         "prefix": {"answer_prefix": "<think>"},
         "limit": {"max_thinking_toks": 5},
         "repetition": {"stop_repetition": "20:3"},
+        "another repetition": {"stop_repetition": "30:3"},
     }.items():
         lm = make_lm(thinker, **settings)
         (job,) = lm.jobs.of([request("Question", GREEDY)], lm.evaluation.task_of, 0).jobs.values()
