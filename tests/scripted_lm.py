@@ -120,6 +120,8 @@ def load(**_):
     return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows), "train": datasets.Dataset.from_list(rows)})
 def copies(documents):
     return datasets.concatenate_datasets([documents.select([0, 1])] * 3)
+def backwards(documents):
+    return documents.select(range(4, -1, -1))
 """
 
 

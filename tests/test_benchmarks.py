@@ -59,7 +59,7 @@ def test_several_processes_run_one_section(monkeypatch: pytest.MonkeyPatch, caps
     ("arguments", "column"),
     [
         ("throughput --active 1 2 --prompts 2 --new-tokens 4 --shared-prefix 20 --floor", "of_the_floor"),
-        ("likelihood --texts 4 --length 40 --kinds endings letters few-shot", "seconds"),
+        ("likelihood --texts 1 --length 40 --repeats 1 --kinds endings letters few-shot", "seconds"),
         ("floor --active 1 --device cpu", "layers_ms"),
         pytest.param(
             "kernel_times --active 1 2 --context 64",

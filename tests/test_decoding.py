@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdar_lm_eval.checks import at_least_one, check_number
-from sdar_lm_eval.decoding import DecodingConfig
+from sdar_lm_eval.decoding import DecodingConfig, in_words
 from sdar_lm_eval.ending import end_of_answer
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.engines.registry import make_engine
@@ -80,6 +80,24 @@ def test_it_is_frozen_and_hashable():
 @pytest.mark.parametrize(("settings", "greedy"), [({}, False), ({"temperature": 0}, True), ({"top_k": 1}, True)])
 def test_greedy(settings, greedy):
     assert DecodingConfig(**settings).greedy is greedy
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        ({}, {"eb_threshold"}),
+        ({"temperature": 0}, {"eb_threshold", "top_k", "top_p"}),
+        ({"top_k": 1}, {"eb_threshold", "temperature", "top_p"}),
+        ({"remasking_strategy": "entropy_bounded"}, {"confidence_threshold", "denoising_steps"}),
+    ],
+)
+def test_settings_that_nothing_reads_are_idle(settings, idle):
+    assert DecodingConfig(**settings).idle == idle
+
+
+def test_settings_are_told_as_users_write_them():
+    told = in_words({"temperature": 1.0, "top_p": 0.95, "steps": None, "name": "x", "until": ["é", {"a": True}]})
+    assert told == 'temperature=1, top_p=0.95, steps=none, name=x, until=["é", {"a": true}]'
 
 
 @pytest.mark.parametrize(

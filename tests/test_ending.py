@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ TOKEN = {piece: i for i, piece in enumerate(PIECES)}
 STOP_TOKEN = len(PIECES)
 THINKING = Thinking("</think>", (TOKEN["</think>"],), "<think>")
 OPENED = Thinking("</think>", (TOKEN["</think>"],), "<think>", opened=True)
+BY_TOKENS = Thinking(TOKEN["</think>"], (TOKEN["</think>"],), TOKEN["<think>"])
 
 
 def decode(tokens):
@@ -95,6 +97,9 @@ def by_definition(tokens, request):
     st.sampled_from([None, Repetition(1, 3), Repetition(2, 2), Repetition(3, 2)]),
     st.lists(st.integers(1, 7), min_size=1, max_size=4),
 )
+@example(ids("<th", "ink>", "a", "</think>", "b"), THINKING, None, ["a"], 9, None, [1])  # the start comes in parts
+@example(ids("</think>", "\n", "\n", "\n", "a", "\n"), OPENED, None, ["\n"], 9, None, [1])  # the answer is "a"
+@example(ids("</", "think", "> b", " ", "a", " ", " "), OPENED, None, ["ba"], 9, None, [1])  # apart
 @example([0, 0, 0, STOP_TOKEN], None, None, [], 4, Repetition(1, 3), [1, 4])  # a loop, and a stop token behind it
 def test_an_answer_ends_in_the_same_place_in_parts_of_any_size(tokens, thinking, most, stops, limit, repetition, sizes):
     if thinking is not None and most is not None:
@@ -104,6 +109,18 @@ def test_an_answer_ends_in_the_same_place_in_parts_of_any_size(tokens, thinking,
     assert in_parts(tokens, request, sizes) == expected
     if expected[1] and CLOSE not in (found := end_of_answer(tokens, request, decode)):
         assert (tokens[: found[0]], found[1]) == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_marks_may_be_tokens_that_decoding_leaves_out(size):
+    def decode_without_marks(tokens):
+        return decode([token for token in tokens if token not in (BY_TOKENS.start, BY_TOKENS.end)])
+
+    tokens = ids(" ", "<think>", "a", "</think>", "\n", "b", "a", "b")
+    ending, found = Ending(asked(BY_TOKENS, ["a", "\n"]), decode_without_marks), []
+    while not (found and found[-1][1]):
+        found.append(ending.add(tokens[sum(count for count, _ in found) :][:size]))
+    assert sum(count for count, _ in found) == 7 and found[-1][1] == "stop"
 
 
 def test_a_long_answer_that_nearly_loops_is_followed_in_time():
@@ -118,3 +135,12 @@ def test_a_long_answer_that_nearly_loops_is_followed_in_time():
     for _ in range(28):
         assert ending.add([0] * 1000) == (1000, "")
     assert ending.add([0] * 1002) == (1001, "repetition")
+
+
+def test_white_space_behind_a_thought_may_come_byte_by_byte():
+    """An ideographic space, each byte a token, and a line break are no answer: the stop string comes later."""
+    pieces = [b"</think>", *(bytes([byte]) for byte in "\u3000".encode()), b"\n", b"a"]
+    request = asked(OPENED, ["\n"])
+    ending = Ending(request, lambda tokens: b"".join(pieces[token] for token in tokens).decode(errors="replace"))
+    assert [ending.add([token]) for token in (0, 1, 2, 3, 4, 5)] == [(1, "")] * 6
+    assert ending.add([4]) == (1, "stop")

@@ -142,10 +142,11 @@ def tango_interval(only_a: int, only_b: int, documents: int, level: float = 1 - 
         variance = n * (2 * share + difference * (1 - difference))
         return only_b - only_a - n * difference - bound * math.sqrt(max(variance, 0.0))
 
-    # At -1 and 1 the statistic is beyond the bound. At the estimate it may be 0 / 0, so the search stops short of it.
+    # At -1 and 1 the statistic is beyond the bound, or, where one of them is the estimate, `score` is 0 there.
+    # At other estimates the statistic may be 0 / 0, so the search stops short of them.
     off = 1e-9
-    low = -1.0 if only_a == n else optimize.brentq(score, -1.0, estimate - off, args=(z,), xtol=1e-10)
-    high = 1.0 if only_b == n else optimize.brentq(score, estimate + off, 1.0, args=(-z,), xtol=1e-10)
+    low = optimize.brentq(score, -1.0, estimate - off, args=(z,), xtol=1e-10)
+    high = optimize.brentq(score, estimate + off, 1.0, args=(-z,), xtol=1e-10)
     return float(low), float(high)
 
 

@@ -64,14 +64,14 @@ def write_questions(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs by lm_eval, a folder each: 80 of the demo's problems at two thresholds, and small models of transformers."""
+    """Runs by lm_eval, a folder each: 40 of the demo's problems at two thresholds, and small models of transformers."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # slow, and of no interest here
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
-        for threshold in (0.5, 0.85):
+        for threshold in (0.2, 0.85):
             arguments = {"pretrained": "demo", "confidence_threshold": threshold}
-            evaluate(folder / f"sdar-{threshold}", "sdar", arguments, limit=80)
+            evaluate(folder / f"sdar-{threshold}", "sdar", arguments, limit=40)
         patch.chdir(folder)
         write_questions(folder)
         for seed in (0, 1):
@@ -102,20 +102,20 @@ def json_of(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict[str
 
 
 def test_two_thresholds_of_the_demo(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, b = runs / "sdar-0.5", runs / "sdar-0.85"
+    a, b = runs / "sdar-0.2", runs / "sdar-0.85"
     (comparison,) = json_of(capsys, a, b, "--list")
-    assert comparison["settings"] == {"confidence_threshold": {"a": 0.5, "b": 0.85}} and not comparison["warnings"]
+    assert comparison["settings"] == {"confidence_threshold": {"a": 0.2, "b": 0.85}} and not comparison["warnings"]
     (found,) = comparison["differences"]
     only_a, only_b = found["only_a"], found["only_b"]
-    assert (found["documents"], found["test"]) == (80, "exact McNemar") and only_b > 15 > 3 > only_a
+    assert (found["documents"], found["test"]) == (40, "exact McNemar") and only_b > 15 > 3 > only_a
     exact = binomtest(only_a, only_a + only_b).pvalue
     assert found["p"] == found["p_holm"] == pytest.approx(exact)
-    assert found["b"] - found["a"] == pytest.approx((only_b - only_a) / 80)
+    assert found["b"] - found["a"] == pytest.approx((only_b - only_a) / 40)
     assert found["equal_filters"] == ["flexible-extract"] and len(found["changed"]) == only_a + only_b
     right = [(each["filtered_a"] == each["target"], each["filtered_b"] == each["target"]) for each in found["changed"]]
     assert sorted(right) == [(False, True)] * only_b + [(True, False)] * only_a
     text = told(capsys, a, b, "--list")
-    assert f"A: {a}\nB: {b}\n" in text and "  confidence_threshold  0.5  0.85\n" in text
+    assert f"A: {a}\nB: {b}\n" in text and "  confidence_threshold  0.2  0.85\n" in text
     other_way = f"{only_a or 'none'} the other way (p < 0.0001)."
     assert f"{DEMO}: B is better: {only_b} documents changed from wrong to right, {other_way}" in text
     assert sum("only B" in line and line.startswith("  ") for line in text.splitlines()) == only_b
@@ -126,7 +126,7 @@ def test_two_thresholds_of_the_demo(runs: Path, capsys: pytest.CaptureFixture[st
 def test_a_run_of_transformers_and_one_of_sdar(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (comparison,) = json_of(capsys, runs / "hf-0", runs / "sdar-0.85")
     paired, prompts = comparison["warnings"]
-    assert paired == f"{DEMO}: 10 documents are in both runs and are compared; 70 only in run B."
+    assert paired == f"{DEMO}: 10 documents are in both runs and are compared; 30 only in run B."
     assert prompts == f"{DEMO}: the prompts of 10 of 10 documents differ."
     assert comparison["settings"]["model"] == {"a": "hf", "b": "sdar"}
     assert comparison["settings"]["confidence_threshold"] == {"a": None, "b": 0.85}
@@ -209,10 +209,10 @@ def test_a_group_that_weighs_its_tasks_equally(
 
 def test_all_runs_of_a_folder(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a sweep leaves them: the first is the baseline, or the one that is named."""
-    for name in ("sdar-0.5", "sdar-0.85", "hf-0"):
+    for name in ("sdar-0.2", "sdar-0.85", "hf-0"):
         shutil.copytree(runs / name, tmp_path / name)
     text = told(capsys, tmp_path)
-    assert text.startswith(f"A: {tmp_path / 'sdar-0.5'}\n") and "\nB1: " in text and "\nB2: " in text
+    assert text.startswith(f"A: {tmp_path / 'sdar-0.2'}\n") and "\nB1: " in text and "\nB2: " in text
     assert "  setting " in text and "B2, gsm8k_sdar_demo: " in text and "p (Holm)" in text
     first, second = json_of(capsys, tmp_path, "--baseline", "sdar-0.85")
     assert "0.85" in first["a"] == second["a"]
@@ -241,7 +241,7 @@ def test_formats(
 
 
 def test_mistakes(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, b = runs / "sdar-0.5", runs / "sdar-0.85"
+    a, b = runs / "sdar-0.2", runs / "sdar-0.85"
 
     def error_of(*words: object) -> str:
         assert main(["compare", *map(str, words)]) == 1

@@ -253,7 +253,7 @@ class TestEnds:
 
     def test_stop_strings_across_tokens_and_blocks(self, demo, demo_engine, question, whole):
         text = demo.decode(whole.token_ids[:40])
-        starts = range(0, len(text) - 15, 11)
+        starts = range(0, len(text) - 15, 23)
         stops = [text[start : start + length] for start, length in zip(starts, itertools.cycle((1, 3, 15)))]
         results = run(demo_engine, [self.request(demo, question, stop_strings=("never", stop)) for stop in stops])
         for stop, result in zip(stops, results, strict=True):

@@ -804,6 +804,8 @@ def test_copies_of_a_document_draw_answers_of_their_own(make_lm: MakeLM, evaluat
         return {sample["doc_id"]: sample["resps"][0][0] for sample in samples}
 
     plain = drawn(make_lm())
+    moved = drawn(make_lm(), "process_docs: !function data.backwards")
+    assert moved == {4 - number: answer for number, answer in plain.items()}  # its place in the data set is no seed
     copies = "process_docs: !function data.copies"
     six = drawn(make_lm(), copies)
     assert len(set(six.values())) == 6

@@ -5,6 +5,7 @@ The model is `thinking_checkpoint.py`'s; each engine runs it. This file is the p
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -380,6 +381,7 @@ def test_keys_change_with_new_features_only(make_lm: MakeLM, thinker: str) -> No
         "prefix": {"answer_prefix": "<think>"},
         "limit": {"max_thinking_toks": 5},
         "repetition": {"stop_repetition": "20:3"},
+        "another repetition": {"stop_repetition": "30:3"},
     }.items():
         lm = make_lm(thinker, **settings)
         (job,) = lm.jobs.of([request("Question", GREEDY)], lm.evaluation.task_of, 0).jobs.values()
@@ -469,9 +471,10 @@ def test_the_tasks_rule_leaves_a_cut_answer_as_it_is() -> None:
 
 @pytest.mark.skipif(not REAL_FOLDER.is_dir(), reason=f"needs SDAR-4B-Chat's folder in {REAL_FOLDER}")
 class TestOfTheRealTokenizer:
+    checkpoint = staticmethod(functools.cache(lambda: Checkpoint.open(str(REAL_FOLDER))))  # opening takes long
+
     def prompts(self, **settings: object) -> Prompts:
-        checkpoint = Checkpoint.open(str(REAL_FOLDER))
-        return Prompts(checkpoint, "on", Thoughts.read(settings, checkpoint))
+        return Prompts(self.checkpoint(), "on", Thoughts.read(settings, self.checkpoint()))
 
     def test_the_prefix_is_one_token_behind_the_opening(self) -> None:
         for prefix, tail in (("<think>", [151667]), ("<think>\\n", [151667, 198])):

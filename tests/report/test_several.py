@@ -70,6 +70,13 @@ def test_compare_pairs_the_documents(tmp_path: Path) -> None:
     assert smaller.metric == "pass@2" and smaller.documents == 8
 
 
+def test_runs_of_more_and_of_fewer_answers_are_compared_by_the_largest_pass_of_both(tmp_path: Path) -> None:
+    for name, number in (("a", 4), ("b", 2)):
+        _with_several(tmp_path / name, [list(map(float, each[:number])) for each in A], 1)
+    a, b = read_runs([tmp_path / "a", tmp_path / "b"])
+    assert [each.metric for each in compare_runs(a, b).differences] == ["exact_match", "pass@2", "agreement"]
+
+
 def test_the_report_and_the_table_show_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _with_several(tmp_path / "a", [list(map(float, each)) for each in A], 1)
     assert main(["table", str(tmp_path / "a")]) == 0

@@ -45,6 +45,8 @@ def test_eight_documents_one_way() -> None:
     found = compare_shares(0, 8, 200)
     assert found.p == 2 / 2**8
     assert found.difference == 0.04 and found.low is not None and found.low > 0
+    assert found.detectable == detectable_share(200, 8 / 200)
+    assert compare_shares(2, 8, 200).detectable == detectable_share(200, 10 / 200)
 
 
 def test_a_published_interval() -> None:
@@ -72,6 +74,7 @@ def test_the_interval_s_ends_are_where_the_score_test_s_p_is_the_level(counts: t
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40))
+@example(0, 6, 0)  # each document goes one way: the interval ends at 1
 def test_the_interval_holds_the_difference_and_is_never_a_point(only_a: int, only_b: int, others: int) -> None:
     n = only_a + only_b + others
     if n:

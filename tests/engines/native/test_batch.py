@@ -124,7 +124,7 @@ def test_which_slots_fit_into_a_step(slots, block):
     assert waited > 0 or slots == 1
 
 
-@pytest.mark.parametrize(("slots", "block"), [(1, 4), (33, 8)])
+@pytest.mark.parametrize(("slots", "block"), [pytest.param(1, 4, marks=pytest.mark.slow), (33, 8)])
 def test_compiled_it_is_the_same(slots, block):
     rng = random.Random(slots)
     torch.manual_seed(slots)

@@ -282,7 +282,7 @@ def test_prefill_in_chunks(tiny, plain, monkeypatch):
     assert results[1].prefill_forwards == 0
 
 
-def alike_requests(checkpoint, count=20):
+def alike_requests(checkpoint, count=12):
     """Requests with random settings. Prompts share prefixes of one text; some have tokens of their own after it."""
     rng = random.Random(3)
     (text,) = prompts(checkpoint, (96,), seed=4)

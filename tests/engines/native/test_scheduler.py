@@ -173,9 +173,22 @@ def test_shrinking_keeps_the_older_half():
     assert scheduler.running == sequences[:2]
     assert list(scheduler.waiting) == sequences[2:]
     scheduler.plan()
-    assert scheduler.running == sequences[:2]
+    assert scheduler.running == sequences[:2] and scheduler.can_shrink
     scheduler.shrink()
-    assert scheduler.running == sequences[:1]
+    assert scheduler.running == sequences[:1] and not scheduler.can_shrink
+
+
+def test_inserted_tokens_are_prefilled_from_the_last_decided_block_on():
+    (one,) = sequences = [sequence(0, 6, 40)]
+    scheduler = Scheduler(sequences, PagePool(100, 4), 1, 64)
+    player = Player(scheduler)
+    for _ in range(2):  # the steps of a block
+        player.play(scheduler.plan())
+    assert (len(one.tokens), one.lookahead_end, len(one.pages)) == (8, 16, 3)
+    scheduler.insert(one, [7] * 6)
+    plan = scheduler.plan()
+    assert (plan.vacated, plan.prefill, plan.starting) == ([0], [(one, 4, 12)], [one])
+    assert (one.lookahead_end, len(one.pages)) == (20, 5)
 
 
 def test_no_preemption_where_pages_suffice():

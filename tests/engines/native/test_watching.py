@@ -154,7 +154,7 @@ def test_closed_thoughts(demo, ahead):
             tuple(demo.tokenizer.encode(f"{i} + {i} =", add_special_tokens=False)), 28, DecodingConfig(), seed=i,
             record_steps=True, thinking=Thinking("</think>", ends, "<think>", opened=True, max_tokens=3 + i),
         )
-        for i in range(8)
+        for i in range(4)
     ]  # fmt: skip
     steps, results, _ = watched(demo, asked, ahead)
     for i, result in enumerate(results):

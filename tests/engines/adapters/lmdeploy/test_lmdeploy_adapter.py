@@ -679,6 +679,7 @@ class TestThroughTheHarness:
                 tasks=["gsm8k_sdar_demo"],
                 task_manager=tasks,
                 limit=3,
+                gen_kwargs={"max_gen_toks": 24},
                 bootstrap_iters=0,
             )
             samples = [s for s in results["samples"]["gsm8k_sdar_demo"] if s["filter"] == "strict-match"]
