@@ -17,6 +17,7 @@ Of finished runs, from files to texts:
     changed.py                 the documents whose scores differ between two runs
     compare_text.py            comparisons as text, Markdown, CSV and JSON
     speed.py, points.py        a run's speed; its accuracy and speed as a point: `Point`, `Curve`
+    aup.py                     the accuracy under parallelism of a curve, with its interval
     curve.py, by_task.py       accuracy against speed: table and chart of a task; a table of several tasks
     columns.py, published.py   the columns and rows of published tables
     table.py                   scores beside published ones

@@ -16,7 +16,7 @@ They share:
     latex.py                       what these rules have in common
     first_option.py                the letter that a response chooses
     thoughts.py                    responses without their thoughts
-    repeated.py                    metrics of a document's several answers
+    repeated.py, set_score.py      metrics of a document's several answers; MathBench's scores, which know their stage
     rounds.py                      few-shot prompts as rounds of a conversation
     programs.py, program_child.py  run programs of the model; the process that a program runs in
     livecodebench_tests.py, livecodebench_child.py    LiveCodeBench's tests; how a program runs on them

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from sdar_lm_eval.tasks.latex import bare_value, braced_fractions, closing_brace, last, remove, through, without_commas
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdar_lm_eval.tasks.latex import (
+    bare_value,
+    braced_fractions,
+    closing_brace,
+    last,
+    remove,
+    sub,
+    through,
+    unbraced,
+    up_to,
+    without_commas,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,3 +56,14 @@ def test_a_short_name_in_front_of_a_value_is_left_out(text: str, value: str) -> 
 def test_steps_run_in_their_order() -> None:
     assert through([*remove("a", "bc"), last(r"=(\d+)"), without_commas], "babc =1 =2") == "2"
     assert [without_commas(text) for text in ("1,234", "x,y", "1,5.0")] == ["1234", "x,y", "1,5.0"]
+
+
+PIECES = ("\\text{", "\\text{(", ")}", "}", "{", "(", "a", "\n", "\\boxed{")
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=10).map("".join))
+def test_a_bound_changes_no_match(text: str) -> None:
+    assert unbraced("text")(text) == re.sub(r"\\text\{(.*?)\}", r"\1", text)
+    for end, pattern in ((")}", r"\\text\{\((.*?)\)\}"), ("}", r"\\boxed\{(.*)\}")):
+        assert up_to(end, sub(pattern, r"<\1>"))(text) == re.sub(pattern, r"<\1>", text)
+    assert last(r"oxed\{(.*?)\}", end="}")(text) == last(r"oxed\{(.*?)\}")(text)

@@ -60,6 +60,15 @@ def test_wrong(response: str, gold: str, read: str) -> None:
     assert best_form(response, gold) == read
 
 
+@pytest.mark.parametrize(
+    "loop", ["0", "1 ", "1,000", "\\text{", "\\text{a}", "\\boxed{", "oxed{", "\\mbox{", "\\overline{"]
+)
+@pytest.mark.parametrize(("before", "behind"), [("", " x"), ("\\boxed{", "x}")])
+def test_a_text_in_a_loop_is_read_once(before: str, loop: str, behind: str) -> None:
+    """Patterns that read a text once for each beginning of a match take minutes."""
+    assert best_form(before + loop * (100_000 // len(loop)) + behind, "18") != "18"
+
+
 def test_which_text_is_the_answer() -> None:
     assert prediction("\\boxed{1} \\boxed{ {2} }") == " {2} "
     assert prediction("\\boxed{{2}}") == "2"
