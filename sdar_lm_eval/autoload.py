@@ -247,12 +247,9 @@ def _check_options(config: EvaluatorConfig) -> None:
 
 
 def _watch_evaluations(evaluator: ModuleType) -> None:
-    from sdar_lm_eval.lm.facts import without_gits_error
     from sdar_lm_eval.lm.hooks import watch
 
     watch(evaluator)
-    if hasattr(evaluator, "get_git_commit_hash"):
-        vars(evaluator)["get_git_commit_hash"] = without_gits_error(evaluator.get_git_commit_hash)
 
 
 _PATCHES: dict[str, Callable[[ModuleType], None]] = {

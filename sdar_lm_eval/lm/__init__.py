@@ -3,7 +3,9 @@
 model.py         SDARLM: the methods that the harness calls
 frontend.py      the checkpoint and what makes an engine's requests, which load() has in common with SDARLM
 rounds.py        a round of requests: stored answers are found, the others are computed
-hooks.py         wrappers around lm_eval's functions: models learn of evaluations and tasks, which lm_eval does not tell
+hooks.py         wrappers around lm_eval's functions, by which models learn of evaluations
+task_methods.py  replacements of a task's methods, by which models learn of tasks, documents and chat templates
+watched.py       what a model is told of its evaluations
 task_requests.py what lm_eval knows of a task's requests: its name, documents, chat template, published decoding
 evaluation.py    the state of an evaluation: each request's task, and the account
 account.py       what a rank did in an evaluation: counts, settings, prompts, thoughts; ranks send it to rank 0

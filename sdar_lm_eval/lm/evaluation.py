@@ -1,6 +1,6 @@
 """The state of an evaluation: each request's task, and the account of what was done.
 
-lm_eval hands a model bare requests. `hooks.py` learns the rest from lm_eval and fills an `Evaluation`.
+lm_eval hands a model bare requests. `hooks.py` and `task_methods.py` learn the rest from lm_eval.
 """
 
 from __future__ import annotations

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import subprocess
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import sdar_lm_eval
 from sdar_lm_eval.checkpoint import Checkpoint
@@ -17,20 +13,6 @@ from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.thoughts import Thoughts
 from sdar_lm_eval.revision import ANSWER_REVISION
 from sdar_lm_eval.settings import Generation
-
-
-def without_gits_error(get_commit: Callable[[], object]) -> Callable[[], object]:
-    """Return lm_eval's `get_git_commit_hash`, which prints git's error outside of a repository, without the error."""
-
-    @functools.wraps(get_commit)
-    def get_quietly() -> object:
-        with contextlib.suppress(OSError):  # git is not installed, which lm_eval handles
-            failed = subprocess.run(["git", "describe", "--always"], capture_output=True, check=False).returncode
-            if failed and not Path(".git").exists():  # where there is a .git, lm_eval reads it
-                return None
-        return get_commit()
-
-    return get_quietly
 
 
 def fingerprint_of(engine: str, info: EngineInfo, checkpoint: Checkpoint | None) -> dict[str, str | int | None]:

@@ -59,7 +59,7 @@ class SDARLM(TemplateLM):
     """
 
     ENGINE = "native"
-    watched: ClassVar[bool] = True  # see `hooks.Watched`
+    watched: ClassVar[bool] = True  # see `watched.Watched`
 
     def __init__(self, pretrained: str = DEFAULT_CHECKPOINT, **arguments: Unpack[NativeArguments]) -> None:
         super().__init__()

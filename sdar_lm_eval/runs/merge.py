@@ -86,7 +86,7 @@ class RecordedLM(LM):
         self.used: list[Record] = []
         watch(lm_eval.evaluator)
 
-    # What hooks.py asks of a model (`hooks.Watched`)
+    # What a model is told of its evaluations (`watched.Watched`)
 
     @property
     def renders(self) -> bool:

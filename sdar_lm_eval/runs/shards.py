@@ -15,7 +15,7 @@ from lm_eval.utils import setup_logging
 
 from sdar_lm_eval.autoload import manager_of_ours
 from sdar_lm_eval.errors import SDARError, UserError, did_you_mean
-from sdar_lm_eval.lm.hooks import samples_are_a_share
+from sdar_lm_eval.lm.task_methods import samples_are_a_share
 from sdar_lm_eval.runs.settings import RUN_PROGRAMS, RunSettings
 
 ANSWERS = "answers"

@@ -21,7 +21,7 @@ from scripted_lm import BARE_TEMPLATE, DATA, SAMPLED, Evaluate, MakeLM, Scripted
 
 from sdar_lm_eval import settings, spellings
 from sdar_lm_eval.errors import EngineError, Interrupted, UserError
-from sdar_lm_eval.lm import hooks
+from sdar_lm_eval.lm import task_methods
 from sdar_lm_eval.lm.account import facts_of_evaluation
 from sdar_lm_eval.lm.model import SDARLM
 
@@ -467,7 +467,7 @@ def test_requests_of_another_run_are_never_sent(
     refresh: bool,
 ) -> None:
     monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "requests"))
-    hooks.warn_of_cached_requests.cache_clear()
+    task_methods.warn_of_cached_requests.cache_clear()
     evaluate(make_lm(), GENERATE, cache_requests=True, **first)
     fresh, again = make_lm(), make_lm()
     evaluate(fresh, GENERATE, **then)
@@ -760,7 +760,8 @@ def test_an_engine_that_cannot_score_says_so_before_a_class_generates(
 def test_a_task_with_wrong_settings_is_refused_before_others_are_scored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gen_kwargs: dict[str, Any], model_args: dict[str, Any], told: str
 ) -> None:
-    prefix = f"\ngen_prefix: {gen_kwargs.pop('gen_prefix')}" if "gen_prefix" in gen_kwargs else ""
+    prefix = "".join(f"\ngen_prefix: {value}" for name, value in gen_kwargs.items() if name == "gen_prefix")
+    gen_kwargs = {name: value for name, value in gen_kwargs.items() if name != "gen_prefix"}
     manager = tasks_of(
         tmp_path / "tasks",
         monkeypatch,
@@ -793,7 +794,7 @@ def test_greedy_answers_need_no_look_for_copies(
     make_lm: MakeLM, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The look reads all documents of a task, also with a limit."""
-    monkeypatch.setattr(hooks, "_copies", lambda task: pytest.fail("read the documents"))
+    monkeypatch.setattr(task_methods, "_copies", lambda task: pytest.fail("read the documents"))
     evaluate(make_lm())
 
 
