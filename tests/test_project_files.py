@@ -69,6 +69,15 @@ def test_a_package_that_lists_modules_lists_all_of_them() -> None:
     assert lists > 5
 
 
+def test_files_and_classes_stay_short() -> None:
+    for file in (ROOT / "sdar_lm_eval").rglob("*.py"):
+        text = file.read_text("utf-8")
+        assert text.count("\n") <= 450, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                assert (node.end_lineno or 0) - node.lineno < 350, (file, node.name)
+
+
 def test_the_version_has_one_place() -> None:
     """The package: the metadata take it from there, and the citation leaves it out, as its format allows."""
     assert 'dynamic = ["version", ' in (ROOT / "pyproject.toml").read_text()

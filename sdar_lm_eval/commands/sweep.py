@@ -185,7 +185,7 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 def _run(planned: Plan, arguments: argparse.Namespace) -> str:
-    from sdar_lm_eval.report.compare import documents_in_words
+    from sdar_lm_eval.report.pairing import documents_in_words
     from sdar_lm_eval.report.points import points_of
     from sdar_lm_eval.report.runs import Run
     from sdar_lm_eval.report.text_table import columns_of_terminal, with_error

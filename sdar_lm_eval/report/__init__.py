@@ -8,7 +8,8 @@ During a run:
 
 Of finished runs, from files to texts:
 
-    results.py                 a results file and its samples files: `Results`, `Sample`
+    fields.py                  JSON objects whose values are checked when they are read: `Fields`
+    results.py, samples.py     a results file; a line of its samples files: `Results`, `Sample`
     runs.py                    the results files of one model and its settings: `Run`, `Metric`
     documents.py               a run's documents, each with answers and scores: `Document`, `Answer`
     pairing.py, groups.py      the documents that two runs share; the documents of a group of tasks

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from sdar_lm_eval.errors import UserError, listed
 from sdar_lm_eval.report.pairing import read_pair
-from sdar_lm_eval.report.results import Sample
 from sdar_lm_eval.report.runs import MetricKey, Run
+from sdar_lm_eval.report.samples import Sample
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any
 from sdar_lm_eval.decoding import spelled
 from sdar_lm_eval.report import text_table
 from sdar_lm_eval.report.changed import ChangedDocument
-from sdar_lm_eval.report.compare import Comparison, Difference, documents_in_words
+from sdar_lm_eval.report.compare import Comparison, Difference
+from sdar_lm_eval.report.pairing import documents_in_words
 from sdar_lm_eval.report.printing import printable
 from sdar_lm_eval.report.statistics import ALPHA, FEWEST_DISCORDANT, POWER
 from sdar_lm_eval.report.text_table import aligned, escaped, fitted, score, transposed

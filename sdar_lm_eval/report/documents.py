@@ -13,8 +13,9 @@ import numpy as np
 from sdar_lm_eval.report.columns import main_metric
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.pairing import DocumentKey, document_name, keyed, mean_kinds, numbers_of
-from sdar_lm_eval.report.results import Results, Sample, first_of
+from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import NOT_SCORED, Metric, MetricKey, Run, metrics_of
+from sdar_lm_eval.report.samples import Sample, first_of
 from sdar_lm_eval.thinking import Thought
 
 NOTHING_EXTRACTED = ("", "[invalid]")

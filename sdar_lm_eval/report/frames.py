@@ -25,8 +25,8 @@ from sdar_lm_eval.report.changed import ChangedDocument, changed_documents
 from sdar_lm_eval.report.compare import Comparison, Difference, compare_runs
 from sdar_lm_eval.report.denoising import Denoising
 from sdar_lm_eval.report.pairing import numbers_of, over_seeds
-from sdar_lm_eval.report.results import Sample
 from sdar_lm_eval.report.runs import Run, read_runs
+from sdar_lm_eval.report.samples import Sample
 
 SAMPLE_COLUMNS = (
     "task", "document", "filter", "repeat", "doc_hash", "response", "filtered", "target", "prompt",

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from sdar_lm_eval.errors import UserError, did_you_mean
-from sdar_lm_eval.report.results import Results, Sample, read_lines
+from sdar_lm_eval.report.results import Results, read_lines
 from sdar_lm_eval.report.runs import metrics_of, read_one_run
+from sdar_lm_eval.report.samples import Sample
 from sdar_lm_eval.report.speed import ratio, work_of
 
 PREFERRED_FILTER = "flexible-extract"

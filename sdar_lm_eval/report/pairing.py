@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.report.results import Results, Sample
+from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Metric, MetricKey, Run, mean_value, metrics_of
+from sdar_lm_eval.report.samples import Sample
 from sdar_lm_eval.report.statistics import FloatArray, cluster_values, mean_stderr
 
 
@@ -152,6 +153,47 @@ def over_seeds(run: Run, task: str) -> list[Metric]:
             value, stderr = float(values.mean()), mean_stderr(values)
         found.append(replace(metric, value=value, stderr=stderr))
     return found
+
+
+def document_warnings(
+    a: Run, b: Run, task: str, scores_a: TaskScores, scores_b: TaskScores, paired: Sequence[DocumentKey]
+) -> list[str]:
+    """Return warnings about documents, prompts, gold answers and versions of a task that differ between the runs."""
+    found = []
+    alone_a, alone_b = len(scores_a.documents) - len(paired), len(scores_b.documents) - len(paired)
+    if alone_a or alone_b:
+        alone = [f"{n:,} only in run {name}" for n, name in ((alone_a, "A"), (alone_b, "B")) if n]
+        both = "is in both runs and is" if len(paired) == 1 else "are in both runs and are"
+        found.append(f"{task}: {documents_in_words(len(paired))} {both} compared; {' and '.join(alone)}.")
+    pairs = [(scores_a.documents[key], scores_b.documents[key]) for key in paired]
+    alike = [(one, other) for one, other in pairs if one.as_messages == other.as_messages]
+    prompts = sum(bool(one.prompt and other.prompt) and one.prompt != other.prompt for one, other in alike)
+    targets = sum(one.target != other.target for one, other in pairs)
+    if prompts:
+        found.append(f"{task}: the prompts of {prompts:,} of {documents_in_words(len(paired))} differ.")
+    if len(alike) < len(pairs):
+        served, whole = ("A", "B") if pairs[0][0].as_messages else ("B", "A")
+        found.append(
+            f"{task}: run {served} sent chat messages, and its server put them into a chat template. Run {whole} sent "
+            "whole prompts. The files do not say whether the prompts are equal."
+        )
+    if targets:
+        found.append(f"{task}: the gold answers of {targets:,} of {documents_in_words(len(paired))} differ.")
+    found += [
+        f"{task}: the prompts of {documents_in_words(of_run.reworded)} differ between the repeats of run {name}. "
+        "Interval and p are over documents: they leave out what new few-shot examples change in all documents."
+        for name, of_run in (("A", scores_a), ("B", scores_b))
+        if of_run.reworded
+    ]
+    versions = [run.results_of(task).content.part_or_empty("versions").content.get(task) for run in (a, b)]
+    if versions[0] != versions[1]:
+        found.append(f"{task}: the task's versions differ ({versions[0]} and {versions[1]}).")
+    return found
+
+
+def documents_in_words(number: int) -> str:
+    """Return "1 document", "1,000 documents"."""
+    return "1 document" if number == 1 else f"{number:,} documents"
 
 
 def numbers_of(value: object) -> tuple[float, ...] | None:

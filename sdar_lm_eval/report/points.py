@@ -18,8 +18,8 @@ from sdar_lm_eval.decoding import DECODING_SETTINGS, DecodingConfig, in_words, s
 from sdar_lm_eval.engines.native.strategies import STRATEGIES
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.columns import main_metric
+from sdar_lm_eval.report.fields import Fields
 from sdar_lm_eval.report.pairing import document_values, over_seeds
-from sdar_lm_eval.report.results import Fields
 from sdar_lm_eval.report.runs import IDENTITY, Metric, Run, differing
 from sdar_lm_eval.report.speed import speed_of
 from sdar_lm_eval.report.statistics import FloatArray

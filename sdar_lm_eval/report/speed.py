@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sdar_lm_eval.report.results import Fields, Results
+from sdar_lm_eval.report.fields import Fields
+from sdar_lm_eval.report.results import Results
 from sdar_lm_eval.report.runs import Run
 
 

@@ -11,7 +11,8 @@ from sdar_lm_eval.decoding import in_words
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.lm.jobs import Jobs
 from sdar_lm_eval.lm.store import differences
-from sdar_lm_eval.report.results import Fields, Results, results_in
+from sdar_lm_eval.report.fields import Fields
+from sdar_lm_eval.report.results import Results, results_in
 from sdar_lm_eval.runs.grid import Combination
 from sdar_lm_eval.settings import GENERATION_SETTINGS
 from sdar_lm_eval.spellings import canonical

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.fields import Fields
 from sdar_lm_eval.report.gsm8k_json import convert
-from sdar_lm_eval.report.results import Fields, read_lines, results_in
+from sdar_lm_eval.report.results import read_lines, results_in
 
 SAMPLE = {
     "doc_id": 0, "doc": {"question": "1 + 1?", "answer": "#### 2"}, "target": "2", "resps": [["It is 2."]],
