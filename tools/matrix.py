@@ -6,7 +6,8 @@
 
 Each combination gets an environment of its own in a temporary folder, which the command deletes. uv makes the
 environments (`pip install uv`), and finds the interpreters on PATH. In each environment the command runs a part of the
-test suite, then the command line on 20 problems of the demo. tools/matrix.json keeps each combination's last outcome.
+test suite, then the command line on 20 problems of the demo, in one process and in two. tools/matrix.json keeps each
+combination's last outcome.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ PAGE = ROOT / "docs" / "versions.md"
 SHOWN = ("torch", "transformers", "lm-eval")
 KEPT = (*SHOWN, "accelerate", "datasets", "huggingface-hub", "numpy", "pandas", "pytest", "safetensors", "triton")
 NEWEST_TORCH = "2.13.0"
+PROBLEMS = 20
 TESTS = (
     "tests/golden", "tests/test_autoload.py", "tests/test_loaded.py", "tests/lm/test_model.py",
     "tests/lm/test_evaluation.py", "tests/checkpoint/test_checkpoint.py", "tests/tasks/test_gsm8k_yaml.py",
     "tests/engines/native/test_families.py", "tests/report/test_frames.py", "tests/commands/test_commands.py",
 )  # fmt: skip
-DEMO = "--model sdar --model_args pretrained=demo --tasks gsm8k_sdar_demo --limit 20 --output_path demo"
+DEMO = f"--model sdar --model_args pretrained=demo --tasks gsm8k_sdar_demo --limit {PROBLEMS} --output_path"
+TWO_PROCESSES = "-m torch.distributed.run --standalone --nproc_per_node 2"
 
 HEAD = """\
 # Tested versions
@@ -44,14 +47,14 @@ HEAD = """\
 This page lists the versions of Python, torch, transformers and lm-eval with which the package was tested, each with
 the outcome of the tests. `python tools/matrix.py` installs each combination below into a fresh environment. The
 script then runs {files} files of the test suite, among them the golden answers, and the command line on 20 problems
-of the demo. All runs are on the CPU. Versions that a combination does not name are the newest that the package index
-offers with the named versions. The combination `lowest` takes the oldest version of each requirement that
-`pyproject.toml` allows. lm-eval 0.4.9 and 0.4.9.1 cannot be imported beside transformers 5, so these two combinations
-have transformers 4. The column "demo" counts the problems with the right answer. Combinations that were tried on
-different dates ran different numbers of tests.
+of the demo, in one process and in two (`torchrun`). All runs are on the CPU. Versions that a combination does not name
+are the newest that the package index offers with the named versions. The combination `lowest` takes the oldest version
+of each requirement that `pyproject.toml` allows. lm-eval 0.4.9 and 0.4.9.1 cannot be imported beside transformers 5, so
+these two combinations have transformers 4. The columns "demo" and "two processes" count the problems with the right
+answer. Combinations that were tried on different dates ran different numbers of tests.
 
-| combination | Python | torch | transformers | lm-eval | tests | demo | date |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| combination | Python | torch | transformers | lm-eval | tests | demo | two processes | date |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -114,15 +117,25 @@ def attempt(combination: Combination, folder: Path) -> dict[str, Any]:
         [python, "-m", "pytest", *TESTS, "-m", "not slow", "-p", "no:cacheprovider"], cwd=ROOT, env=environment
     )
     outcome["tests"] = _counts(tested.stdout)
-    demo = _run([python, "-m", "sdar_lm_eval", *DEMO.split()], cwd=folder, env=environment)
-    found = re.search(r"GSM8K Eval: accuracy [\d.]+% \((\d+/\d+)", demo.stderr)
-    outcome["demo"] = found[1] if found else None
-    errors = [_end(done, folder) for done in (tested, demo) if done.returncode]
+    ran = [tested]
+    for name, launcher in (("demo", ""), ("two processes", TWO_PROCESSES)):
+        command = [python, *launcher.split(), "-m", "sdar_lm_eval", *DEMO.split(), name]
+        ran.append(_run(command, cwd=folder, env=environment))
+        outcome[name] = _right(folder / name)
+    errors = [_end(done, folder) for done in ran if done.returncode]
     return outcome | ({"error": "\n".join(errors)} if errors else {})
 
 
 def _run(command: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, **options)
+
+
+def _right(folder: Path) -> str | None:
+    """The number of right answers in a folder with results of the demo, "19/20"; None where there are no results."""
+    for file in folder.rglob("results_*.json"):
+        (scores,) = json.loads(file.read_text())["results"].values()
+        return f"{scores['exact_match,flexible-extract'] * PROBLEMS:.0f}/{PROBLEMS}"
+    return None
 
 
 def _counts(printed: str) -> dict[str, int]:
@@ -142,13 +155,14 @@ def page(outcomes: Mapping[str, Mapping[str, Any]]) -> str:
     for name in COMBINATIONS:
         outcome = outcomes.get(name)
         if outcome is None:
-            rows.append(f"| {name} | {COMBINATIONS[name].python} | | | | not run | | |")
+            rows.append(f"| {name} | {COMBINATIONS[name].python} | | | | not run | | | |")
             continue
         versions = outcome.get("versions", {})
         counts = outcome.get("tests")
         told = ", ".join(f"{count:,} {what}" for what, count in counts.items()) if counts else "not installed"
         cells = [outcome["python"], *(versions.get(each, "") for each in SHOWN)]
-        rows.append(f"| {name} | {' | '.join(cells)} | {told} | {outcome.get('demo') or '-'} | {outcome['date']} |")
+        cells += [told, *(outcome.get(column) or "-" for column in ("demo", "two processes")), outcome["date"]]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
         if "error" in outcome:
             failures.append(f"## What failed: {name}\n\n```\n{outcome['error']}\n```\n")
     return HEAD.format(files=len(TESTS)) + "\n".join(rows) + "\n" + "".join(f"\n{each}" for each in failures)
@@ -174,9 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             outcomes[name] = attempt(COMBINATIONS[name], Path(folder))
         OUTCOMES.write_text(json.dumps(outcomes, indent=1, sort_keys=True) + "\n")
-        print(
-            name, outcomes[name].get("tests"), outcomes[name].get("demo"), outcomes[name].get("error", ""), flush=True
-        )
+        print(name, *(outcomes[name].get(told) for told in ("tests", "demo", "two processes", "error")), flush=True)
     PAGE.write_text(page(outcomes), encoding="utf-8")
 
 
