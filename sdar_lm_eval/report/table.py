@@ -340,7 +340,7 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
         mean = sum(each.value for _, each in known) / len(known)
         score = replace(score, value=mean, seeds=len(known))
         if score.seeds > 1:
-            stderr = _stderr_of_seeds(run, column)
+            stderr = _stderr_of_seeds(run, _tasks_of(first, column), column.metric)
             score = replace(score, of_one_seed=stderr is None, stderr=score.stderr if stderr is None else stderr)
         scores[column.task] = score
         if found_several := _several_of(first, column):
@@ -353,10 +353,11 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
     return Table(run, scores, rows, others, several)
 
 
-def _stderr_of_seeds(run: Run, column: Column) -> float | None:
-    """The standard error over all seeds; None without samples, and for a column of several tasks."""
-    found = over_seeds(run, column.task) if column.task in run.of_tasks else []
-    return next((each.stderr for each in found if f"{each.name},{each.filter}" == column.metric), None)
+def _stderr_of_seeds(run: Run, tasks: Sequence[str], metric: str) -> float | None:
+    """The standard error over all seeds of the mean of some tasks' scores; None without samples."""
+    found = [each.stderr for task in tasks for each in over_seeds(run, task) if each.key.in_results == metric]
+    known = [each for each in found if each is not None]
+    return math.hypot(*known) / len(tasks) if len(known) == len(tasks) else None
 
 
 def _several_of(results: Results, column: Column) -> list[Metric]:
