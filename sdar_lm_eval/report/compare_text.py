@@ -332,7 +332,8 @@ def _settings_of_some(comparisons: Sequence[Comparison], names: Sequence[str]) -
         holders = ("A",) * by_a + tuple(run for run, by in zip(names, by_others, strict=True) if by)
         named.setdefault(holders, []).append(f"{name}={_short(value)}")
     return [
-        f"Only the files of {' and '.join(runs)} name: {', '.join(found)}." for runs, found in sorted(named.items())
+        f"Only the files of {' and '.join(filter(None, (', '.join(runs[:-1]), runs[-1])))} name: {', '.join(found)}."
+        for runs, found in sorted(named.items())
     ]
 
 

@@ -197,21 +197,23 @@ def render(table: Table, width: int | None = None, markdown: bool = False) -> st
     scores = [(column, table.scores.get(column.task)) for column in table.columns]
     lines = [_cells(column, score, table.rows) for column, score in scores]
     notes = [note for column, score in scores if score is not None for note in _notes(column, score, table.rows)]
+    title, told = table.title, []
     if not lines:
-        title = (
-            f"{table.title}: no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci, "
-            "sdar_sci_s, trado, trado_static and trado_think are."
-        )
+        told = [
+            "No task of the run is a column of a published table. The groups sdar_bench, sdar_sci, sdar_sci_s, trado, "
+            "trado_static and trado_think have the columns."
+        ]
     elif table.rows:
-        title = f"{table.title} beside " + "; ".join(f"{row.name} ({row.source})" for row in table.rows)
+        title += " beside " + "; ".join(f"{row.name} ({row.source})" for row in table.rows)
     else:
-        title = f"{table.title}: the name is that of no published model (--published compares with one)"
+        told = [f"No published model is named {table.model}. --published NAME compares with a published model."]
     rows = _grid([head, *lines], {0, 1, *range(5, len(head), 2)}, width, markdown, 1) if lines else []
     several, (others, notes_of_others) = _several(table, width, markdown), _others(table, width, markdown)
     if markdown:
         title = f"## {escaped(title)}"
+        told = list(map(escaped, told))
         notes, notes_of_others = ([f"- {escaped(note)}" for note in each] for each in (notes, notes_of_others))
-    parts = [[title], rows, notes, several, others, notes_of_others]
+    parts = [[title], told, rows, notes, several, others, notes_of_others]
     return printable("\n\n".join("\n".join(part) for part in parts if part))
 
 
