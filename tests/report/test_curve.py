@@ -64,6 +64,18 @@ def test_rounding_hides_no_difference_of_speed_on_the_front() -> None:
     assert " 1.447 *" in lines[1] and " 1.448 *" in lines[2]
 
 
+def test_a_metric_of_which_lower_is_better() -> None:
+    points = [dataclasses.replace(each, higher_is_better=False) for each in POINTS]
+    found = summarized("demo_task", "errors,none", points)
+    front = found.fronts["tokens per forward"]
+    assert [(each.strategy, each.accuracy) for each in front] == [("low_confidence_static", 24.0)]
+    text = table(found)
+    assert "AUP: none, because AUP needs a metric of which higher values are better." in text
+    assert "Accuracy: errors,none (lower is better) of 200 documents ±" in text and "relative to" not in text
+    texts = texts_of(ElementTree.fromstring(chart_svg(points)))
+    assert "lower is better ± standard error, %" in texts
+
+
 def test_the_table_as_markdown() -> None:
     rows = [line for line in table(summary(), markdown=True).splitlines() if line.startswith("|")]
     assert rows[0] == "| strategy | setting | accuracy, % | tokens per forward | tokens/s |"

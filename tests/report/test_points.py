@@ -180,6 +180,15 @@ def of(folder: Path, **settings: Any) -> Point:
     return point
 
 
+def test_a_run_says_whether_lower_is_better(tmp_path: Path) -> None:
+    file = write(tmp_path, COMPUTED) / "results_2026.json"
+    content = json.loads(file.read_text())
+    for higher in (True, False):
+        content["higher_is_better"] = {"t": {"right": higher}}
+        file.write_text(json.dumps(content))
+        assert of(tmp_path).higher_is_better is higher
+
+
 def test_a_run_on_disk(tmp_path: Path) -> None:
     found = of(write(tmp_path, COMPUTED))
     assert (found.accuracy, found.stderr, found.documents, found.repeats) == (50.0, 12.5, 2, 1)
