@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.aup import DRAWS, TOLERANCE, CurveValue, Interval, value_of, values_of
+from sdar_lm_eval.report.pairing import documents_in_words
 from sdar_lm_eval.report.points import Curve, Point, Speed, curves_of, pareto_front, settings_in_words
 from sdar_lm_eval.report.statistics import FloatArray
 from sdar_lm_eval.report.text_table import as_markdown, fitted, with_error
@@ -192,7 +193,8 @@ def _higher_is_better(points: Sequence[Point]) -> bool:
 
 def _of_documents(points: Sequence[Point]) -> str:
     numbers = sorted({point.documents for point in points if point.documents is not None})
-    return f" of {' or '.join(f'{number:,}' for number in numbers)} documents" if numbers else ""
+    fewer = [f"{number:,}" for number in numbers[:-1]]
+    return f" of {' or '.join([*fewer, documents_in_words(numbers[-1])])}" if numbers else ""
 
 
 def _grid(rows: Sequence[Sequence[str]], left: set[int], markdown: bool, width: int | None) -> str:

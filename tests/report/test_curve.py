@@ -52,6 +52,9 @@ def test_the_table() -> None:
     assert lines[8].split() == ["Pareto", "front", f"{front:.1f}", "2,", "2", "left", "out"]
     assert f"relative to {94.0:.1f}%" in table(summary()) and "Unknown speed: some answers came" in lines[-1]
     assert "relative to 97.0%" in table(summary(97.0))
+    few = [dataclasses.replace(each, documents=number) for each, number in zip(POINTS, (1, 1, 2), strict=False)]
+    assert "of 1 document ±" in table(summarized("t", "m", few[:2]))
+    assert "of 1 or 2 documents ±" in table(summarized("t", "m", few))
     assert "The best of several settings looks better than it is." in table(summary())
 
 
