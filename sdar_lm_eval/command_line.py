@@ -26,7 +26,7 @@ def message_of(error: BaseException) -> str | None:
     if not _names_our_models() and not unknown:
         return None
     if isinstance(error, KeyboardInterrupt):
-        # A launcher repeats the signal of Ctrl-C, which may interrupt the handling of the first one.
+        # A launcher repeats the signal of Ctrl-C. The second signal may interrupt the handling of the first signal.
         first = error.__context__
         return str(first) if isinstance(first, Interrupted) else "Interrupted while no answers were made."
     if unknown:

@@ -28,7 +28,7 @@ class EngineError(SDARError, RuntimeError):
 
 
 class OtherRankError(EngineError):
-    """Another process of a data parallel run ended, whose message has the cause."""
+    """Another process of a data parallel run ended. The message of that process has the cause."""
 
 
 class Interrupted(KeyboardInterrupt):

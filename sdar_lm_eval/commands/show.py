@@ -122,10 +122,10 @@ def _show_document(runs: Sequence[Run], arguments: argparse.Namespace) -> str | 
             console.print(Text(printable(run.label), "bold"), soft_wrap=True)
         of_likelihoods = is_likelihood(run.results_of(task), task)
         _print_answers(console, metric, document, as_table=arguments.tokens, of_likelihoods=of_likelihoods)
-        if document.prompt != first.prompt:
-            told = (
-                f"This run's prompt differs. `show` of this run alone, with --doc {document.index}, prints the prompt."
-            )
+        if (document.prompt, document.as_messages) != (first.prompt, first.as_messages):
+            sent = {True: "This run sent chat messages", False: "This run sent a whole prompt"}[document.as_messages]
+            what = "This run's prompt differs" if document.as_messages == first.as_messages else sent
+            told = f"{what}. `show` of this run alone, with --doc {document.index}, prints the prompt."
             console.print(told, style="yellow", soft_wrap=True)
     return None
 

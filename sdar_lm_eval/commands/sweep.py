@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import itertools
 import json
 import logging
@@ -296,11 +297,12 @@ def _next_steps(planned: Plan, summaries: Sequence[Summary]) -> str:
 
 
 def _as_arguments(planned: Plan) -> str:
-    """Return the sweep's runs as arguments of `compare`: its folder, or the part of the folder that is this sweep's."""
-    folder = shlex.quote(str(planned.output))
-    if not planned.has_others:
-        return folder
-    return " ".join(f"{folder}/*/{shlex.quote(name)}" for name in dict.fromkeys(e.name for e in planned.evaluations))
+    """Return the sweep's runs as arguments of `compare`; a pattern of the shell where the pattern finds these alone."""
+    paths = planned.paths
+    name = paths[0].name
+    if len(paths) > 1 and {*planned.output.glob(f"*/{glob.escape(name)}")} == {*paths}:
+        return f"{shlex.quote(str(planned.output))}/*/{shlex.quote(name)}"
+    return " ".join(shlex.quote(str(path)) for path in paths)
 
 
 def _listed(planned: Plan, as_json: bool) -> str:

@@ -1,4 +1,4 @@
-"""What a rank did in an evaluation: plain data, which ranks send to each other and the results file describes."""
+"""What a rank did in an evaluation: plain data, which a rank sends to rank 0 for the results file."""
 
 from __future__ import annotations
 

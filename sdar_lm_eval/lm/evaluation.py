@@ -74,12 +74,12 @@ class Evaluation:
         return {task: _emptied(found) if task in borrowed else found for task, found in of_tasks.items()}
 
     def in_document_order(self, parts: list[object]) -> list[object]:
-        """Return lm_eval's samples or metrics by task of all ranks in the order of one process: all in the first part.
+        """Return the ranks' samples or metrics in the order of one process: the first part has all, the others none.
 
         lm_eval puts rank after rank. Bootstrapped standard errors and lm_eval's hash of a task depend on the order.
 
         Args:
-            parts: what each rank sent. Rank r of n has the documents r, r + n, r + 2n, …
+            parts: what each rank sent, task -> samples or metrics. Rank r of n has the documents r, r + n, r + 2n, …
         """
         of_ranks = [part for part in parts if isinstance(part, dict) and part.keys() == self.tasks.keys()]
         if len(of_ranks) < len(parts):

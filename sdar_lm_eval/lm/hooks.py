@@ -164,7 +164,7 @@ def _without_advice(call: _Call) -> Iterator[None]:
 
 
 def _without_gits_error(get_commit: Callable[[], object]) -> Callable[[], object]:
-    """Return lm_eval's `get_git_commit_hash`, which prints git's error outside of a repository, without the error."""
+    """Return lm_eval's `get_git_commit_hash` without the error that git prints outside of a repository."""
 
     @functools.wraps(get_commit)
     def get_quietly() -> object:

@@ -340,7 +340,7 @@ class SDARLM(TemplateLM):
         likelihood = self._frontend.likelihoods.config(seed)
         settings = settings_of_answers(self.jobs, likelihood, self._frontend.settings.chat_template, thoughts)
         default = {"thinking": dict(thoughts.given), "decoding": None, **self.jobs.default.as_dict()}
-        # The ranks of a machine read the same files, so that one of them hashes the weights, if there are others.
+        # The ranks of a machine read the same files. So of several machines, one rank of each hashes the weights.
         hashes = not self.ranks.one_machine and self.ranks.local_rank == 0
         fingerprint = fingerprint_of(self.ENGINE, self.engine.info, self.checkpoint if hashes else None)
         self.ranks.require_same({**settings, **default, "seed": seed, **fingerprint})

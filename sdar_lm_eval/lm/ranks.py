@@ -144,10 +144,12 @@ class Ranks:
                 dist.barrier(group=self._group)
 
     def require_same(self, facts: Mapping[str, object]) -> None:
-        """Raise on rank 0 if a rank has another value of a fact. Machines may have other files, versions or commands.
+        """Raise on rank 0 if a rank has another value of a fact.
+
+        Machines may have different files, versions and commands.
 
         Raises:
-            UserError: a rank has others.
+            UserError: a rank has another value.
             OtherRankError: another process ended.
         """
         for rank, theirs in enumerate(self.gather_object(facts) or []):

@@ -154,7 +154,7 @@ def _request_types(task: Task) -> set[str]:
 
 
 def _number(requests: Iterable[Instance]) -> None:
-    """Number the requests of each document whose numbers repeat, in lm_eval's order, which is by number.
+    """Number a document's requests in lm_eval's order, if two of the requests have the same number.
 
     A task class may leave all numbers at 0. Traces, thoughts and denoising records name an answer by the number.
     """

@@ -1,4 +1,4 @@
-"""What lm_eval knows of a task's requests, which it does not tell its models."""
+"""What lm_eval knows of a task's requests, and does not tell a model."""
 
 from __future__ import annotations
 

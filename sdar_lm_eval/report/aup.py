@@ -67,11 +67,12 @@ class CurveValue:
 
     Attributes:
         name: the curve's name.
-        aup: the AUP of the points that count (`aup`); None where no point's tokens per forward is known.
+        aup: the AUP of the points that count (`aup`); None where no point's tokens per forward is known, where all
+            answers are wrong, and where lower values of the metric are better.
         points: number of points that count.
         left_out: number of points left out, whose accuracy is more than 5 percentage points below the slowest point's.
-        interval: the 95% interval of the AUP; None where it is unknown.
-        ahead: the AUP minus the first curve's; None for the first curve, and where an interval is unknown.
+        interval: the 95% interval of the AUP; None where it is unknown, as where all documents have the same score.
+        ahead: the AUP minus that of the first curve with an interval; None for this curve, and without an interval.
         ahead_interval: the paired 95% interval of `ahead`; None where `ahead` is None.
     """
 
@@ -101,7 +102,7 @@ def value_of(curve: Curve, y_max: float) -> CurveValue:
 
 
 def values_of(curves: Sequence[Curve], y_max: float, scores: Mapping[int, FloatArray]) -> list[CurveValue]:
-    """Return the AUP of some curves with intervals, and the differences from the first of these curves.
+    """Return the AUP of some curves with intervals, and the differences from the first curve that has an interval.
 
     Args:
         curves: the curves.
@@ -115,14 +116,15 @@ def values_of(curves: Sequence[Curve], y_max: float, scores: Mapping[int, FloatA
     found: list[CurveValue] = []
     first: tuple[float, FloatArray] | None = None
     for value, draws in zip(values, _draws(curves, y_max, scores), strict=True):
-        if value.aup is None:
+        interval = _interval(draws)
+        if value.aup is None or interval is None:
             found.append(value)
         elif first is None:
             first = value.aup, draws
-            found.append(replace(value, interval=_interval(draws)))
+            found.append(replace(value, interval=interval))
         else:
             ahead, of_draws = value.aup - first[0], draws - first[1]
-            found.append(replace(value, interval=_interval(draws), ahead=ahead, ahead_interval=_interval(of_draws)))
+            found.append(replace(value, interval=interval, ahead=ahead, ahead_interval=_interval(of_draws)))
     return found
 
 
@@ -140,9 +142,9 @@ def _draws(curves: Sequence[Curve], y_max: float, scores: Mapping[int, FloatArra
 
 
 def _by_speed(curve: Curve) -> list[tuple[float, Point]]:
-    """The points whose tokens per forward and accuracy are known, the slowest first."""
-    known = [(p.tokens_per_forward, p) for p in curve.points if p.tokens_per_forward and math.isfinite(p.accuracy)]
-    return sorted(known, key=lambda pair: pair[0])
+    """The points whose tokens per forward and accuracy are known, the slowest first; none where lower is better."""
+    finite = [point for point in curve.points if math.isfinite(point.accuracy) and point.higher_is_better]
+    return sorted(((p.tokens_per_forward, p) for p in finite if p.tokens_per_forward), key=lambda pair: pair[0])
 
 
 def _counted(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -150,6 +152,7 @@ def _counted(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(speed, y) for speed, y in curve if y >= curve[0][1] - TOLERANCE]
 
 
-def _interval(draws: FloatArray) -> Interval:
+def _interval(draws: FloatArray) -> Interval | None:
+    """The 95% interval; None where all draws are equal, since equal scores say nothing of other documents."""
     low, high = np.quantile(draws, [0.025, 0.975]).tolist()
-    return low, high
+    return None if np.allclose(draws, draws[0], rtol=1e-9) else (low, high)

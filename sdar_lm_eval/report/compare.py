@@ -24,7 +24,7 @@ from sdar_lm_eval.report.pairing import (
     documents_in_words,
     read_pair,
 )
-from sdar_lm_eval.report.runs import MetricKey, Run, differing
+from sdar_lm_eval.report.runs import SEEDS, MetricKey, Run, differing
 from sdar_lm_eval.report.several import smaller_passes
 from sdar_lm_eval.report.speed import RunSpeed, speed_of
 from sdar_lm_eval.report.statistics import (
@@ -210,11 +210,17 @@ def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def differing_settings(a: Run, b: Run, tasks: Iterable[str]) -> dict[str, tuple[object, object]]:
-    """Return the settings that differ: name -> (a's value, b's value), as `Comparison.settings`."""
-    of_tasks = {
-        task: {name: (values[0], values[1]) for name, values in differing([a.told(task), b.told(task)]).items()}
-        for task in tasks
-    }
+    """Return the settings that differ: name -> (a's value, b's value), as `Comparison.settings`.
+
+    Where a run has several repeats, the first of several seeds with the same values stands for these seeds.
+    """
+    of_tasks: dict[str, dict[str, tuple[object, object]]] = {}
+    for task in tasks:
+        found_of = {name: (one, other) for name, (one, other) in differing([a.told(task), b.told(task)]).items()}
+        if len(a.of_tasks[task]) > 1 or len(b.of_tasks[task]) > 1:
+            seeds = {found_of[name]: name for name in reversed(SEEDS) if name in found_of}
+            found_of = {n: its for n, its in found_of.items() if n not in SEEDS or seeds[its] == n}
+        of_tasks[task] = found_of
     found: dict[str, tuple[object, object]] = {}
     for task, settings in of_tasks.items():
         for name, values in settings.items():

@@ -304,9 +304,9 @@ def _settings_rows(comparisons: Sequence[Comparison], names: Sequence[str]) -> l
 
 
 def _named_by_some(comparisons: Sequence[Comparison]) -> dict[str, object]:
-    """Setting -> its value, of settings that only the files of runs of some lm_eval model name, with one value.
+    """Setting -> its value, for settings that not all lm_eval models have, and that have one value where they exist.
 
-    Each lm_eval model has settings of its own, so these tell the models apart and not the runs.
+    Such settings tell the models apart, not the runs.
     """
     values: dict[str, list[object]] = {}
     rows = set()
@@ -332,7 +332,8 @@ def _settings_of_some(comparisons: Sequence[Comparison], names: Sequence[str]) -
         holders = ("A",) * by_a + tuple(run for run, by in zip(names, by_others, strict=True) if by)
         named.setdefault(holders, []).append(f"{name}={_short(value)}")
     return [
-        f"Only the files of {' and '.join(runs)} name: {', '.join(found)}." for runs, found in sorted(named.items())
+        f"Only the files of {' and '.join(filter(None, (', '.join(runs[:-1]), runs[-1])))} name: {', '.join(found)}."
+        for runs, found in sorted(named.items())
     ]
 
 

@@ -12,7 +12,7 @@ _LARGEST = ("load_seconds", "generation_seconds", "peak_memory_bytes", "scoring_
 
 @dataclass(frozen=True)
 class EarlierWork:
-    """The answers of an earlier process, of which an evaluation takes some from a store.
+    """The answers of an earlier process, some of which an evaluation takes from a store.
 
     Attributes:
         started, ended: when the process began to answer and finished its last answer, in seconds since 1970.

@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.aup import DRAWS, TOLERANCE, CurveValue, Interval, value_of, values_of
+from sdar_lm_eval.report.pairing import documents_in_words
 from sdar_lm_eval.report.points import Curve, Point, Speed, curves_of, pareto_front, settings_in_words
 from sdar_lm_eval.report.statistics import FloatArray
 from sdar_lm_eval.report.text_table import as_markdown, fitted, with_error
@@ -129,12 +130,15 @@ def table(summary: Summary, markdown: bool = False, width: int | None = None) ->
             star = " *" if point in summary.fronts[title] else ""
             speeds.append("unknown" if value is None else f"{value:{form}}{star}")
         rows.append([point.strategy, words, with_error(point.accuracy, point.stderr), *speeds])
+    lower = not _higher_is_better(summary.points)
     notes = [
         "tokens/s: one measurement of each setting, over all tasks. Other work on the machine lowers tokens/s.",
-        f"Accuracy: {summary.metric}{_of_documents(summary.points)} ± one standard error. * marks the Pareto front: "
-        "faster points are less accurate.",
-        f"AUP: accuracy under parallelism (d3LLM), relative to {summary.y_max:.1f}%. Points whose accuracy is more "
-        f"than {TOLERANCE:g} percentage points below that of their curve's slowest point are left out.",
+        f"Accuracy: {summary.metric}{' (lower is better)' * lower}{_of_documents(summary.points)} ± one standard "
+        "error. * marks the Pareto front: faster points are less accurate.",
+        "AUP: none, because AUP needs a metric of which higher values are better."
+        if lower
+        else f"AUP: accuracy under parallelism (d3LLM), relative to {summary.y_max:.1f}%. Points whose accuracy is "
+        f"more than {TOLERANCE:g} percentage points below that of their curve's slowest point are left out.",
     ]
     if any(value.interval is not None for value in summary.values):
         notes.append(
@@ -142,6 +146,8 @@ def table(summary: Summary, markdown: bool = False, width: int | None = None) ->
             "curves. Tokens per forward count as exact. The Pareto front has no interval, because "
             "the scores chose its points."
         )
+        if any(value.aup is not None and value.interval is None for value in summary.values[1:]):
+            notes.append("A curve has no interval where each of its points has the same score in all documents.")
     if len(summary.points) > 1:
         notes.append(
             "The best of several settings looks better than it is. sdar_lm_eval compare tests differences of accuracy."
@@ -181,9 +187,14 @@ def _form(summary: Summary) -> str:
     return next((form for form in forms if len({f"{speed:{form}}" for speed in speeds}) == len(speeds)), forms[-1])
 
 
+def _higher_is_better(points: Sequence[Point]) -> bool:
+    return all(point.higher_is_better for point in points)
+
+
 def _of_documents(points: Sequence[Point]) -> str:
     numbers = sorted({point.documents for point in points if point.documents is not None})
-    return f" of {' or '.join(f'{number:,}' for number in numbers)} documents" if numbers else ""
+    fewer = [f"{number:,}" for number in numbers[:-1]]
+    return f" of {' or '.join([*fewer, documents_in_words(numbers[-1])])}" if numbers else ""
 
 
 def _grid(rows: Sequence[Sequence[str]], left: set[int], markdown: bool, width: int | None) -> str:
@@ -260,7 +271,7 @@ def _draw(tasks: Mapping[str, Sequence[Point]], file: IO[bytes], suffix: str, in
             for axes, (name, speed) in zip(row, AXES.items(), strict=True):
                 _panel(axes, points, speed, styles, ink or "black")
                 axes.set_xlabel(name)
-            row[0].set_ylabel("accuracy ± standard error, %")
+            row[0].set_ylabel(f"{'accuracy' if _higher_is_better(points) else 'lower is better'} ± standard error, %")
             if len(tasks) > 1:
                 row[0].set_title(title, loc="left")
         _legend(figure, styles, ink or "black")

@@ -75,6 +75,7 @@ class Document:
         gold: the gold answer.
         doc: the document as the samples file has it: field -> value.
         answers: the answers: several where the document has repeats, or was evaluated with several seeds.
+        as_messages: whether the prompt was sent as chat messages (`Sample.as_messages`).
     """
 
     index: int
@@ -84,6 +85,7 @@ class Document:
     gold: str
     doc: Mapping[str, object]
     answers: Sequence[Answer]
+    as_messages: bool = False
 
     def score(self, metric: MetricKey) -> float | None:
         """Return the mean of the answers' scores; None where an answer has no score."""
@@ -140,6 +142,7 @@ def documents_of(run: Run, task: str) -> list[Document]:
             gold=_gold(sample),
             doc=sample.doc,
             answers=answers[identity],
+            as_messages=sample.as_messages,
         )
         for identity, sample in sorted(first.items(), key=lambda item: (item[0].document, item[0].doc_hash or ""))
     ]

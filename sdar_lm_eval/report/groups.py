@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from sdar_lm_eval.report.pairing import DocumentKey, Scores, TaskScores, is_value, mean_kinds
-from sdar_lm_eval.report.runs import Run, mean_value, metrics_of
-from sdar_lm_eval.report.statistics import cluster_values
+from sdar_lm_eval.errors import UserError
+from sdar_lm_eval.report.pairing import DocumentKey, Scores, TaskScores, is_value, mean_kinds, read_pair
+from sdar_lm_eval.report.runs import Metric, Run, mean_value, metrics_of
+from sdar_lm_eval.report.statistics import cluster_values, mean_stderr, stratified_stderr
 
 
 def groups_of(run: Run) -> dict[str, list[str]]:
@@ -45,18 +48,35 @@ def pooled(run: Run, group: str, of_tasks: Mapping[str, TaskScores]) -> TaskScor
         if len(parts) < len(of_tasks):
             flaw = "some of the group's tasks do not have this metric"
         means = frozenset[str]()
+        value, stderr = mean_value(repeats, group, metric.key), metric.stderr if len(repeats) == 1 else None
         if answers and not flaw:
-            value = mean_value(repeats, group, metric.key)
             means = mean_kinds(answers.values(), value)
             of_parts = [cluster_values(list(part.answers.values())).mean() for part in parts.values()]
             if is_value(float(np.mean(of_parts)), value):
                 means |= {"tasks"}
             flaw = "" if means else "the group's value is a mean neither over documents nor over tasks"
-        scores[metric.key] = Scores(metric, answers, means, flaw)
+        if means and len(repeats) > 1:
+            values = cluster_values(list(answers.values()), weigh_answers=means == {"answers"})
+            by_task = means == {"tasks"}
+            stderr = stratified_stderr(values, [task_of(key) for key in answers]) if by_task else mean_stderr(values)
+        scores[metric.key] = Scores(replace(metric, value=value, stderr=stderr), answers, means, flaw)
     documents = {
         pooled_key(task, key): document for task, each in of_tasks.items() for key, document in each.documents.items()
     }
     return TaskScores(documents, scores)
+
+
+def group_over_seeds(run: Run, group: str) -> list[Metric]:
+    """Return a group's metrics, as means over all seeds of a run; the standard errors are as for `over_seeds`."""
+    repeats = [results for results in run.results if group in results.scores.content]
+    if len(repeats) > 1:
+        with contextlib.suppress(UserError):  # a run without samples
+            of_tasks = {task: read_pair(run, run, task)[0] for task in groups_of(run)[group]}
+            return [scores.metric for scores in pooled(run, group, of_tasks).scores.values()]
+    return [
+        replace(each, value=mean_value(repeats, group, each.key), stderr=each.stderr if len(repeats) == 1 else None)
+        for each in metrics_of(repeats[0], group)
+    ]
 
 
 def pooled_key(task: str, key: DocumentKey) -> DocumentKey:

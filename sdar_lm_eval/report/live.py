@@ -63,7 +63,7 @@ class Live:
         tasks: task -> its `sdar_judge`; None for a task without one.
         total: the number of answers to come.
         whole: whether these are all answers of the round; False: one rank's share.
-        filters: task -> its filters by name, each of one document's answer, as far as they are known.
+        filters: task -> name -> the task's filter of this name; tasks whose filters are unknown are missing or empty.
 
     Raises:
         UserError: a task's `sdar_judge` is incomplete, or names a function that cannot be imported.

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ class Scores:
     """A run's scores of a metric, document by document.
 
     Attributes:
-        metric: the metric's value over all documents, in the run's first results.
+        metric: the metric over all documents, pooled over the run's seeds (`over_seeds`).
         answers: document -> (number of answers,) the values of its answers.
         means: which means of `answers` equal the metric's value. "documents": the mean over documents of each
             document's mean. "answers": the mean over all answers. "tasks", of a group: the mean over its tasks of each
@@ -129,30 +130,22 @@ def document_values(run: Run, task: str) -> dict[MetricKey, dict[DocumentKey, fl
     with contextlib.suppress(UserError):  # a run without samples
         for key, scores in read_pair(run, run, task)[0].scores.items():
             if not scores.flaw:
-                by_answer = "documents" not in scores.means
-                values = cluster_values(list(scores.answers.values()), weigh_answers=by_answer)
-                found[key] = dict(zip(scores.answers, values.tolist(), strict=True))
+                found[key] = dict(zip(scores.answers, _values(scores.answers, scores.means).tolist(), strict=True))
     return found
 
 
 def over_seeds(run: Run, task: str) -> list[Metric]:
     """Return a task's metrics, as means over all seeds of a run.
 
-    A document's answers with several seeds are not independent, so their standard error is clustered by document. It is
-    None without samples.
+    A document's answers with several seeds are not independent, so the standard error is clustered by document. The
+    standard error is None without samples, and for metrics that are no mean.
     """
     of_task, metrics = run.of_tasks[task], run.metrics(task)
     if len(of_task) == 1:
         return metrics
-    of_documents = document_values(run, task)
-    found = []
-    for metric in metrics:
-        value, stderr = mean_value(of_task, task, metric.key), None
-        if metric.key in of_documents:
-            values = np.array(list(of_documents[metric.key].values()))
-            value, stderr = float(values.mean()), mean_stderr(values)
-        found.append(replace(metric, value=value, stderr=stderr))
-    return found
+    with contextlib.suppress(UserError):  # a run without samples
+        return [scores.metric for scores in read_pair(run, run, task)[0].scores.values()]
+    return [replace(each, value=mean_value(of_task, task, each.key), stderr=None) for each in metrics]
 
 
 def document_warnings(
@@ -318,9 +311,16 @@ def _joined(parts: Sequence[Scores]) -> Scores:
     for part in parts:
         for key, values in part.answers.items():
             answers.setdefault(key, []).append(values)
-    return Scores(
-        metric=parts[0].metric,
-        answers={key: np.concatenate(values) for key, values in answers.items()},
-        means=frozenset.intersection(*(part.means for part in parts)),
-        flaw=next((part.flaw for part in parts if part.flaw), ""),
-    )
+    joined = {key: np.concatenate(values) for key, values in answers.items()}
+    means = frozenset.intersection(*(part.means for part in parts))
+    flaw = next((part.flaw for part in parts if part.flaw), "")
+    value, stderr = fmean(part.metric.value for part in parts), None
+    if not flaw and means:
+        values = _values(joined, means)
+        value, stderr = float(values.mean()), mean_stderr(values)
+    return Scores(replace(parts[0].metric, value=value, stderr=stderr), joined, means, flaw)
+
+
+def _values(answers: Mapping[DocumentKey, FloatArray], means: frozenset[str]) -> FloatArray:
+    """A value for each document, (n,), whose mean is the metric (`Scores.means`)."""
+    return cluster_values(list(answers.values()), weigh_answers="documents" not in means)

@@ -45,6 +45,7 @@ class Point:
         repeats: number of evaluations in the run, each with its own seed.
         note: why a speed is unknown; "" where both are known.
         identity: the settings of `OF_CURVES` that are known.
+        higher_is_better: False where lower values of the accuracy's metric are better.
     """
 
     label: str
@@ -58,6 +59,7 @@ class Point:
     repeats: int
     note: str
     identity: Mapping[str, object] = field(default_factory=dict)
+    higher_is_better: bool = True
 
     @property
     def strategy(self) -> str:
@@ -232,11 +234,14 @@ def pareto_front(points: Sequence[Point], speed: Speed) -> list[Point]:
     not a number, are not on the front.
     """
     finite = [point for point in points if math.isfinite(point.accuracy)]
-    known = [(fast, point.accuracy, point) for point in finite if (fast := speed(point)) is not None]
+    gains = [point.accuracy if point.higher_is_better else -point.accuracy for point in finite]
+    known = [
+        (fast, gain, point) for point, gain in zip(finite, gains, strict=True) if (fast := speed(point)) is not None
+    ]
     front = [
         (fast, point)
-        for fast, accuracy, point in known
-        if not any(f >= fast and a >= accuracy and (f, a) != (fast, accuracy) for f, a, _ in known)
+        for fast, gain, point in known
+        if not any(f >= fast and g >= gain and (f, g) != (fast, gain) for f, g, _ in known)
     ]
     return [point for _, point in sorted(front, key=lambda pair: pair[0])]
 
@@ -258,6 +263,7 @@ def _point(run: Run, task: str, metric: Metric, scale: float) -> Point:
         repeats=len(of_task),
         note=speed.note,
         identity={name: value for name, value in run.settings(task).items() if name in OF_CURVES},
+        higher_is_better=metric.higher_is_better is not False,
     )
 
 

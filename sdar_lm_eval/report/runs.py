@@ -118,11 +118,9 @@ class Run:
         return settings_of(self.results_of(task), task)
 
     def told(self, task: str) -> dict[str, object]:
-        """Return the settings of a task. Of several repeats, the first of `SEEDS` that differs stands for all seeds."""
+        """Return the settings of a task; of seeds that differ between repeats, the values of all repeats as text."""
         repeats = [settings_of(each, task) for each in self.of_tasks[task]]
-        seeds = {name: ", ".join(map(spelled, of_repeats)) for name, of_repeats in differing(repeats).items()}
-        told = next((name for name in SEEDS if name in seeds), None)
-        return repeats[0] if told is None else _without_seeds(repeats[0]) | {told: seeds[told]}
+        return repeats[0] | {name: ", ".join(map(spelled, values)) for name, values in differing(repeats).items()}
 
     def metrics(self, task: str) -> list[Metric]:
         """Return the metrics of a task's first results."""
@@ -318,14 +316,15 @@ def _seeds(results: Results, task: str) -> list[object]:
 
 
 def _folders(runs: Sequence[Run]) -> list[Path]:
-    """The folders below a path that tell the runs in it apart, as a sweep's do; nothing where folders do not."""
-    found = [{each.file.parent.relative_to(run.path.expanduser()).parts for each in run.results} for run in runs]
-    if any(len(folders) > 1 for folders in found):
-        return []
-    parts = [folders.pop() for folders in found]
-    for depth in range(1, max(map(len, parts)) + 1):
-        folders = [Path(*each[:depth]) for each in parts]
-        if len(set(folders)) == len(folders):
+    """The folders below a path that tell the runs in it apart, as a sweep's do; nothing where folders do not.
+
+    The files of a run with several seeds may be in folders of their own, below the run's folder.
+    """
+    parts = [[each.file.parent.relative_to(run.path.expanduser()).parts for each in run.results] for run in runs]
+    for depth in range(1, max(len(each) for of_run in parts for each in of_run) + 1):
+        of_runs = [{Path(*each[:depth]) for each in of_run} for of_run in parts]
+        folders = [folder for of_run in of_runs for folder in of_run]
+        if len(folders) == len(set(folders)) == len(runs):
             return folders
     return []
 

@@ -197,21 +197,23 @@ def render(table: Table, width: int | None = None, markdown: bool = False) -> st
     scores = [(column, table.scores.get(column.task)) for column in table.columns]
     lines = [_cells(column, score, table.rows) for column, score in scores]
     notes = [note for column, score in scores if score is not None for note in _notes(column, score, table.rows)]
+    title, told = table.title, []
     if not lines:
-        title = (
-            f"{table.title}: no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci, "
-            "sdar_sci_s, trado, trado_static and trado_think are."
-        )
+        told = [
+            "No task of the run is a column of a published table. The groups sdar_bench, sdar_sci, sdar_sci_s, trado, "
+            "trado_static and trado_think have the columns."
+        ]
     elif table.rows:
-        title = f"{table.title} beside " + "; ".join(f"{row.name} ({row.source})" for row in table.rows)
+        title += " beside " + "; ".join(f"{row.name} ({row.source})" for row in table.rows)
     else:
-        title = f"{table.title}: the name is that of no published model (--published compares with one)"
+        told = [f"No published model is named {table.model}. --published NAME compares with a published model."]
     rows = _grid([head, *lines], {0, 1, *range(5, len(head), 2)}, width, markdown, 1) if lines else []
     several, (others, notes_of_others) = _several(table, width, markdown), _others(table, width, markdown)
     if markdown:
         title = f"## {escaped(title)}"
+        told = list(map(escaped, told))
         notes, notes_of_others = ([f"- {escaped(note)}" for note in each] for each in (notes, notes_of_others))
-    parts = [[title], rows, notes, several, others, notes_of_others]
+    parts = [[title], told, rows, notes, several, others, notes_of_others]
     return printable("\n\n".join("\n".join(part) for part in parts if part))
 
 
@@ -340,7 +342,7 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
         mean = sum(each.value for _, each in known) / len(known)
         score = replace(score, value=mean, seeds=len(known))
         if score.seeds > 1:
-            stderr = _stderr_of_seeds(run, column)
+            stderr = _stderr_of_seeds(run, _tasks_of(first, column), column.metric)
             score = replace(score, of_one_seed=stderr is None, stderr=score.stderr if stderr is None else stderr)
         scores[column.task] = score
         if found_several := _several_of(first, column):
@@ -353,10 +355,11 @@ def _table(run: Run, rows: Sequence[Published]) -> Table:
     return Table(run, scores, rows, others, several)
 
 
-def _stderr_of_seeds(run: Run, column: Column) -> float | None:
-    """The standard error over all seeds; None without samples, and for a column of several tasks."""
-    found = over_seeds(run, column.task) if column.task in run.of_tasks else []
-    return next((each.stderr for each in found if f"{each.name},{each.filter}" == column.metric), None)
+def _stderr_of_seeds(run: Run, tasks: Sequence[str], metric: str) -> float | None:
+    """The standard error over all seeds of the mean of some tasks' scores; None without samples."""
+    found = [each.stderr for task in tasks for each in over_seeds(run, task) if each.key.in_results == metric]
+    known = [each for each in found if each is not None]
+    return math.hypot(*known) / len(tasks) if len(known) == len(tasks) else None
 
 
 def _several_of(results: Results, column: Column) -> list[Metric]:

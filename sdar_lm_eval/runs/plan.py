@@ -118,11 +118,23 @@ class Plan:
     copies: int
 
     @property
-    def has_others(self) -> bool:
-        """Whether the folder also has results that are not of this sweep: of another task, limit or seed."""
-        own = {(each.folder.name, each.name) for each in self.evaluations}
-        found = (file.relative_to(self.output).parts[:2] for file in self.output.rglob("results_*.json"))
-        return not own.issuperset(found)
+    def paths(self) -> list[Path]:
+        """Folders with this sweep's results and no others. A combination's seeds are one run only within one folder.
+
+        The sweep's folder alone stands for the results where it has no others, or where no folder has a combination's
+        seeds alone.
+        """
+        found = {file.relative_to(self.output).parts[:2] for file in self.output.rglob("results_*.json")}
+        own = [key for each in self.evaluations if (key := (each.folder.name, each.name)) in found]
+        if found.issubset(own):
+            return [self.output]
+        paths = []
+        for folder in dict.fromkeys(folder for folder, _ in own):
+            mine, all_of_folder = ([key for key in keys if key[0] == folder] for keys in (own, found))
+            if len(mine) < len(all_of_folder) and len(mine) > 1:
+                return [self.output]
+            paths.append(self.output.joinpath(*mine[0]) if len(mine) == 1 else self.output / folder)
+        return paths
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,11 @@ def test_the_answers_of_several_runs(folder: Path, tmp_path: Path, capsys: pytes
         "This run's prompt differs. `show` of this run alone, with --doc 0, prints the prompt." in rest
         and "differs" not in first
     )
+    (samples,) = second.glob("samples*")
+    messages = json.dumps([[json.dumps([{"role": "user", "content": "Riddle 5?"}])]])
+    samples.write_text(samples.read_text().replace('"Riddle 5?"', messages[1:-1]))
+    served = "This run sent chat messages. `show` of this run alone, with --doc 0, prints the prompt."
+    assert served in shown(capsys, str(folder), str(second), "--doc", "5")
     listed = json.loads(shown(capsys, str(folder), str(second), "--doc", "5", "--json"))
     assert [(each["run"], each["document"], each["answers"][0]["text"]) for each in listed] == [
         (str(folder), 5, "None\nat all"), (str(second), 0, "So 41"),

@@ -7,13 +7,16 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from sdar_lm_eval.commands import main
+from sdar_lm_eval.commands.sweep import _as_arguments
 from sdar_lm_eval.engines.native.engine import NativeEngine
 from sdar_lm_eval.errors import EngineError
+from sdar_lm_eval.runs.plan import Plan
 
 DEMO = ["--model_args", "pretrained=demo", "--tasks", "gsm8k_sdar_demo"]
 OF_DOCS = [
@@ -93,6 +96,28 @@ def test_a_sweep(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "relative to 100.0%" in Path("s/table-2.md").read_text()
     assert json.loads(Path("s/points.json").read_text()) == points
     assert "confidence_threshold=0.5" in out
+
+
+@pytest.mark.parametrize(
+    ("others", "own", "named"),
+    [
+        ([], ["t=1/short", "t=2/short"], "s"),
+        (["t=1/long"], ["t=1/short", "t=2/short"], "s/*/short"),
+        (["t=3/short"], ["t=1/short", "t=2/short"], "s/t=1/short s/t=2/short"),
+        (["t=3/short"], ["t=1/short"], "s/t=1/short"),
+        (["t=3/short"], ["t=1/a-seed-1", "t=1/a-seed-2", "t=2/a"], "s/t=1 s/t=2/a"),
+        (["t=1/long"], ["t=1/a-seed-1", "t=1/a-seed-2", "t=2/a"], "s"),
+        (["t=3/[x] y"], ["t=1/[x] y", "t=2/[x] y"], "'s/t=1/[x] y' 's/t=2/[x] y'"),
+    ],
+)
+def test_next_steps_name_the_sweep_s_runs_and_no_others(others: list[str], own: list[str], named: str) -> None:
+    for name in (*others, *own):
+        (folder := Path("s") / name / "demo").mkdir(parents=True)
+        (folder / "results_1.json").touch()
+    evaluations = [SimpleNamespace(folder=Path("s") / name.split("/")[0], name=name.split("/")[1]) for name in own]
+    unused: Any = None
+    planned = Plan(unused, unused, (), unused, Path("s"), cast(Any, tuple(evaluations)), (), 0)
+    assert _as_arguments(planned) == named
 
 
 def test_outside_of_a_repository_git_is_silent(

@@ -508,8 +508,10 @@ def scenarios(folder: Path) -> dict[str, Any]:
     found = {}
     for name, lines, repeats in (("greedy", UNTIL, 1), ("drawn", DRAWN, 3), ("drawn again", DRAWN, 3)):
         results = evaluate(lm, folder, lines)
+        (task,) = results["samples"] if results else [""]
         found[name] = results and {
-            "answers": sorted([*key, *value] for key, value in answers_of(results, repeats).items()),
+            "answers": [[*key, *value] for key, value in answers_of(results, repeats).items()],  # in the samples' order
+            "written": [[line["document"], line["repeat"], line["token_ids"]] for line in lm.denoising_lines()(task)],
             "thoughts": results["config"]["sdar_lm_eval"]["run"]["thoughts"],
             "score": score(results),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -118,3 +119,27 @@ def test_curves_without_speeds_or_scores_have_no_interval() -> None:
     curves = [Curve(curve.name, tuple(point(p.tokens_per_forward, 0.0) for p in curve.points)) for curve in curves]
     nothing = dict(zip((id(p) for curve in curves for p in curve.points), nothing.values(), strict=True))
     assert [value.aup for value in values_of(curves, 0.0, nothing)] == [None, None]
+
+
+def test_documents_with_one_score_give_no_interval() -> None:
+    """Answers that are all right say nothing of the answers that other documents would get."""
+    curves, of_points = curves_of(drawn(documents=20, seed=0))
+    right = Curve("right", (point(1.0, 100.0), point(2.0, 100.0)))
+    of_points |= {id(each): np.full(20, 100.0) for each in right.points}
+    found = values_of([right, *curves], 100.0, of_points)
+    assert [(value.interval is None, value.ahead is None) for value in found] == [
+        (True, True), (False, True), (False, False),
+    ]  # fmt: skip
+    assert found[0].aup == pytest.approx(200.0)
+    one = {each: its[:1] for each, its in of_points.items()}
+    assert all(value.interval is None for value in values_of([right, *curves], 100.0, one))
+
+
+def test_a_metric_of_which_lower_is_better_has_no_aup() -> None:
+    curves, of_points = curves_of(drawn(documents=20, seed=0))
+    errors = [
+        Curve(curve.name, tuple(dataclasses.replace(each, higher_is_better=False) for each in curve.points))
+        for curve in curves
+    ]
+    scores = dict(zip((id(each) for curve in errors for each in curve.points), of_points.values(), strict=True))
+    assert [(value.aup, value.interval) for value in values_of(errors, 95.0, scores)] == [(None, None)] * 2

@@ -168,6 +168,7 @@ def test_settings_that_one_model_alone_has_are_a_line() -> None:
         "Only the files of B1 name: limit=5.",
         "",
     ]
+    assert "Only the files of A, B2 and B3 name: engine=native." in as_text([served, another, another]).splitlines()
 
 
 def test_markdown_and_json_hold_whatever_labels_and_documents_say(tmp_path: Path) -> None:

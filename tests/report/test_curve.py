@@ -52,6 +52,9 @@ def test_the_table() -> None:
     assert lines[8].split() == ["Pareto", "front", f"{front:.1f}", "2,", "2", "left", "out"]
     assert f"relative to {94.0:.1f}%" in table(summary()) and "Unknown speed: some answers came" in lines[-1]
     assert "relative to 97.0%" in table(summary(97.0))
+    few = [dataclasses.replace(each, documents=number) for each, number in zip(POINTS, (1, 1, 2), strict=False)]
+    assert "of 1 document ±" in table(summarized("t", "m", few[:2]))
+    assert "of 1 or 2 documents ±" in table(summarized("t", "m", few))
     assert "The best of several settings looks better than it is." in table(summary())
 
 
@@ -62,6 +65,18 @@ def test_rounding_hides_no_difference_of_speed_on_the_front() -> None:
     ]
     lines = table(summarized("demo_task", "exact_match,strict-match", near)).splitlines()
     assert " 1.447 *" in lines[1] and " 1.448 *" in lines[2]
+
+
+def test_a_metric_of_which_lower_is_better() -> None:
+    points = [dataclasses.replace(each, higher_is_better=False) for each in POINTS]
+    found = summarized("demo_task", "errors,none", points)
+    front = found.fronts["tokens per forward"]
+    assert [(each.strategy, each.accuracy) for each in front] == [("low_confidence_static", 24.0)]
+    text = table(found)
+    assert "AUP: none, because AUP needs a metric of which higher values are better." in text
+    assert "Accuracy: errors,none (lower is better) of 200 documents ±" in text and "relative to" not in text
+    texts = texts_of(ElementTree.fromstring(chart_svg(points)))
+    assert "lower is better ± standard error, %" in texts
 
 
 def test_the_table_as_markdown() -> None:

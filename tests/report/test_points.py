@@ -27,6 +27,7 @@ from sdar_lm_eval.report.points import (
     curves_of,
     pareto_front,
     points_of,
+    scores_of,
     settings_in_words,
 )
 from sdar_lm_eval.report.results import results_in
@@ -180,6 +181,15 @@ def of(folder: Path, **settings: Any) -> Point:
     return point
 
 
+def test_a_run_says_whether_lower_is_better(tmp_path: Path) -> None:
+    file = write(tmp_path, COMPUTED) / "results_2026.json"
+    content = json.loads(file.read_text())
+    for higher in (True, False):
+        content["higher_is_better"] = {"t": {"right": higher}}
+        file.write_text(json.dumps(content))
+        assert of(tmp_path).higher_is_better is higher
+
+
 def test_a_run_on_disk(tmp_path: Path) -> None:
     found = of(write(tmp_path, COMPUTED))
     assert (found.accuracy, found.stderr, found.documents, found.repeats) == (50.0, 12.5, 2, 1)
@@ -236,6 +246,28 @@ def test_errors_of_repeats_are_clustered_by_document(tmp_path: Path) -> None:
     assert found.stderr is not None and found.stderr > 1.3 * naive
     assert (found.repeats, found.documents) == (5, 40)
     assert found.tokens_per_forward == 1.5 and found.tokens_per_second == 150.0
+
+
+def test_repeats_and_single_runs_have_intervals_of_aup_together(tmp_path: Path) -> None:
+    """As a sweep with --repeats has them; where one run has no samples, no curve has an interval."""
+    chance = np.random.default_rng(1)
+    shares = [(chance.random((seeds, 40)) < 0.7).astype(float) for seeds in (3, 1)]
+    sampled, greedy = (repeated(tmp_path / str(len(its)), its) for its in shares)
+    points, scores = points_of([sampled, greedy], "t"), scores_of([sampled, greedy], "t")
+    for point_, its, of_point in zip(points, shares, scores, strict=True):
+        assert of_point == pytest.approx(100 * its.mean(0)) and point_.accuracy == pytest.approx(of_point.mean())
+    points[1] = dataclasses.replace(points[1], settings={"remasking_strategy": "random"})
+    found = [summarized(task, "right,none", points, None, scores) for task in ("t", "u")]
+    _, first, second = json.loads(json.dumps(found[0].as_dict()))["aup"]
+    assert first["interval"][0] < first["aup"] < first["interval"][1]
+    assert second["ahead_interval"][0] < second["ahead"] < second["ahead_interval"][1]
+    assert "minus low_confidence_dynamic" in table(found[0]) and "± " in by_task(found)
+    for file in greedy.path.rglob("samples_*"):
+        file.unlink()
+    (greedy,) = read_runs([greedy.path])
+    assert scores_of([sampled, greedy], "t") == []
+    without = summarized("t", "right,none", points_of([sampled, greedy], "t"), None, [])
+    assert all(value.interval is None for value in without.values) and "95% interval" not in table(without)
 
 
 def test_repeats_of_a_mean_over_answers_are_a_mean_over_answers(tmp_path: Path) -> None:

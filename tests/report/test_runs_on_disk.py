@@ -12,6 +12,7 @@ import pytest
 
 from sdar_lm_eval.report.columns import main_metric
 from sdar_lm_eval.report.compare import compare_runs
+from sdar_lm_eval.report.page.overview import settings_rows
 from sdar_lm_eval.report.runs import Metric, read_runs
 
 TASK = "riddles"
@@ -41,6 +42,15 @@ def test_folders_name_runs_that_they_tell_apart(tmp_path: Path) -> None:
     assert [run.label for run in read_runs([tmp_path])] == [str(tmp_path / f"threshold={t}") for t in (0.5, 0.9)]
 
 
+def test_seeds_below_a_run_s_folder_leave_the_run_its_name(tmp_path: Path) -> None:
+    """As a sweep with --repeats leaves them: only drawn answers have several seeds."""
+    write(tmp_path / "static" / "riddles", temperature=0.0)
+    for seed in (1, 2, 3):
+        write(tmp_path / "random" / f"riddles-seed-{seed}", seed, temperature=1.0)
+    runs = read_runs([tmp_path])
+    assert {run.label: len(run.results) for run in runs} == {str(tmp_path / "static"): 1, str(tmp_path / "random"): 3}
+
+
 def test_settings_name_runs_of_one_folder(tmp_path: Path) -> None:
     write(tmp_path / "demo", confidence_threshold=0.5)
     other = write(tmp_path / "other", confidence_threshold=0.9)
@@ -57,7 +67,33 @@ def test_seeds_are_pooled_and_told(tmp_path: Path) -> None:
     (a,), (b,) = read_runs([write(tmp_path / "greedy", 1234, temperature=0.0)]), read_runs([tmp_path / "sampled"])
     assert len(b.of_tasks[TASK]) == 3 and b.told(TASK)["seed"] == "1, 2, 3"
     settings = compare_runs(a, b).settings
-    assert settings["seed"] == (1234, "1, 2, 3") and settings["temperature"] == (0.0, 1.0)
+    assert settings == {"seed": (1234, "1, 2, 3"), "temperature": (0.0, 1.0)}
+
+
+def test_seeds_that_all_repeats_share_do_not_differ(tmp_path: Path) -> None:
+    """lm_eval has four seeds, and a sweep repeats with other values of one of them."""
+    for seed in (1, 2):
+        write(tmp_path / "sampled" / str(seed), seed)
+    write(tmp_path / "once")
+    for file in tmp_path.rglob("results*.json"):
+        content = json.loads(file.read_text())
+        content["config"] |= {"numpy_seed": 5, "fewshot_seed": 6}
+        file.write_text(json.dumps(content))
+    (a,), (b,) = read_runs([tmp_path / "once"]), read_runs([tmp_path / "sampled"])
+    assert compare_runs(a, b).settings == {"seed": (1, "1, 2")}
+    differing, _ = settings_rows([a, b], [TASK])
+    assert ("seed", ("1", "1, 2")) in [(row.name, row.of_runs) for row in differing]
+
+
+def test_a_metric_that_is_no_mean_is_pooled_over_seeds_too(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        file = write(tmp_path / "sampled" / str(seed), seed) / "results_1.json"
+        content = json.loads(file.read_text())
+        content["results"][TASK] = {"acc,none": float(seed), "acc_stderr,none": 0.1}
+        file.write_text(json.dumps(content))
+    (a,), (b,) = read_runs([write(tmp_path / "once")]), read_runs([tmp_path / "sampled"])
+    (row,) = compare_runs(a, b).differences
+    assert (row.p, row.b, row.b_stderr) == (None, 1.5, None)
 
 
 def test_seeds_of_another_model_are_told_by_lm_evals_name(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.columns import COLUMNS, SCI_COLUMNS, TABLES, TRADO_COLUMNS
 from sdar_lm_eval.report.published import PUBLISHED, SIZES, published, published_as
 from sdar_lm_eval.report.table import Score, difference, read_tables, render
+from sdar_lm_eval.report.text_table import escaped
 
 MMLU, GSM8K, HUMANEVAL = COLUMNS[0], COLUMNS[1], COLUMNS[3]
 DIFFERENCE = re.compile(r"[+-]\d+\.\d ± \d+\.\d, (within|LARGER than) chance")
@@ -329,12 +330,15 @@ def test_a_run_without_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[st
     folder = _write(tmp_path, _results({"gsm8k_sdar_demo": 0.5}, {"gsm8k_sdar_demo": 10}))
     assert main(["table", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert (
-        "no task of the run is a column of a published table. The tasks of sdar_bench, sdar_sci, sdar_sci_s, trado, "
-        "trado_static and trado_think are." in out
+    title, _, told, *_, row, _, legend = out.splitlines()
+    assert title.endswith(f", {folder}") and told == (
+        "No task of the run is a column of a published table. The groups sdar_bench, sdar_sci, sdar_sci_s, trado, "
+        "trado_static and trado_think have the columns."
     )
-    *_, row, _, legend = out.splitlines()
     assert "gsm8k_sdar_demo" in row and legend == "± is one standard error." and "chance" not in out
+    assert main(["table", str(folder), "--format", "markdown"]) == 0
+    heading, _, paragraph, *_ = capsys.readouterr().out.splitlines()
+    assert heading == f"## {escaped(title)}" and paragraph == escaped(told)
 
 
 def test_what_json_lacks_is_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -452,9 +456,8 @@ def test_a_model_that_is_not_published(tmp_path: Path, capsys: pytest.CaptureFix
     folder = str(_write(tmp_path, results))
     assert main(["table", folder]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(
-        f"/models/mine, {folder}: the name is that of no published model (--published compares with one)"
-    )
+    told = "No published model is named /models/mine. --published NAME compares with a published model."
+    assert out.startswith(f"/models/mine, {folder}\n\n{told}\n")
     assert "85.0 ± 1.0" in out and "89.9" not in out
     assert main(["table", folder, "--published", "8B"]) == 0
     assert "91.3" in capsys.readouterr().out

@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from urllib.parse import urlencode
 
-import numpy as np
-
 from sdar_lm_eval.errors import UserError
 from sdar_lm_eval.report.compare import Comparison, Difference, adjusted, compare_runs
 from sdar_lm_eval.report.compare_text import conclusions, p_as_text, warnings_of
 from sdar_lm_eval.report.curve import chart_svg
 from sdar_lm_eval.report.documents import main_key_of
+from sdar_lm_eval.report.groups import group_over_seeds
 from sdar_lm_eval.report.page.data import Documents
 from sdar_lm_eval.report.page.embedding import allowed_in_html
+from sdar_lm_eval.report.pairing import over_seeds
 from sdar_lm_eval.report.points import Point, points_of
 from sdar_lm_eval.report.results import Results
-from sdar_lm_eval.report.runs import MetricKey, Run, mean_value, metrics_of
-from sdar_lm_eval.report.statistics import mean_stderr
+from sdar_lm_eval.report.runs import Metric, MetricKey, Run
 from sdar_lm_eval.report.text_table import NONE, score
 
 SHARES = ("acc", "acc_norm", "exact_match")
@@ -111,7 +110,7 @@ def settings_rows(runs: Sequence[Run], tasks: Sequence[str]) -> tuple[list[Setti
     """Return (the settings that differ between runs, the settings that do not)."""
     of_tasks: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for task in tasks:
-        settings = [run.settings(task) if task in run.of_tasks else None for run in runs]
+        settings = [run.told(task) if task in run.of_tasks else None for run in runs]
         for name in dict.fromkeys(name for each in settings for name in each or {}):
             values = tuple(NONE if each is None else shown_value(each.get(name)) for each in settings)
             of_tasks.setdefault((name, values), []).append(task)
@@ -228,34 +227,32 @@ def score_rows(
     )
     rows = []
     for group in groups:
-        having = [[results for results in run.results if group in results.scores.content][:1] for run in runs]
-        rows += _rows_of(group, having, set(), {})
+        having = [next((each for each in run.results if group in each.scores.content), None) for run in runs]
+        metrics = [
+            [] if first is None else group_over_seeds(run, group) for run, first in zip(runs, having, strict=True)
+        ]
+        are_shares = {each.key for of_run in metrics for each in of_run if each.name in SHARES}
+        rows += _rows_of(group, having, metrics, are_shares)
     for task, of_task in points:
-        of_runs = [run.of_tasks.get(task, []) for run in runs]
-        rows += _rows_of(task, of_runs, shares(documents, task), documents.scores(task))
+        having = [run.results_of(task) if task in run.of_tasks else None for run in runs]
+        metrics = [over_seeds(run, task) if task in run.of_tasks else [] for run in runs]
+        rows += _rows_of(task, having, metrics, shares(documents, task))
         rows += forwards_rows(task, of_task)
     return rows + rate_rows(points)
 
 
 def _rows_of(
     task: str,
-    of_runs: Sequence[Sequence[Results]],
+    having: Sequence[Results | None],
+    of_runs: Sequence[Sequence[Metric]],
     are_shares: set[MetricKey],
-    scores: Mapping[MetricKey, Sequence[Sequence[float | None]]],
 ) -> list[ScoreRow]:
     cells: dict[MetricKey, list[str]] = {}
-    for number, files in enumerate(of_runs):
-        for metric in metrics_of(files[0], task) if files else ():
-            value, stderr = metric.value, metric.stderr
-            if len(files) > 1:
-                value = mean_value(files, task, metric.key)
-                of_run = scores[metric.key][number] if metric.key in scores else ()
-                of_documents = [each for each in of_run if each is not None]
-                stderr = mean_stderr(np.array(of_documents)) if of_documents else stderr
-            share = metric.key in are_shares or (not scores and metric.name in SHARES)
+    for number, metrics in enumerate(of_runs):
+        for metric in metrics:
             row = cells.setdefault(metric.key, [NONE] * len(of_runs))
-            row[number] = score(value, stderr, share=share)
-    answered = [files[0].answered(task) if files else None for files in of_runs]
+            row[number] = score(metric.value, metric.stderr, share=metric.key in are_shares)
+    answered = [None if first is None else first.answered(task) for first in having]
     return [
         ScoreRow(task, name, filter_name, tuple(row), _counted(row, answered))
         for (name, filter_name), row in cells.items()
