@@ -16,7 +16,16 @@ import pytest
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.types import GenerationRequest, ScoreRequest
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.store import CacheFile, Store, as_record, differences, encode_line, fields_of, key_of
+from sdar_lm_eval.lm.store import (
+    CacheFile,
+    Store,
+    as_record,
+    check_cache_file,
+    differences,
+    encode_line,
+    fields_of,
+    key_of,
+)
 from sdar_lm_eval.thinking import Repetition, Thinking
 
 NATIVE = {"engine": "native", "dtype": "float32"}
@@ -131,6 +140,13 @@ def test_a_file_that_is_no_cache_is_one_line(tmp_path: Path, damage: str) -> Non
     ) as raised:
         CacheFile(str(path), NATIVE | {"dtype": "other"})
     assert "\n" not in str(raised.value)
+
+
+def test_a_cache_may_lie_in_folders_that_do_not_exist(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "today" / "c.db"
+    check_cache_file(str(path))
+    assert path.parent.is_dir()
+    check_cache_file(str(path))
 
 
 def test_a_locked_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
