@@ -52,7 +52,11 @@ def test_a_file_begins_with_its_settings_and_ends_with_what_became_of_the_model(
     folder.put("a", {"text": "2"})
     (open_session,) = read_sessions(tmp_path)
     facts["steps"] = 7
+    assert folder._file is not None
+    descriptor = folder._file._descriptor
     folder.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
     (session,) = read_sessions(tmp_path)
     assert (open_session.model, session.model) == ({"steps": 0}, {"steps": 7})
     assert session.settings == SETTINGS and [a["text"] for a in session.answers.values()] == ["2"]

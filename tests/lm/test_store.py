@@ -177,6 +177,14 @@ def test_runs_that_begin_together_may_share_a_new_file(tmp_path: Path, monkeypat
     assert CacheFile(path, NATIVE).get("k") == {"text": "x"}
 
 
+def test_a_place_that_lacks_a_record_does_not_have_all(tmp_path: Path) -> None:
+    old, new = (CacheFile(str(tmp_path / name), NATIVE) for name in ("old.db", "new.db"))
+    old.put("k", {"text": "x"})
+    store = Store([new, old])
+    assert store.get("other") is None and store.kept_in == f"{new.name} and {old.name}"
+    assert store.get("k") == {"text": "x"} and store.kept_in == old.name
+
+
 def test_what_a_read_only_file_has_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "c.db"
     CacheFile(str(path), NATIVE).put("k", {"text": "x"})

@@ -14,6 +14,7 @@ from sdar_lm_eval.tasks.opencompass_math import best_form, prediction
         (r"\boxed{18 \text{ dollars}}", "18"),
         (r"\boxed{\text{18}}", "18"),
         (r"\boxed{18.00}", "18"),
+        (r"\boxed{18. }", "18"),
         (r"\boxed{\$18}", "18"),
         (r"\boxed{18\%}", "18"),
         (r"\boxed{x=18}", "18"),
