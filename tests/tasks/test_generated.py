@@ -236,6 +236,7 @@ LISTS = [
     ('["Ann Lee"], ["Bo Yu"]', False, False),
     ('["Ann Lee", ["Bo Yu"]]', False, False),
     ('{"line": ["Ann Lee", 2]}', False, False),
+    ('{"Ann Lee": 1, "Bo Yu": 2}', False, False),
     ("", False, False),
     ("[" * 100_000, False, False),
 ]  # fmt: skip

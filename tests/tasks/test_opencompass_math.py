@@ -25,6 +25,8 @@ from sdar_lm_eval.tasks.opencompass_math import best_form, prediction
         (r"\boxed{-5}", "-5"),
         (r"\boxed{0.5 / 1}, no: \boxed{1/2}", "1/2"),
         (r"\boxed{\dfrac12}", "1/2"),
+        (r"\boxed{-inf}", r"-\infty"),
+        (r"\boxed{2j}", "2i"),
         (r"\boxed{}, so the answer is 18.", "18"),
         ("The answer is 18.", "18"),
         ("Two a day. So the answer is: 18", "18"),
