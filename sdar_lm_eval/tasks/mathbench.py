@@ -142,7 +142,7 @@ def question(doc: Asked) -> str:
     return _PROMPTS[doc["set"]].format(text) + "\n"
 
 
-def gold(doc: Question, order: str = ORDERS[0]) -> str:
+def gold(doc: Question, order: str) -> str:
     """Return the right answer; of a question with options, the letter that the right one has in this order."""
     return LETTERS[order.index(doc["answer"])] if doc["options"] else doc["answer"]
 

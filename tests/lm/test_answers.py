@@ -52,7 +52,11 @@ def test_a_file_begins_with_its_settings_and_ends_with_what_became_of_the_model(
     folder.put("a", {"text": "2"})
     (open_session,) = read_sessions(tmp_path)
     facts["steps"] = 7
+    assert folder._file is not None
+    descriptor = folder._file._descriptor
     folder.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
     (session,) = read_sessions(tmp_path)
     assert (open_session.model, session.model) == ({"steps": 0}, {"steps": 7})
     assert session.settings == SETTINGS and [a["text"] for a in session.answers.values()] == ["2"]
@@ -197,24 +201,30 @@ def test_a_run_goes_on_from_the_folder(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "twice.yaml").write_text(task)
     manager = TaskManager(include_path=[TASKS, str(tmp_path)], include_defaults=False)
 
-    def run(tasks: list[str], limit: int, **model_args: Any) -> tuple[Any, int]:
+    def run(tasks: list[str], limit: int, **model_args: Any) -> tuple[Any, Any]:
         lm = SDARLM("demo", answers=str(tmp_path / "answers"), **model_args)
         results = lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, limit=limit)
         assert results is not None
         found = {(s["doc_id"], s["filter"]): s["resps"] for task in tasks for s in results["samples"][task]}
-        return (results["results"], found), lm.counts.requests
+        return (results["results"], found), lm.counts.as_dict()
 
-    _, computed = run(["twice"], 2)
-    assert computed == 4
-    first, computed = run(["twice"], 3)
-    assert computed == 2  # the third document's
-    again, computed = run(["twice"], 3)
-    assert computed == 0 and again == first
+    _, before = run(["twice"], 2)
+    assert before["requests"] == 4
+    first, rest = run(["twice"], 3)
+    assert rest["requests"] == 2  # the third document's
+    again, nothing = run(["twice"], 3)
+    assert nothing["requests"] == 0 and again == first
+    assert nothing["stored"]["new_tokens"] == before["new_tokens"] + rest["new_tokens"]
+    assert nothing["stored"]["forwards"] == sum(
+        counts["forwards"][kind] for counts in (before, rest) for kind in ("denoising", "commit")
+    )
+    assert nothing["stored"]["seconds"] > 0
     resps = [texts[0] for texts in first[1].values()]
     assert any(one != two for one, two in resps)
-    _, computed = run(["twice"], 3, seed=1)
-    assert computed == 6
-    assert run(["twice"], 3, seed=1234) == (first, 0)  # lm_eval's default of --seed
+    _, other = run(["twice"], 3, seed=1)
+    assert other["requests"] == 6
+    again, nothing = run(["twice"], 3, seed=1234)  # lm_eval's default of --seed
+    assert nothing["requests"] == 0 and again == first
 
 
 def test_the_time_of_some_answers_is_their_share_of_the_tokens(tmp_path: Path) -> None:

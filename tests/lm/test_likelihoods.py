@@ -161,6 +161,7 @@ def test_an_empty_continuation_is_certain(make_lm: MakeLM, caplog: pytest.LogCap
     assert lm.loglikelihood([request("One", ""), request("", ""), request("One", " two")])[:2] == [(0.0, True)] * 2
     assert lm.loglikelihood_rolling([request("")]) == [0.0]
     assert len(lm.engine.asked) == 1
+    assert (lm.counts.scored_requests, lm.counts.scored_tokens) == (4, 3)  # the tokens of " two"
     assert "2 of 3 texts to be scored are empty; their log-likelihood is 0." in caplog.text
 
 

@@ -16,7 +16,16 @@ import pytest
 from sdar_lm_eval.decoding import DecodingConfig
 from sdar_lm_eval.engines.types import GenerationRequest, ScoreRequest
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.lm.store import CacheFile, Store, as_record, differences, encode_line, fields_of, key_of
+from sdar_lm_eval.lm.store import (
+    CacheFile,
+    Store,
+    as_record,
+    check_cache_file,
+    differences,
+    encode_line,
+    fields_of,
+    key_of,
+)
 from sdar_lm_eval.thinking import Repetition, Thinking
 
 NATIVE = {"engine": "native", "dtype": "float32"}
@@ -133,6 +142,13 @@ def test_a_file_that_is_no_cache_is_one_line(tmp_path: Path, damage: str) -> Non
     assert "\n" not in str(raised.value)
 
 
+def test_a_cache_may_lie_in_folders_that_do_not_exist(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "today" / "c.db"
+    check_cache_file(str(path))
+    assert path.parent.is_dir()
+    check_cache_file(str(path))
+
+
 def test_a_locked_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "c.db"
     CacheFile(str(path), NATIVE)
@@ -159,6 +175,14 @@ def test_runs_that_begin_together_may_share_a_new_file(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Late))
     assert CacheFile(path, NATIVE).get("k") == {"text": "x"}
+
+
+def test_a_place_that_lacks_a_record_does_not_have_all(tmp_path: Path) -> None:
+    old, new = (CacheFile(str(tmp_path / name), NATIVE) for name in ("old.db", "new.db"))
+    old.put("k", {"text": "x"})
+    store = Store([new, old])
+    assert store.get("other") is None and store.kept_in == f"{new.name} and {old.name}"
+    assert store.get("k") == {"text": "x"} and store.kept_in == old.name
 
 
 def test_what_a_read_only_file_has_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -240,6 +240,19 @@ def with_groups(folder: Path, groups: dict[str, list[str]], tasks: dict[str, lis
     return folder
 
 
+def test_a_metric_that_a_task_of_the_group_lacks_has_no_test(tmp_path: Path) -> None:
+    runs = []
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        scores = {task: [value, 1.0] for task in ("s1", "s2")}
+        runs.append(with_groups(tmp_path / name, {"stem": ["s1", "s2"]}, {"stem": ["s1", "s2"]}, scores))
+        (file,) = runs[-1].rglob("results_*.json")
+        content = json.loads(file.read_text())
+        content["results"]["s2"]["f1,none"] = content["results"]["s2"].pop("acc,none")  # the group's value is s1's
+        file.write_text(json.dumps(content))
+    (group,) = compared(*runs).groups
+    assert group.p is None and group.test == "some of the group's tasks do not have this metric"
+
+
 def test_tasks_of_a_group_are_a_family_of_their_own(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     names = {"alone": 15, "s1": 12, "s2": 14, "h1": 11, "h2": 13, "h3": 10}

@@ -86,6 +86,16 @@ def test_a_line_a_strategy_and_a_choice_of_other_settings() -> None:
     assert settings_in_words([*static, entropy])[:2] == ["block_length=4", "block_length=8"]
 
 
+def test_a_point_of_other_settings_is_a_curve_beside_a_line() -> None:
+    dynamic = {"remasking_strategy": "low_confidence_dynamic", "temperature": 0.0}
+    choices = ((0.5, 4), (0.9, 4), (0.9, 8))
+    points = [point(**dynamic, confidence_threshold=t, block_length=length) for t, length in choices]
+    assert {curve.name: len(curve.points) for curve in curves_of(points)} == {
+        "low_confidence_dynamic, block_length=4": 2,
+        "low_confidence_dynamic, block_length=8": 1,
+    }
+
+
 def test_points_of_two_models_are_two_curves(tmp_path: Path) -> None:
     def write_at(name: str, threshold: float, **facts: Any) -> Path:
         folder = write(tmp_path / name, COMPUTED, confidence_threshold=threshold)
@@ -201,6 +211,11 @@ def test_a_run_on_disk(tmp_path: Path) -> None:
         of(tmp_path, metric="wrong")
 
 
+def test_a_results_file_of_version_0_1_counts_no_tasks(tmp_path: Path) -> None:
+    counts = {name: value for name, value in COMPUTED.items() if name != "tasks"}
+    assert of(write(tmp_path, counts)).tokens_per_forward == 1.5
+
+
 def stored(work: Mapping[str, object], seconds: float | None = 3.0) -> dict[str, object]:
     """Counts of a resumed run: half of the answers from a store."""
     return {
@@ -212,6 +227,8 @@ def stored(work: Mapping[str, object], seconds: float | None = 3.0) -> dict[str,
 def test_a_resumed_run_has_the_speed_of_all_its_answers_or_none(tmp_path: Path) -> None:
     known = of(write(tmp_path / "known", stored({"new_tokens": 100, "forwards": 50})))
     assert known.tokens_per_forward == 400 / 250 and known.tokens_per_second == 400 / 5
+    nothing_computed = stored({"new_tokens": 400, "forwards": 200}) | {"generation_seconds": None, "new_tokens": 0}
+    assert of(write(tmp_path / "all", nothing_computed)).tokens_per_second == 400 / 3
     untimed = of(write(tmp_path / "untimed", stored({"new_tokens": 100, "forwards": 50}, None)))
     assert untimed.tokens_per_forward == 400 / 250 and untimed.tokens_per_second is None
     assert untimed.note == "some answers came from a store that has no tokens, forwards or times for them"

@@ -39,6 +39,10 @@ def test_the_first_box_behind_the_words(text: str) -> None:
         assert (found and found[1]) == (released and released[1])
 
 
+def test_white_space_around_a_response_does_not_count() -> None:
+    assert first_option("  C is tempting, but it is B \n") == "B"
+
+
 @pytest.mark.parametrize("words", [*SENTENCES, "是正确答案", *(f"The {words} " for words in BOXED)])
 def test_a_text_in_a_loop_is_read_once(words: str) -> None:
     """The released patterns take minutes."""

@@ -236,6 +236,7 @@ LISTS = [
     ('["Ann Lee"], ["Bo Yu"]', False, False),
     ('["Ann Lee", ["Bo Yu"]]', False, False),
     ('{"line": ["Ann Lee", 2]}', False, False),
+    ('{"Ann Lee": 1, "Bo Yu": 2}', False, False),
     ("", False, False),
     ("[" * 100_000, False, False),
 ]  # fmt: skip
@@ -262,7 +263,7 @@ def test_lines(text: str, strict: bool, lenient: bool) -> None:
     [("A,B\nB,A", True, True), ("A, B\nB, A", False, True), ("A B\nB A", False, True), ("AB\nBA", False, True),
      ("```\nA,B\nB,A\n```", False, True), ("| A | B |\n|---|---|\n| B | A |", False, True),
      ("B,A\nA,B\n\nis wrong, so:\n\nA,B\nB,A", False, True), ("A,B", False, False), ("A,B,\nB,A,", False, True),
-     ("A,B\nB,A\nA,B", False, False), ("", False, False)],
+     ("A,B\nB,A\nA,B", False, False), ("A\nB,B,A", False, False), ("", False, False)],
 )  # fmt: skip
 def test_grids(text: str, strict: bool, lenient: bool) -> None:
     form, right = Grid(2, ","), ("A", "B", "B", "A")

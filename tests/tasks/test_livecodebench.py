@@ -56,6 +56,10 @@ RIGHT = {
         FUNCTION,
         "def half(x):\n    return sum(k * v for k, v in x.items()) / 2 if isinstance(x, dict) else x / 2",
     ),
+    "objects": (
+        ProblemTests(function="f", inputs=["3", "4"], outputs=['[{"1": 3}]', '{"1": 4}']),
+        "def f(n):\n    return [{1: n}] if n == 3 else {1: n}",
+    ),
 }  # fmt: skip
 WRONG = {
     "nothing": (STDIN, ""),
@@ -99,6 +103,11 @@ def test_a_stdin_that_the_program_imports() -> None:
     assert _passes(tests, "input()\nprint(input())")
     assert _passes(tests, "from sys import stdin\nassert stdin.readline() == ''\nprint(stdin.readline())")
     assert not _passes(tests, "from sys import stdin\nfor line in stdin:\n    print(line)")
+
+
+def test_the_time_of_all_tests_is_longer_than_that_of_each() -> None:
+    keep("x", STDIN)
+    assert job("x", "").seconds == 7 * len(STDIN["inputs"]) + 5  # a test may take 6 s
 
 
 def test_each_test_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:

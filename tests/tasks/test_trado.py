@@ -21,7 +21,7 @@ from support import REAL_FOLDER
 from sdar_lm_eval.checkpoint import Checkpoint
 from sdar_lm_eval.lm.prompts import Prompts
 from sdar_lm_eval.report.columns import TRADO_COLUMNS
-from sdar_lm_eval.tasks.dllm_rl_math import distinct_substrings, form, is_equal, last_box
+from sdar_lm_eval.tasks.dllm_rl_math import distinct_substrings, form, is_equal, last_box, math_form
 from sdar_lm_eval.tasks.extraction import INVALID
 
 BENCHMARKS = ("math500", "gsm8k", "aime24")
@@ -72,10 +72,16 @@ def test_what_texts_do_not_tell(answer: str, gold: str) -> None:
     assert not is_equal(answer, gold)
 
 
+def test_a_fraction_without_parts_has_no_normal_form() -> None:
+    with pytest.raises(ValueError, match="nothing follows a fraction"):
+        math_form("\\frac{1}{2}+\\frac")
+
+
 def test_long_texts_that_repeat_themselves_are_never_equal() -> None:
-    loop = "1+2+" * 40
-    assert not is_equal(loop + "3", loop + " 3.") and is_equal(loop, loop)
-    assert is_equal("1+2+" * 32, "1+2+" * 32)  # 128 characters
+    loop = "1+2+" * 30  # equal to itself with a unit by Minerva's normal form alone
+    assert is_equal(f"{loop} degrees", loop)  # 128 characters
+    assert not is_equal(f"{loop}3 degrees", f"{loop}3")
+    assert is_equal(loop * 2, loop * 2)
 
 
 @pytest.mark.parametrize("text", ["", "a", "aaaa", "abab", "banana", "mississippi", "\\frac{1}{2}+\\frac{1}{2}"])
