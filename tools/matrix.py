@@ -51,7 +51,8 @@ of the demo, in one process and in two (`torchrun`). All runs are on the CPU. Ve
 are the newest that the package index offers with the named versions. The combination `lowest` takes the oldest version
 of each requirement that `pyproject.toml` allows. lm-eval 0.4.9 and 0.4.9.1 cannot be imported beside transformers 5, so
 these two combinations have transformers 4. The columns "demo" and "two processes" count the problems with the right
-answer. Combinations that were tried on different dates ran different numbers of tests.
+answer; "-" is a combination that did not run in two processes. Combinations that were tried on different dates ran
+different numbers of tests.
 
 | combination | Python | torch | transformers | lm-eval | tests | demo | two processes | date |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
