@@ -27,14 +27,18 @@ else:
 """
 # Stands in for the environment's Python.
 PYTHON = """#!{python}
-import sys
+import json, pathlib, sys
 if sys.argv[1] == "-c":
     print("3.12.9")
 elif sys.argv[2] == "pytest":
     print("2 failed, 30 passed, 1 skipped in 3.21s")
     sys.exit({code})
 else:
-    print("GSM8K Eval: accuracy 95.0% (19/20, flexible-extract)", file=sys.stderr)
+    score = 0.9 if "--nproc_per_node" in sys.argv else 0.95
+    folder = pathlib.Path(sys.argv[-1])
+    folder.mkdir()
+    scores = {{"gsm8k_sdar_demo": {{"exact_match,flexible-extract": score}}}}
+    (folder / "results_1.json").write_text(json.dumps({{"results": scores}}))
 """
 
 
@@ -62,7 +66,8 @@ def test_an_attempt_tells_what_was_installed_and_what_passed(tmp_path: Path, mon
     log = stand_in(tmp_path, monkeypatch)
     outcome = matrix.attempt(Combination("3.12", {"lm-eval": "8.0"}), tmp_path / "work")
     assert outcome["python"] == "3.12.9" and outcome["versions"] == {"torch": "9.0", "lm-eval": "8.0"}
-    assert outcome["tests"] == {"failed": 2, "passed": 30, "skipped": 1} and outcome["demo"] == "19/20"
+    assert outcome["tests"] == {"failed": 2, "passed": 30, "skipped": 1}
+    assert (outcome["demo"], outcome["two processes"]) == ("19/20", "18/20")
     assert "error" not in outcome
     asked = json.loads(log.read_text())
     assert "lm-eval==8.0" in asked and f"{ROOT}[tasks]" in asked
@@ -85,6 +90,6 @@ def test_the_page_is_of_the_kept_outcomes() -> None:
 def test_a_page_tells_failures_and_what_was_not_run() -> None:
     outcome = {"python": "3.12.9", "date": "2026-12-01", "versions": {"torch": "9.0"}, "tests": {"passed": 3}}
     page = matrix.page({"python-3.12": outcome | {"demo": None, "error": "No such package"}})
-    assert "| python-3.12 | 3.12.9 | 9.0 |  |  | 3 passed | - | 2026-12-01 |" in page
-    assert "| lowest | 3.10 | | | | not run | | |" in page
+    assert "| python-3.12 | 3.12.9 | 9.0 |  |  | 3 passed | - | - | 2026-12-01 |" in page
+    assert "| lowest | 3.10 | | | | not run | | | |" in page
     assert "## What failed: python-3.12\n\n```\nNo such package\n```\n" in page
